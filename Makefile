@@ -1,0 +1,45 @@
+# One door for people and for CI. Every target sets up what it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# llama.cpp is compiled once; without this some generators compile one file after another.
+export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+
+.PHONY: setup setup-dev demo test check format soak clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+setup-dev: $(VENV)/.ready-dev
+
+$(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.lock
+	$(BIN)/python -m pip install --quiet --requirement requirements-dev.lock
+	touch $@
+
+demo: setup
+	$(BIN)/opsin ask src/opsin/models/demo/shapes.png "What is in this picture?" --temperature 0
+
+test: setup-dev
+	$(BIN)/python -m pytest
+
+check: setup-dev
+	$(BIN)/ruff format --check src tests training
+	$(BIN)/ruff check src tests training
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/arch tests/unit -q -x -m "not slow" -p no:cacheprovider
+
+format: setup-dev
+	$(BIN)/ruff format src tests training
+	$(BIN)/ruff check --fix src tests training
+
+soak: setup-dev
+	$(BIN)/python -m pytest tests/soak -q -s
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

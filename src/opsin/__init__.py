@@ -1,0 +1,21 @@
+"""Ask pictures questions on your own hardware, fast, and see where every millisecond went."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from opsin.api import Opsin, ask
+    from opsin.engine import Engine
+
+__version__ = "0.1.0"
+__all__ = ["Engine", "Opsin", "__version__", "ask"]
+
+_HOMES = {"Engine": "opsin.engine", "Opsin": "opsin.api", "ask": "opsin.api"}
+
+
+def __getattr__(name: str) -> Any:
+    # Public names load their rooms when they are first used, so that `opsin --help` and `import opsin` stay quick.
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'opsin' has no attribute {name!r}")

@@ -1,0 +1,126 @@
+"""The plain Python API: open a model, ask about pictures, read whole answers or streams."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from opsin.compose import Runtime, open_runtime
+from opsin.core.answer import Answer
+from opsin.core.errors import BadParameter
+from opsin.core.model_info import ModelInfo
+from opsin.core.picture import Picture
+from opsin.core.placement import Placement
+from opsin.core.sampling import SamplingParams
+from opsin.core.settings import EngineSettings, MediaSettings
+from opsin.engine import AnswerStream
+from opsin.media import load_picture
+from opsin.prompt import Message
+
+
+class Opsin:
+    """A loaded pair of language model and projector.
+
+    `model` is a GGUF file, a folder that holds a pair, or a known name; without one the default model is used, or the
+    demo model that is shipped. `options` are the fields of EngineSettings. Raises ModelError.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        mmproj: str | Path | None = None,
+        *,
+        media: MediaSettings | None = None,
+        **options: Any,
+    ) -> None:
+        self._media = media or MediaSettings(fetch=True)
+        self._runtime: Runtime = open_runtime(model, mmproj, checked(EngineSettings, options))
+
+    @property
+    def info(self) -> ModelInfo:
+        """Names of the loaded pair."""
+        return self._runtime.engine.info
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether this is the shipped demo model, which knows drawn scenes only."""
+        return self._runtime.is_demo
+
+    @property
+    def load_ms(self) -> float:
+        """Milliseconds that loading took."""
+        return self._runtime.engine.load_ms
+
+    def picture(self, source: object) -> Picture:
+        """Read and check a picture: path, address, bytes, PIL image or array. Raises BadPicture or FetchFailed."""
+        return load_picture(source, self._media)
+
+    def ask(
+        self, pictures: object | Sequence[object], question: str, *, system: str | None = None, **params: Any
+    ) -> Answer:
+        """Ask one question about one picture, or about several together, and wait for the whole answer.
+
+        `params` are the fields of SamplingParams. Raises BadInput, EngineError.
+        """
+        sources = pictures if isinstance(pictures, (list, tuple)) else [pictures]
+        loaded = [self.picture(source) for source in sources]
+        return self.submit(question_about(loaded, question, system), **params).result()
+
+    def submit(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        load_ms: float = 0.0,
+        **params: Any,
+    ) -> AnswerStream:
+        """Ask with a whole conversation, and read the answer as it comes. Raises BadInput, EngineError."""
+        sampling = checked(SamplingParams, params)
+        prompt = self._runtime.prompts.build(messages, tools=tools, thinking=sampling.thinking)
+        return self._runtime.engine.submit(prompt, sampling, load_ms=load_ms)
+
+    def placement(self) -> Placement:
+        """Prove where encoder and language model run, by running each once."""
+        return self._runtime.engine.placement()
+
+    def close(self) -> None:
+        """Free everything; twice does no harm."""
+        self._runtime.close()
+
+    def __enter__(self) -> Opsin:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def ask(pictures: object | Sequence[object], question: str, **params: Any) -> Answer:
+    """Open the default model, ask once, close it. For more than one question keep an `Opsin`."""
+    with Opsin() as opsin:
+        return opsin.ask(pictures, question, **params)
+
+
+def question_about(pictures: Sequence[Picture], question: str, system: str | None = None) -> list[Message]:
+    """The usual conversation: an optional system message, then pictures and question in one turn."""
+    if not question.strip():
+        raise BadParameter("The question is empty: ask something.")
+    messages = [Message(role="system", content=system)] if system else []
+    messages.append(Message(role="user", content=[*pictures, question]))
+    return messages
+
+
+def checked(model: Any, values: dict[str, Any]) -> Any:
+    """A settings value, with pydantic's findings as one sentence. Raises BadParameter."""
+    from pydantic import ValidationError
+
+    try:
+        return model(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"]) or "options"
+        if first["type"] == "extra_forbidden":
+            raise BadParameter(
+                f"There is no option {name!r}: known ones are {', '.join(model.model_fields)}."
+            ) from None
+        raise BadParameter(f"{name}: {first['msg']} (given: {first['input']!r}).") from None

@@ -1,0 +1,240 @@
+"""`opsin ask PICTURE… QUESTION`: the answer as it comes, then where the time went."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from opsin.cli import options as o
+from opsin.cli.console import Printer, Working, say
+from opsin.core.answer import Finished, Progress, TextDelta
+from opsin.core.errors import BadInput, BadParameter
+
+if TYPE_CHECKING:
+    from opsin.api import Opsin
+    from opsin.core.answer import Answer
+    from opsin.core.picture import Picture
+
+PICTURE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".heic", ".heif", ".bmp", ".tif", ".tiff", ".gif"}
+
+
+def ask(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(metavar="PICTURE… QUESTION", help="files, folders, addresses, or - for standard input"),
+    ],
+    *,
+    together: Annotated[bool, typer.Option("--together", help="ask once about all pictures")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object a picture, one a line")] = False,
+    json_schema: Annotated[str | None, typer.Option("--json-schema", help="a file; the answer will fit it")] = None,
+    model: o.Model = None,
+    mmproj: o.Mmproj = None,
+    ctx: o.Ctx = None,
+    gpu_layers: o.GpuLayers = None,
+    device: o.Device = None,
+    mmproj_device: o.MmprojDevice = None,
+    threads: o.Threads = None,
+    threads_batch: o.ThreadsBatch = None,
+    kv_type: o.KvType = None,
+    image_max_tokens: o.ImageMax = None,
+    image_min_tokens: o.ImageMin = None,
+    profile: o.Profile = None,
+    max_tokens: o.MaxTokens = None,
+    max_seconds: o.MaxSeconds = None,
+    temperature: o.Temperature = None,
+    seed: o.Seed = None,
+    guard: o.UseGuard = True,
+    thinking: o.Thinking = None,
+    system: o.System = None,
+    verbose: o.Verbose = False,
+) -> None:
+    """Ask one question about each picture (or about all of them together)."""
+    *sources, question = arguments
+    groups = _groups(_expand(sources, question), together=together)
+    params = o.given(
+        max_tokens=max_tokens,
+        max_seconds=max_seconds,
+        temperature=temperature,
+        seed=seed,
+        thinking=thinking,
+        json_schema=_read_schema(json_schema),
+    )
+    engine = o.given(
+        ctx=ctx,
+        gpu_layers=gpu_layers,
+        device=device,
+        mmproj_device=mmproj_device,
+        threads=threads,
+        threads_batch=threads_batch,
+        kv_type=kv_type,
+        image_max_tokens=image_max_tokens,
+        image_min_tokens=image_min_tokens,
+        profile=profile,
+    )
+    with Working("loading the model") as working:
+        from opsin.api import Opsin
+
+        opsin = Opsin(model, mmproj, verbose=verbose, **engine)
+        with opsin:
+            working.stop()
+            notices(opsin)
+            asker = _Asker(opsin, question, system, {**params, "guard": guard}, as_json=as_json)
+            failed = asker.run(groups)
+    if failed:
+        raise typer.Exit(1)
+
+
+class _Asker:
+    """Asks about one group of pictures after another; one bad picture does not lose the others."""
+
+    def __init__(
+        self, opsin: Opsin, question: str, system: str | None, params: dict[str, Any], *, as_json: bool
+    ) -> None:
+        self._opsin = opsin
+        self._question = question
+        self._system = system
+        self._params = params
+        self._json = as_json
+        self._load_ms = opsin.load_ms
+
+    def run(self, groups: list[list[str]]) -> int:
+        """How many groups failed; a single one raises instead."""
+        failed = 0
+        for group in groups:
+            if len(groups) > 1 and not self._json:
+                say(f"── {', '.join(group)}")
+            try:
+                self._one(group)
+            except BadInput as error:
+                if len(groups) == 1:
+                    raise
+                failed += 1
+                say(f"opsin: {', '.join(group)}: {error}")
+        return failed
+
+    def _one(self, group: list[str]) -> None:
+        from opsin.api import question_about
+
+        with Working("reading the picture") as working:
+            pictures = [self._picture(source) for source in group]
+            messages = question_about(pictures, self._question, self._system)
+            stream = self._opsin.submit(messages, load_ms=self._load_ms, **self._params)
+            self._load_ms = 0.0
+            answer = follow(stream, working, quiet=self._json)
+        placement = self._opsin.placement()
+        if self._json:
+            row = {**_as_json(answer), "placement": placement.as_dict(), "model": self._opsin.info.as_dict()}
+            sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
+            sys.stdout.flush()
+            return
+        for note in (note for picture in pictures for note in picture.notes):
+            say(f"({note})")
+        show_limits(answer)
+        from rich.console import Console
+
+        from opsin.cli.timeline import timeline
+
+        console = Console(stderr=True)
+        console.print()
+        console.print(timeline(answer, placement))
+
+    def _picture(self, source: str) -> Picture:
+        return self._opsin.picture(sys.stdin.buffer.read() if source == "-" else source)
+
+
+def follow(stream: Iterable[object], working: Working, *, quiet: bool = False) -> Answer:
+    """Print an answer as it comes (or nothing, when `quiet`), and give it back whole."""
+    printer = Printer()
+    for event in stream:
+        if isinstance(event, Progress):
+            working.update(event.text)
+        elif isinstance(event, TextDelta) and not quiet:
+            working.stop()
+            printer.write(event.text, reasoning=event.reasoning)
+        elif isinstance(event, Finished):
+            if not quiet:
+                printer.end()
+            return event.answer
+    raise AssertionError("a stream ends with Finished or an error")
+
+
+def _expand(sources: list[str], question: str) -> list[str]:
+    """Folders become the pictures in them. Raises BadParameter."""
+    if not sources:
+        if Path(question).exists():
+            raise BadParameter(f'The question is missing: opsin ask {question} "What is this?"')
+        raise BadParameter(f'The picture is missing: opsin ask PICTURE "{question}"')
+    if sources.count("-") > 1:
+        raise BadParameter("Standard input can be read once: give - one time.")
+    return [path for source in sources for path in _pictures_in(source)]
+
+
+def _pictures_in(source: str) -> Iterator[str]:
+    folder = Path(source)
+    if source == "-" or "://" in source or source.startswith("data:") or not folder.is_dir():
+        yield source
+        return
+    found = sorted(str(p) for p in folder.iterdir() if p.suffix.lower() in PICTURE_ENDINGS and p.is_file())
+    if not found:
+        raise BadParameter(f"There is no picture in the folder {source}: it holds no file named like one.")
+    yield from found
+
+
+def _groups(sources: list[str], *, together: bool) -> list[list[str]]:
+    return [sources] if together else [[source] for source in sources]
+
+
+def _read_schema(path: str | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadParameter(f"The schema file {path} cannot be read: {error}.") from None
+
+
+def notices(opsin: Opsin) -> None:
+    """What the user should know before the first answer."""
+    from opsin.doctor.unused_gpu import unused_gpu_hint
+
+    if opsin.is_demo:
+        say("This is the demo model for drawn scenes; for photographs get a real one: opsin pull llava-1.5-7b")
+    hint = unused_gpu_hint()
+    if hint:
+        say(hint)
+
+
+def show_limits(answer: Answer) -> None:
+    """Say what cut an answer, and how to lift it."""
+    if answer.guard is not None:
+        say(f"(ended by the guard: {answer.guard.reason} at token {answer.guard.at_token}; --no-guard lets it go on)")
+    elif answer.limit == "tokens":
+        say(f"(cut after {answer.max_tokens} tokens; --max-tokens N lifts the limit)")
+    elif answer.limit == "seconds":
+        say("(cut by --max-seconds)")
+    elif answer.limit == "context":
+        say("(cut because the context is full; --ctx N makes it larger)")
+
+
+def _as_json(answer: Answer) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    images = [
+        {name: value for name, value in asdict(image).items() if name not in {"tiles", "cached"}}
+        for image in answer.images
+    ]
+    return {
+        "text": answer.text,
+        "reasoning": answer.reasoning,
+        "finish_reason": answer.finish_reason,
+        "usage": asdict(answer.usage),
+        "images": images,
+        "stages": answer.stages.as_dict(),
+        "timings": {name: round(value, 3) for name, value in asdict(answer.timings).items()},
+        "guard": None if answer.guard is None else asdict(answer.guard),
+    }

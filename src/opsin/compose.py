@@ -1,0 +1,72 @@
+"""Settings in, running engine out: the one file that joins `native` to `engine`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from opsin.core.settings import PROFILE_MAX_TOKENS, EngineSettings, Profile
+from opsin.engine import Engine
+from opsin.models import Pair, check_pair, resolve
+from opsin.native import NativeBackend, devices, open_backend
+from opsin.prompt import PromptBuilder, TemplateSource
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """An engine with its model loaded, and what writes prompts for that model."""
+
+    engine: Engine
+    prompts: PromptBuilder
+    is_demo: bool
+
+    def close(self) -> None:
+        """Free everything; twice does no harm."""
+        self.engine.close()
+
+
+def open_runtime(model: str | Path | None, mmproj: str | Path | None, settings: EngineSettings) -> Runtime:
+    """Find the pair, load it, and make ready to ask.
+
+    Raises ModelError when the pair cannot be used, BadParameter when a setting does not fit this machine.
+    """
+    pair = resolve(None if model is None else str(model), None if mmproj is None else str(mmproj))
+    if pair.mmproj is not None:
+        check_pair(pair.llm, pair.mmproj)
+    profile = settings.profile or default_profile()
+    settings = settings.model_copy(update={"model": pair.llm, "mmproj": pair.mmproj, "profile": profile})
+    opened: list[NativeBackend] = []
+
+    def open_native() -> NativeBackend:
+        opened.append(open_backend(settings))
+        return opened[0]
+
+    engine = Engine(open_native, parallel=settings.parallel, max_tokens=PROFILE_MAX_TOKENS[profile])
+    try:
+        prompts = PromptBuilder(template_source(opened[0], pair))
+    except BaseException:
+        engine.close()
+        raise
+    return Runtime(engine, prompts, pair.is_demo)
+
+
+def default_profile() -> Profile:
+    """Throughput where there is a CUDA device, interactive on Apple silicon and CPUs."""
+    return "throughput" if any(device.name.startswith("CUDA") for device in devices()) else "interactive"
+
+
+def template_source(backend: NativeBackend, pair: Pair) -> TemplateSource:
+    """What the prompt room needs to know of a loaded pair."""
+    metadata, info = backend.metadata, backend.info
+    heads = int(metadata.get(f"{info.architecture}.attention.head_count", "1") or 1)
+    kv_heads = int(metadata.get(f"{info.architecture}.attention.head_count_kv", str(heads)) or heads)
+    return TemplateSource(
+        template=backend.chat_template,
+        architecture=info.architecture,
+        name=f"{info.name} {pair.llm.name}",
+        projector=info.projector,
+        bos_token=backend.bos_text,
+        eos_token=backend.eos_text,
+        control_tokens=frozenset(backend.control_texts),
+        kv_groups=max(1, heads // max(1, kv_heads)),
+    )

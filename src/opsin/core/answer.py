@@ -1,0 +1,125 @@
+"""What a request gives back: events while it runs, and the whole answer at its end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from opsin.core.sampling import FinishReason
+from opsin.core.stages import Stages
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token, its bytes and its natural log probability before any sampler touched the logits."""
+
+    token: int
+    piece: bytes
+    logprob: float
+    top: tuple[tuple[int, bytes, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInfo:
+    """How one picture went in: its identity, its size, the size the encoder saw, and its tokens.
+
+    `tiles` counts the pieces the preprocessing cut it into (1 for LLaVA-1.5). `cached` is True when the encoder did
+    not have to run.
+    """
+
+    sha256: str
+    width: int
+    height: int
+    resized_width: int
+    resized_height: int
+    tokens: int
+    tiles: int = 1
+    cached: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts. `prompt_tokens` includes `image_tokens`; `cached_tokens` were found in the KV memory."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    image_tokens: int = 0
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """llama-server's `timings`, with exactly its names; times in milliseconds, rates in tokens a second."""
+
+    cache_n: int
+    prompt_n: int
+    prompt_ms: float
+    prompt_per_token_ms: float
+    prompt_per_second: float
+    predicted_n: int
+    predicted_ms: float
+    predicted_per_token_ms: float
+    predicted_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class GuardVerdict:
+    """Why the guard ended an answer, and after how many tokens."""
+
+    reason: Literal["cycle", "drift", "compression"]
+    at_token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One finished answer.
+
+    `limit` names what cut it when `finish_reason` is "length"; `max_tokens` is the limit that was in force.
+    """
+
+    text: str
+    reasoning: str | None
+    finish_reason: FinishReason
+    usage: Usage
+    stages: Stages
+    timings: Timings
+    images: tuple[ImageInfo, ...] = ()
+    guard: GuardVerdict | None = None
+    limit: Literal["tokens", "seconds", "context", "guard"] | None = None
+    logprobs: tuple[TokenLogprob, ...] = field(default=(), repr=False)
+    tokens: tuple[int, ...] = field(default=(), repr=False)
+    max_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A stage began; `text` is fit for a progress line."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The prompt is laid out: counts are known, the answer has not begun."""
+
+    images: tuple[ImageInfo, ...]
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """New text of the answer, or of its reasoning."""
+
+    text: str
+    reasoning: bool = False
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last event of every request that did not fail."""
+
+    answer: Answer
+
+
+Event = Progress | Started | TextDelta | Finished

@@ -1,0 +1,156 @@
+"""What the engine needs of a model runtime, and who may call what from where.
+
+Threads: `layout` may be called by any thread, also while the engine's thread computes. All else belongs to the one
+thread that owns the backend. The engine never sees a native type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opsin.core.answer import TokenLogprob
+from opsin.core.layout import ImageRun, Layout
+from opsin.core.model_info import ModelInfo
+from opsin.core.parts import Part
+from opsin.core.placement import Placement
+from opsin.core.sampling import SamplingParams
+
+Embedding = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class BackendLimits:
+    """Sizes that plans must keep to. `n_embd` is the width of an embedding row; all else counts tokens or sequences."""
+
+    n_ctx: int
+    n_batch: int
+    n_ubatch: int
+    n_seq_max: int
+    n_vocab: int
+    n_embd: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """One token of a batch: its position in its sequence, and whether its logits are wanted."""
+
+    token: int
+    pos: int
+    seq_id: int
+    logits: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingRows:
+    """A slice of a picture's embedding for one sequence.
+
+    `rows` is float32 [n, n_embd], contiguous. `positions` is int32 [4, n] (section-major) under M-RoPE, else [1, n],
+    absolute. With `logits` the last row's logits are kept. `causal` False asks for attention in both directions.
+    """
+
+    rows: Embedding
+    positions: NDArray[np.int32]
+    seq_id: int
+    logits: bool = False
+    causal: bool = True
+
+
+class Sampler(Protocol):
+    """Draws tokens for one request. Closed once, before the backend."""
+
+    def sample(self, row: int) -> int:
+        """Draw a token from the logits of batch row `row` of the last decode (-1: the last), and remember it."""
+        ...
+
+    def close(self) -> None:
+        """Free it; twice does no harm."""
+        ...
+
+
+class Backend(Protocol):
+    """A language model with its KV memory and, where the pair has one, a vision encoder.
+
+    Lifetime: samplers and layouts are closed before the backend. Positions are inclusive at the start, exclusive at
+    the end; -1 as an end means "to the last".
+    """
+
+    @property
+    def limits(self) -> BackendLimits:
+        """Sizes that plans must keep to."""
+        ...
+
+    @property
+    def info(self) -> ModelInfo:
+        """Names of the pair."""
+        ...
+
+    @property
+    def eog_tokens(self) -> frozenset[int]:
+        """Tokens that end a turn."""
+        ...
+
+    def layout(self, parts: Sequence[Part], *, add_bos: bool) -> Layout:
+        """Tokenise the text and preprocess the pictures. Any thread.
+
+        Raises BadPicture when the preprocessing refuses a picture, BadInput when the pair has no vision encoder.
+        """
+        ...
+
+    def encode(self, run: ImageRun, between: Callable[[], None] | None = None) -> Embedding:
+        """Run the vision encoder on one chunk; float32 [n_tokens, n_embd], owned by the caller.
+
+        `between` is called between layers of the encoder's graph; what it raises is raised here after the encode, and
+        the embedding is lost. Raises EncodeFailed.
+        """
+        ...
+
+    def decode(self, rows: Sequence[TokenRow] | EmbeddingRows) -> bool:
+        """Run one micro-batch, at most `n_ubatch` rows. It may return before the work is done: see `synchronize`.
+
+        False: there is no room in the KV memory, and nothing changed. Raises DecodeFailed.
+        """
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until all that was started is done; a stage ends after this."""
+        ...
+
+    def sampler(self, params: SamplingParams, seed: int) -> Sampler:
+        """A sampler for one request. Raises BadGrammar."""
+        ...
+
+    def logprobs(self, row: int, token: int, top: int) -> TokenLogprob:
+        """Log probabilities at batch row `row`, of the raw logits: the token's own, and the `top` most likely."""
+        ...
+
+    def piece(self, token: int) -> bytes:
+        """The bytes a token stands for; control tokens are empty."""
+        ...
+
+    def kv_remove(self, seq_id: int, start: int, end: int) -> bool:
+        """Forget positions [start, end) of a sequence; False when this kind of memory cannot forget a part."""
+        ...
+
+    def kv_copy(self, source: int, target: int, start: int, end: int) -> None:
+        """Let `target` share positions [start, end) of `source`."""
+        ...
+
+    def kv_last(self, seq_id: int) -> int:
+        """The last position held for a sequence, -1 when there is none."""
+        ...
+
+    def placement(self) -> Placement:
+        """Run one encode and one prefill of their own with the probe on, and say where they ran.
+
+        Apart from timed runs; it forgets the sequences it used.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free everything, children first; twice does no harm."""
+        ...

@@ -1,0 +1,80 @@
+"""A prompt as the model will read it: runs of tokens and runs of image embeddings, in order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opsin.core.answer import ImageInfo
+
+
+@dataclass(frozen=True, slots=True)
+class TextRun:
+    """Tokens that are decoded as tokens. Each takes one position."""
+
+    tokens: tuple[int, ...]
+
+    @property
+    def n_tokens(self) -> int:
+        """Cells of KV memory."""
+        return len(self.tokens)
+
+    @property
+    def n_pos(self) -> int:
+        """Positions, which the next run starts behind."""
+        return len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRun:
+    """One chunk of one picture: `n_tokens` embeddings of width `n_embd`.
+
+    `identity` names the embedding by content: pixels, chunk index, projector and preprocessing; equal identities have
+    equal embeddings. `n_pos` is less than `n_tokens` under M-RoPE, and `positions` then holds int32
+    [n_tokens, 4] offsets (t, y, x, 0) from the run's first position; it is None where positions just count up.
+    `causal` is False for families whose pictures attend in both directions: such a run goes in one micro-batch.
+    `handle` belongs to the backend and is alive until the layout is closed.
+    """
+
+    identity: str
+    picture: int
+    n_tokens: int
+    n_pos: int
+    causal: bool = True
+    positions: NDArray[np.int32] | None = field(default=None, repr=False, compare=False)
+    handle: Any = field(default=None, repr=False, compare=False)
+
+
+Run = TextRun | ImageRun
+
+
+@dataclass(slots=True)
+class Layout:
+    """All runs of a prompt. The owner closes it when the last picture was encoded, or the request ended.
+
+    `owned` is whatever must stay alive while `ImageRun.handle` is used; it has a `close()` of its own.
+    """
+
+    runs: tuple[Run, ...]
+    images: tuple[ImageInfo, ...]
+    preprocess_ms: float = 0.0
+    owned: Any = field(default=None, repr=False)
+
+    @property
+    def n_tokens(self) -> int:
+        """Cells of KV memory that the prompt takes."""
+        return sum(run.n_tokens for run in self.runs)
+
+    @property
+    def n_image_tokens(self) -> int:
+        """Cells that image embeddings take."""
+        return sum(run.n_tokens for run in self.runs if isinstance(run, ImageRun))
+
+    def close(self) -> None:
+        """Give the backend's handles back; twice does no harm."""
+        owned, self.owned = self.owned, None
+        if owned is not None:
+            owned.close()

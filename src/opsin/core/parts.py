@@ -1,0 +1,51 @@
+"""A prompt in order: stretches of text and pictures, ready to be laid out as tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opsin.core.picture import Picture
+
+
+@dataclass(frozen=True, slots=True)
+class TextPart:
+    """A stretch of text between pictures.
+
+    With `special` the names of control tokens in it become those tokens (the template wrote them); without it they
+    are plain text (a user wrote them).
+    """
+
+    text: str
+    special: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class PicturePart:
+    """The place of one picture."""
+
+    picture: Picture
+
+
+Part = TextPart | PicturePart
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What the template made of the messages.
+
+    `add_bos` says whether the tokenizer shall put its own begin token in front (False when the template wrote it).
+    `thinking` is True when the rendered prompt ends inside an open reasoning block, so that the answer starts with
+    reasoning; `reasoning_tags` are the strings that open and close such a block, None for models that do not think.
+    `stop` are strings at which the template's turn ends.
+    """
+
+    parts: tuple[Part, ...]
+    add_bos: bool = True
+    thinking: bool = False
+    reasoning_tags: tuple[str, str] | None = None
+    stop: tuple[str, ...] = ()
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """The pictures, in the order of their places."""
+        return tuple(part.picture for part in self.parts if isinstance(part, PicturePart))

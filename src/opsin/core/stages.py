@@ -1,0 +1,49 @@
+"""Where the milliseconds of one request went: the names of the stages and the frozen account."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class Stage(enum.Enum):
+    """The stages of one request; their wall intervals are disjoint and add up to the total."""
+
+    QUEUE = "queue"
+    LOAD = "load"
+    FETCH = "fetch"
+    IMAGE_DECODE = "image_decode"
+    PREPROCESS = "preprocess"
+    ENCODE = "encode"
+    IMAGE_PREFILL = "image_prefill"
+    TEXT_PREFILL = "text_prefill"
+    SAMPLE = "sample"
+    DECODE = "decode"
+    DETOKENIZE = "detokenize"
+    OTHER = "other"
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """Milliseconds by stage. `other_ms` is what no stage claimed; `total_ms` is the wall time from first to last.
+
+    `load_ms` lies outside a request that finds its model loaded, and is then 0.
+    """
+
+    queue_ms: float = 0.0
+    load_ms: float = 0.0
+    fetch_ms: float = 0.0
+    image_decode_ms: float = 0.0
+    preprocess_ms: float = 0.0
+    encode_ms: float = 0.0
+    image_prefill_ms: float = 0.0
+    text_prefill_ms: float = 0.0
+    sample_ms: float = 0.0
+    decode_ms: float = 0.0
+    detokenize_ms: float = 0.0
+    other_ms: float = 0.0
+    total_ms: float = 0.0
+
+    def as_dict(self) -> dict[str, float]:
+        """The account as plain numbers in milliseconds, rounded to the microsecond."""
+        return {name: round(getattr(self, name), 3) for name in self.__dataclass_fields__}

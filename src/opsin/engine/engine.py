@@ -1,0 +1,156 @@
+"""The façade: submit a prompt, read a stream of events."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from opsin.core.answer import Started
+from opsin.core.backend import Backend, BackendLimits
+from opsin.core.errors import ContextOverflow, EngineClosed, OpsinError
+from opsin.core.model_info import ModelInfo
+from opsin.core.parts import Prompt
+from opsin.core.placement import Placement
+from opsin.core.sampling import SamplingParams
+from opsin.core.stages import Stage
+from opsin.engine.clock import StageClock
+from opsin.engine.guard import Guard
+from opsin.engine.loop import Loop
+from opsin.engine.output import Output
+from opsin.engine.reasoning import ReasoningSplitter
+from opsin.engine.request import AnswerStream, Request
+from opsin.engine.sequence import Sequence
+
+LAYOUT_WORKERS = 2
+
+
+class Engine:
+    """A running model. Opening it loads the model; it is closed once, or used in a `with` block.
+
+    Tokenising and preprocessing happen in `LAYOUT_WORKERS` threads of its own, all else in one thread that owns the
+    backend. Raises what `open_backend` raises.
+    """
+
+    def __init__(
+        self,
+        open_backend: Callable[[], Backend],
+        *,
+        parallel: int = 1,
+        max_tokens: int = 1024,
+        now: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        started = now()
+        self._now = now
+        self._max_tokens = max_tokens
+        self._loop = Loop(open_backend, parallel, now)
+        self._backend = self._loop.start()
+        self._workers = ThreadPoolExecutor(LAYOUT_WORKERS, thread_name_prefix="opsin-layout")
+        self.load_ms = (now() - started) * 1e3
+
+    @property
+    def info(self) -> ModelInfo:
+        """Names of the loaded pair."""
+        return self._backend.info
+
+    @property
+    def limits(self) -> BackendLimits:
+        """Sizes of the loaded pair."""
+        return self._backend.limits
+
+    @property
+    def error(self) -> OpsinError | None:
+        """Why nothing can be asked any more; None while the engine lives."""
+        return self._loop.error
+
+    def submit(self, prompt: Prompt, params: SamplingParams | None = None, *, load_ms: float = 0.0) -> AnswerStream:
+        """Ask. Never blocks; the stream raises what goes wrong from here on.
+
+        `load_ms` is the loading time to be shown in this answer's account. Raises EngineClosed or EngineDied.
+        """
+        if self._loop.error is not None:
+            raise self._loop.error
+        params = params or SamplingParams()
+        request = Request(
+            prompt=prompt,
+            params=params,
+            max_tokens=params.max_tokens or self._max_tokens,
+            seed=secrets.randbits(31) if params.seed is None else params.seed,
+            deadline=None if params.max_seconds is None else self._now() + params.max_seconds,
+        )
+        clock = StageClock(self._now)
+        clock.add(Stage.LOAD, load_ms)
+        for picture in prompt.pictures:
+            clock.add(Stage.FETCH, picture.fetch_ms)
+            clock.add(Stage.IMAGE_DECODE, picture.decode_ms)
+        clock.start()
+        clock.switch(Stage.QUEUE)
+        stream = AnswerStream(self._loop.wake)
+        try:
+            self._workers.submit(self._prepare, request, stream, clock)
+        except RuntimeError as error:
+            raise EngineClosed("The engine is closed: open a new one.") from error
+        return stream
+
+    def placement(self) -> Placement:
+        """Prove where encoder and language model run, by running them once; not while answers are timed."""
+        return self._loop.call(lambda backend: backend.placement()).result()
+
+    def close(self) -> None:
+        """End everything: running answers fail with EngineClosed. Twice does no harm."""
+        self._workers.shutdown(wait=True, cancel_futures=True)
+        self._loop.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _prepare(self, request: Request, stream: AnswerStream, clock: StageClock) -> None:
+        """In a worker: lay the prompt out, and hand the sequence to the engine's thread."""
+        layout = None
+        try:
+            with clock.stage(Stage.PREPROCESS):
+                layout = self._backend.layout(request.prompt.parts, add_bos=request.prompt.add_bos)
+            _check_fit(layout.n_tokens, layout.n_image_tokens, self._backend.limits.n_ctx)
+            stream.deliver(Started(layout.images, layout.n_tokens))
+            sequence = Sequence(
+                request=request,
+                stream=stream,
+                clock=clock,
+                output=_output(request),
+                layout=layout,
+                images=list(layout.images),
+            )
+            self._loop.put(sequence)
+        except BaseException as error:  # noqa: BLE001 - whoever reads the stream gets it, a worker has no other reader
+            if layout is not None:
+                layout.close()
+            stream.fail(error)
+
+
+def _output(request: Request) -> Output:
+    prompt, params = request.prompt, request.params
+    splitter = None
+    if prompt.reasoning_tags is not None:
+        opening, closing = prompt.reasoning_tags
+        splitter = ReasoningSplitter(opening, closing, starts_inside=prompt.thinking)
+    return Output(
+        stop=(*params.stop, *prompt.stop),
+        splitter=splitter,
+        guard=Guard() if params.guard else None,
+    )
+
+
+def _check_fit(n_tokens: int, n_image_tokens: int, n_ctx: int) -> None:
+    """A prompt needs its cells and one more for the first new token."""
+    if n_tokens == 0:
+        raise ContextOverflow("The prompt is empty: ask a question.")
+    if n_tokens >= n_ctx:
+        pictures = f", {n_image_tokens} of them for pictures" if n_image_tokens else ""
+        raise ContextOverflow(
+            f"The prompt takes {n_tokens} tokens{pictures}, and the context holds {n_ctx}: "
+            "ask for a larger one (--ctx), or for fewer or smaller pictures."
+        )

@@ -1,0 +1,137 @@
+"""What a caller hands in, and the stream handed back."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+
+from opsin.core.answer import Answer, Event, Finished
+from opsin.core.errors import Cancelled
+from opsin.core.parts import Prompt
+from opsin.core.sampling import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One question. `max_tokens` is the limit in force, `deadline` its end in seconds of the engine's clock."""
+
+    prompt: Prompt
+    params: SamplingParams
+    max_tokens: int
+    seed: int
+    deadline: float | None = None
+
+
+@dataclass(slots=True)
+class AnswerStream:
+    """The events of one answer, read by one reader: `for` in plain code, `async for` on an event loop.
+
+    Delivery never blocks the engine. The stream ends after `Finished`, or raises the request's error.
+    """
+
+    on_cancel: Callable[[], None]
+    cancelled: bool = False
+    _events: deque[Event] = field(default_factory=deque)
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+    _error: BaseException | None = None
+    _done: bool = False
+    _wake: Callable[[], object] | None = None
+
+    def deliver(self, event: Event) -> None:
+        """Hand one event over; called by the engine."""
+        with self._changed:
+            if self._done:
+                return
+            self._events.append(event)
+            self._done = isinstance(event, Finished)
+            self._notify()
+
+    def fail(self, error: BaseException) -> None:
+        """End the stream with an error; the first end counts."""
+        with self._changed:
+            if self._done:
+                return
+            self._error = error
+            self._done = True
+            self._notify()
+
+    def cancel(self) -> None:
+        """Go away: the engine frees the sequence within one step."""
+        self.cancelled = True
+        self.fail(Cancelled("The answer was cancelled."))
+        self.on_cancel()
+
+    @property
+    def done(self) -> bool:
+        """True once the last event or the error is in."""
+        return self._done
+
+    def _notify(self) -> None:
+        self._changed.notify_all()
+        if self._wake is not None:
+            self._wake()
+
+    def _take(self) -> Event | None:
+        """The next event, None when there is none yet; raises the error, or StopIteration at the end."""
+        if self._events:
+            return self._events.popleft()
+        if self._error is not None:
+            raise self._error
+        if self._done:
+            raise StopIteration
+        return None
+
+    def __iter__(self) -> Iterator[Event]:
+        """Events as they come, waiting in this thread."""
+        while True:
+            with self._changed:
+                while not self._events and not self._done:
+                    self._changed.wait()
+                try:
+                    event = self._take()
+                except StopIteration:
+                    return
+            if event is not None:
+                yield event
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        """Events as they come, without blocking the running loop; leaving early cancels."""
+        loop = asyncio.get_running_loop()
+        ready = asyncio.Event()
+        with self._changed:
+            self._wake = lambda: loop.call_soon_threadsafe(ready.set)
+        try:
+            while True:
+                ready.clear()
+                with self._changed:
+                    try:
+                        event = self._take()
+                    except StopIteration:
+                        return
+                if event is None:
+                    await ready.wait()
+                else:
+                    yield event
+        finally:
+            with self._changed:
+                self._wake = None
+                finished = self._done
+            if not finished:
+                self.cancel()
+
+    def result(self) -> Answer:
+        """Wait for the whole answer. Raises the request's error."""
+        for event in self:
+            if isinstance(event, Finished):
+                return event.answer
+        raise Cancelled("The answer was already read.")
+
+    async def answer(self) -> Answer:
+        """Wait for the whole answer without blocking the loop. Raises the request's error."""
+        async for event in self:
+            if isinstance(event, Finished):
+                return event.answer
+        raise Cancelled("The answer was already read.")

@@ -1,0 +1,89 @@
+"""Bytes from where the caller keeps them: a file, or a `data:` address."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import errno
+import os
+import stat
+from typing import TYPE_CHECKING
+from urllib.parse import unquote_to_bytes
+
+from opsin.core.errors import BadPicture, PictureTooLarge
+from opsin.media.words import check_bytes, show
+
+if TYPE_CHECKING:
+    from opsin.core.settings import MediaSettings
+
+_REASONS = {
+    errno.ENOENT: "There is no file {name}; check the path.",
+    errno.ENOTDIR: "There is no file {name}; check the path.",
+    errno.EACCES: "{name} may not be read by this user; change its permissions.",
+    errno.EPERM: "{name} may not be read by this user; change its permissions.",
+    errno.ENAMETOOLONG: "The path {name} is too long to be a file's; check what was given as the picture.",
+    errno.ELOOP: "{name} is a link that leads back to itself; give the file itself.",
+    errno.EISDIR: "{name} is a folder, not a picture; give a file in it.",
+}
+
+
+def read_file(path: str | os.PathLike[str], settings: MediaSettings) -> bytes:
+    """Read a picture file, or a pipe, up to the limit on bytes; its size is looked at before its contents.
+
+    Raises BadPicture when there is no such file, or it is a folder, a device or unreadable; PictureTooLarge.
+    """
+    name = show(path)
+    try:
+        if stat.S_ISDIR(mode := os.stat(path).st_mode):  # noqa: PTH116 - a str must not be normalised by Path
+            raise IsADirectoryError(errno.EISDIR, "folder")
+        if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+            raise BadPicture(f"{name} is a device, not a file; give a picture file.")
+        with open(path, "rb") as file:  # noqa: PTH123
+            # asked of the open file: the path may lead elsewhere by now
+            info = os.fstat(file.fileno())
+            if stat.S_ISREG(info.st_mode):
+                check_bytes(info.st_size, name, settings)
+            data = file.read(settings.max_bytes + 1)
+    except ValueError:
+        raise BadPicture(f"The path {name} holds a character that no path can; check it.") from None
+    except OSError as error:
+        sentence = _REASONS.get(error.errno or 0, "{name} cannot be read ({why}); check the file and its disk.")
+        why = show(error.strerror or type(error).__name__)
+        raise BadPicture(sentence.format(name=name, why=why)) from error
+    check_bytes(len(data), name, settings)
+    return data
+
+
+def read_data_url(url: str, settings: MediaSettings) -> bytes:
+    """Read the bytes in a `data:` address (RFC 2397), base64 or percent-encoded; its media type is not believed.
+
+    Padding may be missing and spaces may stand between, as browsers allow. Raises BadPicture, PictureTooLarge.
+    """
+    head, comma, body = url[len("data:") :].partition(",")
+    if not comma:
+        raise BadPicture("The data: address has no comma, so no contents; write data:image/png;base64,… instead.")
+    if not head.rstrip().lower().endswith(";base64"):
+        if len(body) > 3 * settings.max_bytes:
+            raise _too_large(settings)
+        data = unquote_to_bytes(body)
+        check_bytes(len(data), "The data: address", settings)
+        return data
+    # no more than whitespace and percent signs can shrink it further, and those only by a factor of three
+    if len(body) > 4 * settings.max_bytes + 1024:
+        raise _too_large(settings)
+    packed = b"".join((unquote_to_bytes(body) if "%" in body else body.encode("utf-8", "replace")).split())
+    if len(packed) * 3 // 4 > settings.max_bytes + 2:
+        raise _too_large(settings)
+    packed = packed.rstrip(b"=")
+    try:
+        data = base64.b64decode(packed + b"=" * (-len(packed) % 4), validate=True)
+    except binascii.Error:
+        raise BadPicture("The data: address holds damaged base64; encode the picture's bytes again.") from None
+    check_bytes(len(data), "The data: address", settings)
+    return data
+
+
+def _too_large(settings: MediaSettings) -> PictureTooLarge:
+    return PictureTooLarge(
+        f"The data: address holds more than the {settings.max_bytes:,} bytes a picture may have; save it smaller first."
+    )

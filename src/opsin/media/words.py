@@ -1,0 +1,49 @@
+"""How this room speaks: names of sources made fit for one line, and the limits on size as sentences."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from opsin.core.errors import BadPicture, PictureTooLarge
+
+if TYPE_CHECKING:
+    from opsin.core.settings import MediaSettings
+
+logger = logging.getLogger("opsin.media")
+
+SUPPORTED = "PNG, JPEG, WebP, AVIF, HEIC, BMP, TIFF and GIF are read"
+_LONGEST_NAME = 160
+
+
+def show(name: object) -> str:
+    """`name` on one line: what cannot be printed becomes "?", and the middle of a long name is left out."""
+    text = "".join(char if char.isprintable() else "?" for char in str(name)[: 10 * _LONGEST_NAME])
+    half = _LONGEST_NAME // 2
+    return text if len(text) <= _LONGEST_NAME else f"{text[:half]}…{text[-half:]}"
+
+
+def check_bytes(size: int, name: str, settings: MediaSettings) -> None:
+    """Raise PictureTooLarge when `size` bytes are more than the settings allow, BadPicture when there are none."""
+    if size > settings.max_bytes:
+        raise PictureTooLarge(
+            f"{name} is larger than the {settings.max_bytes:,} bytes a picture file may have; save it smaller first."
+        )
+    if size == 0:
+        raise BadPicture(f"{name} is empty (0 bytes); give a file that holds a picture.")
+
+
+def check_size(width: int, height: int, name: str, settings: MediaSettings) -> None:
+    """Raise PictureTooLarge or BadPicture unless `width` by `height` pixels are within the settings' limits."""
+    if width < 1 or height < 1:
+        raise BadPicture(f"{name} claims a size of {width} by {height} pixels; give a picture that has pixels.")
+    if width * height > settings.max_pixels:
+        raise PictureTooLarge(
+            f"{name} has {width:,} by {height:,} pixels, and at most {settings.max_pixels:,} in all are read; "
+            "scale it down first."
+        )
+    if max(width, height) > settings.max_edge:
+        raise PictureTooLarge(
+            f"{name} has {width:,} by {height:,} pixels, and an edge may have at most {settings.max_edge:,}; "
+            "scale it down first."
+        )

@@ -1,0 +1,98 @@
+"""Which projector belongs to which language model, judged by what the files say of themselves."""
+
+from __future__ import annotations
+
+from difflib import SequenceMatcher
+from typing import TYPE_CHECKING
+
+from opsin.core.errors import ModelError, ModelUnreadable, PairMismatch
+from opsin.models.gguf_info import GgufInfo, read_info
+from opsin.models.naming import best_projectors, is_projector, stem
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def check_pair(llm: Path, mmproj: Path, *, encoder_on_cpu: bool = True) -> tuple[GgufInfo, GgufInfo]:
+    """Read both files and make sure that they belong together; gives back what they say.
+
+    `encoder_on_cpu` also refuses what only a GPU can run. Raises ModelNotFound and ModelUnreadable (see `read_info`),
+    and PairMismatch with the file beside it that would fit.
+    """
+    text, vision = read_info(llm), read_info(mmproj)
+    if text.is_projector and not vision.is_projector:
+        raise PairMismatch(
+            f"{llm.name} is the projector and {mmproj.name} the language model: swap --model and --mmproj"
+        )
+    if text.is_projector:
+        raise PairMismatch(f"{llm.name} is a projector, not a language model: give the language model as --model")
+    if not vision.is_projector:
+        raise PairMismatch(f"{mmproj.name} is a language model, not a projector{_fitting(text, mmproj)}")
+    if not vision.has_vision:
+        raise PairMismatch(f"{mmproj.name} has no vision encoder, it cannot see pictures{_fitting(text, mmproj)}")
+    if not _fits(text, vision):
+        raise PairMismatch(
+            f"{mmproj.name} hands over {vision.projector_width} values a token and {llm.name} takes in {text.width}:"
+            f" they do not belong together{_fitting(text, mmproj)}"
+        )
+    if encoder_on_cpu and vision.is_all_f32 and vision.projector == "mlp":
+        # llama.cpp may end the process on these, so nobody gets to find out.
+        raise ModelUnreadable(
+            f"{mmproj.name} is all f32, which llama.cpp cannot run on the CPU: use an f16 or q8_0 file of the same"
+            f" projector{_fitting(text, mmproj)}"
+        )
+    return text, vision
+
+
+def find_projector(llm: Path) -> Path | None:
+    """The projector in a language model's folder: one whose width fits, then the likest name, then llama.cpp's rule.
+
+    None when the folder has none. Raises PairMismatch when it has some and none fits, and `read_info`'s errors for
+    the language model itself.
+    """
+    names = sorted(path.name for path in llm.parent.iterdir() if is_projector(path.name))
+    if not names:
+        return None
+    text = read_info(llm)
+    if text.is_projector:
+        raise PairMismatch(f"{llm.name} is a projector, not a language model: give the language model as --model")
+    ranked = sorted(best_projectors(names, llm.name), key=lambda name: -_likeness(llm.name, name))
+    for name in ranked:
+        if _could_fit(text, llm.with_name(name)):
+            return llm.with_name(name)
+    check_pair(llm, llm.with_name(ranked[0]), encoder_on_cpu=False)
+    raise PairMismatch(f"no projector beside {llm.name} fits it")  # pragma: no cover  # check_pair has raised
+
+
+def _fits(text: GgufInfo, vision: GgufInfo) -> bool:
+    return None in {text.width, vision.projector_width} or text.width == vision.projector_width
+
+
+def _could_fit(text: GgufInfo, projector: Path) -> bool:
+    try:
+        vision = read_info(projector)
+    except ModelError:  # a damaged neighbour is no reason to refuse a good one
+        return False
+    return vision.is_projector and vision.has_vision and _fits(text, vision)
+
+
+def _likeness(model: str, projector: str) -> int:
+    """Characters of the longest stretch both names share, tags left out."""
+    match = SequenceMatcher(None, stem(model), stem(projector), autojunk=False).find_longest_match()
+    return int(match.size)
+
+
+def _fitting(text: GgufInfo, refused: Path) -> str:
+    """The end of a sentence: which files beside the model would fit, or how to get one."""
+    folder = text.path.parent
+    names = [
+        path.name
+        for path in sorted(folder.iterdir())
+        if is_projector(path.name)
+        and path.resolve() != refused.resolve()
+        and _could_fit(text, path)
+        and not read_info(path).is_all_f32
+    ]
+    if names:
+        return f"; {' or '.join(names[:3])} beside the model would fit"
+    return "; take the projector (mmproj-….gguf) from the place the model came from"

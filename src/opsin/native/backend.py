@@ -1,0 +1,218 @@
+"""`core.backend.Backend` on llama.cpp: model, context and vision encoder behind one door."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from opsin.core.errors import BadInput, BadParameter, EngineError, ModelNotFound
+from opsin.core.model_info import ModelInfo
+from opsin.core.parts import TextPart
+from opsin.native import logs
+from opsin.native.context import Context
+from opsin.native.grammar import compile_grammar, compile_schema
+from opsin.native.layout import Stretches, lay_out, lay_out_text
+from opsin.native.logprobs import token_logprob
+from opsin.native.model import Model
+from opsin.native.sampler import NativeSampler
+from opsin.native.vision import Encoder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from opsin.core.answer import TokenLogprob
+    from opsin.core.backend import BackendLimits, Embedding, EmbeddingRows, TokenRow
+    from opsin.core.layout import ImageRun, Layout
+    from opsin.core.parts import Part
+    from opsin.core.placement import Placement
+    from opsin.core.sampling import SamplingParams
+    from opsin.core.settings import EngineSettings
+
+
+class NativeBackend:
+    """A loaded pair. `layout`, `piece` and the properties may be used by any thread, all else by one at a time.
+
+    Two threads inside at once would corrupt native memory, so the second is refused with an EngineError.
+    """
+
+    def __init__(self, settings: EngineSettings, model: Model, context: Context, encoder: Encoder | None) -> None:
+        self.settings = settings
+        self._model = model
+        self._context = context
+        self._encoder = encoder
+        self._stretches = Stretches(model)
+        self._inside: int | None = None
+        self._entering = threading.Lock()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the backend for this thread; a thread may come in again (a decode between two layers of an encode)."""
+        me = threading.get_ident()
+        with self._entering:
+            before = self._inside
+            if before not in {None, me}:
+                raise EngineError("Two threads use one backend at the same time: only the engine's thread may.")
+            self._inside = me
+        try:
+            yield
+        finally:
+            self._inside = before
+
+    @property
+    def limits(self) -> BackendLimits:
+        """Sizes that plans must keep to."""
+        return self._context.limits
+
+    @property
+    def info(self) -> ModelInfo:
+        """Names of the pair."""
+        metadata, encoder = self._model.metadata, self._encoder
+        return ModelInfo(
+            name=metadata.get("general.name") or self._model.path.stem,
+            architecture=metadata.get("general.architecture", "unknown"),
+            projector=(encoder.file.kind or "unknown") if encoder is not None else None,
+            llm_file=self._model.path.name,
+            mmproj_file=encoder.path.name if encoder is not None else None,
+            quantisation=self._model.quantisation,
+        )
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Scalar metadata of the language model's file."""
+        return self._model.metadata
+
+    @property
+    def chat_template(self) -> str | None:
+        """The file's own chat template (Jinja), None when it ships none."""
+        return self._model.chat_template
+
+    @property
+    def bos_text(self) -> str:
+        """The text of the begin token, empty when there is none."""
+        return self._model.bos
+
+    @property
+    def eos_text(self) -> str:
+        """The text of the end token, empty when there is none."""
+        return self._model.eos
+
+    @property
+    def control_texts(self) -> tuple[str, ...]:
+        """Texts that special parsing turns into control tokens, longest first."""
+        return tuple(self._model.control_tokens)
+
+    @property
+    def eog_tokens(self) -> frozenset[int]:
+        """Tokens that end a turn."""
+        return self._model.eog_tokens
+
+    @property
+    def has_vision(self) -> bool:
+        """Whether pictures can be read."""
+        return self._encoder is not None
+
+    def layout(self, parts: Sequence[Part], *, add_bos: bool) -> Layout:
+        """Tokenise the text and preprocess the pictures. Any thread. Raises BadPicture, BadInput."""
+        texts = [part for part in parts if isinstance(part, TextPart)]
+        if len(texts) == len(parts):
+            return lay_out_text(self._model, self._stretches, texts, add_bos=add_bos)
+        if self._encoder is None:
+            raise BadInput("This model was loaded without a vision encoder: give its projector file with --mmproj.")
+        return lay_out(self._model, self._encoder, self._stretches, parts, add_bos=add_bos)
+
+    def encode(self, run: ImageRun, between: Callable[[], None] | None = None) -> Embedding:
+        """Run the vision encoder on one chunk; float32 [n_tokens, n_embd], owned by the caller. Raises EncodeFailed."""
+        with self._alone():
+            return self._vision().encode(run, between)
+
+    def encode_many(self, runs: Sequence[ImageRun]) -> list[Embedding]:
+        """Embeddings of several chunks, several at once where the family can. Raises EncodeFailed."""
+        with self._alone():
+            return self._vision().encode_many(runs)
+
+    def _vision(self) -> Encoder:
+        if self._encoder is None:
+            raise BadInput("This model was loaded without a vision encoder: give its projector file with --mmproj.")
+        return self._encoder
+
+    def decode(self, rows: Sequence[TokenRow] | EmbeddingRows) -> bool:
+        """Run one micro-batch; False when the KV memory has no room and nothing changed. Raises DecodeFailed."""
+        with self._alone():
+            return self._context.decode(rows)
+
+    def synchronize(self) -> None:
+        """Wait until all that was started is done; a stage ends after this."""
+        with self._alone():
+            self._context.synchronize()
+
+    def sampler(self, params: SamplingParams, seed: int) -> NativeSampler:
+        """A sampler for one request. Raises BadGrammar, BadParameter."""
+        with self._alone():
+            return NativeSampler(self._model, self._context, params, seed, grammar_of(params))
+
+    def logprobs(self, row: int, token: int, top: int) -> TokenLogprob:
+        """Log probabilities at batch row `row`, of the raw logits: the token's own, and the `top` most likely."""
+        with self._alone():
+            return token_logprob(self._context.logits(row), token, top, self._model.piece)
+
+    def piece(self, token: int) -> bytes:
+        """The bytes a token stands for; control tokens are empty."""
+        return self._model.piece(token)
+
+    def kv_remove(self, seq_id: int, start: int, end: int) -> bool:
+        """Forget positions [start, end) of a sequence; False when this kind of memory cannot forget a part."""
+        with self._alone():
+            return self._context.kv_remove(seq_id, start, end)
+
+    def kv_copy(self, source: int, target: int, start: int, end: int) -> None:
+        """Let `target` share positions [start, end) of `source`."""
+        with self._alone():
+            self._context.kv_copy(source, target, start, end)
+
+    def kv_last(self, seq_id: int) -> int:
+        """The last position held for a sequence, -1 when there is none."""
+        with self._alone():
+            return self._context.kv_last(seq_id)
+
+    def placement(self) -> Placement:
+        """Run one encode and one prefill of their own with the probe on, and say where they ran."""
+        from opsin.native.probe import probe_placement
+
+        with self._alone():
+            return probe_placement(self._model, self._encoder, self._stretches, self.settings)
+
+    def close(self) -> None:
+        """Free everything, children first; twice does no harm."""
+        with self._alone():
+            self._model.close()
+
+
+def grammar_of(params: SamplingParams) -> str | None:
+    """The GBNF that a request asks for, None without. Raises BadGrammar. Any thread: it may take a child process."""
+    if params.json_schema is not None:
+        return compile_schema(params.json_schema)
+    if params.grammar is not None:
+        return compile_grammar(params.grammar)
+    return None
+
+
+def open_backend(settings: EngineSettings) -> NativeBackend:
+    """Load a pair.
+
+    Raises NativeMismatch, ModelNotFound, ModelUnreadable, PairMismatch, ModelError or BadParameter. Whatever was
+    loaded before the failure is freed.
+    """
+    if settings.model is None:
+        raise ModelNotFound("No model was given: name one with --model.")
+    if settings.mmproj is None and (settings.image_max_tokens or settings.image_min_tokens):
+        raise BadParameter("Limits on image tokens need a vision encoder: give its projector with --mmproj.")
+    logs.show(settings.verbose)
+    model = Model(settings.model, settings)
+    try:
+        encoder = Encoder(model, settings.mmproj, settings) if settings.mmproj is not None else None
+        context = Context(model, settings)
+    except BaseException:
+        model.close()
+        raise
+    return NativeBackend(settings, model, context, encoder)

@@ -1,0 +1,66 @@
+"""Arrays of one micro-batch, made once and filled again for every decode.
+
+`llama_batch` is a struct of bare pointers: the arrays here must live as long as the call that reads them, and under
+M-RoPE an embedding has four positions, section after section, which the library's own `llama_batch_init` has no room
+for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from opsin.core.backend import EmbeddingRows, TokenRow
+
+
+class BatchArrays:
+    """Room for `capacity` rows with `n_pos` positions each (1, or 4 under M-RoPE)."""
+
+    def __init__(self, batch_type: Any, capacity: int, n_pos: int) -> None:
+        self.capacity = capacity
+        self.n_pos = n_pos
+        self._token = np.zeros(capacity, np.int32)
+        self._pos = np.zeros(capacity * n_pos, np.int32)
+        self._n_seq_id = np.ones(capacity, np.int32)
+        self._seq_id = np.zeros(capacity, np.int32)
+        self._logits = np.zeros(capacity, np.int8)
+        base, width = self._seq_id.ctypes.data, self._seq_id.itemsize
+        # Each row belongs to one sequence: its list of ids is one cell of _seq_id.
+        self._seq_ids = np.arange(base, base + capacity * width, width, dtype=np.uintp)
+        self._batch = batch_type()
+        fields = dict(batch_type._fields_)
+        self._set = {name: (lambda address, kind=kind: ctypes.cast(address, kind)) for name, kind in fields.items()}
+        self._batch.pos = self._set["pos"](self._pos.ctypes.data)
+        self._batch.n_seq_id = self._set["n_seq_id"](self._n_seq_id.ctypes.data)
+        self._batch.seq_id = self._set["seq_id"](self._seq_ids.ctypes.data)
+        self._batch.logits = self._set["logits"](self._logits.ctypes.data)
+        self._tokens_at = self._set["token"](self._token.ctypes.data)
+
+    def tokens(self, rows: Sequence[TokenRow]) -> Any:
+        """A `llama_batch` of tokens, valid until the next call."""
+        count = len(rows)
+        self._token[:count] = [row.token for row in rows]
+        self._pos[:count] = [row.pos for row in rows]
+        self._seq_id[:count] = [row.seq_id for row in rows]
+        self._logits[:count] = [row.logits for row in rows]
+        self._batch.n_tokens = count
+        self._batch.token = self._tokens_at
+        self._batch.embd = None
+        return self._batch
+
+    def embeddings(self, rows: EmbeddingRows) -> Any:
+        """A `llama_batch` of embeddings, valid until the next call and while `rows` is alive."""
+        count = len(rows.rows)
+        self._pos[: count * self.n_pos] = rows.positions.reshape(-1)
+        self._seq_id[:count] = rows.seq_id
+        self._logits[:count] = 0
+        self._logits[count - 1] = rows.logits
+        self._batch.n_tokens = count
+        self._batch.token = None
+        self._batch.embd = self._set["embd"](rows.rows.ctypes.data)
+        return self._batch

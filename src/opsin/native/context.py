@@ -1,0 +1,275 @@
+"""The KV memory and the computing of micro-batches on it.
+
+Many mistakes here are not errors in llama.cpp but the end of the process (an assertion in C). Each is checked before
+the call, and raises instead.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from opsin.core.backend import BackendLimits, EmbeddingRows
+from opsin.core.errors import BadParameter, DecodeFailed, ModelError
+from opsin.core.settings import CTX_PER_SEQUENCE
+from opsin.native import logs
+from opsin.native.batch import BatchArrays
+from opsin.native.handles import Owned
+from opsin.native.threads import physical_cores
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from opsin.core.backend import TokenRow
+    from opsin.core.settings import EngineSettings
+    from opsin.native.model import Model
+
+_KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}
+_KV_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
+_MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
+# With unified memory a sequence id costs nothing, so idle prefixes get ids of their own beside the running answers.
+_SPARE_SEQUENCES = 32
+_MIN_OUTPUTS = 64  # rows of one micro-batch that may have logits
+_KV_SHARE = 0.5  # of the free memory may go to KV memory when nobody gave a context size
+
+
+class Context:
+    """One llama_context. All of it belongs to one thread at a time."""
+
+    def __init__(self, model: Model, settings: EngineSettings, *, callback: Any = None, ctx: int | None = None) -> None:
+        llama = model.lib.llama
+        self._llama = llama
+        self._model = model
+        params = llama.llama_context_default_params()
+        params.n_ctx = ctx or settings.ctx or default_context(model, settings)
+        params.n_ubatch = params.n_batch = min(settings.ubatch, params.n_ctx)
+        params.n_seq_max = _sequences(model, settings, params.n_ubatch)
+        # Without it room is reserved for the logits of a whole micro-batch: 0.6 GB with a vocabulary of 150,000.
+        params.n_outputs_max = self._outputs_max = max(_MIN_OUTPUTS, params.n_seq_max)
+        params.n_threads = settings.threads or physical_cores()
+        params.n_threads_batch = settings.threads_batch or settings.threads or physical_cores()
+        params.type_k = params.type_v = _KV_TYPES[settings.kv_type]
+        params.flash_attn_type = -1 if settings.flash_attention is None else int(settings.flash_attention)
+        # A fork of a part of a sequence ends the process in any other layout.
+        params.kv_unified = True
+        # Sliding-window layers keep everything, so that prefixes stay whole.
+        params.swa_full = True
+        if callback is not None:
+            params.cb_eval = callback
+        mark = logs.SINK.mark()
+        pointer = llama.llama_init_from_model(model.pointer, params)
+        logs.SINK.raise_interrupt()
+        if not pointer:
+            raise ModelError(
+                f"llama.cpp cannot make a context of {params.n_ctx} tokens "
+                f"({logs.SINK.cause(mark) or 'probably not enough memory'}): give a smaller --ctx or another --kv-type."
+            )
+        self.handle = Owned("context", pointer, llama.llama_free, model.handle)
+        self._memory = llama.llama_get_memory(pointer)
+        self.limits = BackendLimits(
+            n_ctx=llama.llama_n_ctx(pointer),
+            n_batch=llama.llama_n_batch(pointer),
+            n_ubatch=llama.llama_n_ubatch(pointer),
+            n_seq_max=llama.llama_n_seq_max(pointer),
+            n_vocab=model.n_vocab,
+            n_embd=model.n_embd,
+        )
+        self._arrays = BatchArrays(llama.llama_batch, self.limits.n_ubatch, model.n_pos)
+        self._with_logits: frozenset[int] = frozenset()
+
+    @property
+    def pointer(self) -> int:
+        """The native context."""
+        return self.handle.pointer
+
+    def decode(self, rows: Sequence[TokenRow] | EmbeddingRows) -> bool:
+        """Run one micro-batch. False when the KV memory has no room, and nothing changed. Raises DecodeFailed."""
+        pointer = self.pointer
+        if isinstance(rows, EmbeddingRows):
+            self._check_embeddings(rows)
+            batch = self._arrays.embeddings(rows)
+            count = len(rows.rows)
+            with_logits = frozenset({count - 1} if rows.logits else ())
+            causal = rows.causal
+        else:
+            self._check_tokens(rows)
+            batch = self._arrays.tokens(rows)
+            with_logits = frozenset(index for index, row in enumerate(rows) if row.logits)
+            causal = True
+        mark = logs.SINK.mark()
+        if not causal:
+            self._llama.llama_set_causal_attn(pointer, False)
+        try:
+            code = self._llama.llama_decode(pointer, batch)
+        finally:
+            if not causal:
+                self._llama.llama_set_causal_attn(pointer, True)
+        if code == 0:
+            self._with_logits = with_logits
+            return True
+        if code == 1:
+            return False
+        self._with_logits = frozenset()
+        raise DecodeFailed(
+            f"The language model failed on a batch (llama_decode returned {code}"
+            + (f": {cause}" if (cause := logs.SINK.cause(mark)) else "")
+            + "): ask again, and with --verbose for llama.cpp's own log if it comes back."
+        )
+
+    def _check_tokens(self, rows: Sequence[TokenRow]) -> None:
+        self._check_count(len(rows))
+        last: dict[int, int] = {}
+        for row in rows:
+            if not 0 <= row.token < self.limits.n_vocab:
+                raise DecodeFailed(f"Token {row.token} is not in the vocabulary of {self.limits.n_vocab}.")
+            self._check_sequence(row.seq_id)
+            before = last.get(row.seq_id)
+            if before is None:
+                self._check_start(row.seq_id, row.pos, strictly=True)
+            elif row.pos != before + 1:
+                raise DecodeFailed(
+                    f"Positions of sequence {row.seq_id} jump from {before} to {row.pos} inside a batch: "
+                    "they must count up by one."
+                )
+            last[row.seq_id] = row.pos
+        wanted = sum(row.logits for row in rows)
+        if wanted > self._outputs_max:
+            raise DecodeFailed(f"{wanted} rows of a batch want logits, and {self._outputs_max} are the limit.")
+
+    def _check_embeddings(self, rows: EmbeddingRows) -> None:
+        data, positions = rows.rows, rows.positions
+        if data.ndim != 2 or data.shape[1] != self.limits.n_embd:
+            raise DecodeFailed(f"Embedding rows have the shape {data.shape}, but must be [n, {self.limits.n_embd}].")
+        if data.dtype != np.float32 or not data.flags.c_contiguous:
+            raise DecodeFailed("Embedding rows must be contiguous float32.")
+        count = len(data)
+        self._check_count(count, whole=not rows.causal)
+        if positions.shape != (self._model.n_pos, count):
+            raise DecodeFailed(f"Positions have the shape {positions.shape}, not ({self._model.n_pos}, {count}).")
+        if int(positions.min()) < 0:
+            raise DecodeFailed("A position is negative.")
+        self._check_sequence(rows.seq_id)
+        times = positions[0]
+        self._check_start(rows.seq_id, int(times.min()), strictly=self._model.n_pos == 1)
+        if self._model.n_pos == 1 and count > 1 and not bool(np.all(np.diff(times) == 1)):
+            raise DecodeFailed("Positions of an embedding must count up by one.")
+
+    def _check_count(self, count: int, *, whole: bool = False) -> None:
+        if count == 0:
+            raise DecodeFailed("A batch holds no rows.")
+        if count > self.limits.n_ubatch:
+            raise DecodeFailed(
+                f"A batch of {count} rows is larger than the micro-batch of {self.limits.n_ubatch}"
+                + (": this model reads a picture whole, so start with a larger --ubatch." if whole else ".")
+            )
+
+    def _check_sequence(self, seq_id: int) -> None:
+        if not 0 <= seq_id < self.limits.n_seq_max:
+            raise DecodeFailed(f"There is no sequence {seq_id}: ids go from 0 to {self.limits.n_seq_max - 1}.")
+
+    def _check_start(self, seq_id: int, pos: int, *, strictly: bool) -> None:
+        """Positions go on where the memory ends; under M-RoPE they may jump forward, and slices may share one."""
+        held = self.kv_last(seq_id)
+        reaches_back = held >= 0 and (pos <= held if strictly else pos < held)
+        wrong = pos != held + 1 if self._model.n_pos == 1 else reaches_back
+        if wrong or pos < 0:
+            raise DecodeFailed(f"Sequence {seq_id} holds positions up to {held}, so a batch cannot start at {pos}.")
+
+    def synchronize(self) -> None:
+        """Wait until all that was started is done."""
+        self._llama.llama_synchronize(self.pointer)
+
+    def logits(self, row: int) -> NDArray[np.float32]:
+        """The raw logits of a batch row of the last decode (-1: the last that has any), float32 [n_vocab].
+
+        A view of native memory, good until the next decode. Raises DecodeFailed when the row has none.
+        """
+        if not (row in self._with_logits or (row == -1 and self._with_logits)):
+            raise DecodeFailed(f"Row {row} of the last batch has no logits.")
+        address = self._llama.llama_get_logits_ith(self.pointer, row)
+        if not address:
+            raise DecodeFailed(f"llama.cpp gave no logits for row {row}.")
+        view: NDArray[np.float32] = np.ctypeslib.as_array(address, shape=(self.limits.n_vocab,))
+        # One comparison instead of a scan: max() is not-a-number as soon as one logit is. Sorting such logits is
+        # undefined in the native samplers.
+        if np.isnan(view.max()):
+            raise DecodeFailed(
+                "The language model computed a value that is not a number: "
+                "the file may be damaged, or try --flash-attention off."
+            )
+        return view
+
+    def kv_last(self, seq_id: int) -> int:
+        """The last position held for a sequence, -1 when there is none."""
+        self._check_sequence(seq_id)
+        self.handle.pointer  # noqa: B018 - the memory is part of the context: raises when that is closed
+        return int(self._llama.llama_memory_seq_pos_max(self._memory, seq_id))
+
+    def kv_remove(self, seq_id: int, start: int, end: int) -> bool:
+        """Forget positions [start, end); False when this memory cannot forget a part."""
+        self._check_sequence(seq_id)
+        self.handle.pointer  # noqa: B018 - as above
+        return bool(self._llama.llama_memory_seq_rm(self._memory, seq_id, start, end))
+
+    def kv_copy(self, source: int, target: int, start: int, end: int) -> None:
+        """Let `target` share positions [start, end) of `source`. Raises DecodeFailed for a part of a state."""
+        self._check_sequence(source)
+        self._check_sequence(target)
+        self.handle.pointer  # noqa: B018 - as above
+        if self._model.whole_states_only and (start > 0 or 0 <= end <= self.kv_last(source)):
+            raise DecodeFailed("This model keeps one state a sequence: a part of it cannot be copied.")
+        if source != target:
+            self._llama.llama_memory_seq_cp(self._memory, source, target, start, end)
+
+
+def _sequences(model: Model, settings: EngineSettings, n_ubatch: int) -> int:
+    """Sequence ids to ask for. A decode step of all of them must fit a micro-batch, else llama.cpp aborts."""
+    if settings.parallel > n_ubatch:
+        raise BadParameter(
+            f"{settings.parallel} answers at a time do not fit a micro-batch of {n_ubatch}: "
+            "give a smaller --parallel or a larger --ctx."
+        )
+    # A recurrent model keeps a whole state for each id: none to spare there.
+    spare = 0 if model.whole_states_only else _SPARE_SEQUENCES
+    return min(settings.parallel + spare, _MAX_SEQUENCES, n_ubatch)
+
+
+def default_context(model: Model, settings: EngineSettings) -> int:
+    """Tokens of context when nobody gave a number.
+
+    Each of the parallel sequences gets the trained length, at most 8,192; all together at most what half of the free
+    memory holds, by a simple estimate: two rows of head_dim * kv_heads values a layer and token. Models that share
+    or compress their cache need less than that.
+    """
+    llama, pointer = model.lib.llama, model.pointer
+    wanted = min(model.n_ctx_train or CTX_PER_SEQUENCE, CTX_PER_SEQUENCE) * settings.parallel
+    heads = max(1, llama.llama_model_n_head(pointer))
+    width = llama.llama_model_n_embd(pointer) // heads * max(1, llama.llama_model_n_head_kv(pointer))
+    cell = 2 * width * model.n_layer * _KV_BYTES[settings.kv_type]
+    free = _free_bytes(model)
+    if free <= 0 or cell <= 0:
+        return wanted
+    fits = int(free * _KV_SHARE / cell) // 256 * 256
+    if fits < min(wanted, 512):
+        raise BadParameter(
+            f"A context of {wanted} tokens needs {wanted * cell / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are free: "
+            "give --ctx, or --kv-type q8_0."
+        )
+    return min(wanted, fits)
+
+
+def _free_bytes(model: Model) -> int:
+    ggml = model.lib.ggml
+    handle: int | None = model.device.handle if model.device is not None else None
+    if handle is None:
+        handles = [ggml.ggml_backend_dev_get(index) for index in range(ggml.ggml_backend_dev_count())]
+        handle = next((one for one in handles if ggml.ggml_backend_dev_type(one) == 0), None)
+    if not handle:
+        return 0
+    free, total = ctypes.c_size_t(0), ctypes.c_size_t(0)
+    ggml.ggml_backend_dev_memory(handle, ctypes.byref(free), ctypes.byref(total))
+    return free.value

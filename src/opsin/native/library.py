@@ -1,0 +1,56 @@
+"""The native libraries, loaded once: log first, then the ABI check, then the backends."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opsin.core.errors import NativeMismatch
+from opsin.native import abi, ggml, logs
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """The two binding modules, the ggml functions they leave out, and where libllama lies."""
+
+    llama: Any
+    mtmd: Any
+    ggml: Any
+    path: Path
+
+
+_lock = threading.Lock()
+_loaded: Library | None = None
+
+
+def library() -> Library:
+    """The libraries; the first call loads them. Raises NativeMismatch. Any thread."""
+    global _loaded  # noqa: PLW0603 - a process holds one copy of llama.cpp, whatever we do
+    with _lock:
+        if _loaded is None:
+            _loaded = _load()
+    return _loaded
+
+
+def _load() -> Library:
+    try:
+        import llama_cpp
+        from llama_cpp import _ggml
+        from llama_cpp import llama_cpp as llama
+        from llama_cpp import mtmd_cpp as mtmd
+        from llama_cpp._ctypes_extensions import load_shared_library
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        raise NativeMismatch(f"llama-cpp-python cannot be loaded ({error}): {abi.MEND}.") from error
+    logs.install(llama, mtmd)
+    native = llama._lib  # noqa: SLF001 - the loaded library has no public name
+    libraries = [native, _ggml.libggml]
+    # A static build has everything in the two above; a symbol that is missing is told by the check below.
+    with contextlib.suppress(FileNotFoundError, RuntimeError):
+        libraries.append(load_shared_library("ggml-base", _ggml.libggml_base_path))
+    functions, missing = ggml.bind(libraries)
+    abi.verify(abi.observe(llama_cpp.__version__, llama, mtmd, functions, missing))
+    llama.llama_backend_init()
+    return Library(llama, mtmd, functions, Path(native._name))

@@ -1,0 +1,175 @@
+"""The way from a conversation to a prompt: contents in the template's own shape, rendered, cut into parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from opsin.core.errors import BadPrompt
+from opsin.core.parts import Part, PicturePart, Prompt, TextPart
+from opsin.core.picture import Picture
+from opsin.prompt.builtin import choose
+from opsin.prompt.message import Content, Message
+from opsin.prompt.places import ControlTokens, Places
+from opsin.prompt.reasoning import ReasoningStyle, find_style
+from opsin.prompt.source import TemplateSource
+from opsin.prompt.template import ChatTemplate
+
+_SWITCHES = ("enable_thinking", "thinking")  # the second is Kimi's and DeepSeek's
+# Markers that begin or end a turn. Where the vocabulary has no token for one, the model writes it letter by letter.
+_TURN_MARKERS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<end_of_utterance>", "<|end|>", "[INST]")
+
+
+class PromptBuilder:
+    """Builds prompts for one model. One serves all threads.
+
+    Raises BadPrompt when the model's chat template cannot be used at all.
+    """
+
+    def __init__(self, source: TemplateSource) -> None:
+        text, self._glue = source.template or "", ""
+        if not text.strip():
+            built_in = choose(source)
+            text, self._glue = built_in.template, built_in.picture_glue
+        self._template = ChatTemplate(text, bos_token=source.bos_token, eos_token=source.eos_token)
+        self._bos = source.bos_token
+        self._tokens = ControlTokens({*source.control_tokens, source.bos_token, source.eos_token})
+        self._stop = _stop_strings(text, source.control_tokens | {source.eos_token})
+        self.reasoning: ReasoningStyle | None = find_style(source, text)
+        self._keeps_thoughts: bool | None = None
+
+    def build(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        thinking: bool | None = None,
+        add_generation_prompt: bool = True,
+    ) -> Prompt:
+        """The prompt for a conversation, with the pictures in the order in which the conversation has them.
+
+        `thinking` switches a thinking model's thoughts on or off, None leaves that to its template. `tools` are
+        functions in the shape of OpenAI's API. Raises BadPrompt when the template refuses the conversation, leaves a
+        picture out, or does not know what is asked of it.
+        """
+        if not messages:
+            raise BadPrompt("There is no message: ask something.")
+        self._check_thinking(thinking)
+        if tools and "tools" not in self._template.variables:
+            raise BadPrompt("This model's chat template knows no tools: leave them out.")
+        places = Places(self._tokens)
+        rendered = self._template.render(
+            [self._shape(message, places) for message in self._fold_system(messages)],
+            tools=places.protect_all(tools) if tools else None,
+            add_generation_prompt=add_generation_prompt,
+            switches=None if thinking is None else dict.fromkeys(_SWITCHES, thinking),
+        )
+        rendered, opened = self._close_thoughts(rendered, thinking, add_generation_prompt)
+        parts = places.cut(rendered)
+        _check_text(parts)
+        return Prompt(
+            parts=parts,
+            add_bos=not (self._bos and rendered.startswith(self._bos)),
+            thinking=opened,
+            reasoning_tags=(self.reasoning.opening, self.reasoning.closing) if self.reasoning else None,
+            stop=self._stop,
+        )
+
+    def _check_thinking(self, thinking: bool | None) -> None:
+        if thinking and self.reasoning is None and not self._has_switch():
+            raise BadPrompt("This model does not think before it answers: leave `thinking` out.")
+
+    def _has_switch(self) -> bool:
+        return any(name in self._template.variables for name in _SWITCHES)
+
+    def _close_thoughts(self, rendered: str, thinking: bool | None, asked: bool) -> tuple[str, bool]:
+        """Whether the answer begins inside a block of thoughts; one nobody wants is closed at once."""
+        style = self.reasoning
+        if style is None or not asked or not rendered.rstrip().endswith(style.opening):
+            return rendered, False
+        if thinking is False:
+            return f"{rendered.rstrip()}\n\n{style.closing}\n\n", False
+        return rendered, True
+
+    def _fold_system(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Put a system message before the first question where the template has no such role."""
+        first, *others = messages
+        if first.role != "system" or self._template.abilities.system is not None:
+            return messages
+        if not others or others[0].role != "user":
+            return [Message("user", first.content), *others]
+        asked = others[0]
+        head: list[Content] = list(first.parts)
+        if head and isinstance(head[-1], str):
+            head[-1] += "\n"
+        return [Message("user", [*head, *asked.parts], name=asked.name), *others[1:]]
+
+    def _shape(self, message: Message, places: Places) -> dict[str, Any]:
+        parts, thoughts = self._split_thoughts(message)
+        merged = [places.picture(part) if isinstance(part, Picture) else places.protect(part) for part in _merge(parts)]
+        has_picture = any(isinstance(part, Picture) for part in parts)
+        shaped: dict[str, Any] = {"role": message.role}
+        if self._wants_list(message.role, has_picture):
+            shaped["content"] = [{"type": "text", "text": text} for text in merged]
+        else:
+            shaped["content"] = self._glue.join(merged)
+        if thoughts is not None:
+            shaped["reasoning_content"] = places.protect(thoughts)
+        for name in ("tool_calls", "tool_call_id", "name"):
+            value = getattr(message, name)
+            if value is not None:
+                shaped[name] = places.protect_all(value)
+        return shaped
+
+    def _wants_list(self, role: str, has_picture: bool) -> bool:
+        abilities = self._template.abilities
+        if role == "system" and abilities.system is not None:
+            return abilities.system == "list" or (abilities.lists and has_picture)
+        return not abilities.strings or (abilities.lists and has_picture)
+
+    def _split_thoughts(self, message: Message) -> tuple[Sequence[Content], str | None]:
+        """An older answer without its block of thoughts, and these.
+
+        Templates leave older thoughts out by looking for the closing tag in the text. That tag may be a control
+        token, which a text from outside must not smuggle in; so the block is taken out here, before the text is
+        protected. A template that would write the block as text gets it as text.
+        """
+        style = self.reasoning
+        parts = message.parts
+        if message.role != "assistant" or style is None or len(parts) != 1 or not isinstance(parts[0], str):
+            return parts, message.reasoning
+        if self._keeps_thoughts is None:
+            self._keeps_thoughts = self._template.keeps_thoughts(style.opening, style.closing)
+        if self._keeps_thoughts and "reasoning_content" not in self._template.text:
+            return parts, message.reasoning
+        thoughts, answer = style.split(parts[0])
+        return (answer,), message.reasoning if thoughts is None else thoughts
+
+
+def _merge(parts: Sequence[Content]) -> list[Content]:
+    """Texts side by side become one, a line each, so that no control token can be put together out of two."""
+    merged: list[Content] = []
+    for part in parts:
+        if isinstance(part, str) and merged and isinstance(merged[-1], str):
+            merged[-1] = f"{merged[-1]}\n{part}"
+        else:
+            merged.append(part)
+    return merged
+
+
+def _stop_strings(template: str, tokens: frozenset[str]) -> tuple[str, ...]:
+    stop = [marker for marker in _TURN_MARKERS if marker in template and marker not in tokens]
+    if "USER:" in template and "ASSISTANT:" in template:
+        stop.append("USER:")
+    return tuple(stop)
+
+
+def _check_text(parts: tuple[Part, ...]) -> None:
+    if not any(isinstance(part, PicturePart) or part.text.strip() for part in parts):
+        raise BadPrompt("The messages are empty: ask something.")
+    try:
+        for part in parts:
+            if isinstance(part, TextPart):
+                part.text.encode()
+    except UnicodeEncodeError:
+        raise BadPrompt("A message has half a character (a lone surrogate): send whole Unicode text.") from None

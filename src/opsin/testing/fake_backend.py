@@ -1,0 +1,289 @@
+"""A backend without a model: every token is one byte, and the answer is what a plain function makes of the prompt.
+
+It keeps the contract of core.backend and checks its caller: positions must follow each other, sequences must be
+known, batches must fit, everything must be closed in order. With `asynchronous` it behaves as a GPU does: `decode`
+returns at once, and the time is paid by `synchronize` or by whoever reads the logits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from opsin.core.answer import ImageInfo, TokenLogprob
+from opsin.core.backend import BackendLimits, Embedding, EmbeddingRows, Sampler, TokenRow
+from opsin.core.errors import BadGrammar, DecodeFailed, EncodeFailed
+from opsin.core.layout import ImageRun, Layout, Run, TextRun
+from opsin.core.model_info import ModelInfo
+from opsin.core.parts import Part, PicturePart
+from opsin.core.placement import BackendShare, Placement
+from opsin.core.sampling import SamplingParams
+
+BOS, EOS, TURN = 256, 257, 258
+"""Tokens behind the 256 bytes: begin, end, and the mark (written as the character U+001E) where an answer starts."""
+
+TURN_TEXT = "\x1e"
+N_VOCAB = 259
+
+
+class FakeClock:
+    """Seconds that pass only when somebody spends them."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        """The time now."""
+        return self.seconds
+
+    def spend(self, ms: float) -> None:
+        """Let `ms` milliseconds pass."""
+        self.seconds += ms / 1e3
+
+
+@dataclass(slots=True)
+class Costs:
+    """What each piece of work takes on the fake clock, in milliseconds."""
+
+    preprocess: float = 3.0
+    encode: float = 40.0
+    image_token: float = 0.5
+    text_token: float = 0.25
+    decode: float = 8.0
+
+
+@dataclass(slots=True)
+class _Sampler:
+    backend: FakeBackend
+    params: SamplingParams
+    closed: bool = False
+
+    def sample(self, row: int) -> int:
+        self.backend.pay()
+        token = self.backend.next_token(row)
+        if token == EOS and self.params.ignore_eos:
+            return ord(".")
+        return token
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self.backend.open_handles -= 1
+
+
+@dataclass(slots=True)
+class _Owned:
+    backend: FakeBackend
+    closed: bool = False
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self.backend.open_handles -= 1
+
+
+@dataclass(slots=True)
+class _Cells:
+    """What a sequence remembers: one entry a cell, a token or an image row's identity."""
+
+    entries: list[int | str] = field(default_factory=list)
+
+
+class FakeBackend:
+    """See the module. `reply` gets the prompt as text, with `<identity>` for each image row, and gives the answer."""
+
+    def __init__(
+        self,
+        reply: Callable[[str], str] = lambda _: "a picture.",
+        *,
+        limits: BackendLimits | None = None,
+        clock: FakeClock | None = None,
+        costs: Costs | None = None,
+        asynchronous: bool = False,
+        image_tokens: int = 4,
+    ) -> None:
+        self.reply = reply
+        self._limits = limits or BackendLimits(
+            n_ctx=512, n_batch=64, n_ubatch=64, n_seq_max=8, n_vocab=N_VOCAB, n_embd=4
+        )
+        self.clock = clock or FakeClock()
+        self.costs = costs or Costs()
+        self.asynchronous = asynchronous
+        self.image_tokens = image_tokens
+        self.encoded: list[str] = []
+        self.fail_encode: Exception | None = None
+        self.fail_decode: Exception | None = None
+        self.open_handles = 0
+        self.closed = False
+        self._sequences: dict[int, _Cells] = {}
+        self._rows: list[tuple[int, int]] = []
+        self._debt_ms = 0.0
+
+    @property
+    def limits(self) -> BackendLimits:
+        """Sizes that plans must keep to."""
+        return self._limits
+
+    @property
+    def info(self) -> ModelInfo:
+        """Names of the pair."""
+        return ModelInfo("fake", "fake", "fake", "fake.gguf", "mmproj-fake.gguf", "f16")
+
+    @property
+    def eog_tokens(self) -> frozenset[int]:
+        """Tokens that end a turn."""
+        return frozenset({EOS})
+
+    def layout(self, parts: Sequence[Part], *, add_bos: bool) -> Layout:
+        """One token a byte, `image_tokens` rows a picture."""
+        runs: list[Run] = []
+        images: list[ImageInfo] = []
+        tokens: list[int] = [BOS] if add_bos else []
+        for part in parts:
+            if isinstance(part, PicturePart):
+                if tokens:
+                    runs.append(TextRun(tuple(tokens)))
+                    tokens = []
+                picture = part.picture
+                runs.append(ImageRun(f"{picture.sha256}:0", len(images), self.image_tokens, self.image_tokens))
+                images.append(ImageInfo(picture.sha256, picture.width, picture.height, 8, 8, self.image_tokens))
+                self.clock.spend(self.costs.preprocess)
+            else:
+                for byte in part.text.encode():
+                    tokens.append(TURN if part.special and byte == ord(TURN_TEXT) else byte)
+        if tokens:
+            runs.append(TextRun(tuple(tokens)))
+        self.open_handles += 1
+        return Layout(tuple(runs), tuple(images), self.costs.preprocess * len(images), _Owned(self))
+
+    def encode(self, run: ImageRun, between: Callable[[], None] | None = None) -> Embedding:
+        """Rows that say which picture and which row they are."""
+        if self.fail_encode is not None:
+            error, self.fail_encode = self.fail_encode, None
+            raise EncodeFailed(str(error)) from error
+        if between is not None:
+            between()
+        self.clock.spend(self.costs.encode)
+        self.encoded.append(run.identity)
+        first = int.from_bytes(hashlib.sha256(run.identity.encode()).digest()[:2], "little")
+        rows = np.arange(run.n_tokens, dtype=np.float32)
+        return np.stack([np.full_like(rows, first), rows, rows, rows], axis=1)
+
+    def decode(self, rows: Sequence[TokenRow] | EmbeddingRows) -> bool:
+        """Append to the sequences' cells, checking what llama.cpp would abort on."""
+        if self.fail_decode is not None:
+            error, self.fail_decode = self.fail_decode, None
+            raise DecodeFailed(str(error)) from error
+        count = len(rows.rows) if isinstance(rows, EmbeddingRows) else len(rows)
+        assert 0 < count <= self._limits.n_ubatch, "a micro-batch holds 1 to n_ubatch rows"
+        if sum(len(cells.entries) for cells in self._sequences.values()) + count > self._limits.n_ctx:
+            return False
+        self.pay()
+        self._rows = []
+        if isinstance(rows, EmbeddingRows):
+            self._append_image(rows)
+            self._owe(self.costs.image_token * count)
+        else:
+            for row in rows:
+                self._append(row.seq_id, row.pos, row.token)
+                self._rows.append((row.seq_id, len(self._sequences[row.seq_id].entries)))
+            self._owe(self.costs.decode if all(row.logits for row in rows) else self.costs.text_token * count)
+        return True
+
+    def synchronize(self) -> None:
+        """Pay for what was started."""
+        self.pay()
+
+    def sampler(self, params: SamplingParams, seed: int) -> Sampler:  # noqa: ARG002 - the fake draws nothing
+        """Follows the reply; a grammar that is the word "bad" is refused."""
+        if params.grammar == "bad":
+            raise BadGrammar("The grammar cannot be read: mend its first rule.")
+        self.open_handles += 1
+        return _Sampler(self, params)
+
+    def logprobs(self, row: int, token: int, top: int) -> TokenLogprob:
+        """The drawn token is certain."""
+        self.pay()
+        best = self.next_token(row)
+        alternatives = ((best, self.piece(best), 0.0),)[:top]
+        return TokenLogprob(token, self.piece(token), 0.0 if token == best else -10.0, alternatives)
+
+    def piece(self, token: int) -> bytes:
+        """The byte; nothing for control tokens."""
+        return bytes([token]) if token < 256 else b""
+
+    def kv_remove(self, seq_id: int, start: int, end: int) -> bool:
+        """Cut a sequence's cells."""
+        cells = self._sequences.setdefault(seq_id, _Cells())
+        del cells.entries[start : len(cells.entries) if end < 0 else end]
+        if not cells.entries:
+            del self._sequences[seq_id]
+        return True
+
+    def kv_copy(self, source: int, target: int, start: int, end: int) -> None:
+        """Copy cells to the end of another sequence."""
+        entries = self._sequences.setdefault(source, _Cells()).entries
+        held = self._sequences.setdefault(target, _Cells()).entries
+        assert len(held) == start, "a copy continues where the target ends"
+        held.extend(entries[start : len(entries) if end < 0 else end])
+
+    def kv_last(self, seq_id: int) -> int:
+        """The last position held, -1 for none."""
+        return len(self._sequences.get(seq_id, _Cells()).entries) - 1
+
+    def placement(self) -> Placement:
+        """All on one made-up device."""
+        share = {"FAKE0": BackendShare(nodes=2, share_of_ops=1.0, share_of_time=1.0, ops={"MUL_MAT": 2})}
+        return Placement(encoder=share, language_model=share, layers_offloaded=1, layers=1)
+
+    def close(self) -> None:
+        """Everything else must be closed by now."""
+        if not self.closed:
+            self.closed = True
+            assert self.open_handles == 0, f"{self.open_handles} samplers or layouts outlive their backend"
+
+    @property
+    def cells_used(self) -> int:
+        """KV cells in use over all sequences."""
+        return sum(len(cells.entries) for cells in self._sequences.values())
+
+    def pay(self) -> None:
+        """Let the time of unfinished work pass."""
+        self.clock.spend(self._debt_ms)
+        self._debt_ms = 0.0
+
+    def next_token(self, row: int) -> int:
+        """The reply's next byte for the sequence of a batch row; EOS behind its end."""
+        seq_id, length = self._rows[row]
+        entries = self._sequences[seq_id].entries[:length]
+        turn = max((i for i, entry in enumerate(entries) if entry == TURN), default=-1)
+        prompt = "".join(_text(entry) for entry in entries[: turn + 1])
+        answer = self.reply(prompt).encode()
+        said = len(entries) - turn - 1
+        return answer[said] if turn >= 0 and said < len(answer) else EOS
+
+    def _owe(self, ms: float) -> None:
+        self._debt_ms += ms
+        if not self.asynchronous:
+            self.pay()
+
+    def _append(self, seq_id: int, pos: int, entry: int | str) -> None:
+        assert 0 <= seq_id < self._limits.n_seq_max, "a sequence id is below n_seq_max"
+        cells = self._sequences.setdefault(seq_id, _Cells())
+        assert pos == len(cells.entries), f"position {pos} follows {len(cells.entries) - 1}"
+        cells.entries.append(entry)
+
+    def _append_image(self, rows: EmbeddingRows) -> None:
+        for row, pos in zip(rows.rows, rows.positions[0], strict=True):
+            self._append(rows.seq_id, int(pos), f"<{int(row[0])}.{int(row[1])}>")
+        length = len(self._sequences[rows.seq_id].entries)
+        self._rows = [(rows.seq_id, length)] * len(rows.rows)
+
+
+def _text(entry: int | str) -> str:
+    if isinstance(entry, str):
+        return entry
+    return TURN_TEXT if entry == TURN else chr(entry) if entry < 256 else ""

@@ -1,0 +1,113 @@
+"""The rules of the house: who imports whom, where native code may be touched, and how large things get."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "src" / "opsin"
+FILES = sorted(SOURCE.rglob("*.py"))
+
+ARROWS = {
+    "core": set(),
+    "native": {"core"},
+    "media": {"core"},
+    "prompt": {"core"},
+    "cache": {"core"},
+    "models": {"core"},
+    "testing": {"core"},
+    "engine": {"cache", "core"},
+    "doctor": {"engine", "native", "models", "media", "prompt", "core"},
+    "tune": {"engine", "prompt", "media", "models", "core"},
+    "bench": {"engine", "prompt", "media", "models", "core"},
+    "jobs": {"engine", "prompt", "media", "models", "core"},
+    "server": {"jobs", "engine", "prompt", "media", "models", "core"},
+    "compose": {"native", "engine", "prompt", "media", "models", "cache", "core"},
+    "api": {"compose", "engine", "prompt", "media", "models", "core"},
+    "cli": {
+        "api",
+        "compose",
+        "server",
+        "jobs",
+        "tune",
+        "bench",
+        "doctor",
+        "engine",
+        "prompt",
+        "media",
+        "models",
+        "core",
+    },
+    "__main__": {"cli"},
+    "__init__": {"api", "engine"},
+}
+MAX_FILE, MAX_FUNCTION, MAX_PACKAGE = 450, 80, 12_000
+
+
+def room_of(path: Path) -> str:
+    relative = path.relative_to(SOURCE)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def imported(path: Path) -> set[str]:
+    """Every module name a file imports, also inside functions and under TYPE_CHECKING."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names.add(node.module or "")
+            names |= {f"{node.module}.{alias.name}" for alias in node.names if node.module == "opsin"}
+    return names
+
+
+def rooms_imported(path: Path) -> set[str]:
+    return {
+        name.split(".")[1] for name in imported(path) if name.startswith("opsin.") and not name.endswith("__version__")
+    }
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_go_one_way(path: Path) -> None:
+    room = room_of(path)
+    assert room in ARROWS, f"{room} is no room of the design"
+    assert rooms_imported(path) - {room} <= ARROWS[room]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_only_native_touches_native_code(path: Path) -> None:
+    roots = {name.split(".")[0] for name in imported(path)}
+    if room_of(path) != "native":
+        assert not roots & {"ctypes", "llama_cpp", "cffi"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_files_and_functions_stay_small(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= MAX_FILE
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno + 1 <= MAX_FUNCTION, node.name
+
+
+def test_the_package_stays_small() -> None:
+    assert sum(len(path.read_text().splitlines()) for path in FILES) <= MAX_PACKAGE
+
+
+def test_rooms_have_no_cycle() -> None:
+    def reach(room: str, seen: tuple[str, ...]) -> None:
+        assert room not in seen, " → ".join((*seen, room))
+        for target in ARROWS[room]:
+            reach(target, (*seen, room))
+
+    for room in ARROWS:
+        reach(room, ())
+
+
+@pytest.mark.parametrize("room", sorted({room_of(p) for p in FILES if p.parent != SOURCE}))
+def test_every_room_says_what_it_is_for_and_what_it_refuses(room: str) -> None:
+    docstring = ast.get_docstring(ast.parse((SOURCE / room / "__init__.py").read_text()))
+    assert docstring is not None
+    assert "Refuses" in docstring or "refuses" in docstring or "knows no" in docstring

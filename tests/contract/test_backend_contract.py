@@ -1,0 +1,162 @@
+"""What core.backend promises, asked of the fake and of real llama.cpp alike."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from opsin.core.backend import EmbeddingRows, TokenRow
+from opsin.core.errors import BadGrammar
+from opsin.core.layout import ImageRun, TextRun
+from opsin.core.parts import PicturePart, TextPart
+from opsin.core.sampling import SamplingParams
+from opsin.core.settings import EngineSettings
+from opsin.testing import FakeBackend, picture
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from opsin.models.synth import write_pair
+
+    return write_pair("tiny", Path(tmp_path_factory.mktemp("pair")))
+
+
+@pytest.fixture(scope="module", params=["fake", "native"])
+def backend(request: pytest.FixtureRequest) -> Iterator[Any]:
+    if request.param == "fake":
+        made: Any = FakeBackend(lambda text: f"{len(text)} things")
+    else:
+        from opsin.native import open_backend
+
+        pair = request.getfixturevalue("tiny")
+        made = open_backend(EngineSettings(model=pair.llm, mmproj=pair.mmproj, ctx=512, parallel=4, ubatch=64))
+    yield made
+    made.close()
+    made.close()
+
+
+def fill(backend: Any, seq_id: int, text: str, shot: int | None = None, chunk: int = 64) -> int:
+    """Prefill a prompt; the row of the last logits."""
+    backend.kv_remove(seq_id, 0, -1)
+    parts = ([PicturePart(picture(shot, 40, 30))] if shot is not None else []) + [TextPart(text + "\x1e")]
+    layout = backend.layout(parts, add_bos=True)
+    pos, row = 0, 0
+    for run in layout.runs:
+        for start in range(0, run.n_tokens, chunk):
+            stop = min(run.n_tokens, start + chunk)
+            last = run is layout.runs[-1] and stop == run.n_tokens
+            if isinstance(run, ImageRun):
+                embedding = backend.encode(run)
+                positions = np.arange(pos + start, pos + stop, dtype=np.int32)[np.newaxis, :]
+                assert backend.decode(EmbeddingRows(embedding[start:stop], positions, seq_id, logits=last))
+            else:
+                rows = [
+                    TokenRow(token, pos + start + i, seq_id, logits=last and start + i == run.n_tokens - 1)
+                    for i, token in enumerate(run.tokens[start:stop])
+                ]
+                assert backend.decode(rows)
+            row = stop - start - 1
+        pos += run.n_pos
+    backend.synchronize()
+    layout.close()
+    layout.close()
+    assert backend.kv_last(seq_id) == pos - 1
+    return row
+
+
+def greedy(backend: Any, seq_id: int, row: int, count: int = 6) -> list[int]:
+    sampler = backend.sampler(SamplingParams(temperature=0.0), 1)
+    try:
+        tokens = []
+        for _ in range(count):
+            tokens.append(sampler.sample(row))
+            assert backend.decode([TokenRow(tokens[-1], backend.kv_last(seq_id) + 1, seq_id, logits=True)])
+            row = 0
+        return tokens
+    finally:
+        sampler.close()
+
+
+def test_layout_keeps_the_order_of_text_and_pictures(backend: Any) -> None:
+    parts = [TextPart("one"), PicturePart(picture(1)), TextPart("two"), PicturePart(picture(2)), TextPart("three")]
+    layout = backend.layout(parts, add_bos=True)
+    kinds = [type(run) for run in layout.runs if run.n_tokens]
+    assert kinds == [TextRun, ImageRun, TextRun, ImageRun, TextRun]
+    assert [run.picture for run in layout.runs if isinstance(run, ImageRun)] == [0, 1]
+    assert [image.sha256 for image in layout.images] == [picture(1).sha256, picture(2).sha256]
+    assert layout.n_image_tokens == sum(image.tokens for image in layout.images) > 0
+    layout.close()
+
+
+def test_equal_pictures_have_equal_identities_and_embeddings(backend: Any) -> None:
+    layouts = [backend.layout([PicturePart(picture(seed, 40, 30))], add_bos=False) for seed in (1, 1, 2)]
+    runs = [next(run for run in layout.runs if isinstance(run, ImageRun)) for layout in layouts]
+    assert runs[0].identity == runs[1].identity != runs[2].identity
+    rows = [backend.encode(run) for run in runs]
+    assert rows[0].shape == (runs[0].n_tokens, backend.limits.n_embd)
+    assert rows[0].dtype == np.float32
+    np.testing.assert_array_equal(rows[0], rows[1])
+    assert not np.allclose(rows[0], rows[2])
+    for layout in layouts:
+        layout.close()
+
+
+def test_the_same_prompt_gives_the_same_answer_and_another_picture_another(backend: Any) -> None:
+    first, again = (greedy(backend, 0, fill(backend, 0, "what is this?", 1)) for _ in range(2))
+    assert first == again
+
+
+def test_a_prompt_in_slices_gives_the_same_answer(backend: Any) -> None:
+    whole = greedy(backend, 0, fill(backend, 0, "what is this?", 1))
+    sliced = greedy(backend, 1, fill(backend, 1, "what is this?", 1, chunk=5))
+    assert whole == sliced
+
+
+def test_a_fork_shares_what_was_filled(backend: Any) -> None:
+    row = fill(backend, 0, "a question", 3)
+    length = backend.kv_last(0) + 1
+    backend.kv_remove(2, 0, -1)
+    backend.kv_copy(0, 2, 0, length)
+    assert backend.kv_last(2) == length - 1
+    token = greedy(backend, 0, row, 1)[0]
+    assert backend.decode([TokenRow(token, length, 2, logits=True)])
+    backend.kv_remove(0, 0, -1)
+    assert backend.kv_last(0) == -1
+    assert backend.kv_last(2) == length
+    backend.kv_remove(2, 0, -1)
+
+
+def test_no_room_is_false_and_changes_nothing(backend: Any) -> None:
+    for seq_id in range(4):
+        backend.kv_remove(seq_id, 0, -1)
+    pos = 0
+    while backend.decode([TokenRow(65, pos + i, 0) for i in range(64)]):
+        pos += 64
+        assert pos <= backend.limits.n_ctx
+    assert backend.kv_last(0) == pos - 1
+    backend.kv_remove(0, 0, -1)
+    assert backend.decode([TokenRow(65, 0, 0, logits=True)])
+
+
+def test_a_bad_grammar_is_refused(backend: Any) -> None:
+    with pytest.raises(BadGrammar):
+        backend.sampler(SamplingParams(grammar="bad"), 1).close()
+
+
+def test_logprobs_are_of_the_drawn_token_and_sorted(backend: Any) -> None:
+    row = fill(backend, 0, "hello")
+    entry = backend.logprobs(row, 65, 5)
+    assert entry.token == 65
+    assert entry.logprob <= 0.0
+    values = [value for _, _, value in entry.top]
+    assert values == sorted(values, reverse=True)
+    assert values[0] >= entry.logprob
+
+
+def test_placement_says_where_both_ran(backend: Any) -> None:
+    placement = backend.placement()
+    for shares in (placement.encoder, placement.language_model):
+        assert sum(share.nodes for share in shares.values()) > 0
+        assert sum(share.share_of_ops for share in shares.values()) == pytest.approx(1.0)

@@ -1,0 +1,181 @@
+"""`opsin ask` as a user types it, in a process of its own, on the shipped demo model."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+STAGES = {
+    "queue_ms", "load_ms", "fetch_ms", "image_decode_ms", "preprocess_ms", "encode_ms", "image_prefill_ms",
+    "text_prefill_ms", "sample_ms", "decode_ms", "detokenize_ms", "other_ms", "total_ms",
+}  # fmt: skip
+TIMINGS = {
+    "cache_n", "prompt_n", "prompt_ms", "prompt_per_token_ms", "prompt_per_second",
+    "predicted_n", "predicted_ms", "predicted_per_token_ms", "predicted_per_second",
+}  # fmt: skip
+DEMO = Path(__file__).parents[2] / "src" / "opsin" / "models" / "demo"
+PICTURE = str(DEMO / "shapes.png")
+
+
+def opsin(
+    env: dict[str, str], *arguments: str, stdin: bytes | None = None, code: int = 0
+) -> subprocess.CompletedProcess[bytes]:
+    done = subprocess.run(
+        [sys.executable, "-m", "opsin", *arguments], input=stdin, capture_output=True, env=env, timeout=120, check=False
+    )
+    assert done.returncode == code, done.stderr.decode()
+    assert b"Traceback" not in done.stderr
+    return done
+
+
+def test_every_shipped_example_is_answered_rightly(opsin_env: dict[str, str]) -> None:
+    for row in json.loads((DEMO / "examples.json").read_text()):
+        done = opsin(opsin_env, "ask", str(DEMO / row["picture"]), row["question"], "--temperature", "0")
+        assert done.stdout.decode().strip() == row["answer"]
+
+
+def test_the_timeline_and_the_honest_line_go_to_standard_error(opsin_env: dict[str, str]) -> None:
+    done = opsin(opsin_env, "ask", PICTURE, "What is in this picture?")
+    shown = done.stderr.decode()
+    assert "demo model for drawn scenes" in shown
+    assert "opsin pull" in shown
+    for row in ("load model", "image decode", "preprocess", "vision encode", "image prefill", "text prefill", "decode", "total"):
+        assert row in shown
+    assert "image tokens" in shown
+    assert "token/s" in shown
+    assert "CPU" in shown
+
+
+def test_json_has_the_fields_of_the_contract_and_stages_that_add_up(opsin_env: dict[str, str]) -> None:
+    done = opsin(opsin_env, "ask", PICTURE, "How many objects are there?", "--json")
+    rows = done.stdout.decode().splitlines()
+    assert len(rows) == 1
+    row = json.loads(rows[0])
+    assert set(row) == {
+        "text", "reasoning", "finish_reason", "usage", "images", "stages", "timings", "placement", "model", "guard",
+    }  # fmt: skip
+    assert set(row["stages"]) == STAGES
+    assert set(row["timings"]) == TIMINGS
+    assert set(row["usage"]) == {"prompt_tokens", "completion_tokens", "image_tokens", "cached_tokens"}
+    assert set(row["images"][0]) == {"sha256", "width", "height", "resized_width", "resized_height", "tokens"}
+    assert set(row["model"]) == {"name", "architecture", "projector", "llm_file", "mmproj_file", "quantisation"}
+    assert row["placement"]["encoder"]["CPU"]["nodes"] > 0
+    assert row["placement"]["language_model"]["CPU"]["share_of_ops"] == pytest.approx(1.0)
+    claimed = sum(ms for name, ms in row["stages"].items() if name not in {"total_ms", "other_ms"})
+    assert claimed >= 0.97 * row["stages"]["total_ms"]
+    assert row["images"][0]["tokens"] == row["usage"]["image_tokens"] > 0
+    assert row["guard"] is None
+
+
+def test_several_pictures_are_asked_one_by_one_and_a_bad_one_loses_nothing(
+    opsin_env: dict[str, str], tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no picture")
+    done = opsin(opsin_env, "ask", PICTURE, str(bad), PICTURE, "How many objects are there?", "--json", code=1)
+    answers = [json.loads(line)["text"] for line in done.stdout.decode().splitlines()]
+    assert len(answers) == 2
+    assert answers[0] == answers[1]
+    assert "bad.png" in done.stderr.decode()
+
+
+def test_together_asks_once(opsin_env: dict[str, str]) -> None:
+    done = opsin(opsin_env, "ask", PICTURE, PICTURE, "what is this?", "--together", "--json", "--max-tokens", "8")
+    row = json.loads(done.stdout)
+    assert len(row["images"]) == 2
+
+
+def test_a_folder_is_all_its_pictures(opsin_env: dict[str, str], tmp_path: Path) -> None:
+    for name in ("a.png", "b.jpg"):
+        Image.new("RGB", (64, 64), "white").save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no picture")
+    done = opsin(opsin_env, "ask", str(tmp_path), "what is this?", "--json", "--max-tokens", "8")
+    assert len(done.stdout.splitlines()) == 2
+
+
+def test_standard_input_is_a_picture(opsin_env: dict[str, str]) -> None:
+    piped = opsin(opsin_env, "ask", "-", "how many objects are there?", "--temperature", "0", stdin=Path(PICTURE).read_bytes())
+    named = opsin(opsin_env, "ask", PICTURE, "how many objects are there?", "--temperature", "0")
+    assert piped.stdout == named.stdout
+
+
+def test_a_schema_shapes_the_answer(opsin_env: dict[str, str], tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text(json.dumps({"type": "object", "properties": {"n": {"type": "integer", "maximum": 9}}, "required": ["n"]}))
+    done = opsin(opsin_env, "ask", PICTURE, "how many?", "--json-schema", str(schema), "--max-tokens", "40")
+    assert isinstance(json.loads(done.stdout)["n"], int)
+
+
+def test_an_answer_that_is_cut_says_so_and_how_to_lift_it(opsin_env: dict[str, str]) -> None:
+    done = opsin(opsin_env, "ask", PICTURE, "what is this?", "--max-tokens", "2")
+    assert "cut after 2 tokens; --max-tokens N lifts the limit" in done.stderr.decode()
+
+
+def test_native_logs_are_silent_without_verbose_and_whole_with_it(opsin_env: dict[str, str]) -> None:
+    quiet = opsin(opsin_env, "ask", PICTURE, "what is this?", "--json")
+    assert quiet.stderr.count(b"\n") == 1, quiet.stderr.decode()
+    loud = opsin(opsin_env, "ask", PICTURE, "what is this?", "--json", "--verbose").stderr.decode()
+    for piece in ("llama_model_loader", "print_info", "clip", "llama_context"):
+        assert piece in loud
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["nowhere.png", "what?"], 2, "nowhere.png"),
+        ([PICTURE], 2, "question is missing"),
+        (["what is this?"], 2, "picture is missing"),
+        ([PICTURE, "  "], 2, "question is empty"),
+        ([PICTURE, "what?", "--temperature", "-1"], 2, "temperature"),
+        ([PICTURE, "what?", "--kv-type", "q9"], 2, "kv_type"),
+        ([PICTURE, "what?", "--device", "CUDA7"], 2, "CUDA7"),
+        ([PICTURE, "what?", "--model", "nowhere.gguf"], 3, "nowhere.gguf"),
+        ([PICTURE, "what?", "--model", PICTURE], 3, "shapes.png"),
+        ([PICTURE, "what?", "--ctx", "64"], 2, "--ctx"),
+        ([PICTURE, "what?", "--json-schema", "nowhere.json"], 2, "nowhere.json"),
+        ([PICTURE, "what?", "--nonsense"], 2, "nonsense"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence_and_an_exit_code(
+    opsin_env: dict[str, str], arguments: list[str], code: int, words: str
+) -> None:
+    done = opsin(opsin_env, "ask", *arguments, code=code)
+    last = done.stderr.decode().strip().splitlines()[-1]
+    assert words in last
+    assert done.stdout == b""
+
+
+def test_help_is_quick(opsin_env: dict[str, str]) -> None:
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        opsin(opsin_env, "--help")
+        times.append(time.perf_counter() - start)
+    print(f"opsin --help: {min(times):.3f} s")
+    assert min(times) <= 0.3
+
+
+def test_chat_remembers_the_conversation(opsin_env: dict[str, str]) -> None:
+    lines = "how many objects are there?\n/unknown\n/picture nowhere.png\nwhat is this?\n/bye\n"
+    done = opsin(opsin_env, "chat", PICTURE, "--temperature", "0", stdin=lines.encode())
+    assert len(done.stdout.decode().strip().splitlines()) == 2
+    assert "nowhere.png" in done.stderr.decode()
+
+
+def test_an_array_a_pil_image_bytes_and_a_path_are_one_picture() -> None:
+    from opsin import Opsin
+
+    image = Image.open(PICTURE).convert("RGB")
+    with Opsin() as model:
+        answers = [
+            model.ask(source, "what is this?", temperature=0)
+            for source in (PICTURE, Path(PICTURE), Path(PICTURE).read_bytes(), image, np.asarray(image))
+        ]
+        assert len({answer.images[0].sha256 for answer in answers}) == 1
+        assert len({answer.text for answer in answers}) == 1
+        assert model.info.architecture == "llama"

@@ -1,0 +1,310 @@
+"""The engine on the fake backend: one request's way, its ends, its account of time, and its death."""
+
+import asyncio
+import dataclasses
+import threading
+import time
+
+import pytest
+
+from opsin.core.answer import Answer, Finished, Started, TextDelta
+from opsin.core.backend import BackendLimits
+from opsin.core.errors import (
+    BadGrammar,
+    Cancelled,
+    ContextOverflow,
+    DecodeFailed,
+    EncodeFailed,
+    EngineClosed,
+    EngineDied,
+)
+from opsin.core.parts import PicturePart, Prompt, TextPart
+from opsin.core.sampling import SamplingParams
+from opsin.engine import Engine
+from opsin.testing import FakeBackend, FakeClock, picture
+from opsin.testing.fake_backend import EOS, TURN_TEXT
+
+LIMITS = BackendLimits(n_ctx=512, n_batch=64, n_ubatch=64, n_seq_max=8, n_vocab=259, n_embd=4)
+
+
+def prompt(text: str = "what is this?", pictures: int = 1, **fields: object) -> Prompt:
+    parts = (*(PicturePart(picture(i)) for i in range(pictures)), TextPart(f"{text}{TURN_TEXT}"))
+    return Prompt(parts, **fields)  # type: ignore[arg-type]
+
+
+def ask(backend: FakeBackend, question: Prompt | None = None, **params: object) -> Answer:
+    with Engine(lambda: backend, now=backend.clock) as engine:
+        return engine.submit(question or prompt(), SamplingParams(**params)).result()  # type: ignore[arg-type]
+
+
+def test_an_answer_is_the_reply_and_everything_is_given_back() -> None:
+    backend = FakeBackend(lambda _: "a red circle.")
+    answer = ask(backend)
+    assert (answer.text, answer.finish_reason, answer.limit) == ("a red circle.", "stop", None)
+    assert answer.usage.completion_tokens == len("a red circle.")
+    assert answer.usage.image_tokens == 4
+    assert answer.usage.prompt_tokens == 1 + 4 + len("what is this?") + 1
+    assert answer.images[0].sha256 == picture(0).sha256
+    assert backend.cells_used == 0
+    assert backend.open_handles == 0
+    assert backend.closed
+
+
+def test_the_reply_depends_on_the_picture_and_the_whole_prompt() -> None:
+    seen: list[str] = []
+
+    def reply(text: str) -> str:
+        seen.append(text)
+        return "ok"
+
+    ask(FakeBackend(reply), prompt("how many?", pictures=2))
+    assert seen[-1].count("<") == 8
+    assert seen[-1].endswith("how many?" + TURN_TEXT)
+
+
+def test_a_long_prompt_goes_in_micro_batches() -> None:
+    text = "x" * 300
+    assert ask(FakeBackend(lambda p: str(len(p))), prompt(text, pictures=0)).text == "301"
+
+
+def test_a_wide_picture_goes_in_micro_batches() -> None:
+    assert ask(FakeBackend(lambda p: str(p.count("<")), image_tokens=200)).text == "200"
+
+
+@pytest.mark.parametrize("limit", [1, 2, 7])
+def test_max_tokens_ends_the_answer_and_says_so(limit: int) -> None:
+    answer = ask(FakeBackend(lambda _: "abcdefghij"), max_tokens=limit)
+    assert answer.text == "abcdefghij"[:limit]
+    assert (answer.finish_reason, answer.limit, answer.max_tokens) == ("length", "tokens", limit)
+
+
+def test_the_profile_limit_holds_when_none_is_asked_for() -> None:
+    backend = FakeBackend(lambda _: "abcdefgh" * 30)
+    with Engine(lambda: backend, max_tokens=50) as engine:
+        answer = engine.submit(prompt(), SamplingParams(guard=False)).result()
+    assert answer.usage.completion_tokens == 50
+
+
+def test_a_full_context_ends_the_answer() -> None:
+    backend = FakeBackend(lambda _: "x" * 1000, limits=dataclasses.replace(LIMITS, n_ctx=64))
+    answer = ask(backend, max_tokens=1000, guard=False)
+    assert (answer.finish_reason, answer.limit) == ("length", "context")
+    # The last token drawn needs no cell: it is never decoded.
+    assert answer.usage.prompt_tokens + answer.usage.completion_tokens == 65
+
+
+def test_a_prompt_that_can_never_fit_is_refused_in_one_sentence() -> None:
+    with pytest.raises(ContextOverflow, match=r"takes 605 tokens, 4 of them for pictures, and the context holds 512"):
+        ask(FakeBackend(), prompt("x" * 599))
+
+
+def test_max_seconds_keeps_what_is_there() -> None:
+    answer = ask(FakeBackend(lambda _: "abcdefghijklmnop"), max_seconds=0.1)
+    assert (answer.finish_reason, answer.limit) == ("length", "seconds")
+    assert answer.text == "abcdefghijklmnop"[: len(answer.text)]
+    assert 0 < len(answer.text) < 16
+    assert answer.stages.total_ms < 120
+
+
+def test_the_guard_ends_a_loop_and_off_means_off() -> None:
+    def reply(_: str) -> str:
+        return "the chair, the table, " * 200
+
+    clock_limits = dataclasses.replace(LIMITS, n_ctx=8192)
+    guarded = ask(FakeBackend(reply, limits=clock_limits), max_tokens=3000)
+    assert (guarded.finish_reason, guarded.limit) == ("length", "guard")
+    assert guarded.guard is not None
+    assert guarded.guard.at_token == guarded.usage.completion_tokens < 1500
+    assert guarded.text.startswith("the chair, the table, ")
+    free = ask(FakeBackend(reply, limits=clock_limits), max_tokens=3000, guard=False)
+    assert free.guard is None
+    assert free.usage.completion_tokens == 3000
+
+
+def test_stop_strings_across_tokens_are_cut_out() -> None:
+    answer = ask(FakeBackend(lambda _: "a dog\nUSER: and more"), prompt(stop=("USER:",)), stop=("more",))
+    assert (answer.text, answer.finish_reason) == ("a dog\n", "stop")
+
+
+def test_text_streams_in_whole_characters() -> None:
+    backend = FakeBackend(lambda _: "größe 🙂 ok")
+    with Engine(lambda: backend) as engine:
+        events = list(engine.submit(prompt()))
+    assert isinstance(events[0], Started)
+    assert isinstance(events[-1], Finished)
+    pieces = [event.text for event in events if isinstance(event, TextDelta)]
+    assert "".join(pieces) == "größe 🙂 ok"
+    assert "🙂" in pieces
+
+
+def test_reasoning_is_kept_apart_and_its_budget_holds() -> None:
+    backend = FakeBackend(lambda _: "<think>hmm, well</think>blue")
+    free = ask(backend, prompt(reasoning_tags=("<think>", "</think>")))
+    assert (free.reasoning, free.text) == ("hmm, well", "blue")
+    inside = ask(
+        FakeBackend(lambda _: "x" * 100),
+        prompt(reasoning_tags=("<think>", "</think>"), thinking=True),
+        max_thinking_tokens=5,
+        max_tokens=40,
+        guard=False,
+    )
+    assert inside.reasoning is not None
+    assert inside.reasoning.startswith("xxxxx")
+    assert "<" not in inside.text
+    assert inside.text.startswith("xx")
+
+
+def test_ignore_eos_goes_on_to_the_limit() -> None:
+    answer = ask(FakeBackend(lambda _: "ab"), ignore_eos=True, max_tokens=6, guard=False)
+    assert (answer.text, answer.usage.completion_tokens) == ("ab....", 6)
+
+
+def test_logprobs_come_with_each_token() -> None:
+    answer = ask(FakeBackend(lambda _: "abc"), logprobs=1)
+    assert [entry.piece for entry in answer.logprobs] == [b"a", b"b", b"c"]
+    assert answer.logprobs[0].top[0][1] == b"a"
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_each_stage_has_its_own_time_also_when_decode_returns_early(asynchronous: bool) -> None:
+    """On a GPU decode returns before the work is done: without a synchronize, prefill time would land in sampling."""
+    backend = FakeBackend(lambda _: "abcd", clock=FakeClock(), asynchronous=asynchronous)
+    stages = ask(backend).stages
+    assert stages.preprocess_ms == pytest.approx(3.0)
+    assert stages.encode_ms == pytest.approx(40.0)
+    assert stages.image_prefill_ms == pytest.approx(2.0)
+    # The begin token alone is no answer's row; the fake bills text by the token.
+    assert stages.text_prefill_ms == pytest.approx(0.25 * (1 + len("what is this?") + 1))
+    assert stages.decode_ms == pytest.approx(4 * 8.0)
+    assert stages.sample_ms == 0.0
+    parts = [value for name, value in stages.as_dict().items() if name != "total_ms"]
+    assert sum(parts) == pytest.approx(stages.total_ms)
+
+
+def test_times_before_the_request_are_part_of_its_total() -> None:
+    shot = dataclasses.replace(picture(0), fetch_ms=11.0, decode_ms=7.0)
+    backend = FakeBackend()
+    with Engine(lambda: backend, now=backend.clock) as engine:
+        question = Prompt((PicturePart(shot), TextPart(TURN_TEXT)))
+        stages = engine.submit(question, load_ms=100.0).result().stages
+    assert (stages.load_ms, stages.fetch_ms, stages.image_decode_ms) == pytest.approx((100.0, 11.0, 7.0))
+    assert stages.total_ms > 118.0
+
+
+def test_a_failed_encode_is_the_askers_and_nobody_elses() -> None:
+    backend = FakeBackend(lambda _: "fine")
+    with Engine(lambda: backend) as engine:
+        backend.fail_encode = RuntimeError("boom")
+        with pytest.raises(EncodeFailed, match="boom"):
+            engine.submit(prompt()).result()
+        assert engine.submit(prompt()).result().text == "fine"
+
+
+def test_a_failed_decode_is_told_and_the_engine_lives() -> None:
+    backend = FakeBackend(lambda _: "fine")
+    with Engine(lambda: backend) as engine:
+        backend.fail_decode = RuntimeError("boom")
+        with pytest.raises(DecodeFailed, match="boom"):
+            engine.submit(prompt()).result()
+        assert engine.submit(prompt()).result().text == "fine"
+
+
+def test_a_bad_grammar_is_refused_and_the_engine_lives() -> None:
+    backend = FakeBackend(lambda _: "fine")
+    with Engine(lambda: backend) as engine:
+        with pytest.raises(BadGrammar):
+            engine.submit(prompt(), SamplingParams(grammar="bad")).result()
+        assert engine.submit(prompt()).result().text == "fine"
+
+
+def test_a_model_that_cannot_be_opened_raises_where_the_engine_is_made() -> None:
+    def broken() -> FakeBackend:
+        raise FileNotFoundError("nothing here")
+
+    with pytest.raises(FileNotFoundError):
+        Engine(broken)
+
+
+def test_a_dead_engine_tells_everyone_and_refuses_new_work() -> None:
+    everyone_asked = threading.Event()
+
+    class Dying(FakeBackend):
+        def synchronize(self) -> None:
+            everyone_asked.wait()
+            raise MemoryError("out of it")
+
+        def close(self) -> None:
+            self.closed = True
+
+    backend = Dying()
+    engine = Engine(lambda: backend, parallel=1)
+    streams = [engine.submit(prompt()) for _ in range(5)]
+    everyone_asked.set()
+    for stream in streams:
+        with pytest.raises(EngineDied, match="out of it"):
+            stream.result()
+    with pytest.raises(EngineDied):
+        engine.submit(prompt()).result()
+    assert isinstance(engine.error, EngineDied)
+    engine.close()
+    assert backend.closed
+
+
+def test_closing_ends_running_answers_and_refuses_new_ones() -> None:
+    backend = FakeBackend(lambda _: "x" * 400, limits=dataclasses.replace(LIMITS, n_ctx=1 << 16))
+    engine = Engine(lambda: backend, max_tokens=60_000)
+    stream = engine.submit(prompt(), SamplingParams(ignore_eos=True, guard=False))
+    assert isinstance(next(iter(stream)), Started)
+    engine.close()
+    engine.close()
+    with pytest.raises(EngineClosed):
+        stream.result()
+    with pytest.raises(EngineClosed):
+        engine.submit(prompt())
+    assert backend.open_handles == 0
+
+
+def test_cancelling_frees_the_sequence_for_the_next() -> None:
+    backend = FakeBackend(
+        lambda p: "x" * 400 if "long" in p else "short", limits=dataclasses.replace(LIMITS, n_ctx=1 << 16)
+    )
+    with Engine(lambda: backend, max_tokens=60_000) as engine:
+        long = engine.submit(prompt("long"), SamplingParams(ignore_eos=True, guard=False))
+        assert isinstance(next(iter(long)), Started)
+        long.cancel()
+        with pytest.raises(Cancelled):
+            long.result()
+        assert engine.submit(prompt("quick")).result().text == "short"
+
+
+def test_the_stream_is_also_asynchronous_and_leaving_it_cancels() -> None:
+    backend = FakeBackend(lambda _: "hello", limits=dataclasses.replace(LIMITS, n_ctx=1 << 16))
+
+    async def read(engine: Engine) -> tuple[str, bool]:
+        answer = await engine.submit(prompt()).answer()
+        endless = engine.submit(prompt(), SamplingParams(ignore_eos=True, guard=False, max_tokens=50_000))
+        events = endless.__aiter__()
+        async for event in events:
+            if isinstance(event, TextDelta):
+                break
+        await events.aclose()  # type: ignore[attr-defined]
+        return answer.text, endless.cancelled
+
+    with Engine(lambda: backend) as engine:
+        assert asyncio.run(read(engine)) == ("hello", True)
+
+
+def test_a_request_costs_little_of_our_own() -> None:
+    """Python's share of a token: 2,000 tokens through plan, run and absorb, without any model."""
+    backend = FakeBackend(lambda _: "x" * 4000, limits=dataclasses.replace(LIMITS, n_ctx=1 << 16))
+    backend.next_token = lambda row: ord("x")  # type: ignore[method-assign]
+    with Engine(lambda: backend, max_tokens=2000) as engine:
+        start = time.perf_counter()
+        engine.submit(prompt(), SamplingParams(guard=False)).result()
+        per_token = (time.perf_counter() - start) / 2000
+    print(f"{per_token * 1e6:.0f} µs a token")
+    assert per_token < 1e-3
+
+
+def test_eos_is_no_text() -> None:
+    assert EOS not in ask(FakeBackend(lambda _: "ab")).tokens
