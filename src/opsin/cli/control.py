@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import re
 
+_STRING = "\x1b[\\]PX^_]|[\x9d\x90\x98\x9e\x9f]"  # OSC, DCS, SOS, PM, APC: titles, links, clipboard
 _SEQUENCE = re.compile(
-    r"""
-    \x1b\[[0-?]*[ -/]*[@-~]              # CSI: colours, cursor, screen
-    | \x1b[\]PX^_].*?(?:\x07|\x1b\\|\x9c) # OSC, DCS, SOS, PM, APC: titles, links, clipboard
-    | \x1b[ -/]*[0-~]                    # two-byte escapes
-    | \x9b[0-?]*[ -/]*[@-~]              # CSI as one C1 byte
-    | [\x9d\x90\x98\x9e\x9f].*?(?:\x07|\x1b\\|\x9c)
+    rf"""
+    (?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]        # CSI: colours, cursor, screen
+    | (?:{_STRING}).*?(?:\x07|\x1b\\|\x9c)
+    | \x1b[ -/]*(?![\[\]PX^_])[0-~]         # two-byte escapes
     """,
     re.VERBOSE | re.DOTALL,
 )
+_UNFINISHED = re.compile(rf"(?:\x1b|\x9b)[ -/]*\Z|(?:\x1b\[|\x9b)[0-?]*[ -/]*\Z|(?:{_STRING}).*\Z", re.DOTALL)
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-_START = re.compile("[\x1b\x9b\x9d\x90\x98\x9e\x9f]")
 
 MAX_HELD = 4096
 """A sequence that is not complete after this many characters never will be; what it hid is dropped."""
@@ -31,14 +30,14 @@ class ControlStripper:
         """What of the text can be shown."""
         text = _SEQUENCE.sub("", self._held + text)
         self._held = ""
-        start = _START.search(text)
-        if start is not None:
-            held = text[start.start() :]
+        unfinished = _UNFINISHED.search(text)
+        if unfinished is not None:
+            held = unfinished.group()
             self._held = held if len(held) <= MAX_HELD else ""
-            text = text[: start.start()]
+            text = text[: unfinished.start()]
         return _CONTROL.sub("", text)
 
 
 def printable(text: str) -> str:
-    """A whole text without control sequences; an unfinished one loses its beginning."""
-    return _CONTROL.sub("", _SEQUENCE.sub("", text))
+    """A whole text without control sequences; one that is never finished hides what follows it."""
+    return ControlStripper().feed(text)

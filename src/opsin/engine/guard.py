@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from opsin.core.answer import GuardVerdict
-from opsin.engine.guard_compression import STRIDE, packs_too_well
+from opsin.engine.guard_compression import SPAN, STRIDE, packs_too_well, squeeze
 from opsin.engine.guard_cycle import TokenCycle, cyclic_end
 from opsin.engine.guard_drift import Drift
 
-_BATCH = 16
+_BATCH = 8
 _KEPT = 4096
 
 
@@ -18,6 +18,7 @@ class Guard:
         self._tokens = 0
         self._fresh: list[str] = []
         self._text = ""
+        self._squeezed = ""
         self._cycle = TokenCycle()
         self._drift = Drift()
 
@@ -38,10 +39,11 @@ class Guard:
         fresh = "".join(self._fresh)
         self._fresh.clear()
         self._text = (self._text + fresh)[-_KEPT:]
+        self._squeezed = (self._squeezed + squeeze(fresh))[-SPAN:]
         if self._drift.read(fresh):
             return GuardVerdict("drift", self._tokens)
         if cyclic_end(self._text):
             return GuardVerdict("cycle", self._tokens)
-        if self._tokens % STRIDE == 0 and packs_too_well(self._text):
+        if self._tokens % STRIDE == 0 and packs_too_well(self._squeezed):
             return GuardVerdict("compression", self._tokens)
         return None

@@ -2,8 +2,7 @@
 
 Two ways of drifting are told apart.
 
-Nothing new: a window over the last segments holds hardly a new word or number, and nearly all it says was said
-before. Both must hold. New numbers are what tables and logs live on, and new combinations of old words are what
+Nothing new: a window over the last items holds hardly a new word or number, and nearly all of them were named before. Both must hold. New numbers are what tables and logs live on, and new combinations of old words are what
 captions of similar pictures live on.
 
 Retelling: sentences that each resemble an earlier one in their telling words, that are made of old sequences of words
@@ -24,56 +23,43 @@ if TYPE_CHECKING:
     from opsin.engine.guard_segments import Segment
 
 # Nothing new.
-LIST_ITEMS = 28  # segments in a window made of short items
-PROSE_WORDS = 110  # words in a window made of sentences
-LIST_SAID = 0.88  # share of the short items that must have been said before
-PROSE_SAID = 0.62  # share of the sequences of sentences that must have been said before
-MAX_NEWS = 2  # new words and numbers a window may hold
-MIN_KINDS = 6  # different segments in a window: fewer are categories (yes and no, A to D), not a drifting list
+ITEMS = 28  # items in a window
+ITEM_WORDS = 8  # a longer segment is no item, and ends the list
+ITEMS_SAID = 0.88  # share of the items that must have been said before
+ITEMS_NEWS = 2  # new words and numbers a window may hold
+ITEM_KINDS = 6  # different items in a window: fewer are categories (yes and no, A to D), not a drifting list
 
 # Retelling.
 RETOLD_WORDS = 70  # words in a window
 RETOLD_SENTENCES = 5  # and sentences, at least
-RETOLD_NEWS = 0.12  # new words a word, at most
+RETOLD_NEWS = 0.15  # new words a word, at most
 RETOLD_SAID = 0.45  # share of the sequences said before, at least
-RETOLD_KIN = 0.75  # resemblance to the nearest earlier sentence, on average, at least
-RETOLD_ORDER = 0.5  # resemblance to the sentence a fixed number back, on average, at most
-_LOOK_BACK = 24
-_PERIODS = 12
-
-
-class _Item(NamedTuple):
-    """`margin` is by how much a segment says old things more than it may, times its share of the window."""
-
-    share: float
-    margin: float
-    news: int
-    key: int
+RETOLD_KIN = 0.7  # resemblance to the nearest earlier sentence, on average, at least
+RETOLD_SAME = 0.35  # share of the sentences that resemble an earlier one fully
+RETOLD_ORDER = 0.6  # resemblance to the sentence a fixed number back, on average, at most
+_LOOK_BACK = 32
 
 
 class _NothingNew:
-    """The window of the first rule; a short item and a sentence fill it to different shares."""
+    """The window of the first rule: the last items."""
 
     def __init__(self) -> None:
-        self._window: deque[_Item] = deque()
-        self._share = 0.0
+        self._window: deque[Segment] = deque(maxlen=ITEMS)
+
+    def clear(self) -> None:
+        self._window.clear()
 
     def take(self, segment: Segment) -> bool:
-        length = len(segment.words)
-        if length <= GRAM:
-            share, enough = 1 / LIST_ITEMS, LIST_SAID
-        else:
-            share, enough = min(length, PROSE_WORDS // 4) / PROSE_WORDS, PROSE_SAID
         window = self._window
-        window.append(_Item(share, share * (segment.said - enough), segment.news, hash(segment.words)))
-        self._share += share
-        while self._share - window[0].share >= 1 - 1e-6:
-            self._share -= window.popleft().share
+        if len(segment.words) > ITEM_WORDS:
+            window.clear()
+            return False
+        window.append(segment)
         return (
-            self._share >= 1 - 1e-6
-            and sum(item.margin for item in window) >= 0
-            and sum(item.news for item in window) <= MAX_NEWS
-            and len({item.key for item in window}) >= MIN_KINDS
+            len(window) == ITEMS
+            and sum(item.said for item in window) >= ITEMS_SAID * ITEMS
+            and sum(item.news for item in window) <= ITEMS_NEWS
+            and len({item.words for item in window}) >= ITEM_KINDS
         )
 
 
@@ -95,6 +81,10 @@ class _Retelling:
         self._earlier: deque[frozenset[str]] = deque(maxlen=_LOOK_BACK)  # the latest first
         self._words = 0
         self._shorts = 0
+
+    def clear(self) -> None:
+        self._window.clear()
+        self._words = self._shorts = 0
 
     def take(self, segment: Segment) -> bool:
         length = len(segment.words)
@@ -124,11 +114,12 @@ class _Retelling:
         # Lines of code and headings between: this is no prose.
         if 2 * sum(sentence.shorts for sentence in window) > count:
             return False
-        if sum(max(sentence.kin, default=0.0) for sentence in window) < RETOLD_KIN * count:
+        nearest = [max(sentence.kin, default=0.0) for sentence in window]
+        if sum(nearest) < RETOLD_KIN * count or sum(kin == 1 for kin in nearest) < RETOLD_SAME * count:
             return False
         return all(
             sum(sum(islice(sentence.kin, period, period + 1)) for sentence in window) <= RETOLD_ORDER * count
-            for period in range(_PERIODS)
+            for period in range(_LOOK_BACK)
         )
 
 
@@ -143,6 +134,10 @@ class Drift:
         """Take more text; True when the answer drifts."""
         drifts = False
         for segment in self._segments.read(text):
+            if not segment.plain:
+                for rule in self._rules:
+                    rule.clear()
+                continue
             for rule in self._rules:
                 drifts |= rule.take(segment)
         return drifts

@@ -19,8 +19,13 @@ _PIECE = re.compile(
     r"|\d+(?:[.,:]\d+)*"
     r"|[.!?](?=[\s\"'”)*])"
     r"|[。！？\n,;|、，；•·]"  # noqa: RUF001  (the marks of other scripts are meant)
+    r"|[{}\[\]()<>=/\\$@&+~^%#`]|:(?=\w)"
+    r"|[\-*](?=\s)"
 )
 _ITEM_ENDS = frozenset(",;|、，；•·")  # noqa: RUF001
+# Marks of code and markup: a segment with one of them is no plain language.
+_CODE = frozenset("{}[]()<>=/\\$@&+~^%#`:")
+_WRAPPED = 6  # words on a line, from which on it may go on in the next
 _GENERATION = 8192
 _MAX_PENDING = 256
 
@@ -28,12 +33,13 @@ _MAX_PENDING = 256
 @dataclass(frozen=True, slots=True)
 class Segment:
     """One item, sentence or row: its words in lower case, how many were never used before in the answer (numbers
-    count as words), and which share of it was said before, 0 to 1.
+    count as words), which share of it was said before, 0 to 1, and whether it is plain language, not code or markup.
     """
 
     words: tuple[str, ...]
     news: int
     said: float
+    plain: bool
 
 
 class _Memory:
@@ -63,6 +69,9 @@ class Segments:
         self._items: list[list[str]] = [[]]
         self._in_list = False
         self._news = 0
+        self._plain = True
+        self._wrapped = False
+        self._on_line = 0
 
     def read(self, text: str) -> list[Segment]:
         """Take more text; the segments it completes."""
@@ -71,6 +80,11 @@ class Segments:
         self._pending = text[end:]
         done: list[Segment] = []
         for piece in _PIECE.findall(text, 0, end):
+            if self._wrapped:
+                # A line that goes on in lower case was only wrapped.
+                self._wrapped = False
+                if not piece[0].islower():
+                    self._end_line(done)
             if piece[0].isdigit() and piece[-1] in ".)":
                 # "7." begins an item of a numbered list, and its number is no news; within a line it is a word.
                 if self._items[0]:
@@ -79,14 +93,20 @@ class Segments:
                         self._end_line(done)
             elif piece[0].isalnum():
                 self._word(piece.lower())
+            elif piece in _CODE:
+                self._plain = False
             elif piece in _ITEM_ENDS:
                 self._end_item(done)
+            elif piece == "\n" and self._on_line >= _WRAPPED and not self._in_list:
+                self._wrapped = True
+                self._on_line = 0
             else:
                 self._end_line(done)
         return done
 
     def _word(self, word: str) -> None:
         self._items[-1].append(word)
+        self._on_line += 1
         if not self._words.add(hash(word)):
             self._news += 1
 
@@ -112,10 +132,13 @@ class Segments:
     def _close(self, words: list[str], done: list[Segment]) -> None:
         if words:
             said = self._recognise(words)
-            # Figures and single letters come again in every table: that says nothing.
-            telling = sum(map(_telling, words))
-            done.append(Segment(tuple(words), self._news, said if 2 * telling >= len(words) else 0.0))
-            self._news = 0
+            if not _tells(words):
+                said = 0.0
+            done.append(Segment(tuple(words), self._news, said, self._plain))
+        elif not self._plain:
+            done.append(Segment((), 0, 0.0, plain=False))
+        self._news = self._on_line = 0
+        self._plain = True
 
     def _recognise(self, words: list[str]) -> float:
         """Remember the sequences of a segment; the share of them that was known."""
@@ -123,8 +146,12 @@ class Segments:
         return sum(self._grams.add(hash(tuple(words[i : i + GRAM]))) for i in range(count)) / count
 
 
-def _telling(word: str) -> bool:
-    return (len(word) > 2 and not word[0].isdigit()) or word[0] > "\u3000"
+def _tells(words: list[str]) -> bool:
+    """Whether saying it again says something: figures and single letters come again in every table."""
+    if len(words) <= GRAM and any(word[0].isdigit() for word in words):
+        return False
+    telling = sum(1 for word in words if (len(word) > 2 and not word[0].isdigit()) or word[0] > "\u3000")
+    return 2 * telling >= len(words)
 
 
 def _settled(text: str) -> int:

@@ -6,15 +6,17 @@ process-wide pixel limit does not stand beside ours.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from opsin.core.errors import BadPicture, OpsinError, PictureTooLarge, PictureUnsupported
 from opsin.media import header
 from opsin.media.flatten import flatten
+from opsin.media.hush import hush_pillow, hushed_libtiff
+from opsin.media.ifd import claims_too_much, tiff_pages
 from opsin.media.sniff import picture_format
 from opsin.media.upright import load_and_orient, turn_upright
 from opsin.media.words import SUPPORTED, check_size, logger
@@ -28,6 +30,11 @@ if TYPE_CHECKING:
 
 _DNG_VERSION_TAG = 0xC612
 _TILE_TAGS = (0x0142, 0x0143)
+# Kinds whose plugins read tags before we can; EXIF in the others is left to us.
+_WITH_DIRECTORIES = frozenset(("TIFF", "JPEG", "AVIF"))
+# Pillow decodes run-length BMP in Python: bounds that keep it within seconds
+_RLE_MOST_PIXELS = 16_000_000
+_RLE_MOST_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +60,8 @@ def decode(data: bytes, name: str, settings: MediaSettings) -> Pixels:
     hush_pillow()
     if kind == "WEBP" and (size := header.webp_size(data)) is not None:
         check_size(size[0], size[1], name, settings)
+    if kind in _WITH_DIRECTORIES and claims_too_much(data, whole=kind == "TIFF"):
+        raise BadPicture(f"{name} holds tags that claim more than the file has, so it is damaged; save it again.")
     image = _guarded(lambda: _open(kind, data), kind, name)
     check_size(image.width, image.height, name, settings)
     _guarded(lambda: _prepare(image, kind, data, name, settings), kind, name)
@@ -66,7 +75,8 @@ def pixels_of(
 
     `data` are the bytes of its file, where they are known.
     """
-    turn, turned = _guarded(lambda: load_and_orient(image, data), kind, name)
+    with hushed_libtiff() if kind == "TIFF" and _by_libtiff(image) else contextlib.nullcontext():
+        turn, turned = _guarded(lambda: load_and_orient(image, data), kind, name)
     flat, more = _guarded(lambda: flatten(image, name), kind, name)
     width, height = flat.size
     if turned and turn >= 5:
@@ -76,12 +86,8 @@ def pixels_of(
     return Pixels(flat, kind, width, height, turn, (*notes, *more))
 
 
-def hush_pillow() -> None:
-    """Keep Pillow's remarks on metadata from reaching the caller as warnings, or as errors under `-W error`.
-
-    Done anew before each picture, as filters are process-wide and others may put theirs in front.
-    """
-    warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
+def _by_libtiff(image: Image.Image) -> bool:
+    return any(tile[0] == "libtiff" for tile in getattr(image, "tile", ()))
 
 
 # The one plugin for each kind, imported when its first picture comes.
@@ -114,6 +120,9 @@ def _prepare(image: Image.Image, kind: str, data: bytes, name: str, settings: Me
         tile = [tags.get(tag, 1) for tag in _TILE_TAGS]
         if all(isinstance(edge, int) and edge > 0 for edge in tile):
             check_size(tile[0], tile[1], name, settings)
+    slow = image.width * image.height > _RLE_MOST_PIXELS or len(data) > _RLE_MOST_BYTES
+    if kind == "BMP" and image.info.get("compression") in {1, 2} and slow:
+        raise PictureTooLarge(f"{name} is too large for a run-length BMP; save it as PNG.")
     clear = image.info.get("transparency")
     if kind == "PNG" and clear is not None:
         # Pillow brings samples to 8 bits, but leaves the transparent colour in the file's own depth
@@ -129,7 +138,7 @@ def _frame_notes(kind: str, data: bytes, image: Image.Image) -> tuple[str, ...]:
     counters: dict[str, Callable[[bytes], int]] = {
         "PNG": header.png_frames,
         "GIF": header.gif_frames,
-        "TIFF": header.tiff_pages,
+        "TIFF": tiff_pages,
     }
     count = counters[kind](data) if kind in counters else int(getattr(image, "n_frames", 1))
     if count < 2:

@@ -5,8 +5,6 @@ The counts are bounded: a file that claims millions of frames costs no more than
 
 from __future__ import annotations
 
-import struct
-
 MOST_FRAMES = 10_000
 
 
@@ -59,21 +57,3 @@ def gif_frames(data: bytes) -> int:
         else:
             break
     return max(1, frames)
-
-
-def tiff_pages(data: bytes) -> int:
-    """Pages in a TIFF, counted along its chain of directories up to MOST_FRAMES; a chain that bites itself ends."""
-    order = "<" if data[:2] == b"II" else ">"
-    big = data[2:4] in {b"+\x00", b"\x00+"}
-    count, pointer, entry = ("Q", "Q", 20) if big else ("H", "I", 12)
-    seen: set[int] = set()
-    try:
-        (at,) = struct.unpack_from(order + pointer, data, 8 if big else 4)
-        while at and at not in seen and len(seen) < MOST_FRAMES:
-            (entries,) = struct.unpack_from(order + count, data, at)
-            seen.add(at)
-            (at,) = struct.unpack_from(order + pointer, data, at + struct.calcsize(count) + entry * entries)
-    except (struct.error, OverflowError):
-        # the chain leads out of the file: what was seen up to there counts
-        pass
-    return max(1, len(seen))

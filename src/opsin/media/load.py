@@ -105,7 +105,8 @@ def _decode(data: bytes, name: str, settings: MediaSettings) -> Pixels:
 def _pixels(source: Any, settings: MediaSettings) -> Pixels:
     """Take pixels from a Pillow image or a NumPy array, without importing either for a source that is neither."""
     if (pil := sys.modules.get("PIL.Image")) is not None and isinstance(source, pil.Image):
-        from opsin.media.decode import hush_pillow, pixels_of
+        from opsin.media.decode import pixels_of
+        from opsin.media.hush import hush_pillow
 
         hush_pillow()
         check_size(source.width, source.height, "The picture", settings)

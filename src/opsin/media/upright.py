@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from opsin.media.ifd import ORIENTATION_TAG, exif_orientation
 from opsin.media.words import logger
 
 if TYPE_CHECKING:
     from PIL import Image
-
-ORIENTATION_TAG = 0x0112
 
 
 def load_and_orient(image: Image.Image, data: bytes | None) -> tuple[int, bool]:
@@ -29,6 +28,8 @@ def load_and_orient(image: Image.Image, data: bytes | None) -> tuple[int, bool]:
         return (_checked(image.info.get("original_orientation")) if data is None or _turns(data) else 1), True
     if image.format == "AVIF" and "exif" not in image.info:
         return 1, False
+    if data is not None:
+        return exif_orientation(_exif_block(image)), False
     try:
         return _checked(image.getexif().get(ORIENTATION_TAG)), False
     except Exception as error:  # noqa: BLE001 - a damaged EXIF block may raise anything, and unmakes no picture
@@ -56,6 +57,21 @@ def turn_upright(image: Image.Image, orientation: int) -> Image.Image:
 
 def _checked(value: object) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _exif_block(image: Image.Image) -> bytes:
+    """The EXIF block a plugin found, or the one that ImageMagick writes into a PNG as hexadecimal text."""
+    block = image.info.get("exif")
+    if isinstance(block, bytes):
+        return block
+    text = image.info.get("Raw profile type exif")
+    if not isinstance(text, str):
+        return b""
+    try:
+        # three lines stand before the digits: nothing, the profile's name, its length
+        return bytes.fromhex("".join(text.split("\n")[3:]))
+    except ValueError:
+        return b""
 
 
 def _turns(data: bytes) -> bool:

@@ -113,4 +113,3 @@ def _pair_of(repo: CachedRepo, wanted: Wanted) -> Pair | None:
         return None
     projectors = best_projectors(repo.files, found)
     return Pair(repo.folder / found, repo.folder / projectors[0] if projectors else None, wanted.name)
-

@@ -15,8 +15,11 @@ from opsin.native.library import library
 MAX_CHARACTERS = 65_536
 MAX_GBNF_CHARACTERS = 262_144
 MAX_DEPTH = 64
-COMPILE_SECONDS = 5
-_COMPILE_BYTES = 2 * 2**30
+# What passes in the child is compiled again by the engine's thread, so it must be cheap: both limits are tight.
+COMPILE_CPU_SECONDS = 1
+COMPILE_BYTES = 512 * 2**20
+_WALL_SECONDS = 5
+_REASON_CHARACTERS = 200
 _CHILD = Path(__file__).with_name("grammar_child.py")
 
 
@@ -61,8 +64,8 @@ def _compiled(text: str, *, is_schema: bool) -> str:
         "converter": str(Path(lib.llama.__file__).with_name("llama_grammar.py")),
         "schema": text if is_schema else None,
         "grammar": text,
-        "seconds": COMPILE_SECONDS,
-        "bytes": _COMPILE_BYTES,
+        "seconds": COMPILE_CPU_SECONDS,
+        "bytes": COMPILE_BYTES,
         "most": MAX_GBNF_CHARACTERS,
     }
     try:
@@ -70,12 +73,12 @@ def _compiled(text: str, *, is_schema: bool) -> str:
             [sys.executable, "-I", "-S", str(_CHILD)],
             input=json.dumps(job).encode(),
             capture_output=True,
-            timeout=COMPILE_SECONDS + 2,
+            timeout=_WALL_SECONDS,
             check=False,
         )
     except subprocess.TimeoutExpired as error:
         raise BadGrammar(
-            f"The {what} did not compile within {COMPILE_SECONDS} s: make it simpler, with fewer alternatives."
+            f"The {what} did not compile within {_WALL_SECONDS} s: make it simpler, with fewer alternatives."
         ) from error
     try:
         answer = json.loads(child.stdout)
@@ -83,12 +86,13 @@ def _compiled(text: str, *, is_schema: bool) -> str:
         answer = {}
     if child.returncode != 0 or not answer:
         raise BadGrammar(
-            f"The {what} is too much for llama.cpp's grammar compiler (its process ended with {child.returncode}): "
+            f"The {what} is too much for llama.cpp's grammar compiler (it takes too long or too much memory): "
             "make it simpler."
         )
     if "gbnf" in answer:
         return str(answer["gbnf"])
-    raise BadGrammar(f"The {what} cannot be used: {answer['error'] or _reason(child.stderr)}.")
+    reason = str(answer["error"]) or _reason(child.stderr)
+    raise BadGrammar(f"The {what} cannot be used: {reason[:_REASON_CHARACTERS].rstrip('.')}.")
 
 
 def _reason(stderr: bytes) -> str:
@@ -96,7 +100,7 @@ def _reason(stderr: bytes) -> str:
     for line in stderr.decode("utf-8", "replace").splitlines():
         match = re.search(r"error parsing grammar: (.*)", line)
         if match:
-            return match[1][:160]
+            return match[1]
         if "root" in line or "left recursion" in line:
-            return line[:160]
+            return line
     return "llama.cpp refuses it; a grammar needs a rule named root and no left recursion"

@@ -23,8 +23,8 @@ def _limit(seconds: int, size: int) -> None:
         return
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if sys.platform == "linux":
-        resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    # Not the address space: libraries of a GPU build map gigabytes of it without using them.
+    resource.setrlimit(resource.RLIMIT_DATA, (size, size))
 
 
 def _convert(converter: str, schema: str) -> str:
@@ -33,6 +33,8 @@ def _convert(converter: str, schema: str) -> str:
         raise RuntimeError("the schema converter cannot be loaded")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if not isinstance(json.loads(schema), dict):
+        raise TypeError("it must be a JSON object")
     return str(module.json_schema_to_gbnf(schema))
 
 
@@ -46,6 +48,13 @@ def _compile(library: str, gbnf: str) -> bool:
     thread.start()
     thread.join()
     return found == [True]
+
+
+def _plain(reason: str) -> str:
+    """The converter's complaint without its own names: it fetches nothing and calls the schema "stdin"."""
+    if "remote schemas" in reason:
+        return "it refers to another address, and nothing is fetched: put the definitions into it"
+    return reason.replace("stdin#", "#")
 
 
 def _main() -> None:
@@ -67,7 +76,7 @@ def _main() -> None:
     except MemoryError:
         answer["error"] = "it needs too much memory"
     except Exception as error:  # noqa: BLE001 - the converter raises what it likes; the parent gives it a type
-        answer["error"] = str(error) or type(error).__name__
+        answer["error"] = _plain(str(error)) or type(error).__name__
     sys.stdout.write(json.dumps(answer))
 
 

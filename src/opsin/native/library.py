@@ -53,4 +53,4 @@ def _load() -> Library:
     functions, missing = ggml.bind(libraries)
     abi.verify(abi.observe(llama_cpp.__version__, llama, mtmd, functions, missing))
     llama.llama_backend_init()
-    return Library(llama, mtmd, functions, Path(native._name))
+    return Library(llama, mtmd, functions, Path(native._name))  # noqa: SLF001 - as above

@@ -1,7 +1,7 @@
 """What a projector file says of itself, read before llama.cpp opens it.
 
-Only the header is read: metadata and tensor types. It is enough to refuse a file that would end the process, and to
-name the file's content.
+Only the header is read: metadata and tensor names. It is enough to refuse the wrong file with a sentence, and to name
+the file's content.
 """
 
 from __future__ import annotations
@@ -30,10 +30,9 @@ _SAMPLE_BYTES = 64 * 2**10
 
 @dataclass(frozen=True, slots=True)
 class ProjectorFile:
-    """A projector's header. `types` counts tensors of two and more dimensions by type; `header_bytes` is its end."""
+    """A projector's header. `tensor_types` are ggml types by tensor name; `header_bytes` is where it ends."""
 
     metadata: dict[str, Any]
-    types: dict[int, int]
     header_bytes: int
     tensor_types: dict[str, int] = field(repr=False, default_factory=dict)
 
@@ -44,11 +43,6 @@ class ProjectorFile:
             if isinstance(self.metadata.get(key), str):
                 return str(self.metadata[key])
         return ""
-
-    @property
-    def all_f32(self) -> bool:
-        """Whether every weight matrix is f32."""
-        return set(self.types) == {_F32}
 
 
 class _Reader:
@@ -108,20 +102,17 @@ def _read(file: BinaryIO) -> ProjectorFile:
     if max(n_tensors, n_pairs) > _MAX_ENTRIES:
         raise EOFError
     metadata = {reader.string(): reader.value(reader.scalar("I")) for _ in range(n_pairs)}
-    types: dict[int, int] = {}
     by_name: dict[str, int] = {}
     for _ in range(n_tensors):
         name = reader.string()
         n_dims = reader.scalar("I")
         if n_dims > 8:
             raise EOFError
-        dims = [reader.scalar("Q") for _ in range(n_dims)]
+        reader.take(8 * n_dims)
         kind = reader.scalar("I")
         reader.scalar("Q")
         by_name[name] = kind
-        if sum(size > 1 for size in dims) > 1:
-            types[kind] = types.get(kind, 0) + 1
-    return ProjectorFile(metadata, types, file.tell(), by_name)
+    return ProjectorFile(metadata, file.tell(), by_name)
 
 
 def fingerprint(path: Path, header_bytes: int) -> str:

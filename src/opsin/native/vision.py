@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from opsin.native.hook import Observer
     from opsin.native.model import Model
 
-_LLAVA_KINDS = frozenset({"mlp", "mlp_norm", "ldp", "ldpv2"})
 _BATCH_TOO_LARGE, _BATCH_OTHER_SHAPE = 2, 3
 
 
@@ -37,10 +36,10 @@ class Encoder:
         self.lib = model.lib
         self.path = path
         self.file = read_projector(path)
+        _check_kind(self.file, path)
         self._model = model
         self._hook = EvalHook(self.lib)
         device = _device(settings, self.lib)
-        _refuse(self.file, path, on_cpu=device is None)
         if (
             settings.image_min_tokens
             and settings.image_max_tokens
@@ -188,15 +187,10 @@ def _device(settings: EngineSettings, lib: Any) -> int | None:
     return 0 if any(device.is_gpu for device in present) else None
 
 
-def _refuse(file: ProjectorFile, path: Path, *, on_cpu: bool) -> None:
+def _check_kind(file: ProjectorFile, path: Path) -> None:
     architecture = file.metadata.get("general.architecture")
     if architecture != "clip":
         raise PairMismatch(
             f"{path.name} is not a projector but a model of the kind {architecture or 'unknown'}: "
             "give the language model with --model and its mmproj file with --mmproj."
-        )
-    if on_cpu and file.all_f32 and file.kind in _LLAVA_KINDS:
-        raise ModelUnreadable(
-            f"{path.name} is a LLaVA projector in f32, which crashes llama.cpp on the CPU: "
-            "use its f16 file, or convert it to f16."
         )

@@ -5,13 +5,15 @@ from __future__ import annotations
 import datetime as dt
 import json
 import re
+import string
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
+from jinja2 import Environment
 from jinja2 import filters as jinja_filters
 from jinja2 import tests as jinja_tests
 from jinja2.runtime import Context, Undefined, str_join
-from jinja2.utils import Namespace, pass_context
+from jinja2.utils import Namespace, pass_context, pass_environment
 
 from opsin.prompt.budget import ITEM_CHARS, MAX_INT_BITS, TemplateRefused, current
 
@@ -24,7 +26,7 @@ _TAKES_ONE = ("abs", "count", "length", "default", "d", "first", "last", "float"
 _MAX_PRECISION = 32
 _NO_TESTS = ("filter", "test", "callable")
 _MAX_RANGE = 100_000
-_LONG_FIELD = re.compile(r"\d{3}|\*")  # a field three digits wide has no place in a prompt
+_WIDE_FIELD = re.compile(r"%[^a-zA-Z%]*(\d{3}|\*)|%\(")  # a field three digits wide has no place in a prompt
 
 
 class TemplateRaised(Exception):
@@ -38,13 +40,21 @@ class ChatNamespace(Namespace):
         return "<namespace>"
 
 
-def check_format(text: str, values: Any) -> None:
-    """Refuse a format whose fields are wide, and charge what the others can write."""
-    budget = current()
-    if _LONG_FIELD.search(text):
+def check_percent(text: str, values: Any) -> None:
+    """Refuse a `%` format with wide or named fields, and charge what the others can write."""
+    if _WIDE_FIELD.search(text):
         raise TemplateRefused("formats too wide a field")
-    fields = text.count("%") + text.count("{")
-    budget.charge(len(text) + fields * (100 + budget.weigh(values)))
+    budget = current()
+    budget.charge(len(text) + text.count("%") * (100 + budget.weigh(values)))
+
+
+def check_format(text: str, values: Any) -> None:
+    """The same for `str.format`; a field whose width is a field again is refused too."""
+    fields = [spec or "" for _, name, spec, _ in string.Formatter().parse(text) if name is not None]
+    if any("{" in spec or re.search(r"\d{3}", spec) for spec in fields):
+        raise TemplateRefused("formats too wide a field")
+    budget = current()
+    budget.charge(len(text) + len(fields) * (100 + budget.weigh(values)))
 
 
 def _charged(name: str, function: Callable[..., Any], before: Callable[..., None]) -> Callable[..., Any]:
@@ -101,24 +111,28 @@ def _before_one(*_args: Any, **_kwargs: Any) -> None:
     """Nothing to weigh: these look at a value, or hand it on."""
 
 
-def _replace(text: Any, old: Any, new: Any, count: int | None = None) -> str:
-    text, old, new = str(text), str(old), str(new)
+def charge_replace(text: str, old: str, new: str) -> None:
+    """Charge what replacing every `old` by `new` makes of a text."""
     current().charge(len(text) + text.count(old) * max(len(new) - len(old), 0))
-    return text.replace(old, new, -1 if count is None else count)
 
 
-def _join(value: Any, d: Any = "", attribute: Any = None) -> str:
-    items = list(value)
-    if attribute is not None:
-        items = [_member(item, attribute) for item in items]
+def _replace(value: Any, old: Any, new: Any, count: int | None = None) -> str:
+    text = str(value)
+    charge_replace(text, str(old), str(new))
+    return text.replace(str(old), str(new), -1 if count is None else count)
+
+
+@pass_environment
+def _join(environment: Environment, value: Any, d: Any = "", attribute: Any = None) -> str:
+    items = _members(environment, value, attribute)
     budget = current()
     budget.charge(budget.weigh(items) + len(str(d)) * len(items))
     return str(d).join(map(str, items))
 
 
-def _member(item: Any, name: Any) -> Any:
-    value = item.get(name, "") if isinstance(item, Mapping) else ""
-    return "" if isinstance(value, Undefined) else value
+def _members(environment: Environment, value: Any, attribute: Any) -> list[Any]:
+    items = list(_ticking(iter(value)))
+    return items if attribute is None else list(map(jinja_filters.make_attrgetter(environment, attribute), items))
 
 
 def _indent(text: Any, width: Any = 4, first: bool = False, blank: bool = False) -> str:
@@ -146,8 +160,9 @@ def _tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _sum(value: Any, attribute: Any = None, start: Any = 0) -> Any:
-    numbers = [start, *(item if attribute is None else _member(item, attribute) for item in value)]
+@pass_environment
+def _sum(environment: Environment, value: Any, attribute: Any = None, start: Any = 0) -> Any:
+    numbers = [start, *_members(environment, value, attribute)]
     if not all(isinstance(number, (int, float)) for number in numbers):
         raise TemplateRefused("adds up what are no numbers")
     return sum(numbers)
@@ -218,7 +233,7 @@ def _raise_exception(message: Any = "") -> NoReturn:
 
 
 def _strftime_now(text: str) -> str:
-    if len(text) > 128 or _LONG_FIELD.search(text):
+    if len(text) > 128 or _WIDE_FIELD.search(text):
         raise TemplateRefused("formats too wide a field")
     return dt.datetime.now().strftime(text)  # noqa: DTZ005 - a template asks for the user's own day
 
@@ -249,13 +264,18 @@ def _make_filters() -> dict[str, Callable[..., Any]]:
         (_TAKES_ONE, _before_one),
     ):
         for name in names:
-            made[name] = _charged(name, own.get(name) or jinja_filters.FILTERS[name], before)
+            made[name] = _charged(name, own.get(name) or _builtin(jinja_filters.FILTERS, name), before)
     return made
+
+
+def _builtin(table: Mapping[str, Any], name: str) -> Callable[..., Any]:
+    function: Callable[..., Any] = table[name]
+    return function
 
 
 FILTERS = _make_filters()
 TESTS = {
-    name: _charged(name, function, _before_text)
-    for name, function in jinja_tests.TESTS.items()
+    name: _charged(name, _builtin(jinja_tests.TESTS, name), _before_text)
+    for name in jinja_tests.TESTS
     if name not in _NO_TESTS
 }

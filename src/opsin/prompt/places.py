@@ -18,6 +18,9 @@ from opsin.core.picture import Picture
 
 _STEM_DIGITS = 32
 _INDEX_DIGITS = 6
+_CUT_APART = (
+    "The model's chat template cuts texts apart, so that pictures cannot be placed: use another file of this model."
+)
 
 
 class ControlTokens:
@@ -86,20 +89,19 @@ class Places:
 
         Raises BadPrompt when a picture's place is missing, doubled or out of order.
         """
+        head, *pieces = rendered.split(self._stem)
         parts: list[Part] = []
         found: list[int] = []
-        end = 0
-        for match in re.finditer(f"{self._stem}(\\d{{{_INDEX_DIGITS}}})", rendered):
-            self._add_text(parts, rendered[end : match.start()], special=True)
-            index = int(match[1])
+        self._add_text(parts, head, special=True)
+        for piece in pieces:
+            index, rest = self._index(piece[:_INDEX_DIGITS]), piece[_INDEX_DIGITS:]
             meant = self._stands_for[index]
             if isinstance(meant, Picture):
                 parts.append(PicturePart(meant))
                 found.append(index)
             else:
                 self._add_text(parts, meant, special=False)
-            end = match.end()
-        self._add_text(parts, rendered[end:], special=True)
+            self._add_text(parts, rest, special=True)
         self._check(found)
         return tuple(parts)
 
@@ -109,9 +111,14 @@ class Places:
         self._stands_for.append(meant)
         return f"{self._stem}{len(self._stands_for) - 1:0{_INDEX_DIGITS}d}"
 
+    def _index(self, digits: str) -> int:
+        if len(digits) < _INDEX_DIGITS or not digits.isdecimal() or int(digits) >= len(self._stands_for):
+            raise BadPrompt(_CUT_APART)
+        return int(digits)
+
     def _add_text(self, parts: list[Part], text: str, *, special: bool) -> None:
         if special and self._stem[: _STEM_DIGITS // 2] in text:
-            raise BadPrompt("The model's chat template cuts texts apart, so that pictures and text cannot be placed.")
+            raise BadPrompt(_CUT_APART)
         if not text:
             return
         last = parts[-1] if parts else None

@@ -7,7 +7,6 @@ without bound between two charges is left out.
 
 from __future__ import annotations
 
-
 from typing import Any
 
 from jinja2 import Template, nodes
@@ -19,7 +18,7 @@ from jinja2.utils import Namespace, pass_context
 from jinja2.visitor import NodeTransformer
 
 from opsin.prompt.budget import ITEM_CHARS, MAX_INT_BITS, TemplateRefused, current
-from opsin.prompt.filters import FILTERS, TESTS, check_format, make_globals
+from opsin.prompt.filters import FILTERS, TESTS, charge_replace, check_format, check_percent, make_globals
 
 _STATEMENTS = (
     nodes.Template, nodes.Output, nodes.For, nodes.If, nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.With,
@@ -30,6 +29,7 @@ _EXPRESSIONS = (
     nodes.Call, nodes.Getitem, nodes.Getattr, nodes.Slice, nodes.Concat, nodes.Compare, nodes.Operand, nodes.Pair,
     nodes.Keyword,
 )  # fmt: skip
+MAX_TEMPLATE_NODES = 10_000  # the longest in use have about 1,300; compiling takes 0.1 ms each
 _ALLOWED = (*_STATEMENTS, *_EXPRESSIONS)
 
 _METHODS: dict[type, frozenset[str]] = {
@@ -181,7 +181,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def compile_chat(self, text: str) -> Template:
         """Parse, instrument and compile. Raises TemplateRefused, and whatever Jinja raises for a faulty template."""
-        tree = _Instrument().visit(self.parse(text))
+        tree = self.parse(text)
+        if sum(1 for _ in tree.find_all(nodes.Node)) > MAX_TEMPLATE_NODES:
+            raise TemplateRefused("is too long a program")
+        tree = _Instrument().visit(tree)
         return Template.from_code(self, self.compile(tree), self.make_globals(None))
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:  # noqa: ARG002 - Jinja's signature
@@ -210,7 +213,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         budget = current()
         budget.tick()
         if operator == "%" and isinstance(left, str):
-            check_format(left, right)
+            check_percent(left, right)
         elif operator == "+" and isinstance(left, (str, list, tuple)):
             budget.charge(_extent(left) + _extent(right))
         elif operator == "*" and not (_is_number(left) and _is_number(right)):
@@ -247,7 +250,7 @@ def _check_str_method(text: str, name: str, args: tuple[Any, ...], kwargs: dict[
     if name in {"format", "format_map"}:
         check_format(text, [args, kwargs])
     elif name == "replace" and len(args) >= 2 and isinstance(args[0], str) and isinstance(args[1], str):
-        budget.charge(len(text) + text.count(args[0]) * max(len(args[1]) - len(args[0]), 0))
+        charge_replace(text, args[0], args[1])
     elif name == "join" and args:
         budget.charge(budget.weigh(args[0]) + len(text) * _items(args[0]))
     elif name in {"split", "rsplit", "splitlines"}:

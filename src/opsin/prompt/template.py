@@ -15,7 +15,7 @@ from opsin.prompt.budget import Budget, TemplateRefused
 from opsin.prompt.filters import TemplateRaised
 from opsin.prompt.sandbox import Sandbox
 
-MAX_TEMPLATE_CHARS = 131_072  # the longest in use have about 17,000
+MAX_TEMPLATE_CHARS = 65_536  # the longest in use have about 17,000
 MAX_INPUT_CHARS = 2_000_000
 
 Json = Mapping[str, Any]
@@ -111,8 +111,8 @@ class ChatTemplate:
             text = self.render(messages)
         except BadPrompt:
             return False
-        # A list that a template prints as Python would is not understood.
-        return word in text and f"'{word}'" not in text
+        # A list that a template prints as Python or JSON writes one is not understood.
+        return word in text and not any(f"{quote}{word}{quote}" in text for quote in "'\"")
 
 
 def _wrap(role: str, text: str, *, lists: bool = False) -> Json:

@@ -1,0 +1,88 @@
+"""`opsin models`: which models are here, and which is the default."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Show which models are here, and choose the default.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback(invoke_without_command=True)
+def models(
+    context: typer.Context,
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON array")] = False,
+    known: Annotated[bool, typer.Option("--known", help="list the names `opsin pull` knows instead")] = False,
+    folder: Annotated[
+        list[Path] | None, typer.Option("--folder", metavar="DIR", help="look into this folder too")
+    ] = None,
+) -> None:
+    """Show which models are here, and choose the default."""
+    if context.invoked_subcommand is not None:
+        return
+    import json
+
+    if known:
+        from dataclasses import asdict
+
+        from opsin.models.registry import KNOWN_MODELS
+
+        rows = [asdict(row) for row in KNOWN_MODELS]
+        typer.echo(json.dumps(rows, indent=2) if as_json else _table(rows, ("name", "title", "repo")))
+        return
+    from opsin.models.listing import list_models
+
+    found = list_models(folder or [])
+    if as_json:
+        typer.echo(json.dumps([model.as_dict() for model in found], indent=2))
+        return
+    lines = [
+        {
+            "": "*" if model.is_default else "",
+            "name": model.name,
+            "model": f"{model.architecture} + {model.projector}" if model.architecture else "",
+            "quantisation": model.quantisation,
+            "size": _size(model.size) if model.size else "",
+            "where": model.problem or str(model.pair.llm),
+        }
+        for model in found
+    ]
+    typer.echo(_table(lines, ("", "name", "model", "quantisation", "size", "where")))
+    typer.echo("* the default; change it with `opsin models use NAME`, get more with `opsin pull NAME`")
+
+
+@app.command()
+def use(
+    name: Annotated[str, typer.Argument(help="a name from the list, a GGUF file, a folder, or demo")],
+    mmproj: Annotated[str | None, typer.Option("--mmproj", help="projector, when it is not beside the model")] = None,
+) -> None:
+    """Make a model the default."""
+    from opsin.core.errors import PairMismatch
+    from opsin.models.resolve import resolve
+    from opsin.models.store import write_default
+
+    pair = resolve(name, mmproj)
+    if pair.mmproj is None:
+        raise PairMismatch(f"{pair.llm} has no projector beside it, so it cannot see: give one with --mmproj")
+    write_default(None if pair.is_demo else pair)
+    typer.echo(f"{pair.name} is the default model now")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _table(rows: list[dict[str, str]], names: tuple[str, ...]) -> str:
+    """Plain columns: paths are for copying, so nothing is wrapped or cut."""
+    cells = [list(names), *([str(row[name]) for name in names] for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
+    padded = ("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in cells)
+    return "\n".join(line.rstrip() for line in padded)

@@ -1,0 +1,50 @@
+"""What the native tests share besides fixtures: drawn pictures, a prefill, a generation."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from opsin.core.backend import EmbeddingRows, TokenRow
+from opsin.core.layout import ImageRun, Layout
+from opsin.core.picture import Picture
+
+
+def draw(seed: int = 0, width: int = 64, height: int = 48) -> Picture:
+    rgb = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8).tobytes()
+    return Picture(rgb, width, height, hashlib.sha256(rgb).hexdigest(), "PNG", width, height)
+
+
+def prefill(backend: Any, layout: Layout, seq_id: int = 0) -> int:
+    """Decode a whole layout; the next position."""
+    pos = 0
+    for run in layout.runs:
+        last = run is layout.runs[-1]
+        if isinstance(run, ImageRun):
+            positions = np.arange(pos, pos + run.n_tokens, dtype=np.int32)[np.newaxis, :]
+            assert backend.decode(EmbeddingRows(backend.encode(run), positions, seq_id, logits=last))
+        else:
+            end = len(run.tokens) - 1
+            rows = [TokenRow(token, pos + i, seq_id, last and i == end) for i, token in enumerate(run.tokens)]
+            assert backend.decode(rows)
+        pos += run.n_pos
+    return pos
+
+
+def generate(backend: Any, sampler: Any, pos: int, count: int, seq_id: int = 0) -> list[int]:
+    tokens: list[int] = []
+    for _ in range(count):
+        tokens.append(sampler.sample(-1))
+        if tokens[-1] in backend.eog_tokens:
+            break
+        assert backend.decode([TokenRow(tokens[-1], pos, seq_id, logits=True)])
+        pos += 1
+    return tokens
+
+
+@dataclass
+class Child:
+    code: int
+    out: str
+    err: str

@@ -1,0 +1,170 @@
+"""The whole backend: lifetime, threads, defaults, and memory that stays flat."""
+
+import gc
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import pytest
+from native_help import draw, generate, prefill
+
+from opsin.core.backend import TokenRow
+from opsin.core.errors import EngineClosed, EngineError, ModelNotFound
+from opsin.core.parts import PicturePart, TextPart
+from opsin.core.sampling import SamplingParams
+from opsin.core.settings import EngineSettings
+from opsin.native import devices, open_backend
+
+
+def test_closing_frees_children_first_and_only_once(open_pair: Callable[..., Any]) -> None:
+    backend = open_pair(ctx=256)
+    freed: list[str] = []
+    sampler = backend.sampler(SamplingParams(grammar='root ::= "a"'), 1)
+
+    def watch(handle: Any) -> None:
+        free = handle._free
+        handle._free = lambda pointer: (freed.append(handle.name), free(pointer))
+        for child in handle._children.values():
+            watch(child)
+
+    watch(backend._model.handle)
+    backend.close()
+    backend.close()
+    sampler.close()
+    assert freed == ["grammar", "sampler", "context", "vision encoder", "language model"]
+
+
+def test_a_closed_backend_raises_instead_of_touching_freed_memory(open_pair: Callable[..., Any]) -> None:
+    backend = open_pair(ctx=256)
+    layout = backend.layout([PicturePart(draw())], add_bos=True)
+    sampler = backend.sampler(SamplingParams(), 1)
+    backend.close()
+    for call in (
+        lambda: backend.decode([TokenRow(5, 0, 0)]),
+        lambda: backend.kv_last(0),
+        lambda: backend.kv_remove(0, 0, -1),
+        lambda: backend.synchronize(),
+        lambda: backend.encode(layout.runs[-1]),
+        lambda: backend.sampler(SamplingParams(), 1),
+        lambda: backend.layout([PicturePart(draw())], add_bos=True),
+        lambda: backend.layout([TextPart("hello")], add_bos=True),
+        lambda: backend.placement(),
+        lambda: sampler.sample(-1),
+    ):
+        with pytest.raises(EngineClosed, match="closed already"):
+            call()
+    layout.close()
+
+
+def test_a_failed_load_frees_what_it_had(open_pair: Callable[..., Any], pair: Any) -> None:
+    process = psutil.Process()
+
+    def fail() -> None:
+        with pytest.raises(EngineError if False else Exception, match="not a projector"):  # noqa: B017, PT011
+            open_pair(mmproj=pair.llm)
+
+    for _ in range(3):
+        fail()
+    gc.collect()
+    before = process.memory_info().rss
+    for _ in range(20):
+        fail()
+    gc.collect()
+    assert process.memory_info().rss - before < 4 * 2**20
+
+
+def test_no_model_is_a_sentence() -> None:
+    with pytest.raises(ModelNotFound, match="--model"):
+        open_backend(EngineSettings())
+
+
+def test_two_threads_at_once_are_refused(backend: Any) -> None:
+    layout = backend.layout([PicturePart(draw())], add_bos=False)
+    inside, leave = threading.Event(), threading.Event()
+    seen: list[BaseException] = []
+
+    def wait() -> None:
+        inside.set()
+        leave.wait(20)
+
+    thread = threading.Thread(target=lambda: backend.encode(layout.runs[-1], between=wait))
+    thread.start()
+    assert inside.wait(20)
+    try:
+        backend.kv_last(0)
+    except EngineError as error:
+        seen.append(error)
+    finally:
+        leave.set()
+        thread.join()
+    assert "Two threads" in str(seen[0])
+    assert backend.kv_last(0) == -1
+    layout.close()
+
+
+def test_defaults_come_from_the_model(open_pair: Callable[..., Any]) -> None:
+    backend = open_pair(ctx=None, parallel=1, ubatch=1024)
+    assert backend.limits.n_ctx == 4096
+    assert backend.limits.n_ubatch == backend.limits.n_batch == 1024
+    backend.close()
+    backend = open_pair(ctx=None, parallel=3)
+    assert backend.limits.n_ctx == 3 * 4096
+    backend.close()
+
+
+@pytest.mark.parametrize("kv_type", ["f32", "f16", "bf16"])
+def test_types_of_the_memory_work(open_pair: Callable[..., Any], kv_type: str) -> None:
+    backend = open_pair(kv_type=kv_type, mmproj=None)
+    assert backend.decode([TokenRow(5, 0, 0, True)])
+    assert backend.logprobs(-1, 5, 0).logprob < 0
+    backend.close()
+
+
+def test_a_memory_type_that_cannot_be_is_a_sentence(open_pair: Callable[..., Any]) -> None:
+    """Heads of 16 values cannot hold a block of 32."""
+    from opsin.core.errors import ModelError
+
+    with pytest.raises(ModelError, match=r"q8_0.*(--ctx|--kv-type)"):
+        open_pair(kv_type="q8_0")
+
+
+def test_names_of_the_pair(backend: Any, pair: Any) -> None:
+    info = backend.info
+    assert (info.architecture, info.projector, info.quantisation) == ("llama", "mlp", "Q8_0")
+    assert (info.llm_file, info.mmproj_file) == (pair.llm.name, pair.mmproj.name)
+    assert (backend.bos_text, backend.eos_text) == ("<s>", "</s>")
+    assert "</s>" in backend.control_texts
+    assert backend.metadata["llama.block_count"] == "2"
+
+
+def test_devices_are_named() -> None:
+    found = devices()
+    assert "CPU" in [device.name for device in found]
+    assert all(device.description for device in found)
+
+
+def test_200_pictures_leave_memory_flat(open_pair: Callable[..., Any]) -> None:
+    backend = open_pair()
+    process = psutil.Process()
+
+    def ask(seed: int) -> None:
+        layout = backend.layout([TextPart("USER: "), PicturePart(draw(seed)), TextPart(" what?")], add_bos=True)
+        pos = prefill(backend, layout)
+        sampler = backend.sampler(SamplingParams(grammar="root ::= [a-z]+", temperature=1.0), seed)
+        generate(backend, sampler, pos, 4)
+        backend.logprobs(-1, 5, 5)
+        sampler.close()
+        layout.close()
+        backend.kv_remove(0, 0, -1)
+
+    for seed in range(20):
+        ask(seed)
+    gc.collect()
+    before = process.memory_info().rss
+    for seed in range(20, 200):
+        ask(seed)
+    gc.collect()
+    grown = process.memory_info().rss - before
+    backend.close()
+    assert grown < 0.02 * before, f"{grown / 2**20:.1f} MiB"

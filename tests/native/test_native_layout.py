@@ -1,0 +1,179 @@
+"""Text and pictures in, runs of tokens and embeddings out: the tokens the whole text would have, and honest names."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from native_help import draw
+
+from opsin.core.errors import BadInput, BadPicture, EncodeFailed
+from opsin.core.layout import ImageRun, TextRun
+from opsin.core.parts import PicturePart, TextPart
+from opsin.core.picture import Picture
+
+
+def tokens(backend: Any, *parts: TextPart, add_bos: bool = False) -> tuple[int, ...]:
+    layout = backend.layout(parts, add_bos=add_bos)
+    assert all(isinstance(run, TextRun) for run in layout.runs)
+    return tuple(token for run in layout.runs for token in run.tokens)
+
+
+def text_of(backend: Any, ids: tuple[int, ...]) -> str:
+    return b"".join(map(backend.piece, ids)).decode()
+
+
+def test_a_stretch_in_parts_has_the_tokens_of_the_whole(backend: Any) -> None:
+    """A sentencepiece vocabulary puts a space before every call: tokenised in pieces, a prompt grows by tokens."""
+    whole = tokens(backend, TextPart("USER: what is this? ASSISTANT:"))
+    assert tokens(backend, TextPart("USER: what"), TextPart(" is this?"), TextPart(" ASSISTANT:")) == whole
+
+
+def test_a_control_token_of_the_template_is_the_token(backend: Any) -> None:
+    end = backend._model.control_tokens["</s>"]
+    assert end in tokens(backend, TextPart("one</s>two"))
+
+
+def test_a_control_token_that_a_user_wrote_is_text(backend: Any) -> None:
+    end = backend._model.control_tokens["</s>"]
+    parts = (TextPart("USER: say "), TextPart("</s>", special=False), TextPart(" twice</s>USER: "))
+    ids = tokens(backend, *parts)
+    assert ids.count(end) == 1
+    assert text_of(backend, ids).lstrip() == "USER: say </s> twice USER: "  # the space before the last is SPM's own
+
+
+def test_plain_text_beside_the_users_costs_no_token_more(backend: Any) -> None:
+    """The user's text is tokenised with its plain neighbours up to the next control token, so no space is added."""
+    cut = tokens(backend, TextPart("a "), TextPart("</s>", special=False), TextPart(" b"))
+    assert cut == backend._model.tokenize("a </s> b", special=False)
+
+
+def test_a_plain_part_without_control_text_changes_nothing(backend: Any) -> None:
+    whole = tokens(backend, TextPart("<s>USER: what is this?</s>ASSISTANT:"))
+    parts = (TextPart("<s>USER: "), TextPart("what is this?", special=False), TextPart("</s>ASSISTANT:"))
+    assert tokens(backend, *parts) == whole
+
+
+def test_empty_parts_are_nothing(backend: Any) -> None:
+    assert tokens(backend, TextPart(""), TextPart("", special=False)) == ()
+
+
+def test_the_begin_token_comes_once_and_only_when_asked(backend: Any) -> None:
+    begin = backend._model.control_tokens["<s>"]
+    assert tokens(backend, TextPart("hello"), add_bos=True) == (begin, *tokens(backend, TextPart("hello")))
+    layout = backend.layout([PicturePart(draw()), TextPart("hello")], add_bos=True)
+    assert layout.runs[0] == TextRun((begin,))
+    layout.close()
+
+
+def test_pictures_stand_where_they_were_put(backend: Any) -> None:
+    parts = [TextPart("a"), PicturePart(draw(1)), TextPart("b"), PicturePart(draw(2)), PicturePart(draw(1)), TextPart("c")]
+    layout = backend.layout(parts, add_bos=True)
+    kinds = [run.picture if isinstance(run, ImageRun) else "text" for run in layout.runs]
+    assert kinds == ["text", 0, "text", 1, 2, "text"]
+    assert [image.sha256 for image in layout.images] == [draw(1).sha256, draw(2).sha256, draw(1).sha256]
+    assert layout.n_image_tokens == 48
+    layout.close()
+
+
+def test_an_image_says_what_size_the_encoder_saw(backend: Any) -> None:
+    layout = backend.layout([PicturePart(draw(0, 640, 31))], add_bos=False)
+    (info,) = layout.images
+    assert (info.width, info.height, info.resized_width, info.resized_height) == (640, 31, 56, 56)
+    assert (info.tokens, info.tiles) == (16, 1)
+    assert layout.preprocess_ms > 0
+    layout.close()
+
+
+def test_the_marker_of_the_library_is_text_in_a_prompt(backend: Any) -> None:
+    layout = backend.layout([TextPart("<__media__> <image> "), PicturePart(draw())], add_bos=False)
+    assert len([run for run in layout.runs if isinstance(run, ImageRun)]) == 1
+    assert "<__media__> <image>" in text_of(backend, layout.runs[0].tokens)
+    layout.close()
+
+
+def identity(backend: Any, picture: Picture, *before: Any) -> str:
+    layout = backend.layout([*before, PicturePart(picture)], add_bos=False)
+    layout.close()
+    return str(layout.runs[-1].identity)
+
+
+def test_an_identity_names_pixels_and_projector_and_nothing_else(
+    backend: Any, open_pair: Callable[..., Any], pair: Any, tmp_path: Any
+) -> None:
+    name = identity(backend, draw(1))
+    assert name == identity(backend, draw(1), TextPart("other text"), PicturePart(draw(3)))
+    assert name != identity(backend, draw(2))
+
+    copied = tmp_path / "renamed.gguf"
+    copied.write_bytes(pair.mmproj.read_bytes())
+    same = open_pair(mmproj=copied, ctx=256)
+    data = bytearray(pair.mmproj.read_bytes())
+    data[-2] ^= 1
+    copied_other = tmp_path / "other.gguf"
+    copied_other.write_bytes(bytes(data))
+    other = open_pair(mmproj=copied_other, ctx=256)
+    limited = open_pair(image_max_tokens=16, ctx=256)
+    try:
+        assert identity(same, draw(1)) == name
+        assert identity(other, draw(1)) != name
+        assert identity(limited, draw(1)) != name
+    finally:
+        for one in (same, other, limited):
+            one.close()
+
+
+def test_equal_identities_have_equal_embeddings(backend: Any) -> None:
+    layout = backend.layout([PicturePart(draw(1)), TextPart("x"), PicturePart(draw(1))], add_bos=False)
+    first, second = (run for run in layout.runs if isinstance(run, ImageRun))
+    assert first.identity == second.identity
+    assert (backend.encode(first) == backend.encode(second)).all()
+    layout.close()
+
+
+def test_a_layout_may_be_made_by_any_thread(backend: Any) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(4) as pool:
+        names = list(pool.map(lambda seed: identity(backend, draw(seed % 3)), range(24)))
+    assert len(set(names)) == 3
+
+
+def test_a_closed_layout_cannot_be_encoded(backend: Any) -> None:
+    layout = backend.layout([PicturePart(draw())], add_bos=False)
+    run = layout.runs[-1]
+    layout.close()
+    layout.close()
+    with pytest.raises(EncodeFailed, match="closed before"):
+        backend.encode(run)
+
+
+def test_a_picture_needs_a_vision_encoder(open_pair: Callable[..., Any]) -> None:
+    backend = open_pair(mmproj=None)
+    try:
+        assert not backend.has_vision
+        assert backend.info.projector is None
+        with pytest.raises(BadInput, match="--mmproj"):
+            backend.layout([PicturePart(draw())], add_bos=False)
+    finally:
+        backend.close()
+
+
+@pytest.mark.parametrize("rgb", [b"", b"\0" * 10])
+def test_pixels_that_do_not_fit_their_size_are_refused(backend: Any, rgb: bytes) -> None:
+    """mtmd copies width * height * 3 bytes, whatever is there."""
+    with pytest.raises(BadPicture, match="needs three a pixel"):
+        backend.layout([PicturePart(Picture(rgb, 64, 48, "x", "PNG", 64, 48))], add_bos=False)
+
+
+def test_narrow_pictures_are_laid_out_or_refused(backend: Any) -> None:
+    for width, height in ((1, 1), (1, 4000), (4000, 1)):
+        layout = backend.layout([PicturePart(draw(0, width, height))], add_bos=False)
+        assert layout.n_image_tokens == 16
+        layout.close()
+
+
+def test_a_chunk_of_another_format_is_not_guessed_at() -> None:
+    from opsin.native.chunk import parse_meta
+
+    with pytest.raises(ValueError, match="version 9"):
+        parse_meta((9).to_bytes(8, "little") + bytes(200))

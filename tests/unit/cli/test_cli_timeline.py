@@ -1,0 +1,54 @@
+"""The timeline shows each stage that took time, with what went through it."""
+
+import dataclasses
+
+from rich.console import Console
+
+from opsin.cli.timeline import BAR, timeline
+from opsin.core.answer import Answer, ImageInfo, Timings, Usage
+from opsin.core.placement import BackendShare, Placement
+from opsin.core.stages import Stages
+
+STAGES = Stages(
+    load_ms=70.0, preprocess_ms=5.0, encode_ms=400.0, image_prefill_ms=300.0, text_prefill_ms=20.0, decode_ms=200.0,
+    sample_ms=2.0, other_ms=3.0, total_ms=1000.0,
+)  # fmt: skip
+TIMINGS = Timings(0, 600, 720.0, 1.2, 833.3, 20, 202.0, 10.1, 99.0)
+
+
+def shown(answer: Answer, placement: Placement | None, width: int = 100) -> list[str]:
+    console = Console(width=width, force_terminal=False, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    console.print(timeline(answer, placement))
+    console.file.close()
+    return [line.rstrip() for line in console.export_text().splitlines()]
+
+
+def answer(images: int = 1) -> Answer:
+    info = ImageInfo("0" * 64, 640, 480, 336, 336, 576)
+    return Answer("a dog", None, "stop", Usage(600, 20, 576 * images), STAGES, TIMINGS, images=(info,) * images)
+
+
+def test_every_stage_that_took_time_has_a_row_and_others_have_none() -> None:
+    lines = shown(answer(), Placement({"CUDA0": BackendShare(90, 0.995), "CPU": BackendShare(3, 0.005)}, {}, 32, 32))
+    text = "\n".join(lines)
+    for words in ("load model", "640×480 → 336×336", "576 image tokens, ran on 100% CUDA0", "1,920 token/s", "99 token/s"):
+        assert words in text
+    assert "queue" not in text
+    assert "fetch" not in text
+
+
+def test_bars_stand_one_after_another_and_inside_the_frame() -> None:
+    bars = [line for line in shown(answer(), None) if "█" in line]
+    starts = [line.index("█") for line in bars]
+    assert starts == sorted(starts)
+    widths = [line.count("█") for line in bars]
+    assert max(widths) == round(0.4 * BAR)
+    assert max(line.rindex("█") for line in bars) - min(starts) < BAR
+
+
+def test_a_question_without_a_picture_has_no_vision_rows() -> None:
+    asked = dataclasses.replace(answer(images=0), stages=Stages(text_prefill_ms=20.0, decode_ms=80.0, total_ms=100.0))
+    text = "\n".join(shown(asked, None))
+    assert "text prefill" in text
+    assert "encode" not in text
+    assert "image" not in text

@@ -1,0 +1,201 @@
+"""Hostile and broken files give one sentence or a picture, in bounded memory, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import hostile
+import media_samples as samples
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from media_samples import LIMITS, encode, scene
+
+from opsin.core.errors import BadInput, BadPicture, PictureTooLarge, PictureUnsupported
+from opsin.core.picture import Picture
+from opsin.core.settings import MediaSettings
+from opsin.media import load_picture
+
+FILES = dict(hostile.hostile_files())
+MIB = 2**20
+
+# what a file that must not be taken for another must be called
+NAMED = {
+    "paper.pdf": "PDF",
+    "late.pdf": "PDF",
+    "film.mp4": "video",
+    "film.mov": "video",
+    "film.mkv": "video",
+    "film.avi": "video",
+    "film.mpg": "video",
+    "film.ts": "video",
+    "song.m4a": "audio",
+    "sound.wav": "audio",
+    "sound.mp3": "audio",
+    "bare.mp3": "audio",
+    "sound.flac": "audio",
+    "sound.ogg": "audio",
+    "drawing.svg": "SVG",
+    "icon.ico": "icon",
+    "layers.psd": "Photoshop",
+    "pictures.zip": "ZIP",
+    "pictures.tar": "tar",
+    "new.jxl": "JPEG XL",
+    "page.html.png": "web page",
+    "model.gguf.png": "GGUF",
+}
+READ = {
+    "1x20000.png": (1, 20_000),
+    "20000x1.png": (20_000, 1),
+    "picture-named.txt": (48, 32),
+    "jpeg-named.png": (48, 32),
+    "65535-frames.gif": (1, 1),
+    "looping-directories.tif": (2, 2),
+    "animated.webp": (56, 40),
+    "animated.png": (56, 40),
+}
+
+# run by a child process: it warms every decoder, then loads each file of a folder and reports
+CHILD = """
+import json, resource, sys, time
+from pathlib import Path
+from opsin.core.errors import BadInput
+from opsin.core.settings import MediaSettings
+from opsin.media import load_picture
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+limits = MediaSettings()
+for path in sorted(Path(sys.argv[1]).iterdir()):
+    load_picture(path, limits)
+before, rows = peak(), []
+for path in sorted(Path(sys.argv[2]).iterdir()):
+    begin = time.process_time()
+    try:
+        picture = load_picture(path, limits)
+        told = f"{picture.width} by {picture.height}."
+    except BadInput as error:
+        told = str(error)
+    rows.append((path.name, told, time.process_time() - begin, peak() - before))
+print(json.dumps(rows))
+"""
+
+
+def one_sentence(error: BaseException) -> bool:
+    text = str(error)
+    plain = "Traceback" not in text and "Error" not in text and "0x" not in text
+    return text.isprintable() and text.endswith(".") and 20 < len(text) < 400 and plain
+
+
+def outcome(data: bytes, limits: MediaSettings) -> Picture | BadInput:
+    try:
+        return load_picture(data, limits)
+    except BadInput as error:
+        return error
+
+
+def check(result: Picture | BadInput) -> None:
+    if isinstance(result, BadInput):
+        assert one_sentence(result), str(result)
+        assert result.exit_code == 2
+    else:
+        assert len(result.rgb) == result.width * result.height * 3
+
+
+def test_there_are_forty_files_and_more() -> None:
+    assert len(FILES) == len(hostile.hostile_files()) >= 100
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_hostile_file_gives_one_sentence_or_a_picture(name: str) -> None:
+    result = outcome(FILES[name], LIMITS)
+    check(result)
+    if name in READ:
+        assert isinstance(result, Picture)
+        assert (result.width, result.height) == READ[name]
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_kind_that_is_not_read_is_refused_by_its_name(name: str) -> None:
+    with pytest.raises(PictureUnsupported, match=NAMED[name]) as refused:
+        load_picture(FILES[name], LIMITS)
+    assert refused.value.http_status == 415
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith(("huge", "bomb", "canvas", "upside"))])
+def test_huge_headers_are_refused_before_pixels_are_made(name: str) -> None:
+    with pytest.raises(PictureTooLarge if not name.endswith((".avif", ".heic")) else BadPicture):
+        load_picture(FILES[name], LIMITS)
+
+
+@pytest.mark.parametrize("name", ["tag-bomb.tif", "exif-bomb.jpg", "long-exif.jpg", "exif-bomb.avif"])
+def test_tags_that_claim_the_same_bytes_over_and_over_are_refused(name: str) -> None:
+    """Pillow before 13 copied them all: 5,000 entries over 300 KB are 1.5 GB."""
+    with pytest.raises(BadPicture, match="claim more than the file has"):
+        load_picture(FILES[name], LIMITS)
+
+
+def test_memory_and_time_stay_bounded_over_all_hostile_files(tmp_path: Path) -> None:
+    valid, bad = tmp_path / "valid", tmp_path / "bad"
+    valid.mkdir()
+    bad.mkdir()
+    for index, (kind, options) in enumerate(samples.EVERY):
+        valid.joinpath(f"{index}").write_bytes(encode(scene(), kind, **options))
+    for name, data in FILES.items():
+        bad.joinpath(name).write_bytes(data)
+    command = [sys.executable, "-W", "error", "-c", CHILD, str(valid), str(bad)]
+    source = Path(__file__).parents[3] / "src"
+    child = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(source)}, check=False)
+    assert child.returncode == 0, child.stderr
+    assert child.stderr == ""
+    rows = json.loads(child.stdout)
+    assert len(rows) == len(FILES)
+    worst = max(rows, key=lambda row: row[3])
+    assert worst[3] < 64 * MIB, worst
+    assert max(row[2] for row in rows) < 2, max(rows, key=lambda row: row[2])
+    assert all(told.endswith(".") and "\n" not in told for _, told, _, _ in rows)
+
+
+SEEDS = [(kind, encode(scene(24, 16), kind, **options)) for kind, options in samples.EVERY]
+SMALL = MediaSettings(max_pixels=250_000, max_bytes=2**20)
+
+
+@st.composite
+def mutations(draw: Any) -> bytes:
+    _, seed = draw(st.sampled_from(SEEDS))
+    data = bytearray(seed)
+    for _ in range(draw(st.integers(1, 6))):
+        at = draw(st.integers(0, max(0, len(data) - 1)))
+        match draw(st.sampled_from(["set", "number", "cut", "drop", "insert", "repeat"])):
+            case "set":
+                data[at : at + 1] = bytes([draw(st.integers(0, 255))])
+            case "number":
+                data[at : at + 4] = draw(
+                    st.sampled_from([b"\x00" * 4, b"\xff" * 4, b"\x7f\xff\xff\xff", b"\x01\0\0\0"])
+                )
+            case "cut":
+                del data[at:]
+            case "drop":
+                del data[at : at + draw(st.integers(1, 16))]
+            case "insert":
+                data[at:at] = draw(st.binary(max_size=16))
+            case _:
+                data[at:at] = data[at : at + 32]
+    return bytes(data)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@given(mutations())
+def test_mutated_files_raise_nothing_but_bad_input(data: bytes) -> None:
+    result = outcome(data, SMALL)
+    check(result)
+    if isinstance(result, Picture):
+        assert result.width * result.height <= SMALL.max_pixels
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.sampled_from([data[:16] for _, data in SEEDS]), st.binary(max_size=300))
+def test_any_bytes_behind_a_true_beginning_raise_nothing_but_bad_input(head: bytes, rest: bytes) -> None:
+    check(outcome(head + rest, SMALL))

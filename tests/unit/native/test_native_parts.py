@@ -1,0 +1,191 @@
+"""The pieces of the native room that need no llama.cpp: handles, projector headers, chunk descriptions, cores."""
+
+import os
+import struct
+import sys
+from pathlib import Path
+
+import pytest
+
+from opsin.core.errors import BadParameter, EngineClosed, ModelNotFound, ModelUnreadable
+from opsin.native.chunk import parse_meta
+from opsin.native.devices import Device, pick
+from opsin.native.handles import Owned
+from opsin.native.projector import fingerprint, read_projector
+from opsin.native.threads import physical_cores
+
+
+def test_children_are_freed_before_parents_and_the_youngest_first() -> None:
+    freed: list[int] = []
+    model = Owned("model", 1, freed.append)
+    context = Owned("context", 2, freed.append, model)
+    Owned("sampler", 3, freed.append, context)
+    Owned("sampler", 4, freed.append, context)
+    Owned("encoder", 5, freed.append, model)
+    model.close()
+    model.close()
+    context.close()
+    assert freed == [5, 4, 3, 2, 1]
+
+
+def test_a_child_that_was_closed_is_forgotten_by_its_parent() -> None:
+    freed: list[int] = []
+    parent = Owned("parent", 1, freed.append)
+    for number in range(2, 100):
+        Owned("child", number, freed.append, parent).close()
+    assert not parent._children
+    parent.close()
+    assert freed == [*range(2, 100), 1]
+
+
+def test_a_closed_handle_gives_no_pointer_and_takes_no_child() -> None:
+    handle = Owned("model", 1, lambda _: None)
+    handle.close()
+    with pytest.raises(EngineClosed, match="The model was closed already"):
+        handle.pointer  # noqa: B018
+    with pytest.raises(EngineClosed):
+        Owned("context", 2, lambda _: None, handle)
+    with pytest.raises(ValueError, match="null pointer"):
+        Owned("model", 0, lambda _: None)
+
+
+def string(text: str) -> bytes:
+    return struct.pack("<Q", len(text.encode())) + text.encode()
+
+
+def header(pairs: bytes, n_pairs: int, tensors: bytes = b"", n_tensors: int = 0) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, n_tensors, n_pairs) + pairs + tensors
+
+
+PAIRS = (
+    string("general.architecture") + struct.pack("<I", 8) + string("clip")
+    + string("clip.projector_type") + struct.pack("<I", 8) + string("mlp")
+    + string("clip.vision.image_mean") + struct.pack("<IIQ3f", 9, 6, 3, 0.5, 0.5, 0.5)
+)  # fmt: skip
+TENSOR = string("mm.0.weight") + struct.pack("<IQQIQ", 2, 64, 64, 1, 0)
+
+
+def test_a_header_is_read_whole(tmp_path: Path) -> None:
+    path = tmp_path / "mmproj.gguf"
+    data = header(PAIRS, 3, TENSOR, 1)
+    path.write_bytes(data + b"\0" * 64)
+    file = read_projector(path)
+    assert file.kind == "mlp"
+    assert file.metadata["clip.vision.image_mean"] == [0.5, 0.5, 0.5]
+    assert file.tensor_types == {"mm.0.weight": 1}
+    assert file.header_bytes == len(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"GGUF",
+        b"GIF89a" + b"\0" * 100,
+        header(PAIRS, 3, TENSOR, 1)[:-9],
+        header(PAIRS, 2**40),
+        header(string("a") + struct.pack("<I", 77), 1),
+        header(struct.pack("<Q", 2**62) + b"abc", 1),
+        header(string("a") + struct.pack("<IIQ", 9, 6, 2**60), 1),
+        header(string("a") + struct.pack("<IIQIIQ", 9, 9, 1, 9, 9, 1), 1),
+        header(PAIRS, 3, string("t") + struct.pack("<I", 2**31), 1),
+    ],
+    ids=range(10),
+)
+def test_broken_headers_are_one_sentence_and_no_memory(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(data)
+    with pytest.raises(ModelUnreadable, match="broken.gguf is not a whole GGUF file"):
+        read_projector(path)
+
+
+def test_a_missing_projector_and_a_folder_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound, match="--mmproj"):
+        read_projector(tmp_path / "none.gguf")
+    with pytest.raises(ModelUnreadable, match="cannot be read"):
+        read_projector(tmp_path)
+
+
+def test_a_fingerprint_follows_content_not_time_or_name(tmp_path: Path) -> None:
+    data = os.urandom(100_000)
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_bytes(data)
+    two.write_bytes(data)
+    os.utime(two, (1, 1))
+    assert fingerprint(one, 1000) == fingerprint(two, 1000)
+    two.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert fingerprint(one, 1000) != fingerprint(two, 1000)
+
+
+def test_a_large_file_is_sampled_from_first_to_last_byte(tmp_path: Path) -> None:
+    size, path = 17 * 2**20, tmp_path / "large"
+    path.write_bytes(b"\0" * size)
+    plain = fingerprint(path, 1000)
+    for at in (0, 999, 1000, size - 1):
+        with path.open("r+b") as file:
+            file.seek(at)
+            file.write(b"\1")
+        assert fingerprint(path, 1000) != plain, at
+        with path.open("r+b") as file:
+            file.seek(at)
+            file.write(b"\0")
+    path.write_bytes(b"\0" * (size + 1))
+    assert fingerprint(path, 1000) != plain
+
+
+def saved(entries: list[tuple[int, int]], identity: bytes = b"0") -> bytes:
+    body = struct.pack("<QIQ?", 2, 1, 0, True) + struct.pack("<IIIII", 16, 1, 0, 0, 1)
+    body += struct.pack("<Q", len(identity)) + identity + struct.pack("<?Q", False, len(entries))
+    for width, height in entries:
+        body += struct.pack("<??iii", False, False, 0, width, height)
+    return body + struct.pack("<?", False)
+
+
+def test_a_chunks_description_is_read() -> None:
+    meta = parse_meta(saved([(336, 336), (672, 336)], b"a longer name"))
+    assert meta.sizes == ((336, 336), (672, 336))
+    assert (meta.n_x, meta.n_y, meta.order) == (16, 1, (0, 0, 1))
+    assert parse_meta(saved([(336, 336)], b"1")) == parse_meta(saved([(336, 336)], b"22"))
+
+
+@pytest.mark.parametrize("cut", [0, 7, 20, 40, 60, 70])
+def test_a_cut_description_is_refused(cut: int) -> None:
+    with pytest.raises((ValueError, struct.error)):
+        parse_meta(saved([(336, 336)])[:cut])
+
+
+PRESENT = (Device("CPU", "a processor", "cpu", 1, 1, 11), Device("CUDA0", "a card", "gpu", 1, 1, 12))
+
+
+def test_a_device_is_picked_by_name() -> None:
+    assert pick("cuda0", "--device", PRESENT) is PRESENT[1]
+    assert pick("none", "--device", PRESENT) is None
+    assert pick("CPU", "--device", PRESENT) is None
+    with pytest.raises(BadParameter, match="this build sees CUDA0, or give none"):
+        pick("Metal", "--mmproj-device", PRESENT)
+    with pytest.raises(BadParameter, match="sees no GPU"):
+        pick("Metal", "--device", PRESENT[:1])
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="Linux counts siblings")
+def test_siblings_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    for cpu in range(4):
+        folder = tmp_path / f"cpu{cpu}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(f"{cpu % 2},{cpu % 2 + 2}\n")
+    assert physical_cores(tmp_path) == 2
+    assert physical_cores(tmp_path / "nothing") == 4
+
+
+def test_there_is_a_core() -> None:
+    assert 1 <= physical_cores() <= (os.cpu_count() or 1)
+
+
+def test_importing_the_room_loads_no_llama() -> None:
+    import subprocess
+
+    code = "import sys, opsin.native; print([name for name in sys.modules if name.startswith('llama_cpp')])"
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3] / "src")}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

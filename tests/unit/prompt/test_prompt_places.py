@@ -1,0 +1,83 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prompt_families import picture
+
+from opsin.core.errors import BadPrompt
+from opsin.core.parts import PicturePart, TextPart
+from opsin.prompt.places import ControlTokens, Places
+
+TOKENS = ["</s>", "<s>", "<<s>>", "<|a|>", "<|a|><|b|>", "[X]", "▁▁", "\n"]
+SPLIT = ControlTokens(TOKENS)
+
+
+@given(st.lists(st.sampled_from([*TOKENS, "<", ">", "|", "s>", "x", " "]), max_size=12).map("".join))
+def test_splitting_loses_nothing_and_leaves_no_token_behind(text):
+    pieces = SPLIT.split(text)
+    assert "".join(pieces) == text
+    assert set(pieces[1::2]) <= set(TOKENS)
+    for plain in pieces[::2]:
+        assert not any(token in plain for token in TOKENS if token.strip())
+
+
+def test_without_tokens_a_text_is_whole():
+    assert ControlTokens([]).split("a </s>") == ["a </s>"]
+    assert ControlTokens([" ", "", "\n\n"]).split("a \n\n b") == ["a \n\n b"]
+
+
+def test_characters_that_mean_something_in_patterns_do_not():
+    tokens = ControlTokens(["^x", "]y", "\\z", "-w"])
+    assert tokens.split("^x]y\\z-w_q") == ["", "^x", "", "]y", "", "\\z", "", "-w", "_q"]
+
+
+def test_many_tokens_and_a_long_text_take_no_long_time(benchmark_seconds=1.0):
+    import time
+
+    tokens = ControlTokens(f"<unused{n}>" for n in range(6000))
+    start = time.perf_counter()
+    assert len(tokens.split("<unused" * 50_000)) == 1
+    assert time.perf_counter() - start < benchmark_seconds
+
+
+def test_keys_and_nested_values_of_json_are_protected():
+    places = Places(ControlTokens(["</s>"]))
+    value = places.protect_all({"a</s>": ["</s>", {"b": "x"}, 3, None, True, 1.5]})
+    assert "</s>" not in str(value)
+    assert value[places.protect("a</s>")][1:] == [{"b": "x"}, 3, None, True, 1.5]
+
+
+def test_cutting_gives_back_what_was_put_in():
+    places = Places(ControlTokens(["</s>"]))
+    rendered = f"<s>{places.protect('a</s>b')}{places.picture(picture(1))}</s>"
+    assert places.cut(rendered) == (
+        TextPart("<s>a"),
+        TextPart("</s>", special=False),
+        TextPart("b"),
+        PicturePart(picture(1)),
+        TextPart("</s>"),
+    )
+
+
+def test_equal_pictures_have_places_of_their_own():
+    places = Places(ControlTokens([]))
+    one, two = places.picture(picture(1)), places.picture(picture(1))
+    assert one != two
+    with pytest.raises(BadPrompt, match="leaves out picture 2 of 2"):
+        places.cut(one)
+    with pytest.raises(BadPrompt, match="once and in order"):
+        places.cut(two + one)
+
+
+def test_a_token_that_the_template_dropped_is_no_fault():
+    places = Places(ControlTokens(["</s>"]))
+    places.protect("a</s>")
+    assert places.cut("left") == (TextPart("left"),)
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda m: m[:-1], lambda m: m[:20], lambda m: m[:-1] + "9", lambda m: m[:-6] + "x" * 6]
+)
+def test_a_spoilt_stand_in_is_noticed(spoil):
+    places = Places(ControlTokens([]))
+    with pytest.raises(BadPrompt, match="cuts texts apart"):
+        places.cut("a" + spoil(places.picture(picture(1))) + "b")
