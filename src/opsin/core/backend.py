@@ -25,7 +25,10 @@ Embedding = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class BackendLimits:
-    """Sizes that plans must keep to. `n_embd` is the width of an embedding row; all else counts tokens or sequences."""
+    """Sizes that plans must keep to. `n_embd` is the width of an embedding row; all else counts tokens or sequences.
+
+    `forks` is False for memories that keep one state a sequence: a part of it cannot be shared or forgotten.
+    """
 
     n_ctx: int
     n_batch: int
@@ -33,6 +36,7 @@ class BackendLimits:
     n_seq_max: int
     n_vocab: int
     n_embd: int
+    forks: bool = True
 
 
 @dataclass(frozen=True, slots=True)

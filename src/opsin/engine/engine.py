@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+from opsin.cache import PictureCache
 from opsin.core.answer import Started
 from opsin.core.backend import Backend, BackendLimits
-from opsin.core.errors import ContextOverflow, EngineClosed, OpsinError
+from opsin.core.errors import ContextOverflow, EngineClosed, OpsinError, QueueFull
 from opsin.core.model_info import ModelInfo
 from opsin.core.parts import Prompt
 from opsin.core.placement import Placement
@@ -19,11 +22,15 @@ from opsin.engine.clock import StageClock
 from opsin.engine.guard import Guard
 from opsin.engine.loop import Loop
 from opsin.engine.output import Output
+from opsin.engine.policy import Policy
 from opsin.engine.reasoning import ReasoningSplitter
 from opsin.engine.request import AnswerStream, Request
 from opsin.engine.sequence import Sequence
+from opsin.engine.stats import Snapshot
 
 LAYOUT_WORKERS = 2
+PICTURE_BYTES = 512 * 2**20
+"""Embeddings kept in memory: about 200 pictures of a 7B LLaVA, in bytes."""
 
 
 class Engine:
@@ -37,14 +44,20 @@ class Engine:
         self,
         open_backend: Callable[[], Backend],
         *,
-        parallel: int = 1,
+        policy: Policy | None = None,
+        pictures: PictureCache | None = None,
         max_tokens: int = 1024,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
         started = now()
         self._now = now
         self._max_tokens = max_tokens
-        self._loop = Loop(open_backend, parallel, now)
+        self._policy = policy or Policy()
+        self._numbers = itertools.count()
+        self._queued = 0
+        self._lock = threading.Lock()
+        self.pictures = pictures or PictureCache(PICTURE_BYTES)
+        self._loop = Loop(open_backend, self._policy, self.pictures, now)
         self._backend = self._loop.start()
         self._workers = ThreadPoolExecutor(LAYOUT_WORKERS, thread_name_prefix="opsin-layout")
         self.load_ms = (now() - started) * 1e3
@@ -64,10 +77,24 @@ class Engine:
         """Why nothing can be asked any more; None while the engine lives."""
         return self._loop.error
 
-    def submit(self, prompt: Prompt, params: SamplingParams | None = None, *, load_ms: float = 0.0) -> AnswerStream:
+    @property
+    def stats(self) -> Snapshot:
+        """Counters since the start, and what is so now."""
+        return self._loop.stats.snapshot
+
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        load_ms: float = 0.0,
+        priority: int = 0,
+        salt: str = "",
+    ) -> AnswerStream:
         """Ask. Never blocks; the stream raises what goes wrong from here on.
 
-        `load_ms` is the loading time to be shown in this answer's account. Raises EngineClosed or EngineDied.
+        `load_ms` is the loading time to be shown in this answer's account. Higher `priority` goes first. Requests of
+        different `salt` share no prefix. Raises EngineClosed, EngineDied, or QueueFull.
         """
         if self._loop.error is not None:
             raise self._loop.error
@@ -78,6 +105,9 @@ class Engine:
             max_tokens=params.max_tokens or self._max_tokens,
             seed=secrets.randbits(31) if params.seed is None else params.seed,
             deadline=None if params.max_seconds is None else self._now() + params.max_seconds,
+            priority=priority,
+            salt=salt,
+            number=next(self._numbers),
         )
         clock = StageClock(self._now)
         clock.add(Stage.LOAD, load_ms)
@@ -87,11 +117,26 @@ class Engine:
         clock.start()
         clock.switch(Stage.QUEUE)
         stream = AnswerStream(self._loop.wake)
+        self._enter(stream)
         try:
             self._workers.submit(self._prepare, request, stream, clock)
         except RuntimeError as error:
+            self._leave()
             raise EngineClosed("The engine is closed: open a new one.") from error
         return stream
+
+    def _enter(self, stream: AnswerStream) -> None:
+        """Count a request until its stream ends. Raises QueueFull."""
+        with self._lock:
+            limit = self._policy.parallel + self._policy.max_queue
+            if self._queued >= limit:
+                raise QueueFull(f"{self._queued} requests are running or waiting already: try again in a moment.")
+            self._queued += 1
+        stream.on_end = self._leave
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._queued -= 1
 
     def placement(self) -> Placement:
         """Prove where encoder and language model run, by running them once; not while answers are timed."""
@@ -122,7 +167,6 @@ class Engine:
                 clock=clock,
                 output=_output(request),
                 layout=layout,
-                images=list(layout.images),
             )
             self._loop.put(sequence)
         except BaseException as error:  # noqa: BLE001 - whoever reads the stream gets it, a worker has no other reader

@@ -10,16 +10,19 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
+from opsin.cache import PictureCache
 from opsin.core.answer import Finished
 from opsin.core.backend import Backend
-from opsin.core.errors import EngineClosed, EngineDied, EngineError, OpsinError
+from opsin.core.errors import DecodeFailed, EngineClosed, EngineDied, EngineError, OpsinError
 from opsin.core.parts import TextPart
 from opsin.core.stages import Stage
 from opsin.engine.absorb import Absorber, check_deadline
-from opsin.engine.plan import Decode, Step
+from opsin.engine.plan import Encode, Step, Tokens, members_of
+from opsin.engine.policy import Policy
 from opsin.engine.runner import Runner
 from opsin.engine.scheduler import Scheduler
 from opsin.engine.sequence import Sequence, State
+from opsin.engine.stats import Stats
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -33,10 +36,15 @@ class Loop:
     """
 
     def __init__(
-        self, open_backend: Callable[[], Backend], parallel: int, now: Callable[[], float] = time.perf_counter
+        self,
+        open_backend: Callable[[], Backend],
+        policy: Policy,
+        pictures: PictureCache,
+        now: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._open_backend = open_backend
-        self._parallel = parallel
+        self._policy = policy
+        self._pictures = pictures
         self._now = now
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._opened: Future[Backend] = Future()
@@ -47,6 +55,8 @@ class Loop:
         self._scheduler: Scheduler
         self._runner: Runner
         self._absorber: Absorber
+        self._in_turn = False
+        self.stats = Stats()
 
     def start(self) -> Backend:
         """Load the model and give the backend. Raises what the loading raised."""
@@ -101,8 +111,8 @@ class Loop:
         except BaseException as error:  # noqa: BLE001 - whoever opened the engine gets it
             self._opened.set_exception(error)
             return
-        self._runner = Runner(backend)
-        self._scheduler = Scheduler(backend.limits, self._parallel)
+        self._runner = Runner(backend, self._pictures)
+        self._scheduler = Scheduler(backend.limits, self._policy)
         self._absorber = Absorber(
             backend.piece, backend.eog_tokens, backend.limits.n_ctx, lambda s: _closing_tokens(backend, s)
         )
@@ -111,7 +121,7 @@ class Loop:
         try:
             while self._receive():
                 self._step()
-        except BaseException as cause:
+        except BaseException as cause:  # noqa: BLE001 - everybody who waits must hear of it
             log.exception("the engine's thread died")
             end = EngineDied(f"The engine died ({type(cause).__name__}: {cause}): start it again.")
         finally:
@@ -121,6 +131,8 @@ class Loop:
     def _receive(self) -> bool:
         """Take the inbox in, waiting while there is nothing else to do; False when the loop shall end."""
         block = self._scheduler.idle
+        if block:
+            self._self_check()
         while not self._closing:
             try:
                 item = self._inbox.get(block=block)
@@ -131,40 +143,120 @@ class Loop:
             block = False
         return not self._closing
 
+    def _self_check(self) -> None:
+        """With nobody waiting there is time to ask the backend whether it holds what the books say."""
+        self._scheduler.check()
+        for seq_id, cells in self._scheduler.expected_positions().items():
+            last = self._runner.last_position(seq_id)
+            assert last == cells - 1, f"sequence {seq_id} ends at {last}, the books say {cells - 1}"
+
     def _step(self) -> None:
         self._sweep()
-        for sequence in self._scheduler.admit():
-            self._begin(sequence)
-        step = self._scheduler.plan()
+        plan = self._scheduler.plan(self._now())
+        self._runner.remember(plan.memory)
+        running = self._scheduler.running
+        self._runner.rest = Stage.QUEUE if len(running) > 1 else Stage.OTHER
+        for sequence in running:
+            if sequence.sampler is None:
+                self._begin(sequence)
+        self._sweep_done()
+        step = plan.step
+        if step is not None and all(s.state is not State.DONE for s in members_of(step)):
+            self._run(step)
+        self.stats.look(self._scheduler)
+
+    def _run(self, step: Step) -> None:
+        started = self._now()
+        try:
+            room = self._runner.run(step, self._between(step))
+        except EngineError as error:
+            for sequence in members_of(step):
+                self._fail(sequence, error)
+            return
+        if not room:
+            self._give_up_something(step)
+            return
+        now = self._now()
+        self._scheduler.ran(step, now)
+        self.stats.ran(step, now - started)
+        if isinstance(step, Tokens) and not step.prefill:
+            self._scheduler.idle_cost.learn(len(step.decode), self._scheduler.book.used, (now - started) * 1e3)
+        self._absorb(step, now)
+        self._sweep_done()
+
+    def _between(self, step: Step) -> Callable[[], None] | None:
+        """What runs between two layers of an encode: everyone's next token; nothing while nobody answers."""
+        if not isinstance(step, Encode) or not any(s.state is State.DECODE for s in self._scheduler.running):
+            return None
+        return self._turn
+
+    def _turn(self) -> None:
+        """A nested decode step: it only decodes and samples. Who ends in it is freed after the encode."""
+        now = self._now()
+        step = self._scheduler.plan_turn(now)
         if step is None:
             return
         try:
-            drawn = self._runner.run(step)
+            room = self._runner.run(step)
         except EngineError as error:
-            for sequence in _members(step):
-                self._fail(sequence, error)
+            # The picture being encoded is not at fault: its encode goes on.
+            for sequence in step.decode:
+                sequence.error = error
+                sequence.end("cancelled")
             return
-        for sequence, token, logprob in drawn:
+        if room:
+            now = self._now()
+            self._scheduler.ran(step, now)
+            self.stats.ran(step, 0.0)
+            self._absorb(step, now)
+
+    def _absorb(self, step: Step, now: float) -> None:
+        for drawn in self._runner.draw(step):
+            sequence = drawn.sequence
             thinking = sequence.output.thinking
-            self._absorber.absorb(sequence, token, logprob, self._now())
-            if sequence.state is State.DONE:
-                self._finish(sequence)
-            elif thinking and not sequence.output.thinking:
+            self._absorber.absorb(sequence, drawn.token, drawn.logprob, now)
+            if thinking and not sequence.output.thinking and sequence.state is not State.DONE:
                 self._runner.leave_reasoning(sequence)
+
+    def _give_up_something(self, step: Step) -> None:
+        """The backend had no room although the books said so: evict or preempt, or fail who cannot be helped."""
+        operations = self._scheduler.relieve(step)
+        if operations:
+            self._runner.remember(operations)
+            return
+        for sequence in members_of(step):
+            self._fail(
+                sequence,
+                DecodeFailed(
+                    f"The KV memory is full at {sequence.n_cells} tokens: ask for a larger context (--ctx), "
+                    "or for shorter answers."
+                ),
+            )
 
     def _sweep(self) -> None:
         """Drop who went away, and end who is out of time."""
-        for sequence in self._scheduler.sequences:
+        now = self._now()
+        for sequence in (*self._scheduler.running, *self._scheduler.waiting):
             if sequence.stream.cancelled:
                 sequence.end("cancelled")
                 self._release(sequence)
-                continue
-            check_deadline(sequence, self._now())
+            else:
+                check_deadline(sequence, now)
+        self._sweep_done()
+
+    def _sweep_done(self) -> None:
+        """Free and answer all that ended."""
+        for sequence in (*self._scheduler.running, *self._scheduler.waiting):
             if sequence.state is State.DONE:
-                self._finish(sequence)
+                if sequence.error is not None:
+                    self._fail(sequence, sequence.error)
+                elif sequence.stream.cancelled:
+                    self._release(sequence)
+                else:
+                    self._finish(sequence)
 
     def _begin(self, sequence: Sequence) -> None:
-        sequence.clock.switch(Stage.OTHER)
+        sequence.clock.switch(self._runner.rest)
         try:
             self._runner.begin(sequence)
         except OpsinError as error:
@@ -176,16 +268,18 @@ class Loop:
                 sequence.stream.deliver(delta)
         answer = sequence.answer()
         self._release(sequence)
+        self.stats.finished(answer)
         sequence.stream.deliver(Finished(answer))
 
     def _fail(self, sequence: Sequence, error: OpsinError) -> None:
         sequence.state = State.DONE
-        self._release(sequence)
+        self._release(sequence, keep=False)
+        self.stats.failed += 1
         sequence.stream.fail(error)
 
-    def _release(self, sequence: Sequence) -> None:
+    def _release(self, sequence: Sequence, *, keep: bool = True) -> None:
         self._runner.end(sequence)
-        self._scheduler.release(sequence)
+        self._runner.remember(self._scheduler.release(sequence, keep=keep))
 
     def _fail_all(self, error: OpsinError) -> None:
         with self._lock:
@@ -197,16 +291,12 @@ class Loop:
                 break
             if item is not None:
                 item()
-        for sequence in self._scheduler.sequences:
+        for sequence in (*self._scheduler.running, *self._scheduler.waiting):
             sequence.stream.fail(error)
             try:
-                self._release(sequence)
+                self._release(sequence, keep=False)
             except Exception:  # a backend that just failed may fail again; the waiters come first
                 log.exception("a sequence could not be freed")
-
-
-def _members(step: Step) -> tuple[Sequence, ...]:
-    return step.sequences if isinstance(step, Decode) else (step.sequence,)
 
 
 def _closing_tokens(backend: Backend, sequence: Sequence) -> list[int]:

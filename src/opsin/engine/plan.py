@@ -1,4 +1,7 @@
-"""What one step does: a frozen value that the scheduler makes and the runner carries out."""
+"""What happens next, as frozen values: the scheduler makes them, the runner carries them out.
+
+A plan is memory operations first, in order, then at most one step. Steps take one micro-batch each.
+"""
 
 from __future__ import annotations
 
@@ -11,25 +14,32 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class Forget:
+    """Free all cells that only this sequence id holds."""
+
+    seq_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """Let `target` share positions [0, end) of `source`."""
+
+    source: int
+    target: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
 class Encode:
-    """Run the vision encoder on the run at the sequence's cursor."""
+    """Run the vision encoder on the picture chunk at the sequence's cursor, unless its embedding is known."""
 
     sequence: Sequence
     run: ImageRun
 
 
 @dataclass(frozen=True, slots=True)
-class PrefillText:
-    """Decode prompt tokens [start, stop) of the text run at the cursor; `last` asks for the final token's logits."""
-
-    sequence: Sequence
-    tokens: tuple[int, ...]
-    last: bool
-
-
-@dataclass(frozen=True, slots=True)
 class PrefillImage:
-    """Decode embedding rows [start, stop) of the image run at the cursor."""
+    """Decode embedding rows [start, stop) of the picture chunk at the cursor; `last` asks for logits."""
 
     sequence: Sequence
     run: ImageRun
@@ -39,10 +49,36 @@ class PrefillImage:
 
 
 @dataclass(frozen=True, slots=True)
-class Decode:
-    """One new token for each of these sequences, in one micro-batch."""
+class Slice:
+    """Some tokens of one sequence, at its next positions; `last` asks for the last one's logits."""
 
-    sequences: tuple[Sequence, ...]
+    sequence: Sequence
+    tokens: tuple[int, ...]
+    last: bool
 
 
-Step = Encode | PrefillText | PrefillImage | Decode
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """One new token for each sequence that answers, and slices of prompts, all in one micro-batch."""
+
+    decode: tuple[Sequence, ...]
+    prefill: tuple[Slice, ...] = ()
+
+
+MemoryOp = Forget | Fork
+Step = Encode | PrefillImage | Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Memory operations, then a step; None when there is nothing to compute."""
+
+    memory: tuple[MemoryOp, ...] = ()
+    step: Step | None = None
+
+
+def members_of(step: Step) -> tuple[Sequence, ...]:
+    """All sequences that a step computes for."""
+    if isinstance(step, Tokens):
+        return (*step.decode, *(part.sequence for part in step.prefill))
+    return (step.sequence,)

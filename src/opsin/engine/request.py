@@ -14,15 +14,26 @@ from opsin.core.parts import Prompt
 from opsin.core.sampling import SamplingParams
 
 
+MAX_UNREAD = 8192
+"""Events that may wait for their reader."""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One question. `max_tokens` is the limit in force, `deadline` its end in seconds of the engine's clock."""
+    """One question.
+
+    `max_tokens` is the limit in force, `deadline` the end of its time in seconds of the engine's clock. Higher
+    `priority` goes first; within one, first come. Requests of different `salt` share nothing that is remembered.
+    """
 
     prompt: Prompt
     params: SamplingParams
     max_tokens: int
     seed: int
     deadline: float | None = None
+    priority: int = 0
+    salt: str = ""
+    number: int = 0
 
 
 @dataclass(slots=True)
@@ -33,6 +44,7 @@ class AnswerStream:
     """
 
     on_cancel: Callable[[], None]
+    on_end: Callable[[], None] | None = None
     cancelled: bool = False
     _events: deque[Event] = field(default_factory=deque)
     _changed: threading.Condition = field(default_factory=threading.Condition)
@@ -45,9 +57,16 @@ class AnswerStream:
         with self._changed:
             if self._done:
                 return
-            self._events.append(event)
-            self._done = isinstance(event, Finished)
+            if len(self._events) < MAX_UNREAD:
+                self._events.append(event)
+            else:
+                # Nobody reads: the answer ends here, and its memory is for others.
+                self.cancelled = True
+                self._error = Cancelled(f"The reader is {MAX_UNREAD} events behind: the answer was cut.")
+            self._done = isinstance(event, Finished) or self._error is not None
             self._notify()
+        if self._done:
+            self._ended()
 
     def fail(self, error: BaseException) -> None:
         """End the stream with an error; the first end counts."""
@@ -57,6 +76,7 @@ class AnswerStream:
             self._error = error
             self._done = True
             self._notify()
+        self._ended()
 
     def cancel(self) -> None:
         """Go away: the engine frees the sequence within one step."""
@@ -68,6 +88,11 @@ class AnswerStream:
     def done(self) -> bool:
         """True once the last event or the error is in."""
         return self._done
+
+    def _ended(self) -> None:
+        on_end, self.on_end = self.on_end, None
+        if on_end is not None:
+            on_end()
 
     def _notify(self) -> None:
         self._changed.notify_all()

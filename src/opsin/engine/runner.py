@@ -6,56 +6,88 @@ of prefill and decode would be found in whichever call reads the logits next.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
+from opsin.cache import PictureCache
 from opsin.core.answer import Progress, TokenLogprob
 from opsin.core.backend import Backend, EmbeddingRows, TokenRow
-from opsin.core.errors import DecodeFailed
 from opsin.core.layout import ImageRun
 from opsin.core.sampling import SamplingParams
 from opsin.core.stages import Stage
-from opsin.engine.plan import Decode, Encode, PrefillImage, PrefillText, Step
+from opsin.engine.plan import Encode, Forget, MemoryOp, PrefillImage, Step, Tokens
 from opsin.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A token drawn for a sequence."""
+
+    sequence: Sequence
+    token: int
+    logprob: TokenLogprob | None
 
 
 class Runner:
     """Owns the way to the backend; used by the engine's thread alone.
 
-    `run` gives the sequences for which a token was drawn, with the token and its log probability.
+    `rest` is the stage of a sequence that the engine is not computing for: QUEUE while others are computed for.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, pictures: PictureCache) -> None:
         self._backend = backend
+        self._pictures = pictures
+        self.rest = Stage.OTHER
+
+    def remember(self, operations: Iterable[MemoryOp]) -> None:
+        """Carry memory operations out, in order."""
+        for operation in operations:
+            if isinstance(operation, Forget):
+                self._backend.kv_remove(operation.seq_id, 0, -1)
+            else:
+                self._backend.kv_copy(operation.source, operation.target, 0, operation.end)
 
     def begin(self, sequence: Sequence) -> None:
-        """An admitted sequence starts with an empty memory and its own sampler. Raises BadGrammar."""
-        self._backend.kv_remove(sequence.seq_id, 0, -1)
-        sequence.sampler = self._backend.sampler(self._params(sequence), sequence.request.seed)
+        """An admitted sequence gets its sampler, and keeps it over preemptions. Raises BadGrammar."""
+        if sequence.sampler is None:
+            sequence.sampler = self._backend.sampler(self._params(sequence), sequence.request.seed)
 
     def end(self, sequence: Sequence) -> None:
-        """Give back what an ended sequence holds, before its id goes to another."""
+        """Give back what an ended sequence holds beside its cells."""
         if sequence.sampler is not None:
             sequence.sampler.close()
             sequence.sampler = None
-        if sequence.seq_id >= 0:
-            self._backend.kv_remove(sequence.seq_id, 0, -1)
         sequence.embedding = None
         sequence.layout.close()
 
-    def run(self, step: Step) -> list[tuple[Sequence, int, TokenLogprob | None]]:
-        """Carry one step out. Raises EncodeFailed or DecodeFailed."""
+    def run(self, step: Step, between: Callable[[], None] | None = None) -> bool:
+        """Compute a step; tokens are drawn apart. False: no room in the KV memory, and nothing changed.
+
+        `between` is called while a picture is encoded. Raises EncodeFailed or DecodeFailed.
+        """
         if isinstance(step, Encode):
-            return self._encode(step)
-        if isinstance(step, PrefillText):
-            return self._prefill_text(step)
+            self._encode(step, between)
+            return True
         if isinstance(step, PrefillImage):
             return self._prefill_image(step)
-        return self._decode(step)
+        return self._tokens(step)
 
-    def piece(self, token: int) -> bytes:
-        """The bytes of a token."""
-        return self._backend.piece(token)
+    def draw(self, step: Step) -> Iterator[Drawn]:
+        """Draw the tokens whose logits the step computed, one after another."""
+        if isinstance(step, PrefillImage) and step.last:
+            yield self._draw(step.sequence, step.stop - step.start - 1)
+        elif isinstance(step, Tokens):
+            for row, sequence in enumerate(step.decode):
+                yield self._draw(sequence, row)
+            row = len(step.decode) - 1
+            for part in step.prefill:
+                row += len(part.tokens)
+                if part.last:
+                    yield self._draw(part.sequence, row)
 
     def leave_reasoning(self, sequence: Sequence) -> None:
         """The answer begins: from here on the grammar holds."""
@@ -63,6 +95,10 @@ class Runner:
         if sequence.sampler is not None and (params.grammar or params.json_schema):
             sequence.sampler.close()
             sequence.sampler = self._backend.sampler(params, sequence.request.seed)
+
+    def last_position(self, seq_id: int) -> int:
+        """What the backend itself says of a sequence."""
+        return self._backend.kv_last(seq_id)
 
     @staticmethod
     def _params(sequence: Sequence) -> SamplingParams:
@@ -72,27 +108,20 @@ class Runner:
             return params
         return params.model_copy(update={"json_schema": None, "grammar": None})
 
-    def _encode(self, step: Encode) -> list[tuple[Sequence, int, TokenLogprob | None]]:
-        sequence = step.sequence
-        number = step.run.picture + 1
-        sequence.stream.deliver(Progress(f"reading picture {number} of {len(sequence.layout.images)}"))
-        with sequence.clock.stage(Stage.ENCODE):
-            sequence.embedding = self._backend.encode(step.run)
-        return []
+    def _encode(self, step: Encode, between: Callable[[], None] | None) -> None:
+        sequence, run = step.sequence, step.run
+        sequence.embedding = self._pictures.get(run.identity)
+        if sequence.embedding is not None:
+            sequence.known_pictures.add(run.picture)
+            return
+        sequence.stream.deliver(Progress(f"reading picture {run.picture + 1} of {len(sequence.layout.images)}"))
+        with self._stage((sequence,), Stage.ENCODE):
+            embedding = self._backend.encode(run, between)
+        if not sequence.stream.cancelled:
+            self._pictures.put(run.identity, embedding)
+        sequence.embedding = embedding
 
-    def _prefill_text(self, step: PrefillText) -> list[tuple[Sequence, int, TokenLogprob | None]]:
-        sequence = step.sequence
-        last = len(step.tokens) - 1
-        rows = [
-            TokenRow(token, sequence.n_pos + sequence.run_offset + i, sequence.seq_id, logits=step.last and i == last)
-            for i, token in enumerate(step.tokens)
-        ]
-        with sequence.clock.stage(Stage.TEXT_PREFILL):
-            self._decode_rows(rows, [sequence])
-        sequence.advance(len(rows))
-        return [self._draw(sequence, last)] if step.last else []
-
-    def _prefill_image(self, step: PrefillImage) -> list[tuple[Sequence, int, TokenLogprob | None]]:
+    def _prefill_image(self, step: PrefillImage) -> bool:
         sequence = step.sequence
         assert sequence.embedding is not None, "a picture is encoded before it is prefilled"
         rows = EmbeddingRows(
@@ -102,31 +131,39 @@ class Runner:
             logits=step.last,
             causal=step.run.causal,
         )
-        with sequence.clock.stage(Stage.IMAGE_PREFILL):
-            self._decode_rows(rows, [sequence])
-        sequence.advance(step.stop - step.start)
-        return [self._draw(sequence, step.stop - step.start - 1)] if step.last else []
+        with self._stage((sequence,), Stage.IMAGE_PREFILL):
+            return self._decode(rows)
 
-    def _decode(self, step: Decode) -> list[tuple[Sequence, int, TokenLogprob | None]]:
-        rows = [TokenRow(s.last_token, s.n_pos, s.seq_id, logits=True) for s in step.sequences]
-        for sequence in step.sequences:
-            sequence.clock.switch(Stage.DECODE)
-        self._decode_rows(rows, list(step.sequences))
-        for sequence in step.sequences:
-            sequence.clock.switch(Stage.OTHER)
-            sequence.n_pos += 1
-            sequence.n_cells += 1
-        return [self._draw(sequence, row) for row, sequence in enumerate(step.sequences)]
+    def _tokens(self, step: Tokens) -> bool:
+        rows = [TokenRow(s.last_token, s.n_pos, s.seq_id, logits=True) for s in step.decode]
+        for part in step.prefill:
+            sequence, final = part.sequence, len(part.tokens) - 1
+            rows += [
+                TokenRow(token, sequence.n_pos + i, sequence.seq_id, logits=part.last and i == final)
+                for i, token in enumerate(part.tokens)
+            ]
+        filling = tuple(part.sequence for part in step.prefill)
+        with self._stage(step.decode, Stage.DECODE), self._stage(filling, Stage.TEXT_PREFILL):
+            return self._decode(rows)
 
-    def _decode_rows(self, rows: list[TokenRow] | EmbeddingRows, sequences: list[Sequence]) -> None:
+    def _decode(self, rows: list[TokenRow] | EmbeddingRows) -> bool:
         if not self._backend.decode(rows):
-            held = sum(sequence.n_cells for sequence in sequences)
-            raise DecodeFailed(
-                f"The KV memory is full at {held} tokens: ask for a larger context (--ctx), or for shorter answers."
-            )
+            return False
         self._backend.synchronize()
+        return True
 
-    def _draw(self, sequence: Sequence, row: int) -> tuple[Sequence, int, TokenLogprob | None]:
+    @contextmanager
+    def _stage(self, sequences: Iterable[Sequence], which: Stage) -> Iterator[None]:
+        """Give the time of a block to one stage of each of these sequences."""
+        for sequence in sequences:
+            sequence.clock.switch(which)
+        try:
+            yield
+        finally:
+            for sequence in sequences:
+                sequence.clock.switch(self.rest)
+
+    def _draw(self, sequence: Sequence, row: int) -> Drawn:
         with sequence.clock.stage(Stage.SAMPLE):
             if sequence.forced:
                 token = sequence.forced.pop(0)
@@ -135,7 +172,7 @@ class Runner:
                 token = sequence.sampler.sample(row)
             top = sequence.request.params.logprobs
             logprob = None if top is None else self._backend.logprobs(row, token, top)
-        return sequence, token, logprob
+        return Drawn(sequence, token, logprob)
 
 
 def _positions(run: ImageRun, first: int, start: int, stop: int) -> NDArray[np.int32]:

@@ -1,27 +1,54 @@
-"""Policy: which sequence does what in the next step. No side effect outside its own lists; knows no backend."""
+"""Policy: who is admitted, whose cells go, and what the next step computes.
+
+A function of its state and the clock that is handed in: it touches no backend, reads no time, and the same history
+gives the same plans. What it plans counts as done when `ran` is called with it.
+"""
 
 from __future__ import annotations
 
-from collections import deque
-
+from opsin.cache import CellBook, NoPrefixes, Prefix, PrefixIndex, Prefixes
+from opsin.cache.units import cells_of, positions_of
 from opsin.core.backend import BackendLimits
-from opsin.core.layout import ImageRun
-from opsin.engine.plan import Decode, Encode, PrefillImage, PrefillText, Step
+from opsin.core.layout import ImageRun, TextRun
+from opsin.engine.idle_cost import IdleCost
+from opsin.engine.plan import (
+    Encode,
+    Forget,
+    Fork,
+    MemoryOp,
+    Plan,
+    PrefillImage,
+    Slice,
+    Step,
+    Tokens,
+    members_of,
+)
+from opsin.engine.policy import Policy
 from opsin.engine.sequence import Sequence, State
 
 
 class Scheduler:
-    """First come, first served, over at most `parallel` sequences at a time.
+    """First come, first served within a priority, over at most `policy.parallel` sequences at a time.
 
-    `plan` is a function of the sequences handed in so far and of what was absorbed: the same history gives the same
-    plans. A sequence's id is given at admission and taken back by `release`, after the runner forgot its cells.
+    Sequence ids and KV cells are budgets. A sequence that ends leaves its cells behind as an idle prefix, until they
+    or its id are needed: least recently used first. When no idle one is left, the youngest running sequence of the
+    lowest priority is put back into the queue instead of failing anybody.
     """
 
-    def __init__(self, limits: BackendLimits, parallel: int) -> None:
+    def __init__(self, limits: BackendLimits, policy: Policy) -> None:
         self._limits = limits
-        self._waiting: deque[Sequence] = deque()
+        self._policy = policy
+        self.book = CellBook()
+        self.idle_cost = IdleCost()
+        self.prefixes: Prefixes = PrefixIndex() if policy.keep_prefixes and limits.forks else NoPrefixes()
+        self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
-        self._free_ids = list(range(min(parallel, limits.n_seq_max) - 1, -1, -1))
+        self._free_ids = list(range(limits.n_seq_max - 1, -1, -1))
+        self._idle: dict[int, Prefix] = {}
+        self.preemptions = 0
+        self._memory: list[MemoryOp] = []
+        self._last_decode = float("-inf")
+        self._images_next = False
 
     @property
     def idle(self) -> bool:
@@ -29,56 +56,274 @@ class Scheduler:
         return not self._waiting and not self._running
 
     @property
-    def sequences(self) -> tuple[Sequence, ...]:
-        """All that have not ended: running ones first, then those that wait, in order."""
-        return (*self._running, *self._waiting)
+    def waiting(self) -> tuple[Sequence, ...]:
+        """Those that wait for admission, in order."""
+        return tuple(self._waiting)
+
+    @property
+    def running(self) -> tuple[Sequence, ...]:
+        """Those that hold cells, oldest first."""
+        return tuple(self._running)
+
+    @property
+    def idle_ids(self) -> tuple[int, ...]:
+        """Ids of idle prefixes."""
+        return tuple(self._idle)
 
     def add(self, sequence: Sequence) -> None:
         """Let a sequence wait for its turn."""
         self._waiting.append(sequence)
+        self._waiting.sort(key=lambda s: (-s.request.priority, s.request.number))
 
-    def admit(self) -> list[Sequence]:
-        """Give ids to those that may run now."""
-        admitted = []
-        while self._waiting and self._free_ids:
-            sequence = self._waiting.popleft()
-            sequence.seq_id = self._free_ids.pop()
-            sequence.state = State.PREFILL
-            self._running.append(sequence)
-            admitted.append(sequence)
-        return admitted
+    def plan(self, now: float) -> Plan:
+        """Admit who can be admitted, then choose one step."""
+        self._memory = []
+        self._admit()
+        self._shed_slow_prefixes()
+        step = self._choose(now)
+        return Plan(tuple(self._memory), step)
 
-    def release(self, sequence: Sequence) -> None:
-        """Forget a sequence that ended; its id is free again."""
-        if sequence in self._running:
-            self._running.remove(sequence)
-            self._free_ids.append(sequence.seq_id)
-            sequence.seq_id = -1
-        elif sequence in self._waiting:
+    def plan_turn(self, now: float) -> Tokens | None:
+        """A decode step between two layers of an encode: no admission, no fork, no eviction; None if it is not due."""
+        decoding = self._decoding()
+        if not decoding or now - self._last_decode < self._policy.turn or len(decoding) > self._room():
+            return None
+        return Tokens(decoding)
+
+    def ran(self, step: Step, now: float) -> None:
+        """A step was carried out: move cursors and books on. Drawn tokens come through the sequences."""
+        if isinstance(step, PrefillImage):
+            self._advance(step.sequence, step.stop - step.start)
+            self._images_next = False
+        elif isinstance(step, Tokens):
+            for sequence in step.decode:
+                sequence.decoded()
+                self.book.append(sequence.seq_id, 1)
+            for part in step.prefill:
+                self._advance(part.sequence, len(part.tokens))
+            self._images_next = True
+            if step.decode:
+                self._last_decode = now
+
+    def release(self, sequence: Sequence, *, keep: bool) -> tuple[MemoryOp, ...]:
+        """A sequence ended: its cells stay as an idle prefix (`keep`), or are free."""
+        if sequence in self._waiting:
             self._waiting.remove(sequence)
+            return ()
+        if sequence not in self._running:
+            return ()
+        self._running.remove(sequence)
+        self._memory = []
+        whole = cells_of(sequence.prefix.units)
+        if keep and whole and isinstance(self.prefixes, PrefixIndex):
+            self._retire(sequence, whole)
+        else:
+            self._forget(sequence.seq_id, sequence)
+        memory, self._memory = tuple(self._memory), []
+        return memory
 
-    def plan(self) -> Step | None:
-        """The next step, None when nobody runs. A prompt is filled before answers go on; one micro-batch a step."""
+    def relieve(self, step: Step) -> tuple[MemoryOp, ...]:
+        """The backend had no room although the books said so: give something up. Empty when nothing is left."""
+        self._memory = []
+        members = [s for s in members_of(step) if s.state is not State.DONE]
+        victim = self.prefixes.oldest_idle()
+        others = [s for s in self._running if s.state is not State.DONE and s is not members[0]]
+        if victim is not None:
+            self._evict(victim)
+        elif others:
+            self._preempt(min(others, key=lambda s: (s.request.priority, -s.request.number)))
+        memory, self._memory = tuple(self._memory), []
+        return memory
+
+    def check(self) -> None:
+        """The books agree with each other. Raises AssertionError."""
+        self.book.check()
+        ids = [s.seq_id for s in self._running] + list(self._idle)
+        assert len(ids) == len(set(ids)), "an id is used twice"
+        assert sorted(ids + self._free_ids) == list(range(self._limits.n_seq_max)), "an id was lost"
+        assert self.book.used <= self._limits.n_ctx, "more cells are booked than there are"
         for sequence in self._running:
-            if sequence.state is State.PREFILL:
-                return self._prefill(sequence)
-        decoding = tuple(s for s in self._running if s.state is State.DECODE)
-        return Decode(decoding[: self._limits.n_ubatch]) if decoding else None
+            assert self.book.held(sequence.seq_id) == sequence.n_cells, "a sequence's cells differ from the book's"
+        assert len(self._running) <= self._policy.parallel
 
-    def _prefill(self, sequence: Sequence) -> Step:
+    def expected_positions(self) -> dict[int, int]:
+        """Positions each sequence id holds while nobody runs: idle prefixes theirs, all others none."""
+        held = {prefix.seq_id: positions_of(prefix.units) for prefix in self._idle.values()}
+        return {seq_id: held.get(seq_id, 0) for seq_id in range(self._limits.n_seq_max)}
+
+    def _decoding(self) -> tuple[Sequence, ...]:
+        return tuple(s for s in self._running if s.state is State.DECODE)[: self._limits.n_ubatch]
+
+    def _room(self) -> int:
+        return self._limits.n_ctx - self.book.used
+
+    def _advance(self, sequence: Sequence, tokens: int) -> None:
+        self.book.append(sequence.seq_id, tokens)
+        sequence.advance(tokens)
+
+    # Admission ----------------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        for sequence in list(self._waiting):
+            if len(self._running) >= self._policy.parallel:
+                return
+            match = self.prefixes.match(sequence.prefix.planned)
+            ready = 0
+            if match is not None:
+                coming = cells_of(sequence.prefix.planned[match.ready : match.coming])
+                if coming >= self._policy.wait_for and match.coming > match.ready:
+                    continue  # somebody fills what this one needs: forking it later is cheaper than filling it twice
+                # The last token is always decoded again, so that there are logits.
+                ready = min(match.ready, len(sequence.prefix.planned) - 1)
+                self.prefixes.touch(match.prefix)
+            source = None if match is None else match.prefix.seq_id
+            if not self._make_room_for(sequence, ready, source):
+                if self._running:
+                    return  # cells come back when somebody ends
+                # Only the source itself is left: without it, a prompt that fits the context fits now.
+                source, ready = None, 0
+                self._make_room_for(sequence, ready, source)
+            self._start(sequence, source, ready)
+
+    def _make_room_for(self, sequence: Sequence, ready: int, source: int | None) -> bool:
+        """Evict idle prefixes until the sequence fits; never its own source."""
+        needed = cells_of(sequence.prefix.planned[ready:]) + 1 + len(self._running)
+        while not self._free_ids or self._room() < needed:
+            victim = self.prefixes.oldest_idle()
+            if victim is None or victim.seq_id == source:
+                return False
+            self._evict(victim)
+        return True
+
+    def _start(self, sequence: Sequence, source: int | None, ready: int) -> None:
+        self._waiting.remove(sequence)
+        seq_id = self._free_ids.pop()
+        shared = sequence.prefix.planned[:ready]
+        if source is not None and cells_of(shared):
+            self._memory.append(Fork(source, seq_id, positions_of(shared)))
+            self.book.fork(source, seq_id, cells_of(shared))
+        else:
+            ready = 0
+        sequence.start(seq_id, max(ready, 1))  # the salt is always there
+        self.prefixes.add(sequence.prefix)
+        self._running.append(sequence)
+
+    # Memory -------------------------------------------------------------------------------------------------------
+
+    def _evict(self, prefix: Prefix) -> None:
+        self.prefixes.remove(prefix)
+        del self._idle[prefix.seq_id]
+        self._free(prefix.seq_id)
+
+    def _forget(self, seq_id: int, sequence: Sequence) -> None:
+        self.prefixes.remove(sequence.prefix)
+        self._free(seq_id)
+
+    def _free(self, seq_id: int) -> None:
+        self.book.drop(seq_id)
+        self._free_ids.append(seq_id)
+        self._memory.append(Forget(seq_id))
+
+    def _retire(self, sequence: Sequence, cells: int) -> None:
+        """Keep an ended sequence's cells; a picture that was cut in its middle is no unit, so its rows go."""
+        seq_id = sequence.seq_id
+        if self.book.held(seq_id) != cells:
+            self._forget(seq_id, sequence)
+            return
+        prefix = sequence.prefix
+        prefix.planned, prefix.idle = tuple(prefix.units), True
+        self.prefixes.touch(prefix)
+        self._idle[seq_id] = prefix
+        for contained in self.prefixes.idle_within(prefix):
+            self._evict(contained)
+
+    def _shed_slow_prefixes(self) -> None:
+        """Idle cells are looked at by every decode step: when that costs too much, the oldest go."""
+        if not self._idle or not self._decoding():
+            return
+        while True:
+            idle = self.book.used - self.book.held_by(s.seq_id for s in self._running)
+            victim = self.prefixes.oldest_idle()
+            if victim is None or self.idle_cost.slowdown(idle, self.book.used) <= self._policy.idle_slowdown:
+                return
+            self._evict(victim)
+
+    def _secure(self, cells: int, keep: Sequence) -> bool:
+        """Make room for a step; False when only `keep` itself is left to take from."""
+        while self._room() < cells:
+            victim = self.prefixes.oldest_idle()
+            if victim is not None:
+                self._evict(victim)
+                continue
+            others = [s for s in self._running if s is not keep and s.state is not State.DONE]
+            if not others:
+                return False
+            self._preempt(min(others, key=lambda s: (s.request.priority, -s.request.number)))
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        self._forget(sequence.seq_id, sequence)
+        sequence.preempt()
+        self.preemptions += 1
+        self.add(sequence)
+
+    # The step -----------------------------------------------------------------------------------------------------
+
+    def _choose(self, now: float) -> Step | None:
+        filling = [s for s in self._running if s.state is State.PREFILL]
+        texts = [s for s in filling if not s.at_image]
+        images = [s for s in filling if s.at_image]
+        decoding = self._decoding()
+        if texts and not (images and self._images_next):
+            return self._tokens(decoding, texts)
+        if images and not (decoding and now - self._last_decode >= self._policy.turn):
+            return self._image(images[0], streaming=bool(decoding))
+        return self._tokens(decoding, texts) if decoding or texts else None
+
+    def _image(self, sequence: Sequence, *, streaming: bool) -> Step | None:
         run = sequence.run
-        assert run is not None, "a sequence in prefill has a run at its cursor"
+        assert isinstance(run, ImageRun)
+        if sequence.embedding is None:
+            return Encode(sequence, run)
+        size = min(self._policy.slice, self._limits.n_ubatch) if streaming else self._limits.n_ubatch
         start = sequence.run_offset
-        room = self._limits.n_ubatch
-        if isinstance(run, ImageRun):
-            if sequence.needs_encode:
-                return Encode(sequence, run)
-            stop = min(run.n_tokens, start + room) if run.causal else run.n_tokens
-            return PrefillImage(sequence, run, start, stop, last=self._is_last(sequence, stop))
-        stop = min(run.n_tokens, start + room)
-        return PrefillText(sequence, run.tokens[start:stop], last=self._is_last(sequence, stop))
+        stop = min(run.n_tokens, start + size) if run.causal else run.n_tokens
+        if not self._secure(stop - start, sequence):
+            sequence.end("length", "context")
+            return None
+        last = stop == run.n_tokens and sequence.run_index == len(sequence.runs) - 1
+        return PrefillImage(sequence, run, start, stop, last)
+
+    def _tokens(self, decoding: tuple[Sequence, ...], texts: list[Sequence]) -> Step | None:
+        """Everyone's next token, and text of prompts as far as the slice and the micro-batch go."""
+        streaming = bool(decoding)
+        budget = self._limits.n_ubatch - len(decoding)
+        if streaming:
+            budget = min(budget, max(self._policy.slice, 1))
+        parts: list[Slice] = []
+        for place, sequence in enumerate(texts):
+            # A large prompt leaves half of the step to those behind it, so that small ones never wait for all of it.
+            share = budget if place == len(texts) - 1 else (budget + 1) // 2
+            if share <= 0:
+                break
+            parts.append(self._slice(sequence, share))
+            budget -= len(parts[-1].tokens)
+        oldest = (decoding or tuple(texts))[0]
+        if not self._secure(len(decoding) + sum(len(part.tokens) for part in parts), oldest):
+            oldest.end("length", "context")
+            return None
+        # Whoever was preempted for the room is not part of the step any more.
+        running = set(map(id, self._running))
+        decode = tuple(s for s in decoding if id(s) in running)
+        prefill = tuple(part for part in parts if id(part.sequence) in running)
+        return Tokens(decode, prefill) if decode or prefill else None
 
     @staticmethod
-    def _is_last(sequence: Sequence, stop: int) -> bool:
-        runs = sequence.layout.runs
-        return sequence.run_index == len(runs) - 1 and stop == runs[-1].n_tokens
+    def _slice(sequence: Sequence, budget: int) -> Slice:
+        run = sequence.run
+        assert isinstance(run, TextRun)
+        start = sequence.run_offset
+        tokens = run.tokens[start : start + budget]
+        last = start + len(tokens) == run.n_tokens and sequence.run_index == len(sequence.runs) - 1
+        return Slice(sequence, tokens, last)

@@ -17,104 +17,36 @@ from opsin.native.ggml import OBJECT_SIZE, InitParams, Tensor
 VERSION = "0.3.36"
 MEND = f"run: pip install --force-reinstall llama-cpp-python=={VERSION}"
 
-LLAMA_SYMBOLS = [
-    "llama_backend_init",
-    "llama_log_set",
-    "llama_model_default_params",
-    "llama_model_load_from_file",
-    "llama_model_free",
-    "llama_model_get_vocab",
-    "llama_model_rope_type",
-    "llama_model_n_ctx_train",
-    "llama_model_n_embd_inp",
-    "llama_model_n_layer",
-    "llama_model_n_head",
-    "llama_model_n_head_kv",
-    "llama_model_n_embd",
-    "llama_model_meta_count",
-    "llama_model_meta_key_by_index",
-    "llama_model_meta_val_str_by_index",
-    "llama_model_chat_template",
-    "llama_model_ftype",
-    "llama_ftype_name",
-    "llama_model_size",
-    "llama_model_is_recurrent",
-    "llama_model_is_hybrid",
-    "llama_model_has_encoder",
-    "llama_context_default_params",
-    "llama_init_from_model",
-    "llama_free",
-    "llama_get_memory",
-    "llama_n_ctx",
-    "llama_n_batch",
-    "llama_n_ubatch",
-    "llama_n_seq_max",
-    "llama_decode",
-    "llama_synchronize",
-    "llama_set_causal_attn",
-    "llama_get_logits_ith",
-    "llama_memory_seq_rm",
-    "llama_memory_seq_cp",
-    "llama_memory_seq_pos_max",
-    "llama_vocab_n_tokens",
-    "llama_vocab_get_attr",
-    "llama_vocab_get_text",
-    "llama_vocab_is_eog",
-    "llama_vocab_bos",
-    "llama_vocab_eos",
-    "llama_vocab_get_add_bos",
-    "llama_tokenize",
-    "llama_token_to_piece",
-    "llama_sampler_chain_default_params",
-    "llama_sampler_chain_init",
-    "llama_sampler_chain_add",
-    "llama_sampler_free",
-    "llama_sampler_sample",
-    "llama_sampler_apply",
-    "llama_sampler_accept",
-    "llama_sampler_init_greedy",
-    "llama_sampler_init_dist",
-    "llama_sampler_init_top_k",
-    "llama_sampler_init_top_p",
-    "llama_sampler_init_min_p",
-    "llama_sampler_init_temp",
-    "llama_sampler_init_penalties",
-    "llama_sampler_init_logit_bias",
-    "llama_sampler_init_grammar",
-]
-MTMD_SYMBOLS = [
-    "mtmd_context_params_default",
-    "mtmd_init_from_file",
-    "mtmd_free",
-    "mtmd_support_vision",
-    "mtmd_decode_use_mrope",
-    "mtmd_decode_use_non_causal",
-    "mtmd_bitmap_init",
-    "mtmd_bitmap_free",
-    "mtmd_bitmap_set_id",
-    "mtmd_tokenize_from_parts",
-    "mtmd_input_chunks_init",
-    "mtmd_input_chunks_size",
-    "mtmd_input_chunks_get",
-    "mtmd_input_chunks_free",
-    "mtmd_input_chunk_get_type",
-    "mtmd_input_chunk_get_tokens_text",
-    "mtmd_input_chunk_get_tokens_image",
-    "mtmd_input_chunk_get_n_tokens",
-    "mtmd_input_chunk_get_n_pos",
-    "mtmd_input_chunk_get_id",
-    "mtmd_input_chunk_save",
-    "mtmd_helper_image_get_decoder_pos",
-    "mtmd_encode_chunk",
-    "mtmd_get_output_embd",
-    "mtmd_batch_init",
-    "mtmd_batch_free",
-    "mtmd_batch_add_chunk",
-    "mtmd_batch_encode",
-    "mtmd_batch_get_output_embd",
-    "mtmd_log_set",
-    "mtmd_helper_log_set",
-]
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+LLAMA_SYMBOLS = _words(
+    "llama_backend_init llama_log_set llama_model_default_params llama_model_load_from_file llama_model_free "
+    "llama_model_get_vocab llama_model_rope_type llama_model_n_ctx_train llama_model_n_embd_inp "
+    "llama_model_n_layer llama_model_n_head llama_model_n_head_kv llama_model_n_embd llama_model_meta_count "
+    "llama_model_meta_key_by_index llama_model_meta_val_str_by_index llama_model_chat_template llama_model_ftype "
+    "llama_ftype_name llama_model_is_recurrent llama_model_is_hybrid llama_model_has_encoder "
+    "llama_context_default_params llama_init_from_model llama_free llama_get_memory llama_n_ctx llama_n_batch "
+    "llama_n_ubatch llama_n_seq_max llama_decode llama_synchronize llama_set_causal_attn llama_get_logits_ith "
+    "llama_memory_seq_rm llama_memory_seq_cp llama_memory_seq_pos_max llama_vocab_n_tokens llama_vocab_get_attr "
+    "llama_vocab_get_text llama_vocab_is_eog llama_vocab_bos llama_vocab_eos llama_vocab_get_add_bos "
+    "llama_tokenize llama_token_to_piece llama_sampler_chain_default_params llama_sampler_chain_init "
+    "llama_sampler_chain_add llama_sampler_free llama_sampler_sample llama_sampler_apply llama_sampler_accept "
+    "llama_sampler_init_greedy llama_sampler_init_dist llama_sampler_init_top_k llama_sampler_init_top_p "
+    "llama_sampler_init_min_p llama_sampler_init_temp llama_sampler_init_penalties llama_sampler_init_logit_bias "
+    "llama_sampler_init_grammar"
+)
+MTMD_SYMBOLS = _words(
+    "mtmd_context_params_default mtmd_init_from_file mtmd_free mtmd_support_vision mtmd_decode_use_mrope "
+    "mtmd_decode_use_non_causal mtmd_bitmap_init mtmd_bitmap_free mtmd_bitmap_set_id mtmd_tokenize_from_parts "
+    "mtmd_input_chunks_init mtmd_input_chunks_size mtmd_input_chunks_get mtmd_input_chunks_free "
+    "mtmd_input_chunk_get_type mtmd_input_chunk_get_tokens_text mtmd_input_chunk_get_tokens_image "
+    "mtmd_input_chunk_get_n_tokens mtmd_input_chunk_get_n_pos mtmd_input_chunk_get_id mtmd_input_chunk_save "
+    "mtmd_helper_image_get_decoder_pos mtmd_encode_chunk mtmd_get_output_embd mtmd_batch_init mtmd_batch_free "
+    "mtmd_batch_add_chunk mtmd_batch_encode mtmd_batch_get_output_embd mtmd_log_set mtmd_helper_log_set"
+)
 
 # The last fields of each struct, and one in the middle: any insertion or removal moves at least one of them.
 DEFAULTS: dict[str, dict[str, Any]] = {

@@ -198,8 +198,8 @@ class Context:
         # undefined in the native samplers.
         if np.isnan(view.max()):
             raise DecodeFailed(
-                "The language model computed a value that is not a number: "
-                "the file may be damaged, or try --flash-attention off."
+                "The language model computed a value that is not a number: the model file may be damaged, "
+                "so download it again."
             )
         return view
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import threading
 from typing import TYPE_CHECKING, Any
 
 from opsin.core.errors import ModelNotFound, ModelUnreadable, PairMismatch
@@ -38,8 +37,8 @@ class Model:
         if llama.llama_model_has_encoder(pointer):
             self.handle.close()
             raise ModelUnreadable(f"{path.name} has an encoder for text, which Opsin cannot run: give a decoder model.")
-        self.vocab: int = llama.llama_model_get_vocab(pointer)
-        self.n_vocab: int = llama.llama_vocab_n_tokens(self.vocab)
+        self._vocab: int = llama.llama_model_get_vocab(pointer)
+        self.n_vocab: int = llama.llama_vocab_n_tokens(self._vocab)
         self.n_embd: int = llama.llama_model_n_embd_inp(pointer)
         self.n_layer: int = llama.llama_model_n_layer(pointer)
         self.n_ctx_train: int = llama.llama_model_n_ctx_train(pointer)
@@ -48,12 +47,17 @@ class Model:
         # Their memory is a state, not a list of cells: it cannot forget or copy a part.
         self.whole_states_only: bool = llama.llama_model_is_recurrent(pointer) or llama.llama_model_is_hybrid(pointer)
         self._pieces: dict[int, bytes] = {}
-        self._lock = threading.Lock()
 
     @property
     def pointer(self) -> int:
         """The native model."""
         return self.handle.pointer
+
+    @property
+    def vocab(self) -> int:
+        """The native vocabulary, a part of the model. Raises EngineClosed when that is closed."""
+        self.handle.pointer  # noqa: B018 - the check
+        return self._vocab
 
     @property
     def layers_offloaded(self) -> int:
@@ -223,7 +227,7 @@ def _load(lib: Library, path: Path, device: Device | None, asked: str | None, la
     logs.SINK.raise_interrupt()
     if not pointer:
         cause = logs.SINK.cause(mark)
-        if "unknown model architecture: 'clip'" in cause:
+        if "CLIP cannot be used" in cause:
             raise PairMismatch(f"{path.name} is a projector, not a language model: give it with --mmproj instead.")
         raise ModelUnreadable(
             f"llama.cpp cannot load {path.name} ({cause or 'no reason given'}): "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -69,12 +70,13 @@ class Encoder:
         pointer = self.lib.mtmd.mtmd_init_from_file(str(self.path).encode(), self._model.pointer, params)
         logs.SINK.raise_interrupt()
         if not pointer:
-            cause = logs.SINK.cause(mark, most=1)
-            if "mismatch between text model" in cause:
-                raise PairMismatch(
-                    f"{self.path.name} was made for another language model than {self._model.path.name} ({cause}): "
-                    "use the projector that was published with it."
-                )
+            for line in logs.SINK.since(mark, logging.ERROR):
+                if "mismatch between text model" in line:
+                    raise PairMismatch(
+                        f"{self.path.name} was made for another language model than {self._model.path.name} ({line}): "
+                        "use the projector that was published with it."
+                    )
+            cause = logs.SINK.cause(mark)
             raise ModelUnreadable(
                 f"llama.cpp cannot load the projector {self.path.name} ({cause or 'no reason given'}): "
                 "check that the file is whole and its kind is supported."

@@ -85,11 +85,18 @@ class _Owned:
             self.backend.open_handles -= 1
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Cell:
+    """A KV cell: a token, or an image row's identity. Forks share cells."""
+
+    entry: int | str
+
+
 @dataclass(slots=True)
 class _Cells:
-    """What a sequence remembers: one entry a cell, a token or an image row's identity."""
+    """What a sequence remembers."""
 
-    entries: list[int | str] = field(default_factory=list)
+    entries: list[_Cell] = field(default_factory=list)
 
 
 class FakeBackend:
@@ -179,7 +186,7 @@ class FakeBackend:
             raise DecodeFailed(str(error)) from error
         count = len(rows.rows) if isinstance(rows, EmbeddingRows) else len(rows)
         assert 0 < count <= self._limits.n_ubatch, "a micro-batch holds 1 to n_ubatch rows"
-        if sum(len(cells.entries) for cells in self._sequences.values()) + count > self._limits.n_ctx:
+        if self.cells_used + count > self._limits.n_ctx:
             return False
         self.pay()
         self._rows = []
@@ -247,8 +254,8 @@ class FakeBackend:
 
     @property
     def cells_used(self) -> int:
-        """KV cells in use over all sequences."""
-        return sum(len(cells.entries) for cells in self._sequences.values())
+        """KV cells in use; shared ones count once."""
+        return len({id(cell) for cells in self._sequences.values() for cell in cells.entries})
 
     def pay(self) -> None:
         """Let the time of unfinished work pass."""
@@ -258,7 +265,7 @@ class FakeBackend:
     def next_token(self, row: int) -> int:
         """The reply's next byte for the sequence of a batch row; EOS behind its end."""
         seq_id, length = self._rows[row]
-        entries = self._sequences[seq_id].entries[:length]
+        entries = [cell.entry for cell in self._sequences[seq_id].entries[:length]]
         turn = max((i for i, entry in enumerate(entries) if entry == TURN), default=-1)
         prompt = "".join(_text(entry) for entry in entries[: turn + 1])
         answer = self.reply(prompt).encode()
@@ -274,7 +281,7 @@ class FakeBackend:
         assert 0 <= seq_id < self._limits.n_seq_max, "a sequence id is below n_seq_max"
         cells = self._sequences.setdefault(seq_id, _Cells())
         assert pos == len(cells.entries), f"position {pos} follows {len(cells.entries) - 1}"
-        cells.entries.append(entry)
+        cells.entries.append(_Cell(entry))
 
     def _append_image(self, rows: EmbeddingRows) -> None:
         for row, pos in zip(rows.rows, rows.positions[0], strict=True):

@@ -1,0 +1,22 @@
+"""What is worth remembering: embeddings of pictures, and which sequence holds which beginning of a prompt.
+
+Pure Python. Refuses to know any model runtime, and to decide when something is used: the engine does.
+"""
+
+from opsin.cache.cells import CellBook
+from opsin.cache.pictures import PictureCache
+from opsin.cache.prefix import NoPrefixes, Prefix, PrefixIndex, Prefixes
+from opsin.cache.units import ImageUnit, Unit, shared_units, units_of
+
+__all__ = [
+    "CellBook",
+    "ImageUnit",
+    "NoPrefixes",
+    "PictureCache",
+    "Prefix",
+    "PrefixIndex",
+    "Prefixes",
+    "Unit",
+    "shared_units",
+    "units_of",
+]

@@ -1,0 +1,81 @@
+"""Counters of the engine, written by its thread and read by anybody as one frozen snapshot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from opsin.core.answer import Answer
+from opsin.engine.plan import Encode, PrefillImage, Step, Tokens
+
+if TYPE_CHECKING:
+    from opsin.engine.scheduler import Scheduler
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Counts since the start, and what is so now; seconds and tokens."""
+
+    running: int = 0
+    waiting: int = 0
+    idle_prefixes: int = 0
+    cells_used: int = 0
+    finished: int = 0
+    failed: int = 0
+    guard_stops: int = 0
+    preemptions: int = 0
+    encodes: int = 0
+    encode_seconds: float = 0.0
+    decode_steps: int = 0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+    prefill_tokens: int = 0
+
+
+class Stats:
+    """One writer. A reader gets the last snapshot, which never changes under it."""
+
+    def __init__(self) -> None:
+        self.failed = 0
+        self._counts = dict.fromkeys(Snapshot.__dataclass_fields__, 0.0)
+        self.snapshot = Snapshot()
+
+    def ran(self, step: Step, seconds: float) -> None:
+        """A step was carried out."""
+        counts = self._counts
+        if isinstance(step, Encode):
+            counts["encodes"] += 1
+            counts["encode_seconds"] += seconds
+        elif isinstance(step, PrefillImage):
+            counts["prefill_tokens"] += step.stop - step.start
+        elif isinstance(step, Tokens):
+            counts["decode_steps"] += bool(step.decode)
+            counts["decode_tokens"] += len(step.decode)
+            counts["prefill_tokens"] += sum(len(part.tokens) for part in step.prefill)
+            if not step.prefill:
+                counts["decode_seconds"] += seconds
+
+    def finished(self, answer: Answer) -> None:
+        """An answer is complete."""
+        self._counts["finished"] += 1
+        self._counts["guard_stops"] += answer.guard is not None
+
+    def look(self, scheduler: Scheduler) -> None:
+        """Take the picture of now."""
+        counts = self._counts
+        self.snapshot = Snapshot(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            idle_prefixes=len(scheduler.idle_ids),
+            cells_used=scheduler.book.used,
+            failed=self.failed,
+            preemptions=scheduler.preemptions,
+            finished=int(counts["finished"]),
+            guard_stops=int(counts["guard_stops"]),
+            encodes=int(counts["encodes"]),
+            encode_seconds=counts["encode_seconds"],
+            decode_steps=int(counts["decode_steps"]),
+            decode_tokens=int(counts["decode_tokens"]),
+            decode_seconds=counts["decode_seconds"],
+            prefill_tokens=int(counts["prefill_tokens"]),
+        )
