@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from opsin.api import Opsin, ask
     from opsin.engine import Engine
+    from opsin.prompt import Message
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "Opsin", "__version__", "ask"]
+__all__ = ["Engine", "Message", "Opsin", "__version__", "ask"]
 
-_HOMES = {"Engine": "opsin.engine", "Opsin": "opsin.api", "ask": "opsin.api"}
+_HOMES = {"Engine": "opsin.engine", "Message": "opsin.prompt", "Opsin": "opsin.api", "ask": "opsin.api"}
 
 
 def __getattr__(name: str) -> Any:

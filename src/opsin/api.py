@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ from opsin.compose import Runtime, open_runtime
 from opsin.core.answer import Answer
 from opsin.core.errors import BadParameter
 from opsin.core.model_info import ModelInfo
+from opsin.core.parts import Prompt
 from opsin.core.picture import Picture
 from opsin.core.placement import Placement
 from opsin.core.sampling import SamplingParams
 from opsin.core.settings import EngineSettings, MediaSettings
-from opsin.engine import AnswerStream
+from opsin.engine import AnswerStream, Engine
 from opsin.media import load_picture
 from opsin.prompt import Message
 
@@ -52,6 +54,11 @@ class Opsin:
         """Milliseconds that loading took."""
         return self._runtime.engine.load_ms
 
+    @property
+    def engine(self) -> Engine:
+        """The running engine, for `Prompt`s of one's own; closed with this object."""
+        return self._runtime.engine
+
     def picture(self, source: object) -> Picture:
         """Read and check a picture: path, address, bytes, PIL image or array. Raises BadPicture or FetchFailed."""
         return load_picture(source, self._media)
@@ -67,6 +74,17 @@ class Opsin:
         loaded = [self.picture(source) for source in sources]
         return self.submit(question_about(loaded, question, system), **params).result()
 
+    async def ask_async(
+        self, pictures: object | Sequence[object], question: str, *, system: str | None = None, **params: Any
+    ) -> Answer:
+        """`ask` for an event loop: pictures are read in a thread, and nothing blocks. Cancelling it ends the answer.
+
+        Raises BadInput, EngineError.
+        """
+        sources = pictures if isinstance(pictures, (list, tuple)) else [pictures]
+        loaded = await asyncio.gather(*(asyncio.to_thread(self.picture, source) for source in sources))
+        return await self.submit(question_about(loaded, question, system), **params).answer()
+
     def submit(
         self,
         messages: Sequence[Message],
@@ -75,10 +93,24 @@ class Opsin:
         load_ms: float = 0.0,
         **params: Any,
     ) -> AnswerStream:
-        """Ask with a whole conversation, and read the answer as it comes. Raises BadInput, EngineError."""
+        """Ask with a whole conversation, and read the answer as it comes: with `for`, or with `async for`.
+
+        Never blocks. Raises BadInput, EngineError.
+        """
         sampling = checked(SamplingParams, params)
-        prompt = self._runtime.prompts.build(messages, tools=tools, thinking=sampling.thinking)
-        return self._runtime.engine.submit(prompt, sampling, load_ms=load_ms)
+        return self._runtime.engine.submit(
+            self.prompt(messages, tools=tools, thinking=sampling.thinking), sampling, load_ms=load_ms
+        )
+
+    def prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        thinking: bool | None = None,
+    ) -> Prompt:
+        """A conversation as the model's template writes it, ready for `engine.submit`. Raises BadPrompt."""
+        return self._runtime.prompts.build(messages, tools=tools, thinking=thinking)
 
     def placement(self) -> Placement:
         """Prove where encoder and language model run, by running each once."""

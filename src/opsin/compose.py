@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from opsin.cache import DiskStore, PictureCache, default_folder
 from opsin.core.settings import PROFILE_MAX_TOKENS, EngineSettings, Profile
-from opsin.engine import Engine
+from opsin.engine import Engine, Policy
 from opsin.models import Pair, check_pair, resolve
 from opsin.native import NativeBackend, devices, open_backend
 from opsin.prompt import PromptBuilder, TemplateSource
@@ -25,8 +26,14 @@ class Runtime:
         self.engine.close()
 
 
-def open_runtime(model: str | Path | None, mmproj: str | Path | None, settings: EngineSettings) -> Runtime:
-    """Find the pair, load it, and make ready to ask.
+def open_runtime(
+    model: str | Path | None,
+    mmproj: str | Path | None,
+    settings: EngineSettings,
+    *,
+    template: str | None = None,
+) -> Runtime:
+    """Find the pair, load it, and make ready to ask; `template` stands in for the model's own chat template.
 
     Raises ModelError when the pair cannot be used, BadParameter when a setting does not fit this machine.
     """
@@ -41,9 +48,16 @@ def open_runtime(model: str | Path | None, mmproj: str | Path | None, settings: 
         opened.append(open_backend(settings))
         return opened[0]
 
-    engine = Engine(open_native, parallel=settings.parallel, max_tokens=PROFILE_MAX_TOKENS[profile])
+    store = DiskStore(default_folder(), settings.disk_cache_bytes) if settings.disk_cache else None
+    engine = Engine(
+        open_native,
+        policy=Policy(parallel=settings.parallel),
+        pictures=PictureCache(settings.picture_cache_bytes, store),
+        max_tokens=PROFILE_MAX_TOKENS[profile],
+    )
     try:
-        prompts = PromptBuilder(template_source(opened[0], pair))
+        source = template_source(opened[0], pair)
+        prompts = PromptBuilder(source if template is None else replace(source, template=template))
     except BaseException:
         engine.close()
         raise

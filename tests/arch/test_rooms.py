@@ -24,6 +24,7 @@ ARROWS = {
     "jobs": {"engine", "prompt", "media", "models", "core"},
     "server": {"jobs", "engine", "prompt", "media", "models", "core"},
     "compose": {"native", "engine", "prompt", "media", "models", "cache", "core"},
+    "compat": {"api", "compose", "engine", "prompt", "media", "models", "core"},
     "api": {"compose", "engine", "prompt", "media", "models", "core"},
     "cli": {
         "api",
@@ -40,7 +41,7 @@ ARROWS = {
         "core",
     },
     "__main__": {"cli"},
-    "__init__": {"api", "engine"},
+    "__init__": {"api", "engine", "prompt"},
 }
 MAX_FILE, MAX_FUNCTION, MAX_PACKAGE = 450, 80, 12_000
 

@@ -4,12 +4,14 @@ Pure Python. Refuses to know any model runtime, and to decide when something is 
 """
 
 from opsin.cache.cells import CellBook
+from opsin.cache.disk import DiskStore, default_folder
 from opsin.cache.pictures import PictureCache
-from opsin.cache.prefix import NoPrefixes, Prefix, PrefixIndex, Prefixes
+from opsin.cache.prefix import NoPrefixes, Prefix, Prefixes, PrefixIndex
 from opsin.cache.units import ImageUnit, Unit, shared_units, units_of
 
 __all__ = [
     "CellBook",
+    "DiskStore",
     "ImageUnit",
     "NoPrefixes",
     "PictureCache",
@@ -17,6 +19,7 @@ __all__ = [
     "PrefixIndex",
     "Prefixes",
     "Unit",
+    "default_folder",
     "shared_units",
     "units_of",
 ]

@@ -22,6 +22,10 @@ class Store(Protocol):
         """Keep it, or fail to without harm."""
         ...
 
+    def close(self) -> None:
+        """Wait until all that was put is kept; twice does no harm."""
+        ...
+
 
 class PictureCache:
     """Used by the engine's thread alone. Embeddings are never changed after they were put in.
@@ -56,6 +60,11 @@ class PictureCache:
         self._keep(identity, embedding)
         if self._store is not None:
             self._store.put(identity, embedding)
+
+    def close(self) -> None:
+        """Wait until all is written that goes to the store behind; the memory stays. Any thread, twice is no harm."""
+        if self._store is not None:
+            self._store.close()
 
     def _keep(self, identity: str, embedding: Embedding) -> None:
         old = self._held.pop(identity, None)

@@ -102,9 +102,7 @@ class PrefixIndex:
     def idle_within(self, prefix: Prefix) -> list[Prefix]:
         """See Prefixes."""
         return [
-            p
-            for p in self._prefixes.values()
-            if p.idle and p is not prefix and p.units == prefix.units[: len(p.units)]
+            p for p in self._prefixes.values() if p.idle and p is not prefix and p.units == prefix.units[: len(p.units)]
         ]
 
 

@@ -18,6 +18,7 @@ COMMANDS = {
     "chat": "Talk about a picture in the terminal.",
     "pull": "Download a model by name.",
     "models": "List the models that are here, and choose the default.",
+    "bench": "Measure the engine against the limits of this machine.",
     "synth": "Write a random-weight pair of a model's shape, to measure speed without a download.",
 }
 

@@ -33,8 +33,9 @@ class ImageRun:
     """One chunk of one picture: `n_tokens` embeddings of width `n_embd`.
 
     `identity` names the embedding by content: pixels, chunk index, projector and preprocessing; equal identities have
-    equal embeddings. `n_pos` is less than `n_tokens` under M-RoPE, and `positions` then holds int32
-    [n_tokens, 4] offsets (t, y, x, 0) from the run's first position; it is None where positions just count up.
+    equal embeddings. `n_pos` is less than `n_tokens` under M-RoPE, and `positions` then holds int32 [n_tokens, 4]
+    (time, height, width and one more) for a run that starts at 0, and `moves` as many of 0 and 1: which of them count
+    from the run's first position (None: all). Both are None where positions just count up.
     `causal` is False for families whose pictures attend in both directions: such a run goes in one micro-batch.
     `handle` belongs to the backend and is alive until the layout is closed.
     """
@@ -45,7 +46,20 @@ class ImageRun:
     n_pos: int
     causal: bool = True
     positions: NDArray[np.int32] | None = field(default=None, repr=False, compare=False)
+    moves: NDArray[np.int32] | None = field(default=None, repr=False, compare=False)
     handle: Any = field(default=None, repr=False, compare=False)
+
+    @property
+    def last_pos(self) -> int:
+        """The largest position in time that a row has, from the run's first: what the KV memory knows of the run."""
+        return self.n_tokens - 1 if self.positions is None else int(self.positions[:, 0].max())
+
+    def positions_at(self, first: int, start: int, stop: int) -> NDArray[np.int32]:
+        """Positions of rows [start, stop) of a run whose first position is `first`: int32 [1, n], or [4, n]."""
+        if self.positions is None:
+            return np.arange(first + start, first + stop, dtype=np.int32)[np.newaxis, :]
+        moved = np.int32(first) if self.moves is None else self.moves[start:stop] * np.int32(first)
+        return np.ascontiguousarray((self.positions[start:stop] + moved).T)
 
 
 Run = TextRun | ImageRun

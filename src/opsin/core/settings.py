@@ -35,6 +35,9 @@ class EngineSettings(BaseModel):
     flash_attention: bool | None = Field(None, description="none: on where it is supported")
     image_max_tokens: int | None = Field(None, ge=1, description="most tokens a picture, for models that can choose")
     image_min_tokens: int | None = Field(None, ge=1, description="fewest tokens a picture, for models that can choose")
+    picture_cache_bytes: int = Field(512 * 2**20, ge=0, description="embeddings of pictures kept in memory, in bytes")
+    disk_cache: bool = Field(True, description="keep embeddings of pictures on disk")
+    disk_cache_bytes: int = Field(2 * 2**30, ge=0, description="embeddings of pictures kept on disk, in bytes")
     profile: Profile | None = Field(None, description="interactive or throughput; none: the devices decide")
     verbose: bool = Field(False, description="show llama.cpp's own log")
 

@@ -111,11 +111,7 @@ class Loop:
         except BaseException as error:  # noqa: BLE001 - whoever opened the engine gets it
             self._opened.set_exception(error)
             return
-        self._runner = Runner(backend, self._pictures)
-        self._scheduler = Scheduler(backend.limits, self._policy)
-        self._absorber = Absorber(
-            backend.piece, backend.eog_tokens, backend.limits.n_ctx, lambda s: _closing_tokens(backend, s)
-        )
+        self._attach(backend)
         self._opened.set_result(backend)
         end: OpsinError = EngineClosed("The engine was closed before the answer was complete.")
         try:
@@ -127,6 +123,13 @@ class Loop:
         finally:
             self._fail_all(end)
             backend.close()
+
+    def _attach(self, backend: Backend) -> None:
+        self._runner = Runner(backend, self._pictures)
+        self._scheduler = Scheduler(backend.limits, self._policy)
+        self._absorber = Absorber(
+            backend.piece, backend.eog_tokens, backend.limits.n_ctx, lambda s: _closing_tokens(backend, s)
+        )
 
     def _receive(self) -> bool:
         """Take the inbox in, waiting while there is nothing else to do; False when the loop shall end."""
@@ -146,9 +149,9 @@ class Loop:
     def _self_check(self) -> None:
         """With nobody waiting there is time to ask the backend whether it holds what the books say."""
         self._scheduler.check()
-        for seq_id, cells in self._scheduler.expected_positions().items():
+        for seq_id, expected in self._scheduler.expected_positions().items():
             last = self._runner.last_position(seq_id)
-            assert last == cells - 1, f"sequence {seq_id} ends at {last}, the books say {cells - 1}"
+            assert last == expected, f"sequence {seq_id} ends at {last}, the books say {expected}"
 
     def _step(self) -> None:
         self._sweep()

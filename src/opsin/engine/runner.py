@@ -10,13 +10,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from opsin.cache import PictureCache
 from opsin.core.answer import Progress, TokenLogprob
 from opsin.core.backend import Backend, EmbeddingRows, TokenRow
-from opsin.core.layout import ImageRun
 from opsin.core.sampling import SamplingParams
 from opsin.core.stages import Stage
 from opsin.engine.plan import Encode, Forget, MemoryOp, PrefillImage, Step, Tokens
@@ -126,7 +122,7 @@ class Runner:
         assert sequence.embedding is not None, "a picture is encoded before it is prefilled"
         rows = EmbeddingRows(
             rows=sequence.embedding[step.start : step.stop],
-            positions=_positions(step.run, sequence.n_pos, step.start, step.stop),
+            positions=step.run.positions_at(sequence.n_pos, step.start, step.stop),
             seq_id=sequence.seq_id,
             logits=step.last,
             causal=step.run.causal,
@@ -173,10 +169,3 @@ class Runner:
             top = sequence.request.params.logprobs
             logprob = None if top is None else self._backend.logprobs(row, token, top)
         return Drawn(sequence, token, logprob)
-
-
-def _positions(run: ImageRun, first: int, start: int, stop: int) -> NDArray[np.int32]:
-    """Absolute positions of rows [start, stop): int32 [1, n], or [4, n] under M-RoPE."""
-    if run.positions is None:
-        return np.arange(first + start, first + stop, dtype=np.int32)[np.newaxis, :]
-    return np.ascontiguousarray(run.positions[start:stop].T + np.int32(first))

@@ -7,7 +7,7 @@ gives the same plans. What it plans counts as done when `ran` is called with it.
 from __future__ import annotations
 
 from opsin.cache import CellBook, NoPrefixes, Prefix, PrefixIndex, Prefixes
-from opsin.cache.units import cells_of, positions_of
+from opsin.cache.units import cells_of, last_position_of, positions_of
 from opsin.core.backend import BackendLimits
 from opsin.core.layout import ImageRun, TextRun
 from opsin.engine.idle_cost import IdleCost
@@ -147,9 +147,9 @@ class Scheduler:
         assert len(self._running) <= self._policy.parallel
 
     def expected_positions(self) -> dict[int, int]:
-        """Positions each sequence id holds while nobody runs: idle prefixes theirs, all others none."""
-        held = {prefix.seq_id: positions_of(prefix.units) for prefix in self._idle.values()}
-        return {seq_id: held.get(seq_id, 0) for seq_id in range(self._limits.n_seq_max)}
+        """The last position of each sequence id while nobody runs: idle prefixes have theirs, all others none (-1)."""
+        held = {prefix.seq_id: last_position_of(prefix.units) for prefix in self._idle.values()}
+        return {seq_id: held.get(seq_id, -1) for seq_id in range(self._limits.n_seq_max)}
 
     def _decoding(self) -> tuple[Sequence, ...]:
         return tuple(s for s in self._running if s.state is State.DECODE)[: self._limits.n_ubatch]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from opsin.cache.prefix import Prefix
-from opsin.cache.units import ImageUnit, cells_of, positions_of, units_of
+from opsin.cache.units import cells_of, positions_of, unit_of, units_of
 from opsin.core.answer import Answer, Usage
 from opsin.core.backend import Embedding, Sampler
 from opsin.core.errors import OpsinError
@@ -117,7 +117,7 @@ class Sequence:
         if self.run_offset == run.n_tokens:
             if isinstance(run, ImageRun):
                 # One unit: a picture counts when it is whole.
-                self.prefix.units.append(ImageUnit(run.identity, run.n_tokens, run.n_pos))
+                self.prefix.units.append(unit_of(run))
                 self.n_pos += run.n_pos
             self.run_index += 1
             self.run_offset = 0

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 from opsin.core.errors import BadInput, BadParameter
-from opsin.models.blueprint import clip_metadata, clip_tensors, llm_metadata, llm_tensors
+from opsin.models.blueprint import clip_metadata, clip_tensors, llm_architecture, llm_metadata, llm_tensors
 from opsin.models.pair import Pair
 from opsin.models.shapes import SHAPES, PairShape
 from opsin.models.weights import RandomWeights, Tensor, WeightType
@@ -83,7 +83,7 @@ def write_shape(
     plans = [
         _Plan(
             path=out / f"{shape.name}-{quantisation}.gguf",
-            arch="llama",
+            arch=llm_architecture(shape),
             metadata=lambda writer: llm_metadata(writer, shape, quantisation, template=template),
             tensors=list(llm_tensors(shape, quantisation)),
             seed=2 * seed,

@@ -1,4 +1,4 @@
-"""A vocabulary made up for random-weight models, in the SentencePiece manner llama.cpp calls SPM."""
+"""Vocabularies made up for random-weight models: in SentencePiece's manner (llama.cpp's SPM) and in GPT-2's (BPE)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SPACE = "\u2581"  # SentencePiece's visible blank
-_LETTERS = SPACE + "etaoinsrhldcumfpgwybvkxjqz"
+BPE_SPACE = "\u0120"  # GPT-2's
+_LETTERS = "etaoinsrhldcumfpgwybvkxjqz"
 
 # llama.cpp's `llama_token_type`
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
@@ -20,48 +21,78 @@ _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """Texts, scores and llama.cpp's token types, all of one length; 0 is unknown, 1 begins and 2 ends a text."""
+    """Texts and llama.cpp's token types, of one length.
+
+    SPM: `scores` of the same length; 0 is unknown, 1 begins and 2 ends a text. BPE: `merges`, most frequent first.
+    Further control tokens stand at the end.
+    """
 
     tokens: tuple[str, ...]
-    scores: tuple[float, ...]
     types: tuple[int, ...]
+    scores: tuple[float, ...] = ()
+    merges: tuple[str, ...] = ()
 
 
 SMALLEST = 3 + 256 + 95
 
 
-def make_vocabulary(size: int) -> Vocabulary:
-    """Three control tokens, 256 bytes, the printable ASCII characters, then words up to `size`.
+def make_vocabulary(size: int, control: tuple[str, ...] = ()) -> Vocabulary:
+    """Three control tokens, 256 bytes, the printable ASCII characters, words, then the tokens of `control`: `size`.
 
     Every word joins two tokens that stand before it and scores below them, so that SPM's merging can reach it from
-    single characters. The same size gives the same words. Raises BadParameter under `SMALLEST`.
+    single characters. The same size gives the same words. Raises BadParameter under `SMALLEST` and those of `control`.
     """
-    if size < SMALLEST:
-        raise BadParameter(f"a vocabulary needs at least {SMALLEST} tokens, {size} are too few")
+    if size < SMALLEST + len(control):
+        raise BadParameter(f"a vocabulary needs at least {SMALLEST + len(control)} tokens, {size} are too few")
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{value:02X}>" for value in range(256)), SPACE]
     tokens += [chr(code) for code in range(33, 127)]
     types = [_UNKNOWN, _CONTROL, _CONTROL] + [_BYTE] * 256 + [_NORMAL] * (len(tokens) - 259)
     scores = [0.0] * 259 + [-1e6] * (len(tokens) - 259)
-    words = list(itertools.islice(_words(), size - len(tokens)))
+    words = [a + b for a, b in itertools.islice(_joins(SPACE), size - len(tokens) - len(control))]
     return Vocabulary(
-        tokens=tuple(tokens + words),
-        scores=tuple(scores + [-float(rank) for rank in range(len(words))]),
-        types=tuple(types + [_NORMAL] * len(words)),
+        tokens=(*tokens, *words, *control),
+        scores=(*scores, *(-float(rank) for rank in range(len(words))), *[0.0] * len(control)),
+        types=(*types, *[_NORMAL] * len(words), *[_CONTROL] * len(control)),
     )
 
 
-def _words() -> Iterator[str]:
-    """Distinct words without end: pairs of letters first, then longer and longer joins of what is known."""
+def make_bpe_vocabulary(size: int, control: tuple[str, ...]) -> Vocabulary:
+    """256 bytes as GPT-2 writes them, words with the merges that make them, then the tokens of `control`: `size`.
+
+    Raises BadParameter when there is no room for the bytes.
+    """
+    bytes_ = _bytes_as_characters()
+    if size < len(bytes_) + len(control):
+        raise BadParameter(f"a vocabulary needs at least {len(bytes_) + len(control)} tokens, {size} are too few")
+    joins = list(itertools.islice(_joins(BPE_SPACE), size - len(bytes_) - len(control)))
+    return Vocabulary(
+        tokens=(*bytes_, *(a + b for a, b in joins), *control),
+        types=(*[_NORMAL] * (size - len(control)), *[_CONTROL] * len(control)),
+        merges=tuple(f"{a} {b}" for a, b in joins),
+    )
+
+
+def _bytes_as_characters() -> tuple[str, ...]:
+    """One visible character a byte: itself where Latin-1 shows one, else those from 256 on (GPT-2's table)."""
+    shown = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    spare = itertools.count(256)
+    return tuple(chr(value if value in shown else next(spare)) for value in range(256))
+
+
+def _joins(space: str) -> Iterator[tuple[str, str]]:
+    """The halves of distinct words without end: pairs of letters first, then longer and longer joins of those."""
     import random
 
-    known = [a + b for a, b in itertools.product(_LETTERS, _LETTERS[1:])]
-    yield from known
+    pairs = list(itertools.product(space + _LETTERS, _LETTERS))
+    yield from pairs
+    known = [a + b for a, b in pairs]
     draw = random.Random(20)  # noqa: S311  # made-up words, no secrets
     seen = set(known)
     while True:
         right = draw.choice(known)
-        word = draw.choice(known) + right
-        if not right.startswith(SPACE) and len(word) <= 12 and word not in seen:
+        left = draw.choice(known)
+        word = left + right
+        if not right.startswith(space) and len(word) <= 12 and word not in seen:
             seen.add(word)
             known.append(word)
-            yield word
+            yield left, right

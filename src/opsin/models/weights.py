@@ -15,6 +15,9 @@ WeightType = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
 _BLOCK = 32  # values of one block of q8_0 and q4_0; the other types follow suit
 BLOCK_BYTES: dict[WeightType, int] = {"f32": 128, "f16": 64, "bf16": 64, "q8_0": 34, "q4_0": 18}
 
+# llama.cpp's `llama_ftype`
+FILE_TYPES: dict[WeightType, int] = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "bf16": 32}
+
 # How many blocks are drawn. A prime, and more than a tensor has rows: rows are then cut from the ring of blocks at
 # places that never repeat within a tensor, so that no two tokens get the same logit.
 _RINGS = (8_191, 131_071, 524_287)

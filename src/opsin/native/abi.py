@@ -36,7 +36,7 @@ LLAMA_SYMBOLS = _words(
     "llama_sampler_chain_add llama_sampler_free llama_sampler_sample llama_sampler_apply llama_sampler_accept "
     "llama_sampler_init_greedy llama_sampler_init_dist llama_sampler_init_top_k llama_sampler_init_top_p "
     "llama_sampler_init_min_p llama_sampler_init_temp llama_sampler_init_penalties llama_sampler_init_logit_bias "
-    "llama_sampler_init_grammar"
+    "llama_sampler_init_grammar llama_model_n_swa"
 )
 MTMD_SYMBOLS = _words(
     "mtmd_context_params_default mtmd_init_from_file mtmd_free mtmd_support_vision mtmd_decode_use_mrope "

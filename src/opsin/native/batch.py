@@ -19,18 +19,23 @@ if TYPE_CHECKING:
 
 
 class BatchArrays:
-    """Room for `capacity` rows with `n_pos` positions each (1, or 4 under M-RoPE)."""
+    """Room for `capacity` rows with `n_pos` positions each (1, or 4 under M-RoPE).
 
-    def __init__(self, batch_type: Any, capacity: int, n_pos: int) -> None:
+    Every row belongs to its sequence, and with a `keeper` offset also to the sequence that many ids further on.
+    """
+
+    def __init__(self, batch_type: Any, capacity: int, n_pos: int, keeper: int = 0) -> None:
         self.capacity = capacity
         self.n_pos = n_pos
+        # Added to a row's sequence: its ids. llama.cpp masks by any one of them: both hold the same cells.
+        self._ids = np.array([0, keeper] if keeper else [0], np.int32)
         self._token = np.zeros(capacity, np.int32)
         self._pos = np.zeros(capacity * n_pos, np.int32)
-        self._n_seq_id = np.ones(capacity, np.int32)
-        self._seq_id = np.zeros(capacity, np.int32)
+        self._n_seq_id = np.full(capacity, len(self._ids), np.int32)
+        self._seq_id = np.zeros((capacity, len(self._ids)), np.int32)
         self._logits = np.zeros(capacity, np.int8)
-        base, width = self._seq_id.ctypes.data, self._seq_id.itemsize
-        # Each row belongs to one sequence: its list of ids is one cell of _seq_id.
+        base, width = self._seq_id.ctypes.data, self._seq_id.strides[0]
+        # A row's list of ids is one row of _seq_id.
         self._seq_ids = np.arange(base, base + capacity * width, width, dtype=np.uintp)
         self._batch = batch_type()
         fields = dict(batch_type._fields_)
@@ -46,7 +51,7 @@ class BatchArrays:
         count = len(rows)
         self._token[:count] = [row.token for row in rows]
         self._pos[:count] = [row.pos for row in rows]
-        self._seq_id[:count] = [row.seq_id for row in rows]
+        self._seq_id[:count] = np.array([row.seq_id for row in rows], np.int32)[:, np.newaxis] + self._ids
         self._logits[:count] = [row.logits for row in rows]
         self._batch.n_tokens = count
         self._batch.token = self._tokens_at
@@ -57,7 +62,7 @@ class BatchArrays:
         """A `llama_batch` of embeddings, valid until the next call and while `rows` is alive."""
         count = len(rows.rows)
         self._pos[: count * self.n_pos] = rows.positions.reshape(-1)
-        self._seq_id[:count] = rows.seq_id
+        self._seq_id[:count] = rows.seq_id + self._ids
         self._logits[:count] = 0
         self._logits[count - 1] = rows.logits
         self._batch.n_tokens = count

@@ -47,7 +47,12 @@ class Context:
         params = llama.llama_context_default_params()
         params.n_ctx = ctx or settings.ctx or default_context(model, settings)
         params.n_ubatch = params.n_batch = min(settings.ubatch, params.n_ctx)
-        params.n_seq_max = _sequences(model, settings, params.n_ubatch)
+        sequences = _sequences(model, settings, params.n_ubatch)
+        # Each sequence of a sliding-window model has a keeper that holds the same cells. llama.cpp takes a cell outside
+        # the window of the only sequence that holds it as free, also with swa_full and while others are empty: a
+        # prefix would lose its beginning. A cell of two sequences stays.
+        self._keeper = sequences if llama.llama_model_n_swa(model.pointer) > 0 else 0
+        params.n_seq_max = sequences + self._keeper
         # Without it room is reserved for the logits of a whole micro-batch: 0.6 GB with a vocabulary of 150,000.
         params.n_outputs_max = self._outputs_max = max(_MIN_OUTPUTS, params.n_seq_max)
         params.n_threads = settings.threads or physical_cores()
@@ -74,11 +79,11 @@ class Context:
             n_ctx=llama.llama_n_ctx(pointer),
             n_batch=llama.llama_n_batch(pointer),
             n_ubatch=llama.llama_n_ubatch(pointer),
-            n_seq_max=llama.llama_n_seq_max(pointer),
+            n_seq_max=llama.llama_n_seq_max(pointer) - self._keeper,
             n_vocab=model.n_vocab,
             n_embd=model.n_embd,
         )
-        self._arrays = BatchArrays(llama.llama_batch, self.limits.n_ubatch, model.n_pos)
+        self._arrays = BatchArrays(llama.llama_batch, self.limits.n_ubatch, model.n_pos, self._keeper)
         self._with_logits: frozenset[int] = frozenset()
 
     @property
@@ -213,6 +218,8 @@ class Context:
         """Forget positions [start, end); False when this memory cannot forget a part."""
         self._check_sequence(seq_id)
         self.handle.pointer  # noqa: B018 - as above
+        if self._keeper:
+            self._llama.llama_memory_seq_rm(self._memory, seq_id + self._keeper, start, end)
         return bool(self._llama.llama_memory_seq_rm(self._memory, seq_id, start, end))
 
     def kv_copy(self, source: int, target: int, start: int, end: int) -> None:
@@ -224,6 +231,8 @@ class Context:
             raise DecodeFailed("This model keeps one state a sequence: a part of it cannot be copied.")
         if source != target:
             self._llama.llama_memory_seq_cp(self._memory, source, target, start, end)
+            if self._keeper:
+                self._llama.llama_memory_seq_cp(self._memory, source, target + self._keeper, start, end)
 
 
 def _sequences(model: Model, settings: EngineSettings, n_ubatch: int) -> int:
@@ -235,7 +244,8 @@ def _sequences(model: Model, settings: EngineSettings, n_ubatch: int) -> int:
         )
     # A recurrent model keeps a whole state for each id: none to spare there.
     spare = 0 if model.whole_states_only else _SPARE_SEQUENCES
-    return min(settings.parallel + spare, _MAX_SEQUENCES, n_ubatch)
+    keepers = 2 if model.lib.llama.llama_model_n_swa(model.pointer) > 0 else 1
+    return min(settings.parallel + spare, _MAX_SEQUENCES // keepers, n_ubatch)
 
 
 def default_context(model: Model, settings: EngineSettings) -> int:

@@ -228,6 +228,7 @@ def _image_run(
     handle = ChunkHandle(owned, chunk, read_meta(model.lib, chunk))
     meta = handle.meta
     n_tokens = mtmd.mtmd_input_chunk_get_n_tokens(chunk)
+    positions = _positions(mtmd, chunk, n_tokens, 0) if encoder.mrope else None
     name = (
         picture.sha256,
         index,
@@ -244,15 +245,16 @@ def _image_run(
         n_tokens=n_tokens,
         n_pos=mtmd.mtmd_input_chunk_get_n_pos(chunk),
         causal=not mtmd.mtmd_decode_use_non_causal(encoder.pointer, chunk),
-        positions=_positions(mtmd, chunk, n_tokens) if encoder.mrope else None,
+        positions=positions,
+        moves=_positions(mtmd, chunk, n_tokens, 1) - positions if positions is not None else None,
         handle=handle,
     )
 
 
-def _positions(mtmd: Any, chunk: int, n_tokens: int) -> NDArray[np.int32]:
-    """int32 [n_tokens, 4] offsets in llama.cpp's order of sections: time, height, width, and one that is kept free."""
+def _positions(mtmd: Any, chunk: int, n_tokens: int, first: int) -> NDArray[np.int32]:
+    """int32 [n_tokens, 4] in llama.cpp's order of sections: time, height, width and one more, for a run at `first`."""
     array = (mtmd.mtmd_decoder_pos * n_tokens)()
-    mtmd.mtmd_helper_image_get_decoder_pos(mtmd.mtmd_input_chunk_get_tokens_image(chunk), 0, array)
+    mtmd.mtmd_helper_image_get_decoder_pos(mtmd.mtmd_input_chunk_get_tokens_image(chunk), first, array)
     fields = np.frombuffer(array, np.uint32).reshape(n_tokens, 4)  # t, x, y, z
     return np.ascontiguousarray(fields[:, [0, 2, 1, 3]].astype(np.int32))
 

@@ -1,0 +1,120 @@
+"""Many sequences in one decode call: what the calls take, and what stands around them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+from statistics import median
+
+from opsin.core.answer import Answer, Finished, TextDelta
+from opsin.core.sampling import SamplingParams
+from opsin.engine import AnswerStream, Engine, Snapshot
+from opsin.prompt import Message, PromptBuilder
+
+TOKENS = 128
+FEWEST_STEPS = 16
+SCHEMA = '{"type": "object", "properties": {"description": {"type": "string"}}, "required": ["description"]}'
+
+
+@dataclass(frozen=True, slots=True)
+class Batched:
+    """Tokens a second while all sequences answer, text, guard and events included, and of the decode calls alone.
+
+    Shares are of a step's wall time: the decode calls, sampling, and the rest, which is Python's. `steps` is how long
+    all answered together. `void` says why the figures count for nothing.
+    """
+
+    sequences: int
+    steps: int
+    tokens_s: float = 0.0
+    decode_tokens_s: float = 0.0
+    decode_share: float = 0.0
+    sample_share: float = 0.0
+    python_share: float = 0.0
+    void: str | None = None
+
+
+@dataclass(slots=True)
+class _Watch:
+    """When the last answer began and when the first one ended: between the two the batch is full."""
+
+    engine: Engine
+    sequences: int
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    started: int = 0
+    begin: tuple[float, Snapshot] | None = None
+    end: tuple[float, Snapshot] | None = None
+    answers: list[Answer] = field(default_factory=list)
+    errors: list[BaseException] = field(default_factory=list)
+
+    def follow(self, stream: AnswerStream) -> None:
+        """Read one answer; in a thread of its own."""
+        begun = False
+        try:
+            for event in stream:
+                if isinstance(event, TextDelta) and not begun:
+                    begun = True
+                    self._begun()
+                elif isinstance(event, Finished):
+                    self._ended(event.answer)
+        except BaseException as error:  # noqa: BLE001 - raised again by whoever waits for all readers
+            self.errors.append(error)
+
+    def _begun(self) -> None:
+        with self.lock:
+            self.started += 1
+            if self.started == self.sequences:
+                self.begin = (time.perf_counter(), self.engine.stats)
+
+    def _ended(self, answer: Answer) -> None:
+        with self.lock:
+            if self.end is None:
+                self.end = (time.perf_counter(), self.engine.stats)
+            self.answers.append(answer)
+
+
+def measure_batched(
+    engine: Engine, prompts: PromptBuilder, *, sequences: int = 8, tokens: int = TOKENS, schema: str | None = None
+) -> Batched:
+    """Let so many text answers run together, with sampling, guard and events as in use.
+
+    Raises BadInput, EngineError.
+    """
+    watch = _Watch(engine, sequences)
+    readers = []
+    for number in range(sequences):
+        prompt = prompts.build([Message("user", f"{number}: tell me all about it.")])
+        # A temperature at which a model of random weights does not go round in circles, which the guard would end.
+        params = SamplingParams(temperature=1.0, seed=number, max_tokens=tokens, ignore_eos=True, json_schema=schema)
+        stream = engine.submit(prompt, params)
+        readers.append(threading.Thread(target=watch.follow, args=(stream,), daemon=True))
+        readers[-1].start()
+    for reader in readers:
+        reader.join()
+    if watch.errors:
+        raise watch.errors[0]
+    return _account(watch)
+
+
+def _account(watch: _Watch) -> Batched:
+    n = watch.sequences
+    steps = 0
+    if watch.begin is not None and watch.end is not None:
+        (began, before), (ended, after) = watch.begin, watch.end
+        steps = after.decode_steps - before.decode_steps
+    if steps < FEWEST_STEPS:
+        return Batched(n, steps, void=f"the sequences answered together for {steps} steps only")
+    wall, decode = ended - began, after.decode_seconds - before.decode_seconds
+    drawn = after.decode_tokens - before.decode_tokens
+    sample = median(a.stages.sample_ms / max(1, a.usage.completion_tokens) for a in watch.answers) / 1e3 * drawn
+    decode_share, sample_share = min(1.0, decode / wall), min(1.0, sample / wall)
+    return Batched(
+        sequences=n,
+        steps=steps,
+        tokens_s=drawn / wall,
+        decode_tokens_s=drawn / decode if decode > 0 else 0.0,
+        decode_share=decode_share,
+        sample_share=sample_share,
+        python_share=max(0.0, 1.0 - decode_share - sample_share),
+    )

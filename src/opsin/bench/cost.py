@@ -1,0 +1,145 @@
+"""What a model needs at least, from its file's header: bytes read and operations done, by step and by workload.
+
+An operation is one multiplication or one addition. Norms, activations and sampling are left out: they are noise beside
+the matrices. Mixtures of experts count the experts that a token uses.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from opsin.bench.ceiling import Machine
+from opsin.bench.workload import Workload
+from opsin.core.answer import Usage
+from opsin.models.gguf_header import TENSOR_TYPES, GgufHeader, TensorHead, read_header
+from opsin.models.gguf_info import read_info
+from opsin.models.naming import parts_of
+
+KV_BYTES = {"f16": 2.0, "bf16": 2.0, "f32": 4.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
+_BLOCKS = {name: (values, size) for name, values, size in TENSOR_TYPES.values()}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCost:
+    """A pair's needs. `weights` and `head` are what a token multiplies with in the layers, and for its logits.
+
+    `weight_bytes` is what a decode step reads of the file; `kv_values` are values of keys and values a token leaves
+    in all layers, `attention_width` the sum of the layers' attention widths. `encode_ops` is one picture, None for
+    families whose pictures differ in size.
+    """
+
+    weight_bytes: float
+    weights: float
+    head: float
+    kv_values: float
+    attention_width: float
+    encode_ops: float | None
+    kv_value_bytes: float = 2.0
+
+    def decode_bytes(self, contexts: Sequence[int]) -> float:
+        """Bytes one step reads for sequences with so many tokens behind them."""
+        return self.weight_bytes + sum(contexts) * self.kv_values * self.kv_value_bytes
+
+    def decode_ops(self, context: int) -> float:
+        """Operations one new token takes."""
+        return 2 * (self.weights + self.head) + 4 * context * self.attention_width
+
+    def prefill_ops(self, context: int) -> float:
+        """Operations one prompt token takes behind `context` others; it needs no logits."""
+        return 2 * self.weights + 4 * context * self.attention_width
+
+    def step_seconds(self, machine: Machine, contexts: Sequence[int]) -> float:
+        """The least time of a decode step on a machine."""
+        ops = sum(self.decode_ops(context) for context in contexts)
+        return max(self.decode_bytes(contexts) / machine.read_bytes_s, ops / machine.matrix_ops_s)
+
+    def prompt_seconds(self, machine: Machine, tokens: int, context: int = 0, pictures: int = 0) -> float:
+        """The least time to encode so many pictures and prefill so many tokens behind `context` others."""
+        ops = tokens * self.prefill_ops(context + tokens // 2) + pictures * (self.encode_ops or 0.0)
+        return ops / machine.matrix_ops_s
+
+    def workload_seconds(self, machine: Machine, workload: Workload, usages: Sequence[Usage]) -> float:
+        """The least time of a whole workload: each picture encoded and prefilled once, decode steps shared."""
+        total, seen = 0.0, set()
+        for ask, usage in zip(workload.asks, usages, strict=True):
+            new = ask.picture not in seen
+            seen.add(ask.picture)
+            image = usage.image_tokens
+            text = usage.prompt_tokens - image
+            total += self.prompt_seconds(machine, text + image * new, image * (not new), pictures=int(new))
+        groups = [usages] if workload.at_once else [[usage] for usage in usages]
+        for group in groups:
+            # The first token comes with the prompt.
+            for step in range(1, max(usage.completion_tokens for usage in group)):
+                contexts = [u.prompt_tokens + step for u in group if u.completion_tokens > step]
+                total += self.step_seconds(machine, contexts)
+        return total
+
+
+def read_cost(llm: Path, mmproj: Path | None, kv_type: str = "f16") -> ModelCost:
+    """Read both headers. Raises ModelNotFound and ModelUnreadable."""
+    tensors = {t.name: t for part in parts_of(llm) for t in read_header(part).tensors}
+    header = read_header(llm)
+    arch = header.text("general.architecture") or ""
+    share = _expert_share(header, arch)
+    layers = [t for t in tensors.values() if t.name.startswith("blk.") and len(t.shape) >= 2]
+    head = tensors.get("output.weight") or tensors.get("token_embd.weight")
+    heads = [head] if head is not None else []
+    kinds: Counter[str] = Counter()
+    for tensor in layers:
+        kind = tensor.name.split(".", 2)[2]
+        if kind in {"attn_k.weight", "attn_v.weight"}:
+            kinds["kv"] += tensor.shape[1]
+        elif kind == "attn_output.weight":
+            kinds["attention"] += tensor.shape[0]
+    return ModelCost(
+        weight_bytes=sum(_bytes(t) * _used(t, share) for t in layers) + sum(_bytes(t) for t in heads),
+        weights=sum(_values(t) * _used(t, share) for t in layers),
+        head=sum(_values(t) for t in heads),
+        kv_values=kinds["kv"],
+        attention_width=kinds["attention"],
+        encode_ops=None if mmproj is None else _encode_ops(mmproj),
+        kv_value_bytes=KV_BYTES[kv_type],
+    )
+
+
+def _encode_ops(mmproj: Path) -> float | None:
+    info, header = read_info(mmproj), read_header(mmproj)
+    grids = header.lengths.get("clip.vision.image_grid_pinpoints", 0)
+    if info.projector != "mlp" or not info.image_size or not info.patch_size or grids:
+        return None
+    patches = (info.image_size // info.patch_size) ** 2
+    # llama.cpp runs all but the last of a LLaVA file's blocks (`tools/mtmd/models/llava.cpp`).
+    last = f"v.blk.{(info.layers or 0) - 1}."
+    ops = 0.0
+    for tensor in header.tensors:
+        if len(tensor.shape) < 2 or tensor.name.startswith(last) or tensor.name.startswith("v.position_embd"):
+            continue
+        ops += 2 * _values(tensor) * patches
+        if tensor.name.startswith("v.blk.") and tensor.name.endswith("attn_out.weight"):
+            ops += 4 * patches**2 * tensor.shape[0]
+    return ops
+
+
+def _expert_share(header: GgufHeader, arch: str) -> float:
+    count, used = header.integer(f"{arch}.expert_count"), header.integer(f"{arch}.expert_used_count")
+    return used / count if count and used else 1.0
+
+
+def _used(tensor: TensorHead, share: float) -> float:
+    return share if "_exps" in tensor.name else 1.0
+
+
+def _values(tensor: TensorHead) -> int:
+    count = 1
+    for length in tensor.shape:
+        count *= length
+    return count
+
+
+def _bytes(tensor: TensorHead) -> float:
+    values, size = _BLOCKS.get(tensor.type or "", (1, 4))
+    return _values(tensor) / values * size

@@ -1,0 +1,146 @@
+"""The chat handlers' names: each knows its projector file, and how its family writes a conversation.
+
+Where a model file ships its own template, or its family's is built into Opsin, that one is used: `template` is None.
+llama-cpp-python renders its own formats with an engine that drops line breaks behind tags (LLaVA-1.5's turns run into
+each other), so prompts here are those the models were trained with, and answers may differ for the better.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from opsin.compat.hub import download
+from opsin.core.errors import BadParameter, ModelNotFound
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class MTMDChatHandler:
+    """A projector file, and the model's own template with pictures where the messages have them.
+
+    `use_gpu` False keeps the vision encoder on the CPU. `verbose` is taken and changes nothing: `Llama` decides
+    whether llama.cpp's log is shown. Raises ModelNotFound.
+    """
+
+    template: ClassVar[str | None] = None
+    pictures_first: ClassVar[bool] = False
+    between: ClassVar[str] = ""
+
+    def __init__(self, clip_model_path: str | os.PathLike[str], verbose: bool = True, use_gpu: bool = True) -> None:
+        if not Path(clip_model_path).is_file():
+            raise ModelNotFound(f"There is no projector file {os.fspath(clip_model_path)}: check clip_model_path.")
+        self.clip_model_path = os.fspath(clip_model_path)
+        self.verbose = verbose
+        self.use_gpu = use_gpu
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name in ("CHAT_FORMAT", "DEFAULT_SYSTEM_MESSAGE"):
+            if name in vars(cls):
+                raise BadParameter(
+                    f"{cls.__name__}.{name} is not read by Opsin: set `template` to a chat template whose messages"
+                    " have plain texts, with pictures already in their places."
+                )
+
+    def load_image(self, image_url: str) -> object:
+        """What stands for an address: a path for `file://`, else the address itself. Subclasses may return bytes."""
+        if image_url[:7].lower() == "file://":
+            return Path(url2pathname(urlsplit(image_url).path))
+        return image_url
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_id: str,
+        filename: str | None,
+        *,
+        local_dir: str | os.PathLike[str] | None = None,
+        local_dir_use_symlinks: bool | str = "auto",
+        cache_dir: str | os.PathLike[str] | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Download the projector of a repository. Raises ModelNotFound, DownloadFailed, BadParameter."""
+        path = download(
+            repo_id,
+            filename,
+            local_dir=local_dir,
+            local_dir_use_symlinks=local_dir_use_symlinks,
+            cache_dir=cache_dir,
+        )
+        return cls(clip_model_path=path, **kwargs)
+
+
+class Gemma4ChatHandler(MTMDChatHandler):
+    """Gemma 4, through its own template."""
+
+
+class Qwen25VLChatHandler(MTMDChatHandler):
+    """Qwen2.5-VL, through its own template."""
+
+
+class Llava15ChatHandler(MTMDChatHandler):
+    """LLaVA-1.5: pictures stand before the question, wherever the message has them."""
+
+    pictures_first = True
+
+
+class Llava16ChatHandler(Llava15ChatHandler):
+    """LLaVA-1.6; Vicuna's, Mistral's or Yi's format as the file says."""
+
+
+class MiniCPMv26ChatHandler(Llava15ChatHandler):
+    """MiniCPM-V 2.6, through its own template."""
+
+
+class ObsidianChatHandler(Llava15ChatHandler):
+    """Obsidian: ChatML whose turns end with three number signs."""
+
+    template = """\
+{%- for message in messages -%}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content + '\\n###\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"""
+
+
+class MoondreamChatHandler(Llava15ChatHandler):
+    """Moondream 2: bare questions and answers; it knows no system message."""
+
+    template = """\
+{%- for message in messages -%}
+    {%- if message.role == 'user' -%}{{- message.content + '\\n\\n' -}}
+    {%- elif message.role == 'assistant' -%}{{- 'Answer: ' + message.content + '\\n\\n' -}}
+    {%- else -%}{{- raise_exception('moondream knows questions and answers only: leave the system message out') -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'Answer:' -}}{%- endif -%}"""
+    between = "\n\nQuestion: "
+
+
+class NanoLlavaChatHandler(Llava15ChatHandler):
+    """nanoLLaVA: ChatML without a line break after a turn."""
+
+    template = """\
+{%- if messages[0].role != 'system' -%}{{- '<|im_start|>system\\nAnswer the question<|im_end|>' -}}{%- endif -%}
+{%- for message in messages -%}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"""
+    between = "\n"
+
+
+class Llama3VisionAlphaChatHandler(Llava15ChatHandler):
+    """llama-3-vision-alpha: Llama 3's turns."""
+
+    template = """\
+{%- for message in messages -%}
+    {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' + message.content + '<|eot_id|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}{%- endif -%}"""
+
+
+Llama3VisionAlpha = Llama3VisionAlphaChatHandler

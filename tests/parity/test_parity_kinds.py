@@ -1,0 +1,213 @@
+"""Every kind of image model, through random-weight pairs, against llama.cpp's own C++ server on forced tokens.
+
+The server answers greedily; its tokens are forced on Opsin's backend one by one, so one early difference cannot hide
+the rest. Random weights are the harder case: their next tokens lie close together.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from opsin.compose import template_source
+from opsin.core.backend import EmbeddingRows, TokenRow
+from opsin.core.layout import ImageRun, Layout
+from opsin.core.settings import EngineSettings, MediaSettings
+from opsin.media import load_picture
+from opsin.models import Pair, write_pair
+from opsin.native import NativeBackend, open_backend
+from opsin.prompt import Message, PromptBuilder
+
+TOLERANCE = 0.02
+"""Natural log probability: the server is another build of llama.cpp, so f16 products are rounded in another order."""
+
+TOKENS = 12
+IMAGE_MAX_TOKENS = {"qwen2vl-tiny": 256}
+KINDS = ("tiny", "llava-1.6-tiny", "qwen2vl-tiny", "gemma3-tiny")
+PICTURES = {
+    "wide": (640, 80),
+    "tall": (70, 500),
+    "square": (224, 224),
+    "tiny": (9, 7),
+    "large": (1600, 1200),
+    "odd": (333, 217),
+}
+
+
+def paint(name: str, folder: Path) -> Path:
+    """Coloured waves and a few sharp blocks, so that no two places look the same."""
+    width, height = PICTURES[name]
+    draw = np.random.default_rng(sum(map(ord, name)))
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32) / max(width, height)
+    waves = [np.sin(x * draw.uniform(3, 20) + y * draw.uniform(3, 20) + draw.uniform(0, 6)) for _ in range(3)]
+    rgb = np.uint8(127 + 120 * np.stack(waves, axis=-1))
+    for _ in range(6):
+        top, left = draw.integers(0, height), draw.integers(0, width)
+        rgb[top : top + height // 3 + 1, left : left + width // 4 + 1] = draw.integers(0, 256, 3)
+    path = folder / f"{name}.png"
+    Image.fromarray(rgb).save(path)
+    return path
+
+
+@dataclass
+class Kind:
+    """A pair opened here, and what the server said of each prompt."""
+
+    backend: NativeBackend
+    prompts: PromptBuilder
+    asked: dict[str, list[dict[str, str]]]
+    theirs: dict[str, dict[str, Any]]
+
+    def layout(self, name: str) -> Layout:
+        parts = [
+            load_picture(part["path"], MediaSettings()) if part["type"] == "picture" else part["text"]
+            for part in self.asked[name]
+        ]
+        prompt = self.prompts.build([Message("user", parts)])
+        return self.backend.layout(prompt.parts, add_bos=prompt.add_bos)
+
+    def differences(self, name: str, change: Callable[[ImageRun], ImageRun] = lambda run: run) -> np.ndarray:
+        """The forced tokens' log probabilities against the server's: float64 [tokens, 20]."""
+        theirs = self.theirs[name]
+        mine = forced(self.backend, self.layout(name), theirs["tokens"], change)
+        return np.array(
+            [[row[token] - value for token, value in top] for row, top in zip(mine, theirs["top"], strict=True)]
+        )
+
+
+def forced(
+    backend: NativeBackend, layout: Layout, answer: list[int], change: Callable[[ImageRun], ImageRun]
+) -> list[dict[int, float]]:
+    """Log probabilities of all tokens at each position of an answer."""
+    backend.kv_remove(0, 0, -1)
+    pos, row = 0, 0
+    for run in layout.runs:
+        if isinstance(run, ImageRun):
+            changed = change(run)
+            positions = changed.positions_at(pos, 0, run.n_tokens)
+            assert backend.decode(EmbeddingRows(backend.encode(run), positions, 0, causal=changed.causal))
+        else:
+            last = len(run.tokens) - 1
+            assert backend.decode([TokenRow(token, pos + i, 0, i == last) for i, token in enumerate(run.tokens)])
+            row = last
+        pos += run.n_pos
+    layout.close()
+    rows = [everything(backend, row)]
+    for token in answer[:-1]:
+        assert backend.decode([TokenRow(token, pos, 0, logits=True)])
+        pos += 1
+        rows.append(everything(backend, 0))
+    assert backend.kv_last(0) == pos - 1
+    return rows
+
+
+def everything(backend: NativeBackend, row: int) -> dict[int, float]:
+    return {token: value for token, _, value in backend.logprobs(row, 0, backend.limits.n_vocab).top}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kind]:
+    folder = tmp_path_factory.mktemp(request.param)
+    pair = write_pair(request.param, folder, quantisation="f16")
+    most = IMAGE_MAX_TOKENS.get(request.param)
+    asked = {name: question(paint(name, folder)) for name in PICTURES}
+    asked["two"] = [asked["tall"][1], {"type": "text", "text": "and then"}, asked["odd"][1], asked["odd"][2]]
+    settings = EngineSettings(
+        model=pair.llm, mmproj=pair.mmproj, ctx=2048, ubatch=512, threads=2, image_max_tokens=most
+    )
+    backend = open_backend(settings)
+    try:
+        theirs = ask_the_server(backend, pair, list(asked.values()), most or -1)
+        prompts = PromptBuilder(template_source(backend, pair))
+        yield Kind(backend, prompts, asked, dict(zip(asked, theirs, strict=True)))
+    finally:
+        backend.close()
+
+
+def question(path: Path) -> list[dict[str, str]]:
+    return [
+        {"type": "text", "text": "look: "},
+        {"type": "picture", "path": str(path)},
+        {"type": "text", "text": " what is there?"},
+    ]
+
+
+def ask_the_server(backend: NativeBackend, pair: Pair, asked: list[Any], most: int) -> list[dict[str, Any]]:
+    banned = [token for token in range(backend.limits.n_vocab) if not is_text(backend.piece(token))]
+    rows = [{"content": content, "tokens": TOKENS, "banned": banned} for content in asked]
+    child = subprocess.run(
+        [
+            sys.executable,
+            str(Path(__file__).with_name("reference_logprobs.py")),
+            json.dumps({"llm": str(pair.llm), "mmproj": str(pair.mmproj), "image_max_tokens": most}),
+        ],
+        input="\n".join(json.dumps(row) for row in rows),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    answers = [json.loads(line) for line in child.stdout.splitlines() if line.startswith("{")]
+    assert len(answers) == len(rows), child.stderr[-2000:]
+    return answers
+
+
+def is_text(piece: bytes) -> bool:
+    try:
+        return bool(piece.decode())
+    except UnicodeDecodeError:
+        return False
+
+
+@pytest.mark.slow
+def test_the_top_20_agree_with_the_c_server_on_forced_tokens(kind: Kind) -> None:
+    worst, same, total = 0.0, 0, 0
+    for name, theirs in kind.theirs.items():
+        layout = kind.layout(name)
+        assert layout.n_tokens == theirs["prompt_tokens"], f"{name}: the prompts differ"
+        assert len(theirs["tokens"]) == TOKENS
+        layout.close()
+        off = np.abs(kind.differences(name))
+        worst = max(worst, float(off.max()))
+        assert off.max() < TOLERANCE, f"{name}: off by {off.max()} at position {off.max(axis=1).argmax()}"
+        mine = forced(kind.backend, kind.layout(name), theirs["tokens"], lambda run: run)
+        for row, top in zip(mine, theirs["top"], strict=True):
+            total += 1
+            best = max(row, key=lambda token: row[token])
+            same += best == top[0][0]
+            assert best == top[0][0] or top[0][1] - top[1][1] < 2 * TOLERANCE, f"{name}: another greedy choice"
+    print(f"parity with llama.cpp's server: {same} of {total} greedy choices, log probabilities off by {worst:.5f}")
+
+
+@pytest.mark.slow
+def test_the_comparison_can_fail(kind: Kind) -> None:
+    """A position or a mask that is wrong must show far beyond the tolerance, or the test above proves nothing."""
+    run = next(run for run in kind.layout("odd").runs if isinstance(run, ImageRun))
+    if run.positions is not None:
+        wrong = [lambda run: replace(run, positions=run.positions[:, [0, 2, 1, 3]])]
+        wrong.append(lambda run: replace(run, positions=np.zeros_like(run.positions)))
+    elif not run.causal:
+        wrong = [lambda run: replace(run, causal=True)]
+    else:
+        wrong = []
+    for change in wrong:
+        assert np.abs(kind.differences("odd", change)).max() > 5 * TOLERANCE
+    other = {"odd": kind.theirs["wide"]}
+    assert np.abs(replace(kind, theirs=other).differences("odd")).max() > 5 * TOLERANCE
+
+
+@pytest.mark.slow
+def test_next_tokens_are_neither_even_nor_certain(kind: Kind) -> None:
+    """Else equal answers would say nothing."""
+    for name, theirs in kind.theirs.items():
+        best = [top[0][1] for top in theirs["top"]]
+        assert -4.5 < np.mean(best) < -0.2, name
+        assert len(set(theirs["tokens"])) > 3, name
+    assert len({tuple(theirs["tokens"]) for theirs in kind.theirs.values()}) == len(kind.theirs)

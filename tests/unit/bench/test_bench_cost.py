@@ -1,0 +1,48 @@
+"""Bytes and operations of a model, read from its header and checked by hand."""
+
+from pathlib import Path
+
+import pytest
+
+from opsin.bench.cost import read_cost
+from opsin.models import Pair, write_pair
+from opsin.models.shapes import SHAPES
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return write_pair("tiny", tmp_path_factory.mktemp("tiny"), quantisation="f16")
+
+
+def test_a_decode_step_reads_every_weight_once_but_the_embedding_table(tiny: Pair) -> None:
+    text = SHAPES["tiny"].text
+    layer = 2 * text.width**2 + 2 * text.width * text.kv_width + 3 * text.width * text.feed_forward
+    cost = read_cost(tiny.llm, tiny.mmproj)
+    assert cost.weights == text.layers * layer
+    assert cost.head == text.width * text.vocabulary
+    assert cost.weight_bytes == pytest.approx(2 * (cost.weights + cost.head))
+    assert cost.kv_values == 2 * text.kv_width * text.layers
+    assert cost.decode_bytes([100, 50]) - cost.decode_bytes([0]) == 150 * cost.kv_values * 2
+    assert cost.decode_ops(0) == 2 * (cost.weights + cost.head)
+    assert cost.decode_ops(10) - cost.decode_ops(0) == 4 * 10 * text.width * text.layers
+    assert cost.prefill_ops(0) == 2 * cost.weights
+
+
+def test_an_encode_runs_all_blocks_but_the_last_and_the_projector(tiny: Pair) -> None:
+    shape = SHAPES["tiny"]
+    vision, patches = shape.vision, shape.vision.patches
+    block = 4 * vision.width**2 + 2 * vision.width * vision.feed_forward
+    blocks = vision.layers - 1
+    matrices = blocks * block + 3 * vision.patch_size**2 * vision.width
+    matrices += vision.width * shape.text.width + shape.text.width**2
+    attention = blocks * 4 * patches**2 * vision.width
+    cost = read_cost(tiny.llm, tiny.mmproj)
+    assert cost.encode_ops == pytest.approx(2 * patches * matrices + attention)
+
+
+def test_quantised_weights_and_memory_are_counted_in_their_own_bytes(tiny: Pair, tmp_path: Path) -> None:
+    small = write_pair("tiny", tmp_path, quantisation="q8_0")
+    half, eight = read_cost(tiny.llm, None), read_cost(small.llm, None, "q8_0")
+    assert half.encode_ops is None
+    assert eight.weight_bytes / half.weight_bytes == pytest.approx(34 / 64, rel=0.02)
+    assert eight.decode_bytes([10]) - eight.weight_bytes == pytest.approx(10 * eight.kv_values * 34 / 32)

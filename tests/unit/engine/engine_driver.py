@@ -1,0 +1,230 @@
+"""The engine's loop without its thread: the test says when a step is taken, and looks at everything after it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+from opsin.cache import PictureCache
+from opsin.core.answer import Answer, Event, Finished, TextDelta
+from opsin.core.backend import BackendLimits, EmbeddingRows, TokenRow
+from opsin.core.errors import Cancelled, OpsinError
+from opsin.core.layout import ImageRun
+from opsin.core.parts import Part, PicturePart, Prompt, TextPart
+from opsin.core.sampling import SamplingParams
+from opsin.engine import Policy
+from opsin.engine.clock import StageClock
+from opsin.engine.loop import Loop
+from opsin.engine.output import Output
+from opsin.engine.plan import Plan, Tokens, members_of
+from opsin.engine.request import AnswerStream, Request
+from opsin.engine.scheduler import Scheduler
+from opsin.engine.sequence import Sequence, State
+from opsin.testing import FakeBackend, FakeClock, picture
+from opsin.testing.fake_backend import TURN_TEXT
+
+
+def limits(n_ctx: int = 256, n_ubatch: int = 16, n_seq_max: int = 6) -> BackendLimits:
+    return BackendLimits(n_ctx, n_ubatch, n_ubatch, n_seq_max, n_vocab=259, n_embd=4)
+
+
+def reply(text: str) -> str:
+    """An answer of 0 to 15 letters that depends on every cell of the prompt."""
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return digest[: int(digest[-1], 16)]
+
+
+def prompt_of(*parts: str | int) -> Prompt:
+    """Text, and pictures by number."""
+    made: list[Part] = [TextPart(part) if isinstance(part, str) else PicturePart(picture(part)) for part in parts]
+    return Prompt((*made, TextPart(TURN_TEXT)))
+
+
+class Backend(FakeBackend):
+    """A fake that can also be out of room, and that calls back more than once in an encode."""
+
+    layers = 1
+    out_of_room = 0
+
+    def decode(self, rows: list[TokenRow] | EmbeddingRows) -> bool:  # type: ignore[override]
+        if self.out_of_room:
+            self.out_of_room -= 1
+            return False
+        return super().decode(rows)
+
+    def encode(self, run: ImageRun, between=None):  # type: ignore[no-untyped-def]
+        def layers() -> None:
+            for _ in range(self.layers):
+                self.clock.spend(self.costs.encode / self.layers)
+                between()
+
+        return super().encode(run, None if between is None else layers)
+
+
+class Stream(AnswerStream):
+    """Remembers all that the engine said, and how often it said an end."""
+
+    def deliver(self, event: Event) -> None:
+        self.__dict__.setdefault("said", []).append(event)
+        super().deliver(event)
+
+    def fail(self, error: BaseException) -> None:
+        self.__dict__.setdefault("said", []).append(error)
+        super().fail(error)
+
+
+@dataclass(eq=False)
+class Asked:
+    """A request and everything that came of it."""
+
+    sequence: Sequence
+    stream: Stream
+    started_at: int | None = None
+    first_token_at: int | None = None
+    ended_at: int | None = None
+
+    @property
+    def said(self) -> list[Event | BaseException]:
+        return self.stream.__dict__.get("said", [])
+
+    @property
+    def ends(self) -> list[Finished | BaseException]:
+        return [event for event in self.said if isinstance(event, (Finished, BaseException))]
+
+    @property
+    def answer(self) -> Answer:
+        (end,) = self.ends
+        assert isinstance(end, Finished), end
+        return end.answer
+
+    @property
+    def text(self) -> str:
+        """What was shown so far."""
+        return "".join(event.text for event in self.said if isinstance(event, TextDelta))
+
+
+@dataclass
+class Driver:
+    """Give it requests, then let it step."""
+
+    limits: BackendLimits = field(default_factory=limits)
+    policy: Policy = field(default_factory=lambda: Policy(parallel=4))
+    backend: Backend = None  # type: ignore[assignment]
+    pictures: PictureCache = field(default_factory=lambda: PictureCache(2**20))
+    asked: list[Asked] = field(default_factory=list)
+    plans: list[Plan] = field(default_factory=list)
+    turns: list[Tokens] = field(default_factory=list)
+    steps: int = 0
+    _fruitless: int = 0
+
+    def __post_init__(self) -> None:
+        if self.backend is None:
+            self.backend = Backend(reply, limits=self.limits, clock=FakeClock())
+        self.loop = Loop(lambda: self.backend, self.policy, self.pictures, now=self.backend.clock)
+        self.loop._attach(self.backend)
+        scheduler = self.scheduler
+        plan, plan_turn = scheduler.plan, scheduler.plan_turn
+
+        def noted(now: float) -> Plan:
+            self.plans.append(plan(now))
+            return self.plans[-1]
+
+        def noted_turn(now: float) -> Tokens | None:
+            step = plan_turn(now)
+            if step is not None:
+                self.turns.append(step)
+            return step
+
+        scheduler.plan, scheduler.plan_turn = noted, noted_turn  # type: ignore[method-assign]
+
+    @property
+    def scheduler(self) -> Scheduler:
+        return self.loop._scheduler
+
+    def ask(
+        self, prompt: Prompt | str, *, priority: int = 0, salt: str = "", seconds: float | None = None, **params: object
+    ) -> Asked:
+        if isinstance(prompt, str):
+            prompt = prompt_of(prompt)
+        clock = self.backend.clock
+        chosen = SamplingParams(**{"guard": False, "max_tokens": 20, **params})  # type: ignore[arg-type]
+        request = Request(
+            prompt=prompt,
+            params=chosen,
+            max_tokens=chosen.max_tokens or 20,
+            seed=1,
+            deadline=None if seconds is None else clock() + seconds,
+            priority=priority,
+            salt=salt,
+            number=len(self.asked),
+        )
+        stream = Stream(self.loop.wake)
+        layout = self.backend.layout(prompt.parts, add_bos=True)
+        assert layout.n_tokens < self.limits.n_ctx, "the façade refuses such a prompt"
+        sequence = Sequence(request, stream, StageClock(clock), Output(chosen.stop, None, None), layout)
+        self.asked.append(Asked(sequence, stream))
+        self.loop.put(sequence)
+        return self.asked[-1]
+
+    def step(self) -> None:
+        """One turn of the loop, then every invariant."""
+        if not (self.scheduler.idle and self.loop._inbox.empty()):
+            before = self._progress()
+            assert self.loop._receive()
+            self.loop._step()
+            self._fruitless = 0 if self._progress() != before else self._fruitless + 1
+        self.steps += 1
+        self.check()
+
+    def _progress(self) -> object:
+        return [(a.sequence.state, a.sequence.n_cells, len(a.said), a.sequence.embedding is None) for a in self.asked]
+
+    def check(self) -> None:
+        self.scheduler.check()
+        assert self.backend.cells_used == self.scheduler.book.used
+        assert self._fruitless < 3, "steps that get nobody on"
+        for asked in self.asked:
+            state = asked.sequence.state
+            if asked.started_at is None and state is not State.WAITING:
+                asked.started_at = self.steps
+            if asked.first_token_at is None and asked.sequence.output.tokens:
+                asked.first_token_at = self.steps
+            if asked.ended_at is None and asked.stream.done:
+                asked.ended_at = self.steps
+            assert len(asked.ends) == asked.stream.done, "an end is told once"
+            if state is State.DONE:
+                assert asked.stream.done
+                assert asked.sequence.sampler is None
+
+    def run(self, until: int = 10_000) -> None:
+        """Step until nobody waits."""
+        while not all(asked.stream.done for asked in self.asked):
+            self.step()
+            assert self.steps < until, "somebody starves"
+        self.step()
+
+    def close(self) -> None:
+        """Everything was given back."""
+        self.loop._self_check()
+        self.backend.close()
+
+    def last_step(self) -> tuple[Sequence, ...]:
+        """Who the last plan computed for."""
+        step = self.plans[-1].step
+        return () if step is None else members_of(step)
+
+
+def expected(prompt: Prompt, max_tokens: int, n_ctx: int, image_tokens: int = 4) -> str:
+    """The text of an answer, told from its request alone."""
+    backend = FakeBackend(reply, limits=limits(n_ctx), image_tokens=image_tokens)
+    layout = backend.layout(prompt.parts, add_bos=True)
+    cells: list[str] = []
+    for run in layout.runs:
+        if isinstance(run, ImageRun):
+            cells += [f"<{int(row[0])}.{int(row[1])}>" for row in backend.encode(run)]
+        else:
+            cells += [chr(token) if token < 256 else TURN_TEXT if token == 258 else "" for token in run.tokens]
+    return reply("".join(cells))[: min(max_tokens, n_ctx - layout.n_tokens + 1)]
+
+
+__all__ = ["Asked", "Backend", "Cancelled", "Driver", "OpsinError", "expected", "limits", "prompt_of", "reply"]

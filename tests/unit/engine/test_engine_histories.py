@@ -1,0 +1,170 @@
+"""Random lives of a whole engine on the fake backend: whatever comes in whatever order, these always hold.
+
+After every step the books agree with each other and with the backend's cells. Every request ends exactly once, nobody
+waits for ever, and an answer is the same alone, among others, with remembered prefixes and without.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+from engine_driver import Backend, Driver, expected, limits, prompt_of, reply
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from opsin.cache import PictureCache
+from opsin.core.answer import Finished
+from opsin.core.errors import Cancelled, DecodeFailed, EncodeFailed
+from opsin.core.parts import Prompt
+from opsin.engine import Policy
+from opsin.testing import FakeClock
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request, after some steps of the engine."""
+
+    after: int
+    parts: tuple[str | int, ...]
+    max_tokens: int
+    priority: int
+    salt: str
+    seconds: float | None
+    cancel_after: int | None
+
+    @property
+    def prompt(self) -> Prompt:
+        return prompt_of(*self.parts)
+
+
+@dataclass(frozen=True)
+class World:
+    """Sizes of everything."""
+
+    n_ctx: int
+    n_ubatch: int
+    n_seq_max: int
+    parallel: int
+    slice: int
+    turn: float
+    wait_for: int
+    picture_bytes: int
+    layers: int
+    image_tokens: int
+
+
+stretch = st.sampled_from(["a", "b", "ab", "aab", "abba" * 2, "ab" * 8])
+parts = st.lists(st.one_of(stretch, st.integers(0, 1)), max_size=4).map(tuple)
+asks = st.builds(
+    Ask,
+    after=st.sampled_from([0, 0, 0, 1, 2, 5, 15]),
+    parts=parts,
+    max_tokens=st.sampled_from([1, 3, 20]),
+    priority=st.sampled_from([0, 0, 0, 1]),
+    salt=st.sampled_from(["", "", "", "other"]),
+    seconds=st.sampled_from([None, None, None, 0.0, 0.05]),
+    cancel_after=st.sampled_from([None, None, None, 0, 1, 4]),
+)
+worlds = st.builds(
+    World,
+    n_ctx=st.sampled_from([96, 128, 400]),
+    n_ubatch=st.sampled_from([1, 2, 5, 16]),
+    n_seq_max=st.sampled_from([1, 2, 3, 6]),
+    parallel=st.integers(1, 5),
+    slice=st.sampled_from([1, 4, 64]),
+    turn=st.sampled_from([0.0, 0.02, 0.06]),
+    wait_for=st.sampled_from([1, 4, 32]),
+    picture_bytes=st.sampled_from([0, 64, 2**20]),
+    layers=st.sampled_from([1, 3]),
+    image_tokens=st.sampled_from([1, 4, 12]),
+)
+faults = st.dictionaries(st.integers(0, 40), st.sampled_from(["encode", "decode", "room"]), max_size=3)
+
+
+def live(world: World, history: list[Ask], mishaps: dict[int, str], *, keep_prefixes: bool) -> Driver:
+    size = limits(world.n_ctx, world.n_ubatch, world.n_seq_max)
+    backend = Backend(reply, limits=size, clock=FakeClock(), image_tokens=world.image_tokens)
+    backend.layers = world.layers
+    policy = Policy(
+        parallel=world.parallel,
+        slice=world.slice,
+        turn=world.turn,
+        wait_for=world.wait_for,
+        keep_prefixes=keep_prefixes,
+    )
+    driver = Driver(size, policy, backend, PictureCache(world.picture_bytes))
+    cancels: dict[int, list[int]] = {}
+    coming = list(enumerate(history))
+    due = coming[0][1].after if coming else 0
+    while coming or any(not asked.stream.done for asked in driver.asked):
+        while coming and driver.steps >= due:
+            number, ask = coming.pop(0)
+            driver.ask(
+                ask.prompt, max_tokens=ask.max_tokens, priority=ask.priority, salt=ask.salt, seconds=ask.seconds
+            )
+            if ask.cancel_after is not None:
+                cancels.setdefault(driver.steps + ask.cancel_after, []).append(number)
+            due = driver.steps + coming[0][1].after if coming else 0
+        for number in cancels.pop(driver.steps, ()):
+            driver.asked[number].stream.cancel()
+        mishap = mishaps.get(driver.steps)
+        if mishap == "encode":
+            backend.fail_encode = RuntimeError("boom")
+        elif mishap == "decode":
+            backend.fail_decode = RuntimeError("boom")
+        elif mishap == "room":
+            backend.out_of_room = 1
+        driver.step()
+        assert driver.steps < 4000, "somebody starves"
+    backend.fail_encode = backend.fail_decode = None
+    driver.step()
+    driver.close()
+    return driver
+
+
+def check_answers(world: World, history: list[Ask], mishaps: dict[int, str], driver: Driver) -> None:
+    for ask, asked in zip(history, driver.asked, strict=True):
+        (end,) = asked.ends
+        whole = expected(ask.prompt, ask.max_tokens, world.n_ctx, world.image_tokens)
+        if isinstance(end, Finished):
+            answer = end.answer
+            assert answer.text == asked.text
+            if answer.limit == "seconds":
+                assert ask.seconds is not None
+                assert whole.startswith(answer.text)
+            else:
+                assert answer.text == whole
+            assert sum(image.cached for image in answer.images) <= len(answer.images)
+            assert answer.usage.cached_tokens < answer.usage.prompt_tokens
+        else:
+            assert whole.startswith(asked.text)
+            if isinstance(end, Cancelled):
+                assert ask.cancel_after is not None
+            else:
+                assert isinstance(end, (EncodeFailed, DecodeFailed))
+                assert mishaps
+    snapshot = driver.loop.stats.snapshot
+    assert snapshot.encodes == len(driver.backend.encoded)
+
+
+def any_life(world: World, history: list[Ask], mishaps: dict[int, str]) -> None:
+    for keep_prefixes in (True, False):
+        driver = live(world, history, mishaps, keep_prefixes=keep_prefixes)
+        check_answers(world, history, mishaps, driver)
+
+
+profile = settings(deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@settings(profile, max_examples=120, derandomize=True)
+@given(worlds, st.lists(asks, min_size=1, max_size=5), st.one_of(st.just({}), faults))
+def test_any_life(world: World, history: list[Ask], mishaps: dict[int, str]) -> None:
+    any_life(world, history, mishaps)
+
+
+@pytest.mark.slow
+@settings(profile, max_examples=3000)
+@given(worlds, st.lists(asks, min_size=1, max_size=14), st.one_of(st.just({}), faults))
+def test_many_longer_lives(world: World, history: list[Ask], mishaps: dict[int, str]) -> None:
+    any_life(world, history, mishaps)
