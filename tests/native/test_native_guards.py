@@ -59,6 +59,13 @@ p = llama.llama_context_default_params()
 p.n_ctx, p.n_batch, p.n_ubatch, p.n_seq_max = 512, 16, 16, 64
 llama.llama_init_from_model(b._model.pointer, p)
 """,
+    "a load without memory while the file is mapped": """
+from opsin.native.library import library
+llama = library().llama
+p = llama.llama_model_default_params()
+p.no_alloc = True
+llama.llama_model_load_from_file(str(LLM).encode(), p)
+""",
     "a token that the grammar forbids": """
 b = opened(mmproj=None)
 llama, model = b._model.lib.llama, b._model
@@ -175,7 +182,7 @@ def test_a_row_without_logits_cannot_be_sampled(backend: Any) -> None:
 
     assert backend.decode([TokenRow(5, 0, 0), TokenRow(6, 1, 0, True), TokenRow(7, 2, 0)])
     sampler = backend.sampler(SamplingParams(temperature=0), 1)
-    with pytest.raises(DecodeFailed, match="Row 0 .* no logits"):
+    with pytest.raises(DecodeFailed, match=r"Row 0 .* no logits"):
         sampler.sample(0)
     assert sampler.sample(1) == sampler.sample(-1)
     sampler.close()

@@ -96,7 +96,9 @@ def _checked(url: str) -> httpx.URL:
     except httpx.InvalidURL as error:
         raise FetchFailed("The address of the picture is not valid; check it for typing errors.") from error
     if parsed.scheme not in {"http", "https"} or not parsed.host:
-        raise FetchFailed(f"{show_url(url)} is no http:// or https:// address; give one of those, or a file.")
+        raise FetchFailed(
+            f"The address {show_url(url)} is no whole http:// or https:// address; check it, or give a file."
+        )
     if parsed.userinfo:
         raise FetchFailed(f"{show_url(url)} was given with a user name or password, which is not sent; remove it.")
     return parsed

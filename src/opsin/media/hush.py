@@ -26,7 +26,8 @@ _turn = threading.Lock()
 # libtiff names the function, or Pillow's name for the file, in front of each complaint
 _LIBTIFF = re.compile(
     rb"(_?TIFF|LZW|ZIP|Deflate|O?JPEG|Fax|PackBits|Pixar|Log[LS]|LUV|Luv|WEBP|WebP|ZSTD|LZMA|LERC|Thunder|NeXT|Dump|"
-    rb"JBIG|tempfile\.tif|Predictor|horizontal|[Oo]ld|[A-Z]\w*(Decode|Setup|Strip|Tile|Directory))[\w./ ]*: "
+    rb"JBIG|tempfile\.tif|Predictor|horizontal|[Oo]ld|MissingRequired|[A-Z]\w*(Decode|Setup|Strip|Tile|Directory))"
+    rb"[\w./ ]*: | *Value \d+ of NumberOfInks| *Apparently should be"
 )
 
 

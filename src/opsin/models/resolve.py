@@ -9,7 +9,7 @@ from opsin.models.caches import CachedRepo, cached_repos
 from opsin.models.naming import best_model, best_projectors, is_model, stem
 from opsin.models.pair import Pair
 from opsin.models.pairing import check_pair, find_projector
-from opsin.models.registry import Wanted, look_up
+from opsin.models.registry import Wanted, is_known, look_up
 from opsin.models.store import read_default
 
 DEMO_NAME = "demo"
@@ -87,7 +87,8 @@ def _meant(model: str, *, find: bool) -> Pair:
     if model == DEMO_NAME:
         return demo_pair()
     path = Path(model).expanduser()
-    if path.is_dir():
+    # A source checkout called llava must not hide the model of that name.
+    if path.is_dir() and (any(path.glob("*.gguf")) or not is_known(model)):
         return pair_in_folder(path)
     if path.is_file():
         return Pair(path, find_projector(path) if find else None, path.stem)

@@ -57,38 +57,31 @@ class PairShape:
 
 _VIT_L_336 = VisionShape(image_size=336, patch_size=14, width=1024, layers=23, heads=16, feed_forward=4096)
 
-SHAPES: dict[str, PairShape] = {
-    shape.name: shape
-    for shape in (
-        PairShape(
-            name="tiny",
-            vision=VisionShape(image_size=56, patch_size=14, width=64, layers=2, heads=4, feed_forward=128),
-            text=TextShape(width=64, layers=2, heads=4, kv_heads=2, feed_forward=128, vocabulary=512, context=4096),
-            note="16 image tokens; written in a moment, for tests",
-        ),
-        PairShape(
-            name="small",
-            vision=VisionShape(image_size=336, patch_size=14, width=768, layers=12, heads=12, feed_forward=3072),
-            text=TextShape(
-                width=1024, layers=12, heads=16, kv_heads=8, feed_forward=2816, vocabulary=32_000, context=8192
-            ),
-            note="576 image tokens and 0.2 B parameters; the pair Opsin's measurements are made on",
-        ),
-        PairShape(
-            name="llava-1.5-7b",
-            vision=_VIT_L_336,
-            text=TextShape(
-                width=4096, layers=32, heads=32, kv_heads=32, feed_forward=11_008, vocabulary=32_000, context=4096
-            ),
-            note="576 image tokens and 6.7 B parameters; the size of LLaVA-1.5 7B",
-        ),
-        PairShape(
-            name="llava-1.5-13b",
-            vision=_VIT_L_336,
-            text=TextShape(
-                width=5120, layers=40, heads=40, kv_heads=40, feed_forward=13_824, vocabulary=32_000, context=4096
-            ),
-            note="576 image tokens and 13 B parameters; the size of LLaVA-1.5 13B",
-        ),
-    )
-}
+_ALL = (
+    PairShape(
+        "tiny",
+        VisionShape(image_size=56, patch_size=14, width=64, layers=2, heads=4, feed_forward=128),
+        TextShape(width=64, layers=2, heads=4, kv_heads=2, feed_forward=128, vocabulary=512, context=4096),
+        "16 image tokens; written in a moment, for tests",
+    ),
+    PairShape(
+        "small",
+        VisionShape(image_size=336, patch_size=14, width=768, layers=12, heads=12, feed_forward=3072),
+        TextShape(width=1024, layers=12, heads=16, kv_heads=8, feed_forward=2816, vocabulary=32_000, context=8192),
+        "576 image tokens and 0.2 B parameters; the pair Opsin's measurements are made on",
+    ),
+    PairShape(
+        "llava-1.5-7b",
+        _VIT_L_336,
+        TextShape(width=4096, layers=32, heads=32, kv_heads=32, feed_forward=11_008, vocabulary=32_000, context=4096),
+        "576 image tokens and 6.7 B parameters; the size of LLaVA-1.5 7B",
+    ),
+    PairShape(
+        "llava-1.5-13b",
+        _VIT_L_336,
+        TextShape(width=5120, layers=40, heads=40, kv_heads=40, feed_forward=13_824, vocabulary=32_000, context=4096),
+        "576 image tokens and 13 B parameters; the size of LLaVA-1.5 13B",
+    ),
+)
+
+SHAPES: dict[str, PairShape] = {shape.name: shape for shape in _ALL}

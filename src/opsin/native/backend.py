@@ -44,6 +44,8 @@ class NativeBackend:
         self._stretches = Stretches(model)
         self._inside: int | None = None
         self._entering = threading.Lock()
+        self._readers = 0
+        self._no_readers = threading.Condition()
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -58,6 +60,18 @@ class NativeBackend:
             yield
         finally:
             self._inside = before
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Hold the model against `close` while another thread lays out."""
+        with self._no_readers:
+            self._readers += 1
+        try:
+            yield
+        finally:
+            with self._no_readers:
+                self._readers -= 1
+                self._no_readers.notify_all()
 
     @property
     def limits(self) -> BackendLimits:
@@ -115,11 +129,10 @@ class NativeBackend:
     def layout(self, parts: Sequence[Part], *, add_bos: bool) -> Layout:
         """Tokenise the text and preprocess the pictures. Any thread. Raises BadPicture, BadInput."""
         texts = [part for part in parts if isinstance(part, TextPart)]
-        if len(texts) == len(parts):
-            return lay_out_text(self._model, self._stretches, texts, add_bos=add_bos)
-        if self._encoder is None:
-            raise BadInput("This model was loaded without a vision encoder: give its projector file with --mmproj.")
-        return lay_out(self._model, self._encoder, self._stretches, parts, add_bos=add_bos)
+        with self._reading():
+            if len(texts) == len(parts):
+                return lay_out_text(self._model, self._stretches, texts, add_bos=add_bos)
+            return lay_out(self._model, self._vision(), self._stretches, parts, add_bos=add_bos)
 
     def encode(self, run: ImageRun, between: Callable[[], None] | None = None) -> Embedding:
         """Run the vision encoder on one chunk; float32 [n_tokens, n_embd], owned by the caller. Raises EncodeFailed."""
@@ -183,8 +196,9 @@ class NativeBackend:
             return probe_placement(self._model, self._encoder, self._stretches, self.settings)
 
     def close(self) -> None:
-        """Free everything, children first; twice does no harm."""
-        with self._alone():
+        """Free everything, children first; twice does no harm. Waits for layouts that are being made."""
+        with self._alone(), self._no_readers:
+            self._no_readers.wait_for(lambda: self._readers == 0)
             self._model.close()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from opsin.core.errors import BadGrammar
 from opsin.native.library import library
+from opsin.native.schema import normalise
 
 MAX_CHARACTERS = 65_536
 MAX_GBNF_CHARACTERS = 262_144
@@ -19,6 +20,10 @@ MAX_DEPTH = 64
 COMPILE_CPU_SECONDS = 1
 COMPILE_BYTES = 512 * 2**20
 _WALL_SECONDS = 5
+# llama.cpp takes a larger upper bound as none at all, without a word.
+MAX_REPETITIONS = 2000
+_QUOTED = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#.*')
+_UPPER_BOUND = re.compile(r"\{\s*\d*\s*,\s*(\d+)\s*\}")
 _REASON_CHARACTERS = 200
 _CHILD = Path(__file__).with_name("grammar_child.py")
 
@@ -26,7 +31,7 @@ _CHILD = Path(__file__).with_name("grammar_child.py")
 def compile_schema(schema: str) -> str:
     """GBNF for a JSON schema. Raises BadGrammar. Remembered by text."""
     _check(schema, "JSON schema", "{[")
-    return _compiled(schema, is_schema=True)
+    return _compiled(normalise(schema), is_schema=True)
 
 
 def compile_grammar(gbnf: str) -> str:
@@ -90,15 +95,27 @@ def _compiled(text: str, *, is_schema: bool) -> str:
             "make it simpler."
         )
     if "gbnf" in answer:
+        _check_bounds(str(answer["gbnf"]), what)
         return str(answer["gbnf"])
     reason = str(answer["error"]) or _reason(child.stderr)
     raise BadGrammar(f"The {what} cannot be used: {reason[:_REASON_CHARACTERS].rstrip('.')}.")
+
+
+def _check_bounds(gbnf: str, what: str) -> None:
+    for bound in _UPPER_BOUND.findall(_QUOTED.sub("", gbnf)):
+        if len(bound) > 9 or int(bound) > MAX_REPETITIONS:
+            raise BadGrammar(
+                f"The {what} repeats something up to {bound[:12]} times, and {MAX_REPETITIONS} are the limit: "
+                "lower it, or leave the upper bound out."
+            )
 
 
 def _reason(stderr: bytes) -> str:
     """llama.cpp's complaint without the grammar that it repeats behind it."""
     for line in stderr.decode("utf-8", "replace").splitlines():
         match = re.search(r"error parsing grammar: (.*)", line)
+        if match and "no vocab" in match[1]:
+            return "it names a token in angle brackets, which is not supported: write its text in quotes"
         if match:
             return match[1]
         if "root" in line or "left recursion" in line:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import threading
 from typing import TYPE_CHECKING, Any
 
 from opsin.core.errors import ModelNotFound, ModelUnreadable, PairMismatch
@@ -38,8 +37,8 @@ class Model:
         if llama.llama_model_has_encoder(pointer):
             self.handle.close()
             raise ModelUnreadable(f"{path.name} has an encoder for text, which Opsin cannot run: give a decoder model.")
-        self.vocab: int = llama.llama_model_get_vocab(pointer)
-        self.n_vocab: int = llama.llama_vocab_n_tokens(self.vocab)
+        self._vocab: int = llama.llama_model_get_vocab(pointer)
+        self.n_vocab: int = llama.llama_vocab_n_tokens(self._vocab)
         self.n_embd: int = llama.llama_model_n_embd_inp(pointer)
         self.n_layer: int = llama.llama_model_n_layer(pointer)
         self.n_ctx_train: int = llama.llama_model_n_ctx_train(pointer)
@@ -48,12 +47,17 @@ class Model:
         # Their memory is a state, not a list of cells: it cannot forget or copy a part.
         self.whole_states_only: bool = llama.llama_model_is_recurrent(pointer) or llama.llama_model_is_hybrid(pointer)
         self._pieces: dict[int, bytes] = {}
-        self._lock = threading.Lock()
 
     @property
     def pointer(self) -> int:
         """The native model."""
         return self.handle.pointer
+
+    @property
+    def vocab(self) -> int:
+        """The native vocabulary, a part of the model. Raises EngineClosed when that is closed."""
+        self.handle.pointer  # noqa: B018 - the check
+        return self._vocab
 
     @property
     def layers_offloaded(self) -> int:
@@ -65,13 +69,7 @@ class Model:
     @functools.cached_property
     def metadata(self) -> dict[str, str]:
         """All scalar metadata of the GGUF file, as llama.cpp prints it."""
-        llama, pointer = self.lib.llama, self.pointer
-        return {
-            _text(llama.llama_model_meta_key_by_index, pointer, index): _text(
-                llama.llama_model_meta_val_str_by_index, pointer, index
-            )
-            for index in range(llama.llama_model_meta_count(pointer))
-        }
+        return _metadata(self.lib.llama, self.pointer)
 
     @property
     def chat_template(self) -> str | None:
@@ -195,16 +193,31 @@ def _file_bytes(path: Path) -> int:
 
 
 def _layers_of(path: Path) -> int:
-    """The layer count of a file that does not fit whole: its vocabulary and metadata alone are loaded for it."""
-    lib = library()
-    params = lib.llama.llama_model_default_params()
-    params.no_alloc, params.n_gpu_layers = True, 0
-    pointer = lib.llama.llama_model_load_from_file(str(path).encode(), params)
+    """The layer count of a file that does not fit whole, from its metadata: 0 when it has none.
+
+    Not by a `no_alloc` load, which aborts as long as the file is mapped.
+    """
+    llama = library().llama
+    params = llama.llama_model_default_params()
+    params.vocab_only, params.n_gpu_layers = True, 0
+    pointer = llama.llama_model_load_from_file(str(path).encode(), params)
     if not pointer:
         return 0
-    layers = int(lib.llama.llama_model_n_layer(pointer))
-    lib.llama.llama_model_free(pointer)
-    return layers
+    handle = Owned("metadata", pointer, llama.llama_model_free)
+    try:
+        metadata = _metadata(llama, pointer)
+        return int(metadata.get(f"{metadata.get('general.architecture')}.block_count", 0))
+    finally:
+        handle.close()
+
+
+def _metadata(llama: Any, pointer: int) -> dict[str, str]:
+    return {
+        _text(llama.llama_model_meta_key_by_index, pointer, index): _text(
+            llama.llama_model_meta_val_str_by_index, pointer, index
+        )
+        for index in range(llama.llama_model_meta_count(pointer))
+    }
 
 
 def _load(lib: Library, path: Path, device: Device | None, asked: str | None, layers: int) -> Owned:
@@ -223,7 +236,7 @@ def _load(lib: Library, path: Path, device: Device | None, asked: str | None, la
     logs.SINK.raise_interrupt()
     if not pointer:
         cause = logs.SINK.cause(mark)
-        if "unknown model architecture: 'clip'" in cause:
+        if "CLIP cannot be used" in cause:
             raise PairMismatch(f"{path.name} is a projector, not a language model: give it with --mmproj instead.")
         raise ModelUnreadable(
             f"llama.cpp cannot load {path.name} ({cause or 'no reason given'}): "

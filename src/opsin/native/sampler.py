@@ -98,9 +98,10 @@ class NativeSampler:
 
         Raises DecodeFailed when the row has no logits, BadGrammar when the grammar leaves this model no token.
         """
+        chain = self._chain.pointer
         logits = self._context.logits(row)
         if self._grammar is None:
-            return int(self._llama.llama_sampler_sample(self._chain.pointer, self._context.pointer, row))
+            return int(self._llama.llama_sampler_sample(chain, self._context.pointer, row))
         token = self._draw(logits, masked=False)
         if not self._allowed(token):
             token = self._draw(logits, masked=True)
@@ -108,7 +109,7 @@ class NativeSampler:
                 raise BadGrammar(
                     "The grammar allows no token of this model here: loosen the grammar or the logit_bias."
                 )
-        self._llama.llama_sampler_accept(self._chain.pointer, token)
+        self._llama.llama_sampler_accept(chain, token)
         if token not in self._eog:
             self._llama.llama_sampler_accept(self._grammar.pointer, token)
         return token

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from opsin.native.devices import devices, pick
 from opsin.native.handles import Owned
 from opsin.native.hook import EvalHook, Turns
 from opsin.native.projector import ProjectorFile, fingerprint, read_projector
-from opsin.native.threads import physical_cores
+from opsin.native.threads import default_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -52,7 +53,7 @@ class Encoder:
         params.print_timings = False
         # Its warm-up computes nothing: only a real encode warms up.
         params.warmup = False
-        params.n_threads = settings.threads_batch or settings.threads or physical_cores()
+        params.n_threads = settings.threads_batch or settings.threads or default_threads(_parameters(path))
         params.flash_attn_type = -1 if settings.flash_attention is None else int(settings.flash_attention)
         params.image_min_tokens = settings.image_min_tokens or -1
         params.image_max_tokens = settings.image_max_tokens or -1
@@ -69,12 +70,13 @@ class Encoder:
         pointer = self.lib.mtmd.mtmd_init_from_file(str(self.path).encode(), self._model.pointer, params)
         logs.SINK.raise_interrupt()
         if not pointer:
-            cause = logs.SINK.cause(mark, most=1)
-            if "mismatch between text model" in cause:
-                raise PairMismatch(
-                    f"{self.path.name} was made for another language model than {self._model.path.name} ({cause}): "
-                    "use the projector that was published with it."
-                )
+            for line in logs.SINK.since(mark, logging.ERROR):
+                if "mismatch between text model" in line:
+                    raise PairMismatch(
+                        f"{self.path.name} was made for another language model than {self._model.path.name} ({line}): "
+                        "use the projector that was published with it."
+                    )
+            cause = logs.SINK.cause(mark)
             raise ModelUnreadable(
                 f"llama.cpp cannot load the projector {self.path.name} ({cause or 'no reason given'}): "
                 "check that the file is whole and its kind is supported."
@@ -176,6 +178,11 @@ def _failed(what: str, cause: str) -> EncodeFailed:
         + (f" ({cause})" if cause else "")
         + ": try another picture or --mmproj-device none."
     )
+
+
+def _parameters(path: Path) -> int:
+    """About how many weights a projector file holds: they are nearly always of 16 bits."""
+    return path.stat().st_size // 2
 
 
 def _device(settings: EngineSettings, lib: Any) -> int | None:

@@ -17,7 +17,12 @@ from jinja2.utils import Namespace, pass_context, pass_environment
 
 from opsin.prompt.budget import ITEM_CHARS, MAX_INT_BITS, TemplateRefused, current
 
-_WRITES_TEXT = ("trim", "upper", "lower", "capitalize", "title", "string", "escape", "e", "replace", "indent", "join")
+_Function = Callable[..., Any]
+
+_WRITES_TEXT = (
+    "trim", "upper", "lower", "capitalize", "title", "string", "escape", "e", "replace", "indent", "join", "tojson",
+    "safe",
+)  # fmt: skip
 _TAKES_LISTS = (
     "list", "map", "max", "min", "reject", "rejectattr", "select", "selectattr", "reverse", "sort", "sum", "unique",
     "dictsort", "items",
@@ -57,14 +62,15 @@ def check_format(text: str, values: Any) -> None:
     budget.charge(len(text) + len(fields) * (100 + budget.weigh(values)))
 
 
-def _charged(name: str, function: Callable[..., Any], before: Callable[..., None]) -> Callable[..., Any]:
+def _charged(function: _Function, before: Callable[..., None] | None) -> _Function:
     wants = getattr(function, "jinja_pass_arg", None)
 
     @pass_context
     def run(context: Context, *args: Any, **kwargs: Any) -> Any:
         budget = current()
         budget.tick()
-        before(*args, **kwargs)
+        if before is not None:
+            before(*args, **kwargs)
         result = function(*_passed(context, wants), *args, **kwargs)
         if isinstance(result, Iterator):
             result = list(_ticking(result))  # a lazy result would do its work where nobody counts
@@ -76,7 +82,6 @@ def _charged(name: str, function: Callable[..., Any], before: Callable[..., None
             budget.charge_value(result)
         return result
 
-    run.__name__ = name
     return run
 
 
@@ -105,10 +110,6 @@ def _before_text(value: Any = None, *args: Any, **kwargs: Any) -> None:
 def _before_list(value: Any = None, *_args: Any, **_kwargs: Any) -> None:
     if isinstance(value, str):
         current().charge(ITEM_CHARS * len(value))
-
-
-def _before_one(*_args: Any, **_kwargs: Any) -> None:
-    """Nothing to weigh: these look at a value, or hand it on."""
 
 
 def charge_replace(text: str, old: str, new: str) -> None:
@@ -207,10 +208,7 @@ def _container(context: Context, value: Any) -> Any:  # noqa: ARG001
 
 @pass_context
 def _operand(context: Context, value: Any) -> Any:  # noqa: ARG001
-    budget = current()
-    budget.tick()
-    if isinstance(value, (list, tuple, dict)):
-        budget.weigh(value)
+    current().tick()
     return value
 
 
@@ -249,33 +247,28 @@ def make_globals() -> dict[str, Any]:
     }
 
 
-def _make_filters() -> dict[str, Callable[..., Any]]:
-    own: dict[str, Callable[..., Any]] = {
+def _make_filters() -> dict[str, _Function]:
+    own: dict[str, _Function] = {
         "replace": _replace, "join": _join, "indent": _indent, "tojson": _tojson, "string": _string, "safe": _string,
         "sum": _sum, "round": _round,
     }  # fmt: skip
-    made: dict[str, Callable[..., Any]] = {
-        "opsin_tick": _tick, "opsin_concat": _concat, "opsin_made": _made, "opsin_container": _container,
+    known: Mapping[str, _Function] = {**jinja_filters.FILTERS, **own}
+    return {
+        **{name: _charged(known[name], _before_text) for name in _WRITES_TEXT},
+        **{name: _charged(known[name], _before_list) for name in _TAKES_LISTS},
+        **{name: _charged(known[name], None) for name in _TAKES_ONE},
+        "opsin_tick": _tick,
+        "opsin_concat": _concat,
+        "opsin_made": _made,
+        "opsin_container": _container,
         "opsin_operand": _operand,
-    }  # fmt: skip
-    for names, before in (
-        ((*_WRITES_TEXT, "tojson", "safe"), _before_text),
-        (_TAKES_LISTS, _before_list),
-        (_TAKES_ONE, _before_one),
-    ):
-        for name in names:
-            made[name] = _charged(name, own.get(name) or _builtin(jinja_filters.FILTERS, name), before)
-    return made
+    }
 
 
-def _builtin(table: Mapping[str, Any], name: str) -> Callable[..., Any]:
-    function: Callable[..., Any] = table[name]
-    return function
+def _make_tests() -> dict[str, _Function]:
+    known: Mapping[str, Any] = jinja_tests.TESTS
+    return {name: _charged(test, _before_text) for name, test in known.items() if name not in _NO_TESTS}
 
 
 FILTERS = _make_filters()
-TESTS = {
-    name: _charged(name, _builtin(jinja_tests.TESTS, name), _before_text)
-    for name in jinja_tests.TESTS
-    if name not in _NO_TESTS
-}
+TESTS = _make_tests()

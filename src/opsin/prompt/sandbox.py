@@ -20,74 +20,33 @@ from jinja2.visitor import NodeTransformer
 from opsin.prompt.budget import ITEM_CHARS, MAX_INT_BITS, TemplateRefused, current
 from opsin.prompt.filters import FILTERS, TESTS, charge_replace, check_format, check_percent, make_globals
 
-_STATEMENTS = (
+MAX_TEMPLATE_NODES = 10_000  # the longest in use have about 1,300; compiling takes 0.1 ms each
+_ALLOWED = (
     nodes.Template, nodes.Output, nodes.For, nodes.If, nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.With,
     nodes.Assign, nodes.AssignBlock, nodes.ExprStmt, nodes.Scope, nodes.Break, nodes.Continue,
-)  # fmt: skip
-_EXPRESSIONS = (
     nodes.BinExpr, nodes.UnaryExpr, nodes.Name, nodes.NSRef, nodes.Literal, nodes.CondExpr, nodes.Filter, nodes.Test,
     nodes.Call, nodes.Getitem, nodes.Getattr, nodes.Slice, nodes.Concat, nodes.Compare, nodes.Operand, nodes.Pair,
     nodes.Keyword,
 )  # fmt: skip
-MAX_TEMPLATE_NODES = 10_000  # the longest in use have about 1,300; compiling takes 0.1 ms each
-_ALLOWED = (*_STATEMENTS, *_EXPRESSIONS)
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
 
 _METHODS: dict[type, frozenset[str]] = {
-    str: frozenset(
-        (
-            "strip",
-            "lstrip",
-            "rstrip",
-            "split",
-            "rsplit",
-            "splitlines",
-            "startswith",
-            "endswith",
-            "replace",
-            "upper",
-            "lower",
-            "title",
-            "capitalize",
-            "join",
-            "find",
-            "rfind",
-            "index",
-            "count",
-            "isdigit",
-            "isalpha",
-            "isalnum",
-            "isspace",
-            "isupper",
-            "islower",
-            "isnumeric",
-            "removeprefix",
-            "removesuffix",
-            "partition",
-            "rpartition",
-            "format",
-        )
+    str: _names(
+        "strip lstrip rstrip split rsplit splitlines startswith endswith replace upper lower title capitalize join "
+        "find rfind index count isdigit isalpha isalnum isspace isupper islower isnumeric removeprefix removesuffix "
+        "partition rpartition format"
     ),
-    dict: frozenset(("get", "items", "keys", "values")),
-    list: frozenset(("index", "count")),
-    tuple: frozenset(("index", "count")),
-    LoopContext: frozenset(
-        (
-            "index",
-            "index0",
-            "revindex",
-            "revindex0",
-            "first",
-            "last",
-            "length",
-            "depth",
-            "depth0",
-            "previtem",
-            "nextitem",
-            "cycle",
-            "changed",
-        )
+    dict: _names("get items keys values"),
+    list: _names("index count"),
+    tuple: _names("index count"),
+    LoopContext: _names(
+        "index index0 revindex revindex0 first last length depth depth0 previtem nextitem cycle changed"
     ),
-    Macro: frozenset(("name", "arguments", "caller")),
+    Macro: _names("name arguments caller"),
 }
 
 
@@ -140,6 +99,15 @@ class _Instrument(NodeTransformer):
         return self._container(node) if node.ctx == "load" else self.generic_visit(node)
 
 
+def _check_length(tree: nodes.Node) -> None:
+    count, stack = 0, [tree]  # no recursion: a sum of a thousand terms is a tree a thousand deep
+    while stack:
+        count += 1
+        stack.extend(stack.pop().iter_child_nodes())
+        if count > MAX_TEMPLATE_NODES:
+            raise TemplateRefused("is too long a program")
+
+
 def _ask(filter_name: str, node: nodes.Expr, lineno: int) -> nodes.Expr:
     return nodes.Filter(node, filter_name, [], [], None, None, lineno=lineno)
 
@@ -182,8 +150,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def compile_chat(self, text: str) -> Template:
         """Parse, instrument and compile. Raises TemplateRefused, and whatever Jinja raises for a faulty template."""
         tree = self.parse(text)
-        if sum(1 for _ in tree.find_all(nodes.Node)) > MAX_TEMPLATE_NODES:
-            raise TemplateRefused("is too long a program")
+        _check_length(tree)
         tree = _Instrument().visit(tree)
         return Template.from_code(self, self.compile(tree), self.make_globals(None))
 
