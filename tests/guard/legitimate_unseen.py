@@ -208,8 +208,8 @@ def frames_of_a_clip(rng: random.Random) -> str:
 
 def paint_by_number(rng: random.Random) -> str:
     return " ".join(
-        f"Paint the {rng.choice(['upper', 'lower', 'left', 'right', 'middle'])} part of the {good} {rng.choice(COLOURS)}, "
-        f"and let it dry for {rng.randint(5, 90)} minutes."
+        f"Paint the {rng.choice(['upper', 'lower', 'left', 'right', 'middle'])} part of the {good} "
+        f"{rng.choice(COLOURS)}, and let it dry for {rng.randint(5, 90)} minutes."
         for good in rng.sample(GOODS, 18)
     )
 

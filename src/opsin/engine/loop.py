@@ -210,10 +210,10 @@ def _members(step: Step) -> tuple[Sequence, ...]:
 
 
 def _closing_tokens(backend: Backend, sequence: Sequence) -> list[int]:
-    tags = sequence.request.prompt.reasoning_tags
-    if tags is None:
+    style = sequence.request.prompt.reasoning
+    if style is None:
         return []
-    layout = backend.layout([TextPart(tags[1])], add_bos=False)
+    layout = backend.layout([TextPart(style.closing)], add_bos=False)
     try:
         return [token for run in layout.runs for token in getattr(run, "tokens", ())]
     finally:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from opsin.core.errors import ModelNotFound, ModelUnreadable, PairMismatch
-from opsin.models import Pair, check_pair, find_projector, write_pair
+from opsin.core.errors import ModelNotFound, PairMismatch
+from opsin.models import Pair, check_pair, find_projector
 
 
 def test_a_pair_that_fits_gives_both_accounts(tiny: Pair):
@@ -43,15 +43,6 @@ def test_without_a_fitting_neighbour_the_sentence_says_where_to_look(tiny: Pair,
     llm = shutil.copy(tiny.llm, tmp_path / "alone.gguf")
     with pytest.raises(PairMismatch, match="from the place the model came from"):
         check_pair(llm, wide.mmproj)
-
-
-def test_an_all_f32_projector_is_refused_for_the_cpu_with_its_twin(tmp_path: Path):
-    """People publish mmproj-F32.gguf files; on some CPUs llama.cpp ends the process over them."""
-    f32 = write_pair("tiny", tmp_path, mmproj_type="f32")
-    write_pair("tiny", tmp_path, mmproj_type="f16", force=True)
-    with pytest.raises(ModelUnreadable, match=r"all f32.*mmproj-tiny-f16\.gguf beside the model would fit"):
-        check_pair(f32.llm, f32.mmproj)
-    check_pair(f32.llm, f32.mmproj, encoder_on_cpu=False)
 
 
 def test_a_projector_without_vision_is_refused(tiny: Pair, tmp_path: Path):

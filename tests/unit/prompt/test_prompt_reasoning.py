@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prompt_families import source
 
-from opsin.prompt import ReasoningSplitter, ReasoningStyle, TemplateSource
+from opsin.core.reasoning import ReasoningSplitter, ReasoningStyle
+from opsin.prompt import TemplateSource
 from opsin.prompt.reasoning import find_style
 
 GLM = ReasoningStyle(wrapper=("<answer>", "</answer>"), dropped=("<|begin_of_box|>", "<|end_of_box|>"))

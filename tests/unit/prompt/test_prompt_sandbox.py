@@ -20,9 +20,10 @@ def grow(start, step):
 TOO_LONG = {
     "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "loops that keep nothing": "{% for a in range(9999) %}{% for b in range(9999) if false %}{% endfor %}{% endfor %}",
-    "nested loops without a call": "{% set r = range(99999) | list %}{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}",
+    "nested loops without a call": "{% set r = range(99999) | list %}{% for a in r %}{% for b in r %}{% endfor %}"
+    "{% endfor %}",
     "loops in a row that keep nothing": "{% set r = range(99999) | list %}"
-    + "{% for b in r if false %}{% endfor %}" * 1500,
+    + "{% for b in r if false %}{% endfor %}" * 700,
     "a call in a loop": "{% macro m() %}{% endmacro %}{% for a in range(99999) %}{% for b in range(9) %}{{ m() }}"
     "{% endfor %}{% endfor %}",
     "a deep list": "{% set ns = namespace(x=1) %}{% for i in range(90000) %}{% set ns.x = [ns.x] %}{% endfor %}",
