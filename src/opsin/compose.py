@@ -8,7 +8,7 @@ from pathlib import Path
 from opsin.cache import DiskStore, PictureCache, default_folder
 from opsin.core.settings import PROFILE_MAX_TOKENS, EngineSettings, Profile
 from opsin.engine import Engine, Policy
-from opsin.models import Pair, check_pair, resolve
+from opsin.models import Pair, resolve
 from opsin.native import NativeBackend, devices, open_backend
 from opsin.prompt import PromptBuilder, TemplateSource
 
@@ -38,8 +38,6 @@ def open_runtime(
     Raises ModelError when the pair cannot be used, BadParameter when a setting does not fit this machine.
     """
     pair = resolve(None if model is None else str(model), None if mmproj is None else str(mmproj))
-    if pair.mmproj is not None:
-        check_pair(pair.llm, pair.mmproj)
     profile = settings.profile or default_profile()
     settings = settings.model_copy(update={"model": pair.llm, "mmproj": pair.mmproj, "profile": profile})
     opened: list[NativeBackend] = []

@@ -44,7 +44,16 @@ def test_the_timeline_and_the_honest_line_go_to_standard_error(opsin_env: dict[s
     shown = done.stderr.decode()
     assert "demo model for drawn scenes" in shown
     assert "opsin pull" in shown
-    for row in ("load model", "image decode", "preprocess", "vision encode", "image prefill", "text prefill", "decode", "total"):
+    for row in (
+        "load model",
+        "image decode",
+        "preprocess",
+        "vision encode",
+        "image prefill",
+        "text prefill",
+        "decode",
+        "total",
+    ):
         assert row in shown
     assert "image tokens" in shown
     assert "token/s" in shown
@@ -99,14 +108,18 @@ def test_a_folder_is_all_its_pictures(opsin_env: dict[str, str], tmp_path: Path)
 
 
 def test_standard_input_is_a_picture(opsin_env: dict[str, str]) -> None:
-    piped = opsin(opsin_env, "ask", "-", "how many objects are there?", "--temperature", "0", stdin=Path(PICTURE).read_bytes())
+    piped = opsin(
+        opsin_env, "ask", "-", "how many objects are there?", "--temperature", "0", stdin=Path(PICTURE).read_bytes()
+    )
     named = opsin(opsin_env, "ask", PICTURE, "how many objects are there?", "--temperature", "0")
     assert piped.stdout == named.stdout
 
 
 def test_a_schema_shapes_the_answer(opsin_env: dict[str, str], tmp_path: Path) -> None:
     schema = tmp_path / "schema.json"
-    schema.write_text(json.dumps({"type": "object", "properties": {"n": {"type": "integer", "maximum": 9}}, "required": ["n"]}))
+    schema.write_text(
+        json.dumps({"type": "object", "properties": {"n": {"type": "integer", "maximum": 9}}, "required": ["n"]})
+    )
     done = opsin(opsin_env, "ask", PICTURE, "how many?", "--json-schema", str(schema), "--max-tokens", "40")
     assert isinstance(json.loads(done.stdout)["n"], int)
 

@@ -26,7 +26,9 @@ def test_resident_memory_after_200_asks_is_that_after_20() -> None:
                 gc.collect()
                 sizes[count] = process.memory_info().rss
     growth = sizes[200] / sizes[20] - 1
-    print(f"resident memory: {sizes[20] / 2**20:.1f} MiB after 20, {sizes[200] / 2**20:.1f} MiB after 200 ({growth:+.2%})")
+    print(
+        f"resident memory: {sizes[20] / 2**20:.1f} MiB after 20, {sizes[200] / 2**20:.1f} MiB after 200 ({growth:+.2%})"
+    )
     assert growth <= 0.02
 
 

@@ -1,6 +1,6 @@
 """Repetitive texts that a model may well write and no guard may stop, made from a seed.
 
-Every public function of the two modules is one kind of text; each text has at least 300 tokens.
+Every function of the three modules is one kind of text; each text has at least 300 tokens.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import legitimate_data
 import legitimate_text
+import legitimate_unseen
 from pieces import pieces
 
 MIN_TOKENS = 300
@@ -29,7 +30,7 @@ class Legitimate:
 def _functions() -> dict[str, Callable[[random.Random], str]]:
     return {
         name: function
-        for module in (legitimate_data, legitimate_text)
+        for module in (legitimate_data, legitimate_text, legitimate_unseen)
         for name, function in vars(module).items()
         if callable(function) and getattr(function, "__module__", "") == module.__name__
     }

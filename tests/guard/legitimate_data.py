@@ -6,29 +6,37 @@ import base64
 import json
 import random
 
-CITIES = (
-    "Lisbon Oslo Vienna Prague Dublin Athens Madrid Rome Paris Berlin Warsaw Riga Tallinn Vilnius Helsinki Stockholm "
-    "Copenhagen Brussels Amsterdam Bern Zagreb Sofia Bucharest Budapest Belgrade Skopje Tirana Valletta Nicosia Ankara"
-).split()
-NAMES = (
-    "Ada Ben Cleo Dan Eva Finn Gina Hugo Iris Jon Kira Leo Mia Nils Olga Paul Quinn Rosa Sam Tara Udo Vera Will Xena "
-    "Yann Zoe Anders Bruna Carlos Dora Emil Fatima Georg Hana Ivan Julia"
-).split()
-COLOURS = "red blue green yellow black white orange purple brown grey".split()
-SHAPES = "circle square triangle star cross ring heart diamond".split()
-GOODS = (
-    "apples milk bread butter rice eggs cheese coffee tea sugar salt flour pasta tomatoes onions garlic carrots beans "
-    "chicken fish soap paper towels candles batteries pens notebooks glue tape string honey jam oats nuts"
-).split()
+from pieces import words
+
+CITIES = words(
+    "Lisbon Oslo Vienna Prague Dublin Athens Madrid Rome Paris Berlin Warsaw Riga Tallinn Vilnius "
+    "Helsinki Stockholm Copenhagen Brussels Amsterdam Bern Zagreb Sofia Bucharest Budapest Belgrade "
+    "Skopje Tirana Valletta Nicosia Ankara"
+)
+NAMES = words(
+    "Ada Ben Cleo Dan Eva Finn Gina Hugo Iris Jon Kira Leo Mia Nils Olga Paul Quinn Rosa Sam Tara Udo "
+    "Vera Will Xena Yann Zoe Anders Bruna Carlos Dora Emil Fatima Georg Hana Ivan Julia"
+)
+COLOURS = words("red blue green yellow black white orange purple brown grey")
+SHAPES = words("circle square triangle star cross ring heart diamond")
+GOODS = words(
+    "apples milk bread butter rice eggs cheese coffee tea sugar salt flour pasta tomatoes onions garlic "
+    "carrots beans chicken fish soap paper towels candles batteries pens notebooks glue tape string honey "
+    "jam oats nuts"
+)
 
 
 def markdown_table(rng: random.Random) -> str:
-    rows = [f"| {name} | {rng.randint(18, 80)} | {rng.choice(CITIES)} | {rng.choice(['yes', 'no'])} |" for name in NAMES]
+    rows = [
+        f"| {name} | {rng.randint(18, 80)} | {rng.choice(CITIES)} | {rng.choice(['yes', 'no'])} |" for name in NAMES
+    ]
     return "| Name | Age | City | Member |\n|------|-----|------|--------|\n" + "\n".join(rows)
 
 
 def csv_of_numbers(rng: random.Random) -> str:
-    rows = [f"{day},{rng.uniform(0, 30):.1f},{rng.uniform(0, 100):.0f},{rng.randint(980, 1040)}" for day in range(1, 40)]
+    rows = [
+        f"{day},{rng.uniform(0, 30):.1f},{rng.uniform(0, 100):.0f},{rng.randint(980, 1040)}" for day in range(1, 40)
+    ]
     return "day,temperature,humidity,pressure\n" + "\n".join(rows)
 
 
@@ -52,7 +60,11 @@ def json_records(rng: random.Random) -> str:
 
 def json_boxes(rng: random.Random) -> str:
     boxes = [
-        {"label": rng.choice(["person", "car", "dog"]), "box": sorted(rng.choices(range(640), k=4)), "score": round(rng.random(), 2)}
+        {
+            "label": rng.choice(["person", "car", "dog"]),
+            "box": sorted(rng.choices(range(640), k=4)),
+            "score": round(rng.random(), 2),
+        }
         for _ in range(18)
     ]
     return json.dumps({"objects": boxes}, indent=rng.choice([None, 1, 2]))
@@ -60,13 +72,22 @@ def json_boxes(rng: random.Random) -> str:
 
 def json_lines(rng: random.Random) -> str:
     return "\n".join(
-        json.dumps({"id": n, "level": rng.choice(["info", "warn"]), "ms": rng.randint(1, 900), "path": f"/v1/{rng.choice(GOODS)}"})
+        json.dumps(
+            {
+                "id": n,
+                "level": rng.choice(["info", "warn"]),
+                "ms": rng.randint(1, 900),
+                "path": f"/v1/{rng.choice(GOODS)}",
+            }
+        )
         for n in range(100, 125)
     )
 
 
 def json_schema(rng: random.Random) -> str:
-    fields = {name: {"type": rng.choice(["string", "integer", "boolean"]), "nullable": True} for name in rng.sample(GOODS, 20)}
+    fields = {
+        name: {"type": rng.choice(["string", "integer", "boolean"]), "nullable": True} for name in rng.sample(GOODS, 20)
+    }
     return json.dumps({"type": "object", "properties": fields, "required": list(fields)[:5]}, indent=2)
 
 
@@ -97,7 +118,8 @@ def log_lines(rng: random.Random) -> str:
 
 def directory_listing(rng: random.Random) -> str:
     return "\n".join(
-        f"-rw-r--r-- 1 root root {rng.randint(100, 99999):6d} Jan {rng.randint(1, 28):2d} 10:{rng.randint(0, 59):02d} {good}.txt"
+        f"-rw-r--r-- 1 root root {rng.randint(100, 99999):6d} Jan {rng.randint(1, 28):2d} "
+        f"10:{rng.randint(0, 59):02d} {good}.txt"
         for good in rng.sample(GOODS, 22)
     )
 
@@ -137,7 +159,8 @@ def primes(rng: random.Random) -> str:
 
 def bounding_boxes(rng: random.Random) -> str:
     return "\n".join(
-        f"{rng.choice(['person', 'car', 'tree', 'sign'])}: [{', '.join(str(rng.randint(0, 999)) for _ in range(4))}]" for _ in range(26)
+        f"{rng.choice(['person', 'car', 'tree', 'sign'])}: [{', '.join(str(rng.randint(0, 999)) for _ in range(4))}]"
+        for _ in range(26)
     )
 
 
@@ -146,13 +169,17 @@ def coordinates(rng: random.Random) -> str:
 
 
 def receipt(rng: random.Random) -> str:
-    lines = [f"{rng.randint(1, 4)} x {good:<12} {rng.randint(1, 20)}.{rng.randint(0, 99):02d} EUR" for good in rng.sample(GOODS, 24)]
+    lines = [
+        f"{rng.randint(1, 4)} x {good:<12} {rng.randint(1, 20)}.{rng.randint(0, 99):02d} EUR"
+        for good in rng.sample(GOODS, 30)
+    ]
     return "CORNER SHOP\n12 Mill Lane\n\n" + "\n".join(lines) + "\n\nTOTAL 184.20 EUR\nTHANK YOU"
 
 
 def invoice(rng: random.Random) -> str:
     lines = [
-        f"Item {n}: {good}, quantity {rng.randint(1, 9)}, unit price {rng.randint(1, 90)}.00, amount {rng.randint(9, 900)}.00"
+        f"Item {n}: {good}, quantity {rng.randint(1, 9)}, unit price {rng.randint(1, 90)}.00, amount "
+        f"{rng.randint(9, 900)}.00"
         for n, good in enumerate(rng.sample(GOODS, 20), 1)
     ]
     return "INVOICE 2031\n" + "\n".join(lines)
@@ -169,7 +196,7 @@ def table_of_contents(rng: random.Random) -> str:
 
 def calendar(rng: random.Random) -> str:
     months = []
-    for month in rng.sample("January February March April May June July August".split(), 5):
+    for month in rng.sample(words("January February March April May June July August"), 5):
         offset = rng.randrange(7)
         days = ["  "] * offset + [f"{day:2d}" for day in range(1, 31)]
         weeks = [" ".join(days[i : i + 7]) for i in range(0, len(days), 7)]
@@ -178,15 +205,21 @@ def calendar(rng: random.Random) -> str:
 
 
 def timetable(rng: random.Random) -> str:
-    lines = ["Departures"]
-    for hour in range(5, 23):
-        lines.append(f"{hour:02d}:{rng.randint(0, 59):02d}  {rng.choice(CITIES)}  platform {rng.randint(1, 9)}  on time")
-    return "\n".join(lines * 1) + "\n" + "\n".join(f"{h:02d}:30  {rng.choice(CITIES)}  delayed" for h in range(5, 23))
+    lines = [
+        f"{hour:02d}:{rng.randint(0, 29):02d}  {rng.choice(CITIES)}  platform {rng.randint(1, 9)}  on time"
+        for hour in range(5, 23)
+    ]
+    return (
+        "Departures\n"
+        + "\n".join(lines)
+        + "\n"
+        + "\n".join(f"{h:02d}:30  {rng.choice(CITIES)}  delayed" for h in range(5, 23))
+    )
 
 
 def chess_moves(rng: random.Random) -> str:
     def move() -> str:
-        return rng.choice(["", "", "N", "B", "R", "Q", "K"]) + rng.choice("abcdefgh") + str(rng.randint(1, 8))
+        return rng.choice(words("  N B R Q K")) + rng.choice("abcdefgh") + str(rng.randint(1, 8))
 
     return " ".join(f"{n}. {move()} {move()}" for n in range(1, 50))
 
@@ -220,13 +253,18 @@ def colour_grid(rng: random.Random) -> str:
 
 
 def confusion_matrix(rng: random.Random) -> str:
-    head = "          " + " ".join(f"{name:>8}" for name in SHAPES)
-    return head + "\n" + "\n".join(f"{name:<10}" + " ".join(f"{rng.randint(0, 99):8d}" for _ in SHAPES) for name in SHAPES)
+    names = COLOURS + SHAPES[:2]
+    head = "          " + " ".join(f"{name:>8}" for name in names)
+    return (
+        head + "\n" + "\n".join(f"{name:<10}" + " ".join(f"{rng.randint(0, 99):8d}" for _ in names) for name in names)
+    )
 
 
 def checklist(rng: random.Random) -> str:
-    return "\n".join(f"- [{rng.choice('x ')}] buy {good}" for good in rng.sample(GOODS, len(GOODS)))
+    return "\n".join(f"- [{rng.choice('x ')}] buy {rng.randint(2, 9)} {good}" for good in rng.sample(GOODS, len(GOODS)))
 
 
 def sports_results(rng: random.Random) -> str:
-    return "\n".join(f"{a} {rng.randint(0, 5)} - {rng.randint(0, 5)} {b}" for a in CITIES[:7] for b in CITIES[:6] if a != b)
+    return "\n".join(
+        f"{a} {rng.randint(0, 5)} - {rng.randint(0, 5)} {b}" for a in CITIES[:7] for b in CITIES[:6] if a != b
+    )

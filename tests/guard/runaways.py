@@ -7,10 +7,11 @@ guard's clock starts.
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from pieces import pieces
+from pieces import pieces, words
 
 # Words a picture's endless list drifts through: near-synonyms stand together.
 CLUSTERS = [
@@ -76,7 +77,7 @@ def _assemble(kind: str, seed: int, opening: str, items: Iterator[tuple[str, boo
             break
     tokens = pieces(text, seed)
     offset = index = 0
-    while offset < repeat_at:
+    while offset + len(tokens[index][1]) <= repeat_at:
         offset += len(tokens[index][1])
         index += 1
     return Runaway(kind, seed, tokens[: index + beyond], index)
@@ -85,11 +86,6 @@ def _assemble(kind: str, seed: int, opening: str, items: Iterator[tuple[str, boo
 def _numbered(items: Iterator[tuple[str, bool]], separator: str) -> Iterator[tuple[str, bool]]:
     for number, (item, again) in enumerate(items, 1):
         yield (f"{number}. {item}\n" if separator == "#" else item + separator), again
-
-
-def _pick(rng: random.Random, said: list[str], avoid: int) -> str:
-    """A word said before, but not among the last few."""
-    return rng.choice(said[:-avoid] or said)
 
 
 def synonym_drift(seed: int) -> Runaway:
@@ -101,33 +97,34 @@ def synonym_drift(seed: int) -> Runaway:
     rng = random.Random(seed)
     clusters = [cluster.split() for cluster in CLUSTERS]
     rng.shuffle(clusters)
-    words = [word for cluster in clusters for word in rng.sample(cluster, len(cluster))][: rng.randint(40, 80)]
+    drawn = [word for cluster in clusters for word in rng.sample(cluster, len(cluster))]
+    vocabulary = list(dict.fromkeys(drawn))[: rng.randint(40, 80)]
     sharpness, avoid = rng.randint(6, 16), rng.randint(2, 8)
 
     def items() -> Iterator[tuple[str, bool]]:
-        fresh, said = list(words), []
+        fresh = list(vocabulary)
+        known: list[str] = []
+        latest: deque[str] = deque(maxlen=avoid)
         while True:
-            again = rng.random() < (len(said) / len(words)) ** sharpness if fresh else True
-            if again and said:
-                seen = list(dict.fromkeys(said))
-                word = _pick(rng, said, avoid) if rng.random() < 0.5 else rng.choice(seen)
-                while word in said[-avoid:]:
-                    word = rng.choice(seen)
-                yield word, True
+            again = rng.random() < (len(known) / len(vocabulary)) ** sharpness
+            if again:
+                word = rng.choice([word for word in known if word not in latest])
             else:
                 word = fresh.pop(min(len(fresh) - 1, rng.randrange(3)))
-                yield word, False
-            said.append(word)
+                known.append(word)
+            yield word, again
+            latest.append(word)
 
     separator = rng.choice(SEPARATORS)
     return _assemble("synonym drift", seed, rng.choice(OPENINGS), _numbered(items(), separator))
 
 
-ADJECTIVES = "red blue green small large wooden white black round old metal plastic yellow glass".split()
-THINGS = (
-    "chair table lamp window door shelf book cup bottle plate clock mirror vase plant carpet curtain pillow box "
-    "basket phone keyboard screen mouse bag coat hat shoe umbrella bench fence tree flower bird dog cat car bus"
-).split()
+ADJECTIVES = words("red blue green small large wooden white black round old metal plastic yellow glass")
+THINGS = words(
+    "chair table lamp window door shelf book cup bottle plate clock mirror vase plant carpet curtain "
+    "pillow box basket phone keyboard screen mouse bag coat hat shoe umbrella bench fence tree flower "
+    "bird dog cat car bus"
+)
 
 
 def growing_list(seed: int) -> Runaway:
@@ -190,9 +187,9 @@ def paraphrase_loop(seed: int) -> Runaway:
     gap = rng.choice([" ", " ", " ", "\n", "\n\n"])
 
     def items() -> Iterator[tuple[str, bool]]:
-        for index, sentences in enumerate(wordings):
+        for sentences in wordings:
             yield rng.choice(sentences) + gap, False
-        last = index
+        last = len(wordings) - 1
         while True:
             last = rng.choice([index for index in range(len(facts)) if index != last])
             yield rng.choice(wordings[last]) + gap, True
@@ -205,7 +202,11 @@ def exact_cycle(seed: int) -> Runaway:
     rng = random.Random(seed)
     pool = [word for cluster in CLUSTERS for word in cluster.split()]
     lead = " ".join(rng.sample(pool, rng.randint(0, 30)))
-    passage = " " + " ".join(rng.choices(pool, k=rng.choice([1, 2, 3, 5, 8, 13, 21, 34, 55]))) + rng.choice([".", ",", "\n", ""])
+    passage = (
+        " "
+        + " ".join(rng.choices(pool, k=rng.choice([1, 2, 3, 5, 8, 13, 21, 34, 55])))
+        + rng.choice([".", ",", "\n", ""])
+    )
 
     def items() -> Iterator[tuple[str, bool]]:
         yield passage, False

@@ -28,12 +28,17 @@ def test_another_version_names_both_and_the_command() -> None:
         abi.verify(dataclasses.replace(abi.expected(), version="0.3.35"))
 
 
+def test_another_library_under_the_same_bindings_is_refused() -> None:
+    with pytest.raises(NativeMismatch, match=r"calls itself 0\.4\.9, not 0\.5\.0-dev \(is LLAMA_CPP_LIB_PATH set"):
+        abi.verify(dataclasses.replace(abi.expected(), library="0.4.9"))
+
+
 def test_a_missing_symbol_is_named() -> None:
     with pytest.raises(NativeMismatch, match=r"lacks llama_gone, which Opsin needs: run: pip install"):
         abi.verify(dataclasses.replace(abi.expected(), missing=("llama_gone",)))
 
 
-@pytest.mark.parametrize(("struct", "field", "value"), ALTERED, ids=lambda value: str(value))
+@pytest.mark.parametrize(("struct", "field", "value"), ALTERED, ids=str)
 def test_each_known_default_is_watched(struct: str, field: str, value: Any) -> None:
     found = abi.expected()
     found.defaults[struct][field] = value

@@ -5,16 +5,19 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 from native_help import draw, generate, prefill
 
-from opsin.core.backend import TokenRow
-from opsin.core.errors import EngineClosed, EngineError, ModelNotFound
+from opsin.core.backend import EmbeddingRows, TokenRow
+from opsin.core.errors import EngineClosed, EngineError, ModelNotFound, PairMismatch
+from opsin.core.layout import ImageRun
 from opsin.core.parts import PicturePart, TextPart
 from opsin.core.sampling import SamplingParams
 from opsin.core.settings import EngineSettings
-from opsin.native import devices, open_backend
+from opsin.native import Device, devices, open_backend
+from opsin.native.model import _placement
 
 
 def test_closing_frees_children_first_and_only_once(open_pair: Callable[..., Any]) -> None:
@@ -44,12 +47,12 @@ def test_a_closed_backend_raises_instead_of_touching_freed_memory(open_pair: Cal
         lambda: backend.decode([TokenRow(5, 0, 0)]),
         lambda: backend.kv_last(0),
         lambda: backend.kv_remove(0, 0, -1),
-        lambda: backend.synchronize(),
+        backend.synchronize,
         lambda: backend.encode(layout.runs[-1]),
         lambda: backend.sampler(SamplingParams(), 1),
         lambda: backend.layout([PicturePart(draw())], add_bos=True),
         lambda: backend.layout([TextPart("hello")], add_bos=True),
-        lambda: backend.placement(),
+        backend.placement,
         lambda: sampler.sample(-1),
     ):
         with pytest.raises(EngineClosed, match="closed already"):
@@ -61,7 +64,7 @@ def test_a_failed_load_frees_what_it_had(open_pair: Callable[..., Any], pair: An
     process = psutil.Process()
 
     def fail() -> None:
-        with pytest.raises(EngineError if False else Exception, match="not a projector"):  # noqa: B017, PT011
+        with pytest.raises(PairMismatch, match="not a projector"):
             open_pair(mmproj=pair.llm)
 
     for _ in range(3):
@@ -103,6 +106,30 @@ def test_two_threads_at_once_are_refused(backend: Any) -> None:
     layout.close()
 
 
+def test_closing_waits_for_a_layout_that_is_being_made(open_pair: Callable[..., Any]) -> None:
+    """A worker that tokenises while the model is freed reads freed memory."""
+    backend = open_pair(ctx=256)
+    inside, closed = threading.Event(), threading.Event()
+    order: list[str] = []
+    tokenize = backend._model.tokenize
+
+    def slow(text: str, *, special: bool) -> Any:
+        inside.set()
+        assert not closed.wait(0.3)
+        order.append("laid out")
+        return tokenize(text, special=special)
+
+    backend._model.tokenize = slow
+    worker = threading.Thread(target=lambda: backend.layout([TextPart("hello")], add_bos=True))
+    worker.start()
+    assert inside.wait(20)
+    backend.close()
+    order.append("closed")
+    closed.set()
+    worker.join()
+    assert order == ["laid out", "closed"]
+
+
 def test_defaults_come_from_the_model(open_pair: Callable[..., Any]) -> None:
     backend = open_pair(ctx=None, parallel=1, ubatch=1024)
     assert backend.limits.n_ctx == 4096
@@ -111,6 +138,31 @@ def test_defaults_come_from_the_model(open_pair: Callable[..., Any]) -> None:
     backend = open_pair(ctx=None, parallel=3)
     assert backend.limits.n_ctx == 3 * 4096
     backend.close()
+
+
+def card(free: int) -> Device:
+    return Device("CUDA0", "a card", "gpu", free, free, 1)
+
+
+CPU = Device("CPU", "a processor", "cpu", 2**34, 2**34, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "present", "expected"),
+    [
+        ({}, (CPU,), (None, 0)),
+        ({}, (card(2**30), CPU), ("CUDA0", -1)),
+        ({"gpu_layers": 1}, (card(2**30), CPU), ("CUDA0", 1)),
+        ({"gpu_layers": 7, "device": "none"}, (card(2**30), CPU), (None, 0)),
+        ({"device": "cuda0"}, (card(2**30), CPU), ("CUDA0", -1)),
+        ({}, (card(100_000), CPU), ("CUDA0", 1)),
+        ({}, (card(1000), CPU), ("CUDA0", 0)),
+    ],
+)
+def test_layers_go_where_they_fit(pair: Any, settings: Any, present: Any, expected: Any) -> None:
+    """The tiny file has 2 layers in about 160 kB: one of them fits 100 kB."""
+    device, layers = _placement(pair.llm, EngineSettings(**settings), present)
+    assert (device.name if device else None, layers) == expected
 
 
 @pytest.mark.parametrize("kv_type", ["f32", "f16", "bf16"])
@@ -142,6 +194,23 @@ def test_devices_are_named() -> None:
     found = devices()
     assert "CPU" in [device.name for device in found]
     assert all(device.description for device in found)
+
+
+def test_a_picture_may_attend_both_ways_and_the_text_behind_it_does_not(backend: Any) -> None:
+    layout = backend.layout([PicturePart(draw())], add_bos=False)
+    run = next(run for run in layout.runs if isinstance(run, ImageRun))
+    rows = backend.encode(run)
+    layout.close()
+    positions = np.arange(run.n_tokens, dtype=np.int32)[np.newaxis, :]
+
+    def after(seq_id: int, *, causal: bool) -> Any:
+        assert backend.decode(EmbeddingRows(rows, positions, seq_id, causal=causal))
+        assert backend.decode([TokenRow(5, run.n_tokens, seq_id, True), TokenRow(6, run.n_tokens + 1, seq_id)])
+        return backend._context.logits(0).copy()
+
+    both, forward = after(0, causal=False), after(1, causal=True)
+    assert not np.allclose(both, forward)
+    assert np.allclose(after(2, causal=True), forward, atol=1e-4)
 
 
 def test_200_pictures_leave_memory_flat(open_pair: Callable[..., Any]) -> None:

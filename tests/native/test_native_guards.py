@@ -5,14 +5,18 @@ the second kind fails after an update, the check it belongs to may go.
 """
 
 import signal
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from opsin.core.backend import EmbeddingRows, TokenRow
-from opsin.core.errors import BadParameter, DecodeFailed
+from opsin.core.errors import BadParameter, DecodeFailed, ModelUnreadable
+from opsin.core.settings import EngineSettings
+from opsin.native import open_backend
 
 RAW = {
     "more tokens than a batch holds": """
@@ -58,6 +62,13 @@ llama = b._model.lib.llama
 p = llama.llama_context_default_params()
 p.n_ctx, p.n_batch, p.n_ubatch, p.n_seq_max = 512, 16, 16, 64
 llama.llama_init_from_model(b._model.pointer, p)
+""",
+    "a load without memory while the file is mapped": """
+from opsin.native.library import library
+llama = library().llama
+p = llama.llama_model_default_params()
+p.no_alloc = True
+llama.llama_model_load_from_file(str(LLM).encode(), p)
 """,
     "a token that the grammar forbids": """
 b = opened(mmproj=None)
@@ -175,10 +186,22 @@ def test_a_row_without_logits_cannot_be_sampled(backend: Any) -> None:
 
     assert backend.decode([TokenRow(5, 0, 0), TokenRow(6, 1, 0, True), TokenRow(7, 2, 0)])
     sampler = backend.sampler(SamplingParams(temperature=0), 1)
-    with pytest.raises(DecodeFailed, match="Row 0 .* no logits"):
+    with pytest.raises(DecodeFailed, match=r"Row 0 .* no logits"):
         sampler.sample(0)
     assert sampler.sample(1) == sampler.sample(-1)
     sampler.close()
+
+
+def test_a_projector_that_crashes_in_the_trial_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opsin itself goes on: only the child that tries a doubtful pair first may crash."""
+    from opsin.models.synth import write_pair
+    from opsin.native import trial
+
+    wide = write_pair("tiny", tmp_path, mmproj_type="f32")
+    crash = "import os, sys; os.kill(os.getpid(), 11)"
+    monkeypatch.setattr(trial, "_COMMAND", (sys.executable, "-c", crash))
+    with pytest.raises(ModelUnreadable, match=r"all f32.*convert it to f16"):
+        open_backend(EngineSettings(model=wide.llm, mmproj=wide.mmproj, ctx=128))
 
 
 def test_an_f32_projector_encodes(in_child: Callable[[str], Any]) -> None:

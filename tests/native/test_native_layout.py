@@ -66,7 +66,14 @@ def test_the_begin_token_comes_once_and_only_when_asked(backend: Any) -> None:
 
 
 def test_pictures_stand_where_they_were_put(backend: Any) -> None:
-    parts = [TextPart("a"), PicturePart(draw(1)), TextPart("b"), PicturePart(draw(2)), PicturePart(draw(1)), TextPart("c")]
+    parts = [
+        TextPart("a"),
+        PicturePart(draw(1)),
+        TextPart("b"),
+        PicturePart(draw(2)),
+        PicturePart(draw(1)),
+        TextPart("c"),
+    ]
     layout = backend.layout(parts, add_bos=True)
     kinds = [run.picture if isinstance(run, ImageRun) else "text" for run in layout.runs]
     assert kinds == ["text", 0, "text", 1, 2, "text"]

@@ -156,5 +156,10 @@ def test_host_memory_of_a_gpu_backend_counts_as_the_cpu() -> None:
         counter.wants(node)
         counter.seen(node)
     shares = counter.shares()
-    assert {name: share.nodes for name, share in shares.items()} == {"CUDA0": 2, "CPU": 1, "odd buffer": 1, "unknown": 1}
+    assert {name: share.nodes for name, share in shares.items()} == {
+        "CUDA0": 2,
+        "CPU": 1,
+        "odd buffer": 1,
+        "unknown": 1,
+    }
     assert np.isclose(sum(share.share_of_ops for share in shares.values()), 1.0)

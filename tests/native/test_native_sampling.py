@@ -54,10 +54,10 @@ def test_top_k_one_is_greedy(backend: Any) -> None:
     ("params", "kept"),
     [
         (HOT.model_copy(update={"top_k": 3}), lambda p: np.sort(p)[-3]),
-        (HOT.model_copy(update={"min_p": 0.5}), lambda p: 0.5 * p.max()),
+        (HOT.model_copy(update={"min_p": 0.1}), lambda p: 0.1 * p.max()),
         (
-            HOT.model_copy(update={"top_p": 0.1}),
-            lambda p: np.sort(p)[::-1][int(np.searchsorted(np.cumsum(np.sort(p)[::-1]), 0.1))],
+            HOT.model_copy(update={"top_p": 0.3}),
+            lambda p: np.sort(p)[::-1][int(np.searchsorted(np.cumsum(np.sort(p)[::-1]), 0.3))],
         ),
     ],
     ids=["top_k", "min_p", "top_p"],

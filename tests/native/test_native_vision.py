@@ -117,9 +117,7 @@ def test_several_chunks_come_back_in_order(backend: Any) -> None:
     layout.close()
 
 
-def test_values_that_are_no_numbers_are_refused(
-    open_pair: Callable[..., Any], pair: Any, tmp_path: Any
-) -> None:
+def test_values_that_are_no_numbers_are_refused(open_pair: Callable[..., Any], pair: Any, tmp_path: Any) -> None:
     """A damaged projector: every f16 weight of its data is not a number."""
     from opsin.native.projector import read_projector
 

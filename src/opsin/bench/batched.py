@@ -82,13 +82,12 @@ def measure_batched(
     Raises BadInput, EngineError.
     """
     watch = _Watch(engine, sequences)
+    asked = [prompts.build([Message("user", f"{number}: tell me all about it.")]) for number in range(sequences)]
     readers = []
-    for number in range(sequences):
-        prompt = prompts.build([Message("user", f"{number}: tell me all about it.")])
+    for number, prompt in enumerate(asked):
         # A temperature at which a model of random weights does not go round in circles, which the guard would end.
         params = SamplingParams(temperature=1.0, seed=number, max_tokens=tokens, ignore_eos=True, json_schema=schema)
-        stream = engine.submit(prompt, params)
-        readers.append(threading.Thread(target=watch.follow, args=(stream,), daemon=True))
+        readers.append(threading.Thread(target=watch.follow, args=(engine.submit(prompt, params),), daemon=True))
         readers[-1].start()
     for reader in readers:
         reader.join()
@@ -102,7 +101,7 @@ def _account(watch: _Watch) -> Batched:
     steps = 0
     if watch.begin is not None and watch.end is not None:
         (began, before), (ended, after) = watch.begin, watch.end
-        steps = after.decode_steps - before.decode_steps
+        steps = max(0, after.decode_steps - before.decode_steps)
     if steps < FEWEST_STEPS:
         return Batched(n, steps, void=f"the sequences answered together for {steps} steps only")
     wall, decode = ended - began, after.decode_seconds - before.decode_seconds

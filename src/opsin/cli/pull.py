@@ -30,7 +30,6 @@ def pull(
     from opsin.models.gguf_info import read_info
     from opsin.models.hub import pull as download
 
-    console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -38,16 +37,21 @@ def pull(
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as bars:
-        tasks: dict[str, TaskID] = {}
+    bars = Progress(*columns, console=Console(stderr=True))
+    tasks: dict[str, TaskID] = {}
 
-        def show(file: str, done: int, total: int) -> None:
-            task = tasks.get(file)
-            if task is None:
-                task = tasks[file] = bars.add_task(file, total=total, completed=done)
-            bars.update(task, completed=done)
+    def show(file: str, done: int, total: int) -> None:
+        if not tasks:
+            bars.start()  # not before: a name that is wrong has no progress to show
+        if file not in tasks:
+            tasks[file] = bars.add_task(file, total=total)
+        bars.update(tasks[file], completed=done)
 
+    try:
         pair = download(name, progress=show, make_default=not keep_default)
+    finally:
+        if tasks:
+            bars.stop()
     info = read_info(pair.llm)
     typer.echo(f"{pair.name} is here: {info.architecture} {info.quantisation}, {pair.llm}")
     if not keep_default:

@@ -7,13 +7,16 @@ from typing import Annotated
 
 import typer
 
+from opsin.models.shapes import SHAPES
+from opsin.models.synth import LLM_TYPES, MMPROJ_TYPES, write_pair
+
 
 def synth(
     *,
-    shape: Annotated[str, typer.Option("--shape", help="tiny, small, llava-1.5-7b or llava-1.5-13b")] = "small",
+    shape: Annotated[str, typer.Option("--shape", help=", ".join(SHAPES))] = "small",
     out: Annotated[Path, typer.Option("--out", "-o", help="folder to write to")] = Path(),
-    quantisation: Annotated[str, typer.Option("--type", help="f16, bf16, q8_0 or q4_0")] = "q8_0",
-    mmproj_type: Annotated[str, typer.Option("--mmproj-type", help="f16, bf16, q8_0 or f32")] = "f16",
+    quantisation: Annotated[str, typer.Option("--type", help=", ".join(LLM_TYPES))] = "q8_0",
+    mmproj_type: Annotated[str, typer.Option("--mmproj-type", help=", ".join(MMPROJ_TYPES))] = "f16",
     seed: Annotated[int, typer.Option("--seed", min=0, help="the same seed writes the same bytes")] = 0,
     template: Annotated[bool, typer.Option("--template/--no-template", help="put a chat template in")] = True,
     force: Annotated[bool, typer.Option("--force", help="write over files that are there")] = False,
@@ -22,8 +25,6 @@ def synth(
 
     It answers nonsense at the speed of a real model of that size, so speed can be measured without a download.
     """
-    from opsin.models.synth import write_pair
-
     pair = write_pair(
         shape,
         out,

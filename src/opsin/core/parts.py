@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opsin.core.picture import Picture
+from opsin.core.reasoning import ReasoningStyle
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +36,14 @@ class Prompt:
 
     `add_bos` says whether the tokenizer shall put its own begin token in front (False when the template wrote it).
     `thinking` is True when the rendered prompt ends inside an open reasoning block, so that the answer starts with
-    reasoning; `reasoning_tags` are the strings that open and close such a block, None for models that do not think.
+    reasoning; `reasoning` says how such a block is marked, None for models that do not think.
     `stop` are strings at which the template's turn ends.
     """
 
     parts: tuple[Part, ...]
     add_bos: bool = True
     thinking: bool = False
-    reasoning_tags: tuple[str, str] | None = None
+    reasoning: ReasoningStyle | None = None
     stop: tuple[str, ...] = ()
 
     @property

@@ -27,7 +27,7 @@ class EngineSettings(BaseModel):
     gpu_layers: int | None = Field(None, ge=0, description="layers on the GPU; none: all that fit")
     device: str | None = Field(None, description="device of the language model, as ggml names it (CUDA0, Metal, none)")
     mmproj_device: str | None = Field(None, description="device of the vision encoder (CUDA0, Metal, none for the CPU)")
-    threads: int | None = Field(None, ge=1, le=1024, description="threads of decode; none: physical cores")
+    threads: int | None = Field(None, ge=1, le=1024, description="threads of decode; none: cores, one for small models")
     threads_batch: int | None = Field(None, ge=1, le=1024, description="threads of prefill and encode")
     parallel: int = Field(1, ge=1, le=256, description="answers at the same time")
     ubatch: int = Field(1024, ge=32, le=16384, description="tokens of a micro-batch")

@@ -13,9 +13,11 @@ from opsin.cache import PictureCache
 from opsin.core.answer import Started
 from opsin.core.backend import Backend, BackendLimits
 from opsin.core.errors import ContextOverflow, EngineClosed, OpsinError, QueueFull
+from opsin.core.layout import TextRun
 from opsin.core.model_info import ModelInfo
-from opsin.core.parts import Prompt
+from opsin.core.parts import Prompt, TextPart
 from opsin.core.placement import Placement
+from opsin.core.reasoning import ReasoningStyle
 from opsin.core.sampling import SamplingParams
 from opsin.core.stages import Stage
 from opsin.engine.clock import StageClock
@@ -23,7 +25,6 @@ from opsin.engine.guard import Guard
 from opsin.engine.loop import Loop
 from opsin.engine.output import Output
 from opsin.engine.policy import Policy
-from opsin.engine.reasoning import ReasoningSplitter
 from opsin.engine.request import AnswerStream, Request
 from opsin.engine.sequence import Sequence
 from opsin.engine.stats import Snapshot
@@ -59,6 +60,7 @@ class Engine:
         self.pictures = pictures or PictureCache(PICTURE_BYTES)
         self._loop = Loop(open_backend, self._policy, self.pictures, now)
         self._backend = self._loop.start()
+        self._tags: dict[ReasoningStyle, dict[int, bytes]] = {}
         self._workers = ThreadPoolExecutor(LAYOUT_WORKERS, thread_name_prefix="opsin-layout")
         self.load_ms = (now() - started) * 1e3
 
@@ -165,7 +167,7 @@ class Engine:
                 request=request,
                 stream=stream,
                 clock=clock,
-                output=_output(request),
+                output=self._output(request),
                 layout=layout,
             )
             self._loop.put(sequence)
@@ -174,18 +176,29 @@ class Engine:
                 layout.close()
             stream.fail(error)
 
+    def _output(self, request: Request) -> Output:
+        prompt, params = request.prompt, request.params
+        style = prompt.reasoning
+        return Output(
+            stop=(*params.stop, *prompt.stop),
+            splitter=None if style is None else style.splitter(starts_inside=prompt.thinking),
+            guard=Guard() if params.guard else None,
+            tags={} if style is None else self._tag_tokens(style),
+        )
 
-def _output(request: Request) -> Output:
-    prompt, params = request.prompt, request.params
-    splitter = None
-    if prompt.reasoning_tags is not None:
-        opening, closing = prompt.reasoning_tags
-        splitter = ReasoningSplitter(opening, closing, starts_inside=prompt.thinking)
-    return Output(
-        stop=(*params.stop, *prompt.stop),
-        splitter=splitter,
-        guard=Guard() if params.guard else None,
-    )
+    def _tag_tokens(self, style: ReasoningStyle) -> dict[int, bytes]:
+        """The control tokens among a style's tags, with the text they stand for."""
+        found = self._tags.get(style)
+        if found is None:
+            found = {}
+            for tag in style.tags:
+                layout = self._backend.layout([TextPart(tag)], add_bos=False)
+                tokens = [token for run in layout.runs if isinstance(run, TextRun) for token in run.tokens]
+                layout.close()
+                if len(tokens) == 1 and not self._backend.piece(tokens[0]):
+                    found[tokens[0]] = tag.encode()
+            self._tags[style] = found
+        return found
 
 
 def _check_fit(n_tokens: int, n_image_tokens: int, n_ctx: int) -> None:

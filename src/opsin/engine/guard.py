@@ -1,4 +1,19 @@
-"""The guard: notices, while an answer streams, that it will not end by itself."""
+"""The guard: notices, while an answer streams, that it will not end by itself.
+
+Three signals, each in a file of its own with its constants. What must be true for each:
+
+- `cycle` (guard_cycle): the end of the answer is one passage again and again, as tokens or as characters: at least
+  three copies (four of a long passage), and at least 192 tokens or 768 characters in all.
+- `drift` (guard_drift, on the segments of guard_segments): in plain language, without marks of code or markup,
+  either 28 list items on end hold at most two new words or numbers, and 88 % of them were named before; or at least
+  seven sentences and 70 words resemble earlier sentences, a third of them fully, in no order.
+- `compression` (guard_compression): the last 2,048 characters pack to 6.5 % of their size.
+
+A false stop is worse than a late one, since the limit on tokens ends every answer anyway. So the constants were pushed
+until nothing legitimate was stopped (tests/guard: tables, code, songs, forms, captions; and files of real machines),
+and only then as near to the runaways as that left room. Runaway lists in code or JSON are left to the other two
+signals and the limit: there, repetition is the normal case. So is endless counting: each number is new.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +22,12 @@ from opsin.engine.guard_compression import SPAN, STRIDE, packs_too_well, squeeze
 from opsin.engine.guard_cycle import TokenCycle, cyclic_end
 from opsin.engine.guard_drift import Drift
 
-_BATCH = 8
-_KEPT = 4096
+_BATCH = 8  # tokens between two readings of the text
+_KEPT = 4608  # characters kept for cycles: four of the longest period and more
 
 
 class Guard:
-    """Watches one answer. Never raises, keeps a bounded amount of it, and takes a few microseconds a token."""
+    """Watches one answer. It keeps a bounded amount of it and takes some microseconds a token; nothing raises."""
 
     def __init__(self) -> None:
         self._tokens = 0
@@ -25,7 +40,7 @@ class Guard:
     def feed(self, token: int, text: str) -> GuardVerdict | None:
         """Take one token and the text it completed (empty while a character is incomplete).
 
-        A verdict, once there is one, says why the answer should end here.
+        A verdict says why the answer should end here; `at_token` counts the tokens fed, this one included.
         """
         self._tokens += 1
         self._fresh.append(text)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 # Copies alone do not make a runaway: a rule of 80 dashes, a row of zeros and a chorus sung three times are cycles
-# too. So the whole cycle has to be long, and a long passage has to come more than twice.
-MIN_TOKENS = 160
-MIN_CHARS = 600
+# too. So the cycle has to be long as a whole, and a long passage has to come more than twice.
+MIN_TOKENS = 192
+MIN_CHARS = 768
 COPIES = 3
+COPIES_OF_LONG = 4  # a record or a paragraph may well stand three times
+LONG_TOKENS = 80
+LONG_CHARS = 320
+# A longer passage comes back too rarely to be told from a quotation within a usual limit on tokens.
 MAX_PERIOD_TOKENS = 256
 MAX_PERIOD_CHARS = 1024
-# How many tokens in a row find the place of an earlier copy.
-_KEY = 3
-_PROBE = 24
+_KEY = 3  # tokens in a row that find the place of an earlier copy
+_PROBE = 24  # characters that do
+_TRIES = 4
 
 
 class TokenCycle:
@@ -39,23 +43,25 @@ class TokenCycle:
             self._matched += 1
         else:
             self._period = period = self._distance(last)
-            self._matched = _KEY if period else 0
+            self._matched = _KEY
         self._remember(last)
-        return period > 0 and self._matched >= max(MIN_TOKENS, COPIES * period) - period
+        return period > 0 and self._matched >= _span(period, LONG_TOKENS, MIN_TOKENS) - period
 
     def _distance(self, last: int) -> int:
-        key = tuple(self._tokens[last - _KEY + 1 :])
+        """How far back the latest three tokens stood before; 0 when they did not, or too far."""
+        if last < _KEY:
+            return 0
+        key = tuple(self._tokens[-_KEY:])
         place = self._recent.get(key, self._older.get(key))
         if place is None:
             return 0
         distance = self._base + last - place
-        # The place may lie before what is kept: then the period would be too long anyway.
-        return distance if distance <= MAX_PERIOD_TOKENS and last - distance - _KEY >= 0 else 0
+        return distance if distance <= MAX_PERIOD_TOKENS else 0
 
     def _remember(self, last: int) -> None:
-        self._recent[tuple(self._tokens[last - _KEY + 1 :])] = self._base + last
+        self._recent[tuple(self._tokens[-_KEY:])] = self._base + last
         if last + 1 >= 4 * MAX_PERIOD_TOKENS:
-            # Keep two periods of tokens; places of older ones go one generation later.
+            # What is kept must reach one longest period back, places included: two generations of them always do.
             cut = last + 1 - 2 * MAX_PERIOD_TOKENS
             del self._tokens[:cut]
             self._base += cut
@@ -70,13 +76,18 @@ def cyclic_end(text: str) -> bool:
     """
     probe = text[-_PROBE:]
     end = len(text) - 1
-    for _ in range(4):
+    for _ in range(_TRIES):
         start = text.rfind(probe, max(0, len(text) - MAX_PERIOD_CHARS - _PROBE), end)
         if start < 0:
             return False
         period = len(text) - _PROBE - start
-        span = max(MIN_CHARS, COPIES * period)
+        span = _span(period, LONG_CHARS, MIN_CHARS)
         if span <= len(text) and text[-span:-period] == text[period - span :]:
             return True
         end = start + _PROBE - 1
     return False
+
+
+def _span(period: int, long: int, least: int) -> int:
+    """How far a cycle must reach back."""
+    return max(least, period * (COPIES if period <= long else COPIES_OF_LONG))

@@ -18,11 +18,11 @@ _PIECE = re.compile(
     r"|\d+[.)](?=\s)"
     r"|\d+(?:[.,:]\d+)*"
     r"|[.!?](?=[\s\"'”)*])"
-    r"|[。！？\n,;|、，；•·]"  # noqa: RUF001  (the marks of other scripts are meant)
+    r"|[。！？\n,;|、，；•·]"
     r"|[{}\[\]()<>=/\\$@&+~^%#`]|:(?=\w)"
     r"|[\-*](?=\s)"
 )
-_ITEM_ENDS = frozenset(",;|、，；•·")  # noqa: RUF001
+_ITEM_ENDS = frozenset(",;|、，；•·")
 # Marks of code and markup: a segment with one of them is no plain language.
 _CODE = frozenset("{}[]()<>=/\\$@&+~^%#`:")
 _WRAPPED = 6  # words on a line, from which on it may go on in the next
@@ -32,8 +32,10 @@ _MAX_PENDING = 256
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """One item, sentence or row: its words in lower case, how many were never used before in the answer (numbers
-    count as words), which share of it was said before, 0 to 1, and whether it is plain language, not code or markup.
+    """One item, sentence or row, its words in lower case.
+
+    `news` counts the words never used before in the answer (a number is a word), `said` is the share of the segment
+    that was said before, 0 to 1, and `plain` means that it is language, not code or markup.
     """
 
     words: tuple[str, ...]
@@ -80,11 +82,7 @@ class Segments:
         self._pending = text[end:]
         done: list[Segment] = []
         for piece in _PIECE.findall(text, 0, end):
-            if self._wrapped:
-                # A line that goes on in lower case was only wrapped.
-                self._wrapped = False
-                if not piece[0].islower():
-                    self._end_line(done)
+            self._unwrap(piece, done)
             if piece[0].isdigit() and piece[-1] in ".)":
                 # "7." begins an item of a numbered list, and its number is no news; within a line it is a word.
                 if self._items[0]:
@@ -103,6 +101,13 @@ class Segments:
             else:
                 self._end_line(done)
         return done
+
+    def _unwrap(self, piece: str, done: list[Segment]) -> None:
+        """A line that goes on in lower case was only wrapped; else it ended where it ended."""
+        if self._wrapped:
+            self._wrapped = False
+            if not piece[0].islower():
+                self._end_line(done)
 
     def _word(self, word: str) -> None:
         self._items[-1].append(word)
@@ -161,7 +166,7 @@ def _settled(text: str) -> int:
         char = text[end - 1]
         if char.isspace():
             return end
-        joins = char.isalnum() or char in "_'’-"  # noqa: RUF001
+        joins = char.isalnum() or char in "_'’-"
         end -= 1
         if not joins and not (char in ".,:" and end and text[end - 1].isdigit()):
             # A mark may need its right neighbour to be understood, so it waits too.

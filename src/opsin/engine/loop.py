@@ -117,7 +117,7 @@ class Loop:
         try:
             while self._receive():
                 self._step()
-        except BaseException as cause:  # noqa: BLE001 - everybody who waits must hear of it
+        except BaseException as cause:
             log.exception("the engine's thread died")
             end = EngineDied(f"The engine died ({type(cause).__name__}: {cause}): start it again.")
         finally:
@@ -303,10 +303,10 @@ class Loop:
 
 
 def _closing_tokens(backend: Backend, sequence: Sequence) -> list[int]:
-    tags = sequence.request.prompt.reasoning_tags
-    if tags is None:
+    style = sequence.request.prompt.reasoning
+    if style is None:
         return []
-    layout = backend.layout([TextPart(tags[1])], add_bos=False)
+    layout = backend.layout([TextPart(style.closing)], add_bos=False)
     try:
         return [token for run in layout.runs for token in getattr(run, "tokens", ())]
     finally:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from opsin.core.answer import GuardVerdict, TextDelta, TokenLogprob
+from opsin.core.reasoning import ReasoningSplitter
 from opsin.engine.guard import Guard
-from opsin.engine.reasoning import ReasoningSplitter
 from opsin.engine.text import StopStrings, Utf8Stream
 
 
@@ -15,12 +16,14 @@ class Output:
     """The growing answer of one request; knows no backend and no clock.
 
     `stopped` turns True at a stop string, `verdict` is set when the guard speaks. Stop strings are looked for in the
-    answer only, never in the reasoning; the answer's leading white space is the template's, and left out.
+    answer only, never in the reasoning; the answer's leading white space is the template's, and left out. `tags` gives
+    bytes to control tokens that mark reasoning: as tokens they have no text, and the splitter would not see them.
     """
 
     stop: tuple[str, ...]
     splitter: ReasoningSplitter | None
     guard: Guard | None
+    tags: Mapping[int, bytes] = field(default_factory=dict)
     stopped: bool = False
     verdict: GuardVerdict | None = None
     tokens: list[int] = field(default_factory=list)
@@ -56,7 +59,7 @@ class Output:
         if logprob is not None:
             self.logprobs.append(logprob)
             self._pending.append(logprob)
-        text = self._utf8.feed(piece)
+        text = self._utf8.feed(piece or self.tags.get(token, b""))
         if self.guard is not None and self.verdict is None:
             self.verdict = self.guard.feed(token, text)
         if self.thinking:

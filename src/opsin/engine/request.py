@@ -13,7 +13,6 @@ from opsin.core.errors import Cancelled
 from opsin.core.parts import Prompt
 from opsin.core.sampling import SamplingParams
 
-
 MAX_UNREAD = 8192
 """Events that may wait for their reader."""
 

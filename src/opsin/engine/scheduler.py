@@ -6,7 +6,7 @@ gives the same plans. What it plans counts as done when `ran` is called with it.
 
 from __future__ import annotations
 
-from opsin.cache import CellBook, NoPrefixes, Prefix, PrefixIndex, Prefixes
+from opsin.cache import CellBook, NoPrefixes, Prefix, Prefixes, PrefixIndex
 from opsin.cache.units import cells_of, last_position_of, positions_of
 from opsin.core.backend import BackendLimits
 from opsin.core.layout import ImageRun, TextRun

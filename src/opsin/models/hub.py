@@ -151,7 +151,7 @@ def pull(name: str, *, hub: Hub | None = None, progress: Progress = no_progress,
     llm, mmproj = choose(repo, wanted)
     paths = hub.fetch(repo, [mmproj, *llm], progress)  # the small file first: trouble shows early
     pair = Pair(llm=paths[1], mmproj=paths[0], name=wanted.name)
-    check_pair(paths[1], paths[0], encoder_on_cpu=False)
+    check_pair(paths[1], paths[0])
     if make_default:
         write_default(pair)
     return pair

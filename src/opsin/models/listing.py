@@ -108,7 +108,7 @@ def _describe(pair: Pair) -> ListedModel:
     if pair.mmproj is None:
         return replace(listed, problem="it has no projector, so it reads text only")
     try:
-        text, vision = check_pair(pair.llm, pair.mmproj, encoder_on_cpu=False)
+        text, vision = check_pair(pair.llm, pair.mmproj)
     except ModelError as error:
         return replace(listed, problem=str(error))
     return replace(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from difflib import SequenceMatcher
 from typing import TYPE_CHECKING
 
-from opsin.core.errors import ModelError, ModelUnreadable, PairMismatch
+from opsin.core.errors import ModelError, PairMismatch
 from opsin.models.gguf_info import GgufInfo, read_info
 from opsin.models.naming import best_projectors, is_projector, stem
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def check_pair(llm: Path, mmproj: Path, *, encoder_on_cpu: bool = True) -> tuple[GgufInfo, GgufInfo]:
+def check_pair(llm: Path, mmproj: Path) -> tuple[GgufInfo, GgufInfo]:
     """Read both files and make sure that they belong together; gives back what they say.
 
-    `encoder_on_cpu` also refuses what only a GPU can run. Raises ModelNotFound and ModelUnreadable (see `read_info`),
-    and PairMismatch with the file beside it that would fit.
+    Raises ModelNotFound and ModelUnreadable (see `read_info`), and PairMismatch with the file beside it that would
+    fit.
     """
     text, vision = read_info(llm), read_info(mmproj)
     if text.is_projector and not vision.is_projector:
@@ -34,12 +34,6 @@ def check_pair(llm: Path, mmproj: Path, *, encoder_on_cpu: bool = True) -> tuple
         raise PairMismatch(
             f"{mmproj.name} hands over {vision.projector_width} values a token and {llm.name} takes in {text.width}:"
             f" they do not belong together{_fitting(text, mmproj)}"
-        )
-    if encoder_on_cpu and vision.is_all_f32 and vision.projector == "mlp":
-        # llama.cpp may end the process on these, so nobody gets to find out.
-        raise ModelUnreadable(
-            f"{mmproj.name} is all f32, which llama.cpp cannot run on the CPU: use an f16 or q8_0 file of the same"
-            f" projector{_fitting(text, mmproj)}"
         )
     return text, vision
 
@@ -60,7 +54,7 @@ def find_projector(llm: Path) -> Path | None:
     for name in ranked:
         if _could_fit(text, llm.with_name(name)):
             return llm.with_name(name)
-    check_pair(llm, llm.with_name(ranked[0]), encoder_on_cpu=False)
+    check_pair(llm, llm.with_name(ranked[0]))
     raise PairMismatch(f"no projector beside {llm.name} fits it")  # pragma: no cover  # check_pair has raised
 
 

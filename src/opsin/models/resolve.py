@@ -35,7 +35,7 @@ def resolve(model: str | None = None, mmproj: str | None = None) -> Pair:
             raise ModelNotFound(f"there is no projector file {projector}: check the path given to --mmproj")
         pair = Pair(pair.llm, projector, pair.name, pair.is_demo and projector == pair.mmproj)
     if pair.mmproj is not None and not pair.is_demo:
-        check_pair(pair.llm, pair.mmproj, encoder_on_cpu=False)
+        check_pair(pair.llm, pair.mmproj)
     return pair
 
 

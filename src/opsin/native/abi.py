@@ -1,7 +1,7 @@
 """Is the installed llama-cpp-python the very one this code was written for?
 
 Its ctypes mirror changes between patch releases, and a struct that lost or gained a field is not an error but a
-crash later. So four things are compared before the first use: the version, the symbols, known defaults near the end
+crash later. So four things are compared before the first use: the versions, the symbols, known defaults near the end
 of each parameter struct (a shifted field shows there), and a tensor of known shape read through our own mirror.
 """
 
@@ -15,6 +15,7 @@ from opsin.core.errors import NativeMismatch
 from opsin.native.ggml import OBJECT_SIZE, InitParams, Tensor
 
 VERSION = "0.3.36"
+LIBRARY = "0.5.0-dev"  # what the llama.cpp inside it calls itself
 MEND = f"run: pip install --force-reinstall llama-cpp-python=={VERSION}"
 
 
@@ -23,11 +24,11 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 LLAMA_SYMBOLS = _words(
-    "llama_backend_init llama_log_set llama_model_default_params llama_model_load_from_file llama_model_free "
-    "llama_model_get_vocab llama_model_rope_type llama_model_n_ctx_train llama_model_n_embd_inp "
+    "llama_version llama_backend_init llama_log_set llama_model_default_params llama_model_load_from_file "
+    "llama_model_free llama_model_get_vocab llama_model_rope_type llama_model_n_ctx_train llama_model_n_embd_inp "
     "llama_model_n_layer llama_model_n_head llama_model_n_head_kv llama_model_n_embd llama_model_meta_count "
     "llama_model_meta_key_by_index llama_model_meta_val_str_by_index llama_model_chat_template llama_model_ftype "
-    "llama_ftype_name llama_model_is_recurrent llama_model_is_hybrid llama_model_has_encoder "
+    "llama_ftype_name llama_model_n_params llama_model_is_recurrent llama_model_is_hybrid llama_model_has_encoder "
     "llama_context_default_params llama_init_from_model llama_free llama_get_memory llama_n_ctx llama_n_batch "
     "llama_n_ubatch llama_n_seq_max llama_decode llama_synchronize llama_set_causal_attn llama_get_logits_ith "
     "llama_memory_seq_rm llama_memory_seq_cp llama_memory_seq_pos_max llama_vocab_n_tokens llama_vocab_get_attr "
@@ -103,6 +104,7 @@ class Observed:
     """What was found: `expected()` is the one value that passes."""
 
     version: str
+    library: str = ""
     missing: tuple[str, ...] = ()
     defaults: dict[str, dict[str, Any]] = field(default_factory=dict)
     tensor: dict[str, Any] = field(default_factory=dict)
@@ -110,7 +112,7 @@ class Observed:
 
 def expected() -> Observed:
     """The observation of the pinned version."""
-    return Observed(VERSION, (), {name: dict(fields) for name, fields in DEFAULTS.items()}, dict(TENSOR))
+    return Observed(VERSION, LIBRARY, (), {name: dict(fields) for name, fields in DEFAULTS.items()}, dict(TENSOR))
 
 
 def observe(version: str, llama: Any, mtmd: Any, ggml: Any, missing: list[str]) -> Observed:
@@ -121,7 +123,7 @@ def observe(version: str, llama: Any, mtmd: Any, ggml: Any, missing: list[str]) 
         *(name for name in MTMD_SYMBOLS if not hasattr(mtmd, name)),
     ]
     if version != VERSION or missing:
-        return Observed(version, tuple(missing))
+        return Observed(version, LIBRARY, tuple(missing))
     structs = {
         "llama_model_params": llama.llama_model_default_params(),
         "llama_context_params": llama.llama_context_default_params(),
@@ -132,7 +134,7 @@ def observe(version: str, llama: Any, mtmd: Any, ggml: Any, missing: list[str]) 
         name: {wanted: getattr(structs[name], wanted, "no such field") for wanted in fields}
         for name, fields in DEFAULTS.items()
     }
-    return Observed(version, (), defaults, _observe_tensor(ggml))
+    return Observed(version, llama.llama_version().decode(), (), defaults, _observe_tensor(ggml))
 
 
 def _observe_tensor(ggml: Any) -> dict[str, Any]:
@@ -167,6 +169,11 @@ def verify(found: Observed) -> None:
     if found.missing:
         shown = ", ".join(found.missing[:3]) + (" and others" if len(found.missing) > 3 else "")
         raise NativeMismatch(f"The installed llama.cpp library lacks {shown}, which Opsin needs: {MEND}.")
+    if found.library != wanted.library:
+        raise NativeMismatch(
+            f"The llama.cpp library that was loaded calls itself {found.library}, not {LIBRARY} "
+            f"(is LLAMA_CPP_LIB_PATH set?): {MEND}."
+        )
     for struct, fields in wanted.defaults.items():
         for name, value in fields.items():
             seen = found.defaults.get(struct, {}).get(name, "no such field")

@@ -17,7 +17,7 @@ from opsin.core.settings import CTX_PER_SEQUENCE
 from opsin.native import logs
 from opsin.native.batch import BatchArrays
 from opsin.native.handles import Owned
-from opsin.native.threads import physical_cores
+from opsin.native.threads import default_threads
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,8 +55,9 @@ class Context:
         params.n_seq_max = sequences + self._keeper
         # Without it room is reserved for the logits of a whole micro-batch: 0.6 GB with a vocabulary of 150,000.
         params.n_outputs_max = self._outputs_max = max(_MIN_OUTPUTS, params.n_seq_max)
-        params.n_threads = settings.threads or physical_cores()
-        params.n_threads_batch = settings.threads_batch or settings.threads or physical_cores()
+        threads = settings.threads or default_threads(llama.llama_model_n_params(model.pointer))
+        params.n_threads = threads
+        params.n_threads_batch = settings.threads_batch or threads
         params.type_k = params.type_v = _KV_TYPES[settings.kv_type]
         params.flash_attn_type = -1 if settings.flash_attention is None else int(settings.flash_attention)
         # A fork of a part of a sequence ends the process in any other layout.
@@ -84,6 +85,7 @@ class Context:
             n_embd=model.n_embd,
         )
         self._arrays = BatchArrays(llama.llama_batch, self.limits.n_ubatch, model.n_pos, self._keeper)
+        self._row = ctypes.c_float * self.limits.n_vocab
         self._with_logits: frozenset[int] = frozenset()
 
     @property
@@ -198,7 +200,8 @@ class Context:
         address = self._llama.llama_get_logits_ith(self.pointer, row)
         if not address:
             raise DecodeFailed(f"llama.cpp gave no logits for row {row}.")
-        view: NDArray[np.float32] = np.ctypeslib.as_array(address, shape=(self.limits.n_vocab,))
+        memory: Any = self._row.from_address(ctypes.addressof(address.contents))
+        view: NDArray[np.float32] = np.frombuffer(memory, np.float32)
         # One comparison instead of a scan: max() is not-a-number as soon as one logit is. Sorting such logits is
         # undefined in the native samplers.
         if np.isnan(view.max()):

@@ -11,7 +11,12 @@ import logging
 import sys
 import threading
 from collections import deque
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    _StreamHandler = logging.StreamHandler[TextIO]
+else:
+    _StreamHandler = logging.StreamHandler  # it takes no parameter before Python 3.11
 
 LOGGER = logging.getLogger("opsin.native")
 # Without a handler of its own, `logging` prints warnings to stderr as a last resort; nothing may leak there unasked.
@@ -121,7 +126,7 @@ def install(llama: Any, mtmd: Any) -> None:
 _KEEP: list[Any] = []  # ctypes callbacks must outlive the libraries that call them
 
 
-class _Shown(logging.StreamHandler[TextIO]):
+class _Shown(_StreamHandler):
     """The handler that `show` attaches; its own class so that it is found again."""
 
 

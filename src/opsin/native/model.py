@@ -69,13 +69,7 @@ class Model:
     @functools.cached_property
     def metadata(self) -> dict[str, str]:
         """All scalar metadata of the GGUF file, as llama.cpp prints it."""
-        llama, pointer = self.lib.llama, self.pointer
-        return {
-            _text(llama.llama_model_meta_key_by_index, pointer, index): _text(
-                llama.llama_model_meta_val_str_by_index, pointer, index
-            )
-            for index in range(llama.llama_model_meta_count(pointer))
-        }
+        return _metadata(self.lib.llama, self.pointer)
 
     @property
     def chat_template(self) -> str | None:
@@ -199,16 +193,31 @@ def _file_bytes(path: Path) -> int:
 
 
 def _layers_of(path: Path) -> int:
-    """The layer count of a file that does not fit whole: its vocabulary and metadata alone are loaded for it."""
-    lib = library()
-    params = lib.llama.llama_model_default_params()
-    params.no_alloc, params.n_gpu_layers = True, 0
-    pointer = lib.llama.llama_model_load_from_file(str(path).encode(), params)
+    """The layer count of a file that does not fit whole, from its metadata: 0 when it has none.
+
+    Not by a `no_alloc` load, which aborts as long as the file is mapped.
+    """
+    llama = library().llama
+    params = llama.llama_model_default_params()
+    params.vocab_only, params.n_gpu_layers = True, 0
+    pointer = llama.llama_model_load_from_file(str(path).encode(), params)
     if not pointer:
         return 0
-    layers = int(lib.llama.llama_model_n_layer(pointer))
-    lib.llama.llama_model_free(pointer)
-    return layers
+    handle = Owned("metadata", pointer, llama.llama_model_free)
+    try:
+        metadata = _metadata(llama, pointer)
+        return int(metadata.get(f"{metadata.get('general.architecture')}.block_count", 0))
+    finally:
+        handle.close()
+
+
+def _metadata(llama: Any, pointer: int) -> dict[str, str]:
+    return {
+        _text(llama.llama_model_meta_key_by_index, pointer, index): _text(
+            llama.llama_model_meta_val_str_by_index, pointer, index
+        )
+        for index in range(llama.llama_model_meta_count(pointer))
+    }
 
 
 def _load(lib: Library, path: Path, device: Device | None, asked: str | None, layers: int) -> Owned:

@@ -44,6 +44,11 @@ class ProjectorFile:
                 return str(self.metadata[key])
         return ""
 
+    @property
+    def all_f32(self) -> bool:
+        """Whether not one tensor is of a smaller type."""
+        return bool(self.tensor_types) and set(self.tensor_types.values()) == {_F32}
+
 
 class _Reader:
     def __init__(self, file: BinaryIO) -> None:

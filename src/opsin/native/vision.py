@@ -14,7 +14,8 @@ from opsin.native.devices import devices, pick
 from opsin.native.handles import Owned
 from opsin.native.hook import EvalHook, Turns
 from opsin.native.projector import ProjectorFile, fingerprint, read_projector
-from opsin.native.threads import physical_cores
+from opsin.native.threads import default_threads
+from opsin.native.trial import try_apart
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -33,7 +34,7 @@ _BATCH_TOO_LARGE, _BATCH_OTHER_SHAPE = 2, 3
 class Encoder:
     """An mtmd context over a language model. `tokenize` calls may come from any thread, `encode` from one."""
 
-    def __init__(self, model: Model, path: Path, settings: EngineSettings) -> None:
+    def __init__(self, model: Model, path: Path, settings: EngineSettings, *, trusted: bool = False) -> None:
         self.lib = model.lib
         self.path = path
         self.file = read_projector(path)
@@ -41,6 +42,8 @@ class Encoder:
         self._model = model
         self._hook = EvalHook(self.lib)
         device = _device(settings, self.lib)
+        if device is None and self.file.all_f32 and not trusted:
+            try_apart(model.path, path)
         if (
             settings.image_min_tokens
             and settings.image_max_tokens
@@ -53,7 +56,7 @@ class Encoder:
         params.print_timings = False
         # Its warm-up computes nothing: only a real encode warms up.
         params.warmup = False
-        params.n_threads = settings.threads_batch or settings.threads or physical_cores()
+        params.n_threads = settings.threads_batch or settings.threads or default_threads(_parameters(path))
         params.flash_attn_type = -1 if settings.flash_attention is None else int(settings.flash_attention)
         params.image_min_tokens = settings.image_min_tokens or -1
         params.image_max_tokens = settings.image_max_tokens or -1
@@ -178,6 +181,11 @@ def _failed(what: str, cause: str) -> EncodeFailed:
         + (f" ({cause})" if cause else "")
         + ": try another picture or --mmproj-device none."
     )
+
+
+def _parameters(path: Path) -> int:
+    """About how many weights a projector file holds: they are nearly always of 16 bits."""
+    return path.stat().st_size // 2
 
 
 def _device(settings: EngineSettings, lib: Any) -> int | None:

@@ -8,10 +8,11 @@ from typing import Any
 from opsin.core.errors import BadPrompt
 from opsin.core.parts import Part, PicturePart, Prompt, TextPart
 from opsin.core.picture import Picture
+from opsin.core.reasoning import ReasoningStyle
 from opsin.prompt.builtin import choose
 from opsin.prompt.message import Content, Message
 from opsin.prompt.places import ControlTokens, Places
-from opsin.prompt.reasoning import ReasoningStyle, find_style
+from opsin.prompt.reasoning import find_style
 from opsin.prompt.source import TemplateSource
 from opsin.prompt.template import ChatTemplate
 
@@ -71,7 +72,7 @@ class PromptBuilder:
             parts=parts,
             add_bos=not (self._bos and rendered.startswith(self._bos)),
             thinking=opened,
-            reasoning_tags=(self.reasoning.opening, self.reasoning.closing) if self.reasoning else None,
+            reasoning=self.reasoning,
             stop=self._stop,
         )
 

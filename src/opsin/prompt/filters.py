@@ -208,10 +208,7 @@ def _container(context: Context, value: Any) -> Any:  # noqa: ARG001
 
 @pass_context
 def _operand(context: Context, value: Any) -> Any:  # noqa: ARG001
-    budget = current()
-    budget.tick()
-    if isinstance(value, (list, tuple, dict)):
-        budget.weigh(value)
+    current().tick()
     return value
 
 

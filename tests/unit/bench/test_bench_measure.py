@@ -2,11 +2,12 @@
 
 import json
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 
-from opsin.bench import WORKLOADS, Ask, EngineDriver, Workload, as_document, as_text, choose, measure_workload
+from opsin.bench import WORKLOADS, Ask, EngineDriver, Workload, as_document, as_text, choose, measure_workload, pictures
 from opsin.bench.batched import Batched, measure_batched
 from opsin.bench.ceiling import Machine, measure_machine
 from opsin.bench.cost import ModelCost
@@ -15,7 +16,7 @@ from opsin.bench.pictures import picture_file
 from opsin.bench.play import Trace, draw_pictures, play
 from opsin.bench.report import Results, ceiling_text, schema_cost
 from opsin.core.answer import Usage
-from opsin.core.backend import BackendLimits
+from opsin.core.backend import BackendLimits, EmbeddingRows, TokenRow
 from opsin.core.errors import BadParameter, DecodeFailed
 from opsin.core.settings import MediaSettings
 from opsin.engine import Engine, Policy
@@ -32,9 +33,23 @@ COST = ModelCost(
 )
 
 
+@pytest.fixture(autouse=True)
+def _small_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "PNG_SIZE", (32, 24))
+    monkeypatch.setattr(pictures, "JPEG_SIZE", (40, 30))
+
+
+class SlowFake(FakeBackend):
+    """Its decode takes real time, so that several answers are under way together."""
+
+    def decode(self, rows: Sequence[TokenRow] | EmbeddingRows) -> bool:
+        time.sleep(0.002)
+        return super().decode(rows)
+
+
 class Running:
-    def __init__(self, reply: str = "x" * 200) -> None:
-        self.backend = FakeBackend(lambda _: reply, limits=LIMITS)
+    def __init__(self, backend: FakeBackend | None = None) -> None:
+        self.backend = backend or FakeBackend(lambda _: "x" * 200, limits=LIMITS)
         self.engine = Engine(lambda: self.backend, policy=Policy(parallel=8))
         self.prompts = PromptBuilder(TemplateSource(TEMPLATE, "fake", "fake", None, "", "", frozenset({TURN_TEXT})))
         self.driver = EngineDriver(self.engine, self.prompts)
@@ -126,14 +141,11 @@ def test_a_run_of_another_length_is_void_and_has_no_figures(driver: Scripted, re
 
 
 def test_an_answer_that_ends_early_on_the_engine_voids_the_run() -> None:
-    running = Running()
+    running = Running(FakeBackend(lambda _: "x" * 200, limits=replace(LIMITS, n_ctx=64)))
     with running.engine:
-        running.engine.limits  # noqa: B018 - it is open
-        driver = running.driver
-        workload = Workload("X", "", (Ask(0, max_tokens=5000),))
-        measured = measure_workload(driver, workload, runs=1)
+        measured = measure_workload(running.driver, Workload("X", "", (Ask(0, max_tokens=60),)), runs=1)
     assert measured.void is not None
-    assert "where 5000 were asked for" in measured.void
+    assert "where 60 were asked for" in measured.void
 
 
 def test_an_error_of_the_engine_reaches_the_caller(running: Running) -> None:
@@ -150,16 +162,18 @@ def test_the_warm_up_uses_no_picture_that_is_measured() -> None:
     assert not set(driver.pictures) & {p for run in range(3) for p in draw_pictures(workload, run)}
 
 
-def test_no_two_pictures_of_any_run_are_alike() -> None:
+def test_no_two_pictures_of_any_run_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     small = [w for w in WORKLOADS if not w.large]
     files = [p for w in small[:3] for run in range(2) for p in draw_pictures(w, run)]
     assert len(set(files)) == len(files)
     assert picture_file(5) == picture_file(5)
+    monkeypatch.undo()
     picture = load_picture(picture_file(5), MediaSettings())
     assert (picture.format, picture.width, picture.height) == ("PNG", 640, 480)
 
 
-def test_large_pictures_are_jpegs_of_12_megapixels() -> None:
+def test_large_pictures_are_jpegs_of_12_megapixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
     picture = load_picture(picture_file(5, large=True), MediaSettings())
     assert (picture.format, picture.width * picture.height) == ("JPEG", 12_000_000)
 
@@ -172,8 +186,10 @@ def test_workloads_are_chosen_by_name() -> None:
         choose(["W1", "W7"])
 
 
-def test_a_batch_is_measured_while_all_answer(running: Running) -> None:
-    batched = measure_batched(running.engine, running.prompts, sequences=8, tokens=64)
+def test_a_batch_is_measured_while_all_answer() -> None:
+    running = Running(SlowFake(lambda _: "".join(map(chr, range(33, 113))), limits=LIMITS))
+    with running.engine:
+        batched = measure_batched(running.engine, running.prompts, sequences=8, tokens=64)
     assert batched.void is None
     assert batched.sequences == 8
     assert 16 <= batched.steps <= 64

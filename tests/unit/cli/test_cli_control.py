@@ -1,7 +1,8 @@
 """What models print cannot steer the terminal."""
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from opsin.cli.control import MAX_HELD, ControlStripper, printable
 

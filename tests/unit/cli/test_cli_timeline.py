@@ -31,7 +31,13 @@ def answer(images: int = 1) -> Answer:
 def test_every_stage_that_took_time_has_a_row_and_others_have_none() -> None:
     lines = shown(answer(), Placement({"CUDA0": BackendShare(90, 0.995), "CPU": BackendShare(3, 0.005)}, {}, 32, 32))
     text = "\n".join(lines)
-    for words in ("load model", "640×480 → 336×336", "576 image tokens, ran on 100% CUDA0", "1,920 token/s", "99 token/s"):
+    for words in (
+        "load model",
+        "640×480 → 336×336",
+        "576 image tokens, ran on 100% CUDA0",
+        "1,920 token/s",
+        "99 token/s",
+    ):
         assert words in text
     assert "queue" not in text
     assert "fetch" not in text

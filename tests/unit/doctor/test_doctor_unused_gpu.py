@@ -28,11 +28,11 @@ def amd(root: Path) -> Path:
 
 
 def test_nothing_is_said_where_there_is_no_gpu(tmp_path: Path) -> None:
-    assert unused_gpu_hint(lambda: [], tmp_path, LINUX) is None
+    assert unused_gpu_hint(list, tmp_path, LINUX) is None
 
 
 def test_an_unused_gpu_is_named_with_the_exact_command(tmp_path: Path) -> None:
-    hint = unused_gpu_hint(lambda: [], nvidia(tmp_path), LINUX)
+    hint = unused_gpu_hint(list, nvidia(tmp_path), LINUX)
     assert hint is not None
     assert "An NVIDIA GeForce RTX 3090 is here, but this build has no CUDA backend" in hint
     command = shlex.split(hint.partition("with: ")[2])
@@ -48,6 +48,6 @@ def test_nothing_is_said_where_the_build_uses_it(tmp_path: Path, backends: list[
 
 
 def test_amd_and_apple_have_their_own_flags(tmp_path: Path) -> None:
-    assert "GGML_HIP=on" in (unused_gpu_hint(lambda: [], amd(tmp_path), LINUX) or "")
-    assert "GGML_METAL=on" in (unused_gpu_hint(lambda: [], Path("/nowhere"), ("Darwin", "arm64")) or "")
+    assert "GGML_HIP=on" in (unused_gpu_hint(list, amd(tmp_path), LINUX) or "")
+    assert "GGML_METAL=on" in (unused_gpu_hint(list, Path("/nowhere"), ("Darwin", "arm64")) or "")
     assert unused_gpu_hint(lambda: ["Metal"], Path("/nowhere"), ("Darwin", "arm64")) is None

@@ -19,6 +19,7 @@ from opsin.core.errors import (
     EngineDied,
 )
 from opsin.core.parts import PicturePart, Prompt, TextPart
+from opsin.core.reasoning import ReasoningStyle
 from opsin.core.sampling import SamplingParams
 from opsin.engine import Engine
 from opsin.testing import FakeBackend, FakeClock, picture
@@ -138,11 +139,11 @@ def test_text_streams_in_whole_characters() -> None:
 
 def test_reasoning_is_kept_apart_and_its_budget_holds() -> None:
     backend = FakeBackend(lambda _: "<think>hmm, well</think>blue")
-    free = ask(backend, prompt(reasoning_tags=("<think>", "</think>")))
+    free = ask(backend, prompt(reasoning=ReasoningStyle()))
     assert (free.reasoning, free.text) == ("hmm, well", "blue")
     inside = ask(
         FakeBackend(lambda _: "x" * 100),
-        prompt(reasoning_tags=("<think>", "</think>"), thinking=True),
+        prompt(reasoning=ReasoningStyle(), thinking=True),
         max_thinking_tokens=5,
         max_tokens=40,
         guard=False,

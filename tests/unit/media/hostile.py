@@ -84,7 +84,7 @@ def _bmp(width: int, height: int, body: bytes, bits: int = 24, compression: int 
 
 def _png_tricks() -> Iterator[tuple[str, bytes]]:
     grey = b"\x00\x07" * 4
-    deflated = zlib.compress(b"A" * 2**27, 9)
+    deflated = zlib.compress(b"A" * 2**27, 1)
     yield "zero-size.png", png(0, 0, 8, 0, b"")
     yield "text-bomb.png", png(1, 4, 8, 0, grey, *[chunk(b"zTXt", b"Comment\x00\x00" + deflated)] * 4)
     yield "itxt-bomb.png", png(1, 4, 8, 0, grey, chunk(b"iTXt", b"XML:com.adobe.xmp\x00\x01\x00\x00\x00" + deflated))

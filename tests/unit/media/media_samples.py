@@ -73,7 +73,7 @@ def chunk(kind: bytes, body: bytes) -> bytes:
 def png(width: int, height: int, depth: int, colour: int, rows: bytes | None, *before: bytes) -> bytes:
     """A PNG of any header around `rows` (None: no data at all); `before` are chunks between IHDR and IDAT."""
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
-    data = b"" if rows is None else chunk(b"IDAT", zlib.compress(rows, 9))
+    data = b"" if rows is None else chunk(b"IDAT", zlib.compress(rows, 1))
     return b"\x89PNG\r\n\x1a\n" + head + b"".join(before) + data + chunk(b"IEND", b"")
 
 

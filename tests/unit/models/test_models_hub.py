@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
-from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
 from opsin.core.errors import DownloadFailed, ModelNotFound, PairMismatch
 from opsin.models import Pair, pull, resolve
 from opsin.models.hub import Hub, HubFile, HubRepo, choose
@@ -33,7 +33,8 @@ def test_a_pulled_pair_lies_in_the_shared_cache_and_becomes_the_default(served, 
     snapshot = tmp_path / "hub" / "models--some--model-GGUF" / "snapshots" / served.COMMIT
     assert pair.llm == snapshot / "model-Q4_K_M.gguf"
     assert pair.llm.read_bytes() == tiny.llm.read_bytes()
-    assert pair.mmproj is not None and pair.mmproj.read_bytes() == tiny.mmproj.read_bytes()
+    assert pair.mmproj is not None
+    assert pair.mmproj.read_bytes() == tiny.mmproj.read_bytes()
     assert (snapshot.parent.parent / "refs" / "main").read_text() == served.COMMIT
     assert read_default() == pair
     assert resolve() == pair
@@ -45,7 +46,7 @@ def test_the_blob_is_named_by_its_checksum_as_huggingface_hub_names_it(served, h
     pair = pull("hf:" + REPO, hub=hub)
     digest = hashlib.sha256(tiny.llm.read_bytes()).hexdigest()
     assert pair.llm.is_symlink()
-    assert os.readlink(pair.llm) == f"../../blobs/{digest}"
+    assert pair.llm.readlink() == Path(f"../../blobs/{digest}")
 
 
 def test_huggingface_hub_finds_what_was_pulled(served, hub: Hub, tmp_path: Path):
@@ -70,7 +71,8 @@ def test_the_default_can_be_left_alone(served, hub: Hub):
 def test_a_broken_transfer_goes_on_where_it_stopped(served, hub: Hub, tiny: Pair):
     served.cut_after = [1000, 50_000]  # the projector is fetched first
     pair = pull("hf:" + REPO, hub=hub)
-    assert pair.mmproj is not None and pair.mmproj.read_bytes() == tiny.mmproj.read_bytes()
+    assert pair.mmproj is not None
+    assert pair.mmproj.read_bytes() == tiny.mmproj.read_bytes()
     assert [ranges for path, ranges in served.requests if "mmproj" in path] == ["", "bytes=1000-", "bytes=51000-"]
 
 
@@ -79,15 +81,17 @@ def test_a_transfer_that_failed_is_resumed_by_the_next_run(served, hub: Hub, tin
     with pytest.raises(DownloadFailed, match="run the same command again, it goes on from there"):
         pull("hf:" + REPO, hub=replace(hub, retries=0))
     pair = pull("hf:" + REPO, hub=hub)
-    assert ("", "bytes=7000-") == tuple(ranges for path, ranges in served.requests if "mmproj" in path)
-    assert pair.mmproj is not None and pair.mmproj.read_bytes() == tiny.mmproj.read_bytes()
+    assert tuple(ranges for path, ranges in served.requests if "mmproj" in path) == ("", "bytes=7000-")
+    assert pair.mmproj is not None
+    assert pair.mmproj.read_bytes() == tiny.mmproj.read_bytes()
 
 
 def test_a_server_without_ranges_is_read_from_the_beginning(served, hub: Hub, tiny: Pair):
     served.ranges = False
     served.cut_after = [1000]
     pair = pull("hf:" + REPO, hub=hub)
-    assert pair.mmproj is not None and pair.mmproj.read_bytes() == tiny.mmproj.read_bytes()
+    assert pair.mmproj is not None
+    assert pair.mmproj.read_bytes() == tiny.mmproj.read_bytes()
 
 
 def test_a_line_that_always_breaks_ends_even_when_the_server_cannot_resume(served, hub: Hub):
@@ -155,8 +159,7 @@ def test_something_that_is_no_hub_is_one_sentence(fake_hub, hub: Hub, monkeypatc
 
 
 def test_a_full_disk_is_noticed_before_the_download(served, hub: Hub, monkeypatch: pytest.MonkeyPatch):
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(DownloadFailed, match="make room, or set HF_HUB_CACHE"):
         pull("hf:" + REPO, hub=hub)
     assert not any("/resolve/" in path for path, _ in served.requests)
@@ -212,10 +215,10 @@ def test_progress_counts_every_byte_of_every_file(served, hub: Hub, tiny: Pair):
     assert seen == {name: (size, size) for name, size in sizes.items()}
 
 
-def test_the_environment_decides_where_to_and_from(served, tmp_path: Path):
+def test_the_environment_decides_where_to_and_from(served, tmp_path: Path, opsin_env: dict[str, str]):
     """HF_ENDPOINT, HF_TOKEN and HF_HUB_CACHE are read as huggingface_hub reads them; the whole command is run."""
     served.gated, served.token = {REPO}, "hf_right"
-    environment = {**os.environ, "HF_ENDPOINT": served.endpoint, "HF_TOKEN": "hf_right"}
+    environment = {**opsin_env, "HF_ENDPOINT": served.endpoint, "HF_TOKEN": "hf_right"}
     command = [sys.executable, "-m", "opsin", "pull", "hf:" + REPO]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

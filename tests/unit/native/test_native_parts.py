@@ -1,18 +1,22 @@
 """The pieces of the native room that need no llama.cpp: handles, projector headers, chunk descriptions, cores."""
 
+import ctypes
 import os
 import struct
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from opsin.core.backend import EmbeddingRows, TokenRow
 from opsin.core.errors import BadParameter, EngineClosed, ModelNotFound, ModelUnreadable
+from opsin.native.batch import BatchArrays
 from opsin.native.chunk import parse_meta
 from opsin.native.devices import Device, pick
 from opsin.native.handles import Owned
 from opsin.native.projector import fingerprint, read_projector
-from opsin.native.threads import physical_cores
+from opsin.native.threads import default_threads, physical_cores
 
 
 def test_children_are_freed_before_parents_and_the_youngest_first() -> None:
@@ -95,7 +99,7 @@ def test_a_header_is_read_whole(tmp_path: Path) -> None:
 def test_broken_headers_are_one_sentence_and_no_memory(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "broken.gguf"
     path.write_bytes(data)
-    with pytest.raises(ModelUnreadable, match="broken.gguf is not a whole GGUF file"):
+    with pytest.raises(ModelUnreadable, match=r"broken\.gguf is not a whole GGUF file"):
         read_projector(path)
 
 
@@ -176,6 +180,42 @@ def test_siblings_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (folder / "thread_siblings_list").write_text(f"{cpu % 2},{cpu % 2 + 2}\n")
     assert physical_cores(tmp_path) == 2
     assert physical_cores(tmp_path / "nothing") == 4
+
+
+def test_a_small_model_gets_one_thread() -> None:
+    assert default_threads(4_000_000) == 1
+    assert default_threads(7_000_000_000) == physical_cores()
+
+
+class Batch(ctypes.Structure):
+    """The shape of `llama_batch`."""
+
+    _fields_ = [
+        ("n_tokens", ctypes.c_int32),
+        ("token", ctypes.POINTER(ctypes.c_int32)),
+        ("embd", ctypes.POINTER(ctypes.c_float)),
+        ("pos", ctypes.POINTER(ctypes.c_int32)),
+        ("n_seq_id", ctypes.POINTER(ctypes.c_int32)),
+        ("seq_id", ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))),
+        ("logits", ctypes.POINTER(ctypes.c_int8)),
+    ]
+
+
+def test_an_embedding_has_four_positions_section_after_section_under_mrope() -> None:
+    """The library's own `llama_batch_init` has room for one: writing four went past its end."""
+    arrays = BatchArrays(Batch, 8, 4)
+    positions = np.arange(12, dtype=np.int32).reshape(4, 3)
+    rows = np.arange(6, dtype=np.float32).reshape(3, 2)
+    batch = arrays.embeddings(EmbeddingRows(rows, positions, seq_id=5, logits=True))
+    assert batch.pos[:12] == list(range(12))
+    assert batch.embd[:6] == [0, 1, 2, 3, 4, 5]
+    assert (batch.n_tokens, bool(batch.token)) == (3, False)
+    assert [batch.seq_id[index][0] for index in range(3)] == [5, 5, 5]
+    assert (batch.n_seq_id[:3], batch.logits[:3]) == ([1, 1, 1], [0, 0, 1])
+    batch = arrays.tokens([TokenRow(7, 40, 1), TokenRow(8, 41, 2, logits=True)])
+    assert (batch.token[:2], batch.pos[:2], bool(batch.embd)) == ([7, 8], [40, 41], False)
+    assert [batch.seq_id[index][0] for index in range(2)] == [1, 2]
+    assert batch.logits[:2] == [0, 1]
 
 
 def test_there_is_a_core() -> None:

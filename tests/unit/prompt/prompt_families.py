@@ -136,7 +136,7 @@ KIMI = """\
     {%- if m.content is string -%}{{ m.content }}
     {%- else -%}
         {%- for c in m.content -%}
-            {%- if c.type == 'image' or 'image_url' in c -%}<|media_start|>image<|media_content|><|media_pad|><|media_end|>
+            {%- if c.type == 'image' -%}<|media_start|>image<|media_content|><|media_pad|><|media_end|>
             {%- else -%}{{ c.text }}
             {%- endif -%}
         {%- endfor -%}
@@ -147,8 +147,8 @@ KIMI = """\
 """
 
 VICUNA = (
-    "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }} {% elif m.role == 'user' %}USER: {{ m.content }} "
-    "{% else %}ASSISTANT: {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }} {% elif m.role == 'user' %}"
+    "USER: {{ m.content }} {% else %}ASSISTANT: {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 

@@ -7,6 +7,7 @@ from prompt_families import FAMILIES, bare, builder, flat, picture, plain_texts,
 
 from opsin.core.errors import BadPrompt
 from opsin.core.parts import PicturePart, TextPart
+from opsin.core.reasoning import ReasoningStyle
 from opsin.prompt import Message
 from opsin.prompt.template import ChatTemplate
 
@@ -274,7 +275,7 @@ class TestThinking:
     def test_an_open_block_at_the_end_is_seen(self):
         prompt = builder("glm4v").build([Message("user", "x")])
         assert prompt.thinking is True
-        assert prompt.reasoning_tags == ("<think>", "</think>")
+        assert prompt.reasoning == ReasoningStyle()
 
     def test_an_unwanted_block_is_closed(self):
         prompt = builder("glm4v").build([Message("user", "x")], thinking=False)
@@ -290,7 +291,7 @@ class TestThinking:
     def test_kimis_switch_and_tags(self):
         prompt = builder("kimi").build([Message("user", "x")], thinking=True)
         assert prompt.thinking is True
-        assert prompt.reasoning_tags == ("◁think▷", "◁/think▷")
+        assert prompt.reasoning == ReasoningStyle("◁think▷", "◁/think▷")
         assert builder("kimi").build([Message("user", "x")]).thinking is False
 
     def test_thinking_asked_of_a_model_that_cannot_is_refused(self):
@@ -300,7 +301,7 @@ class TestThinking:
     def test_no_thinking_asked_of_a_model_that_never_does_is_fine(self):
         prompt = builder("vicuna").build([Message("user", "x")], thinking=False)
         assert prompt.thinking is False
-        assert prompt.reasoning_tags is None
+        assert prompt.reasoning is None
 
     def test_a_user_who_writes_the_opening_tag_does_not_start_thoughts(self):
         prompt = bare("{{ messages[0].content }}{{ '' if 1 else '<think>' }}", tokens=("<think>",)).build(

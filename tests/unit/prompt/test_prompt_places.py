@@ -1,3 +1,5 @@
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,13 +32,11 @@ def test_characters_that_mean_something_in_patterns_do_not():
     assert tokens.split("^x]y\\z-w_q") == ["", "^x", "", "]y", "", "\\z", "", "-w", "_q"]
 
 
-def test_many_tokens_and_a_long_text_take_no_long_time(benchmark_seconds=1.0):
-    import time
-
+def test_many_tokens_and_a_long_text_take_no_long_time():
     tokens = ControlTokens(f"<unused{n}>" for n in range(6000))
-    start = time.perf_counter()
+    start = time.thread_time()
     assert len(tokens.split("<unused" * 50_000)) == 1
-    assert time.perf_counter() - start < benchmark_seconds
+    assert time.thread_time() - start < 1
 
 
 def test_keys_and_nested_values_of_json_are_protected():

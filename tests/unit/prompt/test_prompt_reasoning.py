@@ -1,9 +1,12 @@
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prompt_families import source
 
-from opsin.prompt import ReasoningSplitter, ReasoningStyle, TemplateSource
+from opsin.core.reasoning import ReasoningSplitter, ReasoningStyle
+from opsin.prompt import TemplateSource
 from opsin.prompt.reasoning import find_style
 
 GLM = ReasoningStyle(wrapper=("<answer>", "</answer>"), dropped=("<|begin_of_box|>", "<|end_of_box|>"))
@@ -89,7 +92,7 @@ pieces = st.lists(
 def test_where_the_stream_is_cut_changes_nothing(words, cuts, inside, style):
     text = "".join(words)
     edges = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
-    deltas = [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    deltas = [text[a:b] for a, b in itertools.pairwise(edges)]
     assert run(style.splitter(starts_inside=inside), *deltas) == run(style.splitter(starts_inside=inside), text)
 
 

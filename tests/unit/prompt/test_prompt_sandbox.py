@@ -19,7 +19,11 @@ def grow(start, step):
 
 TOO_LONG = {
     "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "loops that filter all away": "{% for a in range(9999) %}{% for b in range(9999) if false %}{% endfor %}{% endfor %}",
+    "loops that keep nothing": "{% for a in range(9999) %}{% for b in range(9999) if false %}{% endfor %}{% endfor %}",
+    "nested loops without a call": "{% set r = range(99999) | list %}{% for a in r %}{% for b in r %}{% endfor %}"
+    "{% endfor %}",
+    "loops in a row that keep nothing": "{% set r = range(99999) | list %}"
+    + "{% for b in r if false %}{% endfor %}" * 700,
     "a call in a loop": "{% macro m() %}{% endmacro %}{% for a in range(99999) %}{% for b in range(9) %}{{ m() }}"
     "{% endfor %}{% endfor %}",
     "a deep list": "{% set ns = namespace(x=1) %}{% for i in range(90000) %}{% set ns.x = [ns.x] %}{% endfor %}",
@@ -51,6 +55,8 @@ TOO_LARGE = {
     "a shared list, as JSON": grow("['a']", "[ns.x, ns.x]").replace("{{ ns.x }}", "{{ ns.x | tojson }}"),
     "a shared dict": grow("'a'", "dict(a=ns.x, b=ns.x)"),
     "a shared dict literal": grow("'a'", "{'a': ns.x, 'b': ns.x}"),
+    "shared lists, compared": "{% set ns = namespace(x=['a'], y=['a']) %}{% for i in range(60) %}"
+    "{% set ns.x = [ns.x, ns.x] %}{% set ns.y = [ns.y, ns.y] %}{% endfor %}{{ ns.x == ns.y }}",
     "a shared tuple": grow("'a'", "(ns.x, ns.x)"),
     "one text many times in a list": "{{ (['b' * 1000000] * 1000) | join }}",
     "replacing nothing": "{{ ('a' * 100000).replace('', 'b' * 100000) }}",
@@ -144,15 +150,16 @@ def peak_mib():
     ],
 )  # fmt: skip
 def test_a_hostile_template_ends_soon_with_one_sentence(template):
-    before, start = peak_mib(), time.perf_counter()
+    before, start = peak_mib(), time.thread_time()
     with pytest.raises(BadPrompt) as error:
         ChatTemplate(template, bos_token="", eos_token="").render([{"role": "user", "content": "hi"}])
-    assert time.perf_counter() - start < 2
+    assert time.thread_time() - start < 2, "CPU time, which a busy machine does not stretch"
     assert peak_mib() - before < 64
     sentence = str(error.value)
     assert sentence.endswith(".")
     assert len(sentence) < 450
     assert "\n" not in sentence
+    assert "memory" not in sentence, "it is refused before it asks for memory"
 
 
 def test_what_is_withheld_is_simply_undefined():
@@ -167,9 +174,9 @@ def test_namespaces_within_namespaces_print_as_their_name():
 
 
 def test_one_renderings_budget_is_not_anothers():
-    spend = ChatTemplate("{{ 'a' * 3000000 }}", bos_token="", eos_token="")
+    spend = ChatTemplate("{{ 'a' * 1500000 }}", bos_token="", eos_token="")
     for _ in range(5):
-        assert len(spend.render([])) == 3_000_000
+        assert len(spend.render([])) == 1_500_000
 
 
 def test_threads_render_side_by_side():

@@ -1,0 +1,82 @@
+"""Random-weight pairs in llama.cpp itself: they load, see and speak, whatever type they are written in."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from native_help import draw, generate, prefill
+
+from opsin.core.layout import ImageRun, TextRun
+from opsin.core.parts import PicturePart, TextPart
+from opsin.core.sampling import SamplingParams
+from opsin.core.settings import EngineSettings
+from opsin.models import Pair, read_info, write_pair
+from opsin.models.vocabulary import make_vocabulary
+from opsin.native import NativeBackend, open_backend
+
+PAIRS = [("f16", "f16"), ("bf16", "bf16"), ("q8_0", "q8_0"), ("q4_0", "f16")]
+
+
+def opened(pair: Pair) -> NativeBackend:
+    return open_backend(EngineSettings(model=pair.llm, mmproj=pair.mmproj, ctx=256, ubatch=64, threads=1))
+
+
+@pytest.mark.parametrize(("quantisation", "mmproj_type"), PAIRS)
+def test_a_pair_of_any_type_sees_and_speaks(quantisation: str, mmproj_type: str, tmp_path: Path):
+    backend = opened(write_pair("tiny", tmp_path, quantisation=quantisation, mmproj_type=mmproj_type))
+    try:
+        embeddings = []
+        for seed in (1, 2):
+            layout = backend.layout([TextPart("USER: "), PicturePart(draw(seed))], add_bos=True)
+            run = next(run for run in layout.runs if isinstance(run, ImageRun))
+            embeddings.append(backend.encode(run))
+            layout.close()
+        assert [rows.shape for rows in embeddings] == [(16, 64), (16, 64)]
+        assert all(0.1 < rows.std() < 10 for rows in embeddings)
+        assert np.abs(embeddings[0] - embeddings[1]).mean() > 0.1
+        layout = backend.layout([PicturePart(draw()), TextPart("\nWhat is this?\nASSISTANT:")], add_bos=True)
+        position = prefill(backend, layout)
+        layout.close()
+        sampler = backend.sampler(SamplingParams(temperature=0, ignore_eos=True), seed=0)
+        tokens = generate(backend, sampler, position, 16)
+        sampler.close()
+        assert len(set(tokens)) > 1
+    finally:
+        backend.close()
+
+
+def test_llama_cpp_and_the_header_reader_agree(pair: Pair, shared: NativeBackend):
+    text, vision = read_info(pair.llm), read_info(pair.mmproj)
+    assert shared.limits.n_embd == text.width == vision.projector_width
+    assert shared.info.architecture == text.architecture
+    assert shared.info.projector == vision.projector
+    assert shared.info.quantisation.upper().startswith(text.quantisation)
+
+
+def test_the_vocabulary_is_the_one_that_was_made_up(shared: NativeBackend):
+    vocabulary = make_vocabulary(512)
+    assert shared.limits.n_vocab == 512
+    assert shared.eog_tokens == {2}
+    layout = shared.layout([TextPart("the rest\n\u00fc</s>")], add_bos=True)
+    tokens = list(itertools.chain.from_iterable(run.tokens for run in layout.runs if isinstance(run, TextRun)))
+    assert tokens[0] == 1
+    assert tokens[-1] == 2
+    pieces = [vocabulary.tokens[token] for token in tokens[1:-1]]
+    assert "<0x0A>" in pieces  # what is no word is spelt in bytes
+    assert pieces[-2:] == ["<0xC3>", "<0xBC>"]
+    assert b"".join(shared.piece(token) for token in tokens[1:-1]) == " the rest\n\u00fc".encode()
+    assert len(pieces) < len("the rest") + 3  # and letters are merged to words
+    layout.close()
+
+
+def test_a_pair_without_a_template_loads_too(tmp_path: Path):
+    backend = opened(write_pair("tiny", tmp_path, template=False))
+    assert not backend.chat_template
+    backend.close()
+
+
+def test_a_pair_with_a_template_shows_it(shared: NativeBackend):
+    assert "USER: " in (shared.chat_template or "")

@@ -1,0 +1,147 @@
+"""Reading the head of a GGUF file: as the reference reader reads it, and safely when it is broken."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from pathlib import Path
+
+import gguf
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opsin.core.errors import ModelError, ModelNotFound, ModelUnreadable
+from opsin.models import Pair, read_info
+from opsin.models.gguf_header import TENSOR_TYPES, read_header
+
+
+def test_the_table_of_tensor_types_is_the_one_of_the_gguf_package():
+    theirs = {int(kind): (kind.name, *sizes) for kind, sizes in gguf.GGML_QUANT_SIZES.items()}
+    assert {kind: row for kind, row in TENSOR_TYPES.items() if kind in theirs} == theirs
+
+
+@pytest.mark.parametrize("which", ["llm", "mmproj"])
+def test_a_header_is_read_as_the_reference_reader_reads_it(tiny: Pair, which: str):
+    path = getattr(tiny, which)
+    ours, theirs = read_header(path), gguf.GGUFReader(path)
+    assert [(t.name, t.shape, t.type) for t in ours.tensors] == [
+        (t.name, tuple(int(length) for length in t.shape), t.tensor_type.name) for t in theirs.tensors
+    ]
+    assert [t.end for t in ours.tensors] == [t.data_offset + t.n_bytes for t in theirs.tensors]
+    for name, reference in theirs.fields.items():
+        if name.startswith("GGUF."):
+            continue
+        if reference.types[0] == gguf.GGUFValueType.ARRAY:
+            assert ours.lengths[name] == len(reference.data)
+        else:
+            assert ours.metadata[name] == reference.contents()
+
+
+def test_what_a_language_model_and_a_projector_say(tiny: Pair):
+    text, vision = read_info(tiny.llm), read_info(tiny.mmproj)
+    assert (text.architecture, text.width, text.layers, text.context) == ("llama", 64, 2, 4096)
+    assert not text.is_projector
+    assert text.projector_width is None
+    assert vision.is_projector
+    assert vision.has_vision
+    assert (vision.projector, vision.projector_width, vision.image_size, vision.patch_size) == ("mlp", 64, 56, 14)
+    assert vision.quantisation == "F16"
+    assert text.size == tiny.llm.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("start", "says"),
+    [
+        (b"", "is empty"),
+        (b"\xff\xd8\xff\xe0 a photograph", "is not a GGUF file"),
+        (b"PK\x03\x04 weights", "PyTorch"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
+        (b"<!DOCTYPE html><html>", "is a web page"),
+        (struct.pack("<Q", 20) + b'{"a": 1}', "safetensors"),
+        (b"tjgg\x03\x00\x00\x00", "old GGML"),
+        (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), "version 1: only versions 2 and 3"),
+        (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 60), "ends in the middle of its header"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 0), "ends in the middle of its header"),
+        (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1 << 62), "ends in the middle of its header"),
+        (b"GGUF" + struct.pack("<IQQQcI", 3, 0, 1, 1, b"k", 99), "unknown kind 99"),
+        (b"GGUF" + struct.pack("<IQQQcIIQ", 3, 0, 1, 1, b"k", 9, 9, 1), "an array of a kind"),
+        (b"GGUF" + struct.pack("<IQQQcIIQ", 3, 0, 1, 1, b"k", 9, 4, 1 << 60), "ends in the middle"),
+        (b"GGUF" + struct.pack("<IQQQcI", 3, 1, 0, 1, b"t", 9), "of 9 dimensions"),
+        (b"GGUF" + struct.pack("<IQQQ17sII", 3, 0, 1, 17, b"general.alignment", 4, 0), "data alignment of 0"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 0, 0), "does not say what model it holds"),
+    ],
+)
+def test_foreign_and_broken_files_are_refused_in_one_sentence(start: bytes, says: str, tmp_path: Path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(start)
+    with pytest.raises(ModelUnreadable, match=says) as error:
+        read_info(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_and_a_folder_are_told_apart(tmp_path: Path):
+    with pytest.raises(ModelNotFound, match="there is no file"):
+        read_info(tmp_path / "none.gguf")
+    with pytest.raises(ModelUnreadable, match="is a folder"):
+        read_info(tmp_path)
+
+
+def test_a_file_cut_anywhere_is_unreadable_and_never_a_crash(tiny: Pair, tmp_path: Path):
+    """A broken download is the commonest damage; llama.cpp itself may end the process on some of these."""
+    whole = tiny.llm.read_bytes()
+    path = tmp_path / "cut.gguf"
+    for length in [*range(0, 400, 7), *range(400, len(whole), 5_003), len(whole) - 33]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(ModelUnreadable, match=r"download it again|is not a GGUF file"):
+            read_info(path)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_altered_bytes_give_an_answer_or_one_sentence(tiny: Pair, tmp_path_factory, data):
+    whole = bytearray(tiny.mmproj.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        whole[data.draw(st.integers(0, 2000))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.getbasetemp() / "altered.gguf"
+    path.write_bytes(whole)
+    with contextlib.suppress(ModelError):
+        read_info(path)
+
+
+def test_adapters_are_not_models(tmp_path: Path):
+    writer = gguf.GGUFWriter(None, "llama")
+    writer.add_type("adapter")
+    path = tmp_path / "lora.gguf"
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    with pytest.raises(ModelUnreadable, match="'adapter', not a model"):
+        read_info(path)
+
+
+def test_deepstack_counts_on_both_sides(tmp_path: Path):
+    """Qwen3-VL hands over one embedding for the input and one for each deepstack layer, side by side."""
+    import numpy as np
+
+    def write(name: str, arch: str, keys: dict[str, object], tensors: dict[str, tuple[int, ...]]) -> Path:
+        writer = gguf.GGUFWriter(tmp_path / name, arch)
+        for key, value in keys.items():
+            add = {int: writer.add_uint32, str: writer.add_string, bool: writer.add_bool}[type(value)]
+            add(key, value)
+        for tensor, shape in tensors.items():
+            writer.add_tensor(tensor, np.zeros(shape, np.float16))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return tmp_path / name
+
+    text = write("q.gguf", "qwen3vl", {"qwen3vl.embedding_length": 32, "qwen3vl.n_deepstack_layers": 3}, {"t": (32,)})
+    keys = {"clip.has_vision_encoder": True, "clip.projector_type": "qwen3vl_merger"}
+    deep = {f"v.deepstack.{n}.fc1.weight": (4, 4) for n in (5, 11, 17)}
+    vision = write("mmproj-q.gguf", "clip", keys, {"mm.2.bias": (32,), **deep})
+    assert read_info(text).width == read_info(vision).projector_width == 128

@@ -1,0 +1,101 @@
+"""Which files belong together, and what is said when they do not."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from opsin.core.errors import ModelNotFound, PairMismatch
+from opsin.models import Pair, check_pair, find_projector
+
+
+def test_a_pair_that_fits_gives_both_accounts(tiny: Pair):
+    text, vision = check_pair(tiny.llm, tiny.mmproj)
+    assert text.width == vision.projector_width == 64
+
+
+def test_swapped_files_are_named_as_swapped(tiny: Pair):
+    with pytest.raises(PairMismatch, match="swap --model and --mmproj"):
+        check_pair(tiny.mmproj, tiny.llm)
+
+
+def test_a_projector_is_no_language_model(tiny: Pair):
+    with pytest.raises(PairMismatch, match="is a projector, not a language model"):
+        check_pair(tiny.mmproj, tiny.mmproj)
+
+
+def test_a_language_model_is_no_projector_and_the_right_one_is_named(tiny: Pair):
+    with pytest.raises(PairMismatch, match=r"not a projector; mmproj-tiny-f16\.gguf beside the model would fit"):
+        check_pair(tiny.llm, tiny.llm)
+
+
+def test_widths_that_differ_are_said_with_the_projector_that_fits(tiny: Pair, wide: Pair):
+    with pytest.raises(PairMismatch) as error:
+        check_pair(tiny.llm, wide.mmproj)
+    said = str(error.value)
+    assert "hands over 128 values a token and tiny-q8_0.gguf takes in 64" in said
+    assert said.endswith("mmproj-tiny-f16.gguf beside the model would fit")
+
+
+def test_without_a_fitting_neighbour_the_sentence_says_where_to_look(tiny: Pair, wide: Pair, tmp_path: Path):
+    llm = shutil.copy(tiny.llm, tmp_path / "alone.gguf")
+    with pytest.raises(PairMismatch, match="from the place the model came from"):
+        check_pair(llm, wide.mmproj)
+
+
+def test_a_projector_without_vision_is_refused(tiny: Pair, tmp_path: Path):
+    deaf = tmp_path / "mmproj-audio.gguf"
+    # The key's value is the byte behind its name and its kind (7, a bool).
+    deaf.write_bytes(
+        tiny.mmproj.read_bytes().replace(
+            b"has_vision_encoder\x07\x00\x00\x00\x01", b"has_vision_encoder\x07\x00\x00\x00\x00"
+        )
+    )
+    with pytest.raises(PairMismatch, match="has no vision encoder"):
+        check_pair(tiny.llm, deaf)
+
+
+def test_the_projector_beside_a_model_is_found(tiny: Pair):
+    assert find_projector(tiny.llm) == tiny.mmproj
+
+
+def test_no_projector_is_no_error(tiny: Pair, tmp_path: Path):
+    assert find_projector(Path(shutil.copy(tiny.llm, tmp_path))) is None
+
+
+def test_among_several_the_width_decides_first_then_the_name_then_the_quantisation(
+    tiny: Pair, wide: Pair, tmp_path: Path
+):
+    llm = Path(shutil.copy(tiny.llm, tmp_path / "tiny-Q8_0.gguf"))
+    shutil.copy(wide.mmproj, tmp_path / "mmproj-tiny-Q8_0.gguf")  # the best name, and it does not fit
+    shutil.copy(tiny.mmproj, tmp_path / "mmproj-other-Q8_0.gguf")
+    assert find_projector(llm).name == "mmproj-other-Q8_0.gguf"
+    shutil.copy(tiny.mmproj, tmp_path / "mmproj-tiny-F16.gguf")
+    assert find_projector(llm).name == "mmproj-tiny-F16.gguf"
+    shutil.copy(tiny.mmproj, tmp_path / "mmproj-tiny-Q6_K.gguf")
+    assert find_projector(llm).name == "mmproj-tiny-Q6_K.gguf"
+
+
+def test_a_damaged_neighbour_does_not_hide_the_good_one(tiny: Pair, tmp_path: Path):
+    llm = Path(shutil.copy(tiny.llm, tmp_path))
+    (tmp_path / "mmproj-tiny-q8_0.gguf").write_bytes(b"GGUF")
+    good = Path(shutil.copy(tiny.mmproj, tmp_path / "mmproj-x.gguf"))
+    assert find_projector(llm) == good
+
+
+def test_only_misfits_beside_a_model_are_refused(tiny: Pair, wide: Pair, tmp_path: Path):
+    llm = Path(shutil.copy(tiny.llm, tmp_path))
+    shutil.copy(wide.mmproj, tmp_path)
+    with pytest.raises(PairMismatch, match="do not belong together"):
+        find_projector(llm)
+
+
+def test_a_part_of_a_split_model_says_which_part_to_give(tiny: Pair, tmp_path: Path):
+    shutil.copy(tiny.llm, tmp_path / "m-00002-of-00002.gguf")
+    with pytest.raises(ModelNotFound, match=r"is part 2 of a split model: give m-00001-of-00002\.gguf"):
+        check_pair(tmp_path / "m-00002-of-00002.gguf", tiny.mmproj)
+    (tmp_path / "m-00002-of-00002.gguf").rename(tmp_path / "m-00001-of-00002.gguf")
+    with pytest.raises(ModelNotFound, match=r"m-00002-of-00002\.gguf is missing"):
+        check_pair(tmp_path / "m-00001-of-00002.gguf", tiny.mmproj)
