@@ -20,8 +20,8 @@ def main() -> None:
     params.n_ctx = 2048
     params.n_parallel = 1
     params.image_max_tokens = settings["image_max_tokens"]
-    params.cpuparams.n_threads = 2
-    params.cpuparams_batch.n_threads = 2
+    params.cpuparams.n_threads = 1
+    params.cpuparams_batch.n_threads = 1
     params.fit_params = False
     params.warmup = False
     params.verbosity = -1

@@ -25,8 +25,12 @@ from opsin.models import Pair, write_pair
 from opsin.native import NativeBackend, open_backend
 from opsin.prompt import Message, PromptBuilder
 
-TOLERANCE = 0.02
-"""Natural log probability: the server is another build of llama.cpp, so f16 products are rounded in another order."""
+TOLERANCE = 0.05
+"""Natural log probability: the server is another build of llama.cpp, so f16 products are rounded in another order.
+
+Seen: 0.0023 (LLaVA), 0.0076 (tiles), 0.0117 (M-RoPE), 0.0135 (non-causal). A wrong position or mask shows by more
+than five times the tolerance.
+"""
 
 TOKENS = 12
 IMAGE_MAX_TOKENS = {"qwen2vl-tiny": 256}
@@ -73,19 +77,19 @@ class Kind:
         prompt = self.prompts.build([Message("user", parts)])
         return self.backend.layout(prompt.parts, add_bos=prompt.add_bos)
 
-    def differences(self, name: str, change: Callable[[ImageRun], ImageRun] = lambda run: run) -> np.ndarray:
-        """The forced tokens' log probabilities against the server's: float64 [tokens, 20]."""
-        theirs = self.theirs[name]
-        mine = forced(self.backend, self.layout(name), theirs["tokens"], change)
-        return np.array(
-            [[row[token] - value for token, value in top] for row, top in zip(mine, theirs["top"], strict=True)]
-        )
+    def forced(self, name: str, change: Callable[[ImageRun], ImageRun] = lambda run: run) -> list[np.ndarray]:
+        """Log probabilities of all tokens at each position of the server's answer, as Opsin's backend has them."""
+        return forced(self.backend, self.layout(name), self.theirs[name]["tokens"], change)
+
+    def off(self, name: str, mine: list[np.ndarray]) -> float:
+        """The largest difference to any of the server's 20 likeliest tokens at any position."""
+        tops = self.theirs[name]["top"]
+        return max(abs(row[token] - value) for row, top in zip(mine, tops, strict=True) for token, value in top)
 
 
 def forced(
     backend: NativeBackend, layout: Layout, answer: list[int], change: Callable[[ImageRun], ImageRun]
-) -> list[dict[int, float]]:
-    """Log probabilities of all tokens at each position of an answer."""
+) -> list[np.ndarray]:
     backend.kv_remove(0, 0, -1)
     pos, row = 0, 0
     for run in layout.runs:
@@ -108,8 +112,11 @@ def forced(
     return rows
 
 
-def everything(backend: NativeBackend, row: int) -> dict[int, float]:
-    return {token: value for token, _, value in backend.logprobs(row, 0, backend.limits.n_vocab).top}
+def everything(backend: NativeBackend, row: int) -> np.ndarray:
+    rows = np.empty(backend.limits.n_vocab)
+    for token, _, value in backend.logprobs(row, 0, backend.limits.n_vocab).top:
+        rows[token] = value
+    return rows
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -120,7 +127,7 @@ def kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     asked = {name: question(paint(name, folder)) for name in PICTURES}
     asked["two"] = [asked["tall"][1], {"type": "text", "text": "and then"}, asked["odd"][1], asked["odd"][2]]
     settings = EngineSettings(
-        model=pair.llm, mmproj=pair.mmproj, ctx=2048, ubatch=512, threads=2, image_max_tokens=most
+        model=pair.llm, mmproj=pair.mmproj, ctx=2048, ubatch=512, threads=1, image_max_tokens=most
     )
     backend = open_backend(settings)
     try:
@@ -174,33 +181,34 @@ def test_the_top_20_agree_with_the_c_server_on_forced_tokens(kind: Kind) -> None
         assert layout.n_tokens == theirs["prompt_tokens"], f"{name}: the prompts differ"
         assert len(theirs["tokens"]) == TOKENS
         layout.close()
-        off = np.abs(kind.differences(name))
-        worst = max(worst, float(off.max()))
-        assert off.max() < TOLERANCE, f"{name}: off by {off.max()} at position {off.max(axis=1).argmax()}"
-        mine = forced(kind.backend, kind.layout(name), theirs["tokens"], lambda run: run)
+        mine = kind.forced(name)
+        worst = max(worst, kind.off(name, mine))
+        assert worst < TOLERANCE, name
         for row, top in zip(mine, theirs["top"], strict=True):
             total += 1
-            best = max(row, key=lambda token: row[token])
+            best = int(row.argmax())
             same += best == top[0][0]
-            assert best == top[0][0] or top[0][1] - top[1][1] < 2 * TOLERANCE, f"{name}: another greedy choice"
+            assert best == top[0][0] or top[0][1] - top[1][1] < TOLERANCE, f"{name}: another greedy choice"
     print(f"parity with llama.cpp's server: {same} of {total} greedy choices, log probabilities off by {worst:.5f}")
 
 
 @pytest.mark.slow
 def test_the_comparison_can_fail(kind: Kind) -> None:
     """A position or a mask that is wrong must show far beyond the tolerance, or the test above proves nothing."""
-    run = next(run for run in kind.layout("odd").runs if isinstance(run, ImageRun))
+    wrong: list[Callable[[ImageRun], ImageRun]] = []
+    layout = kind.layout("odd")
+    run = next(run for run in layout.runs if isinstance(run, ImageRun))
+    layout.close()
     if run.positions is not None:
-        wrong = [lambda run: replace(run, positions=run.positions[:, [0, 2, 1, 3]])]
+        wrong.append(lambda run: replace(run, positions=run.positions[:, [0, 2, 1, 3]]))
         wrong.append(lambda run: replace(run, positions=np.zeros_like(run.positions)))
-    elif not run.causal:
-        wrong = [lambda run: replace(run, causal=True)]
-    else:
-        wrong = []
-    for change in wrong:
-        assert np.abs(kind.differences("odd", change)).max() > 5 * TOLERANCE
-    other = {"odd": kind.theirs["wide"]}
-    assert np.abs(replace(kind, theirs=other).differences("odd")).max() > 5 * TOLERANCE
+    if not run.causal:
+        wrong.append(lambda run: replace(run, causal=True))
+    shown = [kind.off("odd", kind.forced("odd", change)) for change in wrong]
+    # Another picture's log probabilities at the same tokens.
+    shown.append(kind.off("odd", forced(kind.backend, kind.layout("wide"), kind.theirs["odd"]["tokens"], lambda run: run)))
+    print("what mistakes would show:", [round(float(value), 2) for value in shown])
+    assert min(shown) > 5 * TOLERANCE
 
 
 @pytest.mark.slow

@@ -86,7 +86,9 @@ def measure_batched(
     readers = []
     for number, prompt in enumerate(asked):
         # A temperature at which a model of random weights does not go round in circles, which the guard would end.
-        params = SamplingParams(temperature=1.0, seed=number, max_tokens=tokens, ignore_eos=True, json_schema=schema)
+        params = SamplingParams(
+            temperature=1.0, seed=number, max_tokens=tokens, ignore_eos=schema is None, json_schema=schema
+        )
         readers.append(threading.Thread(target=watch.follow, args=(engine.submit(prompt, params),), daemon=True))
         readers[-1].start()
     for reader in readers:

@@ -55,6 +55,10 @@ class PictureCache:
                 self._held.move_to_end(identity)
         return embedding
 
+    def knows(self, identity: str) -> bool:
+        """Whether it is in memory now; any thread may ask, and it may be gone a moment later."""
+        return identity in self._held
+
     def put(self, identity: str, embedding: Embedding) -> None:
         """Remember a finished encode; a cancelled or failed one must never come here."""
         self._keep(identity, embedding)

@@ -98,9 +98,11 @@ class Backend(Protocol):
         """Tokens that end a turn."""
         ...
 
-    def layout(self, parts: Sequence[Part], *, add_bos: bool) -> Layout:
+    def layout(self, parts: Sequence[Part], *, add_bos: bool, known: Callable[[str], bool] | None = None) -> Layout:
         """Tokenise the text and preprocess the pictures. Any thread.
 
+        Pictures of which `known` says that all their identities are known are not preprocessed: their runs are
+        placeholders.
         Raises BadPicture when the preprocessing refuses a picture, BadInput when the pair has no vision encoder.
         """
         ...

@@ -37,7 +37,8 @@ class ImageRun:
     (time, height, width and one more) for a run that starts at 0, and `moves` as many of 0 and 1: which of them count
     from the run's first position (None: all). Both are None where positions just count up.
     `causal` is False for families whose pictures attend in both directions: such a run goes in one micro-batch.
-    `handle` belongs to the backend and is alive until the layout is closed.
+    `handle` belongs to the backend and is alive until the layout is closed. A `placeholder` has no pixels behind it,
+    since its embedding was known when it was laid out: it cannot be encoded.
     """
 
     identity: str
@@ -45,6 +46,7 @@ class ImageRun:
     n_tokens: int
     n_pos: int
     causal: bool = True
+    placeholder: bool = False
     positions: NDArray[np.int32] | None = field(default=None, repr=False, compare=False)
     moves: NDArray[np.int32] | None = field(default=None, repr=False, compare=False)
     handle: Any = field(default=None, repr=False, compare=False)

@@ -160,7 +160,8 @@ class Engine:
         layout = None
         try:
             with clock.stage(Stage.PREPROCESS):
-                layout = self._backend.layout(request.prompt.parts, add_bos=request.prompt.add_bos)
+                prompt = request.prompt
+                layout = self._backend.layout(prompt.parts, add_bos=prompt.add_bos, known=self.pictures.knows)
             _check_fit(layout.n_tokens, layout.n_image_tokens, self._backend.limits.n_ctx)
             stream.deliver(Started(layout.images, layout.n_tokens))
             sequence = Sequence(

@@ -77,6 +77,8 @@ class Loop:
 
         def run() -> None:
             try:
+                if self._error is not None:  # the inbox is emptied after the end, too
+                    raise self._error
                 future.set_result(work(self._opened.result()))
             except Exception as error:  # noqa: BLE001 - it belongs to the caller, who waits for the future
                 future.set_exception(error)
@@ -169,7 +171,7 @@ class Loop:
         self.stats.look(self._scheduler)
 
     def _run(self, step: Step) -> None:
-        started = self._now()
+        started, encodes = self._now(), self._runner.encodes
         try:
             room = self._runner.run(step, self._between(step))
         except EngineError as error:
@@ -181,7 +183,8 @@ class Loop:
             return
         now = self._now()
         self._scheduler.ran(step, now)
-        self.stats.ran(step, now - started)
+        if not isinstance(step, Encode) or self._runner.encodes > encodes:  # a known picture is no encode
+            self.stats.ran(step, now - started)
         if isinstance(step, Tokens) and not step.prefill:
             self._scheduler.idle_cost.learn(len(step.decode), self._scheduler.book.used, (now - started) * 1e3)
         self._absorb(step, now)
@@ -242,7 +245,7 @@ class Loop:
         for sequence in (*self._scheduler.running, *self._scheduler.waiting):
             if sequence.stream.cancelled:
                 sequence.end("cancelled")
-                self._release(sequence)
+                self._release(sequence, keep=sequence.error is None)
             else:
                 check_deadline(sequence, now)
         self._sweep_done()

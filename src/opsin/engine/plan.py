@@ -77,6 +77,22 @@ class Plan:
     step: Step | None = None
 
 
+def cells_needed(step: Step) -> int:
+    """KV cells that a step takes."""
+    if isinstance(step, Tokens):
+        return len(step.decode) + sum(len(part.tokens) for part in step.prefill)
+    return step.stop - step.start if isinstance(step, PrefillImage) else 0
+
+
+def without(step: Step, sequence: Sequence) -> Step | None:
+    """What is left of a step when one sequence is not part of it any more."""
+    if not isinstance(step, Tokens):
+        return None if step.sequence is sequence else step
+    decode = tuple(s for s in step.decode if s is not sequence)
+    prefill = tuple(part for part in step.prefill if part.sequence is not sequence)
+    return Tokens(decode, prefill) if decode or prefill else None
+
+
 def members_of(step: Step) -> tuple[Sequence, ...]:
     """All sequences that a step computes for."""
     if isinstance(step, Tokens):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from opsin.cache import PictureCache
 from opsin.core.answer import Progress, TokenLogprob
 from opsin.core.backend import Backend, EmbeddingRows, TokenRow
+from opsin.core.layout import ImageRun
 from opsin.core.sampling import SamplingParams
 from opsin.core.stages import Stage
 from opsin.engine.plan import Encode, Forget, MemoryOp, PrefillImage, Step, Tokens
@@ -38,6 +39,7 @@ class Runner:
         self._backend = backend
         self._pictures = pictures
         self.rest = Stage.OTHER
+        self.encodes = 0
 
     def remember(self, operations: Iterable[MemoryOp]) -> None:
         """Carry memory operations out, in order."""
@@ -110,9 +112,19 @@ class Runner:
         if sequence.embedding is not None:
             sequence.known_pictures.add(run.picture)
             return
+        if run.placeholder:
+            # The embedding was known when the prompt was laid out, and was evicted since: rare, so it may take time.
+            prompt = sequence.request.prompt
+            with self._stage((sequence,), Stage.PREPROCESS):
+                sequence.adopt(self._backend.layout(prompt.parts, add_bos=prompt.add_bos))
+            again = sequence.run
+            assert isinstance(again, ImageRun), "the same prompt has the same runs"
+            run = again
         sequence.stream.deliver(Progress(f"reading picture {run.picture + 1} of {len(sequence.layout.images)}"))
         with self._stage((sequence,), Stage.ENCODE):
             embedding = self._backend.encode(run, between)
+        self.encodes += 1
+        sequence.encoded_pictures.add(run.picture)
         if not sequence.stream.cancelled:
             self._pictures.put(run.identity, embedding)
         sequence.embedding = embedding

@@ -42,7 +42,8 @@ class Sequence:
     `runs` are the layout's, and after a preemption the tokens answered so far as one more. `n_pos` is the next free
     position, `n_cells` the KV cells it sees (they differ under M-RoPE), `cached` those it got from a prefix.
     `last_token` was drawn and not yet decoded. `forced` are tokens to take instead of drawing. `prefix` is its entry
-    in the prefix index, whose units grow with the cursor.
+    in the prefix index, whose units grow with the cursor. `known_pictures` had a chunk whose embedding was remembered,
+    `encoded_pictures` one that was encoded for this request. `turn` orders who works on a picture next.
     """
 
     request: Request
@@ -65,6 +66,8 @@ class Sequence:
     forced: list[int] = field(default_factory=list)
     embedding: Embedding | None = field(default=None, repr=False)
     known_pictures: set[int] = field(default_factory=set)
+    encoded_pictures: set[int] = field(default_factory=set)
+    turn: int = 0
     finish_reason: FinishReason | None = None
     limit: Limit | None = None
     error: OpsinError | None = None
@@ -82,6 +85,11 @@ class Sequence:
     def at_image(self) -> bool:
         """Whether the run at the cursor is a picture chunk."""
         return isinstance(self.run, ImageRun)
+
+    @property
+    def to_fill(self) -> int:
+        """Cells that the rest of the prompt will take."""
+        return sum(run.n_tokens for run in self.runs[self.run_index :]) - self.run_offset
 
     def start(self, seq_id: int, ready: int) -> None:
         """Begin behind the first `ready` units of the prompt, which are in the memory already."""
@@ -141,6 +149,14 @@ class Sequence:
         self.seq_id, self.state, self.embedding = -1, State.WAITING, None
         self.preemptions += 1
 
+    def adopt(self, layout: Layout) -> None:
+        """Another layout of the same prompt takes the place of this one, which is closed."""
+        runs = [run for run in layout.runs if run.n_tokens]
+        assert [run.n_tokens for run in runs] == [run.n_tokens for run in self.layout.runs if run.n_tokens]
+        self.runs[: len(runs)] = runs
+        self.layout.close()
+        self.layout = layout
+
     def end(self, reason: FinishReason, limit: Limit | None = None) -> None:
         """The answer ends here; the first reason counts."""
         if self.state is not State.DONE:
@@ -169,7 +185,8 @@ class Sequence:
                 predicted_tokens=usage.completion_tokens,
             ),
             images=tuple(
-                replace(image, cached=index in self.known_pictures) for index, image in enumerate(self.layout.images)
+                replace(image, cached=index in self.known_pictures - self.encoded_pictures)
+                for index, image in enumerate(self.layout.images)
             ),
             guard=self.output.verdict,
             limit=self.limit,

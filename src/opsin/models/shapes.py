@@ -137,9 +137,7 @@ _ALL = (
     PairShape(
         "gemma3-tiny",
         VisionShape(image_size=224, patch_size=14, width=64, layers=2, heads=4, feed_forward=128, merge=2),
-        TextShape(
-            width=64, layers=2, heads=4, kv_heads=2, feed_forward=128, vocabulary=512, context=4096, window=48
-        ),
+        TextShape(width=64, layers=2, heads=4, kv_heads=2, feed_forward=128, vocabulary=512, context=4096, window=48),
         "64 image tokens that attend in both directions; every other layer has a sliding window of 48 tokens",
         "gemma3",
         2.0,

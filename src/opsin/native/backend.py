@@ -126,13 +126,16 @@ class NativeBackend:
         """Whether pictures can be read."""
         return self._encoder is not None
 
-    def layout(self, parts: Sequence[Part], *, add_bos: bool) -> Layout:
-        """Tokenise the text and preprocess the pictures. Any thread. Raises BadPicture, BadInput."""
+    def layout(self, parts: Sequence[Part], *, add_bos: bool, known: Callable[[str], bool] | None = None) -> Layout:
+        """Tokenise the text and preprocess the pictures. Any thread. Raises BadPicture, BadInput.
+
+        Pictures whose identities are all `known` are not preprocessed.
+        """
         texts = [part for part in parts if isinstance(part, TextPart)]
         with self._reading():
             if len(texts) == len(parts):
                 return lay_out_text(self._model, self._stretches, texts, add_bos=add_bos)
-            return lay_out(self._model, self._vision(), self._stretches, parts, add_bos=add_bos)
+            return lay_out(self._model, self._vision(), self._stretches, parts, add_bos=add_bos, known=known)
 
     def encode(self, run: ImageRun, between: Callable[[], None] | None = None) -> Embedding:
         """Run the vision encoder on one chunk; float32 [n_tokens, n_embd], owned by the caller. Raises EncodeFailed."""

@@ -14,7 +14,7 @@ import hashlib
 import re
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +28,7 @@ from opsin.native.chunk import ChunkHandle, read_meta
 from opsin.native.handles import Owned
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -125,16 +125,53 @@ class _Input:
             bitmap.close()
 
 
-def lay_out(model: Model, encoder: Encoder, stretches: Stretches, parts: Sequence[Part], *, add_bos: bool) -> Layout:
-    """The layout of a prompt with pictures. Raises BadPicture, BadInput."""
+def lay_out(
+    model: Model,
+    encoder: Encoder,
+    stretches: Stretches,
+    parts: Sequence[Part],
+    *,
+    add_bos: bool,
+    known: Callable[[str], bool] | None = None,
+) -> Layout:
+    """The layout of a prompt with pictures. Raises BadPicture, BadInput.
+
+    mtmd lays a picture without pixels out in no time, with the same tokens, so identities are known before anything
+    is preprocessed; those that `known` accepts stay without.
+    """
+    pictures = range(sum(isinstance(part, PicturePart) for part in parts))
+    hollow: frozenset[int] = frozenset()
+    if known is not None:
+        hollow = frozenset(pictures)
+        layout = _lay_out(model, encoder, stretches, parts, add_bos=add_bos, hollow=hollow)
+        hollow -= {run.picture for run in layout.runs if isinstance(run, ImageRun) and not known(run.identity)}
+        if len(hollow) == len(pictures):
+            return layout
+        layout.close()
+    return _lay_out(model, encoder, stretches, parts, add_bos=add_bos, hollow=hollow)
+
+
+def _lay_out(
+    model: Model,
+    encoder: Encoder,
+    stretches: Stretches,
+    parts: Sequence[Part],
+    *,
+    add_bos: bool,
+    hollow: frozenset[int],
+) -> Layout:
     mtmd = model.lib.mtmd
     began = time.perf_counter()
     given = _Input()
     owned = Owned("layout", mtmd.mtmd_input_chunks_init(), mtmd.mtmd_input_chunks_free)
     try:
-        _fill(given, mtmd, stretches, parts)
+        _fill(given, mtmd, stretches, parts, hollow)
         _tokenize(mtmd, encoder, given, owned.pointer)
         runs, images = _read(model, encoder, given.pictures, owned, begin=_begin(model, add_bos=add_bos))
+        runs = tuple(
+            replace(run, placeholder=True) if isinstance(run, ImageRun) and run.picture in hollow else run
+            for run in runs
+        )
     except BaseException:
         owned.close()
         raise
@@ -143,7 +180,7 @@ def lay_out(model: Model, encoder: Encoder, stretches: Stretches, parts: Sequenc
     return Layout(runs, images, (time.perf_counter() - began) * 1000, owned)
 
 
-def _fill(given: _Input, mtmd: Any, stretches: Stretches, parts: Sequence[Part]) -> None:
+def _fill(given: _Input, mtmd: Any, stretches: Stretches, parts: Sequence[Part], hollow: frozenset[int]) -> None:
     stretch: list[TextPart] = []
     for part in [*parts, None]:
         if isinstance(part, TextPart):
@@ -156,19 +193,20 @@ def _fill(given: _Input, mtmd: Any, stretches: Stretches, parts: Sequence[Part])
             given.parts.append(mtmd.mtmd_input_part(ctypes.pointer(struct), None))
         stretch = []
         if isinstance(part, PicturePart):
-            bitmap = _bitmap(mtmd, part.picture, len(given.pictures))
+            index = len(given.pictures)
+            bitmap = _bitmap(mtmd, part.picture, index, hollow=index in hollow)
             given.bitmaps.append(bitmap)
             given.pictures.append(part.picture)
             given.parts.append(mtmd.mtmd_input_part(None, bitmap.pointer))
 
 
-def _bitmap(mtmd: Any, picture: Picture, index: int) -> Owned:
+def _bitmap(mtmd: Any, picture: Picture, index: int, *, hollow: bool) -> Owned:
     if len(picture.rgb) != picture.width * picture.height * 3 or not picture.rgb:
         raise BadPicture(
             f"A picture of {picture.width}x{picture.height} pixels came with {len(picture.rgb)} bytes of RGB: "
             "it needs three a pixel."
         )
-    pixels = ctypes.cast(ctypes.c_char_p(picture.rgb), ctypes.POINTER(ctypes.c_uint8))
+    pixels = None if hollow else ctypes.cast(ctypes.c_char_p(picture.rgb), ctypes.POINTER(ctypes.c_uint8))
     bitmap = Owned("bitmap", mtmd.mtmd_bitmap_init(picture.width, picture.height, pixels), mtmd.mtmd_bitmap_free)
     # The chunks made of it carry this number back: one picture may become many.
     mtmd.mtmd_bitmap_set_id(bitmap.pointer, str(index).encode())

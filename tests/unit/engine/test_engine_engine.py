@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from opsin.cache import PictureCache
 from opsin.core.answer import Answer, Finished, Started, TextDelta
 from opsin.core.backend import BackendLimits
 from opsin.core.errors import (
@@ -21,7 +22,7 @@ from opsin.core.errors import (
 from opsin.core.parts import PicturePart, Prompt, TextPart
 from opsin.core.reasoning import ReasoningStyle
 from opsin.core.sampling import SamplingParams
-from opsin.engine import Engine
+from opsin.engine import Engine, Policy
 from opsin.testing import FakeBackend, FakeClock, picture
 from opsin.testing.fake_backend import EOS, TURN_TEXT
 
@@ -308,3 +309,32 @@ def test_a_request_costs_little_of_our_own() -> None:
 
 def test_eos_is_no_text() -> None:
     assert EOS not in ask(FakeBackend(lambda _: "ab")).tokens
+
+
+def test_a_known_picture_is_neither_preprocessed_nor_encoded_again() -> None:
+    backend = FakeBackend(lambda _: "fine")
+    with Engine(lambda: backend, now=backend.clock) as engine:
+        first = engine.submit(prompt("one")).result()
+        second = engine.submit(prompt("two")).result()
+    assert (first.images[0].cached, second.images[0].cached) == (False, True)
+    assert len(backend.encoded) == 1
+    assert first.stages.preprocess_ms == pytest.approx(3.0)
+    assert (second.stages.preprocess_ms, second.stages.encode_ms, second.stages.image_prefill_ms) == (0.0, 0.0, 0.0)
+    assert second.usage.cached_tokens == 1 + 4
+
+
+def test_an_embedding_that_was_evicted_between_layout_and_encode_is_encoded_again() -> None:
+    backend = FakeBackend(lambda text: str(text.count("<")))
+    pictures = PictureCache(1 << 20)
+    with Engine(lambda: backend, pictures=pictures, policy=Policy(keep_prefixes=False)) as engine:
+        assert engine.submit(prompt("one")).result().text == "4"
+        evicted = pictures.get
+
+        def forget(identity: str) -> None:
+            return None
+
+        pictures.get = forget  # type: ignore[method-assign,assignment]
+        assert engine.submit(prompt("two")).result().text == "4"
+        pictures.get = evicted  # type: ignore[method-assign]
+    assert len(backend.encoded) == 2
+    assert backend.open_handles == 0

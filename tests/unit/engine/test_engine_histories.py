@@ -100,14 +100,13 @@ def live(world: World, history: list[Ask], mishaps: dict[int, str], *, keep_pref
     while coming or any(not asked.stream.done for asked in driver.asked):
         while coming and driver.steps >= due:
             number, ask = coming.pop(0)
-            driver.ask(
-                ask.prompt, max_tokens=ask.max_tokens, priority=ask.priority, salt=ask.salt, seconds=ask.seconds
-            )
+            driver.ask(ask.prompt, max_tokens=ask.max_tokens, priority=ask.priority, salt=ask.salt, seconds=ask.seconds)
             if ask.cancel_after is not None:
                 cancels.setdefault(driver.steps + ask.cancel_after, []).append(number)
             due = driver.steps + coming[0][1].after if coming else 0
         for number in cancels.pop(driver.steps, ()):
-            driver.asked[number].stream.cancel()
+            if not driver.asked[number].stream.done:
+                driver.asked[number].stream.cancel()
         mishap = mishaps.get(driver.steps)
         if mishap == "encode":
             backend.fail_encode = RuntimeError("boom")
