@@ -121,10 +121,12 @@ class Engine:
         stream = AnswerStream(self._loop.wake)
         self._enter(stream)
         try:
-            self._workers.submit(self._prepare, request, stream, clock)
+            future = self._workers.submit(self._prepare, request, stream, clock)
         except RuntimeError as error:
             self._leave()
             raise EngineClosed("The engine is closed: open a new one.") from error
+        # `close` drops what no worker has begun with; whoever waits for it must hear of that.
+        future.add_done_callback(lambda f: stream.fail(_closed()) if f.cancelled() else None)
         return stream
 
     def _enter(self, stream: AnswerStream) -> None:
@@ -148,6 +150,7 @@ class Engine:
         """End everything: running answers fail with EngineClosed. Twice does no harm."""
         self._workers.shutdown(wait=True, cancel_futures=True)
         self._loop.close()
+        self.pictures.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -200,6 +203,10 @@ class Engine:
                     found[tokens[0]] = tag.encode()
             self._tags[style] = found
         return found
+
+
+def _closed() -> EngineClosed:
+    return EngineClosed("The engine was closed before the answer was complete.")
 
 
 def _check_fit(n_tokens: int, n_image_tokens: int, n_ctx: int) -> None:

@@ -226,7 +226,7 @@ class Loop:
 
     def _give_up_something(self, step: Step) -> None:
         """The backend had no room although the books said so: evict or preempt, or fail who cannot be helped."""
-        operations = self._scheduler.relieve(step)
+        operations = self._scheduler.relieve()
         if operations:
             self._runner.remember(operations)
             return

@@ -21,7 +21,8 @@ from opsin.engine.plan import (
     Slice,
     Step,
     Tokens,
-    members_of,
+    cells_needed,
+    without,
 )
 from opsin.engine.policy import Policy
 from opsin.engine.sequence import Sequence, State
@@ -30,6 +31,7 @@ from opsin.engine.sequence import Sequence, State
 class Scheduler:
     """First come, first served within a priority, over at most `policy.parallel` sequences at a time.
 
+    No more run than a micro-batch has rows, so that each of them gets on in every step of their kind.
     Sequence ids and KV cells are budgets. A sequence that ends leaves its cells behind as an idle prefix, until they
     or its id are needed: least recently used first. When no idle one is left, the youngest running sequence of the
     lowest priority is put back into the queue instead of failing anybody.
@@ -38,6 +40,7 @@ class Scheduler:
     def __init__(self, limits: BackendLimits, policy: Policy) -> None:
         self._limits = limits
         self._policy = policy
+        self._parallel = min(policy.parallel, limits.n_ubatch)
         self.book = CellBook()
         self.idle_cost = IdleCost()
         self.prefixes: Prefixes = PrefixIndex() if policy.keep_prefixes and limits.forks else NoPrefixes()
@@ -49,6 +52,7 @@ class Scheduler:
         self._memory: list[MemoryOp] = []
         self._last_decode = float("-inf")
         self._images_next = False
+        self._turns = 0
 
     @property
     def idle(self) -> bool:
@@ -92,9 +96,12 @@ class Scheduler:
 
     def ran(self, step: Step, now: float) -> None:
         """A step was carried out: move cursors and books on. Drawn tokens come through the sequences."""
+        if not isinstance(step, Tokens):
+            self._images_next = False
         if isinstance(step, PrefillImage):
             self._advance(step.sequence, step.stop - step.start)
-            self._images_next = False
+            if step.stop == step.run.n_tokens and not step.sequence.inside_picture(step.run.picture):
+                self._line_up(step.sequence)
         elif isinstance(step, Tokens):
             for sequence in step.decode:
                 sequence.decoded()
@@ -122,16 +129,14 @@ class Scheduler:
         memory, self._memory = tuple(self._memory), []
         return memory
 
-    def relieve(self, step: Step) -> tuple[MemoryOp, ...]:
+    def relieve(self) -> tuple[MemoryOp, ...]:
         """The backend had no room although the books said so: give something up. Empty when nothing is left."""
         self._memory = []
-        members = [s for s in members_of(step) if s.state is not State.DONE]
         victim = self.prefixes.oldest_idle()
-        others = [s for s in self._running if s.state is not State.DONE and s is not members[0]]
         if victim is not None:
             self._evict(victim)
-        elif others:
-            self._preempt(min(others, key=lambda s: (s.request.priority, -s.request.number)))
+        elif len(self._running) > 1:
+            self._preempt(self._last_in_line())
         memory, self._memory = tuple(self._memory), []
         return memory
 
@@ -144,7 +149,7 @@ class Scheduler:
         assert self.book.used <= self._limits.n_ctx, "more cells are booked than there are"
         for sequence in self._running:
             assert self.book.held(sequence.seq_id) == sequence.n_cells, "a sequence's cells differ from the book's"
-        assert len(self._running) <= self._policy.parallel
+        assert len(self._running) <= self._parallel
 
     def expected_positions(self) -> dict[int, int]:
         """The last position of each sequence id while nobody runs: idle prefixes have theirs, all others none (-1)."""
@@ -152,7 +157,7 @@ class Scheduler:
         return {seq_id: held.get(seq_id, -1) for seq_id in range(self._limits.n_seq_max)}
 
     def _decoding(self) -> tuple[Sequence, ...]:
-        return tuple(s for s in self._running if s.state is State.DECODE)[: self._limits.n_ubatch]
+        return tuple(s for s in self._running if s.state is State.DECODE)
 
     def _room(self) -> int:
         return self._limits.n_ctx - self.book.used
@@ -165,7 +170,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         for sequence in list(self._waiting):
-            if len(self._running) >= self._policy.parallel:
+            if len(self._running) >= self._parallel:
                 return
             match = self.prefixes.match(sequence.prefix.planned)
             ready = 0
@@ -187,7 +192,8 @@ class Scheduler:
 
     def _make_room_for(self, sequence: Sequence, ready: int, source: int | None) -> bool:
         """Evict idle prefixes until the sequence fits; never its own source."""
-        needed = cells_of(sequence.prefix.planned[ready:]) + 1 + len(self._running)
+        promised = sum(s.to_fill + 1 for s in self._running)
+        needed = cells_of(sequence.prefix.planned[ready:]) + 1 + promised
         while not self._free_ids or self._room() < needed:
             victim = self.prefixes.oldest_idle()
             if victim is None or victim.seq_id == source:
@@ -207,6 +213,12 @@ class Scheduler:
         sequence.start(seq_id, max(ready, 1))  # the salt is always there
         self.prefixes.add(sequence.prefix)
         self._running.append(sequence)
+        self._line_up(sequence)
+
+    def _line_up(self, sequence: Sequence) -> None:
+        """Go behind all others that wait for the encoder."""
+        self._turns += 1
+        sequence.turn = self._turns
 
     # Memory -------------------------------------------------------------------------------------------------------
 
@@ -248,18 +260,24 @@ class Scheduler:
                 return
             self._evict(victim)
 
-    def _secure(self, cells: int, keep: Sequence) -> bool:
-        """Make room for a step; False when only `keep` itself is left to take from."""
-        while self._room() < cells:
+    def _secured(self, step: Step | None) -> Step | None:
+        """Make room for a step; what is left of it when some of its own sequences had to go."""
+        while step is not None and cells_needed(step) > self._room():
             victim = self.prefixes.oldest_idle()
+            last = self._last_in_line()
             if victim is not None:
                 self._evict(victim)
-                continue
-            others = [s for s in self._running if s is not keep and s.state is not State.DONE]
-            if not others:
-                return False
-            self._preempt(min(others, key=lambda s: (s.request.priority, -s.request.number)))
-        return True
+            elif len(self._running) > 1:
+                self._preempt(last)
+                step = without(step, last)
+            else:
+                last.end("length", "context")
+                return None
+        return step
+
+    def _last_in_line(self) -> Sequence:
+        """Whoever goes first when there is too little room. The first in line never does, so somebody gets on."""
+        return min(self._running, key=lambda s: (s.request.priority, -s.request.number))
 
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
@@ -277,8 +295,10 @@ class Scheduler:
         decoding = self._decoding()
         if texts and not (images and self._images_next):
             return self._tokens(decoding, texts)
-        if images and not (decoding and now - self._last_decode >= self._policy.turn):
-            return self._image(images[0], streaming=bool(decoding))
+        due = decoding and not self._images_next and now - self._last_decode >= self._policy.turn
+        if images and not due:
+            # One picture after another, not one request after another: a small one does not wait for ten pictures.
+            return self._image(min(images, key=lambda s: s.turn), streaming=bool(decoding))
         return self._tokens(decoding, texts) if decoding or texts else None
 
     def _image(self, sequence: Sequence, *, streaming: bool) -> Step | None:
@@ -286,14 +306,11 @@ class Scheduler:
         assert isinstance(run, ImageRun)
         if sequence.embedding is None:
             return Encode(sequence, run)
-        size = min(self._policy.slice, self._limits.n_ubatch) if streaming else self._limits.n_ubatch
+        size = min(max(self._policy.slice, 1), self._limits.n_ubatch) if streaming else self._limits.n_ubatch
         start = sequence.run_offset
         stop = min(run.n_tokens, start + size) if run.causal else run.n_tokens
-        if not self._secure(stop - start, sequence):
-            sequence.end("length", "context")
-            return None
         last = stop == run.n_tokens and sequence.run_index == len(sequence.runs) - 1
-        return PrefillImage(sequence, run, start, stop, last)
+        return self._secured(PrefillImage(sequence, run, start, stop, last))
 
     def _tokens(self, decoding: tuple[Sequence, ...], texts: list[Sequence]) -> Step | None:
         """Everyone's next token, and text of prompts as far as the slice and the micro-batch go."""
@@ -301,23 +318,8 @@ class Scheduler:
         budget = self._limits.n_ubatch - len(decoding)
         if streaming:
             budget = min(budget, max(self._policy.slice, 1))
-        parts: list[Slice] = []
-        for place, sequence in enumerate(texts):
-            # A large prompt leaves half of the step to those behind it, so that small ones never wait for all of it.
-            share = budget if place == len(texts) - 1 else (budget + 1) // 2
-            if share <= 0:
-                break
-            parts.append(self._slice(sequence, share))
-            budget -= len(parts[-1].tokens)
-        oldest = (decoding or tuple(texts))[0]
-        if not self._secure(len(decoding) + sum(len(part.tokens) for part in parts), oldest):
-            oldest.end("length", "context")
-            return None
-        # Whoever was preempted for the room is not part of the step any more.
-        running = set(map(id, self._running))
-        decode = tuple(s for s in decoding if id(s) in running)
-        prefill = tuple(part for part in parts if id(part.sequence) in running)
-        return Tokens(decode, prefill) if decode or prefill else None
+        parts = (self._slice(s, share) for s, share in zip(texts, _shares(texts, budget), strict=True) if share)
+        return self._secured(Tokens(decoding, tuple(parts)))
 
     @staticmethod
     def _slice(sequence: Sequence, budget: int) -> Slice:
@@ -327,3 +329,20 @@ class Scheduler:
         tokens = run.tokens[start : start + budget]
         last = start + len(tokens) == run.n_tokens and sequence.run_index == len(sequence.runs) - 1
         return Slice(sequence, tokens, last)
+
+
+def _shares(sequences: list[Sequence], budget: int) -> list[int]:
+    """How many tokens each gets of a step: the first most, but half is for the others, so that none waits for it."""
+    wanted = [s.run.n_tokens - s.run_offset for s in sequences if s.run is not None]
+    if not wanted:
+        return []
+    least = max(1, budget // (2 * len(wanted) - 2)) if len(wanted) > 1 else 0
+    shares, left = [1], budget - 1
+    for want in wanted[1:]:
+        shares.append(min(want, least, left))
+        left -= shares[-1]
+    for place, want in enumerate(wanted):
+        more = min(want - shares[place], left)
+        shares[place] += more
+        left -= more
+    return shares

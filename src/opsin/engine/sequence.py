@@ -91,6 +91,10 @@ class Sequence:
         """Cells that the rest of the prompt will take."""
         return sum(run.n_tokens for run in self.runs[self.run_index :]) - self.run_offset
 
+    def inside_picture(self, picture: int) -> bool:
+        """Whether chunks of this picture are still to come."""
+        return any(isinstance(run, ImageRun) and run.picture == picture for run in self.runs[self.run_index :])
+
     def start(self, seq_id: int, ready: int) -> None:
         """Begin behind the first `ready` units of the prompt, which are in the memory already."""
         shared = self.prefix.planned[:ready]

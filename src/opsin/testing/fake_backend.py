@@ -85,11 +85,12 @@ class _Owned:
             self.backend.open_handles -= 1
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Cell:
     """A KV cell: a token, or an image row's identity. Forks share cells."""
 
     entry: int | str
+    holders: int = 1
 
 
 @dataclass(slots=True)
@@ -128,6 +129,8 @@ class FakeBackend:
         self._sequences: dict[int, _Cells] = {}
         self._rows: list[tuple[int, int]] = []
         self._debt_ms = 0.0
+        self.cells_used = 0
+        """KV cells in use; shared ones count once."""
 
     @property
     def limits(self) -> BackendLimits:
@@ -230,7 +233,11 @@ class FakeBackend:
     def kv_remove(self, seq_id: int, start: int, end: int) -> bool:
         """Cut a sequence's cells."""
         cells = self._sequences.setdefault(seq_id, _Cells())
-        del cells.entries[start : len(cells.entries) if end < 0 else end]
+        gone = slice(start, len(cells.entries) if end < 0 else end)
+        for cell in cells.entries[gone]:
+            cell.holders -= 1
+            self.cells_used -= cell.holders == 0
+        del cells.entries[gone]
         if not cells.entries:
             del self._sequences[seq_id]
         return True
@@ -240,7 +247,10 @@ class FakeBackend:
         entries = self._sequences.setdefault(source, _Cells()).entries
         held = self._sequences.setdefault(target, _Cells()).entries
         assert len(held) == start, "a copy continues where the target ends"
-        held.extend(entries[start : len(entries) if end < 0 else end])
+        shared = entries[start : len(entries) if end < 0 else end]
+        for cell in shared:
+            cell.holders += 1
+        held.extend(shared)
 
     def kv_last(self, seq_id: int) -> int:
         """The last position held, -1 for none."""
@@ -256,11 +266,6 @@ class FakeBackend:
         if not self.closed:
             self.closed = True
             assert self.open_handles == 0, f"{self.open_handles} samplers or layouts outlive their backend"
-
-    @property
-    def cells_used(self) -> int:
-        """KV cells in use; shared ones count once."""
-        return len({id(cell) for cells in self._sequences.values() for cell in cells.entries})
 
     def pay(self) -> None:
         """Let the time of unfinished work pass."""
@@ -287,6 +292,7 @@ class FakeBackend:
         cells = self._sequences.setdefault(seq_id, _Cells())
         assert pos == len(cells.entries), f"position {pos} follows {len(cells.entries) - 1}"
         cells.entries.append(_Cell(entry))
+        self.cells_used += 1
 
     def _append_image(self, rows: EmbeddingRows) -> None:
         for row, pos in zip(rows.rows, rows.positions[0], strict=True):
