@@ -20,8 +20,8 @@ from opsin.core.picture import Picture
 from opsin.core.settings import EngineSettings
 
 KINDS = ("tiny", "llava-1.6-tiny", "qwen2vl-tiny", "gemma3-tiny")
-TOLERANCE = 0.05
-"""Logits of models whose logits spread by 1 to 2, between batch shapes. Seen: at most 0.02."""
+TOLERANCE = 0.02
+"""Logits between batch shapes, of f16 weights whose logits spread by 1 to 2. Seen: at most 0.005."""
 
 QUESTION = " What is in this picture, and what stands beside it on the left?"
 
@@ -142,18 +142,22 @@ def test_other_batch_shapes_stay_within_the_tolerance(backend: Any) -> None:
     layout = lay_out(backend)
     end = fill(backend, 0, layout.runs)
     whole = [logits(backend), step(backend, 0, end, 65)]
+    worst = 0.0
     for chunk in (1, 7, 48):
         backend.kv_remove(0, 0, -1)
         assert fill(backend, 0, layout.runs, chunk=chunk) == end
         sliced = [logits(backend), step(backend, 0, end, 65)]
         off = max(float(np.abs(a - b).max()) for a, b in zip(whole, sliced, strict=True))
         assert off < TOLERANCE, f"slices of {chunk}: off by {off}"
+        worst = max(worst, off)
     # Beside others in one batch.
     backend.kv_remove(0, 0, -1)
     fill(backend, 0, layout.runs)
     assert fill(backend, 1, layout.runs) == end
     assert backend.decode([TokenRow(65, end, 0, logits=True), TokenRow(66, end, 1, logits=True)])
-    assert np.abs(backend._context.logits(0) - whole[1]).max() < TOLERANCE
+    worst = max(worst, float(np.abs(backend._context.logits(0) - whole[1]).max()))
+    assert worst < TOLERANCE
+    print(f"{backend.info.name}: other batch shapes are off by {worst:.5f}")
     layout.close()
 
 

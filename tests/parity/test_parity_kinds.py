@@ -206,7 +206,9 @@ def test_the_comparison_can_fail(kind: Kind) -> None:
         wrong.append(lambda run: replace(run, causal=True))
     shown = [kind.off("odd", kind.forced("odd", change)) for change in wrong]
     # Another picture's log probabilities at the same tokens.
-    shown.append(kind.off("odd", forced(kind.backend, kind.layout("wide"), kind.theirs["odd"]["tokens"], lambda run: run)))
+    shown.append(
+        kind.off("odd", forced(kind.backend, kind.layout("wide"), kind.theirs["odd"]["tokens"], lambda run: run))
+    )
     print("what mistakes would show:", [round(float(value), 2) for value in shown])
     assert min(shown) > 5 * TOLERANCE
 

@@ -31,16 +31,16 @@ class Machine:
 
 
 def measure_machine(
-    threads: int, *, array_bytes: int = ARRAY_BYTES, side: int = MATRIX_SIDE, repeats: int = 5
+    threads: int, *, array_bytes: int = ARRAY_BYTES, side: int = MATRIX_SIDE, repeats: int = 7
 ) -> Machine:
     """Take the best of `repeats` of each; memory by `threads` threads, matrices by however many NumPy uses."""
-    source = np.ones(array_bytes // 4, np.float32)
+    source = np.ones(array_bytes // 8, np.float64)
     target = np.empty_like(source)
     matrix = np.full((side, side), 0.5, np.float32)
     product = np.empty_like(matrix)
     with ThreadPoolExecutor(threads) as pool:
         pieces = list(zip(np.array_split(source, threads), np.array_split(target, threads), strict=True))
-        read = _best(lambda: list(pool.map(lambda piece: piece[0].max(), pieces)), repeats)
+        read = _best(lambda: list(pool.map(lambda piece: piece[0].sum(), pieces)), repeats)
         copy = _best(lambda: list(pool.map(lambda piece: np.copyto(piece[1], piece[0]), pieces)), repeats)
     multiply = _best(lambda: np.matmul(matrix, matrix, out=product), repeats)
     return Machine(threads, source.nbytes / read, 2 * source.nbytes / copy, 2 * side**3 / multiply)

@@ -19,8 +19,9 @@ WARM_UP = 10_000
 class Figures:
     """One run, or the medians of several. Milliseconds, but `total_s` in seconds.
 
-    `first_token_ms` and `token_ms` are medians over the answers; a token's time is that between first and last piece
-    of text, over the tokens after the first. `longest_pause_ms` lies between two pieces of one answer.
+    `first_tokens_ms` has one for each question, in the workload's order. `first_token_ms` and `token_ms` are medians
+    over the answers; a token's time is that between first and last piece of text, over the tokens after the first.
+    `longest_pause_ms` lies between two pieces of one answer.
     """
 
     total_s: float
@@ -28,6 +29,7 @@ class Figures:
     first_token_max_ms: float
     token_ms: float
     longest_pause_ms: float
+    first_tokens_ms: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,11 @@ class Measured:
         """The median of each figure over the runs."""
         if self.void is not None or not self.runs:
             return None
-        return Figures(**{f.name: median(getattr(run, f.name) for run in self.runs) for f in fields(Figures)})
+        single = [f.name for f in fields(Figures) if f.name != "first_tokens_ms"]
+        return Figures(
+            **{name: median(getattr(run, name) for run in self.runs) for name in single},
+            first_tokens_ms=tuple(map(median, zip(*(run.first_tokens_ms for run in self.runs), strict=True))),
+        )
 
 
 def measure_workload(
@@ -93,6 +99,7 @@ def figures(workload: Workload, traces: Sequence[Trace]) -> Figures:
         first_token_max_ms=max(first) * 1e3,
         token_ms=median(_token_time(trace) for trace in traces) * 1e3,
         longest_pause_ms=max(longest_gap(trace.pieces) for trace in watched) * 1e3,
+        first_tokens_ms=tuple(time * 1e3 for time in first),
     )
 
 

@@ -138,8 +138,9 @@ def _workload(results: Results, measured: Measured) -> dict[str, Any]:
     return row
 
 
-def _figures(figures: Figures) -> dict[str, float]:
-    return {name: round(value, 4) for name, value in asdict(figures).items()}
+def _figures(figures: Figures) -> dict[str, Any]:
+    row = _rounded(asdict(figures))
+    return row | {"first_tokens_ms": [round(value, 4) for value in figures.first_tokens_ms]}
 
 
 def _share(least_s: float, measured_ms: float) -> float | None:

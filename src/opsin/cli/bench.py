@@ -90,6 +90,9 @@ def engine(
 
 
 def _about(runtime: Runtime, options: dict[str, Any]) -> dict[str, Any]:
+    import platform
+    from importlib.metadata import version
+
     from opsin import __version__
 
     limits = runtime.engine.limits
@@ -97,6 +100,8 @@ def _about(runtime: Runtime, options: dict[str, Any]) -> dict[str, Any]:
     return {
         "opsin": __version__,
         "kind": "engine",
+        "llama_cpp_python": version("llama-cpp-python"),
+        "platform": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "model": runtime.engine.info.as_dict(),
         "settings": {**options, **sizes},
     }

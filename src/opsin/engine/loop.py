@@ -76,9 +76,10 @@ class Loop:
         future: Future[T] = Future()
 
         def run() -> None:
+            if self._error is not None:  # the inbox is emptied after the end, too
+                future.set_exception(self._error)
+                return
             try:
-                if self._error is not None:  # the inbox is emptied after the end, too
-                    raise self._error
                 future.set_result(work(self._opened.result()))
             except Exception as error:  # noqa: BLE001 - it belongs to the caller, who waits for the future
                 future.set_exception(error)
@@ -174,7 +175,7 @@ class Loop:
         started, encodes = self._now(), self._runner.encodes
         try:
             room = self._runner.run(step, self._between(step))
-        except EngineError as error:
+        except OpsinError as error:
             for sequence in members_of(step):
                 self._fail(sequence, error)
             return

@@ -51,7 +51,7 @@ class Context:
         # Each sequence of a sliding-window model has a keeper that holds the same cells. llama.cpp takes a cell outside
         # the window of the only sequence that holds it as free, also with swa_full and while others are empty: a
         # prefix would lose its beginning. A cell of two sequences stays.
-        self._keeper = sequences if llama.llama_model_n_swa(model.pointer) > 0 else 0
+        self._keeper = sequences if _slides(model) else 0
         params.n_seq_max = sequences + self._keeper
         # Without it room is reserved for the logits of a whole micro-batch: 0.6 GB with a vocabulary of 150,000.
         params.n_outputs_max = self._outputs_max = max(_MIN_OUTPUTS, params.n_seq_max)
@@ -83,6 +83,7 @@ class Context:
             n_seq_max=llama.llama_n_seq_max(pointer) - self._keeper,
             n_vocab=model.n_vocab,
             n_embd=model.n_embd,
+            forks=not model.whole_states_only,
         )
         self._arrays = BatchArrays(llama.llama_batch, self.limits.n_ubatch, model.n_pos, self._keeper)
         self._row = ctypes.c_float * self.limits.n_vocab
@@ -171,7 +172,11 @@ class Context:
         if count > self.limits.n_ubatch:
             raise DecodeFailed(
                 f"A batch of {count} rows is larger than the micro-batch of {self.limits.n_ubatch}"
-                + (": this model reads a picture whole, so start with a larger --ubatch." if whole else ".")
+                + (
+                    ": this model reads a picture whole, so give a smaller --image-max-tokens or a larger ubatch."
+                    if whole
+                    else "."
+                )
             )
 
     def _check_sequence(self, seq_id: int) -> None:
@@ -247,8 +252,12 @@ def _sequences(model: Model, settings: EngineSettings, n_ubatch: int) -> int:
         )
     # A recurrent model keeps a whole state for each id: none to spare there.
     spare = 0 if model.whole_states_only else _SPARE_SEQUENCES
-    keepers = 2 if model.lib.llama.llama_model_n_swa(model.pointer) > 0 else 1
-    return min(settings.parallel + spare, _MAX_SEQUENCES // keepers, n_ubatch)
+    return min(settings.parallel + spare, _MAX_SEQUENCES // (2 if _slides(model) else 1), n_ubatch)
+
+
+def _slides(model: Model) -> bool:
+    """Whether attention has a sliding window over memory that can be shared in parts."""
+    return model.lib.llama.llama_model_n_swa(model.pointer) > 0 and not model.whole_states_only
 
 
 def default_context(model: Model, settings: EngineSettings) -> int:

@@ -89,6 +89,8 @@ def test_a_workload_runs_on_the_engine_and_every_answer_has_its_tokens(running: 
     middle = measured.median
     assert middle is not None
     assert 0 < middle.first_token_ms <= middle.first_token_max_ms <= middle.total_s * 1e3
+    assert len(middle.first_tokens_ms) == len(workload.asks)
+    assert max(middle.first_tokens_ms) <= middle.total_s * 1e3
     assert 0 <= middle.longest_pause_ms < middle.total_s * 1e3
     # New pictures in each run, each encoded once however many ask about it.
     assert len(running.backend.encoded) == len(set(running.backend.encoded)) == 2 * workload.pictures

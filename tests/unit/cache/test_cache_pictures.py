@@ -77,6 +77,13 @@ def test_what_was_put_in_cannot_be_changed() -> None:
         found[0, 0] = 2.0
 
 
+def test_it_knows_what_is_in_memory_without_counting_a_look() -> None:
+    cache = PictureCache(32, Slow())
+    cache.put("a", rows(2))
+    cache.put("b", rows(2))
+    assert (cache.knows("a"), cache.knows("b"), cache.queries) == (False, True, 0)
+
+
 def test_the_store_behind_answers_once_and_then_memory_does() -> None:
     store = Slow()
     store.held["a"] = rows(1)

@@ -22,7 +22,7 @@ from opsin.compat import (
 )
 from opsin.compose import Runtime
 from opsin.core.backend import BackendLimits
-from opsin.core.errors import BadParameter, BadPrompt, Cancelled, ModelNotFound
+from opsin.core.errors import BadParameter, BadPrompt, ModelNotFound
 from opsin.core.sampling import SamplingParams
 from opsin.core.settings import EngineSettings
 from opsin.engine import Engine
@@ -31,7 +31,6 @@ from opsin.testing import FakeBackend
 from opsin.testing.fake_backend import TURN_TEXT
 
 PLAIN = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
-SECTION = "\x1e"
 
 
 def data_uri(colour: str = "red") -> str:
@@ -71,7 +70,7 @@ class World:
             return sampler(params, seed)
 
         backend.sampler = spy  # type: ignore[method-assign]
-        text = (template or PLAIN) + TURN_TEXT
+        text = (template or PLAIN) + f"{{{{- '{TURN_TEXT}' -}}}}"
         source = TemplateSource(text, "fake", "fake", None, "", "", frozenset({TURN_TEXT}))
         return Runtime(Engine(lambda: backend), PromptBuilder(source), False)
 
@@ -286,7 +285,7 @@ def test_llava_reads_pictures_first_and_texts_as_one(world: World, open_llama: C
     open_llama().create_chat_completion(messages=message)
     head, _, text = world.prompts[0].rpartition(">")
     assert text == "one two" + TURN_TEXT
-    assert head.startswith("Ā" if head.startswith("Ā") else "[user]")
+    assert head.startswith("[user]<")
     assert head.count("<") == 8
 
 
@@ -432,16 +431,3 @@ def test_a_dropped_llama_is_closed(world: World, projector: str) -> None:
     gc.collect()
     assert world.backends[0].closed
     assert threading.active_count() <= before
-
-
-def test_a_closed_engine_ends_a_stream_with_its_error(world: World, open_llama: Callable[..., Llama]) -> None:
-    world.answer = "x" * 400
-    llm = open_llama()
-    chunks = llm.create_chat_completion(messages=asked(data_uri()), stream=True)
-    next(chunks)
-    llm.close()
-    try:
-        for _ in chunks:
-            pass
-    except Exception as error:  # the answer may have been complete before
-        assert not isinstance(error, Cancelled)

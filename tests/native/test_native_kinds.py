@@ -1,0 +1,154 @@
+"""The engine on every kind of image model: shared pictures, many at once, and cells that add up."""
+
+import hashlib
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from opsin.core.answer import Answer
+from opsin.core.backend import EmbeddingRows
+from opsin.core.errors import Cancelled, OpsinError
+from opsin.core.layout import ImageRun
+from opsin.core.parts import PicturePart, Prompt, TextPart
+from opsin.core.picture import Picture
+from opsin.core.sampling import SamplingParams
+from opsin.core.settings import EngineSettings
+from opsin.engine import Engine, Policy
+
+KINDS = ("tiny", "llava-1.6-tiny", "qwen2vl-tiny", "gemma3-tiny")
+SIZES = ((240, 60), (60, 240), (100, 100), (20, 16), (640, 480))
+TOLERANCE = 0.05
+"""Natural log probability between batch shapes."""
+
+PARAMS = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, guard=False, logprobs=20)
+
+
+def shot(width: int, height: int, seed: int = 0) -> Picture:
+    rgb = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8).tobytes()
+    return Picture(rgb, width, height, hashlib.sha256(rgb).hexdigest(), "PNG", width, height)
+
+
+def prompt(question: str, *pictures: Picture) -> Prompt:
+    return Prompt((TextPart("USER: look at "), *map(PicturePart, pictures), TextPart(question)))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    from opsin.models.synth import write_pair
+    from opsin.native import open_backend
+
+    made: dict[str, Any] = {}
+
+    def opened(kind: str, **settings: Any) -> Any:
+        if kind not in made:
+            made[kind] = write_pair(kind, Path(tmp_path_factory.mktemp(kind)), quantisation="f16")
+        pair = made[kind]
+        wanted = {"model": pair.llm, "mmproj": pair.mmproj, "ctx": 2048, "parallel": 4, "ubatch": 256, "threads": 1}
+        most = 64 if kind == "qwen2vl-tiny" else None
+        return open_backend(EngineSettings(**{**wanted, "image_max_tokens": most, **settings}))
+
+    return opened
+
+
+def agree(one: Answer, other: Answer) -> bool:
+    """The same tokens with the same log probabilities, up to a choice that another rounding may turn."""
+    for mine, theirs in zip(one.logprobs, other.logprobs, strict=True):
+        if abs(mine.top[0][2] - theirs.top[0][2]) > TOLERANCE:
+            return False
+        if mine.token != theirs.token:
+            return mine.top[0][2] - mine.top[1][2] < TOLERANCE
+    return True
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_at_once_and_remembered_answer_as_one_alone_does(kind: str, pairs: Callable[..., Any]) -> None:
+    asked = [prompt(f" {question}", shot(*size)) for size in SIZES for question in ("Who is there?", "How many?")]
+    asked.append(prompt(" Which is larger?", shot(*SIZES[0]), shot(*SIZES[1])))
+    with Engine(lambda: pairs(kind), policy=Policy(keep_prefixes=False)) as engine:
+        alone = [engine.submit(each, PARAMS).result() for each in asked]
+        assert {answer.usage.cached_tokens for answer in alone} == {0}
+    with Engine(lambda: pairs(kind), policy=Policy(parallel=4)) as engine:
+        for streams in ([engine.submit(each, PARAMS) for each in asked] for _ in range(2)):
+            together = [stream.result() for stream in streams]
+            for number, (one, other) in enumerate(zip(alone, together, strict=True)):
+                assert agree(one, other), f"request {number}"
+        # The second time round everything but the last token is in the memory.
+        assert all(answer.usage.cached_tokens == answer.usage.prompt_tokens - 1 for answer in together)
+        assert engine.error is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_that_goes_away_behind_its_picture_leaves_the_books_right(kind: str, pairs: Callable[..., Any]) -> None:
+    """Under M-RoPE a picture's cells share one position, so a prefix that ends in one ends before its next position."""
+    backend = pairs(kind)
+    decode, streams, submitted = backend.decode, [], threading.Event()
+
+    def decode_and_go(rows: Any) -> bool:
+        assert submitted.wait(60)
+        done = decode(rows)
+        if isinstance(rows, EmbeddingRows) and streams:
+            streams.pop().cancel()
+        return done
+
+    backend.decode = decode_and_go
+    with Engine(lambda: backend, policy=Policy(parallel=2)) as engine:
+        first = prompt(" Who is there?", shot(240, 60))
+        stream = engine.submit(first, PARAMS)
+        streams.append(stream)
+        submitted.set()
+        with pytest.raises(Cancelled):
+            stream.result()
+        answer = engine.submit(first, PARAMS).result()
+        assert answer.usage.cached_tokens > 20  # what it left behind
+        again = engine.submit(first, PARAMS).result()
+        assert agree(answer, again)
+        assert engine.error is None
+
+
+def test_a_picture_larger_than_the_micro_batch_fails_alone(pairs: Callable[..., Any]) -> None:
+    with Engine(lambda: pairs("gemma3-tiny", ubatch=32)) as engine:
+        with pytest.raises(OpsinError, match="reads a picture whole"):
+            engine.submit(prompt(" Who?", shot(50, 50)), PARAMS).result()
+        assert engine.submit(prompt(" Who?"), PARAMS).result().usage.completion_tokens == 6
+        assert engine.error is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_picture_laid_out_without_its_pixels_is_the_same_picture(kind: str, pairs: Callable[..., Any]) -> None:
+    backend = pairs(kind)
+    try:
+        for size in SIZES:
+            parts = [TextPart("look "), PicturePart(shot(*size)), TextPart(" there")]
+            whole = backend.layout(parts, add_bos=True)
+            hollow = backend.layout(parts, add_bos=True, known=lambda _: True)
+            assert whole.runs == tuple(
+                replace(run, placeholder=False) if isinstance(run, ImageRun) else run for run in hollow.runs
+            )
+            assert whole.images == hollow.images
+            for one, other in zip(whole.runs, hollow.runs, strict=True):
+                if isinstance(one, ImageRun):
+                    assert not one.placeholder
+                    assert other.placeholder
+                    np.testing.assert_array_equal(
+                        one.positions_at(7, 0, one.n_tokens), other.positions_at(7, 0, one.n_tokens)
+                    )
+            whole.close()
+            hollow.close()
+    finally:
+        backend.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_probe_sees_every_kind_at_work(kind: str, pairs: Callable[..., Any]) -> None:
+    backend = pairs(kind)
+    try:
+        placement = backend.placement()
+        for shares in (placement.encoder, placement.language_model):
+            assert sum(share.nodes for share in shares.values()) > 10
+    finally:
+        backend.close()
