@@ -52,6 +52,11 @@ class Opsin:
         """Milliseconds that loading took."""
         return self._runtime.engine.load_ms
 
+    @property
+    def setup(self) -> str:
+        """Names the files, the settings and the library in one word: what was proved for it holds for it."""
+        return self._runtime.setup
+
     def picture(self, source: object) -> Picture:
         """Read and check a picture: path, address, bytes, PIL image or array. Raises BadPicture or FetchFailed."""
         return load_picture(source, self._media)

@@ -296,13 +296,13 @@ def test_the_stream_is_also_asynchronous_and_leaving_it_cancels() -> None:
 
 
 def test_a_request_costs_little_of_our_own() -> None:
-    """Python's share of a token: 2,000 tokens through plan, run and absorb, without any model."""
+    """Python's share of a token, in CPU time: 2,000 tokens through plan, run and absorb, without any model."""
     backend = FakeBackend(lambda _: "x" * 4000, limits=dataclasses.replace(LIMITS, n_ctx=1 << 16))
     backend.next_token = lambda row: ord("x")  # type: ignore[method-assign]
     with Engine(lambda: backend, max_tokens=2000) as engine:
-        start = time.perf_counter()
+        start = time.process_time()
         engine.submit(prompt(), SamplingParams(guard=False)).result()
-        per_token = (time.perf_counter() - start) / 2000
+        per_token = (time.process_time() - start) / 2000
     print(f"{per_token * 1e6:.0f} µs a token")
     assert per_token < 1e-3
 
