@@ -59,6 +59,11 @@ class Opsin:
         """The running engine, for `Prompt`s of one's own; closed with this object."""
         return self._runtime.engine
 
+    @property
+    def setup(self) -> str:
+        """Names the files, the settings and the library in one word: what was proved for it holds for it."""
+        return self._runtime.setup
+
     def picture(self, source: object) -> Picture:
         """Read and check a picture: path, address, bytes, PIL image or array. Raises BadPicture or FetchFailed."""
         return load_picture(source, self._media)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 from opsin.cache import DiskStore, PictureCache, default_folder
@@ -15,11 +17,15 @@ from opsin.prompt import PromptBuilder, TemplateSource
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """An engine with its model loaded, and what writes prompts for that model."""
+    """An engine with its model loaded, and what writes prompts for that model.
+
+    `setup` names the files, the settings and the library in one word: what was proved for it holds for it.
+    """
 
     engine: Engine
     prompts: PromptBuilder
     is_demo: bool
+    setup: str
 
     def close(self) -> None:
         """Free everything; twice does no harm."""
@@ -59,7 +65,13 @@ def open_runtime(
     except BaseException:
         engine.close()
         raise
-    return Runtime(engine, prompts, pair.is_demo)
+    return Runtime(engine, prompts, pair.is_demo, _setup(pair, settings))
+
+
+def _setup(pair: Pair, settings: EngineSettings) -> str:
+    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in (pair.llm, pair.mmproj) if path]
+    known = (files, settings.model_dump_json(), version("llama-cpp-python"), [device.name for device in devices()])
+    return hashlib.sha256(repr(known).encode()).hexdigest()[:32]
 
 
 def default_profile() -> Profile:

@@ -1,0 +1,41 @@
+"""A proof of placement is made once for a setup, and again when it cannot be read."""
+
+from pathlib import Path
+
+import pytest
+
+from opsin.core.placement import BackendShare, Placement
+from opsin.doctor.proof import remembered
+
+PROOF = Placement(
+    encoder={"CUDA0": BackendShare(90, 0.9, 0.8, {"MUL_MAT": 40}), "CPU": BackendShare(3, 0.1)},
+    language_model={"CUDA0": BackendShare(100, 1.0)},
+    layers_offloaded=32,
+    layers=32,
+    notes=("a note",),
+)
+
+
+def test_the_second_time_it_is_read(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def prove() -> Placement:
+        asked.append(1)
+        return PROOF
+
+    assert remembered("a", prove, tmp_path) == remembered("a", prove, tmp_path) == PROOF
+    assert len(asked) == 1
+    assert remembered("b", prove, tmp_path) == PROOF
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize("broken", ["", "{}", "[]", '{"encoder": 3}', "null"])
+def test_a_broken_file_costs_a_new_proof(tmp_path: Path, broken: str) -> None:
+    (tmp_path / "a.json").write_text(broken)
+    assert remembered("a", lambda: PROOF, tmp_path) == PROOF
+    assert remembered("a", lambda: pytest.fail("it was written"), tmp_path) == PROOF
+
+
+def test_a_folder_that_cannot_be_written_loses_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert remembered("a", lambda: PROOF, tmp_path / "file" / "folder") == PROOF
