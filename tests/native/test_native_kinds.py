@@ -103,6 +103,9 @@ def test_one_that_goes_away_behind_its_picture_leaves_the_books_right(kind: str,
         submitted.set()
         with pytest.raises(Cancelled):
             stream.result()
+        for _ in range(2):  # the first may come before the end is swept up; the engine checks its books before the next
+            engine._loop.call(lambda _: None).result()
+        assert engine.error is None
         answer = engine.submit(first, PARAMS).result()
         assert answer.usage.cached_tokens > 20  # what it left behind
         again = engine.submit(first, PARAMS).result()

@@ -49,6 +49,7 @@ def ask(
     temperature: o.Temperature = None,
     seed: o.Seed = None,
     guard: o.UseGuard = True,
+    disk_cache: o.DiskCache = True,
     thinking: o.Thinking = None,
     system: o.System = None,
     verbose: o.Verbose = False,
@@ -75,6 +76,7 @@ def ask(
         image_max_tokens=image_max_tokens,
         image_min_tokens=image_min_tokens,
         profile=profile,
+        disk_cache=disk_cache,
     )
     with Working("loading the model") as working:
         from opsin.api import Opsin

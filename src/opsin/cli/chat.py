@@ -35,6 +35,7 @@ def chat(
     temperature: o.Temperature = None,
     seed: o.Seed = None,
     guard: o.UseGuard = True,
+    disk_cache: o.DiskCache = True,
     thinking: o.Thinking = None,
     system: o.System = None,
     verbose: o.Verbose = False,
@@ -50,6 +51,7 @@ def chat(
         mmproj_device=mmproj_device,
         threads=threads,
         threads_batch=threads_batch,
+        disk_cache=disk_cache,
     )
     with Working("loading the model") as working:
         from opsin.api import Opsin

@@ -58,3 +58,8 @@ def test_a_question_without_a_picture_has_no_vision_rows() -> None:
     assert "text prefill" in text
     assert "encode" not in text
     assert "image" not in text
+
+
+def test_a_remembered_picture_says_that_the_encoder_did_not_run() -> None:
+    known = dataclasses.replace(answer(), images=(dataclasses.replace(answer().images[0], cached=True),))
+    assert "remembered: the encoder did not run" in "\n".join(shown(known, None, width=120))
