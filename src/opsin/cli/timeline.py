@@ -61,9 +61,11 @@ def _note(key: str, answer: Answer, placement: Placement | None) -> str:
         sizes = {f"{i.width}×{i.height} → {i.resized_width}×{i.resized_height}" for i in answer.images}
         return ", ".join(sorted(sizes))
     if key == "encode_ms":
-        if answer.images and all(image.cached for image in answer.images):
-            return f"{usage.image_tokens} image tokens, remembered: the encoder did not run"
-        return f"{usage.image_tokens} image tokens{_where(placement.encoder if placement else {})}"
+        remembered = answer.images and all(image.cached for image in answer.images)
+        where = (
+            ", remembered: the encoder did not run" if remembered else _where(placement.encoder if placement else {})
+        )
+        return f"{usage.image_tokens} image tokens{where}"
     if key == "image_prefill_ms":
         return _rate(usage.image_tokens, stages.image_prefill_ms)
     if key == "text_prefill_ms":
