@@ -72,7 +72,7 @@ class World:
         backend.sampler = spy  # type: ignore[method-assign]
         text = (template or PLAIN) + f"{{{{- '{TURN_TEXT}' -}}}}"
         source = TemplateSource(text, "fake", "fake", None, "", "", frozenset({TURN_TEXT}))
-        return Runtime(Engine(lambda: backend), PromptBuilder(source), False)
+        return Runtime(Engine(lambda: backend), PromptBuilder(source), is_demo=False, setup="fake")
 
 
 @pytest.fixture

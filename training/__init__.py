@@ -1,0 +1,1 @@
+"""Scenes, training, export and evaluation of the demo model that ships with Opsin."""
