@@ -88,7 +88,9 @@ def main() -> None:
     from opsin import Opsin  # here, so that `evaluate` can also judge another runtime's answers
 
     with Opsin() as opsin:
-        figures = evaluate(lambda picture, text: opsin.ask(picture, text, temperature=0).text, args.scenes, args.unseen, args.closed)
+        figures = evaluate(
+            lambda picture, text: opsin.ask(picture, text, temperature=0).text, args.scenes, args.unseen, args.closed
+        )
     args.to.parent.mkdir(parents=True, exist_ok=True)
     args.to.write_text(json.dumps(figures, indent=1) + "\n")
 

@@ -118,7 +118,9 @@ def test_standard_input_is_a_picture(opsin_env: dict[str, str]) -> None:
 def test_a_schema_shapes_the_answer(opsin_env: dict[str, str], tmp_path: Path) -> None:
     schema = tmp_path / "schema.json"
     schema.write_text(
-        json.dumps({"type": "object", "properties": {"n": {"type": "integer", "maximum": 9}}, "required": ["n"]})
+        json.dumps(
+            {"type": "object", "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}}, "required": ["n"]}
+        )
     )
     done = opsin(opsin_env, "ask", PICTURE, "how many?", "--json-schema", str(schema), "--max-tokens", "40")
     assert isinstance(json.loads(done.stdout)["n"], int)
@@ -149,7 +151,7 @@ def test_native_logs_are_silent_without_verbose_and_whole_with_it(opsin_env: dic
         ([PICTURE, "what?", "--device", "CUDA7"], 2, "CUDA7"),
         ([PICTURE, "what?", "--model", "nowhere.gguf"], 3, "nowhere.gguf"),
         ([PICTURE, "what?", "--model", PICTURE], 3, "shapes.png"),
-        ([PICTURE, "what?", "--ctx", "64"], 2, "--ctx"),
+        ([PICTURE, "what is this? " * 200, "--ctx", "256"], 2, "--ctx"),
         ([PICTURE, "what?", "--json-schema", "nowhere.json"], 2, "nowhere.json"),
         ([PICTURE, "what?", "--nonsense"], 2, "nonsense"),
     ],

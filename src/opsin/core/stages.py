@@ -27,6 +27,7 @@ class Stage(enum.Enum):
 class Stages:
     """Milliseconds by stage. `other_ms` is what no stage claimed; `total_ms` is the wall time from first to last.
 
+    `decode_ms` includes the engine's own work between two tokens of an answer that runs alone.
     `load_ms` lies outside a request that finds its model loaded, and is then 0.
     """
 

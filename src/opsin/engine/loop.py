@@ -130,6 +130,7 @@ class Loop:
     def _attach(self, backend: Backend) -> None:
         self._runner = Runner(backend, self._pictures)
         self._scheduler = Scheduler(backend.limits, self._policy)
+        self.stats.watch(self._scheduler)
         self._absorber = Absorber(
             backend.piece, backend.eog_tokens, backend.limits.n_ctx, lambda s: _closing_tokens(backend, s)
         )
@@ -161,7 +162,7 @@ class Loop:
         plan = self._scheduler.plan(self._now())
         self._runner.remember(plan.memory)
         running = self._scheduler.running
-        self._runner.rest = Stage.QUEUE if len(running) > 1 else Stage.OTHER
+        self._rest(running)
         for sequence in running:
             if sequence.sampler is None:
                 self._begin(sequence)
@@ -169,7 +170,18 @@ class Loop:
         step = plan.step
         if step is not None and all(s.state is not State.DONE for s in members_of(step)):
             self._run(step)
-        self.stats.look(self._scheduler)
+
+    def _rest(self, running: tuple[Sequence, ...]) -> None:
+        """What a sequence's time between steps is: waiting for others, or the engine's own work on its next token."""
+        rest = Stage.OTHER
+        if len(running) > 1:
+            rest = Stage.QUEUE
+        elif running and running[0].state is State.DECODE:
+            rest = Stage.DECODE
+        if rest is not self._runner.rest:
+            self._runner.rest = rest
+            for sequence in running:
+                sequence.clock.switch(rest)
 
     def _run(self, step: Step) -> None:
         started, encodes = self._now(), self._runner.encodes

@@ -253,6 +253,8 @@ class Scheduler:
         """Idle cells are looked at by every decode step: when that costs too much, the oldest go."""
         if not self._idle or not self._decoding():
             return
+        if self.idle_cost.slowdown(self.book.used, self.book.used) <= self._policy.idle_slowdown:
+            return  # if all cells were idle they would not be too slow, so who holds them need not be counted
         while True:
             idle = self.book.used - self.book.held_by(s.seq_id for s in self._running)
             victim = self.prefixes.oldest_idle()

@@ -33,12 +33,12 @@ class Snapshot:
 
 
 class Stats:
-    """One writer. A reader gets the last snapshot, which never changes under it."""
+    """One writer, the engine's thread. Anybody may take a snapshot, which never changes under its reader."""
 
     def __init__(self) -> None:
         self.failed = 0
         self._counts = dict.fromkeys(Snapshot.__dataclass_fields__, 0.0)
-        self.snapshot = Snapshot()
+        self._scheduler: Scheduler | None = None
 
     def ran(self, step: Step, seconds: float) -> None:
         """A step was carried out."""
@@ -60,10 +60,17 @@ class Stats:
         self._counts["finished"] += 1
         self._counts["guard_stops"] += answer.guard is not None
 
-    def look(self, scheduler: Scheduler) -> None:
-        """Take the picture of now."""
-        counts = self._counts
-        self.snapshot = Snapshot(
+    def watch(self, scheduler: Scheduler) -> None:
+        """From now on snapshots tell of this scheduler."""
+        self._scheduler = scheduler
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The picture of now: each number is true, though a step may end between two of them."""
+        counts, scheduler = self._counts, self._scheduler
+        if scheduler is None:
+            return Snapshot()
+        return Snapshot(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             idle_prefixes=len(scheduler.idle_ids),
