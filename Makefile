@@ -31,8 +31,10 @@ test: setup-dev
 check: setup-dev
 	$(BIN)/ruff format --check src tests training
 	$(BIN)/ruff check src tests training
-	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/arch tests/unit -q -x -m "not slow" -p no:cacheprovider
+	@# Types and tests side by side: whichever fails, fails the target.
+	@$(BIN)/mypy & types=$$!; \
+	$(BIN)/python -m pytest tests/arch tests/unit -q -x -m "not slow" -p no:cacheprovider -n 2; tests=$$?; \
+	wait $$types && exit $$tests
 
 format: setup-dev
 	$(BIN)/ruff format src tests training

@@ -25,6 +25,8 @@ from opsin.prompt import PromptBuilder, TemplateSource
 from opsin.testing import FakeBackend
 from opsin.testing.fake_backend import TURN_TEXT
 
+pytestmark = pytest.mark.slow  # together they take seconds, so `make check` leaves them out
+
 LIMITS = BackendLimits(n_ctx=4096, n_batch=256, n_ubatch=256, n_seq_max=24, n_vocab=259, n_embd=4)
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}" + TURN_TEXT
 MACHINE = Machine(threads=2, read_bytes_s=1e10, copy_bytes_s=1e10, matrix_ops_s=1e11)

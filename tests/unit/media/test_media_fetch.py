@@ -18,6 +18,8 @@ from opsin.core.settings import MediaSettings
 from opsin.media import load_picture
 from opsin.media.fetch import fetch, show_url, system_addresses
 
+pytestmark = pytest.mark.slow  # together they take seconds, so `make check` leaves them out
+
 PNG = encode(scene(), "PNG")
 SHA = load_picture(PNG, MediaSettings()).sha256
 LIMITS = MediaSettings(fetch=True, fetch_seconds=10, fetch_redirects=2, max_bytes=50_000)

@@ -21,6 +21,8 @@ from opsin.core.picture import Picture
 from opsin.core.settings import MediaSettings
 from opsin.media import load_picture
 
+pytestmark = pytest.mark.slow  # together they take seconds, so `make check` leaves them out
+
 FILES = dict(hostile.hostile_files())
 MIB = 2**20
 

@@ -19,6 +19,8 @@ from opsin.models.hub import Hub, HubFile, HubRepo, choose
 from opsin.models.registry import Wanted, look_up
 from opsin.models.store import read_default
 
+pytestmark = pytest.mark.slow  # together they take seconds, so `make check` leaves them out
+
 REPO = "some/model-GGUF"
 
 

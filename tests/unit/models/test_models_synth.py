@@ -19,6 +19,8 @@ from opsin.models.shapes import SHAPES
 from opsin.models.synth import LLM_TYPES, MMPROJ_TYPES, write_shape
 from opsin.models.weights import BLOCK_BYTES, RandomWeights, Tensor
 
+pytestmark = pytest.mark.slow  # together they take seconds, so `make check` leaves them out
+
 
 def tensors_of(path: Path) -> dict[str, gguf.ReaderTensor]:
     return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}

@@ -10,6 +10,8 @@ import pytest
 from opsin.core.errors import BadPrompt
 from opsin.prompt.template import ChatTemplate
 
+pytestmark = pytest.mark.slow  # together they take seconds, so `make check` leaves them out
+
 GROW = "{% set ns = namespace(x=START) %}{% for i in range(200) %}{% set ns.x = STEP %}{% endfor %}{{ ns.x }}"
 
 
