@@ -1,6 +1,7 @@
 """The timeline shows each stage that took time, with what went through it."""
 
 import dataclasses
+import io
 
 from rich.console import Console
 
@@ -17,9 +18,8 @@ TIMINGS = Timings(0, 600, 720.0, 1.2, 833.3, 20, 202.0, 10.1, 99.0)
 
 
 def shown(answer: Answer, placement: Placement | None, width: int = 100) -> list[str]:
-    console = Console(width=width, force_terminal=False, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    console = Console(width=width, force_terminal=False, record=True, file=io.StringIO())
     console.print(timeline(answer, placement))
-    console.file.close()
     return [line.rstrip() for line in console.export_text().splitlines()]
 
 
