@@ -41,7 +41,7 @@ format: setup-dev
 	$(BIN)/ruff check --fix src tests training
 
 soak: setup-dev
-	$(BIN)/python -m pytest tests/soak -q -s
+	OPSIN_SOAK_MINUTES=$${OPSIN_SOAK_MINUTES:-30} $(BIN)/python -m pytest tests/soak -q -s --timeout 0
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
