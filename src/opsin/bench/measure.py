@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from statistics import median
@@ -34,12 +34,16 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A workload's runs. `void` says why its figures count for nothing; then there is no median."""
+    """A workload's runs, and how many questions failed in them.
+
+    `void` says why its figures count for nothing; then there is no median.
+    """
 
     workload: Workload
     runs: tuple[Figures, ...]
     usages: tuple[Usage, ...]
     void: str | None = None
+    failed: int = 0
 
     @property
     def median(self) -> Figures | None:
@@ -57,18 +61,39 @@ def measure_workload(
     driver: Driver, workload: Workload, *, runs: int = 3, tell: Callable[[str], None] = lambda _: None
 ) -> Measured:
     """Play a workload `runs` times, with new pictures each time. Raises what the driver raises."""
-    measured: list[Figures] = []
-    usages: tuple[Usage, ...] = ()
+    return measure_in_turn({"": driver}, workload, runs=runs, tell=tell)[""]
+
+
+def measure_in_turn(
+    drivers: Mapping[str, Driver],
+    workload: Workload,
+    *,
+    runs: int = 3,
+    tell: Callable[[str], None] = lambda _: None,
+) -> dict[str, Measured]:
+    """Play a workload `runs` times on each of several, one after another within each run, on equal pictures.
+
+    Every second run goes the other way round, so that nobody always comes after the same other. A driver whose run is
+    void is left out from then on. Raises what a driver raises.
+    """
+    measured = {name: Measured(workload, (), ()) for name in drivers}
     for run in range(runs):
         pictures = draw_pictures(workload, run)
-        tell(f"{workload.name}, run {run + 1} of {runs}")
-        traces = play(driver, workload, pictures)
-        usages = tuple(trace.usage for trace in traces)
-        void = why_void(workload, traces)
-        if void is not None:
-            return Measured(workload, tuple(measured), usages, void)
-        measured.append(figures(workload, traces))
-    return Measured(workload, tuple(measured), usages)
+        names = list(drivers)[:: 1 if run % 2 == 0 else -1]
+        for name in names:
+            if measured[name].void is None:
+                tell(" ".join(filter(None, (f"{workload.name}, run {run + 1} of {runs}", name and f"on {name}"))))
+                measured[name] = _with_run(measured[name], play(drivers[name], workload, pictures))
+    return measured
+
+
+def _with_run(before: Measured, traces: Sequence[Trace]) -> Measured:
+    workload = before.workload
+    usages = tuple(trace.usage for trace in traces)
+    failed = before.failed + sum(trace.failed is not None for trace in traces)
+    void = why_void(workload, traces)
+    runs = before.runs if void is not None else (*before.runs, figures(workload, traces))
+    return Measured(workload, runs, usages, void, failed)
 
 
 def warm_up(driver: Driver, workload: Workload) -> None:
@@ -79,7 +104,10 @@ def warm_up(driver: Driver, workload: Workload) -> None:
 
 
 def why_void(workload: Workload, traces: Sequence[Trace]) -> str | None:
-    """Why a run counts for nothing: answers of another length than asked for, or no text. None: it counts."""
+    """Why a run counts for nothing: failed questions, answers of another length, or no text. None: it counts."""
+    failed = [trace.failed for trace in traces if trace.failed is not None]
+    if failed:
+        return f"{len(failed)} of {len(traces)} questions failed: {failed[0]}"
     for ask, trace in zip(workload.asks, traces, strict=True):
         counted = trace.usage.completion_tokens
         if counted != ask.max_tokens:

@@ -8,18 +8,22 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from opsin.bench.pictures import picture_file
-from opsin.bench.workload import Ask, Driver, Workload
+from opsin.bench.workload import Ask, Driver, RequestFailed, Workload
 from opsin.core.answer import Usage
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """One answer: when its question was sent, when each piece of text came, and when it ended; in seconds."""
+    """One answer: when its question was sent, when each piece of text came, and when it ended; in seconds.
+
+    `failed` is what the server said when there was no whole answer.
+    """
 
     sent: float
     pieces: tuple[float, ...]
     ended: float
     usage: Usage
+    failed: str | None = None
 
 
 def draw_pictures(workload: Workload, run: int) -> list[bytes]:
@@ -52,3 +56,5 @@ def _one(driver: Driver, ask: Ask, picture: bytes) -> Trace:
             pieces.append(next(stream))
         except StopIteration as end:
             return Trace(sent, tuple(pieces), time.perf_counter(), end.value)
+        except RequestFailed as error:
+            return Trace(sent, tuple(pieces), time.perf_counter(), Usage(), str(error))

@@ -8,13 +8,14 @@ from typing import Any
 
 from opsin.bench.batched import Batched
 from opsin.bench.ceiling import Machine
+from opsin.bench.compare import Side, compare_text, ratios, side_document, workload_row
 from opsin.bench.cost import ModelCost
-from opsin.bench.measure import Figures, Measured
+from opsin.bench.measure import Measured
 
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """All that one call of the command measured. `about` names model, version and settings."""
+    """All that one call of the command measured. `about` names model, version and settings, `peers` ran in turn."""
 
     about: dict[str, Any]
     machine: Machine
@@ -22,6 +23,12 @@ class Results:
     workloads: Sequence[Measured] = ()
     plain: Batched | None = None
     schema: Batched | None = None
+    peers: Sequence[Side] = ()
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """The engine, then the peers."""
+        return (Side("opsin", {}, self.workloads), *self.peers)
 
 
 def as_document(results: Results) -> dict[str, Any]:
@@ -31,13 +38,17 @@ def as_document(results: Results) -> dict[str, Any]:
         batched = {"plain": _rounded(asdict(results.plain))}
         if results.schema is not None:
             batched |= {"json_schema": _rounded(asdict(results.schema)), "json_schema_cost": schema_cost(results)}
-    return {
+    document = {
         **results.about,
         "machine": _rounded(asdict(results.machine)),
         "ceiling": _ceiling(results),
         "workloads": {measured.workload.name: _workload(results, measured) for measured in results.workloads},
         "batched": batched,
     }
+    if results.peers:
+        document["peers"] = {side.name: side_document(side) for side in results.peers}
+        document["ratios"] = ratios(results.sides)
+    return document
 
 
 def schema_cost(results: Results) -> float | None:
@@ -77,6 +88,8 @@ def as_text(results: Results) -> str:
             f" {middle.token_ms:6.1f} ms {middle.longest_pause_ms:6.0f} ms {found['share_of_ceiling']:10.0%}"
         )
     lines += [f"  {m.workload.name}: {m.workload.title}" for m in results.workloads]
+    if results.peers:
+        lines.append(compare_text(results.sides))
     for name, batched in (("plain", results.plain), ("JSON schema", results.schema)):
         if batched is not None:
             lines.append(_batched_text(name, batched))
@@ -117,13 +130,13 @@ def _workload(results: Results, measured: Measured) -> dict[str, Any]:
     The shares compare least times with those measured, so 1 is the ceiling; `first_token_share` is of a single new
     picture, and left out where several wait for each other.
     """
-    row: dict[str, Any] = {"title": measured.workload.title, "void": measured.void}
+    row = workload_row(measured)
     middle = measured.median
     if middle is None:
         return row
     machine, cost = results.machine, results.cost
     least = cost.workload_seconds(machine, measured.workload, measured.usages)
-    row |= _figures(middle) | {"least_s": round(least, 4), "share_of_ceiling": round(least / middle.total_s, 4)}
+    row |= {"least_s": round(least, 4), "share_of_ceiling": round(least / middle.total_s, 4)}
     if not measured.workload.at_once:
         usage = measured.usages[0]
         context = usage.prompt_tokens + usage.completion_tokens // 2
@@ -131,16 +144,7 @@ def _workload(results: Results, measured: Measured) -> dict[str, Any]:
         if measured.workload.pictures == len(measured.workload.asks):
             first = cost.prompt_seconds(machine, usage.prompt_tokens, pictures=1)
             row["first_token_share"] = _share(first, middle.first_token_ms)
-    row["prompt_tokens"] = [usage.prompt_tokens for usage in measured.usages]
-    row["completion_tokens"] = [usage.completion_tokens for usage in measured.usages]
-    row["cached_tokens"] = [usage.cached_tokens for usage in measured.usages]
-    row["runs"] = [_figures(run) for run in measured.runs]
     return row
-
-
-def _figures(figures: Figures) -> dict[str, Any]:
-    row = _rounded(asdict(figures))
-    return row | {"first_tokens_ms": [round(value, 4) for value in figures.first_tokens_ms]}
 
 
 def _share(least_s: float, measured_ms: float) -> float | None:

@@ -7,9 +7,15 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from opsin.core.answer import Usage
-from opsin.core.errors import BadParameter
+from opsin.core.errors import BadParameter, OpsinError
 
 TOKENS = 32
+
+
+class RequestFailed(OpsinError):
+    """A server refused a question, or broke an answer off; the run counts it and goes on."""
+
+    code = "request_failed"
 
 
 class Driver(Protocol):

@@ -13,11 +13,17 @@ from opsin.cli import options as o
 from opsin.cli.console import say
 
 if TYPE_CHECKING:
+    from opsin.bench import HttpDriver
+    from opsin.bench.compare import Side
     from opsin.bench.report import Results
     from opsin.compose import Runtime
 
+Workloads = Annotated[str | None, typer.Option("--workloads", help="W1 to W5, with commas between; none: all")]
+Runs = Annotated[int, typer.Option("--runs", min=1, help="runs of each workload; medians are shown")]
+JsonOut = Annotated[Path | None, typer.Option("--json-out", help="write the JSON document to this file too")]
+
 app = typer.Typer(
-    help="Measure the engine against the limits of this machine.",
+    help="Measure the engine against the limits of this machine, and against servers.",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -26,7 +32,7 @@ app = typer.Typer(
 
 @app.callback()
 def bench() -> None:
-    """Measure the engine against the limits of this machine."""
+    """Measure the engine against the limits of this machine, and against servers."""
 
 
 @app.command()
@@ -42,14 +48,14 @@ def engine(
     threads: o.Threads = None,
     threads_batch: o.ThreadsBatch = None,
     kv_type: o.KvType = None,
-    workloads: Annotated[
-        str | None, typer.Option("--workloads", help="W1 to W5, with commas between; none: all")
-    ] = None,
-    runs: Annotated[int, typer.Option("--runs", min=1, help="runs of each workload; medians are shown")] = 3,
+    workloads: Workloads = None,
+    runs: Runs = 3,
     batched: Annotated[bool, typer.Option("--batched/--no-batched", help="measure the decode of full batches")] = True,
-    json_out: Annotated[
-        Path | None, typer.Option("--json-out", help="write the JSON document to this file too")
+    against: Annotated[
+        list[str] | None,
+        typer.Option("--against", help="NAME=URL of a server with the same model, measured in turn; may be repeated"),
     ] = None,
+    json_out: JsonOut = None,
     verbose: o.Verbose = False,
 ) -> None:
     """Measure the machine, then five workloads on the engine in this process.
@@ -77,16 +83,66 @@ def engine(
     # What a run writes to disk would make the next one's pictures known.
     settings = checked(EngineSettings, {**options, "verbose": verbose, "disk_cache": False})
     pair = resolve(model, mmproj)
+    peers = _peers(against or [])
     say("measuring the machine")
     machine = measure_machine(threads or os.cpu_count() or 1)
     cost = read_cost(pair.llm, pair.mmproj, settings.kv_type)
     typer.echo(ceiling_text(Results({}, machine, cost)))
     runtime = open_runtime(model, mmproj, settings)
     try:
-        results = _run(runtime, Results(_about(runtime, options), machine, cost), chosen, runs, batched=batched)
+        results = _run(runtime, Results(_about(runtime, options), machine, cost), chosen, runs, peers, batched=batched)
     finally:
         runtime.close()
     _print(results, json_out)
+
+
+@app.command()
+def http(
+    urls: Annotated[list[str], typer.Argument(help="URL or NAME=URL of OpenAI-compatible vision servers")],
+    *,
+    served_model: Annotated[
+        str | None, typer.Option("--served-model", help="the model's name there; none: the first it lists")
+    ] = None,
+    api_key_file: Annotated[Path | None, typer.Option("--api-key-file", help="file with the servers' key")] = None,
+    workloads: Workloads = None,
+    runs: Runs = 3,
+    json_out: JsonOut = None,
+) -> None:
+    """Measure servers with five workloads, in turn; the first is compared with the others.
+
+    The last line of standard output is one JSON document. A server whose answers fail, or have another length than
+    asked for, has no figures, and the command ends with 1.
+    """
+    from opsin.bench import HttpDriver, choose
+    from opsin.bench.compare import compare_text, ratios, side_document
+    from opsin.core.errors import BadParameter
+
+    chosen = choose(None if workloads is None else workloads.split(","))
+    key = _key(api_key_file)
+    drivers: dict[str, HttpDriver] = {}
+    for given in urls:
+        name, equals, url = given.partition("=")
+        if not equals or "/" in name:
+            name = url = given
+        if name in drivers:
+            raise BadParameter(f"{name} is given twice.")
+        drivers[name] = HttpDriver(url, model=served_model, api_key=key)
+    sides = _in_turn(drivers, chosen, runs)
+    document = {"kind": "http", "servers": {side.name: side_document(side) for side in sides}, "ratios": ratios(sides)}
+    _tell(compare_text(sides), document, json_out)
+    if any(measured.void is not None for side in sides for measured in side.workloads):
+        raise typer.Exit(1)
+
+
+def _key(path: Path | None) -> str | None:
+    from opsin.core.errors import BadParameter
+
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise BadParameter(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
 def _about(runtime: Runtime, options: dict[str, Any]) -> dict[str, Any]:
@@ -107,18 +163,16 @@ def _about(runtime: Runtime, options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _run(runtime: Runtime, results: Results, chosen: Any, runs: int, *, batched: bool) -> Results:
+def _run(
+    runtime: Runtime, results: Results, chosen: Any, runs: int, peers: dict[str, HttpDriver], *, batched: bool
+) -> Results:
     from dataclasses import replace
 
-    from opsin.bench import EngineDriver, measure_workload
+    from opsin.bench import EngineDriver
     from opsin.bench.batched import SCHEMA, measure_batched
-    from opsin.bench.measure import warm_up
 
-    driver = EngineDriver(runtime.engine, runtime.prompts)
-    say("warming up")
-    warm_up(driver, chosen[0])
-    measured = [measure_workload(driver, workload, runs=runs, tell=say) for workload in chosen]
-    results = replace(results, workloads=tuple(measured))
+    ours, *theirs = _in_turn({"opsin": EngineDriver(runtime.engine, runtime.prompts), **peers}, chosen, runs)
+    results = replace(results, workloads=ours.workloads, peers=tuple(theirs))
     if not batched:
         return results
     sequences = min(8, results.about["settings"]["parallel"])
@@ -134,17 +188,48 @@ def _run(runtime: Runtime, results: Results, chosen: Any, runs: int, *, batched:
     return replace(results, plain=middle[None], schema=middle[SCHEMA])
 
 
-def _print(results: Results, json_out: Path | None) -> None:
-    from opsin.bench.report import as_document, as_text
+def _peers(given: list[str]) -> dict[str, HttpDriver]:
+    from opsin.bench import HttpDriver
     from opsin.core.errors import BadParameter
 
-    document = as_document(results)
+    peers: dict[str, HttpDriver] = {}
+    for peer in given:
+        name, equals, url = peer.partition("=")
+        if not equals or not name or name in {"opsin", *peers}:
+            raise BadParameter(f"--against takes NAME=URL with a name of its own, not {peer!r}.")
+        peers[name] = HttpDriver(url)
+    return peers
+
+
+def _in_turn(drivers: dict[str, Any], chosen: Any, runs: int) -> list[Side]:
+    """Every workload on every driver in turn, after a warm-up of each."""
+    from opsin.bench import measure_in_turn
+    from opsin.bench.compare import Side
+    from opsin.bench.measure import warm_up
+
+    say("warming up")
+    for driver in drivers.values():
+        warm_up(driver, chosen[0])
+    found = [measure_in_turn(drivers, workload, runs=runs, tell=say) for workload in chosen]
+    abouts = {name: {"url": d.url, "model": d.model} if hasattr(d, "url") else {} for name, d in drivers.items()}
+    return [Side(name, about, tuple(workload[name] for workload in found)) for name, about in abouts.items()]
+
+
+def _print(results: Results, json_out: Path | None) -> None:
+    from opsin.bench.report import as_document, as_text
+
+    _tell(as_text(results), as_document(results), json_out)
+    if any(measured.void is not None for side in results.sides for measured in side.workloads):
+        raise typer.Exit(1)
+
+
+def _tell(text: str, document: dict[str, Any], json_out: Path | None) -> None:
+    from opsin.core.errors import BadParameter
+
     if json_out is not None:
         try:
             json_out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise BadParameter(f"{json_out} cannot be written: {error.strerror or error}.") from error
-    typer.echo(as_text(results))
+    typer.echo(text)
     typer.echo(json.dumps(document))
-    if any(measured.void is not None for measured in results.workloads):
-        raise typer.Exit(1)

@@ -140,7 +140,11 @@ def test_a_run_of_another_length_is_void_and_has_no_figures(driver: Scripted, re
     assert measured.median is None
     assert len(driver.pictures) == 4, "a void run is not repeated"
     results = Results({}, MACHINE, COST, workloads=[measured])
-    assert as_document(results)["workloads"]["W1"] == {"title": measured.workload.title, "void": reason}
+    assert as_document(results)["workloads"]["W1"] == {
+        "title": measured.workload.title,
+        "void": reason,
+        "failed": 0,
+    }
     assert f"void: {reason}" in as_text(results)
 
 
