@@ -1,5 +1,6 @@
 """What core.backend promises, asked of the fake and of real llama.cpp alike."""
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -160,3 +161,22 @@ def test_placement_says_where_both_ran(backend: Any) -> None:
     for shares in (placement.encoder, placement.language_model):
         assert sum(share.nodes for share in shares.values()) > 0
         assert sum(share.share_of_ops for share in shares.values()) == pytest.approx(1.0)
+
+
+def test_computing_leaves_no_rings_behind(backend: Any) -> None:
+    """A ring of pointers waits for the garbage collector, with whatever it holds; one a picture adds up."""
+    fill(backend, 0, "warm", shot=1)
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        for _ in range(3):
+            fill(backend, 0, "warm", shot=1)
+        gc.collect()
+        # ctypes' types of arrays are rings by nature, one a size.
+        left = {type(thing).__name__ for thing in gc.garbage if not isinstance(thing, type)}
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert not {name for name in left if name.startswith(("LP_", "c_", "ndarray"))}, left

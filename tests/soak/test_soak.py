@@ -19,8 +19,18 @@ from opsin.core.answer import Finished
 from opsin.core.errors import Cancelled
 from opsin.models import write_pair
 
-ASKERS, SEQUENCES, PICTURES = 64, 8, 24
+ASKERS, SEQUENCES, PICTURES, CTX = 64, 8, 24, 2048
 MINUTES = float(os.environ.get("OPSIN_SOAK_MINUTES", "30"))
+
+
+def fill_the_context(model: Opsin) -> None:
+    """Use all of llama.cpp's compute buffer once.
+
+    It is reserved for the largest micro-batch over a full context, and its pages count from their first use: 6 MiB of
+    this process, which the load below reaches at a moment of its own.
+    """
+    question = question_about([], "what is this? " * 220)
+    assert model.submit(question, max_tokens=1, ignore_eos=True).result().usage.prompt_tokens > CTX - 16
 
 
 def test_many_askers_lose_nothing(tmp_path: Path) -> None:
@@ -67,7 +77,8 @@ def test_many_askers_lose_nothing(tmp_path: Path) -> None:
         await asyncio.gather(*(asker(model, seed) for seed in range(ASKERS)))
         return await watching
 
-    with Opsin(pair.llm, pair.mmproj, parallel=SEQUENCES, ctx=2048, disk_cache=False) as model:
+    with Opsin(pair.llm, pair.mmproj, parallel=SEQUENCES, ctx=CTX, disk_cache=False) as model:
+        fill_the_context(model)
         early = asyncio.run(everybody(model))
         # An idle engine compares its books with what llama.cpp holds; one more answer shows that it lives.
         assert model.submit(question_about([], "are you there?"), max_tokens=1).result().usage.completion_tokens == 1

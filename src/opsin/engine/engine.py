@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from opsin.cache import PictureCache
 from opsin.core.answer import Started
 from opsin.core.backend import Backend, BackendLimits
-from opsin.core.errors import ContextOverflow, EngineClosed, OpsinError, QueueFull
+from opsin.core.errors import ContextOverflow, EngineClosed, OpsinError, QueueFull, again
 from opsin.core.layout import TextRun
 from opsin.core.model_info import ModelInfo
 from opsin.core.parts import Prompt, TextPart
@@ -99,7 +99,7 @@ class Engine:
         different `salt` share no prefix. Raises EngineClosed, EngineDied, or QueueFull.
         """
         if self._loop.error is not None:
-            raise self._loop.error
+            raise again(self._loop.error)
         params = params or SamplingParams()
         request = Request(
             prompt=prompt,

@@ -13,7 +13,7 @@ from typing import TypeVar
 from opsin.cache import PictureCache
 from opsin.core.answer import Finished
 from opsin.core.backend import Backend
-from opsin.core.errors import DecodeFailed, EngineClosed, EngineDied, EngineError, OpsinError
+from opsin.core.errors import DecodeFailed, EngineClosed, EngineDied, EngineError, OpsinError, again
 from opsin.core.parts import TextPart
 from opsin.core.stages import Stage
 from opsin.engine.absorb import Absorber, check_deadline
@@ -77,7 +77,7 @@ class Loop:
 
         def run() -> None:
             if self._error is not None:  # the inbox is emptied after the end, too
-                future.set_exception(self._error)
+                future.set_exception(again(self._error))
                 return
             try:
                 future.set_result(work(self._opened.result()))
@@ -103,7 +103,7 @@ class Loop:
     def _post(self, item: Callable[[], None]) -> None:
         with self._lock:
             if self._error is not None:
-                raise self._error
+                raise again(self._error)
             if self._closing:
                 raise EngineClosed("The engine is closed: open a new one.")
             self._inbox.put(item)
@@ -311,7 +311,7 @@ class Loop:
             if item is not None:
                 item()
         for sequence in (*self._scheduler.running, *self._scheduler.waiting):
-            sequence.stream.fail(error)
+            sequence.stream.fail(again(error))
             try:
                 self._release(sequence, keep=False)
             except Exception:  # a backend that just failed may fail again; the waiters come first

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 
 from opsin.core.answer import Answer, Event, Finished
-from opsin.core.errors import Cancelled
+from opsin.core.errors import Cancelled, again
 from opsin.core.parts import Prompt
 from opsin.core.sampling import SamplingParams
 
@@ -95,15 +95,29 @@ class AnswerStream:
 
     def _notify(self) -> None:
         self._changed.notify_all()
-        if self._wake is not None:
+        if self._wake is None:
+            return
+        try:
             self._wake()
+        except RuntimeError:
+            # The reader's event loop was closed under it. That is leaving, and no fault of the thread that delivers.
+            self._wake, self.cancelled = None, True
+            if not self._done:
+                self._error = Cancelled("The event loop of the answer's reader was closed.")
+                self._done = True
 
     def _take(self) -> Event | None:
         """The next event, None when there is none yet; raises the error, or StopIteration at the end."""
         if self._events:
             return self._events.popleft()
         if self._error is not None:
-            raise self._error
+            # What is raised holds the frames it went through, and they hold this stream and the reader's pictures. Kept
+            # here, it would close a ring that only a full garbage collection opens, after megabytes of them.
+            error, self._error = self._error, again(self._error)
+            try:
+                raise error
+            finally:
+                del error
         if self._done:
             raise StopIteration
         return None

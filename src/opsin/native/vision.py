@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import threading
 from typing import TYPE_CHECKING, Any
@@ -165,7 +166,10 @@ class Encoder:
     def _copy(self, address: Any, n_tokens: int) -> Embedding:
         if not address:
             raise _failed("gave no output", "")
-        rows: Embedding = np.ctypeslib.as_array(address, shape=(n_tokens, self._model.n_embd)).copy()
+        # Not `np.ctypeslib.as_array`: each call of it leaves a ring for the garbage collector.
+        count = n_tokens * self._model.n_embd
+        memory: Any = (ctypes.c_float * count).from_address(ctypes.addressof(address.contents))
+        rows: Embedding = np.frombuffer(memory, np.float32).reshape(n_tokens, -1).copy()
         if not np.isfinite(rows).all():
             raise _failed("computed values that are not numbers", "")
         return rows

@@ -2,13 +2,15 @@
 
 import asyncio
 import dataclasses
+import gc
 import threading
 import time
+from collections.abc import AsyncIterator
 
 import pytest
 
 from opsin.cache import PictureCache
-from opsin.core.answer import Answer, Finished, Started, TextDelta
+from opsin.core.answer import Answer, Event, Finished, Started, TextDelta
 from opsin.core.backend import BackendLimits
 from opsin.core.errors import (
     BadGrammar,
@@ -18,11 +20,12 @@ from opsin.core.errors import (
     EncodeFailed,
     EngineClosed,
     EngineDied,
+    OpsinError,
 )
 from opsin.core.parts import PicturePart, Prompt, TextPart
 from opsin.core.reasoning import ReasoningStyle
 from opsin.core.sampling import SamplingParams
-from opsin.engine import Engine, Policy
+from opsin.engine import AnswerStream, Engine, Policy
 from opsin.testing import FakeBackend, FakeClock, picture
 from opsin.testing.fake_backend import EOS, TURN_TEXT
 
@@ -293,6 +296,91 @@ def test_the_stream_is_also_asynchronous_and_leaving_it_cancels() -> None:
 
     with Engine(lambda: backend) as engine:
         assert asyncio.run(read(engine)) == ("hello", True)
+
+
+def streams_alive() -> int:
+    return sum(isinstance(thing, AnswerStream) for thing in gc.get_objects())
+
+
+# Neither `pytest.raises` nor `asyncio.run` may see the error: both hold its frames themselves.
+def read(stream: AnswerStream) -> str:
+    try:
+        stream.result()
+    except OpsinError as error:
+        return type(error).__name__
+    return "none"
+
+
+async def read_async(stream: AnswerStream) -> str:
+    try:
+        await stream.answer()
+    except OpsinError as error:
+        return type(error).__name__
+    return "none"
+
+
+def test_an_answer_that_failed_is_freed_at_once_also_without_garbage_collection() -> None:
+    """A ring of error, frames, stream and pictures waits for a full collection: megabytes under load."""
+    backend = FakeBackend(lambda _: "hello", limits=dataclasses.replace(LIMITS, n_ctx=8192))
+
+    def ask_all(engine: Engine) -> None:
+        for reading in (read, lambda stream: asyncio.run(read_async(stream))):
+            stream = engine.submit(prompt(), SamplingParams(ignore_eos=True, guard=False, max_tokens=8000))
+            stream.cancel()
+            # The error is there for whoever reads again.
+            assert [reading(stream), reading(stream)] == ["Cancelled"] * 2
+            stream = engine.submit(prompt("x" * 9000))
+            assert [reading(stream), reading(stream)] == ["ContextOverflow"] * 2
+
+    with Engine(lambda: backend) as engine:
+        gc.collect()
+        before = streams_alive()
+        gc.disable()
+        try:
+            ask_all(engine)
+            for _ in range(4):  # whoever worked on the others has put them down then
+                engine.submit(prompt()).result()
+            assert streams_alive() <= before + 1
+        finally:
+            gc.enable()
+
+
+def test_a_dead_engine_holds_nobody_who_asks_it() -> None:
+    backend = FakeBackend(lambda _: "hello", limits=LIMITS)
+    with Engine(lambda: backend) as engine:
+        error = EngineDied("It died.")
+        engine._loop._error = error
+        for _ in range(2):
+            with pytest.raises(EngineDied, match=r"It died\."):
+                engine.submit(prompt())
+        assert error.__traceback__ is None
+        engine._loop._error = None
+
+
+def test_a_reader_whose_event_loop_was_closed_hurts_nobody() -> None:
+    backend = FakeBackend(
+        lambda p: "x" * 50_000 if "long" in p else "short", limits=dataclasses.replace(LIMITS, n_ctx=1 << 16)
+    )
+
+    async def first(events: AsyncIterator[Event]) -> Event:
+        return await anext(events)
+
+    with Engine(lambda: backend, max_tokens=60_000) as engine:
+        stream = engine.submit(prompt("long"), SamplingParams(guard=False))
+        loop = asyncio.new_event_loop()
+        events = stream.__aiter__()
+        assert isinstance(loop.run_until_complete(first(events)), Started)
+        loop.close()  # without a word to the reader that waits in it
+        with pytest.raises(Cancelled):
+            stream.result()
+        assert engine.submit(prompt("quick")).result().text == "short"
+        assert engine.stats.running == 0
+        # Who asks to cancel such an answer hears nothing of it either.
+        quick = engine.submit(prompt("quick"))
+        quick._wake = lambda: loop.call_soon_threadsafe(print)
+        quick.cancel()
+        assert engine.submit(prompt("quick")).result().text == "short"
+    assert engine._queued == 0
 
 
 def test_a_request_costs_little_of_our_own() -> None:
