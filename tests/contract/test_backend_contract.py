@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from opsin.core.backend import EmbeddingRows, TokenRow
+from opsin.core.backend import BackendLimits, EmbeddingRows, TokenRow
 from opsin.core.errors import BadGrammar
 from opsin.core.layout import ImageRun, TextRun
 from opsin.core.parts import PicturePart, TextPart
@@ -24,15 +24,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return write_pair("tiny", Path(tmp_path_factory.mktemp("pair")))
 
 
-@pytest.fixture(scope="module", params=["fake", "native"])
+@pytest.fixture(scope="module", params=["fake", "native", "fake of its own", "native of its own"])
 def backend(request: pytest.FixtureRequest) -> Iterator[Any]:
-    if request.param == "fake":
-        made: Any = FakeBackend(lambda text: f"{len(text)} things")
+    shared = "own" not in request.param
+    if request.param.startswith("fake"):
+        limits = BackendLimits(n_ctx=512, n_batch=64, n_ubatch=64, n_seq_max=4, n_vocab=259, n_embd=4, shared=shared)
+        made: Any = FakeBackend(lambda text: f"{len(text)} things", limits=limits)
     else:
         from opsin.native import open_backend
 
         pair = request.getfixturevalue("tiny")
-        made = open_backend(EngineSettings(model=pair.llm, mmproj=pair.mmproj, ctx=512, parallel=4, ubatch=64))
+        ctx = 512 if shared else 4096
+        made = open_backend(EngineSettings(model=pair.llm, mmproj=pair.mmproj, ctx=ctx, parallel=4, ubatch=64))
+    assert made.limits.shared is shared
     yield made
     made.close()
     made.close()

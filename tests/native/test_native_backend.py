@@ -136,7 +136,8 @@ def test_defaults_come_from_the_model(open_pair: Callable[..., Any]) -> None:
     assert backend.limits.n_ubatch == backend.limits.n_batch == 1024
     backend.close()
     backend = open_pair(ctx=None, parallel=3)
-    assert backend.limits.n_ctx == 3 * 4096
+    assert backend.limits.n_ctx_seq == 4096
+    assert backend.limits.n_seq_max == 4, "three answers, and a place to move to"
     backend.close()
 
 

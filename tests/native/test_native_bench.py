@@ -47,7 +47,7 @@ def test_ceiling_first_workloads_then_one_json_document(pair: Any, tmp_path: Pat
     assert plain["void"] is None
     assert plain["tokens_s"] < plain["decode_tokens_s"]
     assert schema["sequences"] == 8
-    assert document["settings"]["ctx"] == 8192
+    assert document["settings"]["ctx_of_each"] == 1024
 
 
 def test_a_workload_that_does_not_exist_is_refused_before_anything_is_loaded(pair: Any) -> None:

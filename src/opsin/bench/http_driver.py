@@ -63,6 +63,7 @@ class HttpDriver:
             "guard": False,
         }
         usage: Usage | None = None
+        cut = False
         try:
             with self._client.stream("POST", "/v1/chat/completions", json=body) as response:
                 if response.status_code != httpx.codes.OK:
@@ -70,10 +71,14 @@ class HttpDriver:
                 for chunk in _events(response.iter_lines()):
                     arrived = self._now()
                     usage = _usage(chunk) or usage
+                    cut = cut or _cut(chunk)
                     if _text(chunk):
                         yield arrived
         except httpx.HTTPError as error:
             raise RequestFailed(f"{self.url} broke off: {error or type(error).__name__}.") from error
+        if usage is None and cut:
+            # Some servers count nothing in streams; an answer that its limit ended has as many tokens as that.
+            return Usage(completion_tokens=max_tokens)
         if usage is None:
             raise RequestFailed(f"{self.url} did not say how many tokens it answered with.")
         return usage
@@ -107,6 +112,10 @@ def _events(lines: Iterable[str]) -> Generator[dict[str, Any], None, None]:
 def _text(chunk: dict[str, Any]) -> bool:
     deltas = [choice.get("delta") or {} for choice in chunk.get("choices") or ()]
     return any(delta.get("content") or delta.get("reasoning_content") for delta in deltas)
+
+
+def _cut(chunk: dict[str, Any]) -> bool:
+    return any(choice.get("finish_reason") == "length" for choice in chunk.get("choices") or ())
 
 
 def _usage(chunk: dict[str, Any]) -> Usage | None:

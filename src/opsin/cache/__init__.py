@@ -5,7 +5,7 @@ Pure Python. Refuses to know any model runtime, and to decide when something is 
 
 from opsin.cache.cells import CellBook
 from opsin.cache.disk import DiskStore, default_folder
-from opsin.cache.pictures import PictureCache
+from opsin.cache.pictures import PictureCache, salted
 from opsin.cache.prefix import NoPrefixes, Prefix, Prefixes, PrefixIndex
 from opsin.cache.units import ImageUnit, Unit, shared_units, units_of
 
@@ -20,6 +20,7 @@ __all__ = [
     "Prefixes",
     "Unit",
     "default_folder",
+    "salted",
     "shared_units",
     "units_of",
 ]

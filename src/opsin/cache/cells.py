@@ -79,6 +79,12 @@ class CellBook:
         else:
             del self._held[seq_id]
 
+    def move(self, source: int, target: int) -> None:
+        """All that a sequence holds goes to an empty one."""
+        assert target not in self._held, "a move needs an empty place"
+        if source in self._held:
+            self._held[target] = self._held.pop(source)
+
     def drop(self, seq_id: int) -> None:
         """A sequence forgets everything."""
         self.cut(seq_id, 0)

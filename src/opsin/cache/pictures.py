@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from typing import Protocol
 
@@ -9,6 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 Embedding = NDArray[np.float32]
+
+
+def salted(identity: str, salt: str) -> str:
+    """The identity under which a picture is remembered: who has another salt cannot find out that it was seen."""
+    return hashlib.sha256(f"{salt}\n{identity}".encode()).hexdigest() if salt else identity
 
 
 class Store(Protocol):

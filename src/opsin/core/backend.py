@@ -28,6 +28,10 @@ class BackendLimits:
     """Sizes that plans must keep to. `n_embd` is the width of an embedding row; all else counts tokens or sequences.
 
     `forks` is False for memories that keep one state a sequence: a part of it cannot be shared or forgotten.
+    With `shared` all sequences live in one KV memory, and a fork shares cells; without it each has `n_ctx_seq` cells
+    of its own, a fork copies them, and only sequences of neighbouring ids are computed together. `cell_cost` is what
+    one more cell of a shared memory is expected to add to a decode step, as a share of the step. `best_rows` are the
+    rows of a prefill step that is fastest; 0: as many as fit.
     """
 
     n_ctx: int
@@ -37,6 +41,14 @@ class BackendLimits:
     n_vocab: int
     n_embd: int
     forks: bool = True
+    shared: bool = True
+    cell_cost: float = 0.0
+    best_rows: int = 0
+
+    @property
+    def n_ctx_seq(self) -> int:
+        """Tokens that one sequence may hold."""
+        return self.n_ctx if self.shared else self.n_ctx // self.n_seq_max
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +155,7 @@ class Backend(Protocol):
         ...
 
     def kv_copy(self, source: int, target: int, start: int, end: int) -> None:
-        """Let `target` share positions [start, end) of `source`."""
+        """Give `target`, which ends at `start`, positions [start, end) of `source`."""
         ...
 
     def kv_last(self, seq_id: int) -> int:

@@ -12,8 +12,8 @@ from opsin.engine.sequence import Sequence
 class Absorber:
     """The token policy; used by the engine's thread alone.
 
-    `piece` gives a token's bytes, `eog_tokens` end a turn, `n_ctx` is the KV memory in cells, `close_reasoning` gives
-    the tokens that close a reasoning block whose budget is spent.
+    `piece` gives a token's bytes, `eog_tokens` end a turn, `n_ctx` is the KV memory of a sequence in cells,
+    `close_reasoning` gives the tokens that close a reasoning block whose budget is spent.
     """
 
     def __init__(

@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from opsin.cache import PictureCache
+from opsin.cache import PictureCache, salted
 from opsin.core.answer import Started
 from opsin.core.backend import Backend, BackendLimits
 from opsin.core.errors import ContextOverflow, EngineClosed, OpsinError, QueueFull, again
-from opsin.core.layout import TextRun
+from opsin.core.layout import Layout, TextRun
 from opsin.core.model_info import ModelInfo
 from opsin.core.parts import Prompt, TextPart
 from opsin.core.placement import Placement
@@ -21,6 +21,7 @@ from opsin.core.reasoning import ReasoningStyle
 from opsin.core.sampling import SamplingParams
 from opsin.core.stages import Stage
 from opsin.engine.clock import StageClock
+from opsin.engine.coming import Coming
 from opsin.engine.guard import Guard
 from opsin.engine.loop import Loop
 from opsin.engine.output import Output
@@ -60,6 +61,7 @@ class Engine:
         self.pictures = pictures or PictureCache(PICTURE_BYTES)
         self._loop = Loop(open_backend, self._policy, self.pictures, now)
         self._backend = self._loop.start()
+        self._coming = Coming()
         self._tags: dict[ReasoningStyle, dict[int, bytes]] = {}
         self._workers = ThreadPoolExecutor(LAYOUT_WORKERS, thread_name_prefix="opsin-layout")
         self.load_ms = (now() - started) * 1e3
@@ -96,7 +98,7 @@ class Engine:
         """Ask. Never blocks; the stream raises what goes wrong from here on.
 
         `load_ms` is the loading time to be shown in this answer's account. Higher `priority` goes first. Requests of
-        different `salt` share no prefix. Raises EngineClosed, EngineDied, or QueueFull.
+        different `salt` share nothing that is remembered. Raises EngineClosed, EngineDied, or QueueFull.
         """
         if self._loop.error is not None:
             raise again(self._loop.error)
@@ -162,23 +164,34 @@ class Engine:
         """In a worker: lay the prompt out, and hand the sequence to the engine's thread."""
         layout = None
         try:
-            with clock.stage(Stage.PREPROCESS):
-                prompt = request.prompt
-                layout = self._backend.layout(prompt.parts, add_bos=prompt.add_bos, known=self.pictures.knows)
-            _check_fit(layout.n_tokens, layout.n_image_tokens, self._backend.limits.n_ctx)
-            stream.deliver(Started(layout.images, layout.n_tokens))
-            sequence = Sequence(
-                request=request,
-                stream=stream,
-                clock=clock,
-                output=self._output(request),
-                layout=layout,
-            )
-            self._loop.put(sequence)
+            # Who waits here gets a layout without pixels, and comes behind the one that has them.
+            with self._coming.turn(picture.sha256 for picture in request.prompt.pictures):
+                with clock.stage(Stage.PREPROCESS):
+                    layout = self._lay_out(request)
+                _check_fit(layout.n_tokens, layout.n_image_tokens, self._backend.limits)
+                stream.deliver(Started(layout.images, layout.n_tokens))
+                sequence = Sequence(
+                    request=request,
+                    stream=stream,
+                    clock=clock,
+                    output=self._output(request),
+                    layout=layout,
+                )
+                self._loop.put(sequence)
         except BaseException as error:  # noqa: BLE001 - whoever reads the stream gets it, a worker has no other reader
             if layout is not None:
                 layout.close()
             stream.fail(error)
+
+    def _lay_out(self, request: Request) -> Layout:
+        def known(identity: str) -> bool:
+            name = salted(identity, request.salt)
+            return self.pictures.knows(name) or name in self._coming
+
+        prompt = request.prompt
+        layout = self._backend.layout(prompt.parts, add_bos=prompt.add_bos, known=known)
+        self._coming.announce(layout, request.salt)
+        return layout
 
     def _output(self, request: Request) -> Output:
         prompt, params = request.prompt, request.params
@@ -209,13 +222,14 @@ def _closed() -> EngineClosed:
     return EngineClosed("The engine was closed before the answer was complete.")
 
 
-def _check_fit(n_tokens: int, n_image_tokens: int, n_ctx: int) -> None:
+def _check_fit(n_tokens: int, n_image_tokens: int, limits: BackendLimits) -> None:
     """A prompt needs its cells and one more for the first new token."""
     if n_tokens == 0:
         raise ContextOverflow("The prompt is empty: ask a question.")
-    if n_tokens >= n_ctx:
+    if n_tokens >= limits.n_ctx_seq:
         pictures = f", {n_image_tokens} of them for pictures" if n_image_tokens else ""
         raise ContextOverflow(
-            f"The prompt takes {n_tokens} tokens{pictures}, and the context holds {n_ctx}: "
+            f"The prompt takes {n_tokens} tokens{pictures}, and the context holds {limits.n_ctx_seq}"
+            f"{'' if limits.shared else ' for each of the parallel answers'}: "
             "ask for a larger one (--ctx), or for fewer or smaller pictures."
         )

@@ -17,9 +17,11 @@ class IdleCost:
     """A line through (cells in the memory, milliseconds a step), by least squares with fading weights.
 
     Only steps of one row a sequence are comparable, and only within one number of rows: the line starts anew when
-    that number changes.
+    that number changes. `expected`, the share of a step that one cell adds, holds until the line is clear: other
+    work on the machine may hide it for long.
     """
 
+    expected: float = 0.0
     rows: int = 0
     _n: float = 0.0
     _x: float = 0.0
@@ -41,15 +43,23 @@ class IdleCost:
         self._yy = self._yy * _MEMORY + ms * ms
 
     def slowdown(self, idle: int, used: int) -> float:
-        """The share of a step that `idle` of the `used` cells cost; 0 while that is not known."""
-        if self._n < _ENOUGH or idle <= 0:
+        """The share of a step that `idle` of the `used` cells cost."""
+        if idle <= 0:
             return 0.0
+        slope, step_ms = self._line(used - idle)
+        if slope > 0 and step_ms > 0:
+            return slope * idle / step_ms
+        return self.expected * idle / (1 + self.expected * (used - idle))
+
+    def _line(self, cells: int) -> tuple[float, float]:
+        """Milliseconds a cell, and of a step over so many cells; zeros while that is not clear."""
+        if self._n < _ENOUGH:
+            return 0.0, 0.0
         mean_x, mean_y = self._x / self._n, self._y / self._n
         var_x = self._xx / self._n - mean_x**2
         var_y = self._yy / self._n - mean_y**2
         cov = self._xy / self._n - mean_x * mean_y
         if var_x <= 1.0 or var_y <= 0.0 or cov <= 0.0 or cov**2 < _CLEAR * var_x * var_y:
-            return 0.0
+            return 0.0, 0.0
         slope = cov / var_x
-        without = mean_y + slope * (used - idle - mean_x)
-        return slope * idle / without if without > 0 else 0.0
+        return slope, mean_y + slope * (cells - mean_x)

@@ -17,7 +17,7 @@ from opsin.core.errors import DecodeFailed, EngineClosed, EngineDied, EngineErro
 from opsin.core.parts import TextPart
 from opsin.core.stages import Stage
 from opsin.engine.absorb import Absorber, check_deadline
-from opsin.engine.plan import Encode, Step, Tokens, members_of
+from opsin.engine.plan import Encode, Step, members_of
 from opsin.engine.policy import Policy
 from opsin.engine.runner import Runner
 from opsin.engine.scheduler import Scheduler
@@ -132,7 +132,7 @@ class Loop:
         self._scheduler = Scheduler(backend.limits, self._policy)
         self.stats.watch(self._scheduler)
         self._absorber = Absorber(
-            backend.piece, backend.eog_tokens, backend.limits.n_ctx, lambda s: _closing_tokens(backend, s)
+            backend.piece, backend.eog_tokens, backend.limits.n_ctx_seq, lambda s: _closing_tokens(backend, s)
         )
 
     def _receive(self) -> bool:
@@ -195,11 +195,9 @@ class Loop:
             self._give_up_something(step)
             return
         now = self._now()
-        self._scheduler.ran(step, now)
+        self._scheduler.ran(step, now, now - started)
         if not isinstance(step, Encode) or self._runner.encodes > encodes:  # a known picture is no encode
             self.stats.ran(step, now - started)
-        if isinstance(step, Tokens) and not step.prefill:
-            self._scheduler.idle_cost.learn(len(step.decode), self._scheduler.book.used, (now - started) * 1e3)
         self._absorb(step, now)
         self._sweep_done()
 
@@ -211,8 +209,8 @@ class Loop:
 
     def _turn(self) -> None:
         """A nested decode step: it only decodes and samples. Who ends in it is freed after the encode."""
-        now = self._now()
-        step = self._scheduler.plan_turn(now)
+        started = self._now()
+        step = self._scheduler.plan_turn(started)
         if step is None:
             return
         try:
@@ -225,7 +223,7 @@ class Loop:
             return
         if room:
             now = self._now()
-            self._scheduler.ran(step, now)
+            self._scheduler.ran(step, now, now - started)
             self.stats.ran(step, 0.0)
             self._absorb(step, now)
 

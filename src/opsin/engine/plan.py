@@ -15,14 +15,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Forget:
-    """Free all cells that only this sequence id holds."""
+    """Free the cells from position `start` on that only this sequence id holds."""
 
     seq_id: int
+    start: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Fork:
-    """Let `target` share positions [0, end) of `source`."""
+    """Give `target`, which is empty, positions [0, end) of `source`; an end of -1 is behind the last."""
 
     source: int
     target: int

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from opsin.cache import PictureCache
+from opsin.cache import PictureCache, salted
 from opsin.core.answer import Progress, TokenLogprob
 from opsin.core.backend import Backend, EmbeddingRows, TokenRow
 from opsin.core.layout import ImageRun
@@ -45,7 +45,7 @@ class Runner:
         """Carry memory operations out, in order."""
         for operation in operations:
             if isinstance(operation, Forget):
-                self._backend.kv_remove(operation.seq_id, 0, -1)
+                self._backend.kv_remove(operation.seq_id, operation.start, -1)
             else:
                 self._backend.kv_copy(operation.source, operation.target, 0, operation.end)
 
@@ -108,7 +108,8 @@ class Runner:
 
     def _encode(self, step: Encode, between: Callable[[], None] | None) -> None:
         sequence, run = step.sequence, step.run
-        sequence.embedding = self._pictures.get(run.identity)
+        identity = salted(run.identity, sequence.request.salt)
+        sequence.embedding = self._pictures.get(identity)
         if sequence.embedding is not None:
             sequence.known_pictures.add(run.picture)
             return
@@ -126,7 +127,7 @@ class Runner:
         self.encodes += 1
         sequence.encoded_pictures.add(run.picture)
         if not sequence.stream.cancelled:
-            self._pictures.put(run.identity, embedding)
+            self._pictures.put(identity, embedding)
         sequence.embedding = embedding
 
     def _prefill_image(self, step: PrefillImage) -> bool:

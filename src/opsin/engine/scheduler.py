@@ -25,6 +25,7 @@ from opsin.engine.plan import (
     without,
 )
 from opsin.engine.policy import Policy
+from opsin.engine.ranks import closing_move, spread
 from opsin.engine.sequence import Sequence, State
 
 
@@ -35,6 +36,10 @@ class Scheduler:
     Sequence ids and KV cells are budgets. A sequence that ends leaves its cells behind as an idle prefix, until they
     or its id are needed: least recently used first. When no idle one is left, the youngest running sequence of the
     lowest priority is put back into the queue instead of failing anybody.
+
+    Where each sequence has a memory of its own (`limits.shared` is False), cells are never short; instead a fork is a
+    copy, so an idle prefix is carried on by who needs it rather than copied, prompts' texts go one after another, and
+    running sequences are moved to neighbouring ids.
     """
 
     def __init__(self, limits: BackendLimits, policy: Policy) -> None:
@@ -42,7 +47,7 @@ class Scheduler:
         self._policy = policy
         self._parallel = min(policy.parallel, limits.n_ubatch)
         self.book = CellBook()
-        self.idle_cost = IdleCost()
+        self.idle_cost = IdleCost(limits.cell_cost)
         self.prefixes: Prefixes = PrefixIndex() if policy.keep_prefixes and limits.forks else NoPrefixes()
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
@@ -51,7 +56,9 @@ class Scheduler:
         self.preemptions = 0
         self._memory: list[MemoryOp] = []
         self._last_decode = float("-inf")
-        self._images_next = False
+        self._step_seconds = 0.0
+        self._only_prompts = False
+        self._text_next = True
         self._turns = 0
 
     @property
@@ -83,34 +90,47 @@ class Scheduler:
         """Admit who can be admitted, then choose one step."""
         self._memory = []
         self._admit()
-        self._shed_slow_prefixes()
+        if self._limits.shared:
+            self._shed_slow_prefixes()
+        else:
+            self._close_ranks()
         step = self._choose(now)
         return Plan(tuple(self._memory), step)
 
     def plan_turn(self, now: float) -> Tokens | None:
         """A decode step between two layers of an encode: no admission, no fork, no eviction; None if it is not due."""
         decoding = self._decoding()
-        if not decoding or now - self._last_decode < self._policy.turn or len(decoding) > self._room():
+        if not self._due(now) or len(decoding) > self._room():
             return None
         return Tokens(decoding)
 
-    def ran(self, step: Step, now: float) -> None:
+    def ran(self, step: Step, now: float, seconds: float = 0.0) -> None:
         """A step was carried out: move cursors and books on. Drawn tokens come through the sequences."""
-        if not isinstance(step, Tokens):
-            self._images_next = False
+        silent = not self._decoding()
+        self._only_prompts = not isinstance(step, Tokens) or not (step.decode or self._limits.shared)
+        if isinstance(step, Tokens):
+            self._ran_tokens(step, seconds)
+        else:
+            self._text_next = True
         if isinstance(step, PrefillImage):
             self._advance(step.sequence, step.stop - step.start)
             if step.stop == step.run.n_tokens and not step.sequence.inside_picture(step.run.picture):
                 self._line_up(step.sequence)
-        elif isinstance(step, Tokens):
-            for sequence in step.decode:
-                sequence.decoded()
-                self.book.append(sequence.seq_id, 1)
-            for part in step.prefill:
-                self._advance(part.sequence, len(part.tokens))
-            self._images_next = True
-            if step.decode:
-                self._last_decode = now
+        if silent or (isinstance(step, Tokens) and step.decode):
+            self._last_decode = now  # a first token counts: its stream has not waited yet
+
+    def _ran_tokens(self, step: Tokens, seconds: float) -> None:
+        if step.decode and not step.prefill:
+            self.idle_cost.learn(len(step.decode), self.book.used, seconds * 1e3)
+            self._step_seconds = seconds
+        for sequence in step.decode:
+            sequence.decoded()
+            self.book.append(sequence.seq_id, 1)
+        for part in step.prefill:
+            self._advance(part.sequence, len(part.tokens))
+            self._text_next = False
+            if not self._limits.shared:
+                self._line_up(part.sequence)
 
     def release(self, sequence: Sequence, *, keep: bool) -> tuple[MemoryOp, ...]:
         """A sequence ended: its cells stay as an idle prefix (`keep`), or are free."""
@@ -149,6 +169,7 @@ class Scheduler:
         assert self.book.used <= self._limits.n_ctx, "more cells are booked than there are"
         for sequence in self._running:
             assert self.book.held(sequence.seq_id) == sequence.n_cells, "a sequence's cells differ from the book's"
+            assert sequence.n_cells <= self._limits.n_ctx_seq, "a sequence holds more than it may"
         assert len(self._running) <= self._parallel
 
     def expected_positions(self) -> dict[int, int]:
@@ -157,7 +178,8 @@ class Scheduler:
         return {seq_id: held.get(seq_id, -1) for seq_id in range(self._limits.n_seq_max)}
 
     def _decoding(self) -> tuple[Sequence, ...]:
-        return tuple(s for s in self._running if s.state is State.DECODE)
+        decoding = (s for s in self._running if s.state is State.DECODE)
+        return tuple(decoding if self._limits.shared else sorted(decoding, key=lambda s: s.seq_id))
 
     def _room(self) -> int:
         return self._limits.n_ctx - self.book.used
@@ -181,6 +203,13 @@ class Scheduler:
                 # The last token is always decoded again, so that there are logits.
                 ready = min(match.ready, len(sequence.prefix.planned) - 1)
                 self.prefixes.touch(match.prefix)
+            if match is not None and not self._limits.shared:
+                shared = cells_of(sequence.prefix.planned[:ready])
+                if shared < self._policy.wait_for:
+                    match, ready = None, 0  # a copy takes longer
+                elif match.prefix.idle and cells_of(match.prefix.units) <= 2 * shared:
+                    self._carry_on(sequence, match.prefix, ready)
+                    continue
             source = None if match is None else match.prefix.seq_id
             if not self._make_room_for(sequence, ready, source):
                 if self._running:
@@ -202,18 +231,40 @@ class Scheduler:
         return True
 
     def _start(self, sequence: Sequence, source: int | None, ready: int) -> None:
-        self._waiting.remove(sequence)
-        seq_id = self._free_ids.pop()
+        seq_id = self._take_id()
         shared = sequence.prefix.planned[:ready]
-        if source is not None and cells_of(shared):
-            self._memory.append(Fork(source, seq_id, positions_of(shared)))
-            self.book.fork(source, seq_id, cells_of(shared))
-        else:
+        if source is None or not cells_of(shared):
             ready = 0
+        else:
+            self._memory.append(Fork(source, seq_id, positions_of(shared)))
+            if self._limits.shared:
+                self.book.fork(source, seq_id, cells_of(shared))
+            else:
+                self.book.append(seq_id, cells_of(shared))
+        self._begin(sequence, seq_id, ready)
+
+    def _carry_on(self, sequence: Sequence, prefix: Prefix, ready: int) -> None:
+        """An idle prefix becomes the beginning of this sequence, where it is."""
+        seq_id, shared = prefix.seq_id, sequence.prefix.planned[:ready]
+        self.prefixes.remove(prefix)
+        del self._idle[seq_id]
+        self._memory.append(Forget(seq_id, positions_of(shared)))
+        self.book.cut(seq_id, cells_of(shared))
+        self._begin(sequence, seq_id, ready)
+
+    def _begin(self, sequence: Sequence, seq_id: int, ready: int) -> None:
+        self._waiting.remove(sequence)
         sequence.start(seq_id, max(ready, 1))  # the salt is always there
         self.prefixes.add(sequence.prefix)
         self._running.append(sequence)
         self._line_up(sequence)
+
+    def _take_id(self) -> int:
+        """A free id, near to those that run."""
+        running = [s.seq_id for s in self._running]
+        seq_id = min(self._free_ids, key=lambda free: (spread([*running, free]), free))
+        self._free_ids.remove(seq_id)
+        return seq_id
 
     def _line_up(self, sequence: Sequence) -> None:
         """Go behind all others that wait for the encoder."""
@@ -248,6 +299,37 @@ class Scheduler:
         self._idle[seq_id] = prefix
         for contained in self.prefixes.idle_within(prefix):
             self._evict(contained)
+
+    def _close_ranks(self) -> None:
+        """Bring those that answer to neighbouring ids, one a step; an idle prefix in the way goes elsewhere."""
+        if len(self._decoding()) < 2:
+            return
+        move = closing_move([s.seq_id for s in self._running], self._limits.n_seq_max)
+        if move is None:
+            return
+        source, target = move
+        if target in self._idle and not self._free_ids:
+            victim = self.prefixes.oldest_idle()
+            assert victim is not None, "an idle prefix is in the index"
+            self._evict(victim)
+        in_the_way = self._idle.pop(target, None)
+        if in_the_way is not None:
+            elsewhere = self._take_id()
+            self._move(in_the_way, elsewhere)
+            self._idle[elsewhere] = in_the_way
+        self._free_ids.remove(target)
+        sequence = next(s for s in self._running if s.seq_id == source)
+        self._move(sequence.prefix, target)
+        sequence.move(target)
+
+    def _move(self, prefix: Prefix, target: int) -> None:
+        source = prefix.seq_id
+        self.prefixes.remove(prefix)
+        self._memory += (Fork(source, target, -1), Forget(source))
+        self.book.move(source, target)
+        self._free_ids.append(source)
+        prefix.seq_id = target
+        self.prefixes.add(prefix)
 
     def _shed_slow_prefixes(self) -> None:
         """Idle cells are looked at by every decode step: when that costs too much, the oldest go."""
@@ -290,25 +372,33 @@ class Scheduler:
 
     # The step -----------------------------------------------------------------------------------------------------
 
+    def _due(self, now: float) -> bool:
+        """Whether streams have waited long enough for their next token while others are worked on."""
+        policy = self._policy
+        wait = max(policy.turn, min(policy.longest_turn, self._step_seconds / policy.turn_share))
+        return bool(self._decoding()) and now - self._last_decode >= wait
+
     def _choose(self, now: float) -> Step | None:
         filling = [s for s in self._running if s.state is State.PREFILL]
         texts = [s for s in filling if not s.at_image]
         images = [s for s in filling if s.at_image]
         decoding = self._decoding()
-        if texts and not (images and self._images_next):
+        if self._only_prompts and self._due(now):
+            # Alone: a stream that waited for a slice of a picture does not wait for a prompt's text, too.
+            return self._tokens(decoding, [])
+        if texts and (self._text_next or not images):
             return self._tokens(decoding, texts)
-        due = decoding and not self._images_next and now - self._last_decode >= self._policy.turn
-        if images and not due:
+        if images:
             # One picture after another, not one request after another: a small one does not wait for ten pictures.
             return self._image(min(images, key=lambda s: s.turn), streaming=bool(decoding))
-        return self._tokens(decoding, texts) if decoding or texts else None
+        return self._tokens(decoding, []) if decoding else None
 
     def _image(self, sequence: Sequence, *, streaming: bool) -> Step | None:
         run = sequence.run
         assert isinstance(run, ImageRun)
         if sequence.embedding is None:
             return Encode(sequence, run)
-        size = min(max(self._policy.slice, 1), self._limits.n_ubatch) if streaming else self._limits.n_ubatch
+        size = self._rows(streaming=streaming)
         start = sequence.run_offset
         stop = min(run.n_tokens, start + size) if run.causal else run.n_tokens
         last = stop == run.n_tokens and sequence.run_index == len(sequence.runs) - 1
@@ -316,12 +406,17 @@ class Scheduler:
 
     def _tokens(self, decoding: tuple[Sequence, ...], texts: list[Sequence]) -> Step | None:
         """Everyone's next token, and text of prompts as far as the slice and the micro-batch go."""
-        streaming = bool(decoding)
-        budget = self._limits.n_ubatch - len(decoding)
-        if streaming:
-            budget = min(budget, max(self._policy.slice, 1))
+        budget = min(self._limits.n_ubatch - len(decoding), self._rows(streaming=bool(decoding)))
+        if texts and not self._limits.shared:
+            # Prompts of unequal lengths would be cut into as many micro-batches.
+            return self._secured(Tokens((), (self._slice(min(texts, key=lambda s: s.turn), budget),)))
         parts = (self._slice(s, share) for s, share in zip(texts, _shares(texts, budget), strict=True) if share)
         return self._secured(Tokens(decoding, tuple(parts)))
+
+    def _rows(self, *, streaming: bool) -> int:
+        """Rows of a prefill step."""
+        most = max(self._policy.slice, 1) if streaming else self._limits.best_rows or self._limits.n_ubatch
+        return min(most, self._limits.n_ubatch)
 
     @staticmethod
     def _slice(sequence: Sequence, budget: int) -> Slice:

@@ -108,6 +108,10 @@ class Sequence:
         if self.preemptions == 0:
             self.known_pictures |= {run.picture for run in self.runs[: self.run_index] if isinstance(run, ImageRun)}
 
+    def move(self, seq_id: int) -> None:
+        """Its cells are under another id from now on."""
+        self.seq_id = self.prefix.seq_id = seq_id
+
     def _locate(self, cells: int) -> tuple[int, int, None]:
         for index, run in enumerate(self.runs):
             if cells < run.n_tokens:

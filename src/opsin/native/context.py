@@ -16,6 +16,7 @@ from opsin.core.errors import BadParameter, DecodeFailed, ModelError
 from opsin.core.settings import CTX_PER_SEQUENCE
 from opsin.native import logs
 from opsin.native.batch import BatchArrays
+from opsin.native.devices import devices
 from opsin.native.handles import Owned
 from opsin.native.threads import default_threads
 
@@ -34,6 +35,14 @@ _MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
 # With unified memory a sequence id costs nothing, so idle prefixes get ids of their own beside the running answers.
 _SPARE_SEQUENCES = 32
 _MIN_OUTPUTS = 64  # rows of one micro-batch that may have logits
+# A step reads the weights and the cells. A cell hidden from a sequence costs more than its bytes say: on a CPU 1,150
+# hidden ones took 29 % of a step where their bytes are 13 % of its (0.2 B parameters).
+_HIDDEN_CELL = 2.2
+_LEAST_STEP = 64 * 2**20  # a step of a tiny model takes as long as if it read so many bytes
+_SPLIT_CTX = 1024  # tokens a sequence must get before each has a memory of its own
+_SPLIT_UBATCH = 256  # without flash attention all scores of a micro-batch are in memory at once
+_SPLIT_ROWS = 192  # a picture in such slices leaves out half of the scores, those of what comes later
+_WITHOUT_FLASH = frozenset({"f32", "f16", "bf16"})  # types a KV memory may have without flash attention
 _KV_SHARE = 0.5  # of the free memory may go to KV memory when nobody gave a context size
 
 
@@ -47,7 +56,12 @@ class Context:
         params = llama.llama_context_default_params()
         params.n_ctx = ctx or settings.ctx or default_context(model, settings)
         params.n_ubatch = params.n_batch = min(settings.ubatch, params.n_ctx)
-        sequences = _sequences(model, settings, params.n_ubatch)
+        split = _split(model, settings, params.n_ctx)
+        if split:
+            # One stream more than answers: it is where an idle prefix goes that stands in a running one's way.
+            params.n_ctx = _padded(params.n_ctx // settings.parallel) * (settings.parallel + 1)
+            params.n_ubatch = params.n_batch = min(params.n_ubatch, _SPLIT_UBATCH)
+        sequences = settings.parallel + 1 if split else _sequences(model, settings, params.n_ubatch)
         # Each sequence of a sliding-window model has a keeper that holds the same cells. llama.cpp takes a cell outside
         # the window of the only sequence that holds it as free, also with swa_full and while others are empty: a
         # prefix would lose its beginning. A cell of two sequences stays.
@@ -60,8 +74,9 @@ class Context:
         params.n_threads_batch = settings.threads_batch or threads
         params.type_k = params.type_v = _KV_TYPES[settings.kv_type]
         params.flash_attn_type = -1 if settings.flash_attention is None else int(settings.flash_attention)
-        # A fork of a part of a sequence ends the process in any other layout.
-        params.kv_unified = True
+        if split and settings.flash_attention is None:
+            params.flash_attn_type = 0  # on CPUs it makes decode a quarter slower and prefill no faster: docs/log.md
+        params.kv_unified = not split
         # Sliding-window layers keep everything, so that prefixes stay whole.
         params.swa_full = True
         if callback is not None:
@@ -84,6 +99,9 @@ class Context:
             n_vocab=model.n_vocab,
             n_embd=model.n_embd,
             forks=not model.whole_states_only,
+            shared=not split,
+            best_rows=_SPLIT_ROWS if split else 0,
+            cell_cost=_cell_cost(model, settings),
         )
         self._arrays = BatchArrays(llama.llama_batch, self.limits.n_ubatch, model.n_pos, self._keeper)
         self._row = ctypes.c_float * self.limits.n_vocab
@@ -237,7 +255,16 @@ class Context:
         self.handle.pointer  # noqa: B018 - as above
         if self._model.whole_states_only and (start > 0 or 0 <= end <= self.kv_last(source)):
             raise DecodeFailed("This model keeps one state a sequence: a part of it cannot be copied.")
-        if source != target:
+        if source == target:
+            return
+        if not self.limits.shared:
+            # Streams are copied whole; anything else ends the process.
+            if start:
+                raise DecodeFailed("Only the beginning of a sequence can be copied into a memory of its own.")
+            self._llama.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+            if end >= 0:
+                self._llama.llama_memory_seq_rm(self._memory, target, end, -1)
+        else:
             self._llama.llama_memory_seq_cp(self._memory, source, target, start, end)
             if self._keeper:
                 self._llama.llama_memory_seq_cp(self._memory, source, target + self._keeper, start, end)
@@ -255,6 +282,32 @@ def _sequences(model: Model, settings: EngineSettings, n_ubatch: int) -> int:
     return min(settings.parallel + spare, _MAX_SEQUENCES // (2 if _slides(model) else 1), n_ubatch)
 
 
+def _split(model: Model, settings: EngineSettings, n_ctx: int) -> bool:
+    """Whether each sequence gets a memory of its own.
+
+    On a CPU attention looks at every cell of a shared memory, also at those of others: three pictures in it make a
+    decode step a quarter slower. Elsewhere, and where a sequence would get little room, sharing is worth more.
+    """
+    plain = not (_slides(model) or model.whole_states_only) and settings.kv_type in _WITHOUT_FLASH
+    return (
+        _on_cpu(model) and plain and 1 < settings.parallel < _MAX_SEQUENCES and n_ctx // settings.parallel >= _SPLIT_CTX
+    )
+
+
+def _on_cpu(model: Model) -> bool:
+    return model.n_gpu_layers == 0 or not any(device.is_gpu for device in devices(model.lib))
+
+
+def _cell_cost(model: Model, settings: EngineSettings) -> float:
+    hidden = _HIDDEN_CELL if _on_cpu(model) else 1.0
+    step = max(_LEAST_STEP, model.lib.llama.llama_model_size(model.pointer))
+    return float(hidden * _cell_bytes(model, settings) / step)
+
+
+def _padded(n_ctx: int) -> int:
+    return (n_ctx + 255) // 256 * 256
+
+
 def _slides(model: Model) -> bool:
     """Whether attention has a sliding window over memory that can be shared in parts."""
     return model.lib.llama.llama_model_n_swa(model.pointer) > 0 and not model.whole_states_only
@@ -264,14 +317,10 @@ def default_context(model: Model, settings: EngineSettings) -> int:
     """Tokens of context when nobody gave a number.
 
     Each of the parallel sequences gets the trained length, at most 8,192; all together at most what half of the free
-    memory holds, by a simple estimate: two rows of head_dim * kv_heads values a layer and token. Models that share
-    or compress their cache need less than that.
+    memory holds.
     """
-    llama, pointer = model.lib.llama, model.pointer
     wanted = min(model.n_ctx_train or CTX_PER_SEQUENCE, CTX_PER_SEQUENCE) * settings.parallel
-    heads = max(1, llama.llama_model_n_head(pointer))
-    width = llama.llama_model_n_embd(pointer) // heads * max(1, llama.llama_model_n_head_kv(pointer))
-    cell = 2 * width * model.n_layer * _KV_BYTES[settings.kv_type]
+    cell = _cell_bytes(model, settings)
     free = _free_bytes(model)
     if free <= 0 or cell <= 0:
         return wanted
@@ -282,6 +331,17 @@ def default_context(model: Model, settings: EngineSettings) -> int:
             "give --ctx, or --kv-type q8_0."
         )
     return min(wanted, fits)
+
+
+def _cell_bytes(model: Model, settings: EngineSettings) -> float:
+    """Bytes of a token's KV memory by a simple estimate: two rows of head_dim * kv_heads values a layer.
+
+    Models that share or compress their cache need less than that.
+    """
+    llama, pointer = model.lib.llama, model.pointer
+    heads = max(1, llama.llama_model_n_head(pointer))
+    width = llama.llama_model_n_embd(pointer) // heads * max(1, llama.llama_model_n_head_kv(pointer))
+    return 2 * width * model.n_layer * _KV_BYTES[settings.kv_type]
 
 
 def _free_bytes(model: Model) -> int:

@@ -194,7 +194,7 @@ class FakeBackend:
             raise DecodeFailed(str(error)) from error
         count = len(rows.rows) if isinstance(rows, EmbeddingRows) else len(rows)
         assert 0 < count <= self._limits.n_ubatch, "a micro-batch holds 1 to n_ubatch rows"
-        if self.cells_used + count > self._limits.n_ctx:
+        if self.cells_used + count > self._limits.n_ctx or not self._fits(rows):
             return False
         self.pay()
         self._rows = []
@@ -248,6 +248,10 @@ class FakeBackend:
         held = self._sequences.setdefault(target, _Cells()).entries
         assert len(held) == start, "a copy continues where the target ends"
         shared = entries[start : len(entries) if end < 0 else end]
+        if not self._limits.shared:
+            assert start == 0, "memories of their own are copied whole"
+            shared = [_Cell(cell.entry, 0) for cell in shared]
+            self.cells_used += len(shared)
         for cell in shared:
             cell.holders += 1
         held.extend(shared)
@@ -281,6 +285,14 @@ class FakeBackend:
         answer = self.reply(prompt).encode()
         said = len(entries) - turn - 1
         return answer[said] if turn >= 0 and said < len(answer) else EOS
+
+    def _fits(self, rows: Sequence[TokenRow] | EmbeddingRows) -> bool:
+        """Whether each sequence has room; rows must come in the order of their ids where that decides who shares."""
+        if self._limits.shared:
+            return True
+        ids = [rows.seq_id] * len(rows.rows) if isinstance(rows, EmbeddingRows) else [row.seq_id for row in rows]
+        assert ids == sorted(ids), "rows come in the order of their sequences"
+        return all(self.kv_last(i) + 1 + ids.count(i) <= self._limits.n_ctx_seq for i in set(ids))
 
     def _owe(self, ms: float) -> None:
         self._debt_ms += ms

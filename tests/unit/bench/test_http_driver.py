@@ -162,6 +162,13 @@ def test_every_second_run_goes_the_other_way_round_on_equal_pictures(serve: Call
     assert stubs["a"].bodies == stubs["b"].bodies
 
 
+def test_an_answer_ended_by_its_limit_has_as_many_tokens(serve: Callable[[Script], Stub]) -> None:
+    stub = serve(lambda _: [chunk("a"), {"choices": [{"delta": {}, "finish_reason": "length"}]}])
+    (trace, _) = play(HttpDriver(stub.url), WORKLOAD, [b"", b""])
+    assert trace.failed is None
+    assert trace.usage.completion_tokens == 3
+
+
 def test_a_server_that_hangs_up_is_a_failed_question() -> None:
     stub = Stub(good)
     driver = HttpDriver(stub.url)

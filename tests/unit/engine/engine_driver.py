@@ -166,7 +166,7 @@ class Driver:
         )
         stream = Stream(self.loop.wake)
         layout = self.backend.layout(prompt.parts, add_bos=True, known=self.pictures.knows)
-        assert layout.n_tokens < self.limits.n_ctx, "the façade refuses such a prompt"
+        assert layout.n_tokens < self.limits.n_ctx_seq, "the façade refuses such a prompt"
         sequence = Sequence(request, stream, StageClock(clock), Output(chosen.stop, None, None), layout)
         self.asked.append(Asked(sequence, stream))
         self.loop.put(sequence)

@@ -6,7 +6,7 @@ waits for ever, and an answer is the same alone, among others, with remembered p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from engine_driver import Backend, Driver, expected, limits, prompt_of, reply
@@ -40,7 +40,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class World:
-    """Sizes of everything; the context has `spare` cells more than the longest prompt takes."""
+    """Sizes of everything; a sequence's context has `spare` cells more than the longest prompt takes."""
 
     spare: int
     n_ubatch: int
@@ -52,6 +52,7 @@ class World:
     picture_bytes: int
     layers: int
     image_tokens: int
+    shared: bool
 
 
 stretch = st.sampled_from(["a", "b", "ab", "abba" * 2, "ab" * 8])
@@ -78,6 +79,7 @@ worlds = st.builds(
     picture_bytes=st.sampled_from([0, 64, 2**20]),
     layers=st.sampled_from([1, 3]),
     image_tokens=st.sampled_from([1, 4, 12]),
+    shared=st.booleans(),
 )
 faults = st.dictionaries(st.integers(0, 40), st.sampled_from(["encode", "decode", "room"]), max_size=3)
 
@@ -91,12 +93,15 @@ def context_of(world: World, history: list[Ask]) -> int:
 
 def live(world: World, history: list[Ask], mishaps: dict[int, str], *, keep_prefixes: bool) -> Driver:
     size = limits(context_of(world, history), world.n_ubatch, world.n_seq_max)
+    if not world.shared:
+        size = replace(size, n_ctx=size.n_ctx * size.n_seq_max, shared=False, best_rows=4)
     backend = Backend(reply, limits=size, clock=FakeClock(), image_tokens=world.image_tokens)
     backend.layers = world.layers
     policy = Policy(
         parallel=world.parallel,
         slice=world.slice,
         turn=world.turn,
+        longest_turn=world.turn,
         wait_for=world.wait_for,
         keep_prefixes=keep_prefixes,
     )

@@ -1,6 +1,7 @@
 """Who is served when, whose cells go, and what a step computes: the loop's thread is the test itself."""
 
 import dataclasses
+import itertools
 
 import pytest
 from engine_driver import Asked, Backend, Driver, expected, limits, prompt_of, reply
@@ -112,7 +113,7 @@ def test_pictures_of_equal_requests_go_first_come_first_served() -> None:
 
 
 def test_streams_get_their_token_while_pictures_are_worked_on() -> None:
-    made = driver(parallel=4, size=limits(n_ctx=2000), answer=long, turn=0.06)
+    made = driver(parallel=4, size=limits(n_ctx=2000), answer=long, turn=0.03, turn_share=1.0)
     made.backend.image_tokens = 64
     made.backend.layers = 10
     stream = made.ask("talk", max_tokens=200)
@@ -127,13 +128,55 @@ def test_streams_get_their_token_while_pictures_are_worked_on() -> None:
             last, seen = made.backend.clock(), len(stream.sequence.output.tokens)
     assert made.turns, "somebody answered inside an encode"
     assert all(not step.prefill for step in made.turns)
-    # An encode takes 40 ms and a slice of 16 rows 8: a turn comes due within 60 ms and one such piece of work.
-    assert longest < 0.06 + 0.05 + 0.02
+    # An encode takes 40 ms and a slice of 16 rows 8: a turn comes due within 30 ms and one such piece of work.
+    assert longest < 0.03 + 0.05 + 0.02
+
+
+@pytest.mark.parametrize(("step", "wait"), [(0.001, 0.03), (0.01, 0.1), (0.5, 0.2)])
+def test_the_wait_for_a_turn_follows_what_a_step_costs(step: float, wait: float) -> None:
+    """A tenth of the time is for the streams: dear steps come rarely, but no stream waits longer than 0.2 s."""
+    made = driver(parallel=2, answer=long)
+    made.ask("talk", max_tokens=50)
+    made.step()
+    made.step()
+    decode = made.scheduler.plan(made.backend.clock()).step
+    assert isinstance(decode, Tokens)
+    made.scheduler.ran(decode, 100.0, step)
+    assert made.scheduler.plan_turn(100.0 + 0.98 * wait) is None
+    assert made.scheduler.plan_turn(100.0 + 1.02 * wait) is not None
+
+
+def test_a_stream_does_not_wait_for_a_slice_and_a_prompts_text_in_one_go() -> None:
+    made = driver(parallel=4, size=limits(n_ctx=2000), answer=long, turn=0.0, longest_turn=0.0)
+    made.backend.image_tokens = 64
+    made.ask("talk", max_tokens=200)
+    made.step()
+    made.ask(prompt_of(1, "what is this?"), max_tokens=2)
+    made.run()
+    steps = [plan.step for plan in made.plans]
+    after = [b for a, b in itertools.pairwise(steps) if isinstance(a, PrefillImage)]
+    assert after
+    assert all(isinstance(step, Tokens) and step.decode and not step.prefill for step in after)
+    # And the text does get its step, with everyone's next token in it.
+    assert any(isinstance(step, Tokens) and step.decode and step.prefill for step in steps)
+
+
+def test_texts_and_pictures_take_turns_while_somebody_answers() -> None:
+    made = driver(parallel=4, size=limits(n_ctx=4000), answer=long, turn=0.0, longest_turn=0.0)
+    made.backend.image_tokens = 256
+    made.ask("talk", max_tokens=400)
+    made.step()
+    shot = made.ask(prompt_of(1), max_tokens=1)
+    text = made.ask("?" * 200, max_tokens=1)
+    made.run()
+    assert text.first_token_at is not None
+    assert shot.first_token_at is not None
+    assert text.first_token_at < shot.first_token_at
 
 
 def test_pictures_get_on_also_when_streams_want_every_step() -> None:
     """A turn of 0 is due at once after every step: pictures were never looked at while anybody answered."""
-    made = driver(parallel=2, size=limits(n_ctx=2000), answer=long, turn=0.0)
+    made = driver(parallel=2, size=limits(n_ctx=2000), answer=long, turn=0.0, longest_turn=0.0)
     made.ask("talk", max_tokens=400)
     made.step()
     shot = made.ask(prompt_of(1), max_tokens=1)
@@ -195,6 +238,14 @@ def test_a_prefix_is_never_cut_inside_a_picture() -> None:
     made.run()
     assert again.answer.usage.cached_tokens == 1 + len("see ")
     assert len(backend.encoded) == 2
+
+
+def test_pictures_of_different_salt_are_encoded_apart() -> None:
+    made = driver()
+    for salt in ("mine", "yours", "mine", ""):
+        made.ask(prompt_of(1, salt), salt=salt)
+        made.run()
+    assert len(made.backend.encoded) == 3
 
 
 def test_prompts_of_different_salt_share_no_prefix() -> None:
@@ -408,6 +459,20 @@ def test_idle_prefixes_that_slow_decode_are_shed() -> None:
     made.run()
 
 
+def test_idle_prefixes_are_shed_by_what_a_cell_is_expected_to_cost_until_steps_have_told() -> None:
+    made = driver(parallel=1, size=dataclasses.replace(limits(n_ctx=2000), cell_cost=0.0001), answer=long)
+    for text in ("x" * 200, "y" * 200, "z" * 200):
+        made.ask(text, max_tokens=2)
+        made.run()
+    made.ask("v", max_tokens=10)
+    made.step()
+    assert len(made.scheduler.idle_ids) == 3
+    made.step()
+    # Three of about 200 cells are 6 % of a step, two are 4 %.
+    assert len(made.scheduler.idle_ids) == 2
+    made.run()
+
+
 # Ends ---------------------------------------------------------------------------------------------------------------
 
 
@@ -473,7 +538,7 @@ def test_a_failed_encode_is_not_remembered_and_streams_go_on() -> None:
 
 
 def test_a_failed_nested_step_fails_the_streams_and_not_the_picture() -> None:
-    made = driver(answer=long, turn=0.0)
+    made = driver(answer=long, turn=0.0, longest_turn=0.0)
     stream = made.ask("talk", max_tokens=30)
     encode = made.backend.encode
 
