@@ -39,6 +39,14 @@ def test_every_shipped_example_is_answered_rightly(opsin_env: dict[str, str]) ->
         assert done.stdout.decode().strip() == row["answer"]
 
 
+def test_a_picture_asked_about_yesterday_is_not_encoded_today(opsin_env: dict[str, str], tmp_path: Path) -> None:
+    env = {**opsin_env, "XDG_CACHE_HOME": str(tmp_path)}
+    rows = [json.loads(opsin(env, "ask", PICTURE, question, "--json").stdout) for question in ("What is it?", "Why?")]
+    assert rows[0]["stages"]["encode_ms"] > 0
+    assert rows[1]["stages"]["encode_ms"] == 0
+    assert [row["images"][0]["cached"] for row in rows] == [False, True]
+
+
 def test_the_timeline_and_the_honest_line_go_to_standard_error(opsin_env: dict[str, str]) -> None:
     done = opsin(opsin_env, "ask", PICTURE, "What is in this picture?")
     shown = done.stderr.decode()

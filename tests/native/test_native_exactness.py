@@ -44,9 +44,16 @@ def open_kind(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     return opened
 
 
-@pytest.fixture(scope="module", params=KINDS)
+OWN = tuple(
+    f"{kind}, each its own memory" for kind in KINDS if kind != "gemma3-tiny"
+)  # a window slides in a shared one
+
+
+@pytest.fixture(scope="module", params=[*KINDS, *OWN])
 def shared(request: pytest.FixtureRequest, open_kind: Callable[..., Any]) -> Iterator[Any]:
-    backend = open_kind(request.param)
+    own = request.param in OWN
+    backend = open_kind(request.param.partition(",")[0], **({"ctx": 4096} if own else {}))
+    assert backend.limits.shared is not own
     yield backend
     backend.close()
 

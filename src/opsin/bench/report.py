@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any
 
 from opsin.bench.batched import Batched
@@ -15,14 +16,19 @@ from opsin.bench.measure import Measured
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """All that one call of the command measured. `about` names model, version and settings, `peers` ran in turn."""
+    """All that one call of the command measured. `about` names model, version and settings, `peers` ran in turn.
+
+    `plain` and `schema` are runs of full batches, `batched_bench` what llama.cpp's own program made of the same in the
+    same runs, in tokens a second.
+    """
 
     about: dict[str, Any]
     machine: Machine
     cost: ModelCost
     workloads: Sequence[Measured] = ()
-    plain: Batched | None = None
-    schema: Batched | None = None
+    plain: Sequence[Batched] = ()
+    schema: Sequence[Batched] = ()
+    batched_bench: Sequence[float] = ()
     peers: Sequence[Side] = ()
 
     @property
@@ -34,10 +40,16 @@ class Results:
 def as_document(results: Results) -> dict[str, Any]:
     """One JSON document."""
     batched: dict[str, Any] | None = None
-    if results.plain is not None:
-        batched = {"plain": _rounded(asdict(results.plain))}
-        if results.schema is not None:
-            batched |= {"json_schema": _rounded(asdict(results.schema)), "json_schema_cost": schema_cost(results)}
+    if results.plain:
+        batched = {"plain": _rounded(asdict(_middle(results.plain)))}
+        if results.schema:
+            batched |= {"json_schema": _rounded(asdict(_middle(results.schema)))}
+            batched |= {"json_schema_cost": schema_cost(results)}
+        if results.batched_bench:
+            batched |= {"llama_batched_bench_tokens_s": round(median(results.batched_bench), 1)}
+            batched |= {"of_llama_batched_bench": _of_batched_bench(results)}
+        batched["runs"] = [_rounded(asdict(run)) for run in results.plain]
+        batched["llama_batched_bench_runs"] = [round(rate, 1) for rate in results.batched_bench]
     document = {
         **results.about,
         "machine": _rounded(asdict(results.machine)),
@@ -52,11 +64,25 @@ def as_document(results: Results) -> dict[str, Any]:
 
 
 def schema_cost(results: Results) -> float | None:
-    """The share of the plain rate that schemas cost; None when either counts for nothing."""
-    plain, schema = results.plain, results.schema
-    if plain is None or schema is None or plain.void or schema.void or plain.tokens_s <= 0:
+    """The share of the plain rate that schemas cost, the median over the runs; None when a run counts for nothing."""
+    pairs = list(zip(results.plain, results.schema, strict=False))
+    if not pairs or any(run.void is not None for pair in pairs for run in pair):
         return None
-    return round(1 - schema.tokens_s / plain.tokens_s, 4)
+    return round(median(1 - schema.tokens_s / plain.tokens_s for plain, schema in pairs), 4)
+
+
+def _of_batched_bench(results: Results) -> dict[str, float] | None:
+    """Our rates by those of llama.cpp's own program, the medians over the runs."""
+    pairs = list(zip(results.plain, results.batched_bench, strict=True))
+    if any(run.void is not None for run, _ in pairs):
+        return None
+    calls = median(run.decode_tokens_s / rate for run, rate in pairs)
+    return {"decode_calls": round(calls, 4), "all": round(median(run.tokens_s / rate for run, rate in pairs), 4)}
+
+
+def _middle(runs: Sequence[Batched]) -> Batched:
+    """The run in the middle: its shares belong together, as medians of each alone would not."""
+    return sorted(runs, key=lambda run: run.tokens_s)[len(runs) // 2]
 
 
 def ceiling_text(results: Results) -> str:
@@ -91,11 +117,17 @@ def as_text(results: Results) -> str:
     if results.peers:
         lines.append(compare_text(results.sides))
     for name, batched in (("plain", results.plain), ("JSON schema", results.schema)):
-        if batched is not None:
-            lines.append(_batched_text(name, batched))
+        if batched:
+            lines.append(_batched_text(name, _middle(batched)))
     cost = schema_cost(results)
     if cost is not None:
         lines.append(f"  schemas cost {cost:.1%} of the plain rate")
+    shares = _of_batched_bench(results) if results.batched_bench else None
+    if shares is not None:
+        lines.append(
+            f"  of llama-batched-bench's {median(results.batched_bench):.1f} token/s:"
+            f" the decode calls {shares['decode_calls']:.1%}, all {shares['all']:.1%}"
+        )
     return "\n".join(lines)
 
 

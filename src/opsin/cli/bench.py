@@ -13,6 +13,8 @@ from opsin.cli import options as o
 from opsin.cli.console import say
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from opsin.bench import HttpDriver
     from opsin.bench.compare import Side
     from opsin.bench.report import Results
@@ -51,6 +53,9 @@ def engine(
     workloads: Workloads = None,
     runs: Runs = 3,
     batched: Annotated[bool, typer.Option("--batched/--no-batched", help="measure the decode of full batches")] = True,
+    batched_bench: Annotated[
+        Path | None, typer.Option("--batched-bench", help="a llama-batched-bench to compare full batches with, in turn")
+    ] = None,
     against: Annotated[
         list[str] | None,
         typer.Option("--against", help="NAME=URL of a server with the same model, measured in turn; may be repeated"),
@@ -90,7 +95,9 @@ def engine(
     typer.echo(ceiling_text(Results({}, machine, cost)))
     runtime = open_runtime(model, mmproj, settings)
     try:
-        results = _run(runtime, Results(_about(runtime, options), machine, cost), chosen, runs, peers, batched=batched)
+        results = _run(runtime, Results(_about(runtime, options), machine, cost), chosen, runs, peers)
+        if batched:
+            results = _batches(runtime, results, runs, _batched_peer(batched_bench, pair.llm, runtime, threads))
     finally:
         runtime.close()
     _print(results, json_out)
@@ -163,29 +170,50 @@ def _about(runtime: Runtime, options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _run(
-    runtime: Runtime, results: Results, chosen: Any, runs: int, peers: dict[str, HttpDriver], *, batched: bool
-) -> Results:
+def _run(runtime: Runtime, results: Results, chosen: Any, runs: int, peers: dict[str, HttpDriver]) -> Results:
     from dataclasses import replace
 
     from opsin.bench import EngineDriver
-    from opsin.bench.batched import SCHEMA, measure_batched
 
     ours, *theirs = _in_turn({"opsin": EngineDriver(runtime.engine, runtime.prompts), **peers}, chosen, runs)
-    results = replace(results, workloads=ours.workloads, peers=tuple(theirs))
-    if not batched:
-        return results
+    return replace(results, workloads=ours.workloads, peers=tuple(theirs))
+
+
+def _batches(runtime: Runtime, results: Results, runs: int, peer: Callable[[int], float] | None) -> Results:
+    """Full batches, plain and with schemas, and llama.cpp's own, in turn."""
+    from dataclasses import replace
+
+    from opsin.bench.batched import SCHEMA, measure_batched
+
     sequences = min(8, results.about["settings"]["parallel"])
-    say(f"{sequences} sequences in one batch")
-    found = {
-        schema: [
-            measure_batched(runtime.engine, runtime.prompts, sequences=sequences, schema=schema) for _ in range(runs)
-        ]
-        for schema in (None, SCHEMA)
-    }
-    # The run in the middle: its shares belong together, as medians of each alone would not.
-    middle = {schema: sorted(of, key=lambda one: one.tokens_s)[len(of) // 2] for schema, of in found.items()}
-    return replace(results, plain=middle[None], schema=middle[SCHEMA])
+    plain, schema, rates = [], [], []
+    for run in range(runs):
+        say(f"{sequences} sequences in one batch, run {run + 1} of {runs}")
+        plain.append(measure_batched(runtime.engine, runtime.prompts, sequences=sequences))
+        schema.append(measure_batched(runtime.engine, runtime.prompts, sequences=sequences, schema=SCHEMA))
+        rates += [] if peer is None else [peer(sequences)]
+    return replace(results, plain=tuple(plain), schema=tuple(schema), batched_bench=tuple(rates))
+
+
+def _batched_peer(
+    program: Path | None, llm: Path, runtime: Runtime, threads: int | None
+) -> Callable[[int], float] | None:
+    """What measures llama.cpp's own program in this engine's sizes."""
+    if program is None:
+        return None
+    from opsin.bench.batched import TOKENS
+    from opsin.bench.batched_peer import measure_peer
+
+    limits = runtime.engine.limits
+    return lambda sequences: measure_peer(
+        program,
+        llm,
+        sequences=sequences,
+        tokens=TOKENS,
+        threads=threads or os.cpu_count() or 1,
+        n_ctx_seq=limits.n_ctx_seq if not limits.shared else limits.n_ctx // sequences,
+        shared=limits.shared,
+    )
 
 
 def _peers(given: list[str]) -> dict[str, HttpDriver]:

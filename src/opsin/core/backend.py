@@ -31,7 +31,7 @@ class BackendLimits:
     With `shared` all sequences live in one KV memory, and a fork shares cells; without it each has `n_ctx_seq` cells
     of its own, a fork copies them, and only sequences of neighbouring ids are computed together. `cell_cost` is what
     one more cell of a shared memory is expected to add to a decode step, as a share of the step. `best_rows` are the
-    rows of a prefill step that is fastest; 0: as many as fit.
+    rows of a prefill step that is fastest; 0: as many as fit. `encode_batch` picture chunks may be encoded at once.
     """
 
     n_ctx: int
@@ -44,6 +44,7 @@ class BackendLimits:
     shared: bool = True
     cell_cost: float = 0.0
     best_rows: int = 0
+    encode_batch: int = 1
 
     @property
     def n_ctx_seq(self) -> int:
@@ -125,6 +126,10 @@ class Backend(Protocol):
         `between` is called between layers of the encoder's graph; what it raises is raised here after the encode, and
         the embedding is lost. Raises EncodeFailed.
         """
+        ...
+
+    def encode_many(self, runs: Sequence[ImageRun]) -> list[Embedding]:
+        """Encode several chunks, those of equal pixel sizes at once; in the same order. Raises EncodeFailed."""
         ...
 
     def decode(self, rows: Sequence[TokenRow] | EmbeddingRows) -> bool:

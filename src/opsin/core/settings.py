@@ -22,7 +22,10 @@ class EngineSettings(BaseModel):
     model: Path | None = Field(None, description="language model, a GGUF file or a known name")
     mmproj: Path | None = Field(None, description="projector, a GGUF file; found beside the model when left out")
     ctx: int | None = Field(
-        None, ge=64, description="context in tokens, 64 or more; none: what fits, at most 8,192 a sequence"
+        None,
+        ge=64,
+        description="context in tokens for all answers, 64 or more; on a CPU each of the parallel ones has its share; "
+        "none: what fits, at most 8,192 a sequence",
     )
     gpu_layers: int | None = Field(None, ge=0, description="layers on the GPU; none: all that fit")
     device: str | None = Field(None, description="device of the language model, as ggml names it (CUDA0, Metal, none)")

@@ -32,10 +32,14 @@ class Fork:
 
 @dataclass(frozen=True, slots=True)
 class Encode:
-    """Run the vision encoder on the picture chunk at the sequence's cursor, unless its embedding is known."""
+    """Run the vision encoder on the picture chunk at the sequence's cursor, unless its embedding is known.
+
+    `beside` are chunks that the encoder can take in the same call, with the sequences that have them.
+    """
 
     sequence: Sequence
     run: ImageRun
+    beside: tuple[tuple[Sequence, ImageRun], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

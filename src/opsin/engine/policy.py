@@ -9,17 +9,18 @@ from dataclasses import dataclass
 class Policy:
     """Tunable numbers; times in seconds, sizes in tokens.
 
-    `slice` bounds a prefill step while somebody's answer streams: it bounds the pause of that stream. While pictures
-    are worked on, streams wait for their next token as long as makes their steps cost `turn_share` of the time, but at
-    least `turn` and at most `longest_turn`: shorter ones make them smoother and new pictures slower. `wait_for` is how
-    much longer a coming prefix must be than the one that is ready, for a request to wait for it. `max_queue` requests
-    may wait.
+    While somebody's answer streams a prefill step takes about `slice_seconds`, which bounds the pause of that stream,
+    and has `slice` rows until it is known how long a row takes. While pictures are worked on, streams wait for their
+    next token as long as makes their steps cost `turn_share` of the time, but at least `turn` and at most
+    `longest_turn`: shorter ones make them smoother and new pictures slower. `wait_for` is how much longer a coming
+    prefix must be than the one that is ready, for a request to wait for it. `max_queue` requests may wait.
     """
 
     parallel: int = 1
     slice: int = 64
+    slice_seconds: float = 0.3
     turn: float = 0.03
-    longest_turn: float = 0.2
+    longest_turn: float = 0.25
     turn_share: float = 0.1
     wait_for: int = 32
     max_queue: int = 256

@@ -122,13 +122,29 @@ class Runner:
             assert isinstance(again, ImageRun), "the same prompt has the same runs"
             run = again
         sequence.stream.deliver(Progress(f"reading picture {run.picture + 1} of {len(sequence.layout.images)}"))
-        with self._stage((sequence,), Stage.ENCODE):
-            embedding = self._backend.encode(run, between)
-        self.encodes += 1
-        sequence.encoded_pictures.add(run.picture)
-        if not sequence.stream.cancelled:
-            self._pictures.put(identity, embedding)
-        sequence.embedding = embedding
+        batch = [(sequence, run), *self._unknown(step)]
+        with self._stage({id(s): s for s, _ in batch}.values(), Stage.ENCODE):
+            if len(batch) > 1:
+                embeddings = self._backend.encode_many([chunk for _, chunk in batch])
+            else:
+                embeddings = [self._backend.encode(run, between)]
+        for (owner, chunk), embedding in zip(batch, embeddings, strict=True):
+            self.encodes += 1
+            owner.encoded_pictures.add(chunk.picture)
+            if not owner.stream.cancelled:
+                self._pictures.put(salted(chunk.identity, owner.request.salt), embedding)
+        sequence.embedding = embeddings[0]
+
+    def _unknown(self, step: Encode) -> list[tuple[Sequence, ImageRun]]:
+        """Chunks beside that have pixels and are not known, each once."""
+        seen = {salted(step.run.identity, step.sequence.request.salt)}
+        unknown = []
+        for owner, chunk in step.beside:
+            identity = salted(chunk.identity, owner.request.salt)
+            if not (chunk.placeholder or identity in seen or self._pictures.knows(identity)):
+                seen.add(identity)
+                unknown.append((owner, chunk))
+        return unknown
 
     def _prefill_image(self, step: PrefillImage) -> bool:
         sequence = step.sequence

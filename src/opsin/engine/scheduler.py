@@ -1,4 +1,4 @@
-"""Policy: who is admitted, whose cells go, and what the next step computes.
+"""Policy: who is admitted, and whose cells go; `steps` says what the next step computes.
 
 A function of its state and the clock that is handed in: it touches no backend, reads no time, and the same history
 gives the same plans. What it plans counts as done when `ran` is called with it.
@@ -9,16 +9,13 @@ from __future__ import annotations
 from opsin.cache import CellBook, NoPrefixes, Prefix, Prefixes, PrefixIndex
 from opsin.cache.units import cells_of, last_position_of, positions_of
 from opsin.core.backend import BackendLimits
-from opsin.core.layout import ImageRun, TextRun
 from opsin.engine.idle_cost import IdleCost
 from opsin.engine.plan import (
-    Encode,
     Forget,
     Fork,
     MemoryOp,
     Plan,
     PrefillImage,
-    Slice,
     Step,
     Tokens,
     cells_needed,
@@ -26,7 +23,8 @@ from opsin.engine.plan import (
 )
 from opsin.engine.policy import Policy
 from opsin.engine.ranks import closing_move, spread
-from opsin.engine.sequence import Sequence, State
+from opsin.engine.sequence import Sequence
+from opsin.engine.steps import StepChooser
 
 
 class Scheduler:
@@ -55,10 +53,7 @@ class Scheduler:
         self._idle: dict[int, Prefix] = {}
         self.preemptions = 0
         self._memory: list[MemoryOp] = []
-        self._last_decode = float("-inf")
-        self._step_seconds = 0.0
-        self._only_prompts = False
-        self._text_next = True
+        self._steps = StepChooser(limits, policy)
         self._turns = 0
 
     @property
@@ -94,43 +89,33 @@ class Scheduler:
             self._shed_slow_prefixes()
         else:
             self._close_ranks()
-        step = self._choose(now)
+        step = self._secured(self._steps.choose(self._running, now))
         return Plan(tuple(self._memory), step)
 
     def plan_turn(self, now: float) -> Tokens | None:
         """A decode step between two layers of an encode: no admission, no fork, no eviction; None if it is not due."""
         decoding = self._decoding()
-        if not self._due(now) or len(decoding) > self._room():
+        if not decoding or not self._steps.due(now) or len(decoding) > self._room():
             return None
         return Tokens(decoding)
 
     def ran(self, step: Step, now: float, seconds: float = 0.0) -> None:
         """A step was carried out: move cursors and books on. Drawn tokens come through the sequences."""
-        silent = not self._decoding()
-        self._only_prompts = not isinstance(step, Tokens) or not (step.decode or self._limits.shared)
-        if isinstance(step, Tokens):
-            self._ran_tokens(step, seconds)
-        else:
-            self._text_next = True
+        self._steps.ran(step, now, seconds, silent=not self._decoding())
         if isinstance(step, PrefillImage):
             self._advance(step.sequence, step.stop - step.start)
             if step.stop == step.run.n_tokens and not step.sequence.inside_picture(step.run.picture):
                 self._line_up(step.sequence)
-        if silent or (isinstance(step, Tokens) and step.decode):
-            self._last_decode = now  # a first token counts: its stream has not waited yet
-
-    def _ran_tokens(self, step: Tokens, seconds: float) -> None:
-        if step.decode and not step.prefill:
-            self.idle_cost.learn(len(step.decode), self.book.used, seconds * 1e3)
-            self._step_seconds = seconds
-        for sequence in step.decode:
-            sequence.decoded()
-            self.book.append(sequence.seq_id, 1)
-        for part in step.prefill:
-            self._advance(part.sequence, len(part.tokens))
-            self._text_next = False
-            if not self._limits.shared:
-                self._line_up(part.sequence)
+        elif isinstance(step, Tokens):
+            if step.decode and not step.prefill:
+                self.idle_cost.learn(len(step.decode), self.book.used, seconds * 1e3)
+            for sequence in step.decode:
+                sequence.decoded()
+                self.book.append(sequence.seq_id, 1)
+            for part in step.prefill:
+                self._advance(part.sequence, len(part.tokens))
+                if not self._limits.shared:
+                    self._line_up(part.sequence)
 
     def release(self, sequence: Sequence, *, keep: bool) -> tuple[MemoryOp, ...]:
         """A sequence ended: its cells stay as an idle prefix (`keep`), or are free."""
@@ -178,8 +163,7 @@ class Scheduler:
         return {seq_id: held.get(seq_id, -1) for seq_id in range(self._limits.n_seq_max)}
 
     def _decoding(self) -> tuple[Sequence, ...]:
-        decoding = (s for s in self._running if s.state is State.DECODE)
-        return tuple(decoding if self._limits.shared else sorted(decoding, key=lambda s: s.seq_id))
+        return self._steps.decoding(self._running)
 
     def _room(self) -> int:
         return self._limits.n_ctx - self.book.used
@@ -369,77 +353,3 @@ class Scheduler:
         sequence.preempt()
         self.preemptions += 1
         self.add(sequence)
-
-    # The step -----------------------------------------------------------------------------------------------------
-
-    def _due(self, now: float) -> bool:
-        """Whether streams have waited long enough for their next token while others are worked on."""
-        policy = self._policy
-        wait = max(policy.turn, min(policy.longest_turn, self._step_seconds / policy.turn_share))
-        return bool(self._decoding()) and now - self._last_decode >= wait
-
-    def _choose(self, now: float) -> Step | None:
-        filling = [s for s in self._running if s.state is State.PREFILL]
-        texts = [s for s in filling if not s.at_image]
-        images = [s for s in filling if s.at_image]
-        decoding = self._decoding()
-        if self._only_prompts and self._due(now):
-            # Alone: a stream that waited for a slice of a picture does not wait for a prompt's text, too.
-            return self._tokens(decoding, [])
-        if texts and (self._text_next or not images):
-            return self._tokens(decoding, texts)
-        if images:
-            # One picture after another, not one request after another: a small one does not wait for ten pictures.
-            return self._image(min(images, key=lambda s: s.turn), streaming=bool(decoding))
-        return self._tokens(decoding, []) if decoding else None
-
-    def _image(self, sequence: Sequence, *, streaming: bool) -> Step | None:
-        run = sequence.run
-        assert isinstance(run, ImageRun)
-        if sequence.embedding is None:
-            return Encode(sequence, run)
-        size = self._rows(streaming=streaming)
-        start = sequence.run_offset
-        stop = min(run.n_tokens, start + size) if run.causal else run.n_tokens
-        last = stop == run.n_tokens and sequence.run_index == len(sequence.runs) - 1
-        return self._secured(PrefillImage(sequence, run, start, stop, last))
-
-    def _tokens(self, decoding: tuple[Sequence, ...], texts: list[Sequence]) -> Step | None:
-        """Everyone's next token, and text of prompts as far as the slice and the micro-batch go."""
-        budget = min(self._limits.n_ubatch - len(decoding), self._rows(streaming=bool(decoding)))
-        if texts and not self._limits.shared:
-            # Prompts of unequal lengths would be cut into as many micro-batches.
-            return self._secured(Tokens((), (self._slice(min(texts, key=lambda s: s.turn), budget),)))
-        parts = (self._slice(s, share) for s, share in zip(texts, _shares(texts, budget), strict=True) if share)
-        return self._secured(Tokens(decoding, tuple(parts)))
-
-    def _rows(self, *, streaming: bool) -> int:
-        """Rows of a prefill step."""
-        most = max(self._policy.slice, 1) if streaming else self._limits.best_rows or self._limits.n_ubatch
-        return min(most, self._limits.n_ubatch)
-
-    @staticmethod
-    def _slice(sequence: Sequence, budget: int) -> Slice:
-        run = sequence.run
-        assert isinstance(run, TextRun)
-        start = sequence.run_offset
-        tokens = run.tokens[start : start + budget]
-        last = start + len(tokens) == run.n_tokens and sequence.run_index == len(sequence.runs) - 1
-        return Slice(sequence, tokens, last)
-
-
-def _shares(sequences: list[Sequence], budget: int) -> list[int]:
-    """How many tokens each gets of a step: the first most, but half is for the others, so that none waits for it."""
-    wanted = [s.run.n_tokens - s.run_offset for s in sequences if s.run is not None]
-    if not wanted:
-        return []
-    least = max(1, budget // (2 * len(wanted) - 2)) if len(wanted) > 1 else 0
-    shares, left = [1], budget - 1
-    for want in wanted[1:]:
-        shares.append(min(want, least, left))
-        left -= shares[-1]
-    for place, want in enumerate(wanted):
-        more = min(want - shares[place], left)
-        shares[place] += more
-        left -= more
-    return shares

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from opsin.core.errors import BadInput, BadParameter, EngineError, ModelNotFound
@@ -41,6 +42,7 @@ class NativeBackend:
         self._model = model
         self._context = context
         self._encoder = encoder
+        self._limits = replace(context.limits, encode_batch=1 if encoder is None else encoder.batch)
         self._stretches = Stretches(model)
         self._inside: int | None = None
         self._entering = threading.Lock()
@@ -76,7 +78,7 @@ class NativeBackend:
     @property
     def limits(self) -> BackendLimits:
         """Sizes that plans must keep to."""
-        return self._context.limits
+        return self._limits
 
     @property
     def info(self) -> ModelInfo:

@@ -60,7 +60,8 @@ class Context:
         if split:
             # One stream more than answers: it is where an idle prefix goes that stands in a running one's way.
             params.n_ctx = _padded(params.n_ctx // settings.parallel) * (settings.parallel + 1)
-            params.n_ubatch = params.n_batch = min(params.n_ubatch, _SPLIT_UBATCH)
+            if "ubatch" not in settings.model_fields_set:
+                params.n_ubatch = params.n_batch = min(params.n_ubatch, _SPLIT_UBATCH)
         sequences = settings.parallel + 1 if split else _sequences(model, settings, params.n_ubatch)
         # Each sequence of a sliding-window model has a keeper that holds the same cells. llama.cpp takes a cell outside
         # the window of the only sequence that holds it as free, also with swa_full and while others are empty: a
@@ -325,6 +326,8 @@ def default_context(model: Model, settings: EngineSettings) -> int:
     if free <= 0 or cell <= 0:
         return wanted
     fits = int(free * _KV_SHARE / cell) // 256 * 256
+    if settings.parallel > 1 and _on_cpu(model):
+        fits = fits * settings.parallel // (settings.parallel + 1)  # the place to spare
     if fits < min(wanted, 512):
         raise BadParameter(
             f"A context of {wanted} tokens needs {wanted * cell / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are free: "

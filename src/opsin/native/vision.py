@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from opsin.native.hook import Observer
     from opsin.native.model import Model
 
+_BATCHING = frozenset({"gemma4v", "internvl", "deepseekocr", "deepseekocr2"})
+_BATCH = 8  # mtmd takes fewer when they have more than its 1,024 tokens
 _BATCH_TOO_LARGE, _BATCH_OTHER_SHAPE = 2, 3
 
 
@@ -66,6 +68,7 @@ class Encoder:
         self.fingerprint = fingerprint(path, self.file.header_bytes)
         # What else the pixels handed to the encoder depend on.
         self.preprocessing = (params.image_min_tokens, params.image_max_tokens)
+        self.batch = _BATCH if self.file.kind in _BATCHING else 1
         self.mrope: bool = self.lib.mtmd.mtmd_decode_use_mrope(self.pointer)
         self._encoding = threading.Lock()
 

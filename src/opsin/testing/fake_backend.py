@@ -187,6 +187,14 @@ class FakeBackend:
         rows = np.arange(run.n_tokens, dtype=np.float32)
         return np.stack([np.full_like(rows, first), rows, rows, rows], axis=1)
 
+    def encode_many(self, runs: Sequence[ImageRun]) -> list[Embedding]:
+        """All in the time of one."""
+        before = self.clock()
+        embeddings = [self.encode(run) for run in runs]
+        spent_ms = (self.clock() - before) * 1e3
+        self.clock.spend(self.costs.encode - spent_ms)
+        return embeddings
+
     def decode(self, rows: Sequence[TokenRow] | EmbeddingRows) -> bool:
         """Append to the sequences' cells, checking what llama.cpp would abort on."""
         if self.fail_decode is not None:

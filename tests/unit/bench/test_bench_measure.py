@@ -209,7 +209,7 @@ def test_a_batch_is_measured_while_all_answer() -> None:
 def test_a_batch_that_was_full_for_a_moment_only_is_void(running: Running) -> None:
     batched = measure_batched(running.engine, running.prompts, sequences=8, tokens=4)
     assert batched.void is not None
-    assert schema_cost(Results({}, MACHINE, COST, plain=batched, schema=batched)) is None
+    assert schema_cost(Results({}, MACHINE, COST, plain=(batched,), schema=(batched,))) is None
 
 
 def test_an_error_in_a_batch_reaches_the_caller(running: Running) -> None:
@@ -250,7 +250,10 @@ def test_the_document_is_one_json_line_and_the_text_names_every_workload(running
     measured = [measure_workload(running.driver, w, runs=1) for w in choose(["W1", "W3"])]
     plain = Batched(8, 100, 200.0, 220.0, 0.9, 0.05, 0.05)
     schema = Batched(8, 100, 190.0, 210.0, 0.9, 0.05, 0.05)
-    results = Results({"opsin": "0"}, MACHINE, COST, measured, plain, schema)
+    slower = replace(plain, tokens_s=100.0, decode_tokens_s=110.0)
+    results = Results(
+        {"opsin": "0"}, MACHINE, COST, measured, (plain, slower, plain), (schema, slower, schema), (220.0, 100.0, 210.0)
+    )
     document = json.loads(json.dumps(as_document(results)))
     assert set(document) == {"opsin", "machine", "ceiling", "workloads", "batched"}
     row = document["workloads"]["W1"]
@@ -260,6 +263,9 @@ def test_the_document_is_one_json_line_and_the_text_names_every_workload(running
     assert {"token_share", "first_token_share"} <= set(row)
     assert "first_token_share" not in document["workloads"]["W3"]
     assert document["batched"]["json_schema_cost"] == pytest.approx(0.05)
+    # The medians of the runs' own ratios: a slow moment is slow for both.
+    assert document["batched"]["of_llama_batched_bench"] == {"decode_calls": 1.0476, "all": 0.9524}
+    assert document["batched"]["llama_batched_bench_tokens_s"] == 210.0
     text = ceiling_text(results) + as_text(results)
     for word in ("GB/s", "GFLOP/s", "W1", "W3", "5.0% Python", "schemas cost 5.0%"):
         assert word in text

@@ -102,6 +102,7 @@ def live(world: World, history: list[Ask], mishaps: dict[int, str], *, keep_pref
         slice=world.slice,
         turn=world.turn,
         longest_turn=world.turn,
+        slice_seconds=world.slice / 1000,
         wait_for=world.wait_for,
         keep_prefixes=keep_prefixes,
     )

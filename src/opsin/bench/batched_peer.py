@@ -1,0 +1,44 @@
+"""llama.cpp's own measure of full batches, run beside the engine's: `llama-batched-bench`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+from opsin.core.errors import BadParameter
+
+PROMPT = 16
+TIMEOUT_S = 600.0
+
+
+def measure_peer(
+    program: Path, model: Path, *, sequences: int, tokens: int, threads: int, n_ctx_seq: int, shared: bool
+) -> float:
+    """Tokens a second of bare decode calls, `sequences` at a time, without sampling or text.
+
+    Raises BadParameter when the program cannot be run or prints no result.
+    """
+    options = {
+        "-m": model,
+        "-c": n_ctx_seq * sequences,
+        "-npp": PROMPT,
+        "-ntg": tokens,
+        "-npl": sequences,
+        "-t": threads,
+        "-tb": threads,
+        "--output-format": "jsonl",
+    }
+    command = [str(program), *(str(word) for option in options.items() for word in option)]
+    if shared:
+        command.append("--kv-unified")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIMEOUT_S)  # noqa: S603 - the user names the program
+    except OSError as error:
+        raise BadParameter(f"{program} cannot be run: {error.strerror or error}.") from error
+    except subprocess.SubprocessError as error:
+        raise BadParameter(f"{program} failed: {error}.") from error
+    for line in done.stdout.splitlines():
+        if line.startswith("{"):
+            return float(json.loads(line)["speed_tg"])
+    raise BadParameter(f"{program} printed no result: is it llama-batched-bench?")

@@ -1,0 +1,145 @@
+"""A whole engine on real llama.cpp: what goes wrong inside an encode stays there, and what was seen is known later."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from native_help import draw
+
+from opsin.cache import DiskStore, PictureCache
+from opsin.core.answer import TextDelta
+from opsin.core.errors import Cancelled, EncodeFailed
+from opsin.core.parts import PicturePart, Prompt, TextPart
+from opsin.core.sampling import SamplingParams
+from opsin.engine import Engine, Policy
+
+TALK = Prompt((TextPart("USER: tell me a story ASSISTANT:"),))
+COLD = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, guard=False)
+SHORT = COLD.model_copy(update={"max_tokens": 4})
+
+
+def about(seed: int) -> Prompt:
+    return Prompt((TextPart("USER: "), PicturePart(draw(seed)), TextPart(" what is it? ASSISTANT:")))
+
+
+class Faulty:
+    """A backend whose next encode is disturbed after some of its nodes."""
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+        self.disturb: Callable[[], None] | None = None
+        self.after = 0
+        self.nodes = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def encode(self, run: Any, between: Callable[[], None] | None = None) -> Any:
+        disturb, self.disturb = self.disturb, None
+        self.nodes = 0
+
+        def node() -> None:
+            self.nodes += 1
+            if disturb is not None and self.nodes == self.after:
+                disturb()
+            if between is not None:
+                between()
+
+        return self._backend.encode(run, node)
+
+
+@pytest.fixture
+def rig(open_pair: Callable[..., Any], tmp_path: Path) -> Any:
+    made: list[Faulty] = []
+
+    def opened() -> Faulty:
+        made.append(Faulty(open_pair()))
+        return made[0]
+
+    pictures = PictureCache(2**24, DiskStore(tmp_path))
+    with Engine(opened, policy=Policy(parallel=4, turn=0.0, longest_turn=0.0), pictures=pictures) as engine:
+        yield engine, made[0], pictures
+
+
+def entries(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and path.suffix == ".safetensors"]
+
+
+def streaming(engine: Engine) -> tuple[Any, Any]:
+    """An answer that has begun, and what is left to read of it."""
+    stream = engine.submit(TALK, COLD)
+    events = iter(stream)
+    while not isinstance(next(events), TextDelta):
+        pass
+    return stream, events
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_an_error_at_a_random_node_of_an_encode_is_not_remembered_and_disturbs_nobody(
+    rig: Any, tmp_path: Path, seed: int
+) -> None:
+    engine, backend, pictures = rig
+    alone = engine.submit(TALK, COLD).result()
+    right = engine.submit(about(0), SHORT).result()
+    count = backend.nodes
+    assert count >= 2
+
+    def fail() -> None:
+        raise EncodeFailed("node broke")
+
+    held, kept = pictures.bytes, entries(tmp_path)
+    backend.after = random.Random(seed).randint(1, count)
+    backend.disturb = fail
+    stream, events = streaming(engine)
+    with pytest.raises(EncodeFailed, match="node broke"):
+        engine.submit(about(1), SHORT).result()
+    *_, end = events
+    assert end.answer.tokens == alone.tokens
+    pictures.close()
+    assert (pictures.bytes, entries(tmp_path)) == (held, kept)
+    again = engine.submit(about(1), SHORT).result()
+    assert again.images[0].cached is False
+    assert again.stages.encode_ms > 0
+    assert engine.submit(about(0), SHORT).result().tokens == right.tokens
+    assert stream.done
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_cancel_in_the_middle_of_an_encode_is_not_remembered_and_disturbs_nobody(
+    rig: Any, tmp_path: Path, seed: int
+) -> None:
+    engine, backend, pictures = rig
+    alone = engine.submit(TALK, COLD).result()
+    engine.submit(about(0), SHORT).result()
+    held, kept = pictures.bytes, entries(tmp_path)
+    asked: list[Any] = []
+    backend.after = random.Random(seed).randint(1, backend.nodes)
+
+    def cancel() -> None:
+        asked[0].cancel()
+
+    backend.disturb = cancel
+    _, events = streaming(engine)
+    asked.append(engine.submit(about(1), SHORT))
+    with pytest.raises(Cancelled):
+        asked[0].result()
+    *_, end = events
+    assert end.answer.tokens == alone.tokens
+    pictures.close()
+    assert (pictures.bytes, entries(tmp_path)) == (held, kept)
+    assert engine.submit(about(1), SHORT).result().stages.encode_ms > 0
+
+
+def test_a_picture_seen_before_a_restart_is_not_encoded_after_it(open_pair: Callable[..., Any], tmp_path: Path) -> None:
+    answers = []
+    for _ in range(2):
+        pictures = PictureCache(2**24, DiskStore(tmp_path))
+        with Engine(open_pair, policy=Policy(parallel=4), pictures=pictures) as engine:
+            answers.append(engine.submit(about(5), SHORT).result())
+    first, second = answers
+    assert first.stages.encode_ms > 0
+    assert second.stages.encode_ms == 0
+    assert [answer.images[0].cached for answer in answers] == [False, True]
+    assert first.tokens == second.tokens
