@@ -239,8 +239,15 @@ def _in_turn(drivers: dict[str, Any], chosen: Any, runs: int) -> list[Side]:
     for driver in drivers.values():
         warm_up(driver, chosen[0])
     found = [measure_in_turn(drivers, workload, runs=runs, tell=say) for workload in chosen]
-    abouts = {name: {"url": d.url, "model": d.model} if hasattr(d, "url") else {} for name, d in drivers.items()}
-    return [Side(name, about, tuple(workload[name] for workload in found)) for name, about in abouts.items()]
+    return [Side(name, _about_peer(d), tuple(workload[name] for workload in found)) for name, d in drivers.items()]
+
+
+def _about_peer(driver: Any) -> dict[str, str]:
+    if not hasattr(driver, "url"):
+        return {}
+    # llama-server names its model by the file's whole path, which is nobody's business in a shared result.
+    model = Path(driver.model).name if Path(driver.model).is_absolute() else driver.model
+    return {"url": driver.url, "model": model}
 
 
 def _print(results: Results, json_out: Path | None) -> None:
