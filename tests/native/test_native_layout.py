@@ -87,7 +87,6 @@ def test_an_image_says_what_size_the_encoder_saw(backend: Any) -> None:
     (info,) = layout.images
     assert (info.width, info.height, info.resized_width, info.resized_height) == (640, 31, 56, 56)
     assert (info.tokens, info.tiles) == (16, 1)
-    assert layout.preprocess_ms > 0
     layout.close()
 
 

@@ -76,7 +76,6 @@ class Layout:
 
     runs: tuple[Run, ...]
     images: tuple[ImageInfo, ...]
-    preprocess_ms: float = 0.0
     owned: Any = field(default=None, repr=False)
 
     @property

@@ -12,7 +12,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import re
-import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -161,7 +160,6 @@ def _lay_out(
     hollow: frozenset[int],
 ) -> Layout:
     mtmd = model.lib.mtmd
-    began = time.perf_counter()
     given = _Input()
     owned = Owned("layout", mtmd.mtmd_input_chunks_init(), mtmd.mtmd_input_chunks_free)
     try:
@@ -177,7 +175,7 @@ def _lay_out(
         raise
     finally:
         given.close()
-    return Layout(runs, images, (time.perf_counter() - began) * 1000, owned)
+    return Layout(runs, images, owned)
 
 
 def _fill(given: _Input, mtmd: Any, stretches: Stretches, parts: Sequence[Part], hollow: frozenset[int]) -> None:

@@ -171,7 +171,7 @@ class FakeBackend:
         if tokens:
             runs.append(TextRun(tuple(tokens)))
         self.open_handles += 1
-        return Layout(tuple(runs), tuple(images), self.costs.preprocess * len(images), _Owned(self))
+        return Layout(tuple(runs), tuple(images), _Owned(self))
 
     def encode(self, run: ImageRun, between: Callable[[], None] | None = None) -> Embedding:
         """Rows that say which picture and which row they are."""
