@@ -166,6 +166,8 @@ class Engine:
         try:
             # Who waits here gets a layout without pixels, and comes behind the one that has them.
             with self._coming.turn(picture.sha256 for picture in request.prompt.pictures):
+                if stream.done:
+                    return  # cancelled while it waited for a worker
                 with clock.stage(Stage.PREPROCESS):
                     layout = self._lay_out(request)
                 _check_fit(layout.n_tokens, layout.n_image_tokens, self._backend.limits)

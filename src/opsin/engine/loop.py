@@ -196,8 +196,9 @@ class Loop:
             return
         now = self._now()
         self._scheduler.ran(step, now, now - started)
-        if not isinstance(step, Encode) or self._runner.encodes > encodes:  # a known picture is no encode
-            self.stats.ran(step, now - started)
+        encoded = self._runner.encodes - encodes
+        if not isinstance(step, Encode) or encoded:  # a known picture is no encode
+            self.stats.ran(step, now - started, encoded)
         self._absorb(step, now)
         self._sweep_done()
 
@@ -228,12 +229,20 @@ class Loop:
             self._absorb(step, now)
 
     def _absorb(self, step: Step, now: float) -> None:
-        for drawn in self._runner.draw(step):
-            sequence = drawn.sequence
-            thinking = sequence.output.thinking
-            self._absorber.absorb(sequence, drawn.token, drawn.logprob, now)
-            if thinking and not sequence.output.thinking and sequence.state is not State.DONE:
-                self._runner.leave_reasoning(sequence)
+        for sequence, row in self._runner.drawing(step):
+            try:
+                self._take_in(sequence, row, now)
+            except OpsinError as error:
+                # A grammar that leaves no token, a logit that is no number: nobody else's answer ends by it.
+                sequence.error = error
+                sequence.end("cancelled")
+
+    def _take_in(self, sequence: Sequence, row: int, now: float) -> None:
+        drawn = self._runner.draw(sequence, row)
+        thinking = sequence.output.thinking
+        self._absorber.absorb(sequence, drawn.token, drawn.logprob, now)
+        if thinking and not sequence.output.thinking and sequence.state is not State.DONE:
+            self._runner.leave_reasoning(sequence)
 
     def _give_up_something(self, step: Step) -> None:
         """The backend had no room although the books said so: evict or preempt, or fail who cannot be helped."""

@@ -17,14 +17,13 @@ from opsin.core.layout import ImageRun
 from opsin.core.sampling import SamplingParams
 from opsin.core.stages import Stage
 from opsin.engine.plan import Encode, Forget, MemoryOp, PrefillImage, Step, Tokens
-from opsin.engine.sequence import Sequence
+from opsin.engine.sequence import Sequence, State
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
     """A token drawn for a sequence."""
 
-    sequence: Sequence
     token: int
     logprob: TokenLogprob | None
 
@@ -74,18 +73,31 @@ class Runner:
             return self._prefill_image(step)
         return self._tokens(step)
 
-    def draw(self, step: Step) -> Iterator[Drawn]:
-        """Draw the tokens whose logits the step computed, one after another."""
+    @staticmethod
+    def drawing(step: Step) -> Iterator[tuple[Sequence, int]]:
+        """Who gets a token from the logits that the step computed, and from which row of its batch."""
         if isinstance(step, PrefillImage) and step.last:
-            yield self._draw(step.sequence, step.stop - step.start - 1)
+            yield step.sequence, step.stop - step.start - 1
         elif isinstance(step, Tokens):
             for row, sequence in enumerate(step.decode):
-                yield self._draw(sequence, row)
+                yield sequence, row
             row = len(step.decode) - 1
             for part in step.prefill:
                 row += len(part.tokens)
                 if part.last:
-                    yield self._draw(part.sequence, row)
+                    yield part.sequence, row
+
+    def draw(self, sequence: Sequence, row: int) -> Drawn:
+        """Draw a token. Raises BadGrammar or DecodeFailed, which are this sequence's own."""
+        with sequence.clock.stage(Stage.SAMPLE):
+            if sequence.forced:
+                token = sequence.forced.pop(0)
+            else:
+                assert sequence.sampler is not None, "a running sequence has a sampler"
+                token = sequence.sampler.sample(row)
+            top = sequence.request.params.logprobs
+            logprob = None if top is None else self._backend.logprobs(row, token, top)
+        return Drawn(token, logprob)
 
     def leave_reasoning(self, sequence: Sequence) -> None:
         """The answer begins: from here on the grammar holds."""
@@ -136,11 +148,16 @@ class Runner:
         sequence.embedding = embeddings[0]
 
     def _unknown(self, step: Encode) -> list[tuple[Sequence, ImageRun]]:
-        """Chunks beside that have pixels and are not known, each once."""
+        """Chunks beside that have pixels and are not known, each once.
+
+        Since the plan was made an owner may have ended, and its own prompt may have been laid out again: closed chunks.
+        """
         seen = {salted(step.run.identity, step.sequence.request.salt)}
         unknown = []
         for owner, chunk in step.beside:
             identity = salted(chunk.identity, owner.request.salt)
+            if owner.state is State.DONE or owner.stream.cancelled or not any(run is chunk for run in owner.runs):
+                continue
             if not (chunk.placeholder or identity in seen or self._pictures.knows(identity)):
                 seen.add(identity)
                 unknown.append((owner, chunk))
@@ -187,14 +204,3 @@ class Runner:
         finally:
             for sequence in sequences:
                 sequence.clock.switch(self.rest)
-
-    def _draw(self, sequence: Sequence, row: int) -> Drawn:
-        with sequence.clock.stage(Stage.SAMPLE):
-            if sequence.forced:
-                token = sequence.forced.pop(0)
-            else:
-                assert sequence.sampler is not None, "a running sequence has a sampler"
-                token = sequence.sampler.sample(row)
-            top = sequence.request.params.logprobs
-            logprob = None if top is None else self._backend.logprobs(row, token, top)
-        return Drawn(sequence, token, logprob)

@@ -307,13 +307,14 @@ class Scheduler:
         sequence.move(target)
 
     def _move(self, prefix: Prefix, target: int) -> None:
-        source = prefix.seq_id
+        source, used = prefix.seq_id, prefix.used
         self.prefixes.remove(prefix)
         self._memory += (Fork(source, target, -1), Forget(source))
         self.book.move(source, target)
         self._free_ids.append(source)
         prefix.seq_id = target
         self.prefixes.add(prefix)
+        prefix.used = used  # to be moved is no use
 
     def _shed_slow_prefixes(self) -> None:
         """Idle cells are looked at by every decode step: when that costs too much, the oldest go."""

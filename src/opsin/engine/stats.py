@@ -40,11 +40,11 @@ class Stats:
         self._counts = dict.fromkeys(Snapshot.__dataclass_fields__, 0.0)
         self._scheduler: Scheduler | None = None
 
-    def ran(self, step: Step, seconds: float) -> None:
-        """A step was carried out."""
+    def ran(self, step: Step, seconds: float, encoded: int = 0) -> None:
+        """A step was carried out; `encoded` chunks went through the encoder in it."""
         counts = self._counts
         if isinstance(step, Encode):
-            counts["encodes"] += 1
+            counts["encodes"] += encoded
             counts["encode_seconds"] += seconds
         elif isinstance(step, PrefillImage):
             counts["prefill_tokens"] += step.stop - step.start

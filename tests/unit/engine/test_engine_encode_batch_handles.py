@@ -54,3 +54,12 @@ def test_a_prompt_that_is_laid_out_again_is_not_encoded_with_the_chunks_it_had()
     made.run()
     assert again.answer.finish_reason
     made.close()
+
+
+def test_every_picture_of_a_batch_is_counted() -> None:
+    made = driver()
+    for number in range(3):
+        made.ask(prompt_of(number))
+    made.run()
+    assert made.loop.stats.snapshot.encodes == len(made.backend.encoded) == 3
+    made.close()

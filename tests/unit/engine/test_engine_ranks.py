@@ -99,3 +99,16 @@ def test_an_answer_ends_where_its_own_memory_ends() -> None:
     assert [len(a.answer.tokens) for a in asked] == [200 - 152 + 1] * 2
     assert made.scheduler.preemptions == 0
     made.close()
+
+
+def test_an_idle_prefix_that_is_moved_out_of_the_way_is_as_old_as_before() -> None:
+    made = driver()
+    for text in ("first", "second"):
+        made.ask(text)
+        made.run()
+    scheduler = made.scheduler
+    oldest = scheduler.prefixes.oldest_idle()
+    assert oldest is not None
+    assert len(scheduler.idle_ids) == 2
+    scheduler._move(oldest, scheduler._free_ids.pop())
+    assert scheduler.prefixes.oldest_idle() is oldest
