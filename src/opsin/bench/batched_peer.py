@@ -17,6 +17,8 @@ def measure_peer(
 ) -> float:
     """Tokens a second of bare decode calls, `sequences` at a time, without sampling or text.
 
+    Flash attention, the type of the KV memory and offloading are the program's defaults, not the engine's.
+
     Raises BadParameter when the program cannot be run or prints no result.
     """
     options = {

@@ -159,7 +159,7 @@ def _about(runtime: Runtime, options: dict[str, Any]) -> dict[str, Any]:
     from opsin import __version__
 
     limits = runtime.engine.limits
-    sizes = {"ctx": limits.n_ctx, "ctx_of_each": limits.n_ctx_seq, "ubatch": limits.n_ubatch}
+    sizes = {"n_ctx": limits.n_ctx, "ctx_of_each": limits.n_ctx_seq, "ubatch": limits.n_ubatch}
     return {
         "opsin": __version__,
         "kind": "engine",

@@ -232,6 +232,6 @@ def _check_fit(n_tokens: int, n_image_tokens: int, limits: BackendLimits) -> Non
         pictures = f", {n_image_tokens} of them for pictures" if n_image_tokens else ""
         raise ContextOverflow(
             f"The prompt takes {n_tokens} tokens{pictures}, and the context holds {limits.n_ctx_seq}"
-            f"{'' if limits.shared else ' for each of the parallel answers'}: "
-            "ask for a larger one (--ctx), or for fewer or smaller pictures."
+            f"{'' if limits.shared else ' for each of the parallel answers'}: ask for a larger one (--ctx), "
+            f"{'' if limits.shared else 'for fewer answers at a time (--parallel), '}or for fewer or smaller pictures."
         )

@@ -64,7 +64,8 @@ class AnswerStream:
                 self._error = Cancelled(f"The reader is {MAX_UNREAD} events behind: the answer was cut.")
             self._done = isinstance(event, Finished) or self._error is not None
             self._notify()
-        if self._done:
+            ended = self._done  # telling the reader may have ended it
+        if ended:
             self._ended()
 
     def fail(self, error: BaseException) -> None:

@@ -40,6 +40,7 @@ _MIN_OUTPUTS = 64  # rows of one micro-batch that may have logits
 _HIDDEN_CELL = 2.2
 _LEAST_STEP = 64 * 2**20  # a step of a tiny model takes as long as if it read so many bytes
 _SPLIT_CTX = 1024  # tokens a sequence must get before each has a memory of its own
+_SPLIT_CTX_UNASKED = 4096
 _SPLIT_UBATCH = 256  # without flash attention all scores of a micro-batch are in memory at once
 _SPLIT_ROWS = 192  # a picture in such slices leaves out half of the scores, those of what comes later
 _WITHOUT_FLASH = frozenset({"f32", "f16", "bf16"})  # types a KV memory may have without flash attention
@@ -290,9 +291,10 @@ def _split(model: Model, settings: EngineSettings, n_ctx: int) -> bool:
     decode step a quarter slower. Elsewhere, and where a sequence would get little room, sharing is worth more.
     """
     plain = not (_slides(model) or model.whole_states_only) and settings.kv_type in _WITHOUT_FLASH
-    return (
-        _on_cpu(model) and plain and 1 < settings.parallel < _MAX_SEQUENCES and n_ctx // settings.parallel >= _SPLIT_CTX
-    )
+    # Who chose no context did not choose to share it out in small parts either.
+    least = _SPLIT_CTX if settings.ctx else _SPLIT_CTX_UNASKED
+    fits = 1 < settings.parallel < min(_MAX_SEQUENCES, settings.ubatch, _SPLIT_UBATCH)
+    return _on_cpu(model) and plain and fits and n_ctx // settings.parallel >= least
 
 
 def _on_cpu(model: Model) -> bool:
