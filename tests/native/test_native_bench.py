@@ -50,6 +50,11 @@ def test_ceiling_first_workloads_then_one_json_document(pair: Any, tmp_path: Pat
     assert document["settings"]["ctx_of_each"] == 1024
 
 
+def test_a_comparison_of_batches_that_are_left_out_is_refused(pair: Any) -> None:
+    with pytest.raises(BadParameter, match="--no-batched"):
+        bench(pair, "--no-batched", "--batched-bench", "llama-batched-bench")
+
+
 def test_a_workload_that_does_not_exist_is_refused_before_anything_is_loaded(pair: Any) -> None:
     with pytest.raises(BadParameter, match="W9"):
         bench(pair, "--workloads", "W9")

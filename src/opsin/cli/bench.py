@@ -71,6 +71,7 @@ def engine(
     from opsin.bench import choose, measure_machine, read_cost
     from opsin.bench.report import Results, ceiling_text
     from opsin.compose import open_runtime
+    from opsin.core.errors import BadParameter
     from opsin.core.settings import EngineSettings
     from opsin.models import resolve
 
@@ -87,6 +88,8 @@ def engine(
     )
     # What a run writes to disk would make the next one's pictures known.
     settings = checked(EngineSettings, {**options, "verbose": verbose, "disk_cache": False})
+    if batched_bench is not None and not batched:
+        raise BadParameter("--batched-bench compares full batches, which --no-batched leaves out: give one of them.")
     pair = resolve(model, mmproj)
     peers = _peers(against or [])
     say("measuring the machine")

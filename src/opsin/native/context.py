@@ -77,7 +77,7 @@ class Context:
         params.type_k = params.type_v = _KV_TYPES[settings.kv_type]
         params.flash_attn_type = -1 if settings.flash_attention is None else int(settings.flash_attention)
         if split and settings.flash_attention is None:
-            params.flash_attn_type = 0  # on CPUs it makes decode a quarter slower and prefill no faster: docs/log.md
+            params.flash_attn_type = 0  # on CPUs it makes decode slower by a fifth, and prefill faster: docs/log.md
         params.kv_unified = not split
         # Sliding-window layers keep everything, so that prefixes stay whole.
         params.swa_full = True
