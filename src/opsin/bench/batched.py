@@ -14,6 +14,9 @@ from opsin.prompt import Message, PromptBuilder
 
 TOKENS = 128
 FEWEST_STEPS = 16
+_QUESTION = ": tell me all about it."
+_FILLER = " and"
+_TRIAL = 32
 SCHEMA = '{"type": "object", "properties": {"description": {"type": "string"}}, "required": ["description"]}'
 
 
@@ -22,7 +25,7 @@ class Batched:
     """Tokens a second while all sequences answer, text, guard and events included, and of the decode calls alone.
 
     Shares are of a step's wall time: the decode calls, sampling, and the rest, which is Python's. `steps` is how long
-    all answered together. `void` says why the figures count for nothing.
+    all answered together, `prompt_tokens` the length of one prompt. `void` says why the figures count for nothing.
     """
 
     sequences: int
@@ -32,6 +35,7 @@ class Batched:
     decode_share: float = 0.0
     sample_share: float = 0.0
     python_share: float = 0.0
+    prompt_tokens: int = 0
     void: str | None = None
 
 
@@ -75,14 +79,23 @@ class _Watch:
 
 
 def measure_batched(
-    engine: Engine, prompts: PromptBuilder, *, sequences: int = 8, tokens: int = TOKENS, schema: str | None = None
+    engine: Engine,
+    prompts: PromptBuilder,
+    *,
+    sequences: int = 8,
+    tokens: int = TOKENS,
+    schema: str | None = None,
+    prompt_tokens: int = 0,
 ) -> Batched:
     """Let so many text answers run together, with sampling, guard and events as in use.
+
+    Prompts have about `prompt_tokens`, at least those of the chat template and a short question.
 
     Raises BadInput, EngineError.
     """
     watch = _Watch(engine, sequences)
-    asked = [prompts.build([Message("user", f"{number}: tell me all about it.")]) for number in range(sequences)]
+    filler = _FILLER * _fillers(engine, prompts, prompt_tokens)
+    asked = [prompts.build([Message("user", f"{number}{_QUESTION}{filler}")]) for number in range(sequences)]
     readers = []
     for number, prompt in enumerate(asked):
         # A temperature at which a model of random weights does not go round in circles, which the guard would end.
@@ -98,14 +111,29 @@ def measure_batched(
     return _account(watch)
 
 
+def _fillers(engine: Engine, prompts: PromptBuilder, prompt_tokens: int) -> int:
+    """How often the filler must stand in a prompt of about so many tokens, as this model counts them."""
+    if not prompt_tokens:
+        return 0
+
+    def length(fillers: int) -> int:
+        prompt = prompts.build([Message("user", f"0{_QUESTION}{_FILLER * fillers}")])
+        stream = engine.submit(prompt, SamplingParams(max_tokens=1))
+        return next(event.answer.usage.prompt_tokens for event in stream if isinstance(event, Finished))
+
+    short, long = length(0), length(_TRIAL)
+    return max(0, round((prompt_tokens - short) * _TRIAL / max(1, long - short)))
+
+
 def _account(watch: _Watch) -> Batched:
     n = watch.sequences
     steps = 0
     if watch.begin is not None and watch.end is not None:
         (began, before), (ended, after) = watch.begin, watch.end
         steps = max(0, after.decode_steps - before.decode_steps)
+    length = int(median(a.usage.prompt_tokens for a in watch.answers))
     if steps < FEWEST_STEPS:
-        return Batched(n, steps, void=f"the sequences answered together for {steps} steps only")
+        return Batched(n, steps, prompt_tokens=length, void=f"the sequences answered together for {steps} steps only")
     wall, decode = ended - began, after.decode_seconds - before.decode_seconds
     drawn = after.decode_tokens - before.decode_tokens
     sample = median(a.stages.sample_ms / max(1, a.usage.completion_tokens) for a in watch.answers) / 1e3 * drawn
@@ -118,4 +146,5 @@ def _account(watch: _Watch) -> Batched:
         decode_share=decode_share,
         sample_share=sample_share,
         python_share=max(0.0, 1.0 - decode_share - sample_share),
+        prompt_tokens=length,
     )

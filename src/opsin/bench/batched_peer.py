@@ -8,14 +8,13 @@ from pathlib import Path
 
 from opsin.core.errors import BadParameter
 
-PROMPT = 16
 TIMEOUT_S = 600.0
 
 
 def measure_peer(
-    program: Path, model: Path, *, sequences: int, tokens: int, threads: int, n_ctx_seq: int, shared: bool
+    program: Path, model: Path, *, sequences: int, prompt: int, tokens: int, threads: int, n_ctx_seq: int, shared: bool
 ) -> float:
-    """Tokens a second of bare decode calls, `sequences` at a time, without sampling or text.
+    """Tokens a second of bare decode calls, `sequences` at a time behind prompts of `prompt` tokens, without sampling.
 
     Flash attention, the type of the KV memory and offloading are the program's defaults, not the engine's.
 
@@ -24,7 +23,7 @@ def measure_peer(
     options = {
         "-m": model,
         "-c": n_ctx_seq * sequences,
-        "-npp": PROMPT,
+        "-npp": prompt,
         "-ntg": tokens,
         "-npl": sequences,
         "-t": threads,

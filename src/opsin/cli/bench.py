@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from opsin.bench import HttpDriver
+    from opsin.bench.batched import Batched
     from opsin.bench.compare import Side
     from opsin.bench.report import Results
     from opsin.compose import Runtime
@@ -56,6 +57,9 @@ def engine(
     batched_bench: Annotated[
         Path | None, typer.Option("--batched-bench", help="a llama-batched-bench to compare full batches with, in turn")
     ] = None,
+    batched_prompt: Annotated[
+        int, typer.Option("--batched-prompt", min=0, help="tokens of each prompt in a full batch (0: a short question)")
+    ] = 0,
     against: Annotated[
         list[str] | None,
         typer.Option("--against", help="NAME=URL of a server with the same model, measured in turn; may be repeated"),
@@ -100,7 +104,7 @@ def engine(
     try:
         results = _run(runtime, Results(_about(runtime, options), machine, cost), chosen, runs, peers)
         if batched:
-            results = _batches(runtime, results, runs, _batched_peer(batched_bench, pair.llm, runtime, threads))
+            results = _batches(runtime, results, runs, batched_prompt, _batched_peer(batched_bench, pair.llm, runtime, threads))
     finally:
         runtime.close()
     _print(results, json_out)
@@ -182,25 +186,31 @@ def _run(runtime: Runtime, results: Results, chosen: Any, runs: int, peers: dict
     return replace(results, workloads=ours.workloads, peers=tuple(theirs))
 
 
-def _batches(runtime: Runtime, results: Results, runs: int, peer: Callable[[int], float] | None) -> Results:
+def _batches(
+    runtime: Runtime, results: Results, runs: int, prompt_tokens: int, peer: Callable[[Batched], float] | None
+) -> Results:
     """Full batches, plain and with schemas, and llama.cpp's own, in turn."""
     from dataclasses import replace
+    from functools import partial
 
     from opsin.bench.batched import SCHEMA, measure_batched
 
     sequences = min(8, results.about["settings"]["parallel"])
+    measure = partial(
+        measure_batched, runtime.engine, runtime.prompts, sequences=sequences, prompt_tokens=prompt_tokens
+    )
     plain, schema, rates = [], [], []
     for run in range(runs):
         say(f"{sequences} sequences in one batch, run {run + 1} of {runs}")
-        plain.append(measure_batched(runtime.engine, runtime.prompts, sequences=sequences))
-        schema.append(measure_batched(runtime.engine, runtime.prompts, sequences=sequences, schema=SCHEMA))
-        rates += [] if peer is None else [peer(sequences)]
+        plain.append(measure(schema=None))
+        schema.append(measure(schema=SCHEMA))
+        rates += [] if peer is None else [peer(plain[-1])]
     return replace(results, plain=tuple(plain), schema=tuple(schema), batched_bench=tuple(rates))
 
 
 def _batched_peer(
     program: Path | None, llm: Path, runtime: Runtime, threads: int | None
-) -> Callable[[int], float] | None:
+) -> Callable[[Batched], float] | None:
     """What measures llama.cpp's own program in this engine's sizes."""
     if program is None:
         return None
@@ -208,13 +218,14 @@ def _batched_peer(
     from opsin.bench.batched_peer import measure_peer
 
     limits = runtime.engine.limits
-    return lambda sequences: measure_peer(
+    return lambda ours: measure_peer(
         program,
         llm,
-        sequences=sequences,
+        sequences=ours.sequences,
+        prompt=ours.prompt_tokens,
         tokens=TOKENS,
         threads=threads or os.cpu_count() or 1,
-        n_ctx_seq=limits.n_ctx_seq if not limits.shared else limits.n_ctx // sequences,
+        n_ctx_seq=limits.n_ctx_seq if not limits.shared else limits.n_ctx // ours.sequences,
         shared=limits.shared,
     )
 
@@ -235,6 +246,7 @@ def _peers(given: list[str]) -> dict[str, HttpDriver]:
 def _in_turn(drivers: dict[str, Any], chosen: Any, runs: int) -> list[Side]:
     """Every workload on every driver in turn, after a warm-up of each."""
     from opsin.bench import measure_in_turn
+    from opsin.bench.batched import Batched
     from opsin.bench.compare import Side
     from opsin.bench.measure import warm_up
 

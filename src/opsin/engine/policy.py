@@ -12,7 +12,9 @@ class Policy:
     While somebody's answer streams a prefill step takes about `slice_seconds`, which bounds the pause of that stream,
     and has `slice` rows until it is known how long a row takes. While pictures are worked on, streams wait for their
     next token as long as makes their steps cost `turn_share` of the time, but at least `turn` and at most
-    `longest_turn`: shorter ones make them smoother and new pictures slower. `wait_for` is how much longer a coming
+    `longest_turn`: shorter ones make them smoother and new pictures slower. When more than `few` prompts are being
+    filled, the longest wait grows in proportion, up to `crowded_turn`: many who wait for a first token go before the
+    smoothness of a few, whose steps would cost least when all decode together. `wait_for` is how much longer a coming
     prefix must be than the one that is ready, for a request to wait for it. `max_queue` requests may wait.
     """
 
@@ -21,7 +23,9 @@ class Policy:
     slice_seconds: float = 0.3
     turn: float = 0.03
     longest_turn: float = 0.25
-    turn_share: float = 0.1
+    few: int = 3
+    crowded_turn: float = 0.6
+    turn_share: float = 0.05
     wait_for: int = 32
     max_queue: int = 256
     keep_prefixes: bool = True

@@ -26,6 +26,7 @@ class StepChooser:
         self._policy = policy
         self._last_decode = float("-inf")
         self._step_seconds = self._slice_seconds = self._row_seconds = 0.0
+        self._filling = 0
         self._only_prompts = False
         self._text_next = True
 
@@ -52,7 +53,9 @@ class StepChooser:
         `ahead` is how long the next piece of that work takes: when most of it would come too late, it waits.
         """
         policy = self._policy
-        wait = max(policy.turn, min(policy.longest_turn, self._step_seconds / policy.turn_share))
+        crowd = max(1.0, self._filling / policy.few)
+        longest = max(policy.longest_turn, min(policy.crowded_turn, crowd * policy.longest_turn))
+        wait = max(policy.turn, min(longest, self._step_seconds / policy.turn_share))
         return now + 0.75 * ahead - self._last_decode >= wait
 
     def decoding(self, running: Iterable[Sequence]) -> tuple[Sequence, ...]:
@@ -64,6 +67,7 @@ class StepChooser:
         """The next step; None when nobody has anything to compute."""
         running = tuple(running)
         filling = [s for s in running if s.state is State.PREFILL]
+        self._filling = len(filling)
         texts = [s for s in filling if not s.at_image]
         images = [s for s in filling if s.at_image]
         decoding = self.decoding(running)

@@ -17,14 +17,16 @@ def program(folder: Path, body: str) -> Path:
 
 
 def rate(path: Path, *, shared: bool = False) -> float:
-    return measure_peer(path, Path("m.gguf"), sequences=8, tokens=128, threads=2, n_ctx_seq=1024, shared=shared)
+    return measure_peer(
+        path, Path("m.gguf"), sequences=8, prompt=77, tokens=128, threads=2, n_ctx_seq=1024, shared=shared
+    )
 
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_it_is_asked_for_the_engines_sizes(tmp_path: Path, shared: bool) -> None:
     body = """
 words = sys.argv[1:]
-expected = "-m m.gguf -c 8192 -npp 16 -ntg 128 -npl 8 -t 2 -tb 2 --output-format jsonl".split()
+expected = "-m m.gguf -c 8192 -npp 77 -ntg 128 -npl 8 -t 2 -tb 2 --output-format jsonl".split()
 assert words == expected + ["--kv-unified"] * SHARED, words
 print("noise")
 print('{"pl": 8, "speed_tg": 181.5}')

@@ -206,6 +206,15 @@ def test_a_batch_is_measured_while_all_answer() -> None:
     assert batched.tokens_s / batched.decode_tokens_s == pytest.approx(batched.decode_share, rel=1e-6)
 
 
+def test_prompts_of_a_batch_are_as_long_as_asked() -> None:
+    running = Running(SlowFake(lambda _: "".join(map(chr, range(33, 113))), limits=replace(LIMITS, n_ctx=8192)))
+    with running.engine:
+        short = measure_batched(running.engine, running.prompts, sequences=2, tokens=32)
+        long = measure_batched(running.engine, running.prompts, sequences=2, tokens=32, prompt_tokens=400)
+    assert short.prompt_tokens < 100
+    assert long.prompt_tokens == pytest.approx(400, abs=4)
+
+
 def test_a_batch_that_was_full_for_a_moment_only_is_void(running: Running) -> None:
     batched = measure_batched(running.engine, running.prompts, sequences=8, tokens=4)
     assert batched.void is not None
