@@ -104,7 +104,9 @@ def engine(
     try:
         results = _run(runtime, Results(_about(runtime, options), machine, cost), chosen, runs, peers)
         if batched:
-            results = _batches(runtime, results, runs, batched_prompt, _batched_peer(batched_bench, pair.llm, runtime, threads))
+            results = _batches(
+                runtime, results, runs, batched_prompt, _batched_peer(batched_bench, pair.llm, runtime, threads)
+            )
     finally:
         runtime.close()
     _print(results, json_out)
