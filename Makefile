@@ -6,7 +6,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # llama.cpp is compiled once; without this some generators compile one file after another.
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: setup setup-dev demo test check format soak clean
+.PHONY: setup setup-dev demo browser test check format soak clean
 
 setup: $(VENV)/.ready
 
@@ -25,7 +25,13 @@ $(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.lock
 demo: setup
 	$(BIN)/opsin ask src/opsin/models/demo/shapes.png "What is in this picture?" --temperature 0
 
-test: setup-dev
+# The page's tests drive Debian's Chromium; without one, and without the right to install it, they are skipped.
+browser:
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	  && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium \
+	  >/dev/null; } || echo "no chromium: the tests of the web page will be skipped"
+
+test: setup-dev browser
 	$(BIN)/python -m pytest
 
 check: setup-dev

@@ -38,8 +38,11 @@ def open_runtime(
     settings: EngineSettings,
     *,
     template: str | None = None,
+    max_queue: int = 256,
 ) -> Runtime:
     """Find the pair, load it, and make ready to ask; `template` stands in for the model's own chat template.
+
+    `max_queue` requests may wait.
 
     Raises ModelError when the pair cannot be used, BadParameter when a setting does not fit this machine.
     """
@@ -55,7 +58,7 @@ def open_runtime(
     store = DiskStore(default_folder(), settings.disk_cache_bytes) if settings.disk_cache else None
     engine = Engine(
         open_native,
-        policy=Policy(parallel=settings.parallel),
+        policy=Policy(parallel=settings.parallel, max_queue=max_queue),
         pictures=PictureCache(settings.picture_cache_bytes, store),
         max_tokens=PROFILE_MAX_TOKENS[profile],
     )

@@ -16,6 +16,7 @@ from opsin.core.errors import OpsinError
 COMMANDS = {
     "ask": "Ask a question about pictures.",
     "chat": "Talk about a picture in the terminal.",
+    "serve": "Answer OpenAI-compatible requests over HTTP, with a web page.",
     "pull": "Download a model by name.",
     "models": "List the models that are here, and choose the default.",
     "bench": "Measure the engine against the limits of this machine.",

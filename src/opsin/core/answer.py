@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from opsin.core.sampling import FinishReason
-from opsin.core.stages import Stages
+from opsin.core.stages import Interval, Stages
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,8 @@ class GuardVerdict:
 class Answer:
     """One finished answer.
 
-    `limit` names what cut it when `finish_reason` is "length"; `max_tokens` is the limit that was in force.
+    `limit` names what cut it when `finish_reason` is "length"; `max_tokens` is the limit that was in force. `intervals`
+    tell when each stage ran; their seconds add up to `stages`.
     """
 
     text: str
@@ -89,6 +90,7 @@ class Answer:
     logprobs: tuple[TokenLogprob, ...] = field(default=(), repr=False)
     tokens: tuple[int, ...] = field(default=(), repr=False)
     max_tokens: int = 0
+    intervals: tuple[Interval, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,21 @@ class Stage(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Interval:
+    """A stretch of wall time that went to one stage; times in seconds of the engine's clock, `time.perf_counter`.
+
+    Where a request has very many, `count` short ones of a stage are told as one: they took `seconds` of the time
+    between `start` and `end`, in which others lie, too.
+    """
+
+    stage: Stage
+    start: float
+    end: float
+    seconds: float
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class Stages:
     """Milliseconds by stage. `other_ms` is what no stage claimed; `total_ms` is the wall time from first to last.
 

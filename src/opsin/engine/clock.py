@@ -1,13 +1,9 @@
 """The stage clock: every millisecond of a request belongs to exactly one stage.
 
 The wall time since `start` is cut into intervals, each given to the stage that ran in it, or to `other` when no stage
-did. Two kinds of time are measured elsewhere and handed in:
-
-- before the start (a model loaded, a picture fetched and decoded before the request was submitted): `add`. The total
-  grows by as much, since the caller waited for it too.
-- after the start, in another thread, while this clock was running on some stage (a worker preprocessed the picture
-  while the request stood in the queue): `claim`. The time moves from that stage to its own, and the total stays the
-  wall time. Work of several workers at the same time cannot claim more than the wall time it happened in.
+did. What happened before the start (a model loaded, a picture fetched and decoded before the request was submitted) is
+measured elsewhere and handed in by `add`. The total grows by as much, since the caller waited for it too;
+`waited_since` says how long that really was, when things were done side by side.
 
 A native stage ends after the backend's `synchronize`: the clock cannot know that, its caller must.
 """
@@ -19,7 +15,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from opsin.core.answer import Timings
-from opsin.core.stages import Stage, Stages
+from opsin.core.stages import Interval, Stage, Stages
+from opsin.engine.intervals import Intervals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -34,12 +31,15 @@ class StageClock:
         self._running: list[Stage] = [Stage.OTHER]
         self._started: float | None = None
         self._mark = 0.0
-        self._before = 0.0
+        self._before: dict[Stage, float] = {}
+        self._intervals = Intervals()
+        self._open = Stage.OTHER
+        self._opened = 0.0
 
     def start(self) -> None:
         """The request's wall time begins; a second call changes nothing. A first stage starts the clock by itself."""
         if self._started is None:
-            self._started = self._mark = self._now()
+            self._started = self._mark = self._opened = self._now()
 
     @contextmanager
     def stage(self, stage: Stage) -> Iterator[None]:
@@ -61,18 +61,23 @@ class StageClock:
         """Count `ms` milliseconds that passed before the start; negative ones are taken as none."""
         seconds = max(0.0, ms) / 1e3
         self._seconds[stage] += seconds
-        self._before += seconds
+        self._before[stage] = self._before.get(stage, 0.0) + seconds
 
-    def claim(self, stage: Stage, ms: float) -> None:
-        """Move `ms` milliseconds, measured elsewhere, from the stage that is running now to `stage`.
+    def waited_since(self, began: float) -> None:
+        """The caller has waited since `began`, in seconds of this clock; call it after `add` and before the start.
 
-        At most what the running stage has so far: no time is counted twice.
+        Pictures that were loaded side by side are given less each, so that they add up to no more than that; time for
+        which nothing was added is `other`.
         """
-        self._settle()
-        source = self._running[-1]
-        seconds = min(max(0.0, ms) / 1e3, self._seconds[source])
-        self._seconds[source] -= seconds
-        self._seconds[stage] += seconds
+        wall = max(0.0, self._now() - began)
+        load = self._before.get(Stage.LOAD, 0.0)
+        added = sum(self._before.values())
+        if added > wall:
+            share = max(0.0, wall - load) / (added - load) if added > load else 0.0
+            for stage in self._before.keys() - {Stage.LOAD}:
+                self._seconds[stage] = self._before[stage] = self._before[stage] * share
+        else:
+            self.add(Stage.OTHER, (wall - added) * 1e3)
 
     def freeze(self) -> Stages:
         """The account up to now; the clock runs on."""
@@ -81,14 +86,28 @@ class StageClock:
         wall = 0.0 if self._started is None else self._mark - self._started
         return Stages(
             **{f"{stage.value}_ms": seconds * 1e3 for stage, seconds in self._seconds.items()},
-            total_ms=(wall + self._before) * 1e3,
+            total_ms=(wall + sum(self._before.values())) * 1e3,
         )
+
+    def intervals(self) -> tuple[Interval, ...]:
+        """When each stage ran, up to the last `freeze`; what was added is laid end to end before the start."""
+        before, end = Intervals(), self._started or 0.0
+        for stage, seconds in reversed(self._before.items()):
+            before.add(stage, end - seconds, end)
+            end -= seconds
+        last = Intervals()
+        last.add(self._open, self._opened, self._mark)
+        return before.told() + self._intervals.told() + last.told()
 
     def _settle(self) -> None:
         """Give the time since the last mark to the stage that ran in it."""
         self.start()
-        now = self._now()
-        self._seconds[self._running[-1]] += now - self._mark
+        now, stage = self._now(), self._running[-1]
+        self._seconds[stage] += now - self._mark
+        if stage is not self._open and now > self._mark:
+            # An interval goes on through stages that took no time.
+            self._intervals.add(self._open, self._opened, self._mark)
+            self._open, self._opened = stage, self._mark
         self._mark = now
 
 

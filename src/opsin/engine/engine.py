@@ -92,13 +92,16 @@ class Engine:
         params: SamplingParams | None = None,
         *,
         load_ms: float = 0.0,
+        waited_since: float | None = None,
         priority: int = 0,
         salt: str = "",
     ) -> AnswerStream:
         """Ask. Never blocks; the stream raises what goes wrong from here on.
 
-        `load_ms` is the loading time to be shown in this answer's account. Higher `priority` goes first. Requests of
-        different `salt` share nothing that is remembered. Raises EngineClosed, EngineDied, or QueueFull.
+        `load_ms` is the loading time to be shown in this answer's account. Who loaded several pictures side by side
+        says with `waited_since`, a time of the engine's clock, when that began: the account goes back to then. Higher
+        `priority` goes first. Requests of different `salt` share nothing that is remembered. Raises EngineClosed,
+        EngineDied, or QueueFull.
         """
         if self._loop.error is not None:
             raise again(self._loop.error)
@@ -118,6 +121,8 @@ class Engine:
         for picture in prompt.pictures:
             clock.add(Stage.FETCH, picture.fetch_ms)
             clock.add(Stage.IMAGE_DECODE, picture.decode_ms)
+        if waited_since is not None:
+            clock.waited_since(waited_since)
         clock.start()
         clock.switch(Stage.QUEUE)
         stream = AnswerStream(self._loop.wake)

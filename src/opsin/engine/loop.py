@@ -17,7 +17,7 @@ from opsin.core.errors import DecodeFailed, EngineClosed, EngineDied, EngineErro
 from opsin.core.parts import TextPart
 from opsin.core.stages import Stage
 from opsin.engine.absorb import Absorber, check_deadline
-from opsin.engine.plan import Encode, Step, members_of
+from opsin.engine.plan import Encode, Step, Tokens, members_of
 from opsin.engine.policy import Policy
 from opsin.engine.runner import Runner
 from opsin.engine.scheduler import Scheduler
@@ -199,6 +199,8 @@ class Loop:
         encoded = self._runner.encodes - encodes
         if not isinstance(step, Encode) or encoded:  # a known picture is no encode
             self.stats.ran(step, now - started, encoded)
+        elif step.run.picture not in step.sequence.encoded_pictures:
+            self.stats.picture_known()
         self._absorb(step, now)
         self._sweep_done()
 
@@ -206,14 +208,17 @@ class Loop:
         """What runs between two layers of an encode: everyone's next token; nothing while nobody answers."""
         if not isinstance(step, Encode) or not any(s.state is State.DECODE for s in self._scheduler.running):
             return None
-        return self._turn
+        return lambda: self._turn(step.sequence)
 
-    def _turn(self) -> None:
+    def _turn(self, encoding: Sequence) -> None:
         """A nested decode step: it only decodes and samples. Who ends in it is freed after the encode."""
         started = self._now()
         step = self._scheduler.plan_turn(started)
-        if step is None:
-            return
+        if step is not None:
+            with encoding.clock.stage(Stage.QUEUE):  # its encode stands still for the others
+                self._nested(step, started)
+
+    def _nested(self, step: Tokens, started: float) -> None:
         try:
             room = self._runner.run(step)
         except EngineError as error:
@@ -239,6 +244,7 @@ class Loop:
 
     def _take_in(self, sequence: Sequence, row: int, now: float) -> None:
         drawn = self._runner.draw(sequence, row)
+        self.stats.drew()
         thinking = sequence.output.thinking
         self._absorber.absorb(sequence, drawn.token, drawn.logprob, now)
         if thinking and not sequence.output.thinking and sequence.state is not State.DONE:
@@ -283,6 +289,7 @@ class Loop:
 
     def _begin(self, sequence: Sequence) -> None:
         sequence.clock.switch(self._runner.rest)
+        self.stats.admitted(sequence.layout.n_tokens, sequence.cached)
         try:
             self._runner.begin(sequence)
         except OpsinError as error:

@@ -201,4 +201,5 @@ class Sequence:
             logprobs=tuple(self.output.logprobs),
             tokens=tuple(self.output.tokens),
             max_tokens=self.request.max_tokens,
+            intervals=self.clock.intervals(),
         )

@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Counts since the start, and what is so now; seconds and tokens."""
+    """Counts since the start, and what is so now; seconds and tokens.
+
+    `prompt_tokens` are those of all prompts that were admitted, `prefix_hits` the part found in the KV memory. A
+    picture chunk whose rows are to be decoded was either encoded for it (`encodes`) or remembered (`picture_hits`).
+    """
 
     running: int = 0
     waiting: int = 0
@@ -24,6 +28,10 @@ class Snapshot:
     failed: int = 0
     guard_stops: int = 0
     preemptions: int = 0
+    prompt_tokens: int = 0
+    prefix_hits: int = 0
+    generated_tokens: int = 0
+    picture_hits: int = 0
     encodes: int = 0
     encode_seconds: float = 0.0
     decode_steps: int = 0
@@ -55,6 +63,19 @@ class Stats:
             if not step.prefill:
                 counts["decode_seconds"] += seconds
 
+    def admitted(self, prompt_tokens: int, cached_tokens: int) -> None:
+        """A request began behind what the KV memory held of its prompt."""
+        self._counts["prompt_tokens"] += prompt_tokens
+        self._counts["prefix_hits"] += cached_tokens
+
+    def picture_known(self) -> None:
+        """A picture chunk did not have to be encoded."""
+        self._counts["picture_hits"] += 1
+
+    def drew(self) -> None:
+        """A token was drawn."""
+        self._counts["generated_tokens"] += 1
+
     def finished(self, answer: Answer) -> None:
         """An answer is complete."""
         self._counts["finished"] += 1
@@ -79,6 +100,10 @@ class Stats:
             preemptions=scheduler.preemptions,
             finished=int(counts["finished"]),
             guard_stops=int(counts["guard_stops"]),
+            prompt_tokens=int(counts["prompt_tokens"]),
+            prefix_hits=int(counts["prefix_hits"]),
+            generated_tokens=int(counts["generated_tokens"]),
+            picture_hits=int(counts["picture_hits"]),
             encodes=int(counts["encodes"]),
             encode_seconds=counts["encode_seconds"],
             decode_steps=int(counts["decode_steps"]),

@@ -56,6 +56,22 @@ def decode(data: bytes, name: str, settings: MediaSettings) -> Pixels:
     PictureUnsupported, PictureTooLarge, or BadPicture for bytes that are damaged or cut short: grey is never invented
     for what is missing.
     """
+    kind, image = _opened(data, name, settings)
+    _guarded(lambda: _prepare(image, kind, data, name, settings), kind, name)
+    return pixels_of(image, kind, name, data=data, notes=_frame_notes(kind, data, image))
+
+
+def measure(data: bytes, name: str, settings: MediaSettings) -> tuple[int, int]:
+    """Return width and height of a picture file by its header, without decoding it, within the limits of `settings`.
+
+    They are the file's, before any turn. Raises what `decode` raises.
+    """
+    _, image = _opened(data, name, settings)
+    return image.width, image.height
+
+
+def _opened(data: bytes, name: str, settings: MediaSettings) -> tuple[str, Image.Image]:
+    """The kind of a file, and its image of which the header was read and the size checked."""
     kind = picture_format(data, name)
     hush_pillow()
     if kind == "WEBP" and (size := header.webp_size(data)) is not None:
@@ -64,8 +80,7 @@ def decode(data: bytes, name: str, settings: MediaSettings) -> Pixels:
         raise BadPicture(f"{name} holds tags that claim more than the file has, so it is damaged; save it again.")
     image = _guarded(lambda: _open(kind, data), kind, name)
     check_size(image.width, image.height, name, settings)
-    _guarded(lambda: _prepare(image, kind, data, name, settings), kind, name)
-    return pixels_of(image, kind, name, data=data, notes=_frame_notes(kind, data, image))
+    return kind, image
 
 
 def pixels_of(

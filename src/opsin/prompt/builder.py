@@ -39,6 +39,16 @@ class PromptBuilder:
         self.reasoning: ReasoningStyle | None = find_style(source, text)
         self._keeps_thoughts: bool | None = None
 
+    @property
+    def template(self) -> str:
+        """The chat template's text: the model's own, or the built-in one that stands in for it."""
+        return self._template.text
+
+    @property
+    def knows_tools(self) -> bool:
+        """Whether the template has a place for `tools`."""
+        return "tools" in self._template.variables
+
     def build(
         self,
         messages: Sequence[Message],
@@ -56,7 +66,7 @@ class PromptBuilder:
         if not messages:
             raise BadPrompt("There is no message: ask something.")
         self._check_thinking(thinking)
-        if tools and "tools" not in self._template.variables:
+        if tools and not self.knows_tools:
             raise BadPrompt("This model's chat template knows no tools: leave them out.")
         places = Places(self._tokens)
         rendered = self._template.render(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -98,16 +99,34 @@ def test_time_before_the_start_lengthens_the_total(time):
     assert (stages.fetch_ms, stages.other_ms, stages.load_ms, stages.total_ms) == (250.0, 500.0, 0.0, 750.0)
 
 
-def test_claimed_time_moves_and_is_never_more_than_what_passed(time):
-    """Two workers preprocessed 400 ms each, at the same time, while the request stood in the queue for 500 ms."""
+def test_pictures_loaded_side_by_side_take_no_more_than_the_wall_time(time):
+    """Two pictures took 400 ms each to fetch and 100 to decode, at the same time, behind 250 of loading the model."""
     clock = StageClock(time)
+    began = time()
+    time.pass_ticks(768)
+    clock.add(Stage.LOAD, 250.0)
+    for _ in range(2):
+        clock.add(Stage.FETCH, 400.0)
+        clock.add(Stage.IMAGE_DECODE, 100.0)
+    clock.waited_since(began)
     clock.start()
-    clock.switch(Stage.QUEUE)
-    time.pass_ticks(512)
-    clock.claim(Stage.PREPROCESS, 400.0)
-    clock.claim(Stage.PREPROCESS, 400.0)
+    time.pass_ticks(256)
     stages = clock.freeze()
-    assert (stages.queue_ms, stages.preprocess_ms, stages.total_ms) == (0.0, 500.0, 500.0)
+    assert (stages.load_ms, stages.fetch_ms, stages.image_decode_ms) == (250.0, 400.0, 100.0)
+    assert (stages.other_ms, stages.total_ms) == (250.0, 1000.0)
+    assert clock.intervals()[0].start == began
+
+
+def test_time_before_the_start_for_which_nothing_was_added_is_nobodys(time):
+    clock = StageClock(time)
+    began = time()
+    time.pass_ticks(512)
+    clock.add(Stage.FETCH, 125.0)
+    clock.waited_since(began)
+    clock.start()
+    stages = clock.freeze()
+    assert (stages.fetch_ms, stages.other_ms, stages.total_ms) == (125.0, 375.0, 500.0)
+    assert clock.intervals()[0].start == began
 
 
 def test_freezing_takes_a_picture_and_the_clock_runs_on(time):
@@ -133,13 +152,12 @@ def test_starting_again_changes_nothing(time):
     assert ticks(clock.freeze().total_ms) == 4
 
 
-# A request's life as a tree: wait, switch, claim, or a stage with a life of its own inside.
+# A request's life as a tree: wait, switch, add, or a stage with a life of its own inside.
 stage_names = st.sampled_from(list(Stage))
 steps = st.one_of(
     st.tuples(st.just("wait"), st.integers(0, 5000)),
     st.tuples(st.just("switch"), stage_names),
     st.tuples(st.just("add"), stage_names, st.integers(0, 4000)),
-    st.tuples(st.just("claim"), stage_names, st.integers(0, 4000)),
 )
 lives = st.recursive(
     st.lists(steps, max_size=5),
@@ -158,7 +176,7 @@ def live(clock, time, life):
             with clock.stage(rest[0]):
                 live(clock, time, rest[1])
         else:
-            getattr(clock, name)(rest[0], rest[1] * 1000 / 1024)
+            clock.add(rest[0], rest[1] * 1000 / 1024)
 
 
 def waited(life):
@@ -179,6 +197,35 @@ def test_any_life_adds_up_exactly(life):
     assert sum_of(stages) == stages.total_ms
     assert ticks(stages.total_ms) == waited(life)
     assert all(getattr(stages, f"{stage.value}_ms") >= 0 for stage in Stage)
+    told = clock.intervals()
+    for stage in Stage:
+        seconds = math.fsum(interval.seconds for interval in told if interval.stage is stage)
+        assert seconds * 1e3 == getattr(stages, f"{stage.value}_ms")
+    if told:
+        assert told[0].start * 1e3 == told[-1].end * 1e3 - stages.total_ms
+    for before, after in itertools.pairwise(told):
+        assert before.end == after.start
+        assert before.seconds == before.end - before.start
+
+
+def test_intervals_tell_when_a_stage_ran_and_join_what_belongs_together(time):
+    clock = StageClock(time)
+    clock.add(Stage.FETCH, 250.0)
+    clock.start()
+    clock.switch(Stage.QUEUE)
+    time.pass_ticks(1024)
+    with clock.stage(Stage.PREPROCESS):  # takes no time
+        pass
+    time.pass_ticks(1024)
+    clock.switch(Stage.ENCODE)
+    time.pass_ticks(512)
+    clock.freeze()
+    told = [(i.stage, i.start, i.end, i.count) for i in clock.intervals()]
+    assert told == [
+        (Stage.FETCH, 999.75, 1000.0, 1),
+        (Stage.QUEUE, 1000.0, 1002.0, 1),
+        (Stage.ENCODE, 1002.0, 1002.5, 1),
+    ]
 
 
 def test_timings_speak_of_what_was_computed():

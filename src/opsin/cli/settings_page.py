@@ -1,0 +1,63 @@
+"""The reference page of the server's settings: `python -m opsin.cli.settings_page > docs/settings.md`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+from opsin.core.config import KEY_VARIABLE, PREFIX, kinds
+from opsin.core.server_settings import ServerSettings
+
+_HEAD = f"""# Settings of `opsin serve`
+
+Each setting can stand in `opsin.toml`, in the environment, and on the command line; of these the later one wins. The
+file is the one in the current folder, or else the one in `$XDG_CONFIG_HOME/opsin` (`~/.config/opsin`). An empty
+variable counts as none; lists are written with commas there (`{PREFIX}ALLOWED_HOSTS=a.example,b.example`), as TOML
+lists in the file, and by giving the flag several times. Switches have a `--no-` flag too. A name that does not exist
+is refused, wherever it stands. `opsin serve --print-config` shows what is in force and where each value is from, in
+the form of an `opsin.toml`.
+
+API keys are no settings, so they are never printed: they are lines of the file that `api_key_file` names, and the value
+of `{KEY_VARIABLE}`.
+
+| setting | variable | flag | value | default | what it is |
+| --- | --- | --- | --- | --- | --- |
+"""
+
+
+def settings_page() -> str:
+    """The page as Markdown, made of the settings' own fields."""
+    rows = []
+    for name, field in ServerSettings.model_fields.items():
+        cells = (
+            f"`{name}`",
+            f"`{PREFIX}{name.upper()}`",
+            f"`--{name.replace('_', '-')}`",
+            _value(name),
+            _default(field.default),
+            (field.description or "").replace("|", "\\|"),
+        )
+        rows.append(f"| {' | '.join(cells)} |\n")
+    return _HEAD + "".join(rows)
+
+
+def _value(name: str) -> str:
+    kind = next(iter(kinds(name)))
+    if getattr(kind, "__origin__", None) is tuple:
+        return "list of texts"
+    if not isinstance(kind, type):
+        return " or ".join(f"`{choice}`" for choice in get_args(kind))
+    return {bool: "switch", int: "whole number", float: "number", Path: "path"}.get(kind, "text")
+
+
+def _default(value: Any) -> str:
+    if value is None or value == ():
+        return "none"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:,}" if isinstance(value, int) and value >= 10_000 else f"{value}"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(settings_page())

@@ -1,0 +1,151 @@
+"""The door that pictures come in by: `data:` always, http(s) and `file:` only where the settings open it."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, TypeVar
+
+from opsin.core.errors import BadParameter, BadPicture, FetchFailed
+from opsin.core.picture import Picture
+from opsin.core.server_settings import ServerSettings
+from opsin.core.settings import MediaSettings
+from opsin.media import load_picture, picture_sha256
+from opsin.media.source import read_data_url
+from opsin.server.addresses import AddressPolicy
+from opsin.server.media_folder import MediaFolder
+from opsin.server.pixels import Holder, PixelRoom, current_holder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from opsin.media.fetch import Resolver
+
+T = TypeVar("T")
+
+DETAILS = ("auto", "low", "high")
+LOW_EDGE = 512
+"""Pixels of the longer edge that `detail: low` shrinks a picture to."""
+
+_FETCHERS = 16
+_SHOWN_SCHEME = 20
+
+
+class PictureGate:
+    """Turns the addresses in requests into checked pictures, within the limits of the settings.
+
+    Addresses are fetched and pictures decoded by threads of its own, and no more pixels are held at the same time than
+    `max_pixels_in_flight`: see `opsin.server.pixels`. `resolve` replaces the policy on addresses, for tests.
+    Raises BadParameter when the settings name hosts or a folder that cannot be.
+    """
+
+    def __init__(self, settings: ServerSettings, *, resolve: Resolver | None = None) -> None:
+        self._limits = MediaSettings(
+            max_bytes=settings.max_picture_bytes, max_pixels=settings.max_pixels, fetch=settings.fetch_images
+        )
+        self._resolve = resolve or AddressPolicy(settings.image_hosts)
+        self._folder = None if settings.media_path is None else MediaFolder(settings.media_path)
+        self._room = PixelRoom(settings.max_pixels_in_flight)
+        # Apart, so that slow hosts hold up nobody who sends the picture itself.
+        self._fetchers = ThreadPoolExecutor(_FETCHERS, "opsin-fetch")
+        self._decoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "opsin-decode")
+
+    async def load(self, url: str, *, detail: str | None = None) -> Picture:
+        """Return the picture at `url`, shrunk to 512 pixels when `detail` is low (none, auto and high: as it is).
+
+        Raises BadPicture, PictureTooLarge, PictureUnsupported, FetchFailed, BadParameter for another `detail`, and
+        QueueFull when too many pixels are in work.
+        """
+        if detail is not None and detail not in DETAILS:
+            raise BadParameter("The detail of a picture is auto, low or high.")
+        begin = time.perf_counter()
+        data = await self._bytes(url)
+        fetch_ms = (time.perf_counter() - begin) * 1e3
+        pixels = await self._in(self._decoders, lambda: _measure(data, self._limits))
+        holder = current_holder() or Holder()
+        try:
+            await self._room.take(pixels, holder)
+            picture = await self._in(self._decoders, lambda: _decode(data, self._limits, detail, fetch_ms))
+            self._room.give_back(holder, pixels - picture.width * picture.height)
+        finally:
+            if holder is not current_holder():
+                holder.release()
+        return picture
+
+    def close(self) -> None:
+        """Let the threads go once they have nothing to do."""
+        self._fetchers.shutdown(wait=False, cancel_futures=True)
+        self._decoders.shutdown(wait=False, cancel_futures=True)
+
+    async def _bytes(self, url: str) -> bytes:
+        """The bytes at an address of any kind that is open."""
+        scheme, colon, _ = url[: _SHOWN_SCHEME + 1].partition(":")
+        kind = scheme.strip().lower()
+        if kind == "data":
+            return await self._in(self._decoders, lambda: _data(url.lstrip(), self._limits))
+        if kind in {"http", "https"} and colon:
+            return await self._fetch(url)
+        if kind == "file" and colon:
+            if (folder := self._folder) is None:
+                raise FetchFailed(
+                    "file: addresses are not read here; start the server with --media-path FOLDER, "
+                    "or send the picture as a data: address."
+                )
+            return await self._in(self._decoders, lambda: folder.read(url, self._limits))
+        raise FetchFailed(
+            "The address of a picture begins with data:, or with http:// or https:// where fetching is switched on; "
+            "give such a one."
+        )
+
+    async def _fetch(self, url: str) -> bytes:
+        if not self._limits.fetch:
+            raise FetchFailed(
+                "Pictures are not fetched from addresses here; start the server with --fetch-images, "
+                "or send the picture as a data: address."
+            )
+        from opsin.media.fetch import fetch
+
+        return await self._in(self._fetchers, lambda: fetch(url, self._limits, self._resolve))
+
+    @staticmethod
+    async def _in(threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(threads, work)
+
+
+def _data(url: str, limits: MediaSettings) -> bytes:
+    try:
+        return read_data_url(url, limits)
+    except UnicodeEncodeError:
+        raise BadPicture("The data: address holds characters that no address can; encode the picture again.") from None
+
+
+def _measure(data: bytes, limits: MediaSettings) -> int:
+    from opsin.media.decode import measure
+
+    width, height = measure(data, "The picture", limits)
+    return width * height
+
+
+def _decode(data: bytes, limits: MediaSettings, detail: str | None, fetch_ms: float) -> Picture:
+    picture = dataclasses.replace(load_picture(data, limits), fetch_ms=fetch_ms)
+    longer = max(picture.width, picture.height)
+    if detail != "low" or longer <= LOW_EDGE:
+        return picture
+    from PIL import Image
+
+    begin = time.perf_counter()
+    size = (max(1, picture.width * LOW_EDGE // longer), max(1, picture.height * LOW_EDGE // longer))
+    whole = Image.frombytes("RGB", (picture.width, picture.height), picture.rgb)
+    rgb = whole.resize(size, Image.Resampling.LANCZOS).tobytes()
+    return dataclasses.replace(
+        picture,
+        rgb=rgb,
+        width=size[0],
+        height=size[1],
+        sha256=picture_sha256(*size, rgb),
+        notes=(*picture.notes, f"shrunk to {size[0]} by {size[1]} pixels, as detail is low"),
+        decode_ms=picture.decode_ms + (time.perf_counter() - begin) * 1e3,
+    )

@@ -1,0 +1,54 @@
+"""One HTTP request's account: what the log, the metrics and the trace tell of it."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from opsin.core.answer import Answer
+
+
+@dataclass(slots=True)
+class Record:
+    """Filled by the handler while the request runs; times are `time.perf_counter()`, but `began_at` is Unix time.
+
+    `key` is the label of the API key, never the key. `refused` is the error's code when there was no whole answer.
+    `deltas` are the times at which pieces of text went out, one list a choice.
+    """
+
+    route: str
+    key: str = ""
+    model: str = ""
+    streamed: bool = False
+    traceparent: str | None = None
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    began: float = field(default_factory=time.perf_counter)
+    began_at: float = field(default_factory=time.time)
+    ended: float = 0.0
+    status: int = 200
+    refused: str | None = None
+    pictures: int = 0
+    answers: list[Answer] = field(default_factory=list)
+    deltas: list[list[float]] = field(default_factory=list)
+
+    @property
+    def first_token_s(self) -> float | None:
+        """Seconds from the request's beginning to the first piece of text; None when there was none."""
+        first = min((times[0] for times in self.deltas if times), default=None)
+        return None if first is None else first - self.began
+
+    @property
+    def longest_pause_s(self) -> float:
+        """The longest time between two pieces of text of one choice, in seconds."""
+        gaps = (b - a for times in self.deltas for a, b in zip(times, times[1:], strict=False))
+        return max(gaps, default=0.0)
+
+
+class Watcher(Protocol):
+    """Told of each request once, when it has ended."""
+
+    def finished(self, record: Record) -> None:
+        """Take note; quick, and never raises."""
+        ...

@@ -1,0 +1,157 @@
+"""What the server tells of itself, and how errors leave it."""
+
+import json
+from typing import Any
+
+import pytest
+from api_driver import CHAT, QUESTION, run, world
+
+from opsin.core.errors import EngineDied, ModelUnreadable
+from opsin.engine import Engine
+
+
+def test_models_and_props_tell_of_the_model() -> None:
+    async def work() -> None:
+        async with world() as w:
+            listed = (await w.client.get("/v1/models")).json()
+            assert [card["id"] for card in listed["data"]] == ["fake"]
+            assert (await w.client.get("/v1/models/fake")).json() == listed["data"][0]
+            missing = await w.client.get("/v1/models/gpt-4o")
+            assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
+            props = (await w.client.get("/props")).json()
+            assert props["default_generation_settings"]["n_ctx"] == 512
+            assert props["total_slots"] == props["parallel"] == 8
+            assert props["modalities"] == {"vision": True, "audio": False}
+            assert props["model"]["llm_file"] == "fake.gguf"
+            assert "messages" in props["chat_template"]
+
+    run(work())
+
+
+def test_looking_at_an_unloaded_model_does_not_load_it() -> None:
+    async def work() -> None:
+        async with world() as w:
+            before = (await w.client.get("/props")).json()
+            await w.life._unload()
+            assert (await w.client.get("/props")).json() == before
+            assert (await w.client.get("/v1/models/fake")).status_code == 200
+            assert w.life.loaded is None
+
+    run(work())
+
+
+def test_paths_of_strangers_do_not_get_into_the_log() -> None:
+    async def work() -> None:
+        async with world() as w:
+            assert (await w.post("/v1/x%0aline")).status_code == 404
+            assert [record.route for record in w.records] == ["other"]
+
+    run(work())
+
+
+def test_alive_is_not_ready() -> None:
+    async def work() -> None:
+        async with world(start=False) as w:
+            assert (await w.client.get("/health")).status_code == 200
+            reply = await w.client.get("/ready")
+            assert (reply.status_code, reply.json()) == (503, {"status": "loading"})
+            assert (await w.client.get("/props")).status_code == 503
+            await w.life.start()
+            assert (await w.client.get("/ready")).json() == {"status": "ready"}
+            w.life.state = "failed"
+            assert (await w.client.get("/health")).status_code == 503
+
+    run(work())
+
+
+def test_wrong_addresses_and_methods_have_the_error_body() -> None:
+    async def work() -> None:
+        async with world() as w:
+            for method, path, status in (
+                ("GET", "/v1/nothing", 404),
+                ("GET", CHAT, 405),
+                ("DELETE", "/v1/models", 405),
+            ):
+                headers = {"content-type": "application/json"}
+                reply = await w.client.request(method, path, headers=headers)
+                assert reply.status_code == status
+                assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
+
+    run(work())
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("/secret/path"), ModelUnreadable("/secret/path"), EngineDied("died of /secret/path")]
+)
+def test_what_the_log_may_know_clients_do_not(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    async def work() -> None:
+        async with world() as w:
+            monkeypatch.setattr(Engine, "submit", fail)
+            reply = await w.post(messages=QUESTION)
+            assert reply.status_code in {500, 503}
+            assert reply.json()["error"]["type"] == "server_error"
+            assert "secret" not in reply.text
+            assert "Traceback" not in reply.text
+            assert w.records[-1].status == reply.status_code
+            assert w.records[-1].refused == reply.json()["error"]["code"]
+
+    run(work())
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"x"',
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"messages": [{"role": "user", "content": "x"}], "\\ud800": 1}',
+        b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
+        b'{"messages": [{"role": "user", "content": "x"}], "temperature": 1e999}',
+        b'{"messages": [{"role": "user", "content": "x"}], "seed": ' + b"9" * 5000 + b"}",
+        b'{"messages": [{"role": "user", "content": "x"}], "logit_bias": {"' + b"9" * 5000 + b'": 1}}',
+        json.dumps({"messages": QUESTION, "response_format": {"type": "json_object", "schema": {"a": "deep"}}})
+        .replace('"deep"', "[" * 500 + "]" * 500)
+        .encode(),
+    ],
+)
+def test_broken_bodies_are_the_clients_fault(body: bytes) -> None:
+    async def work() -> None:
+        async with world() as w:
+            reply = await w.client.post(CHAT, content=body, headers={"content-type": "application/json"})
+            assert reply.status_code == 400, reply.text
+            assert reply.json()["error"]["message"].endswith(".")
+            assert (await w.post(messages=QUESTION)).status_code == 200
+
+    run(work())
+
+
+def test_half_a_character_in_a_name_does_not_break_the_answer() -> None:
+    async def work() -> None:
+        async with world(strict_model=True) as w:
+            body = b'{"messages": [{"role": "user", "content": "x"}], "model": "a\\ud800"}'
+            reply = await w.client.post(CHAT, content=body, headers={"content-type": "application/json"})
+            assert reply.status_code in {400, 404}
+
+    run(work())
+
+
+def test_the_openapi_document_tells_of_every_route_and_errors_shape() -> None:
+    async def work() -> None:
+        async with world() as w:
+            document = (await w.client.get("/openapi.json")).json()
+            assert {CHAT, "/v1/responses", "/v1/completions", "/v1/models", "/props", "/health", "/ready"} <= set(
+                document["paths"]
+            )
+            content = document["components"]["schemas"]["MessageIn"]["properties"]["content"]
+            assert {"type": "string"} in content["anyOf"]
+            assert "422" not in json.dumps(document["paths"][CHAT]["post"]["responses"])
+
+    run(work())

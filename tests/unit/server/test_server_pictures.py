@@ -1,0 +1,281 @@
+"""The pictures' door: what comes out of it, and how much may be inside at the same time."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import os
+import threading
+from collections.abc import Awaitable, Callable
+from io import BytesIO
+from typing import Any, TypeVar
+
+import pytest
+from PIL import Image
+
+from opsin.core.errors import (
+    BadInput,
+    BadParameter,
+    BadPicture,
+    FetchFailed,
+    OpsinError,
+    PictureTooLarge,
+    PictureUnsupported,
+    QueueFull,
+)
+from opsin.core.server_settings import ServerSettings
+from opsin.media import load_picture
+from opsin.server import pictures
+from opsin.server.pictures import PictureGate
+from opsin.server.pixels import Holder, PixelRoom, holding_pixels
+
+T = TypeVar("T")
+
+
+def png(width: int, height: int) -> bytes:
+    file = BytesIO()
+    Image.linear_gradient("L").resize((width, height)).save(file, "PNG")
+    return file.getvalue()
+
+
+def data_url(data: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+def with_gate(work: Callable[[PictureGate], Awaitable[T]], **settings: Any) -> T:
+    async def go() -> T:
+        gate = PictureGate(ServerSettings(**settings))
+        try:
+            return await asyncio.wait_for(work(gate), 30)
+        finally:
+            gate.close()
+
+    return asyncio.run(go())
+
+
+@pytest.mark.parametrize("detail", [None, "auto", "high", "low"])
+def test_a_small_picture_comes_as_it_is(detail: str | None) -> None:
+    picture = with_gate(lambda gate: gate.load(data_url(png(512, 300)), detail=detail))
+    assert (picture.width, picture.height, picture.notes) == (512, 300, ())
+    assert picture.fetch_ms > 0
+    assert picture.decode_ms > 0
+
+
+@pytest.mark.parametrize(
+    ("size", "small"), [((1024, 600), (512, 300)), ((600, 1200), (256, 512)), ((4000, 2), (512, 1))]
+)
+def test_low_detail_shrinks_and_gives_another_identity(size: tuple[int, int], small: tuple[int, int]) -> None:
+    low, high = (
+        with_gate(lambda gate, detail=detail: gate.load(data_url(png(*size)), detail=detail))  # type: ignore[misc]
+        for detail in ("low", "high")
+    )
+    assert (low.width, low.height) == small
+    assert (low.source_width, low.source_height) == size == (high.width, high.height)
+    assert len(low.rgb) == small[0] * small[1] * 3
+    assert low.sha256 != high.sha256
+    assert "detail is low" in low.notes[0]
+
+
+def test_another_detail_is_refused() -> None:
+    with pytest.raises(BadParameter, match="auto, low or high"):
+        with_gate(lambda gate: gate.load(data_url(png(4, 4)), detail="medium"))
+
+
+@pytest.mark.parametrize(
+    ("url", "kind"),
+    [
+        ("", FetchFailed),
+        ("data:", BadPicture),
+        ("data:image/png;base64,", BadPicture),
+        ("data:,\ud800", BadInput),
+        ("data:image/png;base64,\ud800%41", BadInput),
+        ("data:image/png;base64,AAAA", BadInput),
+        (data_url(b"%PDF-1.7 and more"), PictureUnsupported),
+        (data_url(png(300, 300)), PictureTooLarge),
+        (data_url(png(8, 6) + bytes(70_000)), PictureTooLarge),
+        ("\ud800:", FetchFailed),
+        ("http\ud800://x/", FetchFailed),
+        ("x" * 100_000, FetchFailed),
+    ],
+)
+def test_what_is_no_picture_gives_one_sentence(url: str, kind: type[OpsinError]) -> None:
+    with pytest.raises(kind) as refused:
+        with_gate(lambda gate: gate.load(url), max_pixels=80_000, max_picture_bytes=65_536)
+    assert str(refused.value).endswith(".")
+    assert str(refused.value).isprintable()
+    assert len(str(refused.value)) < 400
+
+
+def test_spaces_before_a_data_address_do_no_harm() -> None:
+    assert with_gate(lambda gate: gate.load(" \n" + data_url(png(8, 6)))).width == 8
+
+
+class Slow:
+    """Decoding that waits until it is let, and counts the pixels inside."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.lock = threading.Lock()
+        self.inside = self.most = 0
+        self.go, self.full = threading.Event(), threading.Event()
+
+        def slow(data: bytes, limits: Any) -> Any:
+            picture = load_picture(data, limits)
+            with self.lock:
+                self.inside += picture.width * picture.height
+                self.most = max(self.most, self.inside)
+                if self.inside >= 200:
+                    self.full.set()
+            assert self.go.wait(10)
+            with self.lock:
+                self.inside -= picture.width * picture.height
+            return picture
+
+        monkeypatch.setattr(pictures, "load_picture", slow)
+
+
+def test_no_more_pixels_than_allowed_are_decoded_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Slow(monkeypatch)
+
+    async def work(gate: PictureGate) -> int:
+        loads = [asyncio.ensure_future(gate.load(data_url(png(10, 10)))) for _ in range(12)]
+        assert await asyncio.to_thread(slow.full.wait, 10)
+        slow.go.set()
+        return sum(picture.width for picture in await asyncio.gather(*loads))
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    assert with_gate(work, max_pixels_in_flight=250) == 120
+    assert slow.most == 200
+
+
+def test_a_request_holds_its_pixels_until_its_end() -> None:
+    async def work(gate: PictureGate) -> None:
+        ended = asyncio.Event()
+
+        async def request() -> None:
+            with holding_pixels():
+                await asyncio.gather(gate.load(data_url(png(10, 10))), gate.load(data_url(png(10, 10))))
+                held.set()
+                await ended.wait()
+
+        held = asyncio.Event()
+        first = asyncio.create_task(request())
+        await held.wait()
+        second = asyncio.create_task(gate.load(data_url(png(10, 10))))
+        done, _ = await asyncio.wait({second}, timeout=0.1)
+        assert not done
+        ended.set()
+        await first
+        assert (await second).width == 10
+
+    with_gate(work, max_pixels_in_flight=250)
+
+
+def test_a_request_with_more_pixels_than_there_is_room_is_refused() -> None:
+    async def work(gate: PictureGate) -> None:
+        with holding_pixels():
+            await gate.load(data_url(png(10, 10)))
+            with pytest.raises(PictureTooLarge, match="together"):
+                await gate.load(data_url(png(20, 10)))
+        with pytest.raises(PictureTooLarge, match="250 pixels"):
+            await gate.load(data_url(png(20, 20)))
+
+    with_gate(work, max_pixels_in_flight=250)
+
+
+def test_what_low_detail_and_failures_leave_is_given_back() -> None:
+    broken = png(1000, 500)[:800]
+
+    async def work(gate: PictureGate) -> None:
+        for _ in range(3):
+            with pytest.raises(BadPicture):
+                await gate.load(data_url(broken))
+        with holding_pixels():
+            for _ in range(3):
+                await gate.load(data_url(png(1000, 500)), detail="low")
+        assert gate._room.used == 0
+
+    with_gate(work, max_pixels_in_flight=800_000)
+
+
+def room_of(limit: int) -> tuple[PixelRoom, Callable[[Holder, int], asyncio.Task[None]]]:
+    room = PixelRoom(limit)
+    return room, lambda holder, pixels: asyncio.create_task(room.take(pixels, holder))
+
+
+async def settle(*tasks: asyncio.Task[None]) -> list[bool]:
+    """Let everything run that can; which of the tasks are done."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+    return [task.done() for task in tasks]
+
+
+def test_room_is_given_first_come_first_served() -> None:
+    async def go() -> None:
+        room, take = room_of(10)
+        a, b, c, d = Holder(), Holder(), Holder(), Holder()
+        tasks = [take(a, 6), take(b, 6), take(c, 3)]
+        # c would fit, but b came first
+        assert await settle(*tasks) == [True, False, False]
+        a.release()
+        assert await settle(*tasks) == [True, True, True]
+        late = take(d, 5)
+        assert await settle(late) == [False]
+        c.release()
+        assert await settle(late) == [False]
+        b.release()
+        assert await settle(late) == [True]
+        d.release()
+        assert room.used == 0
+
+    asyncio.run(go())
+
+
+def test_who_holds_pixels_goes_before_who_is_new() -> None:
+    async def go() -> None:
+        _, take = room_of(10)
+        a, b, c = Holder(), Holder(), Holder()
+        await asyncio.gather(take(a, 4), take(b, 4))
+        new, more = take(c, 3), take(a, 4)
+        assert await settle(new, more) == [False, False]
+        b.release()
+        assert await settle(new, more) == [False, True]
+        a.release()
+        assert await settle(new) == [True]
+
+    asyncio.run(go())
+
+
+def test_requests_that_wait_for_each_other_are_not_left_waiting() -> None:
+    async def go() -> None:
+        room, take = room_of(10)
+        a, b, c = Holder(), Holder(), Holder()
+        await asyncio.gather(take(a, 5), take(b, 5))
+        first = take(a, 2)
+        outside = take(c, 1)
+        assert await settle(first, outside) == [False, False]
+        with pytest.raises(QueueFull):
+            await take(b, 2)
+        b.release()
+        assert await settle(first, outside) == [True, True]
+        a.release()
+        c.release()
+        assert room.used == 0
+
+    asyncio.run(go())
+
+
+def test_who_leaves_while_waiting_leaves_nothing_behind() -> None:
+    async def go() -> None:
+        room, take = room_of(10)
+        a, b, c = Holder(), Holder(), Holder()
+        await take(a, 6)
+        leaving, behind = take(b, 6), take(c, 4)
+        await settle(leaving, behind)
+        leaving.cancel()
+        assert await settle(leaving, behind) == [True, True]
+        a.release()
+        c.release()
+        b.release()
+        assert room.used == 0
+
+    asyncio.run(go())

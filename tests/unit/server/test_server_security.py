@@ -1,0 +1,414 @@
+"""The doors, knocked at from everywhere: what comes in, what is refused, and with which words."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from api_driver import CHAT, QUESTION, data_url, run, world
+from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
+
+from opsin.core.errors import BadParameter
+from opsin.core.server_settings import ServerSettings
+from opsin.server.security import Doors, check_binding, read_keys
+
+KEY, OTHER = "sk-first-key", "sk-second-key"
+JSON = {"content-type": "application/json"}
+
+
+class Inside:
+    """What lies behind the doors: it reads the body and tells what it got."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.asked.append(scope["path"])
+        size, more = 0, True
+        while more:
+            message = await receive()
+            size += len(message.get("body", b""))
+            more = message.get("more_body", False)
+        body = json.dumps({"size": size, "key": scope["state"]["key"]}).encode()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
+        await send({"type": "http.response.body", "body": body})
+
+
+def ask(
+    method: str = "POST",
+    path: str = "/v1/chat/completions",
+    *,
+    headers: dict[str, str] | list[tuple[str, str]] = JSON,
+    content: bytes | AsyncIterator[bytes] = b"{}",
+    keys: tuple[str, ...] = (),
+    inside: Any = None,
+    at: str = "http://127.0.0.1:8000",
+    **settings: Any,
+) -> httpx.Response:
+    app = Doors(inside or Inside(), ServerSettings(**settings), keys)
+
+    async def go() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=at) as client:
+            return await client.request(method, path, headers=headers, content=None if method == "GET" else content)
+
+    return asyncio.run(go())
+
+
+def code(answer: httpx.Response) -> tuple[int, str]:
+    return answer.status_code, answer.json()["error"]["code"]
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["127.0.0.1:8000", "localhost", "LOCALHOST:1", "127.9.9.9", "[::1]:8000", "localhost.", "mine.example", "10.1.2.3"],
+)
+def test_its_own_names_are_answered(host: str) -> None:
+    answer = ask(headers={**JSON, "host": host}, allowed_hosts=("Mine.example",), host="10.1.2.3", keys=())
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "evil.example",
+        "localhost.evil.example",
+        "127.0.0.1.evil.example",
+        "evil.example:8000",
+        "user@localhost",
+        "localhost/",
+        "localhost#x",
+        "10.1.2.3",
+        "[::2]",
+        "[::1",
+        "127.0.0.1:x",
+        "",
+        "2130706433",
+        "127.1",
+    ],
+)
+def test_other_names_are_refused_before_anything_is_done(host: str) -> None:
+    """DNS rebinding: the browser believes it speaks with evil.example, whose name was turned to 127.0.0.1."""
+    inside = Inside()
+    for method in ("GET", "POST", "OPTIONS"):
+        assert code(ask(method, headers={**JSON, "host": host}, inside=inside)) == (421, "wrong_host")
+    assert inside.asked == []
+
+
+def test_two_host_headers_are_refused() -> None:
+    both = [("host", "localhost"), ("host", "evil.example"), *JSON.items()]
+    assert code(ask(headers=both)) == (421, "wrong_host")
+
+
+def test_the_address_that_was_connected_to_is_its_own_but_no_name_is() -> None:
+    open_wide: dict[str, Any] = {"host": "0.0.0.0", "keys": (KEY,)}
+    key = {**JSON, "authorization": f"Bearer {KEY}"}
+    assert ask(at="http://192.168.7.7:8000", headers=key, **open_wide).status_code == 200
+    assert code(ask(at="http://192.168.7.7:8000", headers={**key, "host": "192.168.7.8"}, **open_wide))[0] == 421
+    # a name in place of the local address can only come from a test's transport; it must not help
+    assert code(ask(at="http://evil.example:8000", headers=key, **open_wide))[0] == 421
+
+
+@pytest.mark.parametrize("origin", ["http://127.0.0.1:8000", "https://127.0.0.1:8000", "https://app.example"])
+def test_its_own_page_and_named_origins_may_ask(origin: str) -> None:
+    answer = ask(headers={**JSON, "origin": origin}, cors_origins=("https://app.example",))
+    assert answer.status_code == 200
+    named = origin == "https://app.example"
+    assert answer.headers.get("access-control-allow-origin") == (origin if named else None)
+    assert ("origin" in answer.headers.get("vary", "").lower()) is named
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "http://evil.example",
+        "null",
+        "",
+        "http://127.0.0.1",
+        "http://127.0.0.1:8001",
+        "http://localhost:8000",
+        "https://app.example.evil.example",
+        "http://app.example",
+        "https://app.example:444",
+        "file://",
+        "http://[",
+    ],
+)
+def test_pages_from_elsewhere_may_not_post(origin: str) -> None:
+    inside = Inside()
+    settings: dict[str, Any] = {"cors_origins": ("https://app.example",), "inside": inside}
+    answer = ask(headers={**JSON, "origin": origin}, **settings)
+    assert code(answer) == (403, "wrong_origin")
+    assert "access-control-allow-origin" not in answer.headers
+    asked = {"origin": origin, "access-control-request-method": "POST"}
+    assert code(ask("OPTIONS", headers=asked, **settings)) == (403, "wrong_origin")
+    assert inside.asked == []
+    # what it gets, the browser does not show it
+    assert "access-control-allow-origin" not in ask("GET", "/v1/models", headers={"origin": origin}, **settings).headers
+
+
+def test_a_named_origin_is_given_leave_without_a_key_but_answers_only_with_one() -> None:
+    page = {"origin": "https://app.example"}
+    asked = {**page, "access-control-request-method": "POST", "access-control-request-headers": "Authorization, x-evil"}
+    settings: dict[str, Any] = {"cors_origins": ("https://app.example",), "keys": (KEY,)}
+    leave = ask("OPTIONS", headers=asked, **settings)
+    assert leave.status_code == 204
+    assert leave.headers["access-control-allow-origin"] == "https://app.example"
+    assert leave.headers["access-control-allow-headers"] == "authorization"
+    assert "access-control-allow-credentials" not in leave.headers
+    refused = ask(headers={**JSON, **page}, **settings)
+    assert code(refused) == (401, "invalid_api_key")
+    assert refused.headers["access-control-allow-origin"] == "https://app.example"
+
+
+@pytest.mark.parametrize("key", [KEY, OTHER])
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
+def test_each_key_opens_and_is_told_by_its_label(key: str, scheme: str) -> None:
+    answer = ask(headers={**JSON, "authorization": f"{scheme} {key}"}, keys=(KEY, OTHER))
+    assert answer.json()["key"] == hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [],
+        [f"Bearer {KEY}x"],
+        [f"Bearer {KEY[:-1]}"],
+        ["Bearer "],
+        ["Bearer"],
+        [KEY],
+        [f"Basic {KEY}"],
+        [f"Bearer {KEY},{OTHER}"],
+        [f"Bearer {KEY}", f"Bearer {KEY}"],
+        ["Bearer \xfc"],
+    ],
+)
+def test_without_a_key_nothing_but_health_and_the_page_is_shown(given: list[str]) -> None:
+    headers = [("authorization", one.encode("latin-1")) for one in given]
+    for path in ("/v1/models", "/metrics", "/props", "/v1/chat/completions", "/openapi.json", "/pagex", "/health/"):
+        inside = Inside()
+        answer = ask("GET", path, headers=headers, keys=(KEY, OTHER), inside=inside)  # type: ignore[arg-type]
+        assert code(answer) == (401, "invalid_api_key")
+        assert answer.headers["www-authenticate"] == "Bearer"
+        assert KEY not in answer.text
+        assert inside.asked == []
+    for path in ("/", "/health", "/ready", "/page/page.js"):
+        assert ask("GET", path, headers=headers, keys=(KEY, OTHER)).json()["key"] == ""  # type: ignore[arg-type]
+
+
+def test_without_keys_everybody_is_nobody() -> None:
+    assert ask(headers={**JSON, "authorization": f"Bearer {KEY}"}).json()["key"] == ""
+
+
+@pytest.mark.parametrize("kind", ["application/json", "Application/JSON; charset=utf-8"])
+def test_json_is_taken(kind: str) -> None:
+    assert ask(headers={"content-type": kind}).status_code == 200
+
+
+@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""])
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE"])
+def test_anything_else_is_refused(kind: str | None, method: str) -> None:
+    """Forms and plain text are what a page elsewhere can send without asking for leave."""
+    headers = {} if kind is None else {"content-type": kind}
+    assert code(ask(method, headers=headers)) == (415, "wrong_content_type")
+
+
+def pieces(count: int, size: int) -> AsyncIterator[bytes]:
+    async def give() -> AsyncIterator[bytes]:
+        for _ in range(count):
+            yield bytes(size)
+
+    return give()
+
+
+def test_a_body_up_to_the_limit_is_taken_and_one_above_is_not() -> None:
+    assert ask(content=bytes(2048), max_body_bytes=2048).json()["size"] == 2048
+    assert code(ask(content=bytes(2049), max_body_bytes=2048)) == (413, "too_large")
+    assert ask(content=pieces(4, 512), max_body_bytes=2048).json()["size"] == 2048
+    assert code(ask(content=pieces(5, 512), max_body_bytes=2048)) == (413, "too_large")
+
+
+@pytest.mark.parametrize("length", ["x", "-1", "9" * 5000, "1_0", "²"])
+def test_a_wrong_content_length_is_refused(length: str) -> None:
+    headers = {**JSON, "content-length": length.encode("latin-1")}
+    assert ask(headers=headers).status_code in {400, 413}  # type: ignore[arg-type]
+
+
+def test_a_handler_that_swallows_the_end_of_the_body_does_not_hide_it() -> None:
+    async def swallowing(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            while (await receive()).get("more_body"):
+                pass
+            status = 200
+        except Exception:
+            status = 400
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": b"mine"})
+
+    assert code(ask(content=pieces(5, 512), max_body_bytes=2048, inside=swallowing)) == (413, "too_large")
+
+
+def run_raw(app: Doors, incoming: Iterable[Message], **scope: Any) -> list[Message]:
+    """Drive the doors by hand; after `incoming` nothing more comes."""
+    sent: list[Message] = []
+    waiting = iter(incoming)
+
+    async def receive() -> Message:
+        for message in waiting:
+            return message
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    usual = {"type": "http", "method": "POST", "path": "/", "server": ("127.0.0.1", 80), "state": {}}
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    asyncio.run(asyncio.wait_for(app({**usual, "headers": headers, **scope}, receive, send), 10))
+    return sent
+
+
+def test_a_body_that_stops_coming_is_not_waited_for() -> None:
+    app = Doors(Inside(), ServerSettings(slow_reader_seconds=0.05))
+    sent = run_raw(app, [{"type": "http.request", "body": b"{", "more_body": True}])
+    assert sent[0]["status"] == 408
+
+
+def test_a_client_that_stays_after_its_body_is_waited_for() -> None:
+    """Streams listen for the client's leaving with the same call; that has no limit."""
+    heard: list[Message] = []
+
+    async def listening(scope: Scope, receive: Receive, send: Send) -> None:
+        heard.append(await receive())
+        try:
+            await asyncio.wait_for(receive(), 0.3)
+        except (TimeoutError, asyncio.TimeoutError):
+            heard.append({"type": "still there"})
+
+    run_raw(Doors(listening, ServerSettings(slow_reader_seconds=0.05)), [{"type": "http.request", "body": b""}])
+    assert [message["type"] for message in heard] == ["http.request", "still there"]
+
+
+def test_web_sockets_are_closed() -> None:
+    assert run_raw(Doors(Inside(), ServerSettings()), [], type="websocket") == [{"type": "websocket.close"}]
+
+
+def test_every_answer_forbids_guessing_its_type() -> None:
+    assert ask().headers["x-content-type-options"] == "nosniff"
+    assert ask(headers={}).headers["x-content-type-options"] == "nosniff"
+
+
+def test_keys_come_from_file_and_environment(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"# ours\n{KEY}\n\n  {OTHER}  \n{KEY}\n")
+    settings = ServerSettings(api_key_file=file)
+    assert read_keys(settings, {}) == (KEY, OTHER)
+    assert read_keys(settings, {"OPSIN_API_KEY": "third"}) == (KEY, OTHER, "third")
+    assert read_keys(ServerSettings(), {}) == ()
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b"# nothing\n", b"\xff\xfe", "schlüssel-geheim\n".encode(), b"secret a\n"]
+)
+def test_a_file_without_good_keys_is_refused_and_never_quoted(tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "keys"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(BadParameter) as refused:
+        read_keys(ServerSettings(api_key_file=file), {})
+    assert str(refused.value).endswith(".")
+    assert "secret" not in str(refused.value)
+    assert "geheim" not in str(refused.value)
+
+
+@pytest.mark.parametrize("value", ["", "  ", "a b", "a\nb"])
+def test_a_variable_that_protects_nothing_is_refused(value: str) -> None:
+    with pytest.raises(BadParameter):
+        read_keys(ServerSettings(), {"OPSIN_API_KEY": value})
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "10.0.0.1", "machine.example", "fe80::1"])
+def test_listening_for_others_needs_a_key(host: str) -> None:
+    with pytest.raises(BadParameter, match="API key is needed"):
+        check_binding(ServerSettings(host=host), ())
+    check_binding(ServerSettings(host=host), (KEY,))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
+def test_listening_for_oneself_needs_none(host: str) -> None:
+    check_binding(ServerSettings(host=host), ())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"allowed_hosts": ("*",)},
+        {"allowed_hosts": ("http://mine.example",)},
+        {"allowed_hosts": ("",)},
+        {"host": ""},
+        {"cors_origins": ("*",)},
+        {"cors_origins": ("app.example",)},
+        {"cors_origins": ("https://app.example/",)},
+        {"cors_origins": ("https://*.example",)},
+        {"cors_origins": ("https://me@app.example",)},
+        {"cors_origins": ("HTTPS://App.example",)},
+        {"cors_origins": ("null",)},
+        {"cors_origins": ("https://app.example:x",)},
+    ],
+)
+def test_names_that_are_none_are_refused_at_start(wrong: dict[str, Any]) -> None:
+    with pytest.raises(BadParameter) as refused:
+        check_binding(ServerSettings(**wrong), (KEY,))
+    assert str(refused.value).endswith(".")
+
+
+def test_every_address_of_the_application_needs_the_key_but_health_and_the_page() -> None:
+    async def go() -> None:
+        async with world(keys=(KEY,)) as here:
+            document = here.app.openapi()["paths"]
+            paths = {"/metrics", "/openapi.json", *document} | {r.path for r in here.app.routes if isinstance(r, Route)}
+            assert {"/v1/models", "/props", "/health", CHAT} <= paths
+            for path in sorted(paths):
+                method = "POST" if "post" in document.get(path, {}) else "GET"
+                answer = await here.client.request(method, path, json={} if method == "POST" else None)
+                is_open = path in {"/", "/health", "/ready"} or path.startswith("/page/")
+                assert (answer.status_code == 401) is not is_open, (path, answer.status_code)
+                key = {"authorization": f"Bearer {KEY}"}
+                answer = await here.client.request(method, path, headers=key, json={} if method == "POST" else None)
+                assert answer.status_code != 401
+
+    run(go())
+
+
+def test_what_is_remembered_is_kept_apart_for_each_key() -> None:
+    """Else an answer's speed would tell one key what another has asked."""
+
+    async def go() -> None:
+        async with world(keys=(KEY, OTHER)) as here:
+            picture = {"type": "image_url", "image_url": {"url": data_url()}}
+            messages = [
+                {"role": "user", "content": [picture, {"type": "text", "text": "is this a secret?"}]},
+                *QUESTION,
+            ]
+
+            async def remembered(key: str) -> tuple[bool, int]:
+                answer = await here.post(headers={"authorization": f"Bearer {key}"}, messages=messages, max_tokens=4)
+                assert answer.status_code == 200, answer.text
+                cached: int = answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+                return cached > 0, len(here.backend.encoded)
+
+            before = len(here.backend.encoded)
+            assert await remembered(KEY) == (False, before + 1)
+            assert await remembered(KEY) == (True, before + 1)
+            assert await remembered(OTHER) == (False, before + 2)
+            assert {record.key for record in here.records} == {
+                hashlib.sha256(key.encode()).hexdigest()[:16] for key in (KEY, OTHER)
+            }
+
+    run(go())
