@@ -24,7 +24,7 @@ class ImageInfo:
     """How one picture went in: its identity, its size, the size the encoder saw, and its tokens.
 
     `tiles` counts the pieces the preprocessing cut it into (1 for LLaVA-1.5). `cached` is True when the encoder did
-    not have to run.
+    not have to run. `orientation` is the file's EXIF value, by which it was turned (1: as it was).
     """
 
     sha256: str
@@ -35,6 +35,7 @@ class ImageInfo:
     tokens: int
     tiles: int = 1
     cached: bool = False
+    orientation: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -306,4 +306,5 @@ def _info(picture: Picture, runs: list[ImageRun]) -> ImageInfo:
         resized_height=height,
         tokens=sum(run.n_tokens for run in runs),
         tiles=len(sizes),
+        orientation=picture.orientation,
     )

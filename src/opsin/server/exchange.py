@@ -24,7 +24,7 @@ from opsin.server.model import LoadedModel
 from opsin.server.record import Record
 
 KEEP_ALIVE_SECONDS = 5.0
-"""How long nothing may go out before the first token: then a comment does, which keeps proxies from hanging up."""
+"""How long nothing may go out before the first text: then a comment does, which keeps proxies from hanging up."""
 _KEEP_ALIVE = b": the answer is being worked on\n\n"
 _WAITING_EVENTS = 64
 _GONE_STATUS = 499
@@ -165,12 +165,14 @@ class Exchange(Response):
         head, failure = writer.begin(), None
         found: Found | None
         started = spoken = False
+        now = asyncio.get_running_loop().time
+        due = now() + KEEP_ALIVE_SECONDS
+        frames: list[bytes] = []
         while running and failure is None:
             try:
-                found = await (queue.get() if spoken else asyncio.wait_for(queue.get(), KEEP_ALIVE_SECONDS))
+                found = await (queue.get() if spoken else asyncio.wait_for(queue.get(), due - now()))
             except asyncio.TimeoutError:
                 found = None
-            frames = [] if found is not None else [_KEEP_ALIVE]
             # All that is there goes out at once: a packet for each token would cost more than the token.
             while found is not None:
                 index, event = found
@@ -180,15 +182,18 @@ class Exchange(Response):
                     failure = event
                     break
                 frames.append(self._written(writer, index, event))
-                spoken = spoken or isinstance(event, TextDelta)
+                spoken = spoken or bool(frames[-1])
                 running -= isinstance(event, Finished)
                 found = None if queue.empty() else queue.get_nowait()
-            if frames := [frame for frame in frames if frame]:
+            # Tokens that are held back, as those of a call are, keep no connection alive.
+            part = b"".join(frames) or (_KEEP_ALIVE if now() >= due and not spoken else b"")
+            frames.clear()
+            if part:
                 if not started:
                     started = True
                     await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
-                await _send_part(send, head + b"".join(frames))
-                head = b""
+                await _send_part(send, head + part)
+                head, due = b"", now() + KEEP_ALIVE_SECONDS
         last = writer.end() if failure is None else self._failed(writer, failure)
         await _send_part(send, last, more=False)
 

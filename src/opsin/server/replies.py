@@ -23,12 +23,13 @@ def frame(value: dict[str, Any]) -> bytes:
 
 
 def extensions(answer: Answer) -> dict[str, Any]:
-    """What Opsin tells beyond OpenAI's fields: llama-server's timings, the stages, the pictures, the guard."""
+    """What Opsin tells beyond OpenAI's fields: llama-server's timings, the stages, the pictures, the guard, what cut it."""
     return {
         "timings": asdict(answer.timings),
         "stages": answer.stages.as_dict(),
         "images": [asdict(image) for image in answer.images],
         "guard": None if answer.guard is None else asdict(answer.guard),
+        "limit": answer.limit,
     }
 
 

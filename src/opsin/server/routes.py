@@ -71,6 +71,8 @@ async def _facts(request: Request) -> dict[str, Any]:
         with life.entered():
             model = await life.model()
     state.facts = _facts_of(model, _context(request).settings.parallel)
+    if life.placement is not None:
+        state.facts["placement"] = life.placement.as_dict()
     return dict(state.facts)
 
 

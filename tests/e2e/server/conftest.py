@@ -25,6 +25,7 @@ class Server:
     process: subprocess.Popen[str]
     base_url: str = ""
     log: list[str] = field(default_factory=list)
+    reader: threading.Thread | None = None
 
     @property
     def v1(self) -> str:
@@ -35,7 +36,10 @@ class Server:
         """End it as a service manager does; the exit code."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(60)
+        code = self.process.wait(60)
+        if self.reader is not None:
+            self.reader.join(10)
+        return code
 
 
 def start_server(home: Path, *flags: str) -> Server:
@@ -64,9 +68,11 @@ def start_server(home: Path, *flags: str) -> Server:
         for line in process.stderr:
             server.log.append(line)
             lines.put(line)
+        process.stderr.close()
         lines.put(None)
 
-    threading.Thread(target=listen, daemon=True).start()
+    server.reader = threading.Thread(target=listen, daemon=True)
+    server.reader.start()
     end = time.monotonic() + START_SECONDS
     try:
         while not server.base_url:

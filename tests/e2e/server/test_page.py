@@ -479,8 +479,8 @@ def test_the_strip_is_hidden_where_metrics_need_a_key(visit: Visit) -> None:
 
 
 LOOKS = {
-    "light": {"color_scheme": "light", "viewport": {"width": 1280, "height": 860}},
-    "dark": {"color_scheme": "dark", "viewport": {"width": 1280, "height": 860}},
+    "light": {"color_scheme": "light", "viewport": {"width": 1280, "height": 1000}},
+    "dark": {"color_scheme": "dark", "viewport": {"width": 1280, "height": 1000}},
     "phone": {"color_scheme": "light", "viewport": {"width": 360, "height": 800}, "device_scale_factor": 2},
 }
 

@@ -378,6 +378,25 @@ def test_a_comment_keeps_the_connection_alive_until_the_first_token(monkeypatch:
     run(work())
 
 
+def test_a_call_that_is_held_back_until_it_is_whole_keeps_the_connection_alive(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(exchange, "KEEP_ALIVE_SECONDS", 0.02)
+    gate = Gate('{"name": "paint", "arguments": {}}', stop_at=9)
+    tool = {"type": "function", "function": {"name": "paint"}}
+
+    async def work() -> None:
+        async with world(gate) as w:
+            body = {"messages": QUESTION, "stream": True, "tools": [tool], "tool_choice": "required"}
+            caller = Caller(w.app, body)
+            await until(lambda: caller.text.count("\n: ") >= 2)
+            gate.open.set()
+            await caller.task
+            assert '"tool_calls":[{"index":0' in caller.text
+
+    run(work())
+
+
 def test_an_error_in_the_middle_of_a_stream_is_an_event() -> None:
     gate = Gate()
 
@@ -504,5 +523,28 @@ def test_a_hundred_streams_leave_the_loop_responsive() -> None:
             listening.cancel()
             assert all(text_of(chunks) == "abcdefgh" * 8 for chunks in answers)
             assert sorted(lags)[len(lags) // 2] < 0.1
+
+    run(work())
+
+
+def test_choices_that_were_begun_are_ended_when_a_later_one_finds_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(stop_at=0)
+    enter = Engine._enter
+    entered: list[int] = []
+
+    def only_once(engine: Engine, stream: Any) -> None:
+        if entered:
+            raise _full()
+        entered.append(1)
+        enter(engine, stream)
+
+    async def work() -> None:
+        async with world(gate) as w:
+            monkeypatch.setattr(Engine, "_enter", only_once)
+            assert (await w.post(messages=QUESTION, n=2)).status_code == 429
+            gate.open.set()
+            await until(lambda: w.model.engine.stats.running == 0)
+            assert gate.steps <= 1
+            assert w.life.running == 0
 
     run(work())

@@ -1,7 +1,7 @@
 // One question and its answer, with the account under it.
 
 import { amount, count, el, several, time } from "./dom.js";
-import { beforeFirst, waterfall } from "./waterfall.js";
+import { waterfall } from "./waterfall.js";
 
 const GUARD = {
   cycle: "it went round in circles",
@@ -120,8 +120,8 @@ export class Turn {
   #explain(account) {
     const { usage = {}, timings = {}, images = [] } = account;
     const facts = [
-      ["in all", time(account.stages.total_ms)],
-      ["before the first token", time(beforeFirst(account.stages))],
+      ["in the server", time(account.stages.total_ms)],
+      this.#first === null ? null : ["first token, seen here", time(this.#first - this.#began)],
       ["answer", several(usage.completion_tokens ?? timings.predicted_n ?? 0, "token")],
       timings.predicted_per_second > 0 ? ["tokens a second", amount(timings.predicted_per_second)] : null,
     ].filter(Boolean);
@@ -129,7 +129,7 @@ export class Turn {
       ...images.map((image, at) => [images.length > 1 ? `Picture ${at + 1}` : "Picture", pictureSentence(image)]),
       ["Prompt", promptSentence(usage)],
       images.length > 0 && account.placement ? ["Encoder", `ran on ${account.placement}`] : null,
-      this.#first === null ? null : ["Seen here", this.#seenHere()],
+      this.#pause > 0 ? ["Stream", `longest pause ${time(this.#pause)}, seen here`] : null,
     ].filter(Boolean);
     this.account.append(
       el("dl", { class: "facts" }, ...facts.map(pair)),
@@ -140,12 +140,6 @@ export class Turn {
     // An account that has room is brought into sight; a taller one must not push the answer out of it.
     const room = document.querySelector("footer").getBoundingClientRect().top - document.querySelector("header").offsetHeight;
     if (this.answer.offsetHeight + this.account.offsetHeight < room) this.account.scrollIntoView({ block: "nearest" });
-  }
-
-  /** What this browser saw: the way there and back is part of it. */
-  #seenHere() {
-    const pause = this.#pause > 0 ? `, longest pause ${time(this.#pause)}` : "";
-    return `first token after ${time(this.#first - this.#began)}${pause}`;
   }
 }
 

@@ -23,12 +23,6 @@ const STAGES = [
 const KINDS = { wait: "waiting", see: "seeing", say: "answering" };
 const NOTHING_MS = 0.05;
 
-/** The milliseconds of all stages that come before an answer's first token. */
-export function beforeFirst(stages) {
-  const until = STAGES.findIndex(([name]) => name === "decode_ms");
-  return STAGES.slice(0, until).reduce((sum, [name]) => sum + (stages[name] ?? 0), 0);
-}
-
 /** The table of an account; a bar a stage, its milliseconds and its share. */
 export function waterfall(account) {
   const stages = account.stages;
@@ -89,7 +83,7 @@ function remark(name, { usage = {}, images = [], stages, timings = {} }) {
   const cached = usage.prompt_tokens_details?.cached_tokens ?? 0;
   if (name === "encode_ms" && images.length > 0) {
     const spared = images.every((image) => image.cached);
-    return { text: spared ? "remembered, not run" : several(seen, "image token"), spared };
+    return { text: spared ? "remembered, not run" : several(seen, "token"), spared };
   }
   if (name === "image_prefill_ms" && cached === 0 && seen > 0) return { text: several(seen, "token") };
   if (name === "text_prefill_ms") {
