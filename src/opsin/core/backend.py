@@ -143,6 +143,13 @@ class Backend(Protocol):
         """Wait until all that was started is done; a stage ends after this."""
         ...
 
+    def check(self, params: SamplingParams) -> None:
+        """Compile what the request constrains its answer with, so that `sampler` finds it ready. Raises BadGrammar.
+
+        Any thread may call it, and it may take seconds.
+        """
+        ...
+
     def sampler(self, params: SamplingParams, seed: int) -> Sampler:
         """A sampler for one request. Raises BadGrammar."""
         ...

@@ -23,7 +23,9 @@ class ServerSettings(EngineSettings):
     strict_model: bool = Field(False, description="refuse requests that name another model")
 
     allowed_hosts: tuple[str, ...] = Field((), description="names that the Host header may have besides loopback")
-    cors_origins: tuple[str, ...] = Field((), description="origins of web pages elsewhere that may ask, as https://name")
+    cors_origins: tuple[str, ...] = Field(
+        (), description="origins of web pages elsewhere that may ask, as https://name"
+    )
     fetch_images: bool = Field(False, description="fetch pictures from http(s) addresses")
     image_hosts: tuple[str, ...] = Field((), description="only these hosts are fetched from; none: all public ones")
     media_path: Path | None = Field(None, description="folder that file: addresses may name pictures of")
@@ -36,7 +38,7 @@ class ServerSettings(EngineSettings):
         200_000_000, ge=1, description="pixels that are decoded at the same time; more wait"
     )
     max_prompt_chars: int = Field(1_000_000, ge=1, description="characters of a request's text")
-    max_queue: int = Field(256, ge=1, description="requests that may wait; more get 503")
+    max_queue: int = Field(256, ge=1, description="requests that may wait; more get 429")
     max_n: int = Field(8, ge=1, le=64, description="choices of a request (n)")
     max_stop: int = Field(16, ge=0, le=64, description="stop strings of a request")
     max_logit_bias: int = Field(300, ge=0, description="tokens with a logit bias in a request")
@@ -46,7 +48,9 @@ class ServerSettings(EngineSettings):
     concurrent_requests: int | None = Field(None, ge=1, description="requests at the same time of one key")
     slow_reader_seconds: float = Field(30.0, gt=0, description="an answer nobody reads for so long is ended")
 
-    max_tokens: int | None = Field(None, ge=1, description="longest answer when a request does not say; none: by profile")
+    max_tokens: int | None = Field(
+        None, ge=1, description="longest answer when a request does not say; none: by profile"
+    )
     max_seconds: float | None = Field(None, gt=0, description="longest time for an answer, waiting included")
     guard: bool = Field(True, description="end answers that go round in circles")
 

@@ -169,6 +169,9 @@ class Engine:
         """In a worker: lay the prompt out, and hand the sequence to the engine's thread."""
         layout = None
         try:
+            with clock.stage(Stage.OTHER):
+                # Here and not where the sampler is made: a schema takes a quarter of a second, and streams would wait.
+                self._backend.check(request.params)
             # Who waits here gets a layout without pixels, and comes behind the one that has them.
             with self._coming.turn(picture.sha256 for picture in request.prompt.pictures):
                 if stream.done:

@@ -164,6 +164,10 @@ class NativeBackend:
         with self._alone():
             self._context.synchronize()
 
+    def check(self, params: SamplingParams) -> None:
+        """Compile a request's schema or grammar, which is then remembered. Raises BadGrammar. Any thread."""
+        grammar_of(params)
+
     def sampler(self, params: SamplingParams, seed: int) -> NativeSampler:
         """A sampler for one request. Raises BadGrammar, BadParameter."""
         with self._alone():

@@ -220,10 +220,14 @@ class FakeBackend:
         """Pay for what was started."""
         self.pay()
 
-    def sampler(self, params: SamplingParams, seed: int) -> Sampler:  # noqa: ARG002 - the fake draws nothing
-        """Follows the reply; a grammar that is the word "bad" is refused."""
+    def check(self, params: SamplingParams) -> None:
+        """A grammar that is the word "bad" is refused."""
         if params.grammar == "bad":
             raise BadGrammar("The grammar cannot be read: mend its first rule.")
+
+    def sampler(self, params: SamplingParams, seed: int) -> Sampler:  # noqa: ARG002 - the fake draws nothing
+        """Follows the reply."""
+        self.check(params)
         self.open_handles += 1
         return _Sampler(self, params)
 

@@ -221,6 +221,24 @@ def test_a_bad_grammar_is_refused_and_the_engine_lives() -> None:
         assert engine.submit(prompt()).result().text == "fine"
 
 
+def test_a_schema_compiles_while_others_stream() -> None:
+    """On the engine's thread it would make every stream pause for as long as it takes."""
+    compiling, done = threading.Event(), threading.Event()
+
+    class Slow(FakeBackend):
+        def check(self, params: SamplingParams) -> None:
+            if params.json_schema is not None:
+                compiling.set()
+                assert done.wait(10)
+
+    with Engine(lambda: Slow(lambda _: "fine")) as engine:
+        slow = engine.submit(prompt(), SamplingParams(json_schema="{}"))
+        assert compiling.wait(10)
+        assert engine.submit(prompt()).result().text == "fine"
+        done.set()
+        assert slow.result().text == "fine"
+
+
 def test_a_model_that_cannot_be_opened_raises_where_the_engine_is_made() -> None:
     def broken() -> FakeBackend:
         raise FileNotFoundError("nothing here")
