@@ -248,7 +248,6 @@ def _peers(given: list[str]) -> dict[str, HttpDriver]:
 def _in_turn(drivers: dict[str, Any], chosen: Any, runs: int) -> list[Side]:
     """Every workload on every driver in turn, after a warm-up of each."""
     from opsin.bench import measure_in_turn
-    from opsin.bench.batched import Batched
     from opsin.bench.compare import Side
     from opsin.bench.measure import warm_up
 

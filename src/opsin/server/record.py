@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -42,7 +43,7 @@ class Record:
     @property
     def longest_pause_s(self) -> float:
         """The longest time between two pieces of text of one choice, in seconds."""
-        gaps = (b - a for times in self.deltas for a, b in zip(times, times[1:], strict=False))
+        gaps = (b - a for times in self.deltas for a, b in itertools.pairwise(times))
         return max(gaps, default=0.0)
 
 

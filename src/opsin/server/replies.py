@@ -23,7 +23,7 @@ def frame(value: dict[str, Any]) -> bytes:
 
 
 def extensions(answer: Answer) -> dict[str, Any]:
-    """What Opsin tells beyond OpenAI's fields: llama-server's timings, the stages, the pictures, the guard, what cut it."""
+    """What Opsin tells beyond OpenAI's fields: llama-server's timings, stages, pictures, the guard, what cut it."""
     return {
         "timings": asdict(answer.timings),
         "stages": answer.stages.as_dict(),
