@@ -35,7 +35,9 @@ class EngineSettings(BaseModel):
     parallel: int = Field(1, ge=1, le=256, description="answers at the same time")
     ubatch: int = Field(1024, ge=32, le=16384, description="tokens of a micro-batch")
     kv_type: KvType = Field("f16", description="type of the KV memory")
-    flash_attention: bool | None = Field(None, description="none: on where it is supported")
+    flash_attention: bool | None = Field(
+        None, description="flash attention; none: on where it is supported, but off on CPUs with memories of their own"
+    )
     image_max_tokens: int | None = Field(None, ge=1, description="most tokens a picture, for models that can choose")
     image_min_tokens: int | None = Field(None, ge=1, description="fewest tokens a picture, for models that can choose")
     picture_cache_bytes: int = Field(512 * 2**20, ge=0, description="embeddings of pictures kept in memory, in bytes")
