@@ -228,7 +228,7 @@ def _as_json(answer: Answer) -> dict[str, Any]:
     from dataclasses import asdict
 
     images = [
-        {name: value for name, value in asdict(image).items() if name not in {"tiles", "cached"}}
+        {name: value for name, value in asdict(image).items() if name not in {"tiles", "cached", "orientation"}}
         for image in answer.images
     ]
     return {
