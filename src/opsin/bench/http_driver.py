@@ -38,8 +38,10 @@ class HttpDriver:
             raise BadParameter(f"{url!r} is no server's address: it begins with http:// or https://.")
         self._now = now
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        # A connection of its own for each question: a server may close an idle one just as it is used again.
+        limits = httpx.Limits(max_keepalive_connections=0)
         self._client = httpx.Client(
-            base_url=self.url, headers=headers, timeout=TIMEOUT_S, trust_env=False, limits=httpx.Limits()
+            base_url=self.url, headers=headers, timeout=TIMEOUT_S, trust_env=False, limits=limits
         )
         self.model = model or self._first_model()
 

@@ -12,6 +12,8 @@ from opsin.core.errors import DecodeFailed
 from opsin.engine import Engine
 from opsin.server import exchange
 
+pytestmark = pytest.mark.slow
+
 TIMINGS = {
     "cache_n", "prompt_n", "prompt_ms", "prompt_per_token_ms", "prompt_per_second",
     "predicted_n", "predicted_ms", "predicted_per_token_ms", "predicted_per_second",

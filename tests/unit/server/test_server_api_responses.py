@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 from api_driver import PLAIN, WITH_TOOLS, data_url, events, run, world
 
+pytestmark = pytest.mark.slow
+
 RESPONSES, COMPLETIONS = "/v1/responses", "/v1/completions"
 TOOL = {"type": "function", "name": "paint", "parameters": {"type": "object"}}
 CALL = '{"name": "paint", "arguments": {"colour": "red"}}'

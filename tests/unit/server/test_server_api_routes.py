@@ -9,6 +9,8 @@ from api_driver import CHAT, QUESTION, run, world
 from opsin.core.errors import EngineDied, ModelUnreadable
 from opsin.engine import Engine
 
+pytestmark = pytest.mark.slow
+
 
 def test_models_and_props_tell_of_the_model() -> None:
     async def work() -> None:

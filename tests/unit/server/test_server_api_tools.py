@@ -8,6 +8,8 @@ from api_driver import QUESTION, WITH_TOOLS, run, text_of, world
 
 from opsin.server.tools import CallReader
 
+pytestmark = pytest.mark.slow
+
 PARAMETERS = {"type": "object", "properties": {"colour": {"type": "string"}}, "required": ["colour"]}
 PAINT = {"type": "function", "function": {"name": "paint", "description": "Paints.", "parameters": PARAMETERS}}
 ERASE = {"type": "function", "function": {"name": "erase"}}

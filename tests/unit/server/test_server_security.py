@@ -19,6 +19,8 @@ from opsin.core.errors import BadParameter
 from opsin.core.server_settings import ServerSettings
 from opsin.server.security import Doors, check_binding, read_keys
 
+pytestmark = pytest.mark.slow
+
 KEY, OTHER = "sk-first-key", "sk-second-key"
 JSON = {"content-type": "application/json"}
 

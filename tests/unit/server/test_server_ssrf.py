@@ -34,6 +34,8 @@ from opsin.server.pictures import PictureGate
 from opsin.testing import FakeBackend
 from opsin.testing.fake_backend import N_VOCAB, TURN_TEXT
 
+pytestmark = pytest.mark.slow
+
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}" + TURN_TEXT
 JSON = {"content-type": "application/json"}
 PUBLIC = "93.184.215.14"

@@ -13,6 +13,8 @@ from opsin.core.errors import BadParameter
 from opsin.server.ledger import Account
 from opsin.server.supervisor import MOST_STARTS, Supervisor, address_of, bind, describe
 
+pytestmark = pytest.mark.slow
+
 # Each child knows the how-manieth it is, speaks on its line, and may send its parent a signal.
 PRELUDE = """
 import json, os, signal, socket, sys
