@@ -48,7 +48,7 @@ def is_public(address: str) -> bool:
         return ip.is_global and not ip.is_multicast and not any(ip in network for network in _NOT_FOR_US_4)
     if ip not in _UNICAST_6 or any(ip in network for network in _NOT_FOR_US_6):
         return False
-    return int(ip) >> 32 & 0xFFFF_FFFF not in _ISATAP
+    return ip.is_global and int(ip) >> 32 & 0xFFFF_FFFF not in _ISATAP
 
 
 class AddressPolicy:
