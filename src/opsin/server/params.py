@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 from typing import Any
 
@@ -13,6 +12,7 @@ from opsin.core.server_settings import ServerSettings
 from opsin.server.errors import BadField, UnknownModel, field_error
 from opsin.server.model import LoadedModel
 from opsin.server.schema import Common, Drawn
+from opsin.server.security import is_loopback
 
 _SEEDS = 2**32 - 1
 _MOST_TOP_K = 2**31 - 1
@@ -26,16 +26,9 @@ ANY_OBJECT = '{"type":"object"}'
 
 def check_model(name: str | None, model: LoadedModel, settings: ServerSettings) -> None:
     """Raises UnknownModel where only the served name is taken: with strict_model, and away from loopback."""
-    if name is None or name == model.name or not (settings.strict_model or not _is_loopback(settings.host)):
+    if name is None or name == model.name or not (settings.strict_model or not is_loopback(settings.host)):
         return
     raise UnknownModel(f"The model {name[:100]!r} is not served here: ask for {model.name!r}.", "model")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def sampling(body: Common, settings: ServerSettings, limit_name: str = "max_tokens", **more: Any) -> SamplingParams:

@@ -93,7 +93,7 @@ class Doors:
 
     def _is_ours(self, host: str, scope: Scope) -> bool:
         name = _host_name(host)
-        if name in self._names or _is_loopback(name):
+        if name in self._names or is_loopback(name):
             return True
         # The address that was connected to, written as such: no name was turned to lead here.
         local = (scope.get("server") or ("",))[0].removeprefix("::ffff:")
@@ -239,7 +239,7 @@ def check_binding(settings: ServerSettings, keys: tuple[str, ...]) -> None:
         _read_host(host)
     for origin in settings.cors_origins:
         _read_origin(origin)
-    if not keys and settings.host != "localhost" and not _is_loopback(settings.host):
+    if not keys and not is_loopback(settings.host):
         raise BadParameter(
             f"Others can reach {settings.host!r}, so an API key is needed: give --api-key-file FILE or set "
             f"{KEY_VARIABLE}, or listen on 127.0.0.1."
@@ -294,7 +294,8 @@ def _is_address(name: str) -> bool:
     return True
 
 
-def _is_loopback(name: str) -> bool:
+def is_loopback(name: str) -> bool:
+    """Whether a host, written as a name or an address, can only be this machine."""
     try:
         return ipaddress.ip_address(name).is_loopback
     except ValueError:
