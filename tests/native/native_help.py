@@ -43,6 +43,26 @@ def generate(backend: Any, sampler: Any, pos: int, count: int, seq_id: int = 0) 
     return tokens
 
 
+TOLERANCE = 0.02
+"""Natural log, f16 weights: by so much may a likelihood move when a sequence lies in other cells of the KV memory."""
+
+
+def assert_undisturbed(answer: Any, alone: Any) -> None:
+    """Greedy answers, with top 20 log probabilities, of one prompt: they may part where two tokens are as likely.
+
+    Attention adds in the order of the cells, and where a sequence's cells lie depends on what ran beside it. With q8_0
+    weights the last bit of such a sum can flip the rounding of an activation: logits of a tiny model moved by 0.05.
+    """
+    assert len(answer.tokens) == len(alone.tokens)
+    for ours, right in zip(answer.logprobs, alone.logprobs, strict=True):
+        likely = {token: logprob for token, _, logprob in right.top}
+        assert ours.token in likely, f"token {ours.token} was not among the 20 likeliest"
+        assert abs(ours.logprob - likely[ours.token]) < TOLERANCE
+        assert right.logprob - likely[ours.token] < TOLERANCE
+        if ours.token != right.token:
+            return  # what follows is another text
+
+
 @dataclass
 class Child:
     code: int

@@ -82,6 +82,7 @@ def test_putting_does_not_wait_for_the_disk_and_holds_a_bounded_amount(
     assert written[-1] == "d"
 
 
+@pytest.mark.slow
 def test_the_end_of_a_process_waits_for_the_writer(tmp_path: Path, opsin_env: dict[str, str]) -> None:
     code = (
         "import sys, pathlib, numpy\nfrom opsin.cache import DiskStore\n"
@@ -112,6 +113,7 @@ def test_the_default_folder_is_the_users_cache(tmp_path: Path, monkeypatch: pyte
     assert bytes_in(default_folder())
 
 
+@pytest.mark.slow
 @settings(
     max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -190,6 +192,7 @@ def test_a_crash_in_the_middle_of_a_write_leaves_no_entry_and_its_rest_is_remove
     assert all(store.get(name) is not None for name in "acd")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
 def test_a_killed_writer_leaves_only_whole_entries(tmp_path: Path, opsin_env: dict[str, str]) -> None:
     code = (

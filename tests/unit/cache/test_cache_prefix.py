@@ -1,5 +1,6 @@
 """Who holds the longest beginning of a prompt: the index against looking at everything, unit by unit."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,6 +23,7 @@ def prefix(seq_id: int, planned: tuple[Unit, ...], ready: int | None = None, *, 
     return Prefix(seq_id, list(units), planned, idle=idle)
 
 
+@pytest.mark.slow
 @given(st.lists(held, max_size=6), prompts)
 def test_the_index_finds_what_looking_at_everything_finds(
     entries: list[tuple[tuple[Unit, ...], float, bool, str]], wanted: tuple[Unit, ...]

@@ -26,6 +26,7 @@ def test_sequences_are_stripped_whole(text: str, shown: str) -> None:
     assert printable(text) == shown
 
 
+@pytest.mark.slow
 @given(st.lists(st.sampled_from([text for text, _ in HOSTILE]), max_size=4).map("".join), st.data())
 def test_however_the_text_is_cut_the_same_is_shown(text: str, data: st.DataObject) -> None:
     stripper, shown, at = ControlStripper(), "", 0

@@ -162,6 +162,7 @@ def test_lone_surrogates_and_huge_pieces_do_not_make_it_raise():
     stopped_at([(1, "\ud800" * 4000), (2, "x" * 100_000), (3, "1" * 5000 + ".")] * 70)
 
 
+@pytest.mark.slow
 def test_memory_stays_bounded():
     guard, rng = Guard(), random.Random(6)
 

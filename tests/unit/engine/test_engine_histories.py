@@ -169,6 +169,7 @@ def any_life(world: World, history: list[Ask], mishaps: dict[int, str]) -> None:
 profile = settings(deadline=None, suppress_health_check=list(HealthCheck))
 
 
+@pytest.mark.slow
 @settings(profile, max_examples=110, derandomize=True)
 @given(worlds, st.lists(asks, min_size=1, max_size=6), st.one_of(st.just({}), faults))
 def test_any_life(world: World, history: list[Ask], mishaps: dict[int, str]) -> None:

@@ -35,6 +35,7 @@ def test_utf8_any_split_of_valid_bytes_gives_the_text(text, cuts):
     assert "".join(map(stream.feed, split(text.encode(), cuts))) + stream.finish() == text
 
 
+@pytest.mark.slow
 @given(st.lists(st.sampled_from([b"a", b"\xff", b"\xc3", b"\xa9", b"\xe2", b"\x82", b"\xf0\x9f", b"\xed\xa0"])), cuts)
 def test_utf8_any_split_of_any_bytes_equals_decoding_them_whole(pieces, cuts):
     whole = b"".join(pieces)
@@ -55,6 +56,7 @@ def test_utf8_an_unfinished_character_is_replaced_only_at_the_end():
     assert stream.finish() == ""
 
 
+@pytest.mark.slow
 @given(few_letters, stop_lists, cuts)
 def test_stops_any_split_equals_searching_the_whole_text(text, stops, cuts):
     reader = StopStrings(stops)

@@ -232,6 +232,7 @@ def test_importing_the_room_imports_no_heavy_library() -> None:
     assert child.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_heif_is_imported_for_heif_only() -> None:
     code = (
         "import sys, opsin.media\n"

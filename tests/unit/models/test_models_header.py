@@ -99,6 +99,7 @@ def test_a_file_cut_anywhere_is_unreadable_and_never_a_crash(tiny: Pair, tmp_pat
             read_info(path)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_altered_bytes_give_an_answer_or_one_sentence(tiny: Pair, tmp_path_factory, data):

@@ -6,6 +6,7 @@ from opsin.core.errors import BadParameter
 from opsin.models.vocabulary import SMALLEST, SPACE, make_vocabulary
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [SMALLEST, 512, 32_000])
 def test_a_vocabulary_has_the_size_asked_for_and_no_token_twice(size: int):
     vocabulary = make_vocabulary(size)

@@ -222,6 +222,7 @@ def test_there_is_a_core() -> None:
     assert 1 <= physical_cores() <= (os.cpu_count() or 1)
 
 
+@pytest.mark.slow
 def test_importing_the_room_loads_no_llama() -> None:
     import subprocess
 

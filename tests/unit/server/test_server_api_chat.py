@@ -510,21 +510,20 @@ def _full() -> Exception:
 def test_a_hundred_streams_leave_the_loop_responsive() -> None:
     async def work() -> None:
         async with world(lambda _: "abcdefgh" * 8) as w:
-            lags: list[float] = []
+            turns = 0
 
-            async def listen() -> None:
-                loop = asyncio.get_running_loop()
+            async def count() -> None:
+                nonlocal turns
                 while True:
-                    began = loop.time()
-                    await asyncio.sleep(0.005)
-                    lags.append(loop.time() - began - 0.005)
+                    await asyncio.sleep(0)
+                    turns += 1
 
-            listening = asyncio.ensure_future(listen())
+            counting = asyncio.ensure_future(count())
             streams = [w.stream(messages=QUESTION, guard=False, max_tokens=64) for _ in range(100)]
             answers = await asyncio.gather(*streams)
-            listening.cancel()
+            counting.cancel()
             assert all(text_of(chunks) == "abcdefgh" * 8 for chunks in answers)
-            assert sorted(lags)[len(lags) // 2] < 0.1
+            assert turns > 640, "others had ten turns a token at least; there are some 10,000"
 
     run(work())
 
