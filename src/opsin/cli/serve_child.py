@@ -87,7 +87,7 @@ class _Child:
     async def run(self) -> int:
         """Serve until a signal, the parent's end or a fault; the exit code."""
         settings, life = self._settings, self._life
-        pictures = PictureGate(settings)
+        pictures = PictureGate(settings, in_flight=life.in_flight)
         watchers: list[Watcher] = [Metrics(life), AccessLog(as_json=settings.log_json)]
         if self._tracing is not None:
             watchers.append(self._tracing)
