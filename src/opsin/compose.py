@@ -19,13 +19,17 @@ from opsin.prompt import PromptBuilder, TemplateSource
 class Runtime:
     """An engine with its model loaded, and what writes prompts for that model.
 
-    `setup` names the files, the settings and the library in one word: what was proved for it holds for it.
+    `setup` names the files, the settings and the library in one word: what was proved for it holds for it. `backend`
+    is the engine's, for measurements while it is idle; None where an engine was made of something else. `template` is
+    what the prompts are written by.
     """
 
     engine: Engine
     prompts: PromptBuilder
     is_demo: bool
     setup: str
+    backend: NativeBackend | None = None
+    template: TemplateSource | None = None
 
     def close(self) -> None:
         """Free everything; twice does no harm."""
@@ -58,23 +62,39 @@ def open_runtime(
     store = DiskStore(default_folder(), settings.disk_cache_bytes) if settings.disk_cache else None
     engine = Engine(
         open_native,
-        policy=Policy(parallel=settings.parallel, max_queue=max_queue),
+        policy=_policy(settings, max_queue),
         pictures=PictureCache(settings.picture_cache_bytes, store),
         max_tokens=PROFILE_MAX_TOKENS[profile],
     )
     try:
         source = template_source(opened[0], pair)
-        prompts = PromptBuilder(source if template is None else replace(source, template=template))
+        source = source if template is None else replace(source, template=template)
+        prompts = PromptBuilder(source)
     except BaseException:
         engine.close()
         raise
-    return Runtime(engine, prompts, pair.is_demo, _setup(pair, settings))
+    return Runtime(engine, prompts, pair.is_demo, _setup(pair, settings), opened[0], source)
+
+
+def _policy(settings: EngineSettings, max_queue: int) -> Policy:
+    return Policy(
+        parallel=settings.parallel,
+        max_queue=max_queue,
+        slice_seconds=settings.slice_seconds,
+        turn_share=settings.turn_share,
+        longest_turn=settings.longest_turn,
+    )
 
 
 def _setup(pair: Pair, settings: EngineSettings) -> str:
     files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in (pair.llm, pair.mmproj) if path]
     known = (files, settings.model_dump_json(), version("llama-cpp-python"), [device.name for device in devices()])
     return hashlib.sha256(repr(known).encode()).hexdigest()[:32]
+
+
+def gpu_names() -> tuple[str, ...]:
+    """The GPUs that this build computes on, as ggml names them."""
+    return tuple(device.name for device in devices() if device.is_gpu)
 
 
 def default_profile() -> Profile:

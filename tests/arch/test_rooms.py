@@ -18,7 +18,7 @@ ARROWS = {
     "models": {"core"},
     "testing": {"core"},
     "engine": {"cache", "core"},
-    "doctor": {"engine", "native", "models", "media", "prompt", "core"},
+    "doctor": {"bench", "engine", "native", "models", "media", "prompt", "core"},
     "tune": {"bench", "engine", "prompt", "media", "models", "core"},
     "bench": {"engine", "prompt", "media", "models", "core"},
     "jobs": {"engine", "prompt", "media", "models", "core"},

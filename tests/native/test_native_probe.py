@@ -24,6 +24,7 @@ def test_a_cpu_build_computes_both_on_the_cpu(backend: Any) -> None:
         assert share["CPU"].ops["MUL_MAT"] > 4
         assert not {"VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE", "NONE"} & set(share["CPU"].ops)
         assert sum(share["CPU"].ops.values()) == share["CPU"].nodes
+        assert share["CPU"].splits == 1
     assert (found.layers_offloaded, found.layers) == (0, 2)
 
 
@@ -163,3 +164,25 @@ def test_host_memory_of_a_gpu_backend_counts_as_the_cpu() -> None:
         "unknown": 1,
     }
     assert np.isclose(sum(share.share_of_ops for share in shares.values()), 1.0)
+    assert {name: share.splits for name, share in shares.items()} == {
+        "CUDA0": 1,
+        "CPU": 1,
+        "odd buffer": 1,
+        "unknown": 1,
+    }
+
+
+def test_stretches_are_counted_by_borders_between_backends() -> None:
+    names = iter(["CPU", "CUDA0", "CUDA0", "CPU", "CUDA0"])
+
+    class Fake(NodeCounter):
+        def _backend(self, node: Any) -> str:
+            return next(names)
+
+    counter = Fake(library())
+    for _ in range(5):
+        counter.seen(Tensor())
+    assert {name: (share.nodes, share.splits) for name, share in counter.shares().items()} == {
+        "CPU": (2, 2),
+        "CUDA0": (3, 2),
+    }

@@ -11,13 +11,15 @@ class BackendShare:
     """What one backend computed. Nodes that compute nothing (views, reshapes) are not counted.
 
     `ops` counts computing nodes by operation; `share_of_ops` is by floating-point operations, `share_of_time` by
-    measured time (None where it was not measured).
+    measured time (None where it was not measured). `splits` counts the stretches of neighbouring nodes: all backends'
+    together are the pieces a graph is cut into, and between two of them values are copied (0: not counted).
     """
 
     nodes: int
     share_of_ops: float
     share_of_time: float | None = None
     ops: dict[str, int] = field(default_factory=dict)
+    splits: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,7 @@ class Placement:
     notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """The shape of `--json`: `share_of_time` and `ops` only where they are known."""
+        """The shape of `--json`: `share_of_time`, `ops` and `splits` only where they are known."""
         return {
             "encoder": {name: _share(share) for name, share in self.encoder.items()},
             "language_model": {name: _share(share) for name, share in self.language_model.items()},
@@ -47,4 +49,6 @@ def _share(share: BackendShare) -> dict[str, Any]:
         row["share_of_time"] = round(share.share_of_time, 4)
     if share.ops:
         row["ops"] = dict(share.ops)
+    if share.splits:
+        row["splits"] = share.splits
     return row

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from opsin.core.placement import BackendShare, Placement
 
+_FIELDS = tuple(BackendShare.__dataclass_fields__)
+
 
 def remembered(setup: str, prove: Callable[[], Placement], folder: Path | None = None) -> Placement:
     """The placement of a setup, proved now if nobody did before.
@@ -24,7 +26,7 @@ def remembered(setup: str, prove: Callable[[], Placement], folder: Path | None =
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         placement = prove()
     with contextlib.suppress(OSError):
-        _write(path, json.dumps(_dump(placement)))
+        write_file(path, json.dumps(_dump(placement)))
     return placement
 
 
@@ -44,12 +46,13 @@ def _dump(placement: Placement) -> dict[str, object]:
 
 
 def _row(share: BackendShare) -> dict[str, object]:
-    return {name: getattr(share, name) for name in BackendShare.__dataclass_fields__}
+    return {name: getattr(share, name) for name in _FIELDS}
 
 
 def _read(data: dict[str, dict[str, dict[str, object]]]) -> Placement:
     encoder, model = (
-        {name: BackendShare(**row) for name, row in data[key].items()}  # type: ignore[arg-type]
+        # A file of an older version lacks a field, and is as good as none.
+        {name: BackendShare(**{f: row[f] for f in _FIELDS}) for name, row in data[key].items()}  # type: ignore[arg-type]
         for key in ("encoder", "language_model")
     )
     return Placement(
@@ -61,7 +64,8 @@ def _read(data: dict[str, dict[str, dict[str, object]]]) -> Placement:
     )
 
 
-def _write(path: Path, text: str) -> None:
+def write_file(path: Path, text: str) -> None:
+    """Write a small file whole or not at all, with its folder. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     handle, name = tempfile.mkstemp(dir=path.parent)
     with os.fdopen(handle, "w", encoding="utf-8") as file:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from opsin.models.gguf_info import GgufInfo, read_info
 from opsin.models.pair import Pair
 from opsin.models.pairing import check_pair, find_projector
-from opsin.models.resolve import demo_pair, resolve
+from opsin.models.resolve import demo_pair, locate, resolve
 
 if TYPE_CHECKING:
     from opsin.models.hub import pull
@@ -23,6 +23,7 @@ __all__ = [
     "demo_pair",
     "find_projector",
     "list_models",
+    "locate",
     "pull",
     "read_info",
     "resolve",

@@ -7,6 +7,19 @@ Refuses to know: requests, schedules, prompts and templates, files other than th
 """
 
 from opsin.native.backend import NativeBackend, grammar_of, open_backend
+from opsin.native.build_info import COMMIT, PACKAGE, PINNED, Build, build_info, features_of
 from opsin.native.devices import Device, devices
 
-__all__ = ["Device", "NativeBackend", "devices", "grammar_of", "open_backend"]
+__all__ = [
+    "COMMIT",
+    "PACKAGE",
+    "PINNED",
+    "Build",
+    "Device",
+    "NativeBackend",
+    "build_info",
+    "devices",
+    "features_of",
+    "grammar_of",
+    "open_backend",
+]

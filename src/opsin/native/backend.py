@@ -124,9 +124,20 @@ class NativeBackend:
         return self._model.eog_tokens
 
     @property
+    def eog_texts(self) -> frozenset[str]:
+        """Texts of the tokens that end a turn."""
+        return self._model.eog_texts
+
+    @property
     def has_vision(self) -> bool:
         """Whether pictures can be read."""
         return self._encoder is not None
+
+    @property
+    def threads(self) -> tuple[int, int, int]:
+        """Threads in force for decode, prefill and encode; those of prefill where there is no encoder."""
+        decode, prefill = self._context.threads
+        return decode, prefill, prefill if self._encoder is None else self._encoder.threads
 
     def layout(self, parts: Sequence[Part], *, add_bos: bool, known: Callable[[str], bool] | None = None) -> Layout:
         """Tokenise the text and preprocess the pictures. Any thread. Raises BadPicture, BadInput.

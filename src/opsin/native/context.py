@@ -102,7 +102,7 @@ class Context:
             n_embd=model.n_embd,
             forks=not model.whole_states_only,
             shared=not split,
-            best_rows=_SPLIT_ROWS if split else 0,
+            best_rows=settings.prefill_rows or (_SPLIT_ROWS if split else 0),
             cell_cost=_cell_cost(model, settings),
         )
         self._arrays = BatchArrays(llama.llama_batch, self.limits.n_ubatch, model.n_pos, self._keeper)
@@ -113,6 +113,11 @@ class Context:
     def pointer(self) -> int:
         """The native context."""
         return self.handle.pointer
+
+    @property
+    def threads(self) -> tuple[int, int]:
+        """Threads of decode and of prefill."""
+        return int(self._llama.llama_n_threads(self.pointer)), int(self._llama.llama_n_threads_batch(self.pointer))
 
     def decode(self, rows: Sequence[TokenRow] | EmbeddingRows) -> bool:
         """Run one micro-batch. False when the KV memory has no room, and nothing changed. Raises DecodeFailed."""

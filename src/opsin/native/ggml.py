@@ -67,6 +67,23 @@ _FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "ggml_backend_dev_description": ([_P], _STR),
     "ggml_backend_dev_memory": ([_P, ctypes.POINTER(_SIZE), ctypes.POINTER(_SIZE)], None),
     "ggml_backend_dev_type": ([_P], _INT),
+    "ggml_backend_reg_count": ([], _SIZE),
+    "ggml_backend_reg_get": ([_SIZE], _P),
+    "ggml_backend_reg_name": ([_P], _STR),
+    "ggml_version": ([], _STR),
+    "ggml_commit": ([], _STR),
+    "ggml_backend_dev_init": ([_P, _STR], _P),
+    "ggml_backend_dev_backend_reg": ([_P], _P),
+    "ggml_backend_reg_get_proc_address": ([_P, _STR], _P),
+    "ggml_backend_free": ([_P], None),
+    "ggml_backend_synchronize": ([_P], None),
+    "ggml_backend_alloc_ctx_tensors": ([_P, _P], _P),
+    "ggml_backend_buffer_clear": ([_P, ctypes.c_uint8], None),
+    "ggml_backend_buffer_free": ([_P], None),
+    "ggml_backend_graph_compute": ([_P, _P], _INT),
+    "ggml_new_graph": ([_P], _P),
+    "ggml_graph_overhead": ([], _SIZE),
+    "ggml_build_forward_expand": ([_P, _P], None),
 }
 
 

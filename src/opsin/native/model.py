@@ -89,6 +89,11 @@ class Model:
         is_eog, vocab = self.lib.llama.llama_vocab_is_eog, self.vocab
         return frozenset(token for token in range(self.n_vocab) if is_eog(vocab, token))
 
+    @property
+    def eog_texts(self) -> frozenset[str]:
+        """Texts of the tokens that end a turn."""
+        return frozenset(self._token_text(token) for token in self.eog_tokens)
+
     @functools.cached_property
     def control_tokens(self) -> dict[str, int]:
         """Texts that become a token only with special parsing, longest first, as llama.cpp looks for them."""

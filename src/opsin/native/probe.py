@@ -50,16 +50,18 @@ class _Tally:
     flops: float = 0.0
     seconds: float = 0.0
     ops: dict[str, int] = field(default_factory=dict)
+    splits: int = 0
 
 
 class NodeCounter:
-    """Counts computing nodes, their floating-point operations and their time by backend."""
+    """Counts computing nodes, their floating-point operations, their time and their stretches by backend."""
 
     def __init__(self, lib: Library) -> None:
         self._ggml = lib.ggml
         self._names = op_names(lib)
         self._tallies: dict[str, _Tally] = {}
         self._started = 0.0
+        self._last: str | None = None
 
     def wants(self, node: Tensor) -> bool:
         """Every node that computes."""
@@ -71,7 +73,11 @@ class NodeCounter:
     def seen(self, node: Tensor) -> None:
         """Add it to its backend."""
         seconds = time.perf_counter() - self._started
-        tally = self._tallies.setdefault(self._backend(node), _Tally())
+        backend = self._backend(node)
+        tally = self._tallies.setdefault(backend, _Tally())
+        # Nodes are seen in the order they are computed in.
+        tally.splits += backend != self._last
+        self._last = backend
         name = self._names.get(node.op, f"op {node.op}")
         tally.nodes += 1
         tally.flops += flops(name, node)
@@ -104,6 +110,7 @@ class NodeCounter:
                 share_of_ops=tally.flops / flops_all,
                 share_of_time=tally.seconds / seconds_all,
                 ops=dict(sorted(tally.ops.items(), key=lambda item: (-item[1], item[0]))),
+                splits=tally.splits,
             )
             for name, tally in sorted(self._tallies.items(), key=lambda item: -item[1].flops)
         }

@@ -1,64 +1,233 @@
-"""A doubtful pair encodes one picture in a child process first: if that crashes, only the child ends.
+"""A doubtful pair is loaded and used in a child process first: if llama.cpp crashes on it, only the child ends.
 
-Some llama.cpp builds end the process on a LLaVA projector whose matrices are all f32 when it runs on the CPU; others
-widen and go on. Which one this is can be told by trying only.
+The child says on standard output which stage it begins; the last one it named is where it ended. Some llama.cpp builds
+end the process on a LLaVA projector whose matrices are all f32 when it runs on the CPU; others widen and go on. Which
+one this is can be told by trying only.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-from opsin.core.errors import ModelUnreadable
+from opsin.core.errors import ModelUnreadable, OpsinError
+from opsin.core.settings import EngineSettings
 
-_SECONDS = 120
-_COMMAND = (sys.executable, "-m", "opsin.native.trial")
+if TYPE_CHECKING:
+    from opsin.core.backend import Embedding
+    from opsin.core.layout import Run
+    from opsin.core.picture import Picture
+    from opsin.native.context import Context
+    from opsin.native.model import Model
+
+Stage = Literal["start", "load", "encode", "prefill", "decode"]
+STAGES: tuple[Stage, ...] = ("start", "load", "encode", "prefill", "decode")
+
+_SECONDS = 120.0
+_BYTES_A_SECOND = 50e6  # a slow disk; a first load reads the whole files
+# No -m: that would put the working folder before the standard library.
+_CODE = "import sys; sys.path[:] = filter(None, sys.path); from opsin.native.trial import main; main(*sys.argv[1:])"
+_COMMAND = (sys.executable, "-c", _CODE)
+_LINES, _LINE_CHARS = 6, 600
+_WINDOWS_EXCEPTIONS = 0xC0000000  # exit codes from here on are exceptions
+_ROOM_TOKENS = 64  # of context beside the picture
+_NEW_TOKENS = 4
+_PICTURE_EDGE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """How it went: `stage` is the last one begun.
+
+    `end` is done, refused (an error in an orderly way), crashed (`signal` names by what) or hung (over the time
+    limit). `lines` are the last that the child wrote to standard error.
+    """
+
+    end: Literal["done", "refused", "crashed", "hung"]
+    stage: Stage
+    signal: str | None
+    lines: tuple[str, ...]
+    seconds: float
+
+
+def try_pair(
+    llm: Path,
+    mmproj: Path | None,
+    settings: EngineSettings | None = None,
+    *,
+    until: Stage = "decode",
+    seconds: float | None = None,
+    command: Sequence[str] | None = None,
+) -> Trial:
+    """Load the pair in a child, encode a picture, prefill it and decode four tokens, up to the stage `until`.
+
+    `seconds` is the time limit (none: two minutes and what a slow disk takes to read the files). `command` is what
+    is run with the two paths, the settings as JSON and the last stage as further arguments.
+    """
+    chosen = settings or EngineSettings()
+    files = [path for path in (llm, mmproj) if path is not None and path.exists()]
+    limit = seconds or _SECONDS + sum(path.stat().st_size for path in files) / _BYTES_A_SECOND
+    arguments = [str(llm), str(mmproj or ""), chosen.model_dump_json(), until]
+    started = time.perf_counter()
+    try:
+        child = subprocess.run(  # noqa: S603 - our own code, with two paths
+            [*(command or _COMMAND), *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=limit,
+            check=False,
+            # Without it ggml starts a debugger to print where it aborts.
+            env={**os.environ, "GGML_NO_BACKTRACE": "1"},
+        )
+    except subprocess.TimeoutExpired as late:
+        return Trial("hung", _stage(late.stdout), None, _tail(late.stderr), time.perf_counter() - started)
+    took = time.perf_counter() - started
+    cause = _signal(child.returncode)
+    end: Literal["done", "refused", "crashed"] = "crashed" if cause else "refused" if child.returncode else "done"
+    return Trial(end, _stage(child.stdout), cause, _tail(child.stderr), took)
 
 
 def try_apart(llm: Path, mmproj: Path) -> None:
-    """Raises ModelUnreadable when a child that encodes one picture with this pair dies of a signal, or hangs.
+    """Raises ModelUnreadable when a child that encodes one picture on the CPU dies of a signal, or hangs.
 
     An error it reports in an orderly way is left for the caller to meet, in its own words.
     """
-    try:
-        child = subprocess.run(  # noqa: S603 - our own module, with two paths
-            [*_COMMAND, str(llm), str(mmproj)],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=_SECONDS,
-            check=False,
-        )
-        crashed = child.returncode < 0
-    except subprocess.TimeoutExpired:
-        crashed = True
-    if crashed:
+    on_cpu = EngineSettings(device="none", mmproj_device="none")
+    if try_pair(llm, mmproj, on_cpu, until="encode", seconds=_SECONDS).end in {"crashed", "hung"}:
         raise ModelUnreadable(
             f"{mmproj.name} is all f32, which crashes this build of llama.cpp on the CPU: "
             "use its f16 file, or convert it to f16."
         )
 
 
-def _main(llm: str, mmproj: str) -> None:
-    import hashlib
+def _signal(code: int) -> str | None:
+    if code >= _WINDOWS_EXCEPTIONS:
+        return f"exception 0x{code:08X}"
+    if code >= 0:
+        return None
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"
 
-    from opsin.core.parts import PicturePart
-    from opsin.core.picture import Picture
-    from opsin.core.settings import EngineSettings
-    from opsin.native.layout import Stretches, lay_out
+
+def _stage(out: bytes | None) -> Stage:
+    """The last stage named; other output, such as a native library's, is passed over."""
+    said = (out or b"").decode("utf-8", "replace").splitlines()
+    found: Stage = "start"
+    for stage in STAGES:
+        if f"stage {stage}" in said:
+            found = stage
+    return found
+
+
+def _tail(err: bytes | None) -> tuple[str, ...]:
+    lines = [line.strip() for line in (err or b"").decode("utf-8", "replace").splitlines()]
+    return tuple(line[:_LINE_CHARS] for line in lines if line)[-_LINES:]
+
+
+def main(llm: str, mmproj: str, settings: str, until: str) -> None:
+    """The child: one sentence on standard error and an exit code for an error that is told."""
+    _no_core_file()
+    try:
+        _run(Path(llm), Path(mmproj) if mmproj else None, EngineSettings.model_validate_json(settings), until)
+    except OpsinError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.stderr.flush()
+        raise SystemExit(error.exit_code) from None
+
+
+def _no_core_file() -> None:
+    """A crash is expected here, and its core file would be as large as the model."""
+    if sys.platform != "win32":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+
+
+def _begin(stage: Stage) -> None:
+    sys.stdout.write(f"stage {stage}\n")
+    sys.stdout.flush()
+
+
+def _run(llm: Path, mmproj: Path | None, settings: EngineSettings, until: str) -> None:
+    from opsin.core.layout import ImageRun
+    from opsin.core.parts import PicturePart, TextPart
+    from opsin.native import logs
+    from opsin.native.context import Context
+    from opsin.native.layout import Stretches, lay_out, lay_out_text
     from opsin.native.model import Model
     from opsin.native.vision import Encoder
 
-    settings = EngineSettings(model=Path(llm), mmproj=Path(mmproj), mmproj_device="none", device="none")
-    model = Model(Path(llm), settings)
-    encoder = Encoder(model, Path(mmproj), settings, trusted=True)
-    rgb = bytes(64 * 64 * 3)
-    picture = Picture(rgb, 64, 64, hashlib.sha256(rgb).hexdigest(), "PNG", 64, 64)
-    layout = lay_out(model, encoder, Stretches(model), [PicturePart(picture)], add_bos=False)
-    encoder.encode(layout.runs[0])  # type: ignore[arg-type]  # a picture alone is one image run
+    _begin("load")
+    logs.show(True)
+    model = Model(llm, settings)
+    stretches, text = Stretches(model), TextPart("What is this?", special=False)
+    if mmproj is None:
+        layout = lay_out_text(model, stretches, [text], add_bos=True)
+        embeddings = {}
+    else:
+        encoder = Encoder(model, mmproj, settings, trusted=True)
+        _begin("encode")
+        layout = lay_out(model, encoder, stretches, [PicturePart(_picture()), text], add_bos=True)
+        embeddings = {index: encoder.encode(run) for index, run in enumerate(layout.runs) if isinstance(run, ImageRun)}
+    if until != "encode":
+        whole = max((run.n_tokens for run in layout.runs if isinstance(run, ImageRun) and not run.causal), default=0)
+        small = settings.model_copy(update={"parallel": 1, "ubatch": max(settings.ubatch, whole)})
+        context = Context(model, small, ctx=-(-(layout.n_tokens + _ROOM_TOKENS) // 256) * 256)
+        _begin("prefill")
+        pos = 0
+        for index, run in enumerate(layout.runs):
+            last = index == len(layout.runs) - 1
+            _prefill(context, run, embeddings.get(index), pos, last=last)
+            pos += run.n_pos
+        _begin("decode")
+        _decode(model, context, pos)
     layout.close()
     model.close()
 
 
-if __name__ == "__main__":
-    _main(*sys.argv[1:])
+def _prefill(context: Context, run: Run, rows: Embedding | None, pos: int, *, last: bool) -> None:
+    from opsin.core.backend import EmbeddingRows, TokenRow
+    from opsin.core.layout import TextRun
+
+    if isinstance(run, TextRun):
+        end = len(run.tokens) - 1
+        context.decode([TokenRow(token, pos + i, 0, last and i == end) for i, token in enumerate(run.tokens)])
+    elif rows is not None:
+        width = context.limits.n_ubatch if run.causal else run.n_tokens
+        for start in range(0, run.n_tokens, width):
+            stop = min(start + width, run.n_tokens)
+            positions = run.positions_at(pos, start, stop)
+            wanted = last and stop == run.n_tokens
+            context.decode(EmbeddingRows(rows[start:stop], positions, 0, logits=wanted, causal=run.causal))
+    context.synchronize()
+
+
+def _decode(model: Model, context: Context, pos: int) -> None:
+    import numpy as np
+
+    from opsin.core.backend import TokenRow
+
+    for step in range(_NEW_TOKENS):
+        token = int(np.argmax(context.logits(-1)))
+        context.decode([TokenRow(min(token, model.n_vocab - 1), pos + step, 0, True)])
+        context.synchronize()
+
+
+def _picture() -> Picture:
+    import hashlib
+
+    from opsin.core.picture import Picture
+
+    rgb = bytes(3 * _PICTURE_EDGE**2)
+    return Picture(
+        rgb, _PICTURE_EDGE, _PICTURE_EDGE, hashlib.sha256(rgb).hexdigest(), "PNG", _PICTURE_EDGE, _PICTURE_EDGE
+    )

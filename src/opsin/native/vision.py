@@ -59,8 +59,10 @@ class Encoder:
         params.print_timings = False
         # Its warm-up computes nothing: only a real encode warms up.
         params.warmup = False
-        params.n_threads = settings.threads_batch or settings.threads or default_threads(_parameters(path))
-        params.flash_attn_type = -1 if settings.flash_attention is None else int(settings.flash_attention)
+        self.threads: int = _threads(settings, path)
+        params.n_threads = self.threads
+        flash = settings.flash_attention if settings.vision_flash_attention is None else settings.vision_flash_attention
+        params.flash_attn_type = -1 if flash is None else int(flash)
         params.image_min_tokens = settings.image_min_tokens or -1
         params.image_max_tokens = settings.image_max_tokens or -1
         params.cb_eval = self._hook.callback
@@ -188,6 +190,11 @@ def _failed(what: str, cause: str) -> EncodeFailed:
         + (f" ({cause})" if cause else "")
         + ": try another picture or --mmproj-device none."
     )
+
+
+def _threads(settings: EngineSettings, path: Path) -> int:
+    chosen = settings.threads_encode or settings.threads_batch or settings.threads
+    return chosen or default_threads(_parameters(path))
 
 
 def _parameters(path: Path) -> int:

@@ -8,7 +8,7 @@ from opsin.core.placement import BackendShare, Placement
 from opsin.doctor.proof import remembered
 
 PROOF = Placement(
-    encoder={"CUDA0": BackendShare(90, 0.9, 0.8, {"MUL_MAT": 40}), "CPU": BackendShare(3, 0.1)},
+    encoder={"CUDA0": BackendShare(90, 0.9, 0.8, {"MUL_MAT": 40}, 7), "CPU": BackendShare(3, 0.1)},
     language_model={"CUDA0": BackendShare(100, 1.0)},
     layers_offloaded=32,
     layers=32,
@@ -34,6 +34,15 @@ def test_a_broken_file_costs_a_new_proof(tmp_path: Path, broken: str) -> None:
     (tmp_path / "a.json").write_text(broken)
     assert remembered("a", lambda: PROOF, tmp_path) == PROOF
     assert remembered("a", lambda: pytest.fail("it was written"), tmp_path) == PROOF
+
+
+def test_a_proof_of_a_version_that_knew_less_is_made_anew(tmp_path: Path) -> None:
+    assert remembered("a", lambda: PROOF, tmp_path) == PROOF
+    file = tmp_path / "a.json"
+    file.write_text(file.read_text().replace('"splits"', '"other"'))
+    asked: list[int] = []
+    assert remembered("a", lambda: asked.append(1) or PROOF, tmp_path) == PROOF  # type: ignore[func-returns-value]
+    assert asked == [1]
 
 
 def test_a_folder_that_cannot_be_written_loses_nothing(tmp_path: Path) -> None:

@@ -1,0 +1,104 @@
+"""`opsin doctor`: look at this machine, this build and this pair; say what is wrong and how to mend it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from opsin.cli import options as o
+from opsin.cli.console import Working
+from opsin.cli.control import printable
+
+if TYPE_CHECKING:
+    from opsin.core.settings import EngineSettings
+    from opsin.doctor.check import Check
+    from opsin.doctor.examine import Subject
+
+_COLOURS = {"ok": "\x1b[32m", "warn": "\x1b[33m", "fail": "\x1b[31m"}
+_WIDTH, _NAME = 110, 26
+
+
+def doctor(
+    *,
+    model: o.Model = None,
+    mmproj: o.Mmproj = None,
+    ctx: o.Ctx = None,
+    parallel: Annotated[int | None, typer.Option("--parallel", min=1, max=256, help="answers at the same time")] = None,
+    gpu_layers: o.GpuLayers = None,
+    device: o.Device = None,
+    mmproj_device: o.MmprojDevice = None,
+    threads: o.Threads = None,
+    threads_batch: o.ThreadsBatch = None,
+    kv_type: o.KvType = None,
+    image_max_tokens: o.ImageMax = None,
+    image_min_tokens: o.ImageMin = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object, with the evidence")] = False,
+    verbose: o.Verbose = False,
+) -> None:
+    """Check the build, the pair and how it runs, and prove where the vision encoder runs.
+
+    Without --model the default model is looked at. Settings come from the flags, the environment and opsin.toml, as for
+    `opsin serve`. Ends with 1 when a check fails.
+    """
+    from opsin.core.config import read_config
+    from opsin.doctor.check import worst
+    from opsin.doctor.examine import examine
+    from opsin.models import locate
+
+    flags = o.given(
+        model=model,
+        mmproj=mmproj,
+        ctx=ctx,
+        parallel=parallel,
+        gpu_layers=gpu_layers,
+        device=device,
+        mmproj_device=mmproj_device,
+        threads=threads,
+        threads_batch=threads_batch,
+        kv_type=kv_type,
+        image_max_tokens=image_max_tokens,
+        image_min_tokens=image_min_tokens,
+        verbose=verbose or None,
+    )
+    settings = read_config(flags, os.environ, Path.cwd(), locate=locate).engine()
+    checks: list[Check] = []
+    with Working("looking at this machine") as working:
+        for check in examine(settings, _open, working.update):
+            checks.append(check)
+            if not as_json:
+                working.stop()
+                _print(check)
+    status = worst(checks)
+    if as_json:
+        typer.echo(json.dumps({"status": status, "checks": [check.as_dict() for check in checks]}, indent=2))
+    else:
+        counts = {name: sum(check.status == name for check in checks) for name in ("ok", "warn", "fail")}
+        typer.echo("\n" + ", ".join(f"{count} {name}" for name, count in counts.items()))
+    if status == "fail":
+        raise typer.Exit(1)
+
+
+def _open(settings: EngineSettings) -> Subject:
+    from opsin.compose import open_runtime
+    from opsin.doctor.examine import Subject
+
+    runtime = open_runtime(settings.model, settings.mmproj, settings)
+    assert runtime.backend is not None
+    assert runtime.template is not None
+    return Subject(runtime.engine, runtime.prompts, runtime.backend, runtime.template, runtime.close)
+
+
+def _print(check: Check) -> None:
+    colour, end = (_COLOURS[check.status], "\x1b[0m") if sys.stdout.isatty() else ("", "")
+    first, *more = textwrap.wrap(printable(check.message), _WIDTH - _NAME - 7)
+    typer.echo(f"{colour}{check.status:<5}{end} {check.name:<{_NAME}} {first}")
+    for line in more:
+        typer.echo(" " * (_NAME + 7) + line)
+    if check.fix is not None:
+        typer.echo(" " * (_NAME + 7) + f"mend: {printable(check.fix)}")

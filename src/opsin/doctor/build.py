@@ -1,0 +1,331 @@
+"""Does the llama.cpp that is installed fit this machine? Versions, GPUs, CPU instructions, build flags, cores."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from opsin.doctor.check import Check
+from opsin.doctor.gpus import Gpu
+from opsin.doctor.install import install_command, missing_tool, wheel_command
+from opsin.doctor.machine import Machine, here, read_machine
+from opsin.doctor.versions import fault_of, known_bad, modern, translate_flags
+from opsin.native import COMMIT, PACKAGE, PINNED, Build, Device, build_info, devices
+
+GIB = 1 << 30
+# LLaVA-1.5's projector in f16 (0.6 GiB) and the gibibyte that its buffers, and the driver's own, are counted with.
+LITTLE_MEMORY = int(1.6 * GIB)
+# Without these the matrix kernels fall back to generic code; without the others some types of weights are slower.
+ESSENTIAL = frozenset({"AVX", "AVX2", "FMA", "F16C", "NEON", "DOTPROD"})
+# The first driver that can run programs of a CUDA major version (docs.nvidia.com/deploy/cuda-compatibility).
+OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
+HIDES = {
+    "CUDA": ("CUDA_VISIBLE_DEVICES",),
+    "ROCm": ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"),
+    "Vulkan": ("GGML_VK_VISIBLE_DEVICES",),
+}
+
+
+def build_checks(
+    build: Build | None = None, machine: Machine | None = None, environment: Mapping[str, str] | None = None
+) -> list[Check]:
+    """All checks of this group, in the order to read them; what is not handed in is looked at here.
+
+    Names: build.version, build.known_fault, build.optimised, build.cpu, build.driver, build.gpu, build.gpu_memory,
+    build.flags, build.threads. Those about a library that cannot be loaded are left out, and so is build.optimised
+    where its files do not tell, and the two about drivers and memory where there is no GPU.
+    """
+    build = build_info() if build is None else build
+    machine = read_machine() if machine is None else machine
+    environment = os.environ if environment is None else environment
+    checks = [check_version(build, machine), check_known_fault(build, machine)]
+    checks += [] if build.error else [*_optimised(build, machine), check_cpu(build, machine)]
+    checks += _driver(machine)
+    checks += [] if build.error else [check_gpu(build, machine, environment), *_gpu_memory(build)]
+    return [*checks, check_flags(environment), check_threads(machine)]
+
+
+def unused_gpu_hint(build: Build | None = None, machine: Machine | None = None) -> str | None:
+    """One sentence when a GPU is here that this build has no backend for, with the command; else None.
+
+    Without arguments this machine is looked at by files alone: it is asked before the first answer, and programs such
+    as `nvidia-smi` take seconds.
+    """
+    machine = machine or read_machine(here(run=lambda _: None))
+    if all(gpu.kind == "Vulkan" or gpu.trouble for gpu in machine.gpus):
+        return None
+    build = build or build_info()
+    lacking = None if build.error else _lacking(build, machine.gpus)
+    if lacking is None:
+        return None
+    return f"{_lacks(lacking)}, so it is not used; install one with: {_install_for(lacking, build, machine)[0]}"
+
+
+def gpu_backends() -> list[str]:
+    """The kinds of GPU that this build has a device for here: CUDA, ROCm, Metal, Vulkan. Raises NativeMismatch."""
+    names = {device.name.rstrip("0123456789") for device in devices() if device.is_gpu}
+    return sorted("Metal" if name == "MTL" else name for name in names)
+
+
+def check_version(build: Build, machine: Machine) -> Check:
+    """build.version: the very library this code was written for, and the llama.cpp inside it."""
+    evidence: dict[str, Any] = {
+        "llama_cpp_python": build.version,
+        "needed": PINNED,
+        "llama_cpp": build.llama,
+        "ggml": build.ggml,
+        "commit": build.commit,
+        "compiler": build.compiler,
+        "backends": list(build.backends),
+    }
+    fix = install_command(machine, _kept(build), fresh=not build.version)
+    if build.error or build.version != PINNED:
+        message = build.error.rstrip(".") or f"{PACKAGE} {build.version} is installed, but Opsin needs {PINNED}"
+        return Check("build.version", "fail", f"{message}.", evidence, fix)
+    commit = build.commit.removesuffix("-dirty")
+    if commit not in {"", "unknown"} and not (COMMIT.startswith(commit) or commit.startswith(COMMIT)):
+        message = f"llama.cpp is at commit {commit}, not at the {COMMIT} that {PACKAGE} {PINNED} carries: reinstall it."
+        return Check("build.version", "warn", message, evidence, fix)
+    made = f", compiled by {build.compiler}" if build.compiler else ""
+    message = f"{PACKAGE} {build.version} with llama.cpp {build.llama} (commit {commit or 'unknown'}){made}."
+    return Check("build.version", "ok", message, evidence)
+
+
+def check_known_fault(build: Build, machine: Machine) -> Check:
+    """build.known_fault: versions whose vision encoder stays on the CPU."""
+    fault = fault_of(build.version)
+    if fault is None:
+        message = f"No fault of the vision encoder is known of {PACKAGE} {build.version or '(none installed)'}."
+        return Check("build.known_fault", "ok", message, {"llama_cpp_python": build.version})
+    return Check(
+        "build.known_fault",
+        "fail",
+        known_bad(build.version) or "",
+        {"llama_cpp_python": build.version, "source": fault.source},
+        install_command(machine, _kept(build)),
+    )
+
+
+def _optimised(build: Build, machine: Machine) -> list[Check]:
+    if build.optimised is None:
+        return []
+    if build.optimised:
+        return [Check("build.optimised", "ok", "llama.cpp was compiled with optimisation.", {"assertions": False})]
+    message = "llama.cpp was compiled as a debug build, without optimisation: install a release build."
+    fix = install_command(machine, _kept(build), ["-DCMAKE_BUILD_TYPE=Release"])
+    return [Check("build.optimised", "fail", message, {"assertions": True}, fix)]
+
+
+def check_cpu(build: Build, machine: Machine) -> Check:
+    """build.cpu: does the build use the instructions this CPU has?"""
+    unused = machine.cpu_features - build.cpu_features
+    evidence = {"cpu": machine.cpu, "used": sorted(build.cpu_features), "unused": sorted(unused)}
+    if not unused:
+        known = ", ".join(sorted(machine.cpu_features & build.cpu_features))
+        told = f"The build uses what this CPU has: {known}." if known else "This system does not tell what its CPU has."
+        return Check("build.cpu", "ok", told, evidence)
+    fix = install_command(machine, _kept(build), ["-DGGML_NATIVE=on"])
+    essential = unused & ESSENTIAL
+    names = ", ".join(sorted(essential or unused))
+    if essential:
+        message = f"This CPU has {names}, but llama.cpp was built for a plain CPU without: everything on it is slow."
+        return Check("build.cpu", "fail", f"{message[:-1]}; compile it for this one.", evidence, fix)
+    message = f"This CPU has {names}, which the build does not use: compile it for this CPU."
+    return Check("build.cpu", "warn", message, evidence, fix)
+
+
+def _driver(machine: Machine) -> list[Check]:
+    if not machine.gpus:
+        return []
+    for gpu in machine.gpus:
+        if gpu.trouble:
+            message = f"{_article(gpu)} is here, but {gpu.trouble}."
+            return [Check("build.driver", "fail", message, _gpu_row(gpu), gpu.mend)]
+    names = ", ".join(gpu.name + (f" (driver {gpu.driver})" if gpu.driver else "") for gpu in machine.gpus)
+    return [Check("build.driver", "ok", f"Programs can reach {names}.", {"gpus": [_gpu_row(g) for g in machine.gpus]})]
+
+
+def check_gpu(build: Build, machine: Machine, environment: Mapping[str, str]) -> Check:
+    """build.gpu: the GPUs of the machine against those that ggml sees."""
+    seen = [device for device in build.devices if device.is_gpu]
+    evidence = {
+        "here": [_gpu_row(gpu) for gpu in machine.gpus],
+        "backends": list(build.backends),
+        "seen": [_device_row(device) for device in seen],
+    }
+    usable = [gpu for gpu in machine.gpus if not gpu.trouble]
+    if not usable:
+        return _without_gpu(machine, seen, evidence)
+    best = next((gpu for gpu in usable if gpu.kind in build.backends), usable[0])
+    lacking = _lacking(build, usable)
+    if lacking is not None:
+        return _no_backend(lacking, build, machine, evidence)
+    same = [gpu for gpu in usable if gpu.kind == best.kind]
+    hiding = [name for kind in (best.kind, "Vulkan") for name in HIDES.get(kind, ()) if name in environment]
+    if not seen:
+        return _unseen(best, build, machine, evidence, {name: environment[name] for name in hiding})
+    shown = ", ".join(f"{device.name} ({device.description})" for device in seen)
+    if len(seen) < len(same):
+        why = f" ({hiding[0]} is {environment[hiding[0]]!r})" if hiding else ""
+        message = f"{len(same)} GPUs are here, but llama.cpp sees {len(seen)} of them{why}: {shown}."
+        return Check("build.gpu", "warn", message, evidence, _unhide(hiding[:1]))
+    return Check("build.gpu", "ok", f"llama.cpp computes on {shown}.", evidence)
+
+
+def _without_gpu(machine: Machine, seen: list[Device], evidence: dict[str, Any]) -> Check:
+    if machine.gpus:
+        message = f"{machine.gpus[0].name} cannot be used before what build.driver says is mended."
+        return Check("build.gpu", "warn", message, evidence)
+    software = next((device for device in seen if "llvmpipe" in device.description), None)
+    if software is not None:
+        message = f"{software.name} is a GPU in software: what is offloaded to it runs on the CPU; offload nothing."
+        return Check("build.gpu", "warn", message, evidence)
+    if seen:
+        return Check("build.gpu", "ok", f"llama.cpp computes on {', '.join(d.name for d in seen)}.", evidence)
+    return Check("build.gpu", "ok", "No GPU was found here: everything runs on the CPU.", evidence)
+
+
+def _no_backend(gpu: Gpu, build: Build, machine: Machine, evidence: dict[str, Any]) -> Check:
+    if gpu.integrated:
+        message = f"{_lacks(gpu)}; a GPU that shares the CPU's memory may be no faster than the CPU: measure both."
+        return Check("build.gpu", "ok", message, evidence)
+    command, note = _install_for(gpu, build, machine)
+    message = f"{_lacks(gpu)}, so it is not used: install one{note}."
+    return Check("build.gpu", "warn" if gpu.kind == "Vulkan" else "fail", message, evidence, command)
+
+
+def _unseen(gpu: Gpu, build: Build, machine: Machine, evidence: dict[str, Any], hiding: dict[str, str]) -> Check:
+    """The backend is compiled in, the GPU is here and free of trouble, and ggml has no device."""
+    start = f"{_article(gpu)} is here and this build has its backend, but llama.cpp sees no device"
+    if hiding:
+        told = ", ".join(f"{name} is {value!r}" for name, value in hiding.items())
+        return Check("build.gpu", "fail", f"{start}: {told}; unset it.", evidence, _unhide(hiding))
+    oldest = OLDEST_DRIVER.get(build.cuda or 0, 0)
+    major = gpu.driver.partition(".")[0]
+    if gpu.kind == "CUDA" and major.isdigit() and int(major) < oldest:
+        message = (
+            f"{start}: driver {gpu.driver} is too old for CUDA {build.cuda}, which needs {oldest}; update the driver."
+        )
+        return Check("build.gpu", "fail", message, {**evidence, "oldest_driver": oldest})
+    message = f"{start}; it may be built for another kind of card: compile it on this machine."
+    return Check("build.gpu", "fail", message, evidence, _install_for(gpu, build, machine)[0])
+
+
+def _gpu_memory(build: Build) -> list[Check]:
+    """build.gpu_memory: is anything left on the GPUs that ggml sees?"""
+    sized = [device for device in build.devices if device.is_gpu and device.memory_total]
+    if not sized:
+        return []
+    roomiest = max(sized, key=lambda device: device.memory_free)
+    evidence = {"seen": [_device_row(device) for device in sized], "wanted_bytes": LITTLE_MEMORY}
+    told = f"{roomiest.name} has {roomiest.memory_free / GIB:.1f} GiB free of {roomiest.memory_total / GIB:.1f} GiB"
+    if roomiest.memory_free >= LITTLE_MEMORY:
+        return [Check("build.gpu_memory", "ok", f"{told}.", evidence)]
+    message = f"{told}, too little for even a vision encoder: close other programs that use it, or stay on the CPU."
+    return [Check("build.gpu_memory", "warn", message, evidence)]
+
+
+def check_flags(environment: Mapping[str, str]) -> Check:
+    """build.flags: would what the environment holds build the next llama-cpp-python as its owner thinks?"""
+    flags = environment.get("CMAKE_ARGS", "")
+    old = [item for item in translate_flags(flags) if not item.harmless]
+    # The Makefile of before read these by themselves; nothing has since.
+    words = [name for name in ("LLAMA_CUBLAS", "LLAMA_METAL", "LLAMA_HIPBLAS", "LLAMA_CLBLAST") if name in environment]
+    evidence = {
+        "CMAKE_ARGS": flags,
+        "FORCE_CMAKE": environment.get("FORCE_CMAKE"),
+        "old": [{"old": item.old, "new": item.new, "note": item.note} for item in old],
+        "ignored_variables": words,
+    }
+    if old:
+        told = "; ".join(f"{item.old} ({item.note})" for item in old)
+        message = f"CMAKE_ARGS holds flags of old versions: {told}. Write {modern(flags) or 'nothing'!r}."
+        return Check("build.flags", "warn", message, evidence, f'export CMAKE_ARGS="{_escaped(modern(flags))}"')
+    if words:
+        message = f"{words[0]} in the environment does nothing today: give the flag in CMAKE_ARGS."
+        new = modern(f"-D{words[0]}=on")
+        return Check("build.flags", "warn", message, evidence, f'export CMAKE_ARGS="{new}"')
+    forced = " FORCE_CMAKE does nothing any more." if "FORCE_CMAKE" in environment else ""
+    told = f"CMAKE_ARGS ({flags}) holds no flags of old versions." if flags else "No build flags are set."
+    return Check("build.flags", "ok", told + forced, evidence)
+
+
+def check_threads(machine: Machine) -> Check:
+    """build.threads: may this process use the cores that it would start threads for?"""
+    evidence = {
+        "cores": machine.cores,
+        "allowed_cores": machine.allowed,
+        "quota_cores": machine.quota,
+        "threads": machine.threads,
+    }
+    if machine.quota is not None and machine.quota < machine.threads:
+        fit = max(1, int(machine.quota))
+        message = (
+            f"This process gets {machine.quota:g} cores' worth of CPU time (a control group's limit) of "
+            f"{machine.cores}, and {machine.threads} threads would wait for each other: give --threads {fit}."
+        )
+        return Check("build.threads", "warn", message, evidence)
+    if machine.allowed < machine.cores:
+        message = (
+            f"This process may run on {machine.allowed} of {machine.cores} cores, and Opsin starts {machine.threads} "
+            "threads: widen its affinity (taskset, cpuset) if more were meant."
+        )
+        return Check("build.threads", "warn", message, evidence)
+    return Check("build.threads", "ok", f"{machine.threads} threads on {machine.cores} cores, no limit.", evidence)
+
+
+def _lacking(build: Build, gpus: Iterable[Gpu]) -> Gpu | None:
+    """The best GPU that is here when no backend of this build can use any."""
+    usable = [gpu for gpu in gpus if not gpu.trouble]
+    kinds = {"Vulkan", "SYCL", "OpenCL", *(gpu.kind for gpu in usable)}
+    return usable[0] if usable and not kinds & set(build.backends) else None
+
+
+def _install_for(gpu: Gpu, build: Build, machine: Machine) -> tuple[str, str]:
+    """The command, and what must be said with it."""
+    missing = missing_tool(machine, gpu.kind)
+    wheel = wheel_command(machine, gpu.driver) if missing and gpu.kind == "CUDA" else None
+    if wheel:
+        return wheel, f" (a prebuilt one, since {missing} is not here to compile it)"
+    command = install_command(machine, [*_kept(build), gpu.kind])
+    return command, f", after {missing}, which is not here" if missing else ""
+
+
+def _kept(build: Build) -> list[str]:
+    """The backends that a new build must have too."""
+    return [name for name in build.backends if name != "CPU"]
+
+
+def _unhide(names: Iterable[str]) -> str | None:
+    words = " ".join(f"-u {name}" for name in names)
+    return f"env {words} opsin doctor" if words else None
+
+
+def _article(gpu: Gpu) -> str:
+    """Every maker's name that is known here is spoken with a vowel first."""
+    return f"{'An' if gpu.name.startswith(('NVIDIA', 'AMD', 'Apple', 'Intel')) else 'A'} {gpu.name}"
+
+
+def _lacks(gpu: Gpu) -> str:
+    return f"{_article(gpu)} is here, but this build has no {gpu.kind} backend"
+
+
+def _gpu_row(gpu: Gpu) -> dict[str, Any]:
+    return {
+        **{name: getattr(gpu, name) for name in ("kind", "name", "driver", "integrated")},
+        "memory_total_bytes": gpu.memory_total,
+        "memory_free_bytes": gpu.memory_free,
+    }
+
+
+def _device_row(device: Device) -> dict[str, Any]:
+    return {
+        **{name: getattr(device, name) for name in ("name", "description", "type")},
+        "memory_total_bytes": device.memory_total,
+        "memory_free_bytes": device.memory_free,
+    }
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("$", "\\$").replace("`", "\\`")

@@ -1,0 +1,365 @@
+"""Each check of the build: once where it fails for the reason it names, once where it passes."""
+
+import shlex
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opsin.doctor import build as room
+from opsin.doctor.build import build_checks, unused_gpu_hint
+from opsin.doctor.check import Check, worst
+from opsin.doctor.gpus import Gpu
+from opsin.doctor.machine import Machine
+from opsin.native import COMMIT, PINNED, Build, Device, features_of
+from opsin.native.build_info import read_libraries
+
+GIB = 1 << 30
+RTX = Gpu("CUDA", "NVIDIA GeForce RTX 3090", 24 * GIB, 23 * GIB, "550.54.14")
+RADEON = Gpu("ROCm", "AMD Radeon RX 7800", 16 * GIB, 15 * GIB)
+APPLE = Gpu("Metal", "Apple M2 GPU", 16 * GIB)
+ARC, IRIS = Gpu("Vulkan", "Intel GPU"), Gpu("Vulkan", "Intel GPU", integrated=True)
+CUDA0 = Device("CUDA0", "NVIDIA GeForce RTX 3090", "gpu", 23 * GIB, 24 * GIB, 1)
+CPU = Device("CPU", "AMD EPYC", "cpu", 8 * GIB, 8 * GIB, 2)
+GOOD = Build(
+    version=PINNED,
+    llama="0.5.0-dev",
+    ggml="0.25.3",
+    commit=COMMIT[:7] + "-dirty",
+    compiler="GCC: (Debian) 12.2.0",
+    backends=("CPU",),
+    cpu_features=frozenset({"AVX", "AVX2", "FMA", "F16C", "OPENMP"}),
+    devices=(CPU,),
+    optimised=True,
+)
+CUDA = replace(GOOD, backends=("CUDA", "CPU"), devices=(CUDA0, CPU), cuda=12)
+HOST = Machine(cpu="AMD EPYC", cpu_features=frozenset({"AVX", "AVX2", "FMA", "F16C"}), cores=8, allowed=8, threads=4)
+
+
+def check(name: str, build: Build = GOOD, machine: Machine = HOST, environment: dict[str, str] | None = None) -> Check:
+    (found,) = (check for check in build_checks(build, machine, environment or {}) if check.name == f"build.{name}")
+    return found
+
+
+def names(build: Build = GOOD, machine: Machine = HOST) -> list[str]:
+    return [check.name.removeprefix("build.") for check in build_checks(build, machine, {})]
+
+
+def flags_of(found: Check) -> str:
+    """The CMake flags that the fix hands to the build."""
+    words = shlex.split(found.fix or "")
+    assert "pip" in words
+    return next((word.partition("=")[2] for word in words if word.startswith("CMAKE_ARGS=")), "")
+
+
+def test_a_good_build_on_its_machine_passes_everything() -> None:
+    checks = build_checks(CUDA, replace(HOST, gpus=(RTX,)), {})
+    assert worst(checks) == "ok"
+    assert all(found.fix is None and found.message for found in checks)
+    assert [found.name.removeprefix("build.") for found in checks] == [
+        *("version", "known_fault", "optimised", "cpu", "driver", "gpu", "gpu_memory", "flags", "threads")
+    ]
+
+
+def test_what_cannot_be_told_is_left_out() -> None:
+    assert names() == ["version", "known_fault", "optimised", "cpu", "gpu", "flags", "threads"]
+    assert "optimised" not in names(replace(GOOD, optimised=None))
+    broken = Build(version="0.3.20", error="llama-cpp-python 0.3.20 is installed")
+    assert names(broken, replace(HOST, gpus=(RTX,))) == ["version", "known_fault", "driver", "flags", "threads"]
+
+
+def test_the_version_tells_commit_and_compiler() -> None:
+    found = check("version")
+    assert found.status == "ok"
+    assert COMMIT[:7] in found.message
+    assert "GCC" in found.message
+    assert found.evidence["backends"] == ["CPU"]
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        Build(version="0.3.20", error="llama-cpp-python 0.3.20 is installed, but Opsin was built for exactly 0.3.36."),
+        replace(GOOD, version="0.3.35"),
+    ],
+)
+def test_another_version_fails_with_the_command_for_the_right_one(build: Build) -> None:
+    found = check("version", build)
+    assert found.status == "fail"
+    assert build.version in found.message
+    assert not found.message.endswith("..")
+    assert f"llama-cpp-python=={PINNED}" in shlex.split(found.fix or "")
+
+
+def test_no_version_at_all_is_installed_with_what_it_needs() -> None:
+    found = check("version", Build(error="llama-cpp-python is not installed"))
+    assert found.status == "fail"
+    assert "not installed" in found.message
+    assert "--no-deps" not in (found.fix or "")
+
+
+def test_another_commit_under_the_right_version_is_warned_of() -> None:
+    found = check("version", replace(GOOD, commit="deadbeef1"))
+    assert (found.status, "deadbeef1" in found.message) == ("warn", True)
+    assert check("version", replace(GOOD, commit="unknown")).status == "ok"
+
+
+def test_a_version_with_its_vision_encoder_off_the_gpu_is_named() -> None:
+    found = check("known_fault", replace(GOOD, version="0.3.7", error="wrong version"))
+    assert found.status == "fail"
+    assert "0.3.7" in found.message
+    assert found.evidence["source"].endswith("/10896")
+    assert f"=={PINNED}" in (found.fix or "")
+    assert check("known_fault").status == "ok"
+
+
+def test_a_debug_build_is_told(tmp_path: Path) -> None:
+    found = check("optimised", replace(GOOD, optimised=False))
+    assert (found.status, flags_of(found)) == ("fail", "-DCMAKE_BUILD_TYPE=Release")
+    assert check("optimised").status == "ok"
+
+
+def test_the_librarys_files_tell_how_they_were_made(tmp_path: Path) -> None:
+    assert read_libraries(tmp_path) == ("", None, None)
+    (tmp_path / "libggml-base.so").write_bytes(b"\x7fELF\0memcpy\0" + b"GCC: (Debian 12.2.0-14) 12.2.0\0")
+    assert read_libraries(tmp_path) == ("GCC: (Debian 12.2.0-14) 12.2.0", True, None)
+    (tmp_path / "libggml-base.so").write_bytes(b"\x7fELF\0__assert_fail\0Debian clang version 14.0.6\0")
+    (tmp_path / "libggml-cuda.so").write_bytes(b"\x7fELF\0libcudart.so.12\0")
+    assert read_libraries(tmp_path) == ("Debian clang version 14.0.6", False, 12)
+    (tmp_path / "libggml-cuda.so").write_bytes(b"MZ cudart64_110.dll")
+    assert read_libraries(tmp_path)[2] == 11
+
+
+def test_system_info_is_taken_apart_by_backend() -> None:
+    line = "CUDA : ARCHS = 860 | USE_GRAPHS = 1 | CPU : AVX = 1 | AVX2 = 0 | FMA = 1 | "
+    assert features_of(line) == {"CUDA": {"ARCHS", "USE_GRAPHS"}, "CPU": {"AVX", "FMA"}}
+    assert features_of("") == {}
+
+
+def test_a_build_for_a_plain_cpu_fails() -> None:
+    found = check("cpu", replace(CUDA, cpu_features=frozenset({"AVX"})))
+    assert found.status == "fail"
+    assert "AVX2, F16C, FMA" in found.message
+    assert flags_of(found).split() == ["-DGGML_CUDA=on", "-DGGML_NATIVE=on"]
+
+
+def test_an_instruction_that_only_some_weights_need_is_a_warning() -> None:
+    found = check("cpu", machine=replace(HOST, cpu_features=HOST.cpu_features | {"AVX512_BF16"}))
+    assert (found.status, found.evidence["unused"]) == ("warn", ["AVX512_BF16"])
+    assert flags_of(found) == "-DGGML_NATIVE=on"
+
+
+def test_a_build_that_uses_what_the_cpu_has_passes() -> None:
+    assert check("cpu").status == "ok"
+    assert "AVX2" in check("cpu").message
+    assert "does not tell" in check("cpu", machine=replace(HOST, cpu_features=frozenset())).message
+
+
+def test_a_driver_in_trouble_fails_and_the_gpu_waits_for_it() -> None:
+    closed = replace(RADEON, trouble="this user may not open /dev/kfd", mend="sudo usermod -a -G render me")
+    machine = replace(HOST, gpus=(closed,))
+    found = check("driver", machine=machine)
+    assert (found.status, found.fix) == ("fail", closed.mend)
+    assert "may not open /dev/kfd" in found.message
+    waiting = check("gpu", machine=machine)
+    assert (waiting.status, "build.driver" in waiting.message) == ("warn", True)
+    assert check("driver", machine=replace(HOST, gpus=(RTX,))).status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "flag"), [(RTX, "-DGGML_CUDA=on"), (RADEON, "-DGGML_HIP=on"), (APPLE, "-DGGML_METAL=on")]
+)
+def test_a_gpu_without_its_backend_fails_with_the_exact_command(gpu: Gpu, flag: str) -> None:
+    found = check("gpu", machine=replace(HOST, gpus=(gpu,)))
+    assert found.status == "fail"
+    assert f"An {gpu.name} is here, but this build has no {gpu.kind} backend" in found.message
+    assert flags_of(found) == flag
+
+
+def test_the_backends_that_are_there_stay() -> None:
+    found = check("gpu", replace(GOOD, backends=("BLAS", "CPU")), replace(HOST, gpus=(RTX,)))
+    assert flags_of(found).split() == ["-DGGML_BLAS=on", "-DGGML_CUDA=on"]
+
+
+def test_what_is_missing_to_compile_is_said_and_a_wheel_stands_in() -> None:
+    bare = replace(HOST, gpus=(RTX,))
+    assert "after nvcc of NVIDIA's CUDA toolkit" in check("gpu", machine=bare).message
+    found = check("gpu", machine=replace(bare, cuda_runtimes=(12,)))
+    assert "prebuilt" in found.message
+    assert "/whl/cu124" in (found.fix or "")
+    ready = check("gpu", machine=replace(bare, cuda_runtimes=(12,), tools={"nvcc": "/usr/bin/nvcc"}))
+    assert flags_of(ready) == "-DGGML_CUDA=on"
+    assert "not here" not in ready.message
+
+
+def test_a_gpu_for_vulkan_is_a_warning_and_one_inside_the_cpu_none() -> None:
+    found = check("gpu", machine=replace(HOST, gpus=(ARC,)))
+    assert (found.status, flags_of(found)) == ("warn", "-DGGML_VULKAN=on")
+    inside = check("gpu", machine=replace(HOST, gpus=(IRIS,)))
+    assert (inside.status, inside.fix) == ("ok", None)
+    assert "measure" in inside.message
+
+
+def test_a_gpu_that_the_environment_hides_is_found_out(tmp_path: Path) -> None:
+    blind = replace(CUDA, devices=(CPU,))
+    found = check("gpu", blind, replace(HOST, gpus=(RTX,)), {"CUDA_VISIBLE_DEVICES": "-1"})
+    assert found.status == "fail"
+    assert "CUDA_VISIBLE_DEVICES is '-1'" in found.message
+    program = tmp_path / "opsin"
+    program.write_text('#!/bin/sh\necho "$1 ${CUDA_VISIBLE_DEVICES-unset}"\n')
+    program.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "-1"}
+    done = subprocess.run(["/bin/sh", "-c", found.fix or ""], env=environment, capture_output=True, check=True)
+    assert done.stdout == b"doctor unset\n"
+
+
+def test_a_driver_too_old_for_the_builds_cuda_is_found_out() -> None:
+    blind, old = replace(CUDA, devices=(CPU,)), replace(RTX, driver="470.82.01")
+    found = check("gpu", blind, replace(HOST, gpus=(old,)))
+    assert found.status == "fail"
+    assert "driver 470.82.01 is too old for CUDA 12, which needs 525" in found.message
+    other = check("gpu", blind, replace(HOST, gpus=(RTX,)))
+    assert (other.status, "too old" in other.message) == ("fail", False)
+    assert flags_of(other) == "-DGGML_CUDA=on"
+
+
+def test_some_of_the_gpus_missing_is_a_warning() -> None:
+    machine = replace(HOST, gpus=(RTX, RTX))
+    found = check("gpu", CUDA, machine, {"CUDA_VISIBLE_DEVICES": "0"})
+    assert (found.status, found.fix) == ("warn", "env -u CUDA_VISIBLE_DEVICES opsin doctor")
+    assert "2 GPUs are here, but llama.cpp sees 1" in found.message
+    both = replace(CUDA, devices=(CUDA0, replace(CUDA0, name="CUDA1"), CPU))
+    assert check("gpu", both, machine).status == "ok"
+
+
+def test_a_gpu_in_software_is_no_gpu() -> None:
+    pipe = Device("Vulkan0", "llvmpipe (LLVM 15.0.6, 256 bits)", "gpu", 8 * GIB, 8 * GIB, 3)
+    build = replace(GOOD, backends=("Vulkan", "CPU"), devices=(pipe, CPU))
+    assert check("gpu", build).status == "warn"
+    remote = replace(build, devices=(replace(pipe, name="RPC0", description="127.0.0.1:50052"), CPU))
+    assert check("gpu", remote).status == "ok"
+
+
+def test_vulkan_serves_every_gpu() -> None:
+    device = replace(CUDA0, name="Vulkan0")
+    build = replace(GOOD, backends=("Vulkan", "CPU"), devices=(device, CPU))
+    for gpu in (RTX, RADEON, ARC):
+        assert check("gpu", build, replace(HOST, gpus=(gpu,))).status == "ok"
+
+
+def test_a_second_gpu_needs_no_backend_of_its_own() -> None:
+    assert check("gpu", CUDA, replace(HOST, gpus=(RTX, RADEON, IRIS))).status == "ok"
+    rocm = replace(GOOD, backends=("ROCm", "CPU"), devices=(replace(CUDA0, name="ROCm0"), CPU))
+    assert check("gpu", rocm, replace(HOST, gpus=(RTX, RADEON))).status == "ok"
+    blind = check("gpu", replace(rocm, devices=(CPU,)), replace(HOST, gpus=(RTX, RADEON)))
+    assert (blind.status, RADEON.name in blind.message) == ("fail", True)
+
+
+def test_a_gpu_that_others_have_filled_is_a_warning() -> None:
+    full = replace(CUDA, devices=(replace(CUDA0, memory_free=GIB), CPU))
+    found = check("gpu_memory", full, replace(HOST, gpus=(RTX,)))
+    assert found.status == "warn"
+    assert "CUDA0 has 1.0 GiB free of 24.0 GiB" in found.message
+    two = replace(full, devices=(*full.devices, replace(CUDA0, name="CUDA1")))
+    assert check("gpu_memory", two, replace(HOST, gpus=(RTX, RTX))).status == "ok"
+
+
+def test_old_flags_in_the_environment_are_translated_by_a_line_that_a_shell_runs() -> None:
+    old = '-DLLAMA_CUBLAS=on -DLLAVA_BUILD=on -DCMAKE_C_FLAGS="-O3 -g" "-DCMAKE_INSTALL_RPATH=\\$ORIGIN\\`x\\"y"'
+    found = check("flags", environment={"CMAKE_ARGS": old, "FORCE_CMAKE": "1"})
+    assert found.status == "warn"
+    assert "fatal error" in found.message
+    line = f'{found.fix} && printf %s "$CMAKE_ARGS"'
+    done = subprocess.run(["/bin/sh", "-c", line], capture_output=True, check=True, text=True)
+    assert shlex.split(done.stdout) == ["-DGGML_CUDA=on", *shlex.split(old)[2:]]
+
+
+def test_variables_of_the_old_makefile_are_warned_of() -> None:
+    found = check("flags", environment={"LLAMA_CUBLAS": "1"})
+    assert (found.status, found.fix) == ("warn", 'export CMAKE_ARGS="-DGGML_CUDA=on"')
+
+
+@pytest.mark.parametrize("flags", ["", "-DGGML_CUDA=on", "-DGGML_CUDA=on -DLLAVA_BUILD=on"])
+def test_flags_of_today_pass(flags: str) -> None:
+    found = check("flags", environment={"CMAKE_ARGS": flags, "FORCE_CMAKE": "1"})
+    assert found.status == "ok"
+    assert "FORCE_CMAKE does nothing any more" in found.message
+
+
+def test_a_quota_below_the_threads_is_told_with_its_numbers() -> None:
+    found = check("threads", machine=replace(HOST, quota=2.5))
+    assert found.status == "warn"
+    assert "2.5 cores" in found.message
+    assert "--threads 2" in found.message
+    assert found.evidence == {"cores": 8, "allowed_cores": 8, "quota_cores": 2.5, "threads": 4}
+    assert "--threads 1" in check("threads", machine=replace(HOST, quota=0.5)).message
+
+
+def test_an_affinity_below_the_cores_is_told_with_its_numbers() -> None:
+    found = check("threads", machine=replace(HOST, allowed=2, threads=2))
+    assert (found.status, "2 of 8 cores" in found.message) == ("warn", True)
+
+
+@pytest.mark.parametrize("quota", [None, 4.0, 8.0])
+def test_enough_cores_pass(quota: float | None) -> None:
+    assert check("threads", machine=replace(HOST, quota=quota)).status == "ok"
+
+
+def test_every_row_is_plain_json() -> None:
+    import json
+
+    for found in build_checks(GOOD, replace(HOST, gpus=(RTX,)), {}):
+        assert json.loads(json.dumps(found.as_dict()))["name"] == found.name
+
+
+def test_without_arguments_this_machine_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "build_info", lambda: GOOD)
+    monkeypatch.setattr(room, "read_machine", lambda *_: replace(HOST, gpus=(RTX,)))
+    monkeypatch.setenv("CMAKE_ARGS", "-DLLAMA_CUBLAS=on")
+    status = {found.name: found.status for found in build_checks()}
+    assert (status["build.gpu"], status["build.flags"]) == ("fail", "warn")
+
+
+def hint(*gpus: Gpu, build: Build = GOOD, **facts: Any) -> str | None:
+    return unused_gpu_hint(build, replace(HOST, gpus=gpus, python="/opt/my python/bin/python", **facts))
+
+
+@pytest.mark.parametrize(("gpu", "flag"), [(RTX, "CUDA"), (RADEON, "HIP"), (APPLE, "METAL")])
+def test_an_unused_gpu_is_hinted_at_in_one_line_with_the_command(gpu: Gpu, flag: str) -> None:
+    said = hint(gpu)
+    assert said is not None
+    assert f"An {gpu.name} is here, but this build has no {gpu.kind} backend" in said
+    command = shlex.split(said.partition("with: ")[2])
+    assert command[:5] == [f"CMAKE_ARGS=-DGGML_{flag}=on", "/opt/my python/bin/python", "-m", "pip", "install"]
+    assert command[-1] == f"llama-cpp-python=={PINNED}"
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("gpus", "build"),
+    [
+        ((), GOOD),
+        ((RTX,), CUDA),
+        ((RTX,), replace(GOOD, backends=("Vulkan", "CPU"))),
+        ((ARC,), GOOD),
+        ((replace(RTX, trouble="its device files are not here"),), GOOD),
+        ((RTX,), Build(error="cannot be loaded")),
+    ],
+)
+def test_nothing_is_hinted_at_where_another_build_would_not_help(gpus: tuple[Gpu, ...], build: Build) -> None:
+    assert hint(*gpus, build=build) is None
+
+
+def test_the_hint_looks_at_this_machine_without_running_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = []
+
+    def machine(reach: Any) -> Machine:
+        looked.append(reach.run(["nvidia-smi"]))
+        return replace(HOST, gpus=(RTX,))
+
+    monkeypatch.setattr(room, "read_machine", machine)
+    monkeypatch.setattr(room, "build_info", lambda: GOOD)
+    assert "RTX 3090" in (unused_gpu_hint() or "")
+    assert looked == [None]

@@ -1,0 +1,198 @@
+"""Every check of a placement: where it fails for the reason it names, and where it passes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pair_fixes import parsed
+
+from opsin.core.placement import BackendShare, Placement
+from opsin.doctor.check import Check
+from opsin.doctor.placement import Rates, placement_checks
+from opsin.native.device_rate import DeviceRate
+from opsin.native.devices import Device
+
+LLM, MMPROJ = Path("/models/a model.gguf"), Path("/models/mmproj.gguf")
+CPU = Device("CPU", "a CPU", "cpu", 2**33, 2**34, 1)
+GPU = Device("CUDA0", "a GPU", "gpu", 2**33, 2**34, 2)
+PAIR = {"model": str(LLM), "mmproj": str(MMPROJ)}
+ON_CPU = {"CPU": BackendShare(90, 1.0, 1.0, {"MUL_MAT": 60, "ADD": 30}, 1)}
+ON_GPU = {"CUDA0": BackendShare(90, 1.0, 1.0, {"MUL_MAT": 60, "ADD": 30}, 1)}
+LLM_ON_GPU = {
+    "CUDA0": BackendShare(200, 0.999, 0.99, {"MUL_MAT": 200}, 1),
+    "CPU": BackendShare(1, 0.001, 0.01, {"GET_ROWS": 1}, 1),
+}
+RATES = {"CPU": DeviceRate(1e11, 2e10), "CUDA0": DeviceRate(1e14, 2e12)}
+
+
+def checked(
+    encoder: Any = ON_GPU,
+    model: Any = LLM_ON_GPU,
+    layers: int = 32,
+    devices: tuple[Device, ...] = (CPU, GPU),
+    **more: Any,
+) -> dict[str, Check]:
+    found = placement_checks(Placement(encoder, model, layers, 32), devices, LLM, MMPROJ, **more)
+    assert len({check.name for check in found}) == len(found)
+    return {check.name: check for check in found}
+
+
+def test_all_on_a_gpu_passes() -> None:
+    found = checked()
+    assert {name: check.status for name, check in found.items()} == dict.fromkeys(
+        (
+            "placement.encoder",
+            "placement.language_model",
+            "placement.layers",
+            "placement.fallback",
+            "placement.splits",
+        ),
+        "ok",
+    )
+    assert "100% on CUDA0" in found["placement.encoder"].message
+    assert found["placement.language_model"].evidence["backends"]["CUDA0"]["nodes"] == 200
+
+
+def test_all_on_the_cpu_passes_where_ggml_sees_no_gpu() -> None:
+    found = checked(ON_CPU, ON_CPU, 0, (CPU,))
+    assert {check.status for check in found.values()} == {"ok"}
+    assert "ggml sees none" in found["placement.layers"].message
+
+
+def test_an_encoder_on_the_cpu_fails_where_a_gpu_is() -> None:
+    """Whatever a log said: only what was computed counts."""
+    check = checked(encoder=ON_CPU)["placement.encoder"]
+    assert check.status == "fail"
+    assert "100% on CPU although CUDA0 is here" in check.message
+    assert parsed(check.fix) == ("serve", {**PAIR, "mmproj_device": "CUDA0"})
+
+
+def test_an_encoder_of_which_a_tenth_is_on_the_gpu_fails() -> None:
+    encoder = {"CPU": BackendShare(80, 0.9, 0.95, {"MUL_MAT": 80}), "CUDA0": BackendShare(9, 0.1, 0.05)}
+    check = checked(encoder=encoder)["placement.encoder"]
+    assert check.status == "fail"
+    assert "90% on CPU (95% of the time), 10% on CUDA0 (5% of the time)" in check.message
+
+
+def test_a_gpu_that_the_build_cannot_use_fails_with_the_rebuild() -> None:
+    found = checked(ON_CPU, ON_CPU, 0, (CPU,), rebuild="pip install something")
+    for name in ("placement.encoder", "placement.language_model"):
+        assert found[name].status == "fail"
+        assert found[name].fix == "pip install something"
+        assert "build it anew" in found[name].message
+
+
+def test_nodes_without_a_buffer_are_no_proof() -> None:
+    check = checked(encoder={"unknown": BackendShare(9, 1.0)})["placement.encoder"]
+    assert check.status == "warn"
+    assert "cannot be told" in check.message
+
+
+@pytest.mark.parametrize("layers", [0, 32])
+def test_a_language_model_on_the_cpu_fails_where_a_gpu_is(layers: int) -> None:
+    """Also where all layers were asked to be on the GPU."""
+    check = checked(model=ON_CPU, layers=layers)["placement.language_model"]
+    assert check.status == "fail"
+    assert parsed(check.fix) == ("serve", {**PAIR, "device": "CUDA0", "gpu_layers": 33})
+
+
+def test_some_layers_left_on_the_cpu_warn() -> None:
+    model = {"CPU": BackendShare(100, 0.6, 0.9, {"MUL_MAT": 100}, 2), "CUDA0": BackendShare(60, 0.4, 0.1, {}, 1)}
+    found = checked(model=model, layers=12)
+    assert found["placement.layers"].status == found["placement.language_model"].status == "warn"
+    assert "12 of 32 layers" in found["placement.layers"].message
+    assert parsed(found["placement.layers"].fix)[1]["gpu_layers"] == 33
+    assert found["placement.fallback"].status == "ok", "layers that were left there did not fall back"
+
+
+def test_operations_that_fall_back_are_named_with_count_and_share() -> None:
+    encoder = {
+        "CUDA0": BackendShare(300, 0.9, 0.5, {"MUL_MAT": 300}, 24),
+        "CPU": BackendShare(25, 0.1, 0.5, {"FLASH_ATTN_EXT": 23, "IM2COL": 2}, 24),
+    }
+    found = checked(encoder=encoder)
+    check = found["placement.fallback"]
+    assert check.status == "warn"
+    assert "FLASH_ATTN_EXT × 23, IM2COL × 2 (25 of 325 nodes, 10.0% of the operations and 50% of the time)" in (
+        check.message
+    )
+    assert check.evidence["encoder"]["ops"] == {"FLASH_ATTN_EXT": 23, "IM2COL": 2}
+    assert parsed(check.fix) == ("serve", {**PAIR, "vision_flash_attention": False})
+    splits = found["placement.splits"]
+    assert splits.status == "warn"
+    assert splits.evidence["splits"] == {"encoder": 48, "language_model": 2}
+    assert parsed(splits.fix)[1]["vision_flash_attention"] is False
+    assert found["placement.encoder"].status == "ok"
+
+
+def test_attention_of_the_language_model_has_a_flag_of_its_own() -> None:
+    model = {
+        "CUDA0": BackendShare(300, 0.9, 0.5, {"MUL_MAT": 300}, 33),
+        "CPU": BackendShare(33, 0.1, 0.5, {"FLASH_ATTN_EXT": 32, "GET_ROWS": 1}, 33),
+    }
+    found = checked(model=model)
+    assert found["placement.fallback"].evidence["language_model"]["ops"] == {"FLASH_ATTN_EXT": 32}
+    for name in ("placement.fallback", "placement.splits"):
+        assert parsed(found[name].fix) == ("serve", {**PAIR, "flash_attention": False})
+
+
+def test_another_fallback_has_no_command_that_mends_it() -> None:
+    encoder = {
+        "Vulkan0": BackendShare(300, 0.99, 0.9, {"MUL_MAT": 300}, 9),
+        "CPU": BackendShare(8, 0.01, 0.1, {"POOL_2D": 8}, 8),
+    }
+    check = checked(encoder=encoder)["placement.fallback"]
+    assert (check.status, check.fix) == ("warn", None)
+    assert "CUDA0 or Vulkan0 does not support" in check.message
+    assert checked(encoder=encoder)["placement.splits"].fix is None
+
+
+def test_splits_that_were_not_counted_and_an_encoder_that_is_not_there_are_left_out() -> None:
+    found = checked(encoder={}, model={"CUDA0": BackendShare(9, 1.0)})
+    assert "placement.splits" not in found
+    assert "placement.encoder" not in found
+    assert "placement.rate" not in found
+
+
+def rate(encoder: Any = ON_CPU, model: Any = ON_CPU, **numbers: Any) -> Check:
+    return checked(encoder, model, devices=(CPU,), rates=Rates(RATES, **numbers))["placement.rate"]
+
+
+def test_rates_near_the_ceiling_pass() -> None:
+    check = rate(encode_ops=4e10, encode_seconds=0.5, weight_bytes=2e8, decode_seconds=0.012)
+    assert check.status == "ok"
+    assert check.evidence["encode"]["share_of_ceiling"] == pytest.approx(0.8)
+    assert check.evidence["decode"]["share_of_ceiling"] == pytest.approx(0.01 / 0.012, abs=1e-3)
+    assert "encode reaches 80%" in check.message.lower()
+
+
+def test_an_encode_below_a_third_of_the_ceiling_warns() -> None:
+    check = rate(encode_ops=4e10, encode_seconds=1.3, weight_bytes=2e8, decode_seconds=0.012)
+    assert check.status == "warn"
+    assert "31%" in check.message
+    assert "--threads" in check.message
+
+
+def test_a_decode_below_a_third_of_the_ceiling_warns() -> None:
+    check = rate(ON_GPU, ON_GPU, encode_ops=1e13, encode_seconds=0.12, weight_bytes=4e9, decode_seconds=0.02)
+    assert check.status == "warn"
+    assert "decode reaches 10%" in check.message
+    assert "power" in check.message
+
+
+def test_each_backend_is_held_to_its_own_ceiling() -> None:
+    """Half on the CPU is expected to take nearly as long as on the CPU alone takes half."""
+    half = {"CPU": BackendShare(9, 0.5), "CUDA0": BackendShare(9, 0.5)}
+    check = rate(encoder=half, encode_ops=4e10, encode_seconds=0.25)
+    assert check.status == "ok"
+    assert check.evidence["encode"]["least_seconds"] == pytest.approx(0.2002)
+
+
+def test_what_is_too_short_or_not_known_is_not_judged() -> None:
+    check = rate(encode_ops=1e8, encode_seconds=1.0, weight_bytes=2e8)
+    assert check.status == "ok"
+    assert "too short to be judged" in check.message
+    assert "decode" not in check.evidence
+    assert "not measured" in rate().message
+    elsewhere = rate(encoder={"Metal": BackendShare(9, 1.0)}, encode_ops=4e10, encode_seconds=9.0)
+    assert (elsewhere.status, set(elsewhere.evidence)) == ("ok", {"ceilings"})

@@ -1,0 +1,174 @@
+"""The trial of an unknown pair: children that really die, by shell, at every stage; and what is remembered."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pair_fixes import parsed
+
+from opsin.core.errors import ModelNotFound
+from opsin.core.settings import EngineSettings
+from opsin.doctor.check import Check
+from opsin.doctor.safety import safety_check
+from opsin.models.pair import Pair
+from opsin.models.synth import write_pair
+from opsin.native.devices import Device
+from opsin.native.trial import Trial, try_pair
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the children are shells")
+GPU = Device("CUDA0", "a GPU", "gpu", 2**33, 2**34, 2)
+BEGUN = ("load", "encode", "prefill", "decode")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return write_pair("tiny", tmp_path_factory.mktemp("pair"))
+
+
+def shell(script: str) -> tuple[str, ...]:
+    return ("/bin/sh", "-c", script, "sh")
+
+
+def stages(last: str) -> str:
+    return "; ".join(f"echo stage {stage}" for stage in BEGUN[: BEGUN.index(last) + 1])
+
+
+def tried(pair: Pair, script: str, seconds: float = 30) -> Trial:
+    return try_pair(pair.llm, pair.mmproj, command=shell(script), seconds=seconds)
+
+
+@pytest.mark.parametrize("stage", BEGUN)
+@pytest.mark.parametrize("name", ["SEGV", "ABRT"])
+def test_a_child_that_dies_tells_its_stage_and_signal(pair: Pair, tmp_path: Path, stage: str, name: str) -> None:
+    script = f"{stages(stage)}; echo a native line; echo GGML_ASSERT >&2; kill -{name} $$"
+    done = tried(pair, script)
+    assert (done.end, done.stage, done.signal, done.lines) == ("crashed", stage, f"SIG{name}", ("GGML_ASSERT",))
+    check = checked(pair, tmp_path, done)
+    assert check.status == "fail"
+    assert f"died of SIG{name}" in check.message
+    assert f"({stage})" in check.message
+    assert check.evidence["lines"] == ["GGML_ASSERT"]
+
+
+def test_a_child_that_hangs_is_ended(pair: Pair, tmp_path: Path) -> None:
+    done = tried(pair, "echo stage load; echo stage prefill; echo reading >&2; exec sleep 60", seconds=0.25)
+    assert (done.end, done.stage, done.signal, done.lines) == ("hung", "prefill", None, ("reading",))
+    assert done.seconds < 20
+    check = checked(pair, tmp_path, done)
+    assert check.status == "fail"
+    assert "hung for 0." in check.message
+    assert "while the prompt was read (prefill)" in check.message
+
+
+def test_a_child_that_ends_well_and_one_that_refuses(pair: Pair, tmp_path: Path) -> None:
+    done = tried(pair, stages("decode"))
+    assert (done.end, done.stage, done.signal, done.lines) == ("done", "decode", None, ())
+    assert checked(pair, tmp_path, done).status == "ok"
+    done = tried(pair, "echo stage load; echo There is no device CUDA7. >&2; exit 2")
+    assert (done.end, done.stage) == ("refused", "load")
+    check = checked(pair, tmp_path / "other", done)
+    assert check.status == "fail"
+    assert check.message == "The pair cannot be used while it was loaded: There is no device CUDA7."
+
+
+def test_a_child_is_given_the_pair_the_settings_and_the_last_stage(pair: Pair) -> None:
+    done = try_pair(
+        pair.llm,
+        None,
+        EngineSettings(kv_type="q8_0"),
+        until="encode",
+        command=shell('for word in "$@"; do echo "$word" >&2; done; echo "$GGML_NO_BACKTRACE" >&2'),
+    )
+    assert done.lines[0] == str(pair.llm)
+    assert '"kv_type":"q8_0"' in done.lines[1]
+    assert done.lines[2:] == ("encode", "1"), "an empty projector is an empty line"
+    assert done.stage == "start"
+
+
+def test_lines_are_few_and_short(pair: Pair) -> None:
+    done = tried(pair, "for i in 1 2 3 4 5 6 7 8 9; do printf '%0700d\\n' $i >&2; done")
+    assert len(done.lines) == 6
+    assert {len(line) for line in done.lines} == {600}
+
+
+def checked(pair: Pair, folder: Path, done: Trial, **more: Any) -> Check:
+    return safety_check(pair.llm, pair.mmproj, trial=lambda *_: done, folder=folder, **{"present": [], **more})
+
+
+def ended(end: Any = "crashed", stage: Any = "encode", name: str | None = "SIGSEGV") -> Trial:
+    return Trial(end, stage, name, ("a line",), 1.0)
+
+
+def test_what_went_well_is_not_tried_again_until_something_changes(pair: Pair, tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def trial(*_: object) -> Trial:
+        calls.append(1)
+        return ended("done", "decode", None)
+
+    def check(present: Any = (), settings: EngineSettings | None = None) -> Check:
+        return safety_check(pair.llm, pair.mmproj, settings, trial=trial, folder=tmp_path, present=present)
+
+    assert check().evidence["remembered"] is False
+    assert check().evidence == {"remembered": True}
+    assert len(calls) == 1
+    check((GPU,))
+    check(settings=EngineSettings(kv_type="q8_0"))
+    assert len(calls) == 3
+    assert pair.mmproj is not None
+    os.utime(pair.mmproj, ns=(1, 1))
+    check()
+    assert len(calls) == 4
+    for file in tmp_path.glob("*.json"):
+        file.write_text("[]")
+    check()
+    assert len(calls) == 5
+
+
+def test_a_crash_is_tried_again_and_a_folder_that_cannot_be_written_loses_nothing(pair: Pair, tmp_path: Path) -> None:
+    assert checked(pair, tmp_path, ended()).status == "fail"
+    assert list(tmp_path.iterdir()) == []
+    assert checked(pair, tmp_path, ended("done", "decode", None)).evidence["remembered"] is False
+    (tmp_path / "file").write_text("")
+    assert checked(pair, tmp_path / "file" / "folder", ended("done", "decode", None)).status == "ok"
+
+
+def test_a_crash_of_the_encoder_on_a_gpu_has_the_cpu_as_its_mend(pair: Pair, tmp_path: Path) -> None:
+    name, options = parsed(checked(pair, tmp_path, ended(), present=[GPU]).fix)
+    assert (name, options["mmproj_device"]) == ("serve", "none")
+    again = checked(pair, tmp_path, ended(), present=[GPU], settings=EngineSettings(mmproj_device="none"))
+    assert again.fix is None
+    assert "published with the model" in again.message
+
+
+def test_a_crash_on_an_all_f32_projector_names_that(tmp_path: Path) -> None:
+    wide = write_pair("tiny", tmp_path, mmproj_type="f32")
+    assert "convert it to f16" in checked(wide, tmp_path / "trials", ended()).message
+
+
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+def test_a_crash_of_the_language_model_names_what_was_set(pair: Pair, tmp_path: Path, stage: str) -> None:
+    done = ended(stage=stage)
+    check = checked(pair, tmp_path, done, settings=EngineSettings(kv_type="q4_0"))
+    assert "leave --kv-type" in check.message
+    assert set(parsed(check.fix)[1]) == {"model", "mmproj"}
+    assert parsed(checked(pair, tmp_path, done, present=[GPU]).fix)[1]["device"] == "none"
+    plain = checked(pair, tmp_path, done)
+    assert plain.fix is None
+    assert "download them again" in plain.message
+
+
+@pytest.mark.parametrize(("name", "said"), [("SIGKILL", "want of memory"), ("SIGILL", "this CPU lacks")])
+def test_signals_with_a_meaning_tell_it(pair: Pair, tmp_path: Path, name: str, said: str) -> None:
+    assert said in checked(pair, tmp_path, ended("crashed", "load", name)).message
+    assert signal.Signals[name]
+
+
+def test_a_text_model_and_a_file_that_is_not_there(pair: Pair, tmp_path: Path) -> None:
+    done = ended("done", "decode", None)
+    assert safety_check(pair.llm, None, trial=lambda *_: done, folder=tmp_path, present=[]).status == "ok"
+    with pytest.raises(ModelNotFound):
+        safety_check(tmp_path / "no.gguf", None, trial=lambda *_: done, folder=tmp_path, present=[])
