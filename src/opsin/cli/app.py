@@ -20,6 +20,10 @@ COMMANDS = {
     "pull": "Download a model by name.",
     "models": "List the models that are here, and choose the default.",
     "bench": "Measure the engine against the limits of this machine.",
+    "doctor": "Check the build, the pair and how it runs; prove where the vision encoder runs.",
+    "explain": "Say why a request was slow, from a log of this tool or of another.",
+    "tune": "Measure settings on this machine, and write those that win to opsin.toml.",
+    "predict": "Expected stage times of a model on a device.",
     "synth": "Write a random-weight pair of a model's shape, to measure speed without a download.",
 }
 
