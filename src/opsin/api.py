@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from opsin.compose import Runtime, open_runtime
 from opsin.core.answer import Answer
+from opsin.core.config import read_config
 from opsin.core.errors import BadParameter
 from opsin.core.model_info import ModelInfo
 from opsin.core.parts import Prompt
@@ -18,6 +20,7 @@ from opsin.core.sampling import SamplingParams
 from opsin.core.settings import EngineSettings, MediaSettings
 from opsin.engine import AnswerStream, Engine
 from opsin.media import load_picture
+from opsin.models import locate
 from opsin.prompt import Message
 
 
@@ -25,7 +28,9 @@ class Opsin:
     """A loaded pair of language model and projector.
 
     `model` is a GGUF file, a folder that holds a pair, or a known name; without one the default model is used, or the
-    demo model that is shipped. `options` are the fields of EngineSettings. Raises ModelError.
+    demo model that is shipped. `options` are the fields of EngineSettings; what is not given comes from the environment
+    and from opsin.toml (of the current folder, or else the user's), or from the file that `config` names; with False
+    from neither. Raises ModelError, BadParameter.
     """
 
     def __init__(
@@ -34,10 +39,17 @@ class Opsin:
         mmproj: str | Path | None = None,
         *,
         media: MediaSettings | None = None,
+        config: bool | str | Path = True,
         **options: Any,
     ) -> None:
         self._media = media or MediaSettings(fetch=True)
-        self._runtime: Runtime = open_runtime(model, mmproj, checked(EngineSettings, options))
+        settings = checked(EngineSettings, options)
+        if config is not False:
+            files = {name: value for name, value in (("model", model), ("mmproj", mmproj)) if value is not None}
+            file = None if config is True else Path(config)
+            settings = read_config({**options, **files}, os.environ, Path.cwd(), file=file, locate=locate).engine()
+            model, mmproj = settings.model, settings.mmproj
+        self._runtime: Runtime = open_runtime(model, mmproj, settings)
 
     @property
     def info(self) -> ModelInfo:

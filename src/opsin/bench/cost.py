@@ -7,7 +7,7 @@ the matrices. Mixtures of experts count the experts that a token uses.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,10 +83,17 @@ def read_cost(llm: Path, mmproj: Path | None, kv_type: str = "f16") -> ModelCost
     """Read both headers. Raises ModelNotFound and ModelUnreadable."""
     tensors = {t.name: t for part in parts_of(llm) for t in read_header(part).tensors}
     header = read_header(llm)
-    arch = header.text("general.architecture") or ""
-    share = _expert_share(header, arch)
-    layers = [t for t in tensors.values() if t.name.startswith("blk.") and len(t.shape) >= 2]
-    head = tensors.get("output.weight") or tensors.get("token_embd.weight")
+    share = _expert_share(header, header.text("general.architecture") or "")
+    return cost_of(tensors.values(), None if mmproj is None else _encode_ops(mmproj), kv_type, share)
+
+
+def cost_of(
+    tensors: Iterable[TensorHead], encode_ops: float | None = None, kv_type: str = "f16", expert_share: float = 1.0
+) -> ModelCost:
+    """The needs of a language model of these tensors; of tensors of experts a token uses `expert_share`."""
+    named = {tensor.name: tensor for tensor in tensors}
+    layers = [t for t in named.values() if t.name.startswith("blk.") and len(t.shape) >= 2]
+    head = named.get("output.weight") or named.get("token_embd.weight")
     heads = [head] if head is not None else []
     kinds: Counter[str] = Counter()
     for tensor in layers:
@@ -96,12 +103,12 @@ def read_cost(llm: Path, mmproj: Path | None, kv_type: str = "f16") -> ModelCost
         elif kind == "attn_output.weight":
             kinds["attention"] += tensor.shape[0]
     return ModelCost(
-        weight_bytes=sum(_bytes(t) * _used(t, share) for t in layers) + sum(_bytes(t) for t in heads),
-        weights=sum(_values(t) * _used(t, share) for t in layers),
+        weight_bytes=sum(bytes_of(t) * _used(t, expert_share) for t in layers) + sum(bytes_of(t) for t in heads),
+        weights=sum(_values(t) * _used(t, expert_share) for t in layers),
         head=sum(_values(t) for t in heads),
         kv_values=kinds["kv"],
         attention_width=kinds["attention"],
-        encode_ops=None if mmproj is None else _encode_ops(mmproj),
+        encode_ops=encode_ops,
         kv_value_bytes=KV_BYTES[kv_type],
     )
 
@@ -111,14 +118,20 @@ def _encode_ops(mmproj: Path) -> float | None:
     grids = header.lengths.get("clip.vision.image_grid_pinpoints", 0)
     if info.projector != "mlp" or not info.image_size or not info.patch_size or grids:
         return None
-    patches = (info.image_size // info.patch_size) ** 2
+    return encode_ops_of(header.tensors, (info.image_size // info.patch_size) ** 2, info.layers or 0)
+
+
+def encode_ops_of(
+    tensors: Iterable[TensorHead], patches: int, layers: int, *, merge: int = 1, all_layers: bool = False
+) -> float:
+    """Operations of one picture of so many patches, of which `merge` a side become one token for the projector."""
     # llama.cpp runs all but the last of a LLaVA file's blocks (`tools/mtmd/models/llava.cpp`).
-    last = f"v.blk.{(info.layers or 0) - 1}."
+    last = "-" if all_layers else f"v.blk.{layers - 1}."
     ops = 0.0
-    for tensor in header.tensors:
+    for tensor in tensors:
         if len(tensor.shape) < 2 or tensor.name.startswith(last) or tensor.name.startswith("v.position_embd"):
             continue
-        ops += 2 * _values(tensor) * patches
+        ops += 2 * _values(tensor) * (patches / merge**2 if tensor.name.startswith("mm.") else patches)
         if tensor.name.startswith("v.blk.") and tensor.name.endswith("attn_out.weight"):
             ops += 4 * patches**2 * tensor.shape[0]
     return ops
@@ -140,6 +153,7 @@ def _values(tensor: TensorHead) -> int:
     return count
 
 
-def _bytes(tensor: TensorHead) -> float:
+def bytes_of(tensor: TensorHead) -> float:
+    """Bytes of a tensor in a file; of a type unknown here as f32."""
     values, size = _BLOCKS.get(tensor.type or "", (1, 4))
     return _values(tensor) / values * size

@@ -49,12 +49,15 @@ def ask(
     temperature: o.Temperature = None,
     seed: o.Seed = None,
     guard: o.UseGuard = True,
-    disk_cache: o.DiskCache = True,
+    disk_cache: o.DiskCache = None,
     thinking: o.Thinking = None,
     system: o.System = None,
     verbose: o.Verbose = False,
 ) -> None:
-    """Ask one question about each picture (or about all of them together)."""
+    """Ask one question about each picture (or about all of them together).
+
+    What no flag says comes from the environment and from opsin.toml, as for `opsin serve`.
+    """
     *sources, question = arguments
     groups = _groups(_expand(sources, question), together=together)
     params = o.given(
@@ -77,11 +80,13 @@ def ask(
         image_min_tokens=image_min_tokens,
         profile=profile,
         disk_cache=disk_cache,
+        verbose=verbose or None,
+        parallel=1,
     )
     with Working("loading the model") as working:
         from opsin.api import Opsin
 
-        opsin = Opsin(model, mmproj, verbose=verbose, **engine)
+        opsin = Opsin(model, mmproj, **engine)
         with opsin:
             working.stop()
             notices(opsin)
@@ -203,7 +208,7 @@ def _read_schema(path: str | None) -> str | None:
 
 def notices(opsin: Opsin) -> None:
     """What the user should know before the first answer."""
-    from opsin.doctor.unused_gpu import unused_gpu_hint
+    from opsin.doctor.build import unused_gpu_hint
 
     if opsin.is_demo:
         say("This is the demo model for drawn scenes; for photographs get a real one: opsin pull llava-1.5-7b")

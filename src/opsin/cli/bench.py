@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from opsin.bench.compare import Side
     from opsin.bench.report import Results
     from opsin.compose import Runtime
+    from opsin.core.settings import EngineSettings
 
 Workloads = Annotated[str | None, typer.Option("--workloads", help="W1 to W5, with commas between; none: all")]
 Runs = Annotated[int, typer.Option("--runs", min=1, help="runs of each workload; medians are shown")]
@@ -43,8 +44,10 @@ def engine(
     *,
     model: o.Model = None,
     mmproj: o.Mmproj = None,
-    ctx: o.Ctx = 8192,
-    parallel: Annotated[int, typer.Option("--parallel", min=1, max=256, help="answers at the same time")] = 8,
+    ctx: Annotated[int | None, typer.Option("--ctx", help="context in tokens for all answers [default: 8192]")] = None,
+    parallel: Annotated[
+        int | None, typer.Option("--parallel", min=1, max=256, help="answers at the same time [default: 8]")
+    ] = None,
     gpu_layers: o.GpuLayers = None,
     device: o.Device = None,
     mmproj_device: o.MmprojDevice = None,
@@ -65,18 +68,21 @@ def engine(
         typer.Option("--against", help="NAME=URL of a server with the same model, measured in turn; may be repeated"),
     ] = None,
     json_out: JsonOut = None,
+    settings_file: Annotated[
+        Path | None, typer.Option("--settings", help="an opsin.toml to read instead of the folder's or the user's")
+    ] = None,
+    config: Annotated[bool, typer.Option("--config/--no-config", help="read opsin.toml and OPSIN_ variables")] = True,
     verbose: o.Verbose = False,
 ) -> None:
     """Measure the machine, then five workloads on the engine in this process.
 
-    The last line of standard output is one JSON document.
+    What no flag says comes from the environment and from opsin.toml, as for `opsin serve`. The last line of standard
+    output is one JSON document.
     """
-    from opsin.api import checked
     from opsin.bench import choose, measure_machine, read_cost
     from opsin.bench.report import Results, ceiling_text
     from opsin.compose import open_runtime
     from opsin.core.errors import BadParameter
-    from opsin.core.settings import EngineSettings
     from opsin.models import resolve
 
     chosen = choose(None if workloads is None else workloads.split(","))
@@ -90,22 +96,26 @@ def engine(
         threads_batch=threads_batch,
         kv_type=kv_type,
     )
-    # What a run writes to disk would make the next one's pictures known.
-    settings = checked(EngineSettings, {**options, "verbose": verbose, "disk_cache": False})
+    flags = {**options, **o.given(model=model, mmproj=mmproj, verbose=verbose or None)}
+    settings = _settings(flags, settings_file, config=config)
     if batched_bench is not None and not batched:
         raise BadParameter("--batched-bench compares full batches, which --no-batched leaves out: give one of them.")
-    pair = resolve(model, mmproj)
+    pair = resolve(*(None if path is None else str(path) for path in (settings.model, settings.mmproj)))
     peers = _peers(against or [])
     say("measuring the machine")
-    machine = measure_machine(threads or os.cpu_count() or 1)
+    machine = measure_machine(settings.threads or os.cpu_count() or 1)
     cost = read_cost(pair.llm, pair.mmproj, settings.kv_type)
     typer.echo(ceiling_text(Results({}, machine, cost)))
-    runtime = open_runtime(model, mmproj, settings)
+    runtime = open_runtime(pair.llm, pair.mmproj, settings)
     try:
-        results = _run(runtime, Results(_about(runtime, options), machine, cost), chosen, runs, peers)
+        results = _run(runtime, Results(_about(runtime, settings), machine, cost), chosen, runs, peers)
         if batched:
             results = _batches(
-                runtime, results, runs, batched_prompt, _batched_peer(batched_bench, pair.llm, runtime, threads)
+                runtime,
+                results,
+                runs,
+                batched_prompt,
+                _batched_peer(batched_bench, pair.llm, runtime, settings.threads),
             )
     finally:
         runtime.close()
@@ -161,13 +171,30 @@ def _key(path: Path | None) -> str | None:
         raise BadParameter(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
-def _about(runtime: Runtime, options: dict[str, Any]) -> dict[str, Any]:
+def _settings(flags: dict[str, Any], file: Path | None, *, config: bool) -> EngineSettings:
+    """The engine's settings as this command takes them, from all their places or from the flags alone."""
+    from opsin.core.config import read_config
+    from opsin.core.errors import BadParameter
+    from opsin.models import locate
+
+    if file is not None and not config:
+        raise BadParameter("--settings names a file to read, and --no-config says to read none: give one of them.")
+    nowhere = {"XDG_CONFIG_HOME": os.devnull}
+    environ, folder = (os.environ, Path.cwd()) if config else (nowhere, Path(os.devnull))
+    found = read_config(flags, environ, folder, file=file, locate=locate).engine(ctx=8192, parallel=8)
+    # What a run writes to disk would make the next one's pictures known.
+    return found.model_copy(update={"disk_cache": False})
+
+
+def _about(runtime: Runtime, settings: EngineSettings) -> dict[str, Any]:
     import platform
     from importlib.metadata import version
 
     from opsin import __version__
 
     limits = runtime.engine.limits
+    left_out = {"model", "mmproj", "disk_cache", "verbose"}
+    chosen = settings.model_dump(mode="json", exclude_unset=True, exclude=left_out)
     sizes = {"n_ctx": limits.n_ctx, "ctx_of_each": limits.n_ctx_seq, "ubatch": limits.n_ubatch}
     return {
         "opsin": __version__,
@@ -175,7 +202,7 @@ def _about(runtime: Runtime, options: dict[str, Any]) -> dict[str, Any]:
         "llama_cpp_python": version("llama-cpp-python"),
         "platform": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "model": runtime.engine.info.as_dict(),
-        "settings": {**options, **sizes},
+        "settings": {**chosen, **sizes},
     }
 
 

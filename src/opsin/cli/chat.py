@@ -35,12 +35,15 @@ def chat(
     temperature: o.Temperature = None,
     seed: o.Seed = None,
     guard: o.UseGuard = True,
-    disk_cache: o.DiskCache = True,
+    disk_cache: o.DiskCache = None,
     thinking: o.Thinking = None,
     system: o.System = None,
     verbose: o.Verbose = False,
 ) -> None:
-    """Talk about pictures; every question knows what was said before."""
+    """Talk about pictures; every question knows what was said before.
+
+    What no flag says comes from the environment and from opsin.toml, as for `opsin serve`.
+    """
     params = o.given(
         max_tokens=max_tokens, max_seconds=max_seconds, temperature=temperature, seed=seed, thinking=thinking
     )
@@ -52,11 +55,13 @@ def chat(
         threads=threads,
         threads_batch=threads_batch,
         disk_cache=disk_cache,
+        verbose=verbose or None,
+        parallel=1,
     )
     with Working("loading the model") as working:
         from opsin.api import Opsin
 
-        with Opsin(model, mmproj, verbose=verbose, **engine) as opsin:
+        with Opsin(model, mmproj, **engine) as opsin:
             working.stop()
             notices(opsin)
             say(HELP)

@@ -28,7 +28,7 @@ ThreadsBatch = Annotated[int | None, typer.Option("--threads-batch", help=_help(
 KvType = Annotated[str | None, typer.Option("--kv-type", help=f"{_help('kv_type')}: f16, bf16, f32, q8_0 or q4_0")]
 ImageMax = Annotated[int | None, typer.Option("--image-max-tokens", help=_help("image_max_tokens"))]
 ImageMin = Annotated[int | None, typer.Option("--image-min-tokens", help=_help("image_min_tokens"))]
-DiskCache = Annotated[bool, typer.Option("--disk-cache/--no-disk-cache", help=_help("disk_cache"))]
+DiskCache = Annotated[bool | None, typer.Option("--disk-cache/--no-disk-cache", help=_help("disk_cache"))]
 Profile = Annotated[str | None, typer.Option("--profile", help=_help("profile"))]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="longest answer in tokens; none: by profile")]
 MaxSeconds = Annotated[float | None, typer.Option("--max-seconds", help="longest time for an answer")]

@@ -14,6 +14,7 @@ import typer
 from opsin.cli.console import say
 from opsin.core.config import kinds, read_config
 from opsin.core.server_settings import ServerSettings
+from opsin.models import locate
 
 # No -m: that would put the working folder before the standard library.
 _CHILD = "import sys; sys.path[:] = filter(None, sys.path); from opsin.cli.serve_child import main; main()"
@@ -26,7 +27,7 @@ def serve(*, print_config: bool = False, **flags: Any) -> None:
     then flags; later ones win.
     """
     given = {name: value for name, value in flags.items() if value is not None and value != []}
-    config = read_config(given, os.environ, Path.cwd())
+    config = read_config(given, os.environ, Path.cwd(), locate=locate)
     if print_config:
         sys.stdout.write(config.as_toml())
         return
@@ -36,7 +37,7 @@ def serve(*, print_config: bool = False, **flags: Any) -> None:
     with bind(settings.host, settings.port) as listener:
         logging.basicConfig(format="opsin: %(message)s", level=logging.INFO)
         say("loading the model; GET /ready answers 200 when it is there")
-        hello = {"settings": settings.model_dump(mode="json")}
+        hello = {"settings": settings.model_dump(mode="json", exclude_unset=True)}
         code = Supervisor([sys.executable, "-c", _CHILD], listener, hello, settings.drain_seconds).run()
     raise typer.Exit(code)
 

@@ -174,7 +174,7 @@ def _fault(living: asyncio.Task[None]) -> int:
 def _say_ready(model: LoadedModel, address: str) -> None:
     if model.is_demo:
         say("This is the demo model for drawn scenes; for photographs get a real one: opsin pull llava-1.5-7b")
-    from opsin.doctor.unused_gpu import unused_gpu_hint
+    from opsin.doctor.build import unused_gpu_hint
 
     hint = unused_gpu_hint()
     if hint:

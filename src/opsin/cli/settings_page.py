@@ -16,7 +16,9 @@ file is the one in the current folder, or else the one in `$XDG_CONFIG_HOME/opsi
 variable counts as none; lists are written with commas there (`{PREFIX}ALLOWED_HOSTS=a.example,b.example`), as TOML
 lists in the file, and by giving the flag several times. Switches have a `--no-` flag too. A name that does not exist
 is refused, wherever it stands. `opsin serve --print-config` shows what is in force and where each value is from, in
-the form of an `opsin.toml`.
+the form of an `opsin.toml`. A table `[tuned]` in the file is written by `opsin tune` (`docs/tune.md`): it holds for the
+model that it names, and everything else wins over it. `opsin ask`, `chat`, `bench engine` and the Python API read the
+settings of the model and the engine from the same places.
 
 API keys are no settings, so they are never printed: they are lines of the file that `api_key_file` names, and the value
 of `{KEY_VARIABLE}`.

@@ -1,4 +1,8 @@
-"""Settings out of opsin.toml, the environment and flags; later ones win, and each value knows where it came from."""
+"""Settings out of opsin.toml, the environment and flags; later ones win, and each value knows where it came from.
+
+A table `[tuned]` in the file, which `opsin tune` writes, holds for the model that it names, and everything else wins
+over it. It is passed over when another model is asked for.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,14 @@ import difflib
 import importlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 from opsin.core.errors import BadParameter
 from opsin.core.server_settings import ServerSettings
+from opsin.core.settings import EngineSettings
 
 _toml_reader: Any = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
@@ -22,6 +27,13 @@ KEY_VARIABLE = "OPSIN_API_KEY"
 _OTHER_VARIABLES = frozenset({KEY_VARIABLE})
 _FIELDS = ServerSettings.model_fields
 
+TUNED = "tuned"
+TUNED_FROM = "tuned_from"
+"""In the table `[tuned]`: the projector that was given, where `mmproj` names one that was made of it."""
+
+Values = dict[str, tuple[Any, str]]
+Locate = Callable[[str], "Path | None"]
+
 
 @dataclass(frozen=True, slots=True)
 class Config:
@@ -30,28 +42,89 @@ class Config:
     settings: ServerSettings
     origins: Mapping[str, str]
 
+    def engine(self, **more: Any) -> EngineSettings:
+        """What of them is about the engine; what nobody gave keeps the engine's own default, or that of `more`."""
+        given = {name: getattr(self.settings, name) for name, origin in self.origins.items() if origin != "default"}
+        return EngineSettings(
+            **{**more, **{name: v for name, v in given.items() if name in EngineSettings.model_fields}}
+        )
+
     def as_toml(self) -> str:
         """The settings as an opsin.toml that would bring them about, a comment a line saying where each is from."""
         lines = []
         for name in _FIELDS:
             value = getattr(self.settings, name)
-            shown = f"# {name} is not set" if value is None else f"{name} = {_toml(value)}"
+            shown = f"# {name} is not set" if value is None else f"{name} = {as_toml_value(value)}"
             lines.append(f"{shown}  # {self.origins[name]}")
         return "\n".join(lines) + "\n"
 
 
-def read_config(flags: Mapping[str, Any], environ: Mapping[str, str], folder: Path) -> Config:
+def read_config(
+    flags: Mapping[str, Any],
+    environ: Mapping[str, str],
+    folder: Path,
+    *,
+    file: Path | None = None,
+    locate: Locate = lambda _: None,
+    tuned: bool = True,
+) -> Config:
     """What opsin.toml, the environment and the flags make together.
 
-    The file is the one in `folder`, or else the one in $XDG_CONFIG_HOME/opsin. `flags` holds what was given, by field.
+    The file is `file`, which must exist, or the one in `folder`, or else the one in $XDG_CONFIG_HOME/opsin. `flags`
+    holds what was given, by field. `locate` gives the file of a model's known name, which is asked for only where the
+    file's `[tuned]` names another; without `tuned` that table is passed over.
     Raises BadParameter with one sentence for a name that does not exist and a value that cannot be.
     """
+    path = file or config_path(environ, folder)
+    plain, measured = ({}, {}) if path is None else _from_file(path)
+    sources = [plain, _from_environment(environ), _from_flags(flags)]
+    if tuned and measured and _is_for(measured, sources, locate):
+        sources.insert(0, measured)
     values: dict[str, Any] = {}
     origins = dict.fromkeys(_FIELDS, "default")
-    for source in (_from_file(environ, folder), _from_environment(environ), _from_flags(flags)):
+    for source in sources:
+        if "model" in source and "model" in values and not _same(source["model"][0], values["model"], locate):
+            # A projector belongs to its model: it goes with it.
+            values.pop("mmproj", None)
+            origins["mmproj"] = "default"
         for name, (value, origin) in source.items():
             values[name], origins[name] = value, origin
     return Config(_checked(values, origins), origins)
+
+
+def config_path(environ: Mapping[str, str], folder: Path) -> Path | None:
+    """The opsin.toml that is read: the folder's, or else the user's; None where there is none."""
+    home = Path(environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    return next((path for path in (folder / FILE, home / "opsin" / FILE) if path.is_file()), None)
+
+
+def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """An opsin.toml's own settings, and its table `[tuned]`, with names checked. Raises BadParameter."""
+    try:
+        table = _toml_reader.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadParameter(f"{path} cannot be read: {error}.") from None
+    tuned = table.pop(TUNED, {})
+    if not isinstance(tuned, dict) or (tuned and "model" not in tuned):
+        raise BadParameter(f"{path}: [{TUNED}] names no model; let `opsin tune` write it anew.")
+    for name in table:
+        _check_name(name, f"{path}: there is no setting {name!r}", list(_FIELDS))
+    for name in tuned:
+        known = [*EngineSettings.model_fields, TUNED_FROM]
+        _check_name(name, f"{path}: there is no setting {name!r} that could be tuned", known)
+    return table, tuned
+
+
+def _is_for(measured: Values, sources: list[Values], locate: Locate) -> bool:
+    wanted = [source["model"][0] for source in sources if "model" in source]
+    return not wanted or _same(wanted[-1], measured["model"][0], locate)
+
+
+def _same(one: Any, other: Any, locate: Locate) -> bool:
+    """Whether two models are one file; a name is looked up."""
+    files = [Path(model) if Path(model).is_file() else locate(str(model)) for model in (one, other) if model]
+    paths = [file for file in files if file is not None and file.is_file()]
+    return paths[0].samefile(paths[1]) if len(paths) == 2 else str(one) == str(other)
 
 
 def _checked(values: dict[str, Any], origins: Mapping[str, str]) -> ServerSettings:
@@ -65,23 +138,17 @@ def _checked(values: dict[str, Any], origins: Mapping[str, str]) -> ServerSettin
         raise BadParameter(f"{name} ({origins[name]}): {first['msg']} (given: {first['input']!r}).") from None
 
 
-def _from_file(environ: Mapping[str, str], folder: Path) -> dict[str, tuple[Any, str]]:
-    home = Path(environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    path = next((path for path in (folder / FILE, home / "opsin" / FILE) if path.is_file()), None)
-    if path is None:
-        return {}
-    try:
-        table = _toml_reader.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadParameter(f"{path} cannot be read: {error}.") from None
-    for name in table:
-        _check_name(name, f"{path}: there is no setting {name!r}", list(_FIELDS))
-    return {name: (_expanded(name, value), f"file {path}") for name, value in table.items()}
+def _from_file(path: Path) -> tuple[Values, Values]:
+    table, tuned = read_file(path)
+    return (
+        {name: (_expanded(name, value), f"file {path}") for name, value in table.items()},
+        {name: (value, f"[{TUNED}] of {path}") for name, value in tuned.items() if name != TUNED_FROM},
+    )
 
 
-def _from_environment(environ: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
+def _from_environment(environ: Mapping[str, str]) -> Values:
     known = {PREFIX + name.upper(): name for name in _FIELDS}
-    found: dict[str, tuple[Any, str]] = {}
+    found: Values = {}
     for variable, text in environ.items():
         if not variable.startswith(PREFIX) or variable in _OTHER_VARIABLES:
             continue
@@ -93,7 +160,7 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
     return found
 
 
-def _from_flags(flags: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+def _from_flags(flags: Mapping[str, Any]) -> Values:
     return {
         name: (value, f"flag --{'no-' if value is False else ''}{name.replace('_', '-')}")
         for name, value in flags.items()
@@ -123,6 +190,7 @@ def kinds(name: str) -> tuple[Any, ...]:
     return tuple(kind for kind in found if kind is not type(None))
 
 
-def _toml(value: Any) -> str:
+def as_toml_value(value: Any) -> str:
+    """A setting's value as TOML writes it."""
     # JSON's strings, numbers and booleans are TOML's as well.
     return json.dumps(list(value) if isinstance(value, tuple) else value, default=str, ensure_ascii=False)

@@ -31,12 +31,35 @@ class EngineSettings(BaseModel):
     device: str | None = Field(None, description="device of the language model, as ggml names it (CUDA0, Metal, none)")
     mmproj_device: str | None = Field(None, description="device of the vision encoder (CUDA0, Metal, none for the CPU)")
     threads: int | None = Field(None, ge=1, le=1024, description="threads of decode; none: cores, one for small models")
-    threads_batch: int | None = Field(None, ge=1, le=1024, description="threads of prefill and encode")
+    threads_batch: int | None = Field(None, ge=1, le=1024, description="threads of prefill; none: those of decode")
+    threads_encode: int | None = Field(
+        None, ge=1, le=1024, description="threads of the vision encoder; none: those of prefill, or else of decode"
+    )
     parallel: int = Field(1, ge=1, le=256, description="answers at the same time")
     ubatch: int = Field(1024, ge=32, le=16384, description="tokens of a micro-batch")
     kv_type: KvType = Field("f16", description="type of the KV memory")
     flash_attention: bool | None = Field(
         None, description="flash attention; none: on where it is supported, but off on CPUs with memories of their own"
+    )
+    vision_flash_attention: bool | None = Field(
+        None, description="flash attention of the vision encoder; none: as flash_attention, or else where supported"
+    )
+    prefill_rows: int | None = Field(
+        None,
+        ge=16,
+        le=16384,
+        description="tokens of a prefill step; none: 192 on CPUs with memories of their own, else ubatch",
+    )
+    slice_seconds: float = Field(
+        0.3, ge=0.01, description="how long a prefill step may hold up streaming answers, about, in seconds"
+    )
+    turn_share: float = Field(
+        0.05, gt=0, le=1, description="share of the time that streaming answers get while pictures are worked on, about"
+    )
+    longest_turn: float = Field(
+        0.25,
+        ge=0.03,
+        description="longest wait of a stream for its next token while pictures are worked on, in seconds",
     )
     image_max_tokens: int | None = Field(None, ge=1, description="most tokens a picture, for models that can choose")
     image_min_tokens: int | None = Field(None, ge=1, description="fewest tokens a picture, for models that can choose")

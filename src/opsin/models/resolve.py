@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from opsin.core.errors import BadParameter, ModelNotFound
+from opsin.core.errors import BadParameter, ModelNotFound, OpsinError
 from opsin.models.caches import CachedRepo, cached_repos
 from opsin.models.naming import best_model, best_projectors, is_model, stem
 from opsin.models.pair import Pair
@@ -37,6 +37,14 @@ def resolve(model: str | None = None, mmproj: str | None = None) -> Pair:
     if pair.mmproj is not None and not pair.is_demo:
         check_pair(pair.llm, pair.mmproj)
     return pair
+
+
+def locate(model: str) -> Path | None:
+    """The language model's file behind `--model`; None where there is none."""
+    try:
+        return _meant(model, find=False).llm
+    except OpsinError:
+        return None
 
 
 def demo_pair() -> Pair:

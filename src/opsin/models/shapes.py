@@ -91,6 +91,12 @@ _ALL = (
         "576 image tokens and 0.2 B parameters; the pair Opsin's measurements are made on",
     ),
     PairShape(
+        "medium",
+        VisionShape(image_size=336, patch_size=14, width=1024, layers=8, heads=16, feed_forward=4096),
+        TextShape(width=1536, layers=16, heads=24, kv_heads=8, feed_forward=4096, vocabulary=32_000, context=8192),
+        "576 image tokens and 0.5 B parameters; a second size to check predictions on",
+    ),
+    PairShape(
         "llava-1.5-7b",
         _VIT_L_336,
         TextShape(width=4096, layers=32, heads=32, kv_heads=32, feed_forward=11_008, vocabulary=32_000, context=4096),

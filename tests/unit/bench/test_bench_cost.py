@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from opsin.bench.cost import read_cost
+from opsin.bench.cost import encode_ops_of, read_cost
 from opsin.models import Pair, write_pair
+from opsin.models.gguf_header import TensorHead
 from opsin.models.shapes import SHAPES
 
 
@@ -46,3 +47,15 @@ def test_quantised_weights_and_memory_are_counted_in_their_own_bytes(tiny: Pair,
     assert half.encode_ops is None
     assert eight.weight_bytes / half.weight_bytes == pytest.approx(34 / 64, rel=0.02)
     assert eight.decode_bytes([10]) - eight.weight_bytes == pytest.approx(10 * eight.kv_values * 34 / 32)
+
+
+def test_merged_patches_reach_the_projector_as_fewer_tokens() -> None:
+    heads = [
+        TensorHead("v.blk.0.ffn_up.weight", (8, 16), "F16", None),
+        TensorHead("v.blk.1.attn_out.weight", (8, 8), "F16", None),
+        TensorHead("mm.0.weight", (32, 10), "F16", None),
+    ]
+    block, last, projector = 2 * 8 * 16 * 64, 2 * 8 * 8 * 64 + 4 * 64**2 * 8, 2 * 32 * 10 * 64
+    assert encode_ops_of(heads, 64, 2) == block + projector
+    assert encode_ops_of(heads, 64, 2, all_layers=True) == block + last + projector
+    assert encode_ops_of(heads, 64, 2, merge=2, all_layers=True) == block + last + projector / 4

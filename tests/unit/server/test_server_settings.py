@@ -113,7 +113,7 @@ def test_every_setting_has_a_flag_that_reaches_it(tmp_path: Path, monkeypatch: p
         elif "Path" in kind or "str" in kind:
             words, value = [flag, "some"], "some"
         else:
-            value = {"max_top_logprobs": 10, "max_body_bytes": 2048}.get(name, 64)
+            value = {"max_top_logprobs": 10, "max_body_bytes": 2048, "turn_share": 0.5}.get(name, 64)
             words = [flag, str(value)]
         arguments += words
         wanted[name] = value

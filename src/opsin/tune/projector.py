@@ -1,0 +1,102 @@
+"""A projector file in another type: large matrices are converted, all else is copied as it is."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from opsin.core.errors import BadInput, ModelUnreadable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ProjectorType = Literal["bf16", "q8_0"]
+TYPES: tuple[ProjectorType, ...] = ("bf16", "q8_0")
+
+# Matrices that are only ever multiplied with. Kernels, positions, norms and biases are added or read in other ways,
+# for which llama.cpp wants f32 or f16; gemma3's input_projection is turned round at each encode.
+_MATRIX = re.compile(r"v\.blk\.\d+\.(attn_(q|k|v|qkv|out)|ffn_(up|down|gate))\.weight|mm\.\d+\.weight")
+_WHOLE = {"F32", "F16", "BF16"}
+_FILE_TYPES = {"bf16": 32, "q8_0": 7}  # llama.cpp's `llama_ftype`
+_BLOCK = 32
+_OWN = {"general.architecture", "general.file_type"}  # written for the new file
+
+
+def default_folder() -> Path:
+    """Where converted projectors are kept."""
+    from platformdirs import user_cache_path
+
+    return user_cache_path("opsin") / "projectors"
+
+
+def convert_projector(source: Path, kind: ProjectorType, folder: Path | None = None) -> Path | None:
+    """`source` with its large matrices as `kind`, written once for each state of it; None where nothing would change.
+
+    Raises ModelUnreadable for a file that is no GGUF, BadInput when it cannot be written.
+    """
+    state = source.stat()
+    name = hashlib.sha256(repr((str(source.resolve()), state.st_size, state.st_mtime_ns)).encode()).hexdigest()[:12]
+    target = (folder or default_folder()) / f"{source.stem}-{name}-{kind}.gguf"
+    if target.is_file():
+        return target
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        changed = _write(source, kind, part)
+        if changed:
+            part.replace(target)
+    except ValueError as error:
+        raise ModelUnreadable(f"{source.name} cannot be converted ({error}): download it again.") from error
+    except OSError as error:
+        raise BadInput(f"{target} could not be written: {error.strerror or error}.") from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            part.unlink()
+    return target if changed else None
+
+
+def _write(source: Path, kind: ProjectorType, part: Path) -> bool:
+    import gguf
+    import numpy as np
+
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(part, "clip", endianess=reader.endianess)
+    for field in reader.fields.values():
+        if field.name not in _OWN and not field.name.startswith("GGUF."):
+            sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=sub_type)
+    writer.add_file_type(_FILE_TYPES[kind])
+    wanted = gguf.GGMLQuantizationType[kind.upper()]
+    chosen = {tensor.name for tensor in reader.tensors if _converts(tensor, kind)}
+    for tensor in reader.tensors:
+        of_type = wanted if tensor.name in chosen else tensor.tensor_type
+        block, size = gguf.GGML_QUANT_SIZES[of_type]
+        rows = [int(length) for length in reversed(tensor.shape)]
+        # The writer takes shapes of values where the data are said to be such.
+        writer.add_tensor_info(tensor.name, rows, np.dtype(np.float32), int(tensor.n_elements) // block * size, of_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for data in _data(reader, chosen, wanted):
+        writer.write_tensor_data(data)
+    writer.close()
+    return bool(chosen)
+
+
+def _data(reader: Any, chosen: set[str], wanted: Any) -> Iterator[Any]:
+    from gguf.quants import dequantize, quantize
+
+    for tensor in reader.tensors:
+        if tensor.name in chosen:
+            yield quantize(dequantize(tensor.data, tensor.tensor_type), wanted)
+        else:
+            yield tensor.data
+
+
+def _converts(tensor: Any, kind: ProjectorType) -> bool:
+    plain = tensor.tensor_type.name in _WHOLE - {kind.upper()} and len(tensor.shape) == 2
+    return plain and int(tensor.shape[0]) % _BLOCK == 0 and _MATRIX.fullmatch(tensor.name) is not None
