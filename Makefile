@@ -6,7 +6,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # llama.cpp is compiled once; without this some generators compile one file after another.
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: setup setup-dev demo browser test check format soak clean
+.PHONY: setup setup-dev demo browser test test-offload check format soak clean
 
 setup: $(VENV)/.ready
 
@@ -34,6 +34,13 @@ browser:
 test: setup-dev browser
 	$(BIN)/python -m pytest
 
+# A build with a second device (Vulkan on Mesa's software device): proves where things run, without a GPU.
+.venv-offload/.ready: requirements.lock requirements-dev.lock pyproject.toml tests/offload/setup.sh
+	PYTHON="$(PYTHON)" tests/offload/setup.sh
+
+test-offload: .venv-offload/.ready
+	GGML_VK_VISIBLE_DEVICES=0 .venv-offload/bin/python -m pytest tests/offload -q -s
+
 check: setup-dev
 	$(BIN)/ruff format --check src tests training
 	$(BIN)/ruff check src tests training
@@ -50,4 +57,4 @@ soak: setup-dev
 	OPSIN_SOAK_MINUTES=$${OPSIN_SOAK_MINUTES:-30} $(BIN)/python -m pytest tests/soak -q -s --timeout 0
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-offload build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

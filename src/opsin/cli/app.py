@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from typing import Any
@@ -72,6 +73,10 @@ def opsin(
 
 def main() -> None:
     """Run the command; one sentence and an exit code for what goes wrong."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A pipe on Windows may know 256 characters: better a question mark than no answer.
+            stream.reconfigure(errors="replace")
     try:
         app(standalone_mode=True)
     except OpsinError as error:

@@ -61,10 +61,10 @@ class Model:
 
     @property
     def layers_offloaded(self) -> int:
-        """Layers asked to be on a GPU, 0 where there is none; the output layer is not counted."""
+        """Layers asked to be on a GPU, 0 where there is none; the output layer, which goes there first, not counted."""
         if self.device is None:
             return 0
-        return self.n_layer if self.n_gpu_layers < 0 else min(self.n_gpu_layers, self.n_layer)
+        return self.n_layer if self.n_gpu_layers < 0 else max(0, min(self.n_gpu_layers - 1, self.n_layer))
 
     @functools.cached_property
     def metadata(self) -> dict[str, str]:

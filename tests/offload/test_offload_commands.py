@@ -1,0 +1,73 @@
+"""The commands on a machine with two devices, as a user types them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from opsin.doctor.safety import safety_check
+
+DEVICE = "Vulkan0"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "gpu_proof.sh"
+
+
+def doctor(pair: Any, folder: Path, *flags: str) -> tuple[int, dict[str, Any]]:
+    command = [sys.executable, "-m", "opsin", "doctor", "--model", pair.llm, "--mmproj", pair.mmproj, "--json", *flags]
+    # Mesa 22.3's llvmpipe dies in llama.cpp's flash attention over a prompt with a picture.
+    env = {**os.environ, "OPSIN_FLASH_ATTENTION": "false"}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=280, check=False)
+    assert done.stdout, done.stderr
+    return done.returncode, {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+
+
+def test_doctor_proves_the_encoder_on_the_device(pair: Any, tmp_path: Path) -> None:
+    _, found = doctor(pair, tmp_path)
+    encoder = found["placement.encoder"]
+    assert encoder["status"] == "ok"
+    assert set(encoder["evidence"]["backends"]) == {DEVICE}
+    assert found["placement.layers"]["evidence"]["layers_offloaded"] == 2
+
+
+def test_doctor_fails_an_encoder_on_the_cpu(pair: Any, tmp_path: Path) -> None:
+    code, found = doctor(pair, tmp_path, "--mmproj-device", "none")
+    encoder = found["placement.encoder"]
+    assert (code, encoder["status"]) == (1, "fail")
+    assert set(encoder["evidence"]["backends"]) == {"CPU"}
+    assert f"--mmproj-device {DEVICE}" in encoder["fix"]
+
+
+def test_a_device_that_dies_is_a_finding_with_a_setting_that_was_tried(pair: Any, tmp_path: Path) -> None:
+    """Mesa 22.3's llvmpipe dies; a later Mesa may not."""
+    check = safety_check(pair.llm, pair.mmproj, folder=tmp_path)
+    print(check.message)
+    if check.status == "fail":
+        assert "died of SIG" in check.message
+        assert check.fix is not None
+        assert check.fix.endswith("--no-flash-attention")
+
+
+def test_the_proof_for_gpus_rehearsed_without_one(tmp_path: Path) -> None:
+    """On the CPU: Mesa's device does not live through all that `tune` and `predict` try."""
+    results = tmp_path / "results"
+    env = {**os.environ, "XDG_DATA_HOME": str(tmp_path / "data"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    del env["GGML_VK_VISIBLE_DEVICES"]
+    command = ["bash", SCRIPT, "--cpu", "--python", sys.executable, "--work", tmp_path / "work", results]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280, check=False)
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr
+    steps = {line.split("\t")[0] for line in (results / "steps.tsv").read_text().splitlines()}
+    assert steps == {
+        "step",
+        "machine",
+        "synth",
+        "doctor",
+        "encoder_placed",
+        "language_model_placed",
+        "bench_engine",
+        "tune",
+        "predict",
+    }
+    for name in ("bench_engine", "tune", "predict"):
+        assert json.loads((results / f"{name}.json").read_text())
