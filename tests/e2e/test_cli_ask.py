@@ -203,10 +203,10 @@ def test_an_array_a_pil_image_bytes_and_a_path_are_one_picture() -> None:
         assert model.info.architecture == "llama"
 
 
-def test_a_terminal_of_few_characters_loses_some_and_no_more() -> None:
+def test_a_terminal_of_few_characters_loses_some_and_no_more(opsin_env: dict[str, str]) -> None:
     log = Path(__file__).parents[1] / "logs" / "lcp-0.2.56-founding.log"
     command = [sys.executable, "-m", "opsin", "explain", str(log)]
-    poor = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    poor = {**opsin_env, "PYTHONIOENCODING": "cp1252"}
     done = subprocess.run(command, env=poor, capture_output=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
     assert b"?940.4 ms" in done.stdout
