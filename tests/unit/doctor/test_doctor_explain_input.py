@@ -56,6 +56,55 @@ def test_of_several_requests_the_slowest_is_explained() -> None:
     assert any("request 2 of 3, the slowest" in note for note in found.notes)
 
 
+def test_answers_that_are_printed_with_indents_keep_their_counts() -> None:
+    text = (LOGS / "llama-server-0c1e570-answers.log").read_text()
+    objects = [json.loads(line) for line in text.splitlines()]
+    for second in (objects[1], {**objects[1], "usage": objects[0]["usage"]}):
+        told = "\n".join(json.dumps(x, indent=2) for x in (objects[0], second))
+        requests = explain(io.BytesIO(told.encode())).facts.requests
+        usage = second["usage"]
+        assert [(r.prompt_tokens, r.completion_tokens, r.prompt_n, r.finish) for r in requests] == [
+            (99, 20, 99, "stop"),
+            (usage["prompt_tokens"], usage["completion_tokens"], 100, "length"),
+        ]
+
+
+@pytest.mark.parametrize(
+    ("words", "seconds"),
+    [
+        ("cost: 91.75s", 91.75),
+        ("request took 1,500.2 s", 1500.2),
+        ("elapsed: 95 seconds.", 95.0),
+        ("predict time is:92.5", 92.5),
+        ("it took 5 minutes", 90.80957),
+        ("it took 95 tries", 90.80957),
+        ("it took 95", 90.80957),
+        ("prompt cache update took 95000.00 ms", 90.80957),
+        ("Model loading took 98.2 s", 90.80957),
+    ],
+)
+def test_a_wall_time_has_a_unit_and_is_of_a_request(words: str, seconds: float) -> None:
+    timers = FOUNDING[: FOUNDING.index(b"cost")].decode()
+    assert explain(io.BytesIO(f"{timers}{words}\n".encode())).facts.worst.whole == pytest.approx(seconds * 1e3)
+
+
+def test_a_time_told_before_the_timers_is_not_the_request_s() -> None:
+    text = b"warm-up took 98.2 s\n" + FOUNDING
+    assert explain(io.BytesIO(text)).facts.worst.wall_ms == 91_750
+
+
+def test_a_draft_model_and_a_look_at_the_vocabulary_are_no_second_load() -> None:
+    line = "llama_model_loader: loaded meta data with 2 key-value pairs and 3 tensors from {}.gguf (version GGUF V3)\n"
+    look = "print_info: vocab_only       = 1\n"
+    for text, loads in (
+        (line.format("a") + line.format("draft"), 1),
+        (line.format("a") + look + line.format("a"), 1),
+        (line.format("a") + look.replace("1", "0") + line.format("a"), 2),
+        ((line.format("a") + look + line.format("a")) * 2, 2),
+    ):
+        assert explain(io.BytesIO(text.encode())).facts.machine.loads == loads
+
+
 def test_interleaved_slots_of_a_server_are_told_apart() -> None:
     line = "slot print_timing: id  {0} | task {0} | {1} time = {2:10.2f} ms / {3:5d} tokens\n"
     parts = [(slot, kind, ms, n) for kind, ms, n in (("prompt eval", 900, 600), ("eval", 700, 60)) for slot in (1, 2)]

@@ -13,8 +13,9 @@ from opsin.doctor.explain.lines import LONGEST_FACT, Line
 from opsin.doctor.explain.request import Book
 
 _PAIR = re.compile(
-    r"""(?<!\\)["']([a-z_]{4,24})(?<!\\)["']\s*:\s*(?:(\d{1,18}(?:\.\d{1,18})?)|["']([^"'\\]{1,40})["']|(true))"""
+    r"""(?<!\\)["']([a-z_]{4,24})(?<!\\)["']\s*:\s*(?:(\d{1,18}(?:\.\d{1,18})?)|["']([^"'\\]{1,40})["'])"""
 )
+_ENDS = frozenset({"finish_reason", "done_reason"})
 _SERVER = {"prompt_ms": "prompt_ms", "predicted_ms": "eval_ms"}
 _COUNTS = {
     "prompt_n": "prompt_n",
@@ -35,8 +36,8 @@ _VERBOSE = re.compile(r"^((?:total|load|prompt eval|eval) (?:duration|count)):\s
 _GIN = re.compile(r"\[GIN\].*\|\s*\d{3}\s*\|\s*(\S+)\s*\|.*/(?:api/(?:chat|generate)|v1/(?:chat/)?completions)")
 _GO = re.compile(r"(\d{1,12}(?:\.\d{1,12})?)(h|ms|m|µs|us|μs|ns|s)")
 _GO_MS = {"h": 3.6e6, "m": 6e4, "s": 1e3, "ms": 1.0, "µs": 1e-3, "μs": 1e-3, "us": 1e-3, "ns": 1e-6}
-_ACCESS = re.compile(r" tokens=(\d{1,9})\+(\d{1,9}) .*?total=([\d.]{1,15})s(.*)$")
-_FIELD = re.compile(r"(\w+)=([\d.]{1,15})s\b|\bend=(\w+)")
+_ACCESS = re.compile(r" tokens=(\d{1,9})\+(\d{1,9}) .*?total=(\d{1,9}(?:\.\d{1,9})?)s(.*)$")
+_FIELD = re.compile(r"(\w+)=(\d{1,9}(?:\.\d{1,9})?)s\b|\bend=(\w+)")
 STAGES = frozenset(stage.value for stage in Stage)
 
 
@@ -44,7 +45,10 @@ def read_answer(line: Line, book: Book) -> None:
     """Add what the line says to the request it belongs to."""
     text = line.text
     if '"' in text or "'" in text:
-        for name, number, word, _true in _PAIR.findall(text):
+        pairs = _PAIR.findall(text)
+        if book.has("finish") and any(word and name in _ENDS for name, _number, word in pairs):
+            book.finish()
+        for name, number, word in pairs:
             _pair(line.number, book, name, number, word)
     text = text[:LONGEST_FACT]
     if found := _VERBOSE.search(text):
@@ -63,8 +67,8 @@ def go_duration(text: str) -> float | None:
 
 
 def _pair(line: int, book: Book, name: str, number: str, word: str) -> None:
-    if word and name in {"finish_reason", "done_reason", "limit"}:
-        book.once(line, finish=word) if name != "limit" else book.once(line, finish=f"limit:{word}")
+    if word and (name in _ENDS or name == "limit"):
+        book.once(line, finish=word if name in _ENDS else f"limit:{word}")
     elif not number:
         return
     elif name in _OLLAMA:
@@ -75,7 +79,7 @@ def _pair(line: int, book: Book, name: str, number: str, word: str) -> None:
         book.once(line, timer="server")
         book.put(line, **{_SERVER[name]: float(number)})
     elif name in _COUNTS:
-        book.once(line, **{_COUNTS[name]: int(float(number))})
+        book.put(line, **{_COUNTS[name]: int(float(number))})
     elif name == "total_ms" or (name.endswith("_ms") and name[:-3] in STAGES):
         book.stage(line, name[:-3], float(number))
         if name == "total_ms":
@@ -92,18 +96,11 @@ def _verbose(line: int, book: Book, name: str, value: str) -> None:
 
 def _access(line: int, book: Book, found: re.Match[str]) -> None:
     prompt, answer, total, rest = found.groups()
-    seconds = _number(total)
-    book.put(line, timer="opsin", prompt_tokens=int(prompt), completion_tokens=int(answer), wall_ms=seconds)
-    book.stage(line, "total", seconds)
+    whole = float(total) * 1e3
+    book.put(line, timer="opsin", prompt_tokens=int(prompt), completion_tokens=int(answer), wall_ms=whole)
+    book.stage(line, "total", whole)
     for name, value, end in _FIELD.findall(rest):
         if name in STAGES:
-            book.stage(line, name, _number(value))
+            book.stage(line, name, float(value) * 1e3)
         elif end:
             book.once(line, finish=f"limit:{end}" if end not in {"stop", "length"} else end)
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text) * 1e3
-    except ValueError:
-        return 0.0

@@ -12,10 +12,10 @@ Where = Literal["load", "encode", "prefill", "decode", "all"]
 class Cause:
     """One cause.
 
-    `name` stays the same from version to version. `seconds` is what it costs (None: the log does not say), and
-    `arithmetic` the sum by which that was found. `saves_seconds` is what the remedy is expected to save, None where
-    the log cannot tell. A `symptom` names a stage that is slow for a reason that the log does not show; it is left
-    out where a cause for the same stage is known.
+    `name` stays the same from version to version. `seconds` is what it costs, `at_most` if the log only bounds it by
+    the stage that it slows (None: the log does not say), and `arithmetic` the sum by which that was found.
+    `saves_seconds` is what the remedy is expected to save, None where the log cannot tell. A `symptom` names a stage
+    that is slow for a reason that the log does not show; it is left out where a cause for the same stage is known.
     """
 
     name: str
@@ -26,6 +26,7 @@ class Cause:
     remedy: str
     saves_seconds: float | None = None
     symptom: bool = False
+    at_most: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """A row of `opsin explain --json`: plain values, seconds rounded to milliseconds."""

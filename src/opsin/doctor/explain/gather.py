@@ -20,10 +20,6 @@ TOOLS = (
     ("llama-server", re.compile(r"\bsrv |\bslot +\w+:|llama-server|\"predicted_ms\"|print_timing: |update_slots")),
     ("llama-mtmd-cli", re.compile(r"experimental CLI|image slice encoded|clip_ctx: CLIP|alloc_compute_meta")),
     ("llava-cli", re.compile(r"encode_image_with_clip")),
-    (
-        "llama.cpp",
-        re.compile(r"llama_perf_|llama_print_timings|load_tensors|system_info|debug build|clip_model_load"),
-    ),
 )
 """Names of tools, the surest witness first: Ollama runs llama-server, and llama-server prints llama.cpp's lines."""
 

@@ -21,8 +21,8 @@ _HEAD = 120
 """Where a time stamp is looked for: prefixes of containers and journals stand before it."""
 _WORTH = re.compile(
     r"time\s*=|duration|_ms\b|_n\b|eval[ _]count|tokens|CLIP|clip|flash|offload|encod|image|batch|KV|memory|slot|n_ctx"
-    r"|threads|loaded|loading|runner|buffer size|unsupported|type = |debug|asserts|build|\[GIN\]|cost|took|time is"
-    r"|elapsed|Elapsed|page faults|Percent of CPU|reason|Llama\.generate|chat formats|experimental CLI|truncat|total=",
+    r"|threads|vocab_only|loaded|loading|runner|buffer size|unsupported|type = |asserts|build|\[GIN\]|cost|took"
+    r"|time is|[Ee]lapsed|page faults|of CPU|reason|Llama\.generate|chat formats|experimental CLI|truncat|total=",
 )
 
 
@@ -61,9 +61,11 @@ def _clock(head: str) -> float | None:
             day = datetime(*map(int, found.groups()[:6]))  # type: ignore[arg-type]  # noqa: DTZ001 - differences only
         except ValueError:
             return None
-        return day.toordinal() * 86400.0 + day.hour * 3600 + day.minute * 60 + day.second + _fraction(found.group(7))
+        return (
+            day.toordinal() * 86400.0
+            + day.hour * 3600
+            + day.minute * 60
+            + day.second
+            + float(f"0.{found.group(7) or 0}")
+        )
     return None
-
-
-def _fraction(digits: str | None) -> float:
-    return int(digits) / 10 ** len(digits) if digits else 0.0

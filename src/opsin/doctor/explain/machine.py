@@ -22,8 +22,6 @@ _FACTS = {
     "flash_on": r"flash attention is enabled",
     "threads": r"n_threads = (\d{1,9})(?: \(n_threads_batch = \d+\))? / (\d{1,9})",
     "debug": r"warning: (?:asserts enabled|debug build)|^build: .* \(debug\)|\[unoptimized",
-    "kv_full": r"failed to find a memory slot for batch of size (?!1\b)"
-    r"|failed to find free space in the KV|could not find a KV slot",
     "no_memory": r"out of memory|failed to allocate (?:buffer|compute|CUDA)|unable to allocate|cudaMalloc failed",
     "cut_prompt": r'truncating input prompt"? limit=(\d{1,9}) prompt=(\d{1,9})',
     "faults": r"Major \(requiring I/O\) page faults: (\d{1,9})",
@@ -34,7 +32,8 @@ _FACTS = {
 _PATTERNS = {name: re.compile(pattern) for name, pattern in _FACTS.items()}
 _ANY = re.compile("|".join(_FACTS.values()))
 _UNSUPPORTED = re.compile(r":\s+([A-Z][A-Z0-9_]+): type = ")
-_LOADING = re.compile(r"(llama_model_loader): loaded meta data|(load_model): loading model|loading model via (\S+)")
+_LOADING = re.compile(r"(?:llama_model_loader: loaded meta data|load_model: loading model|loading model via)[^,]*")
+_VOCABULARY = re.compile(r"vocab_only\s*= 1\b")
 _STARTED = re.compile(r"runner started in (\d{1,9}(?:\.\d{1,9})?) seconds")
 _BEGUN = re.compile(r"model loaded|add_text|encoding |launch_slot|Llama\.generate|eval time")
 _MANY = 64
@@ -45,7 +44,7 @@ class Machine:
     """Placement, build and memory; None and empty where the log is silent.
 
     `layers` are those on a GPU and all of them. `flash` is False when flash attention is off or not supported, with
-    `flash_failed` for the latter. `loads` counts how often a model was loaded, `load_s` the seconds that are known.
+    `flash_failed` for the latter. `loads` counts how often one model was loaded, `load_s` the seconds that are known.
     `faults` are major page faults, `cpu_share` the share of one core that the process got (both of GNU time).
     """
 
@@ -61,7 +60,6 @@ class Machine:
     debug: bool = False
     loads: int = 0
     load_s: tuple[float, ...] = ()
-    kv_full: int = 0
     no_memory: int = 0
     cut_prompt: tuple[int, int] | None = None
     faults: int | None = None
@@ -71,8 +69,7 @@ class Machine:
     @property
     def known(self) -> bool:
         """Something that only llama.cpp and its front ends say; any program runs out of memory, or is timed."""
-        others = replace(self, no_memory=0, debug=False, faults=None, cpu_share=None, elapsed_s=None)
-        return others != Machine()
+        return replace(self, no_memory=0, debug=False, faults=None, cpu_share=None, elapsed_s=None) != Machine()
 
     @property
     def on_gpu(self) -> bool:
@@ -87,7 +84,8 @@ class MachineReader:
         self.machine = Machine()
         self._loading_since: float | None = None
         self._listing = False
-        self._voices: dict[str, int] = {}
+        self._models: dict[str, int] = {}
+        self._model = ""
 
     def feed(self, line: Line) -> None:
         """Read a line."""
@@ -107,27 +105,33 @@ class MachineReader:
 
     def _fact(self, name: str, found: re.Match[str]) -> dict[str, Any]:
         groups = found.groups()
-        if name in {"kv_full", "no_memory"}:
-            return {name: getattr(self.machine, name) + 1}
+        if name == "no_memory":
+            return {name: self.machine.no_memory + 1}
         if name.startswith("flash"):
             return {"flash": name == "flash_on", "flash_failed": self.machine.flash_failed or name == "flash_failed"}
         if name == "elapsed_s":
             return {name: int(groups[0] or 0) * 3600 + int(groups[1]) * 60 + float(groups[2])}
         if name in {"faults", "cpu_share"}:
             return {name: int(groups[0]) / 100 if name == "cpu_share" else int(groups[0])}
-        if len(groups) < 2:
-            return {name: groups[0] if groups else True}
-        first, second = int(groups[0]), int(groups[1])
-        return {"layers": (second, first)} if name == "ollama_layers" else {name: (first, second)}
+        if name == "ollama_layers":
+            return {"layers": (int(groups[1]), int(groups[0]))}
+        return {name: (int(groups[0]), int(groups[1])) if len(groups) > 1 else groups[0] if groups else True}
 
     def _loads(self, line: Line, text: str) -> None:
         if found := _LOADING.search(text):
-            # One load is told by several voices; the loudest of them counts.
-            voice = found.group(1) or found.group(2) or "ollama"
-            self._voices[voice] = self._voices.get(voice, 0) + 1
-            self._set(loads=max(self._voices.values()))
+            # One load is told by several voices, and a draft model is another model: the same words count.
+            self._model = found.group()
+            if self._model in self._models or len(self._models) < _MANY:
+                self._models[self._model] = self._models.get(self._model, 0) + 1
+            self._set(loads=max(self._models.values()))
             self._loading_since = line.clock if self._loading_since is None else self._loading_since
+        elif self._models.get(self._model) and _VOCABULARY.search(text):
+            # Ollama looks at the vocabulary before it starts a runner, which loads the model.
+            self._models[self._model] -= 1
+            self._set(loads=max(self._models.values()))
+            self._loading_since = None
         elif found := _STARTED.search(text):
+            self._loading_since = None
             self._loaded(float(found.group(1)))
         elif self._loading_since is not None and _BEGUN.search(text):
             since, self._loading_since = self._loading_since, None

@@ -31,7 +31,7 @@ class Explanation:
         if not self.stages:
             return "Nothing in this log is wrong, but it has no times: add those of a request."
         most = max(self.stages, key=lambda row: row.ms)
-        return f"Healthy: no known fault; most of the time is {most.name} ({most.seconds:.2f} s)."
+        return f"Healthy: no known fault; most of the time is {most.name} ({most.ms / 1e3:.2f} s)."
 
     def as_dict(self) -> dict[str, Any]:
         """The object of `opsin explain --json`."""
@@ -62,14 +62,24 @@ def explain(stream: BinaryIO) -> Explanation:
     symptoms = [cause for rule in rules_time.SYMPTOMS if (cause := rule(facts))]
     found += [symptom for symptom in symptoms if not any(_accounts_for(cause, symptom) for cause in found)]
     least = max(_LEAST, _SHARE * facts.worst.whole / 1e3)
-    causes = [cause for cause in found if cause.seconds is None or cause.seconds >= least]
-    causes.sort(key=lambda cause: -1.0 if cause.seconds is None else cause.seconds, reverse=True)
+    kept = [cause for cause in found if cause.seconds is None or cause.seconds >= least]
+    causes = sorted(kept, key=lambda cause: _weight(cause, kept), reverse=True)
     return Explanation(facts, stage_table(facts.worst), tuple(causes), tuple(_notes(facts)))
+
+
+def _weight(cause: Cause, causes: list[Cause]) -> float:
+    """The seconds by which causes are ordered: of a bound, what the known costs of the same stage leave."""
+    known = sum(other.seconds or 0.0 for other in causes if not other.at_most and _same_stage(cause, other))
+    return -1.0 if cause.seconds is None else max(0.0, cause.seconds - known) if cause.at_most else cause.seconds
+
+
+def _same_stage(cause: Cause, other: Cause) -> bool:
+    return cause.where == other.where or "all" in {cause.where, other.where}
 
 
 def _accounts_for(cause: Cause, symptom: Cause) -> bool:
     """The cause explains the slow stage: it is of that stage, and not the smaller part of it."""
-    if (cause.where not in {symptom.where, "all"} and symptom.where != "all") or cause.name == "between_tokens":
+    if not _same_stage(cause, symptom) or cause.name in {"between_tokens", "no_flash_attention"}:
         return False
     return cause.seconds is None or cause.seconds >= 0.5 * (symptom.seconds or 0.0)
 
@@ -80,21 +90,28 @@ def _notes(facts: Facts) -> list[str]:
         place = f"request {facts.position} of {facts.count}" if facts.position else f"one of {facts.count} requests"
         notes.append(f"Explained is {place}, the slowest; it begins at line {worst.line}.")
     if worst.before_timer is not None and worst.wall_ms is not None and worst.total_ms is not None:
+        # A log's first prompt can only be cached if a handler has put its picture there; a later one may be text.
+        what = "Vision" if worst.image or facts.position == 1 else "Picture and prompt"
         notes.append(
-            f"Vision took at most {worst.before_timer / 1e3:.2f} s: {worst.wall_ms / 1e3:.2f} s by the wall clock − "
+            f"{what} took at most {worst.before_timer / 1e3:.2f} s: {worst.wall_ms / 1e3:.2f} s by the wall clock − "
             f"{worst.total_ms / 1e3:.2f} s of total time, which begins after picture and prompt."
         )
     if worst.timer in {"server", "ollama"} and not worst.image and worst.prompt_ms:
         notes.append("This tool counts the vision encoder in the prompt's time.")
+    again = [max(r.prompt_ms or 0.0, r.image) / 1e3 for r in facts.requests if r.encode_ms][1:]
+    if again and facts.tool == "llama-cpp-python" and facts.machine.loads < 2:
+        notes.append(
+            f"{len(again) + 1} requests encoded a picture each, and the handler cleared the memory every time. If they "
+            f"ask about one picture, a server that keeps it (opsin serve) saves up to {sum(again):.2f} s."
+        )
     return notes
 
 
 def as_text(explanation: Explanation) -> list[str]:
     """The explanation as plain lines, without the table of stages."""
-    facts = explanation.facts
-    lines = [f"{facts.tool}: {explanation.verdict}"]
+    lines = [f"{explanation.facts.tool}: {explanation.verdict}"]
     for number, cause in enumerate(explanation.causes, start=1):
-        cost = "" if cause.seconds is None else f"  {cause.seconds:.2f} s"
+        cost = "" if cause.seconds is None else f"  {'≤' if cause.at_most else ''}{cause.seconds:.2f} s"
         lines += ["", f"{number}. {cause.name}{cost}", f"   {cause.message}", f"   sum:  {cause.arithmetic}"]
         saves = "" if cause.saves_seconds is None else f" (saves up to {cause.saves_seconds:.1f} s)"
         lines.append(f"   help: {cause.remedy}{saves}")

@@ -32,8 +32,8 @@ class Request:
 
     `prompt_ms`, `eval_ms`, `sample_ms` and `total_ms` are the tool's own timers, `wall_ms` what its caller measured.
     `prompt_n` and `eval_n` are what the timers counted, `prompt_tokens` and `completion_tokens` what `usage` says.
-    `encode_ms` has one entry a picture or slice. `end_tokens` is the fill of the context when it stopped. `line` is
-    where it began.
+    `encode_ms` has one entry a picture or slice. `end_tokens` is the fill of the context when it stopped, `kv_full` how
+    often a batch found no cells. `line` is where it began.
     """
 
     line: int = 0
@@ -57,6 +57,7 @@ class Request:
     finish: str | None = None
     truncated: bool = False
     shifts: int = 0
+    kv_full: int = 0
     reprocessed: bool = False
     encode_ms: tuple[float, ...] = ()
     batches: tuple[Batch, ...] = ()
@@ -66,7 +67,7 @@ class Request:
     def tells(self) -> bool:
         """It holds a time of a stage, or an event; a lone "took 5 s" may be anybody's."""
         timers = (self.prompt_ms, self.eval_ms, self.total_ms, self.processed_ms, self.wall_ms if self.timer else None)
-        events = self.shifts or self.reprocessed or self.truncated
+        events = self.shifts or self.reprocessed or self.truncated or self.kv_full > 0
         return any(timers) or bool(self.image or events) or len(self.stages) >= _FEW
 
     @property
@@ -86,9 +87,8 @@ class Request:
         """Milliseconds of the picture's prefill; batches that were cut out of the log at the mean of the others."""
         if not self.batches:
             return 0.0
-        missing = max(b.count for b in self.batches) - len(self.batches)
-        seen = sum(batch.ms for batch in self.batches)
-        return seen + max(0, missing) * seen / len(self.batches)
+        count = max(len(self.batches), *(batch.count for batch in self.batches))
+        return sum(batch.ms for batch in self.batches) * count / len(self.batches)
 
     @property
     def before_timer(self) -> float | None:
@@ -163,10 +163,8 @@ class Book:
                 self._current(line).setdefault(name, value)
 
     def picture(self, line: int, *, encode_ms: float | None = None, batch: Batch | None = None) -> None:
-        """Add an encode or a batch of a picture; after the timers of a request they belong to the next one."""
-        if "eval_ms" in self._current(line) or "total_ms" in self._current(line):
-            self._close(self._task)
-        current = self._current(line)
+        """Add an encode or a batch of a picture."""
+        current = self._current(line, event=True)
         if encode_ms is not None and math.isfinite(encode_ms):
             current["encode_ms"] = (*current.get("encode_ms", ()), encode_ms)[:_MANY]
         if batch is not None and math.isfinite(batch.ms):
@@ -174,7 +172,7 @@ class Book:
 
     def add(self, line: int, name: str, amount: int) -> None:
         """Count an event of the request in hand, or its image tokens."""
-        current = self._current(line)
+        current = self._current(line, event=True)
         current[name] = current.get(name, 0) + amount
 
     def stage(self, line: int, name: str, ms: float) -> None:
@@ -199,7 +197,10 @@ class Book:
         for task in list(self._open):
             self._close(task)
 
-    def _current(self, line: int) -> dict[str, Any]:
+    def _current(self, line: int, *, event: bool = False) -> dict[str, Any]:
+        if event and (self.has("eval_ms") or self.has("total_ms")):
+            # What happens after the timers of a request belongs to the next one.
+            self._close(self._task)
         return self._open.setdefault(self._task, {"line": line})
 
     def _close(self, task: str) -> None:

@@ -11,7 +11,7 @@ from statistics import median
 from opsin.doctor.explain.cause import Cause
 from opsin.doctor.explain.gather import Facts
 from opsin.doctor.explain.request import Request
-from opsin.doctor.explain.stages import between_tokens, stage_table
+from opsin.doctor.explain.stages import between_ms, stage_table
 
 SHORT = 64
 """Tokens of the answer with which a runaway one is compared: a sentence or two about a picture."""
@@ -34,7 +34,7 @@ def runaway(facts: Facts) -> Cause | None:
         end = f"truncated = 1 at {request.end_tokens} tokens" if request.end_tokens else "no cell for one more token"
         sums = f"{request.shifts} context shifts" if request.shifts else end
         return Cause("runaway", "decode", None, sums, message, help_)
-    generation = (request.total_ms or 0.0) if between_tokens(request) else request.rest
+    generation = (request.total_ms or 0.0) if between_ms(request) else request.rest
     before, each = max(0.0, request.whole - generation), generation / answer
     short = (before + min(SHORT, answer) * each) / 1e3
     saved = max(0.0, request.whole / 1e3 - short)
@@ -59,10 +59,10 @@ def _full_context(request: Request) -> int | None:
     return total if total >= 512 and total & (total - 1) == 0 and request.finish != "stop" else None
 
 
-def caller(facts: Facts) -> Cause | None:
+def between_tokens(facts: Facts) -> Cause | None:
     """Time between tokens, outside llama.cpp."""
     request = facts.worst
-    ms, answer = between_tokens(request), request.answer_n
+    ms, answer = between_ms(request), request.answer_n
     if not ms or not answer:
         return None
     sums = (
@@ -74,7 +74,7 @@ def caller(facts: Facts) -> Cause | None:
     return Cause("between_tokens", "all", ms / 1e3, sums, message, help_, ms / 1e3)
 
 
-def hidden_vision(facts: Facts) -> Cause | None:
+def before_timer(facts: Facts) -> Cause | None:
     """Most of the time lies before the timers: picture and prompt, which the timings leave out."""
     request, ms = facts.worst, facts.worst.before_timer
     if ms is None or ms < 0.5 * request.whole:
@@ -82,7 +82,7 @@ def hidden_vision(facts: Facts) -> Cause | None:
     sums = f"{request.whole / 1e3:.2f} s by the wall clock − {(request.total_ms or 0) / 1e3:.3f} s total time"
     message = f"Picture and prompt took at most {ms / 1e3:.2f} s; the timings are reset after them and leave them out."
     help_ = "look for 'CLIP using … backend' in the log of loading (verbose=True); opsin doctor proves where it runs"
-    return Cause("before_timer", "encode", ms / 1e3, sums, message, help_)
+    return Cause("before_timer", "encode", ms / 1e3, sums, message, help_, at_most=True)
 
 
 def small_batches(facts: Facts) -> Cause | None:
@@ -101,12 +101,13 @@ def small_batches(facts: Facts) -> Cause | None:
 
 
 def first_image(facts: Facts) -> Cause | None:
-    """The first picture cost more than those that followed."""
-    encodes = [ms for request in facts.requests for ms in request.encode_ms]
-    if not encodes:
+    """The first picture cost more than those of its size that followed."""
+    shown = [((r.image_tokens or r.prompt_n or 0) / len(r.encode_ms), ms) for r in facts.requests for ms in r.encode_ms]
+    if not shown:
         asked = [r for r in facts.requests if r.timer == "server" and r.prompt_ms and (r.prompt_n or 0) > 1]
-        alike = [r for r in asked if abs((r.prompt_n or 0) - (asked[0].prompt_n or 0)) <= 0.2 * (r.prompt_n or 0)]
-        encodes = [r.prompt_ms or 0.0 for r in alike]
+        shown = [(r.prompt_n or 0, r.prompt_ms or 0.0) for r in asked]
+    # Larger pictures cost more; a tenth is left to the questions, whose tokens may be among them.
+    encodes = [ms for size, ms in shown if abs(size - shown[0][0]) <= 0.1 * size]
     if len(encodes) < 3:
         return None
     first, usual = encodes[0], median(encodes[1:])
@@ -119,28 +120,16 @@ def first_image(facts: Facts) -> Cause | None:
     return Cause("first_image", "encode", extra / 1e3, sums, message, help_, extra / 1e3)
 
 
-def no_reuse(facts: Facts) -> Cause | None:
+def no_prefix_reuse(facts: Facts) -> Cause | None:
     """Prompts are computed again although they were there."""
-    worst = facts.worst
-    if worst.reprocessed:
-        ms = worst.prompt_ms
-        sums = (
-            f"{worst.prompt_tokens or worst.prompt_n or 0:,} prompt tokens{'' if ms is None else f' in {ms:,.0f} ms'}"
-        )
-        message = "The server threw the cached prompt away and computed it again (sliding window, recurrent memory)."
-        help_ = "start llama-server with --swa-full, or with more context checkpoints (--ctx-checkpoints)"
-        seconds = None if ms is None else ms / 1e3
-        return Cause("no_prefix_reuse", "prefill", seconds, sums, message, help_, seconds)
-    again = [max(r.prompt_ms or 0.0, r.image) for r in facts.requests if r.encode_ms][1:]
-    if facts.tool != "llama-cpp-python" or facts.machine.loads > 1 or not again:
+    worst, ms = facts.worst, facts.worst.prompt_ms
+    if not worst.reprocessed:
         return None
-    terms = " + ".join(f"{ms:,.0f}" for ms in again[:8]) + (" + …" if len(again) > 8 else "")
-    sums = f"{terms} = {sum(again):,.0f} ms for the pictures and prompts after the first"
-    message = (
-        f"{len(again) + 1} requests encoded a picture each: llama-cpp-python's handlers clear the memory every time."
-    )
-    help_ = "if they ask about one picture, use a server that keeps it: opsin serve, or llama-server"
-    return Cause("no_prefix_reuse", "prefill", sum(again) / 1e3, sums, message, help_, sum(again) / 1e3)
+    sums = f"{worst.prompt_tokens or worst.prompt_n or 0:,} prompt tokens{'' if ms is None else f' in {ms:,.0f} ms'}"
+    message = "The server threw the cached prompt away and computed it again (sliding window, recurrent memory)."
+    help_ = "start llama-server with --swa-full, or with more context checkpoints (--ctx-checkpoints)"
+    seconds = None if ms is None else ms / 1e3
+    return Cause("no_prefix_reuse", "prefill", seconds, sums, message, help_, seconds)
 
 
 def model_load(facts: Facts) -> Cause | None:
@@ -166,7 +155,7 @@ def model_load(facts: Facts) -> Cause | None:
     return Cause("model_load", "load", cost, sums, message, help_, cost)
 
 
-def slow_encode(facts: Facts) -> Cause | None:
+def encode_slow(facts: Facts) -> Cause | None:
     """The encoder takes a second and a third of the time, and no line says why."""
     request, ms = facts.worst, facts.worst.encoded
     # A request of many pictures, or a log without requests, is slow by each of them, not by their sum.
@@ -179,7 +168,7 @@ def slow_encode(facts: Facts) -> Cause | None:
     return Cause("encode_slow", "encode", ms / 1e3, sums, message, help_, symptom=True)
 
 
-def slow_prefill(facts: Facts) -> Cause | None:
+def prefill_slow(facts: Facts) -> Cause | None:
     """The prompt goes in slower than 50 tokens a second."""
     request, ms = facts.worst, facts.worst.prompt_only
     tokens = max(request.prompt_n or 0, request.image_tokens or 0)
@@ -187,12 +176,15 @@ def slow_prefill(facts: Facts) -> Cause | None:
         return None
     rate = tokens / ms * 1e3
     sums = f"{tokens:,} tokens / {ms / 1e3:.2f} s = {rate:.1f} token/s"
+    where, help_ = ", as on a CPU", "put layers on a GPU (-ngl 99, n_gpu_layers=-1)"
+    if facts.machine.on_gpu:
+        where, help_ = "", "prove where picture and model run (opsin doctor)"
     if (request.prompt_n or 0) <= 1:
         sums += " (the server counted 1 token: it leaves the picture's out)"
-    message = f"The prompt of {tokens:,} tokens took {ms / 1e3:.1f} s, {rate:.1f} a second: a CPU computes it."
+    message = f"The prompt of {tokens:,} tokens took {ms / 1e3:.1f} s, {rate:.1f} a second{where}."
     if request.timer in {"server", "ollama"} and not request.image:
         sums += "; the time of pictures' encoder, if there were any, is in it"
-    help_ = "put layers on a GPU (-ngl 99, n_gpu_layers=-1), or take a smaller model and fewer image tokens"
+    help_ += ", or take a smaller model and fewer image tokens"
     return Cause("prefill_slow", "prefill", ms / 1e3, sums, message, help_, symptom=True)
 
 
@@ -230,5 +222,5 @@ def unaccounted(facts: Facts) -> Cause | None:
     return Cause("unaccounted", "all", ms / 1e3, sums, message, help_, symptom=True)
 
 
-RULES = (runaway, caller, hidden_vision, small_batches, first_image, no_reuse, model_load)
-SYMPTOMS = (slow_encode, slow_prefill, slow_decode, unaccounted)
+RULES = (runaway, between_tokens, before_timer, small_batches, first_image, no_prefix_reuse, model_load)
+SYMPTOMS = (encode_slow, prefill_slow, slow_decode, unaccounted)

@@ -22,10 +22,11 @@ _EMBEDDING = re.compile(rf"image embedding created: {_COUNT} tokens|image_tokens
 _PROCESSED = re.compile(rf"image processed in {_NUMBER} ms")
 _STOPPED = re.compile(rf"stop processing: n_(?:tokens|past) = {_COUNT}, truncated = ([01])")
 _CTX = re.compile(rf"n_ctx_slot\s*=\s*{_COUNT}|n_ctx\s+= {_COUNT}|--ctx-size {_COUNT}|\bn_ctx={_COUNT}")
+_KV_FULL = re.compile(r"failed to find (?:a memory|KV cache) slot for u?batch of size (?!1\b)|could not find a KV slot")
 _PROMPT = re.compile(rf"(?:n_prompt_tokens|task\.n_tokens) = {_COUNT}")
 _WALL = re.compile(
-    rf"(?:\bcost|\btook|\belapsed|time is)\s{{0,9}}[:=]?\s{{0,9}}{_NUMBER}"
-    r"\s?(?:s|sec|seconds)?(?=$|[\s,{])(?!\s?(?:ms|us|µs|m|min)\b)"
+    rf"(?:\b(?:cost|took|elapsed)|time is)\s{{0,9}}[:=]?\s{{0,9}}(\d{{1,3}}(?:,\d{{3}})+(?:\.\d{{1,9}})?|{_NUMBER})"
+    rf"\s?(?:s|sec|seconds)(?![\w/])|time is:{_NUMBER}$"
 )
 _NAMES = {"load": "load_ms", "prompt eval": "prompt_ms", "eval": "eval_ms", "total": "total_ms"}
 _COUNTS = {"prompt_ms": "prompt_n", "eval_ms": "eval_n", "sample_ms": "sample_n"}
@@ -51,8 +52,9 @@ class Timings:
             self._slot(line)
         if "image" in text or "mtmd" in text:
             self._picture(line)
-        if found := _WALL.search(text):
-            self._book.once(line.number, wall_ms=float(found.group(1)) * 1e3)
+        # Before a timer, or of a load, "took 8 s" is no request's.
+        if self._book.has("timer") and (found := _WALL.search(text)) and "load" not in text.lower():
+            self._book.once(line.number, wall_ms=float((found.group(1) or found.group(3)).replace(",", "")) * 1e3)
 
     def _timer(self, line: Line, found: re.Match[str]) -> None:
         kind, ms, count = found.groups()
@@ -77,6 +79,10 @@ class Timings:
             book.once(line.number, end_tokens=end, truncated=bool(cut) or None, n_ctx=self.n_ctx)
         if "context shift," in text:
             book.add(line.number, "shifts", 1)
+        if _KV_FULL.search(text):
+            book.add(line.number, "kv_full", 1)
+        elif "retrying with smaller" in text and book.has("kv_full"):
+            book.add(line.number, "kv_full", -1)
         if text.endswith("memory slot for batch of size 1"):
             # Not a prompt that found no cells, but an answer that ran out of them, token by token.
             book.once(line.number, truncated=True, n_ctx=self.n_ctx)
