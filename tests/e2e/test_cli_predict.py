@@ -40,6 +40,8 @@ def test_a_shape_on_a_device_of_the_table(opsin_env, tmp_path):
     assert 100 < row["decode_tokens_s"] < 250  # 936 GB/s over 3.8 GB and what was reached
     assert row["shares"]["decode"]["sources"]
     assert document["check"] is None
+    assert document["table_errors"]["decode"]["checks"] > 10
+    assert "past_errors_here" not in document
 
 
 def test_text_for_people(opsin_env):
@@ -50,9 +52,12 @@ def test_text_for_people(opsin_env):
         "tokens a second",
         "it fits",
         "of the roofline",
-        "none was checked",
+        "each metal device by the others: prefill",
+        "Metal gives models about 72 of 96 GiB",
     ):
         assert words in shown
+    assert "past errors here" not in shown
+    assert "of 51.5 GB" in predict(opsin_env, "--model", "medium", "--device", "m2 max", "--memory", "64").stdout
 
 
 def test_the_table(opsin_env):
@@ -67,8 +72,9 @@ def test_the_table(opsin_env):
         (("--model", "small", "--device", "rtx 4080"), "nearest are rtx-4090"),
         (("--model", str(DEMO), "--type", "q4_0", "--device", "m1"), "a file has its own"),
         (("--model", "small", "--type", "q5_k", "--device", "m1"), "--type cannot be 'q5_k'"),
-        (("--model", "small", "--device", "m1", "--measure"), "--measure need the machine at hand"),
-        (("--model", "small", "--device", "m1", "--threads", "2"), "--threads need the machine at hand"),
+        (("--model", "small", "--device", "m1", "--measure"), "--measure needs the machine at hand"),
+        (("--model", "small", "--device", "m1", "--threads", "2"), "--threads needs the machine at hand"),
+        (("--model", "small", "--device", "m1", "--threads", "2", "--rounds", "2"), "--threads and --rounds need the"),
         (("--model", "small", "--device", "m1", "--ctx", "512"), "give a larger --ctx"),
         (("--model", "small", "--device", "m1", "--kv-type", "q5"), "--kv-type cannot be 'q5'"),
         (("--model", "llava-1.5-13b", "--type", "f16", "--device", "l4"), "what would fit is"),

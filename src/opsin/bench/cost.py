@@ -6,6 +6,7 @@ the matrices. Mixtures of experts count the experts that a token uses.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,11 @@ from opsin.models.gguf_info import read_info
 from opsin.models.naming import parts_of
 
 KV_BYTES = {"f16": 2.0, "bf16": 2.0, "f32": 4.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
+PICTURE = (640, 480)  # pixels, for families whose image tokens depend on the picture's size
+TILES = 5  # LLaVA-1.6 cuts most pictures into four tiles, beside the whole
+# Patches a side that become one image token, by projector, if the file does not say; source: llama.cpp's `clip.cpp`.
+# Not those that cut a picture into tiles by its size (idefics3, internvl): how many pieces is not in the file.
+_MERGE = {"mlp": 1, "gemma3": 4, "qwen2vl_merger": 2, "qwen2.5vl_merger": 2, "qwen3vl_merger": 2}
 _BLOCKS = {name: (values, size) for name, values, size in TENSOR_TYPES.values()}
 
 
@@ -84,7 +90,8 @@ def read_cost(llm: Path, mmproj: Path | None, kv_type: str = "f16") -> ModelCost
     tensors = {t.name: t for part in parts_of(llm) for t in read_header(part).tensors}
     header = read_header(llm)
     share = _expert_share(header, header.text("general.architecture") or "")
-    return cost_of(tensors.values(), None if mmproj is None else _encode_ops(mmproj), kv_type, share)
+    picture = None if mmproj is None else picture_cost(mmproj)
+    return cost_of(tensors.values(), picture.ops if picture and not picture.note else None, kv_type, share)
 
 
 def cost_of(
@@ -113,12 +120,36 @@ def cost_of(
     )
 
 
-def _encode_ops(mmproj: Path) -> float | None:
+@dataclass(frozen=True, slots=True)
+class PictureCost:
+    """One picture: `pieces` of so many `patches`, of which `merge` a side become one token; `ops` are those of all.
+
+    `note` says what is taken for families whose pictures differ in size.
+    """
+
+    patches: int
+    merge: int
+    pieces: int
+    ops: float
+    note: str | None = None
+
+
+def picture_cost(mmproj: Path) -> PictureCost | None:
+    """What a projector does with a picture, None where its file does not tell. Raises as `read_cost`."""
     info, header = read_info(mmproj), read_header(mmproj)
-    grids = header.lengths.get("clip.vision.image_grid_pinpoints", 0)
-    if info.projector != "mlp" or not info.image_size or not info.patch_size or grids:
+    kind, patch = info.projector or "", info.patch_size
+    if kind not in _MERGE or not patch or not info.image_size:
         return None
-    return encode_ops_of(header.tensors, (info.image_size // info.patch_size) ** 2, info.layers or 0)
+    keys = ("clip.vision.spatial_merge_size", "clip.vision.projector.scale_factor")
+    merge = next((found for key in keys if (found := header.integer(key))), _MERGE[kind])
+    patches, pieces, note = (info.image_size // patch) ** 2, 1, None
+    if kind.startswith("qwen"):
+        patches = math.prod(max(1, round(edge / (patch * merge))) * merge for edge in PICTURE)
+        note = f"image tokens depend on the picture's size: {PICTURE[0]}×{PICTURE[1]} pixels are taken"
+    elif header.lengths.get("clip.vision.image_grid_pinpoints", 0):
+        pieces, note = TILES, f"a picture is taken to be cut into {TILES} tiles"
+    ops = encode_ops_of(header.tensors, patches, info.layers or 0, merge=merge, all_layers=kind != "mlp")
+    return PictureCost(patches, merge, pieces, pieces * ops, note)
 
 
 def encode_ops_of(

@@ -12,14 +12,15 @@ from opsin.cli import options as o
 from opsin.cli.console import say
 
 if TYPE_CHECKING:
-    from opsin.compose import Runtime
+    from opsin.engine import Engine
+    from opsin.prompt import PromptBuilder
+    from opsin.tune.device_table import Kind
     from opsin.tune.history import Checked
     from opsin.tune.predict import Prediction, Request, Times
     from opsin.tune.predict_needs import Needs
 
 THIS = "this"
 ROUNDS = 3
-TURNS = 3
 BUSY = 0.5  # running programs a core, before this one: beyond it times waver more than predictions err
 
 
@@ -37,7 +38,7 @@ def predict(
     ] = None,
     device: Annotated[
         str,
-        typer.Option("--device", help="a device of the table, or `this`: the machine at hand, measured for seconds"),
+        typer.Option("--device", help="a device of the table, or `this`: the machine at hand, measured first"),
     ] = THIS,
     devices: Annotated[bool, typer.Option("--devices", help="list the table of devices and end")] = False,
     ctx: Annotated[int, typer.Option("--ctx", min=64, help="context in tokens that memory is kept for")] = 4096,
@@ -68,38 +69,37 @@ def predict(
 
     from opsin.core.errors import BadParameter
     from opsin.tune.device_table import find_device
-    from opsin.tune.history import read_history
-    from opsin.tune.predict import Request, check_request, check_room, predict_on
+    from opsin.tune.predict import Prediction, Request, Times, check_request, check_room, predict_on
 
     if devices:
         _list_devices(as_json=as_json)
         return
     here = device == THIS
-    given = [
-        name
-        for name, value in (("--threads", threads), ("--measure", measure or None), ("--rounds", rounds))
-        if value is not None
-    ]
-    if given and not here:
-        raise BadParameter(f"{' and '.join(given)} need the machine at hand: leave it out, or give --device this.")
+    given = {"--threads": threads, "--measure": measure or None, "--rounds": rounds}
+    named = [name for name, value in given.items() if value is not None]
+    if named and not here:
+        verb = "needs" if len(named) == 1 else "need"
+        raise BadParameter(f"{' and '.join(named)} {verb} the machine at hand: leave it out, or give --device this.")
     known = None if here else find_device(device)
+    if known is not None and memory:
+        known = replace(known, memory=memory * 2**30)
     needs = _needs(model, mmproj, quantisation, mmproj_type, _kv(kv_type))
     request = Request(text_tokens=prompt_tokens, ctx_used=ctx_used, answer_tokens=answer_tokens, ctx=ctx)
     check_request(needs, request)
     checked = None
     if known is not None:
         prediction = predict_on(known, needs, request)
+        check_room(prediction, _smaller(needs, ctx), known.kind)
     else:
-        empty = _on_this(needs, request)
-        check_room(replace(empty, memory_there=memory * 2**30 if memory else empty.memory_there), _smaller(needs, ctx))
-        bench = _Bench(needs, o.given(threads=threads, kv_type=kv_type), ctx, rounds or ROUNDS)
-        times, checked = bench.run(model, mmproj, measure=measure, request=request)
-        prediction = replace(empty, times=times, notes=(*empty.notes, *bench.notes))
-    if memory:
-        prediction = replace(prediction, memory_there=memory * 2**30)
-    check_room(prediction, _smaller(needs, ctx), known.kind if known else None)
-    history = [row for row in read_history() if row.machine == _machine()]
-    _show(prediction, checked, history, as_json=as_json, json_out=json_out)
+        nothing = Times(0, 0, 0, 0, needs.image_tokens, request.text_tokens, 0)
+        there = memory * 2**30 if memory else _host_memory()
+        empty = Prediction(needs.name, _machine(), nothing, request, needs.memory(ctx), there, {}, needs.notes)
+        check_room(empty, _smaller(needs, ctx))
+        options = o.given(threads=threads, kv_type=kv_type)
+        files = (model, mmproj) if measure else None
+        times, notes, checked = _measure(needs, request, options, rounds or ROUNDS, files)
+        prediction = replace(empty, times=times, notes=(*empty.notes, *notes))
+    _show(prediction, checked, known.kind if known else None, as_json=as_json, json_out=json_out)
 
 
 def _kv(kv_type: str | None) -> str:
@@ -148,131 +148,50 @@ def _types(quantisation: str | None, mmproj_type: str | None) -> tuple[Any, Any]
 
 def _smaller(needs: Needs, ctx: int) -> list[tuple[str, float]]:
     """The same pair with fewer bits a weight, or with half of the context, and the bytes of it."""
-    now = needs.memory(ctx)
-    total, weights = sum(now.values()), needs.cost.weights + 2 * needs.cost.head
+    now, cost = needs.memory(ctx), needs.cost
+    total = sum(now.values())
+    # By bytes a weight: a mixture's file holds all experts, its cost those that a token uses.
+    weights = now["model"] * (cost.weights + cost.head) / cost.weight_bytes
     sizes = {"q8_0": 34 / 32, "q4_0": 18 / 32}
     other = [(f"{needs.name} as {name}", total - now["model"] + weights * size) for name, size in sizes.items()]
     return [row for row in (*other, (f"--ctx {ctx // 2}", total - now["kv"] / 2)) if row[1] < total]
 
 
-class _Bench:
-    """Slice and pair on this machine, in turn, so that both meet the same good and bad minutes."""
+def _measure(
+    needs: Needs, request: Request, options: dict[str, Any], rounds: int, files: tuple[str | None, str | None] | None
+) -> tuple[Times, tuple[str, ...], Checked | None]:
+    """Times of the pair on this machine and notes on them; files that are given are measured too, and that is kept."""
+    from dataclasses import replace
+    from datetime import datetime, timezone
 
-    def __init__(self, needs: Needs, options: dict[str, Any], ctx: int, rounds: int) -> None:
-        from opsin.doctor.build import gpu_backends
-        from opsin.tune.predict_needs import shape_needs, slice_of
+    from opsin.compose import open_runtime
+    from opsin.core.settings import EngineSettings
+    from opsin.doctor.build import gpu_backends
+    from opsin.tune.history import remember
+    from opsin.tune.predict_measure import predict_here
 
-        self._needs, self._options, self._ctx, self._rounds = needs, options, ctx, rounds
-        self._shape, *types = slice_of(needs, gpu=bool(gpu_backends()))
-        self._piece = shape_needs(self._shape, types[0], types[1], options.get("kv_type", "f16"))
-        wanted = [needs.llm_type] + ([needs.mmproj_type] if needs.cost.encode_ops and needs.mmproj_type else [])
-        self.notes = tuple(_busy()) + tuple(
-            f"{kind} weights are predicted from {taken} ones, the nearest that a slice can be written with"
-            for kind, taken in zip(wanted, types, strict=False)
-            if kind != taken
-        )
+    settings = EngineSettings(ctx=request.ctx, parallel=1, disk_cache=False, **options)
 
-    def run(
-        self, model: str | None, mmproj: str | None, *, measure: bool, request: Request
-    ) -> tuple[Times, Checked | None]:
-        """The predicted times, and with `measure` the check of them."""
-        import tempfile
-        from dataclasses import replace
+    def opened(llm: str | None, mmproj: str | None) -> tuple[Engine, PromptBuilder]:
+        runtime = open_runtime(llm, mmproj, settings)
+        return runtime.engine, runtime.prompts
 
-        from opsin.models.synth import write_pair, write_shape
-        from opsin.tune.predict import scale
-        from opsin.tune.predict_measure import ANSWER_TOKENS, middle
-
-        with tempfile.TemporaryDirectory(prefix="opsin-predict-") as folder:
-            say("writing a slice of the pair")
-            types: Any = self._piece.llm_type, self._piece.mmproj_type
-            piece = write_shape(self._shape, Path(folder), quantisation=types[0], mmproj_type=types[1])
-            if measure and self._is_shape(model):
-                say(f"writing {model}")
-                kinds = self._needs.llm_type, self._needs.mmproj_type or "f16"
-                pair = write_pair(str(model), Path(folder), quantisation=kinds[0], mmproj_type=kinds[1])
-                model, mmproj = str(pair.llm), str(pair.mmproj)
-            pieces: list[Times] = []
-            wholes: list[Times] = []
-            for turn in range(TURNS if measure else 1):
-                say(f"measuring the slice, {turn + 1} of {TURNS if measure else 1}")
-                pieces += self._times(str(piece.llm), str(piece.mmproj), turn)
-                if measure:
-                    say(f"measuring {self._needs.name}, {turn + 1} of {TURNS}")
-                    wholes += self._times(model, mmproj, turn)
-        found = middle(pieces)
-        times = scale(found, self._piece, self._needs, request)
-        if not wholes:
-            return times, None
-        real = middle(wholes)
-        # The same prompt as was measured, whatever the request is.
-        counted = replace(self._needs, image_tokens=real.image_tokens)
-        asked = replace(request, text_tokens=real.text_tokens, ctx_used=0, answer_tokens=ANSWER_TOKENS)
-        return times, self._checked(scale(found, self._piece, counted, asked), real, pieces, wholes)
-
-    def _is_shape(self, model: str | None) -> bool:
-        from opsin.models.shapes import SHAPES
-
-        return model in SHAPES and self._needs.name == model
-
-    def _times(self, model: str | None, mmproj: str | None, turn: int) -> list[Times]:
-        from opsin.tune.predict_measure import measure_times
-
-        runtime = self._open(model, mmproj)
-        try:
-            see = bool(self._needs.cost.encode_ops)
-            return measure_times(runtime.engine, runtime.prompts, pictures=see, rounds=self._rounds, first=100 * turn)
-        finally:
-            runtime.close()
-
-    def _open(self, model: str | None, mmproj: str | None) -> Runtime:
-        from opsin.compose import open_runtime
-        from opsin.core.settings import EngineSettings
-
-        return open_runtime(model, mmproj, EngineSettings(ctx=self._ctx, parallel=1, disk_cache=False, **self._options))
-
-    def _checked(self, times: Times, real: Times, pieces: list[Times], wholes: list[Times]) -> Checked:
-        from datetime import datetime, timezone
-
-        from opsin.tune.history import Checked, remember, stage_times
-
-        about = {
-            "date": datetime.now(timezone.utc).date().isoformat(),
-            **_versions(),
-            "llm_type": self._needs.llm_type,
-            "mmproj_type": self._needs.mmproj_type,
-            "prompt_tokens": real.image_tokens + real.text_tokens,
-            "slice_layers": [self._shape.text.layers, self._shape.vision.layers],
-            "layers": [self._needs.shape.text.layers, self._needs.shape.vision.layers],
-            "slice_runs_ms": [stage_times(run) for run in pieces],
-            "measured_runs_ms": [stage_times(run) for run in wholes],
-        }
-        checked = Checked(_machine(), self._needs.name, stage_times(times), stage_times(real), about)
-        say(f"kept in {remember(checked)}")
-        return checked
+    busy = tuple(_busy())
+    how: dict[str, Any] = {"rounds": rounds, "kv_type": settings.kv_type, "gpu": bool(gpu_backends())}
+    times, notes, check = predict_here(needs, request, opened, say, checked=files, **how)
+    if check is not None:
+        about = {"date": datetime.now(timezone.utc).date().isoformat(), **_versions(), **check.about}
+        check = replace(check, machine=_machine(), about=about)
+        say(f"kept in {remember(check)}")
+    return times, busy + notes, check
 
 
 def _busy() -> list[str]:
     import os
 
-    if not hasattr(os, "getloadavg"):
-        return []
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    return (
-        [f"other programs use the processor (load {load:.1f} on {cores} cores): times waver"]
-        if load > BUSY * cores
-        else []
-    )
-
-
-def _on_this(needs: Needs, request: Request) -> Prediction:
-    """A prediction for this machine without its times."""
-    from opsin.tune.predict import Prediction, Times
-
-    nothing = Times(0, 0, 0, 0, needs.image_tokens, request.text_tokens, 0)
-    return Prediction(
-        needs.name, _machine(), nothing, request, needs.memory(request.ctx), _host_memory(), {}, needs.notes
-    )
+    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
+    busy = f"other programs use the processor (load {load:.1f} on {cores} cores): times waver"
+    return [busy] if load > BUSY * cores else []
 
 
 def _host_memory() -> float:
@@ -288,16 +207,11 @@ def _host_memory() -> float:
 
 
 def _machine() -> str:
-    import os
-    import platform
+    from opsin.doctor.machine import here, read_machine, run_command
 
-    processor = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), processor)
-    except OSError:
-        pass  # only Linux has the file
-    return f"{platform.system()} {platform.machine()}, {processor}, {os.cpu_count()} cores"
+    # Programs that look for GPUs take seconds; `sysctl` names an Apple chip.
+    found = read_machine(here(lambda words: run_command(words) if words[0] == "sysctl" else None))
+    return f"{found.system} {found.machine}, {found.cpu or found.machine}, {found.cores} cores"
 
 
 def _versions() -> dict[str, str]:
@@ -323,29 +237,32 @@ def _list_devices(*, as_json: bool) -> None:
 
 
 def _show(
-    prediction: Prediction, checked: Checked | None, history: list[Checked], *, as_json: bool, json_out: Path | None
+    prediction: Prediction, checked: Checked | None, kind: Kind | None, *, as_json: bool, json_out: Path | None
 ) -> None:
+    """Print and write; errors are those of the table's devices of a kind, without one those checked here."""
     from opsin.core.errors import BadParameter
-    from opsin.tune.history import past_errors
+    from opsin.tune.history import past_errors, read_history, table_errors
 
-    errors = past_errors(history)
+    here = [row for row in read_history() if row.machine == _machine()] if kind is None else []
+    errors = table_errors(kind) if kind else past_errors(here)
+    whose = f"errors of the table, each {kind} device by the others" if kind else "past errors here"
     document = {
         **_versions(),
         "kind": "predict",
         "machine": _machine(),
         "prediction": prediction.as_dict(),
         "check": None if checked is None else checked.as_dict(),
-        "past_errors_here": errors,
+        "table_errors" if kind else "past_errors_here": errors,
     }
     if json_out is not None:
         try:
             json_out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise BadParameter(f"{json_out} cannot be written: {error.strerror or error}.") from error
-    typer.echo(json.dumps(document) if as_json else _text(prediction, checked, errors))
+    typer.echo(json.dumps(document) if as_json else _text(prediction, checked, errors, whose))
 
 
-def _text(prediction: Prediction, checked: Checked | None, errors: dict[str, dict[str, float]]) -> str:
+def _text(prediction: Prediction, checked: Checked | None, errors: dict[str, dict[str, float]], whose: str) -> str:
     row = prediction.as_dict()
     times, room = prediction.times, prediction.memory
     lines = [f"{prediction.model} on {prediction.device}", ""]
@@ -369,12 +286,11 @@ def _text(prediction: Prediction, checked: Checked | None, errors: dict[str, dic
     if checked is not None:
         lines += ["", "  checked            predicted    measured   error"]
         for name, error in checked.errors.items():
-            lines += [
-                f"  {name:<18} {checked.predicted[name]:>8,.2f} ms {checked.measured[name]:>8,.2f} ms  {error:+.1%}"
-            ]
+            both = f"{checked.predicted[name]:>8,.2f} ms {checked.measured[name]:>8,.2f} ms"
+            lines += [f"  {name:<18} {both}  {error:+.1%}"]
     past = "; ".join(
         f"{name} {found['median']:.1%} (largest {found['largest']:.1%}, {found['checks']:.0f} checks)"
         for name, found in errors.items()
     )
-    lines += ["", f"  past errors here: {past or 'none was checked yet, `--measure` does it'}"]
+    lines += ["", f"  {whose}: {past or 'none was checked yet, `--measure` does it'}"]
     return "\n".join(lines)

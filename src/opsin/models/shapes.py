@@ -9,7 +9,7 @@ Qwen2-VL's rope sections of 2:3:3, Gemma 3's picture that is wider than its slid
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Family = Literal["llava", "qwen2vl", "gemma3"]
@@ -110,40 +110,23 @@ _ALL = (
     ),
     PairShape(
         "llava-1.6-tiny",
-        VisionShape(
-            image_size=56,
-            patch_size=14,
-            width=64,
-            layers=2,
-            heads=4,
-            feed_forward=128,
-            grids=((56, 112), (112, 56), (112, 112), (168, 56), (56, 168)),
-        ),
+        replace(_TINY_VIT, grids=((56, 112), (112, 56), (112, 112), (168, 56), (56, 168))),
         _TINY_TEXT,
         "tiles: 16 image tokens for the whole picture and for each of up to four tiles of it",
         contrast=2.0,
     ),
     PairShape(
         "qwen2vl-tiny",
-        VisionShape(image_size=560, patch_size=14, width=64, layers=2, heads=4, feed_forward=128, merge=2),
-        TextShape(
-            width=64,
-            layers=2,
-            heads=4,
-            kv_heads=2,
-            feed_forward=128,
-            vocabulary=512,
-            context=4096,
-            sections=(2, 3, 3, 0),
-        ),
+        replace(_TINY_VIT, image_size=560, merge=2),
+        replace(_TINY_TEXT, sections=(2, 3, 3, 0)),
         "M-RoPE: positions in time, height and width; image tokens by the picture's size",
         "qwen2vl",
         2.0,
     ),
     PairShape(
         "gemma3-tiny",
-        VisionShape(image_size=224, patch_size=14, width=64, layers=2, heads=4, feed_forward=128, merge=2),
-        TextShape(width=64, layers=2, heads=4, kv_heads=2, feed_forward=128, vocabulary=512, context=4096, window=48),
+        replace(_TINY_VIT, image_size=224, merge=2),
+        replace(_TINY_TEXT, window=48),
         "64 image tokens that attend in both directions; every other layer has a sliding window of 48 tokens",
         "gemma3",
         2.0,

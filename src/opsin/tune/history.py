@@ -1,4 +1,4 @@
-"""Past predictions that were checked by a measurement, a JSON object a line, and how wrong they were."""
+"""How wrong predictions were: those checked on this machine, kept a JSON object a line, and the table's own."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from statistics import median
 from typing import Any
 
 from opsin.core.errors import BadInput
-from opsin.tune.predict import Times
+from opsin.tune.device_table import ANCHORS, DEVICES, Kind, Stage
+from opsin.tune.predict import Times, anchor_share, share_of
 
-STAGES = ("encode", "prefill", "decode")
+STAGES: tuple[Stage, ...] = ("encode", "prefill", "decode")
 FILE = "predictions.jsonl"
+_KNOWN = frozenset({"machine", "model", "predicted_ms", "measured_ms", "errors"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +51,8 @@ class Checked:
 
 def stage_times(times: Times) -> dict[str, float]:
     """Encode, prefill (picture and text) and one decode step, in milliseconds."""
-    return {
-        "encode": round(times.encode_ms, 3),
-        "prefill": round(times.prefill_ms, 3),
-        "decode": round(times.token_ms, 4),
-    }
+    encode, prefill = round(times.encode_ms, 3), round(times.prefill_ms, 3)
+    return {"encode": encode, "prefill": prefill, "decode": round(times.token_ms, 4)}
 
 
 def history_file() -> Path:
@@ -73,9 +72,7 @@ def read_history(path: Path | None = None) -> list[Checked]:
     for line in lines:
         try:
             row = json.loads(line)
-            about = {
-                k: v for k, v in row.items() if k not in {"machine", "model", "predicted_ms", "measured_ms", "errors"}
-            }
+            about = {k: v for k, v in row.items() if k not in _KNOWN}
             predicted, measured = ({s: float(row[k][s]) for s in row[k]} for k in ("predicted_ms", "measured_ms"))
             found.append(Checked(str(row["machine"]), str(row["model"]), predicted, measured, about))
         except (ValueError, TypeError, KeyError, AttributeError):
@@ -97,9 +94,24 @@ def remember(checked: Checked, path: Path | None = None) -> Path:
 
 def past_errors(history: Sequence[Checked]) -> dict[str, dict[str, float]]:
     """By stage: how many checks, the median and the largest error, as shares without sign."""
-    found: dict[str, dict[str, float]] = {}
-    for stage in STAGES:
-        errors = [abs(row.errors[stage]) for row in history if stage in row.errors]
-        if errors:
-            found[stage] = {"checks": len(errors), "median": round(median(errors), 4), "largest": round(max(errors), 4)}
-    return found
+    return _summed({stage: [row.errors[stage] for row in history if stage in row.errors] for stage in STAGES})
+
+
+def table_errors(kind: Kind) -> dict[str, dict[str, float]]:
+    """As `past_errors`: every measurement of the table, predicted from those of the kind's other devices alone."""
+    errors: dict[str, list[float]] = {stage: [] for stage in STAGES}
+    for row in ANCHORS:
+        others = [other for other in ANCHORS if other.device != row.device]
+        there = any(other.stage == row.stage and DEVICES[other.device].kind == kind for other in others)
+        if there and DEVICES[row.device].kind == kind:
+            share = share_of(DEVICES[row.device], row.stage, row.weight_type, others)
+            errors[row.stage].append(anchor_share(row) / share.value - 1)
+    return _summed(errors)
+
+
+def _summed(errors: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
+    return {
+        stage: {"checks": len(of), "median": round(median(map(abs, of)), 4), "largest": round(max(map(abs, of)), 4)}
+        for stage, of in errors.items()
+        if of
+    }

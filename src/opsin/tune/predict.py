@@ -1,22 +1,22 @@
 """Expected stage times of a pair on a device, from bytes, operations and what was reached so far.
 
 Two ways. For a device of the table: the roofline of its data sheet times the share of it that measurements of such
-devices reached. For the machine at hand: a slice of the pair (its widths and types, fewer layers, random weights) runs
-for a few seconds, and its times are scaled by bytes and operations.
+devices reached. For the machine at hand: a slice of the pair (its widths and types, fewer layers, random weights) is
+asked a few questions, and its times are scaled by bytes and operations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 from opsin.bench.cost import ModelCost
 from opsin.core.errors import BadInput, BadParameter
-from opsin.models.shapes import SHAPES, TextShape
+from opsin.models.shapes import TextShape
 from opsin.tune.device_table import ANCHORS, DEVICES, Anchor, Device, Kind, Stage
-from opsin.tune.predict_needs import Needs, shape_needs
+from opsin.tune.predict_needs import Needs
 
 # Bytes of a weight in types of which whole models are measured. "K" mixtures by their files: 4.58 GiB of 8.03 billion.
 _WEIGHT_BYTES = {
@@ -147,21 +147,20 @@ def predict_on(device: Device, needs: Needs, request: Request) -> Prediction:
     before = request.ctx_used
     times = Times(encode_ms, filled(image, before), filled(text, before + image), step, image, text, context)
     notes = (*needs.notes, *(share.note for share in shares.values() if share.note))
-    return Prediction(needs.name, device.title, times, request, needs.memory(request.ctx), device.memory, shares, notes)
+    if device.usable < device.memory:
+        shared = f"{device.usable / 2**30:.0f} of {device.memory / 2**30:.0f} GiB"
+        notes += (f"Metal gives models about {shared}; the most memory that is sold is taken unless --memory tells",)
+    return Prediction(needs.name, device.title, times, request, needs.memory(request.ctx), device.usable, shares, notes)
 
 
 def share_of(device: Device, stage: Stage, weight_type: str, anchors: Iterable[Anchor] = ANCHORS) -> Share:
     """What measurements say of such a device: of this one and this type if there are any, else of its kind.
 
-    A kind without a measurement of its encoder takes the prefill of half-precision weights, and says so.
+    Several devices count alike, however many rows each has. Raises BadInput for a kind that nobody measured.
     """
     rows = [row for row in anchors if row.stage == stage and DEVICES[row.device].kind == device.kind]
     if not rows:
-        if stage != "encode":
-            raise BadInput(f"Nothing is known yet of {stage} on {device.title}: use `--device this` on such a machine.")
-        found = share_of(device, "prefill", "f16", anchors)
-        note = f"no encode on {device.kind} devices is measured yet: the share is that of a prefill"
-        return replace(found, note=note)
+        raise BadInput(f"Nothing is known yet of {stage} on {device.title}: use `--device this` on such a machine.")
     same = [row for row in rows if _like(row.weight_type) == _like(weight_type)]
     own = [row for row in rows if row.device == device.name]
     group = [row for row in rows if DEVICES[row.device].group == device.group]
@@ -169,13 +168,16 @@ def share_of(device: Device, stage: Stage, weight_type: str, anchors: Iterable[A
     order = [[r for r in own if r in same], own, [r for r in group if r in same], group, same, rows]
     if stage != "decode":
         order[1], order[2] = order[2], order[1]
-    for chosen in order:
-        if chosen:
-            values = [anchor_share(row) for row in chosen]
-            said = None if chosen[0] in same else f"{stage} of {weight_type} is taken from measurements of other types"
-            sources = tuple(dict.fromkeys(row.source for row in chosen))
-            return Share(median(values), min(values), max(values), sources, said)
-    raise AssertionError("rows is not empty")
+    chosen = next(found for found in order if found)
+    reached: dict[str, list[float]] = {}
+    for row in chosen:
+        reached.setdefault(row.device, []).append(anchor_share(row))
+    values = [value for of_one in reached.values() for value in of_one]
+    said = [f"{stage} of {weight_type} is taken from measurements of other types"] if chosen[0] not in same else []
+    if chosen[0] not in group:
+        said += [f"{stage} is taken from devices of another sort: {', '.join(reached)}"]
+    sources = tuple(dict.fromkeys(row.source for row in chosen))
+    return Share(median(map(median, reached.values())), min(values), max(values), sources, "; ".join(said) or None)
 
 
 def anchor_share(anchor: Anchor) -> float:
@@ -184,9 +186,7 @@ def anchor_share(anchor: Anchor) -> float:
     if anchor.read_bytes:
         return anchor.per_s * anchor.read_bytes / device.bandwidth
     if anchor.text is None:
-        picture = anchor.picture_ops or shape_needs(SHAPES[anchor.shape], "q8_0", "f16").cost.encode_ops
-        assert picture is not None
-        return anchor.per_s * picture / device.rate
+        return anchor.per_s * anchor.picture_ops / device.rate
     cost = text_cost(anchor.text, anchor.weight_type)
     if anchor.stage == "decode":
         return anchor.per_s * cost.decode_bytes([anchor.context + anchor.tokens // 2]) / device.bandwidth
@@ -196,27 +196,27 @@ def anchor_share(anchor: Anchor) -> float:
 def text_cost(text: TextShape, weight_type: str) -> ModelCost:
     """The needs of a language model of the llama kind whose weights all have one type."""
     layer = 2 * text.width**2 + 2 * text.width * text.kv_width + 3 * text.width * text.feed_forward
-    weights, head = text.layers * layer, text.width * text.vocabulary
-    size = _WEIGHT_BYTES[weight_type]
-    return ModelCost(
-        (weights + head) * size, weights, head, 2 * text.kv_width * text.layers, text.width * text.layers, None
-    )
+    weights, head, kv = text.layers * layer, text.width * text.vocabulary, 2 * text.kv_width * text.layers
+    size = (weights + head) * _WEIGHT_BYTES[weight_type]
+    return ModelCost(size, weights, head, kv, text.width * text.layers, None)
 
 
 def scale(measured: Times, piece: Needs, needs: Needs, request: Request) -> Times:
     """The times of a pair from those of its slice: encode and prefill by operations, decode by bytes.
 
-    The slice was measured behind an empty context, with `measured.image_tokens` and `measured.text_tokens`.
+    The slice was measured behind an empty context, with `measured.image_tokens` and `measured.text_tokens`. However few
+    its tokens, a prefill reads the weights as a decode step does.
     """
     ours, theirs = needs.cost, piece.cost
+    image, text = needs.image_tokens, request.text_tokens
+    context = _middle(request, image + text)
+    step = measured.token_ms * ours.decode_bytes([context]) / theirs.decode_bytes([measured.context])
 
     def filled(took: float, counted: int, tokens: int, start: int, before: int) -> float:
         if not counted or not tokens:
             return 0.0
-        return took * _prefill_ops(ours, tokens, before) / _prefill_ops(theirs, counted, start)
+        return max(step, took * _prefill_ops(ours, tokens, before) / _prefill_ops(theirs, counted, start))
 
-    image, text = needs.image_tokens, request.text_tokens
-    context = _middle(request, image + text)
     encode = measured.encode_ms * ours.encode_ops / theirs.encode_ops if ours.encode_ops and theirs.encode_ops else 0.0
     before = request.ctx_used
     return Times(
@@ -225,7 +225,7 @@ def scale(measured: Times, piece: Needs, needs: Needs, request: Request) -> Time
         text_prefill_ms=filled(
             measured.text_prefill_ms, measured.text_tokens, text, measured.image_tokens, before + image
         ),
-        token_ms=measured.token_ms * ours.decode_bytes([context]) / theirs.decode_bytes([measured.context]),
+        token_ms=step,
         image_tokens=image,
         text_tokens=text,
         context=context,
@@ -253,7 +253,7 @@ def check_room(prediction: Prediction, smaller: Iterable[tuple[str, float]], kin
         return
     ways = [f"{name} ({size / 1e9:.1f} GB)" for name, size in smaller if size <= there][:2]
     larger = sorted(
-        (d for d in DEVICES.values() if d.memory >= needed and kind in {None, d.kind}), key=lambda d: d.memory
+        (d for d in DEVICES.values() if d.usable >= needed and kind in {None, d.kind}), key=lambda d: d.usable
     )
     ways += [f"a device with more memory such as {larger[0].name}"] if larger else []
     raise BadInput(

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from opsin.bench.cost import KV_BYTES, ModelCost, bytes_of, cost_of, encode_ops_of, read_cost
+from opsin.bench.cost import TILES, ModelCost, bytes_of, cost_of, encode_ops_of, picture_cost, read_cost
 from opsin.models.blueprint import clip_tensors, llm_tensors
 from opsin.models.gguf_header import GgufHeader, TensorHead, read_header
 from opsin.models.gguf_info import read_info
@@ -16,16 +16,6 @@ from opsin.models.naming import parts_of
 from opsin.models.shapes import PairShape, TextShape, VisionShape
 from opsin.models.weights import Tensor, WeightType
 
-PICTURE = (640, 480)
-"""The picture that families are predicted on whose image tokens depend on the picture's size; pixels."""
-
-_TILES = 5  # LLaVA-1.6 cuts most pictures into four tiles, beside the whole
-# Patches a side that become one image token, by projector, if the file does not say; source: llama.cpp's `clip.cpp`.
-_MERGE = {
-    "mlp": 1, "gemma3": 4, "idefics3": 4, "internvl": 2, "qwen2vl_merger": 2, "qwen2.5vl_merger": 2,
-    "qwen3vl_merger": 2,
-}  # fmt: skip
-_ANY_SIZE = frozenset({"qwen2vl_merger", "qwen2.5vl_merger", "qwen3vl_merger"})
 _UBATCH = 1024
 _LOGIT_ROWS = 64
 
@@ -68,7 +58,7 @@ class Needs:
 def shape_needs(shape: PairShape, llm_type: WeightType, mmproj_type: WeightType, kv_type: str = "f16") -> Needs:
     """The needs of a shape, without a file."""
     llm, clip = _heads(llm_tensors(shape, llm_type)), _heads(clip_tensors(shape, mmproj_type))
-    vision, pieces = shape.vision, _TILES if shape.vision.grids else 1
+    vision, pieces = shape.vision, TILES if shape.vision.grids else 1
     llava = shape.family == "llava"
     ops = encode_ops_of(clip, vision.patches, vision.layers, merge=vision.merge, all_layers=not llava)
     return Needs(
@@ -80,7 +70,7 @@ def shape_needs(shape: PairShape, llm_type: WeightType, mmproj_type: WeightType,
         mmproj_bytes=sum(map(bytes_of, clip)),
         image_tokens=pieces * vision.patches // vision.merge**2,
         shape=shape,
-        notes=(f"a picture is taken to be cut into {_TILES} tiles",) if pieces > 1 else (),
+        notes=(f"a picture is taken to be cut into {TILES} tiles",) if pieces > 1 else (),
     )
 
 
@@ -88,12 +78,11 @@ def file_needs(llm: Path, mmproj: Path | None, name: str, kv_type: str = "f16") 
     """The needs of a pair of files, by their headers. Raises ModelNotFound and ModelUnreadable."""
     info, header = read_info(llm), read_header(llm)
     tensors = [t for part in parts_of(llm) for t in read_header(part).tensors]
-    cost = replace(read_cost(llm, None), kv_value_bytes=KV_BYTES[kv_type])
     needs = Needs(
         name=name,
         llm_type=_main_type(t for t in tensors if t.name.startswith("blk.")),
         mmproj_type=None,
-        cost=cost,
+        cost=read_cost(llm, None, kv_type),
         llm_bytes=info.size,
         mmproj_bytes=0.0,
         image_tokens=0,
@@ -112,29 +101,16 @@ def _with_projector(needs: Needs, mmproj: Path) -> Needs:
         mmproj_type=_main_type(t for t in header.tensors if t.name.startswith("v.blk.")),
         mmproj_bytes=float(info.size),
     )
-    kind, patch = info.projector or "unknown", info.patch_size or 0
-    merge = (
-        header.integer("clip.vision.spatial_merge_size")
-        or header.integer("clip.vision.projector.scale_factor")
-        or _MERGE.get(kind)
-    )
-    if merge is None or not patch or not info.image_size or kind not in _MERGE:
+    picture = picture_cost(mmproj)
+    if picture is None:
+        kind = info.projector or "unknown"
         note = f"how long a projector of the kind {kind!r} takes cannot be told from its file: pictures are left out"
         return replace(needs, notes=(*needs.notes, note))
-    notes, pieces = list(needs.notes), 1
-    side = info.image_size // patch
-    patches = side * side
-    if kind in _ANY_SIZE:
-        patches = math.prod(max(1, round(edge / (patch * merge))) * merge for edge in PICTURE)
-        notes.append(f"image tokens depend on the picture's size: {PICTURE[0]}×{PICTURE[1]} pixels are taken")
-    elif header.lengths.get("clip.vision.image_grid_pinpoints", 0):
-        pieces = _TILES
-        notes.append(f"a picture is taken to be cut into {_TILES} tiles")
-    ops = encode_ops_of(header.tensors, patches, info.layers or 0, merge=merge, all_layers=kind != "mlp")
+    patch = info.patch_size or 1
     width = header.integer("clip.vision.embedding_length") or 64
     vision = VisionShape(
         # A square of about as many patches: what a slice sees.
-        image_size=round(math.sqrt(patches)) * patch,
+        image_size=round(math.sqrt(picture.patches)) * patch,
         patch_size=patch,
         width=width,
         layers=max(2, info.layers or 2),
@@ -143,10 +119,10 @@ def _with_projector(needs: Needs, mmproj: Path) -> Needs:
     )
     return replace(
         needs,
-        cost=replace(needs.cost, encode_ops=pieces * ops),
-        image_tokens=pieces * patches // merge**2,
+        cost=replace(needs.cost, encode_ops=picture.ops),
+        image_tokens=picture.pieces * picture.patches // picture.merge**2,
         shape=replace(needs.shape, vision=vision),
-        notes=tuple(notes),
+        notes=(*needs.notes, picture.note) if picture.note else needs.notes,
     )
 
 
@@ -163,12 +139,10 @@ def slice_of(needs: Needs, *, gpu: bool = False) -> tuple[PairShape, WeightType,
     shape = PairShape(
         name="slice",
         # The last block of a file does not run.
-        vision=replace(vision, layers=max(2, min(vision.layers, 1 + math.ceil((vision.layers - 1) / 2)))),
+        vision=replace(vision, layers=max(2, 1 + math.ceil((vision.layers - 1) / 2)), merge=1, grids=()),
         text=replace(text, layers=layers, vocabulary=min(text.vocabulary, _SLICE_VOCABULARY), sections=None, window=0),
         note="a slice",
     )
-    if shape.vision.merge > 1 or shape.vision.grids:
-        shape = replace(shape, vision=replace(shape.vision, merge=1, grids=()))
     return shape, written_type(needs.llm_type), written_type(needs.mmproj_type or "f16", projector=True)
 
 

@@ -1,10 +1,12 @@
 """Bytes and operations of a model, read from its header and checked by hand."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from opsin.bench.cost import encode_ops_of, read_cost
+from opsin.bench import cost
+from opsin.bench.cost import encode_ops_of, picture_cost, read_cost
 from opsin.models import Pair, write_pair
 from opsin.models.gguf_header import TensorHead
 from opsin.models.shapes import SHAPES
@@ -18,15 +20,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 def test_a_decode_step_reads_every_weight_once_but_the_embedding_table(tiny: Pair) -> None:
     text = SHAPES["tiny"].text
     layer = 2 * text.width**2 + 2 * text.width * text.kv_width + 3 * text.width * text.feed_forward
-    cost = read_cost(tiny.llm, tiny.mmproj)
-    assert cost.weights == text.layers * layer
-    assert cost.head == text.width * text.vocabulary
-    assert cost.weight_bytes == pytest.approx(2 * (cost.weights + cost.head))
-    assert cost.kv_values == 2 * text.kv_width * text.layers
-    assert cost.decode_bytes([100, 50]) - cost.decode_bytes([0]) == 150 * cost.kv_values * 2
-    assert cost.decode_ops(0) == 2 * (cost.weights + cost.head)
-    assert cost.decode_ops(10) - cost.decode_ops(0) == 4 * 10 * text.width * text.layers
-    assert cost.prefill_ops(0) == 2 * cost.weights
+    found = read_cost(tiny.llm, tiny.mmproj)
+    assert found.weights == text.layers * layer
+    assert found.head == text.width * text.vocabulary
+    assert found.weight_bytes == pytest.approx(2 * (found.weights + found.head))
+    assert found.kv_values == 2 * text.kv_width * text.layers
+    assert found.decode_bytes([100, 50]) - found.decode_bytes([0]) == 150 * found.kv_values * 2
+    assert found.decode_ops(0) == 2 * (found.weights + found.head)
+    assert found.decode_ops(10) - found.decode_ops(0) == 4 * 10 * text.width * text.layers
+    assert found.prefill_ops(0) == 2 * found.weights
 
 
 def test_an_encode_runs_all_blocks_but_the_last_and_the_projector(tiny: Pair) -> None:
@@ -37,8 +39,8 @@ def test_an_encode_runs_all_blocks_but_the_last_and_the_projector(tiny: Pair) ->
     matrices = blocks * block + 3 * vision.patch_size**2 * vision.width
     matrices += vision.width * shape.text.width + shape.text.width**2
     attention = blocks * 4 * patches**2 * vision.width
-    cost = read_cost(tiny.llm, tiny.mmproj)
-    assert cost.encode_ops == pytest.approx(2 * patches * matrices + attention)
+    found = read_cost(tiny.llm, tiny.mmproj)
+    assert found.encode_ops == pytest.approx(2 * patches * matrices + attention)
 
 
 def test_quantised_weights_and_memory_are_counted_in_their_own_bytes(tiny: Pair, tmp_path: Path) -> None:
@@ -47,6 +49,29 @@ def test_quantised_weights_and_memory_are_counted_in_their_own_bytes(tiny: Pair,
     assert half.encode_ops is None
     assert eight.weight_bytes / half.weight_bytes == pytest.approx(34 / 64, rel=0.02)
     assert eight.decode_bytes([10]) - eight.weight_bytes == pytest.approx(10 * eight.kv_values * 34 / 32)
+
+
+@pytest.mark.parametrize("kind", ["idefics3", "internvl"])
+def test_tiles_that_a_file_does_not_count_are_not_guessed(
+    tiny: Pair, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """SmolVLM and InternVL cut pictures by their size: the whole picture alone would be off by a factor."""
+    read = cost.read_info
+    monkeypatch.setattr(cost, "read_info", lambda path: replace(read(path), projector=kind))
+    assert tiny.mmproj is not None
+    assert picture_cost(tiny.mmproj) is None
+    assert read_cost(tiny.llm, tiny.mmproj).encode_ops is None
+
+
+@pytest.mark.parametrize("shape", ["llava-1.6-tiny", "qwen2vl-tiny", "gemma3-tiny"])
+def test_only_pictures_of_one_size_have_one_cost(shape: str, tmp_path: Path) -> None:
+    pair = write_pair(shape, tmp_path)
+    assert pair.mmproj is not None
+    picture = picture_cost(pair.mmproj)
+    assert picture is not None
+    known = read_cost(pair.llm, pair.mmproj).encode_ops
+    assert known == (picture.ops if shape == "gemma3-tiny" else None)
+    assert (picture.note is None) == (shape == "gemma3-tiny")
 
 
 def test_merged_patches_reach_the_projector_as_fewer_tokens() -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from opsin.core.errors import BadInput
-from opsin.tune.history import Checked, past_errors, read_history, remember, stage_times
+from opsin.tune.history import Checked, past_errors, read_history, remember, stage_times, table_errors
 from opsin.tune.predict import Times
 
 MEASURED = {"encode": 400.0, "prefill": 1000.0, "decode": 10.0}
@@ -53,6 +53,15 @@ def test_past_errors_are_medians_without_sign():
     assert found["encode"] == {"checks": 2, "median": pytest.approx(0.15), "largest": pytest.approx(0.2)}
     assert found["prefill"]["largest"] == pytest.approx(0.3)
     assert past_errors([]) == {}
+
+
+def test_the_table_is_judged_device_by_device():
+    errors = table_errors("metal")
+    assert "encode" not in errors  # of one device alone nothing can be said
+    assert errors["decode"]["checks"] > 20
+    assert errors["decode"]["median"] < 0.15
+    assert 0.2 < errors["decode"]["largest"] < 1.0
+    assert set(table_errors("cuda")) == {"prefill", "decode"}
 
 
 def test_prefill_is_that_of_picture_and_text():

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from opsin.cli.predict import _smaller
 from opsin.core.errors import BadInput, BadParameter
 from opsin.models.shapes import SHAPES
 from opsin.models.synth import write_pair
@@ -37,10 +38,10 @@ def test_files_need_what_their_shape_needs(shape, tmp_path):
 
 
 def test_an_unknown_projector_leaves_pictures_out_and_says_so(tmp_path, monkeypatch):
-    from opsin.tune import predict_needs
+    from opsin.bench import cost
 
     pair = write_pair("tiny", tmp_path)
-    monkeypatch.setattr(predict_needs, "_MERGE", {})
+    monkeypatch.setattr(cost, "_MERGE", {})
     needs = file_needs(pair.llm, pair.mmproj, "tiny")
     assert needs.cost.encode_ops is None
     assert needs.image_tokens == 0
@@ -92,6 +93,12 @@ def test_a_pair_that_is_its_own_slice_has_the_slices_times():
     assert same.token_ms == pytest.approx(12)
 
 
+def test_a_prefill_of_few_tokens_reads_the_weights_of_this_machine_too():
+    measured = Times(400.0, 900.0, 120.0, 12.0, 576, 70, 662)
+    times = scale(measured, SMALL, SMALL, Request(text_tokens=1, answer_tokens=32))
+    assert times.text_prefill_ms == times.token_ms > 10  # 1.7 ms by operations
+
+
 def test_twice_the_layers_take_twice_the_prefill():
     shape = SHAPES["small"]
     double = replace(shape, text=replace(shape.text, layers=24), vision=replace(shape.vision, layers=23))
@@ -125,6 +132,23 @@ def test_a_slice_has_the_widths_of_the_pair_and_at_most_half_its_layers(needs, g
 )
 def test_types_that_cannot_be_written_have_a_neighbour(kind, written):
     assert written_type(kind) == written
+
+
+def test_apples_memory_is_shared_and_that_is_said():
+    big = shape_needs(SHAPES["llava-1.5-7b"], "f16", "f16")
+    prediction = predict_on(DEVICES["m1"], big, Request(ctx=8192))
+    assert prediction.memory_there == pytest.approx(16 * 2**30 * 2 / 3)
+    assert "about 11 of 16 GiB" in prediction.notes[-1]
+    with pytest.raises(BadInput, match=r"has 11\.5 GB.*such as m1-pro"):
+        check_room(prediction, [], "metal")
+
+
+def test_a_mixture_of_experts_in_fewer_bits_keeps_its_experts():
+    eight = shape_needs(SHAPES["llava-1.5-7b"], "q8_0", "f16")
+    mixture = replace(eight, llm_bytes=8 * eight.llm_bytes)  # of which a token uses one in eight
+    rest = sum(mixture.memory(4096).values()) - mixture.llm_bytes
+    found = dict(_smaller(mixture, 4096))[f"{mixture.name} as q4_0"]
+    assert found - rest == pytest.approx(8 * eight.llm_bytes * 18 / 34)
 
 
 def test_a_request_that_the_context_cannot_hold_is_refused():
