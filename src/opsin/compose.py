@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 
 from opsin.cache import DiskStore, PictureCache, default_folder
@@ -12,6 +10,7 @@ from opsin.core.settings import PROFILE_MAX_TOKENS, EngineSettings, Profile
 from opsin.engine import Engine, Policy
 from opsin.models import Pair, resolve
 from opsin.native import NativeBackend, devices, open_backend
+from opsin.native.setup import setup_word
 from opsin.prompt import PromptBuilder, TemplateSource
 
 
@@ -19,7 +18,7 @@ from opsin.prompt import PromptBuilder, TemplateSource
 class Runtime:
     """An engine with its model loaded, and what writes prompts for that model.
 
-    `setup` names the files, the settings and the library in one word: what was proved for it holds for it. `backend`
+    `setup` names files, settings, library and machine in one word: what was proved for it holds for it. `backend`
     is the engine's, for measurements while it is idle; None where an engine was made of something else. `template` is
     what the prompts are written by.
     """
@@ -70,10 +69,11 @@ def open_runtime(
         source = template_source(opened[0], pair)
         source = source if template is None else replace(source, template=template)
         prompts = PromptBuilder(source)
+        setup = setup_word([pair.llm, pair.mmproj], settings, devices())
     except BaseException:
         engine.close()
         raise
-    return Runtime(engine, prompts, pair.is_demo, _setup(pair, settings), opened[0], source)
+    return Runtime(engine, prompts, pair.is_demo, setup, opened[0], source)
 
 
 def _policy(settings: EngineSettings, max_queue: int) -> Policy:
@@ -84,12 +84,6 @@ def _policy(settings: EngineSettings, max_queue: int) -> Policy:
         turn_share=settings.turn_share,
         longest_turn=settings.longest_turn,
     )
-
-
-def _setup(pair: Pair, settings: EngineSettings) -> str:
-    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in (pair.llm, pair.mmproj) if path]
-    known = (files, settings.model_dump_json(), version("llama-cpp-python"), [device.name for device in devices()])
-    return hashlib.sha256(repr(known).encode()).hexdigest()[:32]
 
 
 def gpu_names() -> tuple[str, ...]:

@@ -89,3 +89,30 @@ def test_a_setting_that_cannot_be_is_one_sentence(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("opsin: ctx")
     assert "Traceback" not in done.stderr
+
+
+def test_it_takes_the_flags_that_its_mends_give_and_leaves_no_drawn_picture_behind(
+    tmp_path: Path, opsin_env: dict[str, str]
+) -> None:
+    flags = [
+        "--ubatch",
+        "256",
+        "--no-flash-attention",
+        "--no-vision-flash-attention",
+        "--picture-cache-bytes",
+        "9999999",
+    ]
+    cache = tmp_path / "cache"
+    done = subprocess.run(
+        [sys.executable, "-m", "opsin", "doctor", *flags, "--json"],
+        cwd=tmp_path,
+        env={**opsin_env, "XDG_CACHE_HOME": str(cache)},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
+    )
+    found = checks(done)
+    assert found["pair.ubatch"]["evidence"]["ubatch_tokens"] == 256
+    assert found["room.memory"]["evidence"]["pictures_bytes"] == 9_999_999
+    assert {path.name for path in (cache / "opsin").iterdir()} == {"trials"}

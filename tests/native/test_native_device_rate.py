@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from opsin.core.errors import ModelError
+from opsin.core.settings import EngineSettings
 from opsin.native import device_rate, devices
 from opsin.native.device_rate import DeviceRate, measure_device
 from opsin.native.devices import Device
@@ -87,6 +88,8 @@ def test_memory_that_is_short_makes_the_matrices_small(monkeypatch: pytest.Monke
     rate, ggml = measured(monkeypatch, "gpu", lambda _: 0.01, free=64 * 2**20)
     assert rate.bytes_s == pytest.approx(16 * 2**20 / 0.01)
     assert (1, 8192, 256, 1, 1) in ggml.sizes
+    _, ggml = measured(monkeypatch, "gpu", lambda _: 0.0001, free=64 * 2**20)
+    assert (1, 4096, 4096, 1, 1) not in ggml.sizes, "four of these and what they give take 288 MiB"
 
 
 @pytest.mark.parametrize(
@@ -128,7 +131,7 @@ def test_a_real_pairs_proof_facts_and_rates_make_checks(backend: Any, pair: Any)
     cost = read_cost(pair.llm, pair.mmproj)
     cpu = DeviceRate(1e10, 1e10)
     rates = Rates({"CPU": cpu}, cost.encode_ops, 1.0, cost.weight_bytes, 1.0)
-    found = placement_checks(backend.placement(), (), pair.llm, pair.mmproj, rates=rates)
+    found = placement_checks(backend.placement(), (), EngineSettings(model=pair.llm, mmproj=pair.mmproj), rates=rates)
     assert {check.status for check in found} == {"ok"}
     assert [check.name.partition(".")[2] for check in found] == [
         "encoder",

@@ -77,8 +77,8 @@ def assert_told(settings: EngineSettings, log: list[str], edge: int = 336) -> Re
     assert near(told.compute, true.compute)
     assert near(told.vision_compute, true.vision_compute)
     assert (told.cells, told.streams, told.rows) == (true.cells, true.streams, true.rows)
-    assert (told.flash, told.vision_flash, told.stay) == (true.flash, true.vision_flash, true.stay)
-    ours = weights_by_device([read_header(settings.model)], told.layers, told.stay)  # type: ignore[arg-type]
+    assert (told.flash, told.vision_flash, told.not_repacked) == (true.flash, true.vision_flash, true.not_repacked)
+    ours = weights_by_device([read_header(settings.model)], told.layers, told.not_repacked)  # type: ignore[arg-type]
     assert ours.keys() == {HOST}
     assert abs(ours[HOST] - weights) <= max(2 * ROUNDING, 0.01 * weights)
     return told
@@ -100,7 +100,7 @@ def test_a_hollow_load_says_what_the_true_one_takes(middle: Any, log: list[str],
         **{"model": middle.llm, "mmproj": middle.mmproj, "ctx": 2048, "ubatch": 256, "threads": 1, **options}
     )
     told = assert_told(settings, log)
-    assert told.stay is not None, "q4_0 is repacked"
+    assert told.not_repacked is not None, "q4_0 is repacked"
     assert told.streams == (4 if options.get("parallel") == 3 else 1)
 
 
@@ -108,7 +108,7 @@ def test_a_hollow_load_says_what_the_true_one_takes(middle: Any, log: list[str],
 def test_other_families_are_told_too(tmp_path: Path, log: list[str], shape: str) -> None:
     pair = write_pair(shape, tmp_path, quantisation="f16")
     settings = EngineSettings(model=pair.llm, mmproj=pair.mmproj, ctx=1024, threads=1)
-    assert assert_told(settings, log, 64).stay is None
+    assert assert_told(settings, log, 64).not_repacked is None
 
 
 def test_the_largest_picture_is_reckoned_with(tmp_path: Path, log: list[str]) -> None:
@@ -183,4 +183,20 @@ def test_a_child_that_hangs_becomes_a_sentence(pair: Any, monkeypatch: pytest.Mo
     monkeypatch.setattr(memory, "_COMMAND", (sys.executable, "-c", "import time; time.sleep(60)"))
     monkeypatch.setattr(memory, "_SECONDS", 0.2)
     with pytest.raises(ModelError, match="without an end"):
+        reserve([EngineSettings(model=pair.llm, ctx=512)])
+
+
+def test_the_child_takes_no_module_of_the_working_folder(
+    pair: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "json.py").write_text("raise SystemExit('not the one of the standard library')")
+    monkeypatch.chdir(tmp_path)
+    (told,) = reserve([EngineSettings(model=pair.llm, ctx=512)])
+    assert told.error is None
+
+
+def test_words_in_another_encoding_are_told(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = r"import sys; sys.stderr.buffer.write(b'caf\xe9 is no path'); sys.exit(1)"
+    monkeypatch.setattr(memory, "_COMMAND", (sys.executable, "-c", code))
+    with pytest.raises(ModelError, match=r"caf.* is no path"):
         reserve([EngineSettings(model=pair.llm, ctx=512)])

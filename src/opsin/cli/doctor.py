@@ -7,21 +7,25 @@ import os
 import sys
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from opsin.cli import options as o
 from opsin.cli.console import Working
 from opsin.cli.control import printable
+from opsin.core.settings import EngineSettings
 
 if TYPE_CHECKING:
-    from opsin.core.settings import EngineSettings
     from opsin.doctor.check import Check
     from opsin.doctor.examine import Subject
 
 _COLOURS = {"ok": "\x1b[32m", "warn": "\x1b[33m", "fail": "\x1b[31m"}
 _WIDTH, _NAME = 110, 26
+
+
+def _option(name: str) -> Any:
+    return typer.Option(help=EngineSettings.model_fields[name].description)
 
 
 def doctor(
@@ -36,6 +40,10 @@ def doctor(
     threads: o.Threads = None,
     threads_batch: o.ThreadsBatch = None,
     kv_type: o.KvType = None,
+    ubatch: Annotated[int | None, _option("ubatch")] = None,
+    flash_attention: Annotated[bool | None, _option("flash_attention")] = None,
+    vision_flash_attention: Annotated[bool | None, _option("vision_flash_attention")] = None,
+    picture_cache_bytes: Annotated[int | None, _option("picture_cache_bytes")] = None,
     image_max_tokens: o.ImageMax = None,
     image_min_tokens: o.ImageMin = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object, with the evidence")] = False,
@@ -46,26 +54,13 @@ def doctor(
     Without --model the default model is looked at. Settings come from the flags, the environment and opsin.toml, as for
     `opsin serve`. Ends with 1 when a check fails.
     """
+    options = {**locals(), "verbose": verbose or None}
     from opsin.core.config import read_config
     from opsin.doctor.check import worst
     from opsin.doctor.examine import examine
     from opsin.models import locate
 
-    flags = o.given(
-        model=model,
-        mmproj=mmproj,
-        ctx=ctx,
-        parallel=parallel,
-        gpu_layers=gpu_layers,
-        device=device,
-        mmproj_device=mmproj_device,
-        threads=threads,
-        threads_batch=threads_batch,
-        kv_type=kv_type,
-        image_max_tokens=image_max_tokens,
-        image_min_tokens=image_min_tokens,
-        verbose=verbose or None,
-    )
+    flags = o.given(**{name: value for name, value in options.items() if name in EngineSettings.model_fields})
     settings = read_config(flags, os.environ, Path.cwd(), locate=locate).engine()
     checks: list[Check] = []
     with Working("looking at this machine") as working:
@@ -88,7 +83,8 @@ def _open(settings: EngineSettings) -> Subject:
     from opsin.compose import open_runtime
     from opsin.doctor.examine import Subject
 
-    runtime = open_runtime(settings.model, settings.mmproj, settings)
+    # The pictures drawn for it are of no use to anybody later.
+    runtime = open_runtime(settings.model, settings.mmproj, settings.model_copy(update={"disk_cache": False}))
     assert runtime.backend is not None
     assert runtime.template is not None
     return Subject(runtime.engine, runtime.prompts, runtime.backend, runtime.template, runtime.close)

@@ -42,8 +42,7 @@ def behaviour_checks(engine: Engine, prompts: PromptBuilder, *, max_tokens: int 
         prompt = prompts.build([Message(role="user", content=[picture, question])])
         return engine.submit(prompt, SamplingParams(temperature=0.0, seed=1, max_tokens=max_tokens)).result()
 
-    # New pixels every time: no cache of an earlier run has them.
-    first_picture, *others = (_drawn(os.urandom(3)) for _ in range(3))
+    first_picture, *others = (drawn_picture() for _ in range(3))
     first = ask(first_picture, SHORT)
     # Before others come: idle prefixes that slow decode steps down are given up on purpose.
     second = ask(first_picture, OTHER)
@@ -191,14 +190,11 @@ def repeat_check(first: Answer, again: Answer) -> Check:
     )
 
 
-def _drawn(colour: bytes) -> Picture:
-    """A square of that colour on white, in no time: what is judged is the engine's."""
+def drawn_picture() -> Picture:
+    """A square of some colour on white, new every time so that no cache has it, and in no time: not what is judged."""
     from PIL import Image, ImageDraw
 
-    image = Image.new("RGB", (320, 240), "white")
-    red, green, blue = colour
-    ImageDraw.Draw(image).rectangle((90, 50, 230, 190), fill=(red, green, blue))
+    image = Image.new("RGB", (640, 480), "white")
+    red, green, blue = os.urandom(3)
+    ImageDraw.Draw(image).rectangle((180, 100, 460, 380), fill=(red, green, blue))
     return replace(load_picture(image, MediaSettings()), fetch_ms=0.0, decode_ms=0.0)
-
-
-__all__ = ["behaviour_checks", "ends_check", "picture_cache_check", "repeat_check", "stages_check", "warm_up_check"]

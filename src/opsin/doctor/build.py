@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from opsin.doctor.check import Check
-from opsin.doctor.gpus import Gpu
+from opsin.doctor.check import Check, Status
+from opsin.doctor.gpus import Gpu, in_software
 from opsin.doctor.install import install_command, missing_tool, wheel_command
 from opsin.doctor.machine import Machine, here, read_machine
-from opsin.doctor.versions import fault_of, known_bad, modern, translate_flags
+from opsin.doctor.versions import known_bad, modern, translate_flags
 from opsin.native import COMMIT, PACKAGE, PINNED, Build, Device, build_info, devices
 
 GIB = 1 << 30
@@ -28,22 +29,26 @@ HIDES = {
 
 
 def build_checks(
-    build: Build | None = None, machine: Machine | None = None, environment: Mapping[str, str] | None = None
+    build: Build | None = None,
+    machine: Machine | None = None,
+    environment: Mapping[str, str] | None = None,
+    threads: int | None = None,
 ) -> list[Check]:
     """All checks of this group, in the order to read them; what is not handed in is looked at here.
 
-    Names: build.version, build.known_fault, build.optimised, build.cpu, build.driver, build.gpu, build.gpu_memory,
-    build.flags, build.threads. Those about a library that cannot be loaded are left out, and so is build.optimised
-    where its files do not tell, and the two about drivers and memory where there is no GPU.
+    Names: build.version, build.assertions, build.cpu, build.driver, build.gpu, build.gpu_memory, build.flags,
+    build.threads. Those about a library that cannot be loaded are left out, and so is build.assertions where its files
+    do not tell, and the two about drivers and memory where there is no GPU. `threads` are those that were asked for.
     """
     build = build_info() if build is None else build
     machine = read_machine() if machine is None else machine
     environment = os.environ if environment is None else environment
-    checks = [check_version(build, machine), check_known_fault(build, machine)]
-    checks += [] if build.error else [*_optimised(build, machine), check_cpu(build, machine)]
-    checks += _driver(machine)
-    checks += [] if build.error else [check_gpu(build, machine, environment), *_gpu_memory(build)]
-    return [*checks, check_flags(environment), check_threads(machine)]
+    found: list[Check | None] = [check_version(build, machine)]
+    found += [] if build.error else [check_assertions(build, machine), check_cpu(build, machine)]
+    found.append(check_driver(machine))
+    found += [] if build.error else [check_gpu(build, machine, environment), check_gpu_memory(build)]
+    found += [check_flags(environment, machine), check_threads(machine, threads)]
+    return [check for check in found if check is not None]
 
 
 def unused_gpu_hint(build: Build | None = None, machine: Machine | None = None) -> str | None:
@@ -70,19 +75,16 @@ def gpu_backends() -> list[str]:
 
 def check_version(build: Build, machine: Machine) -> Check:
     """build.version: the very library this code was written for, and the llama.cpp inside it."""
-    evidence: dict[str, Any] = {
-        "llama_cpp_python": build.version,
-        "needed": PINNED,
-        "llama_cpp": build.llama,
-        "ggml": build.ggml,
-        "commit": build.commit,
-        "compiler": build.compiler,
-        "backends": list(build.backends),
-    }
-    fix = install_command(machine, _kept(build), fresh=not build.version)
+    evidence: dict[str, Any] = {"llama_cpp_python": build.version, "needed": PINNED, "llama_cpp": build.llama}
+    evidence |= {"ggml": build.ggml, "commit": build.commit, "compiler": build.compiler}
+    evidence["backends"] = list(build.backends)
+    # A library that cannot be asked hides which backends the next one must have; the machine tells.
+    best = next((gpu for gpu in machine.gpus if build.error and not gpu.trouble and not gpu.integrated), None)
+    fix, note = _install_for(best, build, machine)
     if build.error or build.version != PINNED:
         message = build.error.rstrip(".") or f"{PACKAGE} {build.version} is installed, but Opsin needs {PINNED}"
-        return Check("build.version", "fail", f"{message}.", evidence, fix)
+        told = "; ".join(filter(None, (message, known_bad(build.version), f"install {PINNED}{note}")))
+        return Check("build.version", "fail", f"{told}.", evidence, fix)
     commit = build.commit.removesuffix("-dirty")
     if commit not in {"", "unknown"} and not (COMMIT.startswith(commit) or commit.startswith(COMMIT)):
         message = f"llama.cpp is at commit {commit}, not at the {COMMIT} that {PACKAGE} {PINNED} carries: reinstall it."
@@ -92,29 +94,16 @@ def check_version(build: Build, machine: Machine) -> Check:
     return Check("build.version", "ok", message, evidence)
 
 
-def check_known_fault(build: Build, machine: Machine) -> Check:
-    """build.known_fault: versions whose vision encoder stays on the CPU."""
-    fault = fault_of(build.version)
-    if fault is None:
-        message = f"No fault of the vision encoder is known of {PACKAGE} {build.version or '(none installed)'}."
-        return Check("build.known_fault", "ok", message, {"llama_cpp_python": build.version})
-    return Check(
-        "build.known_fault",
-        "fail",
-        known_bad(build.version) or "",
-        {"llama_cpp_python": build.version, "source": fault.source},
-        install_command(machine, _kept(build)),
-    )
-
-
-def _optimised(build: Build, machine: Machine) -> list[Check]:
-    if build.optimised is None:
-        return []
-    if build.optimised:
-        return [Check("build.optimised", "ok", "llama.cpp was compiled with optimisation.", {"assertions": False})]
-    message = "llama.cpp was compiled as a debug build, without optimisation: install a release build."
+def check_assertions(build: Build, machine: Machine) -> Check | None:
+    """build.assertions: a debug build has them, and so has an optimised one that was made without -DNDEBUG."""
+    if build.assertions is None:
+        return None
+    evidence = {"assertions": build.assertions}
+    if not build.assertions:
+        return Check("build.assertions", "ok", "llama.cpp was compiled without assertions, as a release is.", evidence)
+    message = "llama.cpp was compiled with assertions, as debug builds are: install a release build."
     fix = install_command(machine, _kept(build), ["-DCMAKE_BUILD_TYPE=Release"])
-    return [Check("build.optimised", "fail", message, {"assertions": True}, fix)]
+    return Check("build.assertions", "warn", message, evidence, fix)
 
 
 def check_cpu(build: Build, machine: Machine) -> Check:
@@ -135,55 +124,65 @@ def check_cpu(build: Build, machine: Machine) -> Check:
     return Check("build.cpu", "warn", message, evidence, fix)
 
 
-def _driver(machine: Machine) -> list[Check]:
+def check_driver(machine: Machine) -> Check | None:
+    """build.driver: which GPUs programs can reach; a card that they cannot only fails where there is no other."""
     if not machine.gpus:
-        return []
-    for gpu in machine.gpus:
-        if gpu.trouble:
-            message = f"{_article(gpu)} is here, but {gpu.trouble}."
-            return [Check("build.driver", "fail", message, _gpu_row(gpu), gpu.mend)]
-    names = ", ".join(gpu.name + (f" (driver {gpu.driver})" if gpu.driver else "") for gpu in machine.gpus)
-    return [Check("build.driver", "ok", f"Programs can reach {names}.", {"gpus": [_gpu_row(g) for g in machine.gpus]})]
+        return None
+    fine = [gpu for gpu in machine.gpus if not gpu.trouble]
+    told = [f"{_article(gpu)} is here, but {gpu.trouble}" for gpu in machine.gpus if gpu.trouble]
+    names = ", ".join(gpu.name + (f" (driver {gpu.driver})" if gpu.driver else "") for gpu in fine)
+    message = "; ".join([*told, f"programs can reach {names}"] if fine else told)
+    message = f"{message[0].upper()}{message[1:]}."
+    evidence = {"gpus": [_row(gpu) for gpu in machine.gpus]}
+    # One inside the CPU that nothing may use, as in a container for the card beside it, is no loss.
+    lost = next((gpu for gpu in machine.gpus if gpu.trouble and not gpu.integrated), None)
+    if lost is None:
+        return Check("build.driver", "ok", message, evidence)
+    status: Status = "fail" if all(gpu.integrated for gpu in fine) else "warn"
+    return Check("build.driver", status, message, evidence, lost.mend)
 
 
 def check_gpu(build: Build, machine: Machine, environment: Mapping[str, str]) -> Check:
     """build.gpu: the GPUs of the machine against those that ggml sees."""
-    seen = [device for device in build.devices if device.is_gpu]
+    offered = [device for device in build.devices if device.is_gpu]
+    seen = [device for device in offered if not in_software(device)]
     evidence = {
-        "here": [_gpu_row(gpu) for gpu in machine.gpus],
+        "here": [_row(gpu) for gpu in machine.gpus],
         "backends": list(build.backends),
-        "seen": [_device_row(device) for device in seen],
+        "seen": [_row(device) for device in offered],
     }
     usable = [gpu for gpu in machine.gpus if not gpu.trouble]
-    if not usable:
-        return _without_gpu(machine, seen, evidence)
-    best = next((gpu for gpu in usable if gpu.kind in build.backends), usable[0])
     lacking = _lacking(build, usable)
     if lacking is not None:
         return _no_backend(lacking, build, machine, evidence)
-    same = [gpu for gpu in usable if gpu.kind == best.kind]
+    if not usable or (usable[0].integrated and not seen):
+        return _without_gpu(machine, offered, seen, evidence)
+    best = next((gpu for gpu in usable if gpu.kind in build.backends and not gpu.integrated), usable[0])
+    same = [gpu for gpu in usable if not gpu.integrated and (gpu.kind == best.kind or "Vulkan" in build.backends)]
+    # nvidia-smi lists GPUs that share the CPU's memory like cards, and CUDA calls them integrated.
+    cards = [device for device in seen if device.type == "gpu" or device.name.startswith("CUDA")]
     hiding = [name for kind in (best.kind, "Vulkan") for name in HIDES.get(kind, ()) if name in environment]
-    if not seen:
+    if same and not cards:
         return _unseen(best, build, machine, evidence, {name: environment[name] for name in hiding})
     shown = ", ".join(f"{device.name} ({device.description})" for device in seen)
-    if len(seen) < len(same):
+    if len(cards) < len(same):
         why = f" ({hiding[0]} is {environment[hiding[0]]!r})" if hiding else ""
-        message = f"{len(same)} GPUs are here, but llama.cpp sees {len(seen)} of them{why}: {shown}."
-        return Check("build.gpu", "warn", message, evidence, _unhide(hiding[:1]))
+        message = f"{len(same)} GPUs are here, but llama.cpp sees {len(cards)} of them{why}: {shown}."
+        return Check("build.gpu", "warn", message, evidence, _unhide(hiding[:1], machine))
     return Check("build.gpu", "ok", f"llama.cpp computes on {shown}.", evidence)
 
 
-def _without_gpu(machine: Machine, seen: list[Device], evidence: dict[str, Any]) -> Check:
-    if machine.gpus:
-        message = f"{machine.gpus[0].name} cannot be used before what build.driver says is mended."
-        return Check("build.gpu", "warn", message, evidence)
-    software = next((device for device in seen if "llvmpipe" in device.description), None)
-    if software is not None:
-        message = f"{software.name} is a GPU in software: what is offloaded to it runs on the CPU; offload nothing."
+def _without_gpu(machine: Machine, offered: list[Device], seen: list[Device], evidence: dict[str, Any]) -> Check:
+    waiting = next((gpu for gpu in machine.gpus if gpu.trouble and not gpu.integrated), None)
+    if waiting is not None:
+        message = f"{waiting.name} cannot be used before what build.driver says is mended."
         return Check("build.gpu", "warn", message, evidence)
     if seen:
         return Check("build.gpu", "ok", f"llama.cpp computes on {', '.join(d.name for d in seen)}.", evidence)
-    return Check("build.gpu", "ok", "No GPU was found here: everything runs on the CPU.", evidence)
+    if offered:
+        message = f"{offered[0].name} is a GPU in software: what is offloaded to it runs on the CPU; offload nothing."
+        return Check("build.gpu", "warn", message, evidence)
+    return Check("build.gpu", "ok", "llama.cpp sees no GPU here: everything runs on the CPU.", evidence)
 
 
 def _no_backend(gpu: Gpu, build: Build, machine: Machine, evidence: dict[str, Any]) -> Check:
@@ -196,11 +195,11 @@ def _no_backend(gpu: Gpu, build: Build, machine: Machine, evidence: dict[str, An
 
 
 def _unseen(gpu: Gpu, build: Build, machine: Machine, evidence: dict[str, Any], hiding: dict[str, str]) -> Check:
-    """The backend is compiled in, the GPU is here and free of trouble, and ggml has no device."""
-    start = f"{_article(gpu)} is here and this build has its backend, but llama.cpp sees no device"
+    """The backend is compiled in, the GPU is here and free of trouble, and ggml has no device of it."""
+    start = f"{_article(gpu)} is here and this build has a backend for it, but llama.cpp does not see it"
     if hiding:
         told = ", ".join(f"{name} is {value!r}" for name, value in hiding.items())
-        return Check("build.gpu", "fail", f"{start}: {told}; unset it.", evidence, _unhide(hiding))
+        return Check("build.gpu", "fail", f"{start}: {told}; unset it.", evidence, _unhide(hiding, machine))
     oldest = OLDEST_DRIVER.get(build.cuda or 0, 0)
     major = gpu.driver.partition(".")[0]
     if gpu.kind == "CUDA" and major.isdigit() and int(major) < oldest:
@@ -212,21 +211,21 @@ def _unseen(gpu: Gpu, build: Build, machine: Machine, evidence: dict[str, Any], 
     return Check("build.gpu", "fail", message, evidence, _install_for(gpu, build, machine)[0])
 
 
-def _gpu_memory(build: Build) -> list[Check]:
+def check_gpu_memory(build: Build) -> Check | None:
     """build.gpu_memory: is anything left on the GPUs that ggml sees?"""
     sized = [device for device in build.devices if device.is_gpu and device.memory_total]
     if not sized:
-        return []
+        return None
     roomiest = max(sized, key=lambda device: device.memory_free)
-    evidence = {"seen": [_device_row(device) for device in sized], "wanted_bytes": LITTLE_MEMORY}
+    evidence = {"seen": [_row(device) for device in sized], "wanted_bytes": LITTLE_MEMORY}
     told = f"{roomiest.name} has {roomiest.memory_free / GIB:.1f} GiB free of {roomiest.memory_total / GIB:.1f} GiB"
     if roomiest.memory_free >= LITTLE_MEMORY:
-        return [Check("build.gpu_memory", "ok", f"{told}.", evidence)]
+        return Check("build.gpu_memory", "ok", f"{told}.", evidence)
     message = f"{told}, too little for even a vision encoder: close other programs that use it, or stay on the CPU."
-    return [Check("build.gpu_memory", "warn", message, evidence)]
+    return Check("build.gpu_memory", "warn", message, evidence)
 
 
-def check_flags(environment: Mapping[str, str]) -> Check:
+def check_flags(environment: Mapping[str, str], machine: Machine) -> Check:
     """build.flags: would what the environment holds build the next llama-cpp-python as its owner thinks?"""
     flags = environment.get("CMAKE_ARGS", "")
     old = [item for item in translate_flags(flags) if not item.harmless]
@@ -241,38 +240,29 @@ def check_flags(environment: Mapping[str, str]) -> Check:
     if old:
         told = "; ".join(f"{item.old} ({item.note})" for item in old)
         message = f"CMAKE_ARGS holds flags of old versions: {told}. Write {modern(flags) or 'nothing'!r}."
-        return Check("build.flags", "warn", message, evidence, f'export CMAKE_ARGS="{_escaped(modern(flags))}"')
+        return Check("build.flags", "warn", message, evidence, _export(modern(flags), machine))
     if words:
         message = f"{words[0]} in the environment does nothing today: give the flag in CMAKE_ARGS."
-        new = modern(f"-D{words[0]}=on")
-        return Check("build.flags", "warn", message, evidence, f'export CMAKE_ARGS="{new}"')
+        return Check("build.flags", "warn", message, evidence, _export(modern(f"-D{words[0]}=on"), machine))
     forced = " FORCE_CMAKE does nothing any more." if "FORCE_CMAKE" in environment else ""
     told = f"CMAKE_ARGS ({flags}) holds no flags of old versions." if flags else "No build flags are set."
     return Check("build.flags", "ok", told + forced, evidence)
 
 
-def check_threads(machine: Machine) -> Check:
-    """build.threads: may this process use the cores that it would start threads for?"""
-    evidence = {
-        "cores": machine.cores,
-        "allowed_cores": machine.allowed,
-        "quota_cores": machine.quota,
-        "threads": machine.threads,
-    }
-    if machine.quota is not None and machine.quota < machine.threads:
-        fit = max(1, int(machine.quota))
+def check_threads(machine: Machine, asked: int | None = None) -> Check:
+    """build.threads: may this process use the cores that it would start threads for, or the `asked` ones?"""
+    threads = asked or machine.threads
+    evidence = {"cores": machine.cores, "allowed_cores": machine.allowed, "quota_cores": machine.quota}
+    evidence["threads"] = threads
+    share = min(machine.allowed, machine.quota or machine.allowed)
+    fit = max(1, int(share))
+    if threads > fit:
         message = (
-            f"This process gets {machine.quota:g} cores' worth of CPU time (a control group's limit) of "
-            f"{machine.cores}, and {machine.threads} threads would wait for each other: give --threads {fit}."
+            f"This process gets {share:g} of {machine.cores} cores (a control group's limit, or the cores it may run "
+            f"on), and {threads} threads would wait for each other: give --threads {fit}."
         )
         return Check("build.threads", "warn", message, evidence)
-    if machine.allowed < machine.cores:
-        message = (
-            f"This process may run on {machine.allowed} of {machine.cores} cores, and Opsin starts {machine.threads} "
-            "threads: widen its affinity (taskset, cpuset) if more were meant."
-        )
-        return Check("build.threads", "warn", message, evidence)
-    return Check("build.threads", "ok", f"{machine.threads} threads on {machine.cores} cores, no limit.", evidence)
+    return Check("build.threads", "ok", f"{threads} threads on {share:g} of {machine.cores} cores.", evidence)
 
 
 def _lacking(build: Build, gpus: Iterable[Gpu]) -> Gpu | None:
@@ -282,13 +272,16 @@ def _lacking(build: Build, gpus: Iterable[Gpu]) -> Gpu | None:
     return usable[0] if usable and not kinds & set(build.backends) else None
 
 
-def _install_for(gpu: Gpu, build: Build, machine: Machine) -> tuple[str, str]:
+def _install_for(gpu: Gpu | None, build: Build, machine: Machine) -> tuple[str, str]:
     """The command, and what must be said with it."""
+    fresh = not build.version
+    if gpu is None:
+        return install_command(machine, _kept(build), fresh=fresh), ""
     missing = missing_tool(machine, gpu.kind)
-    wheel = wheel_command(machine, gpu.driver) if missing and gpu.kind == "CUDA" else None
+    wheel = wheel_command(machine, gpu.driver, fresh=fresh) if missing and gpu.kind == "CUDA" else None
     if wheel:
         return wheel, f" (a prebuilt one, since {missing} is not here to compile it)"
-    command = install_command(machine, [*_kept(build), gpu.kind])
+    command = install_command(machine, [*_kept(build), gpu.kind], fresh=fresh)
     return command, f", after {missing}, which is not here" if missing else ""
 
 
@@ -297,9 +290,14 @@ def _kept(build: Build) -> list[str]:
     return [name for name in build.backends if name != "CPU"]
 
 
-def _unhide(names: Iterable[str]) -> str | None:
+def _unhide(names: Iterable[str], machine: Machine) -> str | None:
     words = " ".join(f"-u {name}" for name in names)
-    return f"env {words} opsin doctor" if words else None
+    return f"env {words} opsin doctor" if words and machine.system != "Windows" else None
+
+
+def _export(flags: str, machine: Machine) -> str | None:
+    escaped = re.sub(r'([\\"$`])', r"\\\1", flags)
+    return None if machine.system == "Windows" else f'export CMAKE_ARGS="{escaped}"'
 
 
 def _article(gpu: Gpu) -> str:
@@ -311,21 +309,11 @@ def _lacks(gpu: Gpu) -> str:
     return f"{_article(gpu)} is here, but this build has no {gpu.kind} backend"
 
 
-def _gpu_row(gpu: Gpu) -> dict[str, Any]:
-    return {
-        **{name: getattr(gpu, name) for name in ("kind", "name", "driver", "integrated")},
-        "memory_total_bytes": gpu.memory_total,
-        "memory_free_bytes": gpu.memory_free,
-    }
-
-
-def _device_row(device: Device) -> dict[str, Any]:
-    return {
-        **{name: getattr(device, name) for name in ("name", "description", "type")},
-        "memory_total_bytes": device.memory_total,
-        "memory_free_bytes": device.memory_free,
-    }
-
-
-def _escaped(text: str) -> str:
-    return text.replace("\\", "\\\\").replace('"', '\\"').replace("$", "\\$").replace("`", "\\`")
+def _row(item: Gpu | Device) -> dict[str, Any]:
+    names = (
+        ("kind", "name", "driver", "integrated", "trouble")
+        if isinstance(item, Gpu)
+        else ("name", "description", "type")
+    )
+    told = {name: getattr(item, name) for name in names}
+    return {**told, "memory_total_bytes": item.memory_total, "memory_free_bytes": item.memory_free}

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from opsin.bench.cost import read_cost
-from opsin.bench.pictures import picture_file
-from opsin.core.errors import ModelError, PairMismatch
+from opsin.core.errors import ModelError, OpsinError, PairMismatch
 from opsin.core.layout import ImageRun
 from opsin.core.parts import PicturePart
-from opsin.core.picture import Picture
+from opsin.core.placement import Placement
 from opsin.core.sampling import SamplingParams
-from opsin.core.settings import EngineSettings, MediaSettings
-from opsin.doctor.behaviour import behaviour_checks
+from opsin.core.settings import EngineSettings
+from opsin.doctor.behaviour import behaviour_checks, drawn_picture
 from opsin.doctor.build import build_checks, gpu_backends
 from opsin.doctor.check import Check, worst
-from opsin.doctor.pair import PairFacts, pair_checks
+from opsin.doctor.pair import PairFacts, means_cpu, pair_checks
 from opsin.doctor.placement import Rates, placement_checks
 from opsin.doctor.room import estimate_room, room_checks
 from opsin.doctor.safety import safety_check
 from opsin.engine import Engine
-from opsin.media import load_picture
 from opsin.models import GgufInfo, Pair, read_info, resolve
 from opsin.native import NativeBackend, build_info, devices
 from opsin.native.device_rate import measure_device
@@ -55,31 +53,25 @@ def examine(
     is left out: the pair is not loaded when it does not fit, or when it ended a process of its own.
     """
     build = build_info()
-    built = build_checks(build)
+    built = build_checks(build, threads=settings.threads)
     yield from built
     if build.error:
         return
+    headers: list[Check] = []
     try:
         pair = _pair(settings)
         settings = settings.model_copy(update={"model": pair.llm, "mmproj": pair.mmproj})
-        told: set[str] = set()
-        for words, look in (
-            ("reading the files' headers", _headers),
-            ("estimating memory", _room),
-            ("trying the pair in a process of its own", _safety),
-        ):
-            tell(words)
-            found = look(pair, settings)
-            yield from found
-            if worst(found) == "fail":
-                return
-            told |= {check.name for check in found}
-        tell("loading the model")
-        rebuild = next((check.fix for check in built if check.name == "build.gpu" and check.status != "ok"), None)
-        for check in _loaded(pair, open_pair(settings), settings, tell, rebuild):
-            if check.name not in told:
+        tell("reading the files' headers")
+        headers = pair_checks(*_infos(pair), _facts(settings))
+        if worst(headers) != "fail" and (yield from _can_be_loaded(pair, settings, tell)):
+            tell("loading the model")
+            unused = next((check for check in built if check.name == "build.gpu" and check.status == "fail"), None)
+            for check in _loaded(pair, open_pair(settings), settings, tell, unused):
+                headers = []  # the loaded pair tells all of them, and better
                 yield check
-    except ModelError as error:
+        yield from headers
+    except OpsinError as error:
+        yield from headers
         yield Check("pair.usable", "fail", f"{error}".rstrip(".") + ".", {"model": str(settings.model)})
 
 
@@ -94,16 +86,16 @@ def _pair(settings: EngineSettings) -> Pair:
         return Pair(llm, mmproj, name=llm.stem)
 
 
-def _headers(pair: Pair, settings: EngineSettings) -> list[Check]:
-    return pair_checks(*_infos(pair), _facts(settings))
-
-
-def _room(pair: Pair, settings: EngineSettings) -> list[Check]:
-    return room_checks(estimate_room(pair.llm, pair.mmproj, settings), devices())
-
-
-def _safety(pair: Pair, settings: EngineSettings) -> list[Check]:
-    return [safety_check(pair.llm, pair.mmproj, settings)]
+def _can_be_loaded(pair: Pair, settings: EngineSettings, tell: Callable[[str], None]) -> Generator[Check, None, bool]:
+    tell("estimating memory")
+    room = room_checks(estimate_room(pair.llm, pair.mmproj, settings), devices())
+    yield from room
+    if worst(room) == "fail":
+        return False
+    tell("trying the pair in a process of its own")
+    trial = safety_check(pair.llm, pair.mmproj, settings)
+    yield trial
+    return trial.status != "fail"
 
 
 def _infos(pair: Pair) -> tuple[GgufInfo, GgufInfo | None]:
@@ -111,24 +103,25 @@ def _infos(pair: Pair) -> tuple[GgufInfo, GgufInfo | None]:
 
 
 def _facts(settings: EngineSettings) -> PairFacts:
-    on_cpu = settings.mmproj_device in {"none", "cpu"} or not gpu_backends()
-    return PairFacts(ubatch=settings.ubatch, parallel=settings.parallel, on_cpu=on_cpu)
+    on_cpu = means_cpu(settings.mmproj_device) or not gpu_backends()
+    return PairFacts(ubatch=settings.ubatch, on_cpu=on_cpu, settings=settings)
 
 
 def _loaded(
-    pair: Pair, subject: Subject, settings: EngineSettings, tell: Callable[[str], None], rebuild: str | None
+    pair: Pair, subject: Subject, settings: EngineSettings, tell: Callable[[str], None], unused: Check | None
 ) -> Iterator[Check]:
-    """What the loaded pair tells; `rebuild` is the command for a GPU that this build cannot use."""
+    """What the loaded pair tells, up to what makes asking it senseless; `unused` as in placement_checks."""
     try:
-        yield from pair_checks(*_infos(pair), _loaded_facts(subject, _facts(settings)))
+        checks = pair_checks(*_infos(pair), _loaded_facts(subject, _facts(settings)))
+        yield from checks
+        if worst(checks) == "fail":
+            return
         tell("asking about drawn pictures")
-        # First, while no picture was seen; told last, since the proof is what people look for.
-        behaviour = behaviour_checks(subject.engine, subject.prompts)
+        yield from behaviour_checks(subject.engine, subject.prompts)  # first, while no picture was seen
         tell("proving where it runs")
-        rates = _rates(pair, subject, settings)
         proof = subject.engine.placement()
-        yield from placement_checks(proof, devices(), pair.llm, pair.mmproj, rates=rates, rebuild=rebuild)
-        yield from behaviour
+        rates = _rates(pair, subject, settings, proof)
+        yield from placement_checks(proof, devices(), settings, rates=rates, unused=unused)
     finally:
         subject.close()
 
@@ -144,7 +137,7 @@ def _loaded_facts(subject: Subject, facts: PairFacts) -> PairFacts:
     )
     if not backend.has_vision:
         return facts
-    layout = backend.layout([PicturePart(_picture(0))], add_bos=False)
+    layout = backend.layout([PicturePart(drawn_picture())], add_bos=False)
     try:
         runs = [run for run in layout.runs if isinstance(run, ImageRun)]
         return replace(facts, image_tokens=layout.n_image_tokens, causal=all(run.causal for run in runs))
@@ -152,24 +145,21 @@ def _loaded_facts(subject: Subject, facts: PairFacts) -> PairFacts:
         layout.close()
 
 
-def _rates(pair: Pair, subject: Subject, settings: EngineSettings) -> Rates:
-    """The fastest of some timed answers about new pictures, and what the devices can give."""
+def _rates(pair: Pair, subject: Subject, settings: EngineSettings, proof: Placement) -> Rates:
+    """The fastest of some timed answers about new pictures, and what the devices that took part can give."""
     params = SamplingParams(temperature=0.0, max_tokens=_DECODED, ignore_eos=True, guard=False)
     encode, decode = [], []
     for _ in range(_TIMED):
-        picture = [_picture(int.from_bytes(os.urandom(4), "big"))] if pair.mmproj is not None else []
+        picture = [drawn_picture()] if pair.mmproj is not None else []
         prompt = subject.prompts.build([Message("user", [*picture, "What is this?"])])
         answer = subject.engine.submit(prompt, params).result()
         encode.append(answer.stages.encode_ms / 1e3)
         decode.append(answer.timings.predicted_per_token_ms / 1e3)
     cost = read_cost(pair.llm, pair.mmproj, settings.kv_type)
     threads = settings.threads_batch or settings.threads or default_threads(int(cost.weights + cost.head))
-    # The CPU computes whatever is not on another device, so it is measured as well.
-    ceilings = {
-        device.name: measure_device(device, threads) for device in devices() if device.is_gpu or device.type == "cpu"
-    }
+    ceilings = {}
+    for device in devices():
+        if device.name in {*proof.encoder, *proof.language_model}:
+            with suppress(ModelError):  # one that is full, or that one program at a time may use
+                ceilings[device.name] = measure_device(device, threads)
     return Rates(ceilings, cost.encode_ops, min(encode), cost.weight_bytes, min(decode))
-
-
-def _picture(seed: int) -> Picture:
-    return load_picture(picture_file(seed), MediaSettings())

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from opsin.doctor.files import control_groups, read
 from opsin.native import Device
 from opsin.native.memory import HOST
 
@@ -26,7 +27,7 @@ def free_memory(devices: Iterable[Device], root: Path = Path("/")) -> dict[str, 
 
 
 def _available(root: Path) -> int | None:
-    for line in _text(root / "proc/meminfo").splitlines():
+    for line in read(root / "proc/meminfo").splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return None
@@ -35,26 +36,11 @@ def _available(root: Path) -> int | None:
 def _left_in_groups(root: Path) -> list[int]:
     """What each control group above this process has left, files it can drop counted as free; both versions."""
     left = []
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            base = root / "sys/fs/cgroup/memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        inner = Path(path.lstrip("/"))
-        for group in (base / inner, *(base / parent for parent in inner.parents)):
-            limit, used = _text(group / names[0]).strip(), _text(group / names[1]).strip()
-            if limit.isdigit() and used.isdigit():
-                droppable = re.search(rf"^{names[2]} (\d+)", _text(group / "memory.stat"), re.MULTILINE)
-                left.append(max(0, int(limit) - int(used) + (int(droppable[1]) if droppable else 0)))
+    for group in control_groups(root, "memory"):
+        limit = (read(group / "memory.max") or read(group / "memory.limit_in_bytes")).strip()
+        used = (read(group / "memory.current") or read(group / "memory.usage_in_bytes")).strip()
+        if limit.isdigit() and used.isdigit():
+            # Version 1 tells the group's own first, and then the total that its limit is for.
+            droppable = re.findall(r"^(?:total_)?inactive_file (\d+)", read(group / "memory.stat"), re.MULTILINE)
+            left.append(max(0, int(limit) - int(used) + int((droppable or [0])[-1])))
     return left
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shlex
-import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from opsin.doctor.machine import Machine
+from opsin.doctor.shell import shell_line
 from opsin.native import PACKAGE, PINNED
 
 WHEELS = "https://abetlen.github.io/llama-cpp-python/whl"
@@ -58,10 +58,8 @@ def install_command(
     flags = [*(RECIPES[name].flag for name in wanted), *extra]
     from_source = ["--no-binary", PACKAGE]
     if machine.system == "Windows":
-        # Unquoted, PowerShell ends a command at a semicolon.
-        settings = f' -C "cmake.args={";".join(flags)}"' if flags else ""
-        command = subprocess.list2cmdline([*_pip(machine, fresh=fresh), *from_source])
-        return f"{command}{settings} {PACKAGE}=={PINNED}"
+        settings = ["-C", f"cmake.args={';'.join(flags)}"] if flags else []
+        return shell_line([*_pip(machine, fresh=fresh), *from_source, *settings, f"{PACKAGE}=={PINNED}"], "Windows")
     assignments = []
     if "CUDA" in wanted and machine.tools.get("nvcc", "nvcc") == "/usr/local/cuda/bin/nvcc":
         # CMake looks for nvcc in the search path only.
@@ -75,7 +73,7 @@ def install_command(
     return first + " ".join([*assignments, command])
 
 
-def wheel_command(machine: Machine, driver: str) -> str | None:
+def wheel_command(machine: Machine, driver: str, *, fresh: bool = False) -> str | None:
     """A shell line that installs a prebuilt CUDA wheel; None where none can be right.
 
     Right is: Linux on x86-64, a driver new enough for the wheel's CUDA, and that CUDA's libraries here. Whether the
@@ -87,8 +85,10 @@ def wheel_command(machine: Machine, driver: str) -> str | None:
         return None
     for cuda, folder, oldest in CUDA_WHEELS:
         if cuda in machine.cuda_runtimes and int(major) >= oldest:
-            only = ["--only-binary", PACKAGE, "--index-url", f"{WHEELS}/{folder}"]
-            return shlex.join([*_pip(machine), *only]) + f' "{PACKAGE}=={PINNED}"'
+            # Its dependencies are not on that index.
+            index = "--extra-index-url" if fresh else "--index-url"
+            only = ["--only-binary", PACKAGE, index, f"{WHEELS}/{folder}"]
+            return shlex.join([*_pip(machine, fresh=fresh), *only]) + f' "{PACKAGE}=={PINNED}"'
     return None
 
 

@@ -13,23 +13,18 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from opsin.doctor.gpus import Gpu, Reach, read_gpus
+from opsin.doctor.files import control_groups, read
+from opsin.doctor.gpus import Access, Gpu, read_gpus
 from opsin.native.threads import physical_cores
 
 TOOLS = ("nvcc", "hipconfig", "glslc", "uv")
 
 # The kernel's names of instructions, and ggml's: /proc/cpuinfo on x86-64 and on ARM, `sysctl hw.optional` on macOS.
 _FEATURES = {
-    "avx": "AVX",
-    "avx2": "AVX2",
-    "fma": "FMA",
-    "f16c": "F16C",
-    "bmi2": "BMI2",
-    "avx_vnni": "AVX_VNNI",
-    "avx512f": "AVX512",
-    "avx512_bf16": "AVX512_BF16",
+    **{name.lower(): name for name in ("AVX", "AVX2", "FMA", "F16C", "BMI2", "AVX_VNNI", "AVX512_BF16")},
     "avx512_vnni": "AVX512_VNNI",
     "amx_int8": "AMX_INT8",
+    "avx512f": "AVX512",
     "asimd": "NEON",
     "asimddp": "DOTPROD",
     "i8mm": "MATMUL_INT8",
@@ -81,54 +76,44 @@ def run_command(arguments: list[str]) -> tuple[int, str] | None:
     return done.returncode, done.stdout.decode("utf-8", "replace")
 
 
-def here(run: Callable[[list[str]], tuple[int, str] | None] = run_command) -> Reach:
+def here(run: Callable[[list[str]], tuple[int, str] | None] = run_command) -> Access:
     """The way to look at this machine."""
-    return Reach(Path("/"), platform.system(), platform.machine(), run, lambda path: os.access(path, os.R_OK | os.W_OK))
+    return Access(
+        Path("/"), platform.system(), platform.machine(), run, lambda path: os.access(path, os.R_OK | os.W_OK)
+    )
 
 
-def read_machine(reach: Reach | None = None) -> Machine:
+def read_machine(access: Access | None = None) -> Machine:
     """Look at this machine; asks `nvidia-smi`, `vulkaninfo` and `sysctl` where they are. Never raises."""
-    reach = reach or here()
-    cpu, features = _cpu(reach)
+    access = access or here()
+    cpu, features = _cpu(access)
     cores = os.cpu_count() or 1
     return Machine(
-        system=reach.system,
-        machine=reach.machine,
+        system=access.system,
+        machine=access.machine,
         python=sys.executable or "python",
         pip=find_spec("pip") is not None,
-        gpus=read_gpus(reach),
+        gpus=read_gpus(access),
         cpu=cpu,
         cpu_features=features,
         cores=cores,
         allowed=len(os.sched_getaffinity(0)) if sys.platform == "linux" else cores,
-        quota=cpu_quota(reach.root),
+        quota=cpu_quota(access.root),
         threads=physical_cores(),
-        tools=_tools(reach.root),
-        cuda_runtimes=_cuda_runtimes(reach.root),
+        tools=_tools(access.root),
+        cuda_runtimes=_cuda_runtimes(access.root),
     )
 
 
 def cpu_quota(root: Path) -> float | None:
     """Cores' worth of time that the control group and those above it allow, of version 2 or 1; None: no limit."""
-    limits = []
-    for line in _read(root / "proc/self/cgroup").splitlines():
-        _, controllers, group = [*line.split(":", 2), "", ""][:3]
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        mount = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
-        folder = mount / group.strip("/")
-        # In a container the path may be the host's: what counts then lies at the mount itself.
-        for level in (folder, *folder.parents):
-            limits += _quota_of(level)
-            if level == mount:
-                break
-    return min(limits, default=None)
+    return min((limit for group in control_groups(root, "cpu") for limit in _quota_of(group)), default=None)
 
 
 def _quota_of(group: Path) -> list[float]:
-    words = _read(group / "cpu.max").split() or [
-        _read(group / "cpu.cfs_quota_us").strip(),
-        _read(group / "cpu.cfs_period_us").strip(),
+    words = read(group / "cpu.max").split() or [
+        read(group / "cpu.cfs_quota_us").strip(),
+        read(group / "cpu.cfs_period_us").strip(),
     ]
     try:
         quota, period = (float(word) for word in words)
@@ -137,16 +122,16 @@ def _quota_of(group: Path) -> list[float]:
     return [quota / period] if quota > 0 and period > 0 else []
 
 
-def _cpu(reach: Reach) -> tuple[str, frozenset[str]]:
+def _cpu(access: Access) -> tuple[str, frozenset[str]]:
     """Name and instructions of the CPU, in ggml's words; empty where the system does not tell."""
-    if reach.system == "Darwin":
-        told = reach.run(["sysctl", "machdep.cpu.brand_string", "hw.optional"])
+    if access.system == "Darwin":
+        told = access.run(["sysctl", "machdep.cpu.brand_string", "hw.optional"])
         text = told[1] if told else ""
         pairs = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
         on = {name for name, value in pairs.items() if value.strip() == "1"}
         return pairs.get("machdep.cpu.brand_string", ""), frozenset(_FEATURES[name] for name in on & set(_FEATURES))
     name, flags = "", set()
-    for line in _read(reach.root / "proc/cpuinfo").splitlines():
+    for line in read(access.root / "proc/cpuinfo").splitlines():
         key, _, value = (part.strip() for part in line.partition(":"))
         if key == "model name":
             name = value
@@ -169,10 +154,3 @@ def _cuda_runtimes(root: Path) -> tuple[int, ...]:
     names = {path.name for place in places for path in root.glob(f"{place}/libcu*.so.[0-9]*")}
     majors = re.findall(r"libcudart\.so\.(\d+)", "\n".join(names))
     return tuple(sorted({int(major) for major in majors if any(n.startswith(f"libcublas.so.{major}") for n in names)}))
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

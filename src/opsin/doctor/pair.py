@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
 from opsin.core.errors import BadPrompt, ModelError, PairMismatch
 from opsin.core.parts import TextPart
 from opsin.core.settings import EngineSettings
 from opsin.doctor.check import Check
+from opsin.doctor.shell import shell_line
 from opsin.models.gguf_header import read_header
 from opsin.models.gguf_info import GgufInfo
 from opsin.models.naming import stem
 from opsin.models.pairing import check_pair, find_projector
 from opsin.models.registry import is_known, look_up
+from opsin.native.devices import CPU_NAMES
 from opsin.prompt import Message, PromptBuilder, TemplateSource
 from opsin.prompt.builtin import choose
 
@@ -33,7 +33,7 @@ class PairFacts:
     `template` is what the prompt room needs of the loaded model, `eog_texts` are the texts of its tokens that end a
     turn. `image_tokens` are those of one picture, `causal` is False where a picture attends in both directions.
     `ctx_seq` is what one sequence may hold in tokens, `ubatch` the micro-batch in tokens. `on_cpu` says that the
-    encoder runs on the CPU.
+    encoder runs on the CPU. `settings` are what commands that mend start from.
     """
 
     template: TemplateSource | None = None
@@ -42,14 +42,37 @@ class PairFacts:
     causal: bool = True
     ubatch: int = EngineSettings.model_fields["ubatch"].default
     ctx_seq: int | None = None
-    parallel: int = 1
     on_cpu: bool = True
+    settings: EngineSettings = field(default_factory=EngineSettings)
 
 
-def serve_command(llm: Path, mmproj: Path | None, *flags: object) -> str:
-    """`opsin serve` for this pair with these flags, quoted for a shell."""
-    pair = ["--model", str(llm), *(["--mmproj", str(mmproj)] if mmproj is not None else [])]
-    return shlex.join(["opsin", "serve", *pair, *map(str, flags)])
+def as_flags(settings: Mapping[str, object]) -> list[str]:
+    """Settings by name as the words of a command."""
+    words = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return words
+
+
+def serve_command(settings: EngineSettings, *words: object, **update: object) -> str:
+    """`opsin serve` with these settings, some of them changed, and more words, quoted for a shell.
+
+    A default that is asked for is written out, since the environment and opsin.toml may say otherwise.
+    """
+    settings = settings.model_copy(update=update)
+    asked = {"parallel", *update}  # the server's own default of parallel is another
+    chosen = {
+        name: value
+        for name, field in EngineSettings.model_fields.items()
+        if (value := getattr(settings, name)) is not None and (value != field.default or name in asked)
+    }
+    return shell_line(["opsin", "serve", *as_flags(chosen), *map(str, words)])
+
+
+def means_cpu(device: str | None) -> bool:
+    """Whether the setting of a device is a word for the CPU."""
+    return device is not None and device.strip().lower() in CPU_NAMES
 
 
 def pair_checks(llm: GgufInfo, mmproj: GgufInfo | None, facts: PairFacts | None = None) -> list[Check]:
@@ -59,11 +82,13 @@ def pair_checks(llm: GgufInfo, mmproj: GgufInfo | None, facts: PairFacts | None 
     headers again; raises ModelNotFound and ModelUnreadable when they are gone.
     """
     facts = facts or PairFacts()
-    checks = _projector(llm, mmproj)
+    files = {"model": llm.path, "mmproj": mmproj.path if mmproj is not None else None}
+    facts = replace(facts, settings=facts.settings.model_copy(update=files))
+    checks = _projector(llm, mmproj, facts)
     if mmproj is not None and checks[-1].status == "ok":
         checks.append(_quantisation(mmproj, on_cpu=facts.on_cpu))
         checks += _picture(llm, mmproj, facts)
-    checks += _trained_context(llm, mmproj, facts)
+    checks += _trained_context(llm, facts)
     return checks + _template(llm, mmproj, facts)
 
 
@@ -76,13 +101,13 @@ def image_tokens_of(mmproj: GgufInfo) -> int | None:
     return (mmproj.image_size // mmproj.patch_size) ** 2
 
 
-def _projector(llm: GgufInfo, mmproj: GgufInfo | None) -> list[Check]:
+def _projector(llm: GgufInfo, mmproj: GgufInfo | None, facts: PairFacts) -> list[Check]:
     """`pair.projector`: is it one, and one for pictures; `pair.width`: does it hand over what the model takes in."""
     if mmproj is None:
         message = (
             f"{llm.path.name} has no projector, so it reads text only: give the mmproj file that was published with it."
         )
-        return [Check("pair.projector", "fail", message, {"model": str(llm.path)}, _get_projector(llm))]
+        return [Check("pair.projector", "fail", message, {"model": str(llm.path)}, _get_projector(llm, facts))]
     wrong = None
     try:
         check_pair(llm.path, mmproj.path)
@@ -92,10 +117,10 @@ def _projector(llm: GgufInfo, mmproj: GgufInfo | None) -> list[Check]:
     widths = {"projector_width": mmproj.projector_width, "model_width": llm.width}
     fits = llm.is_projector or not mmproj.is_projector or not mmproj.has_vision
     if wrong is not None and fits:
-        return [Check("pair.projector", "fail", wrong, kinds, _get_projector(llm))]
+        return [Check("pair.projector", "fail", wrong, kinds, _get_projector(llm, facts))]
     checks = [Check("pair.projector", "ok", f"{mmproj.path.name} is a projector for pictures.", kinds)]
     if wrong is not None:
-        return [*checks, Check("pair.width", "fail", wrong, widths, _get_projector(llm))]
+        return [*checks, Check("pair.width", "fail", wrong, widths, _get_projector(llm, facts))]
     if None in widths.values():
         message = "The widths of projector and model cannot be told from the files: llama.cpp compares them at loading."
     else:
@@ -103,7 +128,7 @@ def _projector(llm: GgufInfo, mmproj: GgufInfo | None) -> list[Check]:
     return [*checks, Check("pair.width", "ok", message, widths)]
 
 
-def _get_projector(llm: GgufInfo) -> str | None:
+def _get_projector(llm: GgufInfo, facts: PairFacts) -> str | None:
     """The command with the projector that lies beside the model and fits, or the one that downloads the pair."""
     if llm.is_projector:
         return None
@@ -112,10 +137,10 @@ def _get_projector(llm: GgufInfo) -> str | None:
     except (ModelError, OSError):  # one that does not fit, or a folder that cannot be listed
         beside = None
     if beside is not None:
-        return serve_command(llm.path, beside)
+        return serve_command(facts.settings, mmproj=beside)
     known = next((name for name in (llm.name, stem(llm.path.name)) if name and is_known(name)), None)
     row = look_up(known).known if known else None
-    return shlex.join(["opsin", "pull", row.name]) if row else None
+    return shell_line(["opsin", "pull", row.name]) if row else None
 
 
 def _quantisation(mmproj: GgufInfo, *, on_cpu: bool) -> Check:
@@ -143,17 +168,17 @@ def _picture(llm: GgufInfo, mmproj: GgufInfo, facts: PairFacts) -> list[Check]:
     tokens = facts.image_tokens or image_tokens_of(mmproj)
     if tokens is None:
         return []
-    checks = [_micro_batch(llm, mmproj, facts, tokens)]
+    checks = [_micro_batch(facts, tokens)]
     if facts.ctx_seq is not None:
-        checks.append(_context(llm, mmproj, facts, tokens, facts.ctx_seq))
+        checks.append(_context(llm, facts, tokens, facts.ctx_seq))
     return checks
 
 
-def _micro_batch(llm: GgufInfo, mmproj: GgufInfo, facts: PairFacts, tokens: int) -> Check:
+def _micro_batch(facts: PairFacts, tokens: int) -> Check:
     name, evidence = "pair.ubatch", {"image_tokens": tokens, "ubatch_tokens": facts.ubatch, "causal": facts.causal}
     if tokens <= facts.ubatch:
         return Check(name, "ok", f"A picture's {tokens} tokens go in one micro-batch of {facts.ubatch}.", evidence)
-    fix = serve_command(llm.path, mmproj.path, "--ubatch", _padded(tokens, 256))
+    fix = serve_command(facts.settings, ubatch=_padded(tokens, 256))
     if not facts.causal:
         message = (
             f"A picture's {tokens} tokens attend in both directions and must go in one micro-batch, "
@@ -170,7 +195,7 @@ def _micro_batch(llm: GgufInfo, mmproj: GgufInfo, facts: PairFacts, tokens: int)
     return Check(name, "ok", f"A picture's {tokens} tokens go in {slices} slices of {facts.ubatch}.", evidence)
 
 
-def _context(llm: GgufInfo, mmproj: GgufInfo, facts: PairFacts, tokens: int, ctx: int) -> Check:
+def _context(llm: GgufInfo, facts: PairFacts, tokens: int, ctx: int) -> Check:
     name = "pair.context"
     evidence = {"image_tokens": tokens, "context_tokens": ctx, "trained_context_tokens": llm.context}
     if tokens + _TEXT_TOKENS + _ANSWER_TOKENS <= ctx:
@@ -179,8 +204,8 @@ def _context(llm: GgufInfo, mmproj: GgufInfo, facts: PairFacts, tokens: int, ctx
     need = _padded(tokens + _TEXT_TOKENS + 4 * _ANSWER_TOKENS, 1024)
     if llm.context is not None and need > llm.context >= tokens + _TEXT_TOKENS:
         need = llm.context
-    total = need * facts.parallel
-    fix: str | None = serve_command(llm.path, mmproj.path, "--ctx", total, "--parallel", facts.parallel)
+    total = need * facts.settings.parallel
+    fix: str | None = serve_command(facts.settings, ctx=total)
     mend = f"give --ctx {total}"
     if llm.context is not None and llm.context < tokens + _TEXT_TOKENS:
         fix, mend = None, f"its language model was trained on {llm.context} only, so give fewer --image-max-tokens"
@@ -192,20 +217,19 @@ def _context(llm: GgufInfo, mmproj: GgufInfo, facts: PairFacts, tokens: int, ctx
     return Check(name, "warn", message, evidence, fix)
 
 
-def _trained_context(llm: GgufInfo, mmproj: GgufInfo | None, facts: PairFacts) -> list[Check]:
+def _trained_context(llm: GgufInfo, facts: PairFacts) -> list[Check]:
     if facts.ctx_seq is None or llm.context is None:
         return []
     name, evidence = "pair.trained_context", {"context_tokens": facts.ctx_seq, "trained_context_tokens": llm.context}
     if facts.ctx_seq <= llm.context:
         message = f"The context of {facts.ctx_seq} tokens is within the {llm.context} that the model was trained on."
         return [Check(name, "ok", message, evidence)]
-    total = llm.context * facts.parallel
+    total = llm.context * facts.settings.parallel
     message = (
         f"The context of {facts.ctx_seq} tokens is longer than the {llm.context} that the model was trained on: "
         f"answers behind that are nonsense; give --ctx {total}."
     )
-    flags = ("--ctx", total, "--parallel", facts.parallel)
-    return [Check(name, "warn", message, evidence, serve_command(llm.path, _path(mmproj), *flags))]
+    return [Check(name, "warn", message, evidence, serve_command(facts.settings, ctx=total))]
 
 
 def _template(llm: GgufInfo, mmproj: GgufInfo | None, facts: PairFacts) -> list[Check]:
@@ -227,7 +251,7 @@ def _template(llm: GgufInfo, mmproj: GgufInfo | None, facts: PairFacts) -> list[
     if facts.template is None or facts.eog_texts is None or built_in == "plain":
         return checks
     rendered = "".join(part.text for part in prompt.parts if isinstance(part, TextPart))
-    return [*checks, _end(llm, mmproj, rendered.partition(_ANSWER)[2], facts.eog_texts, prompt.stop)]
+    return [*checks, _end(llm, facts, rendered.partition(_ANSWER)[2], prompt.stop)]
 
 
 def _source_by_header(llm: GgufInfo, mmproj: GgufInfo | None) -> TemplateSource:
@@ -254,8 +278,8 @@ def _found_template(llm: GgufInfo, evidence: Mapping[str, object], *, missing: b
     return Check("pair.template", "warn", message, evidence)
 
 
-def _end(llm: GgufInfo, mmproj: GgufInfo | None, tail: str, eog_texts: frozenset[str], stop: Sequence[str]) -> Check:
-    name, ends = "pair.end", sorted(text for text in eog_texts if text)
+def _end(llm: GgufInfo, facts: PairFacts, tail: str, stop: Sequence[str]) -> Check:
+    name, ends = "pair.end", sorted(text for text in facts.eog_texts or () if text)
     written = [text for text in (*ends, *stop) if text in tail]
     evidence = {"after_answer": tail, "end_tokens": ends, "stop_strings": list(stop)}
     if written:
@@ -265,12 +289,8 @@ def _end(llm: GgufInfo, mmproj: GgufInfo | None, tail: str, eog_texts: frozenset
         f"({', '.join(ends) or 'the model has none'}), so answers may not end by themselves: take a newer GGUF file of "
         f"{llm.path.name}; until then a smaller --max-tokens bounds them."
     )
-    fix = serve_command(llm.path, _path(mmproj), "--max-tokens", _ANSWER_TOKENS)
+    fix = serve_command(facts.settings, "--max-tokens", _ANSWER_TOKENS)
     return Check(name, "warn", message, evidence, fix)
-
-
-def _path(info: GgufInfo | None) -> Path | None:
-    return info.path if info is not None else None
 
 
 def _padded(tokens: int, step: int) -> int:

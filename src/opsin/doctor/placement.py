@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from opsin.core.placement import BackendShare, Placement
+from opsin.core.settings import EngineSettings
 from opsin.doctor.check import Check, Status
-from opsin.doctor.pair import serve_command
+from opsin.doctor.gpus import in_software
+from opsin.doctor.pair import as_flags, means_cpu, serve_command
 from opsin.native.device_rate import DeviceRate
 from opsin.native.devices import Device
+from opsin.native.memory import HOST
 
-CPU = "CPU"
 # llama.cpp keeps the table of token embeddings in host memory, whatever is offloaded.
 _AT_HOME_ON_THE_CPU = frozenset({"GET_ROWS"})
 _POOR = 1 / 3  # of the ceiling
 # Shorter stages are ruled by launches and Python, not by the device.
 _LEAST_ENCODE, _LEAST_DECODE = 0.005, 0.001
-_NO_FLASH = {"encoder": "--no-vision-flash-attention", "language_model": "--no-flash-attention"}
+_FLASH = {"encoder": "vision_flash_attention", "language_model": "flash_attention"}
 _Graph = Mapping[str, BackendShare]
 
 
@@ -40,24 +41,25 @@ class Rates:
 def placement_checks(
     placement: Placement,
     devices: Sequence[Device],
-    llm: Path,
-    mmproj: Path | None,
+    settings: EngineSettings,
     *,
     rates: Rates | None = None,
-    rebuild: str | None = None,
+    unused: Check | None = None,
 ) -> list[Check]:
-    """The checks `placement.*` of one proof, on a machine of which ggml sees `devices`.
+    """The checks `placement.*` of one proof of the pair and settings, on a machine of which ggml sees `devices`.
 
-    `rebuild` is the command that makes a build for a GPU that is in this machine and that ggml does not see. Without
-    an encoder, counted splits or rates the checks of these are left out.
+    `unused` is the failed check of a GPU that is in this machine and that ggml does not see. Without an encoder,
+    counted splits or rates the checks of these are left out. A GPU played by the CPU counts only where it was used.
     """
-    gpus = [device.name for device in devices if device.is_gpu]
+    used = {*placement.encoder, *placement.language_model}
+    gpus = [device for device in devices if device.is_gpu and (device.name in used or not in_software(device))]
+    gpus.sort(key=lambda device: (device.name not in used, device.type != "gpu"))
     graphs = {"encoder": placement.encoder, "language_model": placement.language_model}
-    checks = [_where(name, placement, gpus, llm, mmproj, rebuild=rebuild) for name, graph in graphs.items() if graph]
-    checks.append(_layers(placement, gpus, llm, mmproj))
-    checks.append(_fallback(placement, llm, mmproj))
+    checks = [_where(name, placement, gpus, settings, unused) for name, graph in graphs.items() if graph]
+    checks.append(_layers(placement, gpus, settings))
+    checks.append(_fallback(placement, settings))
     if any(share.splits for graph in graphs.values() for share in graph.values()):
-        checks.append(_splits(graphs, llm, mmproj))
+        checks.append(_splits(graphs, settings))
     if rates is not None:
         checks.append(_rate(placement, rates))
     return checks
@@ -66,17 +68,6 @@ def placement_checks(
 def _main(graph: _Graph) -> str:
     """The backend that did the most."""
     return max(graph, key=lambda name: graph[name].share_of_ops)
-
-
-def _rows(graph: _Graph) -> dict[str, object]:
-    return {
-        name: {
-            "nodes": share.nodes,
-            "share_of_ops": round(share.share_of_ops, 4),
-            "share_of_time": None if share.share_of_time is None else round(share.share_of_time, 4),
-        }
-        for name, share in graph.items()
-    }
 
 
 def _told(graph: _Graph) -> str:
@@ -88,55 +79,69 @@ def _told(graph: _Graph) -> str:
 
 
 def _where(
-    name: str, placement: Placement, gpus: list[str], llm: Path, mmproj: Path | None, *, rebuild: str | None
+    name: str, placement: Placement, gpus: list[Device], settings: EngineSettings, unused: Check | None
 ) -> Check:
-    """`placement.encoder` and `placement.language_model`: fails where a GPU is here and most ran on the CPU."""
+    """`placement.encoder` and `placement.language_model`: fails where a GPU is here and most ran on the CPU.
+
+    One that shares the CPU's memory may be no faster, and is warned of only.
+    """
     graph = placement.encoder if name == "encoder" else placement.language_model
     what = "vision encoder" if name == "encoder" else "language model"
-    evidence = {"backends": _rows(graph), "gpus": gpus, "notes": list(placement.notes)}
+    here, notes = [gpu.name for gpu in gpus], list(placement.notes)
+    evidence = {"backends": placement.as_dict()[name], "gpus": here, "notes": notes}
     check = f"placement.{name}"
     told = f"Of the {what}'s operations {_told(graph)}"
     main = _main(graph)
-    if main == CPU and gpus and name == "language_model" and 0 < placement.layers_offloaded < placement.layers:
-        return Check(check, "warn", f"{told}, since not all layers are offloaded: see placement.layers.", evidence)
-    if main == CPU and gpus:
-        flags: tuple[object, ...] = ("--mmproj-device", gpus[0])
-        if name == "language_model":
-            flags = ("--device", gpus[0], "--gpu-layers", placement.layers + 1)  # one more is the output layer
-        option = " ".join(map(str, flags))
-        message = f"{told} although {gpus[0]} is here: give {option}, and prove it again."
-        return Check(check, "fail", message, evidence, serve_command(llm, mmproj, *flags))
-    if main == CPU and rebuild is not None:
-        message = f"{told}, since this build cannot use the GPU of this machine: build it anew for that."
-        return Check(check, "fail", message, evidence, rebuild)
+    if main == HOST and gpus:
+        update = _onto(gpus[0].name, name, placement, settings)
+        done = placement.layers_offloaded
+        if name == "language_model" and done < placement.layers and (done or not update):
+            return Check(check, "warn", f"{told}, since not all layers are offloaded: see placement.layers.", evidence)
+        status: Status = "fail" if gpus[0].type == "gpu" else "warn"
+        mend = f": give {' '.join(as_flags(update))}, and prove it again."
+        message = f"{told} although {gpus[0].name} is here{mend if update else ', and no setting keeps it away.'}"
+        return Check(check, status, message, evidence, serve_command(settings, **update) if update else None)
+    if main == HOST and unused is not None:
+        message = f"{told} although a GPU is in this machine: see {unused.name}."
+        return Check(check, "fail", message, evidence, unused.fix)
     if main == "unknown":
         message = f"{told}: where most ran cannot be told; compare the time with --mmproj-device none."
         return Check(check, "warn", message, evidence)
     return Check(check, "ok", f"{told}.", evidence)
 
 
-def _layers(placement: Placement, gpus: list[str], llm: Path, mmproj: Path | None) -> Check:
+def _onto(gpu: str, part: str, placement: Placement, settings: EngineSettings) -> dict[str, object]:
+    """What to change so that a part goes to a GPU; empty where memory or llama.cpp keeps it away and no setting."""
+    if part == "encoder":
+        return {"mmproj_device": gpu} if settings.mmproj_device is None or means_cpu(settings.mmproj_device) else {}
+    update: dict[str, object] = {"device": gpu} if means_cpu(settings.device) else {}
+    if settings.gpu_layers is not None and settings.gpu_layers <= placement.layers:
+        update["gpu_layers"] = placement.layers + 1  # one more is the output layer
+    return update
+
+
+def _layers(placement: Placement, gpus: list[Device], settings: EngineSettings) -> Check:
     done, of = placement.layers_offloaded, placement.layers
-    evidence = {"layers_offloaded": done, "layers": of, "gpus": gpus}
+    evidence = {"layers_offloaded": done, "layers": of, "gpus": [gpu.name for gpu in gpus]}
     name, told = "placement.layers", f"{done} of {of} layers of the language model are offloaded"
     if not gpus:
-        return Check(name, "ok", f"{told}; ggml sees none.", evidence)
+        return Check(name, "ok", f"{told}; ggml sees no GPU.", evidence)
     if done >= of:
         return Check(name, "ok", f"{told}.", evidence)
-    message = (
-        f"{told}, and the others set the pace: give --gpu-layers {of + 1}, or where memory is short a smaller "
-        "quantisation, --ctx or --kv-type q8_0."
-    )
-    flags = ("--device", gpus[0], "--gpu-layers", of + 1)
-    return Check(name, "warn", message, evidence, serve_command(llm, mmproj, *flags))
+    update = _onto(gpus[0].name, "language_model", placement, settings)
+    mend = "take a smaller quantisation, since more do not fit"
+    if update:
+        mend = f"give {' '.join(as_flags(update))}, or where memory is short a smaller quantisation, --ctx or --kv-type"
+    fix = serve_command(settings, **update) if update else None
+    return Check(name, "warn", f"{told}, and the others set the pace: {mend}.", evidence, fix)
 
 
-def _fallback(placement: Placement, llm: Path, mmproj: Path | None) -> Check:
+def _fallback(placement: Placement, settings: EngineSettings) -> Check:
     """Operations on the CPU in a graph that is on a GPU for the most: those that the GPU's backend does not know."""
-    name, sentences, evidence, flags = "placement.fallback", [], {}, []
+    name, sentences, evidence, update = "placement.fallback", [], {}, {}
     for key, graph in (("encoder", placement.encoder), ("language_model", placement.language_model)):
-        fallen = graph.get(CPU)
-        if fallen is None or _main(graph) == CPU:
+        fallen = graph.get(HOST)
+        if fallen is None or _main(graph) == HOST:
             continue
         # Layers that were left on the CPU are no fallback: `placement.layers` tells of them.
         wanted = key == "language_model" and placement.layers_offloaded < placement.layers
@@ -146,7 +151,7 @@ def _fallback(placement: Placement, llm: Path, mmproj: Path | None) -> Check:
         if not ops:
             continue
         if "FLASH_ATTN_EXT" in ops:
-            flags.append(_NO_FLASH[key])
+            update[_FLASH[key]] = False
         nodes = sum(share.nodes for share in graph.values())
         evidence[key] = {
             "ops": ops,
@@ -163,18 +168,18 @@ def _fallback(placement: Placement, llm: Path, mmproj: Path | None) -> Check:
         )
     if not sentences:
         return Check(name, "ok", "No operation falls back from a GPU to the CPU.", evidence)
-    mend = f"give {' '.join(flags)}" if flags else "update the build, or take another quantisation"
+    mend = f"give {' '.join(as_flags(update))}" if update else "update the build, or take another quantisation"
     message = f"Operations that {_main_gpu(placement)} does not support fall back to the CPU: "
     message += f"{'; '.join(sentences)}; {mend}."
-    return Check(name, "warn", message, evidence, serve_command(llm, mmproj, *flags) if flags else None)
+    return Check(name, "warn", message, evidence, serve_command(settings, **update) if update else None)
 
 
 def _main_gpu(placement: Placement) -> str:
     mains = {_main(graph) for graph in (placement.encoder, placement.language_model) if graph}
-    return " or ".join(sorted(mains - {CPU})) or "the GPU"
+    return " or ".join(sorted(mains - {HOST})) or "the GPU"
 
 
-def _splits(graphs: Mapping[str, _Graph], llm: Path, mmproj: Path | None) -> Check:
+def _splits(graphs: Mapping[str, _Graph], settings: EngineSettings) -> Check:
     """Pieces a graph is cut into: values are copied between two, and the GPU waits."""
     counts = {name: sum(share.splits for share in graph.values()) for name, graph in graphs.items() if graph}
     # Token embeddings on the CPU, layers by device, the output layer: two stretches a backend are ordinary.
@@ -183,12 +188,13 @@ def _splits(graphs: Mapping[str, _Graph], llm: Path, mmproj: Path | None) -> Che
     evidence = {"splits": counts}
     if not many:
         return Check("placement.splits", "ok", f"Graphs run in few pieces: {told}.", evidence)
-    flags = [_NO_FLASH[name] for name in many if CPU in graphs[name] and "FLASH_ATTN_EXT" in graphs[name][CPU].ops]
-    mend = f"give {' '.join(flags)}" if flags else "placement.fallback and placement.layers name the cause"
+    fallen = [name for name in many if HOST in graphs[name] and "FLASH_ATTN_EXT" in graphs[name][HOST].ops]
+    update = {_FLASH[name]: False for name in fallen}
+    mend = f"give {' '.join(as_flags(update))}" if update else "placement.fallback and placement.layers name the cause"
     message = (
         f"Graphs are cut into many pieces ({told}), and at each border values are copied and a device waits: {mend}."
     )
-    fix = serve_command(llm, mmproj, *flags) if flags else None
+    fix = serve_command(settings, **update) if update else None
     return Check("placement.splits", "warn", message, evidence, fix)
 
 
@@ -238,7 +244,7 @@ def _expected(graph: _Graph, work: float | None, ceilings: Mapping[str, float]) 
 
 def _reasons(placement: Placement, poor: list[str]) -> str:
     graphs = {"encode": placement.encoder, "decode": placement.language_model}
-    if any(_main(graphs[stage]) == CPU for stage in poor):
+    if any(_main(graphs[stage]) == HOST for stage in poor):
         return (
             "likely other programs use the cores, --threads is not the number of physical ones, or the build knows "
             "less than this CPU (see build.*)"

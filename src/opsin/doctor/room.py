@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from itertools import chain, combinations
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from opsin.core.errors import ModelError
 from opsin.core.settings import CTX_PER_SEQUENCE, EngineSettings
 from opsin.doctor.check import Check, Status
 from opsin.doctor.free_memory import free_memory
+from opsin.doctor.pair import serve_command
 from opsin.models.gguf_header import TENSOR_TYPES, GgufHeader, TensorHead, read_header
 from opsin.models.naming import parts_of
 from opsin.native import Device
@@ -56,15 +56,7 @@ class Parts:
     @property
     def total(self) -> int:
         """All of it."""
-        return (
-            self.weights
-            + self.kv
-            + self.compute
-            + self.vision_weights
-            + self.vision_compute
-            + self.pictures
-            + self.rest
-        )
+        return sum(astuple(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +112,7 @@ def _join(
     elif vision is not None and not reserved.vision_compute:
         note = "mtmd did not lay the encoder out, so its buffer is arithmetic"
         reserved.vision_compute = {reserved.vision_device: _vision_by_hand(vision, settings)}
-    weights = weights_by_device(headers, reserved.layers, reserved.stay)
+    weights = weights_by_device(headers, reserved.layers, reserved.not_repacked)
     growth = _growth(vision, reserved)
     names = sorted({*weights, *reserved.kv, *reserved.compute, *reserved.vision_compute, HOST})
     by_device = {
@@ -151,8 +143,8 @@ def _size(tensor: TensorHead) -> int:
     return math.prod(tensor.shape) // values * size
 
 
-def weights_by_device(headers: Sequence[GgufHeader], layers: Sequence[str], stay: int | None) -> dict[str, int]:
-    """Bytes of the language model's weights by device; `layers` and `stay` as in `Reserved`.
+def weights_by_device(headers: Sequence[GgufHeader], layers: Sequence[str], not_repacked: int | None) -> dict[str, int]:
+    """Bytes of the language model's weights by device; `layers` and `not_repacked` as in `Reserved`.
 
     On the host the files are mapped, and a mapping reaches from its first tensor to its last: weights that are
     repacked for the CPU lie there a second time.
@@ -169,9 +161,9 @@ def weights_by_device(headers: Sequence[GgufHeader], layers: Sequence[str], stay
             found[device] = found.get(device, 0) + _size(tensor)
         if tied and tensor.name == "token_embd.weight" and layers and layers[-1] != HOST:
             found[layers[-1]] = found.get(layers[-1], 0) + _size(tensor)
-    if not found and stay is not None:
+    if not found and not_repacked is not None:
         again = [tensor for tensor in on_host if tied and tensor.name == "token_embd.weight"]
-        repacked = _repacked(on_host, again, len(on_host) + len(again) - stay)
+        repacked = _repacked(on_host, again, len(on_host) + len(again) - not_repacked)
         kept = [tensor for tensor in on_host if tensor not in repacked or tensor in again]
         found[HOST] = _mapped(kept) + sum(map(_size, repacked))
     else:
@@ -286,37 +278,56 @@ def _vision_by_hand(vision: GgufHeader, settings: EngineSettings) -> int:
 
 # ---- the checks
 
-Again = Callable[[Path, Path | None, Sequence[EngineSettings]], list[Estimate]]
+Estimator = Callable[[Path, Path | None, Sequence[EngineSettings]], list[Estimate]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """What is free by device name; what the devices `in_host` take is taken from the host's memory, too."""
+
+    free: Mapping[str, int]
+    in_host: frozenset[str]
+
+    def needed(self, estimate: Estimate) -> dict[str, int]:
+        """Bytes by device, those that do not tell what is free left out."""
+        needed = {name: parts.total for name, parts in estimate.by_device.items()}
+        needed[HOST] = needed.get(HOST, 0) + sum(needed.get(name, 0) for name in self.in_host)
+        return {name: size for name, size in needed.items() if name in self.free}
 
 
 def room_checks(
-    estimate: Estimate, devices: Sequence[Device], root: Path = Path("/"), again: Again = estimate_rooms
+    estimate: Estimate, devices: Sequence[Device], root: Path = Path("/"), estimator: Estimator = estimate_rooms
 ) -> list[Check]:
     """One `room.memory` for each device that takes part and tells what is free.
 
-    Where one does not fit, what would is found by estimating other settings with `again`.
+    Where one does not fit, what would is found by asking `estimator` about other settings.
     """
-    free = free_memory(devices, root)
+    # Metal's devices and those inside a CPU have no memory of their own.
+    in_host = frozenset(one.name for one in devices if one.type == "igpu" or one.name.startswith("MTL"))
+    memory = _Memory(free_memory(devices, root), in_host)
+    free, needed = memory.free, memory.needed(estimate)
     checks = []
     changes: list[_Change] | None = None
     for name, parts in sorted(estimate.by_device.items()):
-        if name not in free or parts.total == 0:
+        if not needed.get(name):
             continue
-        status, fix = _status(parts.total, free[name]), None
-        message = f"{name} has {_gib(free[name])} free, and this setup needs {_gib(parts.total)} at most"
+        status, fix = _status(needed[name], free[name]), None
+        message = f"{name} has {_gib(free[name])} free, and this setup needs {_gib(needed[name])} at most"
+        if needed[name] > parts.total:
+            message += f", {_gib(needed[name] - parts.total)} of it for {', '.join(sorted(in_host))}"
         if estimate.note:
             message += f" (by arithmetic: {estimate.note.rstrip('.')})"
         if status != "ok":
-            changes = _changes(estimate, free, again) if changes is None else changes
+            changes = _changes(estimate, memory, estimator) if changes is None else changes
             what = {"warn": "that is tight", "fail": "that does not fit"}[status]
             message += f" ({_largest(parts)}): {what}, {_advice(changes)}"
-            fix = _command(changes[0].settings) if changes else None
+            fix = serve_command(changes[0].settings) if changes else None
         elif estimate.refused:
             status = "warn"
         evidence: dict[str, Any] = {
             "device": name,
             **{f"{key}_bytes": size for key, size in asdict(parts).items()},
-            "needed_bytes": parts.total,
+            "needed_bytes": needed[name],
             "free_bytes": free[name],
             "context_tokens": estimate.ctx,
         }
@@ -353,9 +364,9 @@ def _advice(changes: Sequence[_Change]) -> str:
     return "and " + ", or ".join(change.words for change in changes) + " would fit"
 
 
-def _changes(estimate: Estimate, free: Mapping[str, int], again: Again) -> list[_Change]:
+def _changes(estimate: Estimate, memory: _Memory, estimator: Estimator) -> list[_Change]:
     """What fits with room to spare: of each kind of change the mildest; several at once only where none alone does."""
-    ladders = [ladder for ladder in _ladders(estimate, free) if ladder]
+    ladders = [ladder for ladder in _ladders(estimate, memory) if ladder]
     both = [
         _Change(f"{first.words} with {second.words}", second.settings.model_copy(update=_difference(estimate, first)))
         for first in next((ladder for ladder in ladders if "--ctx" in ladder[0].words), [])
@@ -364,11 +375,11 @@ def _changes(estimate: Estimate, free: Mapping[str, int], again: Again) -> list[
     candidates = [change for ladder in (*ladders, both) for change in ladder]
     if not candidates:
         return []
-    estimates = again(estimate.llm, estimate.mmproj, [change.settings for change in candidates])
+    estimates = estimator(estimate.llm, estimate.mmproj, [change.settings for change in candidates])
     fitting = {
         id(change)
         for change, tried in zip(candidates, estimates, strict=True)
-        if all(parts.total <= FULL * free[name] for name, parts in tried.by_device.items() if name in free)
+        if all(size <= FULL * memory.free[name] for name, size in memory.needed(tried).items())
     }
     mildest = [next((one for one in ladder if id(one) in fitting), None) for ladder in ladders]
     return [one for one in mildest if one] or [one for one in both if id(one) in fitting][:1]
@@ -382,14 +393,14 @@ def _difference(estimate: Estimate, change: _Change) -> dict[str, Any]:
     }
 
 
-def _ladders(estimate: Estimate, free: Mapping[str, int]) -> list[list[_Change]]:
+def _ladders(estimate: Estimate, memory: _Memory) -> list[list[_Change]]:
     """Changes of one kind each, the mildest first; the kinds in the order of how little they cost."""
     settings = estimate.settings
 
     def changed(words: str, **update: Any) -> _Change:
         return _Change(words, settings.model_copy(update=update))
 
-    over = {name: parts.total - int(FULL * free[name]) for name, parts in estimate.by_device.items() if name in free}
+    over = {name: size - int(FULL * memory.free[name]) for name, size in memory.needed(estimate).items()}
     pictures = max(0, settings.picture_cache_bytes - max(0, over.get(HOST, 0)))
     cache = [changed(f"--picture-cache-bytes {pictures}", picture_cache_bytes=pictures)]
     parallel = settings.parallel
@@ -427,15 +438,3 @@ def _fewer_layers(estimate: Estimate, over: Mapping[str, int], changed: Callable
         counts.append(len(on_gpu) - math.ceil(over[name] / each))
     first = min(counts)
     return [changed(f"--gpu-layers {count}", gpu_layers=count) for count in range(first, max(-1, first - 4), -1)]
-
-
-def _command(settings: EngineSettings) -> str:
-    """`opsin serve` with these settings, those that are as they are without a flag left out."""
-    words = ["opsin", "serve"]
-    for name, default in ((name, field.default) for name, field in EngineSettings.model_fields.items()):
-        value = getattr(settings, name)
-        if value is None or (value == default and name != "parallel"):  # the server's own default is another
-            continue
-        flag = name.replace("_", "-")
-        words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
-    return shlex.join(words)

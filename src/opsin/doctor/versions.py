@@ -10,33 +10,21 @@ import re
 import shlex
 from dataclasses import dataclass
 
-_Version = tuple[int, int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """What is wrong with the versions from `first` to `last`, and the thread that says so."""
-
-    first: _Version
-    last: _Version
-    what: str
-    source: str
-
-
+# The first and the last version, what is wrong with them, and the thread that says so.
 FAULTS = (
-    Fault(
+    (
         (0, 0, 0),
         (0, 2, 39),
         "its build never told the vision encoder about the GPU",
         "https://github.com/abetlen/llama-cpp-python/pull/1175",
     ),
-    Fault(
+    (
         (0, 2, 58),
         (0, 2, 73),
         "a macro was renamed, so a CUDA build left the vision encoder on the CPU",
         "https://github.com/abetlen/llama-cpp-python/issues/1324",
     ),
-    Fault(
+    (
         (0, 3, 6),
         (0, 3, 8),
         "its llama.cpp had switched the GPU off for the vision encoder on purpose",
@@ -45,24 +33,19 @@ FAULTS = (
 )
 
 
-def fault_of(version: str) -> Fault | None:
-    """The known fault of a version such as "0.2.60" or "0.3.7+cu121"; None for others, and for what is no version."""
+def known_bad(version: str) -> str | None:
+    """What is wrong with a version such as "0.2.60" or "0.3.7+cu121" whose vision encoder runs on the CPU.
+
+    None for others, and for what is no version.
+    """
     match = re.match(r"\s*v?(\d+)\.(\d+)\.(\d+)", version)
     if match is None:
         return None
     number = (int(match[1]), int(match[2]), int(match[3]))
-    return next((fault for fault in FAULTS if fault.first <= number <= fault.last), None)
-
-
-def known_bad(version: str) -> str | None:
-    """One sentence on a llama-cpp-python whose vision encoder runs on the CPU whatever the machine has, else None."""
-    fault = fault_of(version)
-    if fault is None:
-        return None
-    return (
-        f"llama-cpp-python {version} computes the vision encoder on the CPU whatever GPU is here: {fault.what} "
-        f"({fault.source}); install a newer one."
-    )
+    for first, last, what, source in FAULTS:
+        if first <= number <= last:
+            return f"{version} computes the vision encoder on the CPU whatever GPU is here: {what} ({source})"
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,11 +127,13 @@ def _renamed(name: str) -> tuple[str, str] | None:
 
 
 def split_flags(flags: str) -> list[str]:
-    """The flags one by one, as scikit-build-core splits CMAKE_ARGS, and at semicolons too; -D joined to its name."""
+    """The flags one by one, as scikit-build-core splits CMAKE_ARGS, and at `;` before -D; -D joined to its name."""
+    # A semicolon elsewhere parts the items of one value: -DCMAKE_CUDA_ARCHITECTURES=86;89.
+    flags = re.sub(r";(?=\s*-D|\s*$)", " ", flags)
     try:
-        words = shlex.split(flags.replace(";", " "))
+        words = shlex.split(flags)
     except ValueError:  # an odd quote
-        words = flags.replace(";", " ").split()
+        words = flags.split()
     joined: list[str] = []
     for word in words:
         if joined and joined[-1] == "-D":

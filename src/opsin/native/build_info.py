@@ -20,7 +20,7 @@ COMMIT = "0c1e57098"  # the llama.cpp that the pinned version carries, by its ch
 _ENDS = 16 << 20
 _COMPILER = re.compile(rb"GCC: \([^)\0]*\) [0-9.]+|[A-Za-z ]*clang version [0-9.]+")
 _CUDART = re.compile(rb"(?:libcudart\.so\.|cudart64_)(\d+)")
-# What `assert` calls on Linux, macOS and Windows: a release build has none of them.
+# What `assert` calls on Linux, macOS and Windows: with -DNDEBUG, as in a release build, nothing does.
 _ASSERTS = (b"__assert_fail", b"__assert_rtn", b"_wassert")
 
 
@@ -30,8 +30,8 @@ class Build:
 
     `version` is llama-cpp-python's, `llama` and `ggml` are what the libraries call themselves, `commit` is ggml's.
     `backends` are the compiled-in ones by the names that users know (CUDA, ROCm, Metal, Vulkan, CPU); `cpu_features`
-    are the instructions the CPU backend uses, in ggml's names. `optimised` is False for a debug build; `cuda` is the
-    major version of the CUDA runtime it is linked to. `error` says why the library cannot be used at all.
+    are the instructions the CPU backend uses, in ggml's names. `assertions`: they are compiled in, as in debug builds;
+    `cuda` is the major version of the CUDA runtime it is linked to. `error` says why the library cannot be used.
     """
 
     version: str = ""
@@ -42,7 +42,7 @@ class Build:
     backends: tuple[str, ...] = ()
     cpu_features: frozenset[str] = frozenset()
     devices: tuple[Device, ...] = ()
-    optimised: bool | None = None
+    assertions: bool | None = None
     cuda: int | None = None
     error: str = ""
 
@@ -56,8 +56,8 @@ def build_info() -> Build:
     try:
         lib = library()
     except NativeMismatch as error:
-        return Build(version=installed, error=str(error))
-    compiler, optimised, cuda = read_libraries(lib.path.parent)
+        return Build(version=installed, error=str(error).removesuffix(f": {abi.MEND}."))
+    compiler, assertions, cuda = read_libraries(lib.path.parent)
     names = [lib.ggml.ggml_backend_reg_name(lib.ggml.ggml_backend_reg_get(i)).decode() for i in range(_count(lib))]
     return Build(
         version=installed,
@@ -68,7 +68,7 @@ def build_info() -> Build:
         backends=tuple("Metal" if name == "MTL" else name for name in names),
         cpu_features=features_of(lib.llama.llama_print_system_info().decode()).get("CPU", frozenset()),
         devices=devices(lib),
-        optimised=optimised,
+        assertions=assertions,
         cuda=cuda,
     )
 
@@ -87,18 +87,18 @@ def features_of(system_info: str) -> dict[str, frozenset[str]]:
 
 
 def read_libraries(folder: Path) -> tuple[str, bool | None, int | None]:
-    """The compiler, whether it optimised, and the CUDA runtime's major version, from ggml's files in a folder."""
-    compiler, optimised, cuda = "", None, None
+    """The compiler, whether assertions are in, and the CUDA runtime's major version, from ggml's files in a folder."""
+    compiler, assertions, cuda = "", None, None
     for path in sorted({path.resolve() for path in folder.glob("*ggml*") if path.is_file()}):
         text = _ends(path)
         if "ggml-base" in path.name:
-            optimised = not any(name in text for name in _ASSERTS)
+            assertions = any(name in text for name in _ASSERTS)
             named = _COMPILER.findall(text)
             compiler = named[-1].decode().strip() if named else ""
         linked = _CUDART.search(text)
         # Windows writes cudart64_110 for CUDA 11 and cudart64_12 for CUDA 12.
         cuda = int(linked.group(1)[:2]) if linked else cuda
-    return compiler, optimised, cuda
+    return compiler, assertions, cuda
 
 
 def _ends(path: Path) -> bytes:

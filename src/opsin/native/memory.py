@@ -30,10 +30,11 @@ from opsin.native.handles import Owned
 from opsin.native.library import library
 from opsin.native.model import _ROPE_WITH_SECTIONS, Model, _placement
 from opsin.native.projector import _Reader
+from opsin.native.trial import child_command
 from opsin.native.vision import _device
 
 _SECONDS = 120
-_COMMAND = (sys.executable, "-m", "opsin.native.memory")
+_COMMAND = child_command("opsin.native.memory")
 _LOAD_NOTHING = 0  # LLAMA_LOAD_MODE_NONE: a mapped file and `no_alloc` together abort
 _KEPT_LAYERS = 3  # LLaVA leaves the last one out, and two use the compute buffer as many do
 HOST = "CPU"
@@ -43,17 +44,17 @@ HOST = "CPU"
 class Reserved:
     """What llama.cpp said it would allocate, in bytes by device name ("CPU" is the host).
 
-    `layers` are the devices of the language model's layers, the output layer last. `stay` counts the tensors that are
-    not repacked for the CPU, None where nothing is. `compute` includes the logits. A micro-batch has up to `rows`, and
-    `flash` says whether the scores of their attention are kept out of memory. Each of the `streams` memories that
-    sequences have of their own (1: all share it) has `cells`. `vision_compute` was reserved for a picture of
-    `vision_edge` pixels a side; the encoder takes up to `vision_pixels` (0: always that size);
-    `vision_flash` is to the encoder what `flash` is to the language model.
+    `layers` are the devices of the language model's layers, the output layer last. `not_repacked` counts the
+    tensors that are not repacked for the CPU, None where nothing is. `compute` includes the logits. A micro-batch has
+    up to `rows`, and `flash` says whether the scores of their attention are kept out of memory. Each of the `streams`
+    memories that sequences have of their own (1: all share it) has `cells`. `vision_compute` was reserved for a picture
+    of `vision_edge` pixels a side; the encoder takes up to `vision_pixels` (0: always that size); `vision_flash` is to
+    the encoder what `flash` is to the language model.
     `error` is why nothing is known: the sentence that loading would end with.
     """
 
     layers: list[str] = field(default_factory=list)
-    stay: int | None = None
+    not_repacked: int | None = None
     kv: dict[str, int] = field(default_factory=dict)
     compute: dict[str, int] = field(default_factory=dict)
     rows: int = 0
@@ -77,14 +78,15 @@ def reserve(setups: Sequence[EngineSettings], vision_bytes: int = 0) -> list[Res
     asked = {"setups": [one.model_dump(mode="json", exclude_unset=True) for one in setups], "vision": vision_bytes}
     try:
         child = subprocess.run(  # noqa: S603 - our own module
-            _COMMAND, input=json.dumps(asked), capture_output=True, text=True, timeout=_SECONDS, check=False
+            _COMMAND, input=json.dumps(asked).encode(), capture_output=True, timeout=_SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
         raise ModelError(
             f"llama.cpp laid this pair out for {_SECONDS} s without an end: try a smaller --ctx."
         ) from None
     if child.returncode != 0:
-        last = (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
+        said = child.stderr.decode("utf-8", "replace").strip()
+        last = (said.splitlines() or [f"exit code {child.returncode}"])[-1]
         raise ModelError(f"llama.cpp ended while it laid this pair out ({last}): check that both files are whole.")
     return [Reserved(**row) for row in json.loads(child.stdout)]
 
@@ -92,7 +94,7 @@ def reserve(setups: Sequence[EngineSettings], vision_bytes: int = 0) -> list[Res
 # ---- reading the log
 
 _LAYER = re.compile(r"load_tensors: layer +\d+ assigned to device (.+?),")
-_STAY = re.compile(r"\(and (\d+) others\) cannot be used with preferred buffer type")
+_NOT_REPACKED = re.compile(r"\(and (\d+) others\) cannot be used with preferred buffer type")
 _REPACKS = re.compile(r"load_tensors: +(?:CPU_REPACK|AMX) model buffer size")
 _CACHE = re.compile(r"layer +\d+: dev = (\S+)|size = +([\d.]+) MiB \( *(\d+) cells, +\d+ layers, +\d+(?:/(\d+))? seqs")
 _COMPUTE = re.compile(r"sched_reserve: +(\S+) compute buffer size = +([\d.]+) MiB")
@@ -117,8 +119,8 @@ def read_log(lines: Iterable[str]) -> Reserved:
     text = "\n".join(lines)
     found = Reserved(layers=_LAYER.findall(text))
     if _REPACKS.search(text):
-        stay = _STAY.search(text)
-        found.stay = int(stay[1]) + 1 if stay else 0
+        others = _NOT_REPACKED.search(text)
+        found.not_repacked = int(others[1]) + 1 if others else 0
     layers: Counter[str] = Counter()
     for device, mib, cells, streams in _CACHE.findall(text):
         if device:
@@ -192,7 +194,8 @@ class _Lines(logging.Handler):
         return taken
 
 
-def _main() -> None:
+def main() -> None:
+    """The child: setups in, what they would allocate out, as JSON."""
     asked = json.load(sys.stdin)
     lines = _Lines()
     logs.LOGGER.addHandler(lines)
@@ -330,7 +333,3 @@ def _with_layers(metadata: bytes, layers: int) -> bytes:
     at += len(_COUNT_KEY) + len(_UINT32)
     count = min(layers, int.from_bytes(metadata[at : at + 4], "little"))
     return metadata[:at] + count.to_bytes(4, "little") + metadata[at + 4 :]
-
-
-if __name__ == "__main__":
-    _main()

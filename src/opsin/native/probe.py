@@ -10,24 +10,21 @@ work beside the CPU (BLAS, Accelerate) write into host memory too; a note says s
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from opsin.core.backend import TokenRow
 from opsin.core.layout import ImageRun
 from opsin.core.parts import PicturePart
-from opsin.core.picture import Picture
 from opsin.core.placement import BackendShare, Placement
 from opsin.native.context import Context
 from opsin.native.devices import devices
 from opsin.native.ggml import Tensor
 from opsin.native.hook import EvalHook, op_names
 from opsin.native.layout import lay_out
+from opsin.native.trial import drawn_picture
 
 if TYPE_CHECKING:
     from opsin.core.settings import EngineSettings
@@ -41,7 +38,6 @@ _COMPUTES_NOTHING = frozenset({"NONE", "VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE"
 # hide where the decode steps run.
 _PREFILL_TOKENS = 16
 _PROBE_CTX = 256
-_PICTURE_EDGE = 336
 
 
 @dataclass(slots=True)
@@ -152,7 +148,7 @@ def probe_placement(model: Model, encoder: Encoder | None, stretches: Stretches,
     encoded: dict[str, BackendShare] = {}
     if encoder is not None:
         counter = NodeCounter(model.lib)
-        layout = lay_out(model, encoder, stretches, [PicturePart(_picture())], add_bos=False)
+        layout = lay_out(model, encoder, stretches, [PicturePart(drawn_picture())], add_bos=False)
         try:
             run = next(run for run in layout.runs if isinstance(run, ImageRun))
             encoder.observed(run, counter)
@@ -180,10 +176,3 @@ def _probe_prefill(model: Model, settings: EngineSettings) -> dict[str, BackendS
     finally:
         context.handle.close()
     return counter.shares()
-
-
-def _picture() -> Picture:
-    rgb = np.random.default_rng(0).integers(0, 256, (_PICTURE_EDGE, _PICTURE_EDGE, 3), dtype=np.uint8).tobytes()
-    return Picture(
-        rgb, _PICTURE_EDGE, _PICTURE_EDGE, hashlib.sha256(rgb).hexdigest(), "PNG", _PICTURE_EDGE, _PICTURE_EDGE
-    )

@@ -7,6 +7,7 @@ one this is can be told by trying only.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -18,12 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from opsin.core.errors import ModelUnreadable, OpsinError
+from opsin.core.picture import Picture
 from opsin.core.settings import EngineSettings
 
 if TYPE_CHECKING:
     from opsin.core.backend import Embedding
     from opsin.core.layout import Run
-    from opsin.core.picture import Picture
     from opsin.native.context import Context
     from opsin.native.model import Model
 
@@ -32,14 +33,20 @@ STAGES: tuple[Stage, ...] = ("start", "load", "encode", "prefill", "decode")
 
 _SECONDS = 120.0
 _BYTES_A_SECOND = 50e6  # a slow disk; a first load reads the whole files
-# No -m: that would put the working folder before the standard library.
-_CODE = "import sys; sys.path[:] = filter(None, sys.path); from opsin.native.trial import main; main(*sys.argv[1:])"
-_COMMAND = (sys.executable, "-c", _CODE)
 _LINES, _LINE_CHARS = 6, 600
 _WINDOWS_EXCEPTIONS = 0xC0000000  # exit codes from here on are exceptions
 _ROOM_TOKENS = 64  # of context beside the picture
 _NEW_TOKENS = 4
-_PICTURE_EDGE = 64
+_PICTURE_EDGE = 336
+
+
+def child_command(module: str) -> tuple[str, ...]:
+    """A child that calls `main` of a module with its arguments: `-m` puts the working folder before everything."""
+    code = f"import sys; sys.path[:] = filter(None, sys.path); from {module} import main; main(*sys.argv[1:])"
+    return (sys.executable, "-c", code)
+
+
+_COMMAND = child_command("opsin.native.trial")
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +183,7 @@ def _run(llm: Path, mmproj: Path | None, settings: EngineSettings, until: str) -
     else:
         encoder = Encoder(model, mmproj, settings, trusted=True)
         _begin("encode")
-        layout = lay_out(model, encoder, stretches, [PicturePart(_picture()), text], add_bos=True)
+        layout = lay_out(model, encoder, stretches, [PicturePart(drawn_picture()), text], add_bos=True)
         embeddings = {index: encoder.encode(run) for index, run in enumerate(layout.runs) if isinstance(run, ImageRun)}
     if until != "encode":
         whole = max((run.n_tokens for run in layout.runs if isinstance(run, ImageRun) and not run.causal), default=0)
@@ -222,12 +229,8 @@ def _decode(model: Model, context: Context, pos: int) -> None:
         context.synchronize()
 
 
-def _picture() -> Picture:
-    import hashlib
-
-    from opsin.core.picture import Picture
-
-    rgb = bytes(3 * _PICTURE_EDGE**2)
-    return Picture(
-        rgb, _PICTURE_EDGE, _PICTURE_EDGE, hashlib.sha256(rgb).hexdigest(), "PNG", _PICTURE_EDGE, _PICTURE_EDGE
-    )
+def drawn_picture() -> Picture:
+    """Stripes, always the same."""
+    edge = _PICTURE_EDGE
+    rgb = bytes(range(256)) * (3 * edge**2 // 256)
+    return Picture(rgb, edge, edge, hashlib.sha256(rgb).hexdigest(), "PNG", edge, edge)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from opsin.doctor import build as room
-from opsin.doctor.build import build_checks, unused_gpu_hint
+from opsin.doctor.build import build_checks, check_threads, unused_gpu_hint
 from opsin.doctor.check import Check, worst
 from opsin.doctor.gpus import Gpu
 from opsin.doctor.machine import Machine
@@ -32,7 +32,7 @@ GOOD = Build(
     backends=("CPU",),
     cpu_features=frozenset({"AVX", "AVX2", "FMA", "F16C", "OPENMP"}),
     devices=(CPU,),
-    optimised=True,
+    assertions=False,
 )
 CUDA = replace(GOOD, backends=("CUDA", "CPU"), devices=(CUDA0, CPU), cuda=12)
 HOST = Machine(cpu="AMD EPYC", cpu_features=frozenset({"AVX", "AVX2", "FMA", "F16C"}), cores=8, allowed=8, threads=4)
@@ -59,15 +59,15 @@ def test_a_good_build_on_its_machine_passes_everything() -> None:
     assert worst(checks) == "ok"
     assert all(found.fix is None and found.message for found in checks)
     assert [found.name.removeprefix("build.") for found in checks] == [
-        *("version", "known_fault", "optimised", "cpu", "driver", "gpu", "gpu_memory", "flags", "threads")
+        *("version", "assertions", "cpu", "driver", "gpu", "gpu_memory", "flags", "threads")
     ]
 
 
 def test_what_cannot_be_told_is_left_out() -> None:
-    assert names() == ["version", "known_fault", "optimised", "cpu", "gpu", "flags", "threads"]
-    assert "optimised" not in names(replace(GOOD, optimised=None))
+    assert names() == ["version", "assertions", "cpu", "gpu", "flags", "threads"]
+    assert "assertions" not in names(replace(GOOD, assertions=None))
     broken = Build(version="0.3.20", error="llama-cpp-python 0.3.20 is installed")
-    assert names(broken, replace(HOST, gpus=(RTX,))) == ["version", "known_fault", "driver", "flags", "threads"]
+    assert names(broken, replace(HOST, gpus=(RTX,))) == ["version", "driver", "flags", "threads"]
 
 
 def test_the_version_tells_commit_and_compiler() -> None:
@@ -107,27 +107,48 @@ def test_another_commit_under_the_right_version_is_warned_of() -> None:
 
 
 def test_a_version_with_its_vision_encoder_off_the_gpu_is_named() -> None:
-    found = check("known_fault", replace(GOOD, version="0.3.7", error="wrong version"))
+    found = check("version", Build(version="0.3.7", error="llama-cpp-python 0.3.7 is installed"))
     assert found.status == "fail"
-    assert "0.3.7" in found.message
-    assert found.evidence["source"].endswith("/10896")
-    assert f"=={PINNED}" in (found.fix or "")
-    assert check("known_fault").status == "ok"
+    assert "0.3.7 computes the vision encoder on the CPU" in found.message
+    assert "/10896" in found.message
+    assert "on the CPU" not in check("version", Build(version="0.3.20", error="0.3.20 is installed")).message
 
 
-def test_a_debug_build_is_told(tmp_path: Path) -> None:
-    found = check("optimised", replace(GOOD, optimised=False))
-    assert (found.status, flags_of(found)) == ("fail", "-DCMAKE_BUILD_TYPE=Release")
-    assert check("optimised").status == "ok"
+@pytest.mark.parametrize("version", ["", "0.2.60"])
+def test_the_first_right_build_is_one_for_the_gpu(version: str) -> None:
+    """A library that cannot be loaded does not tell its backends: the owner of an RTX was given a build for the CPU."""
+    machine = replace(HOST, gpus=(RTX,), tools={"nvcc": "/usr/bin/nvcc"})
+    broken = Build(version=version, error="it cannot be loaded")
+    assert flags_of(check("version", broken, machine)) == "-DGGML_CUDA=on"
+    bare = check("version", broken, replace(machine, tools={}))
+    assert "after nvcc of NVIDIA's CUDA toolkit" in bare.message
+    wheel = check("version", broken, replace(machine, tools={}, cuda_runtimes=(12,)))
+    assert "/whl/cu124" in (wheel.fix or "")
+    assert ("--no-deps" in (wheel.fix or "")) == bool(version)
+    assert flags_of(check("version", replace(CUDA, version="0.3.35"), machine)) == "-DGGML_CUDA=on"
+
+
+@pytest.mark.parametrize("gpu", [IRIS, replace(RTX, trouble="its driver is not loaded")])
+def test_the_first_right_build_is_for_no_gpu_that_would_not_serve(gpu: Gpu) -> None:
+    found = check("version", Build(error="it cannot be loaded"), replace(HOST, gpus=(gpu,)))
+    assert (found.status, flags_of(found)) == ("fail", "")
+
+
+def test_assertions_are_told_without_a_word_on_optimisation() -> None:
+    """An optimised build that was made without -DNDEBUG has them as well."""
+    found = check("assertions", replace(GOOD, assertions=True))
+    assert (found.status, flags_of(found)) == ("warn", "-DCMAKE_BUILD_TYPE=Release")
+    assert "optimis" not in found.message
+    assert check("assertions").status == "ok"
 
 
 def test_the_librarys_files_tell_how_they_were_made(tmp_path: Path) -> None:
     assert read_libraries(tmp_path) == ("", None, None)
     (tmp_path / "libggml-base.so").write_bytes(b"\x7fELF\0memcpy\0" + b"GCC: (Debian 12.2.0-14) 12.2.0\0")
-    assert read_libraries(tmp_path) == ("GCC: (Debian 12.2.0-14) 12.2.0", True, None)
+    assert read_libraries(tmp_path) == ("GCC: (Debian 12.2.0-14) 12.2.0", False, None)
     (tmp_path / "libggml-base.so").write_bytes(b"\x7fELF\0__assert_fail\0Debian clang version 14.0.6\0")
     (tmp_path / "libggml-cuda.so").write_bytes(b"\x7fELF\0libcudart.so.12\0")
-    assert read_libraries(tmp_path) == ("Debian clang version 14.0.6", False, 12)
+    assert read_libraries(tmp_path) == ("Debian clang version 14.0.6", True, 12)
     (tmp_path / "libggml-cuda.so").write_bytes(b"MZ cudart64_110.dll")
     assert read_libraries(tmp_path)[2] == 11
 
@@ -166,6 +187,24 @@ def test_a_driver_in_trouble_fails_and_the_gpu_waits_for_it() -> None:
     waiting = check("gpu", machine=machine)
     assert (waiting.status, "build.driver" in waiting.message) == ("warn", True)
     assert check("driver", machine=replace(HOST, gpus=(RTX,))).status == "ok"
+
+
+def test_a_gpu_inside_the_cpu_in_trouble_is_no_loss() -> None:
+    shut = replace(IRIS, trouble="its device file /dev/dri/renderD128 is not here")
+    beside = check("driver", machine=replace(HOST, gpus=(RTX, shut)))
+    assert beside.status == "ok"
+    assert "renderD128" in beside.message
+    assert f"programs can reach {RTX.name}" in beside.message
+    assert [row["trouble"] for row in beside.evidence["gpus"]] == ["", shut.trouble]
+    alone = replace(HOST, gpus=(shut,))
+    assert (check("driver", machine=alone).status, check("gpu", machine=alone).status) == ("ok", "ok")
+
+
+def test_a_card_in_trouble_fails_only_where_no_other_card_serves() -> None:
+    shut = replace(RADEON, trouble="this user may not open /dev/kfd", mend="sudo usermod -a -G render me")
+    found = check("driver", machine=replace(HOST, gpus=(RTX, shut)))
+    assert (found.status, found.fix) == ("warn", shut.mend)
+    assert check("driver", machine=replace(HOST, gpus=(shut, IRIS))).status == "fail"
 
 
 @pytest.mark.parametrize(
@@ -213,6 +252,8 @@ def test_a_gpu_that_the_environment_hides_is_found_out(tmp_path: Path) -> None:
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "-1"}
     done = subprocess.run(["/bin/sh", "-c", found.fix or ""], env=environment, capture_output=True, check=True)
     assert done.stdout == b"doctor unset\n"
+    windows = check("gpu", blind, replace(HOST, gpus=(RTX,), system="Windows"), {"CUDA_VISIBLE_DEVICES": "-1"})
+    assert (windows.status, windows.fix) == ("fail", None)
 
 
 def test_a_driver_too_old_for_the_builds_cuda_is_found_out() -> None:
@@ -240,6 +281,28 @@ def test_a_gpu_in_software_is_no_gpu() -> None:
     assert check("gpu", build).status == "warn"
     remote = replace(build, devices=(replace(pipe, name="RPC0", description="127.0.0.1:50052"), CPU))
     assert check("gpu", remote).status == "ok"
+    card = check("gpu", build, replace(HOST, gpus=(RTX,)))
+    assert (card.status, "llama.cpp does not see it" in card.message) == ("fail", True)
+    inside = check("gpu", build, replace(HOST, gpus=(IRIS,)))
+    assert (inside.status, "in software" in inside.message) == ("warn", True)
+
+
+def test_the_gpu_inside_the_cpu_does_not_stand_for_the_card() -> None:
+    iris = Device("Vulkan0", "Intel(R) UHD Graphics 770", "igpu", 8 * GIB, 8 * GIB, 3)
+    arc = replace(iris, name="Vulkan1", description="Intel(R) Arc A770", type="gpu")
+    build = replace(GOOD, backends=("Vulkan", "CPU"), devices=(iris, CPU))
+    found = check("gpu", build, replace(HOST, gpus=(RTX, IRIS)))
+    assert (found.status, RTX.name in found.message) == ("fail", True)
+    assert check("gpu", build, replace(HOST, gpus=(IRIS,))).status == "ok"
+    # The card alone is what is asked for: ggml leaves the other out by itself.
+    assert check("gpu", replace(build, devices=(arc, CPU)), replace(HOST, gpus=(ARC, IRIS))).status == "ok"
+    two = check("gpu", replace(build, devices=(iris, arc, CPU)), replace(HOST, gpus=(RTX, ARC, IRIS)))
+    assert (two.status, "2 GPUs are here, but llama.cpp sees 1" in two.message) == ("warn", True)
+
+
+def test_a_gpu_that_cuda_calls_integrated_is_the_one_that_nvidia_smi_lists() -> None:
+    build = replace(CUDA, devices=(replace(CUDA0, type="igpu"), CPU))
+    assert check("gpu", build, replace(HOST, gpus=(RTX,))).status == "ok"
 
 
 def test_vulkan_serves_every_gpu() -> None:
@@ -279,6 +342,8 @@ def test_old_flags_in_the_environment_are_translated_by_a_line_that_a_shell_runs
 def test_variables_of_the_old_makefile_are_warned_of() -> None:
     found = check("flags", environment={"LLAMA_CUBLAS": "1"})
     assert (found.status, found.fix) == ("warn", 'export CMAKE_ARGS="-DGGML_CUDA=on"')
+    windows = check("flags", machine=replace(HOST, system="Windows"), environment={"LLAMA_CUBLAS": "1"})
+    assert (windows.status, windows.fix) == ("warn", None)
 
 
 @pytest.mark.parametrize("flags", ["", "-DGGML_CUDA=on", "-DGGML_CUDA=on -DLLAVA_BUILD=on"])
@@ -291,15 +356,27 @@ def test_flags_of_today_pass(flags: str) -> None:
 def test_a_quota_below_the_threads_is_told_with_its_numbers() -> None:
     found = check("threads", machine=replace(HOST, quota=2.5))
     assert found.status == "warn"
-    assert "2.5 cores" in found.message
+    assert "2.5 of 8 cores" in found.message
     assert "--threads 2" in found.message
     assert found.evidence == {"cores": 8, "allowed_cores": 8, "quota_cores": 2.5, "threads": 4}
     assert "--threads 1" in check("threads", machine=replace(HOST, quota=0.5)).message
 
 
-def test_an_affinity_below_the_cores_is_told_with_its_numbers() -> None:
-    found = check("threads", machine=replace(HOST, allowed=2, threads=2))
-    assert (found.status, "2 of 8 cores" in found.message) == ("warn", True)
+def test_the_threads_that_were_asked_for_are_judged() -> None:
+    machine = replace(HOST, quota=2.5)
+    assert next(c for c in build_checks(GOOD, machine, {}, threads=2) if c.name == "build.threads").status == "ok"
+    assert check_threads(machine, 3).evidence["threads"] == 3
+    assert [check_threads(machine, asked).status for asked in (None, 1, 2, 3)] == ["warn", "ok", "ok", "warn"]
+    assert check_threads(replace(HOST, quota=0.5), 1).status == "ok"
+
+
+def test_an_affinity_below_the_cores_warns_of_threads_beyond_it_only() -> None:
+    """Opsin starts as many threads as it may use cores: a container with some of them is nothing to warn of."""
+    machine = replace(HOST, allowed=2, threads=2)
+    found = check("threads", machine=machine)
+    assert (found.status, "2 of 8 cores" in found.message) == ("ok", True)
+    more = check_threads(machine, 8)
+    assert (more.status, "--threads 2" in more.message) == ("warn", True)
 
 
 @pytest.mark.parametrize("quota", [None, 4.0, 8.0])
@@ -344,6 +421,7 @@ def test_an_unused_gpu_is_hinted_at_in_one_line_with_the_command(gpu: Gpu, flag:
         ((RTX,), CUDA),
         ((RTX,), replace(GOOD, backends=("Vulkan", "CPU"))),
         ((ARC,), GOOD),
+        ((IRIS,), GOOD),
         ((replace(RTX, trouble="its device files are not here"),), GOOD),
         ((RTX,), Build(error="cannot be loaded")),
     ],

@@ -125,6 +125,7 @@ def test_windows_gets_no_assignment_before_the_command() -> None:
     line = install_command(machine, ["CUDA", "Vulkan"])
     assert line.startswith('"C:\\Program Files\\Python\\python.exe" -m pip install ')
     assert re.search(r'-C "cmake\.args=-DGGML_CUDA=on;-DGGML_VULKAN=on" llama-cpp-python==\S+$', line)
+    assert " -C " not in install_command(machine)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +151,13 @@ def test_a_wheel_is_named_only_where_it_can_be_right(facts: dict[str, Any], driv
     if command is not None:
         assert f"/whl/{folder} " in command
         assert "--only-binary llama-cpp-python" in command
+
+
+def test_a_first_wheel_brings_its_dependencies() -> None:
+    ready = a_machine("python", cuda_runtimes=(12,))
+    first, again = wheel_command(ready, "560.35", fresh=True) or "", wheel_command(ready, "560.35") or ""
+    assert ("--no-deps" in first, "--extra-index-url" in first) == (False, True)
+    assert ("--no-deps" in again, "--extra-index-url" in again) == (True, False)
 
 
 def test_what_is_missing_to_compile_is_told() -> None:

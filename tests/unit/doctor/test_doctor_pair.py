@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from pair_fixes import parsed
 
+from opsin.core.settings import EngineSettings
 from opsin.doctor.check import Check
 from opsin.doctor.pair import PairFacts, image_tokens_of, pair_checks
 from opsin.models.gguf_info import GgufInfo, read_info
@@ -75,7 +76,7 @@ def test_a_missing_projector_fails_with_the_one_beside_the_model(infos: tuple[Gg
     found = by_name(pair_checks(infos[0], None))
     assert found["pair.projector"].status == "fail"
     assert "reads text only" in found["pair.projector"].message
-    wanted = {"model": str(infos[0].path), "mmproj": str(infos[1].path)}
+    wanted = {"model": str(infos[0].path), "mmproj": str(infos[1].path), "parallel": 1}
     assert parsed(found["pair.projector"].fix) == ("serve", wanted)
     assert not {"pair.width", "pair.ubatch", "pair.quantisation"} & set(found)
 
@@ -169,11 +170,12 @@ def test_other_pictures_go_in_slices_and_small_ones_warn(infos: tuple[GgufInfo, 
 
 
 def test_a_picture_that_does_not_fit_the_context_fails(infos: tuple[GgufInfo, GgufInfo]) -> None:
-    check = checked(infos, image_tokens=576, ctx_seq=512, parallel=2)["pair.context"]
+    settings = EngineSettings(parallel=2, kv_type="q8_0")
+    check = checked(infos, image_tokens=576, ctx_seq=512, settings=settings)["pair.context"]
     assert check.status == "fail"
     assert "576 tokens and a question do not fit the context of 512" in check.message
     options = parsed(check.fix)[1]
-    assert (options["ctx"], options["parallel"]) == (4096, 2)
+    assert (options["ctx"], options["parallel"], options["kv_type"]) == (4096, 2, "q8_0")
     mended = checked(infos, image_tokens=576, ctx_seq=options["ctx"] // options["parallel"])["pair.context"]
     assert mended.status == "ok"
 
@@ -193,7 +195,7 @@ def test_a_picture_beyond_the_trained_context_has_no_command(infos: tuple[GgufIn
 
 
 def test_a_context_longer_than_the_trained_one_warns(infos: tuple[GgufInfo, GgufInfo]) -> None:
-    check = checked(infos, ctx_seq=8192, parallel=2)["pair.trained_context"]
+    check = checked(infos, ctx_seq=8192, settings=EngineSettings(parallel=2))["pair.trained_context"]
     assert check.status == "warn"
     assert "8192 tokens is longer than the 4096" in check.message
     assert parsed(check.fix)[1]["ctx"] == 8192, "4,096 for each of two"

@@ -80,7 +80,7 @@ def test_a_log_with_two_devices_is_read() -> None:
     assert told.kv == {"CPU": 32 * MIB, "CUDA0": 32 * MIB}
     assert told.compute == {"CUDA0": 96 * MIB, "CPU": 10 * MIB}, "the last word on a buffer, and the logits"
     assert told.vision_compute == {"CUDA0": 10 * MIB, "CPU": 2 * MIB}
-    assert (told.rows, told.cells, told.streams, told.stay) == (512, 2048, 1, None)
+    assert (told.rows, told.cells, told.streams, told.not_repacked) == (512, 2048, 1, None)
     assert (told.flash, told.vision_flash) == (False, True)
     assert (told.vision_edge, told.vision_pixels) == (336, 2 * 336**2 * 2)
 
@@ -284,6 +284,21 @@ def test_what_does_not_fit_fails_with_what_would(tmp_path: Path) -> None:
     values = chosen(check.fix)
     assert (values["ctx"], values["parallel"]) == ("2048", "2")
     assert values["model"] == '"m odel.gguf"'
+
+
+def test_a_gpu_without_memory_of_its_own_takes_of_the_hosts(tmp_path: Path) -> None:
+    """1.7 GiB there and 0.5 here are too much for 2 in all, and what is advised counts both."""
+    inside = Device("CUDA0", "", "igpu", 8 * GIB, 8 * GIB, 1)
+    root = machine(tmp_path, 2 * GIB)
+    apart, pool = (
+        {check.evidence["device"]: check for check in room_checks(estimate_of(EngineSettings()), [one], root, again)}
+        for one in (gpu(8 * GIB), inside)
+    )
+    assert (apart[HOST].status, pool[HOST].status, pool["CUDA0"].status) == ("ok", "fail", "ok")
+    assert pool[HOST].evidence["needed_bytes"] == (512 + 1024 + 512 + 170) * MIB
+    assert "needs 2.2 GiB at most, 1.7 GiB of it for CUDA0" in pool[HOST].message
+    mended = estimate_of(EngineSettings(picture_cache_bytes=int(chosen(pool[HOST].fix)["picture_cache_bytes"])))
+    assert room_checks(mended, [inside], root, again)[0].status == "ok"
 
 
 def test_kv_of_another_type_is_advised_where_it_is_enough(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """The trial of an unknown pair: children that really die, by shell, at every stage; and what is remembered."""
 
 import os
+import platform
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +20,10 @@ from opsin.models.synth import write_pair
 from opsin.native.devices import Device
 from opsin.native.trial import Trial, try_pair
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the children are shells")
+pytestmark = [
+    pytest.mark.skipif(sys.platform == "win32", reason="the children are shells"),
+    pytest.mark.usefixtures("built"),
+]
 GPU = Device("CUDA0", "a GPU", "gpu", 2**33, 2**34, 2)
 BEGUN = ("load", "encode", "prefill", "decode")
 
@@ -26,6 +31,19 @@ BEGUN = ("load", "encode", "prefill", "decode")
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return write_pair("tiny", tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture
+def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A llama.cpp that is a folder and some words."""
+    folder = tmp_path / "lib"
+    folder.mkdir()
+    for name in ("libllama.so", "libggml-cpu.so"):
+        (folder / name).write_bytes(b"code")
+    words = SimpleNamespace(llama_print_system_info=lambda: b"CPU : AVX2 = 1")
+    found = SimpleNamespace(path=folder / "libllama.so", llama=words)
+    monkeypatch.setattr("opsin.native.setup.library", lambda: found)
+    return found
 
 
 def shell(script: str) -> tuple[str, ...]:
@@ -59,7 +77,7 @@ def test_a_child_that_hangs_is_ended(pair: Pair, tmp_path: Path) -> None:
     assert done.seconds < 20
     check = checked(pair, tmp_path, done)
     assert check.status == "fail"
-    assert "hung for 0." in check.message
+    assert "hung for 0 s" in check.message
     assert "while the prompt was read (prefill)" in check.message
 
 
@@ -95,7 +113,7 @@ def test_lines_are_few_and_short(pair: Pair) -> None:
 
 
 def checked(pair: Pair, folder: Path, done: Trial, **more: Any) -> Check:
-    return safety_check(pair.llm, pair.mmproj, trial=lambda *_: done, folder=folder, **{"present": [], **more})
+    return safety_check(pair.llm, pair.mmproj, trial=lambda *_, **_more: done, folder=folder, **{"present": [], **more})
 
 
 def ended(end: Any = "crashed", stage: Any = "encode", name: str | None = "SIGSEGV") -> Trial:
@@ -105,7 +123,7 @@ def ended(end: Any = "crashed", stage: Any = "encode", name: str | None = "SIGSE
 def test_what_went_well_is_not_tried_again_until_something_changes(pair: Pair, tmp_path: Path) -> None:
     calls: list[int] = []
 
-    def trial(*_: object) -> Trial:
+    def trial(*_: object, **_more: object) -> Trial:
         calls.append(1)
         return ended("done", "decode", None)
 
@@ -128,20 +146,60 @@ def test_what_went_well_is_not_tried_again_until_something_changes(pair: Pair, t
     assert len(calls) == 5
 
 
+def test_another_build_and_another_machine_are_tried_anew(
+    pair: Pair, tmp_path: Path, built: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The package's version stays when it is built with other flags, and the cache may lie on a shared disk."""
+
+    def known() -> bool:
+        return bool(checked(pair, tmp_path / "trials", ended("done", "decode", None)).evidence["remembered"])
+
+    assert [known(), known()] == [False, True]
+    (built.path.parent / "libggml-cpu.so").write_bytes(b"other code")
+    assert [known(), known()] == [False, True]
+    built.llama.llama_print_system_info = lambda: b"CPU : AVX512 = 1"
+    assert [known(), known()] == [False, True]
+    monkeypatch.setattr(platform, "node", lambda: "another")
+    assert [known(), known()] == [False, True]
+
+
 def test_a_crash_is_tried_again_and_a_folder_that_cannot_be_written_loses_nothing(pair: Pair, tmp_path: Path) -> None:
     assert checked(pair, tmp_path, ended()).status == "fail"
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.glob("*.json")) == []
     assert checked(pair, tmp_path, ended("done", "decode", None)).evidence["remembered"] is False
     (tmp_path / "file").write_text("")
     assert checked(pair, tmp_path / "file" / "folder", ended("done", "decode", None)).status == "ok"
 
 
-def test_a_crash_of_the_encoder_on_a_gpu_has_the_cpu_as_its_mend(pair: Pair, tmp_path: Path) -> None:
-    name, options = parsed(checked(pair, tmp_path, ended(), present=[GPU]).fix)
+asked: list[EngineSettings] = []
+
+
+def healed(pair: Pair, folder: Path, done: Trial, settings: EngineSettings | None = None, **cure: Any) -> Check:
+    """A pair that crashes as `done` says until a setting of `cure` is there; `asked` are the settings tried."""
+    asked.clear()
+
+    def trial(_llm: Path, _mmproj: Path | None, tried: EngineSettings, **_: object) -> Trial:
+        asked.append(tried)
+        well = cure and all(getattr(tried, name) == value for name, value in cure.items())
+        return ended("done", "decode", None) if well else done
+
+    return safety_check(pair.llm, pair.mmproj, settings, trial=trial, folder=folder, present=[GPU])
+
+
+def test_a_crash_of_the_encoder_names_the_setting_with_which_it_ran(pair: Pair, tmp_path: Path) -> None:
+    check = healed(pair, tmp_path, ended(), mmproj_device="none")
+    name, options = parsed(check.fix)
     assert (name, options["mmproj_device"]) == ("serve", "none")
-    again = checked(pair, tmp_path, ended(), present=[GPU], settings=EngineSettings(mmproj_device="none"))
-    assert again.fix is None
-    assert "published with the model" in again.message
+    assert "run the encoder on the CPU, with which it ran" in check.message
+    assert (
+        parsed(healed(pair, tmp_path, ended(), vision_flash_attention=False).fix)[1]["vision_flash_attention"] is False
+    )
+    hopeless = healed(pair, tmp_path, ended())
+    assert hopeless.fix is None
+    assert len(asked) == 3
+    healed(pair, tmp_path, ended(), EngineSettings(mmproj_device="cpu"))
+    assert len(asked) == 2, "it is on the CPU"
+    assert "published with the model" in hopeless.message
 
 
 def test_a_crash_on_an_all_f32_projector_names_that(tmp_path: Path) -> None:
@@ -150,15 +208,23 @@ def test_a_crash_on_an_all_f32_projector_names_that(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", ["prefill", "decode"])
-def test_a_crash_of_the_language_model_names_what_was_set(pair: Pair, tmp_path: Path, stage: str) -> None:
+def test_a_crash_of_the_language_model_names_the_setting_with_which_it_ran(
+    pair: Pair, tmp_path: Path, stage: str
+) -> None:
     done = ended(stage=stage)
-    check = checked(pair, tmp_path, done, settings=EngineSettings(kv_type="q4_0"))
-    assert "leave --kv-type" in check.message
-    assert set(parsed(check.fix)[1]) == {"model", "mmproj"}
-    assert parsed(checked(pair, tmp_path, done, present=[GPU]).fix)[1]["device"] == "none"
-    plain = checked(pair, tmp_path, done)
-    assert plain.fix is None
-    assert "download them again" in plain.message
+    check = healed(pair, tmp_path, done, EngineSettings(kv_type="q4_0"), kv_type="f16")
+    assert "keep the KV memory in f16, with which it ran" in check.message
+    assert parsed(check.fix)[1]["kv_type"] == "f16", "written out: opsin.toml may say otherwise"
+    check = healed(pair, tmp_path, done, EngineSettings(ctx=2048, parallel=3), flash_attention=False)
+    options = parsed(check.fix)[1]
+    assert (options["ctx"], options["parallel"], options["flash_attention"]) == (2048, 3, False)
+    assert parsed(healed(pair, tmp_path, done, flash_attention=False).fix)[1]["flash_attention"] is False
+    assert parsed(healed(pair, tmp_path, done, device="none").fix)[1]["device"] == "none"
+    hopeless = healed(pair, tmp_path, done)
+    assert hopeless.fix is None
+    healed(pair, tmp_path, done, EngineSettings(device="cpu"))
+    assert len(asked) == 2, "it is on the CPU"
+    assert "download them again" in hopeless.message
 
 
 @pytest.mark.parametrize(("name", "said"), [("SIGKILL", "want of memory"), ("SIGILL", "this CPU lacks")])
@@ -169,6 +235,6 @@ def test_signals_with_a_meaning_tell_it(pair: Pair, tmp_path: Path, name: str, s
 
 def test_a_text_model_and_a_file_that_is_not_there(pair: Pair, tmp_path: Path) -> None:
     done = ended("done", "decode", None)
-    assert safety_check(pair.llm, None, trial=lambda *_: done, folder=tmp_path, present=[]).status == "ok"
+    assert safety_check(pair.llm, None, trial=lambda *_, **_more: done, folder=tmp_path, present=[]).status == "ok"
     with pytest.raises(ModelNotFound):
-        safety_check(tmp_path / "no.gguf", None, trial=lambda *_: done, folder=tmp_path, present=[])
+        safety_check(tmp_path / "no.gguf", None, trial=lambda *_, **_more: done, folder=tmp_path, present=[])

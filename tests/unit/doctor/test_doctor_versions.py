@@ -2,7 +2,7 @@
 
 import pytest
 
-from opsin.doctor.versions import FAULTS, fault_of, known_bad, modern, split_flags, translate_flags
+from opsin.doctor.versions import FAULTS, known_bad, modern, split_flags, translate_flags
 
 
 @pytest.mark.parametrize(
@@ -23,11 +23,11 @@ def test_the_versions_before_and_after_are_good(version: str) -> None:
 
 @pytest.mark.parametrize("version", ["", "unknown", "master-abc1234", "0.3", "b4321"])
 def test_what_is_no_version_is_not_judged(version: str) -> None:
-    assert fault_of(version) is None
+    assert known_bad(version) is None
 
 
 def test_the_table_is_in_order_and_its_ranges_do_not_meet() -> None:
-    ends = [end for fault in FAULTS for end in (fault.first, fault.last)]
+    ends = [end for first, last, *_ in FAULTS for end in (first, last)]
     assert ends == sorted(set(ends))
 
 
@@ -80,6 +80,12 @@ def test_flags_of_today_and_unknown_ones_are_left_alone(flags: str) -> None:
 def test_flags_are_split_as_the_build_splits_them() -> None:
     assert split_flags('-DA=1 -D B=2;-DC="x y"') == ["-DA=1", "-DB=2", "-DC=x y"]
     assert split_flags("-DA='1 -DB=2") == ["-DA='1", "-DB=2"]
+
+
+def test_a_semicolon_inside_a_value_stays_there() -> None:
+    old = "-DLLAMA_CUBLAS=on -DCMAKE_CUDA_ARCHITECTURES=86;89;-DB=2;"
+    assert split_flags(old)[1:] == ["-DCMAKE_CUDA_ARCHITECTURES=86;89", "-DB=2"]
+    assert split_flags(modern(old)) == ["-DGGML_CUDA=on", "-DCMAKE_CUDA_ARCHITECTURES=86;89", "-DB=2"]
 
 
 def test_the_rest_of_the_value_is_kept() -> None:

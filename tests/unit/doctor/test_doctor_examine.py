@@ -1,0 +1,177 @@
+"""The whole examination on two files and an engine without a model: what is told, in which order, and what not."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from opsin.cache import PictureCache
+from opsin.core.backend import BackendLimits
+from opsin.core.errors import BadParameter, EncodeFailed, ModelError
+from opsin.core.placement import BackendShare, Placement
+from opsin.core.settings import EngineSettings
+from opsin.doctor import examine as room
+from opsin.doctor.check import Check
+from opsin.doctor.examine import Subject, examine
+from opsin.engine import Engine
+from opsin.models.pair import Pair
+from opsin.models.synth import write_pair
+from opsin.native.build_info import Build
+from opsin.native.device_rate import DeviceRate
+from opsin.native.devices import Device
+from opsin.prompt import PromptBuilder, TemplateSource
+from opsin.testing import FakeBackend
+from opsin.testing.fake_backend import N_VOCAB, TURN_TEXT
+
+TEMPLATE = "{% for m in messages %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endfor %}" + TURN_TEXT
+SOURCE = TemplateSource(TEMPLATE, "llama", "fake", None, "", "", frozenset({TURN_TEXT}))
+LIMITS = BackendLimits(n_ctx=2048, n_batch=64, n_ubatch=64, n_seq_max=8, n_vocab=N_VOCAB, n_embd=4)
+CPU = Device("CPU", "a CPU", "cpu", 2**33, 2**34, 1)
+CARDS = tuple(Device(f"CUDA{index}", "a GPU", "gpu", 2**33, 2**34, 2 + index) for index in range(2))
+ON_GPU = {"CUDA0": BackendShare(90, 1.0)}
+ON_CPU = {"CPU": BackendShare(90, 1.0)}
+OK = Check("build.gpu", "ok", "All is well.")
+
+
+class Backend(FakeBackend):
+    """With what a native one has besides, and a proof that a test chooses."""
+
+    has_vision = True
+    eog_texts = frozenset({"</s>"})
+    proof = Placement(ON_GPU, ON_GPU, 1, 1)
+
+    def placement(self) -> Placement:
+        return self.proof
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return write_pair("tiny", tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What the native parts say; `measured` are the devices that were."""
+    said = SimpleNamespace(build=OK, room=replace(OK, name="room.memory"), devices=(CPU, *CARDS), full=(), measured=[])
+
+    def measure(device: Device, _threads: int) -> DeviceRate:
+        said.measured.append(device.name)
+        if device.name in said.full:
+            raise ModelError("It is full: close other programs.")
+        return DeviceRate(1e12, 1e11)
+
+    for name, value in {
+        "build_info": Build,
+        "build_checks": lambda *_, **__: [said.build],
+        "gpu_backends": lambda: ["CUDA"],
+        "estimate_room": lambda *_: None,
+        "room_checks": lambda *_: [said.room],
+        "safety_check": lambda *_: replace(OK, name="safety.trial"),
+        "devices": lambda: said.devices,
+        "measure_device": measure,
+    }.items():
+        monkeypatch.setattr(room, name, value)
+    return said
+
+
+def opener(backend: FakeBackend) -> Callable[[EngineSettings], Subject]:
+    def open_pair(_: EngineSettings) -> Subject:
+        engine = Engine(lambda: backend, pictures=PictureCache(2**20), now=backend.clock)
+        return Subject(engine, PromptBuilder(SOURCE), backend, SOURCE, engine.close)  # type: ignore[arg-type]
+
+    return open_pair
+
+
+def examined(pair: Pair, backend: FakeBackend | None = None, **settings: Any) -> dict[str, Check]:
+    backend = backend or Backend(limits=LIMITS)
+    found = list(examine(EngineSettings(model=pair.llm, mmproj=pair.mmproj, **settings), opener(backend)))
+    by_name = {check.name: check for check in found}
+    assert len(by_name) == len(found), "nothing is told twice"
+    return by_name
+
+
+def groups(found: dict[str, Check]) -> set[str]:
+    return {name.partition(".")[0] for name in found}
+
+
+@pytest.mark.usefixtures("machine")
+def test_a_sound_pair_is_looked_at_from_all_sides(pair: Pair) -> None:
+    backend = Backend(limits=LIMITS)
+    found = examined(pair, backend)
+    assert groups(found) == {"build", "room", "safety", "pair", "behaviour", "placement"}
+    assert "fail" not in {check.status for check in found.values()}
+    assert backend.closed
+
+
+@pytest.mark.usefixtures("machine")
+def test_the_loaded_pairs_word_stands_and_not_the_headers(pair: Pair) -> None:
+    found = examined(pair, ubatch=512)
+    assert found["pair.ubatch"].evidence["ubatch_tokens"] == LIMITS.n_ubatch
+    assert found["pair.ubatch"].evidence["image_tokens"] == 4, "what the backend lays out"
+
+
+@pytest.mark.usefixtures("machine")
+def test_a_picture_that_does_not_fit_ends_it_before_one_is_asked_about(pair: Pair) -> None:
+    backend = Backend(limits=replace(LIMITS, n_ctx=256), image_tokens=300)
+    found = examined(pair, backend)
+    assert found["pair.context"].status == "fail"
+    assert groups(found) == {"build", "room", "safety", "pair"}
+    assert backend.closed
+
+
+@pytest.mark.usefixtures("machine")
+def test_an_answer_that_fails_is_a_finding_behind_the_others(pair: Pair) -> None:
+    backend = Backend(limits=LIMITS)
+    backend.fail_encode = EncodeFailed("no memory")
+    found = examined(pair, backend)
+    assert list(found)[-1] == "pair.usable"
+    assert "no memory" in found["pair.usable"].message
+    assert "pair.context" in found
+
+
+@pytest.mark.usefixtures("machine")
+def test_a_setting_that_loading_refuses_is_a_finding_behind_the_headers(pair: Pair) -> None:
+    def refuse(_: EngineSettings) -> Subject:
+        raise BadParameter("--ctx is too small: give more.")
+
+    found = list(examine(EngineSettings(model=pair.llm, mmproj=pair.mmproj), refuse))
+    assert (found[-1].name, found[-1].status) == ("pair.usable", "fail")
+    assert found[-1].message == "--ctx is too small: give more."
+    assert "pair.width" in {check.name for check in found}
+
+
+def test_a_pair_without_room_is_not_loaded_and_its_headers_are_told(pair: Pair, machine: SimpleNamespace) -> None:
+    machine.room = replace(machine.room, status="fail")
+    found = list(examine(EngineSettings(model=pair.llm, mmproj=pair.mmproj), lambda _: pytest.fail("it was loaded")))
+    names = [check.name for check in found]
+    assert "pair.width" in names
+    assert "safety.trial" not in names
+
+
+def test_only_devices_that_took_part_are_measured_and_a_full_one_loses_no_proof(
+    pair: Pair, machine: SimpleNamespace
+) -> None:
+    found = examined(pair)
+    assert machine.measured == ["CUDA0"]
+    assert set(found["placement.rate"].evidence["ceilings"]) == {"CUDA0"}
+    machine.full = ("CUDA0",)
+    found = examined(pair)
+    assert found["placement.encoder"].status == "ok"
+    assert found["placement.rate"].evidence["ceilings"] == {}
+    assert "pair.usable" not in found
+
+
+def test_a_gpu_that_the_build_cannot_use_is_told_by_its_check(pair: Pair, machine: SimpleNamespace) -> None:
+    backend = Backend(limits=LIMITS)
+    backend.proof = Placement(ON_CPU, ON_CPU, 0, 1)
+    machine.devices = (CPU,)
+    machine.build = replace(OK, status="warn", fix="pip install something")
+    assert examined(pair, backend)["placement.encoder"].status == "ok", "a warning is no fault of the pair"
+    backend = Backend(limits=LIMITS)
+    backend.proof = Placement(ON_CPU, ON_CPU, 0, 1)
+    machine.build = replace(OK, status="fail", fix="env -u CUDA_VISIBLE_DEVICES opsin doctor")
+    check = examined(pair, backend)["placement.encoder"]
+    assert (check.status, check.fix) == ("fail", "env -u CUDA_VISIBLE_DEVICES opsin doctor")
+    assert "see build.gpu" in check.message
