@@ -47,7 +47,9 @@ class Opsin:
         if config is not False:
             files = {name: value for name, value in (("model", model), ("mmproj", mmproj)) if value is not None}
             file = None if config is True else Path(config)
-            settings = read_config({**options, **files}, os.environ, Path.cwd(), file=file, locate=locate).engine()
+            options |= files
+            found = read_config(options, os.environ, Path.cwd(), file=file, locate=locate, parallel=settings.parallel)
+            settings = found.engine()
             model, mmproj = settings.model, settings.mmproj
         self._runtime: Runtime = open_runtime(model, mmproj, settings)
 

@@ -45,14 +45,15 @@ def tuned(folder: Path, pair: Pair, **settings: Any) -> Path:
 def test_it_measures_keeps_to_the_time_and_tells_what_it_tried(opsin: Any, pair: Pair, tmp_path: Path) -> None:
     plot, document = tmp_path / "plot.svg", tmp_path / "tune.json"
     (tmp_path / "opsin.toml").write_text("# mine\nthreads = 1\n")
-    command = ("tune", "--model", pair.llm, "--mmproj", pair.mmproj, "--minutes", "0.4", "--parallel", "2")
+    command = ("tune", "--model", pair.llm, "--mmproj", pair.mmproj, "--minutes", "0.5", "--parallel", "2")
+    command += ("--ctx", "4096")
     done = opsin(*command, "--plot", plot, "--json-out", document)
     report = json.loads(document.read_text())
     assert report["seconds"] < 120
     assert "measuring the untuned settings" in done.stderr
     assert f"picked for interactive: {report['picked']}" in done.stdout
-    assert plot.read_text().count("<circle") == len(report["finalists"])
-    dimensions = {tried["what"] for tried in report["tried"]}
+    assert plot.read_text().count("<circle") == len(report["points"])
+    dimensions = {tried["dimension"] for tried in report["tried"]}
     assert "flash attention" in dimensions
     assert "threads of decode" not in dimensions  # the file says them
     own, table = read_file(tmp_path / "opsin.toml")
@@ -60,16 +61,19 @@ def test_it_measures_keeps_to_the_time_and_tells_what_it_tried(opsin: Any, pair:
     assert (tmp_path / "opsin.toml").read_text().startswith("# mine\n")
     assert bool(table) == bool(report["settings"])
     if table:
-        assert table["model"] == str(pair.llm.resolve())
+        assert table["model"] == str(pair.llm)
         assert table["parallel"] == 2
 
 
 def test_a_dry_run_writes_nothing(opsin: Any, pair: Pair, tmp_path: Path) -> None:
-    done = opsin("tune", "--model", pair.llm, "--mmproj", pair.mmproj, "--minutes", "0.1", "--no-convert", "--dry-run")
-    assert "[tuned]" in done.stdout
-    assert f'model = "{pair.llm.resolve()}"' in done.stdout
+    done = opsin("tune", "--model", pair.llm, "--mmproj", pair.mmproj, "--minutes", "0.5", "--ctx", "4096", "--dry-run")
+    assert f"writing {pair.mmproj.name} as q8_0" in done.stderr
+    picked_nothing = "picked for interactive: untuned" in done.stdout
+    assert ("[tuned]" in done.stdout) != picked_nothing
+    assert (f'model = "{pair.llm}"' in done.stdout) != picked_nothing
     assert not (tmp_path / "opsin.toml").exists()
-    assert not (tmp_path / "cache" / "opsin" / "projectors").exists()
+    # Nor are conversions left behind, tried or picked.
+    assert list((tmp_path / "cache").rglob("*.gguf")) == []
 
 
 def test_the_check_measures_both_sides_in_turn(opsin: Any, pair: Pair, tmp_path: Path) -> None:

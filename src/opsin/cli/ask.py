@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,8 @@ from opsin.cli import options as o
 from opsin.cli.console import Printer, Working, say
 from opsin.core.answer import Finished, Progress, TextDelta
 from opsin.core.errors import BadInput, BadParameter
+from opsin.core.sampling import SamplingParams
+from opsin.core.settings import EngineSettings
 
 if TYPE_CHECKING:
     from opsin.api import Opsin
@@ -52,62 +55,40 @@ def ask(
     disk_cache: o.DiskCache = None,
     thinking: o.Thinking = None,
     system: o.System = None,
-    verbose: o.Verbose = False,
+    verbose: o.Verbose = None,
 ) -> None:
     """Ask one question about each picture (or about all of them together).
 
     What no flag says comes from the environment and from opsin.toml, as for `opsin serve`.
     """
+    engine = {**o.fields_of(EngineSettings, locals()), "parallel": 1}
+    params = o.fields_of(SamplingParams, {**locals(), "json_schema": _read_schema(json_schema)})
     *sources, question = arguments
-    groups = _groups(_expand(sources, question), together=together)
-    params = o.given(
-        max_tokens=max_tokens,
-        max_seconds=max_seconds,
-        temperature=temperature,
-        seed=seed,
-        thinking=thinking,
-        json_schema=_read_schema(json_schema),
-    )
-    engine = o.given(
-        ctx=ctx,
-        gpu_layers=gpu_layers,
-        device=device,
-        mmproj_device=mmproj_device,
-        threads=threads,
-        threads_batch=threads_batch,
-        kv_type=kv_type,
-        image_max_tokens=image_max_tokens,
-        image_min_tokens=image_min_tokens,
-        profile=profile,
-        disk_cache=disk_cache,
-        verbose=verbose or None,
-        parallel=1,
-    )
+    found = _expand(sources, question)
+    groups = [found] if together else [[source] for source in found]
     with Working("loading the model") as working:
         from opsin.api import Opsin
 
-        opsin = Opsin(model, mmproj, **engine)
-        with opsin:
+        with Opsin(**engine) as opsin:
             working.stop()
             notices(opsin)
-            asker = _Asker(opsin, question, system, {**params, "guard": guard}, as_json=as_json)
-            failed = asker.run(groups)
+            failed = _Asker(opsin, question, system, params, as_json).run(groups)
     if failed:
         raise typer.Exit(1)
 
 
+@dataclass
 class _Asker:
     """Asks about one group of pictures after another; one bad picture does not lose the others."""
 
-    def __init__(
-        self, opsin: Opsin, question: str, system: str | None, params: dict[str, Any], *, as_json: bool
-    ) -> None:
-        self._opsin = opsin
-        self._question = question
-        self._system = system
-        self._params = params
-        self._json = as_json
-        self._load_ms = opsin.load_ms
+    _opsin: Opsin
+    _question: str
+    _system: str | None
+    _params: dict[str, Any]
+    _json: bool
+
+    def __post_init__(self) -> None:
+        self._load_ms = self._opsin.load_ms
 
     def run(self, groups: list[list[str]]) -> int:
         """How many groups failed; a single one raises instead."""
@@ -193,10 +174,6 @@ def _pictures_in(source: str) -> Iterator[str]:
     yield from found
 
 
-def _groups(sources: list[str], *, together: bool) -> list[list[str]]:
-    return [sources] if together else [[source] for source in sources]
-
-
 def _read_schema(path: str | None) -> str | None:
     if path is None:
         return None
@@ -230,8 +207,6 @@ def show_limits(answer: Answer) -> None:
 
 
 def _as_json(answer: Answer) -> dict[str, Any]:
-    from dataclasses import asdict
-
     images = [
         {name: value for name, value in asdict(image).items() if name not in {"tiles", "cached", "orientation"}}
         for image in answer.images

@@ -11,6 +11,7 @@ import typer
 
 from opsin.cli import options as o
 from opsin.cli.console import say
+from opsin.core.settings import EngineSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from opsin.bench.compare import Side
     from opsin.bench.report import Results
     from opsin.compose import Runtime
-    from opsin.core.settings import EngineSettings
 
 Workloads = Annotated[str | None, typer.Option("--workloads", help="W1 to W5, with commas between; none: all")]
 Runs = Annotated[int, typer.Option("--runs", min=1, help="runs of each workload; medians are shown")]
@@ -72,13 +72,14 @@ def engine(
         Path | None, typer.Option("--settings", help="an opsin.toml to read instead of the folder's or the user's")
     ] = None,
     config: Annotated[bool, typer.Option("--config/--no-config", help="read opsin.toml and OPSIN_ variables")] = True,
-    verbose: o.Verbose = False,
+    verbose: o.Verbose = None,
 ) -> None:
     """Measure the machine, then five workloads on the engine in this process.
 
     What no flag says comes from the environment and from opsin.toml, as for `opsin serve`. The last line of standard
     output is one JSON document.
     """
+    flags = o.fields_of(EngineSettings, locals())
     from opsin.bench import choose, measure_machine, read_cost
     from opsin.bench.report import Results, ceiling_text
     from opsin.compose import open_runtime
@@ -86,17 +87,6 @@ def engine(
     from opsin.models import resolve
 
     chosen = choose(None if workloads is None else workloads.split(","))
-    options = o.given(
-        ctx=ctx,
-        parallel=parallel,
-        gpu_layers=gpu_layers,
-        device=device,
-        mmproj_device=mmproj_device,
-        threads=threads,
-        threads_batch=threads_batch,
-        kv_type=kv_type,
-    )
-    flags = {**options, **o.given(model=model, mmproj=mmproj, verbose=verbose or None)}
     settings = _settings(flags, settings_file, config=config)
     if batched_bench is not None and not batched:
         raise BadParameter("--batched-bench compares full batches, which --no-batched leaves out: give one of them.")
@@ -302,12 +292,7 @@ def _print(results: Results, json_out: Path | None) -> None:
 
 
 def _tell(text: str, document: dict[str, Any], json_out: Path | None) -> None:
-    from opsin.core.errors import BadParameter
-
     if json_out is not None:
-        try:
-            json_out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise BadParameter(f"{json_out} cannot be written: {error.strerror or error}.") from error
+        o.write_out(json_out, json.dumps(document, indent=2) + "\n")
     typer.echo(text)
     typer.echo(json.dumps(document))

@@ -11,6 +11,8 @@ from opsin.cli import options as o
 from opsin.cli.ask import follow, notices, show_limits
 from opsin.cli.console import Working, say
 from opsin.core.errors import BadInput
+from opsin.core.sampling import SamplingParams
+from opsin.core.settings import EngineSettings
 
 if TYPE_CHECKING:
     from opsin.api import Opsin
@@ -38,34 +40,22 @@ def chat(
     disk_cache: o.DiskCache = None,
     thinking: o.Thinking = None,
     system: o.System = None,
-    verbose: o.Verbose = False,
+    verbose: o.Verbose = None,
 ) -> None:
     """Talk about pictures; every question knows what was said before.
 
     What no flag says comes from the environment and from opsin.toml, as for `opsin serve`.
     """
-    params = o.given(
-        max_tokens=max_tokens, max_seconds=max_seconds, temperature=temperature, seed=seed, thinking=thinking
-    )
-    engine = o.given(
-        ctx=ctx,
-        gpu_layers=gpu_layers,
-        device=device,
-        mmproj_device=mmproj_device,
-        threads=threads,
-        threads_batch=threads_batch,
-        disk_cache=disk_cache,
-        verbose=verbose or None,
-        parallel=1,
-    )
+    engine = {**o.fields_of(EngineSettings, locals()), "parallel": 1}
+    params = o.fields_of(SamplingParams, locals())
     with Working("loading the model") as working:
         from opsin.api import Opsin
 
-        with Opsin(model, mmproj, **engine) as opsin:
+        with Opsin(**engine) as opsin:
             working.stop()
             notices(opsin)
             say(HELP)
-            _Conversation(opsin, system, {**params, "guard": guard}, list(pictures or [])).run()
+            _Conversation(opsin, system, params, list(pictures or [])).run()
 
 
 class _Conversation:

@@ -6,9 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from opsin.core.errors import BadParameter
 from opsin.core.settings import EngineSettings
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from pydantic import BaseModel
     from pydantic.fields import FieldInfo
 
 
@@ -37,9 +42,22 @@ Seed = Annotated[int | None, typer.Option("--seed", help="draw the same answer a
 UseGuard = Annotated[bool, typer.Option("--guard/--no-guard", help="end answers that go round in circles")]
 System = Annotated[str | None, typer.Option("--system", help="a system message before the question")]
 Thinking = Annotated[bool | None, typer.Option("--thinking/--no-thinking", help="for models that can reason first")]
-Verbose = Annotated[bool, typer.Option("--verbose", help=_help("verbose"))]
+Verbose = Annotated[bool | None, typer.Option("--verbose", help=_help("verbose"))]
+
+
+def fields_of(model: type[BaseModel], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a command's arguments is a field of that model, and was given by the user."""
+    return given(**{name: value for name, value in arguments.items() if name in model.model_fields})
 
 
 def given(**options: Any) -> dict[str, Any]:
     """Only what the user set; what is left out keeps its default in one place."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def write_out(path: Path, text: str) -> None:
+    """Write the file that a flag names. Raises BadParameter."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise BadParameter(f"{path} cannot be written: {error.strerror or error}.") from error

@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from opsin.cli import options as o
 from opsin.cli.console import say
+from opsin.core.settings import EngineSettings
 
 if TYPE_CHECKING:
-    from opsin.compose import Runtime
-    from opsin.core.backend import Backend
-    from opsin.core.settings import EngineSettings, Profile
-    from opsin.engine import Engine
-    from opsin.models import Pair
-    from opsin.prompt import PromptBuilder
-    from opsin.tune.pareto import Point
-    from opsin.tune.session import Report
+    from collections.abc import Callable, Iterator
 
-_CTX = 2048  # tokens a sequence, where nobody chose: two engines are open at the same time
+    from opsin.core.settings import Profile
+    from opsin.models import Pair
+    from opsin.tune.pareto import Point
+    from opsin.tune.rig import Rig
+    from opsin.tune.session import Report
+    from opsin.tune.space import Wish
+
 PARALLEL = 8
 
 
@@ -36,7 +39,9 @@ def tune(
         str | None, typer.Option("--profile", help="what to favour: interactive or throughput; none: by the devices")
     ] = None,
     minutes: Annotated[float, typer.Option("--minutes", min=0.1, help="longest time to measure")] = 10.0,
-    out: Annotated[Path, typer.Option("--out", help="file to write")] = Path("opsin.toml"),
+    out: Annotated[
+        Path | None, typer.Option("--out", help="file to write; none: the opsin.toml in force, or a new one here")
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="write over a file that is no opsin.toml of this model")
     ] = False,
@@ -56,7 +61,7 @@ def tune(
     check: Annotated[
         bool, typer.Option("--check", help="measure the file that was written: W1 and W4 with it and without, in turn")
     ] = False,
-    runs: Annotated[int, typer.Option("--runs", min=1, help="with --check: runs of each workload")] = 5,
+    runs: Annotated[int, typer.Option("--runs", min=2, help="with --check: runs of each workload")] = 5,
     parallel: Annotated[
         int | None, typer.Option("--parallel", min=1, max=256, help="answers at the same time [default: 8]")
     ] = None,
@@ -65,95 +70,96 @@ def tune(
     device: o.Device = None,
     mmproj_device: o.MmprojDevice = None,
     kv_type: o.KvType = None,
-    verbose: o.Verbose = False,
+    verbose: o.Verbose = None,
 ) -> None:
     """Measure settings on this machine, and write those that win to opsin.toml.
 
     Settings that a flag, the environment or the file itself gives are left alone.
     """
-    flags = o.given(
-        model=model,
-        mmproj=mmproj,
-        parallel=parallel,
-        ctx=ctx,
-        gpu_layers=gpu_layers,
-        device=device,
-        mmproj_device=mmproj_device,
-        kv_type=kv_type,
-        verbose=verbose or None,
-    )
+    flags = o.fields_of(EngineSettings, {**locals(), "profile": None})
+    from opsin.compose import gpu_names
+    from opsin.core.config import FILE, config_path
+    from opsin.tune.picture import plot_svg
+    from opsin.tune.projector import default_folder
+    from opsin.tune.space import Wish
+    from opsin.tune.toml import check_target
+
+    out = out or config_path(os.environ, Path.cwd()) or Path(FILE)
     if check:
         _check(flags, out, runs, json_out)
         return
-    from opsin.tune.toml import check_target
-
     if not dry_run:
         check_target(out, None, force=force)
     settings, fixed = _untuned(flags, out)
     pair = _pair(settings)
     if not dry_run:
-        check_target(out, pair.llm.resolve(), force=force)
-    files = {"model": pair.llm.resolve(), "mmproj": pair.mmproj and pair.mmproj.resolve()}
-    settings = settings.model_copy(update=files)
-    favoured = _favoured(profile, settings)
+        check_target(out, pair.llm, force=force)
+    settings = settings.model_copy(update={"model": pair.llm, "mmproj": pair.mmproj})
     fixed |= set() if convert else {"mmproj"}
-    report = _measured(settings, fixed, favoured, minutes, allow_approximate=allow_approximate)
-    typer.echo(_text(report))
-    _put(report, pair, {"parallel": parallel} if parallel else {}, out, dry_run=dry_run)
-    _save(plot, json_out, report)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wish = Wish(_favoured(profile, settings), frozenset(fixed), minutes, allow_approximate, cores, gpu_names())
+    # What shaped the measurement belongs to what was measured.
+    shaped = {name: flags[name] for name in sorted(flags.keys() - {"model", "mmproj", "verbose"})}
+    folder = default_folder().with_name(f"tune-{os.getpid()}")  # on the disk where a conversion may stay
+    try:
+        report = _measured(settings, wish, folder)
+        typer.echo(_text(report))
+        _put(report, pair, {"parallel": settings.parallel, **shaped}, out, dry_run=dry_run)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if plot is not None:
+        o.write_out(plot, plot_svg(report.points, report.picked))
+    if json_out is not None:
+        o.write_out(json_out, json.dumps(report.as_document(), indent=2) + "\n")
 
 
 def _favoured(profile: str | None, settings: EngineSettings) -> Profile:
     from opsin.compose import default_profile
     from opsin.core.errors import BadParameter
 
-    if profile not in {None, "interactive", "throughput"}:
-        raise BadParameter(f"--profile is interactive or throughput, not {profile}.")
+    if profile in {"interactive", "throughput"}:
+        return cast("Profile", profile)
     if profile is not None:
-        return "throughput" if profile == "throughput" else "interactive"
+        raise BadParameter(f"--profile is interactive or throughput, not {profile}.")
     return settings.profile or default_profile()
 
 
 def _put(report: Report, pair: Pair, more: dict[str, Any], out: Path, *, dry_run: bool) -> None:
     """Print or write what was picked; where nothing won, take away what an earlier run wrote for this model."""
-    from opsin.core.config import read_file
-    from opsin.tune.toml import tuned_table, write_tuned
+    from opsin.core.config import same_file
+    from opsin.tune.projector import default_folder, keep
+    from opsin.tune.toml import read_tuned, tuned_table, write_tuned
 
-    model, mmproj = pair.llm.resolve(), pair.mmproj and pair.mmproj.resolve()
-    table = tuned_table(model, mmproj, {**report.settings, **more}, _remarks(report))
-    if dry_run:
-        typer.echo(table)
-    elif report.settings:
+    settings, made = {**more, **report.settings}, report.settings.get("mmproj")
+    if made is not None:
+        settings["mmproj"] = default_folder() / made.name if dry_run else keep(made)
+    if report.settings:
+        table = tuned_table(pair.llm, pair.mmproj, settings, _remarks(report))
+        if dry_run:
+            typer.echo(table)
+            return
         write_tuned(out, table)
         say(f"written: {out}; measure it with: opsin tune --check --out {out}")
-    else:
-        before = read_file(out)[1] if _is_config(out) else {}
-        removed = before.get("model") == str(model) and write_tuned(out, "")
-        say(f"The untuned settings are the best that were found{f', so {out} lost its table' if removed else ''}.")
+        return
+    before = None if dry_run else read_tuned(out)
+    removed = bool(before and same_file(before["model"], pair.llm) and write_tuned(out, ""))
+    say(f"The untuned settings are the best that were found{f', so {out} lost its table' if removed else ''}.")
 
 
 def _untuned(flags: dict[str, Any], out: Path) -> tuple[EngineSettings, set[str]]:
     """The settings without what was tuned before, and the names of those that somebody chose."""
     from opsin.core.config import read_config
     from opsin.models import locate
+    from opsin.tune.toml import read_tuned
 
-    # A foreign file that is to be replaced is not read, also where it is the one of this folder.
-    file, folder = (out, Path.cwd()) if _is_config(out) else (None, out if out.exists() else Path.cwd())
-    found = read_config(flags, os.environ, folder, file=file, locate=locate, tuned=False)
+    # Where the file is not there, or foreign and to be replaced, no other one is in force beside it.
+    nowhere = Path(os.devnull)
+    environ = {**os.environ, "XDG_CONFIG_HOME": os.devnull}
+    found = read_config(
+        flags, environ, nowhere, file=None if read_tuned(out) is None else out, locate=locate, tuned=False
+    )
     chosen = {name for name, origin in found.origins.items() if origin != "default"} - {"model", "mmproj"}
     return found.engine(parallel=PARALLEL), chosen
-
-
-def _is_config(path: Path) -> bool:
-    """Whether it is there and an opsin.toml."""
-    from opsin.core.config import read_file
-    from opsin.core.errors import BadParameter
-
-    try:
-        read_file(path)
-    except BadParameter:
-        return False
-    return True
 
 
 def _pair(settings: EngineSettings) -> Pair:
@@ -163,82 +169,58 @@ def _pair(settings: EngineSettings) -> Pair:
     pair = resolve(*(None if path is None else str(path) for path in (settings.model, settings.mmproj)))
     if pair.mmproj is None:
         raise BadParameter("There is no vision encoder to tune: give the model's projector with --mmproj.")
-    return pair
+    # Links are kept: behind them are names (of a split model's parts, too) that mean nothing.
+    return replace(pair, llm=pair.llm.absolute(), mmproj=pair.mmproj.absolute())
 
 
-@dataclass(frozen=True, slots=True)
-class _Rig:
-    """What the engine's room calls a runtime, as tuning wants it."""
-
-    runtime: Runtime
-    backend: Backend
-    threads: tuple[int, int, int]
-
-    @property
-    def engine(self) -> Engine:
-        return self.runtime.engine
-
-    @property
-    def prompts(self) -> PromptBuilder:
-        return self.runtime.prompts
-
-    def close(self) -> None:
-        self.runtime.close()
-
-
-def _open(settings: EngineSettings) -> _Rig:
+def _open(settings: EngineSettings) -> Rig:
     from opsin.compose import open_runtime
+    from opsin.tune.rig import Rig
 
     runtime = open_runtime(settings.model, settings.mmproj, settings)
     if runtime.backend is None:
         raise AssertionError("an opened runtime has its backend")
-    return _Rig(runtime, runtime.backend, runtime.backend.threads)
+    return Rig(runtime.engine, runtime.prompts, runtime.backend, runtime.backend.threads, runtime.close)
 
 
-def _measured(
-    settings: EngineSettings, fixed: set[str], profile: Profile, minutes: float, *, allow_approximate: bool
-) -> Report:
-    from opsin.compose import gpu_names
-    from opsin.tune.session import Tuning, Wish
+def _check_room(settings: EngineSettings) -> None:
+    """Two engines are open at a time. Raises BadInput where the host has no memory for them, as far as it can tell."""
+    from opsin.core.errors import BadInput
+    from opsin.doctor.free_memory import free_memory
+    from opsin.doctor.room import estimate_room
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    wish = Wish(
-        profile=profile,
-        fixed=frozenset(fixed),
-        minutes=minutes,
-        allow_approximate=allow_approximate,
-        cores=cores,
-        gpus=gpu_names(),
-    )
-    with _Bar() as bar:
-        return Tuning(_open, settings, wish, tell=bar.tell).run()
+    if settings.model is None or (free := free_memory(()).get("CPU")) is None:
+        return
+    parts = estimate_room(settings.model, settings.mmproj, settings).by_device["CPU"]
+    needed = 2 * (parts.total - parts.pictures) - parts.weights  # which are mapped, and so there once
+    if needed > free:
+        raise BadInput(
+            f"Two engines side by side need {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: close other "
+            "programs, or give a smaller --parallel or --ctx."
+        )
 
 
-class _Bar:
-    """A progress bar on standard error; lines where nobody watches. It shows the share of the time that is gone."""
+def _measured(settings: EngineSettings, wish: Wish, folder: Path) -> Report:
+    from opsin.tune.projector import convert_projector
+    from opsin.tune.session import Tuning
 
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    convert = partial(convert_projector, folder=folder)
+    with _bar() as tell:
+        return Tuning(_open, settings, wish, convert, _check_room, tell=tell).run()
 
-        self._watched = sys.stderr.isatty()
-        columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-        self._progress = Progress(*columns, console=Console(stderr=True), transient=True, disable=not self._watched)
-        self._task = self._progress.add_task("", total=1.0)
 
-    def __enter__(self) -> _Bar:
-        self._progress.start()
-        return self
+@contextmanager
+def _bar() -> Iterator[Callable[[str, float], None]]:
+    """Shows what is measured and the share of the time that is gone, on standard error; lines where nobody watches."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    def tell(self, text: str, share: float) -> None:
-        """What is measured now, and how much of the longest time is over."""
-        if self._watched:
-            self._progress.update(self._task, completed=share, description=text)
-        else:
-            say(text)
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+    watched = sys.stderr.isatty()
+    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not watched) as progress:
+        task = progress.add_task("", total=1.0)
+        shown = partial(progress.update, task)
+        yield lambda text, share: shown(completed=share, description=text) if watched else say(text)
 
 
 def _remarks(report: Report) -> list[str]:
@@ -275,50 +257,41 @@ def _text(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _save(plot: Path | None, json_out: Path | None, report: Report) -> None:
-    from opsin.tune.picture import plot_svg
-
-    if plot is not None:
-        _write(plot, plot_svg(report.points, report.picked))
-    if json_out is not None:
-        _write(json_out, json.dumps(report.as_document(), indent=2) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    from opsin.core.errors import BadParameter
-
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise BadParameter(f"{path} cannot be written: {error.strerror or error}.") from error
-
-
 def _check(flags: dict[str, Any], out: Path, runs: int, json_out: Path | None) -> None:
     """W1 and W4, tuned and untuned in turn; the last line of standard output is one JSON document."""
-    from opsin.bench import EngineDriver, choose, measure_in_turn
+    from opsin.bench import choose, measure_in_turn
     from opsin.bench.measure import warm_up
-    from opsin.compose import open_runtime
+    from opsin.compose import gpu_names
     from opsin.tune.check import check_document, check_text
+    from opsin.tune.rig import sized
+    from opsin.tune.search import plain
 
     sides = _sides(flags, out)
-    opened: dict[str, Runtime] = {}
-    try:
+    base = sized(_open, sides["untuned"], gpus=bool(gpu_names())).settings
+    tuned = sides["tuned"]
+    layers = base.gpu_layers if tuned.gpu_layers is None else tuned.gpu_layers
+    sizes = {"disk_cache": False, "ctx": base.ctx, "gpu_layers": layers}
+    sides = {"untuned": base, "tuned": tuned.model_copy(update=sizes)}
+    _check_room(base)
+    with ExitStack() as stack:
+        rigs = {}
         for name, settings in sides.items():
-            opened[name] = open_runtime(settings.model, settings.mmproj, settings)
-        drivers = {name: EngineDriver(runtime.engine, runtime.prompts) for name, runtime in opened.items()}
+            rigs[name] = _open(settings)
+            stack.callback(rigs[name].close)
+        drivers = {name: rig.driver for name, rig in rigs.items()}
         chosen = choose(["W1", "W4"])
         for driver in drivers.values():
             warm_up(driver, chosen[0])
         measured = [measure_in_turn(drivers, workload, runs=runs, tell=say) for workload in chosen]
-        about = opened["untuned"].engine.info.as_dict()
-    finally:
-        for runtime in opened.values():
-            runtime.close()
-    document = check_document(measured, about, {name: _shown(settings) for name, settings in sides.items()})
+        about = rigs["untuned"].engine.info.as_dict()
+    shown = {name: plain(settings.model_dump(exclude_unset=True)) for name, settings in sides.items()}
+    document = check_document(measured, about, shown)
     if json_out is not None:
-        _write(json_out, json.dumps(document, indent=2) + "\n")
+        o.write_out(json_out, json.dumps(document, indent=2) + "\n")
     typer.echo(check_text(measured))
     typer.echo(json.dumps(document))
+    if any(row["void"] for row in document["workloads"].values()):
+        raise typer.Exit(1)
 
 
 def _sides(flags: dict[str, Any], out: Path) -> dict[str, EngineSettings]:
@@ -329,20 +302,15 @@ def _sides(flags: dict[str, Any], out: Path) -> dict[str, EngineSettings]:
     tuned = read_file(out)[1]
     if not tuned:
         raise BadParameter(f"{out} holds nothing that was tuned: write it with `opsin tune`.")
-    given = {"model": tuned["model"], **o.given(mmproj=tuned.get(TUNED_FROM, tuned.get("mmproj"))), **flags}
+    # How many answers at the same time, and their context, are no gain or loss: both sides have the same.
+    given: dict[str, Any] = {name: tuned[name] for name in ("model", "parallel", "ctx") if name in tuned}
+    given = {**given, **o.given(mmproj=tuned.get(TUNED_FROM, tuned.get("mmproj"))), **flags}
     sides = {}
-    for name, wanted in (("untuned", given), ("tuned", {k: v for k, v in given.items() if k != "mmproj"})):
-        found = read_config(wanted, os.environ, Path.cwd(), file=out, locate=locate, tuned=name == "tuned")
+    for name in ("untuned", "tuned"):
+        found = read_config(given, os.environ, Path.cwd(), file=out, locate=locate, tuned=name == "tuned")
         if name == "tuned" and not any(origin.startswith("[") for origin in found.origins.values()):
             raise BadParameter(
                 f"{out} was tuned for {tuned['model']}, not for {given['model']}: give that or no --model."
             )
-        settings = found.engine(parallel=PARALLEL)
-        sizes = {"disk_cache": False, "ctx": settings.ctx or _CTX * settings.parallel}
-        sides[name] = settings.model_copy(update=sizes)
+        sides[name] = found.engine(parallel=PARALLEL)
     return sides
-
-
-def _shown(settings: EngineSettings) -> dict[str, Any]:
-    values = settings.model_dump(mode="json", exclude_unset=True)
-    return {name: Path(value).name if name in {"model", "mmproj"} else value for name, value in values.items()}

@@ -1,7 +1,8 @@
 """Settings out of opsin.toml, the environment and flags; later ones win, and each value knows where it came from.
 
 A table `[tuned]` in the file, which `opsin tune` writes, holds for the model that it names, and everything else wins
-over it. It is passed over when another model is asked for.
+over it. It is passed over when another model is asked for; what it says of memory and micro-batches also when another
+number of answers at the same time is.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
+import logging
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,6 +32,8 @@ _FIELDS = ServerSettings.model_fields
 TUNED = "tuned"
 TUNED_FROM = "tuned_from"
 """In the table `[tuned]`: the projector that was given, where `mmproj` names one that was made of it."""
+_LAYOUT = ("parallel", "ctx", "ubatch", "prefill_rows", "flash_attention")  # measured for so many answers at once
+_log = logging.getLogger(__name__)
 
 Values = dict[str, tuple[Any, str]]
 Locate = Callable[[str], "Path | None"]
@@ -67,23 +71,25 @@ def read_config(
     file: Path | None = None,
     locate: Locate = lambda _: None,
     tuned: bool = True,
+    parallel: int | None = None,
 ) -> Config:
     """What opsin.toml, the environment and the flags make together.
 
     The file is `file`, which must exist, or the one in `folder`, or else the one in $XDG_CONFIG_HOME/opsin. `flags`
     holds what was given, by field. `locate` gives the file of a model's known name, which is asked for only where the
-    file's `[tuned]` names another; without `tuned` that table is passed over.
+    file's `[tuned]` names another; without `tuned` that table is passed over. `parallel` are the answers at the same
+    time where nobody says it; None: as many as it was tuned for.
     Raises BadParameter with one sentence for a name that does not exist and a value that cannot be.
     """
     path = file or config_path(environ, folder)
     plain, measured = ({}, {}) if path is None else _from_file(path)
     sources = [plain, _from_environment(environ), _from_flags(flags)]
     if tuned and measured and _is_for(measured, sources, locate):
-        sources.insert(0, measured)
+        sources.insert(0, _fitting(measured, sources, parallel))
     values: dict[str, Any] = {}
     origins = dict.fromkeys(_FIELDS, "default")
     for source in sources:
-        if "model" in source and "model" in values and not _same(source["model"][0], values["model"], locate):
+        if "model" in source and "model" in values and not same_file(source["model"][0], values["model"], locate):
             # A projector belongs to its model: it goes with it.
             values.pop("mmproj", None)
             origins["mmproj"] = "default"
@@ -117,11 +123,33 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _is_for(measured: Values, sources: list[Values], locate: Locate) -> bool:
     wanted = [source["model"][0] for source in sources if "model" in source]
-    return not wanted or _same(wanted[-1], measured["model"][0], locate)
+    model = measured["model"][0]
+    if not wanted and not Path(str(model)).is_file() and locate(str(model)) is None:
+        _log.warning("%s is gone, so what was tuned for it is passed over (%s)", model, measured["model"][1])
+        return False
+    return not wanted or same_file(wanted[-1], model, locate)
 
 
-def _same(one: Any, other: Any, locate: Locate) -> bool:
-    """Whether two models are one file; a name is looked up."""
+def _fitting(measured: Values, sources: list[Values], parallel: int | None) -> Values:
+    """What of the table holds here. Who gives the projector that the tuned one was made of means the tuned one."""
+    measured = dict(measured)
+    made_of, origin = measured.pop(TUNED_FROM, (None, ""))
+    if made_of is not None and "mmproj" in measured:
+        made, source = Path(str(measured["mmproj"][0])), Path(str(made_of))
+        if source.is_file() and (not made.is_file() or made.stat().st_mtime < source.stat().st_mtime):
+            _log.warning("%s is gone or older than %s, which is taken instead: run opsin tune again", made, source)
+            measured["mmproj"] = made_of, origin
+        for other in sources:
+            if "mmproj" in other and same_file(other["mmproj"][0], made_of):
+                del other["mmproj"]
+    at_once = next((one["parallel"][0] for one in reversed(sources) if "parallel" in one), parallel)
+    if at_once is not None and str(at_once) != str(measured.get("parallel", (None,))[0]):
+        measured = {name: value for name, value in measured.items() if name not in _LAYOUT}
+    return measured
+
+
+def same_file(one: Any, other: Any, locate: Locate = lambda _: None) -> bool:
+    """Whether two models or projectors are one file; `locate` looks a name up."""
     files = [Path(model) if Path(model).is_file() else locate(str(model)) for model in (one, other) if model]
     paths = [file for file in files if file is not None and file.is_file()]
     return paths[0].samefile(paths[1]) if len(paths) == 2 else str(one) == str(other)
@@ -142,7 +170,7 @@ def _from_file(path: Path) -> tuple[Values, Values]:
     table, tuned = read_file(path)
     return (
         {name: (_expanded(name, value), f"file {path}") for name, value in table.items()},
-        {name: (value, f"[{TUNED}] of {path}") for name, value in tuned.items() if name != TUNED_FROM},
+        {name: (value, f"[{TUNED}] of {path}") for name, value in tuned.items()},
     )
 
 

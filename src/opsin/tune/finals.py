@@ -1,23 +1,30 @@
-"""Whole questions instead of pieces: finalists answer short forms of W1 and W4 in turn."""
+"""Whole questions instead of pieces: a finalist and the untuned settings answer short forms of W1 and W4 in turn."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from statistics import median
 
-from opsin.bench.engine_driver import EngineDriver
 from opsin.bench.measure import figures, warm_up, why_void
 from opsin.bench.play import draw_pictures, play
 from opsin.bench.workload import Ask, Driver, Workload
 from opsin.core.errors import EngineError
-from opsin.tune.pareto import Point
-from opsin.tune.rig import Rig
-from opsin.tune.search import Choice, ratio_of
+from opsin.tune.search import Cost, Ratio, ratio_of
 
 ROUNDS = 5
 _ALONE = 2
-_UNKNOWN = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Final:
+    """Times of the finalist over the untuned ones, and the untuned: seconds of a question alone, and of one of many."""
+
+    latency: Ratio
+    batch: Ratio
+    untuned: Cost
 
 
 def workloads(sequences: int) -> tuple[Workload, Workload]:
@@ -29,65 +36,43 @@ def workloads(sequences: int) -> tuple[Workload, Workload]:
     )
 
 
-@dataclass(slots=True)
-class _Runs:
-    alone: list[float] = field(default_factory=list)
-    at_once: list[float] = field(default_factory=list)
-
-
-def measure_finals(
-    drivers: Mapping[str, Driver],
-    choices: Mapping[str, Choice],
+def play_final(
+    untuned: Driver,
+    other: Driver,
     played: Sequence[Workload],
     *,
+    noise: float,
     rounds: int = ROUNDS,
+    first: int = 0,
     may_go_on: Callable[[float], bool] = lambda _: True,
-    now: Callable[[], float],
-    tell: Callable[[str], None] = lambda _: None,
-) -> tuple[Point, ...]:
-    """Points of all finalists, the first of which the others are compared with; every second round goes backwards.
+    now: Callable[[], float] = time.monotonic,
+) -> Final:
+    """Both play in turn, every second round the other way round, on equal pictures, numbered from `first`.
 
-    `played` are a workload of questions one after another and one of questions at once. `may_go_on` is asked with the
-    seconds that another round will take. Raises EngineError when not one round could be played.
+    `played` are a workload of questions one after another and one of questions at once. `may_go_on` is asked before
+    each round but the first, with the seconds that the longest one took. Raises EngineError when a round counts
+    for nothing.
     """
-    runs = {name: _Runs() for name in drivers}
-    for driver in drivers.values():
+    sides = (untuned, other)
+    for driver in sides:
         warm_up(driver, played[0])
-    done = 0
+    times: dict[tuple[int, int], list[float]] = defaultdict(list)
+    longest = 0.0
     for turn in range(rounds):
-        began = now()
-        for name in list(drivers)[:: 1 if turn % 2 == 0 else -1]:
-            tell(f"{name}, round {turn + 1}")
-            for workload, into in zip(played, (runs[name].alone, runs[name].at_once), strict=True):
-                into.append(_seconds(drivers[name], workload, turn))
-        done = turn + 1
-        if not may_go_on(now() - began):
+        if turn and not may_go_on(longest):
             break
-    if not done:
-        raise EngineError("There was no time for a single round: give more --minutes.")
-    first = runs[next(iter(drivers))]
-    one, many = (len(workload.asks) for workload in played)
-    return tuple(
-        Point(
-            name=name,
-            latency_s=median(run.alone) / one,
-            answers_s=many / median(run.at_once),
-            latency=ratio_of(run.alone, first.alone, _UNKNOWN),
-            batch=ratio_of(run.at_once, first.at_once, _UNKNOWN),
-            choice=choices[name],
-        )
-        for name, run in runs.items()
-    )
+        began = now()
+        for side in (0, 1) if turn % 2 == 0 else (1, 0):
+            for kind, workload in enumerate(played):
+                times[side, kind].append(_seconds(sides[side], workload, first + turn))
+        longest = max(longest, now() - began)
+    latency, batch = (ratio_of(times[1, kind], times[0, kind], noise) for kind in (0, 1))
+    return Final(latency, batch, Cost(*(median(times[0, kind]) / len(played[kind].asks) for kind in (0, 1))))
 
 
 def _seconds(driver: Driver, workload: Workload, turn: int) -> float:
     traces = play(driver, workload, draw_pictures(workload, turn))
     void = why_void(workload, traces)
     if void is not None:
-        raise EngineError(f"A round of {workload.name} counts for nothing, since {void}: tune again.")
+        raise EngineError(f"{workload.title} count for nothing, since {void}: tune again.")
     return figures(workload, traces).total_s
-
-
-def driver_of(rig: Rig) -> EngineDriver:
-    """Asks the rig's engine."""
-    return EngineDriver(rig.engine, rig.prompts)

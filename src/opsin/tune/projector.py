@@ -21,6 +21,7 @@ TYPES: tuple[ProjectorType, ...] = ("bf16", "q8_0")
 # for which llama.cpp wants f32 or f16; gemma3's input_projection is turned round at each encode.
 _MATRIX = re.compile(r"v\.blk\.\d+\.(attn_(q|k|v|qkv|out)|ffn_(up|down|gate))\.weight|mm\.\d+\.weight")
 _WHOLE = {"F32", "F16", "BF16"}
+_VERSION = 1  # of what is written for one source: one more makes files of other names
 _FILE_TYPES = {"bf16": 32, "q8_0": 7}  # llama.cpp's `llama_ftype`
 _BLOCK = 32
 _OWN = {"general.architecture", "general.file_type"}  # written for the new file
@@ -33,16 +34,15 @@ def default_folder() -> Path:
     return user_cache_path("opsin") / "projectors"
 
 
-def convert_projector(source: Path, kind: ProjectorType, folder: Path | None = None) -> Path | None:
-    """`source` with its large matrices as `kind`, written once for each state of it; None where nothing would change.
+def convert_projector(source: Path, kind: ProjectorType, folder: Path) -> Path | None:
+    """`source` with its large matrices as `kind`, named after its state; None where nothing would change.
 
     Raises ModelUnreadable for a file that is no GGUF, BadInput when it cannot be written.
     """
     state = source.stat()
-    name = hashlib.sha256(repr((str(source.resolve()), state.st_size, state.st_mtime_ns)).encode()).hexdigest()[:12]
-    target = (folder or default_folder()) / f"{source.stem}-{name}-{kind}.gguf"
-    if target.is_file():
-        return target
+    known = (_VERSION, str(source.resolve()), state.st_size, state.st_mtime_ns)
+    name = hashlib.sha256(repr(known).encode()).hexdigest()[:12]
+    target = folder / f"{source.stem}-{name}-{kind}.gguf"
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -57,6 +57,16 @@ def convert_projector(source: Path, kind: ProjectorType, folder: Path | None = N
         with contextlib.suppress(FileNotFoundError):
             part.unlink()
     return target if changed else None
+
+
+def keep(made: Path) -> Path:
+    """Move a conversion to where it stays. Raises BadInput."""
+    target = default_folder() / made.name
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return made.replace(target)
+    except OSError as error:
+        raise BadInput(f"{target} could not be written: {error.strerror or error}.") from error
 
 
 def _write(source: Path, kind: ProjectorType, part: Path) -> bool:

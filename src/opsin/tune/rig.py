@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
-from typing import Protocol
 
 from opsin.bench.batched import measure_batched
+from opsin.bench.engine_driver import EngineDriver
 from opsin.bench.pictures import picture_file
 from opsin.core.answer import Answer
-from opsin.core.backend import Backend
+from opsin.core.backend import Backend, BackendLimits
 from opsin.core.errors import BadParameter, EngineError
 from opsin.core.layout import ImageRun, Layout
 from opsin.core.picture import Picture
@@ -28,37 +28,27 @@ TOKENS = 32
 _STEPS = 16
 _BATCH_TOKENS = 40
 _SEEDS = 7_000_000  # pictures that no workload has
+_ROOM = 256  # tokens of a prompt's text and of the answer
+_CTX = 2048  # from so many a sequence the engine lays its memory out as with more
 
 
-class Rig(Protocol):
+@dataclass(frozen=True, slots=True)
+class Rig:
     """An engine, what writes its prompts, and its backend, which may be used while the engine is idle.
 
-    `threads` are those in force for decode, prefill and encode.
+    `threads` are those in force for decode, prefill and encode; `close` frees everything.
     """
 
-    @property
-    def engine(self) -> Engine:
-        """The running engine."""
-        ...
+    engine: Engine
+    prompts: PromptBuilder
+    backend: Backend
+    threads: tuple[int, int, int]
+    close: Callable[[], None]
 
     @property
-    def prompts(self) -> PromptBuilder:
-        """Writes prompts for the model."""
-        ...
-
-    @property
-    def backend(self) -> Backend:
-        """The engine's backend."""
-        ...
-
-    @property
-    def threads(self) -> tuple[int, int, int]:
-        """Threads of decode, prefill and encode."""
-        ...
-
-    def close(self) -> None:
-        """Free everything."""
-        ...
+    def driver(self) -> EngineDriver:
+        """Asks the engine."""
+        return EngineDriver(self.engine, self.prompts)
 
 
 OpenRig = Callable[[EngineSettings], Rig]
@@ -99,6 +89,46 @@ def asked(rig: Rig, number: int, question: str, params: SamplingParams, before: 
 
 
 @dataclass(frozen=True, slots=True)
+class Sized:
+    """Settings to measure with, and what they gave: threads, the backend's limits, and the tokens of a picture."""
+
+    settings: EngineSettings
+    threads: tuple[int, int, int]
+    limits: BackendLimits
+    image_tokens: int
+
+
+def sized(open_rig: OpenRig, settings: EngineSettings, *, gpus: bool) -> Sized:
+    """Load the settings as they are used, and give them a context just large enough, so that two engines fit.
+
+    On `gpus` the layers that went there are named: an engine that has less room fails instead of being slower. Raises
+    BadParameter where less context would lay the memory out in another way, and what opening raises.
+    """
+    settings = settings.model_copy(update={"disk_cache": False})
+    rig = open_rig(settings)
+    try:
+        limits = rig.backend.limits
+        with laid_out(rig, 0) as layout:
+            needed, tokens = layout.n_tokens + _ROOM, layout.n_image_tokens
+        if gpus and settings.gpu_layers is None:
+            layers = rig.backend.placement().layers_offloaded
+            settings = settings.model_copy(update={"gpu_layers": layers + 1 if layers else 0})  # and the output layer
+    finally:
+        rig.close()
+    if settings.ctx is None:
+        settings = settings.model_copy(update={"ctx": max(_CTX, needed) * settings.parallel})
+        if limits.shared and settings.parallel > 1:
+            small = open_rig(settings)
+            small.close()
+            if not small.backend.limits.shared:
+                raise BadParameter(
+                    f"With the small context of a tuning the {settings.parallel} answers would have memories of their "
+                    "own, and without --ctx they share one on this machine: give the --ctx that you will use."
+                )
+    return Sized(settings, rig.threads, limits, tokens)
+
+
+@dataclass(frozen=True, slots=True)
 class Pieces:
     """Seconds: encode and prefill of one question, a decode step alone, and a token of a full batch."""
 
@@ -114,40 +144,36 @@ class Pieces:
         return Cost(before + TOKENS * self.step, before + TOKENS * self.batched)
 
 
+@dataclass
 class RigTrial:
     """Measures the part of the work that is being tuned; the other part is taken from `known`."""
 
-    def __init__(self, rig: Rig, part: Part, sequences: int, known: Pieces | None = None) -> None:
-        self._rig = rig
-        self._part = part
-        self._sequences = sequences
-        self._known = known
-        self._asked = 0
-        self._warm()
+    rig: Rig
+    part: Part
+    sequences: int
+    known: Pieces = Pieces(0.0, 0.0, 0.0, 0.0)
 
-    def _warm(self) -> None:
-        if self._part == "encode":
-            encode_seconds(self._rig)
+    def __post_init__(self) -> None:
+        self._asked = 0
+        if self.part == "encode":
+            encode_seconds(self.rig)
         else:
             # The picture is encoded here, and known from then on.
-            asked(self._rig, 0, "what is this?", SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
+            asked(self.rig, 0, "what is this?", SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
 
     def run(self) -> Cost:
         """Measure once."""
-        known = self._known
-        if self._part == "encode":
-            encode = encode_seconds(self._rig)
-            rest = known or Pieces(0.0, 0.0, 0.0, 0.0)
-            return Pieces(encode, rest.prefill, rest.step, rest.batched).cost
-        return self.language(0.0 if known is None else known.encode).cost
+        if self.part == "encode":
+            return replace(self.known, encode=encode_seconds(self.rig)).cost
+        return self.language(self.known.encode).cost
 
     def language(self, encode: float) -> Pieces:
         """Prefill and decode, with an encode that took so long. Raises EngineError."""
         self._asked += 1
         # A text in front that no other question has, so that the picture is prefilled again.
         params = SamplingParams(temperature=0, max_tokens=_STEPS + 1, ignore_eos=True, guard=False)
-        stages = asked(self._rig, 0, "what is this?", params, f"{self._asked}.").stages
-        full = measure_batched(self._rig.engine, self._rig.prompts, sequences=self._sequences, tokens=_BATCH_TOKENS)
+        stages = asked(self.rig, 0, "what is this?", params, f"{self._asked}.").stages
+        full = measure_batched(self.rig.engine, self.rig.prompts, sequences=self.sequences, tokens=_BATCH_TOKENS)
         if full.void is not None:
             raise EngineError(f"A full batch could not be measured, since {full.void}: tune with a smaller --parallel.")
         return Pieces(
@@ -159,7 +185,7 @@ class RigTrial:
 
     def close(self) -> None:
         """Free the rig."""
-        self._rig.close()
+        self.rig.close()
 
 
 def survey(rig: Rig, sequences: int, rounds: int = 3) -> tuple[Pieces, float]:

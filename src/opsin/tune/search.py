@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import median, stdev
+from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any, Literal, Protocol
 
 from opsin.core.errors import OpsinError
@@ -22,7 +23,10 @@ OBJECTIVES: tuple[Objective, ...] = ("latency", "throughput", "both")
 LEAST_GAIN = 0.01
 """What must be won beyond the noise: less is not worth a line in a file."""
 ROUNDS = 6
+LEAST_ROUNDS = 3
+"""Fewer tell too little of the noise for anything to win."""
 _LEAST_NOISE = 0.003
+_STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}  # quantiles (97.5 %) of Student's t, by rounds; 2.45 of more
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +70,16 @@ class Trial(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """A cost over the incumbent's: the ratio of the medians, and twice the standard error of the rounds' ratios."""
+    """A cost over the incumbent's: the geometric mean of the rounds' ratios, and half of its 95 % interval."""
 
     value: float
     noise: float
+    rounds: int = LEAST_ROUNDS
 
     @property
     def wins(self) -> bool:
         """Whether it is better by more than the noise."""
-        return self.value + self.noise < 1.0 - LEAST_GAIN
+        return self.rounds >= LEAST_ROUNDS and self.value + self.noise < 1.0 - LEAST_GAIN
 
     @property
     def hopeless(self) -> bool:
@@ -102,11 +107,15 @@ class Found:
     out_of_time: bool
 
 
-def ratio_of(ours: Sequence[float], base: Sequence[float], unknown: float) -> Ratio:
-    """Ratio of medians of equally long rows; `unknown` is the noise where one round tells nothing of it."""
+def ratio_of(ours: Sequence[float], base: Sequence[float], noise: float) -> Ratio:
+    """Ratio of rounds measured in pairs; `noise` is a single round's, as it is known of the machine.
+
+    Rounds that happen to agree do not make it smaller than that allows.
+    """
     logs = [math.log(a / b) for a, b in zip(ours, base, strict=True)]
-    noise = 2 * stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else unknown
-    return Ratio(median(ours) / median(base), max(noise, _LEAST_NOISE))
+    rounds = len(logs)
+    seen = _STUDENT.get(rounds, 2.45) * stdev(logs) if rounds > 1 else 0.0
+    return Ratio(math.exp(fmean(logs)), max(max(seen, noise) / math.sqrt(rounds), _LEAST_NOISE), rounds)
 
 
 def compare(
@@ -129,40 +138,34 @@ def compare(
         ratios = {o: ratio_of([c.by(o) for _, c in costs], [b.by(o) for b, _ in costs], noise) for o in OBJECTIVES}
         if all(ratio.hopeless for ratio in ratios.values()):
             break
-        # Two rounds that happen to agree show no noise at all; three that are no better on average need no fourth.
-        if turn >= 2 and all(ratio.wins or ratio.value > 1.0 - LEAST_GAIN for ratio in ratios.values()):
+        # What is no better on average after three rounds needs no fourth.
+        if turn + 1 >= LEAST_ROUNDS and all(ratio.wins or ratio.value > 1.0 - LEAST_GAIN for ratio in ratios.values()):
             break
         if not may_go_on():
             break
     return ratios, len(costs)
 
 
+@dataclass
 class Search:
     """Goes through the dimensions one after another; each candidate is measured against the best so far.
 
     `open_trial` makes settings ready; `admit` says why a choice may not be made, None when it may. No measurement is
-    begun after `deadline`, a time of `now`, nor when it can be foreseen to end behind it. `untuned` are values that the
-    untuned settings are known to have, which need not be tried.
+    begun after `deadline`, a time of `now`, nor when it can be foreseen to end behind it: `expected` are the seconds of
+    a candidate before one was measured. `untuned` are values that the untuned settings are known to have, which need
+    not be tried.
     """
 
-    def __init__(
-        self,
-        open_trial: Callable[[Choice, Part], Trial],
-        *,
-        noise: float,
-        deadline: float,
-        now: Callable[[], float],
-        untuned: Choice | None = None,
-        admit: Callable[[Choice], str | None] = lambda _: None,
-        tell: Callable[[str], None] = lambda _: None,
-    ) -> None:
-        self._open = open_trial
-        self._noise = noise
-        self._deadline = deadline
-        self._now = now
-        self._untuned = untuned or {}
-        self._admit = admit
-        self._tell = tell
+    open_trial: Callable[[Choice, Part], Trial]
+    noise: float
+    deadline: float
+    now: Callable[[], float]
+    expected: float = 0.0
+    untuned: Choice = field(default_factory=dict)
+    admit: Callable[[Choice], str | None] = lambda _: None
+    tell: Callable[[str], None] = lambda _: None
+
+    def __post_init__(self) -> None:
         self._best: dict[Objective, Choice] = {objective: {} for objective in OBJECTIVES}
         self._tried: list[Tried] = []
         self._took: dict[Part, float] = {}
@@ -180,17 +183,17 @@ class Search:
         base: Trial | None = None
         try:
             for candidate in dimension.candidates:
-                if candidate.items() <= {**self._untuned, **incumbent}.items():
+                if candidate.items() <= {**self.untuned, **incumbent}.items():
                     continue
-                if self._now() + self._took.get(dimension.part, 0.0) > self._deadline:
+                if self.now() + self._took.get(dimension.part, self.expected) > self.deadline:
                     self._late = True
                     self._tried.append(Tried(dimension.name, candidate, "no time left"))
                     continue
-                self._tell(f"{dimension.name}: {shown(candidate)}")
-                began = self._now()
-                base = base or self._open(incumbent, dimension.part)
+                self.tell(f"{dimension.name}: {shown(candidate)}")
+                began = self.now()
+                base = base or self.open_trial(incumbent, dimension.part)
                 tried = self._candidate(dimension, candidate, base, incumbent)
-                self._took[dimension.part] = self._now() - began
+                self._took[dimension.part] = max(self._took.get(dimension.part, 0.0), self.now() - began)
                 self._tried.append(tried)
                 if tried.verdict != "better":
                     continue
@@ -207,14 +210,17 @@ class Search:
     def _candidate(self, dimension: Dimension, candidate: Choice, base: Trial, incumbent: Choice) -> Tried:
         choice = {**incumbent, **candidate}
         try:
-            other = self._open(choice, dimension.part)
+            other = self.open_trial(choice, dimension.part)
             try:
-                ratios, rounds = compare(base, other, noise=self._noise, may_go_on=lambda: self._now() < self._deadline)
+                ratios, rounds = compare(base, other, noise=self.noise, may_go_on=lambda: self.now() < self.deadline)
             finally:
                 other.close()
-            verdict = "better" if rounds > 1 and any(ratio.wins for ratio in ratios.values()) else "no better"
+            verdict = "better" if any(ratio.wins for ratio in ratios.values()) else "no better"
+            open_still = any(ratio.value < 1.0 - LEAST_GAIN and not ratio.hopeless for ratio in ratios.values())
+            if verdict != "better" and open_still and rounds < ROUNDS and self.now() >= self.deadline:
+                self._late, verdict = True, "no time left"
             if verdict == "better" and dimension.checked:
-                why = self._admit(choice)
+                why = self.admit(choice)
                 verdict = verdict if why is None else f"refused: {why}"
         except OpsinError as error:
             # Settings that this machine or model cannot have are a finding, not the end.
@@ -222,7 +228,15 @@ class Search:
         return Tried(dimension.name, candidate, verdict, ratios, rounds)
 
 
+def plain(value: Any) -> Any:
+    """Values that JSON knows, with numbers of five digits; of a path its file's name."""
+    if isinstance(value, Mapping):
+        return {name: plain(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(one) for one in value]
+    return value.name if isinstance(value, Path) else round(value, 5) if isinstance(value, float) else value
+
+
 def shown(choice: Choice) -> str:
-    """A choice in one line; of a path its file's name."""
-    words = {name: getattr(value, "name", value) for name, value in choice.items()}
-    return ", ".join(f"{name} {value}" for name, value in words.items()) or "untuned"
+    """A choice in one line."""
+    return ", ".join(f"{name} {value}" for name, value in plain(choice).items()) or "untuned"

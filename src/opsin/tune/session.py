@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from opsin.core.errors import OpsinError
 from opsin.core.settings import EngineSettings, Profile
-from opsin.tune.finals import ROUNDS, driver_of, measure_finals, workloads
+from opsin.tune.finals import ROUNDS, Final, play_final, workloads
 from opsin.tune.pareto import Point, pareto, pick
-from opsin.tune.projector import ProjectorType, convert_projector
-from opsin.tune.rig import OpenRig, Pieces, Rig, RigTrial, laid_out, survey
-from opsin.tune.search import Choice, Found, Part, Search, Tried, shown
-from opsin.tune.space import Ground, dimensions, sharing
-from opsin.tune.tolerance import Reference, judge, reference
+from opsin.tune.projector import ProjectorType
+from opsin.tune.rig import OpenRig, Pieces, Rig, RigTrial, sized, survey
+from opsin.tune.search import LEAST_GAIN, LEAST_ROUNDS, Choice, Found, Part, Search, Tried, plain, shown
+from opsin.tune.space import SHARING, Wish, dimensions
+from opsin.tune.tolerance import judge, reference
 
 SEARCH_SHARE = 0.5
 """Of the time goes to the search; the finals take what they need of the rest."""
-_ROOM = 256  # tokens of a prompt's text and of the answer
-_CTX = 2048  # from so many a sequence the engine lays its memory out as with more
+CONFIRM = 3
+"""Rounds of what was picked against the untuned settings; the figures that are told are of these alone."""
 _THREADS = ("threads", "threads_batch", "threads_encode")
 _ENCODER = frozenset({"mmproj", "mmproj_device", "vision_flash_attention"})
 
@@ -52,145 +54,84 @@ class Report:
 
     def as_document(self) -> dict[str, Any]:
         """Everything in plain JSON values; times in seconds, ratios over untuned times."""
-        return {
-            "kind": "tune",
-            "profile": self.profile,
-            "seconds": round(self.seconds, 1),
-            "noise": round(self.noise, 4),
-            "untuned_pieces_s": {name: round(value, 5) for name, value in asdict(self.pieces).items()},
-            "tried": [
-                {
-                    "what": tried.dimension,
-                    "choice": _plain(tried.choice),
-                    "verdict": tried.verdict,
-                    "rounds": tried.rounds,
-                    "ratios": {o: [round(r.value, 4), round(r.noise, 4)] for o, r in tried.ratios.items()},
-                }
-                for tried in self.tried
-            ],
-            "finalists": [
-                {
-                    "name": point.name,
-                    "choice": _plain(point.choice),
-                    "seconds_of_one": round(point.latency_s, 4),
-                    "answers_a_second": round(point.answers_s, 4),
-                    "latency_ratio": [round(point.latency.value, 4), round(point.latency.noise, 4)],
-                    "batch_ratio": [round(point.batch.value, 4), round(point.batch.noise, 4)],
-                    "pareto": point in self.front,
-                }
-                for point in self.points
-            ],
-            "picked": self.picked.name,
-            "settings": _plain(self.settings),
-            "checks": self.checks,
-            "notes": list(self.notes),
-        }
+        names = {"picked": self.picked.name, "pareto": [point.name for point in self.front]}
+        return {"kind": "tune", **plain(asdict(self)), **names}
 
 
-def _plain(choice: Choice) -> dict[str, Any]:
-    return {name: value.name if isinstance(value, Path) else value for name, value in choice.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """What is wanted of a tuning; `fixed` are settings that the user chose and that stay."""
-
-    profile: Profile
-    fixed: frozenset[str] = frozenset()
-    minutes: float = 10.0
-    allow_approximate: bool = False
-    cores: int = 1
-    gpus: tuple[str, ...] = ()
-
-
+@dataclass
 class Tuning:
     """Opens engines with the settings to be tried. `settings` are the untuned ones, with model and projector."""
 
-    def __init__(
-        self,
-        open_rig: OpenRig,
-        settings: EngineSettings,
-        wish: Wish,
-        *,
-        convert: Callable[[Path, ProjectorType], Path | None] = convert_projector,
-        now: Callable[[], float] = time.monotonic,
-        tell: Callable[[str, float], None] = lambda _text, _share: None,
-    ) -> None:
-        self._open_rig = open_rig
-        self._untuned = settings
-        self._wish = wish
-        self._convert = convert
-        self._now = now
-        self._began = now()
-        self._tell = tell
+    open_rig: OpenRig
+    settings: EngineSettings
+    wish: Wish
+    convert: Callable[[Path, ProjectorType], Path | None]
+    check_room: Callable[[EngineSettings], None] = lambda _: None
+    now: Callable[[], float] = time.monotonic
+    tell: Callable[[str, float], None] = lambda _text, _share: None
+
+    def __post_init__(self) -> None:
+        self._began = self.now()
+        self._end = self._began + 60 * self.wish.minutes
+        self._deadline = self._began + SEARCH_SHARE * 60 * self.wish.minutes
         self._checks: dict[str, tuple[str | None, str]] = {}
 
     def run(self) -> Report:
-        """Measure, and choose. Raises what opening the untuned settings raises."""
-        wish = self._wish
+        """Measure, and choose. Raises what opening the untuned settings raises, and what `check_room` does."""
+        wish = self.wish
         self._say("loading")
-        settings, threads = self._sized()
+        facts = sized(self.open_rig, self.settings, gpus=bool(wish.gpus))
         # The untuned numbers of threads, said aloud: one of them left out would follow another that is tried.
-        self._base = settings.model_copy(update=dict(zip(_THREADS, threads, strict=True)))
+        threads = dict(zip(_THREADS, facts.threads, strict=True))
+        self._base = facts.settings.model_copy(update=threads)
+        self._sequences = min(8, self._base.parallel)
+        self.check_room(self._base)
+        loading = self.now()
         with ExitStack() as stack:
             rig = self._opened(stack, {})
             self._say("measuring the untuned settings")
-            self._pieces, noise = survey(rig, self._sequences)
-            before = reference(rig)
-            with laid_out(rig, 0) as layout:
-                tokens = layout.n_image_tokens
-            ground = Ground(wish.cores, wish.gpus, rig.engine.limits, tokens, self._base.mmproj)
-            space = dimensions(ground, wish.fixed, self._convert, allow_approximate=wish.allow_approximate)
-            search = Search(
-                self._trial,
-                noise=noise,
-                deadline=self._began + SEARCH_SHARE * 60 * wish.minutes,
-                now=self._now,
-                untuned={name: getattr(self._base, name) for name in _THREADS},
-                admit=lambda choice: self._admit(choice, before),
-                tell=self._say,
-            )
-            found = search.run(space)
-            points, notes = self._finals(stack, rig, found)
-            picked, refused = self._admitted(points, before)
-        told = self._checks.get(repr(picked.choice), (None, ""))[1]
+            self._load = self.now() - loading
+            self._pieces, self._noise = survey(rig, self._sequences)
+            asking = self.now()
+            self._before = reference(rig)
+            self._check_seconds = self._load + self.now() - asking
+        # The finals take what is left, and that is no less than they need.
+        self._deadline = max(
+            self._deadline, self._end - self._takes(ROUNDS) - self._takes(CONFIRM) - self._check_seconds
+        )
+        space = dimensions(wish, facts, self._convert)
+        search = Search(
+            self._trial,
+            noise=self._noise,
+            deadline=self._deadline,
+            now=self.now,
+            # Two are opened and warmed up, and measured once.
+            expected=2 * self._load + 4 * self._pieces.cost.latency,
+            untuned=threads,
+            admit=self._admit,
+            tell=self._say,
+        )
+        found = search.run(space)
+        points, left_out = self._finals(found)
+        points, picked, refused = self._admitted(points)
         return Report(
             profile=wish.profile,
             pieces=self._pieces,
-            noise=noise,
+            noise=self._noise,
             tried=found.tried,
             points=points,
             picked=picked,
-            seconds=self._now() - self._began,
+            seconds=self.now() - self._began,
             settings=self._worth_saying(picked.choice),
-            checks=told,
-            notes=(*(["the time was over before all was tried"] if found.out_of_time else []), *notes, *refused),
+            checks=self._checks.get(repr(picked.choice), (None, ""))[1],
+            notes=(*(["the time was over before all was tried"] if found.out_of_time else []), *left_out, *refused),
         )
-
-    @property
-    def _sequences(self) -> int:
-        return min(8, self._base.parallel)
 
     def _say(self, text: str) -> None:
-        self._tell(text, min(1.0, (self._now() - self._began) / (60 * self._wish.minutes)))
-
-    def _sized(self) -> tuple[EngineSettings, tuple[int, int, int]]:
-        """The untuned settings with a context just large enough, so that several engines fit; and their threads."""
-        chosen = self._untuned.ctx
-        settings = self._untuned.model_copy(
-            update={"disk_cache": False, "ctx": chosen or _CTX * self._untuned.parallel}
-        )
-        rig = self._open_rig(settings)
-        try:
-            with laid_out(rig, 0) as layout:
-                needed = (layout.n_tokens + _ROOM) * settings.parallel
-            threads = rig.threads
-        finally:
-            rig.close()
-        return settings.model_copy(update={"ctx": chosen or max(settings.ctx or 0, needed)}), threads
+        self.tell(text, min(1.0, (self.now() - self._began) / (self._end - self._began)))
 
     def _opened(self, stack: ExitStack, choice: Choice) -> Rig:
-        rig = self._open_rig(self._with(choice))
+        rig = self.open_rig(self._with(choice))
         stack.callback(rig.close)
         return rig
 
@@ -198,60 +139,109 @@ class Tuning:
         # Through the constructor, so that fields are known to be set, and values are checked.
         return EngineSettings(**{**self._base.model_dump(exclude_unset=True), **choice})
 
-    def _trial(self, choice: Choice, part: Part) -> RigTrial:
-        return RigTrial(self._open_rig(self._with(choice)), part, self._sequences, self._pieces)
+    def _convert(self, source: Path, kind: ProjectorType) -> Path | None:
+        if self.now() >= self._deadline:
+            return None
+        self._say(f"writing {source.name} as {kind}")
+        return self.convert(source, kind)
 
-    def _admit(self, choice: Choice, before: Reference) -> str | None:
+    def _trial(self, choice: Choice, part: Part) -> RigTrial:
+        rig = self.open_rig(self._with(choice))
+        try:
+            return RigTrial(rig, part, self._sequences, self._pieces)
+        except BaseException:
+            rig.close()
+            raise
+
+    def _admit(self, choice: Choice) -> str | None:
         key = repr(choice)
         if key not in self._checks:
             with ExitStack() as stack:
                 rig = self._opened(stack, choice)
-                self._checks[key] = judge(before, rig, encoder=bool(_ENCODER & choice.keys()))
-        return None if self._wish.allow_approximate else self._checks[key][0]
+                self._checks[key] = judge(self._before, rig, encoder=bool(_ENCODER & choice.keys()))
+        return None if self.wish.allow_approximate else self._checks[key][0]
 
-    def _admitted(self, points: tuple[Point, ...], before: Reference) -> tuple[Point, list[str]]:
-        """The best whose answers are near enough as a whole, and why better ones are not taken."""
-        left, refused = list(points), []
-        while (picked := pick(left, self._wish.profile)) is not points[0]:
-            why = self._admit(picked.choice, before)
-            if why is None:
-                break
-            refused.append(f"{picked.name} was best, but {why}")
-            left.remove(picked)
-        return picked, refused
+    def _takes(self, rounds: int) -> float:
+        """Seconds that so many rounds of two rigs take, about, with loading and warming up."""
+        one, many = self._pieces.cost.latency, self._sequences * self._pieces.cost.batch
+        alone = len(workloads(self._sequences)[0].asks)
+        return 2 * (self._load + one + rounds * (alone * one + many))
 
-    def _finals(self, stack: ExitStack, untuned: Rig, found: Found) -> tuple[tuple[Point, ...], list[str]]:
-        choices: dict[str, Choice] = {"untuned": {}}
+    def _finals(self, found: Found) -> tuple[tuple[Point, ...], list[str]]:
+        """The untuned point and those of the finalists, each of which plays against the untuned settings."""
+        choices = self._finalists(found)
+        notes = [] if choices else ["nothing that was tried won: no finals"]
+        played: dict[str, Final] = {}
+        # Behind them comes the check of what is picked.
+        end = self._end - self._takes(CONFIRM) - self._check_seconds
+        for others, (name, choice) in zip(range(len(choices) - 1, -1, -1), choices.items(), strict=True):
+            if self.now() + self._takes(LEAST_ROUNDS) > end:
+                notes.append(f"{name} is left out of the finals: no time was left")
+                continue
+            self._say(f"{name} against the untuned settings")
+            try:
+                played[name] = self._play(choice, end=end - others * self._takes(LEAST_ROUNDS))
+            except OpsinError as error:
+                notes.append(f"{name} is left out of the finals: {error}")
+        untuned = [final.untuned for final in played.values()] or [self._pieces.cost]
+        one, many = median(cost.latency for cost in untuned), median(cost.batch for cost in untuned)
+        rivals = (
+            Point(name, one * f.latency.value, 1.0 / (many * f.batch.value), f.latency, f.batch, choices[name])
+            for name, f in played.items()
+        )
+        return (Point("untuned", one, 1.0 / many), *rivals), notes
+
+    def _finalists(self, found: Found) -> dict[str, Choice]:
+        choices: dict[str, Choice] = {}
         # The balanced one first: where the others are the same, it has the name.
         for name, objective in (("balanced", "both"), ("best latency", "latency"), ("best throughput", "throughput")):
             choice = found.best[objective]  # type: ignore[index]
             if choice and choice not in choices.values():
                 choices[name] = choice
-        if self._wish.profile == "throughput" and self._sequences > 1:
-            best = found.best["throughput"]
-            for name, share in sharing():
-                if not share.keys() & self._wish.fixed:
-                    choices[name] = {**best, **share}
-        if len(choices) == 1:
-            pieces = self._pieces.cost
-            return (Point("untuned", pieces.latency, 1.0 / pieces.batch),), ["nothing that was tried won: no finals"]
-        drivers, notes = {"untuned": driver_of(untuned)}, []
-        for name, choice in list(choices.items())[1:]:
+        if self.wish.profile == "throughput" and self._sequences > 1:
+            for name, share in SHARING.items():
+                if not share.keys() & self.wish.fixed:
+                    choices[name] = {**found.best["throughput"], **share}
+        return choices
+
+    def _play(self, choice: Choice, *, rounds: int = ROUNDS, first: int = 0, end: float = math.inf) -> Final:
+        with ExitStack() as stack:
+            untuned, other = self._opened(stack, {}), self._opened(stack, choice)
+            return play_final(
+                untuned.driver,
+                other.driver,
+                workloads(self._sequences),
+                noise=self._noise,
+                rounds=rounds,
+                first=first,
+                may_go_on=lambda seconds: self.now() + seconds < end,
+                now=self.now,
+            )
+
+    def _admitted(self, points: tuple[Point, ...]) -> tuple[tuple[Point, ...], Point, list[str]]:
+        """The best whose answers are near enough as a whole and that wins further rounds; why others are not taken.
+
+        Its figures are then those of the further rounds: the rounds that chose it are the lucky ones.
+        """
+        left = list(points)
+        refused: list[str] = []
+        mine = "latency" if self.wish.profile == "interactive" else "batch"
+        while (picked := pick(left, self.wish.profile)) is not points[0]:
+            self._say(f"checking {picked.name}")
             try:
-                drivers[name] = driver_of(self._opened(stack, choice))
+                late = self.now() + self._check_seconds + self._takes(CONFIRM) > self._end
+                why = "no time was left to check it" if late else self._admit(picked.choice)
+                if why is None:
+                    again = self._play(picked.choice, rounds=CONFIRM, first=ROUNDS)
+                    confirmed = replace(picked, latency=again.latency, batch=again.batch)
+                    if getattr(again, mine).value < 1.0 - LEAST_GAIN:
+                        return tuple(confirmed if p is picked else p for p in points), confirmed, refused
+                    why = "further rounds did not bear it out"
             except OpsinError as error:
-                notes.append(f"{name} is left out of the finals: {error}")
-        end = self._began + 60 * self._wish.minutes
-        points = measure_finals(
-            drivers,
-            choices,
-            workloads(self._sequences),
-            rounds=ROUNDS,
-            may_go_on=lambda seconds: self._now() + seconds < end,
-            now=self._now,
-            tell=self._say,
-        )
-        return points, notes
+                why = str(error)
+            refused.append(f"{picked.name} was best, but {why}")
+            left.remove(picked)
+        return points, picked, refused
 
     def _worth_saying(self, choice: Choice) -> Choice:
         """The choice as a file should say it: with all numbers of threads, if one is tuned."""

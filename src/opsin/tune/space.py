@@ -9,56 +9,64 @@ from typing import Any
 
 from opsin.core.backend import BackendLimits
 from opsin.core.errors import OpsinError
+from opsin.core.settings import Profile
 from opsin.tune.projector import TYPES, ProjectorType
+from opsin.tune.rig import Sized
 from opsin.tune.search import Choice, Dimension
+
+SHARING: dict[str, Choice] = {
+    "streams wait longer": {"longest_turn": 0.6, "turn_share": 0.03},
+    "longer slices, streams wait longer": {"slice_seconds": 0.8, "longest_turn": 0.8, "turn_share": 0.03},
+}
+"""How encode and decode may share the machine where throughput is what counts."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ground:
-    """What candidates depend on: logical cores, GPUs by ggml's names, and the loaded pair's sizes."""
+class Wish:
+    """What is wanted of a tuning; `fixed` are settings that the user chose and that stay.
 
-    cores: int
-    gpus: tuple[str, ...]
-    limits: BackendLimits
-    image_tokens: int
-    projector: Path | None
+    `cores` are logical ones, `gpus` go by ggml's names.
+    """
+
+    profile: Profile
+    fixed: frozenset[str] = frozenset()
+    minutes: float = 10.0
+    allow_approximate: bool = False
+    cores: int = 1
+    gpus: tuple[str, ...] = ()
 
 
-def dimensions(
-    ground: Ground,
-    fixed: Collection[str],
-    convert: Callable[[Path, ProjectorType], Path | None],
-    *,
-    allow_approximate: bool = False,
-) -> list[Dimension]:
+def dimensions(wish: Wish, facts: Sized, convert: Callable[[Path, ProjectorType], Path | None]) -> list[Dimension]:
     """In the order in which they are tried: first what wins most for the least time.
 
-    Settings that the user gave (`fixed`) are left alone. `convert` writes a projector of another type, None where it
-    would be the same.
+    `convert` writes a projector of another type, None where it would be the same.
     """
-    threads = sorted({1, max(1, ground.cores // 2), ground.cores})
-    types = ("q8_0", "q4_0") if allow_approximate else ("q8_0",)
+    threads = sorted({1, max(1, wish.cores // 2), wish.cores})
+    types = ("q8_0", "q4_0") if wish.allow_approximate else ("q8_0",)
     found = [
         Dimension("threads of encode", "encode", _each("threads_encode", threads)),
-        Dimension("flash attention", "language", (_other_attention(ground.limits),), checked=True),
-        Dimension("rows of prefill", "language", _rows(ground)),
+        Dimension("flash attention", "language", (_other_attention(facts.limits),), checked=True),
+        Dimension("rows of prefill", "language", _rows(facts)),
         Dimension("threads of prefill", "language", _each("threads_batch", threads)),
         Dimension("threads of decode", "language", _each("threads", threads)),
         Dimension("flash attention of vision", "encode", _each("vision_flash_attention", (False,)), checked=True),
         Dimension("KV memory", "language", _each("kv_type", types), checked=True),
     ]
-    if ground.gpus:
+    if wish.gpus:
         found += [
             Dimension("layers on the GPU", "language", _each("gpu_layers", (0,)), checked=True),
-            Dimension("device of the encoder", "encode", _each("mmproj_device", (*ground.gpus, "none")), checked=True),
+            # Untuned it is the first one.
+            Dimension(
+                "device of the encoder", "encode", _each("mmproj_device", [*wish.gpus[1:], "none"]), checked=True
+            ),
         ]
-    if len(ground.gpus) > 1:
-        found.append(Dimension("device", "language", _each("device", ground.gpus), checked=True))
-    if ground.projector is not None and "mmproj" not in fixed:
-        made = (_converted(ground.projector, kind, convert) for kind in TYPES)
+    if len(wish.gpus) > 1:
+        found.append(Dimension("device", "language", _each("device", wish.gpus), checked=True))
+    if facts.settings.mmproj is not None and "mmproj" not in wish.fixed:
+        made = (_converted(facts.settings.mmproj, kind, convert) for kind in TYPES)
         found.insert(1, Dimension("type of the projector", "encode", tuple(filter(None, made)), checked=True))
     open_ones = (
-        Dimension(one.name, one.part, tuple(c for c in one.candidates if not c.keys() & set(fixed)), one.checked)
+        Dimension(one.name, one.part, tuple(c for c in one.candidates if not c.keys() & wish.fixed), one.checked)
         for one in found
     )
     return [one for one in open_ones if one.candidates]
@@ -76,9 +84,9 @@ def _other_attention(limits: BackendLimits) -> Choice:
     return {"flash_attention": False, "vision_flash_attention": True} if limits.shared else {"flash_attention": True}
 
 
-def _rows(ground: Ground) -> tuple[Choice, ...]:
+def _rows(facts: Sized) -> tuple[Choice, ...]:
     """Steps of a prefill: half, one and a half and a whole picture, where steps are smaller than pictures; and less."""
-    limits, whole = ground.limits, ground.image_tokens
+    limits, whole = facts.limits, facts.image_tokens
     if not limits.best_rows:
         return tuple({"ubatch": rows} for rows in (256, 512, 2048) if rows != limits.n_ubatch)
     wanted = sorted({limits.best_rows // 2, limits.best_rows * 3 // 2, whole})
@@ -94,11 +102,3 @@ def _converted(
     except OpsinError:  # a disk without room leaves the other candidates
         return None
     return None if made is None else {"mmproj": made}
-
-
-def sharing() -> tuple[tuple[str, Choice], ...]:
-    """How encode and decode may share the machine where throughput is what counts: streams wait longer."""
-    return (
-        ("streams wait longer", {"longest_turn": 0.6, "turn_share": 0.03}),
-        ("longer slices, streams wait longer", {"slice_seconds": 0.8, "longest_turn": 0.8, "turn_share": 0.03}),
-    )

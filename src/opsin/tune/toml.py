@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from opsin.core.config import TUNED, TUNED_FROM, as_toml_value, read_file
+from opsin.core.config import TUNED, TUNED_FROM, as_toml_value, read_file, same_file
 from opsin.core.errors import BadInput, BadParameter
 
 _TABLE = re.compile(rf"^[ \t]*\[[ \t]*\"?{TUNED}\"?[ \t]*\][^\n]*\n?", re.MULTILINE)
@@ -37,7 +37,7 @@ def check_target(path: Path, model: Path | None, *, force: bool) -> None:
         _, tuned = read_file(path)
     except BadParameter as error:
         raise BadParameter(f"{error} To write over {path} all the same, give --force.") from None
-    if tuned and model is not None and Path(tuned["model"]) != model:
+    if tuned and model is not None and not same_file(tuned["model"], model):
         raise BadParameter(
             f"{path} was tuned for {tuned['model']}: give --force to replace that, or another file with --out."
         )
@@ -52,6 +52,7 @@ def write_tuned(path: Path, table: str) -> bool:
         rest = _rest(path)
         if not table and path.is_file() and rest == path.read_text(encoding="utf-8"):
             return False
+        path = path.resolve()  # a link stays one
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, part = tempfile.mkstemp(dir=path.parent, prefix=".opsin")
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -63,13 +64,17 @@ def write_tuned(path: Path, table: str) -> bool:
     return True
 
 
-def _rest(path: Path) -> str:
-    if not path.is_file():
-        return ""
+def read_tuned(path: Path) -> dict[str, Any] | None:
+    """The table of an opsin.toml; None where there is no such file, or a foreign one."""
     try:
-        read_file(path)
+        return read_file(path)[1]
     except BadParameter:
-        return ""  # foreign, and to be replaced
+        return None
+
+
+def _rest(path: Path) -> str:
+    if read_tuned(path) is None:
+        return ""  # not there, or foreign and to be replaced
     text = path.read_text(encoding="utf-8")
     found = _TABLE.search(text)
     if found is None:

@@ -1,5 +1,6 @@
 """The table [tuned] of an opsin.toml: for which model it holds, what wins over it, and how it is written."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,62 @@ def test_whatever_else_is_said_wins(home: Path) -> None:
     write(home, "threads = 5\n")
     assert read(home).settings.threads == 5
     assert read(home, {"OPSIN_THREADS": "6"}).settings.threads == 6
-    found = read(home, threads=7, mmproj=str(home / "mmproj-a.gguf"))
-    assert (found.settings.threads, found.settings.mmproj) == (7, home / "mmproj-a.gguf")
+    (home / "other.gguf").write_bytes(b"other")
+    found = read(home, threads=7, mmproj=str(home / "other.gguf"))
+    assert (found.settings.threads, found.settings.mmproj) == (7, home / "other.gguf")
     assert found.settings.kv_type == "q8_0"
+
+
+@pytest.mark.parametrize("how", ["flag", "environment", "file"])
+def test_who_gives_the_projector_that_was_tuned_gets_the_tuned_one(home: Path, how: str) -> None:
+    """With both files above the table, as most have them, its own projector was never used."""
+    files = {"model": str(home / "a.gguf"), "mmproj": f"{home}/../{home.name}/mmproj-a.gguf"}
+    write(home, "".join(f'{name} = "{path}"\n' for name, path in files.items()) if how == "file" else "")
+    environ = {f"OPSIN_{name.upper()}": path for name, path in files.items()}
+    found = read(home, environ if how == "environment" else {}, **(files if how == "flag" else {}))
+    assert found.settings.mmproj == home / "mmproj-a-bf16.gguf"
+
+
+@pytest.mark.parametrize("how", ["gone", "older"])
+def test_a_conversion_that_is_gone_or_stale_is_not_taken(
+    home: Path, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(home)
+    made = home / "mmproj-a-bf16.gguf"
+    if how == "gone":
+        made.unlink()
+    else:
+        os.utime(made, (1, 1))
+    assert read(home).settings.mmproj == home / "mmproj-a.gguf"
+    assert "is taken instead" in caplog.text
+
+
+def test_a_table_whose_model_is_gone_is_passed_over(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(home, "port = 1\n")
+    (home / "a.gguf").unlink()
+    settings = read(home).settings
+    assert (settings.model, settings.mmproj, settings.threads, settings.port) == (None, None, None, 1)
+    assert "a.gguf is gone" in caplog.text
+
+
+@pytest.mark.parametrize("how", ["flag", "environment", "file", "default"])
+def test_with_another_number_of_answers_the_layout_is_not_the_tuned_one(home: Path, how: str) -> None:
+    """Rows that were best for eight answers with memories of their own made a single one slower."""
+    layout = {"parallel": 8, "ctx": 4096, "ubatch": 256, "prefill_rows": 96, "flash_attention": True}
+    path = home / "opsin.toml"
+
+    def read_for(parallel: int) -> Any:
+        above = f"parallel = {parallel}\n" if how == "file" else ""
+        path.write_text(above + tuned_table(home / "a.gguf", None, {**layout, "threads": 3}, []))
+        environ = {"XDG_CONFIG_HOME": os.devnull, **({"OPSIN_PARALLEL": f"{parallel}"} if how == "environment" else {})}
+        flags = {"parallel": parallel} if how == "flag" else {}
+        return read_config(flags, environ, home, parallel=parallel if how == "default" else None).engine()
+
+    same, other = read_for(8), read_for(1)
+    assert same.model_dump(include=set(layout)) == layout
+    assert same.threads == other.threads == 3
+    assert other.parallel == 1
+    assert other.model_fields_set & layout.keys() <= {"parallel"}
 
 
 def test_it_can_be_passed_over(home: Path) -> None:
@@ -132,6 +186,8 @@ def test_a_foreign_file_and_another_models_are_not_written_over(home: Path) -> N
     path = write(home)
     check_target(path, home / "a.gguf", force=False)
     check_target(home / "new.toml", home / "a.gguf", force=False)
+    (home / "link.gguf").symlink_to(home / "a.gguf")
+    check_target(path, home / "link.gguf", force=False)
     with pytest.raises(BadParameter, match="was tuned for"):
         check_target(path, home / "b.gguf", force=False)
     check_target(path, home / "b.gguf", force=True)
@@ -141,6 +197,15 @@ def test_a_foreign_file_and_another_models_are_not_written_over(home: Path) -> N
         check_target(foreign, home / "a.gguf", force=False)
     write_tuned(foreign, tuned_table(home / "a.gguf", None, {"threads": 1}, []))
     assert read_file(foreign)[0] == {}
+
+
+def test_a_file_that_is_a_link_stays_one(home: Path) -> None:
+    real, link = home / "real.toml", home / "link.toml"
+    real.write_text("port = 9\n")
+    link.symlink_to(real)
+    write_tuned(link, tuned_table(home / "a.gguf", None, {"threads": 1}, []))
+    assert link.is_symlink()
+    assert read_file(real)[1]["threads"] == 1
 
 
 def test_a_folder_that_cannot_be_written_to_is_one_sentence(home: Path) -> None:

@@ -133,15 +133,36 @@ def test_known_values_of_the_untuned_settings_are_not_tried() -> None:
     assert [dict(tried.choice) for tried in found.tried] == [{"a": 3}]
 
 
-def test_a_ratio_of_medians_with_the_noise_of_its_rounds() -> None:
-    ratio = ratio_of([2.0, 2.0, 2.2], [1.0, 1.0, 1.1], 0.5)
+def test_a_ratio_is_of_pairs_with_the_noise_of_its_rounds() -> None:
+    ratio = ratio_of([2.0, 2.0, 2.2], [1.0, 1.0, 1.1], 0.05)
     assert ratio.value == pytest.approx(2.0)
-    assert ratio.noise < 0.01
+    # Rounds that agree by chance are not less noisy than the machine.
+    assert ratio.noise == pytest.approx(0.05 / 3**0.5)
+    # The machine became twice as slow between rounds: no pair saw a difference, medians of each side would.
+    assert ratio_of([1.0, 2.0, 1.0, 2.0], [1.0, 2.0, 1.0, 2.0], 0.01).value == pytest.approx(1.0)
+    assert ratio_of([1.0, 4.0, 2.0], [2.0, 2.0, 2.0], 0.01).value == pytest.approx(1.0)
     assert ratio_of([2.0], [1.0], 0.5).noise == 0.5
-    assert not ratio_of([0.8], [1.0], 0.5).wins
     noisy = ratio_of([0.5, 1.5, 0.9], [1.0, 1.0, 1.0], 0.5)
     assert noisy.noise > 0.5
     assert not noisy.wins
+
+
+def test_fewer_than_three_rounds_win_nothing() -> None:
+    assert [ratio_of([0.5] * n, [1.0] * n, 0.01).wins for n in (1, 2, 3)] == [False, False, True]
+    # Student's t: of three rounds one standard error is worth 4.3.
+    assert ratio_of([0.9, 0.95, 1.0], [1.0] * 3, 0.0).noise == pytest.approx(4.30 * 0.0527 / 3**0.5, rel=0.01)
+
+
+def test_what_the_time_cut_short_is_not_called_no_better() -> None:
+    found = World(lambda c: Cost(0.9, 0.9) if c.get("a") else Cost(1, 1)).search(dimension("a", 1), deadline=3.0)
+    assert found.tried[0].verdict == "no time left"
+    assert found.out_of_time
+
+
+def test_a_candidate_is_not_begun_when_it_can_be_foreseen_to_end_late() -> None:
+    world = World(lambda _: Cost(1, 1))
+    found = world.search(dimension("a", 1), deadline=10.0, expected=11.0)
+    assert (found.tried[0].verdict, world.clock) == ("no time left", 0.0)
 
 
 points = st.lists(

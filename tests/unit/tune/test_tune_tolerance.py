@@ -12,7 +12,7 @@ from opsin.core.errors import EngineError, ModelUnreadable
 from opsin.models.gguf_info import read_info
 from opsin.models.synth import write_pair
 from opsin.tune import finals
-from opsin.tune.finals import measure_finals, workloads
+from opsin.tune.finals import play_final, workloads
 from opsin.tune.pareto import Point
 from opsin.tune.picture import plot_svg, plot_text
 from opsin.tune.projector import convert_projector
@@ -89,14 +89,12 @@ def test_a_projector_is_converted_as_one_of_that_type_is_written(source: Path, t
     }
 
 
-def test_a_conversion_is_made_once_for_each_state_of_the_file(source: Path, tmp_path: Path) -> None:
+def test_a_conversion_is_named_after_the_state_of_the_file(source: Path, tmp_path: Path) -> None:
     copy = tmp_path / "mmproj.gguf"
     copy.write_bytes(source.read_bytes())
     first = convert_projector(copy, "bf16", tmp_path / "made")
     assert first is not None
-    written = first.stat().st_mtime_ns
     assert convert_projector(copy, "bf16", tmp_path / "made") == first
-    assert first.stat().st_mtime_ns == written
     copy.write_bytes(source.read_bytes() + bytes(32))
     assert convert_projector(copy, "bf16", tmp_path / "made") != first
     # What is of that type already has nothing to be changed, and leaves nothing behind.
@@ -159,24 +157,27 @@ def _cheap_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_cheap_pictures")
 def test_finals_stop_when_another_round_would_be_too_late() -> None:
-    drivers = {"untuned": _Driver(), "other": _Driver()}
+    drivers = (_Driver(), _Driver())
     asked: list[float] = []
-    points = measure_finals(
-        drivers,
-        {"untuned": {}, "other": {"threads": 1}},
+    clock = iter(range(100))
+    final = play_final(
+        *drivers,
         workloads(2),
+        noise=0.05,
         rounds=5,
         may_go_on=lambda seconds: asked.append(seconds) or len(asked) < 2,
-        now=lambda: 0.0,
+        now=lambda: next(clock),
     )
-    assert [point.name for point in points] == ["untuned", "other"]
-    assert points[1].choice == {"threads": 1}
-    assert points[0].latency.value == pytest.approx(1.0)
+    assert asked == [1, 1]
+    assert final.latency.rounds == 2
+    assert not final.latency.wins
     # A warm-up, and two rounds of two and two questions.
-    assert [driver.asked for driver in drivers.values()] == [9, 9]
+    assert [driver.asked for driver in drivers] == [9, 9]
 
 
 @pytest.mark.usefixtures("_cheap_pictures")
 def test_a_final_with_answers_of_another_length_counts_for_nothing() -> None:
-    with pytest.raises(EngineError, match="31 tokens were answered where 32"):
-        measure_finals({"untuned": _Driver(short=1)}, {"untuned": {}}, workloads(2), now=lambda: 0.0)
+    with pytest.raises(
+        EngineError, match=r"2 new pictures, one after another count.* 31 tokens were answered where 32"
+    ):
+        play_final(_Driver(), _Driver(short=1), workloads(2), noise=0.05)
