@@ -3,6 +3,7 @@
 import gc
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -238,3 +239,26 @@ def test_200_pictures_leave_memory_flat(open_pair: Callable[..., Any]) -> None:
     grown = process.memory_info().rss - before
     backend.close()
     assert grown < 0.02 * before, f"{grown / 2**20:.1f} MiB"
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
+def test_a_backend_at_rest_has_no_threads_that_wait_and_computes_the_same_afterwards(open_pair: Any) -> None:
+    def threads() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    backend = open_pair(threads=2, threads_batch=2)
+    before = threads()
+
+    def logits() -> Any:
+        backend.kv_remove(0, 0, -1)
+        assert backend.decode([TokenRow(token, token - 5, 0, logits=token == 24) for token in range(5, 25)])
+        return np.array(backend._context.logits(-1))
+
+    first = logits()
+    if threads() == before:
+        pytest.skip("this build of ggml computes without OpenMP")
+    backend.rest()
+    assert threads() == before
+    backend.rest()
+    assert np.array_equal(logits(), first)
+    backend.close()

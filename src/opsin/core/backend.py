@@ -174,6 +174,10 @@ class Backend(Protocol):
         """The last position held for a sequence, -1 when there is none."""
         ...
 
+    def rest(self) -> None:
+        """Nothing is to be done for a while: let go what stands in the way of others, such as threads that wait."""
+        ...
+
     def placement(self) -> Placement:
         """Run one encode and one prefill of their own with the probe on, and say where they ran.
 

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from opsin.cache import PictureCache, salted
 from opsin.core.answer import Started
@@ -29,6 +30,8 @@ from opsin.engine.policy import Policy
 from opsin.engine.request import AnswerStream, Request
 from opsin.engine.sequence import Sequence
 from opsin.engine.stats import Snapshot
+
+T = TypeVar("T")
 
 LAYOUT_WORKERS = 2
 PICTURE_BYTES = 512 * 2**20
@@ -151,7 +154,11 @@ class Engine:
 
     def placement(self) -> Placement:
         """Prove where encoder and language model run, by running them once; not while answers are timed."""
-        return self._loop.call(lambda backend: backend.placement()).result()
+        return self.call(lambda backend: backend.placement())
+
+    def call(self, work: Callable[[Backend], T]) -> T:
+        """Do `work` on the engine's thread between two steps. Raises EngineClosed, EngineDied and what `work` does."""
+        return self._loop.call(work).result()
 
     def close(self) -> None:
         """End everything: running answers fail with EngineClosed. Twice does no harm."""

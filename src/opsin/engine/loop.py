@@ -26,6 +26,7 @@ from opsin.engine.stats import Stats
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+_IDLE_SECONDS = 0.01  # between two questions of one user there is more
 
 
 class Loop:
@@ -142,13 +143,23 @@ class Loop:
             self._self_check()
         while not self._closing:
             try:
-                item = self._inbox.get(block=block)
+                item = self._next(block=block)
             except queue.Empty:
                 break
             if item is not None:
                 item()
             block = False
         return not self._closing
+
+    def _next(self, *, block: bool) -> Callable[[], None] | None:
+        """The next of the inbox; an engine that waits for long lets its threads go. Raises queue.Empty."""
+        if not block:
+            return self._inbox.get_nowait()
+        try:
+            return self._inbox.get(timeout=_IDLE_SECONDS)
+        except queue.Empty:
+            self._opened.result().rest()
+            return self._inbox.get()
 
     def _self_check(self) -> None:
         """With nobody waiting there is time to ask the backend whether it holds what the books say."""

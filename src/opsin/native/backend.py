@@ -17,6 +17,7 @@ from opsin.native.layout import Stretches, lay_out, lay_out_text
 from opsin.native.logprobs import token_logprob
 from opsin.native.model import Model
 from opsin.native.sampler import NativeSampler
+from opsin.native.threads import rest
 from opsin.native.vision import Encoder
 
 if TYPE_CHECKING:
@@ -207,6 +208,10 @@ class NativeBackend:
         """The last position held for a sequence, -1 when there is none."""
         with self._alone():
             return self._context.kv_last(seq_id)
+
+    def rest(self) -> None:
+        """Let the calling thread's team of OpenMP threads go; the next computation makes another in no time."""
+        rest(self._model.lib)
 
     def placement(self) -> Placement:
         """Run one encode and one prefill of their own with the probe on, and say where they ran."""

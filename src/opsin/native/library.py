@@ -14,12 +14,16 @@ from opsin.native import abi, ggml, logs
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """The two binding modules, the ggml functions they leave out, and where libllama lies."""
+    """The two binding modules, the ggml functions they leave out, and where libllama lies.
+
+    `pause` is OpenMP's `omp_pause_resource_all`, None in a build without it.
+    """
 
     llama: Any
     mtmd: Any
     ggml: Any
     path: Path
+    pause: Any = None
 
 
 _lock = threading.Lock()
@@ -53,4 +57,6 @@ def _load() -> Library:
     functions, missing = ggml.bind(libraries)
     abi.verify(abi.observe(llama_cpp.__version__, llama, mtmd, functions, missing))
     llama.llama_backend_init()
-    return Library(llama, mtmd, functions, Path(native._name))  # noqa: SLF001 - as above
+    # Looked for in what the library was linked with, too: a wheel's OpenMP has a name of its own.
+    pause = next((found for one in libraries if (found := getattr(one, "omp_pause_resource_all", None))), None)
+    return Library(llama, mtmd, functions, Path(native._name), pause)  # noqa: SLF001 - as above

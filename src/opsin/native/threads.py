@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from opsin.native.library import Library
 
 # Below this, threads wait for each other longer than they compute: measured with the 4 M demo model on 2 cores, a
 # decode step takes 0.25 ms with one thread and 0.36 with two, and 9 ms with two when other programs use the cores.
 SMALL_PARAMETERS = 20_000_000
 _TOPOLOGY = Path("/sys/devices/system/cpu")
+_PAUSE_SOFT = 1  # omp_pause_soft: what was set stays
 
 
 def default_threads(parameters: int) -> int:
@@ -32,6 +37,18 @@ def physical_cores(topology: Path = _TOPOLOGY) -> int:
         except OSError:
             return len(usable)
     return max(1, len(siblings))
+
+
+def rest(lib: Library) -> None:
+    """End the OpenMP threads that wait for work of the calling thread.
+
+    Each thread that computes has a team of its own, and libgomp stops spinning as soon as more threads than cores
+    belong to teams: a second engine in a process would make the first half as fast while it does nothing.
+    `omp_pause_resource_all` is OpenMP 5.0's; where ggml was built without OpenMP there is nothing to end.
+    """
+    pause = lib.pause
+    if pause is not None:
+        pause(_PAUSE_SOFT)
 
 
 def _darwin_cores() -> int:

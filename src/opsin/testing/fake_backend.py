@@ -277,6 +277,9 @@ class FakeBackend:
         share = {"FAKE0": BackendShare(nodes=2, share_of_ops=1.0, share_of_time=1.0, ops={"MUL_MAT": 2})}
         return Placement(encoder=share, language_model=share, layers_offloaded=1, layers=1)
 
+    def rest(self) -> None:
+        """Nothing to let go."""
+
     def close(self) -> None:
         """Everything else must be closed by now."""
         if not self.closed:

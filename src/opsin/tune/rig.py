@@ -75,11 +75,16 @@ def laid_out(rig: Rig, number: int) -> Generator[Layout, None, None]:
 def encode_seconds(rig: Rig, number: int = 0) -> float:
     """Seconds that the encoder takes for all chunks of a picture."""
     with laid_out(rig, number) as layout:
-        began = time.perf_counter()
-        for run in layout.runs:
-            if isinstance(run, ImageRun):
-                rig.backend.encode(run)
-        return time.perf_counter() - began
+        return rig.engine.call(lambda backend: _encode(backend, layout))
+
+
+def _encode(backend: Backend, layout: Layout) -> float:
+    # On the engine's thread, since each thread that computes has OpenMP threads of its own.
+    began = time.perf_counter()
+    for run in layout.runs:
+        if isinstance(run, ImageRun):
+            backend.encode(run)
+    return time.perf_counter() - began
 
 
 def asked(rig: Rig, number: int, question: str, params: SamplingParams, before: str = "") -> Answer:
@@ -111,7 +116,7 @@ def sized(open_rig: OpenRig, settings: EngineSettings, *, gpus: bool) -> Sized:
         with laid_out(rig, 0) as layout:
             needed, tokens = layout.n_tokens + _ROOM, layout.n_image_tokens
         if gpus and settings.gpu_layers is None:
-            layers = rig.backend.placement().layers_offloaded
+            layers = rig.engine.placement().layers_offloaded
             settings = settings.model_copy(update={"gpu_layers": layers + 1 if layers else 0})  # and the output layer
     finally:
         rig.close()

@@ -57,7 +57,8 @@ def reference(rig: Rig) -> Reference:
 
 def _embedding(rig: Rig, number: int) -> Embedding:
     with laid_out(rig, number) as layout:
-        return np.concatenate([rig.backend.encode(run) for run in layout.runs if isinstance(run, ImageRun)])
+        runs = [run for run in layout.runs if isinstance(run, ImageRun)]
+        return rig.engine.call(lambda backend: np.concatenate([backend.encode(run) for run in runs]))
 
 
 def _answers(rig: Rig) -> tuple[tuple[TokenLogprob, ...], ...]:

@@ -42,8 +42,10 @@ class Rigs:
         self.open += 1
         self.most = max(self.most, self.open)
         limits = replace(LIMITS, shared=self.shared_small and settings.ctx is None)
-        backend = SimpleNamespace(limits=limits, placement=lambda: SimpleNamespace(layers_offloaded=7))
-        return SimpleNamespace(backend=backend, threads=(2, 2, 1), close=self.close, settings=settings, driver=settings)
+        backend = SimpleNamespace(limits=limits)
+        engine = SimpleNamespace(placement=lambda: SimpleNamespace(layers_offloaded=7))
+        more = {"threads": (2, 2, 1), "close": self.close, "settings": settings, "driver": settings}
+        return SimpleNamespace(backend=backend, engine=engine, **more)
 
     def close(self) -> None:
         self.open -= 1
