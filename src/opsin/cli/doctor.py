@@ -47,20 +47,19 @@ def doctor(
     image_max_tokens: o.ImageMax = None,
     image_min_tokens: o.ImageMin = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object, with the evidence")] = False,
-    verbose: o.Verbose = False,
+    verbose: o.Verbose = None,
 ) -> None:
     """Check the build, the pair and how it runs, and prove where the vision encoder runs.
 
     Without --model the default model is looked at. Settings come from the flags, the environment and opsin.toml, as for
     `opsin serve`. Ends with 1 when a check fails.
     """
-    options = {**locals(), "verbose": verbose or None}
+    flags = o.fields_of(EngineSettings, locals())
     from opsin.core.config import read_config
     from opsin.doctor.check import worst
     from opsin.doctor.examine import examine
     from opsin.models import locate
 
-    flags = o.given(**{name: value for name, value in options.items() if name in EngineSettings.model_fields})
     settings = read_config(flags, os.environ, Path.cwd(), locate=locate).engine()
     checks: list[Check] = []
     with Working("looking at this machine") as working:

@@ -240,7 +240,6 @@ def _show(
     prediction: Prediction, checked: Checked | None, kind: Kind | None, *, as_json: bool, json_out: Path | None
 ) -> None:
     """Print and write; errors are those of the table's devices of a kind, without one those checked here."""
-    from opsin.core.errors import BadParameter
     from opsin.tune.history import past_errors, read_history, table_errors
 
     here = [row for row in read_history() if row.machine == _machine()] if kind is None else []
@@ -255,10 +254,7 @@ def _show(
         "table_errors" if kind else "past_errors_here": errors,
     }
     if json_out is not None:
-        try:
-            json_out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise BadParameter(f"{json_out} cannot be written: {error.strerror or error}.") from error
+        o.write_out(json_out, json.dumps(document, indent=2) + "\n")
     typer.echo(json.dumps(document) if as_json else _text(prediction, checked, errors, whose))
 
 
