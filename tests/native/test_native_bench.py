@@ -55,6 +55,11 @@ def test_a_comparison_of_batches_that_are_left_out_is_refused(pair: Any) -> None
         bench(pair, "--no-batched", "--batched-bench", "llama-batched-bench")
 
 
+def test_flash_attention_of_a_program_that_is_not_named_is_refused(pair: Any) -> None:
+    with pytest.raises(BadParameter, match="--batched-bench"):
+        bench(pair, "--no-batched-bench-flash")
+
+
 def test_a_workload_that_does_not_exist_is_refused_before_anything_is_loaded(pair: Any) -> None:
     with pytest.raises(BadParameter, match="W9"):
         bench(pair, "--workloads", "W9")

@@ -12,11 +12,21 @@ TIMEOUT_S = 600.0
 
 
 def measure_peer(
-    program: Path, model: Path, *, sequences: int, prompt: int, tokens: int, threads: int, n_ctx_seq: int, shared: bool
+    program: Path,
+    model: Path,
+    *,
+    sequences: int,
+    prompt: int,
+    tokens: int,
+    threads: int,
+    n_ctx_seq: int,
+    shared: bool,
+    flash: bool | None = None,
 ) -> float:
     """Tokens a second of bare decode calls, `sequences` at a time behind prompts of `prompt` tokens, without sampling.
 
-    Flash attention, the type of the KV memory and offloading are the program's defaults, not the engine's.
+    The type of the KV memory and offloading are the program's defaults, not the engine's; so is flash attention,
+    unless `flash` says it.
 
     Raises BadParameter when the program cannot be run or prints no result.
     """
@@ -33,6 +43,8 @@ def measure_peer(
     command = [str(program), *(str(word) for option in options.items() for word in option)]
     if shared:
         command.append("--kv-unified")
+    if flash is not None:
+        command += ["-fa", "on" if flash else "off"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIMEOUT_S)  # noqa: S603 - the user names the program
     except OSError as error:

@@ -19,7 +19,7 @@ class Results:
     """All that one call of the command measured. `about` names model, version and settings, `peers` ran in turn.
 
     `plain` and `schema` are runs of full batches, `batched_bench` what llama.cpp's own program made of the same in the
-    same runs, in tokens a second.
+    same runs, in tokens a second, with `batched_bench_flash` for flash attention (None: its default).
     """
 
     about: dict[str, Any]
@@ -29,6 +29,7 @@ class Results:
     plain: Sequence[Batched] = ()
     schema: Sequence[Batched] = ()
     batched_bench: Sequence[float] = ()
+    batched_bench_flash: bool | None = None
     peers: Sequence[Side] = ()
 
     @property
@@ -47,6 +48,7 @@ def as_document(results: Results) -> dict[str, Any]:
             batched |= {"json_schema_cost": schema_cost(results)}
         if results.batched_bench:
             batched |= {"llama_batched_bench_tokens_s": round(median(results.batched_bench), 1)}
+            batched |= {"llama_batched_bench_flash_attention": results.batched_bench_flash}
             batched |= {"of_llama_batched_bench": _of_batched_bench(results)}
         batched["runs"] = [_rounded(asdict(run)) for run in results.plain]
         batched["llama_batched_bench_runs"] = [round(rate, 1) for rate in results.batched_bench]
@@ -124,8 +126,10 @@ def as_text(results: Results) -> str:
         lines.append(f"  schemas cost {cost:.1%} of the plain rate")
     shares = _of_batched_bench(results) if results.batched_bench else None
     if shares is not None:
+        flash = {None: "its own flash attention", True: "flash attention", False: "no flash attention"}
         lines.append(
-            f"  of llama-batched-bench's {median(results.batched_bench):.1f} token/s:"
+            f"  of llama-batched-bench's {median(results.batched_bench):.1f} token/s"
+            f" with {flash[results.batched_bench_flash]}:"
             f" the decode calls {shares['decode_calls']:.1%}, all {shares['all']:.1%}"
         )
     return "\n".join(lines)

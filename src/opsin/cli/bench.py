@@ -60,6 +60,13 @@ def engine(
     batched_bench: Annotated[
         Path | None, typer.Option("--batched-bench", help="a llama-batched-bench to compare full batches with, in turn")
     ] = None,
+    batched_bench_flash: Annotated[
+        bool | None,
+        typer.Option(
+            "--batched-bench-flash/--no-batched-bench-flash",
+            help="flash attention of that llama-batched-bench; none: its own default, which need not be the engine's",
+        ),
+    ] = None,
     batched_prompt: Annotated[
         int, typer.Option("--batched-prompt", min=0, help="tokens of each prompt in a full batch (0: a short question)")
     ] = 0,
@@ -80,6 +87,8 @@ def engine(
     output is one JSON document.
     """
     flags = o.fields_of(EngineSettings, locals())
+    from dataclasses import replace
+
     from opsin.bench import choose, measure_machine, read_cost
     from opsin.bench.report import Results, ceiling_text
     from opsin.compose import open_runtime
@@ -90,6 +99,8 @@ def engine(
     settings = _settings(flags, settings_file, config=config)
     if batched_bench is not None and not batched:
         raise BadParameter("--batched-bench compares full batches, which --no-batched leaves out: give one of them.")
+    if batched_bench_flash is not None and batched_bench is None:
+        raise BadParameter("--batched-bench-flash is about the program that --batched-bench names: give that, too.")
     pair = resolve(*(None if path is None else str(path) for path in (settings.model, settings.mmproj)))
     peers = _peers(against or [])
     say("measuring the machine")
@@ -105,8 +116,9 @@ def engine(
                 results,
                 runs,
                 batched_prompt,
-                _batched_peer(batched_bench, pair.llm, runtime, settings.threads),
+                _batched_peer(batched_bench, pair.llm, runtime, settings.threads, batched_bench_flash),
             )
+            results = replace(results, batched_bench_flash=batched_bench_flash)
     finally:
         runtime.close()
     _print(results, json_out)
@@ -228,7 +240,7 @@ def _batches(
 
 
 def _batched_peer(
-    program: Path | None, llm: Path, runtime: Runtime, threads: int | None
+    program: Path | None, llm: Path, runtime: Runtime, threads: int | None, flash: bool | None
 ) -> Callable[[Batched], float] | None:
     """What measures llama.cpp's own program in this engine's sizes."""
     if program is None:
@@ -246,6 +258,7 @@ def _batched_peer(
         threads=threads or os.cpu_count() or 1,
         n_ctx_seq=limits.n_ctx_seq if not limits.shared else limits.n_ctx // ours.sequences,
         shared=limits.shared,
+        flash=flash,
     )
 
 

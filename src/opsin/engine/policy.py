@@ -20,7 +20,7 @@ class Policy:
 
     parallel: int = 1
     slice: int = 64
-    slice_seconds: float = 0.3
+    slice_seconds: float = 0.2
     turn: float = 0.03
     longest_turn: float = 0.25
     few: int = 3

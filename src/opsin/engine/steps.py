@@ -53,9 +53,7 @@ class StepChooser:
         `ahead` is how long the next piece of that work takes: when most of it would come too late, it waits.
         """
         policy = self._policy
-        crowd = max(1.0, self._filling / policy.few)
-        longest = max(policy.longest_turn, min(policy.crowded_turn, crowd * policy.longest_turn))
-        wait = max(policy.turn, min(longest, self._step_seconds / policy.turn_share))
+        wait = max(policy.turn, min(self._crowded(policy.longest_turn), self._step_seconds / policy.turn_share))
         return now + 0.75 * ahead - self._last_decode >= wait
 
     def decoding(self, running: Iterable[Sequence]) -> tuple[Sequence, ...]:
@@ -124,8 +122,13 @@ class StepChooser:
         if streaming:
             most = self._policy.slice
             if self._row_seconds > 0:
-                most = max(min(most, _FEWEST_ROWS), int(self._policy.slice_seconds / self._row_seconds))
+                most = max(min(most, _FEWEST_ROWS), int(self._crowded(self._policy.slice_seconds) / self._row_seconds))
         return max(1, min(most, self._limits.n_ubatch))
+
+    def _crowded(self, seconds: float) -> float:
+        """How long a stream may be held up, when it is `seconds` while few prompts are being filled."""
+        crowd = max(1.0, self._filling / self._policy.few)
+        return max(seconds, min(self._policy.crowded_turn, crowd * seconds))
 
     @staticmethod
     def _slice(sequence: Sequence, budget: int) -> Slice:

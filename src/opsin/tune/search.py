@@ -152,7 +152,7 @@ class Search:
 
     `open_trial` makes settings ready; `admit` says why a choice may not be made, None when it may. No measurement is
     begun after `deadline`, a time of `now`, nor when it can be foreseen to end behind it: `expected` are the seconds of
-    a candidate before one was measured. `untuned` are values that the untuned settings are known to have, which need
+    a candidate before one was measured. While nothing has won the search goes on until `last`. `untuned` are values that the untuned settings are known to have, which need
     not be tried.
     """
 
@@ -160,6 +160,7 @@ class Search:
     noise: float
     deadline: float
     now: Callable[[], float]
+    last: float = -math.inf
     expected: float = 0.0
     untuned: Choice = field(default_factory=dict)
     admit: Callable[[Choice], str | None] = lambda _: None
@@ -177,6 +178,10 @@ class Search:
             self._dimension(dimension)
         return Found(dict(self._best), tuple(self._tried), self._late)
 
+    @property
+    def _end(self) -> float:
+        return self.deadline if any(self._best.values()) else max(self.deadline, self.last)
+
     def _dimension(self, dimension: Dimension) -> None:
         incumbent = self._best["both"]
         winners: dict[Objective, tuple[float, Choice]] = {}
@@ -185,7 +190,7 @@ class Search:
             for candidate in dimension.candidates:
                 if candidate.items() <= {**self.untuned, **incumbent}.items():
                     continue
-                if self.now() + self._took.get(dimension.part, self.expected) > self.deadline:
+                if self.now() + self._took.get(dimension.part, self.expected) > self._end:
                     self._late = True
                     self._tried.append(Tried(dimension.name, candidate, "no time left"))
                     continue
@@ -212,12 +217,12 @@ class Search:
         try:
             other = self.open_trial(choice, dimension.part)
             try:
-                ratios, rounds = compare(base, other, noise=self.noise, may_go_on=lambda: self.now() < self.deadline)
+                ratios, rounds = compare(base, other, noise=self.noise, may_go_on=lambda: self.now() < self._end)
             finally:
                 other.close()
             verdict = "better" if any(ratio.wins for ratio in ratios.values()) else "no better"
             open_still = any(ratio.value < 1.0 - LEAST_GAIN and not ratio.hopeless for ratio in ratios.values())
-            if verdict != "better" and open_still and rounds < ROUNDS and self.now() >= self.deadline:
+            if verdict != "better" and open_still and rounds < ROUNDS and self.now() >= self._end:
                 self._late, verdict = True, "no time left"
             if verdict == "better" and dimension.checked:
                 why = self.admit(choice)

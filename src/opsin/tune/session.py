@@ -96,14 +96,14 @@ class Tuning:
             self._before = reference(rig)
             self._check_seconds = self._load + self.now() - asking
         # The finals take what is left, and that is no less than they need.
-        self._deadline = max(
-            self._deadline, self._end - self._takes(ROUNDS) - self._takes(CONFIRM) - self._check_seconds
-        )
+        after = self._takes(CONFIRM) + self._check_seconds
+        self._deadline = max(self._deadline, self._end - self._takes(ROUNDS) - after)
         space = dimensions(wish, facts, self._convert)
         search = Search(
             self._trial,
             noise=self._noise,
             deadline=self._deadline,
+            last=self._end - self._takes(LEAST_ROUNDS) - after,
             now=self.now,
             # Two are opened and warmed up, and measured once.
             expected=2 * self._load + 4 * self._pieces.cost.latency,

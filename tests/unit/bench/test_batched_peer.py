@@ -16,22 +16,31 @@ def program(folder: Path, body: str) -> Path:
     return path
 
 
-def rate(path: Path, *, shared: bool = False) -> float:
-    return measure_peer(
-        path, Path("m.gguf"), sequences=8, prompt=77, tokens=128, threads=2, n_ctx_seq=1024, shared=shared
-    )
+def rate(path: Path, *, shared: bool = False, flash: bool | None = None) -> float:
+    sizes = {"sequences": 8, "prompt": 77, "tokens": 128, "threads": 2, "n_ctx_seq": 1024}
+    return measure_peer(path, Path("m.gguf"), **sizes, shared=shared, flash=flash)
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_it_is_asked_for_the_engines_sizes(tmp_path: Path, shared: bool) -> None:
+@pytest.mark.parametrize(
+    ("shared", "flash", "words"),
+    [
+        (True, None, ["--kv-unified"]),
+        (False, None, []),
+        (False, False, ["-fa", "off"]),
+        (True, True, ["--kv-unified", "-fa", "on"]),
+    ],
+)
+def test_it_is_asked_for_the_engines_sizes(
+    tmp_path: Path, shared: bool, flash: bool | None, words: list[str]
+) -> None:
     body = """
 words = sys.argv[1:]
 expected = "-m m.gguf -c 8192 -npp 77 -ntg 128 -npl 8 -t 2 -tb 2 --output-format jsonl".split()
-assert words == expected + ["--kv-unified"] * SHARED, words
+assert words == expected + MORE, words
 print("noise")
 print('{"pl": 8, "speed_tg": 181.5}')
-""".replace("SHARED", str(int(shared)))
-    assert rate(program(tmp_path, body), shared=shared) == 181.5
+""".replace("MORE", repr(words))
+    assert rate(program(tmp_path, body), shared=shared, flash=flash) == 181.5
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,14 @@ def test_a_candidate_is_not_begun_when_it_can_be_foreseen_to_end_late() -> None:
     assert (found.tried[0].verdict, world.clock) == ("no time left", 0.0)
 
 
+def test_while_nothing_has_won_the_search_goes_on_into_the_time_of_the_finals() -> None:
+    names = [dimension(name, 1) for name in "abcdef"]
+    nothing = World(lambda _: Cost(1, 1)).search(*names, deadline=5.0, last=1e9)
+    assert [tried.verdict for tried in nothing.tried] == ["no better"] * 6
+    won = World(lambda c: Cost(0.8, 0.8) if c.get("b") else Cost(1, 1)).search(*names, deadline=5.0, last=1e9)
+    assert [tried.verdict for tried in won.tried] == ["no better", "better", *["no time left"] * 4]
+
+
 points = st.lists(
     st.builds(
         lambda number, latency, answers: Point(f"p{number}", latency, answers),
