@@ -13,9 +13,9 @@ class Policy:
     and has `slice` rows until it is known how long a row takes. While pictures are worked on, streams wait for their
     next token as long as makes their steps cost `turn_share` of the time, but at least `turn` and at most
     `longest_turn`: shorter ones make them smoother and new pictures slower. When more than `few` prompts are being
-    filled, the longest wait grows in proportion, up to `crowded_turn`: many who wait for a first token go before the
-    smoothness of a few, whose steps would cost least when all decode together. `wait_for` is how much longer a coming
-    prefix must be than the one that is ready, for a request to wait for it. `max_queue` requests may wait.
+    filled, the longest wait and the slices grow in proportion, up to `crowded_turn`: many who wait for a first token go
+    before the smoothness of a few, whose steps would cost least when all decode together. `wait_for` is how much longer
+    a coming prefix must be than the one that is ready, for a request to wait for it. `max_queue` requests may wait.
     """
 
     parallel: int = 1

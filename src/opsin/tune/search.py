@@ -152,8 +152,8 @@ class Search:
 
     `open_trial` makes settings ready; `admit` says why a choice may not be made, None when it may. No measurement is
     begun after `deadline`, a time of `now`, nor when it can be foreseen to end behind it: `expected` are the seconds of
-    a candidate before one was measured. While nothing has won the search goes on until `last`. `untuned` are values that the untuned settings are known to have, which need
-    not be tried.
+    a candidate before one was measured. While nothing has won the search goes on until `last`. `untuned` are values
+    that the untuned settings are known to have, which need not be tried.
     """
 
     open_trial: Callable[[Choice, Part], Trial]

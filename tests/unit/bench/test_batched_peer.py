@@ -30,9 +30,7 @@ def rate(path: Path, *, shared: bool = False, flash: bool | None = None) -> floa
         (True, True, ["--kv-unified", "-fa", "on"]),
     ],
 )
-def test_it_is_asked_for_the_engines_sizes(
-    tmp_path: Path, shared: bool, flash: bool | None, words: list[str]
-) -> None:
+def test_it_is_asked_for_the_engines_sizes(tmp_path: Path, shared: bool, flash: bool | None, words: list[str]) -> None:
     body = """
 words = sys.argv[1:]
 expected = "-m m.gguf -c 8192 -npp 77 -ntg 128 -npl 8 -t 2 -tb 2 --output-format jsonl".split()

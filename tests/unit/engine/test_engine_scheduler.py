@@ -163,6 +163,23 @@ def test_streams_wait_longer_while_many_wait_for_a_first_token(waiting: int, wai
     assert made.scheduler.plan_turn(100.0 + 1.02 * wait) is not None
 
 
+def test_slices_are_longer_while_many_wait_for_a_first_token() -> None:
+    made = driver(
+        parallel=8, size=limits(n_ctx=8000, n_seq_max=12, n_ubatch=256), answer=long, slice_seconds=0.01, turn_share=1.0
+    )
+    made.backend.image_tokens = 240
+    made.ask("talk", max_tokens=400)
+    made.step()
+    for i in range(6):
+        made.ask(prompt_of(i), max_tokens=1)
+    made.run()
+    rows = [plan.step.stop - plan.step.start for plan in made.plans if isinstance(plan.step, PrefillImage)]
+    # Six are being filled, then three and fewer: slices are as much shorter, and no stream waits for more.
+    # A row takes half a millisecond: 20 rows while few wait, twice as many at the beginning.
+    assert max(rows[4:10]) == 36
+    assert all(row <= 20 for row in rows[-3 * 12 :])
+
+
 def test_a_stream_does_not_wait_for_a_slice_and_a_prompts_text_in_one_go() -> None:
     made = driver(parallel=4, size=limits(n_ctx=2000), answer=long, turn=0.0, longest_turn=0.0)
     made.backend.image_tokens = 64
