@@ -87,8 +87,6 @@ def engine(
     output is one JSON document.
     """
     flags = o.fields_of(EngineSettings, locals())
-    from dataclasses import replace
-
     from opsin.bench import choose, measure_machine, read_cost
     from opsin.bench.report import Results, ceiling_text
     from opsin.compose import open_runtime
@@ -109,7 +107,8 @@ def engine(
     typer.echo(ceiling_text(Results({}, machine, cost)))
     runtime = open_runtime(pair.llm, pair.mmproj, settings)
     try:
-        results = _run(runtime, Results(_about(runtime, settings), machine, cost), chosen, runs, peers)
+        results = Results(_about(runtime, settings), machine, cost, batched_bench_flash=batched_bench_flash)
+        results = _run(runtime, results, chosen, runs, peers)
         if batched:
             results = _batches(
                 runtime,
@@ -118,7 +117,6 @@ def engine(
                 batched_prompt,
                 _batched_peer(batched_bench, pair.llm, runtime, settings.threads, batched_bench_flash),
             )
-            results = replace(results, batched_bench_flash=batched_bench_flash)
     finally:
         runtime.close()
     _print(results, json_out)
