@@ -44,7 +44,7 @@ ARROWS = {
     "__main__": {"cli"},
     "__init__": {"api", "engine", "prompt"},
 }
-MAX_FILE, MAX_FUNCTION, MAX_PACKAGE = 450, 80, 30_000
+MAX_FILE, MAX_FUNCTION, MAX_PACKAGE = 450, 80, 30_600
 
 
 def room_of(path: Path) -> str:

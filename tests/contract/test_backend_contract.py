@@ -1,5 +1,6 @@
 """What core.backend promises, asked of the fake and of real llama.cpp alike."""
 
+import dataclasses
 import gc
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from opsin.core.backend import BackendLimits, EmbeddingRows, TokenRow
-from opsin.core.errors import BadGrammar
+from opsin.core.errors import BadGrammar, DecodeFailed
 from opsin.core.layout import ImageRun, TextRun
 from opsin.core.parts import PicturePart, TextPart
 from opsin.core.sampling import SamplingParams
@@ -29,6 +30,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Any]:
     shared = "own" not in request.param
     if request.param.startswith("fake"):
         limits = BackendLimits(n_ctx=512, n_batch=64, n_ubatch=64, n_seq_max=4, n_vocab=259, n_embd=4, shared=shared)
+        if not shared:
+            limits = dataclasses.replace(limits, n_ctx=1024, common=160)
         made: Any = FakeBackend(lambda text: f"{len(text)} things", limits=limits)
     else:
         from opsin.native import open_backend
@@ -187,3 +190,77 @@ def test_computing_leaves_no_rings_behind(backend: Any) -> None:
         gc.garbage.clear()
         gc.enable()
     assert not {name for name in left if name.startswith(("LP_", "c_", "ndarray"))}, left
+
+
+def test_members_of_the_common_memory_answer_as_they_did_at_their_own_places(backend: Any) -> None:
+    if not backend.limits.common:
+        pytest.skip("one memory for all")
+    questions = enumerate(("what is this?", "how many?"))
+    alone = [greedy(backend, seq_id, fill(backend, seq_id, text, 3)) for seq_id, text in questions]
+    fill(backend, 0, "what is this?", 3)
+    backend.kv_join(0)
+    last = backend.kv_last(0)
+    backend.kv_copy(0, 2, 0, last)  # a fork without the last token, which is decoded again
+    tokens = [token for run in _tokens_of(backend, "what is this?", 3) for token in run]
+    assert backend.kv_last(2) == last - 1
+    # One batch for a member, a fork of it and somebody at a place of its own.
+    backend.kv_remove(0, last, -1)
+    fill(backend, 1, "how many?", 3)
+    backend.kv_remove(1, backend.kv_last(1), -1)
+    again = _tokens_of(backend, "how many?", 3)[-1][-1]
+    batch = [
+        TokenRow(tokens[-1], last, 0, logits=True),
+        TokenRow(again, backend.kv_last(1) + 1, 1, logits=True),
+        TokenRow(tokens[-1], last, 2, logits=True),
+    ]
+    samplers = [backend.sampler(SamplingParams(temperature=0.0), 1) for _ in batch]
+    told: list[list[int]] = [[], [], []]
+    for _ in range(4):
+        assert backend.decode(batch)
+        backend.synchronize()
+        for row, sampler in enumerate(samplers):
+            told[row].append(sampler.sample(row))
+        batch = [
+            TokenRow(told[i][-1], backend.kv_last(row.seq_id) + 1, row.seq_id, logits=True)
+            for i, row in enumerate(batch)
+        ]
+    for sampler in samplers:
+        sampler.close()
+    assert told == [alone[0][:4], alone[1][:4], alone[0][:4]]
+    backend.kv_leave(2)
+    assert backend.decode([TokenRow(told[2][-1], backend.kv_last(2) + 1, 2, logits=True)])
+    backend.kv_remove(0, 0, -1)  # who forgets everything is no member any more
+    row = fill(backend, 0, "what is this?", 3)
+    assert greedy(backend, 0, row)[:4] == alone[0][:4]
+    for seq_id in range(3):
+        backend.kv_remove(seq_id, 0, -1)
+
+
+def test_a_sequence_that_does_not_fit_the_common_memory_stays_where_it_is(backend: Any) -> None:
+    if not backend.limits.common:
+        pytest.skip("one memory for all")
+    fill(backend, 0, "x" * 40)
+    backend.kv_join(0)
+    left = 30
+    pos, stop = backend.kv_last(0) + 1, backend.limits.common - left
+    while pos < stop:
+        count = min(stop - pos, backend.limits.n_ubatch)
+        assert backend.decode([TokenRow(65, pos + i, 0) for i in range(count)])
+        pos += count
+    fill(backend, 1, "y" * 40)
+    assert left < backend.kv_last(1) + 1
+    before = backend.kv_last(1)
+    with pytest.raises(DecodeFailed):
+        backend.kv_join(1)
+    assert backend.kv_last(1) == before
+    assert backend.decode([TokenRow(65, pos + i, 0) for i in range(left)])
+    assert not backend.decode([TokenRow(65, pos + left, 0)]), "the common memory is full"
+    assert backend.decode([TokenRow(65, before + 1, 1, logits=True)]), "and a place of its own is not"
+    for seq_id in range(2):
+        backend.kv_remove(seq_id, 0, -1)
+
+
+def _tokens_of(backend: Any, text: str, shot: int) -> list[tuple[int, ...]]:
+    layout = backend.layout([PicturePart(picture(shot, 40, 30)), TextPart(text + "\x1e")], add_bos=True)
+    layout.close()
+    return [run.tokens for run in layout.runs if isinstance(run, TextRun)]

@@ -275,3 +275,29 @@ def test_positions_of_m_rope_are_those_that_mtmd_itself_gives(open_kind: Callabl
     finally:
         layout.close()
         backend.close()
+
+
+def test_the_common_memory_and_back_gives_the_same_answers(backend: Any) -> None:
+    """There the same cells are seen beside those of others, in other batch shapes; brought back they are the same."""
+    if not backend.limits.common:
+        pytest.skip("one memory for all")
+    layout, other = lay_out(backend), lay_out(backend, picture=shot(seed=1))
+    end = fill(backend, 2, layout.runs)
+    expected = step(backend, 2, end, 65)
+    backend.kv_remove(2, end, -1)
+    fill(backend, 0, other.runs)
+    backend.kv_join(0)
+    backend.kv_join(2)
+    backend.kv_copy(2, 3, 0, end)
+    for seq_id in (2, 3):
+        among = step(backend, seq_id, end, 65)
+        np.testing.assert_allclose(among, expected, atol=TOLERANCE)
+        backend.kv_remove(seq_id, end, -1)
+    wrong = step(backend, 0, end, 65)
+    assert np.abs(wrong - expected).max() > 5 * TOLERANCE, "another picture is another answer"
+    backend.kv_leave(3)
+    backend.kv_leave(2)
+    for seq_id in (2, 3):
+        np.testing.assert_array_equal(step(backend, seq_id, end, 65), expected)
+    layout.close()
+    other.close()

@@ -29,8 +29,9 @@ class BackendLimits:
 
     `forks` is False for memories that keep one state a sequence: a part of it cannot be shared or forgotten.
     With `shared` all sequences live in one KV memory, and a fork shares cells; without it each has `n_ctx_seq` cells
-    of its own, a fork copies them, and only sequences of neighbouring ids are computed together. `cell_cost` is what
-    one more cell of a shared memory is expected to add to a decode step, as a share of the step. `best_rows` are the
+    of its own, a fork copies them, and only sequences of neighbouring ids are computed together; beside these there are
+    `common` cells for sequences that begin alike (0: none), where a fork shares cells. `cell_cost` is what one more
+    cell of a memory that is shared is expected to add to a decode step, as a share of the step. `best_rows` are the
     rows of a prefill step that is fastest; 0: as many as fit. `encode_batch` picture chunks may be encoded at once.
     """
 
@@ -42,6 +43,7 @@ class BackendLimits:
     n_embd: int
     forks: bool = True
     shared: bool = True
+    common: int = 0
     cell_cost: float = 0.0
     best_rows: int = 0
     encode_batch: int = 1
@@ -163,11 +165,22 @@ class Backend(Protocol):
         ...
 
     def kv_remove(self, seq_id: int, start: int, end: int) -> bool:
-        """Forget positions [start, end) of a sequence; False when this kind of memory cannot forget a part."""
+        """Forget positions [start, end) of a sequence; False when this kind of memory cannot forget a part.
+
+        Who forgets all from 0 on is not in the common memory any more.
+        """
         ...
 
     def kv_copy(self, source: int, target: int, start: int, end: int) -> None:
-        """Give `target`, which ends at `start`, positions [start, end) of `source`."""
+        """Give `target`, which ends at `start`, positions [start, end) of `source`, in the memory where `source` is."""
+        ...
+
+    def kv_join(self, seq_id: int) -> None:
+        """Bring a sequence to the common memory. Raises DecodeFailed when there is no room, and nothing changed."""
+        ...
+
+    def kv_leave(self, seq_id: int) -> None:
+        """Bring a sequence from the common memory back to its own place."""
         ...
 
     def kv_last(self, seq_id: int) -> int:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Container
+
     from opsin.core.layout import ImageRun
     from opsin.engine.sequence import Sequence
 
@@ -28,6 +30,20 @@ class Fork:
     source: int
     target: int
     end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """Bring a sequence's cells from its own place to the common memory; forks of it share them there."""
+
+    seq_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """Bring a sequence's cells from the common memory back to its own place."""
+
+    seq_id: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +86,7 @@ class Tokens:
     prefill: tuple[Slice, ...] = ()
 
 
-MemoryOp = Forget | Fork
+MemoryOp = Forget | Fork | Join | Leave
 Step = Encode | PrefillImage | Tokens
 
 
@@ -82,11 +98,15 @@ class Plan:
     step: Step | None = None
 
 
-def cells_needed(step: Step) -> int:
-    """KV cells that a step takes."""
-    if isinstance(step, Tokens):
-        return len(step.decode) + sum(len(part.tokens) for part in step.prefill)
-    return step.stop - step.start if isinstance(step, PrefillImage) else 0
+def cells_needed(step: Step, among: Container[int] | None = None) -> int:
+    """KV cells that a step takes, or only those for the sequences with an id in `among`."""
+    needed = 0
+    if isinstance(step, PrefillImage):
+        needed = step.stop - step.start if among is None or step.sequence.seq_id in among else 0
+    elif isinstance(step, Tokens):
+        rows = [(s, 1) for s in step.decode] + [(part.sequence, len(part.tokens)) for part in step.prefill]
+        needed = sum(count for sequence, count in rows if among is None or sequence.seq_id in among)
+    return needed
 
 
 def without(step: Step, sequence: Sequence) -> Step | None:

@@ -15,7 +15,8 @@ class Policy:
     `longest_turn`: shorter ones make them smoother and new pictures slower. When more than `few` prompts are being
     filled, the longest wait and the slices grow in proportion, up to `crowded_turn`: many who wait for a first token go
     before the smoothness of a few, whose steps would cost least when all decode together. `wait_for` is how much longer
-    a coming prefix must be than the one that is ready, for a request to wait for it. `max_queue` requests may wait.
+    a coming prefix must be than the one that is ready, for a request to wait for it. Requests that share `gather`
+    cells or more with one that is being answered go to the common memory with it. `max_queue` requests may wait.
     """
 
     parallel: int = 1
@@ -27,6 +28,7 @@ class Policy:
     crowded_turn: float = 0.6
     turn_share: float = 0.05
     wait_for: int = 32
+    gather: int = 256
     max_queue: int = 256
     keep_prefixes: bool = True
     idle_slowdown: float = 0.05

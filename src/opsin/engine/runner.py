@@ -16,7 +16,7 @@ from opsin.core.backend import Backend, EmbeddingRows, TokenRow
 from opsin.core.layout import ImageRun
 from opsin.core.sampling import SamplingParams
 from opsin.core.stages import Stage
-from opsin.engine.plan import Encode, Forget, MemoryOp, PrefillImage, Step, Tokens
+from opsin.engine.plan import Encode, Forget, Fork, Join, Leave, MemoryOp, PrefillImage, Step, Tokens
 from opsin.engine.sequence import Sequence, State
 
 
@@ -43,10 +43,15 @@ class Runner:
     def remember(self, operations: Iterable[MemoryOp]) -> None:
         """Carry memory operations out, in order."""
         for operation in operations:
-            if isinstance(operation, Forget):
-                self._backend.kv_remove(operation.seq_id, operation.start, -1)
-            else:
-                self._backend.kv_copy(operation.source, operation.target, 0, operation.end)
+            match operation:
+                case Forget():
+                    self._backend.kv_remove(operation.seq_id, operation.start, -1)
+                case Fork():
+                    self._backend.kv_copy(operation.source, operation.target, 0, operation.end)
+                case Join():
+                    self._backend.kv_join(operation.seq_id)
+                case Leave():
+                    self._backend.kv_leave(operation.seq_id)
 
     def begin(self, sequence: Sequence) -> None:
         """An admitted sequence gets its sampler, and keeps it over preemptions. Raises BadGrammar."""

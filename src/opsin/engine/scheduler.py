@@ -6,13 +6,18 @@ gives the same plans. What it plans counts as done when `ran` is called with it.
 
 from __future__ import annotations
 
-from opsin.cache import CellBook, NoPrefixes, Prefix, Prefixes, PrefixIndex
+from collections.abc import Container
+
+from opsin.cache import NoPrefixes, Prefix, Prefixes, PrefixIndex
 from opsin.cache.units import cells_of, last_position_of, positions_of
 from opsin.core.backend import BackendLimits
+from opsin.engine.books import Books
 from opsin.engine.idle_cost import IdleCost
 from opsin.engine.plan import (
     Forget,
     Fork,
+    Join,
+    Leave,
     MemoryOp,
     Plan,
     PrefillImage,
@@ -37,14 +42,15 @@ class Scheduler:
 
     Where each sequence has a memory of its own (`limits.shared` is False), cells are never short; instead a fork is a
     copy, so an idle prefix is carried on by who needs it rather than copied, prompts' texts go one after another, and
-    running sequences are moved to neighbouring ids.
+    running sequences are moved to neighbouring ids. Many questions on one picture at a time are answered in the common
+    memory, where there is one: a step of theirs reads the cells of the picture once.
     """
 
     def __init__(self, limits: BackendLimits, policy: Policy) -> None:
         self._limits = limits
         self._policy = policy
         self._parallel = min(policy.parallel, limits.n_ubatch)
-        self.book = CellBook()
+        self.book = Books(limits)
         self.idle_cost = IdleCost(limits.cell_cost)
         self.prefixes: Prefixes = PrefixIndex() if policy.keep_prefixes and limits.forks else NoPrefixes()
         self._waiting: list[Sequence] = []
@@ -53,7 +59,7 @@ class Scheduler:
         self._idle: dict[int, Prefix] = {}
         self.preemptions = 0
         self._memory: list[MemoryOp] = []
-        self._steps = StepChooser(limits, policy)
+        self._steps = StepChooser(limits, policy, self.book.members)
         self._turns = 0
 
     @property
@@ -85,9 +91,8 @@ class Scheduler:
         """Admit who can be admitted, then choose one step."""
         self._memory = []
         self._admit()
-        if self._limits.shared:
-            self._shed_slow_prefixes()
-        else:
+        self._shed_slow_prefixes()
+        if not self._limits.shared:
             self._close_ranks()
         step = self._secured(self._steps.choose(self._running, now))
         return Plan(tuple(self._memory), step)
@@ -95,9 +100,11 @@ class Scheduler:
     def plan_turn(self, now: float) -> Tokens | None:
         """A decode step between two layers of an encode: no admission, no fork, no eviction; None if it is not due."""
         decoding = self._decoding()
-        if not decoding or not self._steps.due(now) or len(decoding) > self._room():
+        if not decoding or not self._steps.due(now):
             return None
-        return Tokens(decoding)
+        step = Tokens(decoding)
+        fits = len(decoding) <= self.book.room and cells_needed(step, self.book.members) <= self.book.common_room
+        return step if fits else None
 
     def ran(self, step: Step, now: float, seconds: float = 0.0) -> None:
         """A step was carried out: move cursors and books on. Drawn tokens come through the sequences."""
@@ -108,7 +115,9 @@ class Scheduler:
                 self._line_up(step.sequence)
         elif isinstance(step, Tokens):
             if step.decode and not step.prefill:
-                self.idle_cost.learn(len(step.decode), self.book.used, seconds * 1e3)
+                together, cells = self.book.seen_together(s.seq_id for s in step.decode)
+                if len(together) == len(step.decode):
+                    self.idle_cost.learn(len(together), cells.used, seconds * 1e3)
             for sequence in step.decode:
                 sequence.decoded()
                 self.book.append(sequence.seq_id, 1)
@@ -141,7 +150,7 @@ class Scheduler:
         if victim is not None:
             self._evict(victim)
         elif len(self._running) > 1:
-            self._preempt(self._last_in_line())
+            self._preempt(self._last_in_line(self._running))
         memory, self._memory = tuple(self._memory), []
         return memory
 
@@ -151,7 +160,6 @@ class Scheduler:
         ids = [s.seq_id for s in self._running] + list(self._idle)
         assert len(ids) == len(set(ids)), "an id is used twice"
         assert sorted(ids + self._free_ids) == list(range(self._limits.n_seq_max)), "an id was lost"
-        assert self.book.used <= self._limits.n_ctx, "more cells are booked than there are"
         for sequence in self._running:
             assert self.book.held(sequence.seq_id) == sequence.n_cells, "a sequence's cells differ from the book's"
             assert sequence.n_cells <= self._limits.n_ctx_seq, "a sequence holds more than it may"
@@ -164,9 +172,6 @@ class Scheduler:
 
     def _decoding(self) -> tuple[Sequence, ...]:
         return self._steps.decoding(self._running)
-
-    def _room(self) -> int:
-        return self._limits.n_ctx - self.book.used
 
     def _advance(self, sequence: Sequence, tokens: int) -> None:
         self.book.append(sequence.seq_id, tokens)
@@ -205,26 +210,30 @@ class Scheduler:
 
     def _make_room_for(self, sequence: Sequence, ready: int, source: int | None) -> bool:
         """Evict idle prefixes until the sequence fits; never its own source."""
-        promised = sum(s.to_fill + 1 for s in self._running)
-        needed = cells_of(sequence.prefix.planned[ready:]) + 1 + promised
-        while not self._free_ids or self._room() < needed:
+        needed = cells_of(sequence.prefix.planned[ready:]) + 1 + self._promised()
+        while not self._free_ids or self.book.room < needed:
             victim = self.prefixes.oldest_idle()
             if victim is None or victim.seq_id == source:
                 return False
             self._evict(victim)
         return True
 
+    def _promised(self, among: Container[int] | None = None) -> int:
+        """Cells that the prompts of those that run, or of those of them `among` these ids, still need."""
+        return sum(s.to_fill + 1 for s in self._running if among is None or s.seq_id in among)
+
     def _start(self, sequence: Sequence, source: int | None, ready: int) -> None:
         seq_id = self._take_id()
         shared = sequence.prefix.planned[:ready]
+        coming = cells_of(sequence.prefix.planned[ready:]) + 1
         if source is None or not cells_of(shared):
             ready = 0
         else:
+            self._gather(source, sequence, cells_of(shared))
             self._memory.append(Fork(source, seq_id, positions_of(shared)))
-            if self._limits.shared:
-                self.book.fork(source, seq_id, cells_of(shared))
-            else:
-                self.book.append(seq_id, cells_of(shared))
+            self.book.fork(source, seq_id, cells_of(shared))
+            if seq_id in self.book.members and self._promised(self.book.members) + coming > self.book.common_room:
+                self._leave(seq_id)
         self._begin(sequence, seq_id, ready)
 
     def _carry_on(self, sequence: Sequence, prefix: Prefix, ready: int) -> None:
@@ -286,10 +295,11 @@ class Scheduler:
 
     def _close_ranks(self) -> None:
         """Bring those that answer to neighbouring ids, one a step; an idle prefix in the way goes elsewhere."""
-        if len(self._decoding()) < 2:
+        apart = [s for s in self._running if s.seq_id not in self.book.members]
+        if len(self._steps.decoding(apart)) < 2:
             return
-        move = closing_move([s.seq_id for s in self._running], self._limits.n_seq_max)
-        if move is None:
+        move = closing_move([s.seq_id for s in apart], self._limits.n_seq_max)
+        if move is None or any(s.seq_id == move[1] for s in self._running):
             return
         source, target = move
         if target in self._idle and not self._free_ids:
@@ -317,23 +327,69 @@ class Scheduler:
         prefix.used = used  # to be moved is no use
 
     def _shed_slow_prefixes(self) -> None:
-        """Idle cells are looked at by every decode step: when that costs too much, the oldest go."""
-        if not self._idle or not self._decoding():
+        """Decode steps look at idle cells in a memory that is shared: when that costs too much, the oldest go."""
+        if not self._idle or not self.book.seen_together(s.seq_id for s in self._decoding())[0]:
             return
-        if self.idle_cost.slowdown(self.book.used, self.book.used) <= self._policy.idle_slowdown:
+        running, book = self.book.seen_together(s.seq_id for s in self._running)
+        if self.idle_cost.slowdown(book.used, book.used) <= self._policy.idle_slowdown:
             return  # if all cells were idle they would not be too slow, so who holds them need not be counted
         while True:
-            idle = self.book.used - self.book.held_by(s.seq_id for s in self._running)
-            victim = self.prefixes.oldest_idle()
-            if victim is None or self.idle_cost.slowdown(idle, self.book.used) <= self._policy.idle_slowdown:
+            idle = book.used - book.held_by(running)
+            victim = min(self._idle_beside(), key=lambda prefix: prefix.used, default=None)
+            if victim is None or self.idle_cost.slowdown(idle, book.used) <= self._policy.idle_slowdown:
                 return
             self._evict(victim)
 
+    def _idle_beside(self) -> list[Prefix]:
+        """Idle prefixes in a memory that is shared."""
+        return [self._idle[seq_id] for seq_id in self.book.seen_together(self._idle)[0]]
+
+    # Common memory ------------------------------------------------------------------------------------------------
+
+    def _gather(self, source: int, sequence: Sequence, shared: int) -> None:
+        """Let a running sequence join the common memory, as `sequence` will share so many cells with it.
+
+        Only one family is there at a time: others would look at its cells in vain. Of an earlier one whose answers
+        have ended, the prefix used last goes back to its own place.
+        """
+        owner = next((s for s in self._running if s.seq_id == source), None)
+        if self._limits.common == 0 or owner is None or shared < self._policy.gather:
+            return
+        coming = cells_of(sequence.prefix.planned) - shared
+        if source in self.book.members or max(coming, owner.to_fill) > shared:
+            return  # much would be filled beside the others' cells, which takes longer there
+        fits = self.book.held(source) + owner.to_fill + coming + 2 <= self._limits.common
+        if not fits or any(s.seq_id in self.book.members for s in self._running):
+            return
+        earlier = sorted(self._idle_beside(), key=lambda prefix: prefix.used)
+        for prefix in earlier[:-1]:
+            self._evict(prefix)
+        for prefix in earlier[-1:]:
+            self._leave(prefix.seq_id)
+        self._memory.append(Join(source))
+        self.book.join(source)
+
+    def _leave(self, seq_id: int) -> None:
+        self._memory.append(Leave(seq_id))
+        self.book.leave(seq_id)
+
+    def _make_common_room_for(self, step: Step) -> None:
+        """Members go back to their own places, idle ones go altogether, until the step fits the common memory."""
+        members = self.book.members
+        while cells_needed(step, members) > self.book.common_room:
+            victim = min(self._idle_beside(), key=lambda prefix: prefix.used, default=None)
+            if victim is not None:
+                self._evict(victim)
+            else:
+                self._leave(self._last_in_line([s for s in self._running if s.seq_id in members]).seq_id)
+
     def _secured(self, step: Step | None) -> Step | None:
         """Make room for a step; what is left of it when some of its own sequences had to go."""
-        while step is not None and cells_needed(step) > self._room():
+        if step is not None and self.book.members:
+            self._make_common_room_for(step)
+        while step is not None and cells_needed(step) > self.book.room:
             victim = self.prefixes.oldest_idle()
-            last = self._last_in_line()
+            last = self._last_in_line(self._running)
             if victim is not None:
                 self._evict(victim)
             elif len(self._running) > 1:
@@ -344,9 +400,10 @@ class Scheduler:
                 return None
         return step
 
-    def _last_in_line(self) -> Sequence:
+    @staticmethod
+    def _last_in_line(running: list[Sequence]) -> Sequence:
         """Whoever goes first when there is too little room. The first in line never does, so somebody gets on."""
-        return min(self._running, key=lambda s: (s.request.priority, -s.request.number))
+        return min(running, key=lambda s: (s.request.priority, -s.request.number))
 
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from opsin.core.backend import BackendLimits
 from opsin.core.layout import ImageRun, TextRun
@@ -21,8 +21,10 @@ class StepChooser:
     It knows what was computed last and how long that took; cells are not its business.
     """
 
-    def __init__(self, limits: BackendLimits, policy: Policy) -> None:
+    def __init__(self, limits: BackendLimits, policy: Policy, common: Container[int] = ()) -> None:
+        """`common` are the ids in the common memory, now and later."""
         self._limits = limits
+        self._common = common
         self._policy = policy
         self._last_decode = float("-inf")
         self._step_seconds = self._slice_seconds = self._row_seconds = 0.0
@@ -93,8 +95,11 @@ class StepChooser:
         """Everyone's next token, and text of prompts as far as the slice and the micro-batch go."""
         budget = min(self._limits.n_ubatch - len(decoding), self._rows(streaming=bool(decoding)))
         if not self._limits.shared:
-            # Prompts of unequal lengths would be cut into as many micro-batches.
-            return Tokens((), (self._slice(min(texts, key=lambda s: s.turn), budget),))
+            decoding = ()
+            texts = sorted(texts, key=lambda s: s.turn)
+            # Prompts of unequal lengths would be cut into as many micro-batches, but for those in the common memory.
+            together = texts[0].seq_id in self._common
+            texts = [s for s in texts if s.seq_id in self._common] if together else texts[:1]
         parts = (self._slice(s, share) for s, share in zip(texts, _shares(texts, budget), strict=True) if share)
         return Tokens(decoding, tuple(parts))
 

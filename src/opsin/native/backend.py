@@ -11,11 +11,11 @@ from opsin.core.errors import BadInput, BadParameter, EngineError, ModelNotFound
 from opsin.core.model_info import ModelInfo
 from opsin.core.parts import TextPart
 from opsin.native import logs
-from opsin.native.context import Context
 from opsin.native.grammar import compile_grammar, compile_schema
 from opsin.native.layout import Stretches, lay_out, lay_out_text
 from opsin.native.logprobs import token_logprob
 from opsin.native.model import Model
+from opsin.native.places import Places
 from opsin.native.sampler import NativeSampler
 from opsin.native.threads import rest
 from opsin.native.vision import Encoder
@@ -38,7 +38,7 @@ class NativeBackend:
     Two threads inside at once would corrupt native memory, so the second is refused with an EngineError.
     """
 
-    def __init__(self, settings: EngineSettings, model: Model, context: Context, encoder: Encoder | None) -> None:
+    def __init__(self, settings: EngineSettings, model: Model, context: Places, encoder: Encoder | None) -> None:
         self.settings = settings
         self._model = model
         self._context = context
@@ -200,9 +200,19 @@ class NativeBackend:
             return self._context.kv_remove(seq_id, start, end)
 
     def kv_copy(self, source: int, target: int, start: int, end: int) -> None:
-        """Let `target` share positions [start, end) of `source`."""
+        """Give `target` positions [start, end) of `source`, in the memory where `source` is."""
         with self._alone():
             self._context.kv_copy(source, target, start, end)
+
+    def kv_join(self, seq_id: int) -> None:
+        """Bring a sequence to the common memory. Raises DecodeFailed when there is no room, and nothing changed."""
+        with self._alone():
+            self._context.kv_join(seq_id)
+
+    def kv_leave(self, seq_id: int) -> None:
+        """Bring a sequence from the common memory back to its own place."""
+        with self._alone():
+            self._context.kv_leave(seq_id)
 
     def kv_last(self, seq_id: int) -> int:
         """The last position held for a sequence, -1 when there is none."""
@@ -250,7 +260,7 @@ def open_backend(settings: EngineSettings) -> NativeBackend:
     model = Model(settings.model, settings)
     try:
         encoder = Encoder(model, settings.mmproj, settings) if settings.mmproj is not None else None
-        context = Context(model, settings)
+        context = Places(model, settings)
     except BaseException:
         model.close()
         raise

@@ -18,6 +18,7 @@ from opsin.native import logs
 from opsin.native.batch import BatchArrays
 from opsin.native.devices import devices
 from opsin.native.handles import Owned
+from opsin.native.state import carry
 from opsin.native.threads import default_threads
 
 if TYPE_CHECKING:
@@ -48,22 +49,38 @@ _KV_SHARE = 0.5  # of the free memory may go to KV memory when nobody gave a con
 
 
 class Context:
-    """One llama_context. All of it belongs to one thread at a time."""
+    """One llama_context. All of it belongs to one thread at a time.
 
-    def __init__(self, model: Model, settings: EngineSettings, *, callback: Any = None, ctx: int | None = None) -> None:
-        llama = model.lib.llama
-        self._llama = llama
+    With `beside` it is one memory for the same sequences as those of another context, and for as large batches.
+    """
+
+    handle: Owned
+    limits: BackendLimits
+
+    def __init__(
+        self,
+        model: Model,
+        settings: EngineSettings,
+        *,
+        callback: Any = None,
+        ctx: int | None = None,
+        beside: Context | None = None,
+    ) -> None:
+        self.llama = llama = model.lib.llama
         self._model = model
         params = llama.llama_context_default_params()
         params.n_ctx = ctx or settings.ctx or default_context(model, settings)
         params.n_ubatch = params.n_batch = min(settings.ubatch, params.n_ctx)
-        split = _split(model, settings, params.n_ctx)
+        split = beside is None and _split(model, settings, params.n_ctx)
         if split:
             # One stream more than answers: it is where an idle prefix goes that stands in a running one's way.
             params.n_ctx = _padded(params.n_ctx // settings.parallel) * (settings.parallel + 1)
             if "ubatch" not in settings.model_fields_set:
                 params.n_ubatch = params.n_batch = min(params.n_ubatch, _SPLIT_UBATCH)
         sequences = settings.parallel + 1 if split else _sequences(model, settings, params.n_ubatch)
+        if beside is not None:
+            sequences, params.n_ubatch = beside.limits.n_seq_max, beside.limits.n_ubatch
+            params.n_batch = params.n_ubatch
         # Each sequence of a sliding-window model has a keeper that holds the same cells. llama.cpp takes a cell outside
         # the window of the only sequence that holds it as free, also with swa_full and while others are empty: a
         # prefix would lose its beginning. A cell of two sequences stays.
@@ -76,7 +93,7 @@ class Context:
         params.n_threads_batch = settings.threads_batch or threads
         params.type_k = params.type_v = _KV_TYPES[settings.kv_type]
         params.flash_attn_type = -1 if settings.flash_attention is None else int(settings.flash_attention)
-        if split and settings.flash_attention is None:
+        if (split or beside is not None) and settings.flash_attention is None:
             params.flash_attn_type = 0  # on CPUs it makes decode slower by a fifth, and prefill faster: docs/log.md
         params.kv_unified = not split
         # Sliding-window layers keep everything, so that prefixes stay whole.
@@ -93,6 +110,7 @@ class Context:
             )
         self.handle = Owned("context", pointer, llama.llama_free, model.handle)
         self._memory = llama.llama_get_memory(pointer)
+        self.streams = params.n_seq_max if split else 1
         self.limits = BackendLimits(
             n_ctx=llama.llama_n_ctx(pointer),
             n_batch=llama.llama_n_batch(pointer),
@@ -117,7 +135,7 @@ class Context:
     @property
     def threads(self) -> tuple[int, int]:
         """Threads of decode and of prefill."""
-        return int(self._llama.llama_n_threads(self.pointer)), int(self._llama.llama_n_threads_batch(self.pointer))
+        return int(self.llama.llama_n_threads(self.pointer)), int(self.llama.llama_n_threads_batch(self.pointer))
 
     def decode(self, rows: Sequence[TokenRow] | EmbeddingRows) -> bool:
         """Run one micro-batch. False when the KV memory has no room, and nothing changed. Raises DecodeFailed."""
@@ -135,12 +153,12 @@ class Context:
             causal = True
         mark = logs.SINK.mark()
         if not causal:
-            self._llama.llama_set_causal_attn(pointer, False)
+            self.llama.llama_set_causal_attn(pointer, False)
         try:
-            code = self._llama.llama_decode(pointer, batch)
+            code = self.llama.llama_decode(pointer, batch)
         finally:
             if not causal:
-                self._llama.llama_set_causal_attn(pointer, True)
+                self.llama.llama_set_causal_attn(pointer, True)
         if code == 0:
             self._with_logits = with_logits
             return True
@@ -218,7 +236,7 @@ class Context:
 
     def synchronize(self) -> None:
         """Wait until all that was started is done."""
-        self._llama.llama_synchronize(self.pointer)
+        self.llama.llama_synchronize(self.pointer)
 
     def logits(self, row: int) -> NDArray[np.float32]:
         """The raw logits of a batch row of the last decode (-1: the last that has any), float32 [n_vocab].
@@ -227,7 +245,7 @@ class Context:
         """
         if not (row in self._with_logits or (row == -1 and self._with_logits)):
             raise DecodeFailed(f"Row {row} of the last batch has no logits.")
-        address = self._llama.llama_get_logits_ith(self.pointer, row)
+        address = self.llama.llama_get_logits_ith(self.pointer, row)
         if not address:
             raise DecodeFailed(f"llama.cpp gave no logits for row {row}.")
         memory: Any = self._row.from_address(ctypes.addressof(address.contents))
@@ -241,19 +259,23 @@ class Context:
             )
         return view
 
+    def at(self, row: int) -> tuple[int, int]:
+        """The native context that holds the logits of a batch row of the last decode, and which row they are there."""
+        return self.pointer, row
+
     def kv_last(self, seq_id: int) -> int:
         """The last position held for a sequence, -1 when there is none."""
         self._check_sequence(seq_id)
         self.handle.pointer  # noqa: B018 - the memory is part of the context: raises when that is closed
-        return int(self._llama.llama_memory_seq_pos_max(self._memory, seq_id))
+        return int(self.llama.llama_memory_seq_pos_max(self._memory, seq_id))
 
     def kv_remove(self, seq_id: int, start: int, end: int) -> bool:
         """Forget positions [start, end); False when this memory cannot forget a part."""
         self._check_sequence(seq_id)
         self.handle.pointer  # noqa: B018 - as above
         if self._keeper:
-            self._llama.llama_memory_seq_rm(self._memory, seq_id + self._keeper, start, end)
-        return bool(self._llama.llama_memory_seq_rm(self._memory, seq_id, start, end))
+            self.llama.llama_memory_seq_rm(self._memory, seq_id + self._keeper, start, end)
+        return bool(self.llama.llama_memory_seq_rm(self._memory, seq_id, start, end))
 
     def kv_copy(self, source: int, target: int, start: int, end: int) -> None:
         """Let `target` share positions [start, end) of `source`. Raises DecodeFailed for a part of a state."""
@@ -265,16 +287,16 @@ class Context:
         if source == target:
             return
         if not self.limits.shared:
-            # Streams are copied whole; anything else ends the process.
+            # Not by llama_memory_seq_cp: from one memory to another that copies also what is empty.
             if start:
                 raise DecodeFailed("Only the beginning of a sequence can be copied into a memory of its own.")
-            self._llama.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+            carry(self, source, self, target)
             if end >= 0:
-                self._llama.llama_memory_seq_rm(self._memory, target, end, -1)
+                self.llama.llama_memory_seq_rm(self._memory, target, end, -1)
         else:
-            self._llama.llama_memory_seq_cp(self._memory, source, target, start, end)
+            self.llama.llama_memory_seq_cp(self._memory, source, target, start, end)
             if self._keeper:
-                self._llama.llama_memory_seq_cp(self._memory, source, target + self._keeper, start, end)
+                self.llama.llama_memory_seq_cp(self._memory, source, target + self._keeper, start, end)
 
 
 def _sequences(model: Model, settings: EngineSettings, n_ubatch: int) -> int:
@@ -334,7 +356,7 @@ def default_context(model: Model, settings: EngineSettings) -> int:
         return wanted
     fits = int(free * _KV_SHARE / cell) // 256 * 256
     if settings.parallel > 1 and _on_cpu(model):
-        fits = fits * settings.parallel // (settings.parallel + 1)  # the place to spare
+        fits = fits * settings.parallel // (settings.parallel + 2)  # the place to spare, and the common memory
     if fits < min(wanted, 512):
         raise BadParameter(
             f"A context of {wanted} tokens needs {wanted * cell / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are free: "

@@ -24,11 +24,12 @@ from pathlib import Path
 from opsin.core.errors import BadInput, ModelError, ModelUnreadable, OpsinError
 from opsin.core.settings import EngineSettings
 from opsin.native import logs
-from opsin.native.context import _KV_SHARE, Context, _cell_bytes, default_context
+from opsin.native.context import _KV_SHARE, _cell_bytes, default_context
 from opsin.native.devices import devices
 from opsin.native.handles import Owned
 from opsin.native.library import library
 from opsin.native.model import _ROPE_WITH_SECTIONS, Model, _placement
+from opsin.native.places import Places
 from opsin.native.projector import _Reader
 from opsin.native.trial import child_command
 from opsin.native.vision import _device
@@ -47,7 +48,8 @@ class Reserved:
     `layers` are the devices of the language model's layers, the output layer last. `not_repacked` counts the
     tensors that are not repacked for the CPU, None where nothing is. `compute` includes the logits. A micro-batch has
     up to `rows`, and `flash` says whether the scores of their attention are kept out of memory. Each of the `streams`
-    memories that sequences have of their own (1: all share it) has `cells`. `vision_compute` was reserved for a picture
+    memories that sequences have of their own (1: all share it) has `cells`, and beside them there is one of `common`
+    cells. `vision_compute` was reserved for a picture
     of `vision_edge` pixels a side; the encoder takes up to `vision_pixels` (0: always that size); `vision_flash` is to
     the encoder what `flash` is to the language model.
     `error` is why nothing is known: the sentence that loading would end with.
@@ -61,6 +63,7 @@ class Reserved:
     flash: bool = True
     cells: int = 0
     streams: int = 1
+    common: int = 0
     vision_device: str = HOST
     vision_compute: dict[str, int] = field(default_factory=dict)
     vision_edge: int = 0
@@ -93,6 +96,7 @@ def reserve(setups: Sequence[EngineSettings], vision_bytes: int = 0) -> list[Res
 
 # ---- reading the log
 
+_CONTEXT = re.compile(r"llama_context: constructing llama_context")
 _LAYER = re.compile(r"load_tensors: layer +\d+ assigned to device (.+?),")
 _NOT_REPACKED = re.compile(r"\(and (\d+) others\) cannot be used with preferred buffer type")
 _REPACKS = re.compile(r"load_tensors: +(?:CPU_REPACK|AMX) model buffer size")
@@ -121,18 +125,9 @@ def read_log(lines: Iterable[str]) -> Reserved:
     if _REPACKS.search(text):
         others = _NOT_REPACKED.search(text)
         found.not_repacked = int(others[1]) + 1 if others else 0
-    layers: Counter[str] = Counter()
-    for device, mib, cells, streams in _CACHE.findall(text):
-        if device:
-            layers[device_of(device)] += 1
-            continue
-        for name, count in layers.items():
-            found.kv[name] = found.kv.get(name, 0) + _bytes(mib) * count // layers.total()
-        found.cells, found.streams, layers = max(found.cells, int(cells)), int(streams or 1), Counter()
-    # The last word on a buffer counts: a graph is reserved again where flash attention turns out not to work.
-    buffers = {buffer: _bytes(mib) for buffer, mib in _COMPUTE.findall(text)}
-    for buffer, size in (*buffers.items(), *((name, _bytes(mib)) for name, mib in _OUTPUT.findall(text))):
-        found.compute[device_of(buffer)] = found.compute.get(device_of(buffer), 0) + size
+    first, *beside = _CONTEXT.split(text)[1:] or [text]
+    found.cells, found.streams = _read_context(first, found)
+    found.common = max((_read_context(context, found)[0] for context in beside), default=0)
     found.vision_compute = {device_of(buffer): _bytes(mib) for buffer, mib in _VISION.findall(text)}
     found.flash = not _NO_FLASH.search(text)
     found.vision_flash = "warmup: flash attention is disabled" not in text
@@ -140,6 +135,24 @@ def read_log(lines: Iterable[str]) -> Reserved:
         int(match[1]) if (match := pattern.search(text)) else 0 for pattern in (_ROWS, _EDGE, _PIXELS)
     )
     return found
+
+
+def _read_context(text: str, found: Reserved) -> tuple[int, int]:
+    """Add what one context reserved; the cells of each of its memories, and how many they are."""
+    most, memories = 0, 1
+    layers: Counter[str] = Counter()
+    for device, mib, cells, streams in _CACHE.findall(text):
+        if device:
+            layers[device_of(device)] += 1
+            continue
+        for name, count in layers.items():
+            found.kv[name] = found.kv.get(name, 0) + _bytes(mib) * count // layers.total()
+        most, memories, layers = max(most, int(cells)), int(streams or 1), Counter()
+    # The last word on a buffer counts: a graph is reserved again where flash attention turns out not to work.
+    buffers = {buffer: _bytes(mib) for buffer, mib in _COMPUTE.findall(text)}
+    for buffer, size in (*buffers.items(), *((name, _bytes(mib)) for name, mib in _OUTPUT.findall(text))):
+        found.compute[device_of(buffer)] = found.compute.get(device_of(buffer), 0) + size
+    return most, memories
 
 
 def _bytes(mib: str) -> int:
@@ -216,7 +229,7 @@ def _reserve(settings: EngineSettings, lines: _Lines, visions: dict[object, list
     assert settings.model is not None, "whoever asks names the model"
     model = _Hollow(settings.model, settings)
     try:
-        Context(model, settings, ctx=_ctx(model, settings, vision_bytes))
+        Places(model, settings, ctx=_ctx(model, settings, vision_bytes))
         log = lines.take()
     finally:
         model.close()

@@ -131,6 +131,7 @@ class FakeBackend:
         self._debt_ms = 0.0
         self.cells_used = 0
         """KV cells in use; shared ones count once."""
+        self._common: dict[int, list[object]] = {}
 
     @property
     def limits(self) -> BackendLimits:
@@ -202,7 +203,8 @@ class FakeBackend:
             raise DecodeFailed(str(error)) from error
         count = len(rows.rows) if isinstance(rows, EmbeddingRows) else len(rows)
         assert 0 < count <= self._limits.n_ubatch, "a micro-batch holds 1 to n_ubatch rows"
-        if self.cells_used + count > self._limits.n_ctx or not self._fits(rows):
+        ids = [rows.seq_id] * count if isinstance(rows, EmbeddingRows) else [row.seq_id for row in rows]
+        if self.cells_used + count > self._limits.n_ctx or not self._fits(ids):
             return False
         self.pay()
         self._rows = []
@@ -250,8 +252,11 @@ class FakeBackend:
             cell.holders -= 1
             self.cells_used -= cell.holders == 0
         del cells.entries[gone]
+        if seq_id in self._common:
+            del self._common[seq_id][gone]
         if not cells.entries:
             del self._sequences[seq_id]
+            self._common.pop(seq_id, None)
         return True
 
     def kv_copy(self, source: int, target: int, start: int, end: int) -> None:
@@ -264,9 +269,27 @@ class FakeBackend:
             assert start == 0, "memories of their own are copied whole"
             shared = [_Cell(cell.entry, 0) for cell in shared]
             self.cells_used += len(shared)
+            if source in self._common:
+                self._common[target] = self._common[source][: len(shared)]
         for cell in shared:
             cell.holders += 1
         held.extend(shared)
+
+    @property
+    def common_used(self) -> int:
+        """Cells in use in the common memory; shared ones count once."""
+        return len({id(cell) for cells in self._common.values() for cell in cells})
+
+    def kv_join(self, seq_id: int) -> None:
+        """Count a sequence's cells in the common memory."""
+        assert seq_id not in self._common, "who joins is not there yet"
+        if self.common_used + self.kv_last(seq_id) + 1 > self._limits.common:
+            raise DecodeFailed("The common memory has no room.")
+        self._common[seq_id] = [object() for _ in range(self.kv_last(seq_id) + 1)]
+
+    def kv_leave(self, seq_id: int) -> None:
+        """Count them there no more."""
+        del self._common[seq_id]
 
     def kv_last(self, seq_id: int) -> int:
         """The last position held, -1 for none."""
@@ -301,12 +324,14 @@ class FakeBackend:
         said = len(entries) - turn - 1
         return answer[said] if turn >= 0 and said < len(answer) else EOS
 
-    def _fits(self, rows: Sequence[TokenRow] | EmbeddingRows) -> bool:
+    def _fits(self, ids: list[int]) -> bool:
         """Whether each sequence has room; rows must come in the order of their ids where that decides who shares."""
         if self._limits.shared:
             return True
-        ids = [rows.seq_id] * len(rows.rows) if isinstance(rows, EmbeddingRows) else [row.seq_id for row in rows]
-        assert ids == sorted(ids), "rows come in the order of their sequences"
+        apart = [i for i in ids if i not in self._common]
+        assert apart == sorted(apart), "rows come in the order of their sequences"
+        if self.common_used + len(ids) - len(apart) > self._limits.common:
+            return False
         return all(self.kv_last(i) + 1 + ids.count(i) <= self._limits.n_ctx_seq for i in set(ids))
 
     def _owe(self, ms: float) -> None:
@@ -320,6 +345,8 @@ class FakeBackend:
         assert pos == len(cells.entries), f"position {pos} follows {len(cells.entries) - 1}"
         cells.entries.append(_Cell(entry))
         self.cells_used += 1
+        if seq_id in self._common:
+            self._common[seq_id].append(object())
 
     def _append_image(self, rows: EmbeddingRows) -> None:
         for row, pos in zip(rows.rows, rows.positions[0], strict=True):

@@ -188,6 +188,8 @@ class Driver:
     def check(self) -> None:
         self.scheduler.check()
         assert self.backend.cells_used == self.scheduler.book.used
+        assert self.backend.common_used == self.scheduler.book.common.used
+        assert set(self.backend._common) == self.scheduler.book.members
         assert self._fruitless < 3, "steps that get nobody on"
         for asked in self.asked:
             state = asked.sequence.state

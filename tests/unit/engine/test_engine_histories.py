@@ -53,6 +53,7 @@ class World:
     layers: int
     image_tokens: int
     shared: bool
+    common: int
 
 
 stretch = st.sampled_from(["a", "b", "ab", "abba" * 2, "ab" * 8])
@@ -80,6 +81,7 @@ worlds = st.builds(
     layers=st.sampled_from([1, 3]),
     image_tokens=st.sampled_from([1, 4, 12]),
     shared=st.booleans(),
+    common=st.sampled_from([0, 12, 40, 400]),
 )
 faults = st.dictionaries(st.integers(0, 40), st.sampled_from(["encode", "decode", "room"]), max_size=3)
 
@@ -94,7 +96,7 @@ def context_of(world: World, history: list[Ask]) -> int:
 def live(world: World, history: list[Ask], mishaps: dict[int, str], *, keep_prefixes: bool) -> Driver:
     size = limits(context_of(world, history), world.n_ubatch, world.n_seq_max)
     if not world.shared:
-        size = replace(size, n_ctx=size.n_ctx * size.n_seq_max, shared=False, best_rows=4)
+        size = replace(size, n_ctx=size.n_ctx * size.n_seq_max, shared=False, best_rows=4, common=world.common)
     backend = Backend(reply, limits=size, clock=FakeClock(), image_tokens=world.image_tokens)
     backend.layers = world.layers
     policy = Policy(
@@ -104,6 +106,7 @@ def live(world: World, history: list[Ask], mishaps: dict[int, str], *, keep_pref
         longest_turn=world.turn,
         slice_seconds=world.slice / 1000,
         wait_for=world.wait_for,
+        gather=world.wait_for,
         keep_prefixes=keep_prefixes,
     )
     driver = Driver(size, policy, backend, PictureCache(world.picture_bytes))
