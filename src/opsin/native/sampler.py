@@ -101,7 +101,7 @@ class NativeSampler:
         chain = self._chain.pointer
         logits = self._context.logits(row)
         if self._grammar is None:
-            return int(self._llama.llama_sampler_sample(chain, self._context.pointer, row))
+            return int(self._llama.llama_sampler_sample(chain, *self._context.at(row)))
         token = self._draw(logits, masked=False)
         if not self._allowed(token):
             token = self._draw(logits, masked=True)
