@@ -301,3 +301,69 @@ def test_the_common_memory_and_back_gives_the_same_answers(backend: Any) -> None
         np.testing.assert_array_equal(step(backend, seq_id, end, 65), expected)
     layout.close()
     other.close()
+
+
+def test_a_picture_filled_apart_gives_the_same_answer_as_one_filled_in_its_place(
+    backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = backend._context
+    if context._fill is None:
+        pytest.skip("one memory for all")
+    layout, other = lay_out(backend), lay_out(backend, picture=shot(seed=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(context, "_fill", None)
+        end = fill(backend, 2, layout.runs)
+        expected = step(backend, 2, end, 65)
+        backend.kv_remove(2, 0, -1)
+    *before, run, question = layout.runs
+    assert isinstance(run, ImageRun)
+    embedding = backend.encode(run)
+    pos = fill(backend, 2, before)
+    half = run.n_tokens // 2
+
+    def part(start: int, stop: int) -> None:
+        positions = run.positions_at(pos, start, stop)
+        assert backend.decode(EmbeddingRows(embedding[start:stop], positions, 2))
+
+    part(0, half)
+    assert context._filling == 2
+    assert backend.kv_last(2) == int(run.positions_at(pos, 0, half)[0].max())
+    assert fill(backend, 1, other.runs) == end, "another one is filled in its own place meanwhile"
+    assert context._filling == 2
+    part(half, run.n_tokens)
+    backend.kv_copy(2, 3, 0, pos + run.n_pos)  # a fork of it brings it home
+    assert context._filling is None
+    for seq_id in (2, 3):
+        fill(backend, seq_id, [question], pos + run.n_pos)
+        np.testing.assert_allclose(step(backend, seq_id, end, 65), expected, atol=TOLERANCE)
+    assert np.abs(step(backend, 1, end, 65) - expected).max() > 5 * TOLERANCE, "another picture is another answer"
+    backend.kv_remove(2, 0, -1)
+    pos = fill(backend, 2, before)
+    part(0, half)
+    backend.kv_remove(2, 0, -1)
+    assert (context._filling, backend.kv_last(2)) == (None, -1)
+    layout.close()
+    other.close()
+
+
+def test_a_picture_that_outgrows_the_memory_to_fill_it_goes_on_in_its_place(open_kind: Callable[..., Any]) -> None:
+    backend = open_kind("tiny", ctx=16384)
+    context, size = backend._context, 64
+    rows = np.random.default_rng(0).standard_normal((size, backend.limits.n_embd)).astype(np.float32)
+
+    def part(seq_id: int) -> None:
+        pos = backend.kv_last(seq_id) + 1
+        times = np.arange(pos, pos + size, dtype=np.int32)[np.newaxis]
+        assert backend.decode(EmbeddingRows(rows, times, seq_id))
+
+    for _ in range(context._fill.limits.n_ctx // size):
+        part(0)
+    assert context._filling == 0
+    part(0)
+    assert context._filling is None
+    assert backend.kv_last(0) == context._fill.limits.n_ctx + size - 1
+    for start in range(0, 600, 200):
+        assert backend.decode([TokenRow(65, start + i, 1) for i in range(200)])
+    part(1)
+    assert context._filling is None, "much is not brought along"
+    backend.close()

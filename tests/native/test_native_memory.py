@@ -76,7 +76,7 @@ def assert_told(settings: EngineSettings, log: list[str], edge: int = 336) -> Re
     assert near(told.kv, true.kv)
     assert near(told.compute, true.compute)
     assert near(told.vision_compute, true.vision_compute)
-    assert (told.cells, told.streams, told.common) == (true.cells, true.streams, true.common)
+    assert (told.cells, told.streams, told.beside) == (true.cells, true.streams, true.beside)
     assert told.rows == true.rows
     assert (told.flash, told.vision_flash, told.not_repacked) == (true.flash, true.vision_flash, true.not_repacked)
     ours = weights_by_device([read_header(settings.model)], told.layers, told.not_repacked)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""A hundred clients over HTTP for as long as OPSIN_SOAK_HTTP_MINUTES says: a third hang up, some send broken pictures.
+"""A hundred clients over HTTP for as long as SOAK_HTTP_MINUTES says: a third hang up, some send broken pictures.
 
 Nothing is lost, no sequence stays taken, no error of the server's own, and the memory of the process that holds the
 model stays where it was after the first fifth of the time.
@@ -21,7 +21,7 @@ from serve_process import Served, picture_url, question, served
 from opsin.models import write_pair
 
 CLIENTS, SEQUENCES, PICTURES, CTX = 100, 8, 24, 2048
-MINUTES = float(os.environ.get("OPSIN_SOAK_HTTP_MINUTES", "10"))
+MINUTES = float(os.environ.get("SOAK_HTTP_MINUTES", "10"))
 PATIENCE = 300.0
 BROKEN_CODES = {"bad_picture", "picture_unsupported"}
 

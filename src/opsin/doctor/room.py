@@ -23,7 +23,7 @@ from opsin.models.gguf_header import TENSOR_TYPES, GgufHeader, TensorHead, read_
 from opsin.models.naming import parts_of
 from opsin.native import Device
 from opsin.native.memory import HOST, Reserved, reserve
-from opsin.native.places import common_cells
+from opsin.native.places import cells_beside
 
 FULL = 0.9
 """Share of the free memory from which on it is tight: drivers, pictures being read and other programs need some."""
@@ -224,7 +224,7 @@ def _rest(header: GgufHeader, vision: GgufHeader | None, settings: EngineSetting
     converted = rows * (header.integer(f"{architecture}.feed_forward_length") or 0) * 34 // 32
     if HOST in reserved.layers and not reserved.flash and settings.kv_type != "f32":
         heads = header.integer(f"{architecture}.attention.head_count") or 1
-        converted = rows * max(reserved.cells, reserved.common) * heads * 2
+        converted = rows * max(reserved.cells, reserved.beside) * heads * 2
     if vision is not None and reserved.vision_device == HOST and not reserved.vision_flash:
         converted += _scores(vision, reserved.vision_edge) // 2
     return _BOOKKEEPING + _TOKEN * header.lengths.get("tokenizer.ggml.tokens", 0) + converted
@@ -248,25 +248,27 @@ def by_hand(header: GgufHeader, vision: GgufHeader | None, settings: EngineSetti
     ctx = settings.ctx or min(value("context_length", CTX_PER_SEQUENCE), CTX_PER_SEQUENCE) * parallel
     split = parallel > 1 and ctx // parallel >= (1024 if settings.ctx else 4096) and "q" not in settings.kv_type
     cells, streams = (-(-(ctx // parallel) // 256) * 256, parallel + 1) if split else (ctx, 1)
-    common = common_cells(cells) if split else 0
+    common, fill = cells_beside(cells) if split else (0, 0)
+    fill *= settings.flash_attention is None
     rows = min(settings.ubatch, ctx, 256 if split and "ubatch" not in settings.model_fields_set else ctx)
     flash = settings.flash_attention if settings.flash_attention is not None else not split
     vocabulary = header.lengths.get("tokenizer.ggml.tokens", 0)
     forward = rows * 3 * (value("feed_forward_length", 4 * width) + width) * 4
     compute = 0
-    for seen in (cells, common) if split else (cells,):
-        attention = rows * 4 * width * 4 + (0 if flash else rows * seen * heads * 4)
-        compute += rows * seen * (2 if flash else 4) + max(attention, forward, 64 * vocabulary * 4)
-        compute += min(64, parallel + 1) * vocabulary * 4
+    for seen, scores in (cells, not flash), (common, not flash), (fill, False):
+        if seen:
+            attention = rows * 4 * width * 4 + (rows * seen * heads * 4 if scores else 0)
+            compute += rows * seen * (4 if scores else 2) + max(attention, forward, 64 * vocabulary * 4)
+            compute += min(64, parallel + 1) * vocabulary * 4
     found = Reserved(
         layers=[HOST] * (n_layer + 1),
-        kv={HOST: round(2 * n_layer * kv_width * (cells * streams + common) * _KV_BYTES[settings.kv_type])},
+        kv={HOST: round(2 * n_layer * kv_width * (cells * streams + common + fill) * _KV_BYTES[settings.kv_type])},
         compute={HOST: compute},
         rows=rows,
         flash=flash,
         cells=cells,
         streams=streams,
-        common=common,
+        beside=common,
     )
     if vision is not None:
         found.vision_compute = {HOST: _vision_by_hand(vision, settings)}

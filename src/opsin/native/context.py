@@ -111,6 +111,8 @@ class Context:
         self.handle = Owned("context", pointer, llama.llama_free, model.handle)
         self._memory = llama.llama_get_memory(pointer)
         self.streams = params.n_seq_max if split else 1
+        self.n_pos = model.n_pos
+        self.flash = params.flash_attn_type != 0
         self.limits = BackendLimits(
             n_ctx=llama.llama_n_ctx(pointer),
             n_batch=llama.llama_n_batch(pointer),

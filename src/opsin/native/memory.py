@@ -48,10 +48,9 @@ class Reserved:
     `layers` are the devices of the language model's layers, the output layer last. `not_repacked` counts the
     tensors that are not repacked for the CPU, None where nothing is. `compute` includes the logits. A micro-batch has
     up to `rows`, and `flash` says whether the scores of their attention are kept out of memory. Each of the `streams`
-    memories that sequences have of their own (1: all share it) has `cells`, and beside them there is one of `common`
-    cells. `vision_compute` was reserved for a picture
-    of `vision_edge` pixels a side; the encoder takes up to `vision_pixels` (0: always that size); `vision_flash` is to
-    the encoder what `flash` is to the language model.
+    memories that sequences have of their own (1: all share it) has `cells`, and the largest beside them `beside`.
+    `vision_compute` was reserved for a picture of `vision_edge` pixels a side; the encoder takes up to `vision_pixels`
+    (0: always that size); `vision_flash` is to the encoder what `flash` is to the language model.
     `error` is why nothing is known: the sentence that loading would end with.
     """
 
@@ -63,7 +62,7 @@ class Reserved:
     flash: bool = True
     cells: int = 0
     streams: int = 1
-    common: int = 0
+    beside: int = 0
     vision_device: str = HOST
     vision_compute: dict[str, int] = field(default_factory=dict)
     vision_edge: int = 0
@@ -127,7 +126,7 @@ def read_log(lines: Iterable[str]) -> Reserved:
         found.not_repacked = int(others[1]) + 1 if others else 0
     first, *beside = _CONTEXT.split(text)[1:] or [text]
     found.cells, found.streams = _read_context(first, found)
-    found.common = max((_read_context(context, found)[0] for context in beside), default=0)
+    found.beside = max((_read_context(context, found)[0] for context in beside), default=0)
     found.vision_compute = {device_of(buffer): _bytes(mib) for buffer, mib in _VISION.findall(text)}
     found.flash = not _NO_FLASH.search(text)
     found.vision_flash = "warmup: flash attention is disabled" not in text

@@ -175,7 +175,7 @@ def test_arithmetic_follows_the_settings(pair: Any) -> None:
     files = read_header(pair.llm), read_header(pair.mmproj)
     alone, four = by_hand(*files, EngineSettings(ctx=4096)), by_hand(*files, EngineSettings(ctx=4096, parallel=4))
     assert (alone.cells, alone.streams, four.cells, four.streams) == (4096, 1, 1024, 5)
-    assert four.kv[HOST] == alone.kv[HOST] * (5 * 1024 + 2048) // 4096, "places, one to spare, the common memory"
+    assert four.kv[HOST] == alone.kv[HOST] * (5 * 1024 + 2048 + 1024) // 4096, "one to spare, two beside"
     assert by_hand(*files, EngineSettings(ctx=4096, kv_type="q8_0")).kv[HOST] == alone.kv[HOST] * 17 // 32
     assert by_hand(*files, EngineSettings(ctx=4096, flash_attention=False)).compute[HOST] > alone.compute[HOST]
 
