@@ -309,6 +309,7 @@ def test_a_picture_filled_apart_gives_the_same_answer_as_one_filled_in_its_place
     context = backend._context
     if context._fill is None:
         pytest.skip("one memory for all")
+    monkeypatch.setattr("opsin.native.places._TILE", 1)  # pictures are small here
     layout, other = lay_out(backend), lay_out(backend, picture=shot(seed=1))
     with monkeypatch.context() as patch:
         patch.setattr(context, "_fill", None)

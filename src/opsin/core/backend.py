@@ -32,7 +32,8 @@ class BackendLimits:
     of its own, a fork copies them, and only sequences of neighbouring ids are computed together; beside these there are
     `common` cells for sequences that begin alike (0: none), where a fork shares cells. `cell_cost` is what one more
     cell of a memory that is shared is expected to add to a decode step, as a share of the step. `best_rows` are the
-    rows of a prefill step that is fastest; 0: as many as fit. `encode_batch` picture chunks may be encoded at once.
+    rows of a prefill step that is fastest; 0: as many as fit. Of a picture they are best a multiple of `tile`.
+    `encode_batch` picture chunks may be encoded at once.
     """
 
     n_ctx: int
@@ -46,6 +47,7 @@ class BackendLimits:
     common: int = 0
     cell_cost: float = 0.0
     best_rows: int = 0
+    tile: int = 1
     encode_batch: int = 1
 
     @property

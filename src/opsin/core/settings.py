@@ -51,7 +51,7 @@ class EngineSettings(BaseModel):
         description="tokens of a prefill step; none: 192 on CPUs with memories of their own, else ubatch",
     )
     slice_seconds: float = Field(
-        0.2, ge=0.01, description="how long a prefill step may hold up streaming answers, about, in seconds"
+        0.27, ge=0.01, description="how long a prefill step may hold up streaming answers, about, in seconds"
     )
     turn_share: float = Field(
         0.05, gt=0, le=1, description="share of the time that streaming answers get while pictures are worked on, about"

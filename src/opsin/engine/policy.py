@@ -12,19 +12,19 @@ class Policy:
     While somebody's answer streams a prefill step takes about `slice_seconds`, which bounds the pause of that stream,
     and has `slice` rows until it is known how long a row takes. While pictures are worked on, streams wait for their
     next token as long as makes their steps cost `turn_share` of the time, but at least `turn` and at most
-    `longest_turn`: shorter ones make them smoother and new pictures slower. When more than `few` prompts are being
-    filled, the longest wait and the slices grow in proportion, up to `crowded_turn`: many who wait for a first token go
-    before the smoothness of a few, whose steps would cost least when all decode together. `wait_for` is how much longer
+    `longest_turn`: shorter ones make them smoother and new pictures slower. When more than `few` are served at a time,
+    the longest wait and the slices grow in proportion, up to `crowded_turn`: many who wait for a first token go before
+    the smoothness of a few, whose steps would cost least when all decode together. `wait_for` is how much longer
     a coming prefix must be than the one that is ready, for a request to wait for it. Requests that share `gather`
     cells or more with one that is being answered go to the common memory with it. `max_queue` requests may wait.
     """
 
     parallel: int = 1
     slice: int = 64
-    slice_seconds: float = 0.2
+    slice_seconds: float = 0.27
     turn: float = 0.03
     longest_turn: float = 0.25
-    few: int = 3
+    few: int = 4
     crowded_turn: float = 0.6
     turn_share: float = 0.05
     wait_for: int = 32

@@ -100,7 +100,7 @@ class Scheduler:
     def plan_turn(self, now: float) -> Tokens | None:
         """A decode step between two layers of an encode: no admission, no fork, no eviction; None if it is not due."""
         decoding = self._decoding()
-        if not decoding or not self._steps.due(now):
+        if not decoding or not self._steps.due_within(now):
             return None
         step = Tokens(decoding)
         fits = len(decoding) <= self.book.room and cells_needed(step, self.book.members) <= self.book.common_room

@@ -28,12 +28,14 @@ class StepChooser:
         self._policy = policy
         self._last_decode = float("-inf")
         self._step_seconds = self._slice_seconds = self._row_seconds = 0.0
-        self._filling = 0
+        self._asked: float | None = None
+        self._crowd = 0
         self._only_prompts = False
         self._text_next = True
 
     def ran(self, step: Step, now: float, seconds: float, *, silent: bool) -> None:
         """A step took so long; `silent`: before it nobody's answer had begun."""
+        self._asked = now if isinstance(step, Tokens) else None
         if isinstance(step, Tokens):
             if step.decode and not step.prefill:
                 self._step_seconds = seconds
@@ -58,6 +60,11 @@ class StepChooser:
         wait = max(policy.turn, min(self._crowded(policy.longest_turn), self._step_seconds / policy.turn_share))
         return now + 0.75 * ahead - self._last_decode >= wait
 
+    def due_within(self, now: float) -> bool:
+        """`due`, asked again and again in an encode: the next time is as far ahead as the last one is behind."""
+        since, self._asked = self._asked, now
+        return self.due(now, 0.0 if since is None else now - since)
+
     def decoding(self, running: Iterable[Sequence]) -> tuple[Sequence, ...]:
         """Those whose answers have begun, in the order of a batch's rows."""
         decoding = (s for s in running if s.state is State.DECODE)
@@ -67,7 +74,7 @@ class StepChooser:
         """The next step; None when nobody has anything to compute."""
         running = tuple(running)
         filling = [s for s in running if s.state is State.PREFILL]
-        self._filling = len(filling)
+        self._crowd = len(running)
         texts = [s for s in filling if not s.at_image]
         images = [s for s in filling if s.at_image]
         decoding = self.decoding(running)
@@ -118,8 +125,12 @@ class StepChooser:
 
     def _part(self, rows: int, *, streaming: bool) -> int:
         """How many of so many rows a step takes: equal parts, as the last step would cost as much as a whole one."""
-        parts = -(-rows // self._rows(streaming=streaming))
-        return -(-rows // parts)
+        most, tile = self._rows(streaming=streaming), self._limits.tile
+        parts = -(-rows // most)
+        even = -(-rows // parts)
+        if most >= tile:
+            even = min(most // tile, -(-even // tile)) * tile
+        return min(rows, even)
 
     def _rows(self, *, streaming: bool) -> int:
         """The most rows of a prefill step."""
@@ -131,8 +142,8 @@ class StepChooser:
         return max(1, min(most, self._limits.n_ubatch))
 
     def _crowded(self, seconds: float) -> float:
-        """How long a stream may be held up, when it is `seconds` while few prompts are being filled."""
-        crowd = max(1.0, self._filling / self._policy.few)
+        """How long a stream may be held up, when it is `seconds` while few are served."""
+        crowd = max(1.0, self._crowd / self._policy.few)
         return max(seconds, min(self._policy.crowded_turn, crowd * seconds))
 
     @staticmethod

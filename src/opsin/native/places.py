@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _COMMON_CTX = (2048, 4096)  # at least a picture and eight short answers, also where a sequence has less
 _FILL_CTX = 2048
+_TILE = 64  # rows that flash attention takes at once in ggml's kernel; with fewer it is slower than without
 _LITTLE = 512  # cells that are worth bringing along to where a picture is filled
 
 
@@ -51,6 +52,7 @@ class Places(Context):
             if settings.flash_attention is None:  # nobody chose one for all
                 flash = settings.model_copy(update={"flash_attention": True})
                 self._fill = Context(model, flash, ctx=fill, beside=self)
+                self.limits = replace(self.limits, tile=_TILE)
             self._common = Context(model, settings, ctx=common, beside=self)
             self.limits = replace(self.limits, common=self._common.limits.n_ctx)
 
@@ -58,7 +60,7 @@ class Places(Context):
         """See Context. A batch that fails in one of both memories may have been computed in the other."""
         ids = {rows.seq_id} if isinstance(rows, EmbeddingRows) else {row.seq_id for row in rows}
         self._rows = None
-        if isinstance(rows, EmbeddingRows) and self._fills(rows.seq_id):
+        if isinstance(rows, EmbeddingRows) and self._fills(rows.seq_id, len(rows.rows)):
             self._last = self._filler()
             if self._last.decode(rows):
                 return True
@@ -144,9 +146,9 @@ class Places(Context):
         self._shared().kv_remove(seq_id, 0, -1)
         self._members.discard(seq_id)
 
-    def _fills(self, seq_id: int) -> bool:
+    def _fills(self, seq_id: int, count: int) -> bool:
         """Whether a picture of this sequence is filled apart; it begins to be when nobody else's is."""
-        if self._fill is None or self._filling is not None or seq_id in self._members:
+        if self._fill is None or self._filling is not None or seq_id in self._members or count < _TILE:
             return seq_id == self._filling
         held = super().kv_last(seq_id) + 1
         if held > _LITTLE:

@@ -142,11 +142,30 @@ def test_the_wait_for_a_turn_follows_what_a_step_costs(step: float, wait: float)
     decode = made.scheduler.plan(made.backend.clock()).step
     assert isinstance(decode, Tokens)
     made.scheduler.ran(decode, 100.0, step)
-    assert made.scheduler.plan_turn(100.0 + 0.98 * wait) is None
-    assert made.scheduler.plan_turn(100.0 + 1.02 * wait) is not None
+    assert first_turn(made, wait) == 1.0
 
 
-@pytest.mark.parametrize(("waiting", "wait"), [(1, 0.25), (3, 0.25), (6, 0.5), (15, 0.6)])
+def first_turn(made: Driver, wait: float, often: int = 100) -> float:
+    """When a turn is due behind a step at 100 s, in units of `wait`, asked so often in each."""
+    return next(i for i in range(1, 5 * often) if made.scheduler.plan_turn(100.0 + wait * i / often)) / often
+
+
+def test_a_turn_comes_early_when_the_next_question_would_come_late() -> None:
+    made = driver(parallel=2, answer=long)
+    made.ask("talk", max_tokens=50)
+    made.step()
+    made.step()
+    decode = made.scheduler.plan(made.backend.clock()).step
+    assert isinstance(decode, Tokens)
+    for often in (1, 2, 3, 4, 5, 10):
+        made.scheduler.ran(decode, 100.0, 0.5)
+        assert 1 - 1 / often < first_turn(made, 0.25, often) <= 1
+    made.scheduler.ran(decode, 100.0, 0.5)
+    assert made.scheduler.plan_turn(100.0 + 0.25 * 0.5) is None
+    assert made.scheduler.plan_turn(100.0 + 0.25 * 0.8) is not None, "the next one would be at 1.1"
+
+
+@pytest.mark.parametrize(("waiting", "wait"), [(1, 0.25), (3, 0.25), (7, 0.5), (15, 0.6)])
 def test_streams_wait_longer_while_many_wait_for_a_first_token(waiting: int, wait: float) -> None:
     made = driver(parallel=16, size=limits(n_ctx=8000, n_seq_max=20), answer=long)
     made.ask("talk", max_tokens=50)
@@ -159,8 +178,7 @@ def test_streams_wait_longer_while_many_wait_for_a_first_token(waiting: int, wai
     made.step()
     assert len(made.scheduler.running) == 1 + waiting
     made.scheduler.ran(decode, 100.0, 0.5)
-    assert made.scheduler.plan_turn(100.0 + 0.98 * wait) is None
-    assert made.scheduler.plan_turn(100.0 + 1.02 * wait) is not None
+    assert first_turn(made, wait) == 1.0
 
 
 def test_slices_are_longer_while_many_wait_for_a_first_token() -> None:
@@ -174,10 +192,24 @@ def test_slices_are_longer_while_many_wait_for_a_first_token() -> None:
         made.ask(prompt_of(i), max_tokens=1)
     made.run()
     rows = [plan.step.stop - plan.step.start for plan in made.plans if isinstance(plan.step, PrefillImage)]
-    # Six are being filled, then three and fewer: slices are as much shorter, and no stream waits for more.
-    # A row takes half a millisecond: 20 rows while few wait, twice as many at the beginning.
-    assert max(rows[4:10]) == 36
+    # Six are served, then four and fewer: slices are as much shorter, and no stream waits for more.
+    # A row takes half a millisecond: 20 rows while few are served, half as many more at the beginning.
+    assert max(rows[4:10]) == 30
     assert all(row <= 20 for row in rows[-3 * 12 :])
+
+
+@pytest.mark.parametrize(
+    ("tile", "rows"),
+    [(1, [80, 80, 80]), (16, [80, 80, 80]), (32, [96, 96, 48]), (64, [64, 64, 64, 48]), (128, [80] * 3)],
+)
+def test_slices_are_whole_tiles_where_they_are_as_large(tile: int, rows: list[int]) -> None:
+    size = dataclasses.replace(limits(n_ctx=8000, n_ubatch=256), tile=tile, best_rows=100)
+    made = driver(parallel=2, size=size, answer=long)
+    made.backend.image_tokens = 240
+    made.ask(prompt_of(1), max_tokens=1)
+    made.run()
+    steps = [plan.step for plan in made.plans]
+    assert [step.stop - step.start for step in steps if isinstance(step, PrefillImage)] == rows
 
 
 def test_a_stream_does_not_wait_for_a_slice_and_a_prompts_text_in_one_go() -> None:
