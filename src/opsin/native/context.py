@@ -245,9 +245,10 @@ class Context:
 
         A view of native memory, good until the next decode. Raises DecodeFailed when the row has none.
         """
+        pointer = self.pointer
         if not (row in self._with_logits or (row == -1 and self._with_logits)):
             raise DecodeFailed(f"Row {row} of the last batch has no logits.")
-        address = self.llama.llama_get_logits_ith(self.pointer, row)
+        address = self.llama.llama_get_logits_ith(pointer, row)
         if not address:
             raise DecodeFailed(f"llama.cpp gave no logits for row {row}.")
         memory: Any = self._row.from_address(ctypes.addressof(address.contents))
