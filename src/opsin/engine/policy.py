@@ -13,8 +13,8 @@ class Policy:
     and has `slice` rows until it is known how long a row takes. While pictures are worked on, streams wait for their
     next token as long as makes their steps cost `turn_share` of the time, but at least `turn` and at most
     `longest_turn`: shorter ones make them smoother and new pictures slower. When more than `few` are served at a time,
-    the longest wait and the slices grow in proportion, up to `crowded_turn`: many who wait for a first token go before
-    the smoothness of a few, whose steps would cost least when all decode together. `wait_for` is how much longer
+    waits and slices grow with the square of that, up to `crowded_turn`: the more streams there are, the more a step of
+    theirs costs, and the more wait for it; and all decode cheapest together, when all prompts are filled. `wait_for` is how much longer
     a coming prefix must be than the one that is ready, for a request to wait for it. Requests that share `gather`
     cells or more with one that is being answered go to the common memory with it. `max_queue` requests may wait.
     """
@@ -25,7 +25,7 @@ class Policy:
     turn: float = 0.03
     longest_turn: float = 0.25
     few: int = 4
-    crowded_turn: float = 0.6
+    crowded_turn: float = 0.8
     turn_share: float = 0.05
     wait_for: int = 32
     gather: int = 256

@@ -57,7 +57,7 @@ class StepChooser:
         `ahead` is how long the next piece of that work takes: when most of it would come too late, it waits.
         """
         policy = self._policy
-        wait = max(policy.turn, min(self._crowded(policy.longest_turn), self._step_seconds / policy.turn_share))
+        wait = max(policy.turn, self._crowded(min(policy.longest_turn, self._step_seconds / policy.turn_share)))
         return now + 0.75 * ahead - self._last_decode >= wait
 
     def due_within(self, now: float) -> bool:
@@ -144,7 +144,7 @@ class StepChooser:
     def _crowded(self, seconds: float) -> float:
         """How long a stream may be held up, when it is `seconds` while few are served."""
         crowd = max(1.0, self._crowd / self._policy.few)
-        return max(seconds, min(self._policy.crowded_turn, crowd * seconds))
+        return max(seconds, min(self._policy.crowded_turn, crowd**2 * seconds))
 
     @staticmethod
     def _slice(sequence: Sequence, budget: int) -> Slice:

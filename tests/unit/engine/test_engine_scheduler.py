@@ -165,7 +165,7 @@ def test_a_turn_comes_early_when_the_next_question_would_come_late() -> None:
     assert made.scheduler.plan_turn(100.0 + 0.25 * 0.8) is not None, "the next one would be at 1.1"
 
 
-@pytest.mark.parametrize(("waiting", "wait"), [(1, 0.25), (3, 0.25), (7, 0.5), (15, 0.6)])
+@pytest.mark.parametrize(("waiting", "wait"), [(1, 0.25), (3, 0.25), (5, 0.25 * 2.25), (15, 0.8)])
 def test_streams_wait_longer_while_many_wait_for_a_first_token(waiting: int, wait: float) -> None:
     made = driver(parallel=16, size=limits(n_ctx=8000, n_seq_max=20), answer=long)
     made.ask("talk", max_tokens=50)
@@ -193,8 +193,8 @@ def test_slices_are_longer_while_many_wait_for_a_first_token() -> None:
     made.run()
     rows = [plan.step.stop - plan.step.start for plan in made.plans if isinstance(plan.step, PrefillImage)]
     # Six are served, then four and fewer: slices are as much shorter, and no stream waits for more.
-    # A row takes half a millisecond: 20 rows while few are served, half as many more at the beginning.
-    assert max(rows[4:10]) == 30
+    # A row takes half a millisecond: 20 rows while few are served, at most 45 while six are.
+    assert max(rows[4:10]) == 40
     assert all(row <= 20 for row in rows[-3 * 12 :])
 
 
