@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from native_help import generate, prefill
 
@@ -65,6 +66,63 @@ def test_a_json_schema_gives_json_that_fits(backend: Any, seed: int) -> None:
     assert value["colour"] in {"red", "blue"}
     assert isinstance(value["count"], int)
     assert isinstance(value["round"], bool)
+
+
+TANGLED = 'root ::= ([^一-龥é]{2} | "é漢" | "a"{1,3} "é"?) " "? ["\\] [0-9]+ ("yes" | "yellow" | .)'
+LISTS = '{"type": "array", "items": {"enum": ["red", "rust", 17]}, "minItems": 3}'
+STRINGS = '{"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}'
+
+
+@pytest.mark.parametrize("asked", [{"grammar": TANGLED}, {"json_schema": LISTS}, {"json_schema": STRINGS}])
+@pytest.mark.parametrize("scale", [1.0, 0.2, 0.0], ids=["spread", "narrow", "equal"])
+@pytest.mark.parametrize(
+    "chain",
+    [
+        {"temperature": 0.0},
+        {"temperature": 1.0},
+        {"temperature": 1.0, "logit_bias": {300: 3.0, 301: -float("inf")}},
+        {"temperature": 2.0, "top_k": 3, "top_p": 1.0, "min_p": 0.0},
+        {"temperature": 2.0, "top_k": 1},
+        {"temperature": 1.0, "repeat_penalty": 1.5},
+    ],
+    ids=str,
+)
+def test_few_candidates_draw_what_all_would(
+    backend: Any, asked: dict[str, str], scale: float, chain: dict[str, Any]
+) -> None:
+    """Against the same chain when it is handed the whole vocabulary, and a grammar that is asked about all of it."""
+    assert backend.decode([TokenRow(9, 0, 0, True)])
+    logits, model, rng = backend._context.logits(-1), backend._model, np.random.default_rng(7)
+    params = SamplingParams(**{**asked, **chain})
+    for seed in range(6):
+        ours, whole = backend.sampler(params, seed), backend.sampler(params, seed)
+        whole._keep, whole._greedy = 0, False
+        for _ in range(30):
+            # Coarse numbers: some are equal.
+            logits[:] = np.round(rng.standard_normal(len(logits)) * scale, 2)
+            pointer = ours._grammar.pointer
+            every = model.candidates.permitted(pointer, np.arange(model.n_vocab))
+            assert (model.prefix_tree.permitted(model.candidates, pointer) == every).all()
+            token = ours.sample(-1)
+            assert token == whole.sample(-1)
+            assert every[token]
+            if token in backend.eog_tokens:
+                break
+        ours.close()
+        whole.close()
+
+
+def test_penalties_remember_what_was_drawn_and_not_what_was_refused(backend: Any) -> None:
+    assert backend.decode([TokenRow(9, 0, 0, True)])
+    logits = backend._context.logits(-1)
+    pieces = [backend.piece(token) for token in range(512)]
+    a, b, c = (pieces.index(letter) for letter in (b"a", b"b", b"c"))
+    logits[:] = 0.0
+    logits[[a, b, c]] = 1.9, 2.0, 1.8
+    params = SamplingParams(temperature=0.0, repeat_penalty=10.0, grammar='root ::= "a" [abc]{3}')
+    sampler = backend.sampler(params, 1)
+    assert [sampler.sample(-1) for _ in range(4)] == [a, b, c, b]
+    sampler.close()
 
 
 def test_the_end_is_not_taken_before_the_grammar_is_complete(backend: Any) -> None:

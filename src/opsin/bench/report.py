@@ -46,6 +46,7 @@ def as_document(results: Results) -> dict[str, Any]:
         if results.schema:
             batched |= {"json_schema": _rounded(asdict(_middle(results.schema)))}
             batched |= {"json_schema_cost": schema_cost(results)}
+            batched |= {"json_schema_runs": [_rounded(asdict(run)) for run in results.schema]}
         if results.batched_bench:
             batched |= {"llama_batched_bench_tokens_s": round(median(results.batched_bench), 1)}
             batched |= {"llama_batched_bench_flash_attention": results.batched_bench_flash}
@@ -66,11 +67,21 @@ def as_document(results: Results) -> dict[str, Any]:
 
 
 def schema_cost(results: Results) -> float | None:
-    """The share of the plain rate that schemas cost, the median over the runs; None when a run counts for nothing."""
+    """The share of the plain rate that schemas cost where decode calls take the same; None when a run is void.
+
+    The calls compute the same, so only the time beside them is compared. A busy machine changes the rates of two runs
+    by more than that whole time. The least disturbed plain run is what it is added to.
+    """
     pairs = list(zip(results.plain, results.schema, strict=False))
     if not pairs or any(run.void is not None for pair in pairs for run in pair):
         return None
-    return round(median(1 - schema.tokens_s / plain.tokens_s for plain, schema in pairs), 4)
+    extra = median(_beside(schema) - _beside(plain) for plain, schema in pairs)
+    return round(extra / (1 / max(plain.tokens_s for plain, _ in pairs) + extra), 4)
+
+
+def _beside(run: Batched) -> float:
+    """Seconds a token beside the decode calls."""
+    return (1 - run.decode_share) / run.tokens_s
 
 
 def _of_batched_bench(results: Results) -> dict[str, float] | None:

@@ -218,7 +218,7 @@ def _run(runtime: Runtime, results: Results, chosen: Any, runs: int, peers: dict
 def _batches(
     runtime: Runtime, results: Results, runs: int, prompt_tokens: int, peer: Callable[[Batched], float] | None
 ) -> Results:
-    """Full batches, plain and with schemas, and llama.cpp's own, in turn."""
+    """Full batches, plain and with schemas, and llama.cpp's own, in turn; every second run begins with the schemas."""
     from dataclasses import replace
     from functools import partial
 
@@ -228,11 +228,13 @@ def _batches(
     measure = partial(
         measure_batched, runtime.engine, runtime.prompts, sequences=sequences, prompt_tokens=prompt_tokens
     )
-    plain, schema, rates = [], [], []
+    plain: list[Batched] = []
+    schema: list[Batched] = []
+    rates: list[float] = []
     for run in range(runs):
         say(f"{sequences} sequences in one batch, run {run + 1} of {runs}")
-        plain.append(measure(schema=None))
-        schema.append(measure(schema=SCHEMA))
+        for text in (None, SCHEMA) if run % 2 == 0 else (SCHEMA, None):
+            (schema if text else plain).append(measure(schema=text))
         rates += [] if peer is None else [peer(plain[-1])]
     return replace(results, plain=tuple(plain), schema=tuple(schema), batched_bench=tuple(rates))
 

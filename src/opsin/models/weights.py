@@ -96,6 +96,7 @@ class RandomWeights:
             from gguf import GGMLQuantizationType
             from gguf.quants import quantize
 
-            packed = quantize(self._unit * np.float32(spread), GGMLQuantizationType[kind.upper()])
+            # As one row: gguf quantises 16 rows at a time, whatever their length.
+            packed = quantize(self._unit.reshape(1, -1) * np.float32(spread), GGMLQuantizationType[kind.upper()])
             self._packed[key] = np.ascontiguousarray(packed).view(np.uint8).reshape(-1).data
         return self._packed[key]

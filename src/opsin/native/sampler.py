@@ -1,26 +1,34 @@
 """Drawing tokens: the native sampler chain, with the grammar outside of it.
 
 A grammar inside the chain would look at every token of the vocabulary at every step. Outside, the chain draws first
-and the grammar looks at the one token drawn; only when that is refused are all tokens masked and drawn again.
+and the grammar looks at the one token drawn. Only when that is refused is drawn again, from what it permits. A chain
+that cuts to its `top_k` first draws from so many of the best permitted tokens as from all of them, so the grammar is
+asked about the best before it is asked about the whole vocabulary; where some score alike, the chain gets all, since
+it depends on their places which of them it takes.
+
 llama.cpp ends the process when a grammar is told to accept a token that it forbids, so each token is tested before.
 """
 
 from __future__ import annotations
 
-import ctypes
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from opsin.core.errors import BadGrammar, BadParameter
+from opsin.native.candidates import best
 from opsin.native.handles import Owned
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from opsin.core.sampling import SamplingParams
+    from opsin.native.candidates import Ids
     from opsin.native.context import Context
     from opsin.native.model import Model
 
-_CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+_MOST_KEPT = 128  # from here on a chain may order tokens otherwise
+_TRIED = 256  # best tokens of which a grammar is asked first
 
 
 class NativeSampler:
@@ -29,7 +37,11 @@ class NativeSampler:
     def __init__(self, model: Model, context: Context, params: SamplingParams, seed: int, gbnf: str | None) -> None:
         self._llama = model.lib.llama
         self._context = context
-        self._eog = model.eog_tokens
+        self._model = model
+        self._penalties = params.repeat_penalty != 1.0 or bool(params.presence_penalty or params.frequency_penalty)
+        self._greedy = params.temperature == 0 and not self._penalties
+        # How many of the best tokens the chain keeps before all else; 0: not known.
+        self._keep = 0 if self._penalties or params.top_k > _MOST_KEPT else params.top_k
         chain = self._llama.llama_sampler_chain_init(self._llama.llama_sampler_chain_default_params())
         self._chain = Owned("sampler", chain, self._llama.llama_sampler_free, context.handle)
         self._grammar: Owned | None = None
@@ -44,10 +56,12 @@ class NativeSampler:
     def _fill_chain(self, model: Model, params: SamplingParams, seed: int, *, with_grammar: bool) -> None:
         llama, n_vocab = self._llama, model.n_vocab
         biases = self._biases(model, params, with_grammar=with_grammar)
+        self._biased = np.array(list(biases), np.intp)
+        self._bias = np.array(list(biases.values()), np.float32)
         if biases:
             array = (llama.llama_logit_bias * len(biases))(*biases.items())
             self._add(llama.llama_sampler_init_logit_bias(n_vocab, len(biases), array))
-        if params.repeat_penalty != 1.0 or params.presence_penalty or params.frequency_penalty:
+        if self._penalties:
             last = self._context.limits.n_ctx if params.penalty_last_n < 0 else params.penalty_last_n
             self._add(
                 llama.llama_sampler_init_penalties(
@@ -90,54 +104,81 @@ class NativeSampler:
         if not pointer:
             raise BadGrammar("llama.cpp refuses this grammar: check that it has a rule named root.")
         self._grammar = Owned("grammar", pointer, self._llama.llama_sampler_free, self._context.handle)
-        self._ids = np.arange(model.n_vocab, dtype=np.int32)
-        self._candidates = np.zeros(model.n_vocab, _CANDIDATE)
 
     def sample(self, row: int) -> int:
         """Draw a token from the logits of batch row `row` (-1: the last), and remember it.
 
         Raises DecodeFailed when the row has no logits, BadGrammar when the grammar leaves this model no token.
         """
-        chain = self._chain.pointer
         logits = self._context.logits(row)
-        if self._grammar is None:
-            return int(self._llama.llama_sampler_sample(chain, *self._context.at(row)))
-        token = self._draw(logits, masked=False)
-        if not self._allowed(token):
-            token = self._draw(logits, masked=True)
-            if not self._allowed(token):
+        if self._grammar is None and not self._greedy:
+            return self._draw_natively(row)
+        if self._greedy:
+            token = int(self._scores(logits).argmax())
+        else:
+            # It would remember a token that the grammar refuses, which only penalties look at.
+            token = self._draw_from_all(logits) if self._penalties else self._draw_natively(row)
+        if self._grammar is not None:
+            if not self._model.candidates.permits(self._grammar.pointer, token):
+                token = self._draw_permitted(self._grammar.pointer, logits)
+            if token not in self._model.eog_tokens:
+                self._llama.llama_sampler_accept(self._grammar.pointer, token)
+        if self._penalties:
+            self._llama.llama_sampler_accept(self._chain.pointer, token)
+        return token
+
+    def _draw_natively(self, row: int) -> int:
+        return int(self._llama.llama_sampler_sample(self._chain.pointer, *self._context.at(row)))
+
+    def _scores(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What the chain orders tokens by: the logits, with their biases."""
+        if not len(self._biased):
+            return logits
+        scores = logits.copy()
+        scores[self._biased] += self._bias
+        return scores
+
+    def _draw(self, logits: NDArray[np.float32], scores: NDArray[np.float32], ids: Ids) -> int | None:
+        """Draw from `ids`, best first, as from the whole vocabulary; all tokens that are left out score less.
+
+        None when that is not known to be the same: which of equal tokens are kept, and in which order, depends on how
+        all others lie.
+        """
+        first = scores[ids[: self._keep + 1]]
+        if not len(ids) or (first[1:] == first[:-1]).any():
+            return None
+        kept = ids[: self._keep]
+        return self._model.candidates.draw(self._chain.pointer, kept, logits[kept])
+
+    def _draw_from_all(self, logits: NDArray[np.float32]) -> int:
+        return self._model.candidates.draw(self._chain.pointer, np.arange(len(logits)), logits)
+
+    def _draw_permitted(self, grammar: int, logits: NDArray[np.float32]) -> int:
+        """Draw from what the grammar permits. Raises BadGrammar when that is nothing."""
+        scores = self._scores(logits)
+        token = None
+        if self._keep or self._greedy:
+            # In a string most tokens are permitted: some of the best are all that the chain keeps.
+            tried = best(scores, _TRIED)
+            tried = tried[self._model.candidates.permitted(grammar, tried)]
+            if self._greedy and len(tried):
+                return int(tried[0])
+            if 0 < self._keep < len(tried):
+                token = self._draw(logits, scores, tried)
+        if token is None:
+            permitted = self._model.prefix_tree.permitted(self._model.candidates, grammar)
+            ids = np.flatnonzero(permitted & (scores > -np.inf))
+            if not len(ids):
                 raise BadGrammar(
                     "The grammar allows no token of this model here: loosen the grammar or the logit_bias."
                 )
-        self._llama.llama_sampler_accept(chain, token)
-        if token not in self._eog:
-            self._llama.llama_sampler_accept(self._grammar.pointer, token)
+            if self._greedy:
+                return int(ids[scores[ids].argmax()])
+            if self._keep:
+                token = self._draw(logits, scores, ids[np.argsort(-scores[ids], kind="stable")])
+            if token is None:
+                token = self._draw_from_all(np.where(permitted, logits, np.float32(-np.inf)))
         return token
-
-    def _draw(self, logits: Any, *, masked: bool) -> int:
-        candidates = self._candidates
-        candidates["id"] = self._ids
-        candidates["logit"] = logits
-        candidates["p"] = 0.0
-        array = self._array(candidates)
-        if masked and self._grammar is not None:
-            self._llama.llama_sampler_apply(self._grammar.pointer, ctypes.byref(array))
-        self._llama.llama_sampler_apply(self._chain.pointer, ctypes.byref(array))
-        return int(array.data[array.selected].id)
-
-    def _allowed(self, token: int) -> bool:
-        one = np.array([(token, 1.0, 0.0)], _CANDIDATE)
-        array = self._array(one)
-        self._llama.llama_sampler_apply(self._owned_grammar(), ctypes.byref(array))
-        return bool(np.isfinite(one["logit"][0]))
-
-    def _owned_grammar(self) -> int:
-        assert self._grammar is not None
-        return self._grammar.pointer
-
-    def _array(self, candidates: Any) -> Any:
-        data = candidates.ctypes.data_as(ctypes.POINTER(self._llama.llama_token_data))
-        return self._llama.llama_token_data_array(data, len(candidates), -1, False)
 
     def close(self) -> None:
         """Free it; twice does no harm."""

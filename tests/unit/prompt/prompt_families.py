@@ -1,5 +1,7 @@
 """Chat templates written for these tests in the manner of each family, and what belongs to them."""
 
+import functools
+
 from opsin.core.parts import PicturePart, Prompt, TextPart
 from opsin.core.picture import Picture
 from opsin.prompt import PromptBuilder, TemplateSource
@@ -197,6 +199,7 @@ def source(family: str) -> TemplateSource:
     return TemplateSource(template, "llama", family, None, bos, eos, frozenset(tokens) | {bos, eos} - {""})
 
 
+@functools.cache
 def builder(family: str) -> PromptBuilder:
     return PromptBuilder(source(family))
 
