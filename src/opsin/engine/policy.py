@@ -14,9 +14,10 @@ class Policy:
     next token as long as makes their steps cost `turn_share` of the time, but at least `turn` and at most
     `longest_turn`: shorter ones make them smoother and new pictures slower. When more than `few` are served at a time,
     waits and slices grow with the square of that, up to `crowded_turn`: the more streams there are, the more a step of
-    theirs costs, and the more wait for it; and all decode cheapest together, when all prompts are filled. `wait_for` is how much longer
-    a coming prefix must be than the one that is ready, for a request to wait for it. Requests that share `gather`
-    cells or more with one that is being answered go to the common memory with it. `max_queue` requests may wait.
+    theirs costs, and the more wait for it; and all decode cheapest together, when all prompts are filled. `wait_for` is
+    how much longer a coming prefix must be than the one that is ready, for a request to wait for it. Requests that
+    share `gather` cells or more with one that is being answered go to the common memory with it. `max_queue` requests
+    may wait.
     """
 
     parallel: int = 1
