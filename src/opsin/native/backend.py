@@ -178,7 +178,8 @@ class NativeBackend:
 
     def check(self, params: SamplingParams) -> None:
         """Compile a request's schema or grammar, which is then remembered. Raises BadGrammar. Any thread."""
-        grammar_of(params)
+        if grammar_of(params) is not None:
+            self._model.prefix_tree  # noqa: B018 - made here: it takes 0.14 s for 32,000 tokens, and others stream
 
     def sampler(self, params: SamplingParams, seed: int) -> NativeSampler:
         """A sampler for one request. Raises BadGrammar, BadParameter."""
