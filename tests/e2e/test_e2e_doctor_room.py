@@ -18,16 +18,17 @@ from opsin.models.shapes import SHAPES
 from opsin.models.synth import write_shape
 from opsin.native import devices
 
-# Loads the pair, encodes a picture, fills every cell of the KV memory, and prints by how much it grew.
+# Loads the pair, encodes a picture, fills every cell of every KV memory, and prints by how much it grew.
 CHILD = """
 import json, sys
 import numpy as np, psutil
 from pathlib import Path
-from opsin.core.backend import TokenRow
+from opsin.core.backend import EmbeddingRows, TokenRow
 from opsin.core.layout import ImageRun
 from opsin.core.parts import PicturePart
 from opsin.core.settings import EngineSettings
 from opsin.native import devices, open_backend
+from opsin.native.places import cells_beside
 from opsin.testing import picture
 devices()
 process, settings = psutil.Process(), EngineSettings.model_validate(json.loads(sys.argv[1]))
@@ -37,11 +38,25 @@ layout = backend.layout([PicturePart(picture(1, 336, 336))], add_bos=False)
 backend.encode(next(run for run in layout.runs if isinstance(run, ImageRun)))
 layout.close()
 limits = backend.limits
+
+def parts(first, size):
+    return [range(start, min(start + limits.n_ubatch, size)) for start in range(first, size, limits.n_ubatch)]
+
+def tokens(sequence, first, size):
+    for part in parts(first, size):
+        assert backend.decode([TokenRow(3 + at % 100, at, sequence, at == part[-1]) for at in part])
+
 for sequence in range(1 if limits.shared else limits.n_seq_max):
-    for start in range(0, limits.n_ctx_seq, limits.n_ubatch):
-        count = min(limits.n_ubatch, limits.n_ctx_seq - start)
-        rows = [TokenRow(3 + at % 100, start + at, sequence, at == count - 1) for at in range(count)]
-        assert backend.decode(rows)
+    tokens(sequence, 0, limits.n_ctx_seq)
+if limits.common:
+    backend.kv_remove(0, 0, -1)
+    for part in parts(0, cells_beside(limits.n_ctx_seq)[1]):
+        positions, embedding = np.array([part], np.int32), np.ones((len(part), limits.n_embd), np.float32)
+        assert backend.decode(EmbeddingRows(embedding, positions, 0))
+    backend.kv_remove(0, 0, -1)
+    tokens(0, 0, 9)
+    backend.kv_join(0)
+    tokens(0, 9, limits.common)
 backend.synchronize()
 print(process.memory_info().rss - before)
 """
