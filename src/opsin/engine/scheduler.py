@@ -335,14 +335,15 @@ class Scheduler:
             return  # if all cells were idle they would not be too slow, so who holds them need not be counted
         while True:
             idle = book.used - book.held_by(running)
-            victim = min(self._idle_beside(), key=lambda prefix: prefix.used, default=None)
+            victim = next(iter(self._idle_beside()), None)
             if victim is None or self.idle_cost.slowdown(idle, book.used) <= self._policy.idle_slowdown:
                 return
             self._evict(victim)
 
     def _idle_beside(self) -> list[Prefix]:
-        """Idle prefixes in a memory that is shared."""
-        return [self._idle[seq_id] for seq_id in self.book.seen_together(self._idle)[0]]
+        """Idle prefixes in a memory that is shared, the one used longest ago first."""
+        beside = (self._idle[seq_id] for seq_id in self.book.seen_together(self._idle)[0])
+        return sorted(beside, key=lambda prefix: prefix.used)
 
     # Common memory ------------------------------------------------------------------------------------------------
 
@@ -361,7 +362,7 @@ class Scheduler:
         fits = self.book.held(source) + owner.to_fill + coming + 2 <= self._limits.common
         if not fits or any(s.seq_id in self.book.members for s in self._running):
             return
-        earlier = sorted(self._idle_beside(), key=lambda prefix: prefix.used)
+        earlier = self._idle_beside()
         for prefix in earlier[:-1]:
             self._evict(prefix)
         for prefix in earlier[-1:]:
@@ -377,7 +378,7 @@ class Scheduler:
         """Members go back to their own places, idle ones go altogether, until the step fits the common memory."""
         members = self.book.members
         while cells_needed(step, members) > self.book.common_room:
-            victim = min(self._idle_beside(), key=lambda prefix: prefix.used, default=None)
+            victim = next(iter(self._idle_beside()), None)
             if victim is not None:
                 self._evict(victim)
             else:

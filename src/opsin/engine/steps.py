@@ -107,7 +107,10 @@ class StepChooser:
             # Prompts of unequal lengths would be cut into as many micro-batches, but for those in the common memory.
             together = texts[0].seq_id in self._common
             texts = [s for s in texts if s.seq_id in self._common] if together else texts[:1]
-        parts = (self._slice(s, share) for s, share in zip(texts, _shares(texts, budget), strict=True) if share)
+        parts = [self._slice(s, share) for s, share in zip(texts, _shares(texts, budget), strict=True) if share]
+        if not self._limits.shared:
+            # Who has to leave the common memory before the step is computed is one of many at places of their own.
+            parts.sort(key=lambda part: part.sequence.seq_id)
         return Tokens(decoding, tuple(parts))
 
     def _beside(

@@ -52,6 +52,8 @@ class Context:
     """One llama_context. All of it belongs to one thread at a time.
 
     With `beside` it is one memory for the same sequences as those of another context, and for as large batches.
+    It has `streams` memories: one for all sequences, or one for each. Under M-RoPE a token has `n_pos` = 4 positions,
+    else one. With `flash` attention, values are not transposed in the KV memory.
     """
 
     handle: Owned
@@ -359,7 +361,7 @@ def default_context(model: Model, settings: EngineSettings) -> int:
         return wanted
     fits = int(free * _KV_SHARE / cell) // 256 * 256
     if settings.parallel > 1 and _on_cpu(model):
-        fits = fits * settings.parallel // (settings.parallel + 2)  # the place to spare, and the common memory
+        fits = fits * settings.parallel // (settings.parallel + 2)  # the place to spare, and the memories beside
     if fits < min(wanted, 512):
         raise BadParameter(
             f"A context of {wanted} tokens needs {wanted * cell / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are free: "

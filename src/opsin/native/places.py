@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _COMMON_CTX = (2048, 4096)  # at least a picture and eight short answers, also where a sequence has less
 _FILL_CTX = 2048
 _TILE = 64  # rows that flash attention takes at once in ggml's kernel; with fewer it is slower than without
-_LITTLE = 512  # cells that are worth bringing along to where a picture is filled
+_LITTLE = 512  # a sequence with more cells than these stays at its place: to bring them along takes too long
 
 
 def cells_beside(n_ctx_seq: int) -> tuple[int, int]:

@@ -33,7 +33,8 @@ _VALUE = {0: np.uint32, 1: np.uint16, 30: np.uint16}  # by ggml's type: f32, f16
 def carry(source: Context, seq_id: int, target: Context, target_id: int) -> None:
     """Write what sequence `seq_id` of `source` holds into sequence `target_id` of `target`, over what that one held.
 
-    Raises DecodeFailed when there is no room, and `target_id` is empty then.
+    Raises DecodeFailed when there is no room, and `target_id` is empty then; EngineError when llama.cpp's state is not
+    as described above. It takes a buffer as large as the cells.
     """
     llama = source.llama
     size = llama.llama_state_seq_get_size(source.pointer, seq_id)
@@ -65,7 +66,10 @@ def _for_streams(
 
 
 def _turn_values(state: NDArray[np.uint32], cell: int, target: Context) -> None:
-    """Transpose the values of every layer: with flash attention a row is a cell's, without it it is a feature's."""
+    """Transpose the values of every layer, in place: with flash attention a row is a cell's, without it a feature's.
+
+    `state` has one stream, and `cell` words for each cell of it. Raises EngineError for a state of another make.
+    """
     count = int(state[_HEAD])
     if count == 0:
         return

@@ -131,7 +131,7 @@ class FakeBackend:
         self._debt_ms = 0.0
         self.cells_used = 0
         """KV cells in use; shared ones count once."""
-        self._common: dict[int, list[object]] = {}
+        self._common: dict[int, list[object]] = {}  # for each member one object a cell, shared ones the same
 
     @property
     def limits(self) -> BackendLimits:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import pytest
 from engine_driver import Asked, Backend, Driver, limits, prompt_of, reply
 from hypothesis import given
 from hypothesis import strategies as st
@@ -83,23 +84,17 @@ def test_the_next_family_takes_the_place_of_one_that_has_ended_and_its_picture_i
     made.close()
 
 
-def test_who_finds_no_room_in_the_common_memory_goes_back_to_its_own_place() -> None:
-    made = driver(common=1 + PICTURE + 70, answer=letters(40))
-    asked = ask(made, 1, "abcd", tokens=40)
+@pytest.mark.parametrize(
+    ("room", "questions", "tokens"), [(70, "abcd", 40), (12, "abcde", 2)], ids=["while it answers", "at its fork"]
+)
+def test_who_finds_no_room_in_the_common_memory_is_at_its_own_place(room: int, questions: str, tokens: int) -> None:
+    made = driver(common=1 + PICTURE + room, answer=letters(tokens))
+    asked = ask(made, 1, questions, tokens=tokens)
     made.run()
-    assert [a.answer.text for a in asked] == [question * 40 for question in "abcd"]
-    assert operations(made, Leave)
-    assert made.scheduler.preemptions == 0
-    made.close()
-
-
-def test_a_fork_for_which_the_common_memory_has_no_room_is_a_copy() -> None:
-    made = driver(common=1 + PICTURE + 12, answer=letters(2))
-    asked = ask(made, 1, "abcde", tokens=2)
-    made.run()
-    assert [a.answer.text for a in asked] == [question * 2 for question in "abcde"]
+    assert [a.answer.text for a in asked] == [question * tokens for question in questions]
     assert operations(made, Join)
     assert operations(made, Leave)
+    assert made.scheduler.preemptions == 0
     made.close()
 
 

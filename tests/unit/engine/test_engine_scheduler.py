@@ -135,14 +135,20 @@ def test_streams_get_their_token_while_pictures_are_worked_on() -> None:
 @pytest.mark.parametrize(("step", "wait"), [(0.001, 0.03), (0.01, 0.2), (0.5, 0.25)])
 def test_the_wait_for_a_turn_follows_what_a_step_costs(step: float, wait: float) -> None:
     """A twentieth of the time is for the streams: dear steps come rarely, but no stream waits longer than 0.25 s."""
+    made, decode = talking()
+    made.scheduler.ran(decode, 100.0, step)
+    assert first_turn(made, wait) == 1.0
+
+
+def talking() -> tuple[Driver, Tokens]:
+    """An engine in the midst of one answer, and its next step."""
     made = driver(parallel=2, answer=long)
     made.ask("talk", max_tokens=50)
     made.step()
     made.step()
     decode = made.scheduler.plan(made.backend.clock()).step
     assert isinstance(decode, Tokens)
-    made.scheduler.ran(decode, 100.0, step)
-    assert first_turn(made, wait) == 1.0
+    return made, decode
 
 
 def first_turn(made: Driver, wait: float, often: int = 100) -> float:
@@ -151,12 +157,7 @@ def first_turn(made: Driver, wait: float, often: int = 100) -> float:
 
 
 def test_a_turn_comes_early_when_the_next_question_would_come_late() -> None:
-    made = driver(parallel=2, answer=long)
-    made.ask("talk", max_tokens=50)
-    made.step()
-    made.step()
-    decode = made.scheduler.plan(made.backend.clock()).step
-    assert isinstance(decode, Tokens)
+    made, decode = talking()
     for often in (1, 2, 3, 4, 5, 10):
         made.scheduler.ran(decode, 100.0, 0.5)
         assert 1 - 1 / often < first_turn(made, 0.25, often) <= 1
