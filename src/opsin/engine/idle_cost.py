@@ -7,7 +7,9 @@ from dataclasses import dataclass
 _MEMORY = 0.995
 """Weight of the past a step: about the last two hundred steps count."""
 
-_ENOUGH = 40.0
+ENOUGH = 40.0
+"""Steps before the line counts."""
+
 _CLEAR = 0.3
 """Share of the steps' variance that cells must explain, or the slope is noise."""
 
@@ -53,7 +55,7 @@ class IdleCost:
 
     def _line(self, cells: int) -> tuple[float, float]:
         """Milliseconds a cell, and of a step over so many cells; zeros while that is not clear."""
-        if self._n < _ENOUGH:
+        if self._n < ENOUGH:
             return 0.0, 0.0
         mean_x, mean_y = self._x / self._n, self._y / self._n
         var_x = self._xx / self._n - mean_x**2

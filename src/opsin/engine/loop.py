@@ -6,8 +6,9 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import TypeVar
 
 from opsin.cache import PictureCache
@@ -19,7 +20,7 @@ from opsin.core.stages import Stage
 from opsin.engine.absorb import Absorber, check_deadline
 from opsin.engine.plan import Encode, Step, Tokens, members_of
 from opsin.engine.policy import Policy
-from opsin.engine.runner import Runner
+from opsin.engine.runner import Drawn, Runner
 from opsin.engine.scheduler import Scheduler
 from opsin.engine.sequence import Sequence, State
 from opsin.engine.stats import Stats
@@ -245,17 +246,17 @@ class Loop:
             self._absorb(step, now)
 
     def _absorb(self, step: Step, now: float) -> None:
+        # All are drawn before any is delivered: readers that wake in between take this thread's turns.
+        tokens: list[tuple[Sequence, Drawn]] = []
         for sequence, row in self._runner.drawing(step):
-            try:
-                self._take_in(sequence, row, now)
-            except OpsinError as error:
-                # A grammar that leaves no token, a logit that is no number: nobody else's answer ends by it.
-                sequence.error = error
-                sequence.end("cancelled")
+            with _own_errors(sequence):
+                tokens.append((sequence, self._runner.draw(sequence, row)))
+                self.stats.drew()
+        for sequence, drawn in tokens:
+            with _own_errors(sequence):
+                self._take_in(sequence, drawn, now)
 
-    def _take_in(self, sequence: Sequence, row: int, now: float) -> None:
-        drawn = self._runner.draw(sequence, row)
-        self.stats.drew()
+    def _take_in(self, sequence: Sequence, drawn: Drawn, now: float) -> None:
         thinking = sequence.output.thinking
         self._absorber.absorb(sequence, drawn.token, drawn.logprob, now)
         if thinking and not sequence.output.thinking and sequence.state is not State.DONE:
@@ -352,3 +353,13 @@ def _closing_tokens(backend: Backend, sequence: Sequence) -> list[int]:
         return [token for run in layout.runs for token in getattr(run, "tokens", ())]
     finally:
         layout.close()
+
+
+@contextmanager
+def _own_errors(sequence: Sequence) -> Iterator[None]:
+    """A grammar that leaves no token, a logit that is no number: nobody else's answer ends by it."""
+    try:
+        yield
+    except OpsinError as error:
+        sequence.error = error
+        sequence.end("cancelled")
