@@ -22,6 +22,7 @@ from opsin.core.errors import BadInput, OpsinError
 from opsin.core.server_settings import ServerSettings
 from opsin.server.access_log import AccessLog
 from opsin.server.app import create_app
+from opsin.server.connection import patient
 from opsin.server.context import Context
 from opsin.server.ledger import LineLedger
 from opsin.server.life import Life, exit_code_of
@@ -99,6 +100,7 @@ class _Child:
                 access_log=False,
                 lifespan="off",
                 ws="none",
+                http=patient(settings.slow_reader_seconds),
                 proxy_headers=False,
                 server_header=False,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,

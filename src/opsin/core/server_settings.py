@@ -46,7 +46,9 @@ class ServerSettings(EngineSettings):
     max_schema_bytes: int = Field(64 * 2**10, ge=64, description="bytes of a JSON schema or grammar")
     requests_per_minute: int | None = Field(None, ge=1, description="requests a minute of one key; none: any number")
     concurrent_requests: int | None = Field(None, ge=1, description="requests at the same time of one key")
-    slow_reader_seconds: float = Field(30.0, gt=0, description="an answer nobody reads for so long is ended")
+    slow_reader_seconds: float = Field(
+        30.0, gt=0, description="cuts off who takes so long for a request's head, or stops so long in body or answer"
+    )
 
     max_tokens: int | None = Field(
         None, ge=1, description="longest answer when a request does not say; none: by profile"

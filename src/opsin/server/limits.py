@@ -1,21 +1,17 @@
-"""How much one key may ask, and how long an answer waits for somebody who does not read it."""
+"""How much one key may ask."""
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import anyio
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from opsin.core.server_settings import ServerSettings
 from opsin.server.errors import error_response
 from opsin.server.pixels import holding_pixels
-
-_LOG = logging.getLogger("opsin.server")
 
 
 @dataclass(slots=True)
@@ -28,18 +24,17 @@ class _Account:
 
 
 class Limits:
-    """Middleware around every POST: rate and number of requests of a key, slow readers, and the pixels held.
+    """Middleware around every POST: rate and number of requests of a key, and the pixels held.
 
     A key may make `requests_per_minute` at once and gets as many back evenly over each minute; more get 429 with
-    Retry-After, as do those beyond `concurrent_requests`. Without keys everybody shares one account. An answer is ended
-    when the client takes nothing of it for `slow_reader_seconds`. `clock` gives seconds, and is there for tests.
+    Retry-After, as do those beyond `concurrent_requests`. Without keys everybody shares one account. `clock` gives
+    seconds, and is there for tests.
     """
 
     def __init__(self, app: ASGIApp, settings: ServerSettings, clock: Callable[[], float] = time.monotonic) -> None:
         self._app = app
         self._rate = settings.requests_per_minute
         self._most = settings.concurrent_requests
-        self._seconds = settings.slow_reader_seconds
         self._clock = clock
         self._accounts: dict[str, _Account] = {}
 
@@ -57,30 +52,9 @@ class Limits:
         account.running += 1
         try:
             with holding_pixels():
-                await self._answer(scope, receive, send)
+                await self._app(scope, receive, send)
         finally:
             account.running -= 1
-
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        cut = False
-
-        async def patient(message: Message) -> None:
-            nonlocal cut
-            try:
-                with anyio.fail_after(self._seconds):
-                    await send(message)
-            except TimeoutError:
-                cut = True
-                # Handlers take this as they take a client that has gone.
-                raise OSError("the client does not read") from None
-
-        try:
-            await self._app(scope, receive, patient)
-        except Exception:
-            if not cut:
-                raise
-        if cut:
-            _LOG.warning("an answer was ended: its client read nothing for %g s", self._seconds)
 
     def _account(self, key: str) -> _Account:
         """The account of a key, with what the time that passed has brought it."""

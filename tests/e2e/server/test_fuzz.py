@@ -33,6 +33,7 @@ from opsin.core.server_settings import ServerSettings
 from opsin.engine import Engine, Policy
 from opsin.prompt import PromptBuilder, TemplateSource
 from opsin.server.app import create_app
+from opsin.server.connection import patient
 from opsin.server.context import Context
 from opsin.server.life import Life
 from opsin.server.model import LoadedModel
@@ -359,13 +360,15 @@ def test_damaged_http_leaves_it_serving(server: Server) -> None:
 
 
 @contextmanager
-def serving(app: FastAPI) -> Iterator[int]:
+def serving(app: FastAPI, patience: float = 30.0) -> Iterator[int]:
     """The application behind uvicorn and a socket; its port."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # handed on to every connection
         listening.listen(64)
-        http = uvicorn.Server(uvicorn.Config(app, log_level="critical", ws="none", lifespan="off"))
+        http = uvicorn.Server(
+            uvicorn.Config(app, log_level="critical", ws="none", lifespan="off", http=patient(patience))
+        )
         thread = threading.Thread(target=http.run, kwargs={"sockets": [listening]})
         thread.start()
         try:
@@ -378,7 +381,7 @@ def serving(app: FastAPI) -> Iterator[int]:
 
 def test_a_client_that_never_reads_is_cut_off(caplog: pytest.LogCaptureFixture) -> None:
     """Its answers would hold the model's memory for as long as it likes."""
-    server = Server(ServerSettings(slow_reader_seconds=0.3))
+    server = Server(ServerSettings())
     body = {
         "messages": [{"role": "user", "content": "Go on."}],
         "stream": True,
@@ -392,7 +395,7 @@ def test_a_client_that_never_reads_is_cut_off(caplog: pytest.LogCaptureFixture) 
     data = json.dumps(body).encode()
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     try:
-        with serving(server.app) as port, socket.socket() as client:
+        with serving(server.app, patience=0.3) as port, socket.socket() as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.connect(("127.0.0.1", port))
             client.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)

@@ -1,9 +1,8 @@
-"""Rates, numbers and patience."""
+"""Rates and numbers."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 from typing import Any
 
 import httpx
@@ -116,51 +115,6 @@ def test_a_failing_handler_makes_room_and_is_heard() -> None:
                 await limits({"type": "http", "method": "POST", "state": {}}, _never, _swallow)
 
     asyncio.run(go())
-
-
-def test_an_answer_that_nobody_reads_is_ended(caplog: pytest.LogCaptureFixture) -> None:
-    """The handler is told as of a client that left, and the sequence behind it goes free."""
-    seen: list[str] = []
-
-    async def streaming(scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        try:
-            while True:
-                await send({"type": "http.response.body", "body": b"x", "more_body": True})
-        except OSError:
-            seen.append("freed")
-            raise
-
-    sent = 0
-
-    async def stuck(message: Message) -> None:
-        nonlocal sent
-        sent += 1
-        if sent > 3:
-            await asyncio.Event().wait()
-
-    async def go() -> None:
-        limits = Limits(streaming, ServerSettings(slow_reader_seconds=0.05))
-        await asyncio.wait_for(limits({"type": "http", "method": "POST", "state": {}}, _never, stuck), 10)
-
-    with caplog.at_level(logging.WARNING, "opsin.server"):
-        asyncio.run(go())
-    assert seen == ["freed"]
-    assert sent == 4
-    assert "read nothing" in caplog.text
-
-
-def test_a_slow_model_is_not_a_slow_reader() -> None:
-    async def thinking(scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await asyncio.sleep(0.2)
-        await send({"type": "http.response.body", "body": b"done"})
-
-    async def go() -> str:
-        async with client_of(Limits(thinking, ServerSettings(slow_reader_seconds=0.05))) as client:
-            return (await client.post("/")).text
-
-    assert asyncio.run(go()) == "done"
 
 
 def test_each_request_holds_its_own_pixels() -> None:
