@@ -15,8 +15,8 @@ class Connection(H11Protocol):
     """uvicorn's connection with two limits more.
 
     A head that takes longer than `patience` seconds ends the connection, as does a client that takes nothing of its
-    answer for so long; the answer then ends as after any hang-up. An idle connection ends with uvicorn's keep-alive
-    time, also before its first request, and also when the end of an answer still lies unread.
+    answer for so long; the answer then ends as after any hang-up. Before its first request an idle connection ends
+    with uvicorn's keep-alive time, after one at most `patience` later, also when the end of the answer lies unread.
     """
 
     patience: float
