@@ -77,13 +77,8 @@ def open_runtime(
 
 
 def _policy(settings: EngineSettings, max_queue: int) -> Policy:
-    return Policy(
-        parallel=settings.parallel,
-        max_queue=max_queue,
-        slice_seconds=settings.slice_seconds,
-        turn_share=settings.turn_share,
-        longest_turn=settings.longest_turn,
-    )
+    on_gpu = bool(gpu_names()) and settings.gpu_layers != 0 and (settings.device or "").lower() not in {"none", "cpu"}
+    return Policy.for_device(gpu=on_gpu, parallel=settings.parallel, max_queue=max_queue)
 
 
 def gpu_names() -> tuple[str, ...]:

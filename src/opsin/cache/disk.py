@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from opsin.cache.pictures import Embedding
+from opsin.cache.embeddings import Embedding
 
 log = logging.getLogger(__name__)
 

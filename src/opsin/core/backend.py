@@ -7,13 +7,14 @@ thread that owns the backend. The engine never sees a native type.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from opsin.core.answer import TokenLogprob
+from opsin.core.errors import OpsinError
 from opsin.core.layout import ImageRun, Layout
 from opsin.core.model_info import ModelInfo
 from opsin.core.parts import Part
@@ -27,13 +28,9 @@ Embedding = NDArray[np.float32]
 class BackendLimits:
     """Sizes that plans must keep to. `n_embd` is the width of an embedding row; all else counts tokens or sequences.
 
-    `forks` is False for memories that keep one state a sequence: a part of it cannot be shared or forgotten.
-    With `shared` all sequences live in one KV memory, and a fork shares cells; without it each has `n_ctx_seq` cells
-    of its own, a fork copies them, and only sequences of neighbouring ids are computed together; beside these there are
-    `common` cells for sequences that begin alike (0: none), where a fork shares cells. `cell_cost` is what one more
-    cell of a memory that is shared is expected to add to a decode step, as a share of the step. `best_rows` are the
-    rows of a prefill step that is fastest; 0: as many as fit. Of a picture they are best a multiple of `tile`.
-    `encode_batch` picture chunks may be encoded at once.
+    All sequences live in one KV cache of `n_ctx` cells, and a fork shares cells. `forks` is False for models that keep
+    one state a sequence: a part of it cannot be shared or forgotten. Rows of an image are prefilled fastest in a
+    multiple of `tile`. `encode_batch` image chunks may be encoded at once.
     """
 
     n_ctx: int
@@ -43,27 +40,26 @@ class BackendLimits:
     n_vocab: int
     n_embd: int
     forks: bool = True
-    shared: bool = True
-    common: int = 0
-    cell_cost: float = 0.0
-    best_rows: int = 0
     tile: int = 1
     encode_batch: int = 1
 
-    @property
-    def n_ctx_seq(self) -> int:
-        """Tokens that one sequence may hold."""
-        return self.n_ctx if self.shared else self.n_ctx // self.n_seq_max
 
+@dataclass(slots=True)
+class TokenBatch:
+    """Tokens of one ubatch, row by row: the token, its position, its sequence; `outputs` are rows that want logits."""
 
-@dataclass(frozen=True, slots=True)
-class TokenRow:
-    """One token of a batch: its position in its sequence, and whether its logits are wanted."""
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    seq_ids: list[int] = field(default_factory=list)
+    outputs: list[int] = field(default_factory=list)
 
-    token: int
-    pos: int
-    seq_id: int
-    logits: bool = False
+    def append(self, tokens: Sequence[int], start: int, seq_id: int, *, logits: bool) -> None:
+        """Tokens of one sequence from position `start` on; with `logits` the last one's are wanted."""
+        self.tokens.extend(tokens)
+        self.positions.extend(range(start, start + len(tokens)))
+        self.seq_ids.extend([seq_id] * len(tokens))
+        if logits:
+            self.outputs.append(len(self.tokens) - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,15 +78,15 @@ class EmbeddingRows:
 
 
 class Sampler(Protocol):
-    """Draws tokens for one request. Closed once, before the backend."""
-
-    def sample(self, row: int) -> int:
-        """Draw a token from the logits of batch row `row` of the last decode (-1: the last), and remember it."""
-        ...
+    """How tokens of one request are sampled, with its state. Made by a backend, and closed before it."""
 
     def close(self) -> None:
         """Free it; twice does no harm."""
         ...
+
+
+Sample = tuple[Sampler, int, int | None]
+"""A sampler, the row of the last batch that it samples from, and how many log probabilities are wanted (None: none)."""
 
 
 class Backend(Protocol):
@@ -136,8 +132,8 @@ class Backend(Protocol):
         """Encode several chunks, those of equal pixel sizes at once; in the same order. Raises EncodeFailed."""
         ...
 
-    def decode(self, rows: Sequence[TokenRow] | EmbeddingRows) -> bool:
-        """Run one micro-batch, at most `n_ubatch` rows. It may return before the work is done: see `synchronize`.
+    def decode(self, rows: TokenBatch | EmbeddingRows) -> bool:
+        """Run one ubatch, at most `n_ubatch` rows. It may return before the work is done: see `synchronize`.
 
         False: there is no room in the KV memory, and nothing changed. Raises DecodeFailed.
         """
@@ -158,6 +154,13 @@ class Backend(Protocol):
         """A sampler for one request. Raises BadGrammar."""
         ...
 
+    def sample(self, samples: Sequence[Sample]) -> list[tuple[int, TokenLogprob | None] | OpsinError]:
+        """Sample a token for each of these rows of the last decode, and remember it in its sampler.
+
+        What goes wrong with one (a constraint that leaves no token, a logit that is not a number) is its own result.
+        """
+        ...
+
     def logprobs(self, row: int, token: int, top: int) -> TokenLogprob:
         """Log probabilities at batch row `row`, of the raw logits: the token's own, and the `top` most likely."""
         ...
@@ -167,22 +170,11 @@ class Backend(Protocol):
         ...
 
     def kv_remove(self, seq_id: int, start: int, end: int) -> bool:
-        """Forget positions [start, end) of a sequence; False when this kind of memory cannot forget a part.
-
-        Who forgets all from 0 on is not in the common memory any more.
-        """
+        """Forget positions [start, end) of a sequence; False when this kind of memory cannot forget a part."""
         ...
 
     def kv_copy(self, source: int, target: int, start: int, end: int) -> None:
-        """Give `target`, which ends at `start`, positions [start, end) of `source`, in the memory where `source` is."""
-        ...
-
-    def kv_join(self, seq_id: int) -> None:
-        """Bring a sequence to the common memory. Raises DecodeFailed when there is no room, and nothing changed."""
-        ...
-
-    def kv_leave(self, seq_id: int) -> None:
-        """Bring a sequence from the common memory back to its own place."""
+        """Let `target`, which ends at `start`, share positions [start, end) of `source`. Raises DecodeFailed."""
         ...
 
     def kv_last(self, seq_id: int) -> int:

@@ -10,39 +10,34 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from opsin.cache import PictureCache, salted
-from opsin.core.answer import Started
+from opsin.cache import PictureCache
 from opsin.core.backend import Backend, BackendLimits
-from opsin.core.errors import ContextOverflow, EngineClosed, OpsinError, QueueFull, again
-from opsin.core.layout import Layout, TextRun
+from opsin.core.errors import EngineClosed, OpsinError, QueueFull, again
 from opsin.core.model_info import ModelInfo
-from opsin.core.parts import Prompt, TextPart
+from opsin.core.parts import Prompt
 from opsin.core.placement import Placement
-from opsin.core.reasoning import ReasoningStyle
 from opsin.core.sampling import SamplingParams
 from opsin.core.stages import Stage
 from opsin.engine.clock import StageClock
-from opsin.engine.coming import Coming
-from opsin.engine.guard import Guard
-from opsin.engine.loop import Loop
-from opsin.engine.output import Output
+from opsin.engine.loop import Loop, Wake
 from opsin.engine.policy import Policy
-from opsin.engine.request import AnswerStream, Request
+from opsin.engine.request import AnswerStream, Request, wake_readers
 from opsin.engine.sequence import Sequence
 from opsin.engine.stats import Snapshot
 
 T = TypeVar("T")
 
-LAYOUT_WORKERS = 2
+PREPARE_WORKERS = 2
 PICTURE_BYTES = 512 * 2**20
-"""Embeddings kept in memory: about 200 pictures of a 7B LLaVA, in bytes."""
+"""Embeddings kept in memory: about 200 images of a 7B LLaVA, in bytes."""
 
 
 class Engine:
     """A running model. Opening it loads the model; it is closed once, or used in a `with` block.
 
-    Tokenising and preprocessing happen in `LAYOUT_WORKERS` threads of its own, all else in one thread that owns the
-    backend. Raises what `open_backend` raises.
+    Tokenising and preprocessing happen in `PREPARE_WORKERS` threads, all else in one thread that owns the backend.
+    `wake` is called on that thread with the streams that got events in a step; by default it wakes their readers.
+    Raises what `open_backend` raises.
     """
 
     def __init__(
@@ -53,6 +48,7 @@ class Engine:
         pictures: PictureCache | None = None,
         max_tokens: int = 1024,
         now: Callable[[], float] = time.perf_counter,
+        wake: Wake = wake_readers,
     ) -> None:
         started = now()
         self._now = now
@@ -61,12 +57,12 @@ class Engine:
         self._numbers = itertools.count()
         self._queued = 0
         self._lock = threading.Lock()
+        self._wake = wake
         self.pictures = pictures or PictureCache(PICTURE_BYTES)
-        self._loop = Loop(open_backend, self._policy, self.pictures, now)
+        self._loop = Loop(open_backend, self._policy, self.pictures, now, wake)
         self._backend = self._loop.start()
-        self._coming = Coming()
-        self._tags: dict[ReasoningStyle, dict[int, bytes]] = {}
-        self._workers = ThreadPoolExecutor(LAYOUT_WORKERS, thread_name_prefix="opsin-layout")
+        self._loop.on_pixels_needed = self._prepare_pixels
+        self._workers = ThreadPoolExecutor(PREPARE_WORKERS, thread_name_prefix="opsin-prepare")
         self.load_ms = (now() - started) * 1e3
 
     @property
@@ -89,6 +85,12 @@ class Engine:
         """Counters since the start, and what is so now."""
         return self._loop.stats.snapshot
 
+    @property
+    def step_seconds(self) -> float:
+        """How long the step that is being computed has run; 0 between steps. Any thread may ask."""
+        since = self._loop.busy_since
+        return 0.0 if since is None else self._now() - since
+
     def submit(
         self,
         prompt: Prompt,
@@ -98,13 +100,14 @@ class Engine:
         waited_since: float | None = None,
         priority: int = 0,
         salt: str = "",
+        on_encoded: Callable[[], None] | None = None,
     ) -> AnswerStream:
         """Ask. Never blocks; the stream raises what goes wrong from here on.
 
-        `load_ms` is the loading time to be shown in this answer's account. Who loaded several pictures side by side
+        `load_ms` is the loading time to be shown in this answer's account. Who loaded several images side by side
         says with `waited_since`, a time of the engine's clock, when that began: the account goes back to then. Higher
-        `priority` goes first. Requests of different `salt` share nothing that is remembered. Raises EngineClosed,
-        EngineDied, or QueueFull.
+        `priority` goes first. Requests of different `salt` share nothing that is remembered. `on_encoded` is called
+        once when the images' pixels are not needed any more. Raises EngineClosed, EngineDied, or QueueFull.
         """
         if self._loop.error is not None:
             raise again(self._loop.error)
@@ -128,16 +131,27 @@ class Engine:
             clock.waited_since(waited_since)
         clock.start()
         clock.switch(Stage.QUEUE)
-        stream = AnswerStream(self._loop.wake)
+        stream = AnswerStream(self._loop.wake, self._wake, on_encoded)
         self._enter(stream)
+        self._work(lambda: self._prepare(request, stream, clock), stream)
+        return stream
+
+    def _work(self, work: Callable[[], None], stream: AnswerStream) -> None:
+        """Do it in a worker; whatever goes wrong ends the stream. Raises EngineClosed."""
+
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:  # noqa: BLE001 - the stream's reader gets it, a worker has no other
+                stream.fail(error)
+
         try:
-            future = self._workers.submit(self._prepare, request, stream, clock)
+            future = self._workers.submit(run)
         except RuntimeError as error:
-            self._leave()
+            stream.fail(_closed())
             raise EngineClosed("The engine is closed: open a new one.") from error
         # `close` drops what no worker has begun with; whoever waits for it must hear of that.
         future.add_done_callback(lambda f: stream.fail(_closed()) if f.cancelled() else None)
-        return stream
 
     def _enter(self, stream: AnswerStream) -> None:
         """Count a request until its stream ends. Raises QueueFull."""
@@ -173,80 +187,32 @@ class Engine:
         self.close()
 
     def _prepare(self, request: Request, stream: AnswerStream, clock: StageClock) -> None:
-        """In a worker: lay the prompt out, and hand the sequence to the engine's thread."""
-        layout = None
+        sequence = self._loop.prepare.sequence(request, stream, clock)
+        if sequence is not None:
+            self._hand_over(sequence)
+
+    def _prepare_pixels(self, sequence: Sequence) -> None:
+        """On the engine's thread: prepare an image that nobody encoded; its sequence comes again."""
+
+        def work() -> None:
+            try:
+                self._loop.prepare.pixels(sequence)
+            except BaseException as error:  # noqa: BLE001 - the stream's reader gets it
+                sequence.stream.fail(error)
+            self._hand_over(sequence)  # also when that failed: the engine's thread frees what it holds
+
         try:
-            with clock.stage(Stage.OTHER):
-                # Here and not where the sampler is made: a schema takes a quarter of a second, and streams would wait.
-                self._backend.check(request.params)
-            # Who waits here gets a layout without pixels, and comes behind the one that has them.
-            with self._coming.turn(picture.sha256 for picture in request.prompt.pictures):
-                if stream.done:
-                    return  # cancelled while it waited for a worker
-                with clock.stage(Stage.PREPROCESS):
-                    layout = self._lay_out(request)
-                _check_fit(layout.n_tokens, layout.n_image_tokens, self._backend.limits)
-                stream.deliver(Started(layout.images, layout.n_tokens))
-                sequence = Sequence(
-                    request=request,
-                    stream=stream,
-                    clock=clock,
-                    output=self._output(request),
-                    layout=layout,
-                )
-                self._loop.put(sequence)
-        except BaseException as error:  # noqa: BLE001 - whoever reads the stream gets it, a worker has no other reader
-            if layout is not None:
-                layout.close()
-            stream.fail(error)
+            self._work(work, sequence.stream)
+        except EngineClosed:
+            sequence.layout.close()
 
-    def _lay_out(self, request: Request) -> Layout:
-        def known(identity: str) -> bool:
-            name = salted(identity, request.salt)
-            return self.pictures.knows(name) or name in self._coming
-
-        prompt = request.prompt
-        layout = self._backend.layout(prompt.parts, add_bos=prompt.add_bos, known=known)
-        self._coming.announce(layout, request.salt)
-        return layout
-
-    def _output(self, request: Request) -> Output:
-        prompt, params = request.prompt, request.params
-        style = prompt.reasoning
-        return Output(
-            stop=(*params.stop, *prompt.stop),
-            splitter=None if style is None else style.splitter(starts_inside=prompt.thinking),
-            guard=Guard() if params.guard else None,
-            tags={} if style is None else self._tag_tokens(style),
-        )
-
-    def _tag_tokens(self, style: ReasoningStyle) -> dict[int, bytes]:
-        """The control tokens among a style's tags, with the text they stand for."""
-        found = self._tags.get(style)
-        if found is None:
-            found = {}
-            for tag in style.tags:
-                layout = self._backend.layout([TextPart(tag)], add_bos=False)
-                tokens = [token for run in layout.runs if isinstance(run, TextRun) for token in run.tokens]
-                layout.close()
-                if len(tokens) == 1 and not self._backend.piece(tokens[0]):
-                    found[tokens[0]] = tag.encode()
-            self._tags[style] = found
-        return found
+    def _hand_over(self, sequence: Sequence) -> None:
+        try:
+            self._loop.put(sequence)
+        except OpsinError:
+            sequence.layout.close()
+            raise
 
 
 def _closed() -> EngineClosed:
     return EngineClosed("The engine was closed before the answer was complete.")
-
-
-def _check_fit(n_tokens: int, n_image_tokens: int, limits: BackendLimits) -> None:
-    """A prompt needs its cells and one more for the first new token."""
-    if n_tokens == 0:
-        raise ContextOverflow("The prompt is empty: ask a question.")
-    if n_tokens >= limits.n_ctx_seq:
-        pictures = f", {n_image_tokens} of them for pictures" if n_image_tokens else ""
-        raise ContextOverflow(
-            f"The prompt takes {n_tokens} tokens{pictures}, and the context holds {limits.n_ctx_seq}"
-            f"{'' if limits.shared else ' for each of the parallel answers'}: ask for a larger one (--ctx), "
-            f"{'' if limits.shared else 'for fewer answers at a time (--parallel), '}or for fewer or smaller pictures."
-        )

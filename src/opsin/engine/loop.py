@@ -1,4 +1,4 @@
-"""The one thread that owns the backend: inbox, plan, run, absorb, deliver; and what happens when it dies."""
+"""The one thread that owns the backend: inbox, plan, run, process output; and what happens when it dies."""
 
 from __future__ import annotations
 
@@ -6,27 +6,29 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import contextmanager
 from typing import TypeVar
 
 from opsin.cache import PictureCache
 from opsin.core.answer import Finished
 from opsin.core.backend import Backend
 from opsin.core.errors import DecodeFailed, EngineClosed, EngineDied, EngineError, OpsinError, again
-from opsin.core.parts import TextPart
+from opsin.core.layout import ImageRun
 from opsin.core.stages import Stage
-from opsin.engine.absorb import Absorber, check_deadline
-from opsin.engine.plan import Encode, Step, Tokens, members_of
+from opsin.engine.output import OutputProcessor, check_deadline
+from opsin.engine.plan import Encode, KVOp, Plan, Step, Tokens, members_of
 from opsin.engine.policy import Policy
-from opsin.engine.runner import Drawn, Runner
+from opsin.engine.prepare import Preparer
+from opsin.engine.request import AnswerStream, wake_readers
+from opsin.engine.runner import PixelsNeeded, Runner
 from opsin.engine.scheduler import Scheduler
 from opsin.engine.sequence import Sequence, State
 from opsin.engine.stats import Stats
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Wake = Callable[[list[AnswerStream]], None]
 _IDLE_SECONDS = 0.01  # between two questions of one user there is more
 
 
@@ -34,7 +36,7 @@ class Loop:
     """Runs `open_backend` and all that follows in a thread of its own.
 
     Any thread may call the public methods. When the thread dies, everybody who waits is told, and every later call
-    raises EngineDied.
+    raises EngineDied. `wake` is called once a step with the streams that got events.
     """
 
     def __init__(
@@ -43,11 +45,13 @@ class Loop:
         policy: Policy,
         pictures: PictureCache,
         now: Callable[[], float] = time.perf_counter,
+        wake: Wake = wake_readers,
     ) -> None:
         self._open_backend = open_backend
         self._policy = policy
         self._pictures = pictures
         self._now = now
+        self._wake = wake
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._opened: Future[Backend] = Future()
         self._lock = threading.Lock()
@@ -56,9 +60,13 @@ class Loop:
         self._thread = threading.Thread(target=self._main, name="opsin-engine", daemon=True)
         self._scheduler: Scheduler
         self._runner: Runner
-        self._absorber: Absorber
-        self._in_turn = False
+        self._outputs: OutputProcessor
+        self._touched: list[AnswerStream] = []
+        self.prepare: Preparer
+        self.on_pixels_needed: Callable[[Sequence], None] = self._prepare_pixels_here
         self.stats = Stats()
+        self.busy_since: float | None = None
+        """Since when the running step has been computed, in seconds of the clock; None between steps."""
 
     def start(self) -> Backend:
         """Load the model and give the backend. Raises what the loading raised."""
@@ -116,7 +124,12 @@ class Loop:
         except BaseException as error:  # noqa: BLE001 - whoever opened the engine gets it
             self._opened.set_exception(error)
             return
-        self._attach(backend)
+        try:
+            self._attach(backend)
+        except BaseException as error:  # noqa: BLE001 - as above
+            backend.close()
+            self._opened.set_exception(error)
+            return
         self._opened.set_result(backend)
         end: OpsinError = EngineClosed("The engine was closed before the answer was complete.")
         try:
@@ -130,11 +143,12 @@ class Loop:
             backend.close()
 
     def _attach(self, backend: Backend) -> None:
-        self._runner = Runner(backend, self._pictures)
+        self.prepare = Preparer(backend, self._pictures)
+        self._runner = Runner(backend, self._pictures, self._now)
         self._scheduler = Scheduler(backend.limits, self._policy)
         self.stats.watch(self._scheduler)
-        self._absorber = Absorber(
-            backend.piece, backend.eog_tokens, backend.limits.n_ctx_seq, lambda s: _closing_tokens(backend, s)
+        self._outputs = OutputProcessor(
+            backend.piece, backend.eog_tokens, backend.limits.n_ctx, self.prepare.closing_tokens
         )
 
     def _receive(self) -> bool:
@@ -163,62 +177,86 @@ class Loop:
             return self._inbox.get()
 
     def _self_check(self) -> None:
-        """With nobody waiting there is time to ask the backend whether it holds what the books say."""
+        """With nobody waiting there is time to ask the backend whether it holds what was counted."""
         self._scheduler.check()
-        for seq_id, expected in self._scheduler.expected_positions().items():
+        for seq_id, expected in self._scheduler.kv.expected_positions().items():
             last = self._runner.last_position(seq_id)
-            assert last == expected, f"sequence {seq_id} ends at {last}, the books say {expected}"
+            assert last == expected, f"sequence {seq_id} ends at {last}, the count says {expected}"
 
     def _step(self) -> None:
         self._sweep()
-        plan = self._scheduler.plan(self._now())
-        self._runner.remember(plan.memory)
-        running = self._scheduler.running
-        self._rest(running)
-        for sequence in running:
+        plan = self._scheduler.plan(self._runner.now)
+        self._apply(plan.memory)
+        self._set_rest()
+        for sequence in self._scheduler.running:
             if sequence.sampler is None:
                 self._begin(sequence)
         self._sweep_done()
-        step = plan.step
-        if step is not None and all(s.state is not State.DONE for s in members_of(step)):
-            self._run(step)
+        if plan.step is not None and all(s.state is not State.DONE for s in members_of(plan.step)):
+            self._run(plan)
+        self._flush()
 
-    def _rest(self, running: tuple[Sequence, ...]) -> None:
-        """What a sequence's time between steps is: waiting for others, or the engine's own work on its next token."""
-        rest = Stage.OTHER
-        if len(running) > 1:
-            rest = Stage.QUEUE
-        elif running and running[0].state is State.DECODE:
-            rest = Stage.DECODE
-        if rest is not self._runner.rest:
-            self._runner.rest = rest
-            for sequence in running:
+    def _flush(self) -> None:
+        """Wake the readers of all streams that got something in this step."""
+        if self._touched:
+            touched, self._touched = self._touched, []
+            self._wake(touched)
+
+    def _apply(self, operations: tuple[KVOp, ...]) -> None:
+        """Carry KV cache operations out; one that fails ends its own sequence."""
+        failed = self._runner.apply_kv_ops(operations) if operations else {}
+        for sequence in self._scheduler.running if failed else ():
+            if sequence.seq_id in failed:
+                self._fail(sequence, failed[sequence.seq_id])
+
+    def _set_rest(self) -> None:
+        """What the time between steps is: waiting for others, or the engine's own work on the next token."""
+        running, runner = self._scheduler.running, self._runner
+        filling = [s for s in running if s.state is State.PREFILL]
+        rest = Stage.QUEUE if len(running) > 1 else Stage.OTHER
+        if rest is not runner.rest:
+            runner.rest = rest
+            for sequence in filling:
                 sequence.clock.switch(rest)
+        runner.group_rest = Stage.QUEUE if filling else Stage.DECODE
+        runner.group.switch(runner.group_rest, runner.now)
 
-    def _run(self, step: Step) -> None:
-        started, encodes = self._now(), self._runner.encodes
+    def _run(self, plan: Plan) -> None:
+        step = plan.step
+        assert step is not None
+        started = self._runner.now = self.busy_since = self._now()
+        encodes = self._runner.encodes
         try:
             room = self._runner.run(step, self._between(step))
+        except PixelsNeeded:
+            self._put_back(members_of(step)[0])
+            return
         except OpsinError as error:
             for sequence in members_of(step):
                 self._fail(sequence, error)
             return
+        finally:
+            self.busy_since = None
         if not room:
             self._give_up_something(step)
             return
-        now = self._now()
+        now = self._runner.now
         self._scheduler.ran(step, now, now - started)
-        encoded = self._runner.encodes - encodes
-        if not isinstance(step, Encode) or encoded:  # a known picture is no encode
-            self.stats.ran(step, now - started, encoded)
-        elif step.run.picture not in step.sequence.encoded_pictures:
-            self.stats.picture_known()
-        self._absorb(step, now)
+        if isinstance(step, Encode):
+            encoded = self._runner.encodes - encodes
+            self.stats.encoded(now - started, encoded)
+            for owner in {id(s): s for s in (step.sequence, *(s for s, _ in step.beside))}.values():
+                self._drop_pixels(owner)
+        else:
+            self.stats.ran(step, now - started)
+            self._process(step)
         self._sweep_done()
 
     def _between(self, step: Step) -> Callable[[], None] | None:
         """What runs between two layers of an encode: everyone's next token; nothing while nobody answers."""
-        if not isinstance(step, Encode) or not any(s.state is State.DECODE for s in self._scheduler.running):
+        if not isinstance(step, Encode) or not self._policy.decode_in_encode:
+            return None
+        if not any(s.state is State.DECODE for s in self._scheduler.running):
             return None
         return lambda: self._turn(step.sequence)
 
@@ -229,64 +267,86 @@ class Loop:
         if step is not None:
             with encoding.clock.stage(Stage.QUEUE):  # its encode stands still for the others
                 self._nested(step, started)
+            self._flush()
 
     def _nested(self, step: Tokens, started: float) -> None:
         try:
             room = self._runner.run(step)
         except EngineError as error:
-            # The picture being encoded is not at fault: its encode goes on.
+            # The image being encoded is not at fault: its encode goes on.
             for sequence in step.decode:
                 sequence.error = error
                 sequence.end("cancelled")
             return
         if room:
-            now = self._now()
+            now = self._runner.now
             self._scheduler.ran(step, now, now - started)
             self.stats.ran(step, 0.0)
-            self._absorb(step, now)
+            self._process(step)
 
-    def _absorb(self, step: Step, now: float) -> None:
-        # All are drawn before any is delivered: readers that wake in between take this thread's turns.
-        tokens: list[tuple[Sequence, Drawn]] = []
-        for sequence, row in self._runner.drawing(step):
-            with _own_errors(sequence):
-                tokens.append((sequence, self._runner.draw(sequence, row)))
-                self.stats.drew()
-        for sequence, drawn in tokens:
-            with _own_errors(sequence):
-                self._take_in(sequence, drawn, now)
-
-    def _take_in(self, sequence: Sequence, drawn: Drawn, now: float) -> None:
-        thinking = sequence.output.thinking
-        self._absorber.absorb(sequence, drawn.token, drawn.logprob, now)
-        if thinking and not sequence.output.thinking and sequence.state is not State.DONE:
-            self._runner.leave_reasoning(sequence)
+    def _process(self, step: Step) -> None:
+        runner = self._runner
+        sampled = runner.sample(step)
+        if not sampled:
+            return
+        thinking = [s for s, _, _ in sampled if s.output.thinking]
+        self._outputs.process_output(sampled)
+        self.stats.generated_tokens += len(sampled)
+        for sequence in thinking:
+            if not sequence.output.thinking and sequence.state is not State.DONE:
+                try:
+                    runner.leave_reasoning(sequence)
+                except OpsinError as error:
+                    sequence.error = error
+                    sequence.end("cancelled")
+        runner.settled(step)
+        self._touched += [sequence.stream for sequence, _, _ in sampled]
 
     def _give_up_something(self, step: Step) -> None:
-        """The backend had no room although the books said so: evict or preempt, or fail who cannot be helped."""
+        """The backend had no room although the counts said so: evict or preempt, or fail who cannot be helped."""
         operations = self._scheduler.relieve()
         if operations:
-            self._runner.remember(operations)
+            self._apply(operations)
             return
         for sequence in members_of(step):
             self._fail(
                 sequence,
                 DecodeFailed(
-                    f"The KV memory is full at {sequence.n_cells} tokens: ask for a larger context (--ctx), "
+                    f"The KV cache is full at {sequence.n_cells} tokens: ask for a larger context (--ctx), "
                     "or for shorter answers."
                 ),
             )
 
+    def _put_back(self, sequence: Sequence) -> None:
+        """It needs its pixels again, which are prepared beside the engine; then it comes again."""
+        self._apply(self._scheduler.put_back(sequence))
+        sequence.clock.switch(Stage.QUEUE)
+        self.on_pixels_needed(sequence)
+
+    def _prepare_pixels_here(self, sequence: Sequence) -> None:
+        self.prepare.pixels(sequence)
+        self._scheduler.add(sequence)
+
+    @staticmethod
+    def _drop_pixels(sequence: Sequence) -> None:
+        """When all images are encoded nobody needs their pixels: with 12 megapixels each they fill the memory."""
+        pixels = any(isinstance(run, ImageRun) and not run.placeholder for run in sequence.layout.runs)
+        if pixels and not sequence.to_encode:
+            sequence.drop_pixels()
+
     def _sweep(self) -> None:
         """Drop who went away, and end who is out of time."""
-        now = self._now()
+        now = self._runner.now = self._now()
+        ended = False
         for sequence in (*self._scheduler.running, *self._scheduler.waiting):
-            if sequence.stream.cancelled:
+            if sequence.stream.done:
                 sequence.end("cancelled")
                 self._release(sequence, keep=sequence.error is None)
-            else:
+            elif sequence.request.deadline is not None:
                 check_deadline(sequence, now)
-        self._sweep_done()
+                ended |= sequence.state is State.DONE
+        if ended:
+            self._sweep_done()
 
     def _sweep_done(self) -> None:
         """Free and answer all that ended."""
@@ -294,27 +354,34 @@ class Loop:
             if sequence.state is State.DONE:
                 if sequence.error is not None:
                     self._fail(sequence, sequence.error)
-                elif sequence.stream.cancelled:
+                elif sequence.stream.done:
                     self._release(sequence)
                 else:
                     self._finish(sequence)
 
     def _begin(self, sequence: Sequence) -> None:
         sequence.clock.switch(self._runner.rest)
-        self.stats.admitted(sequence.layout.n_tokens, sequence.cached)
+        coming = sequence.runs[sequence.run_index :]
+        known = sum(isinstance(run, ImageRun) and run.identity in sequence.embeddings for run in coming)
+        self.stats.admitted(sequence.layout.n_tokens, sequence.cached, known)
         try:
             self._runner.begin(sequence)
         except OpsinError as error:
             self._fail(sequence, error)
+            return
+        self._outputs.limit_reasoning(sequence)
+        self._drop_pixels(sequence)
 
     def _finish(self, sequence: Sequence) -> None:
+        sequence.clock.leave()
         with sequence.clock.stage(Stage.DETOKENIZE):
             for delta in sequence.output.finish():
-                sequence.stream.deliver(delta)
+                sequence.stream.add(delta)
         answer = sequence.answer()
         self._release(sequence)
         self.stats.finished(answer)
-        sequence.stream.deliver(Finished(answer))
+        sequence.stream.add(Finished(answer))
+        self._touched.append(sequence.stream)
 
     def _fail(self, sequence: Sequence, error: OpsinError) -> None:
         sequence.state = State.DONE
@@ -324,7 +391,8 @@ class Loop:
 
     def _release(self, sequence: Sequence, *, keep: bool = True) -> None:
         self._runner.end(sequence)
-        self._runner.remember(self._scheduler.release(sequence, keep=keep))
+        sequence.stream.encoded()
+        self._apply(self._scheduler.release(sequence, keep=keep))
 
     def _fail_all(self, error: OpsinError) -> None:
         with self._lock:
@@ -342,24 +410,3 @@ class Loop:
                 self._release(sequence, keep=False)
             except Exception:  # a backend that just failed may fail again; the waiters come first
                 log.exception("a sequence could not be freed")
-
-
-def _closing_tokens(backend: Backend, sequence: Sequence) -> list[int]:
-    style = sequence.request.prompt.reasoning
-    if style is None:
-        return []
-    layout = backend.layout([TextPart(style.closing)], add_bos=False)
-    try:
-        return [token for run in layout.runs for token in getattr(run, "tokens", ())]
-    finally:
-        layout.close()
-
-
-@contextmanager
-def _own_errors(sequence: Sequence) -> Iterator[None]:
-    """A grammar that leaves no token, a logit that is no number: nobody else's answer ends by it."""
-    try:
-        yield
-    except OpsinError as error:
-        sequence.error = error
-        sequence.end("cancelled")

@@ -1,104 +1,63 @@
-"""From tokens to the text a caller sees: UTF-8, reasoning apart, stop strings, guard, log probabilities."""
+"""What the tokens of a step mean for their answers: text for the caller, or one of the ends an answer can have."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 
-from opsin.core.answer import GuardVerdict, TextDelta, TokenLogprob
-from opsin.core.reasoning import ReasoningSplitter
-from opsin.engine.guard import Guard
-from opsin.engine.text import StopStrings, Utf8Stream
+from opsin.core.answer import TokenLogprob
+from opsin.engine.sequence import Sequence
 
 
-@dataclass(slots=True)
-class Output:
-    """The growing answer of one request; knows no backend and no clock.
+class OutputProcessor:
+    """The rules for ends; used by the engine's thread alone.
 
-    `stopped` turns True at a stop string, `verdict` is set when the guard speaks. Stop strings are looked for in the
-    answer only, never in the reasoning; the answer's leading white space is the template's, and left out. `tags` gives
-    bytes to control tokens that mark reasoning: as tokens they have no text, and the splitter would not see them.
+    `piece` gives a token's bytes, `eog_tokens` end a turn, `n_ctx` is what the KV cache holds of a sequence, in cells,
+    `close_reasoning` gives the tokens that close a reasoning block whose budget is spent.
     """
 
-    stop: tuple[str, ...]
-    splitter: ReasoningSplitter | None
-    guard: Guard | None
-    tags: Mapping[int, bytes] = field(default_factory=dict)
-    stopped: bool = False
-    verdict: GuardVerdict | None = None
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    reasoning_tokens: int = 0
-    _utf8: Utf8Stream = field(default_factory=Utf8Stream)
-    _stops: StopStrings = field(init=False)
-    _text: list[str] = field(default_factory=list)
-    _reasoning: list[str] = field(default_factory=list)
-    _pending: list[TokenLogprob] = field(default_factory=list)
+    def __init__(
+        self,
+        piece: Callable[[int], bytes],
+        eog_tokens: frozenset[int],
+        n_ctx: int,
+        close_reasoning: Callable[[Sequence], list[int]],
+    ) -> None:
+        self._piece = piece
+        self._eog_tokens = eog_tokens
+        self._n_ctx = n_ctx
+        self._close_reasoning = close_reasoning
 
-    def __post_init__(self) -> None:
-        self._stops = StopStrings(self.stop)
+    def process_output(self, sampled: Iterable[tuple[Sequence, int, TokenLogprob | None]]) -> None:
+        """Take the tokens of a step in, put what they show into the streams, and end answers where a rule says so."""
+        eog_tokens, piece, n_ctx = self._eog_tokens, self._piece, self._n_ctx
+        for sequence, token, logprob in sampled:
+            request, output, stream = sequence.request, sequence.output, sequence.stream
+            sequence.last_token = token
+            if token in eog_tokens and not request.params.ignore_eos:
+                sequence.end("stop")
+                continue
+            for delta in output.feed(token, piece(token), logprob):
+                stream.add(delta)
+            if output.stopped:
+                sequence.end("stop")
+            elif output.verdict is not None:
+                sequence.end("length", "guard")
+            elif len(output.tokens) >= request.max_tokens:
+                sequence.end("length", "tokens")
+            elif sequence.n_cells >= n_ctx:
+                sequence.end("length", "context")
+            elif request.params.max_thinking_tokens is not None:
+                self.limit_reasoning(sequence)
 
-    @property
-    def thinking(self) -> bool:
-        """Whether the answer is inside a reasoning block now."""
-        return self.splitter is not None and self.splitter.inside
+    def limit_reasoning(self, sequence: Sequence) -> None:
+        """Close a reasoning block whose budget is spent; a budget of 0 closes one that the prompt opened."""
+        budget, output = sequence.request.params.max_thinking_tokens, sequence.output
+        if budget is not None and output.thinking and output.reasoning_tokens == budget:
+            sequence.forced = self._close_reasoning(sequence)
 
-    @property
-    def text(self) -> str:
-        """The answer so far, without reasoning."""
-        return "".join(self._text)
 
-    @property
-    def reasoning(self) -> str | None:
-        """The reasoning so far; None when the model did none."""
-        return "".join(self._reasoning) or None
-
-    def feed(self, token: int, piece: bytes, logprob: TokenLogprob | None) -> list[TextDelta]:
-        """Take one token in; give what may be shown now."""
-        self.tokens.append(token)
-        if logprob is not None:
-            self.logprobs.append(logprob)
-            self._pending.append(logprob)
-        text = self._utf8.feed(piece or self.tags.get(token, b""))
-        if self.guard is not None and self.verdict is None:
-            self.verdict = self.guard.feed(token, text)
-        if self.thinking:
-            self.reasoning_tokens += 1
-        return self._split(text)
-
-    def finish(self) -> list[TextDelta]:
-        """Give what was held back; called once, at the end."""
-        deltas = self._split(self._utf8.finish())
-        if self.splitter is not None:
-            reasoning, text = self.splitter.finish()
-            deltas += self._deltas(reasoning, text)
-        if not self.stopped:
-            deltas += self._show(self._stops.flush())
-        return deltas
-
-    def _split(self, text: str) -> list[TextDelta]:
-        if self.splitter is None:
-            return self._deltas("", text)
-        return self._deltas(*self.splitter.feed(text))
-
-    def _deltas(self, reasoning: str, text: str) -> list[TextDelta]:
-        deltas: list[TextDelta] = []
-        if reasoning:
-            self._reasoning.append(reasoning)
-            deltas.append(TextDelta(reasoning, reasoning=True, logprobs=self._taken()))
-        if text and not self.stopped:
-            safe, self.stopped = self._stops.feed(text)
-            deltas += self._show(safe)
-        return deltas
-
-    def _show(self, text: str) -> list[TextDelta]:
-        if not self._text:
-            text = text.lstrip()
-        if not text:
-            return []
-        self._text.append(text)
-        return [TextDelta(text, logprobs=self._taken())]
-
-    def _taken(self) -> tuple[TokenLogprob, ...]:
-        pending, self._pending = tuple(self._pending), []
-        return pending
+def check_deadline(sequence: Sequence, now: float) -> None:
+    """End an answer whose time is over; what it has so far is kept."""
+    deadline = sequence.request.deadline
+    if deadline is not None and now >= deadline:
+        sequence.end("length", "seconds")

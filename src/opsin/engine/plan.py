@@ -1,6 +1,6 @@
 """What happens next, as frozen values: the scheduler makes them, the runner carries them out.
 
-A plan is memory operations first, in order, then at most one step. Steps take one micro-batch each.
+A plan is KV cache operations first, in order, then at most one step. A step is one ubatch.
 """
 
 from __future__ import annotations
@@ -9,23 +9,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Container
-
     from opsin.core.layout import ImageRun
     from opsin.engine.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
 class Forget:
-    """Free the cells from position `start` on that only this sequence id holds."""
+    """Free the cells that only this sequence id holds."""
 
     seq_id: int
-    start: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Fork:
-    """Give `target`, which is empty, positions [0, end) of `source`; an end of -1 is behind the last."""
+    """Let `target`, which is empty, share positions [0, end) of `source`."""
 
     source: int
     target: int
@@ -33,22 +30,8 @@ class Fork:
 
 
 @dataclass(frozen=True, slots=True)
-class Join:
-    """Bring a sequence's cells from its own place to the common memory; forks of it share them there."""
-
-    seq_id: int
-
-
-@dataclass(frozen=True, slots=True)
-class Leave:
-    """Bring a sequence's cells from the common memory back to its own place."""
-
-    seq_id: int
-
-
-@dataclass(frozen=True, slots=True)
 class Encode:
-    """Run the vision encoder on the picture chunk at the sequence's cursor, unless its embedding is known.
+    """Run the vision encoder on the image chunk at the sequence's cursor, unless its embedding is known.
 
     `beside` are chunks that the encoder can take in the same call, with the sequences that have them.
     """
@@ -60,7 +43,7 @@ class Encode:
 
 @dataclass(frozen=True, slots=True)
 class PrefillImage:
-    """Decode embedding rows [start, stop) of the picture chunk at the cursor; `last` asks for logits."""
+    """Decode embedding rows [start, stop) of the image chunk at the cursor; `last` asks for logits."""
 
     sequence: Sequence
     run: ImageRun
@@ -80,33 +63,31 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """One new token for each sequence that answers, and slices of prompts, all in one micro-batch."""
+    """One new token for each sequence that answers, and slices of prompts, all in one ubatch."""
 
     decode: tuple[Sequence, ...]
     prefill: tuple[Slice, ...] = ()
 
 
-MemoryOp = Forget | Fork | Join | Leave
+KVOp = Forget | Fork
 Step = Encode | PrefillImage | Tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Memory operations, then a step; None when there is nothing to compute."""
+    """KV cache operations, then a step; None when there is nothing to compute."""
 
-    memory: tuple[MemoryOp, ...] = ()
+    memory: tuple[KVOp, ...] = ()
     step: Step | None = None
 
 
-def cells_needed(step: Step, among: Container[int] | None = None) -> int:
-    """KV cells that a step takes, or only those for the sequences with an id in `among`."""
-    needed = 0
+def cells_needed(step: Step) -> int:
+    """KV cells that a step takes."""
     if isinstance(step, PrefillImage):
-        needed = step.stop - step.start if among is None or step.sequence.seq_id in among else 0
-    elif isinstance(step, Tokens):
-        rows = [(s, 1) for s in step.decode] + [(part.sequence, len(part.tokens)) for part in step.prefill]
-        needed = sum(count for sequence, count in rows if among is None or sequence.seq_id in among)
-    return needed
+        return step.stop - step.start
+    if isinstance(step, Tokens):
+        return len(step.decode) + sum(len(part.tokens) for part in step.prefill)
+    return 0
 
 
 def without(step: Step, sequence: Sequence) -> Step | None:

@@ -9,27 +9,41 @@ from dataclasses import dataclass
 class Policy:
     """Tunable numbers; times in seconds, sizes in tokens.
 
-    While somebody's answer streams a prefill step takes about `slice_seconds`, which bounds the pause of that stream,
-    and has `slice` rows until it is known how long a row takes. While pictures are worked on, streams wait for their
-    next token as long as makes their steps cost `turn_share` of the time, but at least `turn` and at most
-    `longest_turn`: shorter ones make them smoother and new pictures slower. When more than `few` are served at a time,
-    waits and slices grow with the square of that, up to `crowded_turn`: the more streams there are, the more a step of
-    theirs costs, and the more wait for it; and all decode cheapest together, when all prompts are filled. `wait_for` is
-    how much longer a coming prefix must be than the one that is ready, for a request to wait for it. Requests that
-    share `gather` cells or more with one that is being answered go to the common memory with it. `max_queue` requests
-    may wait.
+    While an answer streams, a prefill step takes about `slice_seconds`, which bounds the pause of that stream, and has
+    `slice` rows until the time of a row is known. While images are worked on, streams wait for their next token so
+    long that their steps take `stream_share` of the time, but at least `shortest_wait` and at most `longest_wait`. When
+    more than `few` are served, waits and slices grow with the square of that, up to `crowded_wait`: the more streams
+    there are, the more a step of theirs costs, and the cheaper it is to decode all of them together afterwards.
+    With `decode_in_encode` streams get their tokens between two layers of an encode, too.
+
+    `wait_for` is how many more tokens a prefix that is being filled must share than one that is ready, for a request
+    to wait for it. At most `idle_cells` cells of ended sequences are kept for their prefixes (None: until the room is
+    needed). `max_queue` requests may wait.
     """
 
     parallel: int = 1
     slice: int = 64
     slice_seconds: float = 0.27
-    turn: float = 0.03
-    longest_turn: float = 0.25
+    shortest_wait: float = 0.03
+    longest_wait: float = 0.25
+    crowded_wait: float = 0.8
     few: int = 4
-    crowded_turn: float = 0.8
-    turn_share: float = 0.05
+    stream_share: float = 0.05
+    decode_in_encode: bool = True
     wait_for: int = 32
-    gather: int = 256
+    idle_cells: int | None = None
     max_queue: int = 256
     keep_prefixes: bool = True
-    idle_slowdown: float = 0.05
+
+    @classmethod
+    def for_device(cls, *, gpu: bool, parallel: int, max_queue: int) -> Policy:
+        """What suits the device that the language model is on.
+
+        On a GPU an image takes 20 to 50 ms and stopping its graph costs more than that is worth, so streams get their
+        turn between steps, and half of the time. On a CPU attention looks at idle cells, too: not many are kept.
+        """
+        if gpu:
+            return cls(
+                parallel, slice=512, slice_seconds=0.05, stream_share=0.5, decode_in_encode=False, max_queue=max_queue
+            )
+        return cls(parallel, idle_cells=4096, max_queue=max_queue)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 from opsin.core.answer import Answer, Event, Finished
 from opsin.core.errors import Cancelled, again
@@ -35,134 +35,160 @@ class Request:
     number: int = 0
 
 
-@dataclass(slots=True)
 class AnswerStream:
     """The events of one answer, read by one reader: `for` in plain code, `async for` on an event loop.
 
-    Delivery never blocks the engine. The stream ends after `Finished`, or raises the request's error.
+    Delivery never blocks the engine. The stream ends after `Finished`, or raises the request's error. `on_cancel` and
+    `on_end` are called once, when the reader goes away and when the last event is in; `on_encoded` once when the
+    request's pixels are not needed any more. `wake` tells readers of several streams that there is something to read.
     """
 
-    on_cancel: Callable[[], None]
-    on_end: Callable[[], None] | None = None
-    cancelled: bool = False
-    _events: deque[Event] = field(default_factory=deque)
-    _changed: threading.Condition = field(default_factory=threading.Condition)
-    _error: BaseException | None = None
-    _done: bool = False
-    _wake: Callable[[], object] | None = None
-
-    def deliver(self, event: Event) -> None:
-        """Hand one event over; called by the engine."""
-        with self._changed:
-            if self._done:
-                return
-            if len(self._events) < MAX_UNREAD:
-                self._events.append(event)
-            else:
-                # Nobody reads: the answer ends here, and its memory is for others.
-                self.cancelled = True
-                self._error = Cancelled(f"The reader is {MAX_UNREAD} events behind: the answer was cut.")
-            self._done = isinstance(event, Finished) or self._error is not None
-            self._notify()
-            ended = self._done  # telling the reader may have ended it
-        if ended:
-            self._ended()
-
-    def fail(self, error: BaseException) -> None:
-        """End the stream with an error; the first end counts."""
-        with self._changed:
-            if self._done:
-                return
-            self._error = error
-            self._done = True
-            self._notify()
-        self._ended()
-
-    def cancel(self) -> None:
-        """Go away: the engine frees the sequence within one step."""
-        self.cancelled = True
-        self.fail(Cancelled("The answer was cancelled."))
-        self.on_cancel()
+    def __init__(
+        self,
+        on_cancel: Callable[[], None],
+        wake: Callable[[Sequence[AnswerStream]], None] | None = None,
+        on_encoded: Callable[[], None] | None = None,
+    ) -> None:
+        self._on_cancel = on_cancel
+        self._on_encoded = on_encoded
+        self.on_end: Callable[[], None] | None = None
+        self.cancelled = False
+        self._wake = wake or wake_readers
+        self._events: deque[Event] = deque()
+        self._changed = threading.Condition()
+        self._error: BaseException | None = None
+        self._done = False
+        self._waiting = False
+        self._only_end = False
+        self.reader: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
 
     @property
     def done(self) -> bool:
         """True once the last event or the error is in."""
         return self._done
 
-    def _ended(self) -> None:
-        on_end, self.on_end = self.on_end, None
+    def add(self, event: Event) -> None:
+        """Put an event in without waking the reader: the engine wakes the readers of a whole step at once."""
+        if self._done:
+            return
+        if isinstance(event, Finished):
+            self._events.append(event)
+            self._end(None)
+        elif not self._only_end:
+            self._events.append(event)
+            if len(self._events) > MAX_UNREAD:
+                # Nobody reads: the answer ends here, and its memory is for others.
+                self.cancelled = True
+                self._end(Cancelled(f"The reader is {MAX_UNREAD} events behind: the answer was cut."))
+
+    def deliver(self, event: Event) -> None:
+        """Hand one event over."""
+        self.add(event)
+        self._wake((self,))
+
+    def fail(self, error: BaseException) -> None:
+        """End the stream with an error; the first end counts."""
+        self._end(error)
+        self._wake((self,))
+
+    def cancel(self) -> None:
+        """Go away: the engine frees the sequence within one step."""
+        self.cancelled = True
+        self.fail(Cancelled("The answer was cancelled."))
+        self._on_cancel()
+
+    def encoded(self) -> None:
+        """The pixels of the request's images are not needed any more."""
+        on_encoded, self._on_encoded = self._on_encoded, None
+        if on_encoded is not None:
+            on_encoded()
+
+    def _end(self, error: BaseException | None) -> None:
+        with self._changed:
+            if self._done:
+                return
+            self._error, self._done = error, True
+            on_end, self.on_end = self.on_end, None
         if on_end is not None:
             on_end()
 
-    def _notify(self) -> None:
-        self._changed.notify_all()
-        if self._wake is None:
-            return
-        try:
-            self._wake()
-        except RuntimeError:
-            # The reader's event loop was closed under it. That is leaving, and no fault of the thread that delivers.
-            self._wake, self.cancelled = None, True
-            if not self._done:
-                self._error = Cancelled("The event loop of the answer's reader was closed.")
-                self._done = True
+    def notify(self) -> None:
+        """Wake a reader that waits in a thread."""
+        # The reader sets the flag before it looks for events a last time, so none is missed.
+        if self._waiting and (self._done or not self._only_end):
+            with self._changed:
+                self._changed.notify_all()
+
+    def left(self) -> None:
+        """The reader's event loop was closed under it: that is leaving, and no fault of the thread that delivers."""
+        self.reader, self.cancelled = None, True
+        self._end(Cancelled("The event loop of the answer's reader was closed."))
+        self.notify()
+
+    def take_all(self) -> tuple[list[Event], BaseException | None]:
+        """All events that are there, and the error that ended the stream behind them: for a reader of many streams."""
+        events = []
+        while self._events:
+            events.append(self._events.popleft())
+        return events, self._error
 
     def _take(self) -> Event | None:
         """The next event, None when there is none yet; raises the error, or StopIteration at the end."""
         if self._events:
             return self._events.popleft()
+        if not self._done:
+            return None
+        if self._events:  # put in just before the end
+            return self._events.popleft()
         if self._error is not None:
-            # What is raised holds the frames it went through, and they hold this stream and the reader's pictures. Kept
+            # What is raised holds the frames it went through, and they hold this stream and the reader's images. Kept
             # here, it would close a ring that only a full garbage collection opens, after megabytes of them.
             error, self._error = self._error, again(self._error)
             try:
                 raise error
             finally:
                 del error
-        if self._done:
-            raise StopIteration
-        return None
+        raise StopIteration
 
     def __iter__(self) -> Iterator[Event]:
         """Events as they come, waiting in this thread."""
         while True:
+            try:
+                event = self._take()
+            except StopIteration:
+                return
+            if event is not None:
+                yield event
+                continue
             with self._changed:
+                self._waiting = True
                 while not self._events and not self._done:
                     self._changed.wait()
+                self._waiting = False
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        """Events as they come, without blocking the running loop; leaving early cancels."""
+        ready = asyncio.Event()
+        self.reader = (asyncio.get_running_loop(), ready)
+        try:
+            while True:
+                ready.clear()
                 try:
                     event = self._take()
                 except StopIteration:
                     return
-            if event is not None:
-                yield event
-
-    async def __aiter__(self) -> AsyncIterator[Event]:
-        """Events as they come, without blocking the running loop; leaving early cancels."""
-        loop = asyncio.get_running_loop()
-        ready = asyncio.Event()
-        with self._changed:
-            self._wake = lambda: loop.call_soon_threadsafe(ready.set)
-        try:
-            while True:
-                ready.clear()
-                with self._changed:
-                    try:
-                        event = self._take()
-                    except StopIteration:
-                        return
                 if event is None:
                     await ready.wait()
                 else:
                     yield event
         finally:
-            with self._changed:
-                self._wake = None
-                finished = self._done
-            if not finished:
+            self.reader = None
+            if not self._done:
                 self.cancel()
 
     def result(self) -> Answer:
         """Wait for the whole answer. Raises the request's error."""
+        self._only_end = True
         for event in self:
             if isinstance(event, Finished):
                 return event.answer
@@ -170,7 +196,35 @@ class AnswerStream:
 
     async def answer(self) -> Answer:
         """Wait for the whole answer without blocking the loop. Raises the request's error."""
+        self._only_end = True
         async for event in self:
             if isinstance(event, Finished):
                 return event.answer
         raise Cancelled("The answer was already read.")
+
+    @property
+    def wants_waking(self) -> bool:
+        """Whether what is there now is worth waking the reader for."""
+        return self._done or not self._only_end
+
+
+def wake_readers(streams: Sequence[AnswerStream]) -> None:
+    """Tell the readers of these streams that there is something to read, each event loop once."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[AnswerStream]] = {}
+    for stream in streams:
+        if stream.reader is None:
+            stream.notify()
+        elif stream.wants_waking:
+            by_loop.setdefault(stream.reader[0], []).append(stream)
+    for loop, readers in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(_set_all, readers)
+        except RuntimeError:
+            for stream in readers:
+                stream.left()
+
+
+def _set_all(streams: Sequence[AnswerStream]) -> None:
+    for stream in streams:
+        if stream.reader is not None:
+            stream.reader[1].set()

@@ -6,106 +6,126 @@ of prefill and decode would be found in whichever call reads the logits next.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable
 
 from opsin.cache import PictureCache, salted
 from opsin.core.answer import Progress, TokenLogprob
-from opsin.core.backend import Backend, EmbeddingRows, TokenRow
+from opsin.core.backend import Backend, EmbeddingRows, Sampler, TokenBatch
+from opsin.core.errors import DecodeFailed, OpsinError
 from opsin.core.layout import ImageRun
 from opsin.core.sampling import SamplingParams
 from opsin.core.stages import Stage
-from opsin.engine.plan import Encode, Forget, Fork, Join, Leave, MemoryOp, PrefillImage, Step, Tokens
+from opsin.engine.clock import GroupClock, Now
+from opsin.engine.plan import Encode, Fork, KVOp, PrefillImage, Step, Tokens
 from opsin.engine.sequence import Sequence, State
 
+Sampled = tuple[Sequence, int, TokenLogprob | None]
 
-@dataclass(frozen=True, slots=True)
-class Drawn:
-    """A token drawn for a sequence."""
 
-    token: int
-    logprob: TokenLogprob | None
+class PixelsNeeded(Exception):
+    """An image was left without pixels since another request was to encode it, and that one did not."""
 
 
 class Runner:
     """Owns the way to the backend; used by the engine's thread alone.
 
-    `rest` is the stage of a sequence that the engine is not computing for: QUEUE while others are computed for.
+    `group` is the clock of those that decode. `rest` is the stage of the others while nothing is computed for them,
+    `group_rest` that of the group. `now` is when the last stage ended, in seconds of the engine's clock.
     """
 
-    def __init__(self, backend: Backend, pictures: PictureCache) -> None:
+    def __init__(self, backend: Backend, pictures: PictureCache, clock: Now = time.perf_counter) -> None:
         self._backend = backend
         self._pictures = pictures
-        self.rest = Stage.OTHER
+        self._clock = clock
+        self.group = GroupClock(clock)
+        self.rest = self.group_rest = Stage.OTHER
+        self.now = clock()
         self.encodes = 0
 
-    def remember(self, operations: Iterable[MemoryOp]) -> None:
-        """Carry memory operations out, in order."""
+    def apply_kv_ops(self, operations: Iterable[KVOp]) -> dict[int, OpsinError]:
+        """Carry KV cache operations out, in order; gives what failed, by the id of the sequence it was for."""
+        failed: dict[int, OpsinError] = {}
         for operation in operations:
-            match operation:
-                case Forget():
-                    self._backend.kv_remove(operation.seq_id, operation.start, -1)
-                case Fork():
+            seq_id = operation.target if isinstance(operation, Fork) else operation.seq_id
+            try:
+                if isinstance(operation, Fork):
                     self._backend.kv_copy(operation.source, operation.target, 0, operation.end)
-                case Join():
-                    self._backend.kv_join(operation.seq_id)
-                case Leave():
-                    self._backend.kv_leave(operation.seq_id)
+                elif not self._backend.kv_remove(seq_id, 0, -1):
+                    raise DecodeFailed(f"The KV cache cannot forget sequence {seq_id}: load the model again.")
+            except OpsinError as error:
+                failed[seq_id] = error
+        return failed
 
     def begin(self, sequence: Sequence) -> None:
         """An admitted sequence gets its sampler, and keeps it over preemptions. Raises BadGrammar."""
         if sequence.sampler is None:
-            sequence.sampler = self._backend.sampler(self._params(sequence), sequence.request.seed)
+            sequence.sampler = self._backend.sampler(_params(sequence), sequence.request.seed)
 
     def end(self, sequence: Sequence) -> None:
         """Give back what an ended sequence holds beside its cells."""
+        sequence.clock.leave()
         if sequence.sampler is not None:
             sequence.sampler.close()
             sequence.sampler = None
-        sequence.embedding = None
+        sequence.embeddings.clear()
         sequence.layout.close()
 
     def run(self, step: Step, between: Callable[[], None] | None = None) -> bool:
-        """Compute a step; tokens are drawn apart. False: no room in the KV memory, and nothing changed.
+        """Compute a step; tokens are sampled apart. False: no room in the KV cache, and nothing changed.
 
-        `between` is called while a picture is encoded. Raises EncodeFailed or DecodeFailed.
+        `between` is called while an image is encoded. Raises EncodeFailed, DecodeFailed or PixelsNeeded.
         """
-        if isinstance(step, Encode):
-            self._encode(step, between)
-            return True
+        if isinstance(step, Tokens):
+            return self._tokens(step)
         if isinstance(step, PrefillImage):
             return self._prefill_image(step)
-        return self._tokens(step)
+        self._encode(step, between)
+        return True
 
-    @staticmethod
-    def drawing(step: Step) -> Iterator[tuple[Sequence, int]]:
-        """Who gets a token from the logits that the step computed, and from which row of its batch."""
-        if isinstance(step, PrefillImage) and step.last:
-            yield step.sequence, step.stop - step.start - 1
-        elif isinstance(step, Tokens):
-            for row, sequence in enumerate(step.decode):
-                yield sequence, row
-            row = len(step.decode) - 1
-            for part in step.prefill:
-                row += len(part.tokens)
-                if part.last:
-                    yield part.sequence, row
-
-    def draw(self, sequence: Sequence, row: int) -> Drawn:
-        """Draw a token. Raises BadGrammar or DecodeFailed, which are this sequence's own."""
-        with sequence.clock.stage(Stage.SAMPLE):
+    def sample(self, step: Step) -> list[Sampled]:
+        """Sample a token for everyone whose logits the step computed. Who fails ends alone, with its error."""
+        rows = _rows(step)
+        if not rows:
+            return []
+        # Those that decoded share the group's clock; the others get their first token.
+        first = [s for s, _ in (rows[len(step.decode) :] if isinstance(step, Tokens) else rows)]
+        self._switch(first, Stage.SAMPLE, self.now)
+        wanted: list[tuple[Sampler, int, int | None]] = []
+        tokens: list[Sampled] = []
+        sampling: list[Sequence] = []
+        for sequence, row in rows:
+            top = sequence.request.params.logprobs
             if sequence.forced:
                 token = sequence.forced.pop(0)
+                tokens.append((sequence, token, None if top is None else self._backend.logprobs(row, token, top)))
             else:
                 assert sequence.sampler is not None, "a running sequence has a sampler"
-                token = sequence.sampler.sample(row)
-            top = sequence.request.params.logprobs
-            logprob = None if top is None else self._backend.logprobs(row, token, top)
-        return Drawn(token, logprob)
+                wanted.append((sequence.sampler, row, top))
+                sampling.append(sequence)
+        for sequence, result in zip(sampling, self._backend.sample(wanted), strict=True):
+            if isinstance(result, OpsinError):
+                sequence.error = result
+                sequence.end("cancelled")
+            else:
+                tokens.append((sequence, *result))
+        self.now = self._clock()
+        self._switch(first, Stage.DETOKENIZE, self.now)
+        return tokens
+
+    def settled(self, step: Step) -> None:
+        """The step's output is processed: its stages end, and whoever answers from here on joins the group."""
+        self.now = now = self._clock()
+        self.group.switch(self.group_rest, now)
+        others = step.prefill if isinstance(step, Tokens) else (step,)
+        for sequence in [part.sequence for part in others]:
+            if sequence.state is State.DECODE:
+                sequence.clock.join(self.group)
+            else:
+                sequence.clock.switch(self.rest, now)
 
     def leave_reasoning(self, sequence: Sequence) -> None:
-        """The answer begins: from here on the grammar holds."""
+        """The answer begins: from here on the constraint holds."""
         params = sequence.request.params
         if sequence.sampler is not None and (params.grammar or params.json_schema):
             sequence.sampler.close()
@@ -115,97 +135,121 @@ class Runner:
         """What the backend itself says of a sequence."""
         return self._backend.kv_last(seq_id)
 
-    @staticmethod
-    def _params(sequence: Sequence) -> SamplingParams:
-        # A schema describes the answer, not the reasoning before it.
-        params = sequence.request.params
-        if not sequence.output.thinking:
-            return params
-        return params.model_copy(update={"json_schema": None, "grammar": None})
+    def _switch(self, first: list[Sequence], stage: Stage, now: float) -> None:
+        self.group.switch(stage, now)
+        for sequence in first:
+            sequence.clock.switch(stage, now)
 
     def _encode(self, step: Encode, between: Callable[[], None] | None) -> None:
         sequence, run = step.sequence, step.run
-        identity = salted(run.identity, sequence.request.salt)
-        sequence.embedding = self._pictures.get(identity)
-        if sequence.embedding is not None:
-            sequence.known_pictures.add(run.picture)
+        embedding = self._pictures.in_memory(salted(run.identity, sequence.request.salt))
+        if embedding is not None:
+            sequence.embeddings[run.identity] = embedding
+            sequence.cached_images.add(run.picture)
             return
         if run.placeholder:
-            # The embedding was known when the prompt was laid out, and was evicted since: rare, so it may take time.
-            prompt = sequence.request.prompt
-            with self._stage((sequence,), Stage.PREPROCESS):
-                sequence.adopt(self._backend.layout(prompt.parts, add_bos=prompt.add_bos))
-            again = sequence.run
-            assert isinstance(again, ImageRun), "the same prompt has the same runs"
-            run = again
+            raise PixelsNeeded
         sequence.stream.deliver(Progress(f"reading picture {run.picture + 1} of {len(sequence.layout.images)}"))
         batch = [(sequence, run), *self._unknown(step)]
-        with self._stage({id(s): s for s, _ in batch}.values(), Stage.ENCODE):
+        owners = list({id(owner): owner for owner, _ in batch}.values())
+        self._begin_stage(owners, Stage.ENCODE, Stage.QUEUE)
+        try:
             if len(batch) > 1:
                 embeddings = self._backend.encode_many([chunk for _, chunk in batch])
             else:
                 embeddings = [self._backend.encode(run, between)]
+        finally:
+            self._end_stage(owners)
         for (owner, chunk), embedding in zip(batch, embeddings, strict=True):
             self.encodes += 1
-            owner.encoded_pictures.add(chunk.picture)
-            if not owner.stream.cancelled:
-                self._pictures.put(salted(chunk.identity, owner.request.salt), embedding)
-        sequence.embedding = embeddings[0]
+            owner.encoded_images.add(chunk.picture)
+            owner.embeddings[chunk.identity] = embedding
+            self._pictures.put(salted(chunk.identity, owner.request.salt), embedding)
 
     def _unknown(self, step: Encode) -> list[tuple[Sequence, ImageRun]]:
         """Chunks beside that have pixels and are not known, each once.
 
-        Since the plan was made an owner may have ended, and its own prompt may have been laid out again: closed chunks.
+        Since the plan was made an owner may have ended: closed chunks.
         """
         seen = {salted(step.run.identity, step.sequence.request.salt)}
         unknown = []
         for owner, chunk in step.beside:
             identity = salted(chunk.identity, owner.request.salt)
-            if owner.state is State.DONE or owner.stream.cancelled or not any(run is chunk for run in owner.runs):
+            if owner.state is State.DONE or owner.stream.done or chunk.placeholder or identity in seen:
                 continue
-            if not (chunk.placeholder or identity in seen or self._pictures.knows(identity)):
+            if self._pictures.in_memory(identity) is None:
                 seen.add(identity)
                 unknown.append((owner, chunk))
         return unknown
 
     def _prefill_image(self, step: PrefillImage) -> bool:
         sequence = step.sequence
-        assert sequence.embedding is not None, "a picture is encoded before it is prefilled"
+        embedding = sequence.embedding
+        assert embedding is not None, "an image is encoded before it is prefilled"
         rows = EmbeddingRows(
-            rows=sequence.embedding[step.start : step.stop],
+            rows=embedding[step.start : step.stop],
             positions=step.run.positions_at(sequence.n_pos, step.start, step.stop),
             seq_id=sequence.seq_id,
             logits=step.last,
             causal=step.run.causal,
         )
-        with self._stage((sequence,), Stage.IMAGE_PREFILL):
-            return self._decode(rows)
+        return self._decode(rows, [sequence], Stage.IMAGE_PREFILL, Stage.QUEUE)
 
     def _tokens(self, step: Tokens) -> bool:
-        rows = [TokenRow(s.last_token, s.n_pos, s.seq_id, logits=True) for s in step.decode]
+        decode = step.decode
+        batch = TokenBatch(
+            [s.last_token for s in decode],
+            [s.n_pos for s in decode],
+            [s.prefix.seq_id for s in decode],
+            list(range(len(decode))),
+        )
         for part in step.prefill:
-            sequence, final = part.sequence, len(part.tokens) - 1
-            rows += [
-                TokenRow(token, sequence.n_pos + i, sequence.seq_id, logits=part.last and i == final)
-                for i, token in enumerate(part.tokens)
-            ]
-        filling = tuple(part.sequence for part in step.prefill)
-        with self._stage(step.decode, Stage.DECODE), self._stage(filling, Stage.TEXT_PREFILL):
-            return self._decode(rows)
+            sequence = part.sequence
+            batch.append(part.tokens, sequence.n_pos, sequence.seq_id, logits=part.last)
+        filling = [part.sequence for part in step.prefill]
+        return self._decode(batch, filling, Stage.TEXT_PREFILL, Stage.DECODE if decode else Stage.QUEUE)
 
-    def _decode(self, rows: list[TokenRow] | EmbeddingRows) -> bool:
-        if not self._backend.decode(rows):
-            return False
-        self._backend.synchronize()
-        return True
-
-    @contextmanager
-    def _stage(self, sequences: Iterable[Sequence], which: Stage) -> Iterator[None]:
-        """Give the time of a block to one stage of each of these sequences."""
-        for sequence in sequences:
-            sequence.clock.switch(which)
+    def _decode(self, rows: TokenBatch | EmbeddingRows, filling: list[Sequence], own: Stage, group: Stage) -> bool:
+        self._begin_stage(filling, own, group)
         try:
-            yield
+            done = self._backend.decode(rows)
+            if done:
+                self._backend.synchronize()
         finally:
-            for sequence in sequences:
-                sequence.clock.switch(self.rest)
+            self._end_stage(filling)
+        return done
+
+    def _begin_stage(self, sequences: Iterable[Sequence], own: Stage, group: Stage) -> None:
+        now = self._clock()
+        self.group.switch(group, now)
+        for sequence in sequences:
+            sequence.clock.switch(own, now)
+
+    def _end_stage(self, sequences: Iterable[Sequence]) -> None:
+        self.now = now = self._clock()
+        self.group.switch(self.group_rest, now)
+        for sequence in sequences:
+            sequence.clock.switch(self.rest, now)
+
+
+def _rows(step: Step) -> list[tuple[Sequence, int]]:
+    """Who gets a token from the logits that the step computed, and from which row of its batch."""
+    if isinstance(step, PrefillImage):
+        return [(step.sequence, step.stop - step.start - 1)] if step.last else []
+    if not isinstance(step, Tokens):
+        return []
+    rows = [(sequence, row) for row, sequence in enumerate(step.decode)]
+    row = len(step.decode) - 1
+    for part in step.prefill:
+        row += len(part.tokens)
+        if part.last:
+            rows.append((part.sequence, row))
+    return rows
+
+
+def _params(sequence: Sequence) -> SamplingParams:
+    """A schema describes the answer, not the reasoning before it."""
+    params = sequence.request.params
+    if not sequence.output.thinking:
+        return params
+    return params.model_copy(update={"json_schema": None, "grammar": None})

@@ -6,15 +6,14 @@ import enum
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from opsin.cache.prefix import Prefix
-from opsin.cache.units import cells_of, positions_of, unit_of, units_of
+from opsin.cache.prefix import Prefix, cells_of, positions_of, unit_of, units_of
 from opsin.core.answer import Answer, Usage
 from opsin.core.backend import Embedding, Sampler
 from opsin.core.errors import OpsinError
 from opsin.core.layout import ImageRun, Layout, Run, TextRun
 from opsin.core.sampling import FinishReason
 from opsin.engine.clock import StageClock, timings
-from opsin.engine.output import Output
+from opsin.engine.text import AnswerText
 from opsin.engine.request import AnswerStream, Request
 
 Limit = Literal["tokens", "seconds", "context", "guard"]
@@ -31,7 +30,7 @@ class State(enum.Enum):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """The state of one request; changed by the engine's thread alone.
+    """The state of one request; changed by the engine's thread alone once it was handed over.
 
     The prompt is read at a cursor: `run_index` names the run, `run_offset` the next token or row in it.
 
@@ -41,20 +40,21 @@ class Sequence:
 
     `runs` are the layout's, and after a preemption the tokens answered so far as one more. `n_pos` is the next free
     position, `n_cells` the KV cells it sees (they differ under M-RoPE), `cached` those it got from a prefix.
-    `last_token` was drawn and not yet decoded. `forced` are tokens to take instead of drawing. `prefix` is its entry
-    in the prefix index, whose units grow with the cursor. `known_pictures` had a chunk whose embedding was remembered,
-    `encoded_pictures` one that was encoded for this request. `turn` orders who works on a picture next.
+    `last_token` was sampled and not yet decoded. `forced` are tokens to take instead of sampling. `prefix` is its entry
+    in the KV cache manager, whose units grow with the cursor. `embeddings` are those of its image chunks that are known,
+    by identity; `cached_images` had a chunk whose embedding was remembered, `encoded_images` one that was encoded for
+    this request. `turn` orders who works on an image next.
     """
 
     request: Request
     stream: AnswerStream
     clock: StageClock
-    output: Output
+    output: AnswerText
     layout: Layout
+    embeddings: dict[str, Embedding] = field(default_factory=dict, repr=False)
     runs: list[Run] = field(init=False)
     prefix: Prefix = field(init=False)
     state: State = State.WAITING
-    seq_id: int = -1
     sampler: Sampler | None = None
     run_index: int = 0
     run_offset: int = 0
@@ -64,17 +64,26 @@ class Sequence:
     preemptions: int = 0
     last_token: int = -1
     forced: list[int] = field(default_factory=list)
-    embedding: Embedding | None = field(default=None, repr=False)
-    known_pictures: set[int] = field(default_factory=set)
-    encoded_pictures: set[int] = field(default_factory=set)
+    cached_images: set[int] = field(default_factory=set)
+    encoded_images: set[int] = field(default_factory=set)
     turn: int = 0
     finish_reason: FinishReason | None = None
     limit: Limit | None = None
     error: OpsinError | None = None
 
     def __post_init__(self) -> None:
+        self._read_runs()
+
+    def _read_runs(self) -> None:
         self.runs = [run for run in self.layout.runs if run.n_tokens]
-        self.prefix = Prefix(-1, planned=units_of(self.runs, self.request.salt))
+        if self.output.tokens:
+            self.runs.append(TextRun(tuple(self.output.tokens)))
+        self.prefix = Prefix(units_of(self.runs, self.request.salt))
+
+    @property
+    def seq_id(self) -> int:
+        """The id of its cells in the KV cache, -1 for none."""
+        return self.prefix.seq_id
 
     @property
     def run(self) -> Run | None:
@@ -83,39 +92,44 @@ class Sequence:
 
     @property
     def at_image(self) -> bool:
-        """Whether the run at the cursor is a picture chunk."""
+        """Whether the run at the cursor is an image chunk."""
         return isinstance(self.run, ImageRun)
+
+    @property
+    def embedding(self) -> Embedding | None:
+        """The embedding of the image chunk at the cursor, when it is known."""
+        run = self.run
+        return self.embeddings.get(run.identity) if isinstance(run, ImageRun) else None
 
     @property
     def to_fill(self) -> int:
         """Cells that the rest of the prompt will take."""
         return sum(run.n_tokens for run in self.runs[self.run_index :]) - self.run_offset
 
-    def inside_picture(self, picture: int) -> bool:
-        """Whether chunks of this picture are still to come."""
-        return any(isinstance(run, ImageRun) and run.picture == picture for run in self.runs[self.run_index :])
+    @property
+    def to_encode(self) -> list[ImageRun]:
+        """Image chunks from the cursor on whose embeddings are not known."""
+        coming = self.runs[self.run_index :]
+        return [run for run in coming if isinstance(run, ImageRun) and run.identity not in self.embeddings]
 
-    def start(self, seq_id: int, ready: int) -> None:
-        """Begin behind the first `ready` units of the prompt, which are in the memory already."""
-        shared = self.prefix.planned[:ready]
-        self.seq_id = self.prefix.seq_id = seq_id
-        self.prefix.units = list(shared)
+    def inside_image(self, image: int) -> bool:
+        """Whether chunks of this image are still to come."""
+        return any(isinstance(run, ImageRun) and run.picture == image for run in self.runs[self.run_index :])
+
+    def start(self) -> None:
+        """Begin behind the units of the prompt that are in the KV cache already."""
+        shared = self.prefix.units
         self.n_cells, self.n_pos = cells_of(shared), positions_of(shared)
-        if self.preemptions == 0:
-            self.cached = self.n_cells
-        self.run_index, self.run_offset, self.embedding = self._locate(self.n_cells)
+        self.run_index, self.run_offset = self._locate(self.n_cells)
         self.state = State.PREFILL
         if self.preemptions == 0:
-            self.known_pictures |= {run.picture for run in self.runs[: self.run_index] if isinstance(run, ImageRun)}
+            self.cached = self.n_cells
+            self.cached_images |= {run.picture for run in self.runs[: self.run_index] if isinstance(run, ImageRun)}
 
-    def move(self, seq_id: int) -> None:
-        """Its cells are under another id from now on."""
-        self.seq_id = self.prefix.seq_id = seq_id
-
-    def _locate(self, cells: int) -> tuple[int, int, None]:
+    def _locate(self, cells: int) -> tuple[int, int]:
         for index, run in enumerate(self.runs):
             if cells < run.n_tokens:
-                return index, cells, None
+                return index, cells
             cells -= run.n_tokens
         raise AssertionError("at least one unit of a prompt is decoded")
 
@@ -132,38 +146,39 @@ class Sequence:
             self.n_pos += tokens
         if self.run_offset == run.n_tokens:
             if isinstance(run, ImageRun):
-                # One unit: a picture counts when it is whole.
+                # One unit: an image counts when it is whole.
                 self.prefix.units.append(unit_of(run))
                 self.n_pos += run.n_pos
             self.run_index += 1
             self.run_offset = 0
-            self.embedding = None
         if self.run is None:
             self.state = State.DECODE
 
     def decoded(self) -> None:
-        """The last token drawn is in the memory now."""
+        """The last token sampled is in the KV cache now."""
         self.prefix.units.append(self.last_token)
         self.n_pos += 1
         self.n_cells += 1
 
     def preempt(self) -> None:
         """Its cells are needed elsewhere: it waits again, with what it answered so far as a part of its prompt."""
-        answered = tuple(self.output.tokens)
-        self.runs = [run for run in self.layout.runs if run.n_tokens]
-        if answered:
-            self.runs.append(TextRun(answered))
-        self.prefix = Prefix(-1, planned=units_of(self.runs, self.request.salt))
-        self.seq_id, self.state, self.embedding = -1, State.WAITING, None
+        self.clock.leave()
+        self._read_runs()
+        self.run_index = self.run_offset = 0
+        self.state = State.WAITING
         self.preemptions += 1
 
     def adopt(self, layout: Layout) -> None:
-        """Another layout of the same prompt takes the place of this one, which is closed."""
-        runs = [run for run in layout.runs if run.n_tokens]
-        assert [run.n_tokens for run in runs] == [run.n_tokens for run in self.layout.runs if run.n_tokens]
-        self.runs[: len(runs)] = runs
+        """Another layout of the same prompt takes the place of this one, which is closed; for one that waits."""
         self.layout.close()
         self.layout = layout
+        self._read_runs()
+
+    def drop_pixels(self) -> None:
+        """All embeddings are known: neither the images nor what was preprocessed of them is needed any more."""
+        self.layout.close()
+        self.request = replace(self.request, prompt=replace(self.request.prompt, parts=()))
+        self.stream.encoded()
 
     def end(self, reason: FinishReason, limit: Limit | None = None) -> None:
         """The answer ends here; the first reason counts."""
@@ -193,7 +208,7 @@ class Sequence:
                 predicted_tokens=usage.completion_tokens,
             ),
             images=tuple(
-                replace(image, cached=index in self.known_pictures - self.encoded_pictures)
+                replace(image, cached=index in self.cached_images - self.encoded_images)
                 for index, image in enumerate(self.layout.images)
             ),
             guard=self.output.verdict,

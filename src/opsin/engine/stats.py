@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from opsin.core.answer import Answer
-from opsin.engine.plan import Encode, PrefillImage, Step, Tokens
+from opsin.engine.plan import PrefillImage, Step, Tokens
 
 if TYPE_CHECKING:
     from opsin.engine.scheduler import Scheduler
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class Snapshot:
     """Counts since the start, and what is so now; seconds and tokens.
 
-    `prompt_tokens` are those of all prompts that were admitted, `prefix_hits` the part found in the KV memory. A
-    picture chunk whose rows are to be decoded was either encoded for it (`encodes`) or remembered (`picture_hits`).
+    `prompt_tokens` are those of all prompts that were admitted, `prefix_hits` the part found in the KV cache. An image
+    chunk whose rows are to be decoded was either encoded for it (`encodes`) or remembered (`picture_hits`).
     """
 
     running: int = 0
@@ -44,42 +44,42 @@ class Stats:
     """One writer, the engine's thread. Anybody may take a snapshot, which never changes under its reader."""
 
     def __init__(self) -> None:
-        self.failed = 0
-        self._counts = dict.fromkeys(Snapshot.__dataclass_fields__, 0.0)
+        self.finished_answers = self.failed = self.guard_stops = 0
+        self.prompt_tokens = self.prefix_hits = self.prefill_tokens = self.generated_tokens = 0
+        self.picture_hits = self.encodes = 0
+        self.decode_steps = self.decode_tokens = 0
+        self.encode_seconds = self.decode_seconds = 0.0
         self._scheduler: Scheduler | None = None
 
-    def ran(self, step: Step, seconds: float, encoded: int = 0) -> None:
-        """A step was carried out; `encoded` chunks went through the encoder in it."""
-        counts = self._counts
-        if isinstance(step, Encode):
-            counts["encodes"] += encoded
-            counts["encode_seconds"] += seconds
-        elif isinstance(step, PrefillImage):
-            counts["prefill_tokens"] += step.stop - step.start
-        elif isinstance(step, Tokens):
-            counts["decode_steps"] += bool(step.decode)
-            counts["decode_tokens"] += len(step.decode)
-            counts["prefill_tokens"] += sum(len(part.tokens) for part in step.prefill)
+    def ran(self, step: Step, seconds: float) -> None:
+        """A step of the language model was carried out."""
+        if isinstance(step, Tokens):
+            self.decode_steps += bool(step.decode)
+            self.decode_tokens += len(step.decode)
+            self.prefill_tokens += sum(len(part.tokens) for part in step.prefill)
             if not step.prefill:
-                counts["decode_seconds"] += seconds
+                self.decode_seconds += seconds
+        elif isinstance(step, PrefillImage):
+            self.prefill_tokens += step.stop - step.start
 
-    def admitted(self, prompt_tokens: int, cached_tokens: int) -> None:
-        """A request began behind what the KV memory held of its prompt."""
-        self._counts["prompt_tokens"] += prompt_tokens
-        self._counts["prefix_hits"] += cached_tokens
+    def encoded(self, seconds: float, chunks: int) -> None:
+        """`chunks` went through the vision encoder; none when the embedding turned out to be known."""
+        if chunks:
+            self.encodes += chunks
+            self.encode_seconds += seconds
+        else:
+            self.picture_hits += 1
 
-    def picture_known(self) -> None:
-        """A picture chunk did not have to be encoded."""
-        self._counts["picture_hits"] += 1
-
-    def drew(self) -> None:
-        """A token was drawn."""
-        self._counts["generated_tokens"] += 1
+    def admitted(self, prompt_tokens: int, cached_tokens: int, known_chunks: int) -> None:
+        """A request began behind what the KV cache held of its prompt, with so many embeddings remembered."""
+        self.prompt_tokens += prompt_tokens
+        self.prefix_hits += cached_tokens
+        self.picture_hits += known_chunks
 
     def finished(self, answer: Answer) -> None:
         """An answer is complete."""
-        self._counts["finished"] += 1
-        self._counts["guard_stops"] += answer.guard is not None
+        self.finished_answers += 1
+        self.guard_stops += answer.guard is not None
 
     def watch(self, scheduler: Scheduler) -> None:
         """From now on snapshots tell of this scheduler."""
@@ -87,27 +87,27 @@ class Stats:
 
     @property
     def snapshot(self) -> Snapshot:
-        """The picture of now: each number is true, though a step may end between two of them."""
-        counts, scheduler = self._counts, self._scheduler
+        """Now: each number is true, though a step may end between two of them."""
+        scheduler = self._scheduler
         if scheduler is None:
             return Snapshot()
         return Snapshot(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
-            idle_prefixes=len(scheduler.idle_ids),
-            cells_used=scheduler.book.used,
+            idle_prefixes=len(scheduler.kv.idle_ids),
+            cells_used=scheduler.kv.used,
+            finished=self.finished_answers,
             failed=self.failed,
+            guard_stops=self.guard_stops,
             preemptions=scheduler.preemptions,
-            finished=int(counts["finished"]),
-            guard_stops=int(counts["guard_stops"]),
-            prompt_tokens=int(counts["prompt_tokens"]),
-            prefix_hits=int(counts["prefix_hits"]),
-            generated_tokens=int(counts["generated_tokens"]),
-            picture_hits=int(counts["picture_hits"]),
-            encodes=int(counts["encodes"]),
-            encode_seconds=counts["encode_seconds"],
-            decode_steps=int(counts["decode_steps"]),
-            decode_tokens=int(counts["decode_tokens"]),
-            decode_seconds=counts["decode_seconds"],
-            prefill_tokens=int(counts["prefill_tokens"]),
+            prompt_tokens=self.prompt_tokens,
+            prefix_hits=self.prefix_hits,
+            generated_tokens=self.generated_tokens,
+            picture_hits=self.picture_hits,
+            encodes=self.encodes,
+            encode_seconds=self.encode_seconds,
+            decode_steps=self.decode_steps,
+            decode_tokens=self.decode_tokens,
+            decode_seconds=self.decode_seconds,
+            prefill_tokens=self.prefill_tokens,
         )

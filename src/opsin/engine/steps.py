@@ -1,9 +1,9 @@
-"""What the next step computes: everyone's next token, a slice of a prompt, or a picture."""
+"""What the next step computes: everyone's next token, a slice of a prompt, or an image."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Container, Iterable
+from collections.abc import Sequence as Rows
 
 from opsin.core.backend import BackendLimits
 from opsin.core.layout import ImageRun, TextRun
@@ -16,40 +16,42 @@ _FEWEST_ROWS = 16
 
 
 class StepChooser:
-    """Shares the time between streams, pictures and prompts' texts.
+    """Shares the time between streams, images and the text of prompts.
 
     It knows what was computed last and how long that took; cells are not its business.
     """
 
-    def __init__(self, limits: BackendLimits, policy: Policy, common: Container[int] = ()) -> None:
-        """`common` are the ids in the common memory, now and later."""
+    def __init__(self, limits: BackendLimits, policy: Policy) -> None:
         self._limits = limits
-        self._common = common
         self._policy = policy
         self._last_decode = float("-inf")
-        self._step_seconds = self._slice_seconds = self._row_seconds = 0.0
+        self._step_seconds = self._row_seconds = 0.0
         self._asked: float | None = None
         self._crowd = 0
-        self._only_prompts = False
         self._text_next = True
+        self._image_last = False
 
     def ran(self, step: Step, now: float, seconds: float, *, silent: bool) -> None:
         """A step took so long; `silent`: before it nobody's answer had begun."""
         self._asked = now if isinstance(step, Tokens) else None
         if isinstance(step, Tokens):
-            if step.decode and not step.prefill:
-                self._step_seconds = seconds
             if step.prefill:
                 self._text_next = False
-            self._only_prompts = not (step.decode or self._limits.shared)
+            elif step.decode:
+                self._step_seconds = seconds
+            self._image_last = False
+            if step.prefill and not step.decode:
+                self._learn(seconds, sum(len(part.tokens) for part in step.prefill))
         else:
-            self._text_next = self._only_prompts = True
-        if self._only_prompts and not isinstance(step, Encode):
-            self._slice_seconds = seconds
-        if isinstance(step, PrefillImage) and step.run.causal:
-            self._row_seconds = seconds / (step.stop - step.start)
+            self._text_next = self._image_last = True
+        if isinstance(step, PrefillImage):
+            self._learn(seconds, step.stop - step.start)
         if silent or (isinstance(step, Tokens) and step.decode):
             self._last_decode = now  # a first token counts: its stream has not waited yet
+
+    def _learn(self, seconds: float, rows: int) -> None:
+        if rows >= _FEWEST_ROWS:  # fewer cost nearly as much as so many
+            self._row_seconds = seconds / rows
 
     def due(self, now: float, ahead: float = 0.0) -> bool:
         """Whether streams have waited long enough for their next token while others are worked on.
@@ -57,7 +59,8 @@ class StepChooser:
         `ahead` is how long the next piece of that work takes: when most of it would come too late, it waits.
         """
         policy = self._policy
-        wait = max(policy.turn, self._crowded(min(policy.longest_turn, self._step_seconds / policy.turn_share)))
+        share = min(policy.longest_wait, self._step_seconds / policy.stream_share)
+        wait = max(policy.shortest_wait, self._crowded(share))
         return now + 0.75 * ahead - self._last_decode >= wait
 
     def due_within(self, now: float) -> bool:
@@ -65,30 +68,31 @@ class StepChooser:
         since, self._asked = self._asked, now
         return self.due(now, 0.0 if since is None else now - since)
 
-    def decoding(self, running: Iterable[Sequence]) -> tuple[Sequence, ...]:
-        """Those whose answers have begun, in the order of a batch's rows."""
-        decoding = (s for s in running if s.state is State.DECODE)
-        return tuple(decoding if self._limits.shared else sorted(decoding, key=lambda s: s.seq_id))
+    @staticmethod
+    def decoding(running: Rows[Sequence]) -> tuple[Sequence, ...]:
+        """Those whose answers have begun."""
+        return tuple([s for s in running if s.state is State.DECODE])
 
-    def choose(self, running: Iterable[Sequence], now: float) -> Step | None:
+    def choose(self, running: Rows[Sequence], now: float) -> Step | None:
         """The next step; None when nobody has anything to compute."""
-        running = tuple(running)
-        filling = [s for s in running if s.state is State.PREFILL]
+        decoding = self.decoding(running)
         self._crowd = len(running)
+        if len(decoding) == len(running):
+            return Tokens(decoding) if decoding else None
+        filling = [s for s in running if s.state is State.PREFILL]
         texts = [s for s in filling if not s.at_image]
         images = [s for s in filling if s.at_image]
-        decoding = self.decoding(running)
-        if decoding and self._only_prompts and self.due(now, self._slice_seconds):
-            # Alone: a stream that waited for a slice of a picture does not wait for a prompt's text, too.
+        if decoding and self._image_last and self.due(now):
+            # Alone: a stream that waited for a slice of an image does not wait for a prompt's text, too.
             return Tokens(decoding)
         if texts and (self._text_next or not images):
             return self._tokens(decoding, texts)
         if images:
-            # One picture after another, not one request after another: a small one does not wait for ten pictures.
+            # One image after another, not one request after another: a small one does not wait for ten images.
             return self._image(min(images, key=lambda s: s.turn), running, streaming=bool(decoding))
         return Tokens(decoding) if decoding else None
 
-    def _image(self, sequence: Sequence, running: tuple[Sequence, ...], *, streaming: bool) -> Step:
+    def _image(self, sequence: Sequence, running: Rows[Sequence], *, streaming: bool) -> Step:
         run = sequence.run
         assert isinstance(run, ImageRun)
         if sequence.embedding is None:
@@ -99,31 +103,20 @@ class StepChooser:
         return PrefillImage(sequence, run, start, stop, last)
 
     def _tokens(self, decoding: tuple[Sequence, ...], texts: list[Sequence]) -> Tokens:
-        """Everyone's next token, and text of prompts as far as the slice and the micro-batch go."""
+        """Everyone's next token, and text of prompts as far as the slice and the ubatch go."""
         budget = min(self._limits.n_ubatch - len(decoding), self._rows(streaming=bool(decoding)))
-        if not self._limits.shared:
-            decoding = ()
-            texts = sorted(texts, key=lambda s: s.turn)
-            # Prompts of unequal lengths would be cut into as many micro-batches, but for those in the common memory.
-            together = texts[0].seq_id in self._common
-            texts = [s for s in texts if s.seq_id in self._common] if together else texts[:1]
         parts = [self._slice(s, share) for s, share in zip(texts, _shares(texts, budget), strict=True) if share]
-        if not self._limits.shared:
-            # Who has to leave the common memory before the step is computed is one of many at places of their own.
-            parts.sort(key=lambda part: part.sequence.seq_id)
         return Tokens(decoding, tuple(parts))
 
     def _beside(
-        self, sequence: Sequence, run: ImageRun, running: tuple[Sequence, ...]
+        self, sequence: Sequence, run: ImageRun, running: Rows[Sequence]
     ) -> tuple[tuple[Sequence, ImageRun], ...]:
         """Chunks of equal size that are to be encoded soon; nobody may be streaming, as no turn comes in between."""
-        others = (s for s in running if s is not sequence and s.embedding is None)
-        coming = ((s, other) for s in (sequence, *others) for other in s.runs[s.run_index :])
-        wanted = (
-            (s, other)
-            for s, other in coming
-            if isinstance(other, ImageRun) and other is not run and other.n_tokens == run.n_tokens
-        )
+        if self._limits.encode_batch == 1:
+            return ()
+        others = (s for s in running if s is not sequence and s.state is State.PREFILL)
+        coming = ((s, other) for s in (sequence, *others) for other in s.to_encode)
+        wanted = ((s, other) for s, other in coming if other is not run and other.n_tokens == run.n_tokens)
         return tuple(itertools.islice(wanted, self._limits.encode_batch - 1))
 
     def _part(self, rows: int, *, streaming: bool) -> int:
@@ -137,7 +130,7 @@ class StepChooser:
 
     def _rows(self, *, streaming: bool) -> int:
         """The most rows of a prefill step."""
-        most = self._limits.best_rows or self._limits.n_ubatch
+        most = self._limits.n_ubatch
         if streaming:
             most = self._policy.slice
             if self._row_seconds > 0:
@@ -147,7 +140,7 @@ class StepChooser:
     def _crowded(self, seconds: float) -> float:
         """How long a stream may be held up, when it is `seconds` while few are served."""
         crowd = max(1.0, self._crowd / self._policy.few)
-        return max(seconds, min(self._policy.crowded_turn, crowd**2 * seconds))
+        return max(seconds, min(self._policy.crowded_wait, crowd**2 * seconds))
 
     @staticmethod
     def _slice(sequence: Sequence, budget: int) -> Slice:

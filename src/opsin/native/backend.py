@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from opsin.core.errors import BadInput, BadParameter, EngineError, ModelNotFound
+from opsin.core.errors import BadInput, BadParameter, EngineError, ModelNotFound, OpsinError
 from opsin.core.model_info import ModelInfo
 from opsin.core.parts import TextPart
 from opsin.native import logs
@@ -15,7 +15,7 @@ from opsin.native.grammar import compile_grammar, compile_schema
 from opsin.native.layout import Stretches, lay_out, lay_out_text
 from opsin.native.logprobs import token_logprob
 from opsin.native.model import Model
-from opsin.native.places import Places
+from opsin.native.context import Context
 from opsin.native.sampler import NativeSampler
 from opsin.native.threads import rest
 from opsin.native.vision import Encoder
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from opsin.core.answer import TokenLogprob
-    from opsin.core.backend import BackendLimits, Embedding, EmbeddingRows, TokenRow
+    from opsin.core.backend import BackendLimits, Embedding, EmbeddingRows, Sample, TokenBatch
     from opsin.core.layout import ImageRun, Layout
     from opsin.core.parts import Part
     from opsin.core.placement import Placement
@@ -38,7 +38,7 @@ class NativeBackend:
     Two threads inside at once would corrupt native memory, so the second is refused with an EngineError.
     """
 
-    def __init__(self, settings: EngineSettings, model: Model, context: Places, encoder: Encoder | None) -> None:
+    def __init__(self, settings: EngineSettings, model: Model, context: Context, encoder: Encoder | None) -> None:
         self.settings = settings
         self._model = model
         self._context = context
@@ -166,8 +166,8 @@ class NativeBackend:
             raise BadInput("This model was loaded without a vision encoder: give its projector file with --mmproj.")
         return self._encoder
 
-    def decode(self, rows: Sequence[TokenRow] | EmbeddingRows) -> bool:
-        """Run one micro-batch; False when the KV memory has no room and nothing changed. Raises DecodeFailed."""
+    def decode(self, rows: TokenBatch | EmbeddingRows) -> bool:
+        """Run one ubatch; False when the KV memory has no room and nothing changed. Raises DecodeFailed."""
         with self._alone():
             return self._context.decode(rows)
 
@@ -186,6 +186,20 @@ class NativeBackend:
         with self._alone():
             return NativeSampler(self._model, self._context, params, seed, grammar_of(params))
 
+    def sample(self, samples: Sequence[Sample]) -> list[tuple[int, TokenLogprob | None] | OpsinError]:
+        """Tokens from rows of the last decode; what goes wrong with one is its own result."""
+        results: list[tuple[int, TokenLogprob | None] | OpsinError] = []
+        with self._alone():
+            for sampler, row, top in samples:
+                try:
+                    raw = None if top is None else self._context.logits(row).copy()
+                    token = cast("NativeSampler", sampler).sample(row)
+                    told = None if raw is None else token_logprob(raw, token, top or 0, self._model.piece)
+                    results.append((token, told))
+                except OpsinError as error:
+                    results.append(error)
+        return results
+
     def logprobs(self, row: int, token: int, top: int) -> TokenLogprob:
         """Log probabilities at batch row `row`, of the raw logits: the token's own, and the `top` most likely."""
         with self._alone():
@@ -201,19 +215,9 @@ class NativeBackend:
             return self._context.kv_remove(seq_id, start, end)
 
     def kv_copy(self, source: int, target: int, start: int, end: int) -> None:
-        """Give `target` positions [start, end) of `source`, in the memory where `source` is."""
+        """Let `target` share positions [start, end) of `source`."""
         with self._alone():
             self._context.kv_copy(source, target, start, end)
-
-    def kv_join(self, seq_id: int) -> None:
-        """Bring a sequence to the common memory. Raises DecodeFailed when there is no room, and nothing changed."""
-        with self._alone():
-            self._context.kv_join(seq_id)
-
-    def kv_leave(self, seq_id: int) -> None:
-        """Bring a sequence from the common memory back to its own place."""
-        with self._alone():
-            self._context.kv_leave(seq_id)
 
     def kv_last(self, seq_id: int) -> int:
         """The last position held for a sequence, -1 when there is none."""
@@ -261,7 +265,7 @@ def open_backend(settings: EngineSettings) -> NativeBackend:
     model = Model(settings.model, settings)
     try:
         encoder = Encoder(model, settings.mmproj, settings) if settings.mmproj is not None else None
-        context = Places(model, settings)
+        context = Context(model, settings)
     except BaseException:
         model.close()
         raise

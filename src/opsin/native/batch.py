@@ -1,4 +1,4 @@
-"""Arrays of one micro-batch, made once and filled again for every decode.
+"""Arrays of one ubatch, made once and filled again for every decode.
 
 `llama_batch` is a struct of bare pointers: the arrays here must live as long as the call that reads them, and under
 M-RoPE an embedding has four positions, section after section, which the library's own `llama_batch_init` has no room
@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from opsin.core.backend import EmbeddingRows, TokenRow
+    from opsin.core.backend import EmbeddingRows, TokenBatch
 
 
 class BatchArrays:
@@ -27,6 +25,7 @@ class BatchArrays:
     def __init__(self, batch_type: Any, capacity: int, n_pos: int, keeper: int = 0) -> None:
         self.capacity = capacity
         self.n_pos = n_pos
+        self._keeper = keeper
         # Added to a row's sequence: its ids. llama.cpp masks by any one of them: both hold the same cells.
         self._ids = np.array([0, keeper] if keeper else [0], np.int32)
         self._token = np.zeros(capacity, np.int32)
@@ -46,13 +45,16 @@ class BatchArrays:
         self._batch.logits = self._set["logits"](self._logits.ctypes.data)
         self._tokens_at = self._set["token"](self._token.ctypes.data)
 
-    def tokens(self, rows: Sequence[TokenRow]) -> Any:
+    def tokens(self, batch: TokenBatch) -> Any:
         """A `llama_batch` of tokens, valid until the next call."""
-        count = len(rows)
-        self._token[:count] = [row.token for row in rows]
-        self._pos[:count] = [row.pos for row in rows]
-        self._seq_id[:count] = np.array([row.seq_id for row in rows], np.int32)[:, np.newaxis] + self._ids
-        self._logits[:count] = [row.logits for row in rows]
+        count = len(batch.tokens)
+        self._token[:count] = batch.tokens
+        self._pos[:count] = batch.positions
+        self._seq_id[:count, 0] = batch.seq_ids
+        if self._keeper:
+            self._seq_id[:count, 1] = self._seq_id[:count, 0] + self._keeper
+        self._logits[:count] = 0
+        self._logits[batch.outputs] = 1
         self._batch.n_tokens = count
         self._batch.token = self._tokens_at
         self._batch.embd = None

@@ -24,12 +24,11 @@ from pathlib import Path
 from opsin.core.errors import BadInput, ModelError, ModelUnreadable, OpsinError
 from opsin.core.settings import EngineSettings
 from opsin.native import logs
-from opsin.native.context import _KV_SHARE, _cell_bytes, default_context
+from opsin.native.context import _KV_SHARE, Context, _cell_bytes, default_context
 from opsin.native.devices import devices
 from opsin.native.handles import Owned
 from opsin.native.library import library
 from opsin.native.model import _ROPE_WITH_SECTIONS, Model, _placement
-from opsin.native.places import Places
 from opsin.native.projector import _Reader
 from opsin.native.trial import child_command
 from opsin.native.vision import _device
@@ -228,7 +227,7 @@ def _reserve(settings: EngineSettings, lines: _Lines, visions: dict[object, list
     assert settings.model is not None, "whoever asks names the model"
     model = _Hollow(settings.model, settings)
     try:
-        Places(model, settings, ctx=_ctx(model, settings, vision_bytes))
+        Context(model, settings, ctx=_ctx(model, settings, vision_bytes))
         log = lines.take()
     finally:
         model.close()

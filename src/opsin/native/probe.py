@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from opsin.core.backend import TokenRow
+from opsin.core.backend import TokenBatch
 from opsin.core.layout import ImageRun
 from opsin.core.parts import PicturePart
 from opsin.core.placement import BackendShare, Placement
@@ -166,10 +166,8 @@ def _probe_prefill(model: Model, settings: EngineSettings) -> dict[str, BackendS
     small = settings.model_copy(update={"parallel": 1, "ubatch": 32})
     context = Context(model, small, callback=hook.callback, ctx=_PROBE_CTX)
     try:
-        rows = [
-            TokenRow(index % model.n_vocab, index, 0, logits=index == _PREFILL_TOKENS - 1)
-            for index in range(_PREFILL_TOKENS)
-        ]
+        rows = TokenBatch()
+        rows.append([index % model.n_vocab for index in range(_PREFILL_TOKENS)], 0, 0, logits=True)
         with hook.observing(counter):
             context.decode(rows)
             context.synchronize()

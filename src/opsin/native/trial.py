@@ -202,12 +202,13 @@ def _run(llm: Path, mmproj: Path | None, settings: EngineSettings, until: str) -
 
 
 def _prefill(context: Context, run: Run, rows: Embedding | None, pos: int, *, last: bool) -> None:
-    from opsin.core.backend import EmbeddingRows, TokenRow
+    from opsin.core.backend import EmbeddingRows, TokenBatch
     from opsin.core.layout import TextRun
 
     if isinstance(run, TextRun):
-        end = len(run.tokens) - 1
-        context.decode([TokenRow(token, pos + i, 0, last and i == end) for i, token in enumerate(run.tokens)])
+        batch = TokenBatch()
+        batch.append(run.tokens, pos, 0, logits=last)
+        context.decode(batch)
     elif rows is not None:
         width = context.limits.n_ubatch if run.causal else run.n_tokens
         for start in range(0, run.n_tokens, width):
@@ -221,11 +222,11 @@ def _prefill(context: Context, run: Run, rows: Embedding | None, pos: int, *, la
 def _decode(model: Model, context: Context, pos: int) -> None:
     import numpy as np
 
-    from opsin.core.backend import TokenRow
+    from opsin.core.backend import TokenBatch
 
     for step in range(_NEW_TOKENS):
         token = int(np.argmax(context.logits(-1)))
-        context.decode([TokenRow(min(token, model.n_vocab - 1), pos + step, 0, True)])
+        context.decode(TokenBatch([min(token, model.n_vocab - 1)], [pos + step], [0], [0]))
         context.synchronize()
 
 

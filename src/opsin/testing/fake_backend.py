@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 
 from opsin.core.answer import ImageInfo, TokenLogprob
-from opsin.core.backend import BackendLimits, Embedding, EmbeddingRows, Sampler, TokenRow
-from opsin.core.errors import BadGrammar, DecodeFailed, EncodeFailed
+from opsin.core.backend import BackendLimits, Embedding, EmbeddingRows, Sample, Sampler, TokenBatch
+from opsin.core.errors import BadGrammar, DecodeFailed, EncodeFailed, OpsinError
 from opsin.core.layout import ImageRun, Layout, Run, TextRun
 from opsin.core.model_info import ModelInfo
 from opsin.core.parts import Part, PicturePart
@@ -131,7 +132,6 @@ class FakeBackend:
         self._debt_ms = 0.0
         self.cells_used = 0
         """KV cells in use; shared ones count once."""
-        self._common: dict[int, list[object]] = {}  # for each member one object a cell, shared ones the same
 
     @property
     def limits(self) -> BackendLimits:
@@ -196,15 +196,14 @@ class FakeBackend:
         self.clock.spend(self.costs.encode - spent_ms)
         return embeddings
 
-    def decode(self, rows: Sequence[TokenRow] | EmbeddingRows) -> bool:
+    def decode(self, rows: TokenBatch | EmbeddingRows) -> bool:
         """Append to the sequences' cells, checking what llama.cpp would abort on."""
         if self.fail_decode is not None:
             error, self.fail_decode = self.fail_decode, None
             raise DecodeFailed(str(error)) from error
-        count = len(rows.rows) if isinstance(rows, EmbeddingRows) else len(rows)
-        assert 0 < count <= self._limits.n_ubatch, "a micro-batch holds 1 to n_ubatch rows"
-        ids = [rows.seq_id] * count if isinstance(rows, EmbeddingRows) else [row.seq_id for row in rows]
-        if self.cells_used + count > self._limits.n_ctx or not self._fits(ids):
+        count = len(rows.rows) if isinstance(rows, EmbeddingRows) else len(rows.tokens)
+        assert 0 < count <= self._limits.n_ubatch, "a ubatch holds 1 to n_ubatch rows"
+        if self.cells_used + count > self._limits.n_ctx:
             return False
         self.pay()
         self._rows = []
@@ -212,10 +211,10 @@ class FakeBackend:
             self._append_image(rows)
             self._owe(self.costs.image_token * count)
         else:
-            for row in rows:
-                self._append(row.seq_id, row.pos, row.token)
-                self._rows.append((row.seq_id, len(self._sequences[row.seq_id].entries)))
-            self._owe(self.costs.decode if all(row.logits for row in rows) else self.costs.text_token * count)
+            for token, pos, seq_id in zip(rows.tokens, rows.positions, rows.seq_ids, strict=True):
+                self._append(seq_id, pos, token)
+                self._rows.append((seq_id, len(self._sequences[seq_id].entries)))
+            self._owe(self.costs.decode if len(rows.outputs) == count else self.costs.text_token * count)
         return True
 
     def synchronize(self) -> None:
@@ -232,6 +231,17 @@ class FakeBackend:
         self.check(params)
         self.open_handles += 1
         return _Sampler(self, params)
+
+    def sample(self, samples: Sequence[Sample]) -> list[tuple[int, TokenLogprob | None] | OpsinError]:
+        """Each follows its reply."""
+        results: list[tuple[int, TokenLogprob | None] | OpsinError] = []
+        for sampler, row, top in samples:
+            try:
+                token = cast(_Sampler, sampler).sample(row)
+                results.append((token, None if top is None else self.logprobs(row, token, top)))
+            except OpsinError as error:
+                results.append(error)
+        return results
 
     def logprobs(self, row: int, token: int, top: int) -> TokenLogprob:
         """The drawn token is certain."""
@@ -252,11 +262,8 @@ class FakeBackend:
             cell.holders -= 1
             self.cells_used -= cell.holders == 0
         del cells.entries[gone]
-        if seq_id in self._common:
-            del self._common[seq_id][gone]
         if not cells.entries:
             del self._sequences[seq_id]
-            self._common.pop(seq_id, None)
         return True
 
     def kv_copy(self, source: int, target: int, start: int, end: int) -> None:
@@ -265,31 +272,9 @@ class FakeBackend:
         held = self._sequences.setdefault(target, _Cells()).entries
         assert len(held) == start, "a copy continues where the target ends"
         shared = entries[start : len(entries) if end < 0 else end]
-        if not self._limits.shared:
-            assert start == 0, "memories of their own are copied whole"
-            shared = [_Cell(cell.entry, 0) for cell in shared]
-            self.cells_used += len(shared)
-            if source in self._common:
-                self._common[target] = self._common[source][: len(shared)]
         for cell in shared:
             cell.holders += 1
         held.extend(shared)
-
-    @property
-    def common_used(self) -> int:
-        """Cells in use in the common memory; shared ones count once."""
-        return len({id(cell) for cells in self._common.values() for cell in cells})
-
-    def kv_join(self, seq_id: int) -> None:
-        """Count a sequence's cells in the common memory."""
-        assert seq_id not in self._common, "who joins is not there yet"
-        if self.common_used + self.kv_last(seq_id) + 1 > self._limits.common:
-            raise DecodeFailed("The common memory has no room.")
-        self._common[seq_id] = [object() for _ in range(self.kv_last(seq_id) + 1)]
-
-    def kv_leave(self, seq_id: int) -> None:
-        """Count them there no more."""
-        del self._common[seq_id]
 
     def kv_last(self, seq_id: int) -> int:
         """The last position held, -1 for none."""
@@ -324,16 +309,6 @@ class FakeBackend:
         said = len(entries) - turn - 1
         return answer[said] if turn >= 0 and said < len(answer) else EOS
 
-    def _fits(self, ids: list[int]) -> bool:
-        """Whether each sequence has room; rows must come in the order of their ids where that decides who shares."""
-        if self._limits.shared:
-            return True
-        apart = [i for i in ids if i not in self._common]
-        assert apart == sorted(apart), "rows come in the order of their sequences"
-        if self.common_used + len(ids) - len(apart) > self._limits.common:
-            return False
-        return all(self.kv_last(i) + 1 + ids.count(i) <= self._limits.n_ctx_seq for i in set(ids))
-
     def _owe(self, ms: float) -> None:
         self._debt_ms += ms
         if not self.asynchronous:
@@ -345,8 +320,6 @@ class FakeBackend:
         assert pos == len(cells.entries), f"position {pos} follows {len(cells.entries) - 1}"
         cells.entries.append(_Cell(entry))
         self.cells_used += 1
-        if seq_id in self._common:
-            self._common[seq_id].append(object())
 
     def _append_image(self, rows: EmbeddingRows) -> None:
         for row, pos in zip(rows.rows, rows.positions[0], strict=True):

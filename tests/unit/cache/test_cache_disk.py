@@ -19,7 +19,7 @@ from safetensors.numpy import save
 
 from opsin.cache import DiskStore, PictureCache, default_folder
 from opsin.cache.disk import _pack
-from opsin.cache.pictures import Embedding
+from opsin.cache.embeddings import Embedding
 
 ROWS = np.arange(12, dtype=np.float32).reshape(3, 4)
 

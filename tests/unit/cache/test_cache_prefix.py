@@ -1,13 +1,17 @@
-"""Who holds the longest beginning of a prompt: the index against looking at everything, unit by unit."""
+"""Who holds the longest beginning of a prompt: the hashed index against looking at everything, unit by unit."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opsin.cache import ImageUnit, NoPrefixes, Prefix, PrefixIndex, Unit
+from opsin.cache import ImageUnit, Prefix, PrefixIndex, Unit
+from opsin.cache.prefix import BLOCK, cells_of, last_position_of, positions_of
 
-PICTURE = ImageUnit("a:0", 4, 4)
-prompts = st.lists(st.sampled_from([1, 2, PICTURE]), max_size=8).map(lambda units: ("", *units))
+IMAGE = ImageUnit("a:0", 4, 4)
+# Repeated, so that prompts are longer than a block.
+prompts = st.lists(st.sampled_from([1, 2, IMAGE, (3,) * 9]), max_size=8).map(
+    lambda units: ("", *(u for unit in units for u in (unit if isinstance(unit, tuple) else (unit,))))
+)
 held = st.tuples(prompts, st.floats(0, 1), st.booleans(), st.sampled_from(["", "salt"]))
 
 
@@ -19,11 +23,12 @@ def shared(one: tuple[Unit, ...], other: tuple[Unit, ...]) -> int:
 
 
 def prefix(seq_id: int, planned: tuple[Unit, ...], ready: int | None = None, *, idle: bool = False) -> Prefix:
-    units = planned[: len(planned) if ready is None else ready]
-    return Prefix(seq_id, list(units), planned, idle=idle)
+    made = Prefix(planned, seq_id, list(planned[: len(planned) if ready is None else ready]))
+    if idle:
+        made.retire()
+    return made
 
 
-@pytest.mark.slow
 @given(st.lists(held, max_size=6), prompts)
 def test_the_index_finds_what_looking_at_everything_finds(
     entries: list[tuple[tuple[Unit, ...], float, bool, str]], wanted: tuple[Unit, ...]
@@ -32,12 +37,12 @@ def test_the_index_finds_what_looking_at_everything_finds(
     best = (1, 0)
     for seq_id, (planned, part, idle, salt) in enumerate(entries):
         units = (salt, *planned[1:])
-        made = prefix(seq_id, units, None if idle else max(1, round(part * len(units))), idle=idle)
+        made = prefix(seq_id, units, max(1, round(part * len(units))), idle=idle)
         index.add(made)
-        ready = shared(tuple(made.units), wanted)
-        coming = ready if idle else shared(made.planned, wanted)
-        best = max(best, (coming, ready)) if coming > 1 else best
-    match = index.match(wanted)
+        coming = shared(made.planned, wanted)
+        if coming > 1:
+            best = max(best, (coming, shared(tuple(made.units), wanted)))
+    match = index.match(prefix(99, wanted, 0))
     if best == (1, 0):
         assert match is None
     else:
@@ -46,15 +51,45 @@ def test_the_index_finds_what_looking_at_everything_finds(
         assert tuple(match.prefix.units[: match.ready]) == wanted[: match.ready]
 
 
-def test_a_prefix_that_is_being_filled_is_coming_and_an_idle_one_is_not() -> None:
+@given(prompts, st.integers(0, 100))
+def test_cells_of_a_beginning_are_counted_without_looking_at_all_of_it(units: tuple[Unit, ...], count: int) -> None:
+    made = prefix(0, units)
+    count = min(count, len(units))
+    assert made.planned_cells(count) == cells_of(units[:count])
+    assert made.planned_cells() == cells_of(units)
+
+
+def test_a_lookup_looks_at_one_block_of_a_long_prompt() -> None:
+    class Counted(tuple[Unit, ...]):
+        looked_at = 0
+
+        def __getitem__(self, key: object) -> object:  # type: ignore[override]
+            if isinstance(key, slice):
+                Counted.looked_at += len(range(*key.indices(len(self))))
+            return super().__getitem__(key)  # type: ignore[index]
+
+    index = PrefixIndex()
+    for seq_id in range(8):
+        index.add(prefix(seq_id, ("", *range(6000), seq_id), idle=True))
+    wanted = prefix(99, Counted(("", *range(6000), 77)), 0)
+    Counted.looked_at = 0
+    match = index.match(wanted)
+    assert match is not None
+    assert match.ready == 6001
+    assert Counted.looked_at <= 8 * BLOCK
+
+
+def test_a_prefix_that_is_being_filled_is_coming_and_an_ended_one_is_not() -> None:
     index = PrefixIndex()
     filling = prefix(0, ("", 1, 2, 3, 4), 3)
     index.add(filling)
-    match = index.match(("", 1, 2, 3, 9))
+    match = index.match(prefix(9, ("", 1, 2, 3, 9), 0))
     assert match is not None
     assert (match.ready, match.coming) == (3, 4)
-    filling.idle = True
-    match = index.match(("", 1, 2, 3, 9))
+    index.remove(filling)
+    filling.retire()
+    index.add(filling)
+    match = index.match(prefix(9, ("", 1, 2, 3, 9), 0))
     assert match is not None
     assert (match.ready, match.coming) == (3, 3)
 
@@ -62,60 +97,49 @@ def test_a_prefix_that_is_being_filled_is_coming_and_an_idle_one_is_not() -> Non
 def test_the_salt_alone_is_no_match_and_another_salt_never_one() -> None:
     index = PrefixIndex()
     index.add(prefix(0, ("mine", 1, 2), idle=True))
-    assert index.match(("mine", 9)) is None
-    assert index.match(("yours", 1, 2)) is None
-    assert index.match(("mine", 1, 9)) is not None
+    assert index.match(prefix(1, ("mine", 9))) is None
+    assert index.match(prefix(1, ("yours", 1, 2))) is None
+    assert index.match(prefix(1, ("mine", 1, 9))) is not None
 
 
-def test_answered_tokens_match_too() -> None:
+def test_an_ended_sequences_answer_matches_too() -> None:
     """The next turn of a conversation begins with the whole last one."""
     index = PrefixIndex()
     running = prefix(0, ("", 1, 2))
-    running.units += [7, 8]
     index.add(running)
-    match = index.match(("", 1, 2, 7, 8, 9))
+    running.units += range(40)
+    index.remove(running)
+    running.retire()
+    index.add(running)
+    match = index.match(prefix(1, ("", 1, 2, *range(40), 9)))
     assert match is not None
-    assert match.ready == 5
+    assert match.ready == 43
 
 
-def test_the_oldest_idle_is_the_one_used_longest_ago() -> None:
+def test_a_removed_prefix_is_not_found_and_leaves_nothing_behind() -> None:
     index = PrefixIndex()
-    made = [prefix(i, ("", i), idle=True) for i in range(3)]
-    for each in made:
-        index.add(each)
-    index.add(prefix(9, ("", 9)))
-    assert index.oldest_idle() is made[0]
-    index.touch(made[0])
-    assert index.oldest_idle() is made[1]
-    index.remove(made[1])
-    index.remove(made[1])
-    assert index.oldest_idle() is made[2]
+    made = prefix(0, ("", *range(50)), idle=True)
+    index.add(made)
+    index.remove(made)
+    index.remove(made)
+    assert index.match(prefix(1, ("", *range(50)))) is None
+    assert not index._holders
 
 
-def test_removing_an_old_entry_does_not_remove_the_new_one_of_the_same_id() -> None:
+@pytest.mark.parametrize("length", [1, BLOCK - 1, BLOCK, 3 * BLOCK])
+def test_ended_ones_that_a_longer_one_begins_with_are_found(length: int) -> None:
     index = PrefixIndex()
-    old, new = prefix(0, ("", 1), idle=True), prefix(0, ("", 2), idle=True)
-    index.add(old)
-    index.add(new)
-    index.remove(old)
-    assert index.oldest_idle() is new
-
-
-def test_idle_ones_that_a_longer_one_begins_with_are_found() -> None:
-    index = PrefixIndex()
-    short, other, long = (prefix(i, u, idle=True) for i, u in enumerate([("", 1), ("", 2), ("", 1, 2)]))
+    beginning = ("", *range(length))
+    prompts = [beginning, ("", 77), (*beginning, 5)]
+    short, other, long = (prefix(i, units, idle=True) for i, units in enumerate(prompts))
     for each in (short, other, long):
         index.add(each)
-    assert index.idle_within(long) == [short]
-    assert index.idle_within(short) == []
+    assert index.contained_in(long) == [short]
+    assert index.contained_in(short) == []
 
 
-def test_the_twin_never_matches() -> None:
-    twin = NoPrefixes()
-    made = prefix(0, ("", 1, 2), idle=True)
-    twin.add(made)
-    twin.touch(made)
-    assert twin.match(("", 1, 2)) is None
-    assert twin.oldest_idle() is None
-    assert twin.idle_within(made) == []
-    twin.remove(made)
+def test_an_image_is_one_unit_with_its_cells_and_positions() -> None:
+    units = ("salt", 1, ImageUnit("a:0", 6, 3, 2), 2)
+    assert (cells_of(units), positions_of(units), last_position_of(units)) == (8, 5, 4)
+    assert last_position_of(units[:-1]) == 3
+    assert last_position_of(("salt",)) == -1

@@ -3,7 +3,7 @@
 import numpy as np
 
 from opsin.cache import ImageUnit
-from opsin.cache.units import last_position_of, unit_of
+from opsin.cache.prefix import last_position_of, unit_of
 from opsin.core.layout import ImageRun
 
 GRID = np.array([[0, 0, 0, 0], [0, 0, 1, 0], [0, 1, 0, 0], [0, 1, 1, 0]], np.int32)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 
-from opsin.cache import PictureCache
+from opsin.cache import PictureCache, salted
 from opsin.core.answer import Answer, Event, Finished, TextDelta
-from opsin.core.backend import BackendLimits, EmbeddingRows, TokenRow
+from opsin.core.backend import BackendLimits, Embedding, EmbeddingRows, TokenBatch
 from opsin.core.errors import Cancelled, OpsinError
 from opsin.core.layout import ImageRun
 from opsin.core.parts import Part, PicturePart, Prompt, TextPart
@@ -15,11 +15,11 @@ from opsin.core.sampling import SamplingParams
 from opsin.engine import Policy
 from opsin.engine.clock import StageClock
 from opsin.engine.loop import Loop
-from opsin.engine.output import Output
 from opsin.engine.plan import Plan, Tokens, members_of
 from opsin.engine.request import AnswerStream, Request
 from opsin.engine.scheduler import Scheduler
 from opsin.engine.sequence import Sequence, State
+from opsin.engine.text import AnswerText
 from opsin.testing import FakeBackend, FakeClock, picture
 from opsin.testing.fake_backend import TURN_TEXT
 
@@ -46,7 +46,7 @@ class Backend(FakeBackend):
     layers = 1
     out_of_room = 0
 
-    def decode(self, rows: list[TokenRow] | EmbeddingRows) -> bool:  # type: ignore[override]
+    def decode(self, rows: TokenBatch | EmbeddingRows) -> bool:
         if self.out_of_room:
             self.out_of_room -= 1
             return False
@@ -64,19 +64,23 @@ class Backend(FakeBackend):
 class Stream(AnswerStream):
     """Remembers all that the engine said, and how often it said an end."""
 
-    def deliver(self, event: Event) -> None:
-        self.__dict__.setdefault("said", []).append(event)
-        super().deliver(event)
+    def __init__(self, loop: Loop) -> None:
+        self.said: list[Event | BaseException] = []
+        super().__init__(loop.wake)
+
+    def add(self, event: Event) -> None:
+        self.said.append(event)
+        super().add(event)
 
     def fail(self, error: BaseException) -> None:
-        self.__dict__.setdefault("said", []).append(error)
+        self.said.append(error)
         super().fail(error)
 
     def cancel(self) -> None:
         late = self._done
         super().cancel()
         if late:  # the caller's own word, which nobody hears any more
-            self.__dict__["said"].pop()
+            self.said.pop()
 
 
 @dataclass(eq=False)
@@ -91,7 +95,7 @@ class Asked:
 
     @property
     def said(self) -> list[Event | BaseException]:
-        return self.stream.__dict__.get("said", [])
+        return self.stream.said
 
     @property
     def ends(self) -> list[Finished | BaseException]:
@@ -164,10 +168,19 @@ class Driver:
             salt=salt,
             number=len(self.asked),
         )
-        stream = Stream(self.loop.wake)
-        layout = self.backend.layout(prompt.parts, add_bos=True, known=self.pictures.knows)
-        assert layout.n_tokens < self.limits.n_ctx_seq, "the façade refuses such a prompt"
-        sequence = Sequence(request, stream, StageClock(clock), Output(chosen.stop, None, None), layout)
+        stream = Stream(self.loop)
+        embeddings: dict[str, Embedding] = {}
+
+        def known(identity: str) -> bool:
+            embedding = self.pictures.get(salted(identity, salt))
+            if embedding is not None:
+                embeddings[identity] = embedding
+            return embedding is not None
+
+        layout = self.backend.layout(prompt.parts, add_bos=True, known=known)
+        assert layout.n_tokens < self.limits.n_ctx, "the façade refuses such a prompt"
+        sequence = Sequence(request, stream, StageClock(clock), AnswerText(chosen.stop), layout, embeddings)
+        sequence.cached_images |= {run.picture for run in layout.runs if getattr(run, "placeholder", False)}
         self.asked.append(Asked(sequence, stream))
         self.loop.put(sequence)
         return self.asked[-1]
@@ -187,9 +200,7 @@ class Driver:
 
     def check(self) -> None:
         self.scheduler.check()
-        assert self.backend.cells_used == self.scheduler.book.used
-        assert self.backend.common_used == self.scheduler.book.common.used
-        assert set(self.backend._common) == self.scheduler.book.members
+        assert self.backend.cells_used == self.scheduler.kv.used
         assert self._fruitless < 3, "steps that get nobody on"
         for asked in self.asked:
             state = asked.sequence.state

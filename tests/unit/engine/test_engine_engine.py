@@ -7,11 +7,12 @@ import threading
 import time
 from collections.abc import AsyncIterator
 
+import numpy as np
 import pytest
 
 from opsin.cache import PictureCache
 from opsin.core.answer import Answer, Event, Finished, Started, TextDelta
-from opsin.core.backend import BackendLimits
+from opsin.core.backend import BackendLimits, Embedding
 from opsin.core.errors import (
     BadGrammar,
     Cancelled,
@@ -22,6 +23,7 @@ from opsin.core.errors import (
     EngineDied,
     OpsinError,
 )
+from opsin.core.layout import ImageRun
 from opsin.core.parts import PicturePart, Prompt, TextPart
 from opsin.core.reasoning import ReasoningStyle
 from opsin.core.sampling import SamplingParams
@@ -390,12 +392,12 @@ def test_a_reader_whose_event_loop_was_closed_hurts_nobody() -> None:
         assert isinstance(loop.run_until_complete(first(events)), Started)
         loop.close()  # without a word to the reader that waits in it
         with pytest.raises(Cancelled):
-            stream.result()
+            list(stream)
         assert engine.submit(prompt("quick")).result().text == "short"
         assert engine.stats.running == 0
         # Who asks to cancel such an answer hears nothing of it either.
         quick = engine.submit(prompt("quick"))
-        quick._wake = lambda: loop.call_soon_threadsafe(print)
+        quick.reader = (loop, asyncio.Event())
         quick.cancel()
         assert engine.submit(prompt("quick")).result().text == "short"
     assert engine._queued == 0
@@ -429,18 +431,82 @@ def test_a_known_picture_is_neither_preprocessed_nor_encoded_again() -> None:
     assert second.usage.cached_tokens == 1 + 4
 
 
-def test_an_embedding_that_was_evicted_between_layout_and_encode_is_encoded_again() -> None:
+def test_one_that_relied_on_anothers_encode_gets_its_own_when_that_one_fails() -> None:
+    """Two ask about one image at once: the second has no pixels, and the encode that was to serve it fails."""
     backend = FakeBackend(lambda text: str(text.count("<")))
-    pictures = PictureCache(1 << 20)
-    with Engine(lambda: backend, pictures=pictures, policy=Policy(keep_prefixes=False)) as engine:
-        assert engine.submit(prompt("one")).result().text == "4"
-        evicted = pictures.get
+    laid_out = threading.Event()
+    encode = backend.encode
 
-        def forget(identity: str) -> None:
-            return None
+    def fails(run, between=None):  # type: ignore[no-untyped-def]
+        assert laid_out.wait(10)
+        backend.encode = encode  # type: ignore[method-assign]
+        raise EncodeFailed("boom")
 
-        pictures.get = forget  # type: ignore[method-assign,assignment]
-        assert engine.submit(prompt("two")).result().text == "4"
-        pictures.get = evicted  # type: ignore[method-assign]
-    assert len(backend.encoded) == 2
+    backend.encode = fails  # type: ignore[method-assign]
+    with Engine(lambda: backend, policy=Policy(parallel=2)) as engine:
+        first, second = engine.submit(prompt("one")), engine.submit(prompt("two"))
+        assert isinstance(next(iter(second)), Started)
+        laid_out.set()
+        with pytest.raises(EncodeFailed):
+            first.result()
+        assert second.result().text == "4"
+    assert len(backend.encoded) == 1
     assert backend.open_handles == 0
+
+
+def test_an_image_known_on_disk_is_read_beside_the_engines_thread() -> None:
+    """A disk read on the engine's thread made every stream wait for it."""
+    readers = []
+
+    class Disk:
+        def get(self, identity: str) -> Embedding | None:  # noqa: ARG002
+            readers.append(threading.current_thread().name)
+            return np.zeros((4, 4), np.float32)
+
+        def put(self, identity: str, embedding: Embedding) -> None: ...
+        def close(self) -> None: ...
+
+    backend = FakeBackend(lambda text: str(text.count("<")))
+    with Engine(lambda: backend, pictures=PictureCache(0, Disk())) as engine:
+        assert engine.submit(prompt("one")).result().text == "4"
+    assert not backend.encoded
+    assert readers
+    assert not any("opsin-engine" in name for name in readers)
+
+
+def test_pixels_are_given_back_when_the_encode_is_done() -> None:
+    backend = FakeBackend(lambda _: "x" * 100)
+    encoded = threading.Event()
+    with Engine(lambda: backend) as engine:
+        stream = engine.submit(prompt("one"), on_encoded=encoded.set)
+        assert any(isinstance(event, TextDelta) for event in stream)
+        assert encoded.is_set()
+        known = threading.Event()
+        engine.submit(prompt("two"), on_encoded=known.set).result()
+        assert known.is_set()
+
+
+def test_an_engine_that_cannot_attach_says_so_instead_of_hanging() -> None:
+    class Broken(FakeBackend):
+        @property
+        def eog_tokens(self) -> frozenset[int]:
+            raise RuntimeError("no vocabulary")
+
+    backend = Broken()
+    with pytest.raises(RuntimeError, match="no vocabulary"):
+        Engine(lambda: backend)
+    assert backend.closed
+
+
+def test_an_image_that_attends_both_ways_and_does_not_fit_a_batch_is_refused_before_its_encode() -> None:
+    class Both(FakeBackend):
+        def layout(self, parts, *, add_bos, known=None):  # type: ignore[no-untyped-def]
+            layout = super().layout(parts, add_bos=add_bos, known=known)
+            runs = [dataclasses.replace(r, causal=False) if isinstance(r, ImageRun) else r for r in layout.runs]
+            layout.runs = tuple(runs)
+            return layout
+
+    backend = Both(image_tokens=65)
+    with Engine(lambda: backend) as engine, pytest.raises(ContextOverflow, match="--ubatch 65"):
+        engine.submit(prompt("one")).result()
+    assert not backend.encoded

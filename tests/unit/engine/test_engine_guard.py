@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opsin.engine.guard import Guard
-from opsin.engine.guard_compression import SPAN, packs_too_well, squeeze
-from opsin.engine.guard_cycle import TokenCycle, cyclic_end
-from opsin.engine.guard_drift import Drift
-from opsin.engine.guard_segments import Segments
+from opsin.engine.guard.compression import SPAN, packs_too_well, squeeze
+from opsin.engine.guard.cycle import TokenCycle, cyclic_end
+from opsin.engine.guard.drift import Drift
+from opsin.engine.guard.segments import Segments
 
 
 def stopped_at(stream, limit=4000):

@@ -6,7 +6,7 @@ waits for ever, and an answer is the same alone, among others, with remembered p
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 from engine_driver import Backend, Driver, expected, limits, prompt_of, reply
@@ -52,8 +52,6 @@ class World:
     picture_bytes: int
     layers: int
     image_tokens: int
-    shared: bool
-    common: int
 
 
 stretch = st.sampled_from(["a", "b", "ab", "abba" * 2, "ab" * 8])
@@ -80,8 +78,6 @@ worlds = st.builds(
     picture_bytes=st.sampled_from([0, 64, 2**20]),
     layers=st.sampled_from([1, 3]),
     image_tokens=st.sampled_from([1, 4, 12]),
-    shared=st.booleans(),
-    common=st.sampled_from([0, 12, 40, 400]),
 )
 faults = st.dictionaries(st.integers(0, 40), st.sampled_from(["encode", "decode", "room"]), max_size=3)
 
@@ -95,18 +91,15 @@ def context_of(world: World, history: list[Ask]) -> int:
 
 def live(world: World, history: list[Ask], mishaps: dict[int, str], *, keep_prefixes: bool) -> Driver:
     size = limits(context_of(world, history), world.n_ubatch, world.n_seq_max)
-    if not world.shared:
-        size = replace(size, n_ctx=size.n_ctx * size.n_seq_max, shared=False, best_rows=4, common=world.common)
     backend = Backend(reply, limits=size, clock=FakeClock(), image_tokens=world.image_tokens)
     backend.layers = world.layers
     policy = Policy(
         parallel=world.parallel,
         slice=world.slice,
-        turn=world.turn,
-        longest_turn=world.turn,
+        shortest_wait=world.turn,
+        longest_wait=world.turn,
         slice_seconds=world.slice / 1000,
         wait_for=world.wait_for,
-        gather=world.wait_for,
         keep_prefixes=keep_prefixes,
     )
     driver = Driver(size, policy, backend, PictureCache(world.picture_bytes))

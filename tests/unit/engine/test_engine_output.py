@@ -2,18 +2,18 @@
 
 from opsin.core.answer import TextDelta, TokenLogprob
 from opsin.core.reasoning import ReasoningStyle
-from opsin.engine.output import Output
+from opsin.engine.text import AnswerText
 
 STYLE = ReasoningStyle("<think>", "</think>")
 
 
-def read(output: Output, pieces: list[tuple[int, bytes]]) -> list[TextDelta]:
+def read(output: AnswerText, pieces: list[tuple[int, bytes]]) -> list[TextDelta]:
     deltas = [delta for token, piece in pieces for delta in output.feed(token, piece, None)]
     return deltas + output.finish()
 
 
 def test_tags_that_are_control_tokens_have_no_bytes_and_still_split() -> None:
-    output = Output((), STYLE.splitter(starts_inside=False), None, tags={1: b"<think>", 2: b"</think>"})
+    output = AnswerText((), STYLE.splitter(starts_inside=False), None, tags={1: b"<think>", 2: b"</think>"})
     deltas = read(output, [(1, b""), (7, b"hm"), (2, b""), (8, b" blue")])
     assert (output.reasoning, output.text) == ("hm", "blue")
     assert [(delta.text, delta.reasoning) for delta in deltas] == [("hm", True), ("blue", False)]
@@ -21,13 +21,13 @@ def test_tags_that_are_control_tokens_have_no_bytes_and_still_split() -> None:
 
 
 def test_stop_strings_end_the_answer_but_not_the_reasoning() -> None:
-    output = Output(("stop",), STYLE.splitter(starts_inside=True), None)
+    output = AnswerText(("stop",), STYLE.splitter(starts_inside=True), None)
     read(output, [(1, b"don't stop "), (2, b"</think>"), (3, b"go st"), (4, b"op now")])
     assert (output.reasoning, output.text, output.stopped) == ("don't stop", "go ", True)
 
 
 def test_a_character_cut_over_tokens_comes_whole_with_both_logprobs() -> None:
-    output = Output((), None, None)
+    output = AnswerText((), None, None)
     smile = "\N{SLIGHTLY SMILING FACE}".encode()
     entries = [TokenLogprob(token, smile[token : token + 2], -0.1) for token in (0, 2)]
     first = output.feed(0, smile[:2], entries[0])
@@ -37,5 +37,5 @@ def test_a_character_cut_over_tokens_comes_whole_with_both_logprobs() -> None:
 
 
 def test_white_space_before_the_answer_is_the_templates() -> None:
-    output = Output((), None, None)
+    output = AnswerText((), None, None)
     assert [delta.text for delta in read(output, [(1, b"  "), (2, b"\n a "), (3, b" b")])] == ["a ", " b"]

@@ -21,7 +21,7 @@ def driver(parallel: int = 4, layers: int = 1, **policy: object) -> Driver:
 
 
 def intervals(asked: Asked, stage: Stage) -> list[Interval]:
-    return [interval for interval in asked.answer.intervals if interval.stage is stage]
+    return [interval for interval in asked.answer.intervals if interval.stage is stage and interval.count == 1]
 
 
 def check(asked: Asked) -> None:
@@ -39,7 +39,7 @@ def check(asked: Asked) -> None:
 
 def test_an_encode_that_stands_still_for_others_tokens_is_queueing() -> None:
     """The turns between the encoder's layers were counted as its own time."""
-    made = driver(layers=10, turn=0.0, longest_turn=0.0)
+    made = driver(layers=10, shortest_wait=0.0, longest_wait=0.0)
     stream = made.ask("talk", max_tokens=40)
     made.step()
     looking = made.ask(prompt_of(1), max_tokens=1)
@@ -56,7 +56,7 @@ def test_an_encode_that_stands_still_for_others_tokens_is_queueing() -> None:
 
 
 def test_a_streams_pause_is_an_interval_of_its_queue() -> None:
-    made = driver(turn=10.0, longest_turn=10.0, crowded_turn=10.0)
+    made = driver(shortest_wait=10.0, longest_wait=10.0, crowded_wait=10.0)
     stream = made.ask("talk", max_tokens=40)
     for _ in range(5):
         made.step()

@@ -1,4 +1,4 @@
-"""One request preprocesses a picture; others that ask about it at the same time wait for that, and need no pixels."""
+"""One request preprocesses an image; others that ask about it at the same time wait for that, and need no pixels."""
 
 from __future__ import annotations
 
@@ -15,51 +15,51 @@ from opsin.core.layout import ImageRun, Layout
 
 @dataclass(slots=True)
 class _Announced:
-    """A layout's handles; closing them ends the announcement, too."""
+    """What a layout owns; closing it ends the announcement, too."""
 
-    coming: Coming
+    encodes: InFlightEncodes
     identities: tuple[str, ...]
     owned: Any
 
     def close(self) -> None:
-        self.coming.remove(self.identities)
+        self.encodes.remove(self.identities)
         if self.owned is not None:
             self.owned.close()
 
 
-class Coming:
-    """Pictures whose pixels a running request has: they will be encoded for all. Used by any thread."""
+class InFlightEncodes:
+    """Images whose pixels a request has that is on its way: they will be encoded for all. Used by any thread."""
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
-        self._turns: dict[str, threading.Lock] = {}
+        self._locks: dict[str, threading.Lock] = {}
         self._wanted: Counter[str] = Counter()
         self._held: Counter[str] = Counter()
 
     @contextmanager
-    def turn(self, pictures: Iterable[str]) -> Iterator[None]:
-        """Hold these pictures against others who would lay them out at the same time."""
+    def alone(self, images: Iterable[str]) -> Iterator[None]:
+        """Hold these images (SHA-256 of their pixels) against others who would preprocess them at the same time."""
         # In one order for all, so that nobody waits for somebody who waits for him.
-        wanted = sorted(set(pictures))
+        wanted = sorted(set(images))
         with self._guard:
-            turns = [self._turns.setdefault(picture, threading.Lock()) for picture in wanted]
+            locks = [self._locks.setdefault(image, threading.Lock()) for image in wanted]
             self._wanted.update(wanted)
         try:
             with ExitStack() as stack:
-                for turn in turns:
-                    stack.enter_context(turn)
+                for lock in locks:
+                    stack.enter_context(lock)
                 yield
         finally:
             with self._guard:
                 self._wanted.subtract(wanted)
-                for picture in wanted:
-                    if not self._wanted[picture]:
-                        del self._wanted[picture], self._turns[picture]
+                for image in wanted:
+                    if not self._wanted[image]:
+                        del self._wanted[image], self._locks[image]
 
     def __contains__(self, identity: str) -> bool:
         return self._held[identity] > 0
 
-    def announce(self, layout: Layout, salt: str) -> None:
+    def add(self, layout: Layout, salt: str) -> None:
         """The layout has pixels that will be encoded; until it is closed nobody else of its salt needs them."""
         pixels = (run for run in layout.runs if isinstance(run, ImageRun) and not run.placeholder)
         identities = tuple(salted(run.identity, salt) for run in pixels)

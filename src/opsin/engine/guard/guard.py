@@ -18,9 +18,9 @@ signals and the limit: there, repetition is the normal case. So is endless count
 from __future__ import annotations
 
 from opsin.core.answer import GuardVerdict
-from opsin.engine.guard_compression import SPAN, STRIDE, packs_too_well, squeeze
-from opsin.engine.guard_cycle import TokenCycle, cyclic_end
-from opsin.engine.guard_drift import Drift
+from opsin.engine.guard.compression import SPAN, STRIDE, packs_too_well, squeeze
+from opsin.engine.guard.cycle import TokenCycle, cyclic_end
+from opsin.engine.guard.drift import Drift
 
 _BATCH = 8  # tokens between two readings of the text
 _KEPT = 4608  # characters kept for cycles: four of the longest period and more

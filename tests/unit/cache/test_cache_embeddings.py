@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opsin.cache import PictureCache
-from opsin.cache.pictures import Embedding
+from opsin.cache.embeddings import Embedding
 
 
 def rows(n: int, value: float = 1.0) -> Embedding:
@@ -81,7 +81,7 @@ def test_it_knows_what_is_in_memory_without_counting_a_look() -> None:
     cache = PictureCache(32, Slow())
     cache.put("a", rows(2))
     cache.put("b", rows(2))
-    assert (cache.knows("a"), cache.knows("b"), cache.queries) == (False, True, 0)
+    assert (cache.in_memory("a") is None, cache.in_memory("b") is None, cache.queries) == (True, False, 0)
 
 
 def test_the_store_behind_answers_once_and_then_memory_does() -> None:

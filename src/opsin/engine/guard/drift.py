@@ -19,10 +19,10 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
-from opsin.engine.guard_segments import GRAM, Segments
+from opsin.engine.guard.segments import GRAM, Segments
 
 if TYPE_CHECKING:
-    from opsin.engine.guard_segments import Segment
+    from opsin.engine.guard.segments import Segment
 
 # Nothing new.
 ITEMS = 28  # items in a window

@@ -6,13 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opsin.cache import CellBook
+from opsin.engine.kv_cache import CellBook
 
 ids = st.integers(0, 4)
 calls = st.one_of(
     st.tuples(st.just("append"), ids, st.integers(1, 9)),
     st.tuples(st.just("fork"), ids, ids, st.floats(0, 1)),
-    st.tuples(st.just("cut"), ids, st.floats(0, 1)),
     st.tuples(st.just("drop"), ids),
 )
 
@@ -30,10 +29,6 @@ def test_any_history_counts_as_real_cells_would(history: list[tuple[Any, ...]]) 
             if cells or plain[seq_id]:
                 book.fork(seq_id, rest[0], cells)
                 plain[rest[0]] = plain[seq_id][:cells]
-        elif name == "cut":
-            cells = round(rest[0] * len(plain[seq_id]))
-            book.cut(seq_id, cells)
-            del plain[seq_id][cells:]
         elif name == "drop":
             book.drop(seq_id)
             plain[seq_id] = []

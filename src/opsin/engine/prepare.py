@@ -1,0 +1,119 @@
+"""From a request to a sequence, in a thread beside the engine's: constraint, disk cache, tokens, preprocessed images."""
+
+from __future__ import annotations
+
+from opsin.cache import PictureCache, salted
+from opsin.core.answer import Started
+from opsin.core.backend import Backend, BackendLimits, Embedding
+from opsin.core.errors import ContextOverflow
+from opsin.core.layout import ImageRun, Layout, TextRun
+from opsin.core.parts import TextPart
+from opsin.core.reasoning import ReasoningStyle
+from opsin.core.stages import Stage
+from opsin.engine.clock import StageClock
+from opsin.engine.guard import Guard
+from opsin.engine.inflight import InFlightEncodes
+from opsin.engine.request import AnswerStream, Request
+from opsin.engine.sequence import Sequence
+from opsin.engine.text import AnswerText
+
+
+class Preparer:
+    """Whatever a request needs before the engine's thread may see it. Any thread."""
+
+    def __init__(self, backend: Backend, pictures: PictureCache) -> None:
+        self._backend = backend
+        self._pictures = pictures
+        self._in_flight = InFlightEncodes()
+        self._tags: dict[ReasoningStyle, dict[int, bytes]] = {}
+
+    def sequence(self, request: Request, stream: AnswerStream, clock: StageClock) -> Sequence | None:
+        """The sequence of a request; None when its reader went away. Raises BadInput."""
+        with clock.stage(Stage.OTHER):
+            # Here and not where the sampler is made: compiling a schema takes time, and others stream.
+            self._backend.check(request.params)
+        embeddings: dict[str, Embedding] = {}
+        # Whoever waits here gets a layout without pixels, and is served by the encode of the one that has them.
+        with self._in_flight.alone(picture.sha256 for picture in request.prompt.pictures):
+            if stream.done:
+                return None
+            with clock.stage(Stage.PREPROCESS):
+                layout = self._layout(request, embeddings)
+        try:
+            _check_fit(layout, self._backend.limits)
+            sequence = Sequence(request, stream, clock, self._text(request), layout, embeddings)
+        except BaseException:
+            layout.close()
+            raise
+        known = [run for run in layout.runs if isinstance(run, ImageRun) and run.identity in embeddings]
+        sequence.cached_images |= {run.picture for run in known}
+        stream.deliver(Started(layout.images, layout.n_tokens))
+        return sequence
+
+    def pixels(self, sequence: Sequence) -> None:
+        """Lay a waiting sequence's prompt out again, with pixels. Raises BadInput."""
+        with sequence.clock.stage(Stage.PREPROCESS):
+            sequence.adopt(self._layout(sequence.request, sequence.embeddings))
+
+    def closing_tokens(self, sequence: Sequence) -> list[int]:
+        """The tokens that close a reasoning block."""
+        style = sequence.request.prompt.reasoning
+        return [] if style is None else self._tokens(style.closing)
+
+    def _layout(self, request: Request, embeddings: dict[str, Embedding]) -> Layout:
+        def known(identity: str) -> bool:
+            name = salted(identity, request.salt)
+            embedding = self._pictures.get(name)
+            if embedding is not None:
+                embeddings[identity] = embedding
+            return embedding is not None or identity in embeddings or name in self._in_flight
+
+        prompt = request.prompt
+        layout = self._backend.layout(prompt.parts, add_bos=prompt.add_bos, known=known)
+        self._in_flight.add(layout, request.salt)
+        return layout
+
+    def _text(self, request: Request) -> AnswerText:
+        prompt, params = request.prompt, request.params
+        style = prompt.reasoning
+        return AnswerText(
+            stop=(*params.stop, *prompt.stop),
+            splitter=None if style is None else style.splitter(starts_inside=prompt.thinking),
+            guard=Guard() if params.guard else None,
+            tags={} if style is None else self._tag_tokens(style),
+        )
+
+    def _tag_tokens(self, style: ReasoningStyle) -> dict[int, bytes]:
+        """The control tokens among a style's tags, with the text they stand for."""
+        found = self._tags.get(style)
+        if found is None:
+            found = {}
+            for tag in style.tags:
+                tokens = self._tokens(tag)
+                if len(tokens) == 1 and not self._backend.piece(tokens[0]):
+                    found[tokens[0]] = tag.encode()
+            self._tags[style] = found
+        return found
+
+    def _tokens(self, text: str) -> list[int]:
+        layout = self._backend.layout([TextPart(text)], add_bos=False)
+        layout.close()
+        return [token for run in layout.runs if isinstance(run, TextRun) for token in run.tokens]
+
+
+def _check_fit(layout: Layout, limits: BackendLimits) -> None:
+    """A prompt needs its cells and one more for the first new token; what attends both ways goes in one ubatch."""
+    if layout.n_tokens == 0:
+        raise ContextOverflow("The prompt is empty: ask a question.")
+    if layout.n_tokens >= limits.n_ctx:
+        images = f", {layout.n_image_tokens} of them for pictures" if layout.n_image_tokens else ""
+        raise ContextOverflow(
+            f"The prompt takes {layout.n_tokens} tokens{images}, and the context holds {limits.n_ctx}: "
+            "ask for a larger one (--ctx), or for fewer or smaller pictures."
+        )
+    for run in layout.runs:
+        if isinstance(run, ImageRun) and not run.causal and run.n_tokens > limits.n_ubatch:
+            raise ContextOverflow(
+                f"A picture takes {run.n_tokens} tokens that this model must read in one batch, and a batch holds "
+                f"{limits.n_ubatch}: give --ubatch {run.n_tokens} or more, or a smaller --image-max-tokens."
+            )
