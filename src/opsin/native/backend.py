@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from opsin.core.errors import BadInput, BadParameter, EngineError, ModelNotFound, OpsinError
 from opsin.core.model_info import ModelInfo
@@ -190,15 +190,24 @@ class NativeBackend:
         """Tokens from rows of the last decode; what goes wrong with one is its own result."""
         results: list[tuple[int, TokenLogprob | None] | OpsinError] = []
         with self._alone():
+            greedy = [(sampler, row) for sampler, row, top in samples if sampler.greedy and top is None]
+            best = iter(self._context.argmax([row for _, row in greedy], [s.forbidden for s, _ in greedy]) if greedy else ())
             for sampler, row, top in samples:
-                try:
-                    raw = None if top is None else self._context.logits(row).copy()
-                    token = cast("NativeSampler", sampler).sample(row)
-                    told = None if raw is None else token_logprob(raw, token, top or 0, self._model.piece)
-                    results.append((token, told))
-                except OpsinError as error:
-                    results.append(error)
+                if sampler.greedy and top is None:
+                    token = next(best)
+                    results.append(token if isinstance(token, OpsinError) else (token, None))
+                else:
+                    results.append(self._sample_one(sampler, row, top))
         return results
+
+    def _sample_one(self, sampler: NativeSampler, row: int, top: int | None) -> tuple[int, TokenLogprob | None] | OpsinError:
+        try:
+            # Log probabilities are those of the model, before a sampler changes the logits.
+            raw = None if top is None else self._context.logits(row).copy()
+            token = sampler.sample(row)
+        except OpsinError as error:
+            return error
+        return token, None if raw is None else token_logprob(raw, token, top or 0, self._model.piece)
 
     def logprobs(self, row: int, token: int, top: int) -> TokenLogprob:
         """Log probabilities at batch row `row`, of the raw logits: the token's own, and the `top` most likely."""

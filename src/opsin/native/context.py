@@ -20,6 +20,8 @@ from opsin.native.handles import Owned
 from opsin.native.threads import default_threads
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from opsin.core.backend import TokenBatch
@@ -34,6 +36,10 @@ _SPARE_SEQUENCES = 32
 _MIN_OUTPUTS = 64  # rows of one ubatch that may have logits
 _TILE = 64  # rows that flash attention takes at once in ggml's CPU kernel; with fewer it is slower than without
 _KV_SHARE = 0.5  # of the free memory may go to KV memory when nobody gave a context size
+
+_NOT_A_NUMBER = (
+    "The language model computed a value that is not a number: the model file may be damaged, so download it again."
+)
 
 
 class Context:
@@ -207,11 +213,27 @@ class Context:
         # One comparison instead of a scan: max() is not-a-number as soon as one logit is. Sorting such logits is
         # undefined in the native samplers.
         if np.isnan(view.max()):
-            raise DecodeFailed(
-                "The language model computed a value that is not a number: the model file may be damaged, "
-                "so download it again."
-            )
+            raise DecodeFailed(_NOT_A_NUMBER)
         return view
+
+    def argmax(self, rows: Sequence[int], forbidden: Sequence[NDArray[np.intp] | None]) -> list[int | DecodeFailed]:
+        """The most likely token of each of these rows of the last decode, without those forbidden there."""
+        address = self.llama.llama_get_logits(self.pointer)
+        count, n_vocab = len(self._outputs), self.limits.n_vocab
+        memory: Any = (ctypes.c_float * (count * n_vocab)).from_address(ctypes.addressof(address.contents))
+        logits = np.frombuffer(memory, np.float32).reshape(count, n_vocab)
+        places = [self._outputs[row] for row in rows]
+        for place, tokens in zip(places, forbidden, strict=True):
+            if tokens is not None:
+                logits[place, tokens] = -np.inf
+        # Whoever is not asked for is looked at in vain, which costs less than a copy of all others.
+        best = logits.argmax(axis=1) if 2 * len(places) > count else None
+        tokens = [int(logits[place].argmax() if best is None else best[place]) for place in places]
+        # argmax gives the first value that is not a number where there is one.
+        return [
+            DecodeFailed(_NOT_A_NUMBER) if np.isnan(logits[place, token]) else token
+            for place, token in zip(places, tokens, strict=True)
+        ]
 
     def at(self, row: int) -> tuple[int, int]:
         """The native context that holds the logits of a batch row of the last decode, and which row they are there."""

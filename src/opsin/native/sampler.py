@@ -40,6 +40,9 @@ class NativeSampler:
         self._model = model
         self._penalties = params.repeat_penalty != 1.0 or bool(params.presence_penalty or params.frequency_penalty)
         self._greedy = params.temperature == 0 and not self._penalties
+        only_forbids = all(bias == -np.inf for bias in params.logit_bias.values())
+        self.greedy = self._greedy and gbnf is None and only_forbids
+        self.forbidden: NDArray[np.intp] | None = None
         # How many of the best tokens the chain keeps before all else; 0: not known.
         self._keep = 0 if self._penalties or params.top_k > _MOST_KEPT else params.top_k
         chain = self._llama.llama_sampler_chain_init(self._llama.llama_sampler_chain_default_params())
@@ -58,6 +61,7 @@ class NativeSampler:
         biases = self._biases(model, params, with_grammar=with_grammar)
         self._biased = np.array(list(biases), np.intp)
         self._bias = np.array(list(biases.values()), np.float32)
+        self.forbidden = self._biased if biases else None
         if biases:
             array = (llama.llama_logit_bias * len(biases))(*biases.items())
             self._add(llama.llama_sampler_init_logit_bias(n_vocab, len(biases), array))

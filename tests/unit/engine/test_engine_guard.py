@@ -49,7 +49,7 @@ def test_a_cycle_with_repeats_inside_is_found():
     """The nearest earlier copy of three tokens is not always one period back: a b c 1 a b c 2."""
     passage = [1, 2, 3, 10, 1, 2, 3, 11, 1, 2, 3, 10, 1, 2, 3, 12]
     cycle = TokenCycle()
-    found = [index for index, token in enumerate(passage * 20) if cycle.feed(token)]
+    found = [index for index, token in enumerate(passage * 20) if cycle.feed([token])]
     assert found
     assert 190 < found[0] < 230
 
@@ -58,7 +58,7 @@ def test_a_cycle_long_after_the_start_is_found():
     rng = random.Random(1)
     noise = [rng.randrange(30_000) for _ in range(5000)]
     cycle = TokenCycle()
-    found = [index for index, token in enumerate(noise + [1, 2, 3, 4, 5] * 80) if cycle.feed(token)]
+    found = [index for index, token in enumerate(noise + [1, 2, 3, 4, 5] * 80) if cycle.feed([token])]
     assert 5000 + 190 < found[0] < 5000 + 200
 
 

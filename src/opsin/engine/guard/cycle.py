@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 # Copies alone do not make a runaway: a rule of 80 dashes, a row of zeros and a chorus sung three times are cycles
 # too. So the cycle has to be long as a whole, and a long passage has to come more than twice.
 MIN_TOKENS = 192
@@ -19,9 +21,9 @@ _TRIES = 4
 
 
 class TokenCycle:
-    """Follows one candidate period through the tokens, one look a token.
+    """Follows one candidate period through the tokens.
 
-    When the token breaks the candidate, the next one is the distance to the last place where the latest three tokens
+    When a token breaks the candidate, the next one is the distance to the last place where the latest three tokens
     stood. Inside a true cycle that distance is soon a multiple of its period, and then never broken again.
     """
 
@@ -33,33 +35,37 @@ class TokenCycle:
         self._period = 0
         self._matched = 0
 
-    def feed(self, token: int) -> bool:
-        """Whether the tokens up to this one end in a cycle that is long enough."""
-        tokens = self._tokens
-        tokens.append(token)
+    def feed(self, fresh: Sequence[int]) -> int | None:
+        """Take tokens in; after how many of them the answer ends in a cycle that is long enough, None if it does not."""
+        tokens, found = self._tokens, None
+        period, matched = self._period, self._matched
+        needed = _span(period, LONG_TOKENS, MIN_TOKENS) - period
         last = len(tokens) - 1
-        period = self._period
-        if period and tokens[last - period] == token:
-            self._matched += 1
-        else:
-            self._period = period = self._distance(last)
-            self._matched = _KEY
-        self._remember(last)
-        return period > 0 and self._matched >= _span(period, LONG_TOKENS, MIN_TOKENS) - period
+        for count, token in enumerate(fresh, 1):
+            tokens.append(token)
+            last += 1
+            key = tuple(tokens[-_KEY:])
+            if period and tokens[last - period] == token:
+                matched += 1
+            else:
+                period, matched = self._distance(key, last), _KEY
+                needed = _span(period, LONG_TOKENS, MIN_TOKENS) - period
+            self._recent[key] = self._base + last
+            if found is None and period and matched >= needed:
+                found = count
+        self._period, self._matched = period, matched
+        self._forget(last)
+        return found
 
-    def _distance(self, last: int) -> int:
-        """How far back the latest three tokens stood before; 0 when they did not, or too far."""
+    def _distance(self, key: tuple[int, ...], last: int) -> int:
+        """How far back these three tokens stood before; 0 when they did not, or too far."""
         if last < _KEY:
             return 0
-        key = tuple(self._tokens[-_KEY:])
         place = self._recent.get(key, self._older.get(key))
-        if place is None:
-            return 0
-        distance = self._base + last - place
+        distance = 0 if place is None else self._base + last - place
         return distance if distance <= MAX_PERIOD_TOKENS else 0
 
-    def _remember(self, last: int) -> None:
-        self._recent[tuple(self._tokens[-_KEY:])] = self._base + last
+    def _forget(self, last: int) -> None:
         if last + 1 >= 4 * MAX_PERIOD_TOKENS:
             # What is kept must reach one longest period back, places included: two generations of them always do.
             cut = last + 1 - 2 * MAX_PERIOD_TOKENS

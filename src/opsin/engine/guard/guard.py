@@ -22,7 +22,7 @@ from opsin.engine.guard.compression import SPAN, STRIDE, packs_too_well, squeeze
 from opsin.engine.guard.cycle import TokenCycle, cyclic_end
 from opsin.engine.guard.drift import Drift
 
-_BATCH = 8  # tokens between two readings of the text
+_BATCH = 16  # tokens between two readings
 _KEPT = 4608  # characters kept for cycles: four of the longest period and more
 
 
@@ -30,7 +30,8 @@ class Guard:
     """Watches one answer. It keeps a bounded amount of it and takes some microseconds a token; nothing raises."""
 
     def __init__(self) -> None:
-        self._tokens = 0
+        self._count = 0
+        self._tokens: list[int] = []
         self._fresh: list[str] = []
         self._text = ""
         self._squeezed = ""
@@ -40,25 +41,29 @@ class Guard:
     def feed(self, token: int, text: str) -> GuardVerdict | None:
         """Take one token and the text it completed (empty while a character is incomplete).
 
-        A verdict says why the answer should end here; `at_token` counts the tokens fed, this one included.
+        A verdict says why the answer should end here; its `at_token` counts the tokens up to where that was clear,
+        which may be some before this one, as the answer is read every few tokens.
         """
-        self._tokens += 1
+        self._tokens.append(token)
         self._fresh.append(text)
-        if self._cycle.feed(token):
-            return GuardVerdict("cycle", self._tokens)
-        if self._tokens % _BATCH:
+        if len(self._tokens) < _BATCH:
             return None
         return self._read()
 
     def _read(self) -> GuardVerdict | None:
         fresh = "".join(self._fresh)
+        cyclic = self._cycle.feed(self._tokens)
+        if cyclic is not None:
+            return GuardVerdict("cycle", self._count + cyclic)
+        self._count += len(self._tokens)
         self._fresh.clear()
+        self._tokens.clear()
         self._text = (self._text + fresh)[-_KEPT:]
         self._squeezed = (self._squeezed + squeeze(fresh))[-SPAN:]
         if self._drift.read(fresh):
-            return GuardVerdict("drift", self._tokens)
+            return GuardVerdict("drift", self._count)
         if cyclic_end(self._text):
-            return GuardVerdict("cycle", self._tokens)
-        if self._tokens % STRIDE == 0 and packs_too_well(self._squeezed):
-            return GuardVerdict("compression", self._tokens)
+            return GuardVerdict("cycle", self._count)
+        if self._count % STRIDE == 0 and packs_too_well(self._squeezed):
+            return GuardVerdict("compression", self._count)
         return None
