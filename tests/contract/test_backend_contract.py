@@ -1,6 +1,5 @@
 """What core.backend promises, asked of the fake and of real llama.cpp alike."""
 
-import dataclasses
 import gc
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from token_rows import TokenRow, batch
 
-from opsin.core.backend import BackendLimits, EmbeddingRows, TokenRow
-from opsin.core.errors import BadGrammar, DecodeFailed
+from opsin.core.backend import BackendLimits, EmbeddingRows
+from opsin.core.errors import BadGrammar
 from opsin.core.layout import ImageRun, TextRun
 from opsin.core.parts import PicturePart, TextPart
 from opsin.core.sampling import SamplingParams
@@ -25,21 +25,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return write_pair("tiny", Path(tmp_path_factory.mktemp("pair")))
 
 
-@pytest.fixture(scope="module", params=["fake", "native", "fake of its own", "native of its own"])
+@pytest.fixture(scope="module", params=["fake", "native"])
 def backend(request: pytest.FixtureRequest) -> Iterator[Any]:
-    shared = "own" not in request.param
-    if request.param.startswith("fake"):
-        limits = BackendLimits(n_ctx=512, n_batch=64, n_ubatch=64, n_seq_max=4, n_vocab=259, n_embd=4, shared=shared)
-        if not shared:
-            limits = dataclasses.replace(limits, n_ctx=1024, common=160)
+    if request.param == "fake":
+        limits = BackendLimits(n_ctx=512, n_batch=64, n_ubatch=64, n_seq_max=4, n_vocab=259, n_embd=4)
         made: Any = FakeBackend(lambda text: f"{len(text)} things", limits=limits)
     else:
         from opsin.native import open_backend
 
         pair = request.getfixturevalue("tiny")
-        ctx = 512 if shared else 4096
-        made = open_backend(EngineSettings(model=pair.llm, mmproj=pair.mmproj, ctx=ctx, parallel=4, ubatch=64))
-    assert made.limits.shared is shared
+        made = open_backend(EngineSettings(model=pair.llm, mmproj=pair.mmproj, ctx=512, parallel=4, ubatch=64))
     yield made
     made.close()
     made.close()
@@ -64,7 +59,7 @@ def fill(backend: Any, seq_id: int, text: str, shot: int | None = None, chunk: i
                     TokenRow(token, pos + start + i, seq_id, logits=last and start + i == run.n_tokens - 1)
                     for i, token in enumerate(run.tokens[start:stop])
                 ]
-                assert backend.decode(rows)
+                assert backend.decode(batch(rows))
             row = stop - start - 1
         pos += run.n_pos
     backend.synchronize()
@@ -80,7 +75,7 @@ def greedy(backend: Any, seq_id: int, row: int, count: int = 6) -> list[int]:
         tokens = []
         for _ in range(count):
             tokens.append(sampler.sample(row))
-            assert backend.decode([TokenRow(tokens[-1], backend.kv_last(seq_id) + 1, seq_id, logits=True)])
+            assert backend.decode(batch([TokenRow(tokens[-1], backend.kv_last(seq_id) + 1, seq_id, logits=True)]))
             row = 0
         return tokens
     finally:
@@ -129,7 +124,7 @@ def test_a_fork_shares_what_was_filled(backend: Any) -> None:
     backend.kv_copy(0, 2, 0, length)
     assert backend.kv_last(2) == length - 1
     token = greedy(backend, 0, row, 1)[0]
-    assert backend.decode([TokenRow(token, length, 2, logits=True)])
+    assert backend.decode(batch([TokenRow(token, length, 2, logits=True)]))
     backend.kv_remove(0, 0, -1)
     assert backend.kv_last(0) == -1
     assert backend.kv_last(2) == length
@@ -140,12 +135,12 @@ def test_no_room_is_false_and_changes_nothing(backend: Any) -> None:
     for seq_id in range(4):
         backend.kv_remove(seq_id, 0, -1)
     pos = 0
-    while backend.decode([TokenRow(65, pos + i, 0) for i in range(64)]):
+    while backend.decode(batch([TokenRow(65, pos + i, 0) for i in range(64)])):
         pos += 64
         assert pos <= backend.limits.n_ctx
     assert backend.kv_last(0) == pos - 1
     backend.kv_remove(0, 0, -1)
-    assert backend.decode([TokenRow(65, 0, 0, logits=True)])
+    assert backend.decode(batch([TokenRow(65, 0, 0, logits=True)]))
 
 
 def test_a_bad_grammar_is_refused(backend: Any) -> None:
@@ -192,75 +187,21 @@ def test_computing_leaves_no_rings_behind(backend: Any) -> None:
     assert not {name for name in left if name.startswith(("LP_", "c_", "ndarray"))}, left
 
 
-def test_members_of_the_common_memory_answer_as_they_did_at_their_own_places(backend: Any) -> None:
-    if not backend.limits.common:
-        pytest.skip("one memory for all")
-    questions = enumerate(("what is this?", "how many?"))
-    alone = [greedy(backend, seq_id, fill(backend, seq_id, text, 3)) for seq_id, text in questions]
-    fill(backend, 0, "what is this?", 3)
-    backend.kv_join(0)
-    last = backend.kv_last(0)
-    backend.kv_copy(0, 2, 0, last)  # a fork without the last token, which is decoded again
-    tokens = [token for run in _tokens_of(backend, "what is this?", 3) for token in run]
-    assert backend.kv_last(2) == last - 1
-    # One batch for a member, a fork of it and somebody at a place of its own.
-    backend.kv_remove(0, last, -1)
-    fill(backend, 1, "how many?", 3)
-    backend.kv_remove(1, backend.kv_last(1), -1)
-    again = _tokens_of(backend, "how many?", 3)[-1][-1]
-    batch = [
-        TokenRow(tokens[-1], last, 0, logits=True),
-        TokenRow(again, backend.kv_last(1) + 1, 1, logits=True),
-        TokenRow(tokens[-1], last, 2, logits=True),
-    ]
-    samplers = [backend.sampler(SamplingParams(temperature=0.0), 1) for _ in batch]
-    told: list[list[int]] = [[], [], []]
-    for _ in range(4):
-        assert backend.decode(batch)
-        backend.synchronize()
-        for row, sampler in enumerate(samplers):
-            told[row].append(sampler.sample(row))
-        batch = [
-            TokenRow(told[i][-1], backend.kv_last(row.seq_id) + 1, row.seq_id, logits=True)
-            for i, row in enumerate(batch)
-        ]
-    for sampler in samplers:
+def test_rows_of_a_batch_are_sampled_at_once_as_they_are_one_by_one(backend: Any) -> None:
+    questions = ("what is this?", "how many?", "where?")
+    alone = [greedy(backend, seq_id, fill(backend, seq_id, text)) for seq_id, text in enumerate(questions)]
+    samplers = [backend.sampler(SamplingParams(temperature=0.0), 1) for _ in questions]
+    told: list[list[int]] = []
+    for seq_id, (text, sampler) in enumerate(zip(questions, samplers, strict=True)):
+        ((token, logprob),) = backend.sample([(sampler, fill(backend, seq_id, text), 2)])
+        assert logprob.token == token == logprob.top[0][0]
+        told.append([token])
+    for _ in range(3):
+        rows = [TokenRow(said[-1], backend.kv_last(i) + 1, i, logits=True) for i, said in enumerate(told)]
+        assert backend.decode(batch(rows))
+        for said, result in zip(told, backend.sample([(s, i, None) for i, s in enumerate(samplers)]), strict=True):
+            said.append(result[0])
+    assert told == [tokens[:4] for tokens in alone]
+    for seq_id, sampler in enumerate(samplers):
         sampler.close()
-    assert told == [alone[0][:4], alone[1][:4], alone[0][:4]]
-    backend.kv_leave(2)
-    assert backend.decode([TokenRow(told[2][-1], backend.kv_last(2) + 1, 2, logits=True)])
-    backend.kv_remove(0, 0, -1)  # who forgets everything is no member any more
-    row = fill(backend, 0, "what is this?", 3)
-    assert greedy(backend, 0, row)[:4] == alone[0][:4]
-    for seq_id in range(3):
         backend.kv_remove(seq_id, 0, -1)
-
-
-def test_a_sequence_that_does_not_fit_the_common_memory_stays_where_it_is(backend: Any) -> None:
-    if not backend.limits.common:
-        pytest.skip("one memory for all")
-    fill(backend, 0, "x" * 40)
-    backend.kv_join(0)
-    left = 30
-    pos, stop = backend.kv_last(0) + 1, backend.limits.common - left
-    while pos < stop:
-        count = min(stop - pos, backend.limits.n_ubatch)
-        assert backend.decode([TokenRow(65, pos + i, 0) for i in range(count)])
-        pos += count
-    fill(backend, 1, "y" * 40)
-    assert left < backend.kv_last(1) + 1
-    before = backend.kv_last(1)
-    with pytest.raises(DecodeFailed):
-        backend.kv_join(1)
-    assert backend.kv_last(1) == before
-    assert backend.decode([TokenRow(65, pos + i, 0) for i in range(left)])
-    assert not backend.decode([TokenRow(65, pos + left, 0)]), "the common memory is full"
-    assert backend.decode([TokenRow(65, before + 1, 1, logits=True)]), "and a place of its own is not"
-    for seq_id in range(2):
-        backend.kv_remove(seq_id, 0, -1)
-
-
-def _tokens_of(backend: Any, text: str, shot: int) -> list[tuple[int, ...]]:
-    layout = backend.layout([PicturePart(picture(shot, 40, 30)), TextPart(text + "\x1e")], add_bos=True)
-    layout.close()
-    return [run.tokens for run in layout.runs if isinstance(run, TextRun)]

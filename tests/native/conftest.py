@@ -56,10 +56,11 @@ def backend(shared: Any) -> Any:
 _PRELUDE = """
 import sys
 from pathlib import Path
-sys.path.insert(0, {here!r})
+sys.path[:0] = [{here!r}, {tests!r}]
 import numpy as np
 from native_help import draw, generate, prefill
-from opsin.core.backend import EmbeddingRows, TokenRow
+from token_rows import TokenRow, batch
+from opsin.core.backend import EmbeddingRows
 from opsin.core.parts import PicturePart, TextPart
 from opsin.core.sampling import SamplingParams
 from opsin.core.settings import EngineSettings
@@ -75,7 +76,8 @@ def opened(**settings):
 def in_child(pair: Any) -> Callable[[str], Child]:
     """Run code in a process of its own, with the helpers above and `opened(**settings)`."""
     root = Path(__file__).parents[2]
-    prelude = _PRELUDE.format(here=str(Path(__file__).parent), llm=str(pair.llm), mmproj=str(pair.mmproj))
+    here = Path(__file__).parent
+    prelude = _PRELUDE.format(here=str(here), tests=str(here.parent), llm=str(pair.llm), mmproj=str(pair.mmproj))
     # Without it ggml starts a debugger to print where it aborts.
     env = {**os.environ, "PYTHONPATH": str(root / "src"), "GGML_NO_BACKTRACE": "1"}
 

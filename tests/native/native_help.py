@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from token_rows import TokenRow, batch
 
-from opsin.core.backend import EmbeddingRows, TokenRow
+from opsin.core.backend import EmbeddingRows
 from opsin.core.layout import ImageRun, Layout
 from opsin.core.picture import Picture
 
@@ -27,7 +28,7 @@ def prefill(backend: Any, layout: Layout, seq_id: int = 0) -> int:
         else:
             end = len(run.tokens) - 1
             rows = [TokenRow(token, pos + i, seq_id, last and i == end) for i, token in enumerate(run.tokens)]
-            assert backend.decode(rows)
+            assert backend.decode(batch(rows))
         pos += run.n_pos
     return pos
 
@@ -38,7 +39,7 @@ def generate(backend: Any, sampler: Any, pos: int, count: int, seq_id: int = 0) 
         tokens.append(sampler.sample(-1))
         if tokens[-1] in backend.eog_tokens:
             break
-        assert backend.decode([TokenRow(tokens[-1], pos, seq_id, logits=True)])
+        assert backend.decode(batch([TokenRow(tokens[-1], pos, seq_id, logits=True)]))
         pos += 1
     return tokens
 

@@ -10,8 +10,9 @@ import numpy as np
 import psutil
 import pytest
 from native_help import draw, generate, prefill
+from token_rows import TokenRow, batch
 
-from opsin.core.backend import EmbeddingRows, TokenRow
+from opsin.core.backend import EmbeddingRows
 from opsin.core.errors import EngineClosed, EngineError, ModelNotFound, PairMismatch
 from opsin.core.layout import ImageRun
 from opsin.core.parts import PicturePart, TextPart
@@ -45,7 +46,7 @@ def test_a_closed_backend_raises_instead_of_touching_freed_memory(open_pair: Cal
     sampler = backend.sampler(SamplingParams(), 1)
     backend.close()
     for call in (
-        lambda: backend.decode([TokenRow(5, 0, 0)]),
+        lambda: backend.decode(batch([TokenRow(5, 0, 0)])),
         lambda: backend.kv_last(0),
         lambda: backend.kv_remove(0, 0, -1),
         backend.synchronize,
@@ -137,7 +138,7 @@ def test_defaults_come_from_the_model(open_pair: Callable[..., Any]) -> None:
     assert backend.limits.n_ubatch == backend.limits.n_batch == 1024
     backend.close()
     backend = open_pair(ctx=None, parallel=3)
-    assert backend.limits.n_ctx_seq == 4096
+    assert (backend.limits.n_ctx, backend.limits.n_ctx_seq) == (3 * 4096, 4096)
     assert backend.limits.n_seq_max == 4, "three answers, and a place to move to"
     backend.close()
 
@@ -170,7 +171,7 @@ def test_layers_go_where_they_fit(pair: Any, settings: Any, present: Any, expect
 @pytest.mark.parametrize("kv_type", ["f32", "f16", "bf16"])
 def test_types_of_the_memory_work(open_pair: Callable[..., Any], kv_type: str) -> None:
     backend = open_pair(kv_type=kv_type, mmproj=None)
-    assert backend.decode([TokenRow(5, 0, 0, True)])
+    assert backend.decode(batch([TokenRow(5, 0, 0, True)]))
     assert backend.logprobs(-1, 5, 0).logprob < 0
     backend.close()
 
@@ -207,7 +208,7 @@ def test_a_picture_may_attend_both_ways_and_the_text_behind_it_does_not(backend:
 
     def after(seq_id: int, *, causal: bool) -> Any:
         assert backend.decode(EmbeddingRows(rows, positions, seq_id, causal=causal))
-        assert backend.decode([TokenRow(5, run.n_tokens, seq_id, True), TokenRow(6, run.n_tokens + 1, seq_id)])
+        assert backend.decode(batch([TokenRow(5, run.n_tokens, seq_id, True), TokenRow(6, run.n_tokens + 1, seq_id)]))
         return backend._context.logits(0).copy()
 
     both, forward = after(0, causal=False), after(1, causal=True)
@@ -251,7 +252,7 @@ def test_a_backend_at_rest_has_no_threads_that_wait_and_computes_the_same_afterw
 
     def logits() -> Any:
         backend.kv_remove(0, 0, -1)
-        assert backend.decode([TokenRow(token, token - 5, 0, logits=token == 24) for token in range(5, 25)])
+        assert backend.decode(batch([TokenRow(token, token - 5, 0, logits=token == 24) for token in range(5, 25)]))
         return np.array(backend._context.logits(-1))
 
     first = logits()

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from native_help import Child
+from opsin.engine.idle_cost import ENOUGH
 from PIL import Image
 
 from opsin.compat import Llama, Llava15ChatHandler, MoondreamChatHandler, MTMDChatHandler
-from opsin.engine.idle_cost import ENOUGH
 
 
 def data_uri() -> str:

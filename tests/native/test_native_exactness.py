@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from token_rows import TokenRow, batch
 
-from opsin.core.backend import EmbeddingRows, TokenRow
+from opsin.core.backend import EmbeddingRows
 from opsin.core.errors import DecodeFailed
 from opsin.core.layout import ImageRun, Layout, Run
 from opsin.core.parts import PicturePart, TextPart
@@ -44,16 +45,9 @@ def open_kind(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     return opened
 
 
-OWN = tuple(
-    f"{kind}, each its own memory" for kind in KINDS if kind != "gemma3-tiny"
-)  # a window slides in a shared one
-
-
-@pytest.fixture(scope="module", params=[*KINDS, *OWN])
+@pytest.fixture(scope="module", params=KINDS)
 def shared(request: pytest.FixtureRequest, open_kind: Callable[..., Any]) -> Iterator[Any]:
-    own = request.param in OWN
-    backend = open_kind(request.param.partition(",")[0], **({"ctx": 4096} if own else {}))
-    assert backend.limits.shared is not own
+    backend = open_kind(request.param)
     yield backend
     backend.close()
 
@@ -86,15 +80,16 @@ def fill(backend: Any, seq_id: int, runs: Sequence[Run], pos: int = 0, chunk: in
                 positions = run.positions_at(pos, start, stop)
                 assert backend.decode(EmbeddingRows(rows[start:stop], positions, seq_id, causal=run.causal))
             else:
-                assert backend.decode(
-                    [TokenRow(run.tokens[i], pos + i, seq_id, i == run.n_tokens - 1) for i in range(start, stop)]
-                )
+                rows_of_text = [
+                    TokenRow(run.tokens[i], pos + i, seq_id, i == run.n_tokens - 1) for i in range(start, stop)
+                ]
+                assert backend.decode(batch(rows_of_text))
         pos += run.n_pos
     return pos
 
 
 def step(backend: Any, seq_id: int, pos: int, token: int) -> np.ndarray:
-    assert backend.decode([TokenRow(token, pos, seq_id, logits=True)])
+    assert backend.decode(batch([TokenRow(token, pos, seq_id, logits=True)]))
     return logits(backend)
 
 
@@ -161,7 +156,7 @@ def test_other_batch_shapes_stay_within_the_tolerance(backend: Any) -> None:
     backend.kv_remove(0, 0, -1)
     fill(backend, 0, layout.runs)
     assert fill(backend, 1, layout.runs) == end
-    assert backend.decode([TokenRow(65, end, 0, logits=True), TokenRow(66, end, 1, logits=True)])
+    assert backend.decode(batch([TokenRow(65, end, 0, logits=True), TokenRow(66, end, 1, logits=True)]))
     worst = max(worst, float(np.abs(backend._context.logits(0) - whole[1]).max()))
     assert worst < TOLERANCE
     print(f"{backend.info.name}: other batch shapes are off by {worst:.5f}")
@@ -199,7 +194,7 @@ def test_an_idle_prefix_of_a_sliding_window_stays_whole_while_others_write(open_
         tokens = [int(token) for token in draw.integers(3, 500, 200)]
 
         def write(seq_id: int, count: int, pos: int = 0) -> None:
-            assert backend.decode([TokenRow(token, pos + i, seq_id) for i, token in enumerate(tokens[:count])])
+            assert backend.decode(batch([TokenRow(token, pos + i, seq_id) for i, token in enumerate(tokens[:count])]))
 
         def at(seq_id: int, length: int) -> np.ndarray:
             backend.kv_copy(seq_id, 7, 0, length)
@@ -230,13 +225,13 @@ def test_a_sliding_window_has_as_many_sequences_as_others(open_kind: Callable[..
     try:
         assert windowed.limits.n_seq_max == plain.limits.n_seq_max
         last = windowed.limits.n_seq_max - 1
-        assert windowed.decode([TokenRow(65, 0, last, logits=True)])
+        assert windowed.decode(batch([TokenRow(65, 0, last, logits=True)]))
         assert windowed.kv_last(last) == 0
         with pytest.raises(DecodeFailed, match=f"no sequence {last + 1}"):
             windowed.kv_last(last + 1)
         windowed.kv_remove(last, 0, -1)
         for start in range(0, windowed.limits.n_ctx, 256):  # nothing is held by anyone any more: all of it is free
-            assert windowed.decode([TokenRow(65, start + i, 0) for i in range(256)])
+            assert windowed.decode(batch([TokenRow(65, start + i, 0) for i in range(256)]))
     finally:
         plain.close()
         windowed.close()
@@ -250,7 +245,7 @@ def test_a_picture_larger_than_the_micro_batch_is_a_sentence(open_kind: Callable
         run = next(run for run in layout.runs if isinstance(run, ImageRun))
         assert not run.causal
         rows = EmbeddingRows(backend.encode(run), run.positions_at(0, 0, run.n_tokens), 0, causal=False)
-        with pytest.raises(DecodeFailed, match=r"64 rows .* micro-batch of 32: this model reads a picture whole"):
+        with pytest.raises(DecodeFailed, match=r"64 rows .* ubatch of 32: this model reads a picture whole"):
             backend.decode(rows)
         assert backend.kv_last(0) == -1
     finally:
@@ -275,96 +270,3 @@ def test_positions_of_m_rope_are_those_that_mtmd_itself_gives(open_kind: Callabl
     finally:
         layout.close()
         backend.close()
-
-
-def test_the_common_memory_and_back_gives_the_same_answers(backend: Any) -> None:
-    """There the same cells are seen beside those of others, in other batch shapes; brought back they are the same."""
-    if not backend.limits.common:
-        pytest.skip("one memory for all")
-    layout, other = lay_out(backend), lay_out(backend, picture=shot(seed=1))
-    end = fill(backend, 2, layout.runs)
-    expected = step(backend, 2, end, 65)
-    backend.kv_remove(2, end, -1)
-    fill(backend, 0, other.runs)
-    backend.kv_join(0)
-    backend.kv_join(2)
-    backend.kv_copy(2, 3, 0, end)
-    for seq_id in (2, 3):
-        among = step(backend, seq_id, end, 65)
-        np.testing.assert_allclose(among, expected, atol=TOLERANCE)
-        backend.kv_remove(seq_id, end, -1)
-    wrong = step(backend, 0, end, 65)
-    assert np.abs(wrong - expected).max() > 5 * TOLERANCE, "another picture is another answer"
-    backend.kv_leave(3)
-    backend.kv_leave(2)
-    for seq_id in (2, 3):
-        np.testing.assert_array_equal(step(backend, seq_id, end, 65), expected)
-    layout.close()
-    other.close()
-
-
-def test_a_picture_filled_apart_gives_the_same_answer_as_one_filled_in_its_place(
-    backend: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    context = backend._context
-    if context._fill is None:
-        pytest.skip("one memory for all")
-    monkeypatch.setattr("opsin.native.places._TILE", 1)  # pictures are small here
-    layout, other = lay_out(backend), lay_out(backend, picture=shot(seed=1))
-    with monkeypatch.context() as patch:
-        patch.setattr(context, "_fill", None)
-        end = fill(backend, 2, layout.runs)
-        expected = step(backend, 2, end, 65)
-        backend.kv_remove(2, 0, -1)
-    *before, run, question = layout.runs
-    assert isinstance(run, ImageRun)
-    embedding = backend.encode(run)
-    pos = fill(backend, 2, before)
-    half = run.n_tokens // 2
-
-    def part(start: int, stop: int) -> None:
-        positions = run.positions_at(pos, start, stop)
-        assert backend.decode(EmbeddingRows(embedding[start:stop], positions, 2))
-
-    part(0, half)
-    assert context._filling == 2
-    assert backend.kv_last(2) == int(run.positions_at(pos, 0, half)[0].max())
-    assert fill(backend, 1, other.runs) == end, "another one is filled in its own place meanwhile"
-    assert context._filling == 2
-    part(half, run.n_tokens)
-    backend.kv_copy(2, 3, 0, pos + run.n_pos)  # a fork of it brings it home
-    assert context._filling is None
-    for seq_id in (2, 3):
-        fill(backend, seq_id, [question], pos + run.n_pos)
-        np.testing.assert_allclose(step(backend, seq_id, end, 65), expected, atol=TOLERANCE)
-    assert np.abs(step(backend, 1, end, 65) - expected).max() > 5 * TOLERANCE, "another picture is another answer"
-    backend.kv_remove(2, 0, -1)
-    pos = fill(backend, 2, before)
-    part(0, half)
-    backend.kv_remove(2, 0, -1)
-    assert (context._filling, backend.kv_last(2)) == (None, -1)
-    layout.close()
-    other.close()
-
-
-def test_a_picture_that_outgrows_the_memory_to_fill_it_goes_on_in_its_place(open_kind: Callable[..., Any]) -> None:
-    backend = open_kind("tiny", ctx=16384)
-    context, size = backend._context, 64
-    rows = np.random.default_rng(0).standard_normal((size, backend.limits.n_embd)).astype(np.float32)
-
-    def part(seq_id: int) -> None:
-        pos = backend.kv_last(seq_id) + 1
-        times = np.arange(pos, pos + size, dtype=np.int32)[np.newaxis]
-        assert backend.decode(EmbeddingRows(rows, times, seq_id))
-
-    for _ in range(context._fill.limits.n_ctx // size):
-        part(0)
-    assert context._filling == 0
-    part(0)
-    assert context._filling is None
-    assert backend.kv_last(0) == context._fill.limits.n_ctx + size - 1
-    for start in range(0, 600, 200):
-        assert backend.decode([TokenRow(65, start + i, 1) for i in range(200)])
-    part(1)
-    assert context._filling is None, "much is not brought along"
-    backend.close()

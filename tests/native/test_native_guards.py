@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from token_rows import TokenRow, batch
 
-from opsin.core.backend import EmbeddingRows, TokenRow
+from opsin.core.backend import EmbeddingRows, TokenBatch
 from opsin.core.errors import BadParameter, DecodeFailed, ModelUnreadable
 from opsin.core.settings import EngineSettings
 from opsin.native import open_backend
@@ -24,9 +25,9 @@ from opsin.native.batch import BatchArrays
 b = opened()
 c = b._context
 arrays = BatchArrays(b._model.lib.llama.llama_batch, 200, 1)
-b._model.lib.llama.llama_decode(c.pointer, arrays.tokens([TokenRow(5, i, 0) for i in range(200)]))
+b._model.lib.llama.llama_decode(c.pointer, arrays.tokens(batch([TokenRow(5, i, 0) for i in range(200)])))
 """,
-    "a picture that attends both ways and is larger than a micro-batch": """
+    "a picture that attends both ways and is larger than a ubatch": """
 from opsin.native.batch import BatchArrays
 b = opened(mmproj=None)
 llama, model = b._model.lib.llama, b._model
@@ -44,7 +45,7 @@ from opsin.native.batch import BatchArrays
 p = llama.llama_context_default_params()
 p.n_ctx, p.n_seq_max, p.kv_unified = 512, 4, False
 ctx = llama.llama_init_from_model(b._model.pointer, p)
-llama.llama_decode(ctx, BatchArrays(llama.llama_batch, 64, 1).tokens([TokenRow(5, i, 0) for i in range(20)]))
+llama.llama_decode(ctx, BatchArrays(llama.llama_batch, 64, 1).tokens(batch([TokenRow(5, i, 0) for i in range(20)])))
 llama.llama_memory_seq_cp(llama.llama_get_memory(ctx), 0, 1, 3, 10)
 """,
     "a sequence that does not exist": """
@@ -54,9 +55,9 @@ b._model.lib.llama.llama_memory_seq_rm(b._context._memory, 4000, 0, -1)
     "more logits than were reserved": """
 b = opened(parallel=1, ubatch=256)
 c = b._context
-b._model.lib.llama.llama_decode(c.pointer, c._arrays.tokens([TokenRow(5, i, 0, True) for i in range(100)]))
+b._model.lib.llama.llama_decode(c.pointer, c._arrays.tokens(batch([TokenRow(5, i, 0, True) for i in range(100)])))
 """,
-    "more sequences than a micro-batch has rows": """
+    "more sequences than a ubatch has rows": """
 b = opened(mmproj=None)
 llama = b._model.lib.llama
 p = llama.llama_context_default_params()
@@ -92,8 +93,8 @@ def test_the_raw_call_still_aborts(what: str, in_child: Callable[[str], Any]) ->
     assert child.code in {-signal.SIGABRT, -signal.SIGSEGV}, (child.code, child.err[-400:])
 
 
-def rows(count: int, start: int = 0, seq_id: int = 0) -> list[TokenRow]:
-    return [TokenRow(5, start + index, seq_id) for index in range(count)]
+def rows(count: int, start: int = 0, seq_id: int = 0) -> TokenBatch:
+    return batch([TokenRow(5, start + index, seq_id) for index in range(count)])
 
 
 def picture_rows(backend: Any, count: int, start: int = 0, **fields: Any) -> EmbeddingRows:
@@ -104,15 +105,13 @@ def picture_rows(backend: Any, count: int, start: int = 0, **fields: Any) -> Emb
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        (lambda b: rows(b.limits.n_ubatch + 1), "larger than the micro-batch of 64"),
-        (lambda _: [], "no rows"),
+        (lambda b: rows(b.limits.n_ubatch + 1), "larger than the ubatch of 64"),
+        (lambda _: batch([]), "no rows"),
         (lambda b: rows(1, seq_id=b.limits.n_seq_max), "no sequence"),
         (lambda _: rows(1, seq_id=-1), "no sequence"),
-        (lambda b: [TokenRow(b.limits.n_vocab, 0, 0)], "not in the vocabulary"),
-        (lambda _: [TokenRow(-1, 0, 0)], "not in the vocabulary"),
-        (lambda _: rows(1, start=3), "cannot start at 3"),
-        (lambda _: [TokenRow(5, 0, 0), TokenRow(5, 2, 0)], "jump from 0 to 2"),
-        (lambda _: [TokenRow(5, 0, 0), TokenRow(5, 0, 0)], "jump from 0 to 0"),
+        (lambda b: batch([TokenRow(b.limits.n_vocab, 0, 0)]), "not in the vocabulary"),
+        (lambda _: batch([TokenRow(-1, 0, 0)]), "not in the vocabulary"),
+        (lambda _: batch([TokenRow(5, 0, 0), TokenRow(5, 2, 0)]), "returned -1"),
         (lambda b: picture_rows(b, b.limits.n_ubatch + 1, causal=False), "reads a picture whole"),
         (lambda b: picture_rows(b, 4, start=2), "cannot start at 2"),
         (lambda _: EmbeddingRows(np.zeros((2, 7), np.float32), np.zeros((1, 2), np.int32), 0), "must be"),
@@ -142,13 +141,13 @@ def test_too_many_rows_with_logits_are_refused(open_pair: Callable[..., Any]) ->
     backend = open_pair(parallel=1, ubatch=256)
     try:
         with pytest.raises(DecodeFailed, match="want logits"):
-            backend.decode([TokenRow(5, index, 0, True) for index in range(100)])
+            backend.decode(batch([TokenRow(5, index, 0, True) for index in range(100)]))
     finally:
         backend.close()
 
 
 def test_more_answers_than_a_micro_batch_holds_are_refused(open_pair: Callable[..., Any]) -> None:
-    with pytest.raises(BadParameter, match=r"64 answers at a time do not fit a micro-batch of 32"):
+    with pytest.raises(BadParameter, match=r"64 answers at a time do not fit a ubatch of 32"):
         open_pair(parallel=64, ubatch=32)
 
 
@@ -184,7 +183,7 @@ def test_a_full_memory_is_told_and_leaves_everything_as_it_was(backend: Any) -> 
 def test_a_row_without_logits_cannot_be_sampled(backend: Any) -> None:
     from opsin.core.sampling import SamplingParams
 
-    assert backend.decode([TokenRow(5, 0, 0), TokenRow(6, 1, 0, True), TokenRow(7, 2, 0)])
+    assert backend.decode(batch([TokenRow(5, 0, 0), TokenRow(6, 1, 0, True), TokenRow(7, 2, 0)]))
     sampler = backend.sampler(SamplingParams(temperature=0), 1)
     with pytest.raises(DecodeFailed, match=r"Row 0 .* no logits"):
         sampler.sample(0)

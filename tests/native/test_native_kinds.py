@@ -66,21 +66,6 @@ def agree(one: Answer, other: Answer) -> bool:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_many_at_once_answer_as_one_alone_does_where_each_has_a_memory_of_its_own(
-    kind: str, pairs: Callable[..., Any]
-) -> None:
-    asked = [prompt(f" {question}", shot(*size)) for size in SIZES for question in ("Who is there?", "How many?")]
-    with Engine(lambda: pairs(kind), policy=Policy(keep_prefixes=False)) as engine:
-        alone = [engine.submit(each, PARAMS).result() for each in asked]
-    with Engine(lambda: pairs(kind, ctx=8192), policy=Policy(parallel=4)) as engine:
-        assert engine.limits.shared is (kind == "gemma3-tiny")
-        for _ in range(2):
-            streams = [engine.submit(each, PARAMS) for each in asked]
-            for number, (one, stream) in enumerate(zip(alone, streams, strict=True)):
-                assert agree(one, stream.result()), f"request {number}"
-
-
-@pytest.mark.parametrize("kind", KINDS)
 def test_many_at_once_and_remembered_answer_as_one_alone_does(kind: str, pairs: Callable[..., Any]) -> None:
     asked = [prompt(f" {question}", shot(*size)) for size in SIZES for question in ("Who is there?", "How many?")]
     asked.append(prompt(" Which is larger?", shot(*SIZES[0]), shot(*SIZES[1])))

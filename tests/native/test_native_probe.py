@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from native_help import draw
+from token_rows import TokenRow, batch
 
 from opsin.core.parts import PicturePart
 from opsin.native.ggml import InitParams, Tensor
@@ -29,11 +30,10 @@ def test_a_cpu_build_computes_both_on_the_cpu(backend: Any) -> None:
 
 
 def test_the_probe_leaves_memory_and_embeddings_alone(backend: Any) -> None:
-    from opsin.core.backend import TokenRow
 
     layout = backend.layout([PicturePart(draw())], add_bos=False)
     before = backend.encode(layout.runs[-1])
-    assert backend.decode([TokenRow(5, 0, 0, True)])
+    assert backend.decode(batch([TokenRow(5, 0, 0, True)]))
     scores = backend._context.logits(-1).copy()
     backend.placement()
     assert backend.kv_last(0) == 0

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 from native_help import draw, generate, prefill
+from token_rows import TokenRow, batch
 
-from opsin.core.backend import TokenRow
 from opsin.core.errors import BadParameter, Cancelled, EncodeFailed, ModelNotFound, ModelUnreadable, PairMismatch
 from opsin.core.parts import PicturePart, TextPart
 from opsin.core.sampling import SamplingParams
@@ -50,7 +50,7 @@ def test_others_get_turns_and_nothing_is_lost(backend: Any, run: Any) -> None:
 
     def step() -> None:
         drawn.append(sampler.sample(-1))
-        assert backend.decode([TokenRow(drawn[-1], pos + len(drawn) - 1, 1, True)])
+        assert backend.decode(batch([TokenRow(drawn[-1], pos + len(drawn) - 1, 1, True)]))
 
     noisy = backend.encode(run, between=step)
     sampler.close()

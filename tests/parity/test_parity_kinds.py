@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from token_rows import TokenRow, batch
 from opsin.compose import template_source
-from opsin.core.backend import EmbeddingRows, TokenRow
+from opsin.core.backend import EmbeddingRows
 from opsin.core.layout import ImageRun, Layout
 from opsin.core.settings import EngineSettings, MediaSettings
 from opsin.media import load_picture
@@ -99,13 +100,13 @@ def forced(
             assert backend.decode(EmbeddingRows(backend.encode(run), positions, 0, causal=changed.causal))
         else:
             last = len(run.tokens) - 1
-            assert backend.decode([TokenRow(token, pos + i, 0, i == last) for i, token in enumerate(run.tokens)])
+            assert backend.decode(batch([TokenRow(token, pos + i, 0, i == last) for i, token in enumerate(run.tokens)]))
             row = last
         pos += run.n_pos
     layout.close()
     rows = [everything(backend, row)]
     for token in answer[:-1]:
-        assert backend.decode([TokenRow(token, pos, 0, logits=True)])
+        assert backend.decode(batch([TokenRow(token, pos, 0, logits=True)]))
         pos += 1
         rows.append(everything(backend, 0))
     assert backend.kv_last(0) == pos - 1

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from opsin.core.backend import EmbeddingRows, TokenRow
+from token_rows import TokenRow, batch
+from opsin.core.backend import EmbeddingRows
 from opsin.core.layout import ImageRun
 from opsin.core.parts import PicturePart, TextPart
 from opsin.core.settings import EngineSettings, MediaSettings
@@ -47,14 +48,14 @@ def forced(backend: Any, row: dict[str, Any]) -> list[int]:
             assert backend.decode(EmbeddingRows(backend.encode(run), positions, 0))
         else:
             rows = [TokenRow(token, pos + i, 0, logits=i == run.n_tokens - 1) for i, token in enumerate(run.tokens)]
-            assert backend.decode(rows)
+            assert backend.decode(batch(rows))
             best = rows[-1].pos - pos
         pos += run.n_pos
     layout.close()
     greedy = [backend.logprobs(best, 0, 1).top[0][0]]
     answer = row["answer_ids"][:-1]
     if answer:
-        assert backend.decode([TokenRow(token, pos + i, 0, logits=True) for i, token in enumerate(answer)])
+        assert backend.decode(batch([TokenRow(token, pos + i, 0, logits=True) for i, token in enumerate(answer)]))
         greedy += [backend.logprobs(i, 0, 1).top[0][0] for i in range(len(answer))]
     return greedy
 

@@ -28,7 +28,8 @@ Embedding = NDArray[np.float32]
 class BackendLimits:
     """Sizes that plans must keep to. `n_embd` is the width of an embedding row; all else counts tokens or sequences.
 
-    All sequences live in one KV cache of `n_ctx` cells, and a fork shares cells. `forks` is False for models that keep
+    All sequences live in one KV cache of `n_ctx` cells, and a fork shares cells; one sequence may not be longer than
+    the model was trained for, `n_ctx_train` (0: not known). `forks` is False for models that keep
     one state a sequence: a part of it cannot be shared or forgotten. Rows of an image are prefilled fastest in a
     multiple of `tile`. `encode_batch` image chunks may be encoded at once.
     """
@@ -39,9 +40,15 @@ class BackendLimits:
     n_seq_max: int
     n_vocab: int
     n_embd: int
+    n_ctx_train: int = 0
     forks: bool = True
     tile: int = 1
     encode_batch: int = 1
+
+    @property
+    def n_ctx_seq(self) -> int:
+        """Tokens that one sequence may hold."""
+        return min(self.n_ctx, self.n_ctx_train or self.n_ctx)
 
 
 @dataclass(slots=True)

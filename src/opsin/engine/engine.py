@@ -19,9 +19,9 @@ from opsin.core.placement import Placement
 from opsin.core.sampling import SamplingParams
 from opsin.core.stages import Stage
 from opsin.engine.clock import StageClock
-from opsin.engine.loop import Loop, Wake
+from opsin.engine.loop import Loop
 from opsin.engine.policy import Policy
-from opsin.engine.request import AnswerStream, Request, wake_readers
+from opsin.engine.request import AnswerStream, Request, Wake, wake_readers
 from opsin.engine.sequence import Sequence
 from opsin.engine.stats import Snapshot
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from opsin.cache import Prefix, PrefixIndex
 from opsin.cache.prefix import Match, cells_of, last_position_of, positions_of
 from opsin.core.backend import BackendLimits
-from opsin.engine.plan import Fork, Forget, KVOp
+from opsin.engine.plan import Forget, Fork, KVOp
 
 
 @dataclass(slots=True, eq=False)

@@ -20,7 +20,7 @@ from opsin.engine.output import OutputProcessor, check_deadline
 from opsin.engine.plan import Encode, KVOp, Plan, Step, Tokens, members_of
 from opsin.engine.policy import Policy
 from opsin.engine.prepare import Preparer
-from opsin.engine.request import AnswerStream, wake_readers
+from opsin.engine.request import AnswerStream, Wake, wake_readers
 from opsin.engine.runner import PixelsNeeded, Runner
 from opsin.engine.scheduler import Scheduler
 from opsin.engine.sequence import Sequence, State
@@ -28,7 +28,6 @@ from opsin.engine.stats import Stats
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-Wake = Callable[[list[AnswerStream]], None]
 _IDLE_SECONDS = 0.01  # between two questions of one user there is more
 
 
@@ -148,7 +147,7 @@ class Loop:
         self._scheduler = Scheduler(backend.limits, self._policy)
         self.stats.watch(self._scheduler)
         self._outputs = OutputProcessor(
-            backend.piece, backend.eog_tokens, backend.limits.n_ctx, self.prepare.closing_tokens
+            backend.piece, backend.eog_tokens, backend.limits.n_ctx_seq, self.prepare.closing_tokens
         )
 
     def _receive(self) -> bool:

@@ -1,4 +1,4 @@
-"""From a request to a sequence, in a thread beside the engine's: constraint, disk cache, tokens, preprocessed images."""
+"""From a request to a sequence, in a thread beside the engine's: constraint, remembered images, tokens, pixels."""
 
 from __future__ import annotations
 
@@ -105,11 +105,17 @@ def _check_fit(layout: Layout, limits: BackendLimits) -> None:
     """A prompt needs its cells and one more for the first new token; what attends both ways goes in one ubatch."""
     if layout.n_tokens == 0:
         raise ContextOverflow("The prompt is empty: ask a question.")
-    if layout.n_tokens >= limits.n_ctx:
+    if layout.n_tokens >= limits.n_ctx_seq:
+        trained = limits.n_ctx_seq < limits.n_ctx
         images = f", {layout.n_image_tokens} of them for pictures" if layout.n_image_tokens else ""
         raise ContextOverflow(
-            f"The prompt takes {layout.n_tokens} tokens{images}, and the context holds {limits.n_ctx}: "
-            "ask for a larger one (--ctx), or for fewer or smaller pictures."
+            f"The prompt takes {layout.n_tokens} tokens{images}, and "
+            + (
+                f"this model was trained for {limits.n_ctx_seq} at most: shorten it, or give fewer or smaller pictures."
+                if trained
+                else f"the context holds {limits.n_ctx}: "
+                "ask for a larger one (--ctx), or for fewer or smaller pictures."
+            )
         )
     for run in layout.runs:
         if isinstance(run, ImageRun) and not run.causal and run.n_tokens > limits.n_ubatch:

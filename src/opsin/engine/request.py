@@ -46,7 +46,7 @@ class AnswerStream:
     def __init__(
         self,
         on_cancel: Callable[[], None],
-        wake: Callable[[Sequence[AnswerStream]], None] | None = None,
+        wake: Wake | None = None,
         on_encoded: Callable[[], None] | None = None,
     ) -> None:
         self._on_cancel = on_cancel
@@ -206,6 +206,10 @@ class AnswerStream:
     def wants_waking(self) -> bool:
         """Whether what is there now is worth waking the reader for."""
         return self._done or not self._only_end
+
+
+Wake = Callable[[Sequence[AnswerStream]], None]
+"""Called once a step with the streams that got events."""
 
 
 def wake_readers(streams: Sequence[AnswerStream]) -> None:

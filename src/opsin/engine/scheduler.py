@@ -115,7 +115,7 @@ class Scheduler:
         self.kv.check(s.seq_id for s in self._running)
         for sequence in self._running:
             assert self.kv.cells.held(sequence.seq_id) == sequence.n_cells, "a sequence's cells differ from the count"
-            assert sequence.n_cells <= self._limits.n_ctx, "a sequence holds more than it may"
+            assert sequence.n_cells <= self._limits.n_ctx_seq, "a sequence holds more than it may"
         assert len(self._running) <= self._parallel
 
     def _advance(self, sequence: Sequence, tokens: int) -> None:

@@ -13,8 +13,8 @@ from opsin.core.errors import OpsinError
 from opsin.core.layout import ImageRun, Layout, Run, TextRun
 from opsin.core.sampling import FinishReason
 from opsin.engine.clock import StageClock, timings
-from opsin.engine.text import AnswerText
 from opsin.engine.request import AnswerStream, Request
+from opsin.engine.text import AnswerText
 
 Limit = Literal["tokens", "seconds", "context", "guard"]
 
@@ -41,7 +41,7 @@ class Sequence:
     `runs` are the layout's, and after a preemption the tokens answered so far as one more. `n_pos` is the next free
     position, `n_cells` the KV cells it sees (they differ under M-RoPE), `cached` those it got from a prefix.
     `last_token` was sampled and not yet decoded. `forced` are tokens to take instead of sampling. `prefix` is its entry
-    in the KV cache manager, whose units grow with the cursor. `embeddings` are those of its image chunks that are known,
+    in the KV cache manager, whose units grow with the cursor. `embeddings` are the known ones of its image chunks,
     by identity; `cached_images` had a chunk whose embedding was remembered, `encoded_images` one that was encoded for
     this request. `turn` orders who works on an image next.
     """

@@ -99,8 +99,8 @@ class AnswerText:
     """The growing answer of one request; knows no backend and no clock.
 
     `stopped` turns True at a stop string, `verdict` is set when the guard speaks. Stop strings are looked for in the
-    answer only, never in the reasoning; white space at the answer's start is the template's, and left out. `tags` gives bytes to control tokens that mark reasoning: as tokens they have no text, and the
-    splitter would not see them.
+    answer only, never in the reasoning; white space at the answer's start is the template's, and left out. `tags` gives
+    bytes to control tokens that mark reasoning: as tokens they have no text, and the splitter would not see them.
     """
 
     def __init__(

@@ -5,17 +5,17 @@ from __future__ import annotations
 import threading
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from opsin.core.errors import BadInput, BadParameter, EngineError, ModelNotFound, OpsinError
 from opsin.core.model_info import ModelInfo
 from opsin.core.parts import TextPart
 from opsin.native import logs
+from opsin.native.context import Context
 from opsin.native.grammar import compile_grammar, compile_schema
 from opsin.native.layout import Stretches, lay_out, lay_out_text
 from opsin.native.logprobs import token_logprob
 from opsin.native.model import Model
-from opsin.native.context import Context
 from opsin.native.sampler import NativeSampler
 from opsin.native.threads import rest
 from opsin.native.vision import Encoder
@@ -190,9 +190,10 @@ class NativeBackend:
         """Tokens from rows of the last decode; what goes wrong with one is its own result."""
         results: list[tuple[int, TokenLogprob | None] | OpsinError] = []
         with self._alone():
-            greedy = [(sampler, row) for sampler, row, top in samples if sampler.greedy and top is None]
-            best = iter(self._context.argmax([row for _, row in greedy], [s.forbidden for s, _ in greedy]) if greedy else ())
-            for sampler, row, top in samples:
+            mine = cast("Sequence[tuple[NativeSampler, int, int | None]]", samples)
+            greedy = [(row, sampler.forbidden) for sampler, row, top in mine if sampler.greedy and top is None]
+            best = iter(self._context.argmax(greedy) if greedy else ())
+            for sampler, row, top in mine:
                 if sampler.greedy and top is None:
                     token = next(best)
                     results.append(token if isinstance(token, OpsinError) else (token, None))
@@ -200,7 +201,9 @@ class NativeBackend:
                     results.append(self._sample_one(sampler, row, top))
         return results
 
-    def _sample_one(self, sampler: NativeSampler, row: int, top: int | None) -> tuple[int, TokenLogprob | None] | OpsinError:
+    def _sample_one(
+        self, sampler: NativeSampler, row: int, top: int | None
+    ) -> tuple[int, TokenLogprob | None] | OpsinError:
         try:
             # Log probabilities are those of the model, before a sampler changes the logits.
             raw = None if top is None else self._context.logits(row).copy()

@@ -48,9 +48,7 @@ class Context:
     handle: Owned
     limits: BackendLimits
 
-    def __init__(
-        self, model: Model, settings: EngineSettings, *, callback: Any = None, ctx: int | None = None
-    ) -> None:
+    def __init__(self, model: Model, settings: EngineSettings, *, callback: Any = None, ctx: int | None = None) -> None:
         self.llama = llama = model.lib.llama
         self._model = model
         params = llama.llama_context_default_params()
@@ -91,6 +89,7 @@ class Context:
             n_seq_max=llama.llama_n_seq_max(pointer) - self._keeper,
             n_vocab=model.n_vocab,
             n_embd=model.n_embd,
+            n_ctx_train=model.n_ctx_train,
             forks=not model.whole_states_only,
             tile=_TILE if model.device is None else 1,
         )
@@ -216,24 +215,25 @@ class Context:
             raise DecodeFailed(_NOT_A_NUMBER)
         return view
 
-    def argmax(self, rows: Sequence[int], forbidden: Sequence[NDArray[np.intp] | None]) -> list[int | DecodeFailed]:
-        """The most likely token of each of these rows of the last decode, without those forbidden there."""
+    def argmax(self, wanted: Sequence[tuple[int, NDArray[np.intp] | None]]) -> list[int | DecodeFailed]:
+        """The most likely token of each of these rows of the last decode, without the tokens forbidden there."""
         address = self.llama.llama_get_logits(self.pointer)
         count, n_vocab = len(self._outputs), self.limits.n_vocab
         memory: Any = (ctypes.c_float * (count * n_vocab)).from_address(ctypes.addressof(address.contents))
         logits = np.frombuffer(memory, np.float32).reshape(count, n_vocab)
-        places = [self._outputs[row] for row in rows]
-        for place, tokens in zip(places, forbidden, strict=True):
-            if tokens is not None:
-                logits[place, tokens] = -np.inf
-        # Whoever is not asked for is looked at in vain, which costs less than a copy of all others.
-        best = logits.argmax(axis=1) if 2 * len(places) > count else None
-        tokens = [int(logits[place].argmax() if best is None else best[place]) for place in places]
+        places = [self._outputs[row] for row, _ in wanted]
+        for place, (_, forbidden) in zip(places, wanted, strict=True):
+            if forbidden is not None:
+                logits[place, forbidden] = -np.inf
+        if 2 * len(places) > count:  # looking at some rows in vain costs less than a call for each
+            tokens = logits.argmax(axis=1)[places]
+        else:
+            tokens = np.array([logits[place].argmax() for place in places])
         # argmax gives the first value that is not a number where there is one.
-        return [
-            DecodeFailed(_NOT_A_NUMBER) if np.isnan(logits[place, token]) else token
-            for place, token in zip(places, tokens, strict=True)
-        ]
+        bad = np.isnan(logits[places, tokens])
+        if not bad.any():
+            return list(tokens.tolist())
+        return [DecodeFailed(_NOT_A_NUMBER) if bad[i] else int(token) for i, token in enumerate(tokens)]
 
     def at(self, row: int) -> tuple[int, int]:
         """The native context that holds the logits of a batch row of the last decode, and which row they are there."""

@@ -61,6 +61,7 @@ def test_cells_of_a_beginning_are_counted_without_looking_at_all_of_it(units: tu
 
 def test_a_lookup_looks_at_one_block_of_a_long_prompt() -> None:
     class Counted(tuple[Unit, ...]):
+        __slots__ = ()
         looked_at = 0
 
         def __getitem__(self, key: object) -> object:  # type: ignore[override]

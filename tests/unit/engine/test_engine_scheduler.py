@@ -184,7 +184,11 @@ def test_streams_wait_longer_while_many_wait_for_a_first_token(waiting: int, wai
 
 def test_slices_are_longer_while_many_wait_for_a_first_token() -> None:
     made = driver(
-        parallel=8, size=limits(n_ctx=8000, n_seq_max=12, n_ubatch=256), answer=long, slice_seconds=0.01, stream_share=1.0
+        parallel=8,
+        size=limits(n_ctx=8000, n_seq_max=12, n_ubatch=256),
+        answer=long,
+        slice_seconds=0.01,
+        stream_share=1.0,
     )
     made.backend.image_tokens = 240
     made.ask("talk", max_tokens=400)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from opsin.core.backend import EmbeddingRows, TokenRow
+from opsin.core.backend import EmbeddingRows, TokenBatch
 from opsin.core.errors import BadParameter, EngineClosed, ModelNotFound, ModelUnreadable
 from opsin.native.batch import BatchArrays
 from opsin.native.chunk import parse_meta
@@ -212,7 +212,7 @@ def test_an_embedding_has_four_positions_section_after_section_under_mrope() -> 
     assert (batch.n_tokens, bool(batch.token)) == (3, False)
     assert [batch.seq_id[index][0] for index in range(3)] == [5, 5, 5]
     assert (batch.n_seq_id[:3], batch.logits[:3]) == ([1, 1, 1], [0, 0, 1])
-    batch = arrays.tokens([TokenRow(7, 40, 1), TokenRow(8, 41, 2, logits=True)])
+    batch = arrays.tokens(TokenBatch([7, 8], [40, 41], [1, 2], [1]))
     assert (batch.token[:2], batch.pos[:2], bool(batch.embd)) == ([7, 8], [40, 41], False)
     assert [batch.seq_id[index][0] for index in range(2)] == [1, 2]
     assert batch.logits[:2] == [0, 1]

@@ -36,7 +36,7 @@ class TokenCycle:
         self._matched = 0
 
     def feed(self, fresh: Sequence[int]) -> int | None:
-        """Take tokens in; after how many of them the answer ends in a cycle that is long enough, None if it does not."""
+        """Take tokens in; after how many of them the answer ends in a long enough cycle, None if it does not."""
         tokens, found = self._tokens, None
         period, matched = self._period, self._matched
         needed = _span(period, LONG_TOKENS, MIN_TOKENS) - period
