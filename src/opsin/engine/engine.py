@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from opsin.cache import PictureCache
 from opsin.core.backend import Backend, BackendLimits
@@ -180,7 +180,7 @@ class Engine:
         self._loop.close()
         self.pictures.close()
 
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
