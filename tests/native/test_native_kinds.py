@@ -115,7 +115,7 @@ def test_one_that_goes_away_behind_its_picture_leaves_the_books_right(kind: str,
 
 def test_a_picture_larger_than_the_micro_batch_fails_alone(pairs: Callable[..., Any]) -> None:
     with Engine(lambda: pairs("gemma3-tiny", ubatch=32)) as engine:
-        with pytest.raises(OpsinError, match="reads a picture whole"):
+        with pytest.raises(OpsinError, match="must read in one batch"):
             engine.submit(prompt(" Who?", shot(50, 50)), PARAMS).result()
         assert engine.submit(prompt(" Who?"), PARAMS).result().usage.completion_tokens == 6
         assert engine.error is None

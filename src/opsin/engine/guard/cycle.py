@@ -35,13 +35,13 @@ class TokenCycle:
         self._period = 0
         self._matched = 0
 
-    def feed(self, fresh: Sequence[int]) -> int | None:
-        """Take tokens in; after how many of them the answer ends in a long enough cycle, None if it does not."""
-        tokens, found = self._tokens, None
+    def feed(self, fresh: Sequence[int]) -> bool:
+        """Take tokens in; whether the answer ended in a long enough cycle with one of them."""
+        tokens, found = self._tokens, False
         period, matched = self._period, self._matched
         needed = _span(period, LONG_TOKENS, MIN_TOKENS) - period
         last = len(tokens) - 1
-        for count, token in enumerate(fresh, 1):
+        for token in fresh:
             tokens.append(token)
             last += 1
             key = tuple(tokens[-_KEY:])
@@ -51,8 +51,7 @@ class TokenCycle:
                 period, matched = self._distance(key, last), _KEY
                 needed = _span(period, LONG_TOKENS, MIN_TOKENS) - period
             self._recent[key] = self._base + last
-            if found is None and period and matched >= needed:
-                found = count
+            found |= period > 0 and matched >= needed
         self._period, self._matched = period, matched
         self._forget(last)
         return found

@@ -41,8 +41,8 @@ class Guard:
     def feed(self, token: int, text: str) -> GuardVerdict | None:
         """Take one token and the text it completed (empty while a character is incomplete).
 
-        A verdict says why the answer should end here; its `at_token` counts the tokens up to where that was clear,
-        which may be some before this one, as the answer is read every few tokens.
+        A verdict says why the answer should end here; `at_token` counts the tokens fed, this one included. The answer
+        is read every `_BATCH` tokens.
         """
         self._tokens.append(token)
         self._fresh.append(text)
@@ -52,10 +52,9 @@ class Guard:
 
     def _read(self) -> GuardVerdict | None:
         fresh = "".join(self._fresh)
-        cyclic = self._cycle.feed(self._tokens)
-        if cyclic is not None:
-            return GuardVerdict("cycle", self._count + cyclic)
         self._count += len(self._tokens)
+        if self._cycle.feed(self._tokens):
+            return GuardVerdict("cycle", self._count)
         self._fresh.clear()
         self._tokens.clear()
         self._text = (self._text + fresh)[-_KEPT:]
