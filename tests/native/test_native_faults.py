@@ -1,6 +1,7 @@
 """A whole engine on real llama.cpp: what goes wrong inside an encode stays there, and what was seen is known later."""
 
 import random
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -130,12 +131,16 @@ def test_an_encode_whose_asker_goes_away_is_finished_and_remembered_and_disturbs
     asked: list[Any] = []
     backend.after = random.Random(seed).randint(1, backend.nodes)
 
+    submitted = threading.Event()
+
     def cancel() -> None:
+        assert submitted.wait(20)
         asked[0].cancel()
 
     backend.disturb = cancel
     _, events = streaming(engine)
     asked.append(engine.submit(about(1), SHORT))
+    submitted.set()
     with pytest.raises(Cancelled):
         asked[0].result()
     *_, end = events
