@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from opsin import __version__
 from opsin.core.errors import BadParameter
 from opsin.core.stages import Interval
-from opsin.server.record import Record
+from opsin.server.request_stats import RequestStats
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
@@ -51,31 +51,31 @@ class Tracing:
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("opsin", __version__)
 
-    def finished(self, record: Record) -> None:
+    def finished(self, stats: RequestStats) -> None:
         """See Watcher."""
         from opentelemetry.trace import SpanKind, set_span_in_context
         from opentelemetry.trace.status import StatusCode
 
-        operation = _OPERATIONS.get(record.route)
+        operation = _OPERATIONS.get(stats.route)
         if operation is None:
             return  # a stranger's knocking at doors that are none
         span = self._tracer.start_span(
-            f"{operation} {record.model[:_LONGEST]}".rstrip(),
-            context=_caller(record.traceparent),
+            f"{operation} {stats.model[:_LONGEST]}".rstrip(),
+            context=_caller(stats.traceparent),
             kind=SpanKind.SERVER,
-            attributes=_attributes(record, operation),
-            start_time=_unix_ns(record, record.began),
+            attributes=_attributes(stats, operation),
+            start_time=_unix_ns(stats, stats.began),
         )
-        if record.refused is not None:
-            span.set_attribute("error.type", record.refused)
-        if record.status >= 500:
+        if stats.refused is not None:
+            span.set_attribute("error.type", stats.refused)
+        if stats.status >= 500:
             span.set_status(StatusCode.ERROR)
         if span.is_recording():
             inside = set_span_in_context(span)
-            for choice, answer in enumerate(record.answers):
+            for choice, answer in enumerate(stats.answers):
                 for interval in answer.intervals:
-                    self._stage(record, choice, interval, inside).end(_unix_ns(record, interval.end))
-        span.end(_unix_ns(record, record.ended))
+                    self._stage(stats, choice, interval, inside).end(_unix_ns(stats, interval.end))
+        span.end(_unix_ns(stats, stats.ended))
 
     def close(self) -> None:
         """Send what is left; twice does no harm. A collector that does not answer keeps nobody for long."""
@@ -84,44 +84,44 @@ class Tracing:
         sending.start()
         sending.join(LAST_SPANS_SECONDS)
 
-    def _stage(self, record: Record, choice: int, interval: Interval, inside: Context) -> Span:
+    def _stage(self, stats: RequestStats, choice: int, interval: Interval, inside: Context) -> Span:
         attributes: dict[str, AttributeValue] = {
             "opsin.choice": choice,
             "opsin.stage": interval.stage.value,
             "opsin.stage.ms": interval.seconds * 1e3,
             "opsin.stage.times": interval.count,
         }
-        start = _unix_ns(record, interval.start)
+        start = _unix_ns(stats, interval.start)
         return self._tracer.start_span(interval.stage.value, context=inside, attributes=attributes, start_time=start)
 
 
-def _attributes(record: Record, operation: str) -> dict[str, AttributeValue]:
+def _attributes(stats: RequestStats, operation: str) -> dict[str, AttributeValue]:
     attributes: dict[str, AttributeValue] = {
         "gen_ai.operation.name": operation,
         "gen_ai.provider.name": "opsin",
-        "gen_ai.request.model": record.model[:_LONGEST],
-        "gen_ai.request.stream": record.streamed,
-        "gen_ai.response.id": record.id,
+        "gen_ai.request.model": stats.model[:_LONGEST],
+        "gen_ai.request.stream": stats.streamed,
+        "gen_ai.response.id": stats.id,
         "http.request.method": "POST",
-        "url.path": record.route[:_LONGEST],
-        "http.response.status_code": record.status,
-        "opsin.pictures": record.pictures,
+        "url.path": stats.route[:_LONGEST],
+        "http.response.status_code": stats.status,
+        "opsin.pictures": stats.pictures,
     }
-    if record.answers:
-        usages = [answer.usage for answer in record.answers]
+    if stats.answers:
+        usages = [answer.usage for answer in stats.answers]
         attributes |= {
-            "gen_ai.response.finish_reasons": [answer.finish_reason for answer in record.answers],
+            "gen_ai.response.finish_reasons": [answer.finish_reason for answer in stats.answers],
             # A prompt is read once, and answered as often as there are choices.
             "gen_ai.usage.input_tokens": usages[0].prompt_tokens,
             "gen_ai.usage.cache_read.input_tokens": usages[0].cached_tokens,
             "gen_ai.usage.output_tokens": sum(usage.completion_tokens for usage in usages),
-            "opsin.longest_pause_ms": record.longest_pause_s * 1e3,
+            "opsin.longest_pause_ms": stats.longest_pause_s * 1e3,
         }
-        guards = [answer.guard.reason for answer in record.answers if answer.guard is not None]
+        guards = [answer.guard.reason for answer in stats.answers if answer.guard is not None]
         if guards:
             attributes["opsin.guard"] = guards
-    if record.first_token_s is not None:
-        attributes["gen_ai.response.time_to_first_chunk"] = record.first_token_s
+    if stats.first_token_s is not None:
+        attributes["gen_ai.response.time_to_first_chunk"] = stats.first_token_s
     return attributes
 
 
@@ -132,6 +132,6 @@ def _caller(traceparent: str | None) -> Context:
     return TraceContextTextMapPropagator().extract({} if traceparent is None else {"traceparent": traceparent})
 
 
-def _unix_ns(record: Record, at: float) -> int:
+def _unix_ns(stats: RequestStats, at: float) -> int:
     """A time of the engine's clock as nanoseconds since 1970."""
-    return int((record.began_at + at - record.began) * 1e9)
+    return int((stats.began_at + at - stats.began) * 1e9)

@@ -20,7 +20,7 @@ from opsin.core.sampling import SamplingParams
 from opsin.engine import Engine
 from opsin.server import metrics as room
 from opsin.server.metrics import MAX_REASONS, Metrics
-from opsin.server.record import Record
+from opsin.server.request_stats import RequestStats
 from opsin.testing import FakeBackend, picture
 from opsin.testing.fake_backend import TURN_TEXT
 
@@ -49,8 +49,8 @@ def samples(metrics: Metrics) -> dict[tuple[str, ...], float]:
     return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
 
 
-def record(*answers: Answer, **fields: object) -> Record:
-    made = Record("/v1/chat/completions", answers=list(answers), **fields)  # type: ignore[arg-type]
+def record(*answers: Answer, **fields: object) -> RequestStats:
+    made = RequestStats("/v1/chat/completions", answers=list(answers), **fields)  # type: ignore[arg-type]
     made.began, made.ended = 100.0, 103.0
     made.deltas = [[100.5, 100.6, 101.5] for _ in answers]
     return made
@@ -124,11 +124,12 @@ def test_a_label_has_a_bounded_number_of_values(engine: Engine) -> None:
 def test_metrics_are_served_as_text(engine: Engine) -> None:
     app = FastAPI()
     app.include_router(room.router)
-    app.state.context = SimpleNamespace(watchers=(object(), Metrics(life(engine))))  # type: ignore[arg-type]
+    app.state.context = SimpleNamespace(watchers=(object(), Metrics(life(engine))), queue=SimpleNamespace(waiting=3))  # type: ignore[arg-type]
     reply = TestClient(app).get("/metrics")
     assert reply.headers["content-type"].startswith("text/plain; version=0.0.4")
     assert "opsin:num_requests_running 0.0" in reply.text
-    app.state.context = SimpleNamespace(watchers=())
+    assert "opsin:num_requests_waiting 3.0" in reply.text
+    app.state.context = SimpleNamespace(watchers=(), queue=SimpleNamespace(waiting=0))
     assert TestClient(app).get("/metrics").status_code == 404
 
 
