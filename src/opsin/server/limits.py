@@ -49,17 +49,20 @@ class Admission:
         self._counted = 1
         self._room = 0
 
-    async def take(self, n: int, seconds: float | None) -> None:
-        """Wait for room for `n` answers; go on without after `seconds`. Raises QueueFull."""
+    async def take(self, n: int, seconds: float | None) -> float:
+        """Wait for room for `n` answers, at most `seconds`; return how long it took. Raises QueueFull."""
         self._bucket.tokens -= n - 1
         self._bucket.running += n - 1
         self._counted = n
+        began = time.perf_counter()
         try:
             async with asyncio.timeout(seconds):
-                await self._queue.take(self._key, n)
-                self._room = n
+                waited = await self._queue.take(self._key, n)
         except TimeoutError:
-            return
+            waited = True  # it goes on without room: the engine ends it at once, and says why
+        else:
+            self._room = n
+        return time.perf_counter() - began if waited else 0.0
 
     def release(self) -> None:
         """The request has ended."""
@@ -75,13 +78,11 @@ async def admit(request: Request, job: Job) -> Job:
     """
     admission: Admission = request.state.admission
     seconds = job.asked[0][1].max_seconds
-    began = time.perf_counter()
-    await admission.take(len(job.asked), seconds)
-    waited = time.perf_counter() - began
-    if seconds is None:
-        return dataclasses.replace(job, queue_ms=waited * 1e3)
-    left = {"max_seconds": max(seconds - waited, 1e-3)}
-    asked = [(prompt, params.model_copy(update=left)) for prompt, params in job.asked]
+    waited = await admission.take(len(job.asked), seconds)
+    asked = job.asked
+    if seconds is not None and waited:
+        left = {"max_seconds": max(seconds - waited, 1e-3)}
+        asked = [(prompt, params.model_copy(update=left)) for prompt, params in asked]
     return dataclasses.replace(job, asked=asked, queue_ms=waited * 1e3)
 
 
@@ -154,8 +155,10 @@ class Limits:
         size, more, began = 0, True, self._clock()
         try:
             while more:
-                least = self._patience + size / LEAST_BYTES_PER_SECOND - (self._clock() - began)
-                async with asyncio.timeout(min(self._patience, least)):
+                left = began + self._patience + size / LEAST_BYTES_PER_SECOND - self._clock()
+                if left <= 0:
+                    raise TimeoutError
+                async with asyncio.timeout(min(self._patience, left)):
                     message = await receive()
                 if message["type"] == "http.disconnect":
                     return ErrorResponse(499, "The client left before its body was complete.", "cancelled")

@@ -108,17 +108,20 @@ class FunctionIn(Strict):
     strict: bool | None = None
 
 
-class ToolIn(Strict):
-    """A tool; functions are the only kind."""
+class Tool(Strict):
+    """What all tools have; functions are the only kind."""
 
     type: Literal["function"]
+
+
+class ToolIn(Tool):
+    """A function that the model may call, as chat completions write it."""
+
     function: FunctionIn
 
 
-class FlatTool(FunctionIn):
-    """A tool, as the Responses API writes it."""
-
-    type: Literal["function"]
+class FlatTool(FunctionIn, Tool):
+    """A function that the model may call, as the Responses API writes it."""
 
 
 class NamedFunction(Strict):
@@ -127,17 +130,14 @@ class NamedFunction(Strict):
     name: str
 
 
-class NamedTool(Strict):
-    """The tool that must be called."""
+class NamedTool(Tool):
+    """The function that must be called, as chat completions write it."""
 
-    type: Literal["function"]
     function: NamedFunction
 
 
-class FlatNamedTool(NamedFunction):
-    """The tool that must be called, as the Responses API writes it."""
-
-    type: Literal["function"]
+class FlatNamedTool(NamedFunction, Tool):
+    """The function that must be called, as the Responses API writes it."""
 
 
 class JsonSchema(Strict):

@@ -69,7 +69,7 @@ def plan_tools(
     """How a request's tools are handled. Raises BadField."""
     by_name = {function.name: function for function in functions}
     if not by_name:
-        if choice not in {None, "none", "auto"}:
+        if choice not in (None, "none", "auto"):
             raise BadField("tool_choice asks for a call, but there are no tools: give some.", "tool_choice")
         return ToolPlan()
     _check_depth([function.parameters for function in functions], "tools")
@@ -77,7 +77,7 @@ def plan_tools(
     at_most(settings.max_schema_bytes, len(json.dumps(told)), "bytes", "tools")
     if choice == "none":
         return ToolPlan()
-    if choice in {None, "auto"}:
+    if choice in (None, "auto"):
         if not prompts.knows_tools:
             raise BadField(
                 "This model's chat template has no place for tools, so the model cannot decide by itself whether to "

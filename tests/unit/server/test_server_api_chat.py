@@ -274,7 +274,7 @@ def test_fields_without_effect_are_accepted() -> None:
         ({"messages": [{"role": "user", "content": "x", "cache": 1}]}, "messages[0].cache", "not supported"),
         ({"messages": asked({"type": "image_url", "image_url": "ftp://x"})}, "messages[0].content[0].image_url", "dat"),
         ({"messages": asked(picture_part(detail="ultra"))}, "messages[0].content[0].image_url.detail", "'low'"),
-        ({"messages": asked(*[picture_part()] * 3)}, "messages", "3 pictures"),
+        ({"messages": asked(*[picture_part()] * 3)}, "messages", "3 images"),
         ({"messages": [{"role": "user", "content": "x" * 300}]}, "messages", "300 characters"),
         ({"temperature": 99}, "temperature", "10"),
         ({"temperature": "0.5"}, "temperature", "number"),

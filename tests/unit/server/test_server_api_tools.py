@@ -176,7 +176,7 @@ def test_what_tools_cannot_be_is_refused() -> None:
         named = {"type": "function", "function": {"name": "other"}}
         async with world() as w:
             for body, word in (
-                ({"tools": [PAINT]}, "knows no tools"),
+                ({"tools": [PAINT]}, "no place for tools"),
                 ({"tools": [PAINT], "tool_choice": named}, "not among tools"),
                 ({"tools": [{"type": "web_search"}]}, "function"),
                 ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "pattern"),
