@@ -228,6 +228,33 @@ def test_sampling_fields_and_extensions_reach_the_sampler() -> None:
     run(work())
 
 
+@pytest.mark.parametrize("path", [CHAT, "/v1/responses"])
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_the_limit_on_reasoning_reaches_the_engine(path: str, tokens: int) -> None:
+    async def work() -> None:
+        async with world(lambda _: "<think>hm, red</think>a circle.", template="{# <think> #}" + PLAIN) as w:
+            asked = {"messages": QUESTION} if path == CHAT else {"input": "what?"}
+            reply = await w.post(path, **asked, max_thinking_tokens=tokens)
+            assert reply.status_code == 200, reply.text
+            assert w.backend.drawn_with[-1].max_thinking_tokens == tokens
+
+    run(work())
+
+
+def test_the_servers_limits_are_the_only_ones() -> None:
+    async def work() -> None:
+        async with world(max_stop=32, max_logit_bias=2000, max_schema_bytes=200_000) as w:
+            schema = {"type": "object", "properties": {"a": {"enum": [f"value {i}" for i in range(8_000)]}}}
+            wanted = {"type": "json_object", "schema": schema}
+            bias = {str(token): 0 for token in range(1_500)}
+            await w.chat(stop=[f"stop {i}" for i in range(32)], logit_bias=bias, response_format=wanted)
+            drawn = w.backend.drawn_with[-1]
+            assert (len(drawn.stop), len(drawn.logit_bias)) == (32, 1_500)
+            assert len(drawn.json_schema or "") > 100_000
+
+    run(work())
+
+
 @pytest.mark.parametrize(("given", "own"), [(2**32 - 1, 0), (2**63 - 1, (2**63 - 1) % (2**32 - 1))])
 def test_every_seed_is_taken_and_repeatable(given: int, own: int) -> None:
     async def work() -> None:
@@ -284,6 +311,8 @@ def test_fields_without_effect_are_accepted() -> None:
         ({"n": 4}, "n", "3 are the limit"),
         ({"stop": ["a", "b", "c"]}, "stop", "2 are the limit"),
         ({"stop": [""]}, None, "stop string is empty"),
+        ({"stop": ["x" * 1001]}, "stop[0]", "1000"),
+        ({"max_thinking_tokens": -1}, "max_thinking_tokens", "greater"),
         ({"logit_bias": {"1": 0, "2": 0, "3": 0}}, "logit_bias", "2 are the limit"),
         ({"logit_bias": {"a": 0}}, "logit_bias", "number"),
         ({"logprobs": True, "top_logprobs": 3}, "top_logprobs", "0 to 2"),
