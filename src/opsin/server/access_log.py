@@ -9,14 +9,13 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
-from opsin.core.answer import Answer
 from opsin.server.request_stats import RequestStats
 
 NAME = "opsin.access"
 _SHARE = 0.01
 """The plain line leaves out stages with a smaller share of the time."""
 _LONGEST = 100
-"""Characters of what a client chose."""
+"""Characters of text that a client chose."""
 
 
 class AccessLog:
@@ -37,11 +36,11 @@ class AccessLog:
 
     def finished(self, stats: RequestStats) -> None:
         """See Watcher."""
-        account = _account(stats)
-        self._log.info("%s", json.dumps(account) if self._as_json else _plain(account))
+        fields = _fields(stats)
+        self._log.info("%s", json.dumps(fields) if self._as_json else _plain(fields))
 
 
-def _account(stats: RequestStats) -> dict[str, Any]:
+def _fields(stats: RequestStats) -> dict[str, Any]:
     first = stats.first_token_s
     usages = [answer.usage for answer in stats.answers]
     return {
@@ -59,38 +58,31 @@ def _account(stats: RequestStats) -> dict[str, Any]:
         "first_token_s": None if first is None else round(first, 4),
         "longest_pause_s": round(stats.longest_pause_s, 4),
         "total_s": round(stats.ended - stats.began, 4),
-        "answers": [_answer(answer) for answer in stats.answers],
+        "answers": [
+            {
+                "finish_reason": answer.finish_reason,
+                "limit": answer.limit,
+                "guard": None if answer.guard is None else asdict(answer.guard),
+                "stages": answer.stages.as_dict(),
+            }
+            for answer in stats.answers
+        ],
     }
 
 
-def _answer(answer: Answer) -> dict[str, Any]:
-    return {
-        "finish_reason": answer.finish_reason,
-        "limit": answer.limit,
-        "guard": None if answer.guard is None else asdict(answer.guard),
-        "stages": answer.stages.as_dict(),
-    }
-
-
-def _plain(account: dict[str, Any]) -> str:
-    words = [account["time"], account["id"], account["route"], str(account["status"])]
-    words += [f"{name}={account[name]}" for name in ("refused", "model") if account[name]]
-    answers = account["answers"]
-    if answers:
-        words.append(f"tokens={account['prompt_tokens']}+{account['completion_tokens']}")
-        if account["first_token_s"] is not None:
-            words += [f"ttft={account['first_token_s']:.3f}s", f"pause={account['longest_pause_s']:.3f}s"]
-    words.append(f"total={account['total_s']:.3f}s")
-    if answers:
-        longest = max(answers, key=lambda answer: answer["stages"]["total_ms"])
-        total_ms = longest["stages"]["total_ms"]
-        words += [
-            f"{name.removesuffix('_ms')}={ms / 1e3:.3f}s"
-            for name, ms in longest["stages"].items()
-            if name != "total_ms" and ms > _SHARE * total_ms
-        ]
-        words += [f"end={answer['limit'] or answer['finish_reason']}" for answer in answers]
-    return " ".join(words)
+def _plain(fields: dict[str, Any]) -> str:
+    words = [fields["time"], fields["id"], fields["route"], str(fields["status"])]
+    words += [f"{name}={fields[name]}" for name in ("refused", "model") if fields[name]]
+    total, answers = f"total={fields['total_s']:.3f}s", fields["answers"]
+    if not answers:
+        return " ".join((*words, total))
+    words.append(f"tokens={fields['prompt_tokens']}+{fields['completion_tokens']}")
+    if fields["first_token_s"] is not None:
+        words += [f"ttft={fields['first_token_s']:.3f}s", f"pause={fields['longest_pause_s']:.3f}s"]
+    stages = max((answer["stages"] for answer in answers), key=lambda stages: stages["total_ms"])
+    least_ms = _SHARE * stages.pop("total_ms")
+    words += [total, *(f"{name.removesuffix('_ms')}={ms / 1e3:.3f}s" for name, ms in stages.items() if ms > least_ms)]
+    return " ".join((*words, *(f"end={answer['limit'] or answer['finish_reason']}" for answer in answers)))
 
 
 def _short(text: str) -> str:

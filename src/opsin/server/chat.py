@@ -12,10 +12,10 @@ from opsin.core.answer import Answer, Finished, TextDelta, TokenLogprob
 from opsin.server.context import Context
 from opsin.server.errors import BadField
 from opsin.server.exchange import Exchange, Job
-from opsin.server.limits import admit
+from opsin.server.limits import Admission
 from opsin.server.model import LoadedModel
 from opsin.server.params import build_prompt, check_model, choices, sampling, top_logprobs, wants_usage
-from opsin.server.replies import ChoicesWriter, token_logprobs, extensions
+from opsin.server.replies import ChoicesWriter, extensions, token_logprobs
 from opsin.server.schema import ChatRequest, NamedTool
 from opsin.server.tools import ToolPlan, plan_tools, schema_of
 
@@ -27,8 +27,8 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation of texts and images."""
 
     async def prepare(model: LoadedModel) -> Job:
-        job = await _job(body, model, request.app.state.context)
-        return await admit(request, job)
+        admission: Admission = request.state.admission
+        return await admission.admit(await _job(body, model, request.app.state.context))
 
     return Exchange(request, prepare)
 
@@ -53,9 +53,7 @@ async def _job(body: ChatRequest, model: LoadedModel, context: Context) -> Job:
         thinking=body.wants_thinking,
     )
     each = choices(params, body.n, settings)
-    writer = ChatWriter(
-        model.name, len(each), tools, logprobs=bool(body.logprobs), include_usage=wants_usage(body)
-    )
+    writer = ChatWriter(model.name, len(each), tools, logprobs=bool(body.logprobs), include_usage=wants_usage(body))
     prompt = await build_prompt(body, body.messages, tools, model, context)
     return Job([(prompt, one) for one in each], writer, bool(body.stream))
 

@@ -14,7 +14,7 @@ from opsin.core.parts import Prompt, TextPart
 from opsin.server.context import Context
 from opsin.server.errors import BadField, at_most
 from opsin.server.exchange import Exchange, Job
-from opsin.server.limits import admit
+from opsin.server.limits import Admission
 from opsin.server.model import LoadedModel
 from opsin.server.params import check_model, check_text, choices, sampling, top_logprobs, wants_usage
 from opsin.server.replies import LEAST_LOGPROB, ChoicesWriter, extensions
@@ -28,7 +28,8 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     """Continue a text as it is, without a chat template."""
 
     async def prepare(model: LoadedModel) -> Job:
-        return await admit(request, _job(body, model, request.app.state.context))
+        admission: Admission = request.state.admission
+        return await admission.admit(_job(body, model, request.app.state.context))
 
     return Exchange(request, prepare)
 

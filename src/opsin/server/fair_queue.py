@@ -35,16 +35,11 @@ class FairQueue:
         """Answers that wait here."""
         return sum(map(self._length, self._lines))
 
-    async def take(self, key: str, n: int) -> bool:
-        """Wait for room for `n` answers, to be given back with `leave`; False if there was room at once.
-
-        Raises QueueFull.
-        """
+    async def take(self, key: str, n: int) -> None:
+        """Wait for room for `n` answers, to be given back with `leave`. Raises QueueFull."""
         waiter = _Waiter(n, asyncio.get_running_loop().create_future())
         self._lines.setdefault(key, deque()).append(waiter)
         self._serve()
-        if waiter.granted.done():
-            return False
         if self.waiting > self._longest:
             longest = max(self._lines, key=lambda one: (self._length(one), one == key))
             refused = self._lines[longest][-1]
@@ -60,7 +55,6 @@ class FairQueue:
             elif waiter.granted.exception() is None:
                 self.leave(n)
             raise
-        return True
 
     def leave(self, n: int) -> None:
         """Give room for `n` answers back."""

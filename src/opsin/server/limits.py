@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import math
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -49,41 +49,33 @@ class Admission:
         self._counted = 1
         self._room = 0
 
-    async def take(self, n: int, seconds: float | None) -> float:
-        """Wait for room for `n` answers, at most `seconds`; return how long it took. Raises QueueFull."""
+    async def admit(self, job: Job) -> Job:
+        """Wait until it is the key's turn. The time spent waiting counts towards the job's `max_seconds`.
+
+        Raises QueueFull.
+        """
+        n, seconds = len(job.asked), job.asked[0][1].max_seconds
         self._bucket.tokens -= n - 1
         self._bucket.running += n - 1
         self._counted = n
         began = time.perf_counter()
-        try:
+        # When the time is over it goes on without room: the engine ends it at once, and says why.
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                waited = await self._queue.take(self._key, n)
-        except TimeoutError:
-            waited = True  # it goes on without room: the engine ends it at once, and says why
-        else:
-            self._room = n
-        return time.perf_counter() - began if waited else 0.0
+                await self._queue.take(self._key, n)
+                self._room = n
+        waited = time.perf_counter() - began
+        asked = job.asked
+        if seconds is not None:
+            left = {"max_seconds": max(seconds - waited, 1e-3)}
+            asked = [(prompt, params.model_copy(update=left)) for prompt, params in asked]
+        return dataclasses.replace(job, asked=asked, queue_ms=waited * 1e3)
 
     def release(self) -> None:
         """The request has ended."""
         self._bucket.running -= self._counted
         if self._room:
             self._queue.leave(self._room)
-
-
-async def admit(request: Request, job: Job) -> Job:
-    """Wait until it is the turn of the request's key. The time spent waiting counts towards the job's `max_seconds`.
-
-    Raises QueueFull.
-    """
-    admission: Admission = request.state.admission
-    seconds = job.asked[0][1].max_seconds
-    waited = await admission.take(len(job.asked), seconds)
-    asked = job.asked
-    if seconds is not None and waited:
-        left = {"max_seconds": max(seconds - waited, 1e-3)}
-        asked = [(prompt, params.model_copy(update=left)) for prompt, params in asked]
-    return dataclasses.replace(job, asked=asked, queue_ms=waited * 1e3)
 
 
 class Limits:
@@ -153,11 +145,12 @@ class Limits:
         """The whole body."""
         pieces: list[bytes] = []
         size, more, began = 0, True, self._clock()
+        slow = ErrorResponse(408, "The body came too slowly: send it whole, and faster.", "timeout")
         try:
             while more:
                 left = began + self._patience + size / LEAST_BYTES_PER_SECOND - self._clock()
                 if left <= 0:
-                    raise TimeoutError
+                    return slow
                 async with asyncio.timeout(min(self._patience, left)):
                     message = await receive()
                 if message["type"] == "http.disconnect":
@@ -173,7 +166,7 @@ class Limits:
                         503, "Too many large bodies arrive at once: try again.", "busy", headers={"Retry-After": "1"}
                     )
         except TimeoutError:
-            return ErrorResponse(408, "The body came too slowly: send it whole, and faster.", "timeout")
+            return slow
         finally:
             self._unfinished -= size
         return b"".join(pieces)

@@ -32,9 +32,6 @@ DURATION: Final = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 1
 # They give none for the parts of a request, which are as short as a first token and as long as a whole answer.
 PART: Final = (*FIRST_TOKEN, 20.48, 40.96, 81.92)
 
-MAX_REASONS: Final = 64
-"""Values of the label `reason` of refusals. There are fewer error codes than that."""
-
 router = APIRouter()
 
 
@@ -56,7 +53,6 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._engine = _EngineNumbers(life)
         self.registry.register(self._engine)
-        self._refusals: set[str] = set()
 
         def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
             return Histogram(f"opsin:{name}", text, labels, buckets=buckets, registry=self.registry)
@@ -92,7 +88,7 @@ class Metrics:
         if stats.refused == "cancelled":
             self._success.labels("cancelled").inc()
         elif stats.refused is not None:
-            self._refused.labels(self._bounded(stats.refused)).inc()
+            self._refused.labels(stats.refused).inc()
         if not stats.answers:
             return
         self._duration.observe(stats.ended - stats.began)
@@ -115,12 +111,6 @@ class Metrics:
             ms = getattr(answer.stages, f"{stage.value}_ms")
             if ms > 0:
                 self._stages.labels(stage.value).observe(ms / 1e3)
-
-    def _bounded(self, reason: str) -> str:
-        if reason not in self._refusals and len(self._refusals) >= MAX_REASONS:
-            return "other"
-        self._refusals.add(reason)
-        return reason
 
 
 @dataclass(slots=True, eq=False)

@@ -18,7 +18,16 @@ from opsin.prompt import Content, Message
 from opsin.server.context import Context
 from opsin.server.errors import BadField, UnknownModel, at_most, field_error
 from opsin.server.model import LoadedModel
-from opsin.server.schema import IMAGE_PARTS, Choices, Common, Conversation, ImagePartIn, InputImage, MessageIn, ToolCallIn
+from opsin.server.schema import (
+    IMAGE_PARTS,
+    Choices,
+    Common,
+    Conversation,
+    ImagePartIn,
+    InputImage,
+    MessageIn,
+    ToolCallIn,
+)
 from opsin.server.security import is_loopback
 from opsin.server.tools import ToolPlan, is_deep
 

@@ -15,7 +15,7 @@ from opsin.core.sampling import SamplingParams
 from opsin.server.context import Context
 from opsin.server.errors import BadField, dumps
 from opsin.server.exchange import Exchange, Job
-from opsin.server.limits import admit
+from opsin.server.limits import Admission
 from opsin.server.model import LoadedModel
 from opsin.server.params import build_prompt, check_model, sampling
 from opsin.server.replies import extensions
@@ -30,7 +30,8 @@ async def responses(body: ResponsesRequest, request: Request) -> Response:
     """Answer a conversation that is sent whole."""
 
     async def prepare(model: LoadedModel) -> Job:
-        return await admit(request, await _job(body, model, request.app.state.context))
+        admission: Admission = request.state.admission
+        return await admission.admit(await _job(body, model, request.app.state.context))
 
     return Exchange(request, prepare)
 

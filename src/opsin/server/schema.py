@@ -21,7 +21,9 @@ class Strict(BaseModel):
 
 def _or_text(make: Callable[[str], Any], accepted: Any) -> BeforeValidator:
     """Plain text is short for what `make` makes of it; `accepted` is what the API document shows."""
-    return BeforeValidator(lambda value: make(value) if isinstance(value, str) else value, json_schema_input_type=accepted)
+    return BeforeValidator(
+        lambda value: make(value) if isinstance(value, str) else value, json_schema_input_type=accepted
+    )
 
 
 class TextPartIn(Strict):
@@ -292,19 +294,12 @@ class InputCallOutput(Item):
     output: ContentIn
 
 
-class ReasoningText(Strict):
-    """Reasoning as text."""
-
-    type: Literal["reasoning_text"]
-    text: str
-
-
 class InputReasoning(Item):
     """The reasoning before an earlier answer. Chat templates leave it out, so it is accepted and not used."""
 
     type: Literal["reasoning"]
     summary: list[Any] | None = Field(None, max_length=0)
-    content: list[ReasoningText] | None = None
+    content: list[dict[str, Any]] | None = None
     encrypted_content: None = None
 
 
@@ -345,7 +340,9 @@ class ResponsesRequest(Conversation):
 
     def messages(self) -> list[MessageIn]:
         """The conversation as messages of chat completions."""
-        found = [MessageIn.model_validate({"role": "system", "content": self.instructions})] if self.instructions else []
+        found = (
+            [MessageIn.model_validate({"role": "system", "content": self.instructions})] if self.instructions else []
+        )
         for item in self.input:
             if isinstance(item, InputMessage):
                 found.append(item)

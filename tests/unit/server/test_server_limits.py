@@ -8,10 +8,15 @@ from typing import Any
 
 import httpx
 import pytest
+from api_driver import until
 from starlette.types import Receive, Scope, Send
 
 from opsin.core.errors import QueueFull
+from opsin.core.parts import Prompt
+from opsin.core.sampling import SamplingParams
 from opsin.core.server_settings import ServerSettings
+from opsin.server.completions import TextWriter
+from opsin.server.exchange import Job
 from opsin.server.fair_queue import FairQueue
 from opsin.server.limits import Limits
 from opsin.server.pixels import current_holder
@@ -151,16 +156,12 @@ class Taking:
         self.arrived: list[str] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await scope["state"]["admission"].take(int(dict(scope["headers"])[b"n"]), None)
+        asked = [(Prompt(()), SamplingParams())] * int(dict(scope["headers"])[b"n"])
+        await scope["state"]["admission"].admit(Job(asked, TextWriter("m", logprobs=False, include_usage=False), False))
         self.arrived.append(scope["state"]["key"])
         await self.go.wait()
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"ok"})
-
-
-async def until_waiting(queue: FairQueue, n: int) -> None:
-    while queue.waiting != n:
-        await asyncio.sleep(0)
 
 
 def test_each_choice_counts() -> None:
@@ -173,8 +174,7 @@ def test_each_choice_counts() -> None:
                 return await client.post("/", headers={"k": "a", "n": str(n)})
 
             first = asyncio.create_task(ask(8))
-            while not inside.arrived:
-                await asyncio.sleep(0)
+            await until(lambda: bool(inside.arrived))
             assert (await ask(1)).status_code == 429
             inside.go.set()
             assert (await first).status_code == 200
@@ -201,7 +201,7 @@ def test_a_greedy_key_takes_no_place_from_another() -> None:
 
         async with client_of(Keyed(limits)) as client:
             greedy = [asyncio.create_task(ask("greedy", 8)) for _ in range(40)]
-            await until_waiting(queue, 248)
+            await until(lambda: queue.waiting == 248)
             asked = [asyncio.create_task(ask("modest", 1)) for _ in range(8)]
             done, _ = await asyncio.wait(greedy, return_when=asyncio.FIRST_COMPLETED, timeout=5)
             assert {task.result() for task in done} == {429}
@@ -232,7 +232,7 @@ def test_who_leaves_gives_room_back() -> None:
         queue.leave(1)
         await queue.take("b", 9)  # more than there is room for, alone
         last = asyncio.create_task(queue.take("a", 1))
-        await until_waiting(queue, 1)
+        await until(lambda: queue.waiting == 1)
         queue.leave(9)
         last.cancel()  # it was granted room already
         await asyncio.gather(last, return_exceptions=True)
