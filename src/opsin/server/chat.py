@@ -90,7 +90,7 @@ class ChatWriter(ChoicesWriter):
         text, calls = answer.text, []
         if reader is not None:
             text = (reader.feed(text) + reader.finish()).strip()
-            calls = [call.as_dict() for call in reader.calls]
+            calls = reader.calls
         message: dict[str, Any] = {"role": "assistant", "content": text or None if calls else text, "refusal": None}
         if answer.reasoning is not None:
             message["reasoning_content"] = answer.reasoning
@@ -111,7 +111,7 @@ class ChatWriter(ChoicesWriter):
                 frames.append(self._delta(index, {"content": text}))
             calls = reader.calls
         for number, call in enumerate(calls):
-            frames.append(self._delta(index, {"tool_calls": [{"index": number, **call.as_dict()}]}))
+            frames.append(self._delta(index, {"tool_calls": [{"index": number, **call}]}))
         return b"".join((*frames, self._delta(index, {}, reason=_reason(answer, calls), **extensions(answer))))
 
     def _delta(

@@ -20,7 +20,7 @@ from opsin.server.model import LoadedModel
 from opsin.server.params import build_prompt, check_model, sampling
 from opsin.server.replies import extensions
 from opsin.server.schema import ResponsesRequest
-from opsin.server.tools import Call, ToolPlan, plan_tools, schema_of
+from opsin.server.tools import ToolPlan, plan_tools, schema_of
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -171,17 +171,17 @@ class ResponsesWriter:
         self._text.clear()
         return b"".join(frames)
 
-    def _call(self, call: Call) -> bytes:
-        index = len(self._output)
-        item = {"type": "function_call", "id": f"fc_{uuid.uuid4().hex}", "call_id": call.id, "name": call.name}
-        whole = {**item, "arguments": call.arguments, "status": "completed"}
+    def _call(self, call: dict[str, Any]) -> bytes:
+        index, name, arguments = len(self._output), call["function"]["name"], call["function"]["arguments"]
+        item = {"type": "function_call", "id": f"fc_{uuid.uuid4().hex}", "call_id": call["id"], "name": name}
+        whole = {**item, "arguments": arguments, "status": "completed"}
         self._output.append(whole)
         place = {"item_id": item["id"], "output_index": index}
         begun = {**item, "arguments": "", "status": "in_progress"}
         return (
             self._event("response.output_item.added", output_index=index, item=begun)
-            + self._event("response.function_call_arguments.delta", **place, delta=call.arguments)
-            + self._event("response.function_call_arguments.done", **place, name=call.name, arguments=call.arguments)
+            + self._event("response.function_call_arguments.delta", **place, delta=arguments)
+            + self._event("response.function_call_arguments.done", **place, name=name, arguments=arguments)
             + self._event("response.output_item.done", output_index=index, item=whole)
         )
 

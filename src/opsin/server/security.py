@@ -51,7 +51,7 @@ class SecurityMiddleware:
         scope.setdefault("state", {})["key"] = ""
         # A browser asks for leave (OPTIONS) without the key; the answer only says which origins are let in.
         asks_leave = named is not None and scope["method"] == "OPTIONS"
-        answer = self._wrong_host(scope, headers) or self._wrong_origin(scope, headers)
+        answer: Response | None = self._wrong_host(scope, headers) or self._wrong_origin(scope, headers)
         if answer is None:
             answer = None if asks_leave else self._wrong_key(scope, headers)
         if answer is None and asks_leave and "access-control-request-method" in headers:

@@ -22,19 +22,6 @@ _OPENERS = (_TAGGED[0], _LISTED, _PYTHON_TAG)
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """A function that the model wants called; `arguments` is JSON text."""
-
-    id: str
-    name: str
-    arguments: str
-
-    def as_dict(self) -> dict[str, Any]:
-        """The call as chat completions write it."""
-        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
-
-
-@dataclass(frozen=True, slots=True)
 class ToolPlan:
     """How a request's tools reach the model.
 
@@ -177,7 +164,8 @@ class CallReader:
         self._whole = whole
         self._held = ""
         self._said = False
-        self.calls: list[Call] = []
+        self.calls: list[dict[str, Any]] = []
+        """The calls that were found, as chat completions write them."""
 
     def feed(self, text: str) -> str:
         """Take text; return what is certainly not part of a call."""
@@ -227,12 +215,13 @@ class CallReader:
         self.calls += found
         return True
 
-    def _call(self, value: Any) -> Call | None:
+    def _call(self, value: Any) -> dict[str, Any] | None:
         if not isinstance(value, Mapping) or not isinstance(value.get("name"), str) or value["name"] not in self._names:
             return None
         arguments = value.get("arguments", value.get("parameters", {}))
         text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        return Call(f"call_{uuid.uuid4().hex[:24]}", value["name"], text)
+        function = {"name": value["name"], "arguments": text}
+        return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
 
 
 def _tail(text: str) -> int:

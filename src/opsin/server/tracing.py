@@ -1,6 +1,6 @@
-"""OpenTelemetry traces: a span a request, and under it a span for each time a stage ran.
+"""OpenTelemetry traces: one span per request, and below it one span for each time a stage ran.
 
-Needs `opsin[otel]`; where traces go is said by the environment's OTEL_* variables.
+Needs `opsin[otel]`. The environment's OTEL_* variables say where traces go.
 """
 
 from __future__ import annotations
@@ -14,23 +14,21 @@ from opsin.core.stages import Interval
 from opsin.server.request_stats import RequestStats
 
 if TYPE_CHECKING:
-    from opentelemetry.context import Context
     from opentelemetry.sdk.trace.export import SpanExporter
-    from opentelemetry.trace import Span
     from opentelemetry.util.types import AttributeValue
 
 _OPERATIONS = {"/v1/chat/completions": "chat", "/v1/responses": "chat", "/v1/completions": "text_completion"}
 LAST_SPANS_SECONDS = 2.0
-"""How long an ending server waits for the collector."""
+"""How long a server that ends waits for the collector."""
 _LONGEST = 100
 """Characters of a name that a client chose."""
 
 
 class Tracing:
-    """A watcher with a tracer of its own. Spans leave in a thread of their own, the last ones with `close`.
+    """A watcher with a tracer of its own. Spans are sent by a thread, the last ones by `close`.
 
-    Names are those of OpenTelemetry's GenAI conventions; what they have no names for is under `opsin`. Prompts and
-    answers are never part of a span. Raises BadParameter where OpenTelemetry is not installed.
+    Names are those of OpenTelemetry's GenAI conventions; others start with `opsin`. Prompts and answers are never part
+    of a span. Raises BadParameter if OpenTelemetry is not installed.
     """
 
     def __init__(self, exporter: SpanExporter | None = None) -> None:
@@ -54,45 +52,50 @@ class Tracing:
     def finished(self, stats: RequestStats) -> None:
         """See Watcher."""
         from opentelemetry.trace import SpanKind, set_span_in_context
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
         from opentelemetry.trace.status import StatusCode
+
+        def unix_ns(at: float) -> int:
+            return int((stats.began_at + at - stats.began) * 1e9)
 
         operation = _OPERATIONS.get(stats.route)
         if operation is None:
-            return  # a stranger's knocking at doors that are none
+            return  # not one of our addresses
+        caller = {} if stats.traceparent is None else {"traceparent": stats.traceparent}
         span = self._tracer.start_span(
             f"{operation} {stats.model[:_LONGEST]}".rstrip(),
-            context=_caller(stats.traceparent),
+            context=TraceContextTextMapPropagator().extract(caller),
             kind=SpanKind.SERVER,
             attributes=_attributes(stats, operation),
-            start_time=_unix_ns(stats, stats.began),
+            start_time=unix_ns(stats.began),
         )
-        if stats.refused is not None:
-            span.set_attribute("error.type", stats.refused)
         if stats.status >= 500:
             span.set_status(StatusCode.ERROR)
         if span.is_recording():
             inside = set_span_in_context(span)
             for choice, answer in enumerate(stats.answers):
                 for interval in answer.intervals:
-                    self._stage(stats, choice, interval, inside).end(_unix_ns(stats, interval.end))
-        span.end(_unix_ns(stats, stats.ended))
+                    name, start = interval.stage.value, unix_ns(interval.start)
+                    attributes = _stage_attributes(choice, interval)
+                    stage = self._tracer.start_span(name, context=inside, attributes=attributes, start_time=start)
+                    stage.end(unix_ns(interval.end))
+        span.end(unix_ns(stats.ended))
 
     def close(self) -> None:
-        """Send what is left; twice does no harm. A collector that does not answer keeps nobody for long."""
-        # The exporter's own attempts go on for ten seconds, and no argument of the provider's makes them shorter.
+        """Send what is left, within LAST_SPANS_SECONDS; a second call does nothing."""
+        # The exporter itself tries for ten seconds, and no argument of the provider makes that shorter.
         sending = threading.Thread(target=self._provider.shutdown, name="opsin-traces", daemon=True)
         sending.start()
         sending.join(LAST_SPANS_SECONDS)
 
-    def _stage(self, stats: RequestStats, choice: int, interval: Interval, inside: Context) -> Span:
-        attributes: dict[str, AttributeValue] = {
-            "opsin.choice": choice,
-            "opsin.stage": interval.stage.value,
-            "opsin.stage.ms": interval.seconds * 1e3,
-            "opsin.stage.times": interval.count,
-        }
-        start = _unix_ns(stats, interval.start)
-        return self._tracer.start_span(interval.stage.value, context=inside, attributes=attributes, start_time=start)
+
+def _stage_attributes(choice: int, interval: Interval) -> dict[str, AttributeValue]:
+    return {
+        "opsin.choice": choice,
+        "opsin.stage": interval.stage.value,
+        "opsin.stage.ms": interval.seconds * 1e3,
+        "opsin.stage.times": interval.count,
+    }
 
 
 def _attributes(stats: RequestStats, operation: str) -> dict[str, AttributeValue]:
@@ -111,7 +114,7 @@ def _attributes(stats: RequestStats, operation: str) -> dict[str, AttributeValue
         usages = [answer.usage for answer in stats.answers]
         attributes |= {
             "gen_ai.response.finish_reasons": [answer.finish_reason for answer in stats.answers],
-            # A prompt is read once, and answered as often as there are choices.
+            # The prompt is read once, for all choices.
             "gen_ai.usage.input_tokens": usages[0].prompt_tokens,
             "gen_ai.usage.cache_read.input_tokens": usages[0].cached_tokens,
             "gen_ai.usage.output_tokens": sum(usage.completion_tokens for usage in usages),
@@ -120,18 +123,8 @@ def _attributes(stats: RequestStats, operation: str) -> dict[str, AttributeValue
         guards = [answer.guard.reason for answer in stats.answers if answer.guard is not None]
         if guards:
             attributes["opsin.guard"] = guards
+    if stats.refused is not None:
+        attributes["error.type"] = stats.refused
     if stats.first_token_s is not None:
         attributes["gen_ai.response.time_to_first_chunk"] = stats.first_token_s
     return attributes
-
-
-def _caller(traceparent: str | None) -> Context:
-    """The span of whoever asked, so that this one is found under it."""
-    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-
-    return TraceContextTextMapPropagator().extract({} if traceparent is None else {"traceparent": traceparent})
-
-
-def _unix_ns(stats: RequestStats, at: float) -> int:
-    """A time of the engine's clock as nanoseconds since 1970."""
-    return int((stats.began_at + at - stats.began) * 1e9)

@@ -43,9 +43,9 @@ def test_calls_are_found_however_the_text_comes(answer: str, text: str, n_calls:
     reader = CallReader(NAMES)
     told = "".join(reader.feed(answer[at : at + size]) for at in range(0, len(answer), size)) + reader.finish()
     assert told.strip() == text
-    assert [json.loads(call.arguments) for call in reader.calls] == [ARGUMENTS] * n_calls
-    assert {call.name for call in reader.calls} <= {"paint"}
-    assert len({call.id for call in reader.calls}) == n_calls
+    assert [json.loads(call["function"]["arguments"]) for call in reader.calls] == [ARGUMENTS] * n_calls
+    assert {call["function"]["name"] for call in reader.calls} <= {"paint"}
+    assert len({call["id"] for call in reader.calls}) == n_calls
 
 
 def test_text_is_given_as_soon_as_it_can_be_no_call() -> None:

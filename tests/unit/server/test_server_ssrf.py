@@ -374,7 +374,7 @@ def test_a_named_host_must_be_public_all_the_same(model: LoadedModel, wire: Wire
     "host", ["", "http://a.example", "a.example/x", "*", "a.*.example", "me@a.example", "a b", "a:x"]
 )
 def test_hosts_that_are_none_are_refused_at_start(host: str) -> None:
-    with pytest.raises(BadParameter, match="no host"):
+    with pytest.raises(BadParameter, match="not a host"):
         PictureGate(ServerSettings(image_hosts=(host,)))
 
 
