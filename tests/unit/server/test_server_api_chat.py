@@ -556,6 +556,32 @@ def test_a_hundred_streams_leave_the_loop_responsive() -> None:
     run(work())
 
 
+def test_forty_requests_of_eight_choices_leave_room_for_another_key() -> None:
+    gate = Gate("abcd", stop_at=0)
+
+    async def work() -> None:
+        async with world(gate, keys=("greedy", "modest"), max_tokens=4) as w:
+
+            async def ask(key: str, n: int) -> Any:
+                return await w.post(messages=QUESTION, n=n, headers={"Authorization": f"Bearer {key}"})
+
+            greedy = [asyncio.ensure_future(ask("greedy", 8)) for _ in range(40)]
+            await until(lambda: sum(task.done() for task in greedy) == 7)  # 264 answers run or wait: 33 requests
+            modest = [asyncio.ensure_future(ask("modest", 1)) for _ in range(8)]
+            await until(lambda: sum(task.done() for task in greedy) == 8)
+            gate.open.set()
+            replies = [await task for task in modest]
+            assert [reply.status_code for reply in replies] == [200] * 8
+            assert sum(not task.done() for task in greedy) > 16, "they did not wait for all that came before"
+            stages = replies[0].json()["stages"]
+            assert stages["queue_ms"] > stages["other_ms"]
+            refused = [reply for reply in await asyncio.gather(*greedy) if reply.status_code != 200]
+            assert {reply.json()["error"]["code"] for reply in refused} == {"queue_full"}
+            assert len(refused) == 8
+
+    run(work())
+
+
 def test_choices_that_were_begun_are_ended_when_a_later_one_finds_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate(stop_at=0)
     enter = Engine._enter
