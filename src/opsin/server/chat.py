@@ -15,7 +15,7 @@ from opsin.server.exchange import Exchange, Job
 from opsin.server.limits import Admission
 from opsin.server.model import LoadedModel
 from opsin.server.params import build_prompt, check_model, choices, sampling, top_logprobs, wants_usage
-from opsin.server.replies import ChoicesWriter, extensions, token_logprobs
+from opsin.server.replies import ChoicesWriter, extensions, finish_reason, token_logprobs
 from opsin.server.schema import ChatRequest, NamedTool
 from opsin.server.tools import ToolPlan, plan_tools, schema_of
 
@@ -100,7 +100,7 @@ class ChatWriter(ChoicesWriter):
             "index": index,
             "message": message,
             "logprobs": self._told(answer.logprobs),
-            "finish_reason": _reason(answer, calls),
+            "finish_reason": "tool_calls" if calls else finish_reason(answer),
         }
 
     def _finish(self, index: int, answer: Answer) -> bytes:
@@ -112,7 +112,8 @@ class ChatWriter(ChoicesWriter):
             calls = reader.calls
         for number, call in enumerate(calls):
             frames.append(self._delta(index, {"tool_calls": [{"index": number, **call}]}))
-        return b"".join((*frames, self._delta(index, {}, reason=_reason(answer, calls), **extensions(answer))))
+        reason = "tool_calls" if calls else finish_reason(answer)
+        return b"".join((*frames, self._delta(index, {}, reason=reason, **extensions(answer))))
 
     def _delta(
         self,
@@ -129,7 +130,3 @@ class ChatWriter(ChoicesWriter):
 
     def _told(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         return {"content": token_logprobs(logprobs), "refusal": None} if self._logprobs else None
-
-
-def _reason(answer: Answer, calls: Sequence[Any]) -> str:
-    return "tool_calls" if calls else "length" if answer.finish_reason == "length" else "stop"

@@ -17,7 +17,7 @@ from opsin.server.exchange import Exchange, Job
 from opsin.server.limits import Admission
 from opsin.server.model import LoadedModel
 from opsin.server.params import check_model, check_text, choices, sampling, top_logprobs, wants_usage
-from opsin.server.replies import LEAST_LOGPROB, ChoicesWriter, extensions
+from opsin.server.replies import LEAST_LOGPROB, ChoicesWriter, extensions, finish_reason
 from opsin.server.schema import CompletionRequest
 
 router = APIRouter(tags=["OpenAI"])
@@ -72,23 +72,19 @@ class TextWriter(ChoicesWriter):
         """New text, or the end of a choice. Reasoning is text like any other here: no template separated it."""
         if isinstance(event, Finished):
             self._answers[index] = event.answer
-            reason = _reason(event.answer)
-            return self._chunk(choices=[self._choice(index, "", (), reason)], **extensions(event.answer))
+            last = self._choice(index, "", (), finish_reason(event.answer))
+            return self._chunk(choices=[last], **extensions(event.answer))
         return self._chunk(choices=[self._choice(index, event.text, event.logprobs, None)])
 
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
         """See ChoicesWriter."""
-        return self._choice(index, answer.text, answer.logprobs, _reason(answer))
+        return self._choice(index, answer.text, answer.logprobs, finish_reason(answer))
 
     def _choice(self, index: int, text: str, logprobs: Sequence[TokenLogprob], reason: str | None) -> dict[str, Any]:
         offset = self._lengths.get(index, 0)
         self._lengths[index] = offset + len(text)
         told = _older_logprobs(logprobs, offset) if self._logprobs and logprobs else None
         return {"index": index, "text": text, "logprobs": told, "finish_reason": reason}
-
-
-def _reason(answer: Answer) -> str:
-    return "length" if answer.finish_reason == "length" else "stop"
 
 
 def _older_logprobs(logprobs: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:

@@ -32,6 +32,11 @@ def extensions(answer: Answer) -> dict[str, Any]:
     }
 
 
+def finish_reason(answer: Answer) -> str:
+    """OpenAI's word for why an answer ended."""
+    return "length" if answer.finish_reason == "length" else "stop"
+
+
 def token_logprobs(logprobs: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
     """Log probabilities as chat completions write them."""
     return [
