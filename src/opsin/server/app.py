@@ -16,9 +16,8 @@ from opsin.server.limits import Limits
 from opsin.server.request_stats import RequestStats
 from opsin.server.security import SecurityMiddleware
 
-_ROUTES = frozenset(
-    route.path for room in (chat, responses, completions) for route in room.router.routes if isinstance(route, Route)
-)
+_ROUTES = [route for room in (chat, responses, completions) for route in room.router.routes if isinstance(route, Route)]
+_PATHS = frozenset(route.path for route in _ROUTES)
 
 
 def create_app(context: Context, *, keys: tuple[str, ...] = ()) -> FastAPI:
@@ -30,7 +29,7 @@ def create_app(context: Context, *, keys: tuple[str, ...] = ()) -> FastAPI:
         app.include_router(room.router)
     add_error_handlers(app)
     # The last one added is the outermost.
-    app.add_middleware(Limits, settings=context.settings, paths=_ROUTES, queue=context.queue)
+    app.add_middleware(Limits, settings=context.settings, routes=_ROUTES, queue=context.queue)
     app.add_middleware(SecurityMiddleware, settings=context.settings, keys=keys)
     app.add_middleware(Accounts, context=context)
     return app
@@ -49,7 +48,7 @@ class Accounts:
             await self._app(scope, receive, send)
             return
         # Any text may stand in a path, also one that would be a line of the log.
-        stats = RequestStats(route=scope["path"] if scope["path"] in _ROUTES else "other")
+        stats = RequestStats(route=scope["path"] if scope["path"] in _PATHS else "other")
         headers = dict(scope["headers"])
         stats.traceparent = headers[b"traceparent"].decode("latin-1") if b"traceparent" in headers else None
         state = scope.setdefault("state", {})

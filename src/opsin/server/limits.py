@@ -7,10 +7,11 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from opsin.core.server_settings import ServerSettings
@@ -79,7 +80,7 @@ class Admission:
 
 
 class Limits:
-    """Middleware around every POST to one of `paths`: checks and reads the body, then counts the request.
+    """Middleware around the API's `routes`: checks and reads the body, then counts the request.
 
     Refused are bodies that are not plain JSON (415), too large (413), too slow (408), or too many at once (503), and
     what is over the limits of a key (429). A key may make `requests_per_minute` at once and gets them back evenly over
@@ -91,12 +92,12 @@ class Limits:
         self,
         app: ASGIApp,
         settings: ServerSettings,
-        paths: Collection[str],
+        routes: Sequence[BaseRoute],
         queue: FairQueue,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._app = app
-        self._paths = paths
+        self._routes = routes
         self._queue = queue
         self._clock = clock
         self._rate = settings.requests_per_minute
@@ -108,7 +109,8 @@ class Limits:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or refuse it."""
-        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in self._paths:
+        # The routes themselves are asked, so that no spelling of a path leads past the limits.
+        if scope["type"] != "http" or all(route.matches(scope)[0] is not Match.FULL for route in self._routes):
             await self._app(scope, receive, send)
             return
         state = scope.setdefault("state", {})

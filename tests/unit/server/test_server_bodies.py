@@ -11,6 +11,8 @@ from typing import Any
 import httpx
 import pytest
 from api_driver import CHAT, QUESTION, run, world
+from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from opsin.core.server_settings import ServerSettings
@@ -35,7 +37,9 @@ async def inside(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 def limits_of(app: Any = inside, clock: Any = time.monotonic, **settings: Any) -> Limits:
-    return Limits(app, ServerSettings(**settings), frozenset({CHAT}), FairQueue(8, 256), clock)
+    return Limits(
+        app, ServerSettings(**settings), [Route(CHAT, lambda _: Response(), methods=["POST"])], FairQueue(8, 256), clock
+    )
 
 
 def ask(*, headers: Any = JSON, content: bytes | AsyncIterator[bytes] = b"{}", **settings: Any) -> httpx.Response:
@@ -85,6 +89,20 @@ def test_wrong_methods_are_told_so_with_and_without_a_body(method: str, path: st
                 reply = await w.client.request(method, path, headers=headers, content=content)
                 assert code(reply) == (405, "method_not_allowed")
                 assert reply.headers["allow"]
+
+    run(work())
+
+
+@pytest.mark.parametrize("path", [CHAT + "%0a", "/v1/chat%2fcompletions"])
+def test_no_spelling_of_a_path_leads_past_the_limits(path: str) -> None:
+    async def work() -> None:
+        async with world(max_body_bytes=2048) as w:
+            assert (await w.post(path, messages=QUESTION)).status_code == 200
+            reply = await w.client.post(
+                path, content=json.dumps({"messages": QUESTION}), headers={"content-type": "text/plain"}
+            )
+            assert code(reply) == (415, "wrong_content_type")
+            assert code(await w.post(path, messages=[{"role": "user", "content": "x" * 4096}])) == (413, "too_large")
 
     run(work())
 

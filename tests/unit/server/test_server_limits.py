@@ -9,6 +9,8 @@ from typing import Any
 import httpx
 import pytest
 from api_driver import until
+from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from opsin.core.errors import QueueFull
@@ -55,7 +57,9 @@ class Inside:
 
 
 def limits_of(app: Any, clock: Any = time.monotonic, **settings: Any) -> Limits:
-    return Limits(app, ServerSettings(**settings), frozenset({"/"}), FairQueue(8, 256), clock)
+    return Limits(
+        app, ServerSettings(**settings), [Route("/", lambda _: Response(), methods=["POST"])], FairQueue(8, 256), clock
+    )
 
 
 def client_of(app: Any) -> httpx.AsyncClient:
@@ -190,7 +194,7 @@ def test_each_choice_counts() -> None:
 def test_a_greedy_key_takes_no_place_from_another() -> None:
     async def go() -> None:
         inside, queue = Taking(), FairQueue(8, 256)
-        limits = Limits(inside, ServerSettings(), frozenset({"/"}), queue)
+        limits = Limits(inside, ServerSettings(), [Route("/", lambda _: Response(), methods=["POST"])], queue)
         asked: list[asyncio.Task[int]] = []
 
         async def ask(key: str, n: int) -> int:
