@@ -16,7 +16,7 @@ from opsin.server.errors import BadField, at_most
 from opsin.server.exchange import Exchange, Job
 from opsin.server.limits import Admission
 from opsin.server.model import LoadedModel
-from opsin.server.params import check_model, check_text, choices, sampling, top_logprobs, wants_usage
+from opsin.server.params import check_model, choices, sampling, top_logprobs, wants_usage
 from opsin.server.replies import LEAST_LOGPROB, ChoicesWriter, extensions, finish_reason
 from opsin.server.schema import CompletionRequest
 
@@ -37,7 +37,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
 def _job(body: CompletionRequest, model: LoadedModel, context: Context) -> Job:
     settings = context.settings
     check_model(body.model, model, settings)
-    check_text(sum(map(len, body.prompt)), settings, "prompt")
+    at_most(settings.max_prompt_chars, sum(map(len, body.prompt)), "characters", "prompt")
     at_most(settings.max_n, len(body.prompt) * (body.n or 1), "answers (prompts times n)", "prompt")
     logprobs = top_logprobs(body.logprobs, settings, "logprobs")
     params = sampling(body, settings, "max_tokens", body.max_tokens, logprobs=logprobs)

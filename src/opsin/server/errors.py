@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -28,25 +28,6 @@ _TAGS = frozenset((
     "text", "image_url", "input_text", "input_image", "output_text", "message", "function_call",
     "function_call_output", "reasoning",
 ))  # fmt: skip
-
-
-class ErrorDetail(BaseModel):
-    """A sentence, OpenAI's kind of error, the field it is about, and a code that stays the same."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str
-
-
-class ErrorBody(BaseModel):
-    """The body of every error."""
-
-    error: ErrorDetail
-
-
-RESPONSES: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorBody, "description": "An error."}}
-"""What the OpenAPI document says about errors."""
 
 
 class BadField(BadParameter):
@@ -82,6 +63,13 @@ def error_body(status: int, message: str, code: str, param: str | None = None) -
     """The error object; its `type` follows from the status."""
     kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+_EXAMPLE = error_body(400, "The field 'messages' is missing.", "bad_parameter", "messages")
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    "default": {"description": "An error.", "content": {"application/json": {"example": _EXAMPLE}}}
+}
+"""What the OpenAPI document says about errors."""
 
 
 class ErrorResponse(Response):

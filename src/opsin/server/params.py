@@ -108,11 +108,6 @@ def top_logprobs(top: int | None, settings: ServerSettings, param: str) -> int |
     return top
 
 
-def check_text(n_chars: int, settings: ServerSettings, param: str) -> None:
-    """Raise BadField if a request has more text than the settings allow."""
-    at_most(settings.max_prompt_chars, n_chars, "characters", param)
-
-
 async def build_prompt(
     body: Conversation, messages: Sequence[MessageIn], tools: ToolPlan, model: LoadedModel, context: Context
 ) -> Prompt:
@@ -153,7 +148,7 @@ def _check_size(messages: Sequence[MessageIn], settings: ServerSettings) -> None
     n_chars = sum(len(part.text) for part in parts if not isinstance(part, IMAGE_PARTS))
     n_chars += sum(len(message.reasoning_content or "") for message in messages)
     n_chars += sum(len(call.function.arguments) for message in messages for call in message.tool_calls or ())
-    check_text(n_chars, settings, "messages")
+    at_most(settings.max_prompt_chars, n_chars, "characters", "messages")
 
 
 def _message(message: MessageIn, images: Iterator[Picture]) -> Message:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from opsin import __version__
 from opsin.core.errors import BadParameter
-from opsin.core.stages import Interval
 from opsin.server.request_stats import RequestStats
 
 if TYPE_CHECKING:
@@ -75,9 +74,13 @@ class Tracing:
             inside = set_span_in_context(span)
             for choice, answer in enumerate(stats.answers):
                 for interval in answer.intervals:
-                    name, start = interval.stage.value, unix_ns(interval.start)
-                    attributes = _stage_attributes(choice, interval)
-                    stage = self._tracer.start_span(name, context=inside, attributes=attributes, start_time=start)
+                    stage = self._tracer.start_span(
+                        interval.stage.value, context=inside, start_time=unix_ns(interval.start)
+                    )
+                    stage.set_attribute("opsin.choice", choice)
+                    stage.set_attribute("opsin.stage", interval.stage.value)
+                    stage.set_attribute("opsin.stage.ms", interval.seconds * 1e3)
+                    stage.set_attribute("opsin.stage.times", interval.count)
                     stage.end(unix_ns(interval.end))
         span.end(unix_ns(stats.ended))
 
@@ -87,15 +90,6 @@ class Tracing:
         sending = threading.Thread(target=self._provider.shutdown, name="opsin-traces", daemon=True)
         sending.start()
         sending.join(LAST_SPANS_SECONDS)
-
-
-def _stage_attributes(choice: int, interval: Interval) -> dict[str, AttributeValue]:
-    return {
-        "opsin.choice": choice,
-        "opsin.stage": interval.stage.value,
-        "opsin.stage.ms": interval.seconds * 1e3,
-        "opsin.stage.times": interval.count,
-    }
 
 
 def _attributes(stats: RequestStats, operation: str) -> dict[str, AttributeValue]:
