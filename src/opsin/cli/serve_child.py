@@ -29,7 +29,7 @@ from opsin.server.life import Life, exit_code_of
 from opsin.server.metrics import Metrics
 from opsin.server.model import LoadedModel
 from opsin.server.pictures import PictureGate
-from opsin.server.record import Watcher
+from opsin.server.request_stats import Watcher
 from opsin.server.security import check_binding, read_keys
 from opsin.server.supervisor import address_of
 from opsin.server.tracing import Tracing

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MAX_STOP, MAX_LOGIT_BIAS, MAX_SCHEMA = 64, 65_536, 2**20
+"""Bounds on numbers of stop strings and biased tokens, and on characters of a schema; servers set lower limits."""
 
 
 class SamplingParams(BaseModel):
@@ -25,17 +28,17 @@ class SamplingParams(BaseModel):
     presence_penalty: float = Field(0.0, ge=-2.0, le=2.0)
     frequency_penalty: float = Field(0.0, ge=-2.0, le=2.0)
     penalty_last_n: int = Field(64, ge=-1, le=65536, description="tokens looked back at; -1 is the context")
-    logit_bias: dict[int, float] = Field(default_factory=dict, max_length=1024)
+    logit_bias: dict[int, float] = Field(default_factory=dict, max_length=MAX_LOGIT_BIAS)
     seed: int | None = Field(None, ge=0, le=2**32 - 2)
     max_tokens: int | None = Field(None, ge=1)
     max_seconds: float | None = Field(None, gt=0.0)
     thinking: bool | None = Field(None, description="None leaves it to the template")
     max_thinking_tokens: int | None = Field(None, ge=0)
-    stop: tuple[str, ...] = Field((), max_length=16)
+    stop: tuple[Annotated[str, Field(max_length=1000)], ...] = Field((), max_length=MAX_STOP)
     ignore_eos: bool = False
     guard: bool = True
-    json_schema: str | None = Field(None, max_length=65536, description="a JSON schema as text")
-    grammar: str | None = Field(None, max_length=65536, description="a GBNF grammar as text")
+    json_schema: str | None = Field(None, max_length=MAX_SCHEMA, description="a JSON schema as text")
+    grammar: str | None = Field(None, max_length=MAX_SCHEMA, description="a GBNF grammar as text")
     logprobs: int | None = Field(None, ge=0, le=20)
 
     @model_validator(mode="after")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pydantic import Field
 
+from opsin.core.sampling import MAX_LOGIT_BIAS, MAX_SCHEMA, MAX_STOP
 from opsin.core.settings import EngineSettings
 
 
@@ -40,10 +41,10 @@ class ServerSettings(EngineSettings):
     max_prompt_chars: int = Field(1_000_000, ge=1, description="characters of a request's text")
     max_queue: int = Field(256, ge=1, description="requests that may wait; more get 429")
     max_n: int = Field(8, ge=1, le=64, description="choices of a request (n)")
-    max_stop: int = Field(16, ge=0, le=64, description="stop strings of a request")
-    max_logit_bias: int = Field(300, ge=0, description="tokens with a logit bias in a request")
+    max_stop: int = Field(16, ge=0, le=MAX_STOP, description="stop strings of a request")
+    max_logit_bias: int = Field(300, ge=0, le=MAX_LOGIT_BIAS, description="tokens with a logit bias in a request")
     max_top_logprobs: int = Field(20, ge=0, le=20, description="alternatives told of each token (top_logprobs)")
-    max_schema_bytes: int = Field(64 * 2**10, ge=64, description="bytes of a JSON schema or grammar")
+    max_schema_bytes: int = Field(64 * 2**10, ge=64, le=MAX_SCHEMA, description="bytes of a JSON schema or grammar")
     requests_per_minute: int | None = Field(None, ge=1, description="requests a minute of one key; none: any number")
     concurrent_requests: int | None = Field(None, ge=1, description="requests at the same time of one key")
     slow_reader_seconds: float = Field(

@@ -143,11 +143,12 @@ class StageClock:
         which nothing was added is `other`.
         """
         wall = max(0.0, self._now() - began)
-        load = self._before.get(Stage.LOAD, 0.0)
+        fixed = (Stage.LOAD, Stage.QUEUE)  # these are not done side by side
+        load = sum(self._before.get(stage, 0.0) for stage in fixed)
         added = sum(self._before.values())
         if added > wall:
             share = max(0.0, wall - load) / (added - load) if added > load else 0.0
-            for stage in self._before.keys() - {Stage.LOAD}:
+            for stage in self._before.keys() - set(fixed):
                 self._seconds[stage] = self._before[stage] = self._before[stage] * share
         else:
             self.add(Stage.OTHER, (wall - added) * 1e3)

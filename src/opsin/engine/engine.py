@@ -97,6 +97,7 @@ class Engine:
         params: SamplingParams | None = None,
         *,
         load_ms: float = 0.0,
+        queue_ms: float = 0.0,
         waited_since: float | None = None,
         priority: int = 0,
         salt: str = "",
@@ -104,7 +105,8 @@ class Engine:
     ) -> AnswerStream:
         """Ask. Never blocks; the stream raises what goes wrong from here on.
 
-        `load_ms` is the loading time to be shown in this answer's account. Who loaded several images side by side
+        `load_ms` is the loading time to be shown in this answer's account, `queue_ms` how long it waited for its turn
+        before. Who loaded several pictures side by side
         says with `waited_since`, a time of the engine's clock, when that began: the account goes back to then. Higher
         `priority` goes first. Requests of different `salt` share nothing that is remembered. `on_encoded` is called
         once when the images' pixels are not needed any more. Raises EngineClosed, EngineDied, or QueueFull.
@@ -127,6 +129,7 @@ class Engine:
         for picture in prompt.pictures:
             clock.add(Stage.FETCH, picture.fetch_ms)
             clock.add(Stage.IMAGE_DECODE, picture.decode_ms)
+        clock.add(Stage.QUEUE, queue_ms)
         if waited_since is not None:
             clock.waited_since(waited_since)
         clock.start()

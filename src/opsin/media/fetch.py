@@ -93,9 +93,10 @@ def _why(error: Exception) -> str:
 def _checked(url: str) -> httpx.URL:
     try:
         parsed = httpx.URL(url)
-    except httpx.InvalidURL as error:
+        host = parsed.host
+    except (httpx.InvalidURL, UnicodeError) as error:  # the second for names that are not IDNA
         raise FetchFailed("The address of the picture is not valid; check it for typing errors.") from error
-    if parsed.scheme not in {"http", "https"} or not parsed.host:
+    if parsed.scheme not in {"http", "https"} or not host:
         raise FetchFailed(
             f"The address {show_url(url)} is no whole http:// or https:// address; check it, or give a file."
         )

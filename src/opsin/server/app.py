@@ -13,12 +13,11 @@ from opsin.server import chat, completions, metrics, page, responses, routes
 from opsin.server.context import Context
 from opsin.server.errors import RESPONSES, add_error_handlers
 from opsin.server.limits import Limits
-from opsin.server.record import Record
-from opsin.server.security import Doors
+from opsin.server.request_stats import RequestStats
+from opsin.server.security import SecurityMiddleware
 
-_ROUTES = frozenset(
-    route.path for room in (chat, responses, completions) for route in room.router.routes if isinstance(route, Route)
-)
+_ROUTES = [route for room in (chat, responses, completions) for route in room.router.routes if isinstance(route, Route)]
+_PATHS = frozenset(route.path for route in _ROUTES)
 
 
 def create_app(context: Context, *, keys: tuple[str, ...] = ()) -> FastAPI:
@@ -30,14 +29,14 @@ def create_app(context: Context, *, keys: tuple[str, ...] = ()) -> FastAPI:
         app.include_router(room.router)
     add_error_handlers(app)
     # The last one added is the outermost.
-    app.add_middleware(Limits, settings=context.settings)
-    app.add_middleware(Doors, settings=context.settings, keys=keys)
+    app.add_middleware(Limits, settings=context.settings, routes=_ROUTES, queue=context.queue)
+    app.add_middleware(SecurityMiddleware, settings=context.settings, keys=keys)
     app.add_middleware(Accounts, context=context)
     return app
 
 
 class Accounts:
-    """Keeps the record of each request to the API, also of those that no handler sees."""
+    """Keeps the stats of each request to the API, also of those that no handler sees."""
 
     def __init__(self, app: ASGIApp, context: Context) -> None:
         self._app = app
@@ -49,24 +48,24 @@ class Accounts:
             await self._app(scope, receive, send)
             return
         # Any text may stand in a path, also one that would be a line of the log.
-        record = Record(route=scope["path"] if scope["path"] in _ROUTES else "other")
+        stats = RequestStats(route=scope["path"] if scope["path"] in _PATHS else "other")
         headers = dict(scope["headers"])
-        record.traceparent = headers[b"traceparent"].decode("latin-1") if b"traceparent" in headers else None
+        stats.traceparent = headers[b"traceparent"].decode("latin-1") if b"traceparent" in headers else None
         state = scope.setdefault("state", {})
-        state["record"] = record
+        state["stats"] = stats
 
         async def noting(message: Message) -> None:
             if message["type"] == "http.response.start":
-                record.status = message["status"]
-                message.setdefault("headers", []).append((b"x-request-id", record.id.encode()))
+                stats.status = message["status"]
+                message.setdefault("headers", []).append((b"x-request-id", stats.id.encode()))
             await send(message)
 
         try:
             await self._app(scope, receive, noting)
         except Exception:
-            record.status, record.refused = 500, "internal_error"
+            stats.status, stats.refused = 500, "internal_error"
             raise
         finally:
-            record.key = state.get("key", "")
-            record.ended = time.perf_counter()
-            self._context.finished(record)
+            stats.key = state.get("key", "")
+            stats.ended = time.perf_counter()
+            self._context.finished(stats)

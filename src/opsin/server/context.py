@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from opsin.core.server_settings import ServerSettings
+from opsin.server.fair_queue import FairQueue
 from opsin.server.life import Life
 from opsin.server.pictures import PictureGate
-from opsin.server.record import Record, Watcher
+from opsin.server.request_stats import RequestStats, Watcher
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Context:
-    """The settings, the model's life, the door that pictures come in by, and those who are told of each request."""
+    """The settings, the model, the image loader, the queue, and those who are told about each request."""
 
     settings: ServerSettings
     life: Life
     pictures: PictureGate
     watchers: tuple[Watcher, ...] = ()
+    queue: FairQueue = field(init=False)
 
-    def finished(self, record: Record) -> None:
-        """Tell everybody that a request ended; called once a request, after its last byte."""
+    def __post_init__(self) -> None:
+        self.queue = FairQueue(self.settings.parallel, self.settings.max_queue)
+
+    def finished(self, stats: RequestStats) -> None:
+        """Tell everybody that a request ended; called once per request, after its last byte."""
         for watcher in self.watchers:
-            watcher.finished(record)
+            watcher.finished(stats)

@@ -21,7 +21,7 @@ from opsin.engine import AnswerStream
 from opsin.server.context import Context
 from opsin.server.errors import dumps, error_body, told
 from opsin.server.model import LoadedModel
-from opsin.server.record import Record
+from opsin.server.request_stats import RequestStats
 
 KEEP_ALIVE_SECONDS = 5.0
 """How long nothing may go out before the first text: then a comment does, which keeps proxies from hanging up."""
@@ -68,6 +68,8 @@ class Job:
     asked: Sequence[tuple[Prompt, SamplingParams]]
     writer: Writer
     stream: bool
+    queue_ms: float = 0.0
+    """How long it waited for its key's turn before the engine got it."""
 
 
 class Exchange(Response):
@@ -82,7 +84,7 @@ class Exchange(Response):
         super().__init__()
         self._prepare = prepare
         self._context: Context = request.app.state.context
-        self._record: Record = request.state.record
+        self._stats: RequestStats = request.state.stats
         self._salt: str = getattr(request.state, "key", "")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - the ASGI signature
@@ -99,17 +101,17 @@ class Exchange(Response):
         except ClientGone:
             whole = False
         if not whole:
-            self._record.status, self._record.refused = _GONE_STATUS, "cancelled"
+            self._stats.status, self._stats.refused = _GONE_STATUS, "cancelled"
 
     async def _carry_out(self, send: Send) -> None:
         life = self._context.life
         with life.entered():
             model = await life.model()
-            self._record.model = model.name
+            self._stats.model = model.name
             job = await self._prepare(model)
             pictures = {picture.sha256: picture for prompt, _ in job.asked for picture in prompt.pictures}
-            self._record.pictures = len(pictures)
-            self._record.streamed = job.stream
+            self._stats.pictures = len(pictures)
+            self._stats.streamed = job.stream
             with life.in_flight(pictures):
                 streams: list[AnswerStream] = []
                 try:
@@ -119,11 +121,12 @@ class Exchange(Response):
                                 prompt,
                                 params,
                                 load_ms=model.load_ms,
-                                waited_since=self._record.began,
+                                queue_ms=job.queue_ms,
+                                waited_since=self._stats.began,
                                 salt=self._salt,
                             )
                         )
-                        self._record.deltas.append([])
+                        self._stats.deltas.append([])
                     await (self._stream(job.writer, streams, send) if job.stream else self._whole(job, streams, send))
                 finally:
                     for stream in streams:
@@ -132,7 +135,7 @@ class Exchange(Response):
 
     async def _whole(self, job: Job, streams: Sequence[AnswerStream], send: Send) -> None:
         answers = await asyncio.gather(*(self._collect(i, stream) for i, stream in enumerate(streams)))
-        self._record.answers.extend(answers)
+        self._stats.answers.extend(answers)
         body = dumps(job.writer.whole(answers))
         headers = [
             (b"content-type", b"application/json"),
@@ -145,7 +148,7 @@ class Exchange(Response):
     async def _collect(self, index: int, stream: AnswerStream) -> Answer:
         async for event in stream:
             if isinstance(event, TextDelta):
-                self._record.deltas[index].append(time.perf_counter())
+                self._stats.deltas[index].append(time.perf_counter())
             elif isinstance(event, Finished):
                 return event.answer
         raise AssertionError("a stream ends with its answer or an error")
@@ -199,10 +202,10 @@ class Exchange(Response):
 
     def _written(self, writer: Writer, index: int, event: Event) -> bytes:
         if isinstance(event, TextDelta):
-            self._record.deltas[index].append(time.perf_counter())
+            self._stats.deltas[index].append(time.perf_counter())
             return writer.event(index, event)
         if isinstance(event, Finished):
-            self._record.answers.append(event.answer)
+            self._stats.answers.append(event.answer)
             return writer.event(index, event)
         return b""
 
@@ -217,7 +220,7 @@ class Exchange(Response):
             status, message, code, param = told(error)
         else:
             _LOG.error("an answer failed", exc_info=error)
-        self._record.refused = code
+        self._stats.refused = code
         return writer.failed(error_body(status, message, code, param))
 
 

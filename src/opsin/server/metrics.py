@@ -1,7 +1,7 @@
-"""Prometheus metrics, under the names that vLLM's users know, with `opsin:` in front.
+"""Prometheus metrics, under vLLM's names with `opsin:` in front.
 
-What the engine counts is read from it when somebody asks for the metrics; what belongs to one request is noted at its
-end. Labels have few values: no name, path or text that a client chose becomes one.
+What the engine counts is read when the metrics are requested; what belongs to one request is noted at its end. Labels
+have few values: no name, path or text that a client chose becomes one.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from prometheus_client.registry import Collector
 from opsin.core.answer import Answer
 from opsin.core.stages import Stage
 from opsin.engine import Snapshot
+from opsin.server.context import Context
 from opsin.server.life import Life
-from opsin.server.record import Record
+from opsin.server.request_stats import RequestStats
 
 # The boundaries in seconds that OpenTelemetry's conventions advise for gen_ai.server.time_to_first_token,
 # .time_per_output_token and .request.duration:
@@ -28,11 +29,8 @@ from opsin.server.record import Record
 FIRST_TOKEN: Final = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
 PER_TOKEN: Final = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
 DURATION: Final = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
-# They name none for the parts of a request, which are as short as a first token and as long as a whole answer.
+# They give none for the parts of a request, which are as short as a first token and as long as a whole answer.
 PART: Final = (*FIRST_TOKEN, 20.48, 40.96, 81.92)
-
-MAX_REASONS: Final = 64
-"""Values of the label `reason` of refusals; there are fewer error codes than that."""
 
 router = APIRouter()
 
@@ -40,9 +38,10 @@ router = APIRouter()
 @router.get("/metrics", include_in_schema=False)
 def show_metrics(request: Request) -> Response:
     """All metrics as text, for Prometheus."""
-    for watcher in request.app.state.context.watchers:
+    context: Context = request.app.state.context
+    for watcher in context.watchers:
         if isinstance(watcher, Metrics):
-            body, content_type = watcher.render()
+            body, content_type = watcher.render(context.queue.waiting)
             return Response(body, headers={"content-type": content_type})
     return Response("This server keeps no metrics.\n", status_code=404, media_type="text/plain")
 
@@ -52,8 +51,8 @@ class Metrics:
 
     def __init__(self, life: Life) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(_EngineNumbers(life))
-        self._refusals: set[str] = set()
+        self._engine = _EngineNumbers(life)
+        self.registry.register(self._engine)
 
         def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
             return Histogram(f"opsin:{name}", text, labels, buckets=buckets, registry=self.registry)
@@ -79,27 +78,28 @@ class Metrics:
         self._guard_stops = counter("guard_stops", "Answers that the guard ended, by why.", "reason")
         self._refused = counter("requests_refused", "Requests without a whole answer, by error code.", "reason")
 
-    def render(self) -> tuple[bytes, str]:
-        """The metrics now in Prometheus' text format, and its content type."""
+    def render(self, waiting: int = 0) -> tuple[bytes, str]:
+        """The metrics now in Prometheus' text format, and its content type; `waiting` answers are not in the engine."""
+        self._engine.waiting = waiting
         return generate_latest(self.registry), CONTENT_TYPE_PLAIN_0_0_4
 
-    def finished(self, record: Record) -> None:
+    def finished(self, stats: RequestStats) -> None:
         """See Watcher."""
-        if record.refused == "cancelled":
+        if stats.refused == "cancelled":
             self._success.labels("cancelled").inc()
-        elif record.refused is not None:
-            self._refused.labels(self._bounded(record.refused)).inc()
-        if not record.answers:
+        elif stats.refused is not None:
+            self._refused.labels(stats.refused).inc()
+        if not stats.answers:
             return
-        self._duration.observe(record.ended - record.began)
-        if record.first_token_s is not None:
-            self._first_token.observe(record.first_token_s)
-        if any(len(times) > 1 for times in record.deltas):
-            self._pause.observe(record.longest_pause_s)
-        more = sum(answer.usage.completion_tokens - 1 for answer in record.answers)
+        self._duration.observe(stats.ended - stats.began)
+        if stats.first_token_s is not None:
+            self._first_token.observe(stats.first_token_s)
+        if any(len(times) > 1 for times in stats.deltas):
+            self._pause.observe(stats.longest_pause_s)
+        more = sum(answer.usage.completion_tokens - 1 for answer in stats.answers)
         if more > 0:
-            self._per_token.observe(sum(times[-1] - times[0] for times in record.deltas if times) / more)
-        for answer in record.answers:
+            self._per_token.observe(sum(times[-1] - times[0] for times in stats.deltas if times) / more)
+        for answer in stats.answers:
             self._note(answer)
 
     def _note(self, answer: Answer) -> None:
@@ -112,40 +112,34 @@ class Metrics:
             if ms > 0:
                 self._stages.labels(stage.value).observe(ms / 1e3)
 
-    def _bounded(self, reason: str) -> str:
-        if reason not in self._refusals and len(self._refusals) >= MAX_REASONS:
-            return "other"
-        self._refusals.add(reason)
-        return reason
 
-
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _EngineNumbers(Collector):
-    """What the engine says of itself; zeros while no model is loaded. Counters begin anew with each loading."""
+    """What the engine says about itself; zeros while no model is loaded. Counters restart with each loading."""
 
     life: Life
+    waiting: int = 0
+    """Answers that wait for their key's turn before the engine gets them."""
 
     def collect(self) -> Iterator[Metric]:
         model = self.life.loaded
         now = Snapshot() if model is None else model.engine.stats
         used = 0.0 if model is None else now.cells_used / model.engine.limits.n_ctx
-        yield _gauge("num_requests_running", "Answers that are computed.", now.running)
-        yield _gauge("num_requests_waiting", "Answers that wait for their turn.", now.waiting)
-        yield _gauge("kv_cache_usage_perc", "Share of the KV memory in use, 1 when full; prefixes count.", used)
-        yield _gauge("num_idle_prefixes", "Prompts in the KV memory that nobody answers on now.", now.idle_prefixes)
-        yield _gauge("ready", "1 when requests are answered.", float(self.life.ready))
-        yield _counter("prompt_tokens", "Tokens of prompts, remembered ones too.", now.prompt_tokens)
-        yield _counter("generation_tokens", "Tokens that were drawn.", now.generated_tokens)
-        yield _counter("prefix_cache_queries", "Tokens looked up in the KV memory.", now.prompt_tokens)
-        yield _counter("prefix_cache_hits", "Tokens found in the KV memory.", now.prefix_hits)
-        yield _counter("picture_cache_queries", "Pieces of pictures looked up.", now.picture_hits + now.encodes)
-        yield _counter("picture_cache_hits", "Pieces of pictures that were not encoded again.", now.picture_hits)
-        yield _counter("num_preemptions", "Answers put back into the queue for want of KV memory.", now.preemptions)
-
-
-def _gauge(name: str, text: str, value: float) -> Metric:
-    return GaugeMetricFamily(f"opsin:{name}", text, value)
-
-
-def _counter(name: str, text: str, value: float) -> Metric:
-    return CounterMetricFamily(f"opsin:{name}", text, value)
+        for name, text, value in (
+            ("num_requests_running", "Answers that are computed.", now.running),
+            ("num_requests_waiting", "Answers that wait for their turn.", now.waiting + self.waiting),
+            ("kv_cache_usage_perc", "Share of the KV cache in use, 1 when full; prefixes count.", used),
+            ("num_idle_prefixes", "Prompts in the KV cache that no running answer uses.", now.idle_prefixes),
+            ("ready", "1 when requests are answered.", float(self.life.ready)),
+        ):
+            yield GaugeMetricFamily(f"opsin:{name}", text, value)
+        for name, text, value in (
+            ("prompt_tokens", "Tokens of prompts, cached ones included.", now.prompt_tokens),
+            ("generation_tokens", "Tokens that were sampled.", now.generated_tokens),
+            ("prefix_cache_queries", "Tokens looked up in the KV cache.", now.prompt_tokens),
+            ("prefix_cache_hits", "Tokens found in the KV cache.", now.prefix_hits),
+            ("picture_cache_queries", "Pieces of images looked up.", now.picture_hits + now.encodes),
+            ("picture_cache_hits", "Pieces of images that were not encoded again.", now.picture_hits),
+            ("num_preemptions", "Answers put back into the queue because the KV cache was full.", now.preemptions),
+        ):
+            yield CounterMetricFamily(f"opsin:{name}", text, value)

@@ -1,16 +1,12 @@
-"""The web page at `/`: its files, and the headers under which browsers show them.
+"""The web page at `/`: its files, and the headers that browsers show them under.
 
 Nothing is loaded from elsewhere, no script or style stands in the markup, and text cannot become markup.
 """
 
 from __future__ import annotations
 
-import hashlib
-from functools import cache
-from importlib.resources import files
-from pathlib import Path
-
-from fastapi import APIRouter, HTTPException, Request, Response
+from fastapi import APIRouter, Request, Response
+from starlette.staticfiles import StaticFiles
 
 HEADERS = {
     "Content-Security-Policy": (
@@ -22,45 +18,31 @@ HEADERS = {
     # An update must not leave a browser with half of the old page; the tag keeps that cheap.
     "Cache-Control": "no-cache",
 }
-TYPES = {
-    ".html": "text/html; charset=utf-8",
-    ".css": "text/css; charset=utf-8",
-    ".js": "text/javascript; charset=utf-8",
-    ".svg": "image/svg+xml",
-    ".png": "image/png",
-}
 
 router = APIRouter(include_in_schema=False)
-
-
-@cache
-def page_files() -> dict[str, bytes]:
-    """Every file of the page by name, and the demo model's picture for those who have none at hand."""
-    folder = Path(str(files("opsin.server"))) / "page"
-    found = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix in TYPES}
-    found["example.png"] = Path(str(files("opsin.models"))).joinpath("demo", "shapes.png").read_bytes()
-    return found
+_page = StaticFiles(packages=[("opsin.server", "page")])
+_demo = StaticFiles(packages=[("opsin.models", "demo")])
 
 
 @router.api_route("/", methods=["GET", "HEAD"])
 async def index(request: Request) -> Response:
     """The page itself."""
-    return _reply(request, "index.html")
+    return await _file(_page, "index.html", request)
+
+
+@router.api_route("/page/example.png", methods=["GET", "HEAD"])
+async def example(request: Request) -> Response:
+    """The demo model's image, for those who have none at hand."""
+    return await _file(_demo, "shapes.png", request)
 
 
 @router.api_route("/page/{name}", methods=["GET", "HEAD"])
 async def page_file(request: Request, name: str) -> Response:
-    """A file the page is made of."""
-    # Looked up, never joined to a path: there is no way out of the folder.
-    if name not in page_files():
-        raise HTTPException(404, "The page has no such file.")
-    return _reply(request, name)
+    """A file of the page. Raises HTTPException (404) for names outside its folder, too."""
+    return await _file(_page, name, request)
 
 
-def _reply(request: Request, name: str) -> Response:
-    body = page_files()[name]
-    tag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
-    headers = {**HEADERS, "ETag": tag}
-    if request.headers.get("if-none-match") == tag:
-        return Response(status_code=304, headers=headers)
-    return Response(body, headers=headers, media_type=TYPES[Path(name).suffix])
+async def _file(folder: StaticFiles, name: str, request: Request) -> Response:
+    response = await folder.get_response(name, request.scope)
+    response.headers.update(HEADERS)
+    return response

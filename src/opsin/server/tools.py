@@ -1,18 +1,19 @@
-"""Tools: what the model is told of them, what its answer is held to, and calls read out of its text."""
+"""Tools and response formats: what the model is told, the schema its answer keeps to, and calls found in its text."""
 
 from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from opsin.core.server_settings import ServerSettings
 from opsin.prompt import Message, PromptBuilder
-from opsin.server.errors import BadField
-from opsin.server.params import MOST_DEPTH, check_schema, is_deep
-from opsin.server.schema import FunctionIn, NamedTool, ToolIn
+from opsin.server.errors import BadField, at_most
+from opsin.server.schema import FlatSchemaFormat, FunctionIn, NamedFunction, ObjectFormat, SchemaFormat, TextFormat
+
+MAX_DEPTH = 64
 
 _TAGGED = ("<tool_call>", "</tool_call>")
 _LISTED = "[TOOL_CALLS]"
@@ -21,95 +22,106 @@ _OPENERS = (_TAGGED[0], _LISTED, _PYTHON_TAG)
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """A function that the model wants called; `arguments` is JSON text."""
-
-    id: str
-    name: str
-    arguments: str
-
-    def as_dict(self) -> dict[str, Any]:
-        """The call as chat completions write it."""
-        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
-
-
-@dataclass(frozen=True, slots=True)
 class ToolPlan:
-    """How a request's tools are brought to the model.
+    """How a request's tools reach the model.
 
-    `told` goes to the chat template, `words` into a system message where the template has no place for tools,
-    `schema` is what the whole answer must keep to. `names` are the functions that may be called; none: no call is
-    looked for.
+    `told` goes to the chat template; `instructions` go into the system message if the template has no place for tools;
+    the whole answer keeps to `schema`. `names` are the functions that may be called; if empty, no call is looked for.
     """
 
     told: list[dict[str, Any]] | None = None
-    words: str | None = None
+    instructions: str | None = None
     schema: str | None = None
     names: frozenset[str] = frozenset()
 
     def messages(self, messages: list[Message]) -> list[Message]:
-        """The conversation with the words about tools in its system message."""
-        if self.words is None:
+        """The conversation, with the instructions about tools in its system message."""
+        if self.instructions is None:
             return messages
         if messages[0].role == "system":
-            return [Message("system", [*messages[0].parts, self.words]), *messages[1:]]
-        return [Message("system", self.words), *messages]
+            return [Message("system", [*messages[0].parts, self.instructions]), *messages[1:]]
+        return [Message("system", self.instructions), *messages]
 
     def reader(self) -> CallReader | None:
-        """What reads one answer; None when no call is looked for."""
+        """A reader for one answer; None if no call is looked for."""
         return CallReader(self.names, whole=self.schema is not None) if self.names else None
 
 
 def plan_tools(
-    tools: Sequence[ToolIn] | None,
-    choice: str | NamedTool | None,
+    functions: Sequence[FunctionIn],
+    choice: str | NamedFunction | None,
     prompts: PromptBuilder,
     settings: ServerSettings,
 ) -> ToolPlan:
-    """What is to be done about a request's tools. Raises BadField."""
-    functions = {tool.function.name: tool.function for tool in tools or ()}
-    if not functions:
+    """How a request's tools are handled. Raises BadField."""
+    by_name = {function.name: function for function in functions}
+    if not by_name:
         if choice not in (None, "none", "auto"):
             raise BadField("tool_choice asks for a call, but there are no tools: give some.", "tool_choice")
         return ToolPlan()
-    if any(is_deep(function.parameters) for function in functions.values()):
-        raise BadField(f"tools has parameters nested more than {MOST_DEPTH} deep: make them flatter.", "tools")
-    told = [_as_told(function) for function in functions.values()]
-    check_schema(json.dumps(told), settings, "tools")
+    _check_depth([function.parameters for function in functions], "tools")
+    told = [_as_told(function) for function in by_name.values()]
+    at_most(settings.max_schema_bytes, len(json.dumps(told)), "bytes", "tools")
     if choice == "none":
         return ToolPlan()
     if choice in (None, "auto"):
         if not prompts.knows_tools:
             raise BadField(
-                "This model's chat template knows no tools, so that it cannot choose by itself whether to call one: "
-                'set tool_choice to "required" or name a function, or leave tools out.',
+                "This model's chat template has no place for tools, so the model cannot decide by itself whether to "
+                'call one: set tool_choice to "required" or name a function, or leave tools out.',
                 "tools",
             )
-        return ToolPlan(told=told, names=frozenset(functions))
-    if isinstance(choice, NamedTool):
-        name = choice.function.name
-        if name not in functions:
-            raise BadField(f"tool_choice names the function {name[:64]!r}, which is not among tools.", "tool_choice")
-        functions = {name: functions[name]}
+        return ToolPlan(told=told, names=frozenset(by_name))
+    if isinstance(choice, NamedFunction):
+        if choice.name not in by_name:
+            raise BadField(
+                f"tool_choice names the function {choice.name[:64]!r}, which is not among tools.", "tool_choice"
+            )
+        by_name = {choice.name: by_name[choice.name]}
     return ToolPlan(
         told=told if prompts.knows_tools else None,
-        words=None if prompts.knows_tools else _words(functions.values()),
-        schema=_schema(list(functions.values())),
-        names=frozenset(functions),
+        instructions=None if prompts.knows_tools else _instructions(by_name.values()),
+        schema=_call_schema(list(by_name.values())),
+        names=frozenset(by_name),
     )
 
 
+def schema_of(wanted: TextFormat | ObjectFormat | SchemaFormat | FlatSchemaFormat | None, limit: int) -> str | None:
+    """The JSON schema that a response format asks for, of at most `limit` bytes. Raises BadField."""
+    if wanted is None or isinstance(wanted, TextFormat):
+        return None
+    schema = wanted.json_schema.schema_ if isinstance(wanted, SchemaFormat) else wanted.schema_
+    _check_depth(schema, "response_format")
+    text = json.dumps(schema or {"type": "object"})
+    at_most(limit, len(text), "bytes", "response_format")
+    return text
+
+
+def is_deep(value: Any) -> bool:
+    """Whether JSON is nested so deeply that code which walks through it might hit the recursion limit."""
+    level, depth = [value], 0
+    while level and depth <= MAX_DEPTH:
+        inner = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list))]
+        level, depth = [item for items in inner for item in items], depth + 1
+    return bool(level)
+
+
+def _check_depth(value: Any, param: str) -> None:
+    if is_deep(value):
+        raise BadField(f"{param} is nested more than {MAX_DEPTH} deep: make it flatter.", param)
+
+
 def _as_told(function: FunctionIn) -> dict[str, Any]:
-    return {"type": "function", "function": function.model_dump(exclude_none=True, exclude={"strict"})}
+    return {"type": "function", "function": function.model_dump(exclude_none=True, exclude={"strict", "type"})}
 
 
-def _words(functions: Any) -> str:
+def _instructions(functions: Iterable[FunctionIn]) -> str:
     lines = [json.dumps(_as_told(function)["function"], ensure_ascii=False) for function in functions]
     shape = '{"name": the function\'s name, "arguments": an object with its arguments}'
     return "\n".join(("Call one of these functions. Answer with JSON alone:", shape, *lines))
 
 
-def _schema(functions: Sequence[FunctionIn]) -> str:
+def _call_schema(functions: Sequence[FunctionIn]) -> str:
     """The JSON schema of a call of one of the functions."""
     calls, shared = [], {}
     for i, function in enumerate(functions):
@@ -140,11 +152,11 @@ def _moved(value: Any, root: str) -> Any:
 
 
 class CallReader:
-    """Takes an answer piece by piece and tells its text from its calls.
+    """Takes an answer piece by piece and separates its text from its calls.
 
     With `whole` the answer is one JSON object and nothing else. Otherwise calls are looked for in the forms that
-    models are trained on: JSON within <tool_call> tags, a list behind [TOOL_CALLS], and an answer that is a JSON
-    object with the name of a known function. What is no call in the end is text.
+    models are trained on: JSON inside <tool_call> tags, a list after [TOOL_CALLS], and an answer that is a JSON object
+    with the name of a known function. What turns out not to be a call is text.
     """
 
     def __init__(self, names: frozenset[str], *, whole: bool = False) -> None:
@@ -152,10 +164,11 @@ class CallReader:
         self._whole = whole
         self._held = ""
         self._said = False
-        self.calls: list[Call] = []
+        self.calls: list[dict[str, Any]] = []
+        """The calls that were found, as chat completions write them."""
 
     def feed(self, text: str) -> str:
-        """Take text in; give what is certainly no part of a call."""
+        """Take text; return what is certainly not part of a call."""
         self._held += text
         if self._whole or (not self._said and self._held.lstrip()[:1] in {"", "{"}):
             return ""
@@ -173,7 +186,7 @@ class CallReader:
                 self._said, given = True, given + block
 
     def finish(self) -> str:
-        """The answer is over: give what was held back and is no call."""
+        """The answer is over: return what was held back and is not a call."""
         held, self._held = self._held, ""
         for tag in _OPENERS:
             if held.startswith(tag) and self._read(held.removeprefix(tag)):
@@ -190,7 +203,7 @@ class CallReader:
         return text
 
     def _read(self, text: str) -> bool:
-        """Take calls out of JSON text; False when it holds none."""
+        """Read calls from JSON text; False if it holds none."""
         try:
             value = json.loads(text)
         except (ValueError, RecursionError):
@@ -202,16 +215,17 @@ class CallReader:
         self.calls += found
         return True
 
-    def _call(self, value: Any) -> Call | None:
+    def _call(self, value: Any) -> dict[str, Any] | None:
         if not isinstance(value, Mapping) or not isinstance(value.get("name"), str) or value["name"] not in self._names:
             return None
         arguments = value.get("arguments", value.get("parameters", {}))
         text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        return Call(f"call_{uuid.uuid4().hex[:24]}", value["name"], text)
+        function = {"name": value["name"], "arguments": text}
+        return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
 
 
 def _tail(text: str) -> int:
-    """How many characters at the end may be the beginning of a tag."""
+    """How many characters at the end may be the start of a tag."""
     longest = max(len(tag) for tag in _OPENERS)
     return next(
         (n for n in range(min(longest - 1, len(text)), 0, -1) if any(tag.startswith(text[-n:]) for tag in _OPENERS)), 0

@@ -1,6 +1,6 @@
-"""OpenTelemetry traces: a span a request, and under it a span for each time a stage ran.
+"""OpenTelemetry traces: one span per request, and below it one span for each time a stage ran.
 
-Needs `opsin[otel]`; where traces go is said by the environment's OTEL_* variables.
+Needs `opsin[otel]`. The environment's OTEL_* variables say where traces go.
 """
 
 from __future__ import annotations
@@ -10,27 +10,24 @@ from typing import TYPE_CHECKING
 
 from opsin import __version__
 from opsin.core.errors import BadParameter
-from opsin.core.stages import Interval
-from opsin.server.record import Record
+from opsin.server.request_stats import RequestStats
 
 if TYPE_CHECKING:
-    from opentelemetry.context import Context
     from opentelemetry.sdk.trace.export import SpanExporter
-    from opentelemetry.trace import Span
     from opentelemetry.util.types import AttributeValue
 
 _OPERATIONS = {"/v1/chat/completions": "chat", "/v1/responses": "chat", "/v1/completions": "text_completion"}
 LAST_SPANS_SECONDS = 2.0
-"""How long an ending server waits for the collector."""
+"""How long a server that ends waits for the collector."""
 _LONGEST = 100
 """Characters of a name that a client chose."""
 
 
 class Tracing:
-    """A watcher with a tracer of its own. Spans leave in a thread of their own, the last ones with `close`.
+    """A watcher with a tracer of its own. Spans are sent by a thread, the last ones by `close`.
 
-    Names are those of OpenTelemetry's GenAI conventions; what they have no names for is under `opsin`. Prompts and
-    answers are never part of a span. Raises BadParameter where OpenTelemetry is not installed.
+    Names are those of OpenTelemetry's GenAI conventions; others start with `opsin`. Prompts and answers are never part
+    of a span. Raises BadParameter if OpenTelemetry is not installed.
     """
 
     def __init__(self, exporter: SpanExporter | None = None) -> None:
@@ -51,87 +48,77 @@ class Tracing:
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("opsin", __version__)
 
-    def finished(self, record: Record) -> None:
+    def finished(self, stats: RequestStats) -> None:
         """See Watcher."""
         from opentelemetry.trace import SpanKind, set_span_in_context
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
         from opentelemetry.trace.status import StatusCode
 
-        operation = _OPERATIONS.get(record.route)
+        def unix_ns(at: float) -> int:
+            return int((stats.began_at + at - stats.began) * 1e9)
+
+        operation = _OPERATIONS.get(stats.route)
         if operation is None:
-            return  # a stranger's knocking at doors that are none
+            return  # not one of our addresses
+        caller = {} if stats.traceparent is None else {"traceparent": stats.traceparent}
         span = self._tracer.start_span(
-            f"{operation} {record.model[:_LONGEST]}".rstrip(),
-            context=_caller(record.traceparent),
+            f"{operation} {stats.model[:_LONGEST]}".rstrip(),
+            context=TraceContextTextMapPropagator().extract(caller),
             kind=SpanKind.SERVER,
-            attributes=_attributes(record, operation),
-            start_time=_unix_ns(record, record.began),
+            attributes=_attributes(stats, operation),
+            start_time=unix_ns(stats.began),
         )
-        if record.refused is not None:
-            span.set_attribute("error.type", record.refused)
-        if record.status >= 500:
+        if stats.status >= 500:
             span.set_status(StatusCode.ERROR)
         if span.is_recording():
             inside = set_span_in_context(span)
-            for choice, answer in enumerate(record.answers):
+            for choice, answer in enumerate(stats.answers):
                 for interval in answer.intervals:
-                    self._stage(record, choice, interval, inside).end(_unix_ns(record, interval.end))
-        span.end(_unix_ns(record, record.ended))
+                    stage = self._tracer.start_span(
+                        interval.stage.value, context=inside, start_time=unix_ns(interval.start)
+                    )
+                    stage.set_attribute("opsin.choice", choice)
+                    stage.set_attribute("opsin.stage", interval.stage.value)
+                    stage.set_attribute("opsin.stage.ms", interval.seconds * 1e3)
+                    stage.set_attribute("opsin.stage.times", interval.count)
+                    stage.end(unix_ns(interval.end))
+        span.end(unix_ns(stats.ended))
 
     def close(self) -> None:
-        """Send what is left; twice does no harm. A collector that does not answer keeps nobody for long."""
-        # The exporter's own attempts go on for ten seconds, and no argument of the provider's makes them shorter.
+        """Send what is left, within LAST_SPANS_SECONDS; a second call does nothing."""
+        # The exporter itself tries for ten seconds, and no argument of the provider makes that shorter.
         sending = threading.Thread(target=self._provider.shutdown, name="opsin-traces", daemon=True)
         sending.start()
         sending.join(LAST_SPANS_SECONDS)
 
-    def _stage(self, record: Record, choice: int, interval: Interval, inside: Context) -> Span:
-        attributes: dict[str, AttributeValue] = {
-            "opsin.choice": choice,
-            "opsin.stage": interval.stage.value,
-            "opsin.stage.ms": interval.seconds * 1e3,
-            "opsin.stage.times": interval.count,
-        }
-        start = _unix_ns(record, interval.start)
-        return self._tracer.start_span(interval.stage.value, context=inside, attributes=attributes, start_time=start)
 
-
-def _attributes(record: Record, operation: str) -> dict[str, AttributeValue]:
+def _attributes(stats: RequestStats, operation: str) -> dict[str, AttributeValue]:
     attributes: dict[str, AttributeValue] = {
         "gen_ai.operation.name": operation,
         "gen_ai.provider.name": "opsin",
-        "gen_ai.request.model": record.model[:_LONGEST],
-        "gen_ai.request.stream": record.streamed,
-        "gen_ai.response.id": record.id,
+        "gen_ai.request.model": stats.model[:_LONGEST],
+        "gen_ai.request.stream": stats.streamed,
+        "gen_ai.response.id": stats.id,
         "http.request.method": "POST",
-        "url.path": record.route[:_LONGEST],
-        "http.response.status_code": record.status,
-        "opsin.pictures": record.pictures,
+        "url.path": stats.route[:_LONGEST],
+        "http.response.status_code": stats.status,
+        "opsin.pictures": stats.pictures,
     }
-    if record.answers:
-        usages = [answer.usage for answer in record.answers]
+    if stats.answers:
+        usages = [answer.usage for answer in stats.answers]
         attributes |= {
-            "gen_ai.response.finish_reasons": [answer.finish_reason for answer in record.answers],
-            # A prompt is read once, and answered as often as there are choices.
+            "gen_ai.response.finish_reasons": [answer.finish_reason for answer in stats.answers],
+            # The prompt is read once, for all choices.
             "gen_ai.usage.input_tokens": usages[0].prompt_tokens,
             "gen_ai.usage.cache_read.input_tokens": usages[0].cached_tokens,
             "gen_ai.usage.output_tokens": sum(usage.completion_tokens for usage in usages),
-            "opsin.longest_pause_ms": record.longest_pause_s * 1e3,
+            "opsin.longest_pause_ms": stats.longest_pause_s * 1e3,
         }
-        guards = [answer.guard.reason for answer in record.answers if answer.guard is not None]
+        guards = [answer.guard.reason for answer in stats.answers if answer.guard is not None]
         if guards:
             attributes["opsin.guard"] = guards
-    if record.first_token_s is not None:
-        attributes["gen_ai.response.time_to_first_chunk"] = record.first_token_s
+    if stats.refused is not None:
+        attributes["error.type"] = stats.refused
+    if stats.first_token_s is not None:
+        attributes["gen_ai.response.time_to_first_chunk"] = stats.first_token_s
     return attributes
-
-
-def _caller(traceparent: str | None) -> Context:
-    """The span of whoever asked, so that this one is found under it."""
-    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-
-    return TraceContextTextMapPropagator().extract({} if traceparent is None else {"traceparent": traceparent})
-
-
-def _unix_ns(record: Record, at: float) -> int:
-    """A time of the engine's clock as nanoseconds since 1970."""
-    return int((record.began_at + at - record.began) * 1e9)

@@ -24,7 +24,7 @@ from opsin.server.context import Context
 from opsin.server.life import Life
 from opsin.server.model import LoadedModel
 from opsin.server.pictures import PictureGate
-from opsin.server.record import Record
+from opsin.server.request_stats import RequestStats
 from opsin.testing import FakeBackend
 from opsin.testing.fake_backend import TURN_TEXT
 
@@ -82,7 +82,7 @@ class World:
     life: Life
     model: LoadedModel
     backend: Backend
-    records: list[Record] = field(default_factory=list)
+    records: list[RequestStats] = field(default_factory=list)
 
     async def post(self, path: str = CHAT, headers: dict[str, str] | None = None, **body: Any) -> httpx.Response:
         return await self.client.post(path, json=body, headers=headers)
@@ -102,10 +102,10 @@ class World:
 
 
 class Watching:
-    def __init__(self, records: list[Record]) -> None:
+    def __init__(self, records: list[RequestStats]) -> None:
         self._records = records
 
-    def finished(self, record: Record) -> None:
+    def finished(self, record: RequestStats) -> None:
         self._records.append(record)
 
 
@@ -156,7 +156,7 @@ async def world(
         await life.start()
     backend.reply = reply
     backend.drawn_with.clear()
-    records: list[Record] = []
+    records: list[RequestStats] = []
     gate = PictureGate(chosen)
     app = create_app(Context(chosen, life, gate, (Watching(records),)), keys=keys)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)

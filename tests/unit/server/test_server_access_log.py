@@ -12,7 +12,7 @@ import pytest
 from opsin.core.answer import Answer, GuardVerdict, Timings, Usage
 from opsin.core.stages import Stages
 from opsin.server.access_log import NAME, AccessLog
-from opsin.server.record import Record
+from opsin.server.request_stats import RequestStats
 
 ANSWER = Answer(
     text="a secret answer",
@@ -41,8 +41,8 @@ def lines() -> Iterator[list[str]]:
     logging.getLogger(NAME).removeHandler(handler)
 
 
-def record(*answers: Answer, **fields: object) -> Record:
-    made = Record("/v1/chat/completions", **{"model": "demo", **fields})  # type: ignore[arg-type]
+def record(*answers: Answer, **fields: object) -> RequestStats:
+    made = RequestStats("/v1/chat/completions", **{"model": "demo", **fields})  # type: ignore[arg-type]
     made.answers, made.began_at, made.began, made.ended = list(answers), 0.0, 100.0, 101.25
     made.deltas = [[100.5, 100.6, 101.1] for _ in answers]
     return made

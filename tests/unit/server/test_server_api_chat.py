@@ -222,8 +222,38 @@ def test_sampling_fields_and_extensions_reach_the_sampler() -> None:
         async with world() as w:
             await w.chat(**fields, logit_bias={"5": -1}, stop=["x"])
             drawn = w.backend.drawn_with[-1]
-            assert {name: getattr(drawn, name) for name in fields} == fields
+            assert {name: getattr(drawn, name) for name in fields} == {
+                **fields,
+                "max_seconds": pytest.approx(9.5, abs=0.1),
+            }
             assert (drawn.logit_bias, drawn.stop) == ({5: -1.0}, ("x",))
+
+    run(work())
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/responses"])
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_the_limit_on_reasoning_reaches_the_engine(path: str, tokens: int) -> None:
+    async def work() -> None:
+        async with world(lambda _: "<think>hm, red</think>a circle.", template="{# <think> #}" + PLAIN) as w:
+            asked = {"messages": QUESTION} if path == CHAT else {"input": "what?"}
+            reply = await w.post(path, **asked, max_thinking_tokens=tokens)
+            assert reply.status_code == 200, reply.text
+            assert w.backend.drawn_with[-1].max_thinking_tokens == tokens
+
+    run(work())
+
+
+def test_the_servers_limits_are_the_only_ones() -> None:
+    async def work() -> None:
+        async with world(max_stop=32, max_logit_bias=2000, max_schema_bytes=200_000) as w:
+            schema = {"type": "object", "properties": {"a": {"enum": [f"value {i}" for i in range(8_000)]}}}
+            wanted = {"type": "json_object", "schema": schema}
+            bias = {str(token): 0 for token in range(1_500)}
+            await w.chat(stop=[f"stop {i}" for i in range(32)], logit_bias=bias, response_format=wanted)
+            drawn = w.backend.drawn_with[-1]
+            assert (len(drawn.stop), len(drawn.logit_bias)) == (32, 1_500)
+            assert len(drawn.json_schema or "") > 100_000
 
     run(work())
 
@@ -274,7 +304,7 @@ def test_fields_without_effect_are_accepted() -> None:
         ({"messages": [{"role": "user", "content": "x", "cache": 1}]}, "messages[0].cache", "not supported"),
         ({"messages": asked({"type": "image_url", "image_url": "ftp://x"})}, "messages[0].content[0].image_url", "dat"),
         ({"messages": asked(picture_part(detail="ultra"))}, "messages[0].content[0].image_url.detail", "'low'"),
-        ({"messages": asked(*[picture_part()] * 3)}, "messages", "3 pictures"),
+        ({"messages": asked(*[picture_part()] * 3)}, "messages", "3 images"),
         ({"messages": [{"role": "user", "content": "x" * 300}]}, "messages", "300 characters"),
         ({"temperature": 99}, "temperature", "10"),
         ({"temperature": "0.5"}, "temperature", "number"),
@@ -284,6 +314,8 @@ def test_fields_without_effect_are_accepted() -> None:
         ({"n": 4}, "n", "3 are the limit"),
         ({"stop": ["a", "b", "c"]}, "stop", "2 are the limit"),
         ({"stop": [""]}, None, "stop string is empty"),
+        ({"stop": ["x" * 1001]}, "stop[0]", "1000"),
+        ({"max_thinking_tokens": -1}, "max_thinking_tokens", "greater"),
         ({"logit_bias": {"1": 0, "2": 0, "3": 0}}, "logit_bias", "2 are the limit"),
         ({"logit_bias": {"a": 0}}, "logit_bias", "number"),
         ({"logprobs": True, "top_logprobs": 3}, "top_logprobs", "0 to 2"),
@@ -520,6 +552,32 @@ def test_a_hundred_streams_leave_the_loop_responsive() -> None:
             assert not streams.done()
             gate.open.set()
             assert all(text_of(chunks) == "abcdefgh" * 8 for chunks in await streams)
+
+    run(work())
+
+
+def test_forty_requests_of_eight_choices_leave_room_for_another_key() -> None:
+    gate = Gate("abcd", stop_at=0)
+
+    async def work() -> None:
+        async with world(gate, keys=("greedy", "modest"), max_tokens=4) as w:
+
+            async def ask(key: str, n: int) -> Any:
+                return await w.post(messages=QUESTION, n=n, headers={"Authorization": f"Bearer {key}"})
+
+            greedy = [asyncio.ensure_future(ask("greedy", 8)) for _ in range(40)]
+            await until(lambda: sum(task.done() for task in greedy) == 7)  # 264 answers run or wait: 33 requests
+            modest = [asyncio.ensure_future(ask("modest", 1)) for _ in range(8)]
+            await until(lambda: sum(task.done() for task in greedy) == 8)
+            gate.open.set()
+            replies = [await task for task in modest]
+            assert [reply.status_code for reply in replies] == [200] * 8
+            assert sum(not task.done() for task in greedy) > 16, "they did not wait for all that came before"
+            stages = replies[0].json()["stages"]
+            assert stages["queue_ms"] > stages["other_ms"]
+            refused = [reply for reply in await asyncio.gather(*greedy) if reply.status_code != 200]
+            assert {reply.json()["error"]["code"] for reply in refused} == {"queue_full"}
+            assert len(refused) == 8
 
     run(work())
 

@@ -43,9 +43,9 @@ def test_calls_are_found_however_the_text_comes(answer: str, text: str, n_calls:
     reader = CallReader(NAMES)
     told = "".join(reader.feed(answer[at : at + size]) for at in range(0, len(answer), size)) + reader.finish()
     assert told.strip() == text
-    assert [json.loads(call.arguments) for call in reader.calls] == [ARGUMENTS] * n_calls
-    assert {call.name for call in reader.calls} <= {"paint"}
-    assert len({call.id for call in reader.calls}) == n_calls
+    assert [json.loads(call["function"]["arguments"]) for call in reader.calls] == [ARGUMENTS] * n_calls
+    assert {call["function"]["name"] for call in reader.calls} <= {"paint"}
+    assert len({call["id"] for call in reader.calls}) == n_calls
 
 
 def test_text_is_given_as_soon_as_it_can_be_no_call() -> None:
@@ -176,7 +176,7 @@ def test_what_tools_cannot_be_is_refused() -> None:
         named = {"type": "function", "function": {"name": "other"}}
         async with world() as w:
             for body, word in (
-                ({"tools": [PAINT]}, "knows no tools"),
+                ({"tools": [PAINT]}, "no place for tools"),
                 ({"tools": [PAINT], "tool_choice": named}, "not among tools"),
                 ({"tools": [{"type": "web_search"}]}, "function"),
                 ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "pattern"),

@@ -1,22 +1,32 @@
-"""Rates and numbers."""
+"""How often a key may ask, and how much at the same time."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import httpx
 import pytest
-from starlette.types import Message, Receive, Scope, Send
+from api_driver import until
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
+from opsin.core.errors import QueueFull
+from opsin.core.parts import Prompt
+from opsin.core.sampling import SamplingParams
 from opsin.core.server_settings import ServerSettings
+from opsin.server.completions import TextWriter
+from opsin.server.exchange import Job
+from opsin.server.fair_queue import FairQueue
 from opsin.server.limits import Limits
 from opsin.server.pixels import current_holder
 from opsin.testing import FakeClock
 
 
 class Keyed:
-    """Gives each request the key in its header `k`, as the doors would."""
+    """Gives each request the key in its header `k`, as the security middleware would."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -46,14 +56,21 @@ class Inside:
         await send({"type": "http.response.body", "body": b"ok"})
 
 
+def limits_of(app: Any, clock: Any = time.monotonic, **settings: Any) -> Limits:
+    return Limits(
+        app, ServerSettings(**settings), [Route("/", lambda _: Response(), methods=["POST"])], FairQueue(8, 256), clock
+    )
+
+
 def client_of(app: Any) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost")
+    headers = {"content-type": "application/json"}
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost", headers=headers)
 
 
 def test_a_key_gets_its_requests_back_evenly_and_apart_from_others() -> None:
     async def go() -> None:
         clock = FakeClock()
-        async with client_of(Keyed(Limits(Inside(), ServerSettings(requests_per_minute=3), clock))) as client:
+        async with client_of(Keyed(limits_of(Inside(), clock, requests_per_minute=3))) as client:
 
             async def ask(key: str) -> httpx.Response:
                 return await client.post("/", headers={"k": key})
@@ -75,7 +92,7 @@ def test_a_key_gets_its_requests_back_evenly_and_apart_from_others() -> None:
 
 def test_looking_is_not_counted() -> None:
     async def go() -> None:
-        async with client_of(Limits(Inside(), ServerSettings(requests_per_minute=1, concurrent_requests=1))) as client:
+        async with client_of(limits_of(Inside(), requests_per_minute=1, concurrent_requests=1)) as client:
             assert [(await client.get("/")).status_code for _ in range(5)] == [200] * 5
 
     asyncio.run(go())
@@ -85,8 +102,8 @@ def test_a_key_has_so_many_requests_at_once_and_each_end_makes_room() -> None:
     async def go() -> None:
         inside = Inside()
         inside.go.clear()
-        settings = ServerSettings(concurrent_requests=1, requests_per_minute=3)
-        async with client_of(Keyed(Limits(inside, settings, FakeClock()))) as client:
+        limits = limits_of(inside, FakeClock(), concurrent_requests=1, requests_per_minute=3)
+        async with client_of(Keyed(limits)) as client:
             first = asyncio.create_task(client.post("/", headers={"k": "a"}))
             await inside.arrived.wait()
             refused = await client.post("/", headers={"k": "a"})
@@ -109,10 +126,10 @@ def test_a_failing_handler_makes_room_and_is_heard() -> None:
         raise ValueError("mine")
 
     async def go() -> None:
-        limits = Limits(broken, ServerSettings(concurrent_requests=1))
-        for _ in range(2):
-            with pytest.raises(ValueError, match="mine"):
-                await limits({"type": "http", "method": "POST", "state": {}}, _never, _swallow)
+        async with client_of(limits_of(broken, concurrent_requests=1)) as client:
+            for _ in range(2):
+                with pytest.raises(ValueError, match="mine"):
+                    await client.post("/")
 
     asyncio.run(go())
 
@@ -126,7 +143,7 @@ def test_each_request_holds_its_own_pixels() -> None:
         await send({"type": "http.response.body", "body": b""})
 
     async def go() -> None:
-        async with client_of(Limits(looking, ServerSettings())) as client:
+        async with client_of(limits_of(looking)) as client:
             await asyncio.gather(client.post("/"), client.post("/"))
         assert current_holder() is None
 
@@ -135,10 +152,94 @@ def test_each_request_holds_its_own_pixels() -> None:
     assert len(set(map(id, holders))) == 2
 
 
-async def _never() -> Message:
-    await asyncio.Event().wait()
-    raise AssertionError
+class Taking:
+    """Takes room for as many answers as the header `n` says, and keeps it until it is let go."""
+
+    def __init__(self) -> None:
+        self.go = asyncio.Event()
+        self.arrived: list[str] = []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        asked = [(Prompt(()), SamplingParams())] * int(dict(scope["headers"])[b"n"])
+        await scope["state"]["admission"].admit(Job(asked, TextWriter("m", logprobs=False, include_usage=False), False))
+        self.arrived.append(scope["state"]["key"])
+        await self.go.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"ok"})
 
 
-async def _swallow(message: Message) -> None:
-    pass
+def test_each_choice_counts() -> None:
+    async def go() -> None:
+        inside, clock = Taking(), FakeClock()
+        limits = limits_of(inside, clock, requests_per_minute=10, concurrent_requests=8)
+        async with client_of(Keyed(limits)) as client:
+
+            async def ask(n: int) -> httpx.Response:
+                return await client.post("/", headers={"k": "a", "n": str(n)})
+
+            first = asyncio.create_task(ask(8))
+            await until(lambda: bool(inside.arrived))
+            assert (await ask(1)).status_code == 429
+            inside.go.set()
+            assert (await first).status_code == 200
+            assert [(await ask(8)).status_code, (await ask(1)).status_code] == [200, 429]  # 16 of 10: it owes six
+            clock.spend(36_000)
+            assert (await ask(1)).status_code == 429
+            clock.spend(6_001)
+            assert (await ask(1)).status_code == 200
+
+    asyncio.run(go())
+
+
+def test_a_greedy_key_takes_no_place_from_another() -> None:
+    async def go() -> None:
+        inside, queue = Taking(), FairQueue(8, 256)
+        limits = Limits(inside, ServerSettings(), [Route("/", lambda _: Response(), methods=["POST"])], queue)
+        asked: list[asyncio.Task[int]] = []
+
+        async def ask(key: str, n: int) -> int:
+            try:
+                return (await client.post("/", headers={"k": key, "n": str(n)})).status_code
+            except QueueFull as error:
+                return error.http_status
+
+        async with client_of(Keyed(limits)) as client:
+            greedy = [asyncio.create_task(ask("greedy", 8)) for _ in range(40)]
+            await until(lambda: queue.waiting == 248)
+            asked = [asyncio.create_task(ask("modest", 1)) for _ in range(8)]
+            done, _ = await asyncio.wait(greedy, return_when=asyncio.FIRST_COMPLETED, timeout=5)
+            assert {task.result() for task in done} == {429}
+            inside.go.set()
+            assert [await task for task in asked] == [200] * 8
+            assert inside.arrived[2:4] == ["greedy", "modest"]  # in turn, though forty came before
+            statuses = [await task for task in greedy]
+            assert statuses.count(200) == 32  # 264 answers in all, less the room the other key took
+            assert queue.waiting == queue._used == 0
+
+    asyncio.run(go())
+
+
+def test_who_leaves_gives_room_back() -> None:
+    async def go() -> None:
+        queue = FairQueue(1, 3)
+        await queue.take("a", 2)
+        waiting = [asyncio.create_task(queue.take(key, 1)) for key in "aab"]
+        await asyncio.sleep(0)
+        with pytest.raises(QueueFull):  # the newest of the key with the most
+            await waiting[1]
+        assert queue.waiting == 2
+        waiting[2].cancel()
+        queue.leave(2)  # in the same step: b is gone, but not yet out of its line
+        await waiting[0]
+        await asyncio.sleep(0)
+        assert (queue.waiting, queue._used) == (0, 1)
+        queue.leave(1)
+        await queue.take("b", 9)  # more than there is room for, alone
+        last = asyncio.create_task(queue.take("a", 1))
+        await until(lambda: queue.waiting == 1)
+        queue.leave(9)
+        last.cancel()  # it was granted room already
+        await asyncio.gather(last, return_exceptions=True)
+        assert (queue.waiting, queue._used) == (0, 0)
+
+    asyncio.run(go())

@@ -19,8 +19,8 @@ from opsin.core.parts import PicturePart, Prompt, TextPart
 from opsin.core.sampling import SamplingParams
 from opsin.engine import Engine
 from opsin.server import metrics as room
-from opsin.server.metrics import MAX_REASONS, Metrics
-from opsin.server.record import Record
+from opsin.server.metrics import Metrics
+from opsin.server.request_stats import RequestStats
 from opsin.testing import FakeBackend, picture
 from opsin.testing.fake_backend import TURN_TEXT
 
@@ -49,8 +49,8 @@ def samples(metrics: Metrics) -> dict[tuple[str, ...], float]:
     return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
 
 
-def record(*answers: Answer, **fields: object) -> Record:
-    made = Record("/v1/chat/completions", answers=list(answers), **fields)  # type: ignore[arg-type]
+def record(*answers: Answer, **fields: object) -> RequestStats:
+    made = RequestStats("/v1/chat/completions", answers=list(answers), **fields)  # type: ignore[arg-type]
     made.began, made.ended = 100.0, 103.0
     made.deltas = [[100.5, 100.6, 101.5] for _ in answers]
     return made
@@ -109,26 +109,15 @@ def test_guard_stops_refusals_and_those_who_left_are_counted_apart(engine: Engin
     assert now["opsin:e2e_request_latency_seconds_count",] == 1
 
 
-def test_a_label_has_a_bounded_number_of_values(engine: Engine) -> None:
-    metrics = Metrics(life(engine))  # type: ignore[arg-type]
-    for number in range(3 * MAX_REASONS):
-        metrics.finished(record(status=400, refused=f"made_up_{number}", model=f"model {number}"))
-    metrics.finished(record(status=400, refused="made_up_1"))
-    now = {key: value for key, value in samples(metrics).items() if key[0] == "opsin:requests_refused_total"}
-    assert len(now) == MAX_REASONS + 1
-    assert now["opsin:requests_refused_total", "other"] == 2 * MAX_REASONS
-    assert now["opsin:requests_refused_total", "made_up_1"] == 2
-    assert b"model 1" not in metrics.render()[0]
-
-
 def test_metrics_are_served_as_text(engine: Engine) -> None:
     app = FastAPI()
     app.include_router(room.router)
-    app.state.context = SimpleNamespace(watchers=(object(), Metrics(life(engine))))  # type: ignore[arg-type]
+    app.state.context = SimpleNamespace(watchers=(object(), Metrics(life(engine))), queue=SimpleNamespace(waiting=3))  # type: ignore[arg-type]
     reply = TestClient(app).get("/metrics")
     assert reply.headers["content-type"].startswith("text/plain; version=0.0.4")
     assert "opsin:num_requests_running 0.0" in reply.text
-    app.state.context = SimpleNamespace(watchers=())
+    assert "opsin:num_requests_waiting 3.0" in reply.text
+    app.state.context = SimpleNamespace(watchers=(), queue=SimpleNamespace(waiting=0))
     assert TestClient(app).get("/metrics").status_code == 404
 
 

@@ -3,15 +3,18 @@
 import re
 from dataclasses import fields
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+import opsin.server
 from opsin.core.stages import Stages
-from opsin.server.page import page_files, router
+from opsin.server.page import router
 
-TEXTS = {name: body.decode() for name, body in page_files().items() if not name.endswith(".png")}
+TEXTS = {path.name: path.read_text() for path in (Path(opsin.server.__path__[0]) / "page").iterdir()}
+FILES = {*TEXTS, "example.png"}
 
 
 @pytest.fixture(name="client", scope="module")
@@ -21,7 +24,7 @@ def make_client() -> TestClient:
     return TestClient(app)
 
 
-@pytest.mark.parametrize("path", ["/", *(f"/page/{name}" for name in page_files())])
+@pytest.mark.parametrize("path", ["/", *(f"/page/{name}" for name in sorted(FILES))])
 def test_every_file_is_served_under_a_strict_policy(client: TestClient, path: str) -> None:
     reply = client.get(path)
     assert reply.status_code == 200
@@ -89,7 +92,7 @@ def test_the_markup_holds_no_script_no_style_and_no_outside_address() -> None:
     markup.feed(TEXTS["index.html"])
     assert markup.inline == []
     assert markup.addresses
-    assert {address for address in markup.addresses if address.removeprefix("/page/") not in page_files()} == set()
+    assert {address for address in markup.addresses if address.removeprefix("/page/") not in FILES} == set()
 
 
 def test_scripts_find_every_element_that_they_ask_for() -> None:

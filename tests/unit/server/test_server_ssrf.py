@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
@@ -178,6 +179,8 @@ def test_a_name_that_leads_inside_is_refused(model: LoadedModel, wire: Wire, hos
         "http://[::1/x.png",
         "http://127.0.0.1%00.example/x.png",
         "http://exa mple/x.png",
+        "http://xn--/x",
+        "http://xn--a/x",
         " http://127.0.0.1/x.png",
         "http://127.0.0.1\r\nHost: example.org/x.png",
         "http://127.0.0.1\t/x.png",
@@ -206,6 +209,15 @@ def test_a_name_that_leads_inside_is_refused(model: LoadedModel, wire: Wire, hos
 def test_addresses_that_are_no_plain_public_ones_are_refused(model: LoadedModel, wire: Wire, url: str) -> None:
     check_refused(ask(model, url))
     assert wire.tried == []
+
+
+@pytest.mark.parametrize("url", ["file://" + "/." * 800_000, "http://example.org/" + "x" * 9_000, "x" * 9_000])
+def test_long_addresses_are_refused_before_anything_is_done_with_them(model: LoadedModel, url: str) -> None:
+    began = time.process_time()
+    answer = ask(model, url)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "messages[0].content[0].image_url.url"
+    assert time.process_time() - began < 0.5
 
 
 def test_nothing_is_fetched_or_read_unless_switched_on(model: LoadedModel, wire: Wire) -> None:
@@ -362,7 +374,7 @@ def test_a_named_host_must_be_public_all_the_same(model: LoadedModel, wire: Wire
     "host", ["", "http://a.example", "a.example/x", "*", "a.*.example", "me@a.example", "a b", "a:x"]
 )
 def test_hosts_that_are_none_are_refused_at_start(host: str) -> None:
-    with pytest.raises(BadParameter, match="no host"):
+    with pytest.raises(BadParameter, match="not a host"):
         PictureGate(ServerSettings(image_hosts=(host,)))
 
 

@@ -22,7 +22,7 @@ from opsin.core.parts import PicturePart, Prompt, TextPart
 from opsin.core.stages import Stage
 from opsin.engine import Engine
 from opsin.server import tracing as room
-from opsin.server.record import Record
+from opsin.server.request_stats import RequestStats
 from opsin.server.tracing import Tracing
 from opsin.testing import FakeBackend, picture
 from opsin.testing.fake_backend import TURN_TEXT
@@ -36,15 +36,15 @@ def answer() -> Answer:
         return engine.submit(Prompt((PicturePart(picture(1)), TextPart("what?" + TURN_TEXT)))).result()
 
 
-def record(*answers: Answer, **fields: object) -> Record:
+def record(*answers: Answer, **fields: object) -> RequestStats:
     """A request that began a second before its engine did."""
-    made = Record("/v1/chat/completions", **{"model": "demo", "streamed": True, **fields})  # type: ignore[arg-type]
+    made = RequestStats("/v1/chat/completions", **{"model": "demo", "streamed": True, **fields})  # type: ignore[arg-type]
     made.answers, made.began, made.began_at, made.ended = list(answers), 49.0, 1_700_000_000.0, 51.0
     made.deltas = [[50.5, 50.6, 51.0] for _ in answers]
     return made
 
 
-def traced(*records: Record) -> list[ReadableSpan]:
+def traced(*records: RequestStats) -> list[ReadableSpan]:
     exporter = InMemorySpanExporter()
     tracing = Tracing(exporter)
     for one in records:

@@ -1,4 +1,4 @@
-"""One HTTP request's account: what the log, the metrics and the trace tell of it."""
+"""What is known about one HTTP request: the log, the metrics and the trace are written from it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from opsin.core.answer import Answer
 
 
 @dataclass(slots=True)
-class Record:
-    """Filled by the handler while the request runs; times are `time.perf_counter()`, but `began_at` is Unix time.
+class RequestStats:
+    """Filled in while the request runs. Times are `time.perf_counter()`; `began_at` is Unix time.
 
-    `key` is the label of the API key, never the key. `refused` is the error's code when there was no whole answer.
-    `deltas` are the times at which pieces of text went out, one list a choice.
+    `key` is the label of the API key, never the key. `refused` is the error code when there was no complete answer.
+    `deltas` holds the times at which pieces of text went out, one list per choice.
     """
 
     route: str
@@ -36,20 +36,19 @@ class Record:
 
     @property
     def first_token_s(self) -> float | None:
-        """Seconds from the request's beginning to the first piece of text; None when there was none."""
+        """Seconds from the start of the request to the first piece of text; None if there was none."""
         first = min((times[0] for times in self.deltas if times), default=None)
         return None if first is None else first - self.began
 
     @property
     def longest_pause_s(self) -> float:
         """The longest time between two pieces of text of one choice, in seconds."""
-        gaps = (b - a for times in self.deltas for a, b in itertools.pairwise(times))
-        return max(gaps, default=0.0)
+        return max((b - a for times in self.deltas for a, b in itertools.pairwise(times)), default=0.0)
 
 
 class Watcher(Protocol):
-    """Told of each request once, when it has ended."""
+    """Told about each request once, when it has ended."""
 
-    def finished(self, record: Record) -> None:
-        """Take note; quick, and never raises."""
+    def finished(self, stats: RequestStats) -> None:
+        """Take note. Must be quick and never raise."""
         ...
