@@ -19,7 +19,7 @@ import httpcore
 import httpx
 
 from opsin.core.errors import FetchFailed, PictureTooLarge
-from opsin.media.words import check_bytes, show
+from opsin.media.limits import check_bytes, show
 
 if TYPE_CHECKING:
     from opsin.core.settings import MediaSettings

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 from opsin.core.errors import BadPicture, PictureUnsupported
-from opsin.media.words import SUPPORTED
+from opsin.media.limits import SUPPORTED
 
 _PDF = "turn its pages into pictures first, for example with: pdftoppm -png FILE page"
 _VIDEO = "take still pictures from it first, for example with: ffmpeg -i FILE frame-%04d.png"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from opsin.core.errors import BadParameter, FetchFailed
-from opsin.media.words import check_bytes
+from opsin.media.limits import check_bytes
 
 if TYPE_CHECKING:
     from opsin.core.settings import MediaSettings
