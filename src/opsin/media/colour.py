@@ -10,7 +10,6 @@ from opsin.media.limits import check_size
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import numpy as np
     from numpy.typing import NDArray
     from PIL import Image
 
@@ -38,7 +37,7 @@ def flatten(image: Image.Image, name: str) -> tuple[Image.Image, tuple[str, ...]
 
 
 def flatten_array(array: NDArray[Any], name: str, settings: MediaSettings) -> tuple[Image.Image, tuple[str, ...]]:
-    """Turn an array of shape (h, w), (h, w, 3) or (h, w, 4) into RGB: uint8, uint16 (the high byte counts), floats 0..1.
+    """Turn an array (h, w), (h, w, 3) or (h, w, 4) into RGB: uint8, uint16 (the high byte counts) or floats 0..1.
 
     Raises BadPicture for another shape, type or range, PictureTooLarge beyond the limits.
     """

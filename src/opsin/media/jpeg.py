@@ -25,7 +25,8 @@ _END = b"\xff\xd9"
 # of progressive files. Arithmetic coding has no such bound.
 _LEAST_BITS = {0xC0: 2, 0xC1: 2, 0xC2: 1}
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_FILLER = bytes(range(1, 200))
+# Begins with zero in case the file ends in 0xFF; the restart markers are for files that wait for one of them.
+_FILLER = b"".join(bytes((*range(200), 0xFF, 0xD0 + number % 8)) for number in range(16))
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,7 +77,7 @@ def main() -> None:
         _render_all(ChatTemplate(text, bos_token=bos_token, eos_token=eos_token))
     except BadPrompt as error:
         fault = str(error)
-    print(json.dumps(fault))
+    sys.stdout.write(json.dumps(fault))
 
 
 def _limit() -> None:
