@@ -1,14 +1,14 @@
 """A picture from an http(s) address, bounded in bytes, time and redirects.
 
-Built on httpcore, the part of httpx that opens connections, because two things must be ours: who resolves a host's
-name (so that a policy can refuse addresses, and the address that was checked is the one connected to), and a deadline
-that no slow drip of bytes outlives. Proxies of the environment are not used; answers are asked for uncompressed.
+Built on httpcore, the part of httpx that opens connections, because two things must be ours: who resolves a host name
+(so that a policy can refuse addresses, and the address that was checked is the one connected to), and a deadline that
+no slow drip of bytes outlives. Proxies of the environment are not used, and uncompressed answers are asked for.
 """
 
 from __future__ import annotations
 
 import functools
-import http
+import http.client
 import socket
 import ssl
 import time
@@ -28,6 +28,7 @@ Resolver = Callable[[str, int], Sequence[str]]
 """Host and port in, the IP addresses that may be connected to out, best first; raises FetchFailed to refuse them."""
 
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
+_MOST_URL_CHARS = 8192
 _HEADERS = [("User-Agent", "opsin"), ("Accept", "image/*"), ("Accept-Encoding", "identity")]
 
 
@@ -44,7 +45,8 @@ def show_url(url: str) -> str:
     """Return the address without its query, fragment and credentials, which may be secrets, fit for one line."""
     try:
         parsed = httpx.URL(url)
-    except httpx.InvalidURL:
+        _ = parsed.host
+    except (httpx.InvalidURL, UnicodeError):  # the second from the host's Punycode
         return "The address"
     return show(parsed.copy_with(query=None, fragment=None, userinfo=b""))
 
@@ -91,11 +93,14 @@ def _why(error: Exception) -> str:
 
 
 def _checked(url: str) -> httpx.URL:
+    if len(url) > _MOST_URL_CHARS:
+        raise FetchFailed(f"The address of the picture is longer than {_MOST_URL_CHARS:,} characters; give the file.")
     try:
         parsed = httpx.URL(url)
-    except httpx.InvalidURL as error:
+        host = parsed.host
+    except (httpx.InvalidURL, UnicodeError) as error:
         raise FetchFailed("The address of the picture is not valid; check it for typing errors.") from error
-    if parsed.scheme not in {"http", "https"} or not parsed.host:
+    if parsed.scheme not in {"http", "https"} or not host:
         raise FetchFailed(
             f"The address {show_url(url)} is no whole http:// or https:// address; check it, or give a file."
         )
@@ -119,8 +124,10 @@ def _get(url: httpx.URL, settings: MediaSettings, wire: _Wire) -> bytes | httpx.
                 return url.join(headers[b"location"].decode("latin-1"))
             except httpx.InvalidURL as error:
                 raise FetchFailed(f"{name} redirects to an address that is not valid; give another one.") from error
-        if answer.status != http.HTTPStatus.OK:
-            raise FetchFailed(f"{name} answered {_status(answer.status)} instead of a picture; check the address.")
+        if answer.status != http.client.OK:
+            phrase = http.client.responses.get(answer.status)
+            status = f"{answer.status} ({phrase})" if phrase else f"{answer.status}"
+            raise FetchFailed(f"{name} answered {status} instead of a picture; check the address.")
         if headers.get(b"content-encoding", b"identity") != b"identity":
             raise FetchFailed(f"{name} answered compressed, which was not asked for; download it and give the file.")
         announced = headers.get(b"content-length", b"")
@@ -137,20 +144,13 @@ def _get(url: httpx.URL, settings: MediaSettings, wire: _Wire) -> bytes | httpx.
         return bytes(body)
 
 
-def _status(code: int) -> str:
-    try:
-        return f"{code} ({http.HTTPStatus(code).phrase})"
-    except ValueError:
-        return str(code)
-
-
 @functools.lru_cache(maxsize=1)
 def _tls() -> ssl.SSLContext:
     return httpx.create_ssl_context()
 
 
 class _Wire(httpcore.NetworkBackend):
-    """Connects to addresses the resolver allows, and lets nothing last beyond the deadline."""
+    """Connects to the addresses that the resolver allows, and lets nothing last beyond the deadline."""
 
     def __init__(self, deadline: float, resolve: Resolver) -> None:
         self._deadline = deadline
@@ -165,7 +165,7 @@ class _Wire(httpcore.NetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.NetworkStream:
-        """Try the host's addresses in their order; the last one's failure is everyone's."""
+        """Try the host's addresses in order; if all fail, the last failure is raised."""
         failure: Exception = httpcore.ConnectError("no address")
         for address in self._resolve(host, port):
             left = _left(self._deadline, httpcore.ConnectTimeout)
