@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from opsin.core.errors import BadPicture, OpsinError, PictureTooLarge, PictureUnsupported
 from opsin.media.colour import flatten
 from opsin.media.jpeg import check_jpeg, is_cut_short
-from opsin.media.limits import SUPPORTED, check_size, logger
+from opsin.media.limits import SUPPORTED, check_bytes, check_size, logger
 from opsin.media.sniff import picture_format
 
 if TYPE_CHECKING:
@@ -59,14 +59,15 @@ class Pixels:
     notes: tuple[str, ...] = ()
 
 
-class OpenFile:
+class OpenPicture:
     """A picture file whose header was read and whose size was checked; no pixel is decoded yet.
 
-    `width` and `height` are the file's, before any turn. Raises PictureUnsupported, PictureTooLarge, or BadPicture for
-    bytes that are damaged.
+    For callers that must know the size first: `width` and `height` are the file's, before any turn. `load_picture`
+    takes it as a source, once. Raises PictureUnsupported, PictureTooLarge, or BadPicture for bytes that are damaged.
     """
 
-    def __init__(self, data: bytes, name: str, settings: MediaSettings) -> None:
+    def __init__(self, data: bytes, settings: MediaSettings, name: str = "The picture") -> None:
+        check_bytes(len(data), name, settings)
         self._data, self._name, self._settings = data, name, settings
         self._kind = picture_format(data, name)
         silence_pillow()

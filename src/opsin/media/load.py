@@ -12,36 +12,18 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from opsin.core.errors import BadParameter, BadPicture, FetchFailed
 from opsin.core.picture import Picture
+from opsin.media.colour import flatten_array
+from opsin.media.decode import OpenPicture, Pixels, decode_image
 from opsin.media.limits import check_bytes, check_size, show
 from opsin.media.source import read_data_url, read_file
 
 if TYPE_CHECKING:
     from opsin.core.settings import MediaSettings
-    from opsin.media.decode import Pixels
 
 # Pillow images and NumPy arrays count too, but naming them here would import both.
-Source: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | Picture | OpenPicture | Any"
+Source: TypeAlias = str | os.PathLike[str] | bytes | bytearray | memoryview | Picture | OpenPicture | Any
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
-
-
-class OpenPicture:
-    """A picture file whose header was read and checked; `load_picture` decodes it, once.
-
-    For callers that must know the size before they decode: `width` and `height` are the file's, before any turn.
-    Raises what `load_picture` raises.
-    """
-
-    def __init__(self, data: bytes, settings: MediaSettings, name: str = "The picture") -> None:
-        from opsin.media.decode import OpenFile
-
-        check_bytes(len(data), name, settings)
-        self._file = OpenFile(data, name, settings)
-        self.width, self.height = self._file.width, self._file.height
-
-    def decode(self) -> Pixels:
-        """The upright RGB pixels. Raises BadPicture, PictureTooLarge, PictureUnsupported."""
-        return self._file.decode()
 
 
 def load_picture(source: Source, settings: MediaSettings, longest_edge: int | None = None) -> Picture:
@@ -130,14 +112,9 @@ def _decode_pixels(source: Any, settings: MediaSettings) -> Pixels:
     if isinstance(source, OpenPicture):
         return source.decode()
     if (pil := sys.modules.get("PIL.Image")) is not None and isinstance(source, pil.Image):
-        from opsin.media.decode import decode_image
-
         check_size(source.width, source.height, "The picture", settings)
         return decode_image(source)
     if (numpy := sys.modules.get("numpy")) is not None and isinstance(source, numpy.ndarray):
-        from opsin.media.colour import flatten_array
-        from opsin.media.decode import Pixels
-
         image, notes = flatten_array(source, "The array", settings)
         return Pixels(image, "array", source.shape[1], source.shape[0], notes=notes)
     raise BadParameter(

@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING
 from urllib.parse import unquote_to_bytes
 
-from opsin.core.errors import BadPicture, PictureTooLarge
+from opsin.core.errors import BadPicture
 from opsin.media.limits import check_bytes, show
 
 if TYPE_CHECKING:
@@ -91,31 +91,18 @@ def read_data_url(url: str, settings: MediaSettings) -> bytes:
 
     Padding may be missing and there may be spaces, as browsers allow. Raises BadPicture, PictureTooLarge.
     """
+    name = "The data: address"
     head, comma, body = url[len("data:") :].partition(",")
     if not comma:
-        raise BadPicture("The data: address has no comma, so no contents; write data:image/png;base64,… instead.")
-    if not head.rstrip().lower().endswith(";base64"):
-        if len(body) > 3 * settings.max_bytes:
-            raise _too_large(settings)
-        data = unquote_to_bytes(body)
-        check_bytes(len(data), "The data: address", settings)
-        return data
-    # Only whitespace and percent signs can shrink it further, and those by a factor of three at most.
-    if len(body) > 4 * settings.max_bytes + 1024:
-        raise _too_large(settings)
-    packed = b"".join((unquote_to_bytes(body) if "%" in body else body.encode("utf-8", "replace")).split())
-    if len(packed) * 3 // 4 > settings.max_bytes + 2:
-        raise _too_large(settings)
-    packed = packed.rstrip(b"=")
-    try:
-        data = base64.b64decode(packed + b"=" * (-len(packed) % 4), validate=True)
-    except binascii.Error:
-        raise BadPicture("The data: address holds damaged base64; encode the picture's bytes again.") from None
-    check_bytes(len(data), "The data: address", settings)
+        raise BadPicture(f"{name} has no comma, so no contents; write data:image/png;base64,… instead.")
+    # Percent signs can shrink it by a factor of three, base64 by a factor of four thirds.
+    check_bytes(max(1, len(body) // 4 - 1024), name, settings)
+    data = unquote_to_bytes(body) if "%" in body else body.encode("utf-8", "replace")
+    if head.rstrip().lower().endswith(";base64"):
+        packed = b"".join(data.split()).rstrip(b"=")
+        try:
+            data = base64.b64decode(packed + b"=" * (-len(packed) % 4), validate=True)
+        except binascii.Error:
+            raise BadPicture(f"{name} holds damaged base64; encode the picture's bytes again.") from None
+    check_bytes(len(data), name, settings)
     return data
-
-
-def _too_large(settings: MediaSettings) -> PictureTooLarge:
-    return PictureTooLarge(
-        f"The data: address holds more than the {settings.max_bytes:,} bytes a picture may have; save it smaller first."
-    )
