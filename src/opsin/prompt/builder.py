@@ -69,7 +69,8 @@ class PromptBuilder:
         """
         if not messages:
             raise BadPrompt("There is no message: ask something.")
-        self._check_thinking(thinking)
+        if thinking and self.reasoning is None and not self._template.variables.intersection(_SWITCHES):
+            raise BadPrompt("This model does not think before it answers: leave `thinking` out.")
         if tools and not self.knows_tools:
             raise BadPrompt("This model's chat template knows no tools: leave them out.")
         placeholders = Placeholders(self._tokens)
@@ -89,13 +90,6 @@ class PromptBuilder:
             reasoning=self.reasoning,
             stop=self._stop,
         )
-
-    def _check_thinking(self, thinking: bool | None) -> None:
-        if thinking and self.reasoning is None and not self._has_switch():
-            raise BadPrompt("This model does not think before it answers: leave `thinking` out.")
-
-    def _has_switch(self) -> bool:
-        return any(name in self._template.variables for name in _SWITCHES)
 
     def _close_thoughts(self, rendered: str, thinking: bool | None, asked: bool) -> tuple[str, bool]:
         """Whether the answer begins inside a block of thoughts; an unwanted block is closed at once."""

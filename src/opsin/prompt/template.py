@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, Literal, NoReturn
 
-from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
+from jinja2 import Template, TemplateSyntaxError, nodes
 from jinja2.ext import Extension
 from jinja2.meta import find_undeclared_variables
 from jinja2.parser import Parser
@@ -70,7 +70,10 @@ class Abilities:
 
 
 class TooCostly(BadPrompt):
-    """A rendering went over a limit on time, memory or output."""
+    """A rendering went over a limit; `what` says what the template does."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"The model's chat template {what}: use another file of this model.")
 
 
 class _Raised(Exception):
@@ -121,10 +124,7 @@ class ChatTemplate:
 
     def __init__(self, text: str, *, bos_token: str, eos_token: str) -> None:
         if len(text) > MAX_TEMPLATE_CHARS:
-            raise BadPrompt(
-                f"The model's chat template has {len(text):,} characters, more than the {MAX_TEMPLATE_CHARS:,} "
-                "that are read: use another file of this model."
-            )
+            raise TooCostly(f"has {len(text):,} characters, more than the {MAX_TEMPLATE_CHARS:,} that are read")
         self.text = text
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
         with _one_sentence():
@@ -154,9 +154,9 @@ class ChatTemplate:
                 pieces.append(piece)
                 left -= len(piece)
                 if left < 0:
-                    raise TooCostly("The model's chat template writes too much text: use another file of this model.")
+                    raise TooCostly("writes too much text")
                 if time.thread_time() > deadline:
-                    raise TooCostly("The model's chat template runs too long: use another file of this model.")
+                    raise TooCostly("runs too long")
         return "".join(pieces)
 
     @cached_property
@@ -224,14 +224,10 @@ def _one_sentence() -> Iterator[None]:
         raise
     except _Raised as error:
         raise BadPrompt(f"The model's chat template refuses these messages: {_short(error)}") from None
-    except RecursionError:
-        raise BadPrompt("The model's chat template is nested too deeply: use another file of this model.") from None
     except (MemoryError, OverflowError):
-        raise TooCostly("The model's chat template takes too much memory: use another file of this model.") from None
+        raise TooCostly("takes too much memory") from None
     except TemplateSyntaxError as error:
         raise BadPrompt(f"The model's chat template has a mistake in line {error.lineno}: {_short(error)}") from None
-    except TemplateError as error:
-        raise BadPrompt(f"The model's chat template does not fit these messages: {_short(error)}") from None
     except Exception as error:  # noqa: BLE001 - a template is a stranger's program and may raise anything
         raise BadPrompt(
             f"The model's chat template failed on these messages with a {type(error).__name__}: {_short(error)}"

@@ -24,7 +24,6 @@ CPU_SECONDS = 1.0
 MEMORY_BYTES = 128 * 2**20
 # The only limit on Windows; elsewhere for a machine so busy that a second of CPU time takes long.
 _WALL_SECONDS = 10 if sys.platform == "win32" else 60
-_TOO_LONG = "The model's chat template runs too long: use another file of this model."
 
 _TEXTS = (
     "What do you see?", "", " " * 4000, "\n" * 2000, "a b " * 1000, "<" * 2000, "</think>" * 300, "7" * 5000,
@@ -57,13 +56,13 @@ def _try(text: str, bos_token: str, eos_token: str) -> str | None:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return _TOO_LONG
+        return str(TooCostly("runs too long"))
     except OSError as error:
         return f"The model's chat template cannot be tried in a process of its own: {error.strerror or error}."
     if sys.platform != "win32" and child.returncode == -signal.SIGPROF:
-        return _TOO_LONG
+        return str(TooCostly("runs too long"))
     if child.returncode != 0:
-        return "The model's chat template ends the process that renders it: use another file of this model."
+        return str(TooCostly("ends the process that renders it"))
     fault: str | None = json.loads(child.stdout)
     return fault
 

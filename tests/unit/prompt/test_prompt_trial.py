@@ -37,8 +37,8 @@ REFUSED = {
         "runs too long",
     ),
     "only after a long conversation": (
-        "{% if messages | length > 50 %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-        "{% endif %}{{ messages[0].content }}",
+        "{% if messages | length > 50 %}" + "{% for a in range(99999) %}" * 2 + "{% endfor %}" * 2 + "{% endif %}"
+        "{{ messages[0].content }}",
         "runs too long",
     ),
     "only with tools": ("{% if tools %}{{ 'a' * 10**9 }}{% endif %}{{ messages[0].content }}", "memory"),
