@@ -53,7 +53,7 @@ def check_jpeg(data: bytes, name: str) -> Scans:
         if marker == _END[1]:
             end = found.start()
             break
-        size = int.from_bytes(data[at : at + 2])
+        size = int.from_bytes(data[at : at + 2], "big")
         if marker in _FRAMES and not blocks:
             blocks, least = _count_blocks(data[at + 2 : at + size]), _LEAST_BITS.get(marker, 0)
         if marker == 0xDA:
@@ -70,7 +70,7 @@ def _count_blocks(frame: bytes) -> int:
     """Blocks of all components, by the body of a frame header."""
     if len(frame) < 6:
         return 0
-    height, width = int.from_bytes(frame[1:3]), int.from_bytes(frame[3:5])
+    height, width = int.from_bytes(frame[1:3], "big"), int.from_bytes(frame[3:5], "big")
     factors = [(each >> 4, each & 15) for each in frame[7::3]]
     across, down = (max((pair[axis] for pair in factors), default=1) or 1 for axis in (0, 1))
     return sum(-(-width * h // (8 * across)) * -(-height * v // (8 * down)) for h, v in factors)

@@ -99,7 +99,7 @@ def _find_format(head: bytes) -> str | None:
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "WEBP"
     if head[4:8] == b"ftyp":
-        end = min(int.from_bytes(head[:4]), 512, len(head))
+        end = min(int.from_bytes(head[:4], "big"), 512, len(head))
         major, compatible = head[8:12], {head[at : at + 4] for at in range(16, end - 3, 4)}
         if major in _AVIF_BRANDS or (major in {b"mif1", b"msf1"} and compatible & _AVIF_BRANDS):
             return "AVIF"
