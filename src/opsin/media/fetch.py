@@ -7,6 +7,7 @@ no slow drip of bytes outlives. Proxies of the environment are not used, and unc
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import http.client
 import socket
@@ -29,6 +30,7 @@ Resolver = Callable[[str, int], Sequence[str]]
 
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
 _MOST_URL_CHARS = 8192
+_ASK_SECONDS = 0.5
 _HEADERS = [("User-Agent", "opsin"), ("Accept", "image/*"), ("Accept-Encoding", "identity")]
 
 
@@ -51,18 +53,25 @@ def show_url(url: str) -> str:
     return show(parsed.copy_with(query=None, fragment=None, userinfo=b""))
 
 
-def fetch(url: str, settings: MediaSettings, resolve: Resolver = system_addresses) -> bytes:
+def fetch(
+    url: str,
+    settings: MediaSettings,
+    resolve: Resolver = system_addresses,
+    *,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> bytes:
     """Return the body at `url`, following at most `settings.fetch_redirects` redirects.
 
-    The limit `settings.fetch_seconds` covers everything but the system's look-up of names, which has its own. Raises
-    FetchFailed for an address that is not http(s), holds credentials, cannot be reached, answers with anything but
-    200 or takes too long; PictureTooLarge over the limit on bytes, which is noticed while reading.
+    The limit `settings.fetch_seconds` covers everything but the system's look-up of names, which has its own.
+    `cancelled` is asked twice a second while a host is silent. Raises FetchFailed for an address that is not http(s),
+    holds credentials, cannot be reached, answers with anything but 200, takes too long or was cancelled;
+    PictureTooLarge over the limit on bytes, which is noticed while reading.
     """
     deadline = time.monotonic() + settings.fetch_seconds
     target = _checked(url)
     for _ in range(settings.fetch_redirects + 1):
         try:
-            answer = _get(target, settings, _Wire(deadline, resolve))
+            answer = _get(target, settings, _Wire(deadline, resolve, cancelled))
         except httpcore.TimeoutException as error:
             raise FetchFailed(
                 f"{show_url(url)} did not answer whole within {settings.fetch_seconds:g} s; try again, or download it "
@@ -152,9 +161,10 @@ def _tls() -> ssl.SSLContext:
 class _Wire(httpcore.NetworkBackend):
     """Connects to the addresses that the resolver allows, and lets nothing last beyond the deadline."""
 
-    def __init__(self, deadline: float, resolve: Resolver) -> None:
+    def __init__(self, deadline: float, resolve: Resolver, cancelled: Callable[[], bool]) -> None:
         self._deadline = deadline
         self._resolve = resolve
+        self._cancelled = cancelled
         self._sockets = httpcore.SyncBackend()
 
     def connect_tcp(
@@ -174,19 +184,24 @@ class _Wire(httpcore.NetworkBackend):
             except httpcore.ConnectError as error:
                 failure = error
             else:
-                return _Stream(stream, self._deadline)
+                return _Stream(stream, self._deadline, self._cancelled)
         raise failure
 
 
 class _Stream(httpcore.NetworkStream):
-    """A connection whose every wait ends at the deadline."""
+    """A connection whose every wait ends at the deadline, or when the fetch is cancelled."""
 
-    def __init__(self, stream: httpcore.NetworkStream, deadline: float) -> None:
+    def __init__(self, stream: httpcore.NetworkStream, deadline: float, cancelled: Callable[[], bool]) -> None:
         self._stream = stream
         self._deadline = deadline
+        self._cancelled = cancelled
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ARG002 - the deadline is stricter
-        return self._stream.read(max_bytes, _left(self._deadline, httpcore.ReadTimeout))
+        while not self._cancelled():
+            left = _left(self._deadline, httpcore.ReadTimeout)
+            with contextlib.suppress(httpcore.ReadTimeout):
+                return self._stream.read(max_bytes, min(left, _ASK_SECONDS))
+        raise FetchFailed("The fetch of the picture was cancelled.")
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ARG002 - the deadline is stricter
         self._stream.write(buffer, _left(self._deadline, httpcore.WriteTimeout))
@@ -201,7 +216,7 @@ class _Stream(httpcore.NetworkStream):
         timeout: float | None = None,  # noqa: ARG002 - the deadline is stricter
     ) -> httpcore.NetworkStream:
         left = _left(self._deadline, httpcore.ConnectTimeout)
-        return _Stream(self._stream.start_tls(ssl_context, server_hostname, left), self._deadline)
+        return _Stream(self._stream.start_tls(ssl_context, server_hostname, left), self._deadline, self._cancelled)
 
     def get_extra_info(self, info: str) -> Any:
         return self._stream.get_extra_info(info)

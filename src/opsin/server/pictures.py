@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import hashlib
 import os
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -123,7 +124,13 @@ class PictureGate:
             )
         from opsin.media.fetch import fetch
 
-        return await self._in(self._fetchers, lambda: fetch(url, self._limits, self._resolve))
+        left = threading.Event()
+        try:
+            return await self._in(
+                self._fetchers, lambda: fetch(url, self._limits, self._resolve, cancelled=left.is_set)
+            )
+        finally:
+            left.set()
 
     @staticmethod
     async def _in(threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:

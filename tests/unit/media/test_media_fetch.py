@@ -189,6 +189,19 @@ def test_no_slowness_outlives_the_time_limit(site: Site, path: str) -> None:
     assert 0.3 < time.monotonic() - begin < 5
 
 
+@pytest.mark.parametrize("path", ["silence", "drip"])
+def test_a_cancelled_fetch_ends_long_before_its_time_limit(site: Site, path: str) -> None:
+    """The client that asked has left: its thread must be free for the next one."""
+    gone = threading.Event()
+    timer = threading.Timer(0.2, gone.set)
+    timer.start()
+    begin = time.monotonic()
+    with pytest.raises(FetchFailed, match="cancelled"):
+        fetch(f"{site.url}/{path}", LIMITS, cancelled=gone.is_set)
+    assert time.monotonic() - begin < 5
+    timer.join()
+
+
 @pytest.mark.parametrize(
     "url",
     [
