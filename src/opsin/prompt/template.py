@@ -98,9 +98,15 @@ def _strftime_now(text: str) -> str:
     return dt.datetime.now().strftime(text)  # noqa: DTZ005 - a template asks for the user's own day
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """JSON without HTML escapes, as `transformers` writes it."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 @cache
