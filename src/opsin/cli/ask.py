@@ -16,7 +16,7 @@ from opsin.cli.console import Printer, Working, say
 from opsin.core.answer import Finished, Progress, TextDelta
 from opsin.core.errors import BadInput, BadParameter
 from opsin.core.sampling import SamplingParams
-from opsin.core.settings import EngineSettings
+from opsin.core.settings import EngineSettings, MediaSettings
 
 if TYPE_CHECKING:
     from opsin.api import Opsin
@@ -133,7 +133,9 @@ class _Asker:
         console.print(timeline(answer, placement))
 
     def _picture(self, source: str) -> Picture:
-        return self._opsin.picture(sys.stdin.buffer.read() if source == "-" else source)
+        # One byte more than is taken, so that endless input is refused and not read.
+        data = sys.stdin.buffer.read(MediaSettings().max_bytes + 1) if source == "-" else None
+        return self._opsin.picture(source if data is None else data)
 
 
 def follow(stream: Iterable[object], working: Working, *, quiet: bool = False) -> Answer:

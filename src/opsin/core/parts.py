@@ -1,4 +1,4 @@
-"""A prompt in order: stretches of text and pictures, ready to be laid out as tokens."""
+"""A prompt in order: spans of text and pictures, ready to be tokenized."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from opsin.core.reasoning import ReasoningStyle
 
 @dataclass(frozen=True, slots=True)
 class TextPart:
-    """A stretch of text between pictures.
+    """A span of text between pictures.
 
-    With `special` the names of control tokens in it become those tokens (the template wrote them); without it they
-    are plain text (a user wrote them).
+    With `special` the names of control tokens in it become those tokens, as the template wrote them; without it they
+    stay plain text, as a user wrote them.
     """
 
     text: str
@@ -22,7 +22,7 @@ class TextPart:
 
 @dataclass(frozen=True, slots=True)
 class PicturePart:
-    """The place of one picture."""
+    """One picture."""
 
     picture: Picture
 
@@ -34,10 +34,9 @@ Part = TextPart | PicturePart
 class Prompt:
     """What the template made of the messages.
 
-    `add_bos` says whether the tokenizer shall put its own begin token in front (False when the template wrote it).
-    `thinking` is True when the rendered prompt ends inside an open reasoning block, so that the answer starts with
-    reasoning; `reasoning` says how such a block is marked, None for models that do not think.
-    `stop` are strings at which the template's turn ends.
+    `add_bos` says whether the tokenizer adds its own begin token (False when the template wrote it). `thinking` is
+    True when the prompt ends inside an open reasoning block, so that the answer starts with reasoning; `reasoning`
+    says how such a block is marked, None for models that do not think. `stop` are strings that end the answer.
     """
 
     parts: tuple[Part, ...]
@@ -48,5 +47,5 @@ class Prompt:
 
     @property
     def pictures(self) -> tuple[Picture, ...]:
-        """The pictures, in the order of their places."""
+        """The pictures, in order."""
         return tuple(part.picture for part in self.parts if isinstance(part, PicturePart))

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 class ReasoningStyle:
     """The tags around a family's thoughts.
 
-    `wrapper` is a pair of tags around the answer behind them, `dropped` are tags within it; none of them are part of
-    what a reader wants.
+    `wrapper` is a pair of tags around the answer that follows, `dropped` are tags within it; readers want none of them.
     """
 
     opening: str = "<think>"
@@ -21,7 +20,7 @@ class ReasoningStyle:
 
     @property
     def tags(self) -> tuple[str, ...]:
-        """All tags that are no part of what a reader wants."""
+        """All tags that are removed from what a reader sees."""
         return (self.opening, self.closing, *(self.wrapper or ()), *self.dropped)
 
     def splitter(self, *, starts_inside: bool) -> ReasoningSplitter:
@@ -41,10 +40,11 @@ class ReasoningStyle:
 
 
 class ReasoningSplitter:
-    """Takes an answer piece by piece and gives each piece back as thoughts or as text; a tag may come in pieces.
+    """Takes an answer piece by piece and returns each piece as thoughts or as text; a tag may come in pieces.
 
-    A block of thoughts counts only at the answer's start: later tags are text. Space around the tags is dropped. What
-    might be the beginning of a tag is held back until the next piece, at most a tag's length and the space before it.
+    A block of thoughts counts only at the start of the answer: later tags are text. Space around the tags is dropped.
+    What might be the beginning of a tag is held back until the next piece: at most a tag's length and the space before
+    it.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class ReasoningSplitter:
         self._drop = dropped
         self._state = "reopened" if starts_inside else "before"
         self._held = ""
-        self._bare = True  # nothing but space was given out in this state, so space is dropped
+        self._bare = True  # only space was seen in this state, so it is dropped
 
     @property
     def inside(self) -> bool:
@@ -68,7 +68,7 @@ class ReasoningSplitter:
         return self._state in {"reopened", "thoughts"}
 
     def feed(self, delta: str) -> tuple[str, str]:
-        """The new thoughts and the new text that are certain by now; either may be empty."""
+        """The new thoughts and the new text that are certain so far; either may be empty."""
         self._held += delta
         if self._state in {"before", "reopened"}:
             self._begin()

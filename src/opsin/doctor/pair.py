@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from opsin.core.errors import BadPrompt, ModelError, PairMismatch
+from opsin.core.errors import BadPrompt, ModelError, ModelUnreadable, PairMismatch
 from opsin.core.parts import TextPart
 from opsin.core.settings import EngineSettings
 from opsin.doctor.check import Check
@@ -244,7 +244,7 @@ def _template(llm: GgufInfo, mmproj: GgufInfo | None, facts: PairFacts) -> list[
         talk = [Message("user", "What is this?"), Message("assistant", _ANSWER)]
         builder.build(talk[:1])
         prompt = builder.build(talk, add_generation_prompt=False)
-    except BadPrompt as error:
+    except (BadPrompt, ModelUnreadable) as error:
         return [Check("pair.template", "fail", f"{error}", evidence)]
     checks = [_found_template(llm, evidence, missing=missing)]
     # Models that read pages take one bare instruction: nothing is written behind an answer, and they end by themselves.

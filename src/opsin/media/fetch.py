@@ -1,14 +1,15 @@
 """A picture from an http(s) address, bounded in bytes, time and redirects.
 
-Built on httpcore, the part of httpx that opens connections, because two things must be ours: who resolves a host's
-name (so that a policy can refuse addresses, and the address that was checked is the one connected to), and a deadline
-that no slow drip of bytes outlives. Proxies of the environment are not used; answers are asked for uncompressed.
+Built on httpcore, the part of httpx that opens connections, because two things must be ours: who resolves a host name
+(so that a policy can refuse addresses, and the address that was checked is the one connected to), and a deadline that
+no slow drip of bytes outlives. Proxies of the environment are not used, and uncompressed answers are asked for.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import http
+import http.client
 import socket
 import ssl
 import time
@@ -19,7 +20,7 @@ import httpcore
 import httpx
 
 from opsin.core.errors import FetchFailed, PictureTooLarge
-from opsin.media.words import check_bytes, show
+from opsin.media.limits import check_bytes, show
 
 if TYPE_CHECKING:
     from opsin.core.settings import MediaSettings
@@ -28,6 +29,8 @@ Resolver = Callable[[str, int], Sequence[str]]
 """Host and port in, the IP addresses that may be connected to out, best first; raises FetchFailed to refuse them."""
 
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
+_MOST_URL_CHARS = 8192
+_ASK_SECONDS = 0.5
 _HEADERS = [("User-Agent", "opsin"), ("Accept", "image/*"), ("Accept-Encoding", "identity")]
 
 
@@ -44,23 +47,31 @@ def show_url(url: str) -> str:
     """Return the address without its query, fragment and credentials, which may be secrets, fit for one line."""
     try:
         parsed = httpx.URL(url)
-    except httpx.InvalidURL:
+        _ = parsed.host
+    except (httpx.InvalidURL, UnicodeError):  # the second from the host's Punycode
         return "The address"
     return show(parsed.copy_with(query=None, fragment=None, userinfo=b""))
 
 
-def fetch(url: str, settings: MediaSettings, resolve: Resolver = system_addresses) -> bytes:
+def fetch(
+    url: str,
+    settings: MediaSettings,
+    resolve: Resolver = system_addresses,
+    *,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> bytes:
     """Return the body at `url`, following at most `settings.fetch_redirects` redirects.
 
-    The limit `settings.fetch_seconds` covers everything but the system's look-up of names, which has its own. Raises
-    FetchFailed for an address that is not http(s), holds credentials, cannot be reached, answers with anything but
-    200 or takes too long; PictureTooLarge over the limit on bytes, which is noticed while reading.
+    The limit `settings.fetch_seconds` covers everything but the system's look-up of names, which has its own.
+    `cancelled` is asked twice a second while a host is silent. Raises FetchFailed for an address that is not http(s),
+    holds credentials, cannot be reached, answers with anything but 200, takes too long or was cancelled;
+    PictureTooLarge over the limit on bytes, which is noticed while reading.
     """
     deadline = time.monotonic() + settings.fetch_seconds
     target = _checked(url)
     for _ in range(settings.fetch_redirects + 1):
         try:
-            answer = _get(target, settings, _Wire(deadline, resolve))
+            answer = _get(target, settings, _Wire(deadline, resolve, cancelled))
         except httpcore.TimeoutException as error:
             raise FetchFailed(
                 f"{show_url(url)} did not answer whole within {settings.fetch_seconds:g} s; try again, or download it "
@@ -91,6 +102,8 @@ def _why(error: Exception) -> str:
 
 
 def _checked(url: str) -> httpx.URL:
+    if len(url) > _MOST_URL_CHARS:
+        raise FetchFailed(f"The address of the picture is longer than {_MOST_URL_CHARS:,} characters; give the file.")
     try:
         parsed = httpx.URL(url)
         host = parsed.host
@@ -120,8 +133,10 @@ def _get(url: httpx.URL, settings: MediaSettings, wire: _Wire) -> bytes | httpx.
                 return url.join(headers[b"location"].decode("latin-1"))
             except httpx.InvalidURL as error:
                 raise FetchFailed(f"{name} redirects to an address that is not valid; give another one.") from error
-        if answer.status != http.HTTPStatus.OK:
-            raise FetchFailed(f"{name} answered {_status(answer.status)} instead of a picture; check the address.")
+        if answer.status != http.client.OK:
+            phrase = http.client.responses.get(answer.status)
+            status = f"{answer.status} ({phrase})" if phrase else f"{answer.status}"
+            raise FetchFailed(f"{name} answered {status} instead of a picture; check the address.")
         if headers.get(b"content-encoding", b"identity") != b"identity":
             raise FetchFailed(f"{name} answered compressed, which was not asked for; download it and give the file.")
         announced = headers.get(b"content-length", b"")
@@ -138,24 +153,18 @@ def _get(url: httpx.URL, settings: MediaSettings, wire: _Wire) -> bytes | httpx.
         return bytes(body)
 
 
-def _status(code: int) -> str:
-    try:
-        return f"{code} ({http.HTTPStatus(code).phrase})"
-    except ValueError:
-        return str(code)
-
-
 @functools.lru_cache(maxsize=1)
 def _tls() -> ssl.SSLContext:
     return httpx.create_ssl_context()
 
 
 class _Wire(httpcore.NetworkBackend):
-    """Connects to addresses the resolver allows, and lets nothing last beyond the deadline."""
+    """Connects to the addresses that the resolver allows, and lets nothing last beyond the deadline."""
 
-    def __init__(self, deadline: float, resolve: Resolver) -> None:
+    def __init__(self, deadline: float, resolve: Resolver, cancelled: Callable[[], bool]) -> None:
         self._deadline = deadline
         self._resolve = resolve
+        self._cancelled = cancelled
         self._sockets = httpcore.SyncBackend()
 
     def connect_tcp(
@@ -166,7 +175,7 @@ class _Wire(httpcore.NetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.NetworkStream:
-        """Try the host's addresses in their order; the last one's failure is everyone's."""
+        """Try the host's addresses in order; if all fail, the last failure is raised."""
         failure: Exception = httpcore.ConnectError("no address")
         for address in self._resolve(host, port):
             left = _left(self._deadline, httpcore.ConnectTimeout)
@@ -175,19 +184,24 @@ class _Wire(httpcore.NetworkBackend):
             except httpcore.ConnectError as error:
                 failure = error
             else:
-                return _Stream(stream, self._deadline)
+                return _Stream(stream, self._deadline, self._cancelled)
         raise failure
 
 
 class _Stream(httpcore.NetworkStream):
-    """A connection whose every wait ends at the deadline."""
+    """A connection whose every wait ends at the deadline, or when the fetch is cancelled."""
 
-    def __init__(self, stream: httpcore.NetworkStream, deadline: float) -> None:
+    def __init__(self, stream: httpcore.NetworkStream, deadline: float, cancelled: Callable[[], bool]) -> None:
         self._stream = stream
         self._deadline = deadline
+        self._cancelled = cancelled
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ARG002 - the deadline is stricter
-        return self._stream.read(max_bytes, _left(self._deadline, httpcore.ReadTimeout))
+        while not self._cancelled():
+            left = _left(self._deadline, httpcore.ReadTimeout)
+            with contextlib.suppress(httpcore.ReadTimeout):
+                return self._stream.read(max_bytes, min(left, _ASK_SECONDS))
+        raise FetchFailed("The fetch of the picture was cancelled.")
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ARG002 - the deadline is stricter
         self._stream.write(buffer, _left(self._deadline, httpcore.WriteTimeout))
@@ -202,7 +216,7 @@ class _Stream(httpcore.NetworkStream):
         timeout: float | None = None,  # noqa: ARG002 - the deadline is stricter
     ) -> httpcore.NetworkStream:
         left = _left(self._deadline, httpcore.ConnectTimeout)
-        return _Stream(self._stream.start_tls(ssl_context, server_hostname, left), self._deadline)
+        return _Stream(self._stream.start_tls(ssl_context, server_hostname, left), self._deadline, self._cancelled)
 
     def get_extra_info(self, info: str) -> Any:
         return self._stream.get_extra_info(info)

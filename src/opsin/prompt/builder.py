@@ -1,7 +1,8 @@
-"""The way from a conversation to a prompt: contents in the template's own shape, rendered, cut into parts."""
+"""From a conversation to a prompt: contents in the template's own shape, rendered, cut into parts."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,22 +10,23 @@ from opsin.core.errors import BadPrompt
 from opsin.core.parts import Part, PicturePart, Prompt, TextPart
 from opsin.core.picture import Picture
 from opsin.core.reasoning import ReasoningStyle
-from opsin.prompt.builtin import choose
+from opsin.prompt.builtin import SHIPPED, choose
 from opsin.prompt.message import Content, Message
-from opsin.prompt.places import ControlTokens, Places
+from opsin.prompt.placeholders import ControlTokens, Placeholders
 from opsin.prompt.reasoning import find_style
-from opsin.prompt.source import TemplateSource
-from opsin.prompt.template import ChatTemplate
+from opsin.prompt.template import ChatTemplate, TemplateSource
+from opsin.prompt.trial import check_template
 
 _SWITCHES = ("enable_thinking", "thinking")  # the second is Kimi's and DeepSeek's
-# Markers that begin or end a turn. Where the vocabulary has no token for one, the model writes it letter by letter.
+# Markers that begin or end a turn. Where the vocabulary has no token for one, the model writes it as plain text.
 _TURN_MARKERS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<end_of_utterance>", "<|end|>", "[INST]")
 
 
 class PromptBuilder:
-    """Builds prompts for one model. One serves all threads.
+    """Builds prompts for one model. Threads may share it.
 
-    Raises BadPrompt when the model's chat template cannot be used at all.
+    A model file's own template is tried in a child process first; see `opsin.prompt.trial`. Raises ModelUnreadable
+    when it cannot be used.
     """
 
     def __init__(self, source: TemplateSource) -> None:
@@ -32,6 +34,8 @@ class PromptBuilder:
         if not text.strip():
             built_in = choose(source)
             text, self._glue = built_in.template, built_in.picture_glue
+        elif hashlib.sha256(text.encode("utf-8", "replace")).hexdigest() not in SHIPPED:
+            check_template(text, bos_token=source.bos_token, eos_token=source.eos_token)
         self._template = ChatTemplate(text, bos_token=source.bos_token, eos_token=source.eos_token)
         self._bos = source.bos_token
         self._tokens = ControlTokens({*source.control_tokens, source.bos_token, source.eos_token})
@@ -57,26 +61,27 @@ class PromptBuilder:
         thinking: bool | None = None,
         add_generation_prompt: bool = True,
     ) -> Prompt:
-        """The prompt for a conversation, with the pictures in the order in which the conversation has them.
+        """The prompt for a conversation, with its pictures in order.
 
-        `thinking` switches a thinking model's thoughts on or off, None leaves that to its template. `tools` are
-        functions in the shape of OpenAI's API. Raises BadPrompt when the template refuses the conversation, leaves a
-        picture out, or does not know what is asked of it.
+        `thinking` switches a model's thoughts on or off; None leaves that to its template. `tools` are functions in
+        the shape of OpenAI's API. Raises BadPrompt when the template refuses the conversation, drops a picture, or
+        does not support what is asked of it.
         """
         if not messages:
             raise BadPrompt("There is no message: ask something.")
-        self._check_thinking(thinking)
+        if thinking and self.reasoning is None and not self._template.variables.intersection(_SWITCHES):
+            raise BadPrompt("This model does not think before it answers: leave `thinking` out.")
         if tools and not self.knows_tools:
             raise BadPrompt("This model's chat template knows no tools: leave them out.")
-        places = Places(self._tokens)
+        placeholders = Placeholders(self._tokens)
         rendered = self._template.render(
-            [self._shape(message, places) for message in self._fold_system(messages)],
-            tools=places.protect_all(tools) if tools else None,
+            [self._shape(message, placeholders) for message in self._fold_system(messages)],
+            tools=placeholders.protect_all(tools) if tools else None,
             add_generation_prompt=add_generation_prompt,
             switches=None if thinking is None else dict.fromkeys(_SWITCHES, thinking),
         )
         rendered, opened = self._close_thoughts(rendered, thinking, add_generation_prompt)
-        parts = places.cut(rendered)
+        parts = placeholders.cut(rendered)
         _check_text(parts)
         return Prompt(
             parts=parts,
@@ -86,15 +91,8 @@ class PromptBuilder:
             stop=self._stop,
         )
 
-    def _check_thinking(self, thinking: bool | None) -> None:
-        if thinking and self.reasoning is None and not self._has_switch():
-            raise BadPrompt("This model does not think before it answers: leave `thinking` out.")
-
-    def _has_switch(self) -> bool:
-        return any(name in self._template.variables for name in _SWITCHES)
-
     def _close_thoughts(self, rendered: str, thinking: bool | None, asked: bool) -> tuple[str, bool]:
-        """Whether the answer begins inside a block of thoughts; one nobody wants is closed at once."""
+        """Whether the answer begins inside a block of thoughts; an unwanted block is closed at once."""
         style = self.reasoning
         if style is None or not asked or not rendered.rstrip().endswith(style.opening):
             return rendered, False
@@ -115,9 +113,12 @@ class PromptBuilder:
             head[-1] += "\n"
         return [Message("user", [*head, *asked.parts], name=asked.name), *others[1:]]
 
-    def _shape(self, message: Message, places: Places) -> dict[str, Any]:
+    def _shape(self, message: Message, placeholders: Placeholders) -> dict[str, Any]:
         parts, thoughts = self._split_thoughts(message)
-        merged = [places.picture(part) if isinstance(part, Picture) else places.protect(part) for part in _merge(parts)]
+        merged = [
+            placeholders.picture(part) if isinstance(part, Picture) else placeholders.protect(part)
+            for part in _merge(parts)
+        ]
         has_picture = any(isinstance(part, Picture) for part in parts)
         shaped: dict[str, Any] = {"role": message.role}
         if self._wants_list(message.role, has_picture):
@@ -125,11 +126,11 @@ class PromptBuilder:
         else:
             shaped["content"] = self._glue.join(merged)
         if thoughts is not None:
-            shaped["reasoning_content"] = places.protect(thoughts)
+            shaped["reasoning_content"] = placeholders.protect(thoughts)
         for name in ("tool_calls", "tool_call_id", "name"):
             value = getattr(message, name)
             if value is not None:
-                shaped[name] = places.protect_all(value)
+                shaped[name] = placeholders.protect_all(value)
         return shaped
 
     def _wants_list(self, role: str, has_picture: bool) -> bool:
@@ -139,11 +140,11 @@ class PromptBuilder:
         return not abilities.strings or (abilities.lists and has_picture)
 
     def _split_thoughts(self, message: Message) -> tuple[Sequence[Content], str | None]:
-        """An older answer without its block of thoughts, and these.
+        """An older answer without its block of thoughts, and those thoughts.
 
-        Templates leave older thoughts out by looking for the closing tag in the text. That tag may be a control
-        token, which a text from outside must not smuggle in; so the block is taken out here, before the text is
-        protected. A template that would write the block as text gets it as text.
+        Templates drop older thoughts by looking for the closing tag in the text. That tag may be a control token,
+        which user text must not smuggle in; so the block is taken out here, before the text is protected. A template
+        that would write the block as text gets it as text.
         """
         style = self.reasoning
         parts = message.parts
@@ -158,7 +159,7 @@ class PromptBuilder:
 
 
 def _merge(parts: Sequence[Content]) -> list[Content]:
-    """Texts side by side become one, a line each, so that no control token can be put together out of two."""
+    """Join neighbouring texts with a line break, so that two of them cannot form a control token."""
     merged: list[Content] = []
     for part in parts:
         if isinstance(part, str) and merged and isinstance(merged[-1], str):

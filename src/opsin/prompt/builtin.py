@@ -1,15 +1,15 @@
-"""Templates for models whose files ship none, and the choice among them by what the file says."""
+"""Templates for models whose files ship none, chosen by what the file says about the model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from opsin.prompt.source import TemplateSource
+from opsin.prompt.template import TemplateSource
 
 
 @dataclass(frozen=True, slots=True)
 class BuiltIn:
-    """A template, and what stands between a picture and the text beside it (LLaVA was trained with a line break)."""
+    """A template, and what separates a picture from the text beside it (LLaVA was trained with a line break)."""
 
     name: str
     template: str
@@ -91,14 +91,17 @@ _CHATML = BuiltIn(
 # Models that read pages take a bare instruction.
 _PLAIN = BuiltIn("plain", "{%- for turn in messages -%}{{- turn.content -}}{%- endfor -%}")
 
+# SHA-256 of the template in the demo model that is shipped; as ours it needs no trial.
+SHIPPED = frozenset({"4714f8508613f80a22b94f62c73d02d4497a770de779fd568ced7b397445eb68"})
+
 _LLAVA_PROJECTORS = ("mlp", "mlp_norm", "ldp", "ldpv2")
 
 
 def choose(source: TemplateSource) -> BuiltIn:
     """The template for a model that ships none.
 
-    LLaVA-1.6-34B is told by its control tokens, Mistral by its name or by the heads of its attention; whatever else
-    is a LLaVA, or an unknown `llama`, gets Vicuna's.
+    LLaVA-1.6-34B is known by its control tokens, Mistral by its name or its attention heads; any other LLaVA, and an
+    unknown `llama`, gets Vicuna's.
     """
     name = source.name.lower()
     if (source.projector or "").startswith("deepseekocr") or "deepseek-ocr" in name:

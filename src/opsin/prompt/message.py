@@ -17,9 +17,9 @@ ROLES: tuple[str, ...] = get_args(Role)
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message. `content` is a text, or texts and pictures in the order they are to be read.
+    """One message. `content` is a text, or texts and pictures in reading order.
 
-    `reasoning` is what an assistant thought before this answer; most templates leave it out of older turns.
+    `reasoning` is what an assistant thought before this answer; most templates drop it from older turns.
     `tool_calls`, `tool_call_id` and `name` go to the template as they are, in the shape of OpenAI's API.
     Raises BadPrompt for a role or a content of another kind.
     """
@@ -41,5 +41,5 @@ class Message:
 
     @property
     def parts(self) -> tuple[Content, ...]:
-        """The content in order; a bare text is its only part."""
+        """The content in order; a plain text is its only part."""
         return (self.content,) if isinstance(self.content, str) else tuple(self.content)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from opsin.core.reasoning import ReasoningStyle
-from opsin.prompt.source import TemplateSource
+from opsin.prompt.template import TemplateSource
 
 _TAGS = (
     ("◁think▷", "◁/think▷"),  # Kimi-VL

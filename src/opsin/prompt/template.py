@@ -1,33 +1,66 @@
-"""One chat template: compiled once, rendered within a budget, and asked what it understands."""
+"""One chat template: compiled once in Jinja's sandbox, rendered on bounded input, and asked what it understands.
+
+The sandbox keeps a template away from Python, but not from working for ever: `opsin.prompt.trial` finds out about
+that, in a process of its own, before a stranger's template is rendered here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import datetime as dt
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from typing import Any, Literal, TypeVar
+from functools import cache, cached_property
+from typing import Any, Literal, NoReturn
 
-from jinja2 import Template, TemplateError, TemplateSyntaxError
+from jinja2 import Template, TemplateSyntaxError, nodes
+from jinja2.ext import Extension
 from jinja2.meta import find_undeclared_variables
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from opsin.core.errors import BadPrompt
-from opsin.prompt.budget import Budget, TemplateRefused
-from opsin.prompt.filters import TemplateRaised
-from opsin.prompt.sandbox import Sandbox
 
 MAX_TEMPLATE_CHARS = 65_536  # the longest in use have about 17,000
 MAX_INPUT_CHARS = 2_000_000
+_MAX_OUTPUT_CHARS = 4_000_000
+_OUTPUT_PER_INPUT = 32  # a template may write each character of the messages this often
+_MAX_SECONDS = 2.0  # CPU time of one rendering; honest ones take milliseconds
+
+_PROBE = "opsinprobe"
 
 Json = Mapping[str, Any]
-_PROBE = "opsinprobe"
-_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateSource:
+    """The parts of a model file that decide how its prompts are written, as plain values.
+
+    `template` is the file's own Jinja chat template, None when it ships none. `architecture` is GGUF's
+    `general.architecture` ("llama", "qwen2vl", …); `name` is any text that names the model, best `general.name` and
+    the file's name together; `projector` is the projector type ("mlp", "deepseekocr", …) when there is one.
+    `control_tokens` holds the text of every token that the tokenizer reads as one token when it parses special
+    tokens: user text that looks like one is kept plain. `kv_groups` is the number of query heads per key/value head;
+    it tells Mistral from Vicuna where the names do not.
+    """
+
+    template: str | None
+    architecture: str
+    name: str
+    projector: str | None
+    bos_token: str
+    eos_token: str
+    control_tokens: frozenset[str]
+    kv_groups: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Abilities:
     """What a template understands, found by rendering small conversations.
 
-    `strings` and `lists`: a user's content may be a text, or a list of typed parts. `system`: the shape in which a
+    `strings` and `lists`: a user's content may be a string, or a list of typed parts. `system`: the shape in which a
     system message comes out, None where it does not.
     """
 
@@ -36,27 +69,72 @@ class Abilities:
     system: Literal["string", "list"] | None
 
 
-@lru_cache(maxsize=1)
-def _sandbox() -> Sandbox:
-    return Sandbox()
+class TooCostly(BadPrompt):
+    """A rendering went over a limit; `what` says what the template does."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"The model's chat template {what}: use another file of this model.")
+
+
+class _Raised(Exception):
+    """The template called `raise_exception`."""
+
+
+class _Generation(Extension):
+    """`{% generation %}`, with which trainers mark an assistant's words: its body is written as it is."""
+
+    tags = {"generation"}  # noqa: RUF012 - Jinja declares it so
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        lineno = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=lineno)
+
+
+def _raise_exception(message: object = "") -> NoReturn:
+    raise _Raised(str(message))
+
+
+def _strftime_now(text: str) -> str:
+    return dt.datetime.now().strftime(text)  # noqa: DTZ005 - a template asks for the user's own day
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON without HTML escapes, as `transformers` writes it."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+@cache
+def _environment() -> ImmutableSandboxedEnvironment:
+    """The environment of all templates and threads, with the conventions of `transformers`."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+    )
+    del environment.globals["lipsum"]
+    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+    environment.filters["tojson"] = _tojson
+    return environment
 
 
 class ChatTemplate:
     """A Jinja chat template with the conventions of the models' publishers.
 
-    It is given `messages`, `tools`, `add_generation_prompt`, `bos_token`, `eos_token` and the switches of the
-    caller. Safe to use from several threads. Raises BadPrompt when the text is no template that can be used.
+    It is given `messages`, `tools`, `add_generation_prompt`, `bos_token`, `eos_token` and the caller's switches. Safe
+    to use from several threads. Raises BadPrompt when the text is not a template that can be used.
     """
 
     def __init__(self, text: str, *, bos_token: str, eos_token: str) -> None:
         if len(text) > MAX_TEMPLATE_CHARS:
-            raise BadPrompt(
-                f"The model's chat template has {len(text):,} characters, more than the {MAX_TEMPLATE_CHARS:,} "
-                "that are read: use another file of this model."
-            )
+            raise TooCostly(f"has {len(text):,} characters, more than the {MAX_TEMPLATE_CHARS:,} that are read")
         self.text = text
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
-        self._template: Template = _told(lambda: _sandbox().compile_chat(text))
+        with _one_sentence():
+            self._template: Template = _environment().from_string(text)
 
     def render(
         self,
@@ -67,7 +145,8 @@ class ChatTemplate:
         switches: Json | None = None,
     ) -> str:
         """The prompt's text. Raises BadPrompt when the template refuses the messages, fails, or costs too much."""
-        budget = Budget(_chars(messages) + _chars(tools))
+        left = _MAX_OUTPUT_CHARS + _OUTPUT_PER_INPUT * _check_input(messages, tools)
+        deadline = time.thread_time() + _MAX_SECONDS
         variables = {
             **self._tokens,
             **(switches or {}),
@@ -75,43 +154,49 @@ class ChatTemplate:
             "tools": tools,
             "add_generation_prompt": add_generation_prompt,
         }
-        return _told(lambda: self._run(variables, budget))
-
-    def _run(self, variables: dict[str, Any], budget: Budget) -> str:
-        with budget.in_force():
-            context = self._template.new_context(variables)
-            return "".join(self._template.root_render_func(context))
+        pieces = []
+        with _one_sentence():
+            for piece in self._template.generate(variables):
+                pieces.append(piece)
+                left -= len(piece)
+                if left < 0:
+                    raise TooCostly("writes too much text")
+                if time.thread_time() > deadline:
+                    raise TooCostly("runs too long")
+        return "".join(pieces)
 
     @cached_property
     def variables(self) -> frozenset[str]:
         """Names the template reads from outside, such as `enable_thinking`."""
-        return frozenset(_told(lambda: find_undeclared_variables(_sandbox().parse(self.text))))
+        return frozenset(find_undeclared_variables(_environment().parse(self.text)))
 
     @cached_property
     def abilities(self) -> Abilities:
         """What the template understands; a template that fails at every try is taken to want plain strings."""
-        lists = self._says(_PROBE, _wrap("user", _PROBE, lists=True))
-        strings = self._says(_PROBE, _wrap("user", _PROBE)) or not lists
+        lists = self._renders(_PROBE, _wrap("user", _PROBE, lists=True))
+        strings = self._renders(_PROBE, _wrap("user", _PROBE)) or not lists
         system: Literal["string", "list"] | None = None
-        for shape in ("string", "list") if strings else ("list", "string"):
-            messages = _wrap("system", "opsinsystem", lists=shape == "list"), _wrap("user", _PROBE, lists=not strings)
-            if system is None and self._says("opsinsystem", *messages):
-                system = "string" if shape == "string" else "list"
+        shapes: tuple[Literal["string", "list"], ...] = ("string", "list") if strings else ("list", "string")
+        for shape in shapes:
+            question = _wrap("user", _PROBE, lists=not strings)
+            if self._renders("opsinsystem", _wrap("system", "opsinsystem", lists=shape == "list"), question):
+                system = shape
+                break
         return Abilities(strings, lists, system)
 
     def keeps_thoughts(self, opening: str, closing: str) -> bool:
         """Whether a block of thoughts in an older answer comes out as text."""
         lists = not self.abilities.strings
-        asked = _wrap("user", _PROBE, lists=lists)
+        question = _wrap("user", _PROBE, lists=lists)
         answer = f"{opening}\nopsinthought\n{closing}\n\nopsinanswer"
-        return self._says("opsinthought", asked, _wrap("assistant", answer, lists=lists), asked)
+        return self._renders("opsinthought", question, _wrap("assistant", answer, lists=lists), question)
 
-    def _says(self, word: str, *messages: Json) -> bool:
+    def _renders(self, word: str, *messages: Json) -> bool:
         try:
             text = self.render(messages)
         except BadPrompt:
             return False
-        # A list that a template prints as Python or JSON writes one is not understood.
+        # A list that the template prints as Python or JSON writes one is not understood.
         return word in text and not any(f"{quote}{word}{quote}" in text for quote in "'\"")
 
 
@@ -119,8 +204,9 @@ def _wrap(role: str, text: str, *, lists: bool = False) -> Json:
     return {"role": role, "content": [{"type": "text", "text": text}] if lists else text}
 
 
-def _chars(value: Any) -> int:
-    total, stack = 0, [value]
+def _check_input(*values: Any) -> int:
+    """Characters and items in the values. Raises BadPrompt beyond MAX_INPUT_CHARS."""
+    total, stack = 0, list(values)
     while stack:
         item = stack.pop()
         if isinstance(item, str):
@@ -135,25 +221,20 @@ def _chars(value: Any) -> int:
     return total
 
 
-def _told(work: Callable[[], _Result]) -> _Result:
-    """Do it, and turn whatever a stranger's template can raise into one sentence."""
+@contextmanager
+def _one_sentence() -> Iterator[None]:
+    """Turn whatever a template can raise into one sentence."""
     try:
-        return work()
-    except TemplateRaised as error:
+        yield
+    except BadPrompt:
+        raise
+    except _Raised as error:
         raise BadPrompt(f"The model's chat template refuses these messages: {_short(error)}") from None
-    except TemplateRefused as error:
-        raise BadPrompt(
-            f"The model's chat template cannot be used, since it {error}: use another file of this model."
-        ) from None
-    except RecursionError:
-        raise BadPrompt("The model's chat template is nested too deeply: use another file of this model.") from None
-    except MemoryError:
-        raise BadPrompt("The model's chat template takes too much memory: use another file of this model.") from None
+    except (MemoryError, OverflowError):
+        raise TooCostly("takes too much memory") from None
     except TemplateSyntaxError as error:
         raise BadPrompt(f"The model's chat template has a mistake in line {error.lineno}: {_short(error)}") from None
-    except TemplateError as error:
-        raise BadPrompt(f"The model's chat template does not fit these messages: {_short(error)}") from None
-    except Exception as error:  # noqa: BLE001 - a template is a program of a stranger, and may raise anything
+    except Exception as error:  # noqa: BLE001 - a template is a stranger's program and may raise anything
         raise BadPrompt(
             f"The model's chat template failed on these messages with a {type(error).__name__}: {_short(error)}"
         ) from None

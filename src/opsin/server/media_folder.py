@@ -9,7 +9,7 @@ from urllib.parse import unquote, urlsplit
 
 from opsin.core.errors import BadParameter, FetchFailed
 from opsin.core.settings import MediaSettings
-from opsin.media.words import check_bytes
+from opsin.media.limits import check_bytes
 
 
 class MediaFolder:

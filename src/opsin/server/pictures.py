@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import hashlib
 import os
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -15,7 +16,7 @@ from opsin.core.errors import BadParameter, BadPicture, FetchFailed
 from opsin.core.picture import Picture
 from opsin.core.server_settings import ServerSettings
 from opsin.core.settings import MediaSettings
-from opsin.media import load_picture, picture_sha256
+from opsin.media import OpenPicture, load_picture
 from opsin.media.source import read_data_url
 from opsin.server.addresses import AddressPolicy
 from opsin.server.media_folder import MediaFolder
@@ -76,17 +77,19 @@ class PictureGate:
         fetch_ms = (time.perf_counter() - begin) * 1e3
         identity = await self._in(self._decoders, lambda: hashlib.sha256(data).hexdigest())
         with self._in_flight([identity]):
-            pixels = await self._in(self._decoders, lambda: _measure(data, self._limits))
+            file = await self._in(self._decoders, lambda: OpenPicture(data, self._limits))
+        pixels = file.width * file.height
         holder = current_holder() or Holder()
         try:
             await self._room.take(pixels, holder)
             with self._in_flight([identity]):
-                picture = await self._in(self._decoders, lambda: _decode(data, self._limits, detail, fetch_ms))
+                edge = LOW_EDGE if detail == "low" else None
+                picture = await self._in(self._decoders, lambda: load_picture(file, self._limits, edge))
             self._room.give_back(holder, pixels - picture.width * picture.height)
         finally:
             if holder is not current_holder():
                 holder.release()
-        return picture
+        return dataclasses.replace(picture, fetch_ms=fetch_ms)
 
     def close(self) -> None:
         """Let the threads go once they have nothing to do."""
@@ -121,7 +124,13 @@ class PictureGate:
             )
         from opsin.media.fetch import fetch
 
-        return await self._in(self._fetchers, lambda: fetch(url, self._limits, self._resolve))
+        left = threading.Event()
+        try:
+            return await self._in(
+                self._fetchers, lambda: fetch(url, self._limits, self._resolve, cancelled=left.is_set)
+            )
+        finally:
+            left.set()
 
     @staticmethod
     async def _in(threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
@@ -133,32 +142,3 @@ def _data(url: str, limits: MediaSettings) -> bytes:
         return read_data_url(url, limits)
     except UnicodeEncodeError:
         raise BadPicture("The data: address holds characters that no address can; encode the picture again.") from None
-
-
-def _measure(data: bytes, limits: MediaSettings) -> int:
-    from opsin.media.decode import measure
-
-    width, height = measure(data, "The picture", limits)
-    return width * height
-
-
-def _decode(data: bytes, limits: MediaSettings, detail: str | None, fetch_ms: float) -> Picture:
-    picture = dataclasses.replace(load_picture(data, limits), fetch_ms=fetch_ms)
-    longer = max(picture.width, picture.height)
-    if detail != "low" or longer <= LOW_EDGE:
-        return picture
-    from PIL import Image
-
-    begin = time.perf_counter()
-    size = (max(1, picture.width * LOW_EDGE // longer), max(1, picture.height * LOW_EDGE // longer))
-    whole = Image.frombytes("RGB", (picture.width, picture.height), picture.rgb)
-    rgb = whole.resize(size, Image.Resampling.LANCZOS).tobytes()
-    return dataclasses.replace(
-        picture,
-        rgb=rgb,
-        width=size[0],
-        height=size[1],
-        sha256=picture_sha256(*size, rgb),
-        notes=(*picture.notes, f"shrunk to {size[0]} by {size[1]} pixels, as detail is low"),
-        decode_ms=picture.decode_ms + (time.perf_counter() - begin) * 1e3,
-    )

@@ -292,9 +292,9 @@ def test_a_pillow_image_is_turned_and_not_changed() -> None:
 def test_the_first_of_many_is_taken_and_said() -> None:
     others = [Image.new("RGB", (48, 32), (index, 0, 0)) for index in (1, 2)]
     for kind, options, sentence in (
-        ("GIF", {}, "the first of 3 frames was taken"),
-        ("TIFF", {}, "the first of 3 pages was taken"),
-        ("TIFF", {"big_tiff": True}, "the first of 3 pages was taken"),
+        ("GIF", {}, "the first of several frames was taken"),
+        ("TIFF", {}, "the first of several pages was taken"),
+        ("TIFF", {"big_tiff": True}, "the first of several pages was taken"),
         ("PNG", {}, "the first of 3 frames was taken"),
         ("WEBP", samples.LOSSLESS["WEBP"], "the first of 3 frames was taken"),
     ):

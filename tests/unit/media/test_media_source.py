@@ -72,7 +72,7 @@ def test_a_refused_permission_is_told_whoever_runs_the_test(monkeypatch: pytest.
 
     path = tmp_path / "mine.png"
     path.write_bytes(PNG)
-    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(BadPicture, match="permissions"):
         load_picture(path, LIMITS)
 

@@ -6,7 +6,9 @@ import asyncio
 import base64
 import hashlib
 import os
+import socket
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -102,7 +104,7 @@ def test_low_detail_shrinks_and_gives_another_identity(size: tuple[int, int], sm
     assert (low.source_width, low.source_height) == size == (high.width, high.height)
     assert len(low.rgb) == small[0] * small[1] * 3
     assert low.sha256 != high.sha256
-    assert "detail is low" in low.notes[0]
+    assert low.notes == (f"shrunk to {small[0]} by {small[1]} pixels",)
 
 
 def test_another_detail_is_refused() -> None:
@@ -147,8 +149,8 @@ class Slow:
         self.inside = self.most = 0
         self.go, self.full = threading.Event(), threading.Event()
 
-        def slow(data: bytes, limits: Any) -> Any:
-            picture = load_picture(data, limits)
+        def slow(*args: Any) -> Any:
+            picture = load_picture(*args)
             with self.lock:
                 self.inside += picture.width * picture.height
                 self.most = max(self.most, self.inside)
@@ -306,5 +308,25 @@ def test_who_leaves_while_waiting_leaves_nothing_behind() -> None:
         c.release()
         b.release()
         assert room.used == 0
+
+    asyncio.run(go())
+
+
+def test_a_fetch_ends_when_nobody_waits_for_it_any_more() -> None:
+    """Sixteen clients that hung up on a silent host held every fetching thread for twenty seconds."""
+
+    async def go() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            settings = ServerSettings(fetch_images=True)
+            gate = PictureGate(settings, resolve=lambda _host, _port: ["127.0.0.1"])
+            url = f"http://pictures.invalid:{silent.getsockname()[1]}/x.png"
+            load = asyncio.ensure_future(gate.load(url))
+            connection, _ = await asyncio.to_thread(silent.accept)
+            load.cancel()
+            begin = time.monotonic()
+            await asyncio.to_thread(gate._fetchers.shutdown)
+            assert time.monotonic() - begin < 5
+            connection.close()
+            gate.close()
 
     asyncio.run(go())

@@ -1,4 +1,4 @@
-"""How this room speaks: names of sources made fit for one line, and the limits on size as sentences."""
+"""Limits on size as sentences, and names of sources made fit for one line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LONGEST_NAME = 160
 
 
 def show(name: object) -> str:
-    """`name` on one line: what cannot be printed becomes "?", and the middle of a long name is left out."""
+    """`name` on one line: unprintable characters become "?", and the middle of a long name is left out."""
     text = "".join(char if char.isprintable() else "?" for char in str(name)[: 10 * _LONGEST_NAME])
     half = _LONGEST_NAME // 2
     return text if len(text) <= _LONGEST_NAME else f"{text[:half]}…{text[-half:]}"
@@ -33,13 +33,18 @@ def check_bytes(size: int, name: str, settings: MediaSettings) -> None:
         raise BadPicture(f"{name} is empty (0 bytes); give a file that holds a picture.")
 
 
-def check_size(width: int, height: int, name: str, settings: MediaSettings) -> None:
-    """Raise PictureTooLarge or BadPicture unless `width` by `height` pixels are within the settings' limits."""
+def check_size(width: int, height: int, name: str, settings: MediaSettings, *, wide: bool = False) -> None:
+    """Raise PictureTooLarge or BadPicture unless `width` by `height` pixels are within the settings' limits.
+
+    `wide`: the samples have 32 bits, so a quarter of the pixels is allowed.
+    """
+    most = settings.max_pixels // 4 if wide else settings.max_pixels
     if width < 1 or height < 1:
         raise BadPicture(f"{name} claims a size of {width} by {height} pixels; give a picture that has pixels.")
-    if width * height > settings.max_pixels:
+    if width * height > most:
+        kind = " of 32-bit samples" if wide else ""
         raise PictureTooLarge(
-            f"{name} has {width:,} by {height:,} pixels, and at most {settings.max_pixels:,} in all are read; "
+            f"{name} has {width:,} by {height:,} pixels{kind}, and at most {most:,} in all are read; "
             "scale it down first."
         )
     if max(width, height) > settings.max_edge:

@@ -7,7 +7,7 @@ from prompt_families import picture
 
 from opsin.core.errors import BadPrompt
 from opsin.core.parts import PicturePart, TextPart
-from opsin.prompt.places import ControlTokens, Places
+from opsin.prompt.placeholders import ControlTokens, Placeholders
 
 TOKENS = ["</s>", "<s>", "<<s>>", "<|a|>", "<|a|><|b|>", "[X]", "▁▁", "\n"]
 SPLIT = ControlTokens(TOKENS)
@@ -40,16 +40,16 @@ def test_many_tokens_and_a_long_text_take_no_long_time():
 
 
 def test_keys_and_nested_values_of_json_are_protected():
-    places = Places(ControlTokens(["</s>"]))
-    value = places.protect_all({"a</s>": ["</s>", {"b": "x"}, 3, None, True, 1.5]})
+    placeholders = Placeholders(ControlTokens(["</s>"]))
+    value = placeholders.protect_all({"a</s>": ["</s>", {"b": "x"}, 3, None, True, 1.5]})
     assert "</s>" not in str(value)
-    assert value[places.protect("a</s>")][1:] == [{"b": "x"}, 3, None, True, 1.5]
+    assert value[placeholders.protect("a</s>")][1:] == [{"b": "x"}, 3, None, True, 1.5]
 
 
 def test_cutting_gives_back_what_was_put_in():
-    places = Places(ControlTokens(["</s>"]))
-    rendered = f"<s>{places.protect('a</s>b')}{places.picture(picture(1))}</s>"
-    assert places.cut(rendered) == (
+    placeholders = Placeholders(ControlTokens(["</s>"]))
+    rendered = f"<s>{placeholders.protect('a</s>b')}{placeholders.picture(picture(1))}</s>"
+    assert placeholders.cut(rendered) == (
         TextPart("<s>a"),
         TextPart("</s>", special=False),
         TextPart("b"),
@@ -58,26 +58,26 @@ def test_cutting_gives_back_what_was_put_in():
     )
 
 
-def test_equal_pictures_have_places_of_their_own():
-    places = Places(ControlTokens([]))
-    one, two = places.picture(picture(1)), places.picture(picture(1))
+def test_equal_pictures_have_placeholders_of_their_own():
+    placeholders = Placeholders(ControlTokens([]))
+    one, two = placeholders.picture(picture(1)), placeholders.picture(picture(1))
     assert one != two
     with pytest.raises(BadPrompt, match="leaves out picture 2 of 2"):
-        places.cut(one)
+        placeholders.cut(one)
     with pytest.raises(BadPrompt, match="once and in order"):
-        places.cut(two + one)
+        placeholders.cut(two + one)
 
 
 def test_a_token_that_the_template_dropped_is_no_fault():
-    places = Places(ControlTokens(["</s>"]))
-    places.protect("a</s>")
-    assert places.cut("left") == (TextPart("left"),)
+    placeholders = Placeholders(ControlTokens(["</s>"]))
+    placeholders.protect("a</s>")
+    assert placeholders.cut("left") == (TextPart("left"),)
 
 
 @pytest.mark.parametrize(
     "spoil", [lambda m: m[:-1], lambda m: m[:20], lambda m: m[:-1] + "9", lambda m: m[:-6] + "x" * 6]
 )
-def test_a_spoilt_stand_in_is_noticed(spoil):
-    places = Places(ControlTokens([]))
+def test_a_spoilt_placeholder_is_noticed(spoil):
+    placeholders = Placeholders(ControlTokens([]))
     with pytest.raises(BadPrompt, match="cuts texts apart"):
-        places.cut("a" + spoil(places.picture(picture(1))) + "b")
+        placeholders.cut("a" + spoil(placeholders.picture(picture(1))) + "b")

@@ -1,8 +1,8 @@
-"""Random stand-ins for pictures and for a user's control tokens, put in before rendering and cut at afterwards.
+"""Random placeholders for pictures and for control tokens in user text: put in before rendering, cut out afterwards.
 
-A stand-in is a run of decimal digits: nothing a template does to a text (trim, upper case, JSON) changes it, and
-nobody who writes a message can guess it. So a marker in a user's text is only text, and a control token in it never
-reaches the tokenizer as one, wherever the template moved or trimmed the text around it.
+A placeholder is a run of decimal digits: nothing a template does to text (trim, upper case, JSON) changes it, and
+nobody who writes a message can guess it. So a marker in user text stays text, and a control token in it never reaches
+the tokenizer as one, wherever the template moved or trimmed the text around it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _CUT_APART = (
 
 
 class ControlTokens:
-    """Finds the texts of control tokens in a text, longest first. Built once a model; a thread may share it."""
+    """Finds control tokens in a text, longest first. Built once per model; threads may share it."""
 
     def __init__(self, tokens: Iterable[str]) -> None:
         # A token of spaces alone reads the same whether special or not, and templates trim it.
@@ -35,8 +35,9 @@ class ControlTokens:
         self._firsts = re.compile("[" + re.escape("".join(sorted(self._lengths))) + "]") if self._tokens else None
 
     def split(self, text: str) -> list[str]:
-        """Pieces of the text, plain and token in turn, beginning with plain; joined they are the text."""
-        pieces, end = [], 0
+        """Pieces of the text, plain and token alternating, plain first; joined they are the text."""
+        pieces: list[str] = []
+        end = 0
         for match in self._firsts.finditer(text) if self._firsts else ():
             start = match.start()
             if start < end:
@@ -51,27 +52,27 @@ class ControlTokens:
         return pieces
 
 
-class Places:
-    """The stand-ins of one prompt."""
+class Placeholders:
+    """The placeholders of one prompt."""
 
     def __init__(self, tokens: ControlTokens) -> None:
         self._stem = "".join(secrets.choice("123456789") for _ in range(_STEM_DIGITS))
         self._tokens = tokens
-        self._stands_for: list[str | Picture] = []
-        self._token_marks: dict[str, str] = {}
+        self._originals: list[str | Picture] = []
+        self._tokens_seen: dict[str, str] = {}
 
     def picture(self, picture: Picture) -> str:
-        """A stand-in for a picture's place; asked for in the order of the conversation."""
-        return self._mark(picture)
+        """A placeholder for a picture; asked for in the order of the conversation."""
+        return self._new(picture)
 
     def protect(self, text: str) -> str:
-        """The text with each control token in it replaced by a stand-in."""
+        """The text with each control token in it replaced by a placeholder."""
         pieces = self._tokens.split(text)
-        for place in range(1, len(pieces), 2):
-            token = pieces[place]
-            if token not in self._token_marks:
-                self._token_marks[token] = self._mark(token)
-            pieces[place] = self._token_marks[token]
+        for index in range(1, len(pieces), 2):
+            token = pieces[index]
+            if token not in self._tokens_seen:
+                self._tokens_seen[token] = self._new(token)
+            pieces[index] = self._tokens_seen[token]
         return "".join(pieces)
 
     def protect_all(self, value: Any) -> Any:
@@ -87,7 +88,7 @@ class Places:
     def cut(self, rendered: str) -> tuple[Part, ...]:
         """The parts: what the template wrote as special text, the users' control tokens as plain text, pictures.
 
-        Raises BadPrompt when a picture's place is missing, doubled or out of order.
+        Raises BadPrompt when a picture is missing, doubled or out of order.
         """
         head, *pieces = rendered.split(self._stem)
         parts: list[Part] = []
@@ -95,24 +96,24 @@ class Places:
         self._add_text(parts, head, special=True)
         for piece in pieces:
             index, rest = self._index(piece[:_INDEX_DIGITS]), piece[_INDEX_DIGITS:]
-            meant = self._stands_for[index]
-            if isinstance(meant, Picture):
-                parts.append(PicturePart(meant))
+            original = self._originals[index]
+            if isinstance(original, Picture):
+                parts.append(PicturePart(original))
                 found.append(index)
             else:
-                self._add_text(parts, meant, special=False)
+                self._add_text(parts, original, special=False)
             self._add_text(parts, rest, special=True)
         self._check(found)
         return tuple(parts)
 
-    def _mark(self, meant: str | Picture) -> str:
-        if len(self._stands_for) >= 10**_INDEX_DIGITS:
+    def _new(self, original: str | Picture) -> str:
+        if len(self._originals) >= 10**_INDEX_DIGITS:
             raise BadPrompt(f"The conversation has more than {10**_INDEX_DIGITS:,} pictures and control tokens.")
-        self._stands_for.append(meant)
-        return f"{self._stem}{len(self._stands_for) - 1:0{_INDEX_DIGITS}d}"
+        self._originals.append(original)
+        return f"{self._stem}{len(self._originals) - 1:0{_INDEX_DIGITS}d}"
 
     def _index(self, digits: str) -> int:
-        if len(digits) < _INDEX_DIGITS or not digits.isdecimal() or int(digits) >= len(self._stands_for):
+        if len(digits) < _INDEX_DIGITS or not digits.isdecimal() or int(digits) >= len(self._originals):
             raise BadPrompt(_CUT_APART)
         return int(digits)
 
@@ -128,7 +129,7 @@ class Places:
             parts.append(TextPart(text, special))
 
     def _check(self, found: list[int]) -> None:
-        wanted = [index for index, meant in enumerate(self._stands_for) if isinstance(meant, Picture)]
+        wanted = [index for index, original in enumerate(self._originals) if isinstance(original, Picture)]
         if found == wanted:
             return
         missing = [number for number, index in enumerate(wanted, 1) if index not in found]
