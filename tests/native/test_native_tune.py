@@ -53,7 +53,7 @@ def test_candidates_are_timed_and_their_answers_compared(pair: Any, tmp_path: Pa
 
 
 def report(changes: dict[str, Any] | None) -> Report:
-    best = None if changes is None else Candidate(changes, [0.5] * 3, [0.5] * 3, 0.0, "faster")
+    best = None if changes is None else Candidate(changes, [0.5] * 3, 0.0, "faster")
     return Report("interactive", 1, (1.0, 1.0), 0.01, () if best is None else (best,), best, 9.0)
 
 

@@ -10,13 +10,12 @@ import typer
 
 from opsin.cli import options as o
 from opsin.cli.console import say
+from opsin.tune.devices import THIS
 
 if TYPE_CHECKING:
     from opsin.models import Pair
     from opsin.tune.devices import Device
     from opsin.tune.predict import Needs, Prediction
-
-THIS = "this"
 
 
 def predict(
@@ -49,6 +48,7 @@ def predict(
     """Predict encode, prefill and decode times of a pair on a device, and whether it fits there."""
     from dataclasses import replace
 
+    from opsin import __version__
     from opsin.core.errors import BadParameter
     from opsin.tune.devices import find_device
     from opsin.tune.predict import Request, check_fits
@@ -69,7 +69,7 @@ def predict(
     prediction = predicted(needs, found, request)
     check_fits(prediction, needs)
     check = _measure(pair, prediction, needs, kv_type) if measure and pair is not None else None
-    document = {**_versions(), "kind": "predict", "prediction": prediction.as_dict(), "check": check}
+    document = {"kind": "predict", "opsin": __version__, "prediction": prediction.as_dict(), "check": check}
     if json_out is not None:
         o.write_out(json_out, json.dumps(document, indent=2) + "\n")
     typer.echo(json.dumps(document) if as_json else _text(prediction, check))
@@ -121,14 +121,6 @@ def _measure(pair: Pair, prediction: Prediction, needs: Needs, kv_type: str | No
     settings = EngineSettings(ctx=prediction.request.ctx, parallel=1, disk_cache=False, **o.given(kv_type=kv_type))
     with closing(open_runtime(pair.llm, pair.mmproj, settings)) as runtime:
         return measure_pair(runtime, needs, prediction.device, prediction.request)
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    from opsin import __version__
-
-    return {"opsin": __version__, "llama_cpp_python": version("llama-cpp-python")}
 
 
 def _list_devices(*, as_json: bool) -> None:

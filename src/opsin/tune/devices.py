@@ -14,6 +14,8 @@ from opsin.core.errors import BadParameter
 
 Group = Literal["cuda", "hbm", "metal", "ultra", "cpu", "measured-cpu"]
 
+THIS = "this"
+"""The name of the machine at hand."""
 _GIB = 2.0**30
 
 
@@ -43,12 +45,18 @@ class Device:
     memory: float
 
     @property
+    def is_apple(self) -> bool:
+        """Whether its GPU shares the memory of the machine."""
+        return self.group in {"metal", "ultra"}
+
+    @property
     def usable(self) -> float:
         """Bytes that models can have: macOS leaves the GPU two thirds up to 36 GiB, above that three quarters.
 
-        Source: `recommendedMaxWorkingSetSize` in logs of llama.cpp; newer macOS gives somewhat more.
+        Source: `recommendedMaxWorkingSetSize` in logs of llama.cpp; newer macOS gives somewhat more. At hand that is
+        what ggml calls the device's memory.
         """
-        if self.group not in {"metal", "ultra"}:
+        if not self.is_apple or self.name == THIS:
             return self.memory
         return self.memory * (2 / 3 if self.memory <= 36 * _GIB else 3 / 4)
 

@@ -98,7 +98,7 @@ def measure(runtime: Runtime, at_once: int) -> Timing:
     """
     runs = []
     for run in range(2):
-        # Drawn before the clock runs.
+        # Images are made before the clock runs.
         prompts = [question(runtime, AT_ONCE * run + number) for number in range(at_once)]
         began = time.perf_counter()
         for stream in [runtime.engine.submit(prompt, ANSWER) for prompt in prompts]:
@@ -127,13 +127,12 @@ def drift(before: Sequence[TokenLogprob], after: Sequence[TokenLogprob]) -> floa
 
 @dataclass(slots=True)
 class Candidate:
-    """Settings to try, and the result: seconds per answer, and their ratios to the baseline's, by measurement.
+    """Settings to try, and the result: the ratio to the baseline's time, one for each measurement.
 
     `drift` is the most that answers changed; `verdict` is one of a few words, or why it could not be measured.
     """
 
     changes: Changes
-    seconds: list[float] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
     drift: float = 0.0
     verdict: str = "no time left"
@@ -168,10 +167,7 @@ def candidates(
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was measured; `baseline` in seconds per answer, one for each time. `best` is None where nothing won.
-
-    `noise` is how far one measurement of the same settings is from the mean of its neighbours, as a share.
-    """
+    """What was measured: `baseline` in seconds per answer, `noise` as a share. `best` is None where nothing won."""
 
     target: Target
     at_once: int
@@ -186,7 +182,7 @@ class Report:
         rows = [
             {
                 "settings": _plain(row.changes),
-                "seconds": [round(value, 5) for value in row.seconds],
+                "ratios": [round(value, 4) for value in row.ratios],
                 "ratio": round(row.ratio, 4) if row.ratios else None,
                 "drift": round(row.drift, 4) if math.isfinite(row.drift) else None,
                 "verdict": row.verdict,
@@ -207,17 +203,17 @@ class Report:
 
     def as_text(self) -> str:
         """One table and one recommendation."""
-        width = max(map(len, ["baseline", *(shown(row.changes) for row in self.candidates)]))
-        count = len(self.baseline) + sum(len(row.seconds) for row in self.candidates)
-        noise = f"noise {self.noise:.1%}" if math.isfinite(self.noise) else "noise unknown"
+        width = max(len(shown(row.changes)) for row in (*self.candidates, Candidate({})))
+        count = len(self.baseline) + sum(len(row.ratios) for row in self.candidates)
+        noise = f"{self.noise:.1%}" if math.isfinite(self.noise) else "unknown"
         lines = [
-            f"{count} measurements in {self.seconds:.0f} s, {self.at_once} question(s) at once, {noise}",
+            f"{count} measurements in {self.seconds:.0f} s; noise {noise}",
+            f"baseline: {median(self.baseline):.3f} s per answer, {self.at_once} at once",
             "",
-            f"  {'settings':<{width}}  s/answer  x baseline  answers moved by",
-            f"  {'baseline':<{width}}  {median(self.baseline):8.3f}",
+            f"  {'settings':<{width}}  x baseline  answers moved by",
         ]
         for row in self.candidates:
-            figures = f"{min(row.seconds):8.3f}  {row.ratio:10.3f}  {row.drift:16.3f}" if row.seconds else " " * 38
+            figures = f"{row.ratio:10.3f}  {row.drift:16.3f}" if row.ratios else " " * 28
             lines.append(f"  {shown(row.changes):<{width}}  {figures}  {row.verdict}")
         picked = "keep the settings as they are: nothing is faster beyond the noise"
         if self.best is not None:
@@ -275,9 +271,9 @@ class Tuner:
 
     @property
     def noise(self) -> float:
-        """How far a measurement is from the mean of the two beside it where all are of the baseline, as a share.
+        """How far a baseline measurement is from the mean of the two beside it, as a share; infinite while unknown.
 
-        Just what a candidate's ratio would be from 1 if it changed nothing. Infinite before it is known.
+        A candidate that changes nothing has a ratio that is as far from 1.
         """
         logs = [math.log(seconds) for seconds in self._baseline]
         apart = [middle - (a + b) / 2 for a, middle, b in zip(logs, logs[1:], logs[2:], strict=False)]
@@ -309,10 +305,8 @@ class Tuner:
         except OpsinError:
             # It worked before: something else took the memory for a moment. The baseline before it is enough.
             before = after = self._baseline[-1]
-        candidate.seconds.append(timing.seconds)
         candidate.ratios.append(timing.seconds / math.sqrt(before * after))
-        moved = map(drift, self._answers, timing.answers)
-        candidate.drift = max(candidate.drift, *moved)
+        candidate.drift = max(candidate.drift, *map(drift, self._answers, timing.answers))
 
     def _may_win(self, candidate: Candidate) -> bool:
         return candidate.drift <= MAX_DRIFT and candidate.ratio < 1.0 - MIN_GAIN

@@ -34,26 +34,20 @@ WEIGHT_BYTES = {
     "q4_0": 18 / 32,
 }
 ROUNDS = 3
-_UBATCH = 1024
 _STAGES = ("encode_ms", "prefill_ms", "decode_token_ms")
 _QUESTION = "What is in this picture, and where is it? Tell me all about it."
 
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a pair needs. Sizes in bytes; `image_tokens` are those of one image, 0 where the files do not say.
-
-    `width` and `vision_width` are those of the embeddings, `patches` what the encoder sees at a time.
-    """
+    """What a pair needs. Sizes in bytes; `image_tokens` are those of one image, 0 where the files do not say."""
 
     name: str
     cost: ModelCost
     model_bytes: float
     projector_bytes: float
+    compute_bytes: float
     image_tokens: int
-    width: int
-    vision_width: int = 0
-    patches: int = 0
     notes: tuple[str, ...] = ()
 
 
@@ -145,10 +139,8 @@ def shape_needs(shape: PairShape, weight_type: str, kv_type: str = "f16") -> Nee
         ),
         model_bytes=size * (weights + 2 * head),
         projector_bytes=2.0 * (vision.layers * block + kernel + join + vision.patches * vision.width),
+        compute_bytes=_compute_bytes(text.width, vision.width, vision.patches),
         image_tokens=tiles * vision.patches // vision.merge**2,
-        width=text.width,
-        vision_width=vision.width,
-        patches=vision.patches,
         notes=(f"an image is taken to be cut into {TILES} tiles",) if tiles > 1 else (),
     )
 
@@ -156,38 +148,38 @@ def shape_needs(shape: PairShape, weight_type: str, kv_type: str = "f16") -> Nee
 def file_needs(llm: Path, mmproj: Path | None, name: str, kv_type: str = "f16") -> Needs:
     """The needs of a pair of files, by their headers. Raises ModelNotFound, ModelUnreadable and BadParameter."""
     _kv_bytes(kv_type)
-    info, image = read_info(llm), None if mmproj is None else picture_cost(mmproj)
-    cost, notes = read_cost(llm, mmproj, kv_type), []
-    if mmproj is not None and image is None:
-        kind = read_info(mmproj).projector or "unknown"
-        notes.append(
-            f"how long a projector of the kind {kind!r} takes cannot be told from its file: images are left out"
-        )
-    elif image is not None and image.note:
-        # Not `cost.encode_ops`, which is None for families whose images differ in size.
-        notes.append(image.note)
-    return Needs(
-        name=name,
-        cost=replace(cost, encode_ops=None if image is None else image.ops),
-        model_bytes=float(info.size),
-        projector_bytes=0.0 if mmproj is None else float(read_info(mmproj).size),
-        image_tokens=0 if image is None else image.pieces * image.patches // image.merge**2,
-        width=info.width or 0,
-        vision_width=0 if mmproj is None else read_header(mmproj).integer("clip.vision.embedding_length") or 0,
-        patches=0 if image is None else image.patches,
-        notes=tuple(notes),
+    info, cost = read_info(llm), read_cost(llm, None, kv_type)
+    text = Needs(name, cost, float(info.size), 0.0, _compute_bytes(info.width or 0), 0)
+    if mmproj is None:
+        return text
+    projector, image = read_info(mmproj), picture_cost(mmproj)
+    text = replace(text, projector_bytes=float(projector.size))
+    if image is None:
+        kind = projector.projector or "unknown"
+        note = f"how long a projector of the kind {kind!r} takes cannot be told from its file: images are left out"
+        return replace(text, notes=(note,))
+    width = read_header(mmproj).integer("clip.vision.embedding_length") or 0
+    return replace(
+        text,
+        cost=replace(cost, encode_ops=image.ops),
+        compute_bytes=_compute_bytes(info.width or 0, width, image.patches),
+        image_tokens=image.pieces * image.patches // image.merge**2,
+        notes=(image.note,) if image.note else (),
     )
 
 
+def _compute_bytes(width: int, vision_width: int = 0, patches: int = 0) -> float:
+    """About what computing takes: activations of a ubatch of 1,024 tokens, and of the patches of an image."""
+    return 4.0 * (10 * 1024 * width + 8 * patches * vision_width)
+
+
 def memory_needed(needs: Needs, ctx: int) -> dict[str, float]:
-    """Bytes on the device with a context of `ctx` tokens: files, KV cache, and about what computing takes.
+    """Bytes on the device with a context of `ctx` tokens.
 
     A rule of thumb for devices that are not here; `opsin doctor` has llama.cpp plan the memory of this machine.
     """
-    rows = min(_UBATCH, ctx)
-    compute = 4.0 * (10 * rows * needs.width + 8 * needs.patches * needs.vision_width)
     kv = ctx * needs.cost.kv_values * needs.cost.kv_value_bytes
-    return {"model": needs.model_bytes, "projector": needs.projector_bytes, "kv": kv, "compute": compute}
+    return {"model": needs.model_bytes, "projector": needs.projector_bytes, "kv": kv, "compute": needs.compute_bytes}
 
 
 def predict(needs: Needs, device: Device, request: Request) -> Prediction:
@@ -240,7 +232,7 @@ def check_fits(prediction: Prediction, needs: Needs) -> None:
     halved = needed - prediction.memory["kv"] / 2
     ways = [f"the model as {kind} ({size / 1e9:.1f} GB)" for kind, size in smaller.items() if size <= there][:1]
     ways += [f"--ctx {prediction.request.ctx // 2} ({halved / 1e9:.1f} GB)"] if halved <= there else []
-    larger = [d for d in DEVICES.values() if d.usable >= needed and prediction.device.group in {"this", "cpu", d.group}]
+    larger = [d for d in DEVICES.values() if d.usable >= needed and d.is_apple == prediction.device.is_apple]
     ways += [f"a device with more memory such as {min(larger, key=lambda d: d.usable).name}"] if larger else []
     raise BadInput(
         f"{prediction.model} needs {needed / 1e9:.1f} GB with a context of {prediction.request.ctx} tokens, and "

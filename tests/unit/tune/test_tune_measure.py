@@ -180,7 +180,7 @@ def test_the_document_holds_everything(world: Any) -> None:
     assert document["recommended"] == {"mmproj": "made.gguf"}
     assert document["candidates"][0] == {
         "settings": {"mmproj": "made.gguf"},
-        "seconds": [0.5] * 3,
+        "ratios": [0.5] * 3,
         "ratio": 0.5,
         "drift": 0.0,
         "verdict": "faster",
