@@ -10,7 +10,6 @@ from typer.testing import CliRunner
 
 from opsin.cli import tune as command
 from opsin.cli.app import app
-from opsin.cli.bench import _settings
 from opsin.compose import measured_device, open_runtime
 from opsin.core.config import read_config, read_file
 from opsin.core.errors import BadParameter
@@ -164,13 +163,27 @@ def test_nothing_is_measured_where_the_file_may_not_be_written(
     assert "no vision encoder to tune" in str(result.exception)
 
 
-def test_bench_takes_the_file_it_is_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_takes_the_file_it_is_told_to(pair: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "opsin.toml").write_text("threads = 3\nport = 1\n")
+    tuned = f'[tuned]\nmodel = "{pair.llm}"\nmmproj = "{pair.mmproj}"\nctx = 2048\n'
+    (tmp_path / "opsin.toml").write_text(f"threads = 3\nport = 1\n{tuned}")
     (tmp_path / "other.toml").write_text("threads = 4\nparallel = 2\n")
-    assert (_settings({}, None, config=True).threads, _settings({}, None, config=True).parallel) == (3, 8)
-    other = _settings({"ctx": 512}, tmp_path / "other.toml", config=True)
-    assert (other.threads, other.parallel, other.ctx, other.disk_cache) == (4, 2, 512, False)
-    assert _settings({}, None, config=False).threads is None
-    with pytest.raises(BadParameter, match="give one of them"):
-        _settings({}, tmp_path / "other.toml", config=False)
+
+    def settings(*arguments: str) -> EngineSettings:
+        seen: list[EngineSettings] = []
+
+        def open_nothing(_model: Any, _mmproj: Any, settings: EngineSettings, **_: Any) -> None:
+            seen.append(settings)
+            raise BadParameter("enough.")
+
+        monkeypatch.setattr("opsin.compose.open_runtime", open_nothing)
+        command = ["bench", "engine", "--workloads", "W1", "--model", str(pair.llm), "--mmproj", str(pair.mmproj)]
+        result = CliRunner().invoke(app, [*command, *arguments])
+        if not seen:
+            raise AssertionError(result.output, result.exception)
+        return seen[0]
+
+    here, other, none = settings(), settings("--settings", "other.toml", "--ctx", "512"), settings("--no-config")
+    assert (here.threads, here.parallel, here.ctx, here.disk_cache) == (3, 8, 2048, False)
+    assert (other.threads, other.parallel, other.ctx) == (4, 2, 512)
+    assert none.threads is None

@@ -10,10 +10,9 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from opsin.bench.cost import KV_BYTES, TILES, ModelCost, picture_cost, read_cost
+from opsin.bench.cost import KV_BYTES, ModelCost, picture_cost, read_cost
 from opsin.core.errors import BadInput, BadParameter
 from opsin.models import read_info
-from opsin.models.gguf_header import read_header
 from opsin.tune.devices import DEVICES, REACHED, Device
 from opsin.tune.measure import ANSWER, Runtime, question
 
@@ -34,19 +33,24 @@ WEIGHT_BYTES = {
     "q4_0": 18 / 32,
 }
 ROUNDS = 3
+_UBATCH = 1024
+_ENCODE_BYTES = 64 * 2**20
 _STAGES = ("encode_ms", "prefill_ms", "decode_token_ms")
 _QUESTION = "What is in this picture, and where is it? Tell me all about it."
 
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a pair needs. Sizes in bytes; `image_tokens` are those of one image, 0 where the files do not say."""
+    """What a pair needs. Sizes in bytes; `image_tokens` are those of one image, 0 where the files do not say.
+
+    `width` is that of the language model's embeddings.
+    """
 
     name: str
     cost: ModelCost
     model_bytes: float
     projector_bytes: float
-    compute_bytes: float
+    width: int
     image_tokens: int
     notes: tuple[str, ...] = ()
 
@@ -112,20 +116,16 @@ class Prediction:
 
 
 def shape_needs(shape: PairShape, weight_type: str, kv_type: str = "f16") -> Needs:
-    """The needs of a shape without a file; its projector is f16. Raises BadParameter for a type that is unknown."""
+    """The needs of a LLaVA-like shape without a file; its projector is f16. Raises BadParameter for unknown types."""
     if weight_type not in WEIGHT_BYTES:
         raise BadParameter(f"--type cannot be {weight_type!r}: choose one of {', '.join(WEIGHT_BYTES)}.")
     text, vision, size = shape.text, shape.vision, WEIGHT_BYTES[weight_type]
     weights = text.layers * (2 * text.width**2 + 2 * text.width * text.kv_width + 3 * text.width * text.feed_forward)
     head = text.width * text.vocabulary
     block = 4 * vision.width**2 + 2 * vision.width * vision.feed_forward
-    merged = vision.merge**2 * vision.width
-    join = merged * text.width + (text.width**2 if shape.family == "llava" else 0)
-    kernel = 3 * vision.patch_size**2 * vision.width
-    # llama.cpp runs all but the last of a LLaVA file's blocks (`tools/mtmd/models/llava.cpp`).
-    blocks = vision.layers - (shape.family == "llava")
-    ops = 2 * vision.patches * (blocks * (block + 2 * vision.patches * vision.width) + kernel + join / vision.merge**2)
-    tiles = TILES if vision.grids else 1
+    ends = 3 * vision.patch_size**2 * vision.width + vision.width * text.width + text.width**2  # kernel and projector
+    # llama.cpp runs all but the last of a file's blocks (`tools/mtmd/models/llava.cpp`).
+    ops = 2 * vision.patches * ((vision.layers - 1) * (block + 2 * vision.patches * vision.width) + ends)
     return Needs(
         name=f"{shape.name} as {weight_type}",
         cost=ModelCost(
@@ -134,14 +134,13 @@ def shape_needs(shape: PairShape, weight_type: str, kv_type: str = "f16") -> Nee
             head=head,
             kv_values=2 * text.kv_width * text.layers,
             attention_width=text.width * text.layers,
-            encode_ops=tiles * ops,
+            encode_ops=ops,
             kv_value_bytes=_kv_bytes(kv_type),
         ),
         model_bytes=size * (weights + 2 * head),
-        projector_bytes=2.0 * (vision.layers * block + kernel + join + vision.patches * vision.width),
-        compute_bytes=_compute_bytes(text.width, vision.width, vision.patches),
-        image_tokens=tiles * vision.patches // vision.merge**2,
-        notes=(f"an image is taken to be cut into {TILES} tiles",) if tiles > 1 else (),
+        projector_bytes=2.0 * (vision.layers * block + ends + vision.patches * vision.width),
+        width=text.width,
+        image_tokens=vision.patches,
     )
 
 
@@ -149,7 +148,7 @@ def file_needs(llm: Path, mmproj: Path | None, name: str, kv_type: str = "f16") 
     """The needs of a pair of files, by their headers. Raises ModelNotFound, ModelUnreadable and BadParameter."""
     _kv_bytes(kv_type)
     info, cost = read_info(llm), read_cost(llm, None, kv_type)
-    text = Needs(name, cost, float(info.size), 0.0, _compute_bytes(info.width or 0), 0)
+    text = Needs(name, cost, float(info.size), 0.0, info.width or 0, 0)
     if mmproj is None:
         return text
     projector, image = read_info(mmproj), picture_cost(mmproj)
@@ -158,28 +157,22 @@ def file_needs(llm: Path, mmproj: Path | None, name: str, kv_type: str = "f16") 
         kind = projector.projector or "unknown"
         note = f"how long a projector of the kind {kind!r} takes cannot be told from its file: images are left out"
         return replace(text, notes=(note,))
-    width = read_header(mmproj).integer("clip.vision.embedding_length") or 0
     return replace(
         text,
         cost=replace(cost, encode_ops=image.ops),
-        compute_bytes=_compute_bytes(info.width or 0, width, image.patches),
         image_tokens=image.pieces * image.patches // image.merge**2,
         notes=(image.note,) if image.note else (),
     )
 
 
-def _compute_bytes(width: int, vision_width: int = 0, patches: int = 0) -> float:
-    """About what computing takes: activations of a ubatch of 1,024 tokens, and of the patches of an image."""
-    return 4.0 * (10 * 1024 * width + 8 * patches * vision_width)
-
-
 def memory_needed(needs: Needs, ctx: int) -> dict[str, float]:
-    """Bytes on the device with a context of `ctx` tokens.
+    """Bytes on the device with a context of `ctx` tokens: files, KV cache, and about what computing takes.
 
-    A rule of thumb for devices that are not here; `opsin doctor` has llama.cpp plan the memory of this machine.
+    A rule of thumb for devices that are not here; `opsin doctor` plans the memory of this machine.
     """
     kv = ctx * needs.cost.kv_values * needs.cost.kv_value_bytes
-    return {"model": needs.model_bytes, "projector": needs.projector_bytes, "kv": kv, "compute": needs.compute_bytes}
+    compute = 4.0 * 10 * needs.width * _UBATCH + (_ENCODE_BYTES if needs.projector_bytes else 0)
+    return {"model": needs.model_bytes, "projector": needs.projector_bytes, "kv": kv, "compute": compute}
 
 
 def predict(needs: Needs, device: Device, request: Request) -> Prediction:
