@@ -77,13 +77,13 @@ def tune(
     try:
         report = _measured(settings, fixed, target, folder, minutes)
         typer.echo(report.as_text())
+        if json_out is not None:
+            o.write_out(json_out, json.dumps(report.as_document(), indent=2) + "\n")
         # What shaped the measurement belongs to what was measured.
         shaped = {name: flags[name] for name in sorted(flags.keys() - {"model", "mmproj", "verbose"})}
         _put(report, pair, {"parallel": settings.parallel, **shaped}, out, dry_run=dry_run)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    if json_out is not None:
-        o.write_out(json_out, json.dumps(report.as_document(), indent=2) + "\n")
 
 
 def _target(profile: str | None) -> Target:

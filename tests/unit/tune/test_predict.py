@@ -8,7 +8,7 @@ from opsin.bench import cost
 from opsin.core.errors import BadInput, BadParameter
 from opsin.models import demo_pair
 from opsin.models.shapes import SHAPES
-from opsin.tune.devices import DEVICES, REACHED, find_device, gpu_group
+from opsin.tune.devices import DEVICES, REACHED, THIS, find_device, gpu_group
 from opsin.tune.predict import Request, check_fits, file_needs, predict, shape_needs
 
 SEVEN = shape_needs(SHAPES["llava-1.5-7b"], "q4_0")
@@ -97,6 +97,8 @@ def test_a_gpu_at_hand_has_a_group(description, group):
 @pytest.mark.parametrize(("name", "gib"), [("m1", 32 / 3), ("m3-pro", 24), ("m2-max", 72), ("rtx-4090", 24)])
 def test_a_gpu_of_apple_has_a_part_of_the_memory(name, gib):
     assert DEVICES[name].usable == pytest.approx(gib * 2**30)
+    # At hand it is ggml that tells, and it tells that part.
+    assert replace(DEVICES[name], name=THIS).usable == DEVICES[name].memory
 
 
 def test_a_seven_billion_model_has_the_sizes_it_is_known_for():
