@@ -65,8 +65,8 @@ class Device:
 # sheet. CUDA and Apple: llama.cpp's discussion 4167 and pull requests 3084, 4766, 6017, 7676, 15802, 20586 and 24127,
 # pavlokhmel.com (June 2026, cards with HBM). CPU: ik_llama.cpp's pull request 54, normiebench's issue 42, and this
 # project's two cores of an EPYC. Encodes are hardly published: one report each for CUDA (llama.cpp-omni's pull
-# request 55) and Apple (llama.cpp's issue 6883). "measured-cpu" is a CPU at hand, whose rates ggml's own kernels for
-# f16 were measured to reach: docs/results/predict.json.
+# request 55) and Apple (llama.cpp's issue 6883). "measured-cpu" is a CPU at hand, by the rates that ggml's own
+# f16 kernels reach there: the `small` pair on two cores of an EPYC, of which other programs used a part.
 REACHED: dict[Group, Reached] = {
     "cuda": Reached(encode=0.09, prefill=0.87, decode=0.71),
     "hbm": Reached(encode=0.09, prefill=0.35, decode=0.36),
