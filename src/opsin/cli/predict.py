@@ -10,283 +10,154 @@ import typer
 
 from opsin.cli import options as o
 from opsin.cli.console import say
+from opsin.tune.devices import THIS
 
 if TYPE_CHECKING:
-    from opsin.engine import Engine
-    from opsin.prompt import PromptBuilder
-    from opsin.tune.device_table import Kind
-    from opsin.tune.history import Checked
-    from opsin.tune.predict import Prediction, Request, Times
-    from opsin.tune.predict_needs import Needs
-
-THIS = "this"
-ROUNDS = 3
-BUSY = 0.5  # running programs a core, before this one: beyond it times waver more than predictions err
+    from opsin.models import Pair
+    from opsin.tune.devices import Device
+    from opsin.tune.predict import Needs, Prediction
 
 
 def predict(
     *,
     model: Annotated[
-        str | None, typer.Option("--model", help="a GGUF file, a folder, a known name, or a shape of `opsin synth`")
+        str | None, typer.Option("--model", help="a GGUF file, a folder, a known name, or a shape such as llava-1.5-7b")
     ] = None,
     mmproj: o.Mmproj = None,
-    quantisation: Annotated[
-        str | None, typer.Option("--type", help="weights of a shape: f16, bf16, q8_0 or q4_0; none: q8_0")
-    ] = None,
-    mmproj_type: Annotated[
-        str | None, typer.Option("--mmproj-type", help="projector of a shape: f16, bf16, q8_0 or f32; none: f16")
+    weights: Annotated[
+        str | None, typer.Option("--type", help="weights of a shape, such as q4_0 or q4_k_m [default: q8_0]")
     ] = None,
     device: Annotated[
         str,
         typer.Option("--device", help="a device of the table, or `this`: the machine at hand, measured first"),
     ] = THIS,
-    devices: Annotated[bool, typer.Option("--devices", help="list the table of devices and end")] = False,
+    devices: Annotated[bool, typer.Option("--devices", help="list the table of devices and exit")] = False,
     ctx: Annotated[int, typer.Option("--ctx", min=64, help="context in tokens that memory is kept for")] = 4096,
-    ctx_used: Annotated[int, typer.Option("--ctx-used", min=0, help="tokens in the context before the question")] = 0,
-    prompt_tokens: Annotated[
-        int, typer.Option("--prompt-tokens", min=1, help="tokens of text beside the picture")
-    ] = 64,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="tokens of text beside the image")] = 64,
     answer_tokens: Annotated[int, typer.Option("--answer-tokens", min=1, help="tokens of the answer")] = 128,
     kv_type: o.KvType = None,
-    threads: o.Threads = None,
     memory: Annotated[
         float | None, typer.Option("--memory", min=0.01, help="memory of the device in GiB, where the table is wrong")
     ] = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="then load the pair, measure it, and keep the error for later predictions")
+        bool, typer.Option("--measure", help="then load the pair on this machine, measure it, and show the error")
     ] = False,
-    rounds: Annotated[
-        int | None, typer.Option("--rounds", min=1, help="questions that a measurement takes the median of; none: 3")
-    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
     json_out: Annotated[Path | None, typer.Option("--json-out", help="write the JSON object to this file too")] = None,
 ) -> None:
-    """Predict encode, prefill and decode times of a pair on a device, and whether it fits there.
-
-    Times come from bytes and operations; the error of predictions checked on this machine is shown with them.
-    """
+    """Predict encode, prefill and decode times of a pair on a device, and whether it fits there."""
     from dataclasses import replace
 
+    from opsin import __version__
     from opsin.core.errors import BadParameter
-    from opsin.tune.device_table import find_device
-    from opsin.tune.predict import Prediction, Request, Times, check_request, check_room, predict_on
+    from opsin.tune.devices import find_device
+    from opsin.tune.predict import Request, check_fits
+    from opsin.tune.predict import predict as predicted
 
     if devices:
         _list_devices(as_json=as_json)
         return
-    here = device == THIS
-    given = {"--threads": threads, "--measure": measure or None, "--rounds": rounds}
-    named = [name for name, value in given.items() if value is not None]
-    if named and not here:
-        verb = "needs" if len(named) == 1 else "need"
-        raise BadParameter(f"{' and '.join(named)} {verb} the machine at hand: leave it out, or give --device this.")
-    known = None if here else find_device(device)
-    if known is not None and memory:
-        known = replace(known, memory=memory * 2**30)
-    needs = _needs(model, mmproj, quantisation, mmproj_type, _kv(kv_type))
-    request = Request(text_tokens=prompt_tokens, ctx_used=ctx_used, answer_tokens=answer_tokens, ctx=ctx)
-    check_request(needs, request)
-    checked = None
-    if known is not None:
-        prediction = predict_on(known, needs, request)
-        check_room(prediction, _smaller(needs, ctx), known.kind)
-    else:
-        nothing = Times(0, 0, 0, 0, needs.image_tokens, request.text_tokens, 0)
-        there = memory * 2**30 if memory else _host_memory()
-        empty = Prediction(needs.name, _machine(), nothing, request, needs.memory(ctx), there, {}, needs.notes)
-        check_room(empty, _smaller(needs, ctx))
-        options = o.given(threads=threads, kv_type=kv_type)
-        files = (model, mmproj) if measure else None
-        times, notes, checked = _measure(needs, request, options, rounds or ROUNDS, files)
-        prediction = replace(empty, times=times, notes=(*empty.notes, *notes))
-    _show(prediction, checked, known.kind if known else None, as_json=as_json, json_out=json_out)
+    if measure and device != THIS:
+        raise BadParameter("--measure needs the machine at hand: leave it out, or give --device this.")
+    needs, pair = _needs(model, mmproj, weights, kv_type or "f16")
+    if measure and pair is None:
+        raise BadParameter(f"--measure needs files, and {model} is a shape: give --model and --mmproj.")
+    found = _this_machine() if device == THIS else find_device(device)
+    if memory is not None:
+        found = replace(found, memory=memory * 2**30)
+    request = Request(prompt_tokens, answer_tokens, ctx)
+    prediction = predicted(needs, found, request)
+    check_fits(prediction, needs)
+    check = _measure(pair, prediction, needs, kv_type) if measure and pair is not None else None
+    document = {"kind": "predict", "opsin": __version__, "prediction": prediction.as_dict(), "check": check}
+    if json_out is not None:
+        o.write_out(json_out, json.dumps(document, indent=2) + "\n")
+    typer.echo(json.dumps(document) if as_json else _text(prediction, check))
 
 
-def _kv(kv_type: str | None) -> str:
-    from opsin.bench.cost import KV_BYTES
-    from opsin.core.errors import BadParameter
-
-    if kv_type is not None and kv_type not in KV_BYTES:
-        raise BadParameter(f"--kv-type cannot be {kv_type!r}: choose one of {', '.join(KV_BYTES)}.")
-    return kv_type or "f16"
-
-
-def _needs(model: str | None, mmproj: str | None, quantisation: str | None, mmproj_type: str | None, kv: str) -> Needs:
-    """A shape when types are given or nothing of that name is here, else the files."""
+def _needs(model: str | None, mmproj: str | None, weights: str | None, kv_type: str) -> tuple[Needs, Pair | None]:
+    """Those of a shape when a type is given or no file has that name, else those of the files, and these."""
     from opsin.core.errors import BadParameter, ModelNotFound
     from opsin.models import resolve
     from opsin.models.shapes import SHAPES
-    from opsin.tune.predict_needs import file_needs, shape_needs
+    from opsin.tune.predict import file_needs, shape_needs
 
-    typed = quantisation is not None or mmproj_type is not None
-    if model not in SHAPES and typed:
-        raise BadParameter(f"--type and --mmproj-type are for shapes ({', '.join(SHAPES)}): a file has its own.")
-    if model in SHAPES and mmproj is not None:
+    shape = None if model is None else SHAPES.get(model)
+    if shape is None and weights is not None:
+        raise BadParameter(f"--type is for shapes ({', '.join(SHAPES)}): a file has its own.")
+    if shape is not None and mmproj is not None:
         raise BadParameter(f"{model} is a shape with a projector of its own: leave out --mmproj.")
-    if not typed:
+    if weights is None:
         try:
             pair = resolve(model, mmproj)
-            return file_needs(pair.llm, pair.mmproj, pair.name, kv)
         except ModelNotFound:
-            if model not in SHAPES:
+            if shape is None:
                 raise
-    assert model is not None
-    kinds = _types(quantisation, mmproj_type)
-    return shape_needs(SHAPES[model], kinds[0], kinds[1], kv)
+        else:
+            return file_needs(pair.llm, pair.mmproj, pair.name, kv_type), pair
+    assert shape is not None
+    return shape_needs(shape, weights or "q8_0", kv_type), None
 
 
-def _types(quantisation: str | None, mmproj_type: str | None) -> tuple[Any, Any]:
-    from opsin.core.errors import BadParameter
-    from opsin.models.synth import LLM_TYPES, MMPROJ_TYPES
+def _this_machine() -> Device:
+    """The device that models go to here, with the rates that it was just measured to reach."""
+    from opsin.compose import measured_device
+    from opsin.tune.devices import Device, gpu_group
 
-    chosen = quantisation or "q8_0", mmproj_type or "f16"
-    for name, types, option in zip(chosen, (LLM_TYPES, MMPROJ_TYPES), ("--type", "--mmproj-type"), strict=True):
-        if name not in types:
-            raise BadParameter(f"{option} cannot be {name!r}: choose one of {', '.join(types)}.")
-    return chosen
-
-
-def _smaller(needs: Needs, ctx: int) -> list[tuple[str, float]]:
-    """The same pair with fewer bits a weight, or with half of the context, and the bytes of it."""
-    now, cost = needs.memory(ctx), needs.cost
-    total = sum(now.values())
-    # By bytes a weight: a mixture's file holds all experts, its cost those that a token uses.
-    weights = now["model"] * (cost.weights + cost.head) / cost.weight_bytes
-    sizes = {"q8_0": 34 / 32, "q4_0": 18 / 32}
-    other = [(f"{needs.name} as {name}", total - now["model"] + weights * size) for name, size in sizes.items()]
-    return [row for row in (*other, (f"--ctx {ctx // 2}", total - now["kv"] / 2)) if row[1] < total]
+    say("measuring this machine")
+    device, rate = measured_device()
+    group = gpu_group(device.description) if device.is_gpu else "measured-cpu"
+    return Device(THIS, f"this machine ({device.description})", group, rate.bytes_s, rate.ops_s, device.memory_total)
 
 
-def _measure(
-    needs: Needs, request: Request, options: dict[str, Any], rounds: int, files: tuple[str | None, str | None] | None
-) -> tuple[Times, tuple[str, ...], Checked | None]:
-    """Times of the pair on this machine and notes on them; files that are given are measured too, and that is kept."""
-    from dataclasses import replace
-    from datetime import datetime, timezone
+def _measure(pair: Pair, prediction: Prediction, needs: Needs, kv_type: str | None) -> dict[str, Any]:
+    from contextlib import closing
 
     from opsin.compose import open_runtime
     from opsin.core.settings import EngineSettings
-    from opsin.doctor.build import gpu_backends
-    from opsin.tune.history import remember
-    from opsin.tune.predict_measure import predict_here
+    from opsin.tune.predict import measure_pair
 
-    settings = EngineSettings(ctx=request.ctx, parallel=1, disk_cache=False, **options)
-
-    def opened(llm: str | None, mmproj: str | None) -> tuple[Engine, PromptBuilder]:
-        runtime = open_runtime(llm, mmproj, settings)
-        return runtime.engine, runtime.prompts
-
-    busy = tuple(_busy())
-    how: dict[str, Any] = {"rounds": rounds, "kv_type": settings.kv_type, "gpu": bool(gpu_backends())}
-    times, notes, check = predict_here(needs, request, opened, say, checked=files, **how)
-    if check is not None:
-        about = {"date": datetime.now(timezone.utc).date().isoformat(), **_versions(), **check.about}
-        check = replace(check, machine=_machine(), about=about)
-        say(f"kept in {remember(check)}")
-    return times, busy + notes, check
-
-
-def _busy() -> list[str]:
-    import os
-
-    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
-    busy = f"other programs use the processor (load {load:.1f} on {cores} cores): times waver"
-    return [busy] if load > BUSY * cores else []
-
-
-def _host_memory() -> float:
-    """Bytes of main memory; 0 where the model goes to a GPU, or where the system does not say."""
-    import os
-
-    from opsin.doctor.build import gpu_backends
-
-    names = getattr(os, "sysconf_names", {})
-    if gpu_backends() or "SC_PHYS_PAGES" not in names:
-        return 0.0
-    return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-
-
-def _machine() -> str:
-    from opsin.doctor.machine import here, read_machine, run_command
-
-    # Programs that look for GPUs take seconds; `sysctl` names an Apple chip.
-    found = read_machine(here(lambda words: run_command(words) if words[0] == "sysctl" else None))
-    return f"{found.system} {found.machine}, {found.cpu or found.machine}, {found.cores} cores"
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    from opsin import __version__
-
-    return {"opsin": __version__, "llama_cpp_python": version("llama-cpp-python")}
+    say(f"measuring {needs.name}")
+    settings = EngineSettings(ctx=prediction.request.ctx, parallel=1, disk_cache=False, **o.given(kv_type=kv_type))
+    with closing(open_runtime(pair.llm, pair.mmproj, settings)) as runtime:
+        return measure_pair(runtime, needs, prediction.device, prediction.request)
 
 
 def _list_devices(*, as_json: bool) -> None:
     from dataclasses import asdict
 
-    from opsin.tune.device_table import DEVICES
+    from opsin.tune.devices import DEVICES
 
     if as_json:
         typer.echo(json.dumps([asdict(device) for device in DEVICES.values()], indent=2))
         return
     for device in DEVICES.values():
-        room = f"{device.memory / 2**30:.0f} GiB" if device.memory else ""
-        rates = f"{device.bandwidth / 1e9:7.1f} GB/s  {device.rate / 1e12:6.1f} T/s {device.rate_of}"
-        typer.echo(f"{device.name:<16} {rates:<52} {room:>8}  {device.title}; {device.source}")
+        memory = f"{device.memory / 2**30:.0f} GiB" if device.memory else ""
+        rates = f"{device.bandwidth / 1e9:7.1f} GB/s  {device.rate / 1e12:6.1f} TFLOP/s"
+        typer.echo(f"{device.name:<16} {rates}  {memory:>8}  {device.title}")
 
 
-def _show(
-    prediction: Prediction, checked: Checked | None, kind: Kind | None, *, as_json: bool, json_out: Path | None
-) -> None:
-    """Print and write; errors are those of the table's devices of a kind, without one those checked here."""
-    from opsin.tune.history import past_errors, read_history, table_errors
-
-    here = [row for row in read_history() if row.machine == _machine()] if kind is None else []
-    errors = table_errors(kind) if kind else past_errors(here)
-    whose = f"errors of the table, each {kind} device by the others" if kind else "past errors here"
-    document = {
-        **_versions(),
-        "kind": "predict",
-        "machine": _machine(),
-        "prediction": prediction.as_dict(),
-        "check": None if checked is None else checked.as_dict(),
-        "table_errors" if kind else "past_errors_here": errors,
-    }
-    if json_out is not None:
-        o.write_out(json_out, json.dumps(document, indent=2) + "\n")
-    typer.echo(json.dumps(document) if as_json else _text(prediction, checked, errors, whose))
-
-
-def _text(prediction: Prediction, checked: Checked | None, errors: dict[str, dict[str, float]], whose: str) -> str:
+def _text(prediction: Prediction, check: dict[str, Any] | None) -> str:
     row = prediction.as_dict()
-    times, room = prediction.times, prediction.memory
-    lines = [f"{prediction.model} on {prediction.device}", ""]
-    if times.image_tokens:
-        lines += [f"  encode a picture   {row['encode_ms']:>10,.1f} ms"]
-        lines += [f"  prefill, picture   {row['image_prefill_ms']:>10,.1f} ms   {times.image_tokens} tokens"]
-    lines += [
-        f"  prefill, text      {row['text_prefill_ms']:>10,.1f} ms   {times.text_tokens} tokens",
-        f"  first token        {row['first_token_ms']:>10,.1f} ms",
-        f"  decode             {row['decode_token_ms']:>10,.2f} ms   a token, {row['decode_tokens_s']} tokens a second",
-        f"  {prediction.request.answer_tokens:>4} tokens answer  {row['answer_ms']:>10,.1f} ms",
-        "",
+    image, text, answer = row["image_tokens"], row["text_tokens"], row["answer_tokens"]
+    times = [
+        ("encode an image", row["encode_ms"], ""),
+        ("prefill, image", row["image_prefill_ms"], f"{image} tokens"),
+        ("prefill, text", row["text_prefill_ms"], f"{text} tokens"),
+        ("first token", row["first_token_ms"], ""),
+        ("decode", row["decode_token_ms"], f"a token, {row['decode_tokens_s']} tokens a second"),
+        ("whole answer", row["answer_ms"], f"{answer} tokens"),
     ]
-    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in room.items() if size)
-    there = f" of {prediction.memory_there / 1e9:.1f} GB: it fits" if prediction.memory_there else ""
-    lines += [f"  memory about {sum(room.values()) / 1e9:.2f} GB ({parts}; context {prediction.request.ctx}){there}"]
-    for name, share in prediction.shares.items():
-        spread = f", {share.least:.0%} to {share.most:.0%}" if share.least != share.most else ""
-        lines += [f"  {name}: {share.value:.0%} of the roofline{spread}; from {'; '.join(share.sources)}"]
+    lines = [f"{prediction.model} on {prediction.device.title}", ""]
+    lines += [f"  {name:<16} {ms:>10,.1f} ms   {what}".rstrip() for name, ms, what in times]
+    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in prediction.memory.items() if size)
+    there = f" of {prediction.device.usable / 1e9:.1f} GB: it fits" if prediction.device.usable else ""
+    needed = row["memory_total_bytes"] / 1e9
+    lines += ["", f"  memory about {needed:.2f} GB ({parts}; context {prediction.request.ctx}){there}"]
     lines += [f"  note: {note}" for note in prediction.notes]
-    if checked is not None:
-        lines += ["", "  checked            predicted    measured   error"]
-        for name, error in checked.errors.items():
-            both = f"{checked.predicted[name]:>8,.2f} ms {checked.measured[name]:>8,.2f} ms"
-            lines += [f"  {name:<18} {both}  {error:+.1%}"]
-    past = "; ".join(
-        f"{name} {found['median']:.1%} (largest {found['largest']:.1%}, {found['checks']:.0f} checks)"
-        for name, found in errors.items()
-    )
-    lines += ["", f"  {whose}: {past or 'none was checked yet, `--measure` does it'}"]
+    if check is not None:
+        lines += ["", "  checked           predicted    measured   error"]
+        for name, error in check["errors"].items():
+            both = f"{check['predicted_ms'][name]:>8,.2f} ms {check['measured_ms'][name]:>8,.2f} ms"
+            lines.append(f"  {name:<16} {both}  {error:+.1%}")
     return "\n".join(lines)

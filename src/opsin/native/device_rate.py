@@ -1,7 +1,7 @@
-"""What a device really gives through ggml: operations a second of a large product, bytes a second read.
+"""What a device really reaches through ggml: operations a second of a large product, bytes a second read.
 
-The ceiling that a pair's stages are compared with. Published peaks are no use for that: drivers, power limits, memory
-in the wrong slots and the kernels of this very build lie between them and what can be had.
+The stages of a pair are compared with this ceiling. Published peaks are no use for that: drivers, power limits, memory
+in the wrong slots and the kernels of this build lie between them and what can be had.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 _F32, _F16 = 0, 1
 _MATRICES = 4
 _SECONDS = 0.3  # of measuring for each of the two
-# [width, rows, columns]. The first takes a few milliseconds on a CPU: among many short ones some are never interrupted
-# by other programs. A GPU that is done with it at once gets the second, of 256 times the work; a slow one, or one that
-# software plays, would need seconds for that.
+# [width, rows, columns]. The first takes a few milliseconds on a CPU: of many short runs, some are not interrupted by
+# other programs. A GPU that finishes it at once gets the second, 256 times the work; a slow or emulated one would need
+# seconds for that.
 _SIZES = ((1024, 1024, 128), (4096, 4096, 2048))
 _AT_ONCE = 0.0003
 _VECTOR_WIDTH = 8192
 _VECTOR_BYTES = 256 * 2**20  # larger than the caches of what is in use
 _SHARE_OF_FREE = 0.25
-# Bytes of 0x11 are small ordinary numbers in f16 and f32, and so are their products: numbers near zero are slow on
-# some CPUs, and pages that were never written are one and the same page.
+# Bytes of 0x11 are small normal numbers in f16 and f32, and so are their products: denormal numbers are slow on some
+# CPUs, and pages that were never written are all the same page.
 _FILL = 0x11
 
 
@@ -52,24 +52,24 @@ class DeviceRate:
 def measure_device(device: Device, threads: int | None = None, lib: Library | None = None) -> DeviceRate:
     """Measure one device for about a second, with memory of at most 300 MiB or a quarter of what is free there.
 
-    `threads` are those of the CPU device (none: one a physical core); other devices have none. Raises ModelError when
-    the device cannot be opened, has no room or fails.
+    `threads` are those of the CPU device (default: one per physical core); other devices have none. Raises ModelError
+    when the device cannot be opened, has no room or fails.
     """
     lib = lib or library()
-    room = _VECTOR_BYTES
+    size = _VECTOR_BYTES
     if device.memory_free:
-        room = min(room, int(device.memory_free * _SHARE_OF_FREE))
-    rows = max(32, room // (2 * _VECTOR_WIDTH * _MATRICES))
+        size = min(size, int(device.memory_free * _SHARE_OF_FREE))
+    rows = max(32, size // (2 * _VECTOR_WIDTH * _MATRICES))
     with ExitStack() as stack:
         backend = lib.ggml.ggml_backend_dev_init(device.handle, None)
         if not backend:
             raise _failed(device, "it cannot be opened")
         stack.callback(lib.ggml.ggml_backend_free, backend)
-        # Threads wait for each other in a loop: where other programs use the cores, one alone is faster than all.
+        # Threads spin while they wait for each other: where other programs use the cores, one is faster than all.
         counts = sorted({threads or physical_cores(), 1}) if device.type == "cpu" else [0]
         ops_s = 0.0
-        # The second takes more than the vectors, and is left out where even those are cut short.
-        for sizes in _SIZES if device.is_gpu and room == _VECTOR_BYTES else _SIZES[:1]:
+        # The second size takes more memory than the vectors, and is left out where even those had to shrink.
+        for sizes in _SIZES if device.is_gpu and size == _VECTOR_BYTES else _SIZES[:1]:
             seconds = _fastest(lib, device, backend, sizes, counts)
             ops_s = max(ops_s, 2.0 * math.prod(sizes) / seconds)
             if seconds > _AT_ONCE:
@@ -81,7 +81,7 @@ def measure_device(device: Device, threads: int | None = None, lib: Library | No
 def _fastest(lib: Library, device: Device, backend: int, sizes: tuple[int, int, int], counts: list[int]) -> float:
     """Seconds of one product of f16 [width, rows] with f32 [width, columns].
 
-    The best of as many as fit into the time, over four matrices in turn and by as many threads as `counts` says.
+    The best of as many as fit into the time, over four matrices in turn, for each number of threads in `counts`.
     """
     ggml: Any = lib.ggml
     width, rows, columns = sizes
@@ -105,16 +105,16 @@ def _fastest(lib: Library, device: Device, backend: int, sizes: tuple[int, int, 
         for threads in counts:
             if threads:
                 _set_threads(lib, device, backend, threads)
-            until, turn = time.perf_counter() + _SECONDS / len(counts), 0
-            # The first turns warm up: kernels are compiled and threads started in them. One more is the least.
-            while turn <= count or time.perf_counter() < until:
+            until, run = time.perf_counter() + _SECONDS / len(counts), 0
+            # The first runs warm up: they compile kernels and start threads. At least one more is measured.
+            while run <= count or time.perf_counter() < until:
                 started = time.perf_counter()
-                if ggml.ggml_backend_graph_compute(backend, graphs[turn % count]) != 0:
+                if ggml.ggml_backend_graph_compute(backend, graphs[run % count]) != 0:
                     raise _failed(device, "its computing failed")
                 ggml.ggml_backend_synchronize(backend)
-                if turn >= count:
+                if run >= count:
                     best = min(best, time.perf_counter() - started)
-                turn += 1
+                run += 1
         return best * count / _MATRICES
 
 

@@ -1,4 +1,4 @@
-"""A projector file in another type: large matrices are converted, all else is copied as it is."""
+"""A projector file in another type: large matrices are converted, everything else is copied as it is."""
 
 from __future__ import annotations
 
@@ -7,24 +7,20 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from opsin.core.errors import BadInput, ModelUnreadable
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-ProjectorType = Literal["bf16", "q8_0"]
-TYPES: tuple[ProjectorType, ...] = ("bf16", "q8_0")
+ProjectorType = Literal["q8_0", "bf16"]
+TYPES: tuple[ProjectorType, ...] = ("q8_0", "bf16")
 
 # Matrices that are only ever multiplied with. Kernels, positions, norms and biases are added or read in other ways,
-# for which llama.cpp wants f32 or f16; gemma3's input_projection is turned round at each encode.
+# for which llama.cpp wants f32 or f16; gemma3's input_projection is transposed at each encode.
 _MATRIX = re.compile(r"v\.blk\.\d+\.(attn_(q|k|v|qkv|out)|ffn_(up|down|gate))\.weight|mm\.\d+\.weight")
-_WHOLE = {"F32", "F16", "BF16"}
+_FLOATS = {"F32", "F16", "BF16"}
 _VERSION = 1  # of what is written for one source: one more makes files of other names
 _FILE_TYPES = {"bf16": 32, "q8_0": 7}  # llama.cpp's `llama_ftype`
 _BLOCK = 32
-_OWN = {"general.architecture", "general.file_type"}  # written for the new file
 
 
 def default_folder() -> Path:
@@ -54,7 +50,7 @@ def convert_projector(source: Path, kind: ProjectorType, folder: Path) -> Path |
     except OSError as error:
         raise BadInput(f"{target} could not be written: {error.strerror or error}.") from error
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             part.unlink()
     return target if changed else None
 
@@ -70,18 +66,21 @@ def keep(made: Path) -> Path:
 
 
 def _write(source: Path, kind: ProjectorType, part: Path) -> bool:
+    """Write the converted file; False, and nothing, where no tensor would change."""
     import gguf
     import numpy as np
+    from gguf.quants import dequantize, quantize
 
-    reader = gguf.GGUFReader(source)
+    reader, wanted = gguf.GGUFReader(source), gguf.GGMLQuantizationType[kind.upper()]
+    chosen = {tensor.name for tensor in reader.tensors if _converts(tensor, kind)}
+    if not chosen:
+        return False
     writer = gguf.GGUFWriter(part, "clip", endianess=reader.endianess)
     for field in reader.fields.values():
-        if field.name not in _OWN and not field.name.startswith("GGUF."):
+        if field.name not in {"general.architecture", "general.file_type"} and not field.name.startswith("GGUF."):
             sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
             writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=sub_type)
     writer.add_file_type(_FILE_TYPES[kind])
-    wanted = gguf.GGMLQuantizationType[kind.upper()]
-    chosen = {tensor.name for tensor in reader.tensors if _converts(tensor, kind)}
     for tensor in reader.tensors:
         of_type = wanted if tensor.name in chosen else tensor.tensor_type
         block, size = gguf.GGML_QUANT_SIZES[of_type]
@@ -91,22 +90,15 @@ def _write(source: Path, kind: ProjectorType, part: Path) -> bool:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for data in _data(reader, chosen, wanted):
-        writer.write_tensor_data(data)
-    writer.close()
-    return bool(chosen)
-
-
-def _data(reader: Any, chosen: set[str], wanted: Any) -> Iterator[Any]:
-    from gguf.quants import dequantize, quantize
-
     for tensor in reader.tensors:
-        if tensor.name in chosen:
-            yield quantize(dequantize(tensor.data, tensor.tensor_type), wanted)
-        else:
-            yield tensor.data
+        converts = tensor.name in chosen
+        writer.write_tensor_data(
+            quantize(dequantize(tensor.data, tensor.tensor_type), wanted) if converts else tensor.data
+        )
+    writer.close()
+    return True
 
 
 def _converts(tensor: Any, kind: ProjectorType) -> bool:
-    plain = tensor.tensor_type.name in _WHOLE - {kind.upper()} and len(tensor.shape) == 2
+    plain = tensor.tensor_type.name in _FLOATS - {kind.upper()} and len(tensor.shape) == 2
     return plain and int(tensor.shape[0]) % _BLOCK == 0 and _MATRIX.fullmatch(tensor.name) is not None

@@ -8,7 +8,7 @@ import pytest
 
 from opsin.core.config import Config, read_config, read_file
 from opsin.core.errors import BadInput, BadParameter
-from opsin.tune.toml import check_target, tuned_table, write_tuned
+from opsin.tune.opsin_toml import check_target, read_tuned, tuned_table, write_tuned
 
 
 @pytest.fixture
@@ -169,16 +169,16 @@ def test_the_file_keeps_all_else_to_the_letter_and_has_one_table(home: Path) -> 
     path.write_text(own)
     path.chmod(0o600)
     for threads in (2, 4):
-        assert write_tuned(path, tuned_table(home / "a.gguf", None, {"threads": threads}, ["two\nlines"]))
+        write_tuned(path, tuned_table(home / "a.gguf", None, {"threads": threads}, ["two\nlines"]))
     text = path.read_text()
     assert text.startswith(own)
     assert text.count("[tuned]") == 1
     assert "# two lines\n" in text
     assert read_file(path) == ({"port": 9}, {"model": str(home / "a.gguf"), "threads": 4})
     assert path.stat().st_mode & 0o777 == 0o600
-    assert write_tuned(path, "")
-    assert path.read_text().strip() == own.strip()
-    assert not write_tuned(path, "")
+    write_tuned(path, "")
+    assert path.read_text() == own
+    assert read_tuned(path) == {}
     assert [entry.name for entry in home.iterdir() if entry.name.startswith(".opsin")] == []
 
 
