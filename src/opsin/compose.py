@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from opsin.cache import DiskStore, PictureCache, default_folder
-from opsin.core.settings import PROFILE_MAX_TOKENS, EngineSettings, Profile
+from opsin.core.settings import MAX_ANSWER_TOKENS, EngineSettings
 from opsin.engine import Engine, Policy
 from opsin.models import Pair, resolve
 from opsin.native import NativeBackend, devices, open_backend
@@ -50,8 +50,7 @@ def open_runtime(
     Raises ModelError when the pair cannot be used, BadParameter when a setting does not fit this machine.
     """
     pair = resolve(None if model is None else str(model), None if mmproj is None else str(mmproj))
-    profile = settings.profile or default_profile()
-    settings = settings.model_copy(update={"model": pair.llm, "mmproj": pair.mmproj, "profile": profile})
+    settings = settings.model_copy(update={"model": pair.llm, "mmproj": pair.mmproj})
     opened: list[NativeBackend] = []
 
     def open_native() -> NativeBackend:
@@ -61,9 +60,9 @@ def open_runtime(
     store = DiskStore(default_folder(), settings.disk_cache_bytes) if settings.disk_cache else None
     engine = Engine(
         open_native,
-        policy=_policy(settings, max_queue),
+        policy=Policy(parallel=settings.parallel, max_queue=max_queue),
         pictures=PictureCache(settings.picture_cache_bytes, store),
-        max_tokens=PROFILE_MAX_TOKENS[profile],
+        max_tokens=MAX_ANSWER_TOKENS,
     )
     try:
         source = template_source(opened[0], pair)
@@ -76,24 +75,9 @@ def open_runtime(
     return Runtime(engine, prompts, pair.is_demo, setup, opened[0], source)
 
 
-def _policy(settings: EngineSettings, max_queue: int) -> Policy:
-    return Policy(
-        parallel=settings.parallel,
-        max_queue=max_queue,
-        slice_seconds=settings.slice_seconds,
-        turn_share=settings.turn_share,
-        longest_turn=settings.longest_turn,
-    )
-
-
 def gpu_names() -> tuple[str, ...]:
     """The GPUs that this build computes on, as ggml names them."""
     return tuple(device.name for device in devices() if device.is_gpu)
-
-
-def default_profile() -> Profile:
-    """Throughput where there is a CUDA device, interactive on Apple silicon and CPUs."""
-    return "throughput" if any(device.name.startswith("CUDA") for device in devices()) else "interactive"
 
 
 def template_source(backend: NativeBackend, pair: Pair) -> TemplateSource:

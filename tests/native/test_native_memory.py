@@ -15,7 +15,7 @@ from opsin.core.layout import ImageRun
 from opsin.core.parts import PicturePart
 from opsin.core.settings import EngineSettings
 from opsin.doctor.room import by_hand, estimate_room, weights_by_device
-from opsin.models.gguf_header import read_header
+from opsin.models.gguf import read_header
 from opsin.models.shapes import SHAPES
 from opsin.models.synth import write_pair, write_shape
 from opsin.native import logs, memory, open_backend

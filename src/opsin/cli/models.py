@@ -38,7 +38,7 @@ def models(
         rows = [asdict(row) for row in KNOWN_MODELS]
         typer.echo(json.dumps(rows, indent=2) if as_json else _table(rows, ("name", "title", "repo")))
         return
-    from opsin.models.listing import list_models
+    from opsin.models.resolve import list_models
 
     found = list_models(folder or [])
     if as_json:

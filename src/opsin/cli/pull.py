@@ -27,7 +27,7 @@ def pull(
         TransferSpeedColumn,
     )
 
-    from opsin.models.gguf_info import read_info
+    from opsin.models.gguf import read_info
     from opsin.models.hub import pull as download
 
     columns = (

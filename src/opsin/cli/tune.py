@@ -21,9 +21,8 @@ from opsin.core.settings import EngineSettings
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from opsin.core.settings import Profile
     from opsin.models import Pair
-    from opsin.tune.pareto import Point
+    from opsin.tune.pareto import Point, Profile
     from opsin.tune.rig import Rig
     from opsin.tune.session import Report
     from opsin.tune.space import Wish
@@ -97,7 +96,7 @@ def tune(
     settings = settings.model_copy(update={"model": pair.llm, "mmproj": pair.mmproj})
     fixed |= set() if convert else {"mmproj"}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    wish = Wish(_favoured(profile, settings), frozenset(fixed), minutes, allow_approximate, cores, gpu_names())
+    wish = Wish(_favoured(profile), frozenset(fixed), minutes, allow_approximate, cores, gpu_names())
     # What shaped the measurement belongs to what was measured.
     shaped = {name: flags[name] for name in sorted(flags.keys() - {"model", "mmproj", "verbose"})}
     folder = default_folder().with_name(f"tune-{os.getpid()}")  # on the disk where a conversion may stay
@@ -113,15 +112,15 @@ def tune(
         o.write_out(json_out, json.dumps(report.as_document(), indent=2) + "\n")
 
 
-def _favoured(profile: str | None, settings: EngineSettings) -> Profile:
-    from opsin.compose import default_profile
+def _favoured(profile: str | None) -> Profile:
+    from opsin.compose import gpu_names
     from opsin.core.errors import BadParameter
 
     if profile in {"interactive", "throughput"}:
         return cast("Profile", profile)
     if profile is not None:
         raise BadParameter(f"--profile is interactive or throughput, not {profile}.")
-    return settings.profile or default_profile()
+    return "throughput" if any(name.startswith("CUDA") for name in gpu_names()) else "interactive"
 
 
 def _put(report: Report, pair: Pair, more: dict[str, Any], out: Path, *, dry_run: bool) -> None:

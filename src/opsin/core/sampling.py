@@ -1,4 +1,4 @@
-"""How one answer is drawn: sampling, limits, stops, and the guard's switch."""
+"""Settings of one answer: sampling, limits, stops, and the guard's switch."""
 
 from __future__ import annotations
 
@@ -6,13 +6,20 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+# The limits of a request. A server may lower its own (`core.server_settings`), and never raise them.
+MAX_STOP = 64
+MAX_STOP_CHARS = 1000
+MAX_LOGIT_BIAS = 1024
+MAX_TOP_LOGPROBS = 20
+MAX_SCHEMA_CHARS = 2**20
+
 
 class SamplingParams(BaseModel):
     """Settings of one answer; unknown names are refused.
 
-    A temperature of 0 is greedy. `max_tokens` of None takes the profile's default, `max_seconds` of None is no limit.
-    `seed` of None draws one. `logprobs` asks for the log probabilities of that many most likely tokens at each
-    position (0: of the chosen one alone; None: none).
+    A temperature of 0 is greedy. `max_tokens` of None takes the engine's default, `max_seconds` of None is no limit.
+    `seed` of None draws one. `max_thinking_tokens` of 0 is an answer without reasoning. `logprobs` asks for the log
+    probabilities of that many most likely tokens at each position (0: of the chosen one alone; None: none).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -25,18 +32,18 @@ class SamplingParams(BaseModel):
     presence_penalty: float = Field(0.0, ge=-2.0, le=2.0)
     frequency_penalty: float = Field(0.0, ge=-2.0, le=2.0)
     penalty_last_n: int = Field(64, ge=-1, le=65536, description="tokens looked back at; -1 is the context")
-    logit_bias: dict[int, float] = Field(default_factory=dict, max_length=1024)
+    logit_bias: dict[int, float] = Field(default_factory=dict, max_length=MAX_LOGIT_BIAS)
     seed: int | None = Field(None, ge=0, le=2**32 - 2)
     max_tokens: int | None = Field(None, ge=1)
     max_seconds: float | None = Field(None, gt=0.0)
     thinking: bool | None = Field(None, description="None leaves it to the template")
     max_thinking_tokens: int | None = Field(None, ge=0)
-    stop: tuple[str, ...] = Field((), max_length=16)
+    stop: tuple[str, ...] = Field((), max_length=MAX_STOP)
     ignore_eos: bool = False
     guard: bool = True
-    json_schema: str | None = Field(None, max_length=65536, description="a JSON schema as text")
-    grammar: str | None = Field(None, max_length=65536, description="a GBNF grammar as text")
-    logprobs: int | None = Field(None, ge=0, le=20)
+    json_schema: str | None = Field(None, max_length=MAX_SCHEMA_CHARS, description="a JSON schema as text")
+    grammar: str | None = Field(None, max_length=MAX_SCHEMA_CHARS, description="a GBNF grammar as text")
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
 
     @model_validator(mode="after")
     def _one_shape(self) -> SamplingParams:
@@ -44,6 +51,8 @@ class SamplingParams(BaseModel):
             raise ValueError("json_schema and grammar cannot be used together: give one of them")
         if any(not text for text in self.stop):
             raise ValueError("a stop string is empty: leave it out")
+        if any(len(text) > MAX_STOP_CHARS for text in self.stop):
+            raise ValueError(f"a stop string is longer than {MAX_STOP_CHARS:,} characters: shorten it")
         return self
 
 

@@ -1,16 +1,28 @@
-"""Which projector belongs to which language model, judged by what the files say of themselves."""
+"""A language model and its projector: which file belongs to which, judged by what the files say of themselves."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from difflib import SequenceMatcher
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from opsin.core.errors import ModelError, PairMismatch
-from opsin.models.gguf_info import GgufInfo, read_info
+from opsin.models.gguf import GgufInfo, read_info
 from opsin.models.naming import best_projectors, is_projector, stem
 
-if TYPE_CHECKING:
-    from pathlib import Path
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two GGUF files that belong together.
+
+    `mmproj` is None when no projector was found: the model then reads text only. `name` is what a user would type, or
+    the file's stem. Of a split language model `llm` is the first part, as llama.cpp wants it.
+    """
+
+    llm: Path
+    mmproj: Path | None
+    name: str
+    is_demo: bool = False
 
 
 def check_pair(llm: Path, mmproj: Path) -> tuple[GgufInfo, GgufInfo]:
@@ -29,7 +41,7 @@ def check_pair(llm: Path, mmproj: Path) -> tuple[GgufInfo, GgufInfo]:
     if not vision.is_projector:
         raise PairMismatch(f"{mmproj.name} is a language model, not a projector{_fitting(text, mmproj)}")
     if not vision.has_vision:
-        raise PairMismatch(f"{mmproj.name} has no vision encoder, it cannot see pictures{_fitting(text, mmproj)}")
+        raise PairMismatch(f"{mmproj.name} has no vision encoder, it cannot see images{_fitting(text, mmproj)}")
     if not _fits(text, vision):
         raise PairMismatch(
             f"{mmproj.name} hands over {vision.projector_width} values a token and {llm.name} takes in {text.width}:"

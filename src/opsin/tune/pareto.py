@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
-from opsin.core.settings import Profile
 from opsin.tune.search import LEAST_GAIN, Choice, Ratio
 
+Profile = Literal["interactive", "throughput"]
 GIVEN_UP = 0.05
 """How much worse than untuned the other figure may become, as a share: a profile favours one and ruins none."""
 _EVEN = Ratio(1.0, 0.0)

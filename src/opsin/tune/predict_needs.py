@@ -10,8 +10,7 @@ from pathlib import Path
 
 from opsin.bench.cost import TILES, ModelCost, bytes_of, cost_of, encode_ops_of, picture_cost, read_cost
 from opsin.models.blueprint import clip_tensors, llm_tensors
-from opsin.models.gguf_header import GgufHeader, TensorHead, read_header
-from opsin.models.gguf_info import read_info
+from opsin.models.gguf import GgufHeader, TensorHead, read_header, read_info
 from opsin.models.naming import parts_of
 from opsin.models.shapes import PairShape, TextShape, VisionShape
 from opsin.models.weights import Tensor, WeightType

@@ -12,9 +12,9 @@ from statistics import median
 from typing import Any
 
 from opsin.core.errors import OpsinError
-from opsin.core.settings import EngineSettings, Profile
+from opsin.core.settings import EngineSettings
 from opsin.tune.finals import ROUNDS, Final, play_final, workloads
-from opsin.tune.pareto import Point, pareto, pick
+from opsin.tune.pareto import Point, Profile, pareto, pick
 from opsin.tune.projector import ProjectorType
 from opsin.tune.rig import OpenRig, Pieces, Rig, RigTrial, sized, survey
 from opsin.tune.search import LEAST_GAIN, LEAST_ROUNDS, Choice, Found, Part, Search, Tried, plain, shown

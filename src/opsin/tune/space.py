@@ -9,15 +9,12 @@ from typing import Any
 
 from opsin.core.backend import BackendLimits
 from opsin.core.errors import OpsinError
-from opsin.core.settings import Profile
+from opsin.tune.pareto import Profile
 from opsin.tune.projector import TYPES, ProjectorType
 from opsin.tune.rig import Sized
 from opsin.tune.search import Choice, Dimension
 
-SHARING: dict[str, Choice] = {
-    "streams wait longer": {"longest_turn": 0.6, "turn_share": 0.03},
-    "longer slices, streams wait longer": {"slice_seconds": 0.8, "longest_turn": 0.8, "turn_share": 0.03},
-}
+SHARING: dict[str, Choice] = {}
 """How encode and decode may share the machine where throughput is what counts."""
 
 
@@ -91,7 +88,7 @@ def _rows(facts: Sized) -> tuple[Choice, ...]:
         return tuple({"ubatch": rows} for rows in (256, 512, 2048) if rows != limits.n_ubatch)
     wanted = sorted({limits.best_rows // 2, limits.best_rows * 3 // 2, whole})
     # A micro-batch must hold the rows, and buffers are made in multiples of 64.
-    return tuple({"prefill_rows": rows, "ubatch": max(limits.n_ubatch, -(-rows // 64) * 64)} for rows in wanted)
+    return tuple({"ubatch": max(limits.n_ubatch, -(-rows // 64) * 64)} for rows in wanted)
 
 
 def _converted(

@@ -9,7 +9,7 @@ import pytest
 from opsin.bench import measure
 from opsin.core.answer import TokenLogprob
 from opsin.core.errors import EngineError, ModelUnreadable
-from opsin.models.gguf_info import read_info
+from opsin.models.gguf import read_info
 from opsin.models.synth import write_pair
 from opsin.tune import finals
 from opsin.tune.finals import play_final, workloads
