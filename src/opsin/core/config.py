@@ -95,7 +95,7 @@ def read_config(
     path = file or config_path(environ, folder)
     plain, measured = ({}, {}) if path is None else _from_file(path)
     sources = [plain, _from_environment(environ), _from_flags(flags)]
-    _drop_retired([*sources, measured])
+    drop_retired(*sources, measured)
     if tuned and measured and _is_for(measured, sources, locate):
         sources.insert(0, _fitting(measured, sources, parallel))
     values: dict[str, Any] = {}
@@ -137,7 +137,8 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return table, tuned
 
 
-def _drop_retired(sources: list[Values]) -> None:
+def drop_retired(*sources: Values) -> None:
+    """Take RETIRED settings out, with one warning that names them all and where they are from."""
     found = [f"{name} ({source.pop(name)[1]})" for source in sources for name in RETIRED if name in source]
     if found:
         _log.warning("these settings have no effect any more, please remove them: %s", ", ".join(found))

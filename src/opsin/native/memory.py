@@ -18,10 +18,9 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 
-from opsin.core.errors import BadInput, ModelError, ModelUnreadable, OpsinError
+from opsin.core.errors import ModelError, ModelUnreadable, OpsinError
 from opsin.core.settings import EngineSettings
 from opsin.native import logs
 from opsin.native.context import _KV_SHARE, _cell_bytes, default_context
@@ -30,7 +29,7 @@ from opsin.native.handles import Owned
 from opsin.native.library import library
 from opsin.native.model import _ROPE_WITH_SECTIONS, Model, _placement
 from opsin.native.places import Places
-from opsin.native.projector import _Reader
+from opsin.native.projector import shorten
 from opsin.native.trial import child_command
 from opsin.native.vision import _device
 
@@ -273,10 +272,7 @@ def _reserve_vision(path: Path, settings: EngineSettings, lines: _Lines) -> list
     params.image_max_tokens = settings.image_max_tokens or -1
     with tempfile.TemporaryDirectory() as folder:
         short = Path(folder) / "short.gguf"
-        try:
-            shorten(path, short)
-        except (EOFError, ValueError, KeyError, OSError) as error:
-            raise BadInput(f"{path.name} cannot be read as a projector ({error}): download it again.") from error
+        shorten(path, short, _KEPT_LAYERS)
         # Without a language model: with fewer layers the width handed to it may differ, and it is not needed here.
         pointer = lib.mtmd.mtmd_init_from_file(str(short).encode(), None, params)
     if not pointer:
@@ -284,64 +280,3 @@ def _reserve_vision(path: Path, settings: EngineSettings, lines: _Lines) -> list
         return []
     lib.mtmd.mtmd_free(pointer)
     return lines.take()
-
-
-_BLOCK = re.compile(rb"v\.blk\.(\d+)\.")
-_COUNT_KEY = b"clip.vision.block_count"
-_UINT32 = (4).to_bytes(4, "little")
-
-
-def shorten(source: Path, target: Path, layers: int = _KEPT_LAYERS) -> None:
-    """A copy of a projector file with its first `layers` layers and without weights: holes of a sparse file.
-
-    Raises EOFError, ValueError or KeyError for a file that is no projector in GGUF.
-    """
-    with source.open("rb") as file:
-        reader = _Reader(file)
-        if reader.take(4) != b"GGUF":
-            raise ValueError("no GGUF magic")
-        reader.scalar("I")
-        n_tensors, n_pairs = reader.scalar("Q"), reader.scalar("Q")
-        start = file.tell()
-        alignment = 32
-        for _ in range(n_pairs):
-            key = reader.string()
-            value = reader.value(reader.scalar("I"))
-            if key == "general.alignment":
-                alignment = int(value)
-        end = file.tell()
-        tensors = []
-        for _ in range(n_tensors):
-            name = reader.string().encode()
-            head = reader.take(4)
-            head += reader.take(8 * int.from_bytes(head, "little")) + reader.take(4)
-            tensors.append((name, head, reader.scalar("Q")))
-        data = -(-file.tell() // alignment) * alignment
-        file.seek(start)
-        metadata = file.read(end - start)
-    ends = [offset for *_, offset in tensors[1:]] + [source.stat().st_size - data]
-    if any(after < before for before, after in pairwise([0, *ends])):
-        raise ValueError("tensors out of order")
-    kept = [
-        (name, head, -(-(after - offset) // alignment) * alignment)
-        for (name, head, offset), after in zip(tensors, ends, strict=True)
-        if (block := _BLOCK.match(name)) is None or int(block[1]) < layers
-    ]
-    metadata = _with_layers(metadata, layers)
-    with target.open("wb") as out:
-        out.write(b"GGUF" + (3).to_bytes(4, "little") + len(kept).to_bytes(8, "little") + n_pairs.to_bytes(8, "little"))
-        out.write(metadata)
-        offset = 0
-        for name, head, size in kept:
-            out.write(len(name).to_bytes(8, "little") + name + head + offset.to_bytes(8, "little"))
-            offset += size
-        out.truncate(-(-out.tell() // alignment) * alignment + offset)
-
-
-def _with_layers(metadata: bytes, layers: int) -> bytes:
-    at = metadata.find(_COUNT_KEY + _UINT32)
-    if at < 0:
-        raise KeyError(_COUNT_KEY.decode())
-    at += len(_COUNT_KEY) + len(_UINT32)
-    count = min(layers, int.from_bytes(metadata[at : at + 4], "little"))
-    return metadata[:at] + count.to_bytes(4, "little") + metadata[at + 4 :]

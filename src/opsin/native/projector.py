@@ -1,27 +1,29 @@
-"""What a projector file says of itself, read before llama.cpp opens it.
+"""A projector's header, through llama.cpp's own GGUF functions: what it says of itself, and a copy without weights.
 
-Only the header is read: metadata and tensor names. It is enough to refuse the wrong file with a sentence, and to name
-the file's content.
+The rooms above read headers themselves (`opsin.models`), so a damaged file is refused before it comes here.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import os
+import re
 import struct
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, BinaryIO
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from opsin.core.errors import ModelNotFound, ModelUnreadable
+from opsin.native.ggml import GgufInitParams
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-_MAGIC = b"GGUF"
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
-_F32 = 0
-_MAX_ENTRIES = 1_000_000
-_MAX_STRING = 64 * 2**20
+_UINT32, _STRING = 4, 8  # gguf_type
+_F32 = 0  # ggml_type
+_ALIGNMENT = 32
+_BLOCK = re.compile(rb"v\.blk\.(\d+)\.")
+_LAYERS = b"clip.vision.block_count"
 
 _WHOLE_FILE = 16 * 2**20
 _SAMPLES = 64
@@ -30,94 +32,81 @@ _SAMPLE_BYTES = 64 * 2**10
 
 @dataclass(frozen=True, slots=True)
 class ProjectorFile:
-    """A projector's header. `tensor_types` are ggml types by tensor name; `header_bytes` is where it ends."""
+    """What a projector says of itself; `kind` is its type ("mlp", "gemma3", …), empty when it names none.
 
-    metadata: dict[str, Any]
+    `header_bytes` is where the weights begin, `all_f32` whether not one tensor is of a smaller type.
+    """
+
+    architecture: str
+    kind: str
     header_bytes: int
-    tensor_types: dict[str, int] = field(repr=False, default_factory=dict)
-
-    @property
-    def kind(self) -> str:
-        """The projector type ("mlp", "gemma3", …), empty when the file names none."""
-        for key in ("clip.vision.projector_type", "clip.projector_type"):
-            if isinstance(self.metadata.get(key), str):
-                return str(self.metadata[key])
-        return ""
-
-    @property
-    def all_f32(self) -> bool:
-        """Whether not one tensor is of a smaller type."""
-        return bool(self.tensor_types) and set(self.tensor_types.values()) == {_F32}
-
-
-class _Reader:
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-
-    def take(self, size: int) -> bytes:
-        data = self._file.read(size)
-        if len(data) != size:
-            raise EOFError
-        return data
-
-    def scalar(self, code: str) -> Any:
-        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
-
-    def string(self) -> str:
-        size = self.scalar("Q")
-        if size > _MAX_STRING:
-            raise EOFError
-        return self.take(size).decode("utf-8", "replace")
-
-    def value(self, kind: int, depth: int = 0) -> Any:
-        if kind == _STRING:
-            return self.string()
-        if kind == _ARRAY:
-            inner, count = self.scalar("I"), self.scalar("Q")
-            if count > _MAX_ENTRIES or depth:
-                raise EOFError
-            return [self.value(inner, depth + 1) for _ in range(count)]
-        return self.scalar(_SCALARS[kind])
+    all_f32: bool
 
 
 def read_projector(path: Path) -> ProjectorFile:
     """Read the header of a projector file.
 
-    Raises ModelNotFound, or ModelUnreadable when the file is no GGUF file or was cut off.
+    Raises NativeMismatch, ModelNotFound, or ModelUnreadable when the file is no GGUF file or was cut off.
     """
+    with _opened(path, None) as (ggml, file):
+
+        def text(key: bytes) -> str:
+            at = ggml.gguf_find_key(file, key)
+            if at < 0 or ggml.gguf_get_kv_type(file, at) != _STRING:
+                return ""
+            return str(ggml.gguf_get_val_str(file, at).decode("utf-8", "replace"))
+
+        types = {ggml.gguf_get_tensor_type(file, index) for index in range(ggml.gguf_get_n_tensors(file))}
+        kind = text(b"clip.vision.projector_type") or text(b"clip.projector_type")
+        return ProjectorFile(text(b"general.architecture"), kind, ggml.gguf_get_data_offset(file), types == {_F32})
+
+
+def shorten(source: Path, target: Path, layers: int) -> None:
+    """A copy of a projector file with its first `layers` layers and without weights: holes of a sparse file.
+
+    Raises ModelNotFound, or ModelUnreadable for a file that is no projector in GGUF.
+    """
+    tensors = ctypes.c_void_p()
+    with _opened(source, tensors) as (ggml, file):
+        at = ggml.gguf_find_key(file, _LAYERS)
+        if at < 0 or ggml.gguf_get_kv_type(file, at) != _UINT32:
+            raise ModelUnreadable(f"{source.name} is no projector with a vision encoder: give another with --mmproj.")
+        short = ggml.gguf_init_empty()
+        try:
+            ggml.gguf_set_kv(short, file)
+            ggml.gguf_set_val_u32(short, _LAYERS, min(layers, ggml.gguf_get_val_u32(file, at)))
+            weights = 0
+            for index in range(ggml.gguf_get_n_tensors(file)):
+                name = ggml.gguf_get_tensor_name(file, index)
+                block = _BLOCK.match(name)
+                if block is None or int(block[1]) < layers:
+                    ggml.gguf_add_tensor(short, ggml.ggml_get_tensor(tensors, name))
+                    weights += -(-ggml.gguf_get_tensor_size(file, index) // _ALIGNMENT) * _ALIGNMENT
+            if not ggml.gguf_write_to_file(short, os.fsencode(target), True):
+                raise ModelUnreadable(f"{target} cannot be written: free some space for temporary files.")
+            os.truncate(target, target.stat().st_size + weights)
+        finally:
+            ggml.gguf_free(short)
+
+
+@contextmanager
+def _opened(path: Path, tensors: ctypes.c_void_p | None) -> Iterator[tuple[Any, Any]]:
+    """Ggml's functions and a GGUF context of the file; `tensors` receives a ggml context of its tensors, unfilled."""
+    from opsin.native.library import library
+
+    if not path.exists():
+        raise ModelNotFound(f"There is no projector file {path}: check the path given to --mmproj.")
+    ggml = library().ggml
+    wanted = None if tensors is None else ctypes.cast(ctypes.byref(tensors), ctypes.c_void_p)
+    file = ggml.gguf_init_from_file(os.fsencode(path), GgufInitParams(True, wanted))
+    if not file:
+        raise ModelUnreadable(f"{path.name} is not a whole GGUF file: download it again.")
     try:
-        with path.open("rb") as file:
-            return _read(file)
-    except FileNotFoundError as error:
-        raise ModelNotFound(f"There is no projector file {path}: check the path given to --mmproj.") from error
-    except (EOFError, KeyError, struct.error, ValueError) as error:
-        raise ModelUnreadable(f"{path.name} is not a whole GGUF file: download it again.") from error
-    except OSError as error:
-        raise ModelUnreadable(
-            f"{path} cannot be read ({error.strerror}): check the path and its permissions."
-        ) from error
-
-
-def _read(file: BinaryIO) -> ProjectorFile:
-    reader = _Reader(file)
-    if reader.take(4) != _MAGIC:
-        raise ValueError("no GGUF magic")
-    reader.scalar("I")
-    n_tensors, n_pairs = reader.scalar("Q"), reader.scalar("Q")
-    if max(n_tensors, n_pairs) > _MAX_ENTRIES:
-        raise EOFError
-    metadata = {reader.string(): reader.value(reader.scalar("I")) for _ in range(n_pairs)}
-    by_name: dict[str, int] = {}
-    for _ in range(n_tensors):
-        name = reader.string()
-        n_dims = reader.scalar("I")
-        if n_dims > 8:
-            raise EOFError
-        reader.take(8 * n_dims)
-        kind = reader.scalar("I")
-        reader.scalar("Q")
-        by_name[name] = kind
-    return ProjectorFile(metadata, file.tell(), by_name)
+        yield ggml, file
+    finally:
+        ggml.gguf_free(file)
+        if tensors is not None and tensors.value:
+            ggml.ggml_free(tensors)
 
 
 def fingerprint(path: Path, header_bytes: int) -> str:
