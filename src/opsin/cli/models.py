@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from opsin.cli.control import escaped
+
 app = typer.Typer(
     help="Show which models are here, and choose the default.",
     add_completion=False,
@@ -20,9 +22,10 @@ def models(
     context: typer.Context,
     *,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON array")] = False,
-    known: Annotated[bool, typer.Option("--known", help="list the names `opsin pull` knows instead")] = False,
+    known: Annotated[bool, typer.Option("--known", help="list the names that `opsin pull` knows")] = False,
     folder: Annotated[
-        list[Path] | None, typer.Option("--folder", metavar="DIR", help="look into this folder too")
+        list[Path] | None,
+        typer.Option("--folder", metavar="DIR", help="folder to look into as well; may be given several times"),
     ] = None,
 ) -> None:
     """Show which models are here, and choose the default."""
@@ -62,7 +65,7 @@ def models(
 @app.command()
 def use(
     name: Annotated[str, typer.Argument(help="a name from the list, a GGUF file, a folder, or demo")],
-    mmproj: Annotated[str | None, typer.Option("--mmproj", help="projector, when it is not beside the model")] = None,
+    mmproj: Annotated[str | None, typer.Option("--mmproj", help="projector, where it is not beside the model")] = None,
 ) -> None:
     """Make a model the default."""
     from opsin.core.errors import PairMismatch
@@ -73,7 +76,7 @@ def use(
     if pair.mmproj is None:
         raise PairMismatch(f"{pair.llm} has no projector beside it, so it cannot see: give one with --mmproj")
     write_default(None if pair.is_demo else pair)
-    typer.echo(f"{pair.name} is the default model now")
+    typer.echo(escaped(f"{pair.name} is the default model now"))
 
 
 def _size(count: int) -> str:
@@ -82,7 +85,7 @@ def _size(count: int) -> str:
 
 def _table(rows: list[dict[str, str]], names: tuple[str, ...]) -> str:
     """Plain columns: paths are for copying, so nothing is wrapped or cut."""
-    cells = [list(names), *([str(row[name]) for name in names] for row in rows)]
+    cells = [list(names), *([escaped(str(row[name])) for name in names] for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
     padded = ("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in cells)
     return "\n".join(line.rstrip() for line in padded)
