@@ -172,7 +172,7 @@ def test_native_logs_are_silent_without_verbose_and_whole_with_it(opsin_env: dic
         ([PICTURE, "what?", "--nonsense"], 2, "nonsense"),
         (["", "what?"], 2, "name is empty"),
         (["x" * 300], 2, "picture is missing"),
-        (["x" * 300, "what?"], 2, "x" * 300),
+        (["x" * 300, "what?"], 2, "too long"),
         ([PICTURE, "what?", "--json-schema", "/dev/zero"], 2, "not a regular file"),
         ([PICTURE, "what?", "--model", "y" * 300], 3, "too long"),
         ([PICTURE, "what?", "--model", "~nosuchuser/m.gguf"], 2, "home folder"),
@@ -238,8 +238,7 @@ def test_names_cannot_steer_the_terminal_or_fake_a_line(opsin_env: dict[str, str
 def test_the_current_folder_may_be_gone(opsin_env: dict[str, str], tmp_path: Path) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()
-    command = f"{sys.executable} -m opsin ask {PICTURE} 'what is this?'"
-    done = shell(opsin_env, f"cd {gone}; rmdir {gone}; {command}", 0)
+    done = shell(opsin_env, f"cd {gone}; rmdir {gone}; opsin ask {PICTURE} 'what is this?'", 0)
     assert done.stdout.strip()
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from opsin.models.gguf import GgufHeader, GgufInfo, TensorHead, read_header, read_info
 from opsin.models.naming import parts_of
-from opsin.models.pairing import Pair, check_pair, find_projector
+from opsin.models.pairing import Pair, check_pair, family_warning, find_projector
 from opsin.models.resolve import ListedModel, demo_pair, list_models, locate, resolve
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ __all__ = [
     "TensorHead",
     "check_pair",
     "demo_pair",
+    "family_warning",
     "find_projector",
     "list_models",
     "locate",

@@ -10,6 +10,17 @@ from opsin.core.errors import ModelError, PairMismatch
 from opsin.models.gguf import GgufInfo, read_info
 from opsin.models.naming import best_projectors, is_projector, stem
 
+# Projector types and the only architectures they are published with (llama.cpp's `convert_hf_to_gguf.py`). Types that
+# many architectures share (mlp, internvl, pixtral, …) are not listed: nothing can be said of them.
+_ARCHITECTURES: dict[str, frozenset[str]] = {
+    "gemma3": frozenset({"gemma3"}),
+    "gemma3nv": frozenset({"gemma3n"}),
+    "gemma4v": frozenset({"gemma4"}),
+    "qwen2vl_merger": frozenset({"qwen2vl"}),
+    "qwen2.5vl_merger": frozenset({"qwen2vl"}),
+    "qwen3vl_merger": frozenset({"qwen3vl", "qwen3vlmoe", "qwen35", "qwen35moe"}),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Pair:
@@ -48,6 +59,20 @@ def check_pair(llm: Path, mmproj: Path) -> tuple[GgufInfo, GgufInfo]:
             f" they do not belong together{_fitting(text, mmproj)}"
         )
     return text, vision
+
+
+def family_warning(text: GgufInfo, vision: GgufInfo) -> str | None:
+    """A sentence where widths fit by chance and the families differ, so that answers would be nonsense; else None."""
+    kind = vision.projector or ""
+    expected = _ARCHITECTURES.get(kind)
+    # Architectures made for vision have projectors of their own, too.
+    own = {name for name, architectures in _ARCHITECTURES.items() if text.architecture in architectures}
+    if (expected is None or text.architecture in expected) and (not own or kind in own):
+        return None
+    return (
+        f"{vision.path.name} is a projector of the kind {kind or 'unknown'}, and {text.path.name} is a"
+        f" {text.architecture} model: they are of different families, so answers may be nonsense"
+    )
 
 
 def find_projector(llm: Path) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,11 +10,12 @@ from pathlib import Path
 from opsin.core.errors import BadParameter, ModelError, ModelNotFound, OpsinError
 from opsin.core.files import expand
 from opsin.models.naming import best_model, best_projectors, is_model, stem, take_apart
-from opsin.models.pairing import Pair, check_pair, find_projector
+from opsin.models.pairing import Pair, check_pair, family_warning, find_projector
 from opsin.models.registry import KNOWN_MODELS, Wanted, is_known, look_up
 from opsin.models.store import CachedRepo, cached_repos, flat_folders, read_default
 
 DEMO_NAME = "demo"
+_log = logging.getLogger(__name__)
 
 
 def resolve(model: str | None = None, mmproj: str | None = None) -> Pair:
@@ -43,7 +45,9 @@ def resolve(model: str | None = None, mmproj: str | None = None) -> Pair:
         if path is not None and _not_text(path):
             raise ModelNotFound(f"the file name {str(path)!a} is not valid UTF-8: rename the file")
     if pair.mmproj is not None and not pair.is_demo:
-        check_pair(pair.llm, pair.mmproj)
+        warning = family_warning(*check_pair(pair.llm, pair.mmproj))
+        if warning:
+            _log.warning("%s", warning)
     return pair
 
 
