@@ -32,10 +32,9 @@ def models(
     if context.invoked_subcommand is not None:
         return
     import json
+    from dataclasses import asdict
 
     if known:
-        from dataclasses import asdict
-
         from opsin.models.registry import KNOWN_MODELS
 
         rows = [asdict(row) for row in KNOWN_MODELS]
@@ -45,7 +44,7 @@ def models(
 
     found = list_models(folder or [])
     if as_json:
-        typer.echo(json.dumps([model.as_dict() for model in found], indent=2))
+        typer.echo(json.dumps([asdict(model) for model in found], indent=2))
         return
     lines = [
         {
@@ -54,7 +53,7 @@ def models(
             "model": f"{model.architecture} + {model.projector}" if model.architecture else "",
             "quantisation": model.quantisation,
             "size": _size(model.size) if model.size else "",
-            "where": model.problem or str(model.pair.llm),
+            "where": model.problem or model.llm_file,
         }
         for model in found
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from opsin.core.errors import BadParameter, ModelError, ModelNotFound, OpsinError
@@ -144,46 +144,29 @@ class ListedModel:
     """A pair on this machine. `size` is bytes of both files; `problem` says why it cannot be used, if so."""
 
     name: str
-    pair: Pair
-    architecture: str = ""
-    projector: str = ""
-    quantisation: str = ""
-    size: int = 0
+    architecture: str
+    projector: str
+    quantisation: str
+    size: int
+    llm_file: str
+    mmproj_file: str | None
     is_default: bool = False
     problem: str | None = None
 
-    def as_dict(self) -> dict[str, str | int | bool | None]:
-        """The fields as plain values, paths as text."""
-        return {
-            "name": self.name,
-            "architecture": self.architecture,
-            "projector": self.projector,
-            "quantisation": self.quantisation,
-            "size": self.size,
-            "llm_file": str(self.pair.llm),
-            "mmproj_file": str(self.pair.mmproj) if self.pair.mmproj else None,
-            "is_default": self.is_default,
-            "problem": self.problem,
-        }
-
 
 def list_models(folders: Iterable[Path] = ()) -> list[ListedModel]:
-    """All pairs found, by name, each once; language models without a projector are left out.
+    """All pairs found, by name, each once, the demo last; language models without a projector are left out.
 
     Names are such that `resolve` understands them. A pair that cannot be used is listed with its problem.
     Raises ModelNotFound when the saved default cannot be read.
     """
     default = read_default()
-    found: dict[Path, ListedModel] = {}
+    found: dict[Path, Pair] = {}
     for pair in _all_pairs(folders, default):
-        path = pair.llm.resolve()
-        if path not in found:
-            found[path] = _describe(pair)
+        found.setdefault(pair.llm.resolve(), pair)
     chosen = default.llm.resolve() if default else None
-    models = [
-        replace(model, is_default=path == chosen if chosen else model.pair.is_demo) for path, model in found.items()
-    ]
-    return sorted(models, key=lambda model: (model.pair.is_demo, model.name.lower()))
+    pairs = sorted(found.items(), key=lambda item: (item[1].is_demo, item[1].name.lower()))
+    return [_describe(pair, path == chosen if chosen else pair.is_demo) for path, pair in pairs]
 
 
 def _all_pairs(folders: Iterable[Path], default: Pair | None) -> Iterator[Pair]:
@@ -224,18 +207,16 @@ def _pairs_of_folder(folder: Path) -> Iterator[Pair]:
                 yield Pair(path, projector, str(path))
 
 
-def _describe(pair: Pair) -> ListedModel:
-    listed = ListedModel(pair.name, pair)
-    if pair.mmproj is None:
-        return replace(listed, problem="it has no projector, so it reads text only")
-    try:
-        text, vision = check_pair(pair.llm, pair.mmproj)
-    except ModelError as error:
-        return replace(listed, problem=str(error))
-    return replace(
-        listed,
-        architecture=text.architecture,
-        projector=vision.projector or "",
-        quantisation=text.quantisation,
-        size=text.size + vision.size,
-    )
+def _describe(pair: Pair, is_default: bool) -> ListedModel:
+    mmproj = None if pair.mmproj is None else str(pair.mmproj)
+    problem = "it has no projector, so it reads text only"
+    if pair.mmproj is not None:
+        try:
+            text, vision = check_pair(pair.llm, pair.mmproj)
+        except ModelError as error:
+            problem = str(error)
+        else:
+            size = text.size + vision.size
+            about = (text.architecture, vision.projector or "", text.quantisation, size)
+            return ListedModel(pair.name, *about, str(pair.llm), mmproj, is_default)
+    return ListedModel(pair.name, "", "", "", 0, str(pair.llm), mmproj, is_default, problem)

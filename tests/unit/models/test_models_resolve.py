@@ -242,7 +242,7 @@ def test_the_list_shows_downloads_folders_and_the_demo_each_once(
     assert gemma.size == tiny.llm.stat().st_size + tiny.mmproj.stat().st_size
     for name, model in found.items():
         if model.problem is None:
-            assert resolve(name).llm == model.pair.llm
+            assert resolve(name).llm == Path(model.llm_file)
 
 
 def test_the_list_marks_the_default_also_when_it_lies_elsewhere(demo: Path, tiny: Pair):
@@ -261,7 +261,7 @@ def test_llama_cpp_s_old_flat_cache_is_looked_into(demo: Path, tiny: Pair, tmp_p
     shutil.copy(tiny.llm, folder / "ggml-org_x-GGUF_x-Q4_K_M.gguf")
     shutil.copy(tiny.mmproj, folder / "ggml-org_x-GGUF_mmproj-x-f16.gguf")
     if sys.platform != "darwin":
-        assert list_models()[0].pair.llm == folder / "ggml-org_x-GGUF_x-Q4_K_M.gguf"
+        assert Path(list_models()[0].llm_file) == folder / "ggml-org_x-GGUF_x-Q4_K_M.gguf"
 
 
 @pytest.mark.parametrize("model", ["a" * 300, "x/" * 3000, "~nosuchuser/m.gguf", "nul\0byte.gguf", "bad\udcff.gguf"])
