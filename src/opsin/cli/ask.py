@@ -17,7 +17,7 @@ from opsin.cli.console import Printer, Working, say
 from opsin.core.answer import Finished, Progress, TextDelta
 from opsin.core.errors import BadInput, BadParameter, BadPicture, PictureTooLarge
 from opsin.core.files import read_text
-from opsin.core.sampling import MAX_SCHEMA_CHARS, SamplingParams
+from opsin.core.sampling import MAX_SCHEMA, SamplingParams
 from opsin.core.settings import EngineSettings, MediaSettings
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ def _pictures_in(source: str) -> Iterator[str]:
 
 
 def _read_schema(path: str | None) -> str | None:
-    return None if path is None else read_text(Path(path), MAX_SCHEMA_CHARS)
+    return None if path is None else read_text(Path(path), MAX_SCHEMA)
 
 
 def notices(opsin: Opsin) -> None:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-# The limits of a request. A server may lower its own (`core.server_settings`), and never raise them.
-MAX_STOP = 64
-MAX_STOP_CHARS = 1000
-MAX_LOGIT_BIAS = 1024
-MAX_TOP_LOGPROBS = 20
-MAX_SCHEMA_CHARS = 2**20
+MAX_STOP, MAX_LOGIT_BIAS, MAX_SCHEMA = 64, 65_536, 2**20
+"""Bounds on numbers of stop strings and biased tokens, and on characters of a schema; servers set lower limits."""
 
 
 class SamplingParams(BaseModel):
@@ -38,12 +34,12 @@ class SamplingParams(BaseModel):
     max_seconds: float | None = Field(None, gt=0.0)
     thinking: bool | None = Field(None, description="None leaves it to the template")
     max_thinking_tokens: int | None = Field(None, ge=0)
-    stop: tuple[str, ...] = Field((), max_length=MAX_STOP)
+    stop: tuple[Annotated[str, Field(max_length=1000)], ...] = Field((), max_length=MAX_STOP)
     ignore_eos: bool = False
     guard: bool = True
-    json_schema: str | None = Field(None, max_length=MAX_SCHEMA_CHARS, description="a JSON schema as text")
-    grammar: str | None = Field(None, max_length=MAX_SCHEMA_CHARS, description="a GBNF grammar as text")
-    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    json_schema: str | None = Field(None, max_length=MAX_SCHEMA, description="a JSON schema as text")
+    grammar: str | None = Field(None, max_length=MAX_SCHEMA, description="a GBNF grammar as text")
+    logprobs: int | None = Field(None, ge=0, le=20)
 
     @model_validator(mode="after")
     def _one_shape(self) -> SamplingParams:
@@ -51,8 +47,6 @@ class SamplingParams(BaseModel):
             raise ValueError("json_schema and grammar cannot be used together: give one of them")
         if any(not text for text in self.stop):
             raise ValueError("a stop string is empty: leave it out")
-        if any(len(text) > MAX_STOP_CHARS for text in self.stop):
-            raise ValueError(f"a stop string is longer than {MAX_STOP_CHARS:,} characters: shorten it")
         return self
 
 

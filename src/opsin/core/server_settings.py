@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from opsin.core.sampling import MAX_LOGIT_BIAS, MAX_SCHEMA_CHARS, MAX_STOP, MAX_TOP_LOGPROBS
+from opsin.core.sampling import MAX_LOGIT_BIAS, MAX_SCHEMA, MAX_STOP
 from opsin.core.settings import EngineSettings
 
 
@@ -41,12 +41,8 @@ class ServerSettings(EngineSettings):
     max_n: int = Field(8, ge=1, le=64, description="choices of a request (n)")
     max_stop: int = Field(16, ge=0, le=MAX_STOP, description="stop strings of a request")
     max_logit_bias: int = Field(300, ge=0, le=MAX_LOGIT_BIAS, description="tokens with a logit bias in a request")
-    max_top_logprobs: int = Field(
-        20, ge=0, le=MAX_TOP_LOGPROBS, description="alternatives shown for each token (top_logprobs)"
-    )
-    max_schema_bytes: int = Field(
-        64 * 2**10, ge=64, le=MAX_SCHEMA_CHARS, description="bytes of a JSON schema or grammar"
-    )
+    max_top_logprobs: int = Field(20, ge=0, le=20, description="alternatives shown for each token (top_logprobs)")
+    max_schema_bytes: int = Field(64 * 2**10, ge=64, le=MAX_SCHEMA, description="bytes of a JSON schema or grammar")
     requests_per_minute: int | None = Field(
         None, ge=1, description="requests a minute for each key (default: any number)"
     )

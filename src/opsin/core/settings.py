@@ -29,7 +29,7 @@ class EngineSettings(BaseModel):
         le=2**31 - 1,
         description="context size in tokens, shared by all slots (default: what fits, at most 8,192 a slot)",
     )
-    gpu_layers: int | None = Field(None, ge=0, description="layers on the GPU (default: all that fit)")
+    gpu_layers: int | None = Field(None, ge=0, le=2**31 - 1, description="layers on the GPU (default: all that fit)")
     device: str | None = Field(
         None, description="device of the language model, as ggml names it: CUDA0, Metal, or none for the CPU"
     )

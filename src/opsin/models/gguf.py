@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 import struct
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
@@ -160,7 +160,10 @@ def read_info(path: Path) -> GgufInfo:
     if kind in {"adapter", "imatrix"}:
         raise ModelUnreadable(f"{path} is of the kind {kind!r}, not a model: give the model's own GGUF file")
     tensor_types = Counter(tensor.type or "unknown" for part in headers for tensor in part.tensors)
-    info = GgufInfo(
+    kind = header.text("clip.projector_type") or header.text("clip.vision.projector_type")
+    width = header.integer(f"{architecture}.embedding_length")
+    deepstack = header.integer(f"{architecture}.n_deepstack_layers") or 0
+    return GgufInfo(
         path=path,
         architecture=architecture,
         name=header.text("general.name"),
@@ -169,8 +172,14 @@ def read_info(path: Path) -> GgufInfo:
         quantisation=_quantisation(header, tensor_types),
         size=sum(part.size for part in headers),
         tensor_types=dict(tensor_types),
+        width=None if width is None else width * (1 + deepstack),  # `llama_hparams::n_embd_inp`
+        layers=header.integer("clip.vision.block_count" if architecture == "clip" else f"{architecture}.block_count"),
+        context=header.integer(f"{architecture}.context_length"),
+        projector=kind,
+        projector_width=None if kind is None else _projector_width(kind, header),
+        image_size=header.integer("clip.vision.image_size"),
+        patch_size=header.integer("clip.vision.patch_size"),
     )
-    return _projector(info, header) if info.is_projector else _language_model(info, header)
 
 
 def read_header(path: Path) -> GgufHeader:
@@ -329,28 +338,6 @@ def _quantisation(header: GgufHeader, tensor_types: Counter[str]) -> str:
         return named
     weights = {kind: count for kind, count in tensor_types.items() if kind != "F32"}
     return max(weights, key=lambda kind: weights[kind], default="F32")
-
-
-def _language_model(info: GgufInfo, header: GgufHeader) -> GgufInfo:
-    def value(key: str) -> int | None:
-        return header.integer(f"{info.architecture}.{key}")
-
-    width = value("embedding_length")
-    if width is not None:
-        width *= 1 + (value("n_deepstack_layers") or 0)  # `llama_hparams::n_embd_inp`
-    return replace(info, width=width, layers=value("block_count"), context=value("context_length"))
-
-
-def _projector(info: GgufInfo, header: GgufHeader) -> GgufInfo:
-    kind = header.text("clip.projector_type") or header.text("clip.vision.projector_type")
-    return replace(
-        info,
-        projector=kind,
-        projector_width=_projector_width(kind or "", header),
-        layers=header.integer("clip.vision.block_count"),
-        image_size=header.integer("clip.vision.image_size"),
-        patch_size=header.integer("clip.vision.patch_size"),
-    )
 
 
 def _projector_width(kind: str, header: GgufHeader) -> int | None:
