@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from opsin.core.errors import BadParameter, ModelError, ModelNotFound, OpsinError
+from opsin.core.errors import BadParameter, ModelError, ModelNotFound, OpsinError, PairMismatch
 from opsin.core.files import expand
+from opsin.models.gguf import read_info
 from opsin.models.naming import best_model, best_projectors, is_model, stem, take_apart
 from opsin.models.pairing import Pair, check_pair, family_warning, find_projector
 from opsin.models.registry import KNOWN_MODELS, Wanted, is_known, look_up
@@ -201,7 +202,10 @@ def _pairs_of_folder(folder: Path) -> Iterator[Pair]:
         if is_model(path.name) and path.is_file():
             try:
                 projector = find_projector(path)
-            except ModelError:  # a damaged file, or projectors that belong to its neighbours
+            except PairMismatch:  # projectors that belong to its neighbours
+                continue
+            except ModelError:  # a damaged file, which is listed as such
+                yield Pair(path, None, str(path))
                 continue
             if projector is not None:
                 yield Pair(path, projector, str(path))
@@ -210,13 +214,12 @@ def _pairs_of_folder(folder: Path) -> Iterator[Pair]:
 def _describe(pair: Pair, is_default: bool) -> ListedModel:
     mmproj = None if pair.mmproj is None else str(pair.mmproj)
     problem = "it has no projector, so it reads text only"
-    if pair.mmproj is not None:
-        try:
+    try:
+        if pair.mmproj is not None:
             text, vision = check_pair(pair.llm, pair.mmproj)
-        except ModelError as error:
-            problem = str(error)
-        else:
-            size = text.size + vision.size
-            about = (text.architecture, vision.projector or "", text.quantisation, size)
+            about = (text.architecture, vision.projector or "", text.quantisation, text.size + vision.size)
             return ListedModel(pair.name, *about, str(pair.llm), mmproj, is_default)
+        read_info(pair.llm)
+    except ModelError as error:
+        problem = str(error)
     return ListedModel(pair.name, "", "", "", 0, str(pair.llm), mmproj, is_default, problem)

@@ -293,5 +293,6 @@ def test_one_bad_file_does_not_empty_the_list(tiny: Pair, tmp_path: Path):
     shutil.copy(tiny.llm, folder / "good.gguf")
     shutil.copy(tiny.mmproj, folder / "mmproj-good.gguf")
     (folder / "bad.gguf").write_bytes(b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1 << 63) + bytes(64))
-    names = [Path(model.name).name for model in list_models([folder])]
-    assert "good.gguf" in names
+    problems = {Path(model.name).name: model.problem for model in list_models([folder])}
+    assert problems["good.gguf"] is None
+    assert "ends in the middle of its header" in (problems["bad.gguf"] or "")
