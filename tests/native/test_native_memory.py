@@ -19,8 +19,7 @@ from opsin.models.gguf import read_header
 from opsin.models.shapes import SHAPES
 from opsin.models.synth import write_pair, write_shape
 from opsin.native import logs, memory, open_backend
-from opsin.native.memory import HOST, Reserved, read_log, reserve
-from opsin.native.projector import shorten
+from opsin.native.memory import HOST, Reserved, read_log, reserve, shorten
 
 MIB = 2**20
 ROUNDING = 0.02 * MIB  # the log has two decimals, and a device may have two buffers

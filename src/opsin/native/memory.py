@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -25,11 +26,11 @@ from opsin.core.settings import EngineSettings
 from opsin.native import logs
 from opsin.native.context import _KV_SHARE, _cell_bytes, default_context
 from opsin.native.devices import devices
+from opsin.native.ggml import GgufInitParams
 from opsin.native.handles import Owned
 from opsin.native.library import library
 from opsin.native.model import _ROPE_WITH_SECTIONS, Model, _placement
 from opsin.native.places import Places
-from opsin.native.projector import shorten
 from opsin.native.trial import child_command
 from opsin.native.vision import _device
 
@@ -280,3 +281,42 @@ def _reserve_vision(path: Path, settings: EngineSettings, lines: _Lines) -> list
         return []
     lib.mtmd.mtmd_free(pointer)
     return lines.take()
+
+
+_UINT32 = 4  # gguf_type
+_ALIGNMENT = 32
+_BLOCK = re.compile(rb"v\.blk\.(\d+)\.")
+_LAYERS = b"clip.vision.block_count"
+
+
+def shorten(source: Path, target: Path, layers: int) -> None:
+    """A copy of a projector file with its first `layers` layers and without weights: holes of a sparse file.
+
+    Raises ModelUnreadable for a file that is no projector in GGUF.
+    """
+    ggml, tensors = library().ggml, ctypes.c_void_p()
+    wanted = ctypes.cast(ctypes.byref(tensors), ctypes.c_void_p)
+    file = ggml.gguf_init_from_file(os.fsencode(source), GgufInitParams(True, wanted))
+    if not file:
+        raise ModelUnreadable(f"{source.name} is not a whole GGUF file: download it again.")
+    short = ggml.gguf_init_empty()
+    try:
+        at = ggml.gguf_find_key(file, _LAYERS)
+        if at < 0 or ggml.gguf_get_kv_type(file, at) != _UINT32:
+            raise ModelUnreadable(f"{source.name} is no projector with a vision encoder: give another with --mmproj.")
+        ggml.gguf_set_kv(short, file)
+        ggml.gguf_set_val_u32(short, _LAYERS, min(layers, ggml.gguf_get_val_u32(file, at)))
+        weights = 0
+        for index in range(ggml.gguf_get_n_tensors(file)):
+            name = ggml.gguf_get_tensor_name(file, index)
+            block = _BLOCK.match(name)
+            if block is None or int(block[1]) < layers:
+                ggml.gguf_add_tensor(short, ggml.ggml_get_tensor(tensors, name))
+                weights += -(-ggml.gguf_get_tensor_size(file, index) // _ALIGNMENT) * _ALIGNMENT
+        if not ggml.gguf_write_to_file(short, os.fsencode(target), True):
+            raise ModelUnreadable(f"{target} cannot be written: free some space for temporary files.")
+        os.truncate(target, target.stat().st_size + weights)
+    finally:
+        ggml.gguf_free(short)
+        ggml.gguf_free(file)
+        ggml.ggml_free(tensors)
