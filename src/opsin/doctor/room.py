@@ -260,11 +260,10 @@ def by_hand(header: GgufHeader, vision: GgufHeader | None, settings: EngineSetti
             attention = rows * 4 * width * 4 + (rows * seen * heads * 4 if scores else 0)
             compute += rows * seen * (4 if scores else 2) + max(attention, forward, 64 * vocabulary * 4)
             compute += min(64, parallel + 1) * vocabulary * 4
+    kv_bytes = 2 * n_layer * kv_width * bytes_per_value(settings.kv_type)
     found = Reserved(
         layers=[HOST] * (n_layer + 1),
-        kv={
-            HOST: round(2 * n_layer * kv_width * (cells * streams + common + fill) * bytes_per_value(settings.kv_type))
-        },
+        kv={HOST: round(kv_bytes * (cells * streams + common + fill))},
         compute={HOST: compute},
         rows=rows,
         flash=flash,
