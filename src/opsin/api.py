@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from opsin.compose import Runtime, open_runtime
 from opsin.core.answer import Answer
-from opsin.core.config import read_config
+from opsin.core.config import RETIRED, current_folder, drop_retired, read_config
 from opsin.core.errors import BadParameter
 from opsin.core.model_info import ModelInfo
 from opsin.core.parts import Prompt
@@ -43,15 +44,19 @@ class Opsin:
         **options: Any,
     ) -> None:
         self._media = media or MediaSettings(fetch=True)
+        drop_retired({name: (options.pop(name), "option of Opsin") for name in RETIRED if name in options})
         settings = checked(EngineSettings, options)
         if config is not False:
             files = {name: value for name, value in (("model", model), ("mmproj", mmproj)) if value is not None}
             file = None if config is True else Path(config)
             options |= files
-            found = read_config(options, os.environ, Path.cwd(), file=file, locate=locate, parallel=settings.parallel)
+            folder = current_folder()
+            found = read_config(options, os.environ, folder, file=file, locate=locate, parallel=settings.parallel)
             settings = found.engine()
             model, mmproj = settings.model, settings.mmproj
         self._runtime: Runtime = open_runtime(model, mmproj, settings)
+        # An engine that still computes while the process ends would end it with an abort.
+        atexit.register(self._runtime.close)
 
     @property
     def info(self) -> ModelInfo:
@@ -79,8 +84,11 @@ class Opsin:
         return self._runtime.setup
 
     def picture(self, source: object) -> Picture:
-        """Read and check a picture: path, address, bytes, PIL image or array. Raises BadPicture or FetchFailed."""
-        return load_picture(source, self._media)
+        """Read and check a picture: path, address, bytes, PIL image or array; a Picture is returned as it is.
+
+        Raises BadPicture or FetchFailed.
+        """
+        return source if isinstance(source, Picture) else load_picture(source, self._media)
 
     def ask(
         self, pictures: object | Sequence[object], question: str, *, system: str | None = None, **params: Any
@@ -136,7 +144,8 @@ class Opsin:
         return self._runtime.engine.placement()
 
     def close(self) -> None:
-        """Free everything; twice does no harm."""
+        """Free everything; twice does no harm. Without it everything is freed when the process ends."""
+        atexit.unregister(self._runtime.close)
         self._runtime.close()
 
     def __enter__(self) -> Opsin:

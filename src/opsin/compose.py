@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from opsin.cache import DiskStore, PictureCache, default_folder
-from opsin.core.settings import PROFILE_MAX_TOKENS, EngineSettings, Profile
+from opsin.core.settings import MAX_ANSWER_TOKENS, EngineSettings
 from opsin.engine import Engine, Policy
 from opsin.models import Pair, resolve
 from opsin.native import Device, NativeBackend, devices, open_backend
@@ -51,8 +51,7 @@ def open_runtime(
     Raises ModelError when the pair cannot be used, BadParameter when a setting does not fit this machine.
     """
     pair = resolve(None if model is None else str(model), None if mmproj is None else str(mmproj))
-    profile = settings.profile or default_profile()
-    settings = settings.model_copy(update={"model": pair.llm, "mmproj": pair.mmproj, "profile": profile})
+    settings = settings.model_copy(update={"model": pair.llm, "mmproj": pair.mmproj})
     opened: list[NativeBackend] = []
 
     def open_native() -> NativeBackend:
@@ -64,7 +63,7 @@ def open_runtime(
         open_native,
         policy=_policy(settings, max_queue),
         pictures=PictureCache(settings.picture_cache_bytes, store),
-        max_tokens=PROFILE_MAX_TOKENS[profile],
+        max_tokens=MAX_ANSWER_TOKENS,
     )
     try:
         source = template_source(opened[0], pair)
@@ -85,11 +84,6 @@ def _policy(settings: EngineSettings, max_queue: int) -> Policy:
 def gpu_names() -> tuple[str, ...]:
     """The GPUs that this build computes on, as ggml names them."""
     return tuple(device.name for device in devices() if device.is_gpu)
-
-
-def default_profile() -> Profile:
-    """Throughput where there is a CUDA device, interactive on Apple silicon and CPUs."""
-    return "throughput" if any(device.name.startswith("CUDA") for device in devices()) else "interactive"
 
 
 def template_source(backend: NativeBackend, pair: Pair) -> TemplateSource:

@@ -79,12 +79,13 @@ def test_json_has_the_fields_of_the_contract_and_stages_that_add_up(opsin_env: d
     assert len(rows) == 1
     row = json.loads(rows[0])
     assert set(row) == {
-        "text", "reasoning", "finish_reason", "usage", "images", "stages", "timings", "placement", "model", "guard",
+        "source", "error", "text", "reasoning", "finish_reason", "usage", "images", "stages", "timings", "placement",
+        "model", "guard",
     }  # fmt: skip
     assert set(row["stages"]) == STAGES
     assert set(row["timings"]) == TIMINGS
     assert set(row["usage"]) == {"prompt_tokens", "completion_tokens", "image_tokens", "cached_tokens"}
-    assert set(row["images"][0]) == {"sha256", "width", "height", "resized_width", "resized_height", "tokens"}
+    assert set(row["images"][0]) == {"sha256", "width", "height", "resized_width", "resized_height", "tokens", "notes"}
     assert set(row["model"]) == {"name", "architecture", "projector", "llm_file", "mmproj_file", "quantisation"}
     assert row["placement"]["encoder"]["CPU"]["nodes"] > 0
     assert row["placement"]["language_model"]["CPU"]["share_of_ops"] == pytest.approx(1.0)
@@ -101,9 +102,10 @@ def test_several_pictures_are_asked_one_by_one_and_a_bad_one_loses_nothing(
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no picture")
     done = opsin(opsin_env, "ask", PICTURE, str(bad), PICTURE, "How many objects are there?", "--json", code=1)
-    answers = [json.loads(line)["text"] for line in done.stdout.decode().splitlines()]
-    assert len(answers) == 2
-    assert answers[0] == answers[1]
+    rows = [json.loads(line) for line in done.stdout.decode().splitlines()]
+    assert [row["source"] for row in rows] == [PICTURE, str(bad), PICTURE]
+    assert [row["error"] and row["error"]["code"] for row in rows] == [None, "bad_picture", None]
+    assert rows[0]["text"] == rows[2]["text"] is not None
     assert "bad.png" in done.stderr.decode()
 
 
@@ -168,6 +170,13 @@ def test_native_logs_are_silent_without_verbose_and_whole_with_it(opsin_env: dic
         ([PICTURE, "what is this? " * 200, "--ctx", "256"], 2, "--ctx"),
         ([PICTURE, "what?", "--json-schema", "nowhere.json"], 2, "nowhere.json"),
         ([PICTURE, "what?", "--nonsense"], 2, "nonsense"),
+        (["", "what?"], 2, "name is empty"),
+        (["x" * 300], 2, "picture is missing"),
+        (["x" * 300, "what?"], 2, "too long"),
+        ([PICTURE, "what?", "--json-schema", "/dev/zero"], 2, "not a regular file"),
+        ([PICTURE, "what?", "--model", "y" * 300], 3, "too long"),
+        ([PICTURE, "what?", "--model", "~nosuchuser/m.gguf"], 2, "home folder"),
+        ([PICTURE, "what?", "--ctx", str(2**32 + 64)], 2, "ctx"),
     ],
 )
 def test_what_is_wrong_is_one_sentence_and_an_exit_code(
@@ -177,6 +186,73 @@ def test_what_is_wrong_is_one_sentence_and_an_exit_code(
     last = done.stderr.decode().strip().splitlines()[-1]
     assert words in last
     assert done.stdout == b""
+
+
+def shell(env: dict[str, str], line: str, code: int) -> subprocess.CompletedProcess[bytes]:
+    """A command line with `opsin` in it, for redirections that Python's own pipes cannot make."""
+    line = line.replace("opsin ", f"{sys.executable} -m opsin ", 1)
+    done = subprocess.run(["sh", "-c", line], capture_output=True, env=env, timeout=120, check=False)
+    assert done.returncode == code, done.stderr.decode()
+    assert b"Traceback" not in done.stderr
+    return done
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "says"),
+    [
+        ("opsin ask {picture} 'what is this?' > /dev/full", 2, "No space left"),
+        ("opsin models > /dev/full", 2, "No space left"),
+        ("opsin ask {picture} 'what is this?' >&-", 2, "standard output"),
+        ("opsin ask - 'what is this?' <&-", 2, "Standard input"),
+        ("opsin ask - 'what is this?' < /dev/zero", 2, "Standard input has more than"),
+    ],
+)
+def test_streams_that_are_closed_or_full_are_one_sentence(
+    opsin_env: dict[str, str], line: str, code: int, says: str
+) -> None:
+    done = shell(opsin_env, line.format(picture=PICTURE), code)
+    assert says in done.stderr.decode()
+
+
+def test_without_standard_error_the_answer_comes_all_the_same(opsin_env: dict[str, str]) -> None:
+    done = shell(opsin_env, f"opsin ask {PICTURE} 'What is in this picture?' 2>&-", 0)
+    assert done.stdout.strip()
+
+
+def test_a_reader_who_leaves_has_an_exit_code_of_its_own(opsin_env: dict[str, str], tmp_path: Path) -> None:
+    code = tmp_path / "code"
+    shell(opsin_env, f"(opsin models --known --json; echo $? > {code}) | true", 0)
+    assert code.read_text().strip() == "141"
+
+
+def test_names_cannot_steer_the_terminal_or_fake_a_line(opsin_env: dict[str, str], tmp_path: Path) -> None:
+    for name in ("a\x1b]0;n.png", "b\nopsin: fine.png"):
+        (tmp_path / name).write_bytes(b"no picture")
+    done = opsin(opsin_env, "ask", str(tmp_path), "what?", code=1)
+    said = done.stderr.decode()
+    assert "\x1b" not in said
+    assert "\\x1b]0;n.png" in said
+    assert not any(line.startswith("opsin: fine") for line in said.splitlines())
+
+
+def test_the_current_folder_may_be_gone(opsin_env: dict[str, str], tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    done = shell(opsin_env, f"cd {gone}; rmdir {gone}; opsin ask {PICTURE} 'what is this?'", 0)
+    assert done.stdout.strip()
+
+
+def test_folders_that_cannot_be_are_no_reason_to_stop(opsin_env: dict[str, str]) -> None:
+    env = {**opsin_env, "XDG_DATA_HOME": "/dev/null", "XDG_CACHE_HOME": "/dev/null", "XDG_CONFIG_HOME": "/dev/null"}
+    assert opsin(env, "ask", PICTURE, "what is this?").stdout.strip()
+
+
+def test_a_retired_option_is_accepted_with_a_warning(opsin_env: dict[str, str]) -> None:
+    env = {**opsin_env, "OPSIN_SLICE_SECONDS": "0.5"}
+    done = opsin(env, "ask", PICTURE, "what is this?", "--profile", "throughput", "--max-thinking-tokens", "0")
+    assert done.stdout.strip()
+    assert "profile" in done.stderr.decode()
+    assert "OPSIN_SLICE_SECONDS" in done.stderr.decode()
 
 
 def test_help_is_quick(opsin_env: dict[str, str]) -> None:
@@ -208,6 +284,24 @@ def test_an_array_a_pil_image_bytes_and_a_path_are_one_picture() -> None:
         assert len({answer.images[0].sha256 for answer in answers}) == 1
         assert len({answer.text for answer in answers}) == 1
         assert model.info.architecture == "llama"
+
+
+@pytest.mark.parametrize("asked", ["", "stream = model.submit([Message('user', ['count'])], max_tokens=500)"])
+def test_a_model_that_was_never_closed_does_not_abort_at_the_end(opsin_env: dict[str, str], asked: str) -> None:
+    """A computing engine beside an ending interpreter died of SIGABRT."""
+    code = f"from opsin import Message, Opsin\nmodel = Opsin()\n{asked}\nprint('end')"
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=opsin_env, timeout=60, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"end\n", b"")
+
+
+def test_a_picture_that_was_read_already_can_be_asked_about() -> None:
+    from opsin import Opsin
+
+    with Opsin() as model:
+        picture = model.picture(PICTURE)
+        assert model.picture(picture) is picture
+        assert model.ask(picture, "what is this?", temperature=0).text
 
 
 def test_a_terminal_of_few_characters_loses_some_and_no_more(opsin_env: dict[str, str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from opsin.core.settings import EngineSettings
 from opsin.doctor.safety import safety_check
-from opsin.models.pair import Pair
+from opsin.models.pairing import Pair
 from opsin.models.synth import write_pair
 from opsin.native.trial import try_pair
 

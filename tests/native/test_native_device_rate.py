@@ -126,7 +126,7 @@ def test_a_real_pairs_proof_facts_and_rates_make_checks(backend: Any, pair: Any)
     from opsin.compose import template_source
     from opsin.doctor.pair import PairFacts, pair_checks
     from opsin.doctor.placement import Rates, placement_checks
-    from opsin.models.gguf_info import read_info
+    from opsin.models.gguf import read_info
 
     cost = read_cost(pair.llm, pair.mmproj)
     cpu = DeviceRate(1e10, 1e10)

@@ -15,11 +15,11 @@ from pathlib import Path
 from opsin.bench.ceiling import Machine
 from opsin.bench.workload import Workload
 from opsin.core.answer import Usage
-from opsin.models.gguf_header import TENSOR_TYPES, GgufHeader, TensorHead, read_header
-from opsin.models.gguf_info import read_info
+from opsin.core.ggml_types import KV_TYPES, TENSOR_TYPES, bytes_per_value
+from opsin.models.gguf import GgufHeader, TensorHead, read_header, read_info
 from opsin.models.naming import parts_of
 
-KV_BYTES = {"f16": 2.0, "bf16": 2.0, "f32": 4.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
+KV_BYTES = {name: bytes_per_value(name) for name in KV_TYPES}
 PICTURE = (640, 480)  # pixels, for families whose image tokens depend on the picture's size
 TILES = 5  # LLaVA-1.6 cuts most pictures into four tiles, beside the whole
 # Patches a side that become one image token, by projector, if the file does not say; source: llama.cpp's `clip.cpp`.

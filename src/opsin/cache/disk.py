@@ -15,7 +15,6 @@ import hashlib
 import logging
 import os
 import stat
-import tempfile
 import threading
 import time
 import zlib
@@ -24,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from opsin.cache.embeddings import Embedding
+from opsin.core.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -141,15 +141,8 @@ class DiskStore:
         if stat.S_IMODE(self._folder.stat().st_mode) != 0o700:
             self._folder.chmod(0o700)  # raises in a folder of somebody else
         self._make_room(len(data))
-        handle, temporary = tempfile.mkstemp(".tmp", dir=self._folder)  # a new file of mode 0600
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            # Readers see the old file or the whole new one. Without fsync a power cut may leave less: see the checksum.
-            os.replace(temporary, self._path(identity))  # noqa: PTH105 - one call that says what it does
-        except BaseException:
-            _remove(Path(temporary))
-            raise
+        # Readers see the old file or the whole new one. Without fsync a power cut may leave less: see the checksum.
+        write_whole(self._path(identity), data)
         self._bytes += len(data)
         self._writes += 1
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import io
 import os
 import sys
 from typing import Any
@@ -12,11 +11,12 @@ import typer
 from typer.core import TyperGroup
 
 from opsin import __version__
+from opsin.cli.console import open_standard_streams, say
 from opsin.core.errors import OpsinError
 
 COMMANDS = {
     "ask": "Ask a question about pictures.",
-    "chat": "Talk about a picture in the terminal.",
+    "chat": "Talk about pictures in the terminal.",
     "serve": "Answer OpenAI-compatible requests over HTTP, with a web page.",
     "pull": "Download a model by name.",
     "models": "List the models that are here, and choose the default.",
@@ -49,6 +49,13 @@ class LazyGroup(TyperGroup):
         command.name = cmd_name
         return command
 
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; a reader who closed the pipe is no error of ours, and has an exit code of its own."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise typer.Exit(141) from None
+
     def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002
         """The table, without an import."""
         with formatter.section("Commands"):
@@ -73,25 +80,34 @@ def opsin(
 
 def main() -> None:
     """Run the command; one sentence and an exit code for what goes wrong."""
+    open_standard_streams()
+    code = _run()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # A pipe on Windows may know 256 characters: better a question mark than no answer.
-            stream.reconfigure(errors="replace")
-    try:
-        app(standalone_mode=True)
-    except OpsinError as error:
-        sys.stderr.write(f"opsin: {error}\n")
-        _leave(error.exit_code)
-    except KeyboardInterrupt:
-        sys.stderr.write("\n")
-        _leave(130)
-    except BrokenPipeError:
-        # The reader of our output went away; Python would complain once more while it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _leave(141)
-
-
-def _leave(code: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
+        try:
+            stream.flush()
+        except OSError:
+            # Nobody reads it any more; Python would complain once more while it flushes at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     raise SystemExit(code)
+
+
+def _run() -> int | str | None:
+    try:
+        try:
+            app(standalone_mode=True)
+        except SystemExit as end:
+            sys.stdout.flush()
+            return end.code
+    except OpsinError as error:
+        say(f"opsin: {error}")
+        return error.exit_code
+    except BrokenPipeError:
+        return 141
+    except MemoryError:
+        say("opsin: there is not enough memory for this: free some, or choose a smaller model.")
+        return 4
+    except OSError as error:
+        # Files that a command reads or writes have sentences of their own, so this is nearly always standard output.
+        say(f"opsin: {error.filename or 'standard output'} cannot be used: {error.strerror or error}.")
+        return 2
+    return 0

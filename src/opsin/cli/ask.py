@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -14,8 +15,9 @@ import typer
 from opsin.cli import options as o
 from opsin.cli.console import Printer, Working, say
 from opsin.core.answer import Finished, Progress, TextDelta
-from opsin.core.errors import BadInput, BadParameter
-from opsin.core.sampling import SamplingParams
+from opsin.core.errors import BadInput, BadParameter, BadPicture, PictureTooLarge
+from opsin.core.files import read_text
+from opsin.core.sampling import MAX_SCHEMA, SamplingParams
 from opsin.core.settings import EngineSettings, MediaSettings
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from opsin.core.picture import Picture
 
 PICTURE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".heic", ".heif", ".bmp", ".tif", ".tiff", ".gif"}
+_HIDDEN = {"tiles", "cached", "orientation"}  # of ImageInfo: no part of the contract
 
 
 def ask(
@@ -32,9 +35,11 @@ def ask(
         typer.Argument(metavar="PICTURE… QUESTION", help="files, folders, addresses, or - for standard input"),
     ],
     *,
-    together: Annotated[bool, typer.Option("--together", help="ask once about all pictures")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object a picture, one a line")] = False,
-    json_schema: Annotated[str | None, typer.Option("--json-schema", help="a file; the answer will fit it")] = None,
+    together: Annotated[bool, typer.Option("--together", help="ask one question about all pictures together")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object for each picture, one a line")] = False,
+    json_schema: Annotated[
+        str | None, typer.Option("--json-schema", help="file with a JSON schema that the answer will fit")
+    ] = None,
     model: o.Model = None,
     mmproj: o.Mmproj = None,
     ctx: o.Ctx = None,
@@ -54,14 +59,15 @@ def ask(
     guard: o.UseGuard = True,
     disk_cache: o.DiskCache = None,
     thinking: o.Thinking = None,
+    max_thinking_tokens: o.MaxThinking = None,
     system: o.System = None,
     verbose: o.Verbose = None,
 ) -> None:
-    """Ask one question about each picture (or about all of them together).
+    """Ask one question about each picture, or about all of them together.
 
-    What no flag says comes from the environment and from opsin.toml, as for `opsin serve`.
+    Options can also be set in opsin.toml or OPSIN_* environment variables.
     """
-    engine = {**o.fields_of(EngineSettings, locals()), "parallel": 1}
+    engine = {**o.fields_of(EngineSettings, locals()), **o.given(profile=profile), "parallel": 1}
     params = o.fields_of(SamplingParams, {**locals(), "json_schema": _read_schema(json_schema)})
     *sources, question = arguments
     found = _expand(sources, question)
@@ -99,6 +105,10 @@ class _Asker:
             try:
                 self._one(group)
             except BadInput as error:
+                if self._json:
+                    _print_row(
+                        {"source": _source(group), "error": {"code": error.code, "message": str(error)}, "text": None}
+                    )
                 if len(groups) == 1:
                     raise
                 failed += 1
@@ -110,16 +120,16 @@ class _Asker:
         from opsin.doctor.proof import remembered
 
         with Working("reading the picture") as working:
-            pictures = [self._picture(source) for source in group]
+            pictures = [_load(self._opsin, source) for source in group]
             messages = question_about(pictures, self._question, self._system)
             stream = self._opsin.submit(messages, load_ms=self._load_ms, **self._params)
             self._load_ms = 0.0
             answer = follow(stream, working, quiet=self._json)
         placement = remembered(self._opsin.setup, self._opsin.placement)
         if self._json:
-            row = {**_as_json(answer), "placement": placement.as_dict(), "model": self._opsin.info.as_dict()}
-            sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
-            sys.stdout.flush()
+            head = {"source": _source(group), "error": None}
+            about = {"placement": placement.as_dict(), "model": self._opsin.info.as_dict()}
+            _print_row({**head, **_as_json(answer, pictures), **about})
             return
         for note in (note for picture in pictures for note in picture.notes):
             say(f"({note})")
@@ -132,10 +142,21 @@ class _Asker:
         console.print()
         console.print(timeline(answer, placement))
 
-    def _picture(self, source: str) -> Picture:
-        # One byte more than is taken, so that endless input is refused and not read.
-        data = sys.stdin.buffer.read(MediaSettings().max_bytes + 1) if source == "-" else None
-        return self._opsin.picture(source if data is None else data)
+
+def _load(opsin: Opsin, source: str) -> Picture:
+    if not source:
+        raise BadParameter("The picture's name is empty: give a file, a folder, an address, or -.")
+    return opsin.picture(_standard_input() if source == "-" else source)
+
+
+def _standard_input() -> bytes:
+    if sys.stdin is None or sys.stdin.closed:
+        raise BadPicture("Standard input is closed: give the picture as a file.")
+    limit = MediaSettings().max_bytes
+    data = sys.stdin.buffer.read(limit + 1)
+    if len(data) > limit:
+        raise PictureTooLarge(f"Standard input has more than {limit:,} bytes: give a smaller picture.")
+    return data
 
 
 def follow(stream: Iterable[object], working: Working, *, quiet: bool = False) -> Answer:
@@ -157,7 +178,7 @@ def follow(stream: Iterable[object], working: Working, *, quiet: bool = False) -
 def _expand(sources: list[str], question: str) -> list[str]:
     """Folders become the pictures in them. Raises BadParameter."""
     if not sources:
-        if Path(question).exists():
+        if os.path.lexists(question):
             raise BadParameter(f'The question is missing: opsin ask {question} "What is this?"')
         raise BadParameter(f'The picture is missing: opsin ask PICTURE "{question}"')
     if sources.count("-") > 1:
@@ -166,23 +187,20 @@ def _expand(sources: list[str], question: str) -> list[str]:
 
 
 def _pictures_in(source: str) -> Iterator[str]:
-    folder = Path(source)
-    if source == "-" or "://" in source or source.startswith("data:") or not folder.is_dir():
+    if source in {"", "-"} or "://" in source or source.startswith("data:") or not os.path.isdir(source):  # noqa: PTH112 - says False for a name that is too long
         yield source
         return
-    found = sorted(str(p) for p in folder.iterdir() if p.suffix.lower() in PICTURE_ENDINGS and p.is_file())
+    try:
+        found = sorted(str(p) for p in Path(source).iterdir() if p.suffix.lower() in PICTURE_ENDINGS and p.is_file())
+    except OSError as error:
+        raise BadParameter(f"The folder {source} cannot be read: {error.strerror or error}.") from None
     if not found:
         raise BadParameter(f"There is no picture in the folder {source}: it holds no file named like one.")
     yield from found
 
 
 def _read_schema(path: str | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadParameter(f"The schema file {path} cannot be read: {error}.") from None
+    return None if path is None else read_text(Path(path), MAX_SCHEMA)
 
 
 def notices(opsin: Opsin) -> None:
@@ -208,10 +226,19 @@ def show_limits(answer: Answer) -> None:
         say("(cut because the context is full; --ctx N makes it larger)")
 
 
-def _as_json(answer: Answer) -> dict[str, Any]:
+def _source(group: list[str]) -> str | list[str]:
+    return group[0] if len(group) == 1 else group
+
+
+def _print_row(row: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def _as_json(answer: Answer, pictures: list[Picture]) -> dict[str, Any]:
     images = [
-        {name: value for name, value in asdict(image).items() if name not in {"tiles", "cached", "orientation"}}
-        for image in answer.images
+        {**{name: value for name, value in asdict(image).items() if name not in _HIDDEN}, "notes": list(picture.notes)}
+        for image, picture in zip(answer.images, pictures, strict=True)
     ]
     return {
         "text": answer.text,

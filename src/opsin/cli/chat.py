@@ -39,12 +39,13 @@ def chat(
     guard: o.UseGuard = True,
     disk_cache: o.DiskCache = None,
     thinking: o.Thinking = None,
+    max_thinking_tokens: o.MaxThinking = None,
     system: o.System = None,
     verbose: o.Verbose = None,
 ) -> None:
     """Talk about pictures; every question knows what was said before.
 
-    What no flag says comes from the environment and from opsin.toml, as for `opsin serve`.
+    Options can also be set in opsin.toml or OPSIN_* environment variables.
     """
     engine = {**o.fields_of(EngineSettings, locals()), "parallel": 1}
     params = o.fields_of(SamplingParams, locals())
@@ -66,8 +67,8 @@ class _Conversation:
         self._system = system
         self._params = params
         self._messages: list[Message] = []
-        self._next = [opsin.picture(source) for source in pictures]
-        self._first = list(self._next)
+        self._first = [opsin.picture(source) for source in pictures]
+        self._next = list(self._first)
 
     def run(self) -> None:
         """Read lines until the end."""
@@ -79,7 +80,7 @@ class _Conversation:
 
     def _handle(self, line: str) -> None:
         command, _, rest = line.partition(" ")
-        if command == "/picture":
+        if command == "/picture" and rest.strip():
             self._next.append(self._opsin.picture(rest.strip()))
             say("(the picture goes with your next question)")
         elif command == "/new":
@@ -101,7 +102,7 @@ class _Conversation:
                 answer = follow(stream, working)
             except KeyboardInterrupt:
                 stream.cancel()
-                say("\n(stopped)")
+                say("(stopped)")
                 return
         show_limits(answer)
         self._messages = [*messages, turn, Message("assistant", answer.text)]
@@ -109,6 +110,8 @@ class _Conversation:
 
     @staticmethod
     def _read() -> str | None:
+        if sys.stdin is None:
+            return None
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
         except (EOFError, KeyboardInterrupt):

@@ -2,20 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from opsin.cli.control import ControlStripper, printable
+from opsin.cli.control import ControlStripper, escaped
 
 if TYPE_CHECKING:
     from rich.status import Status
 
 
 def say(sentence: str) -> None:
-    """One line on standard error."""
-    sys.stderr.write(f"{printable(sentence)}\n")
-    sys.stderr.flush()
+    """One line on standard error; control characters and line breaks in it are shown as escapes."""
+    with contextlib.suppress(OSError):  # who closed standard error still gets the answer
+        sys.stderr.write(f"{escaped(sentence)}\n")
+        sys.stderr.flush()
+
+
+def open_standard_streams() -> None:
+    """Make standard input, output and error exist, so that no file that is opened later takes their place.
+
+    Output that was closed fails when it is written to; errors that nobody can see are dropped.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_WRONLY if number == 2 else os.O_RDONLY)
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - for the whole process
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            # A pipe on Windows may know 256 characters: better a question mark than no answer.
+            stream.reconfigure(errors="replace")
 
 
 class Working:
@@ -54,8 +77,7 @@ class Printer:
     """Writes an answer to standard output as it comes, without control sequences; reasoning is dimmed."""
 
     def __init__(self) -> None:
-        self._stripper = ControlStripper()
-        self._reasoning = ControlStripper()
+        self._strippers = {False: ControlStripper(), True: ControlStripper()}
         self._dim = False
         self._colour = sys.stdout.isatty()
         self._newline = True
@@ -64,7 +86,7 @@ class Printer:
         """Show a piece of text."""
         if reasoning != self._dim:
             self._switch(reasoning)
-        text = (self._reasoning if reasoning else self._stripper).feed(text)
+        text = self._strippers[reasoning].feed(text)
         if text:
             sys.stdout.write(text)
             sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Strips terminal control sequences from what models print, however the text is cut into pieces."""
+"""Keeps terminal control sequences out of what is printed: stripped from answers, shown as escapes in names."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ _SEQUENCE = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 _UNFINISHED = re.compile(rf"(?:\x1b|\x9b)[ -/]*\Z|(?:\x1b\[|\x9b)[0-?]*[ -/]*\Z|(?:{_STRING}).*\Z", re.DOTALL)
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 MAX_HELD = 4096
@@ -41,3 +42,8 @@ class ControlStripper:
 def printable(text: str) -> str:
     """A whole text without control sequences; one that is never finished hides what follows it."""
     return ControlStripper().feed(text)
+
+
+def escaped(text: str) -> str:
+    r"""A sentence or a name as one line, with every control character shown as an escape: `\x1b`, `\n`."""
+    return _UNPRINTABLE.sub(lambda found: found.group().encode("unicode_escape").decode(), text)

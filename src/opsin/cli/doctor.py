@@ -6,7 +6,6 @@ import json
 import os
 import sys
 import textwrap
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -55,12 +54,12 @@ def doctor(
     `opsin serve`. Ends with 1 when a check fails.
     """
     flags = o.fields_of(EngineSettings, locals())
-    from opsin.core.config import read_config
+    from opsin.core.config import current_folder, read_config
     from opsin.doctor.check import worst
     from opsin.doctor.examine import examine
     from opsin.models import locate
 
-    settings = read_config(flags, os.environ, Path.cwd(), locate=locate).engine()
+    settings = read_config(flags, os.environ, current_folder(), locate=locate).engine()
     checks: list[Check] = []
     with Working("looking at this machine") as working:
         for check in examine(settings, _open, working.update):

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from opsin.cli.control import escaped
+
 app = typer.Typer(
     help="Show which models are here, and choose the default.",
     add_completion=False,
@@ -20,29 +22,29 @@ def models(
     context: typer.Context,
     *,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON array")] = False,
-    known: Annotated[bool, typer.Option("--known", help="list the names `opsin pull` knows instead")] = False,
+    known: Annotated[bool, typer.Option("--known", help="list the names that `opsin pull` knows")] = False,
     folder: Annotated[
-        list[Path] | None, typer.Option("--folder", metavar="DIR", help="look into this folder too")
+        list[Path] | None,
+        typer.Option("--folder", metavar="DIR", help="folder to look into as well; may be given several times"),
     ] = None,
 ) -> None:
     """Show which models are here, and choose the default."""
     if context.invoked_subcommand is not None:
         return
     import json
+    from dataclasses import asdict
 
     if known:
-        from dataclasses import asdict
-
         from opsin.models.registry import KNOWN_MODELS
 
         rows = [asdict(row) for row in KNOWN_MODELS]
         typer.echo(json.dumps(rows, indent=2) if as_json else _table(rows, ("name", "title", "repo")))
         return
-    from opsin.models.listing import list_models
+    from opsin.models.resolve import list_models
 
     found = list_models(folder or [])
     if as_json:
-        typer.echo(json.dumps([model.as_dict() for model in found], indent=2))
+        typer.echo(json.dumps([asdict(model) for model in found], indent=2))
         return
     lines = [
         {
@@ -51,7 +53,7 @@ def models(
             "model": f"{model.architecture} + {model.projector}" if model.architecture else "",
             "quantisation": model.quantisation,
             "size": _size(model.size) if model.size else "",
-            "where": model.problem or str(model.pair.llm),
+            "where": model.problem or model.llm_file,
         }
         for model in found
     ]
@@ -62,7 +64,7 @@ def models(
 @app.command()
 def use(
     name: Annotated[str, typer.Argument(help="a name from the list, a GGUF file, a folder, or demo")],
-    mmproj: Annotated[str | None, typer.Option("--mmproj", help="projector, when it is not beside the model")] = None,
+    mmproj: Annotated[str | None, typer.Option("--mmproj", help="projector, where it is not beside the model")] = None,
 ) -> None:
     """Make a model the default."""
     from opsin.core.errors import PairMismatch
@@ -73,7 +75,7 @@ def use(
     if pair.mmproj is None:
         raise PairMismatch(f"{pair.llm} has no projector beside it, so it cannot see: give one with --mmproj")
     write_default(None if pair.is_demo else pair)
-    typer.echo(f"{pair.name} is the default model now")
+    typer.echo(escaped(f"{pair.name} is the default model now"))
 
 
 def _size(count: int) -> str:
@@ -82,7 +84,7 @@ def _size(count: int) -> str:
 
 def _table(rows: list[dict[str, str]], names: tuple[str, ...]) -> str:
     """Plain columns: paths are for copying, so nothing is wrapped or cut."""
-    cells = [list(names), *([str(row[name]) for name in names] for row in rows)]
+    cells = [list(names), *([escaped(str(row[name])) for name in names] for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
     padded = ("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in cells)
     return "\n".join(line.rstrip() for line in padded)

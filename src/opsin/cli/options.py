@@ -2,47 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from opsin.core.errors import BadParameter
-from opsin.core.settings import EngineSettings
+from opsin.core.settings import MAX_ANSWER_TOKENS, EngineSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
     from pydantic import BaseModel
-    from pydantic.fields import FieldInfo
 
 
-def _help(name: str) -> str:
-    field: FieldInfo = EngineSettings.model_fields[name]
-    return field.description or ""
+def _flag(name: str, more: str = "", *, switch: bool = False) -> Any:
+    """The flag of an engine setting, with its description as help."""
+    flag = f"--{name.replace('_', '-')}"
+    text = f"{EngineSettings.model_fields[name].description}{more}"
+    return typer.Option(f"{flag}/--no-{flag[2:]}" if switch else flag, help=text)
 
 
-Model = Annotated[str | None, typer.Option("--model", help="language model: a GGUF file, a folder, or a known name")]
-Mmproj = Annotated[str | None, typer.Option("--mmproj", help=_help("mmproj"))]
-Ctx = Annotated[int | None, typer.Option("--ctx", help=_help("ctx"))]
-GpuLayers = Annotated[int | None, typer.Option("--gpu-layers", help=_help("gpu_layers"))]
-Device = Annotated[str | None, typer.Option("--device", help=_help("device"))]
-MmprojDevice = Annotated[str | None, typer.Option("--mmproj-device", help=_help("mmproj_device"))]
-Threads = Annotated[int | None, typer.Option("--threads", help=_help("threads"))]
-ThreadsBatch = Annotated[int | None, typer.Option("--threads-batch", help=_help("threads_batch"))]
-KvType = Annotated[str | None, typer.Option("--kv-type", help=f"{_help('kv_type')}: f16, bf16, f32, q8_0 or q4_0")]
-ImageMax = Annotated[int | None, typer.Option("--image-max-tokens", help=_help("image_max_tokens"))]
-ImageMin = Annotated[int | None, typer.Option("--image-min-tokens", help=_help("image_min_tokens"))]
-DiskCache = Annotated[bool | None, typer.Option("--disk-cache/--no-disk-cache", help=_help("disk_cache"))]
-Profile = Annotated[str | None, typer.Option("--profile", help=_help("profile"))]
-MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="longest answer in tokens; none: by profile")]
-MaxSeconds = Annotated[float | None, typer.Option("--max-seconds", help="longest time for an answer")]
-Temperature = Annotated[float | None, typer.Option("--temperature", help="0 always takes the likeliest token")]
-Seed = Annotated[int | None, typer.Option("--seed", help="draw the same answer again")]
-UseGuard = Annotated[bool, typer.Option("--guard/--no-guard", help="end answers that go round in circles")]
-System = Annotated[str | None, typer.Option("--system", help="a system message before the question")]
-Thinking = Annotated[bool | None, typer.Option("--thinking/--no-thinking", help="for models that can reason first")]
-Verbose = Annotated[bool | None, typer.Option("--verbose", help=_help("verbose"))]
+Model = Annotated[str | None, _flag("model")]
+Mmproj = Annotated[str | None, _flag("mmproj")]
+Ctx = Annotated[int | None, _flag("ctx")]
+GpuLayers = Annotated[int | None, _flag("gpu_layers")]
+Device = Annotated[str | None, _flag("device")]
+MmprojDevice = Annotated[str | None, _flag("mmproj_device")]
+Threads = Annotated[int | None, _flag("threads")]
+ThreadsBatch = Annotated[int | None, _flag("threads_batch")]
+KvType = Annotated[str | None, _flag("kv_type", ": f16, bf16, f32, q8_0 or q4_0")]
+ImageMax = Annotated[int | None, _flag("image_max_tokens")]
+ImageMin = Annotated[int | None, _flag("image_min_tokens")]
+DiskCache = Annotated[bool | None, _flag("disk_cache", switch=True)]
+Verbose = Annotated[bool | None, _flag("verbose", switch=True)]
+Profile = Annotated[str | None, typer.Option("--profile", hidden=True)]  # core.config.RETIRED: warns
+MaxTokens = Annotated[
+    int | None, typer.Option("--max-tokens", help=f"longest answer in tokens (default: {MAX_ANSWER_TOKENS:,})")
+]
+MaxSeconds = Annotated[float | None, typer.Option("--max-seconds", help="longest time for an answer, in seconds")]
+Temperature = Annotated[
+    float | None, typer.Option("--temperature", help="randomness; 0 always takes the most likely token")
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="number that makes a random answer repeatable")]
+UseGuard = Annotated[bool, typer.Option("--guard/--no-guard", help="end answers that repeat themselves without end")]
+System = Annotated[str | None, typer.Option("--system", help="system message before the question")]
+Thinking = Annotated[
+    bool | None, typer.Option("--thinking/--no-thinking", help="reasoning before the answer, for models that can")
+]
+MaxThinking = Annotated[
+    int | None, typer.Option("--max-thinking-tokens", help="longest reasoning in tokens; 0: none at all")
+]
 
 
 def fields_of(model: type[BaseModel], arguments: Mapping[str, Any]) -> dict[str, Any]:

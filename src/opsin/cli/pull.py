@@ -6,11 +6,13 @@ from typing import Annotated
 
 import typer
 
+from opsin.cli.control import escaped
+
 
 def pull(
     name: Annotated[str, typer.Argument(help="a known name (opsin models --known), or hf:OWNER/NAME[:QUANT]")],
     *,
-    keep_default: Annotated[bool, typer.Option("--keep-default", help="leave the default model as it is")] = False,
+    keep_default: Annotated[bool, typer.Option("--keep-default", help="keep the default model as it is")] = False,
 ) -> None:
     """Download a vision-language model and make it the default.
 
@@ -27,7 +29,7 @@ def pull(
         TransferSpeedColumn,
     )
 
-    from opsin.models.gguf_info import read_info
+    from opsin.models.gguf import read_info
     from opsin.models.hub import pull as download
 
     columns = (
@@ -53,6 +55,6 @@ def pull(
         if tasks:
             bars.stop()
     info = read_info(pair.llm)
-    typer.echo(f"{pair.name} is here: {info.architecture} {info.quantisation}, {pair.llm}")
+    typer.echo(escaped(f"{pair.name} is here: {info.architecture} {info.quantisation}, {pair.llm}"))
     if not keep_default:
         typer.echo('It is the default model now; ask it with: opsin ask PICTURE "What is this?"')

@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 from opsin.cli.console import say
-from opsin.core.config import kinds, read_config
+from opsin.core.config import current_folder, kinds, read_config
 from opsin.core.server_settings import ServerSettings
 from opsin.models import locate
 
@@ -27,7 +27,7 @@ def serve(*, print_config: bool = False, **flags: Any) -> None:
     then flags; later ones win.
     """
     given = {name: value for name, value in flags.items() if value is not None and value != []}
-    config = read_config(given, os.environ, Path.cwd(), locate=locate)
+    config = read_config(given, os.environ, current_folder(), locate=locate)
     if print_config:
         sys.stdout.write(config.as_toml())
         return

@@ -6,22 +6,33 @@ import sys
 from pathlib import Path
 from typing import Any, get_args
 
-from opsin.core.config import KEY_VARIABLE, PREFIX, kinds
+from opsin.core.config import KEY_VARIABLE, PREFIX, RETIRED, kinds
 from opsin.core.server_settings import ServerSettings
 
 _HEAD = f"""# Settings of `opsin serve`
 
-Each setting can stand in `opsin.toml`, in the environment, and on the command line; of these the later one wins. The
-file is the one in the current folder, or else the one in `$XDG_CONFIG_HOME/opsin` (`~/.config/opsin`). An empty
-variable counts as none; lists are written with commas there (`{PREFIX}ALLOWED_HOSTS=a.example,b.example`), as TOML
-lists in the file, and by giving the flag several times. Switches have a `--no-` flag too. A name that does not exist
-is refused, wherever it stands. `opsin serve --print-config` shows what is in force and where each value is from, in
-the form of an `opsin.toml`. A table `[tuned]` in the file is written by `opsin tune` (`docs/tune.md`): it holds for the
+Put settings into `opsin.toml`, into the environment, or on the command line; if one is set in several places, the
+command line wins, then the environment. `opsin serve --print-config` shows what is in force and where each value is
+from, in the form of an `opsin.toml`:
+
+```toml
+parallel = 4
+allowed_hosts = ["a.example", "b.example"]
+fetch_images = true
+```
+
+The file is the `opsin.toml` of the current folder, or else the one in `$XDG_CONFIG_HOME/opsin` (`~/.config/opsin`).
+In the environment lists are written with commas (`{PREFIX}ALLOWED_HOSTS=a.example,b.example`), and an empty variable
+counts as unset. On the command line a list is a flag given several times, and a switch has a `--no-` form. A name that
+does not exist is refused. A table `[tuned]` in the file is written by `opsin tune` (`docs/tune.md`): it holds for the
 model that it names, and everything else wins over it. `opsin ask`, `chat`, `bench engine` and the Python API read the
 settings of the model and the engine from the same places.
 
-API keys are no settings, so they are never printed: they are lines of the file that `api_key_file` names, and the value
-of `{KEY_VARIABLE}`.
+API keys are not settings, so they are never printed: they are the lines of the file that `api_key_file` names, and the
+value of `{KEY_VARIABLE}`.
+
+Settings of earlier versions that have no effect any more are accepted with a warning:
+{", ".join(f"`{name}`" for name in RETIRED)}.
 
 | setting | variable | flag | value | default | what it is |
 | --- | --- | --- | --- | --- | --- |
@@ -55,7 +66,7 @@ def _value(name: str) -> str:
 
 def _default(value: Any) -> str:
     if value is None or value == ():
-        return "none"
+        return "unset"
     if isinstance(value, bool):
         return "on" if value else "off"
     return f"{value:,}" if isinstance(value, int) and value >= 10_000 else f"{value}"

@@ -4,7 +4,6 @@ For: programs written after llama-cpp-python's own examples for pictures. It ref
 options by name that would change an answer and that Opsin does not have; none is taken and passed over.
 """
 
-from opsin.compat.grammar import LlamaGrammar
 from opsin.compat.handlers import (
     Gemma4ChatHandler,
     Llama3VisionAlpha,
@@ -19,6 +18,7 @@ from opsin.compat.handlers import (
     Qwen25VLChatHandler,
 )
 from opsin.compat.llama import Llama
+from opsin.compat.options import LlamaGrammar
 
 __all__ = [
     "Gemma4ChatHandler",

@@ -1,23 +1,20 @@
-"""The chat handlers' names: each knows its projector file, and how its family writes a conversation.
+"""The chat handlers' names: each has its projector file, and knows how its family writes a conversation.
 
 Where a model file ships its own template, or its family's is built into Opsin, that one is used: `template` is None.
-llama-cpp-python renders its own formats with an engine that drops line breaks behind tags (LLaVA-1.5's turns run into
-each other), so prompts here are those the models were trained with, and answers may differ for the better.
+llama-cpp-python's own formats drop line breaks behind tags, so that LLaVA-1.5's turns run into each other. Prompts here
+are those the models were trained with, and answers may differ for the better.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Self
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from opsin.compat.hub import download
 from opsin.core.errors import BadParameter, ModelNotFound
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 class MTMDChatHandler:
@@ -54,24 +51,9 @@ class MTMDChatHandler:
         return image_url
 
     @classmethod
-    def from_pretrained(
-        cls,
-        repo_id: str,
-        filename: str | None,
-        *,
-        local_dir: str | os.PathLike[str] | None = None,
-        local_dir_use_symlinks: bool | str = "auto",
-        cache_dir: str | os.PathLike[str] | None = None,
-        **kwargs: Any,
-    ) -> Self:
-        """Download the projector of a repository. Raises ModelNotFound, DownloadFailed, BadParameter."""
-        path = download(
-            repo_id,
-            filename,
-            local_dir=local_dir,
-            local_dir_use_symlinks=local_dir_use_symlinks,
-            cache_dir=cache_dir,
-        )
+    def from_pretrained(cls, repo_id: str, filename: str | None, **kwargs: Any) -> Self:
+        """Download the projector of a repository; see `hub.download`. Raises ModelNotFound, DownloadFailed."""
+        path = download(repo_id, filename, kwargs)
         return cls(clip_model_path=path, **kwargs)
 
 

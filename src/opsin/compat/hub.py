@@ -3,41 +3,37 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from opsin.core.errors import BadParameter, ModelNotFound
 
 
-def download(
-    repo_id: str,
-    filename: str | None,
-    *,
-    local_dir: str | os.PathLike[str] | None = None,
-    local_dir_use_symlinks: bool | str = "auto",
-    cache_dir: str | os.PathLike[str] | None = None,
-    additional_files: Sequence[str] = (),
-) -> Path:
-    """Fetch the one file that fits `filename` (a name or a pattern) and the additional ones; the first one's path.
+def download(repo_id: str, filename: str | None, options: dict[str, Any]) -> Path:
+    """Fetch the one file that fits `filename` (a name or a pattern); its path.
 
-    Raises ModelNotFound when none fits or several do, DownloadFailed, BadParameter.
+    Of `options`, those of llama-cpp-python's downloads (`additional_files`, `cache_dir`, `local_dir`) are taken out.
+    Raises ModelNotFound when no file fits or several do, DownloadFailed, BadParameter.
     """
     from opsin.models.hub import Hub
 
-    if local_dir is not None or local_dir_use_symlinks != "auto":
+    additional = options.pop("additional_files", None) or ()
+    cache: str | os.PathLike[str] | None = options.pop("cache_dir", None)
+    links = options.pop("local_dir_use_symlinks", "auto")
+    if options.pop("local_dir", None) is not None or links != "auto":
         raise BadParameter(
             "local_dir is not supported: downloads go to the Hugging Face cache, which cache_dir or HF_HUB_CACHE moves."
         )
     if not filename:
         raise BadParameter('filename is missing: give a name or a pattern, such as "*Q4_K_M.gguf".')
     hub = Hub.from_environment()
-    if cache_dir is not None:
-        hub = replace(hub, cache=Path(cache_dir))
+    if cache is not None:
+        hub = replace(hub, cache=Path(cache))
     repo = hub.list_files(repo_id)
     files = {file.path: file for file in repo.files}
-    wanted = [files[_only(list(files), pattern, repo_id)] for pattern in (filename, *additional_files)]
+    wanted = [files[_only(list(files), pattern, repo_id)] for pattern in (filename, *additional)]
     return hub.fetch(repo, wanted)[0]
 
 

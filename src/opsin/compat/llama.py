@@ -65,29 +65,12 @@ class Llama:
         self._close = weakref.finalize(self, self._runtime.close)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        repo_id: str,
-        filename: str | None,
-        *,
-        additional_files: Sequence[str] | None = None,
-        local_dir: str | os.PathLike[str] | None = None,
-        local_dir_use_symlinks: bool | str = "auto",
-        cache_dir: str | os.PathLike[str] | None = None,
-        **kwargs: Any,
-    ) -> Llama:
+    def from_pretrained(cls, repo_id: str, filename: str | None, **kwargs: Any) -> Llama:
         """Download a model of a repository and load it; `filename` may be a pattern that fits one file.
 
         Raises ModelNotFound, DownloadFailed, BadParameter, and what loading raises.
         """
-        path = download(
-            repo_id,
-            filename,
-            local_dir=local_dir,
-            local_dir_use_symlinks=local_dir_use_symlinks,
-            cache_dir=cache_dir,
-            additional_files=additional_files or (),
-        )
+        path = download(repo_id, filename, kwargs)
         return cls(model_path=path, **kwargs)
 
     def create_chat_completion(

@@ -9,55 +9,81 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from opsin.core.errors import BadParameter
-
-# ggml_type -> core.settings.KvType
-_KV_TYPES = {0: "f32", 1: "f16", 2: "q4_0", 8: "q8_0", 30: "bf16"}
+from opsin.core.errors import BadGrammar, BadParameter
+from opsin.core.ggml_types import KV_TYPES
 
 # Options that change no answer, and that Opsin decides by itself.
 _HARMLESS = frozenset((
     "n_batch", "use_mmap", "use_mlock", "numa", "no_perf", "logits_all", "offload_kqv", "op_offload", "swa_full",
 ))  # fmt: skip
 
-# Options that would change answers or placement: name -> (default that is no wish, what to do instead).
+
+def _with_reason(reason: str, **defaults: Any) -> dict[str, tuple[Any, str]]:
+    return {name: (default, reason) for name, default in defaults.items()}
+
+
+# Options that would change answers or placement: name -> (the default, which is taken; what to do instead).
 _REFUSED: dict[str, tuple[Any, str]] = {
-    "split_mode": (1, "llama.cpp's default split is used"),
-    "main_gpu": (0, "choose the devices with CUDA_VISIBLE_DEVICES"),
-    "tensor_split": (None, "choose the devices with CUDA_VISIBLE_DEVICES"),
-    "vocab_only": (False, "leave it out"),
-    "kv_overrides": (None, "write the values into the GGUF file"),
-    "rope_scaling_type": (-1, "the model file's own scaling is used"),
-    "pooling_type": (-1, "Opsin makes no text embeddings"),
-    "attention_type": (-1, "the model file's own kind is used"),
-    "rope_freq_base": (0.0, "the model file's own base is used"),
-    "rope_freq_scale": (0.0, "the model file's own scale is used"),
-    "yarn_ext_factor": (-1.0, "the model file's own scaling is used"),
-    "yarn_attn_factor": (1.0, "the model file's own scaling is used"),
-    "yarn_beta_fast": (32.0, "the model file's own scaling is used"),
-    "yarn_beta_slow": (1.0, "the model file's own scaling is used"),
-    "yarn_orig_ctx": (0, "the model file's own scaling is used"),
-    "embedding": (False, "Opsin makes no text embeddings"),
-    "lora_base": (None, "merge the adapter into the model file"),
-    "lora_scale": (1.0, "merge the adapter into the model file"),
-    "lora_path": (None, "merge the adapter into the model file"),
-    "chat_format": (None, "the model's own template is used; a chat_handler chooses another"),
-    "draft_model": (None, "leave it out"),
-    "tokenizer": (None, "the model file's own tokenizer is used"),
-    "spm_infill": (False, "leave it out"),
+    **_with_reason("llama.cpp's default split is used", split_mode=1),
+    **_with_reason("choose the devices with CUDA_VISIBLE_DEVICES", main_gpu=0, tensor_split=None),
+    **_with_reason("leave it out", vocab_only=False, draft_model=None, spm_infill=False),
+    **_with_reason("write the values into the GGUF file", kv_overrides=None),
+    **_with_reason("Opsin makes no text embeddings", pooling_type=-1, embedding=False),
+    **_with_reason("merge the adapter into the model file", lora_base=None, lora_scale=1.0, lora_path=None),
+    **_with_reason("the model's own template is used; a chat_handler chooses another", chat_format=None),
+    **_with_reason("the model file's own tokenizer is used", tokenizer=None),
+    **_with_reason("the model file's own kind is used", attention_type=-1),
+    **_with_reason("the model file's own base is used", rope_freq_base=0.0),
+    **_with_reason("the model file's own scale is used", rope_freq_scale=0.0),
+    **_with_reason(
+        "the model file's own scaling is used",
+        rope_scaling_type=-1,
+        yarn_ext_factor=-1.0,
+        yarn_attn_factor=1.0,
+        yarn_beta_fast=32.0,
+        yarn_beta_slow=1.0,
+        yarn_orig_ctx=0,
+    ),
 }
 
 # The same for the options of a call.
 _REFUSED_IN_CALLS: dict[str, tuple[Any, str]] = {
-    "typical_p": (1.0, "use top_p or min_p"),
-    "tfs_z": (1.0, "use top_p or min_p"),
-    "mirostat_mode": (0, "use top_p or min_p"),
-    "logits_processor": (None, "use logit_bias, grammar or response_format"),
+    **_with_reason("use top_p or min_p", typical_p=1.0, tfs_z=1.0, mirostat_mode=0),
+    **_with_reason("use logit_bias, grammar or response_format", logits_processor=None),
 }
 _MIROSTAT = frozenset(("mirostat_tau", "mirostat_eta"))  # without a mode they change nothing
 
 _ANY_OBJECT = '{"type": "object"}'
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaGrammar:
+    """GBNF text, or a JSON schema as text. Whether it can be used is said by the first call that uses it."""
+
+    gbnf: str | None = None
+    json_schema: str | None = None
+
+    @classmethod
+    def from_string(cls, grammar: str, verbose: bool = True) -> LlamaGrammar:  # noqa: ARG003 - the peer's signature
+        """A GBNF grammar."""
+        return cls(gbnf=grammar)
+
+    @classmethod
+    def from_file(cls, file: str | Path, verbose: bool = True) -> LlamaGrammar:
+        """A GBNF grammar in a file. Raises BadGrammar when it cannot be read."""
+        try:
+            return cls.from_string(Path(file).read_text(encoding="utf-8"), verbose)
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadGrammar(f"The grammar file {file} cannot be read: {error}.") from error
+
+    @classmethod
+    def from_json_schema(cls, json_schema: str, verbose: bool = True) -> LlamaGrammar:  # noqa: ARG003
+        """A JSON schema as text."""
+        return cls(json_schema=json_schema)
 
 
 def engine_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,11 +166,12 @@ def _shape(response_format: Mapping[str, Any] | None, grammar: object) -> dict[s
 
 
 def _kv_type(keys: int | None, values: int | None) -> str:
-    kind = _KV_TYPES.get(1 if keys is None else keys)
-    if kind is None or kind != _KV_TYPES.get(1 if values is None else values):
-        known = ", ".join(f"{number} ({name})" for number, name in _KV_TYPES.items())
-        raise BadParameter(f"type_k={keys} and type_v={values}: Opsin keeps both in one type, one of {known}.")
-    return kind
+    wanted = {1 if kind is None else kind for kind in (keys, values)}
+    for name, number in KV_TYPES.items():
+        if wanted == {number}:
+            return name
+    known = ", ".join(f"{number} ({name})" for name, number in KV_TYPES.items())
+    raise BadParameter(f"type_k={keys} and type_v={values}: Opsin keeps both in one type, one of {known}.")
 
 
 def _refuse(rest: Mapping[str, Any], refused: Mapping[str, tuple[Any, str]], taken: frozenset[str], where: str) -> None:

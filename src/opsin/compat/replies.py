@@ -70,13 +70,7 @@ class Writer:
 
     def _message(self, answer: Answer) -> dict[str, Any]:
         if self.tool is not None:
-            call = {"name": self.tool, "arguments": answer.text}
-            return {
-                "role": "assistant",
-                "content": None,
-                "function_call": call,
-                "tool_calls": [{"id": self._call_id, "type": "function", "function": dict(call)}],
-            }
+            return {"role": "assistant", "content": None, **self._call(answer.text)}
         message: dict[str, Any] = {"role": "assistant", "content": answer.text}
         if answer.reasoning is not None:
             message["reasoning_content"] = answer.reasoning
@@ -87,13 +81,13 @@ class Writer:
             return {"reasoning_content": event.text}
         if self.tool is None:
             return {"content": event.text}
-        call = {"name": self.tool, "arguments": event.text}
-        return {
-            "role": None,
-            "content": None,
-            "function_call": call,
-            "tool_calls": [{"index": 0, "id": self._call_id, "type": "function", "function": dict(call)}],
-        }
+        return {"role": None, "content": None, **self._call(event.text, index=0)}
+
+    def _call(self, arguments: str, **extra: Any) -> dict[str, Any]:
+        """A call of the tool, in OpenAI's newer and older form."""
+        call = {"name": self.tool, "arguments": arguments}
+        tool_call = {**extra, "id": f"call__0_{self.tool}_{self.id}", "type": "function", "function": dict(call)}
+        return {"function_call": call, "tool_calls": [tool_call]}
 
     def _chunk(
         self, delta: dict[str, Any], *, logprobs: dict[str, Any] | None = None, reason: str | None = None
@@ -109,10 +103,6 @@ class Writer:
     def _reason(self, answer: Answer) -> str:
         # Arguments that were cut are no call: who reads "tool_calls" would parse half a JSON text.
         return "tool_calls" if self.tool is not None and answer.finish_reason == "stop" else answer.finish_reason
-
-    @property
-    def _call_id(self) -> str:
-        return f"call__0_{self.tool}_{self.id}"
 
 
 def _logprobs(logprobs: tuple[TokenLogprob, ...]) -> dict[str, Any]:

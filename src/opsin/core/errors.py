@@ -1,28 +1,7 @@
 """The one exception tree. Every message is one plain sentence that says what is wrong and how to mend it.
 
-OpsinError                      exit  HTTP
-├── BadInput                       2   400   what the caller handed in cannot be used
-│   ├── BadParameter               2   400   an option or field is out of range, or not supported
-│   ├── BadPicture                 2   400   the bytes are no picture that can be read
-│   │   ├── PictureTooLarge        2   413   over the limit on bytes or pixels
-│   │   └── PictureUnsupported     2   415   a kind of file that is refused by name (PDF, video, audio)
-│   ├── FetchFailed                2   400   the picture's address cannot be read
-│   ├── BadPrompt                  2   400   the messages do not fit the model's template
-│   ├── BadGrammar                 2   400   a JSON schema or GBNF grammar cannot be used
-│   └── ContextOverflow            2   400   the prompt can never fit the context
-├── ModelError                     3   500   the model cannot be used
-│   ├── ModelNotFound              3   404   no such file or name
-│   ├── ModelUnreadable            3   500   not a GGUF file, or llama.cpp refuses it
-│   ├── PairMismatch               3   500   language model and projector do not belong together
-│   ├── NativeMismatch             3   500   the llama-cpp-python installed is not the one Opsin was built for
-│   └── DownloadFailed             3   502   a model could not be downloaded
-├── EngineError                    4   500   the engine could not do its work
-│   ├── EngineDied                 4   503   its thread ended; nothing more can be asked
-│   ├── EngineClosed               4   503   it was closed
-│   ├── EncodeFailed               4   500   the vision encoder failed
-│   ├── DecodeFailed               4   500   the language model failed
-│   └── QueueFull                  4   429   too many requests wait
-└── Cancelled                    130   499   the caller went away
+A class says how a command ends (`exit_code`) and what a server answers (`http_status`); what it doesn't say is its
+parent's. Exit codes: 1 anything else, 2 bad input, 3 the model, 4 the engine, 130 interrupted.
 """
 
 from __future__ import annotations

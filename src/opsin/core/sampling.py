@@ -1,4 +1,4 @@
-"""How one answer is drawn: sampling, limits, stops, and the guard's switch."""
+"""Settings of one answer: sampling, limits, stops, and the guard's switch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ MAX_STOP, MAX_LOGIT_BIAS, MAX_SCHEMA = 64, 65_536, 2**20
 class SamplingParams(BaseModel):
     """Settings of one answer; unknown names are refused.
 
-    A temperature of 0 is greedy. `max_tokens` of None takes the profile's default, `max_seconds` of None is no limit.
-    `seed` of None draws one. `logprobs` asks for the log probabilities of that many most likely tokens at each
-    position (0: of the chosen one alone; None: none).
+    A temperature of 0 is greedy. `max_tokens` of None takes the engine's default, `max_seconds` of None is no limit.
+    `seed` of None draws one. `max_thinking_tokens` of 0 is an answer without reasoning. `logprobs` asks for the log
+    probabilities of that many most likely tokens at each position (0: of the chosen one alone; None: none).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -1,4 +1,4 @@
-"""What a server is told besides how its model runs: doors, limits, and defaults of answers."""
+"""Settings of a server besides those of its engine: access, limits, and defaults of answers."""
 
 from __future__ import annotations
 
@@ -13,52 +13,56 @@ from opsin.core.settings import EngineSettings
 class ServerSettings(EngineSettings):
     """One frozen value for the whole server. API keys are no part of it, so that it can be printed."""
 
-    parallel: int = Field(8, ge=1, le=256, description="answers at the same time")
+    parallel: int = Field(8, ge=1, le=256, description="slots: how many answers are generated at the same time")
 
-    host: str = Field("127.0.0.1", description="address to listen on; others than loopback need an API key")
+    host: str = Field("127.0.0.1", description="address to listen on; any but loopback needs an API key")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any that is free")
     api_key_file: Path | None = Field(
         None, description="file with API keys, one a line; the environment's OPSIN_API_KEY is one more"
     )
-    served_name: str | None = Field(None, min_length=1, description="the model's name in answers; none: its file's")
+    served_name: str | None = Field(None, min_length=1, description="the model's name in answers (default: its file's)")
     strict_model: bool = Field(False, description="refuse requests that name another model")
 
-    allowed_hosts: tuple[str, ...] = Field((), description="names that the Host header may have besides loopback")
-    cors_origins: tuple[str, ...] = Field(
-        (), description="origins of web pages elsewhere that may ask, as https://name"
-    )
+    allowed_hosts: tuple[str, ...] = Field((), description="names that the Host header may have, besides loopback")
+    cors_origins: tuple[str, ...] = Field((), description="origins of other web pages that may ask, as https://name")
     fetch_images: bool = Field(False, description="fetch pictures from http(s) addresses")
-    image_hosts: tuple[str, ...] = Field((), description="only these hosts are fetched from; none: all public ones")
-    media_path: Path | None = Field(None, description="folder that file: addresses may name pictures of")
+    image_hosts: tuple[str, ...] = Field(
+        (), description="hosts that pictures are fetched from (default: all public ones)"
+    )
+    media_path: Path | None = Field(None, description="folder whose pictures may be named by file: addresses")
 
     max_body_bytes: int = Field(64 * 2**20, ge=1024, description="bytes of a request")
     max_pictures: int = Field(16, ge=0, description="pictures of a request")
     max_picture_bytes: int = Field(32 * 2**20, ge=1, description="bytes of a picture file")
     max_pixels: int = Field(100_000_000, ge=1, description="pixels of a picture")
-    max_pixels_in_flight: int = Field(
-        200_000_000, ge=1, description="pixels that are decoded at the same time; more wait"
-    )
+    max_pixels_in_flight: int = Field(200_000_000, ge=1, description="pixels decoded at the same time; more wait")
     max_prompt_chars: int = Field(1_000_000, ge=1, description="characters of a request's text")
     max_queue: int = Field(256, ge=1, description="requests that may wait; more get 429")
     max_n: int = Field(8, ge=1, le=64, description="choices of a request (n)")
     max_stop: int = Field(16, ge=0, le=MAX_STOP, description="stop strings of a request")
     max_logit_bias: int = Field(300, ge=0, le=MAX_LOGIT_BIAS, description="tokens with a logit bias in a request")
-    max_top_logprobs: int = Field(20, ge=0, le=20, description="alternatives told of each token (top_logprobs)")
+    max_top_logprobs: int = Field(20, ge=0, le=20, description="alternatives shown for each token (top_logprobs)")
     max_schema_bytes: int = Field(64 * 2**10, ge=64, le=MAX_SCHEMA, description="bytes of a JSON schema or grammar")
-    requests_per_minute: int | None = Field(None, ge=1, description="requests a minute of one key; none: any number")
-    concurrent_requests: int | None = Field(None, ge=1, description="requests at the same time of one key")
+    requests_per_minute: int | None = Field(
+        None, ge=1, description="requests a minute for each key (default: any number)"
+    )
+    concurrent_requests: int | None = Field(
+        None, ge=1, description="requests at the same time for each key (default: any number)"
+    )
     slow_reader_seconds: float = Field(
-        30.0, gt=0, description="cuts off who takes so long for a request's head, or stops so long in body or answer"
+        30.0, gt=0, description="close a connection after this many seconds without progress"
     )
 
     max_tokens: int | None = Field(
-        None, ge=1, description="longest answer when a request does not say; none: by profile"
+        None, ge=1, description="longest answer in tokens when a request does not say (default: 1,024)"
     )
-    max_seconds: float | None = Field(None, gt=0, description="longest time for an answer, waiting included")
-    guard: bool = Field(True, description="end answers that go round in circles")
+    max_seconds: float | None = Field(None, gt=0, description="longest time for an answer in seconds, waiting included")
+    guard: bool = Field(True, description="end answers that repeat themselves without end")
 
-    drain_seconds: float = Field(30.0, ge=0, description="how long running answers may go on after SIGTERM")
-    idle_unload_seconds: float | None = Field(None, gt=0, description="unload the model after so long without requests")
+    drain_seconds: float = Field(30.0, ge=0, description="seconds that running answers may go on after SIGTERM")
+    idle_unload_seconds: float | None = Field(
+        None, gt=0, description="unload the model after this many seconds without requests"
+    )
 
     otel: bool = Field(False, description="send OpenTelemetry traces (opsin[otel]; OTEL_* variables say where)")
     log_json: bool = Field(False, description="one JSON object a request in the log")

@@ -1,4 +1,4 @@
-"""Every option in one frozen value. Command line help, defaults and documentation are read from here."""
+"""Every option of an engine in one frozen value. Command line help, defaults and docs are read from here."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Profile = Literal["interactive", "throughput"]
 KvType = Literal["f16", "bf16", "f32", "q8_0", "q4_0"]
 
-PROFILE_MAX_TOKENS: dict[str, int] = {"interactive": 1024, "throughput": 512}
 CTX_PER_SEQUENCE = 8192
+"""Context in tokens that a sequence gets where no size is given, at most."""
+
+MAX_ANSWER_TOKENS = 1024
+"""How long an answer may become where nobody says it, on every device."""
 
 
 class EngineSettings(BaseModel):
@@ -19,54 +21,48 @@ class EngineSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: Path | None = Field(None, description="language model, a GGUF file or a known name")
-    mmproj: Path | None = Field(None, description="projector, a GGUF file; found beside the model when left out")
+    model: Path | None = Field(None, description="language model: a GGUF file, a folder, or a known name")
+    mmproj: Path | None = Field(None, description="projector, a GGUF file (default: the one beside the model)")
     ctx: int | None = Field(
         None,
         ge=64,
-        description="context in tokens for all answers, 64 or more; on a CPU each of the parallel ones has its share; "
-        "none: what fits, at most 8,192 a sequence",
+        le=2**31 - 1,
+        description="context size in tokens, shared by all slots (default: what fits, at most 8,192 a slot)",
     )
-    gpu_layers: int | None = Field(None, ge=0, description="layers on the GPU; none: all that fit")
-    device: str | None = Field(None, description="device of the language model, as ggml names it (CUDA0, Metal, none)")
-    mmproj_device: str | None = Field(None, description="device of the vision encoder (CUDA0, Metal, none for the CPU)")
-    threads: int | None = Field(None, ge=1, le=1024, description="threads of decode; none: cores, one for small models")
-    threads_batch: int | None = Field(None, ge=1, le=1024, description="threads of prefill; none: those of decode")
+    gpu_layers: int | None = Field(None, ge=0, le=2**31 - 1, description="layers on the GPU (default: all that fit)")
+    device: str | None = Field(
+        None, description="device of the language model, as ggml names it: CUDA0, Metal, or none for the CPU"
+    )
+    mmproj_device: str | None = Field(
+        None, description="device of the vision encoder: CUDA0, Metal, or none for the CPU"
+    )
+    threads: int | None = Field(
+        None, ge=1, le=1024, description="CPU threads for decoding (default: physical cores; 1 for very small models)"
+    )
+    threads_batch: int | None = Field(
+        None, ge=1, le=1024, description="CPU threads for prefill (default: as for decoding)"
+    )
     threads_encode: int | None = Field(
-        None, ge=1, le=1024, description="threads of the vision encoder; none: those of prefill, or else of decode"
+        None, ge=1, le=1024, description="CPU threads for the vision encoder (default: as for prefill)"
     )
-    parallel: int = Field(1, ge=1, le=256, description="answers at the same time")
-    ubatch: int = Field(1024, ge=32, le=16384, description="tokens of a micro-batch")
-    kv_type: KvType = Field("f16", description="type of the KV memory")
-    flash_attention: bool | None = Field(
-        None, description="flash attention; none: on where it is supported, but off on CPUs with memories of their own"
+    parallel: int = Field(1, ge=1, le=256, description="slots: how many answers are generated at the same time")
+    ubatch: int = Field(
+        1024, ge=32, le=16384, description="ubatch: tokens computed at once (llama.cpp's physical batch)"
     )
+    kv_type: KvType = Field("f16", description="type of the KV cache")
+    flash_attention: bool | None = Field(None, description="flash attention (default: where it is supported)")
     vision_flash_attention: bool | None = Field(
-        None, description="flash attention of the vision encoder; none: as flash_attention, or else where supported"
+        None, description="flash attention of the vision encoder (default: as flash_attention)"
     )
-    prefill_rows: int | None = Field(
-        None,
-        ge=16,
-        le=16384,
-        description="tokens of a prefill step; none: 192 on CPUs with memories of their own, else ubatch",
+    image_max_tokens: int | None = Field(
+        None, ge=1, description="most tokens a picture may take, for models that can choose"
     )
-    slice_seconds: float = Field(
-        0.27, ge=0.01, description="how long a prefill step may hold up streaming answers, about, in seconds"
+    image_min_tokens: int | None = Field(
+        None, ge=1, description="fewest tokens a picture may take, for models that can choose"
     )
-    turn_share: float = Field(
-        0.05, gt=0, le=1, description="share of the time that streaming answers get while pictures are worked on, about"
-    )
-    longest_turn: float = Field(
-        0.25,
-        ge=0.03,
-        description="longest wait of a stream for its next token while pictures are worked on, in seconds",
-    )
-    image_max_tokens: int | None = Field(None, ge=1, description="most tokens a picture, for models that can choose")
-    image_min_tokens: int | None = Field(None, ge=1, description="fewest tokens a picture, for models that can choose")
-    picture_cache_bytes: int = Field(512 * 2**20, ge=0, description="embeddings of pictures kept in memory, in bytes")
-    disk_cache: bool = Field(True, description="keep embeddings of pictures on disk")
-    disk_cache_bytes: int = Field(2 * 2**30, ge=0, description="embeddings of pictures kept on disk, in bytes")
-    profile: Profile | None = Field(None, description="interactive or throughput; none: the devices decide")
+    picture_cache_bytes: int = Field(512 * 2**20, ge=0, description="memory for embeddings of pictures, in bytes")
+    disk_cache: bool = Field(True, description="keep embeddings of pictures on disk, too")
+    disk_cache_bytes: int = Field(2 * 2**30, ge=0, description="disk space for embeddings of pictures, in bytes")
     verbose: bool = Field(False, description="show llama.cpp's own log")
 
 

@@ -10,8 +10,7 @@ from opsin.core.parts import TextPart
 from opsin.core.settings import EngineSettings
 from opsin.doctor.check import Check
 from opsin.doctor.shell import shell_line
-from opsin.models.gguf_header import read_header
-from opsin.models.gguf_info import GgufInfo
+from opsin.models.gguf import GgufInfo, read_header
 from opsin.models.naming import stem
 from opsin.models.pairing import check_pair, find_projector
 from opsin.models.registry import is_known, look_up

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
+
+from opsin.core.files import write_whole
 
 
 def record_file(kind: str, setup: str, folder: Path | None = None) -> Path:
@@ -26,8 +26,4 @@ def read_record(file: Path) -> Any:
 def keep_record(file: Path, finding: object) -> None:
     """Write it whole or not at all, with its folder."""
     with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle, name = tempfile.mkstemp(dir=file.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            json.dump(finding, out)
-        Path(name).replace(file)
+        write_whole(file, json.dumps(finding))

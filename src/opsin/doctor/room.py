@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from opsin.core.errors import ModelError
+from opsin.core.ggml_types import TENSOR_TYPES, bytes_per_value
 from opsin.core.settings import CTX_PER_SEQUENCE, EngineSettings
 from opsin.doctor.check import Check, Status
 from opsin.doctor.free_memory import free_memory
 from opsin.doctor.pair import serve_command
-from opsin.models.gguf_header import TENSOR_TYPES, GgufHeader, TensorHead, read_header
+from opsin.models.gguf import GgufHeader, TensorHead, read_header
 from opsin.models.naming import parts_of
 from opsin.native import Device
 from opsin.native.memory import HOST, Reserved, reserve
@@ -29,7 +30,6 @@ FULL = 0.9
 """Share of the free memory from which on it is tight: drivers, pictures being read and other programs need some."""
 
 _TYPES = {name: (values, size) for name, values, size in TENSOR_TYPES.values()}
-_KV_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 _ON_HOST = ("token_embd", "position_embd", "token_types", "per_layer_token_embd")  # looked up, never multiplied with
 _LEAST_CTX = 512  # tokens an answer; less is no use with pictures
@@ -260,9 +260,10 @@ def by_hand(header: GgufHeader, vision: GgufHeader | None, settings: EngineSetti
             attention = rows * 4 * width * 4 + (rows * seen * heads * 4 if scores else 0)
             compute += rows * seen * (4 if scores else 2) + max(attention, forward, 64 * vocabulary * 4)
             compute += min(64, parallel + 1) * vocabulary * 4
+    kv_bytes = 2 * n_layer * kv_width * bytes_per_value(settings.kv_type)
     found = Reserved(
         layers=[HOST] * (n_layer + 1),
-        kv={HOST: round(2 * n_layer * kv_width * (cells * streams + common + fill) * _KV_BYTES[settings.kv_type])},
+        kv={HOST: round(kv_bytes * (cells * streams + common + fill))},
         compute={HOST: compute},
         rows=rows,
         flash=flash,

@@ -11,7 +11,7 @@ from opsin.core.settings import EngineSettings
 from opsin.doctor.check import Check
 from opsin.doctor.pair import means_cpu, serve_command
 from opsin.doctor.record import keep_record, read_record, record_file
-from opsin.models.gguf_info import read_info
+from opsin.models.gguf import read_info
 from opsin.models.naming import parts_of
 from opsin.native import Device, devices
 from opsin.native.setup import setup_word

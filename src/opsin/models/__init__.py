@@ -6,35 +6,36 @@ libraries or is rarely wanted is loaded when it is first used.
 
 from typing import TYPE_CHECKING, Any
 
-from opsin.models.gguf_info import GgufInfo, read_info
-from opsin.models.pair import Pair
-from opsin.models.pairing import check_pair, find_projector
-from opsin.models.resolve import demo_pair, locate, resolve
+from opsin.models.gguf import GgufHeader, GgufInfo, TensorHead, read_header, read_info
+from opsin.models.naming import parts_of
+from opsin.models.pairing import Pair, check_pair, family_warning, find_projector
+from opsin.models.resolve import ListedModel, demo_pair, list_models, locate, resolve
 
 if TYPE_CHECKING:
     from opsin.models.hub import pull
-    from opsin.models.listing import list_models
     from opsin.models.synth import write_pair
 
 __all__ = [
+    "GgufHeader",
     "GgufInfo",
+    "ListedModel",
     "Pair",
+    "TensorHead",
     "check_pair",
     "demo_pair",
+    "family_warning",
     "find_projector",
     "list_models",
     "locate",
+    "parts_of",
     "pull",
+    "read_header",
     "read_info",
     "resolve",
     "write_pair",
 ]
 
-_HOMES = {
-    "list_models": "opsin.models.listing",
-    "pull": "opsin.models.hub",
-    "write_pair": "opsin.models.synth",
-}
+_HOMES = {"pull": "opsin.models.hub", "write_pair": "opsin.models.synth"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,16 +1,39 @@
-"""Which projector belongs to which language model, judged by what the files say of themselves."""
+"""A language model and its projector: which file belongs to which, judged by what the files say of themselves."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from difflib import SequenceMatcher
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from opsin.core.errors import ModelError, PairMismatch
-from opsin.models.gguf_info import GgufInfo, read_info
+from opsin.models.gguf import GgufInfo, read_info
 from opsin.models.naming import best_projectors, is_projector, stem
 
-if TYPE_CHECKING:
-    from pathlib import Path
+# Projector types and the only architectures they are published with (llama.cpp's `convert_hf_to_gguf.py`). Types that
+# many architectures share (mlp, internvl, pixtral, …) are not listed: nothing can be said of them.
+_ARCHITECTURES: dict[str, frozenset[str]] = {
+    "gemma3": frozenset({"gemma3"}),
+    "gemma3nv": frozenset({"gemma3n"}),
+    "gemma4v": frozenset({"gemma4"}),
+    "qwen2vl_merger": frozenset({"qwen2vl"}),
+    "qwen2.5vl_merger": frozenset({"qwen2vl"}),
+    "qwen3vl_merger": frozenset({"qwen3vl", "qwen3vlmoe", "qwen35", "qwen35moe"}),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two GGUF files that belong together.
+
+    `mmproj` is None when no projector was found: the model then reads text only. `name` is what a user would type, or
+    the file's stem. Of a split language model `llm` is the first part, as llama.cpp wants it.
+    """
+
+    llm: Path
+    mmproj: Path | None
+    name: str
+    is_demo: bool = False
 
 
 def check_pair(llm: Path, mmproj: Path) -> tuple[GgufInfo, GgufInfo]:
@@ -29,13 +52,27 @@ def check_pair(llm: Path, mmproj: Path) -> tuple[GgufInfo, GgufInfo]:
     if not vision.is_projector:
         raise PairMismatch(f"{mmproj.name} is a language model, not a projector{_fitting(text, mmproj)}")
     if not vision.has_vision:
-        raise PairMismatch(f"{mmproj.name} has no vision encoder, it cannot see pictures{_fitting(text, mmproj)}")
+        raise PairMismatch(f"{mmproj.name} has no vision encoder, it cannot see images{_fitting(text, mmproj)}")
     if not _fits(text, vision):
         raise PairMismatch(
             f"{mmproj.name} hands over {vision.projector_width} values a token and {llm.name} takes in {text.width}:"
             f" they do not belong together{_fitting(text, mmproj)}"
         )
     return text, vision
+
+
+def family_warning(text: GgufInfo, vision: GgufInfo) -> str | None:
+    """A sentence where widths fit by chance and the families differ, so that answers would be nonsense; else None."""
+    kind = vision.projector or ""
+    expected = _ARCHITECTURES.get(kind)
+    # Architectures made for vision have projectors of their own, too.
+    own = {name for name, architectures in _ARCHITECTURES.items() if text.architecture in architectures}
+    if (expected is None or text.architecture in expected) and (not own or kind in own):
+        return None
+    return (
+        f"{vision.path.name} is a projector of the kind {kind or 'unknown'}, and {text.path.name} is a"
+        f" {text.architecture} model: they are of different families, so answers may be nonsense"
+    )
 
 
 def find_projector(llm: Path) -> Path | None:

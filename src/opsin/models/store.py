@@ -1,14 +1,82 @@
-"""Which pair is the default: one small file in the user's data folder, written whole or not at all."""
+"""What is on this machine: downloaded repositories, llama.cpp's own folders, and which pair is the default.
+
+Downloads lie in the Hugging Face cache, which llama.cpp shares: `models--OWNER--NAME/snapshots/COMMIT/FILE`, as
+huggingface_hub and llama.cpp's `common/hf-cache.cpp` write it. The default is one small file in the user's data folder.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from opsin.core.errors import ModelNotFound
-from opsin.models.pair import Pair
+from opsin.core.files import expand, write_whole
+from opsin.models.pairing import Pair
+
+_PREFIX = "models--"
+
+
+@dataclass(frozen=True, slots=True)
+class CachedRepo:
+    """A repository that was downloaded, in part or whole: `files` are GGUF paths relative to `folder`, sorted."""
+
+    repo: str
+    folder: Path
+    files: tuple[str, ...]
+
+
+def hub_home() -> Path:
+    """The folder of everything Hugging Face: HF_HOME, else the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return expand(os.environ.get("HF_HOME") or f"{base}/huggingface")
+
+
+def hub_cache() -> Path:
+    """The folder of downloads: HF_HUB_CACHE, else `hub` in `hub_home`."""
+    chosen = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    return expand(chosen) if chosen else hub_home() / "hub"
+
+
+def cached_repos() -> list[CachedRepo]:
+    """Every downloaded repository that has a GGUF file, by name; LLAMA_CACHE first, as llama.cpp does."""
+    llama = os.environ.get("LLAMA_CACHE")
+    found: dict[str, CachedRepo] = {}
+    for root in [*([expand(llama)] if llama else []), hub_cache()]:
+        for folder in sorted(root.glob(_PREFIX + "*")):
+            repo = folder.name.removeprefix(_PREFIX).replace("--", "/", 1)
+            snapshot = _snapshot(folder)
+            files = _gguf_files(snapshot) if snapshot else ()
+            if snapshot and files and repo not in found:
+                found[repo] = CachedRepo(repo, snapshot, files)
+    return [found[repo] for repo in sorted(found)]
+
+
+def flat_folders() -> list[Path]:
+    """Folders in which llama.cpp kept plain files before it shared the Hugging Face cache, those that exist."""
+    home = "~/Library/Caches" if sys.platform == "darwin" else os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folders = [os.environ.get("LLAMA_CACHE"), f"{home}/llama.cpp"]
+    return [path for folder in folders if folder and (path := expand(folder)).is_dir()]
+
+
+def _snapshot(folder: Path) -> Path | None:
+    """The commit `main` points at, else the newest."""
+    try:
+        commit = (folder / "refs" / "main").read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        commit = ""
+    if commit and (folder / "snapshots" / commit).is_dir():
+        return folder / "snapshots" / commit
+    others = [path for path in (folder / "snapshots").glob("*") if path.is_dir()]
+    return max(others, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def _gguf_files(snapshot: Path) -> tuple[str, ...]:
+    # A dangling link is a download that was removed: is_file() follows links.
+    paths = (path for path in snapshot.rglob("*.gguf") if path.is_file())
+    return tuple(sorted(path.relative_to(snapshot).as_posix() for path in paths))
 
 
 def state_file() -> Path:
@@ -30,9 +98,11 @@ def read_default() -> Pair | None:
             return None
         mmproj = default["mmproj"]
         return Pair(Path(default["llm"]), Path(mmproj) if mmproj else None, str(default["name"]))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise ModelNotFound(f"{path} cannot be read ({error.strerror}): mend its permissions, or delete it") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelNotFound(
             f"{path} is damaged: delete it, then choose the default again with `opsin models use NAME`"
         ) from error
@@ -47,13 +117,6 @@ def write_default(pair: Pair | None) -> None:
         "mmproj": str(pair.mmproj.absolute()) if pair.mmproj else None,
     }
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(dir=path.parent, prefix=".models-")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump({"version": 1, "default": default}, file, indent=2)
-            Path(part).replace(path)
-        finally:
-            Path(part).unlink(missing_ok=True)
+        write_whole(path, json.dumps({"version": 1, "default": default}, indent=2))
     except OSError as error:
         raise ModelNotFound(f"the default model cannot be saved to {path}: {error.strerror or error}") from error

@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from opsin.core.errors import BadInput, BadParameter
 from opsin.models.blueprint import clip_metadata, clip_tensors, llm_architecture, llm_metadata, llm_tensors
-from opsin.models.pair import Pair
+from opsin.models.pairing import Pair
 from opsin.models.shapes import SHAPES, PairShape
 from opsin.models.weights import RandomWeights, Tensor, WeightType
 

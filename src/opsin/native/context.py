@@ -13,6 +13,7 @@ import numpy as np
 
 from opsin.core.backend import BackendLimits, EmbeddingRows
 from opsin.core.errors import BadParameter, DecodeFailed, ModelError
+from opsin.core.ggml_types import KV_TYPES, bytes_per_value
 from opsin.core.settings import CTX_PER_SEQUENCE
 from opsin.native import logs
 from opsin.native.batch import BatchArrays
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from opsin.core.settings import EngineSettings
     from opsin.native.model import Model
 
-_KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}
-_KV_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 _MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
 # With unified memory a sequence id costs nothing, so idle prefixes get ids of their own beside the running answers.
 _SPARE_SEQUENCES = 32
@@ -65,7 +64,7 @@ class Context:
         threads = settings.threads or default_threads(llama.llama_model_n_params(model.pointer))
         params.n_threads = threads
         params.n_threads_batch = settings.threads_batch or threads
-        params.type_k = params.type_v = _KV_TYPES[settings.kv_type]
+        params.type_k = params.type_v = KV_TYPES[settings.kv_type]
         params.flash_attn_type = -1 if settings.flash_attention is None else int(settings.flash_attention)
         params.kv_unified = True
         # Sliding-window layers keep everything, so that prefixes stay whole.
@@ -312,7 +311,7 @@ def _cell_bytes(model: Model, settings: EngineSettings) -> float:
     llama, pointer = model.lib.llama, model.pointer
     heads = max(1, llama.llama_model_n_head(pointer))
     width = llama.llama_model_n_embd(pointer) // heads * max(1, llama.llama_model_n_head_kv(pointer))
-    return 2 * width * model.n_layer * _KV_BYTES[settings.kv_type]
+    return 2 * width * model.n_layer * bytes_per_value(settings.kv_type)
 
 
 def _free_bytes(model: Model) -> int:

@@ -46,6 +46,12 @@ class InitParams(ctypes.Structure):
     _fields_ = [("mem_size", _SIZE), ("mem_buffer", _P), ("no_alloc", ctypes.c_bool)]
 
 
+class GgufInitParams(ctypes.Structure):
+    """`struct gguf_init_params` (gguf.h); `ctx` is the address of a `ggml_context *`, null for none."""
+
+    _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", _P)]
+
+
 # ggml_object in front of each tensor of a context (ggml.c), counted by ggml_tensor_overhead.
 OBJECT_SIZE = 32
 
@@ -56,6 +62,23 @@ _FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
     "ggml_mul_mat": ([_P, _P, _P], _P),
     "ggml_set_name": ([_P, _STR], _P),
     "ggml_tensor_overhead": ([], _SIZE),
+    "ggml_get_tensor": ([_P, _STR], _P),
+    "gguf_init_from_file": ([_STR, GgufInitParams], _P),
+    "gguf_init_empty": ([], _P),
+    "gguf_free": ([_P], None),
+    "gguf_find_key": ([_P, _STR], ctypes.c_int64),
+    "gguf_get_kv_type": ([_P, ctypes.c_int64], _INT),
+    "gguf_get_val_str": ([_P, ctypes.c_int64], _STR),
+    "gguf_get_val_u32": ([_P, ctypes.c_int64], ctypes.c_uint32),
+    "gguf_get_data_offset": ([_P], _SIZE),
+    "gguf_get_n_tensors": ([_P], ctypes.c_int64),
+    "gguf_get_tensor_name": ([_P, ctypes.c_int64], _STR),
+    "gguf_get_tensor_type": ([_P, ctypes.c_int64], _INT),
+    "gguf_get_tensor_size": ([_P, ctypes.c_int64], _SIZE),
+    "gguf_set_kv": ([_P, _P], None),
+    "gguf_set_val_u32": ([_P, _STR, ctypes.c_uint32], None),
+    "gguf_add_tensor": ([_P, _P], None),
+    "gguf_write_to_file": ([_P, _STR, ctypes.c_bool], ctypes.c_bool),
     "ggml_op_name": ([_INT], _STR),
     "ggml_backend_buffer_name": ([_P], _STR),
     "ggml_backend_buffer_get_type": ([_P], _P),

@@ -212,7 +212,7 @@ def _device(settings: EngineSettings, lib: Any) -> int | None:
 
 
 def _check_kind(file: ProjectorFile, path: Path) -> None:
-    architecture = file.metadata.get("general.architecture")
+    architecture = file.architecture
     if architecture != "clip":
         raise PairMismatch(
             f"{path.name} is not a projector but a model of the kind {architecture or 'unknown'}: "

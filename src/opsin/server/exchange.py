@@ -174,7 +174,7 @@ class Exchange(Response):
         while running and failure is None:
             try:
                 found = await (queue.get() if spoken else asyncio.wait_for(queue.get(), due - now()))
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 found = None
             # All that is there goes out at once: a packet for each token would cost more than the token.
             while found is not None:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opsin.cli.control import MAX_HELD, ControlStripper, printable
+from opsin.cli.control import MAX_HELD, ControlStripper, escaped, printable
 
 HOSTILE = [
     ("\x1b[31mred\x1b[0m", "red"),
@@ -46,3 +46,9 @@ def test_a_sequence_that_never_ends_does_not_hold_the_text_for_ever() -> None:
     stripper = ControlStripper()
     assert stripper.feed("\x1b]0;" + "x" * (MAX_HELD + 10)) == ""
     assert stripper.feed("after") == "after"
+
+
+def test_a_name_is_shown_on_one_line_with_its_escapes() -> None:
+    assert escaped("z2\x1b]0;n.png") == "z2\\x1b]0;n.png"
+    assert escaped("a\nopsin: fine\u2028\x9b\udcff") == "a\\nopsin: fine\\u2028\\x9b\\udcff"
+    assert escaped("ü🙂 x") == "ü🙂 x"

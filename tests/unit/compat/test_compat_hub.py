@@ -48,7 +48,7 @@ def test_the_readmes_handler_finds_its_projector(hub: Hub) -> None:
 
 
 def test_additional_files_come_along_and_the_cache_can_be_moved(hub: Hub, tmp_path: Path) -> None:
-    path = download("a/b", "*text-model*", cache_dir=tmp_path / "else", additional_files=["part-*"])
+    path = download("a/b", "*text-model*", {"cache_dir": tmp_path / "else", "additional_files": ["part-*"]})
     assert path == tmp_path / "else" / FILES[0]
     assert hub.asked[-1] == [FILES[0], FILES[2]]
 
@@ -56,13 +56,13 @@ def test_additional_files_come_along_and_the_cache_can_be_moved(hub: Hub, tmp_pa
 @pytest.mark.parametrize(("pattern", "words"), [("*nothing*", "No file of a/b"), ("*.gguf", "3 files of a/b")])
 def test_a_pattern_that_does_not_fit_one_file_names_what_is_there(hub: Hub, pattern: str, words: str) -> None:
     with pytest.raises(ModelNotFound, match=words) as caught:
-        download("a/b", pattern)
+        download("a/b", pattern, {})
     assert FILES[0] in str(caught.value)
     assert len(hub.asked) == 1, "nothing was downloaded"
 
 
 def test_what_is_not_supported_is_refused_by_name(hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(BadParameter, match="local_dir"):
-        download("a/b", "*text*", local_dir=tmp_path)
+        download("a/b", "*text*", {"local_dir": tmp_path})
     with pytest.raises(BadParameter, match="filename"):
-        download("a/b", None)
+        download("a/b", None, {})

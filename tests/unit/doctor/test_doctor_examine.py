@@ -16,7 +16,7 @@ from opsin.doctor import examine as room
 from opsin.doctor.check import Check
 from opsin.doctor.examine import Subject, examine
 from opsin.engine import Engine
-from opsin.models.pair import Pair
+from opsin.models.pairing import Pair
 from opsin.models.synth import write_pair
 from opsin.native.build_info import Build
 from opsin.native.device_rate import DeviceRate

@@ -11,8 +11,8 @@ from pair_fixes import parsed
 from opsin.core.settings import EngineSettings
 from opsin.doctor.check import Check
 from opsin.doctor.pair import PairFacts, image_tokens_of, pair_checks
-from opsin.models.gguf_info import GgufInfo, read_info
-from opsin.models.pair import Pair
+from opsin.models.gguf import GgufInfo, read_info
+from opsin.models.pairing import Pair
 from opsin.models.shapes import SHAPES
 from opsin.models.synth import write_pair, write_shape
 from opsin.prompt import TemplateSource

@@ -15,7 +15,7 @@ from opsin.core.errors import ModelNotFound
 from opsin.core.settings import EngineSettings
 from opsin.doctor.check import Check
 from opsin.doctor.safety import safety_check
-from opsin.models.pair import Pair
+from opsin.models.pairing import Pair
 from opsin.models.synth import write_pair
 from opsin.native.devices import Device
 from opsin.native.trial import Trial, try_pair

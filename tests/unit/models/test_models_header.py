@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import struct
+import time
 from pathlib import Path
 
 import gguf
@@ -12,13 +14,38 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opsin.core.errors import ModelError, ModelNotFound, ModelUnreadable
+from opsin.core.ggml_types import KV_TYPES, TENSOR_TYPES, bytes_per_value
 from opsin.models import Pair, read_info
-from opsin.models.gguf_header import TENSOR_TYPES, read_header
+from opsin.models.gguf import MAX_KEYS, read_header
 
 
 def test_the_table_of_tensor_types_is_the_one_of_the_gguf_package():
     theirs = {int(kind): (kind.name, *sizes) for kind, sizes in gguf.GGML_QUANT_SIZES.items()}
     assert {kind: row for kind, row in TENSOR_TYPES.items() if kind in theirs} == theirs
+
+
+def test_kv_types_are_types_of_that_table():
+    assert {name: TENSOR_TYPES[kind][0].lower() for name, kind in KV_TYPES.items()} == {name: name for name in KV_TYPES}
+    assert [bytes_per_value(name) for name in ("f16", "Q8_0")] == [2.0, 34 / 32]
+
+
+def test_many_keys_are_refused_at_once_and_many_texts_are_read_fast(tmp_path: Path):
+    path = tmp_path / "model.gguf"
+    keys = b"".join(struct.pack("<Q6sIB", 6, b"%06d" % n, 0, 1) for n in range(300_000))
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 300_000) + keys)
+    started = time.perf_counter()
+    with pytest.raises(ModelUnreadable, match="300,000 keys"):
+        read_header(path)
+    words = struct.pack("<QcIIQ", 1, b"k", 9, 8, 500_000) + struct.pack("<Q3s", 3, b"dog") * 500_000
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + words)
+    assert read_header(path).lengths == {"k": 500_000}
+    assert time.perf_counter() - started < 2
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path):
+    os.mkfifo(tmp_path / "model.gguf")
+    with pytest.raises(ModelUnreadable, match="not a regular file"):
+        read_info(tmp_path / "model.gguf")
 
 
 @pytest.mark.parametrize("which", ["llm", "mmproj"])
@@ -64,11 +91,14 @@ def test_what_a_language_model_and_a_projector_say(tiny: Pair):
         (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
         (b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 60), "ends in the middle of its header"),
         (b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 0), "ends in the middle of its header"),
-        (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1 << 62), "ends in the middle of its header"),
+        (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1 << 62) + bytes(16), "ends in the middle of its header"),
+        (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1 << 63) + bytes(16), "ends in the middle of its header"),
+        (b"GGUF" + struct.pack("<IQQQcIIQQ", 3, 0, 1, 1, b"k", 9, 8, 1, 1 << 63), "ends in the middle of its header"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 0, MAX_KEYS + 1) + bytes(13 * MAX_KEYS + 13), "65,537 keys"),
         (b"GGUF" + struct.pack("<IQQQcI", 3, 0, 1, 1, b"k", 99), "unknown kind 99"),
         (b"GGUF" + struct.pack("<IQQQcIIQ", 3, 0, 1, 1, b"k", 9, 9, 1), "an array of a kind"),
         (b"GGUF" + struct.pack("<IQQQcIIQ", 3, 0, 1, 1, b"k", 9, 4, 1 << 60), "ends in the middle"),
-        (b"GGUF" + struct.pack("<IQQQcI", 3, 1, 0, 1, b"t", 9), "of 9 dimensions"),
+        (b"GGUF" + struct.pack("<IQQQcI", 3, 1, 0, 1, b"t", 9) + bytes(64), "of 9 dimensions"),
         (b"GGUF" + struct.pack("<IQQQ17sII", 3, 0, 1, 17, b"general.alignment", 4, 0), "data alignment of 0"),
         (b"GGUF" + struct.pack("<IQQ", 3, 0, 0), "does not say what model it holds"),
     ],

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from opsin.core.errors import ModelNotFound, PairMismatch
-from opsin.models import Pair, check_pair, find_projector
+from opsin.models import Pair, check_pair, family_warning, find_projector, read_info, resolve
 
 
 def test_a_pair_that_fits_gives_both_accounts(tiny: Pair):
@@ -99,3 +100,39 @@ def test_a_part_of_a_split_model_says_which_part_to_give(tiny: Pair, tmp_path: P
     (tmp_path / "m-00002-of-00002.gguf").rename(tmp_path / "m-00001-of-00002.gguf")
     with pytest.raises(ModelNotFound, match=r"m-00002-of-00002\.gguf is missing"):
         check_pair(tmp_path / "m-00001-of-00002.gguf", tiny.mmproj)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "projector", "warns"),
+    [
+        ("llama", "mlp", False),
+        ("qwen2", "mlp", False),
+        ("gemma3", "gemma3", False),
+        ("qwen2vl", "qwen2.5vl_merger", False),
+        ("qwen3vlmoe", "qwen3vl_merger", False),
+        ("llama", "kind-of-tomorrow", False),
+        ("llama", "gemma3", True),
+        ("gemma3", "mlp", True),
+        ("qwen2vl", "qwen3vl_merger", True),
+        ("qwen2vl", None, True),
+    ],
+)
+def test_families_that_differ_are_both_named(tiny: Pair, architecture: str, projector: str | None, warns: bool):
+    text = replace(read_info(tiny.llm), architecture=architecture)
+    warning = family_warning(text, replace(read_info(tiny.mmproj), projector=projector))
+    assert (warning is not None) == warns
+    if warning:
+        assert f"the kind {projector or 'unknown'}" in warning
+        assert f"a {architecture} model" in warning
+
+
+def test_a_projector_of_another_family_is_warned_of_when_the_pair_is_meant(
+    tiny: Pair, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    resolve(str(tiny.llm), str(tiny.mmproj))
+    assert not caplog.records
+    data = tiny.llm.read_bytes()
+    llm = tmp_path / "gemma.gguf"
+    llm.write_bytes(data.replace(b"\x05\0\0\0\0\0\0\0llama", b"\x06\0\0\0\0\0\0\0gemma3", 1) + bytes(64))
+    resolve(str(llm), str(tiny.mmproj))
+    assert "different families" in caplog.text

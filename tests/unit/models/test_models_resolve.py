@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from opsin.core.errors import BadParameter, ModelNotFound, ModelUnreadable, PairMismatch
-from opsin.models import Pair, demo_pair, list_models, resolve
-from opsin.models.caches import cached_repos, hub_cache
-from opsin.models.store import read_default, state_file, write_default
+from opsin.core.errors import BadParameter, ModelNotFound, ModelUnreadable, OpsinError, PairMismatch
+from opsin.models import Pair, demo_pair, list_models, locate, resolve
+from opsin.models.store import cached_repos, hub_cache, read_default, state_file, write_default
 
 
 def put(cache: Path, repo: str, files: dict[str, Path], commit: str = "c" * 40) -> Path:
@@ -166,6 +165,7 @@ def test_without_refs_the_newest_snapshot_counts(tiny: Pair, cache: Path):
     ],
 )
 def test_the_cache_is_where_huggingface_hub_says(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("huggingface_hub")
     for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
@@ -220,7 +220,7 @@ def test_the_state_is_written_whole_or_not_at_all(tiny: Pair, monkeypatch: pytes
     def break_off(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(json, "dump", break_off)
+    monkeypatch.setattr(Path, "write_bytes", break_off)
     with pytest.raises(ModelNotFound, match="cannot be saved"):
         write_default(None)
     assert state_file().read_bytes() == before
@@ -242,7 +242,7 @@ def test_the_list_shows_downloads_folders_and_the_demo_each_once(
     assert gemma.size == tiny.llm.stat().st_size + tiny.mmproj.stat().st_size
     for name, model in found.items():
         if model.problem is None:
-            assert resolve(name).llm == model.pair.llm
+            assert resolve(name).llm == Path(model.llm_file)
 
 
 def test_the_list_marks_the_default_also_when_it_lies_elsewhere(demo: Path, tiny: Pair):
@@ -261,4 +261,38 @@ def test_llama_cpp_s_old_flat_cache_is_looked_into(demo: Path, tiny: Pair, tmp_p
     shutil.copy(tiny.llm, folder / "ggml-org_x-GGUF_x-Q4_K_M.gguf")
     shutil.copy(tiny.mmproj, folder / "ggml-org_x-GGUF_mmproj-x-f16.gguf")
     if sys.platform != "darwin":
-        assert list_models()[0].pair.llm == folder / "ggml-org_x-GGUF_x-Q4_K_M.gguf"
+        assert Path(list_models()[0].llm_file) == folder / "ggml-org_x-GGUF_x-Q4_K_M.gguf"
+
+
+@pytest.mark.parametrize("model", ["a" * 300, "x/" * 3000, "~nosuchuser/m.gguf", "nul\0byte.gguf", "bad\udcff.gguf"])
+def test_names_that_no_file_can_have_are_one_sentence(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OpsinError) as caught:
+        resolve(model)
+    assert "\n" not in str(caught.value)
+    assert locate(model) is None
+
+
+def test_a_file_whose_name_is_no_text_is_refused(tiny: Pair, tmp_path: Path):
+    llm = shutil.copy(tiny.llm, tmp_path / "m\udcff.gguf")
+    with pytest.raises(ModelNotFound, match="not valid UTF-8"):
+        resolve(str(llm))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "\xff", "{}", '{"default": 1}'])
+def test_a_damaged_state_is_one_sentence(text: str):
+    state_file().parent.mkdir(parents=True, exist_ok=True)
+    state_file().write_text(text, encoding="latin-1")
+    with pytest.raises(ModelNotFound, match="is damaged: delete it"):
+        resolve()
+
+
+def test_one_bad_file_does_not_empty_the_list(tiny: Pair, tmp_path: Path):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    shutil.copy(tiny.llm, folder / "good.gguf")
+    shutil.copy(tiny.mmproj, folder / "mmproj-good.gguf")
+    (folder / "bad.gguf").write_bytes(b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1 << 63) + bytes(64))
+    problems = {Path(model.name).name: model.problem for model in list_models([folder])}
+    assert problems["good.gguf"] is None
+    assert "ends in the middle of its header" in (problems["bad.gguf"] or "")

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from opsin.core.backend import EmbeddingRows, TokenBatch
-from opsin.core.errors import BadParameter, EngineClosed, ModelNotFound, ModelUnreadable
+from opsin.core.errors import BadParameter, EngineClosed
 from opsin.native.batch import BatchArrays
 from opsin.native.chunk import parse_meta
 from opsin.native.devices import Device, pick
 from opsin.native.handles import Owned
-from opsin.native.projector import fingerprint, read_projector
+from opsin.native.projector import fingerprint
 from opsin.native.threads import default_threads, physical_cores
 
 
@@ -51,63 +51,6 @@ def test_a_closed_handle_gives_no_pointer_and_takes_no_child() -> None:
         Owned("context", 2, lambda _: None, handle)
     with pytest.raises(ValueError, match="null pointer"):
         Owned("model", 0, lambda _: None)
-
-
-def string(text: str) -> bytes:
-    return struct.pack("<Q", len(text.encode())) + text.encode()
-
-
-def header(pairs: bytes, n_pairs: int, tensors: bytes = b"", n_tensors: int = 0) -> bytes:
-    return b"GGUF" + struct.pack("<IQQ", 3, n_tensors, n_pairs) + pairs + tensors
-
-
-PAIRS = (
-    string("general.architecture") + struct.pack("<I", 8) + string("clip")
-    + string("clip.projector_type") + struct.pack("<I", 8) + string("mlp")
-    + string("clip.vision.image_mean") + struct.pack("<IIQ3f", 9, 6, 3, 0.5, 0.5, 0.5)
-)  # fmt: skip
-TENSOR = string("mm.0.weight") + struct.pack("<IQQIQ", 2, 64, 64, 1, 0)
-
-
-def test_a_header_is_read_whole(tmp_path: Path) -> None:
-    path = tmp_path / "mmproj.gguf"
-    data = header(PAIRS, 3, TENSOR, 1)
-    path.write_bytes(data + b"\0" * 64)
-    file = read_projector(path)
-    assert file.kind == "mlp"
-    assert file.metadata["clip.vision.image_mean"] == [0.5, 0.5, 0.5]
-    assert file.tensor_types == {"mm.0.weight": 1}
-    assert file.header_bytes == len(data)
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"",
-        b"GGUF",
-        b"GIF89a" + b"\0" * 100,
-        header(PAIRS, 3, TENSOR, 1)[:-9],
-        header(PAIRS, 2**40),
-        header(string("a") + struct.pack("<I", 77), 1),
-        header(struct.pack("<Q", 2**62) + b"abc", 1),
-        header(string("a") + struct.pack("<IIQ", 9, 6, 2**60), 1),
-        header(string("a") + struct.pack("<IIQIIQ", 9, 9, 1, 9, 9, 1), 1),
-        header(PAIRS, 3, string("t") + struct.pack("<I", 2**31), 1),
-    ],
-    ids=range(10),
-)
-def test_broken_headers_are_one_sentence_and_no_memory(tmp_path: Path, data: bytes) -> None:
-    path = tmp_path / "broken.gguf"
-    path.write_bytes(data)
-    with pytest.raises(ModelUnreadable, match=r"broken\.gguf is not a whole GGUF file"):
-        read_projector(path)
-
-
-def test_a_missing_projector_and_a_folder_are_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(ModelNotFound, match="--mmproj"):
-        read_projector(tmp_path / "none.gguf")
-    with pytest.raises(ModelUnreadable, match="cannot be read"):
-        read_projector(tmp_path)
 
 
 def test_a_fingerprint_follows_content_not_time_or_name(tmp_path: Path) -> None:

@@ -96,7 +96,6 @@ def test_every_setting_has_a_flag_that_reaches_it(tmp_path: Path, monkeypatch: p
     given: dict[str, tuple[list[str], Any]] = {
         "model": (["--model", "demo"], "demo"),
         "kv_type": (["--kv-type", "q8_0"], "q8_0"),
-        "profile": (["--profile", "interactive"], "interactive"),
         "host": (["--host", "::1"], "::1"),
         "image_min_tokens": (["--image-min-tokens", "3"], 3),
     }
@@ -113,7 +112,7 @@ def test_every_setting_has_a_flag_that_reaches_it(tmp_path: Path, monkeypatch: p
         elif "Path" in kind or "str" in kind:
             words, value = [flag, "some"], "some"
         else:
-            value = {"max_top_logprobs": 10, "max_body_bytes": 2048, "turn_share": 0.5}.get(name, 64)
+            value = {"max_top_logprobs": 10, "max_body_bytes": 2048}.get(name, 64)
             words = [flag, str(value)]
         arguments += words
         wanted[name] = value
