@@ -9,7 +9,8 @@ from opsin.cache import DiskStore, PictureCache, default_folder
 from opsin.core.settings import PROFILE_MAX_TOKENS, EngineSettings, Profile
 from opsin.engine import Engine, Policy
 from opsin.models import Pair, resolve
-from opsin.native import NativeBackend, devices, open_backend
+from opsin.native import Device, NativeBackend, devices, open_backend
+from opsin.native.device_rate import DeviceRate, measure_device
 from opsin.native.setup import setup_word
 from opsin.prompt import PromptBuilder, TemplateSource
 
@@ -76,6 +77,11 @@ def open_runtime(
     return Runtime(engine, prompts, pair.is_demo, setup, opened[0], source)
 
 
+def open_model(settings: EngineSettings) -> NativeBackend:
+    """The bare backend of a pair that `settings` name, to measure it without an engine. Raises as `open_runtime`."""
+    return open_backend(settings)
+
+
 def _policy(settings: EngineSettings, max_queue: int) -> Policy:
     return Policy(
         parallel=settings.parallel,
@@ -111,3 +117,10 @@ def template_source(backend: NativeBackend, pair: Pair) -> TemplateSource:
         control_tokens=frozenset(backend.control_texts),
         kv_groups=max(1, heads // max(1, kv_heads)),
     )
+
+
+def measured_device() -> tuple[Device, DeviceRate]:
+    """The device that models go to, a GPU where there is one, and the rates that it reaches. Takes a second."""
+    present = devices()
+    device = next((one for one in present if one.is_gpu), None) or next(one for one in present if one.type == "cpu")
+    return device, measure_device(device)

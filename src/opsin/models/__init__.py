@@ -14,7 +14,6 @@ from opsin.models.resolve import demo_pair, locate, resolve
 if TYPE_CHECKING:
     from opsin.models.hub import pull
     from opsin.models.listing import list_models
-    from opsin.models.synth import write_pair
 
 __all__ = [
     "GgufInfo",
@@ -27,13 +26,11 @@ __all__ = [
     "pull",
     "read_info",
     "resolve",
-    "write_pair",
 ]
 
 _HOMES = {
     "list_models": "opsin.models.listing",
     "pull": "opsin.models.hub",
-    "write_pair": "opsin.models.synth",
 }
 
 
