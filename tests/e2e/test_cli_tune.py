@@ -10,7 +10,7 @@ import pytest
 
 from opsin.core.config import read_file
 from opsin.models import Pair
-from opsin.models.synth import write_pair
+from synth import write_pair
 
 pytestmark = pytest.mark.slow
 

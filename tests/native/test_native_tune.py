@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from opsin.bench.measure import Measured
 from typer.testing import CliRunner
 
-from opsin.bench.measure import Measured
 from opsin.cli import tune as command
 from opsin.cli.app import app
 from opsin.cli.bench import _settings
@@ -15,7 +15,6 @@ from opsin.compose import open_runtime
 from opsin.core.config import read_config, read_file
 from opsin.core.errors import BadInput, BadParameter
 from opsin.core.settings import EngineSettings
-from opsin.models.synth import write_pair
 from opsin.tune import projector
 from opsin.tune.pareto import Point
 from opsin.tune.projector import convert_projector
@@ -23,6 +22,7 @@ from opsin.tune.rig import Pieces, RigTrial, sized, survey
 from opsin.tune.search import Ratio, Tried
 from opsin.tune.session import Report
 from opsin.tune.tolerance import judge, reference
+from synth import write_pair
 
 
 def rig(pair: Any, **settings: Any) -> Any:
