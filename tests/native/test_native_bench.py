@@ -41,6 +41,15 @@ def test_workloads_run_with_32_slots(pair: Any) -> None:
     assert document["settings"]["parallel"] == 32
 
 
+def test_the_server_is_measured_in_turn_with_the_engine(pair: Any) -> None:
+    out = bench(pair, "--workloads", "W1", "--runs", "2", "--against", "opsin-http")
+    document = json.loads(out.splitlines()[-1])
+    served = document["peers"]["opsin-http"]["workloads"]["W1"]
+    assert served["completion_tokens"] == document["workloads"]["W1"]["completion_tokens"] == [32] * 4
+    assert document["ratios"]["opsin-http"]["W1"]["total_s"] > 0
+    assert "opsin / opsin-http" in out
+
+
 def test_overhead_is_measured_in_process_natively_and_over_http(pair: Any, tmp_path: Path) -> None:
     saved = tmp_path / "overhead.json"
     out = bench(pair, "--overhead", "--runs", "1", "--json-out", str(saved))
@@ -58,9 +67,9 @@ def test_overhead_is_measured_in_process_natively_and_over_http(pair: Any, tmp_p
 
 
 def test_overhead_uses_no_more_streams_than_slots(pair: Any) -> None:
-    document = json.loads(bench(pair, "--overhead", "--no-http", "--runs", "1", "--parallel", "8").splitlines()[-1])
+    document = json.loads(bench(pair, "--overhead", "--runs", "1", "--parallel", "8").splitlines()[-1])
     assert {row["streams"] for row in document["overhead"]} == {1, 8}
-    assert document["http"] == []
+    assert {row["streams"] for row in document["http"]} == {8}
 
 
 @pytest.mark.parametrize(
@@ -68,7 +77,6 @@ def test_overhead_uses_no_more_streams_than_slots(pair: Any) -> None:
     [
         (("--workloads", "W9"), "W9"),
         (("--overhead", "--workloads", "W1"), "measures no workloads"),
-        (("--no-http",), "is for --overhead"),
         (("--against", "http://127.0.0.1:9"), "takes NAME=URL"),
         (("--against", "a=http://127.0.0.1:9"), "No server answers"),
     ],

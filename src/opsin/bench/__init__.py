@@ -5,7 +5,7 @@ measured.
 """
 
 from opsin.bench.cost import Ceiling, ModelCost, read_cost
-from opsin.bench.drivers import EngineDriver, HttpDriver
+from opsin.bench.drivers import EngineDriver, HttpDriver, serving
 from opsin.bench.run import Result, Stats, measure_in_turn, warm_up
 from opsin.bench.workloads import WORKLOADS, Ask, Driver, RequestFailed, Workload, choose, image_file
 
@@ -25,5 +25,6 @@ __all__ = [
     "image_file",
     "measure_in_turn",
     "read_cost",
+    "serving",
     "warm_up",
 ]

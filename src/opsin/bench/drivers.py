@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,12 +21,14 @@ from opsin.bench.workloads import RequestFailed
 from opsin.core.answer import Finished, TextDelta, Usage
 from opsin.core.errors import BadParameter, Cancelled
 from opsin.core.sampling import SamplingParams
-from opsin.core.settings import MediaSettings
+from opsin.core.settings import EngineSettings, MediaSettings
 from opsin.engine import Engine
 from opsin.media import load_picture
 from opsin.prompt import Message, PromptBuilder
 
 TIMEOUT_S = 300.0
+_START_SECONDS = 600.0
+_STOP_SECONDS = 30.0
 
 
 class EngineDriver:
@@ -148,3 +157,43 @@ def _error_text(body: str) -> str:
         return str(error["message"] if isinstance(error, dict) else error)[:200]
     except (ValueError, LookupError, TypeError):
         return body[:200]
+
+
+@contextmanager
+def serving(settings: EngineSettings) -> Iterator[tuple[int, str]]:
+    """`opsin serve` as a child process with these settings and no others; its process id and address.
+
+    Raises BadParameter if it does not start.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command, url = [sys.executable, "-m", "opsin", "serve", f"--port={port}"], f"http://127.0.0.1:{port}"
+    for name, value in settings.model_dump(mode="json", exclude_unset=True, exclude_none=True).items():
+        flag = name.replace("_", "-")
+        command.append(f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag}={value}")
+    env = {name: value for name, value in os.environ.items() if not name.startswith("OPSIN_")}
+    env["XDG_CONFIG_HOME"] = os.devnull
+    with tempfile.TemporaryDirectory(prefix="opsin-bench-") as folder, (Path(folder) / "log").open("w+b") as log:
+        process = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log)  # noqa: S603 - our own command
+        try:
+            deadline = time.monotonic() + _START_SECONDS
+            while not _is_ready(url):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    log.seek(0)
+                    raise BadParameter(f"opsin serve did not start: {log.read().decode(errors='replace')[-500:]}")
+                time.sleep(0.05)
+            yield process.pid, url
+        finally:
+            process.terminate()
+            try:
+                process.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/ready", trust_env=False, timeout=2.0).status_code == httpx.codes.OK
+    except httpx.HTTPError:
+        return False

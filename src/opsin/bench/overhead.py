@@ -8,16 +8,11 @@ measured by bare backend calls and shown beside the total; nothing is subtracted
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,9 +20,9 @@ from typing import Any
 
 import httpx
 
+from opsin.bench.drivers import serving
 from opsin.bench.workloads import RequestFailed
 from opsin.core.backend import Backend, TokenRow
-from opsin.core.errors import BadParameter
 from opsin.core.parts import Prompt, TextPart
 from opsin.core.sampling import SamplingParams
 from opsin.core.settings import EngineSettings
@@ -35,8 +30,6 @@ from opsin.engine import Engine
 
 STREAMS = (1, 8, 32)
 TOKENS = 64
-_START_SECONDS = 600.0
-_STOP_SECONDS = 30.0
 _CLOCK_TICKS = 100  # per second: Linux's USER_HZ, the unit of /proc
 
 
@@ -79,12 +72,12 @@ def measure_overhead(
     settings: EngineSettings,
     *,
     runs: int,
-    http: bool,
     tell: Callable[[str], None] = lambda _: None,
 ) -> list[Overhead]:
     """Measure each number of streams in process and natively, and the largest over HTTP: the medians of the runs.
 
-    `settings` are those that the two callables open. Raises what they raise, EngineError, and what `over_http` raises.
+    HTTP is left out where there is no /proc, which is everywhere but on Linux. `settings` are those that the two
+    callables open. Raises what they raise, EngineError, and what `over_http` raises.
     """
     counts = [count for count in STREAMS if count <= settings.parallel]
     found: defaultdict[tuple[str, int, bool], list[Overhead]] = defaultdict(list)
@@ -100,7 +93,7 @@ def measure_overhead(
             for guard in (True, False):
                 with closing(open_engine()) as engine:
                     keep(in_process(engine, streams, guard=guard))
-        for guard in (True, False) if http else ():
+        for guard in (True, False) if Path("/proc/self/stat").exists() else ():
             keep(over_http(settings, counts[-1], guard=guard))
     return [sorted(group, key=lambda row: row.us_per_token)[(runs - 1) // 2] for group in found.values()]
 
@@ -138,9 +131,9 @@ def native(backend: Backend, streams: int) -> Overhead:
 def over_http(settings: EngineSettings, streams: int, *, guard: bool) -> Overhead:
     """The CPU time of all processes of `opsin serve`, asked by a client in yet another process.
 
-    Linux only. Raises BadParameter elsewhere and if the server does not start, RequestFailed if it does not answer.
+    Needs /proc. Raises BadParameter if the server does not start, RequestFailed if it does not answer.
     """
-    with _server(settings) as (pid, url), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as client:
+    with serving(settings) as (pid, url), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as client:
         client.submit(_complete, url, ["warm-up"], guard).result()
         wall, cpu = time.perf_counter(), cpu_seconds(pid)
         tokens = client.submit(_complete, url, _prompts(streams), guard).result()
@@ -148,7 +141,7 @@ def over_http(settings: EngineSettings, streams: int, *, guard: bool) -> Overhea
 
 
 def cpu_seconds(pid: int) -> float:
-    """CPU time of a process and all its descendants, in steps of 10 ms. Raises BadParameter where there is no /proc."""
+    """CPU time of a process and all its descendants, from /proc in steps of 10 ms."""
     children: defaultdict[int, list[int]] = defaultdict(list)
     ticks: dict[int, int] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
@@ -158,8 +151,6 @@ def cpu_seconds(pid: int) -> float:
             continue  # it has just ended
         children[int(fields[1])].append(int(path.parent.name))
         ticks[int(path.parent.name)] = sum(map(int, fields[11:15]))  # user and system, own and of ended children
-    if pid not in ticks:
-        raise BadParameter("The CPU time of a server can be read on Linux only: leave HTTP out with --no-http.")
     total, left = 0, [pid]
     while left:
         number = left.pop()
@@ -208,40 +199,3 @@ def _complete(url: str, prompts: Sequence[str], guard: bool) -> int:
 
     with httpx.Client(trust_env=False, timeout=None) as client, ThreadPoolExecutor(len(prompts)) as pool:  # noqa: S113 - the server ends
         return sum(pool.map(complete, prompts))
-
-
-@contextmanager
-def _server(settings: EngineSettings) -> Iterator[tuple[int, str]]:
-    """`opsin serve` with these settings and no others; its process id and address."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command, url = [sys.executable, "-m", "opsin", "serve", f"--port={port}"], f"http://127.0.0.1:{port}"
-    for name, value in settings.model_dump(mode="json", exclude_unset=True, exclude_none=True).items():
-        flag = name.replace("_", "-")
-        command.append(f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag}={value}")
-    env = {name: value for name, value in os.environ.items() if not name.startswith("OPSIN_")}
-    env["XDG_CONFIG_HOME"] = os.devnull
-    with tempfile.TemporaryDirectory(prefix="opsin-bench-") as folder, (Path(folder) / "log").open("w+b") as log:
-        process = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log)  # noqa: S603 - our own command
-        try:
-            deadline = time.monotonic() + _START_SECONDS
-            while not _is_ready(url):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    log.seek(0)
-                    raise BadParameter(f"opsin serve did not start: {log.read().decode(errors='replace')[-500:]}")
-                time.sleep(0.05)
-            yield process.pid, url
-        finally:
-            process.terminate()
-            try:
-                process.wait(_STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-def _is_ready(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/ready", trust_env=False, timeout=2.0).status_code == httpx.codes.OK
-    except httpx.HTTPError:
-        return False

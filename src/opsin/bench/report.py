@@ -38,35 +38,24 @@ class Limits:
         return round(least / result.median.total_s, 4)
 
     def document(self) -> dict[str, Any]:
-        """JSON values; bytes, operations and milliseconds of one sequence without context."""
-        ceiling, cost, encode = self.ceiling, self.cost, self.cost.encode_ops
-        return {
-            "machine": _rounded(asdict(ceiling)),
-            "ceiling": {
-                "decode_step_bytes": cost.decode_bytes([0]),
-                "decode_step_ops": cost.decode_ops(0),
-                "decode_step_ms": round(cost.step_seconds(ceiling, [0]) * 1e3, 4),
-                "prefill_token_ops": cost.prefill_ops(0),
-                "prefill_token_ms": round(cost.prompt_seconds(ceiling, 1) * 1e3, 4),
-                "encode_ops": encode,
-                "encode_ms": None if encode is None else round(encode / ceiling.matrix_ops_s * 1e3, 4),
-            },
+        """JSON values; the least times are those of one sequence without context."""
+        ceiling, encode = self.ceiling, self.cost.encode_ops
+        least = {
+            "decode_step_ms": self.cost.step_seconds(ceiling, [0]) * 1e3,
+            "prefill_token_ms": self.cost.prompt_seconds(ceiling, 1) * 1e3,
+            "encode_ms": None if encode is None else encode / ceiling.matrix_ops_s * 1e3,
         }
+        return {"machine": _rounded(asdict(ceiling)), "least": _rounded(least)}
 
     def text(self) -> str:
-        """The same in a few lines."""
-        machine, least = self.ceiling, self.document()["ceiling"]
-        step = f"{least['decode_step_bytes'] / 1e6:.1f} MB read, {least['decode_step_ops'] / 1e6:.1f} M operations"
-        prefill = f"{least['prefill_token_ops'] / 1e6:.1f} M operations, at least {least['prefill_token_ms']:.3f} ms"
-        lines = [
-            f"{machine.device}: {machine.read_bytes_s / 1e9:.1f} GB/s, {machine.matrix_ops_s / 1e9:.0f} GFLOP/s",
-            f"a decode step: {step}, at least {least['decode_step_ms']:.2f} ms",
-            f"a prompt token: {prefill}",
-        ]
-        if least["encode_ops"] is not None:
-            encode = f"{least['encode_ops'] / 1e9:.1f} G operations, at least {least['encode_ms']:.1f} ms"
-            lines.append(f"encoding an image: {encode}")
-        return "\n".join(lines)
+        """The same in two lines."""
+        ceiling, least = self.ceiling, self.document()["least"]
+        image = "" if least["encode_ms"] is None else f", encoding an image {least['encode_ms']:.1f} ms"
+        return (
+            f"{ceiling.device}: {ceiling.read_bytes_s / 1e9:.1f} GB/s, {ceiling.matrix_ops_s / 1e9:.0f} GFLOP/s\n"
+            f"so a decode step takes at least {least['decode_step_ms']:.2f} ms,"
+            f" a prompt token {least['prefill_token_ms']:.3f} ms{image}"
+        )
 
 
 def ratio(ours: Result, theirs: Result, figure: str) -> float | None:

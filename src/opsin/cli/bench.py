@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +15,8 @@ from opsin.cli.console import say
 from opsin.core.settings import EngineSettings
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from opsin.bench import Driver, HttpDriver, Workload
     from opsin.bench.report import Limits, Target
     from opsin.compose import Runtime
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 Workloads = Annotated[str | None, typer.Option("--workloads", help="some of W1 to W5, separated by commas")]
 Runs = Annotated[int, typer.Option("--runs", min=1, help="runs of each measurement; medians are shown")]
 JsonOut = Annotated[Path | None, typer.Option("--json-out", help="also write the JSON document to this file")]
+
+OWN_SERVER = "opsin-http"
+"""With --against: start `opsin serve` with the same settings."""
 
 app = typer.Typer(
     help="Measure the engine against the limits of this machine, and against servers.",
@@ -43,12 +48,10 @@ def engine(
     model: o.Model = None,
     mmproj: o.Mmproj = None,
     ctx: Annotated[
-        int | None,
-        typer.Option("--ctx", help="context size in tokens, shared by all slots [default: 8192; --overhead: 16384]"),
+        int | None, typer.Option("--ctx", help="context size in tokens [default: 8192; --overhead: 16384]")
     ] = None,
     parallel: Annotated[
-        int | None,
-        typer.Option("--parallel", min=1, max=256, help="parallel sequences (slots) [default: 8; --overhead: 32]"),
+        int | None, typer.Option("--parallel", help="parallel sequences (slots) [default: 8; --overhead: 32]")
     ] = None,
     gpu_layers: o.GpuLayers = None,
     device: o.Device = None,
@@ -60,14 +63,14 @@ def engine(
     runs: Runs = 3,
     against: Annotated[
         list[str] | None,
-        typer.Option("--against", help="NAME=URL of a server with the same model, measured in turn; repeatable"),
+        typer.Option(
+            "--against",
+            help="measure this server in turn: NAME=URL with the same model, or opsin-http to start opsin serve",
+        ),
     ] = None,
     overhead: Annotated[
         bool, typer.Option("--overhead", help="measure CPU time per token at 1, 8 and 32 streams instead of workloads")
     ] = False,
-    http: Annotated[
-        bool, typer.Option("--http/--no-http", help="with --overhead: also measure opsin serve (Linux only)")
-    ] = True,
     json_out: JsonOut = None,
     settings_file: Annotated[
         Path | None, typer.Option("--settings", help="read this opsin.toml instead of the folder's or the user's")
@@ -88,33 +91,36 @@ def engine(
 
     if overhead and (workloads or against):
         raise BadParameter("--overhead measures no workloads: leave out --workloads and --against.")
-    if not overhead and not http:
-        raise BadParameter("--no-http is for --overhead: give both.")
     chosen = choose(None if workloads is None else workloads.split(","))
     settings = _settings(flags, settings_file, config=config, overhead=overhead)
     pair = resolve(*(None if path is None else str(path) for path in (settings.model, settings.mmproj)))
     settings = settings.model_copy(update={"model": pair.llm.resolve()})
     if pair.mmproj is not None:
         settings = settings.model_copy(update={"mmproj": pair.mmproj.resolve()})
-    servers = _servers(against or [], named=True)
     if overhead:
-        _overhead(settings, runs, json_out, http=http)
+        _overhead(settings, runs, json_out)
         return
-    from opsin.bench import EngineDriver
+    from opsin.bench import EngineDriver, serving
     from opsin.bench.report import as_text, ratios, target_document
 
-    limits = _limits(settings)
-    typer.echo(limits.text())
-    with closing(open_runtime(settings.model, settings.mmproj, settings)) as runtime:
+    with ExitStack() as stack:
+        servers = _servers(
+            [
+                f"{OWN_SERVER}={stack.enter_context(serving(settings))[1]}" if server == OWN_SERVER else server
+                for server in against or ()
+            ],
+            named=True,
+        )
+        limits = _limits(settings)
+        typer.echo(limits.text())
+        runtime = stack.enter_context(closing(open_runtime(settings.model, settings.mmproj, settings)))
         about = _about(runtime, settings)
-        drivers = {"opsin": EngineDriver(runtime.engine, runtime.prompts), **servers}
-        targets = _measure(drivers, chosen, runs)
+        targets = _measure({"opsin": EngineDriver(runtime.engine, runtime.prompts), **servers}, chosen, runs)
     document = {**about, **limits.document(), **target_document(targets[0], limits)}
     if servers:
         document["peers"] = {target.name: target_document(target) for target in targets[1:]}
         document["ratios"] = ratios(targets)
-    _print(as_text(targets, limits), document, json_out)
-    _exit_if_invalid(targets)
+    _print(as_text(targets, limits), document, json_out, targets)
 
 
 @app.command("http")
@@ -140,8 +146,7 @@ def http_servers(
     chosen = choose(None if workloads is None else workloads.split(","))
     targets = _measure(_servers(urls, model=served_model, api_key=_key(api_key_file)), chosen, runs)
     document = {"kind": "http", "servers": {target.name: target_document(target) for target in targets}}
-    _print(as_text(targets), {**document, "ratios": ratios(targets)}, json_out)
-    _exit_if_invalid(targets)
+    _print(as_text(targets), {**document, "ratios": ratios(targets)}, json_out, targets)
 
 
 def _servers(given: list[str], *, named: bool = False, **options: Any) -> dict[str, HttpDriver]:
@@ -154,7 +159,7 @@ def _servers(given: list[str], *, named: bool = False, **options: Any) -> dict[s
         name, equals, url = text.partition("=")
         if not equals or "/" in name:
             if named:
-                raise BadParameter(f"--against takes NAME=URL, not {text!r}.")
+                raise BadParameter(f"--against takes NAME=URL or {OWN_SERVER}, not {text!r}.")
             name = url = text
         if name in servers or (named and name == "opsin"):
             raise BadParameter(f"The name {name!r} is taken: give each server its own.")
@@ -242,7 +247,7 @@ def _server_facts(driver: Driver) -> dict[str, str]:
     return {"url": driver.url, "model": model}
 
 
-def _overhead(settings: EngineSettings, runs: int, json_out: Path | None, *, http: bool) -> None:
+def _overhead(settings: EngineSettings, runs: int, json_out: Path | None) -> None:
     """CPU time per token in this process, by bare backend calls, and of `opsin serve`."""
     from opsin.bench import overhead as room
     from opsin.compose import open_model, open_runtime
@@ -253,7 +258,7 @@ def _overhead(settings: EngineSettings, runs: int, json_out: Path | None, *, htt
         return runtime.engine
 
     about: dict[str, Any] = {}
-    rows = room.measure_overhead(open_engine, lambda: open_model(settings), settings, runs=runs, http=http, tell=say)
+    rows = room.measure_overhead(open_engine, lambda: open_model(settings), settings, runs=runs, tell=say)
     extra = [
         {"streams": streams, "guard": guard, "more_us_per_token": round(more, 2)}
         for (streams, guard), more in room.http_extra(rows).items()
@@ -262,13 +267,11 @@ def _overhead(settings: EngineSettings, runs: int, json_out: Path | None, *, htt
     _print(room.as_text(rows), document, json_out)
 
 
-def _print(text: str, document: dict[str, Any], json_out: Path | None) -> None:
+def _print(text: str, document: dict[str, Any], json_out: Path | None, targets: Sequence[Target] = ()) -> None:
+    """Text, then the document in one line; ends with 1 if a result is invalid."""
     if json_out is not None:
         o.write_out(json_out, json.dumps(document, indent=2) + "\n")
     typer.echo(text)
     typer.echo(json.dumps(document))
-
-
-def _exit_if_invalid(targets: list[Target]) -> None:
     if any(result.invalid is not None for target in targets for result in target.results):
         raise typer.Exit(1)

@@ -69,9 +69,13 @@ def test_streams_that_do_not_fit_are_left_out_and_the_middle_of_the_runs_is_show
         return Overhead("process", streams, guard, 1, 1, 1.0, cost)
 
     monkeypatch.setattr(overhead, "in_process", measured)
-    rows = measure_overhead(engine, backend, EngineSettings(parallel=8), runs=3, http=False)
-    kinds = [(row.where, row.streams) for row in rows]
+    monkeypatch.setattr(
+        overhead, "over_http", lambda _, streams, guard: Overhead("http", streams, guard, 1, 0, 1.0, 4.0)
+    )
+    rows = measure_overhead(engine, backend, EngineSettings(parallel=8), runs=3)
+    kinds = [(row.where, row.streams) for row in rows if row.where != "http"]
     assert kinds == [(where, streams) for streams in (1, 8) for where in ("native", "process", "process")]
+    assert {row.streams for row in rows if row.where == "http"} <= {8}
     assert next(row.cpu_s for row in rows if (row.streams, row.guard) == (8, True)) == 3.0
 
 

@@ -206,7 +206,7 @@ def test_the_document_is_json_and_the_text_names_every_workload(running: Running
     limits = Limits(CEILING, COST)
     target = Target("opsin", {"url": "x"}, results)
     document = json.loads(json.dumps({**limits.document(), **target_document(target, limits)}))
-    assert set(document) == {"machine", "ceiling", "url", "workloads"}
+    assert set(document) == {"machine", "least", "url", "workloads"}
     row = document["workloads"]["W1"]
     least = COST.workload_seconds(CEILING, results[0].workload, results[0].usages)
     assert row["share_of_ceiling"] == pytest.approx(least / row["total_s"], rel=0.01)
