@@ -37,11 +37,6 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def bench() -> None:
-    """Measure the engine against the limits of this machine, and against servers."""
-
-
 @app.command()
 def engine(
     *,
