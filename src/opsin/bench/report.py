@@ -112,8 +112,9 @@ def as_text(targets: Sequence[Target], limits: Limits | None = None) -> str:
         name = result.workload.name
         share = None if limits is None else limits.share(result)
         for target in targets:
-            line = f"{name:4} {target.name:{width}} {_cells(target.results[number])}"
-            lines.append(line if share is None or target is not targets[0] else f"{line}  {share:.0%} of the ceiling")
+            lines.append(f"{name:4} {target.name:{width}} {_cells(target.results[number])}")
+            if limits is not None and share is not None and target is targets[0]:
+                lines[-1] += f"  {share:.0%} of the ceiling of {limits.ceiling.device}"
         for target in targets[1:]:
             found = compared[target.name][name]
             cells = ["" if found[figure] is None else f"{found[figure]:.2f} x" for figure in COMPARED]
