@@ -47,8 +47,8 @@ test-offload: .venv-offload/.ready
 SLOW_FILES = $(shell grep -rl --include='test_*.py' '^pytestmark = pytest.mark.slow' tests/unit)
 
 check: setup-dev
-	$(BIN)/ruff format --check src tests training
-	$(BIN)/ruff check src tests training
+	$(BIN)/ruff format --check src tests training tools bench
+	$(BIN)/ruff check src tests training tools bench
 	@# Types and tests side by side: whichever fails, fails the target.
 	@# Plugins that these tests need, by name: importing all that are installed takes seconds.
 	@$(BIN)/mypy & types=$$!; \
@@ -58,8 +58,8 @@ check: setup-dev
 	wait $$types && exit $$tests
 
 format: setup-dev
-	$(BIN)/ruff format src tests training
-	$(BIN)/ruff check --fix src tests training
+	$(BIN)/ruff format src tests training tools bench
+	$(BIN)/ruff check --fix src tests training tools bench
 
 soak: setup-dev
 	SOAK_MINUTES=$${SOAK_MINUTES:-30} $(BIN)/python -m pytest tests/soak -q -s --timeout 0

@@ -76,6 +76,11 @@ def open_runtime(
     return Runtime(engine, prompts, pair.is_demo, setup, opened[0], source)
 
 
+def open_model(settings: EngineSettings) -> NativeBackend:
+    """The bare backend of a pair that `settings` name, to measure it without an engine. Raises as `open_runtime`."""
+    return open_backend(settings)
+
+
 def _policy(settings: EngineSettings, max_queue: int) -> Policy:
     on_gpu = bool(gpu_names()) and settings.gpu_layers != 0 and (settings.device or "").lower() not in {"none", "cpu"}
     return Policy.for_device(gpu=on_gpu, parallel=settings.parallel, max_queue=max_queue)

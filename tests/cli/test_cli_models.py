@@ -1,4 +1,4 @@
-"""`opsin pull`, `opsin models` and `opsin synth` as a user runs them."""
+"""`opsin pull` and `opsin models` as a user runs them."""
 
 from __future__ import annotations
 
@@ -40,8 +40,6 @@ def test_synth_models_and_use_play_together(run, tmp_path: Path):
     assert default[0]["quantisation"] == "Q4_0"
     table = run("models").stdout.splitlines()
     assert next(line for line in table if line.startswith("* ")).split()[-1] == str(llm)
-    again = run("synth", "--shape", "tiny", "-o", tmp_path, "--type", "q4_0", code=2)
-    assert again.stderr == f"opsin: {llm} is there already: use --force to write it again, or choose another folder\n"
 
 
 def test_a_folder_is_listed_on_request(run, tmp_path: Path):
@@ -68,8 +66,6 @@ def test_a_model_that_cannot_see_is_no_default(run, tmp_path: Path):
         (["pull", "nothing-like-it"], 3, "did you mean"),
         (["pull", "llava"], 3, "http://127.0.0.1:9 cannot be reached"),
         (["models", "use", "llava"], 3, "opsin pull llava-1.5-7b"),
-        (["synth", "--shape", "huge"], 2, "there is no shape 'huge'"),
-        (["synth", "--shape", "tiny", "--type", "q3_k"], 2, "choose one of f16, bf16, q8_0, q4_0"),
     ],
 )
 def test_what_goes_wrong_is_one_sentence(run, arguments: list[str], code: int, says: str):

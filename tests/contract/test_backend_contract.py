@@ -20,7 +20,7 @@ from opsin.testing import FakeBackend, picture
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    from opsin.models.synth import write_pair
+    from synth import write_pair
 
     return write_pair("tiny", Path(tmp_path_factory.mktemp("pair")))
 

@@ -11,7 +11,7 @@ import pytest
 
 import opsin.models
 from opsin.models import Pair
-from opsin.models.synth import write_pair
+from synth import write_pair
 
 LIMIT = 300
 

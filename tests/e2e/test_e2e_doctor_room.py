@@ -15,8 +15,8 @@ from opsin.core.settings import EngineSettings
 from opsin.doctor.behaviour import behaviour_checks
 from opsin.doctor.room import estimate_room, room_checks
 from opsin.models.shapes import SHAPES
-from opsin.models.synth import write_shape
 from opsin.native import devices
+from synth import write_shape
 
 # Loads the pair, encodes a picture, fills every cell of every KV memory, and prints by how much it grew.
 CHILD = """

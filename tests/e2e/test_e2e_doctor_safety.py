@@ -12,8 +12,8 @@ import pytest
 from opsin.core.settings import EngineSettings
 from opsin.doctor.safety import safety_check
 from opsin.models.pairing import Pair
-from opsin.models.synth import write_pair
 from opsin.native.trial import try_pair
+from synth import write_pair
 
 pytestmark = pytest.mark.native
 UINT32 = 4

@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    from opsin.models.synth import write_pair
+    from synth import write_pair
 
     return write_pair("tiny", tmp_path_factory.mktemp("pair"))
 

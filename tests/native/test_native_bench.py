@@ -7,23 +7,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from opsin import bench as bench_room
-from opsin.bench.ceiling import Machine, measure_machine
 from opsin.cli.bench import app
 from opsin.core.errors import BadParameter
 
 
-@pytest.fixture(autouse=True)
-def _quick_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    def measure(threads: int) -> Machine:
-        return measure_machine(threads, array_bytes=2**20, side=64, repeats=1)
-
-    monkeypatch.setattr(bench_room, "measure_machine", measure)
-
-
 def bench(pair: Any, *arguments: str) -> str:
     command = ["engine", "--model", str(pair.llm), "--mmproj", str(pair.mmproj), "--threads", "1", *arguments]
-    result = CliRunner().invoke(app, command, catch_exceptions=False)
+    result = CliRunner().invoke(app, [*command, "--no-config"], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.stdout
 
@@ -31,35 +21,66 @@ def bench(pair: Any, *arguments: str) -> str:
 def test_ceiling_first_workloads_then_one_json_document(pair: Any, tmp_path: Path) -> None:
     saved = tmp_path / "bench.json"
     out = bench(pair, "--workloads", "W2", "--runs", "2", "--json-out", str(saved))
-    lines = out.splitlines()
-    document = json.loads(lines[-1])
+    document = json.loads(out.splitlines()[-1])
     assert json.loads(saved.read_text()) == document
-    assert out.index("GB/s") < out.index("W2") < out.index("8 sequences, plain")
-    assert "Python" in out
+    assert out.index("GB/s") < out.index("W2") < out.index("of the ceiling")
     row = document["workloads"]["W2"]
-    assert row["void"] is None
+    assert row["invalid"] is None
     assert row["completion_tokens"] == [32] * 6
     assert len(row["runs"]) == 2
-    # One picture, six questions: only the first answer prefills it.
+    # One image, six questions: only the first answer prefills it.
     assert row["cached_tokens"][0] < row["cached_tokens"][1]
     assert 0 < row["share_of_ceiling"] < 1
-    plain, schema = document["batched"]["plain"], document["batched"]["json_schema"]
-    assert plain["void"] is None
-    assert plain["tokens_s"] < plain["decode_tokens_s"]
-    assert schema["sequences"] == 8
-    assert document["settings"]["ctx_of_each"] == 1024
+    assert document["settings"]["parallel"] == 8
 
 
-def test_a_comparison_of_batches_that_are_left_out_is_refused(pair: Any) -> None:
-    with pytest.raises(BadParameter, match="--no-batched"):
-        bench(pair, "--no-batched", "--batched-bench", "llama-batched-bench")
+def test_workloads_run_with_32_slots(pair: Any) -> None:
+    out = bench(pair, "--workloads", "W3,W4", "--runs", "1", "--parallel", "32", "--ctx", "32768")
+    document = json.loads(out.splitlines()[-1])
+    assert [row["invalid"] for row in document["workloads"].values()] == [None, None]
+    assert document["settings"]["parallel"] == 32
 
 
-def test_flash_attention_of_a_program_that_is_not_named_is_refused(pair: Any) -> None:
-    with pytest.raises(BadParameter, match="--batched-bench"):
-        bench(pair, "--no-batched-bench-flash")
+def test_the_server_is_measured_in_turn_with_the_engine(pair: Any) -> None:
+    out = bench(pair, "--workloads", "W1", "--runs", "2", "--against", "opsin-http")
+    document = json.loads(out.splitlines()[-1])
+    served = document["peers"]["opsin-http"]["workloads"]["W1"]
+    assert served["completion_tokens"] == document["workloads"]["W1"]["completion_tokens"] == [32] * 4
+    assert document["ratios"]["opsin-http"]["W1"]["total_s"] > 0
+    assert "opsin / opsin-http" in out
 
 
-def test_a_workload_that_does_not_exist_is_refused_before_anything_is_loaded(pair: Any) -> None:
-    with pytest.raises(BadParameter, match="W9"):
-        bench(pair, "--workloads", "W9")
+def test_overhead_is_measured_in_process_natively_and_over_http(pair: Any, tmp_path: Path) -> None:
+    saved = tmp_path / "overhead.json"
+    out = bench(pair, "--overhead", "--runs", "1", "--json-out", str(saved))
+    document = json.loads(saved.read_text())
+    rows = {(row["where"], row["streams"], row["guard"]): row for row in document["overhead"]}
+    expected = {("native", streams, False) for streams in (1, 8, 32)}
+    expected |= {("process", streams, guard) for streams in (1, 8, 32) for guard in (True, False)}
+    assert set(rows) == expected | {("http", 32, True), ("http", 32, False)}
+    for (where, streams, _), row in rows.items():
+        assert row["tokens"] == 64 * streams
+        assert row["us_per_token"] > 0
+        assert (row["us_per_step"] is None) == (where == "http")
+    assert [row["guard"] for row in document["http"]] == [True, False]
+    assert "µs more a token" in out
+
+
+def test_overhead_uses_no_more_streams_than_slots(pair: Any) -> None:
+    document = json.loads(bench(pair, "--overhead", "--runs", "1", "--parallel", "8").splitlines()[-1])
+    assert {row["streams"] for row in document["overhead"]} == {1, 8}
+    assert {row["streams"] for row in document["http"]} == {8}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--workloads", "W9"), "W9"),
+        (("--overhead", "--workloads", "W1"), "measures no workloads"),
+        (("--against", "http://127.0.0.1:9"), "takes NAME=URL"),
+        (("--against", "a=http://127.0.0.1:9"), "No server answers"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_loaded(pair: Any, arguments: tuple[str, ...], told: str) -> None:
+    with pytest.raises(BadParameter, match=told):
+        bench(pair, *arguments)

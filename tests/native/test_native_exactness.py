@@ -29,8 +29,8 @@ QUESTION = " What is in this picture, and what stands beside it on the left?"
 
 @pytest.fixture(scope="module")
 def open_kind(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    from opsin.models.synth import write_pair
     from opsin.native import open_backend
+    from synth import write_pair
 
     pairs: dict[str, Any] = {}
 

@@ -17,7 +17,7 @@ from opsin.core.parts import PicturePart, Prompt, TextPart
 from opsin.core.sampling import SamplingParams
 from opsin.engine import Engine, Policy
 from opsin.models import Pair
-from opsin.models.synth import write_pair
+from synth import write_pair
 
 TALK = Prompt((TextPart("USER: tell me a story ASSISTANT:"),))
 COLD = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, guard=False, logprobs=20)

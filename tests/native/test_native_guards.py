@@ -193,8 +193,8 @@ def test_a_row_without_logits_cannot_be_sampled(backend: Any) -> None:
 
 def test_a_projector_that_crashes_in_the_trial_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Opsin itself goes on: only the child that tries a doubtful pair first may crash."""
-    from opsin.models.synth import write_pair
     from opsin.native import trial
+    from synth import write_pair
 
     wide = write_pair("tiny", tmp_path, mmproj_type="f32")
     crash = "import os, sys; os.kill(os.getpid(), 11)"
@@ -207,7 +207,7 @@ def test_an_f32_projector_encodes(in_child: Callable[[str], Any]) -> None:
     """An all-f32 projector crashed the CPU backend of an earlier llama.cpp; this one widens and must go on to."""
     child = in_child("""
 import tempfile
-from opsin.models.synth import write_pair
+from synth import write_pair
 wide = write_pair("tiny", Path(tempfile.mkdtemp()), mmproj_type="f32")
 a, b = opened(), opened(model=wide.llm, mmproj=wide.mmproj)
 x, y = (m.encode(m.layout([PicturePart(draw())], add_bos=False).runs[-1]) for m in (a, b))

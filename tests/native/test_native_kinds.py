@@ -39,8 +39,8 @@ def prompt(question: str, *pictures: Picture) -> Prompt:
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    from opsin.models.synth import write_pair
     from opsin.native import open_backend
+    from synth import write_pair
 
     made: dict[str, Any] = {}
 

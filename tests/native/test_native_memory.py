@@ -17,9 +17,9 @@ from opsin.core.settings import EngineSettings
 from opsin.doctor.room import by_hand, estimate_room, weights_by_device
 from opsin.models.gguf import read_header
 from opsin.models.shapes import SHAPES
-from opsin.models.synth import write_pair, write_shape
 from opsin.native import logs, memory, open_backend
 from opsin.native.memory import HOST, Reserved, read_log, reserve, shorten
+from synth import write_pair, write_shape
 
 MIB = 2**20
 ROUNDING = 0.02 * MIB  # the log has two decimals, and a device may have two buffers

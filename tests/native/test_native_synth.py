@@ -13,9 +13,10 @@ from opsin.core.layout import ImageRun, TextRun
 from opsin.core.parts import PicturePart, TextPart
 from opsin.core.sampling import SamplingParams
 from opsin.core.settings import EngineSettings
-from opsin.models import Pair, read_info, write_pair
-from opsin.models.vocabulary import make_vocabulary
+from opsin.models import Pair, read_info
 from opsin.native import NativeBackend, open_backend
+from synth import write_pair
+from synth.vocabulary import make_vocabulary
 
 PAIRS = [("f16", "f16"), ("bf16", "bf16"), ("q8_0", "q8_0"), ("q4_0", "f16")]
 

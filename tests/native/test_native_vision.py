@@ -161,16 +161,12 @@ def test_wrong_files_are_refused_with_the_mend(open_pair: Callable[..., Any], pa
 def test_a_projector_of_another_width_is_refused(open_pair: Callable[..., Any], tmp_path: Any) -> None:
     import dataclasses
 
-    from opsin.models import synth
+    import synth
     from opsin.models.shapes import SHAPES
 
     tiny = SHAPES["tiny"]
     wide = dataclasses.replace(tiny, name="wide", text=dataclasses.replace(tiny.text, width=128))
-    SHAPES["wide"] = wide
-    try:
-        other = synth.write_pair("wide", tmp_path)
-    finally:
-        del SHAPES["wide"]
+    other = synth.write_shape(wide, tmp_path)
     message = refused(open_pair, mmproj=other.mmproj)
     assert message.startswith("PairMismatch: ")
     assert "n_embd = 64" in message

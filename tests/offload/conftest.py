@@ -54,7 +54,7 @@ def _tell(setup: str, placement: Any) -> None:
 
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    from opsin.models.synth import write_pair
+    from synth import write_pair
 
     return write_pair("tiny", tmp_path_factory.mktemp("pair"))
 
@@ -63,7 +63,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def odd_pair(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Heads of 12 values in the encoder: Vulkan's flash attention takes multiples of 8 only."""
     from opsin.models.shapes import SHAPES, PairShape, VisionShape
-    from opsin.models.synth import write_shape
+    from synth import write_shape
 
     vision = VisionShape(image_size=56, patch_size=14, width=60, layers=4, heads=5, feed_forward=128)
     shape = PairShape("odd-heads", vision, SHAPES["tiny"].text, "heads of 12 values")

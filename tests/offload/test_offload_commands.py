@@ -10,7 +10,7 @@ from typing import Any
 from opsin.doctor.safety import safety_check
 
 DEVICE = "Vulkan0"
-SCRIPT = Path(__file__).parents[2] / "scripts" / "gpu_proof.sh"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "gpu" / "measure.sh"
 
 
 def doctor(pair: Any, folder: Path, *flags: str) -> tuple[int, dict[str, Any]]:
@@ -53,7 +53,7 @@ def test_the_proof_for_gpus_rehearsed_without_one(tmp_path: Path) -> None:
     results = tmp_path / "results"
     env = {**os.environ, "XDG_DATA_HOME": str(tmp_path / "data"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
     del env["GGML_VK_VISIBLE_DEVICES"]
-    command = ["bash", SCRIPT, "--cpu", "--python", sys.executable, "--work", tmp_path / "work", results]
+    command = ["bash", SCRIPT, "--shape", "tiny", "--python", sys.executable, "--work", tmp_path / "work", results]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280, check=False)
     print(done.stdout)
     assert done.returncode == 0, done.stderr
@@ -62,12 +62,15 @@ def test_the_proof_for_gpus_rehearsed_without_one(tmp_path: Path) -> None:
         "step",
         "machine",
         "synth",
+        "ask",
+        "ask_again",
         "doctor",
-        "encoder_placed",
-        "language_model_placed",
-        "bench_engine",
+        "placed",
+        "bench",
+        "overhead",
+        "batched",
         "tune",
         "predict",
     }
-    for name in ("bench_engine", "tune", "predict"):
+    for name in ("bench", "overhead", "batched", "tune", "predict"):
         assert json.loads((results / f"{name}.json").read_text())

@@ -15,16 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-
 from token_rows import TokenRow, batch
+
 from opsin.compose import template_source
 from opsin.core.backend import EmbeddingRows
 from opsin.core.layout import ImageRun, Layout
 from opsin.core.settings import EngineSettings, MediaSettings
 from opsin.media import load_picture
-from opsin.models import Pair, write_pair
+from opsin.models import Pair
 from opsin.native import NativeBackend, open_backend
 from opsin.prompt import Message, PromptBuilder
+from synth import write_pair
 
 TOLERANCE = 0.05
 """Natural log probability: the server is another build of llama.cpp, so f16 products are rounded in another order.

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from token_rows import TokenRow, batch
+
 from opsin.core.backend import EmbeddingRows
 from opsin.core.layout import ImageRun
 from opsin.core.parts import PicturePart, TextPart

@@ -19,7 +19,7 @@ from opsin import Opsin
 from opsin.api import question_about
 from opsin.core.answer import Finished
 from opsin.core.errors import Cancelled
-from opsin.models import write_pair
+from synth import write_pair
 
 ASKERS, SEQUENCES, PICTURES, CTX_OF_EACH = 64, 8, 24, 2048
 MINUTES = float(os.environ.get("SOAK_MINUTES", "30"))

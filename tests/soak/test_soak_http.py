@@ -18,7 +18,7 @@ from pathlib import Path
 import httpx
 from serve_process import Served, picture_url, question, served
 
-from opsin.models import write_pair
+from synth import write_pair
 
 CLIENTS, SEQUENCES, PICTURES, CTX = 100, 8, 24, 2048
 MINUTES = float(os.environ.get("SOAK_HTTP_MINUTES", "10"))

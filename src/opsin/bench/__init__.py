@@ -1,37 +1,30 @@
-"""Measures: five workloads, the machine's own limits, and how near the one comes to the other.
+"""Measures speed: five workloads, the machine's own limits, and the cost of a token beside the model.
 
-For: numbers that can be repeated. It refuses to know llama.cpp and the terminal; whoever can answer a question
-about a picture's bytes with a stream of time stamps can be measured.
+Refuses to know llama.cpp and the terminal: whatever answers a question about an image with a stream of times can be
+measured.
 """
 
-from opsin.bench.batched import Batched, measure_batched
-from opsin.bench.ceiling import Machine, measure_machine
-from opsin.bench.cost import ModelCost, read_cost
-from opsin.bench.engine_driver import EngineDriver
-from opsin.bench.http_driver import HttpDriver
-from opsin.bench.measure import Figures, Measured, measure_in_turn, measure_workload
-from opsin.bench.report import as_document, as_text
-from opsin.bench.workload import WORKLOADS, Ask, Driver, RequestFailed, Workload, choose
+from opsin.bench.cost import Ceiling, ModelCost, read_cost
+from opsin.bench.drivers import EngineDriver, HttpDriver, serving
+from opsin.bench.run import Result, Stats, measure_in_turn, warm_up
+from opsin.bench.workloads import WORKLOADS, Ask, Driver, RequestFailed, Workload, choose, image_file
 
 __all__ = [
     "WORKLOADS",
     "Ask",
-    "Batched",
+    "Ceiling",
     "Driver",
     "EngineDriver",
-    "Figures",
     "HttpDriver",
-    "Machine",
-    "Measured",
     "ModelCost",
     "RequestFailed",
+    "Result",
+    "Stats",
     "Workload",
-    "as_document",
-    "as_text",
     "choose",
-    "measure_batched",
+    "image_file",
     "measure_in_turn",
-    "measure_machine",
-    "measure_workload",
     "read_cost",
+    "serving",
+    "warm_up",
 ]

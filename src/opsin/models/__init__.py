@@ -13,7 +13,6 @@ from opsin.models.resolve import ListedModel, demo_pair, list_models, locate, re
 
 if TYPE_CHECKING:
     from opsin.models.hub import pull
-    from opsin.models.synth import write_pair
 
 __all__ = [
     "GgufHeader",
@@ -32,10 +31,9 @@ __all__ = [
     "read_header",
     "read_info",
     "resolve",
-    "write_pair",
 ]
 
-_HOMES = {"pull": "opsin.models.hub", "write_pair": "opsin.models.synth"}
+_HOMES = {"pull": "opsin.models.hub"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,26 +1,28 @@
-"""Sizes of random-weight pairs, as plain data: a new shape is a new row, never new code.
+"""Sizes of LLaVA-like pairs as plain data, for predictions without a file: a new shape is a new row.
+
+`tools/synth.py` in the repository writes random-weight pairs of these shapes.
 
 Sources: LLaVA-1.5 7B and 13B are Vicuna 1.5 with CLIP ViT-L/14 at 336 px (arXiv 2310.03744 and the models' published
-`config.json`). Their published projector files hold 23 of CLIP's 24 blocks and llama.cpp runs all but the last of
-those a file holds (`tools/mtmd/models/llava.cpp`), so 23 is what a fair measurement needs. The tiny shapes of the
-other families keep the structure of what they are named for, and the ratios that matter: LLaVA-1.6's five grids,
-Qwen2-VL's rope sections of 2:3:3, Gemma 3's picture that is wider than its sliding window is.
+`config.json`). Their published projector files hold 23 of CLIP's 24 blocks, and llama.cpp runs all but the last block
+of a file (`tools/mtmd/models/llava.cpp`), so 23 is what a fair measurement needs. TinyLlama-1.1B: the `config.json` of
+TinyLlama-1.1B-Chat-v1.0.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 Family = Literal["llava", "qwen2vl", "gemma3"]
+WeightType = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
 
 
 @dataclass(frozen=True, slots=True)
 class VisionShape:
     """A CLIP-like vision transformer. `image_size` and `patch_size` are pixels, the rest widths and counts.
 
-    `merge` patches a side become one image token. `grids` are the sizes in pixels that a large picture is cut into
-    tiles of `image_size` from; without any, a picture is one tile.
+    A square of `merge` × `merge` patches becomes one image token. `grids` are the sizes in pixels that a large image is
+    resized to before it is cut into tiles of `image_size`; without grids an image is one tile.
     """
 
     image_size: int
@@ -34,7 +36,7 @@ class VisionShape:
 
     @property
     def patches(self) -> int:
-        """Patches of one picture, or tile, of `image_size`: its image tokens where none are merged."""
+        """Patches of one image or tile of `image_size`; its image tokens if none are merged."""
         return (self.image_size // self.patch_size) ** 2
 
 
@@ -43,7 +45,7 @@ class TextShape:
     """A language model. `context` is the trained length in tokens; the rest are widths and counts.
 
     `sections` are the pairs of a head's values that rotate by time, height, width and one more (M-RoPE). `window` is
-    the sliding window in tokens of every other layer, 0 for none.
+    the sliding window of every other layer in tokens; 0 means none.
     """
 
     width: int
@@ -64,10 +66,10 @@ class TextShape:
 
 @dataclass(frozen=True, slots=True)
 class PairShape:
-    """A vision encoder, a projector and a language model, put together as `family` does.
+    """A vision encoder, a projector and a language model, joined as `family` joins them.
 
-    `contrast` widens the random weights that attention scores and next-token scores come from. At 1 a random model
-    looks at all positions nearly alike, so a wrong position would hardly show: comparisons need more.
+    `contrast` widens the random weights behind attention scores and logits. At 1 a random model attends to all
+    positions almost equally, so a wrong position would hardly show; comparisons need more.
     """
 
     name: str
@@ -79,22 +81,31 @@ class PairShape:
 
 
 _VIT_L_336 = VisionShape(image_size=336, patch_size=14, width=1024, layers=23, heads=16, feed_forward=4096)
-_TINY_VIT = VisionShape(image_size=56, patch_size=14, width=64, layers=2, heads=4, feed_forward=128)
-_TINY_TEXT = TextShape(width=64, layers=2, heads=4, kv_heads=2, feed_forward=128, vocabulary=512, context=4096)
 
 _ALL = (
-    PairShape("tiny", _TINY_VIT, _TINY_TEXT, "16 image tokens; written in a moment, for tests"),
+    PairShape(
+        "tiny",
+        VisionShape(image_size=56, patch_size=14, width=64, layers=2, heads=4, feed_forward=128),
+        TextShape(width=64, layers=2, heads=4, kv_heads=2, feed_forward=128, vocabulary=512, context=4096),
+        "16 image tokens; written in a moment, for tests",
+    ),
     PairShape(
         "small",
         VisionShape(image_size=336, patch_size=14, width=768, layers=12, heads=12, feed_forward=3072),
         TextShape(width=1024, layers=12, heads=16, kv_heads=8, feed_forward=2816, vocabulary=32_000, context=8192),
-        "576 image tokens and 0.2 B parameters; the pair Opsin's measurements are made on",
+        "576 image tokens and 0.2 B parameters",
     ),
     PairShape(
         "medium",
         VisionShape(image_size=336, patch_size=14, width=1024, layers=8, heads=16, feed_forward=4096),
         TextShape(width=1536, layers=16, heads=24, kv_heads=8, feed_forward=4096, vocabulary=32_000, context=8192),
-        "576 image tokens and 0.5 B parameters; a second size to check predictions on",
+        "576 image tokens and 0.5 B parameters",
+    ),
+    PairShape(
+        "tinyllama-1.1b",
+        _VIT_L_336,
+        TextShape(width=2048, layers=22, heads=32, kv_heads=4, feed_forward=5632, vocabulary=32_000, context=2048),
+        "576 image tokens and 1.1 B parameters; TinyLlama-1.1B with the vision encoder of LLaVA-1.5",
     ),
     PairShape(
         "llava-1.5-7b",
@@ -107,29 +118,6 @@ _ALL = (
         _VIT_L_336,
         TextShape(width=5120, layers=40, heads=40, kv_heads=40, feed_forward=13_824, vocabulary=32_000, context=4096),
         "576 image tokens and 13 B parameters; the size of LLaVA-1.5 13B",
-    ),
-    PairShape(
-        "llava-1.6-tiny",
-        replace(_TINY_VIT, grids=((56, 112), (112, 56), (112, 112), (168, 56), (56, 168))),
-        _TINY_TEXT,
-        "tiles: 16 image tokens for the whole picture and for each of up to four tiles of it",
-        contrast=2.0,
-    ),
-    PairShape(
-        "qwen2vl-tiny",
-        replace(_TINY_VIT, image_size=560, merge=2),
-        replace(_TINY_TEXT, sections=(2, 3, 3, 0)),
-        "M-RoPE: positions in time, height and width; image tokens by the picture's size",
-        "qwen2vl",
-        2.0,
-    ),
-    PairShape(
-        "gemma3-tiny",
-        replace(_TINY_VIT, image_size=224, merge=2),
-        replace(_TINY_TEXT, window=48),
-        "64 image tokens that attend in both directions; every other layer has a sliding window of 48 tokens",
-        "gemma3",
-        2.0,
     ),
 )
 

@@ -7,9 +7,10 @@ import pytest
 
 from opsin.bench import cost
 from opsin.bench.cost import encode_ops_of, picture_cost, read_cost
-from opsin.models import Pair, write_pair
+from opsin.models import Pair
 from opsin.models.gguf import TensorHead
 from opsin.models.shapes import SHAPES
+from synth import write_pair
 
 
 @pytest.fixture(scope="module")

@@ -9,23 +9,22 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from opsin.bench import Ask, HttpDriver, RequestFailed, Workload, measure_in_turn, pictures
-from opsin.bench.compare import Side, compare_text, ratio, ratios
-from opsin.bench.measure import Figures, Measured
-from opsin.bench.play import Trace, play
+from opsin.bench import Ask, HttpDriver, RequestFailed, Workload, measure_in_turn, workloads
+from opsin.bench.report import Target, as_text, ratios
+from opsin.bench.run import run_workload
 from opsin.cli.bench import app
 from opsin.core.answer import Usage
 from opsin.core.errors import BadParameter
 
 pytestmark = pytest.mark.slow
 
-WORKLOAD = Workload("W1", "two pictures", (Ask(0, max_tokens=3), Ask(1, max_tokens=3)))
+WORKLOAD = Workload("W1", "two images", (Ask(0, max_tokens=3), Ask(1, max_tokens=3)))
 Script = Callable[[dict[str, Any]], list[Any]]
 
 
 @pytest.fixture(autouse=True)
-def _small_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "PNG_SIZE", (32, 24))
+def _small_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workloads, "IMAGE_SIZE", (32, 24))
 
 
 def chunk(text: str = "", **more: Any) -> dict[str, Any]:
@@ -104,21 +103,20 @@ def serve() -> Iterator[Callable[[Script], Stub]]:
         stub.close()
 
 
-def test_a_question_goes_out_as_a_picture_and_a_text_and_every_piece_is_stamped(
+def test_a_question_goes_out_as_an_image_and_a_text_and_every_piece_is_stamped(
     serve: Callable[[Script], Stub],
 ) -> None:
     stub = serve(good)
     driver = HttpDriver(stub.url + "/v1/", api_key="secret")
     assert driver.model == "stub-model"
-    (first, _) = traces = play(driver, WORKLOAD, [b"\x89PNG1", b"\xff\xd82"])
+    (first, _) = timings = run_workload(driver, WORKLOAD, [b"one", b"two"])
     driver.close()
-    assert [len(trace.pieces) for trace in traces] == [3, 3]
+    assert [len(timing.pieces) for timing in timings] == [3, 3]
     assert first.sent < first.pieces[0] <= first.pieces[2] <= first.ended
     assert first.usage == Usage(prompt_tokens=20, completion_tokens=3, cached_tokens=4)
     assert stub.keys == ["Bearer secret"] * 2
-    picture, text = stub.bodies[0]["messages"][0]["content"]
-    assert picture["image_url"]["url"].startswith("data:image/png;base64,")
-    assert stub.bodies[1]["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/jpeg;base64,")
+    image, text = stub.bodies[0]["messages"][0]["content"]
+    assert image == {"type": "image_url", "image_url": {"url": "data:image/png;base64,b25l"}}
     assert text == {"type": "text", "text": "what is this?"}
     sent = {name: stub.bodies[0][name] for name in ("temperature", "max_tokens", "ignore_eos", "guard", "stream")}
     assert sent == {"temperature": 0, "max_tokens": 3, "ignore_eos": True, "guard": False, "stream": True}
@@ -130,31 +128,31 @@ def test_a_question_goes_out_as_a_picture_and_a_text_and_every_piece_is_stamped(
         (lambda _: [503], "2 of 2 questions failed: status 503: the queue is full"),
         (lambda _: [chunk("a"), {"error": {"message": "out of memory"}}], "out of memory"),
         (lambda _: [chunk("a")], "did not say how many tokens"),
-        (lambda _: [chunk("a"), {"usage": {"completion_tokens": 2}}], "2 tokens were answered where 3 were asked for"),
+        (lambda _: [chunk("a"), {"usage": {"completion_tokens": 2}}], "an answer has 2 tokens instead of 3"),
     ],
 )
-def test_failed_and_unequal_answers_void_a_servers_runs_and_not_the_others(
+def test_failed_and_unequal_answers_make_a_servers_runs_invalid_and_not_the_others(
     serve: Callable[[Script], Stub], script: Script, reason: str
 ) -> None:
     drivers = {"well": HttpDriver(serve(good).url), "ill": HttpDriver(serve(script).url)}
     told: list[str] = []
     found = measure_in_turn(drivers, WORKLOAD, runs=3, tell=told.append)
-    assert found["well"].void is None
+    assert found["well"].invalid is None
     assert len(found["well"].runs) == 3
-    assert reason in (found["ill"].void or "")
-    assert found["ill"].failed == (0 if "2 tokens" in reason else 2)
+    assert reason in (found["ill"].invalid or "")
+    assert found["ill"].failed == (0 if "has 2 tokens" in reason else 2)
     assert told == [
         "W1, run 1 of 3 on well",
         "W1, run 1 of 3 on ill",
         "W1, run 2 of 3 on well",
         "W1, run 3 of 3 on well",
     ]
-    sides = [Side(name, {}, (measured,)) for name, measured in found.items()]
-    assert set(ratios(sides)["ill"]["W1"].values()) == {None}
-    assert "void" in compare_text(sides)
+    targets = [Target(name, {}, (result,)) for name, result in found.items()]
+    assert set(ratios(targets)["ill"]["W1"].values()) == {None}
+    assert "invalid" in as_text(targets)
 
 
-def test_every_second_run_goes_the_other_way_round_on_equal_pictures(serve: Callable[[Script], Stub]) -> None:
+def test_every_second_run_goes_backwards_with_equal_images(serve: Callable[[Script], Stub]) -> None:
     stubs = {"a": serve(good), "b": serve(good)}
     told: list[str] = []
     measure_in_turn({n: HttpDriver(s.url) for n, s in stubs.items()}, WORKLOAD, runs=2, tell=told.append)
@@ -164,9 +162,9 @@ def test_every_second_run_goes_the_other_way_round_on_equal_pictures(serve: Call
 
 def test_an_answer_ended_by_its_limit_has_as_many_tokens(serve: Callable[[Script], Stub]) -> None:
     stub = serve(lambda _: [chunk("a"), {"choices": [{"delta": {}, "finish_reason": "length"}]}])
-    (trace, _) = play(HttpDriver(stub.url), WORKLOAD, [b"", b""])
-    assert trace.failed is None
-    assert trace.usage.completion_tokens == 3
+    (timing, _) = run_workload(HttpDriver(stub.url), WORKLOAD, [b"", b""])
+    assert timing.failed is None
+    assert timing.usage.completion_tokens == 3
 
 
 def test_a_server_that_hangs_up_is_a_failed_question() -> None:
@@ -175,27 +173,16 @@ def test_a_server_that_hangs_up_is_a_failed_question() -> None:
     stub.close()
     with pytest.raises(RequestFailed, match="broke off"):
         next(driver.ask(b"\x89PNG", "?", 1))
-    assert play(driver, WORKLOAD, [b"", b""])[0].failed is not None
+    assert run_workload(driver, WORKLOAD, [b"", b""])[0].failed is not None
 
 
 def test_what_is_no_server_is_a_bad_parameter(serve: Callable[[Script], Stub]) -> None:
-    with pytest.raises(BadParameter, match="begins with http"):
+    with pytest.raises(BadParameter, match="must begin with http"):
         HttpDriver("localhost:1")
     closed = serve(good)
     closed.close()
     with pytest.raises(BadParameter, match="No server answers"):
         HttpDriver(closed.url)
-
-
-def test_a_ratio_is_the_median_of_the_runs_own_ratios() -> None:
-    def measured(*totals: float) -> Measured:
-        trace = Trace(0.0, (0.1, 0.2), 1.0, Usage())
-        runs = tuple(Figures(total, 10, 10, 1, 0, ()) for total in totals)
-        assert trace.failed is None
-        return Measured(WORKLOAD, runs, ())
-
-    assert ratio(measured(1, 2, 9), measured(2, 1, 10), "total_s") == pytest.approx(0.9)
-    assert ratio(measured(1), measured(1), "longest_pause_ms") is None
 
 
 def test_the_command_measures_two_servers_and_ends_with_one_when_one_fails(serve: Callable[[Script], Stub]) -> None:

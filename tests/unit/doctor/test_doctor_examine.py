@@ -17,13 +17,13 @@ from opsin.doctor.check import Check
 from opsin.doctor.examine import Subject, examine
 from opsin.engine import Engine
 from opsin.models.pairing import Pair
-from opsin.models.synth import write_pair
 from opsin.native.build_info import Build
 from opsin.native.device_rate import DeviceRate
 from opsin.native.devices import Device
 from opsin.prompt import PromptBuilder, TemplateSource
 from opsin.testing import FakeBackend
 from opsin.testing.fake_backend import N_VOCAB, TURN_TEXT
+from synth import write_pair
 
 TEMPLATE = "{% for m in messages %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endfor %}" + TURN_TEXT
 SOURCE = TemplateSource(TEMPLATE, "llama", "fake", None, "", "", frozenset({TURN_TEXT}))

@@ -14,8 +14,8 @@ from opsin.doctor.pair import PairFacts, image_tokens_of, pair_checks
 from opsin.models.gguf import GgufInfo, read_info
 from opsin.models.pairing import Pair
 from opsin.models.shapes import SHAPES
-from opsin.models.synth import write_pair, write_shape
 from opsin.prompt import TemplateSource
+from synth import write_pair, write_shape
 
 TOKENS = frozenset({"<s>", "</s>", "<unk>"})
 TURNS = "{% for m in messages %}[{{ m.role }}] {{ m.content }}END{% endfor %}"

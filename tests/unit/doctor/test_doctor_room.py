@@ -17,9 +17,9 @@ from opsin.doctor.check import Check
 from opsin.doctor.free_memory import free_memory
 from opsin.doctor.room import Estimate, Parts, by_hand, estimate_room, room_checks, weights_by_device
 from opsin.models.gguf import GgufHeader, TensorHead, read_header
-from opsin.models.synth import write_pair
 from opsin.native import Device
 from opsin.native.memory import HOST, Reserved, device_of, read_log
+from synth import write_pair
 
 MIB, GIB = 2**20, 2**30
 

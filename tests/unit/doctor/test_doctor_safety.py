@@ -16,9 +16,9 @@ from opsin.core.settings import EngineSettings
 from opsin.doctor.check import Check
 from opsin.doctor.safety import safety_check
 from opsin.models.pairing import Pair
-from opsin.models.synth import write_pair
 from opsin.native.devices import Device
 from opsin.native.trial import Trial, try_pair
+from synth import write_pair
 
 pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="the children are shells"),

@@ -13,8 +13,9 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from opsin.models import Pair, write_pair
+from opsin.models import Pair
 from opsin.models.hub import Hub
+from synth import write_pair
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +38,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     from dataclasses import replace
 
     from opsin.models.shapes import SHAPES
-    from opsin.models.synth import write_shape
+    from synth import write_shape
 
     shape = SHAPES["tiny"]
     text = replace(shape.text, width=128)

@@ -13,13 +13,18 @@ import gguf
 import pytest
 
 from opsin.core.errors import BadInput, BadParameter
-from opsin.models import Pair, check_pair, read_info, write_pair
-from opsin.models.blueprint import clip_tensors, llm_tensors
-from opsin.models.shapes import SHAPES
-from opsin.models.synth import LLM_TYPES, MMPROJ_TYPES, write_shape
-from opsin.models.weights import BLOCK_BYTES, RandomWeights, Tensor
+from opsin.models import Pair, check_pair, read_info
+from synth import LLM_TYPES, MMPROJ_TYPES, SHAPES, write_pair, write_shape
+from synth.text import llm_tensors
+from synth.vision import clip_tensors
+from synth.weights import BLOCK_BYTES, RandomWeights, Tensor
 
 pytestmark = pytest.mark.slow  # together they take seconds, so `make check` leaves them out
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return write_pair("tiny", tmp_path_factory.mktemp("tiny"))
 
 
 def tensors_of(path: Path) -> dict[str, gguf.ReaderTensor]:
@@ -158,6 +163,7 @@ def test_shapes_have_the_sizes_of_what_they_are_named_for():
 
     assert parameters("llava-1.5-7b") == pytest.approx(6.74, abs=0.01)  # Llama 2 7B
     assert parameters("llava-1.5-13b") == pytest.approx(13.02, abs=0.01)  # Llama 2 13B
+    assert parameters("tinyllama-1.1b") == pytest.approx(1.100, abs=0.001)  # TinyLlama-1.1B
     assert parameters("small") == pytest.approx(0.2, abs=0.02)
     assert SHAPES["small"].vision.patches == SHAPES["llava-1.5-7b"].vision.patches == 576
     assert SHAPES["tiny"].vision.patches == 16

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from opsin.core.errors import BadParameter
-from opsin.models.vocabulary import SMALLEST, SPACE, make_vocabulary
+from synth.vocabulary import SMALLEST, SPACE, make_vocabulary
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Keys and tensors of the language models: `llama`, `qwen2vl` and `gemma3`.
+"""Metadata keys and tensors of the language models: `llama`, `qwen2vl` and `gemma3`.
 
 Sources: llama.cpp's `src/models/llama.cpp`, `qwen2vl.cpp`, `gemma3.cpp` and `src/llama-vocab.cpp`.
 """
@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from opsin.models.templates import TEMPLATES
-from opsin.models.vocabulary import make_bpe_vocabulary, make_vocabulary
-from opsin.models.weights import FILE_TYPES, Tensor, WeightType, fits
+from synth.templates import TEMPLATES
+from synth.vocabulary import make_bpe_vocabulary, make_vocabulary
+from synth.weights import FILE_TYPES, Tensor, fits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from opsin.models.shapes import PairShape
+    from opsin.models.shapes import PairShape, WeightType
 
-# What mtmd puts around a picture and what ends a turn must be tokens of the vocabulary.
+# What mtmd puts around an image and what ends a conversation turn must be tokens of the vocabulary.
 _QWEN_CONTROL = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -27,11 +27,11 @@ _QWEN_CONTROL = (
     "<|image_pad|>",
 )
 _GEMMA_CONTROL = ("<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>")
-_WINDOWED_LAYERS = 2  # of as many the last one sees everything
+_WINDOW_PATTERN = 2  # one layer in two attends to everything
 
 
 def llm_metadata(writer: Any, shape: PairShape, kind: WeightType, *, template: bool) -> None:
-    """Keys of the language model's file, into a `gguf.GGUFWriter`."""
+    """Write the keys of the language model's file with a `gguf.GGUFWriter`."""
     text = shape.text
     writer.add_name(f"Random {shape.name}")
     writer.add_file_type(FILE_TYPES[kind])
@@ -50,7 +50,7 @@ def llm_metadata(writer: Any, shape: PairShape, kind: WeightType, *, template: b
         writer.add_key_length(text.width // text.heads)
         writer.add_value_length(text.width // text.heads)
         writer.add_sliding_window(text.window)
-        writer.add_sliding_window_pattern(_WINDOWED_LAYERS)
+        writer.add_sliding_window_pattern(_WINDOW_PATTERN)
     if shape.family == "qwen2vl":
         _add_bpe(writer, text.vocabulary)
     else:
@@ -103,7 +103,7 @@ def llm_tensors(shape: PairShape, kind: WeightType) -> Iterator[Tensor]:
         return Tensor(f"{name}.weight", (size,), "f32", 0.0, mean=mean)
 
     qkv_bias = family == "qwen2vl"
-    # Rows of unit spread, as wide as what the projector hands over for pictures; Gemma multiplies them by its root.
+    # Rows of unit spread, like the image embeddings of the projector; Gemma multiplies them by the root of the width.
     yield Tensor(
         "token_embd.weight",
         (width, text.vocabulary),
@@ -118,7 +118,7 @@ def llm_tensors(shape: PairShape, kind: WeightType) -> Iterator[Tensor]:
         yield from linear(block + "attn_v", width, text.kv_width, bias=qkv_bias)
         yield from linear(block + "attn_output", width, width)
         if family == "gemma3":
-            # Its queries and keys are normalised, so the contrast is in these.
+            # Queries and keys are normalised, so the contrast goes into these norms.
             yield norm(block + "attn_q_norm", width // text.heads, shape.contrast)
             yield norm(block + "attn_k_norm", width // text.heads, shape.contrast)
             yield norm(block + "post_attention_norm")

@@ -1,7 +1,4 @@
-"""Chat templates of random-weight models: the turns of the families they are shaped after, short.
-
-All take content that is a string or a list of parts.
-"""
+"""Short chat templates of the families; each takes content that is a string or a list of parts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Vocabularies made up for random-weight models: in SentencePiece's manner (llama.cpp's SPM) and in GPT-2's (BPE)."""
+"""Invented vocabularies: SentencePiece-like (llama.cpp's SPM) and GPT-2-like (BPE)."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """Texts and llama.cpp's token types, of one length.
+    """Texts and llama.cpp's token types, equally many.
 
-    SPM: `scores` of the same length; 0 is unknown, 1 begins and 2 ends a text. BPE: `merges`, most frequent first.
-    Further control tokens stand at the end.
+    SPM: as many `scores`; token 0 is unknown, 1 begins and 2 ends a text. BPE: `merges`, most frequent first. Further
+    control tokens are at the end.
     """
 
     tokens: tuple[str, ...]
@@ -39,8 +39,8 @@ SMALLEST = 3 + 256 + 95
 def make_vocabulary(size: int, control: tuple[str, ...] = ()) -> Vocabulary:
     """Three control tokens, 256 bytes, the printable ASCII characters, words, then the tokens of `control`: `size`.
 
-    Every word joins two tokens that stand before it and scores below them, so that SPM's merging can reach it from
-    single characters. The same size gives the same words. Raises BadParameter under `SMALLEST` and those of `control`.
+    Every word joins two earlier tokens and scores below them, so SPM's merging can reach it from single characters. The
+    same size gives the same words. Raises BadParameter if `size` is below `SMALLEST` plus the tokens of `control`.
     """
     if size < SMALLEST + len(control):
         raise BadParameter(f"a vocabulary needs at least {SMALLEST + len(control)} tokens, {size} are too few")
@@ -59,7 +59,7 @@ def make_vocabulary(size: int, control: tuple[str, ...] = ()) -> Vocabulary:
 def make_bpe_vocabulary(size: int, control: tuple[str, ...]) -> Vocabulary:
     """256 bytes as GPT-2 writes them, words with the merges that make them, then the tokens of `control`: `size`.
 
-    Raises BadParameter when there is no room for the bytes.
+    Raises BadParameter if the bytes do not fit.
     """
     bytes_ = _bytes_as_characters()
     if size < len(bytes_) + len(control):
@@ -73,24 +73,24 @@ def make_bpe_vocabulary(size: int, control: tuple[str, ...]) -> Vocabulary:
 
 
 def _bytes_as_characters() -> tuple[str, ...]:
-    """One visible character a byte: itself where Latin-1 shows one, else those from 256 on (GPT-2's table)."""
+    """One visible character per byte: Latin-1's if it is printable, else one from 256 on (GPT-2's table)."""
     shown = {*range(33, 127), *range(161, 173), *range(174, 256)}
     spare = itertools.count(256)
     return tuple(chr(value if value in shown else next(spare)) for value in range(256))
 
 
 def _joins(space: str) -> Iterator[tuple[str, str]]:
-    """The halves of distinct words without end: pairs of letters first, then longer and longer joins of those."""
+    """Endless distinct words as (left, right): pairs of letters first, then longer and longer joins of those."""
     import random
 
     pairs = list(itertools.product(space + _LETTERS, _LETTERS))
     yield from pairs
     known = [a + b for a, b in pairs]
-    draw = random.Random(20)  # noqa: S311  # made-up words, no secrets
+    rng = random.Random(20)  # noqa: S311  # made-up words, no secrets
     seen = set(known)
     while True:
-        right = draw.choice(known)
-        left = draw.choice(known)
+        right = rng.choice(known)
+        left = rng.choice(known)
         word = left + right
         if not right.startswith(space) and len(word) <= 12 and word not in seen:
             seen.add(word)

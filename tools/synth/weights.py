@@ -1,30 +1,30 @@
-"""Random weights by the gigabyte, in bounded memory and at the speed of the disk."""
+"""Random weights in bounded memory, at the speed of the disk."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Literal
+from typing import IO, TYPE_CHECKING
+
+from opsin.models.shapes import WeightType
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-WeightType = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
-
-_BLOCK = 32  # values of one block of q8_0 and q4_0; the other types follow suit
+_BLOCK = 32  # values of one block of q8_0 and q4_0; the other types are counted alike
 BLOCK_BYTES: dict[WeightType, int] = {"f32": 128, "f16": 64, "bf16": 64, "q8_0": 34, "q4_0": 18}
 
 # llama.cpp's `llama_ftype`
 FILE_TYPES: dict[WeightType, int] = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "bf16": 32}
 
-# How many blocks are drawn. A prime, and more than a tensor has rows: rows are then cut from the ring of blocks at
-# places that never repeat within a tensor, so that no two tokens get the same logit.
+# Number of random blocks. A prime larger than the number of rows of a tensor: rows then start at different blocks of
+# the ring, so no two tokens get the same logit.
 _RINGS = (8_191, 131_071, 524_287)
 
 
 def fits(kind: WeightType, row: int) -> WeightType:
-    """`kind`, or f16 where rows of `row` values are no whole number of quantised blocks, as llama.cpp's tools do."""
+    """`kind`, or f16 if rows of `row` values are not a whole number of quantised blocks, as llama.cpp's tools do."""
     return "f16" if kind in {"q8_0", "q4_0"} and row % _BLOCK else kind
 
 
@@ -53,10 +53,10 @@ class Tensor:
 
 
 class RandomWeights:
-    """Writes tensors of normal draws.
+    """Writes tensors of normally distributed values; `seed` decides every byte.
 
-    `seed` decides every byte. A ring of blocks is drawn once, quantised once for each type and spread, and then
-    written round and round from a place of each tensor's own: 7 B parameters cost the time of writing them.
+    One ring of random blocks is quantised once for each type and spread. Each tensor is written from the ring, starting
+    at a random block, so 7 B parameters take only the time to write them.
     """
 
     def __init__(self, seed: int, tensors: list[Tensor]) -> None:
@@ -64,8 +64,8 @@ class RandomWeights:
 
         rows = max(tensor.values // tensor.shape[0] for tensor in tensors)
         self._ring = next((size for size in _RINGS if size > rows), _RINGS[-1])
-        self._draw = np.random.default_rng(seed)
-        self._unit: NDArray[np.float32] = self._draw.standard_normal((self._ring, _BLOCK), dtype=np.float32)
+        self._rng = np.random.default_rng(seed)
+        self._unit: NDArray[np.float32] = self._rng.standard_normal((self._ring, _BLOCK), dtype=np.float32)
         self._packed: dict[tuple[WeightType, float], memoryview] = {}
 
     def write(self, tensor: Tensor, out: IO[bytes]) -> None:
@@ -74,7 +74,7 @@ class RandomWeights:
             self._write_constant(tensor, out)
             return
         ring = self._packed_ring(tensor.type, tensor.spread)
-        start = int(self._draw.integers(self._ring)) * BLOCK_BYTES[tensor.type]
+        start = int(self._rng.integers(self._ring)) * BLOCK_BYTES[tensor.type]
         left = tensor.bytes
         while left:
             piece = ring[start : start + left]

@@ -1,4 +1,4 @@
-"""Keys and tensors of the projector files: `mlp` (LLaVA), `qwen2vl_merger` and `gemma3`.
+"""Metadata keys and tensors of the projector files: `mlp` (LLaVA), `qwen2vl_merger` and `gemma3`.
 
 Sources: llama.cpp's `tools/mtmd/clip.cpp`, `clip-impl.h` and `models/llava.cpp`, `qwen2vl.cpp`, `siglip.cpp`.
 """
@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from opsin.models.weights import FILE_TYPES, Tensor, WeightType, fits
+from synth.weights import FILE_TYPES, Tensor, fits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from opsin.models.shapes import Family, PairShape
+    from opsin.models.shapes import Family, PairShape, WeightType
 
 _PROJECTORS: dict[Family, str] = {"llava": "mlp", "qwen2vl": "qwen2vl_merger", "gemma3": "gemma3"}
 
-# Normalisation per colour: CLIP's; SigLIP, which Gemma sees with, takes values from -1 to 1.
+# Normalisation per colour channel: CLIP's; SigLIP, Gemma's encoder, takes values from -1 to 1.
 _MEAN: dict[Family, list[float]] = {"gemma3": [0.5, 0.5, 0.5]}
 _STD: dict[Family, list[float]] = {"gemma3": [0.5, 0.5, 0.5]}
 _CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
@@ -24,7 +24,7 @@ _CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 
 
 def clip_metadata(writer: Any, shape: PairShape, kind: WeightType) -> None:
-    """Keys of the projector's file, into a `gguf.GGUFWriter`."""
+    """Write the keys of the projector's file with a `gguf.GGUFWriter`."""
     vision, family = shape.vision, shape.family
     writer.add_name(f"Random {shape.name} projector")
     writer.add_file_type(FILE_TYPES[kind])
@@ -46,7 +46,7 @@ def clip_metadata(writer: Any, shape: PairShape, kind: WeightType) -> None:
     elif vision.merge > 1:
         writer.add_vision_spatial_merge_size(vision.merge)
     if vision.grids:
-        # The writer has no words of its own for these two.
+        # The writer has no methods for these two.
         writer.add_string("clip.vision.mm_patch_merge_type", "spatial_unpad")
         writer.add_array("clip.vision.image_grid_pinpoints", [edge for grid in vision.grids for edge in grid])
 
@@ -55,7 +55,7 @@ def clip_tensors(shape: PairShape, kind: WeightType) -> Iterator[Tensor]:
     """Tensors of the vision transformer and the projector, in the file's order."""
     vision, family, out = shape.vision, shape.family, shape.text.width
     width, patch, forward = vision.width, vision.patch_size, vision.feed_forward
-    full: WeightType = "f32" if kind == "f32" else "f16"  # what is never quantised
+    full: WeightType = "f32" if kind == "f32" else "f16"  # of tensors that are never quantised
 
     def linear(name: str, inputs: int, outputs: int) -> Iterator[Tensor]:
         yield Tensor(f"{name}.weight", (inputs, outputs), fits(kind, inputs), inputs**-0.5)
@@ -69,11 +69,11 @@ def clip_tensors(shape: PairShape, kind: WeightType) -> Iterator[Tensor]:
     if family == "llava":
         yield Tensor("v.class_embd", (width,), "f32", 1.0)
     yield Tensor("v.patch_embd.weight", (patch, patch, 3, width), full, spread)
-    if family == "qwen2vl":  # one kernel for each of two frames: a still picture goes through both
+    if family == "qwen2vl":  # one kernel for each of two frames; a still image goes through both
         yield Tensor("v.patch_embd.weight.1", (patch, patch, 3, width), full, spread)
     else:
-        places = vision.patches + (family == "llava")
-        yield Tensor("v.position_embd.weight", (width, places), "f32", 0.5)
+        positions = vision.patches + (family == "llava")
+        yield Tensor("v.position_embd.weight", (width, positions), "f32", 0.5)
     yield from norm("v.pre_ln" if family == "llava" else "v.post_ln")
     for layer in range(vision.layers):
         block = f"v.blk.{layer}."
@@ -87,7 +87,7 @@ def clip_tensors(shape: PairShape, kind: WeightType) -> Iterator[Tensor]:
         yield from linear(block + "ffn_down", forward, width)
     if family == "gemma3":
         yield Tensor("mm.soft_emb_norm.weight", (width,), "f32", 0.0, mean=1.0)
-        # Kept the other way round than all else, and turned at every encode.
+        # Stored transposed; llama.cpp transposes it at every encode.
         yield Tensor("mm.input_projection.weight", (out, width), full, width**-0.5)
         return
     merged = width * vision.merge**2

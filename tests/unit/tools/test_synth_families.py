@@ -8,10 +8,11 @@ import gguf
 import pytest
 
 from opsin.core.errors import BadParameter
-from opsin.models import check_pair, write_pair
-from opsin.models.blueprint import clip_tensors, llm_tensors
-from opsin.models.shapes import SHAPES
-from opsin.models.vocabulary import BPE_SPACE, make_bpe_vocabulary, make_vocabulary
+from opsin.models import check_pair
+from synth import SHAPES, write_pair
+from synth.text import llm_tensors
+from synth.vision import clip_tensors
+from synth.vocabulary import BPE_SPACE, make_bpe_vocabulary, make_vocabulary
 
 CONTROL = ("<|a|>", "<|b|>")
 

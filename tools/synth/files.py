@@ -1,4 +1,4 @@
-"""Random-weight pairs that llama.cpp loads and runs, so that speed can be measured where nothing can be downloaded."""
+"""Writes the two GGUF files of a pair: metadata first, then the tensors one after another."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 from opsin.core.errors import BadInput, BadParameter
-from opsin.models.blueprint import clip_metadata, clip_tensors, llm_architecture, llm_metadata, llm_tensors
-from opsin.models.pairing import Pair
-from opsin.models.shapes import SHAPES, PairShape
-from opsin.models.weights import RandomWeights, Tensor, WeightType
+from opsin.models import Pair
+from opsin.models.shapes import Family, PairShape, WeightType
+from synth.shapes import SHAPES
+from synth.text import llm_metadata, llm_tensors
+from synth.vision import clip_metadata, clip_tensors
+from synth.weights import RandomWeights, Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,13 +23,14 @@ if TYPE_CHECKING:
 LLM_TYPES: tuple[WeightType, ...] = ("f16", "bf16", "q8_0", "q4_0")
 MMPROJ_TYPES: tuple[WeightType, ...] = ("f16", "bf16", "q8_0", "f32")
 
+_ARCHITECTURES: dict[Family, str] = {"llava": "llama", "qwen2vl": "qwen2vl", "gemma3": "gemma3"}
 _ALIGNMENT = 32  # GGUF's default, bytes
-_SPARE_BYTES = 64 * 2**20  # left free on the disk
+_SPARE_BYTES = 64 * 2**20  # kept free on the disk
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """One file to be written."""
+    """One file to write."""
 
     path: Path
     arch: str
@@ -50,11 +53,11 @@ def write_pair(
     template: bool = True,
     force: bool = False,
 ) -> Pair:
-    """Write `SHAPE-TYPE.gguf` and `mmproj-SHAPE-TYPE.gguf` into the folder `out`, which is made when missing.
+    """Write `SHAPE-TYPE.gguf` and `mmproj-SHAPE-TYPE.gguf` to the folder `out`, which is created if missing.
 
-    The same arguments give the same bytes. Memory stays under 300 MB for any shape; a broken write leaves nothing
-    under the final names. Raises BadParameter for an unknown shape or type, BadInput when a file is there already
-    (without `force`) or the disk has no room.
+    The same arguments give the same bytes. Memory stays under 300 MB for any shape, and an interrupted write leaves
+    nothing under the final names. Raises BadParameter for an unknown shape or type, BadInput if a file exists already
+    (without `force`) or the disk is too small.
     """
     if shape not in SHAPES:
         raise BadParameter(f"there is no shape {shape!r}: choose one of {', '.join(SHAPES)}")
@@ -79,11 +82,11 @@ def write_shape(
     template: bool = True,
     force: bool = False,
 ) -> Pair:
-    """`write_pair` for a shape of the caller's own."""
+    """Like `write_pair`, for a shape of your own."""
     plans = [
         _Plan(
             path=out / f"{shape.name}-{quantisation}.gguf",
-            arch=llm_architecture(shape),
+            arch=_ARCHITECTURES[shape.family],
             metadata=lambda writer: llm_metadata(writer, shape, quantisation, template=template),
             tensors=list(llm_tensors(shape, quantisation)),
             seed=2 * seed,
@@ -126,11 +129,11 @@ def _check_room(out: Path, needed: int) -> None:
 
 
 def _write_file(plan: _Plan) -> None:
-    """Header first, then tensor by tensor into a part file beside the final name, which it takes at the end."""
+    """Write a part file beside the final name, and rename it at the end."""
     import numpy as np
     from gguf import GGMLQuantizationType, GGUFWriter
 
-    values = np.dtype(np.float32)  # what shapes count in; the type written is the last argument's
+    values = np.dtype(np.float32)  # shapes count in values; the last argument is the type that is written
     part = plan.path.with_name(f".{plan.path.name}.{os.getpid()}.part")
     try:
         writer = GGUFWriter(None, plan.arch)

@@ -1,0 +1,199 @@
+"""What can be measured: the engine in this process, and any OpenAI-compatible vision server."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from opsin.bench.workloads import RequestFailed
+from opsin.core.answer import Finished, TextDelta, Usage
+from opsin.core.errors import BadParameter, Cancelled
+from opsin.core.sampling import SamplingParams
+from opsin.core.settings import EngineSettings, MediaSettings
+from opsin.engine import Engine
+from opsin.media import load_picture
+from opsin.prompt import Message, PromptBuilder
+
+TIMEOUT_S = 300.0
+_START_SECONDS = 600.0
+_STOP_SECONDS = 30.0
+
+
+class EngineDriver:
+    """Does what a server does with a question, without the network: decode the image, build the prompt, read events."""
+
+    def __init__(self, engine: Engine, prompts: PromptBuilder) -> None:
+        self._engine = engine
+        self._prompts = prompts
+        self._media = MediaSettings()
+
+    def ask(self, image: bytes, question: str, max_tokens: int) -> Generator[float, None, Usage]:
+        """See `workloads.Driver`. Raises BadInput, EngineError."""
+        prompt = self._prompts.build([Message("user", [load_picture(image, self._media), question])])
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, guard=False)
+        for event in self._engine.submit(prompt, params):
+            if isinstance(event, TextDelta):
+                yield time.perf_counter()
+            elif isinstance(event, Finished):
+                return event.answer.usage
+        raise Cancelled("The answer ended without its last event.")
+
+
+class HttpDriver:
+    """Sends a question as a streamed chat completion. `url` is the server's root or its `/v1`."""
+
+    def __init__(self, url: str, *, model: str | None = None, api_key: str | None = None) -> None:
+        """Raises BadParameter if no server answers, or if it lists no model and none is given."""
+        self.url = url.rstrip("/").removesuffix("/v1")
+        if not self.url.startswith(("http://", "https://")):
+            raise BadParameter(f"{url!r} is not a server address: it must begin with http:// or https://.")
+        self._client = httpx.Client(
+            base_url=self.url,
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            timeout=TIMEOUT_S,
+            trust_env=False,
+            # One connection per question: a server may close an idle one just when it is used again.
+            limits=httpx.Limits(max_keepalive_connections=0),
+        )
+        self.model = model or self._first_model()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def ask(self, image: bytes, question: str, max_tokens: int) -> Generator[float, None, Usage]:
+        """See `workloads.Driver`. Raises RequestFailed."""
+        url = f"data:image/png;base64,{base64.b64encode(image).decode()}"
+        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": content}],
+            "temperature": 0,
+            "max_tokens": max_tokens,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "ignore_eos": True,
+            "guard": False,
+        }
+        usage: Usage | None = None
+        cut = False
+        try:
+            with self._client.stream("POST", "/v1/chat/completions", json=body) as response:
+                if response.status_code != httpx.codes.OK:
+                    response.read()
+                    raise RequestFailed(f"status {response.status_code}: {_error_text(response.text)}")
+                for chunk in _events(response.iter_lines()):
+                    arrived = time.perf_counter()
+                    usage = _usage(chunk) or usage
+                    choices = chunk.get("choices") or ()
+                    cut = cut or any(choice.get("finish_reason") == "length" for choice in choices)
+                    deltas = [choice.get("delta") or {} for choice in choices]
+                    if any(delta.get("content") or delta.get("reasoning_content") for delta in deltas):
+                        yield arrived
+        except httpx.HTTPError as error:
+            raise RequestFailed(f"{self.url} broke off: {error or type(error).__name__}.") from error
+        if usage is None and cut:
+            # Some servers send no counts in streams; an answer cut by its limit has as many tokens as the limit.
+            return Usage(completion_tokens=max_tokens)
+        if usage is None:
+            raise RequestFailed(f"{self.url} did not say how many tokens it answered with.")
+        return usage
+
+    def _first_model(self) -> str:
+        try:
+            response = self._client.get("/v1/models")
+            response.raise_for_status()
+            return str(response.json()["data"][0]["id"])
+        except httpx.HTTPError as error:
+            raise BadParameter(f"No server answers at {self.url}: {error}.") from error
+        except (ValueError, LookupError, TypeError) as error:
+            raise BadParameter(f"{self.url} lists no model: name one with --served-model.") from error
+
+
+def _events(lines: Iterable[str]) -> Generator[dict[str, Any], None, None]:
+    """The JSON documents of an event stream, without comments and `[DONE]`."""
+    for line in lines:
+        data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
+        if not data or data == "[DONE]":
+            continue
+        try:
+            document = json.loads(data)
+        except ValueError as error:
+            raise RequestFailed(f"An event is not JSON: {data[:80]!r}.") from error
+        if "error" in document:
+            raise RequestFailed(_error_text(data))
+        yield document
+
+
+def _usage(chunk: dict[str, Any]) -> Usage | None:
+    counted = chunk.get("usage")
+    if not counted:
+        return None
+    details = counted.get("prompt_tokens_details") or {}
+    return Usage(
+        prompt_tokens=counted.get("prompt_tokens", 0),
+        completion_tokens=counted.get("completion_tokens", 0),
+        image_tokens=details.get("image_tokens") or 0,
+        cached_tokens=details.get("cached_tokens") or 0,
+    )
+
+
+def _error_text(body: str) -> str:
+    """The message of an OpenAI-style error body, or the body's beginning."""
+    try:
+        error = json.loads(body)["error"]
+        return str(error["message"] if isinstance(error, dict) else error)[:200]
+    except (ValueError, LookupError, TypeError):
+        return body[:200]
+
+
+@contextmanager
+def serving(settings: EngineSettings) -> Iterator[tuple[int, str]]:
+    """`opsin serve` as a child process with these settings and no others; its process id and address.
+
+    Raises BadParameter if it does not start.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command, url = [sys.executable, "-m", "opsin", "serve", f"--port={port}"], f"http://127.0.0.1:{port}"
+    for name, value in settings.model_dump(mode="json", exclude_unset=True, exclude_none=True).items():
+        flag = name.replace("_", "-")
+        command.append(f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag}={value}")
+    env = {name: value for name, value in os.environ.items() if not name.startswith("OPSIN_")}
+    env["XDG_CONFIG_HOME"] = os.devnull
+    with tempfile.TemporaryDirectory(prefix="opsin-bench-") as folder, (Path(folder) / "log").open("w+b") as log:
+        process = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log)  # noqa: S603 - our own command
+        try:
+            deadline = time.monotonic() + _START_SECONDS
+            while not _is_ready(url):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    log.seek(0)
+                    raise BadParameter(f"opsin serve did not start: {log.read().decode(errors='replace')[-500:]}")
+                time.sleep(0.05)
+            yield process.pid, url
+        finally:
+            process.terminate()
+            try:
+                process.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/ready", trust_env=False, timeout=2.0).status_code == httpx.codes.OK
+    except httpx.HTTPError:
+        return False

@@ -1,0 +1,202 @@
+"""What a token costs beside the model: CPU time of whole processes by tokens made, in process and over HTTP.
+
+Meant for a model that takes next to nothing itself, such as the shape `tiny` of `tools/synth.py`. The prompts are a few
+tokens long and every run has a fresh engine, so the answers are nearly all there is to do. The model's own share is
+measured by bare backend calls and shown beside the total; nothing is subtracted from the total.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from opsin.bench.drivers import serving
+from opsin.bench.workloads import RequestFailed
+from opsin.core.backend import Backend, TokenBatch
+from opsin.core.parts import Prompt, TextPart
+from opsin.core.sampling import SamplingParams
+from opsin.core.settings import EngineSettings
+from opsin.engine import Engine
+
+STREAMS = (1, 8, 32)
+TOKENS = 64
+_CLOCK_TICKS = 100  # per second: Linux's USER_HZ, the unit of /proc
+
+
+@dataclass(frozen=True, slots=True)
+class Overhead:
+    """Greedy answers, all at once. `where` is "process", "http" (the server's processes) or "native" (no engine).
+
+    `cpu_s` is CPU time; `steps` are decode steps, 0 if unknown.
+    """
+
+    where: str
+    streams: int
+    guard: bool
+    tokens: int
+    steps: int
+    wall_s: float
+    cpu_s: float
+
+    @property
+    def us_per_token(self) -> float:
+        """CPU time per token in microseconds."""
+        return self.cpu_s / max(1, self.tokens) * 1e6
+
+    def document(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "where": self.where,
+            "streams": self.streams,
+            "guard": self.guard,
+            "tokens": self.tokens,
+            "tokens_s": round(self.tokens / self.wall_s, 1),
+            "us_per_token": round(self.us_per_token, 2),
+            "us_per_step": round(self.cpu_s / self.steps * 1e6, 2) if self.steps else None,
+        }
+
+
+def measure_overhead(
+    open_engine: Callable[[], Engine],
+    open_backend: Callable[[], Backend],
+    settings: EngineSettings,
+    *,
+    runs: int,
+    tell: Callable[[str], None] = lambda _: None,
+) -> list[Overhead]:
+    """Measure each number of streams in process and natively, and the largest over HTTP: the medians of the runs.
+
+    HTTP is left out where there is no /proc, which is everywhere but on Linux. `settings` are those that the two
+    callables open. Raises what they raise, EngineError, and what `over_http` raises.
+    """
+    counts = [count for count in STREAMS if count <= settings.parallel]
+    found: defaultdict[tuple[str, int, bool], list[Overhead]] = defaultdict(list)
+
+    def keep(row: Overhead) -> None:
+        found[row.where, row.streams, row.guard].append(row)
+
+    for run in range(runs):
+        tell(f"run {run + 1} of {runs}")
+        for streams in counts:
+            with closing(open_backend()) as backend:
+                keep(native(backend, streams))
+            for guard in (True, False):
+                with closing(open_engine()) as engine:
+                    keep(in_process(engine, streams, guard=guard))
+        for guard in (True, False) if Path("/proc/self/stat").exists() else ():
+            keep(over_http(settings, counts[-1], guard=guard))
+    return [sorted(group, key=lambda row: row.us_per_token)[(runs - 1) // 2] for group in found.values()]
+
+
+def in_process(engine: Engine, streams: int, *, guard: bool) -> Overhead:
+    """The CPU time of this process, with one reader for all streams. Raises BadInput, EngineError."""
+
+    def answer(prompts: Sequence[str]) -> int:
+        params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, guard=guard)
+        running = [engine.submit(Prompt((TextPart(prompt),)), params) for prompt in prompts]
+        return sum(stream.result().usage.completion_tokens for stream in running)
+
+    answer(["warm-up"])
+    steps, wall, cpu = engine.stats.decode_steps, time.perf_counter(), time.process_time()
+    tokens = answer(_prompts(streams))
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    return Overhead("process", streams, guard, tokens, engine.stats.decode_steps - steps, wall, cpu)
+
+
+def native(backend: Backend, streams: int) -> Overhead:
+    """The CPU time of the same number of steps by bare decode and sample calls. Raises EngineError."""
+    samplers = [backend.sampler(SamplingParams(temperature=0, ignore_eos=True), seed=0) for _ in range(streams)]
+    tokens, rows = list(range(1, streams + 1)), list(range(streams))
+    wall, cpu = time.perf_counter(), time.process_time()
+    for pos in range(TOKENS):
+        backend.decode(TokenBatch(tokens, [pos] * streams, rows, rows))
+        backend.synchronize()
+        sampled = backend.sample([(sampler, row, None) for row, sampler in enumerate(samplers)])
+        tokens = [result[0] for result in sampled if isinstance(result, tuple)]
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    for sampler in samplers:
+        sampler.close()
+    return Overhead("native", streams, False, TOKENS * streams, TOKENS, wall, cpu)
+
+
+def over_http(settings: EngineSettings, streams: int, *, guard: bool) -> Overhead:
+    """The CPU time of all processes of `opsin serve`, asked by a client in yet another process.
+
+    Needs /proc. Raises BadParameter if the server does not start, RequestFailed if it does not answer.
+    """
+    with serving(settings) as (pid, url), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as client:
+        client.submit(_complete, url, ["warm-up"], guard).result()
+        wall, cpu = time.perf_counter(), cpu_seconds(pid)
+        tokens = client.submit(_complete, url, _prompts(streams), guard).result()
+        return Overhead("http", streams, guard, tokens, 0, time.perf_counter() - wall, cpu_seconds(pid) - cpu)
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process and all its descendants, from /proc in steps of 10 ms."""
+    children: defaultdict[int, list[int]] = defaultdict(list)
+    ticks: dict[int, int] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        except OSError:
+            continue  # it has just ended
+        children[int(fields[1])].append(int(path.parent.name))
+        ticks[int(path.parent.name)] = sum(map(int, fields[11:15]))  # user and system, own and of ended children
+    total, left = 0, [pid]
+    while left:
+        number = left.pop()
+        total += ticks.get(number, 0)
+        left += children[number]
+    return total / _CLOCK_TICKS
+
+
+def as_text(rows: Sequence[Overhead]) -> str:
+    """A table, and what HTTP adds to a token."""
+    lines = ["CPU time    streams  guard  µs per token  µs per step  token/s"]
+    for row in rows:
+        values = row.document()
+        switch = "" if row.where == "native" else "on" if row.guard else "off"
+        step = "" if values["us_per_step"] is None else f"{values['us_per_step']:.1f}"
+        figures = f"{row.us_per_token:12.1f}  {step:>11}  {values['tokens_s']:7.0f}"
+        lines.append(f"{row.where:10}  {row.streams:7}  {switch:>5}  {figures}")
+    for (streams, guard), more in http_extra(rows).items():
+        lines.append(f"over HTTP, {streams} streams, guard {'on' if guard else 'off'}: {more:.1f} µs more a token")
+    return "\n".join(lines)
+
+
+def http_extra(rows: Sequence[Overhead]) -> dict[tuple[int, bool], float]:
+    """Microseconds per token over HTTP beyond those in process, by streams and guard."""
+    alone = {(row.streams, row.guard): row.us_per_token for row in rows if row.where == "process"}
+    served = [row for row in rows if row.where == "http"]
+    return {(row.streams, row.guard): row.us_per_token - alone[row.streams, row.guard] for row in served}
+
+
+def _prompts(streams: int) -> list[str]:
+    """Short and different from the first character on, so that no stream shares a prefix with another."""
+    return [f"{number} and" for number in range(streams)]
+
+
+def _complete(url: str, prompts: Sequence[str], guard: bool) -> int:
+    """Stream completions of all prompts at once; tokens made. Runs in the client's process. Raises RequestFailed."""
+    body = {"max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, "guard": guard, "stream": True}
+
+    def complete(prompt: str) -> int:
+        more = {"prompt": prompt, "stream_options": {"include_usage": True}}
+        with client.stream("POST", f"{url}/v1/completions", json={**body, **more}) as response:
+            counts = [json.loads(line[6:]).get("usage") for line in response.iter_lines() if line.startswith("data: {")]
+        if not counts or counts[-1] is None:
+            raise RequestFailed(f"opsin serve ended an answer with status {response.status_code} and no token count.")
+        return int(counts[-1]["completion_tokens"])
+
+    with httpx.Client(trust_env=False, timeout=None) as client, ThreadPoolExecutor(len(prompts)) as pool:  # noqa: S113 - the server ends
+        return sum(pool.map(complete, prompts))
