@@ -7,7 +7,7 @@ import atexit
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from opsin.compose import Runtime, open_runtime
 from opsin.core.answer import Answer
@@ -148,7 +148,7 @@ class Opsin:
         atexit.unregister(self._runtime.close)
         self._runtime.close()
 
-    def __enter__(self) -> Opsin:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from opsin.cli.control import ControlStripper, escaped
 
@@ -48,7 +48,7 @@ class Working:
         self._text = text
         self._status: Status | None = None
 
-    def __enter__(self) -> Working:
+    def __enter__(self) -> Self:
         if sys.stderr.isatty():
             from rich.console import Console
 
