@@ -25,10 +25,9 @@ class Stage(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A stretch of wall time that went to one stage; times in seconds of the engine's clock, `time.perf_counter`.
+    """When one stage of a request ran: `count` times between `start` and `end`, `seconds` in all.
 
-    Where a request has very many, `count` short ones of a stage are told as one: they took `seconds` of the time
-    between `start` and `end`, in which others lie, too.
+    Times are in seconds of the engine's clock, `time.perf_counter`. Other stages may lie in between.
     """
 
     stage: Stage

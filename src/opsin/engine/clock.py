@@ -1,4 +1,4 @@
-"""The stage clock: wall time of a request, cut into disjoint intervals that each belong to one stage.
+"""The stage clock: wall time of a request, cut into disjoint pieces that each belong to one stage.
 
 A request has a `StageClock` of its own until it decodes. Those that decode share every step, so they share one
 `GroupClock`, which is read once a stage and step however many they are.
@@ -7,7 +7,6 @@ A request has a `StageClock` of its own until it decodes. Those that decode shar
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -16,46 +15,29 @@ from opsin.core.stages import Interval, Stage, Stages
 
 Now = Callable[[], float]
 
-_APART = 512
-"""Intervals of a request that are told apart; those of a stage behind them are told as one."""
-
-_PAUSE_SECONDS = 0.02
-_PAUSES = 1024
-
 
 class GroupClock:
-    """The stages of all that decode, in seconds since the start of the engine.
-
-    Pauses of `_PAUSE_SECONDS` and more, in which others were computed for, are remembered one by one.
-    """
+    """The stages of all that decode: seconds of each, and how often it ran."""
 
     def __init__(self, now: Now = time.perf_counter) -> None:
         self._now = now
         self._stage = Stage.OTHER
-        self._mark = self._opened = now()
+        self._mark = now()
         self.seconds = dict.fromkeys(Stage, 0.0)
         self.counts = dict.fromkeys(Stage, 0)
-        self.last: dict[Stage, tuple[float, float]] = {}
-        self.pauses: deque[tuple[float, float]] = deque(maxlen=_PAUSES)
 
     def switch(self, stage: Stage, now: float | None = None) -> None:
         """From `now` on (the clock is read where it is not given) `stage` runs."""
         if stage is not self._stage:
             self.settle(now)
             self._stage = stage
+            self.counts[stage] += 1
 
     def settle(self, now: float | None = None) -> float:
-        """Count the interval that is running up to now; gives the time."""
+        """Count the stage that is running up to now; gives the time."""
         now = self._now() if now is None else now
-        stage, opened = self._stage, self._opened
-        if now > opened:
-            self.seconds[stage] += now - opened
-            self.counts[stage] += 1
-            if stage is Stage.QUEUE and now - opened >= _PAUSE_SECONDS:
-                self.pauses.append((opened, now))
-            else:
-                self.last[stage] = (opened, now)
-        self._opened = now
+        self.seconds[self._stage] += now - self._mark
+        self._mark = now
         return now
 
 
@@ -69,19 +51,17 @@ class StageClock:
     def __init__(self, now: Now = time.perf_counter) -> None:
         self._now = now
         self._started: float | None = None
-        self._mark = self._opened = 0.0
-        self._open = Stage.OTHER
+        self._mark = 0.0
         self._running = [Stage.OTHER]
-        self._seconds = dict.fromkeys(Stage, 0.0)
         self._before: dict[Stage, float] = {}
-        self._intervals: list[Interval] = []
+        self._ran: dict[Stage, Interval] = {}
         self._group: GroupClock | None = None
         self._joined: tuple[dict[Stage, float], dict[Stage, int]] = ({}, {})
 
     def start(self) -> None:
         """The request's wall time begins; a second call changes nothing. A first stage starts the clock by itself."""
         if self._started is None:
-            self._started = self._mark = self._opened = self._now()
+            self._started = self._mark = self._now()
 
     @contextmanager
     def stage(self, stage: Stage) -> Iterator[None]:
@@ -102,39 +82,25 @@ class StageClock:
 
     def join(self, group: GroupClock) -> None:
         """From now on the group's stages are this request's; joining again changes nothing."""
-        if self._group is not None:
-            return
-        self._settle(group.settle())
-        self._end_interval()
-        self._group = group
-        self._joined = (group.seconds.copy(), group.counts.copy())
+        if self._group is None:
+            self._settle(group.settle())
+            self._group = group
+            self._joined = (group.seconds.copy(), group.counts.copy())
 
     def leave(self) -> None:
         """The group's stages are this request's no more; nothing where they were not."""
         group, self._group = self._group, None
         if group is None:
             return
-        joined, now = self._mark, group.settle()
-        seconds, counts = self._joined
-        pauses = [Interval(Stage.QUEUE, *pause, pause[1] - pause[0]) for pause in group.pauses if pause[0] >= joined]
+        now, (seconds, counts) = group.settle(), self._joined
         for stage in Stage:
-            spent, count = group.seconds[stage] - seconds[stage], group.counts[stage] - counts[stage]
-            self._seconds[stage] += spent
-            if stage is Stage.QUEUE:
-                spent, count = spent - sum(pause.seconds for pause in pauses), count - len(pauses)
-            if count == 1:
-                self._intervals.append(Interval(stage, *group.last[stage], spent))
-            elif count:
-                self._intervals.append(Interval(stage, joined, now, spent, count))
-        self._intervals += pauses
-        self._mark = self._opened = now
-        self._open = self._running[-1]
+            spent = group.seconds[stage] - seconds[stage]
+            self._add(stage, self._mark, now, spent, max(1, group.counts[stage] - counts[stage]))
+        self._mark = now
 
     def add(self, stage: Stage, ms: float) -> None:
         """Count `ms` milliseconds that passed before the start; negative ones are taken as none."""
-        seconds = max(0.0, ms) / 1e3
-        self._seconds[stage] += seconds
-        self._before[stage] = self._before.get(stage, 0.0) + seconds
+        self._before[stage] = self._before.get(stage, 0.0) + max(0.0, ms) / 1e3
 
     def waited_since(self, began: float) -> None:
         """The caller has waited since `began`, in seconds of this clock; call it after `add` and before the start.
@@ -142,65 +108,49 @@ class StageClock:
         Images that were loaded side by side are given less each, so that they add up to no more than that; time for
         which nothing was added is `other`.
         """
-        wall = max(0.0, self._now() - began)
-        fixed = (Stage.LOAD, Stage.QUEUE)  # these are not done side by side
-        load = sum(self._before.get(stage, 0.0) for stage in fixed)
-        added = sum(self._before.values())
-        if added > wall:
-            share = max(0.0, wall - load) / (added - load) if added > load else 0.0
-            for stage in self._before.keys() - set(fixed):
-                self._seconds[stage] = self._before[stage] = self._before[stage] * share
-        else:
+        wall, before = max(0.0, self._now() - began), self._before
+        fixed = before.get(Stage.LOAD, 0.0) + before.get(Stage.QUEUE, 0.0)  # these are not done side by side
+        added = sum(before.values())
+        if added <= wall:
             self.add(Stage.OTHER, (wall - added) * 1e3)
+        elif added > fixed:
+            share = max(0.0, wall - fixed) / (added - fixed)
+            for stage in before.keys() - {Stage.LOAD, Stage.QUEUE}:
+                before[stage] *= share
 
     def freeze(self) -> Stages:
         """The account up to now; the clock runs on. A request that decodes must have left its group."""
         if self._started is not None:
             self._settle()
-        wall = 0.0 if self._started is None else self._mark - self._started
-        return Stages(
-            **{f"{stage.value}_ms": seconds * 1e3 for stage, seconds in self._seconds.items()},
-            total_ms=(wall + sum(self._before.values())) * 1e3,
-        )
+        total = sum(self._before.values()) + (0.0 if self._started is None else self._mark - self._started)
+        spent = {stage: self._before.get(stage, 0.0) for stage in Stage}
+        for stage, ran in self._ran.items():
+            spent[stage] += ran.seconds
+        return Stages(**{f"{stage.value}_ms": seconds * 1e3 for stage, seconds in spent.items()}, total_ms=total * 1e3)
 
     def intervals(self) -> tuple[Interval, ...]:
-        """When each stage ran, up to the last `freeze`, by beginning; what was added is laid end to end before."""
-        told, end = list(self._intervals), self._started or 0.0
+        """From when to when each stage ran, up to the last `freeze`; what was added lies end to end before the start."""
+        told, end = list(self._ran.values()), self._started or 0.0
         for stage, seconds in reversed(self._before.items()):
             if seconds:
                 told.append(Interval(stage, end - seconds, end, seconds))
             end -= seconds
-        if self._mark > self._opened:
-            told.append(Interval(self._open, self._opened, self._mark, self._mark - self._opened))
-        told.sort(key=lambda interval: interval.start)
-        return tuple(told[:_APART]) + _merged(told[_APART:])
+        return tuple(sorted(told, key=lambda interval: interval.start))
 
     def _settle(self, now: float | None = None) -> None:
         """Give the time since the last mark to the stage that ran in it."""
         self.start()
-        now, stage = self._now() if now is None else now, self._running[-1]
-        self._seconds[stage] += now - self._mark
-        if stage is not self._open and now > self._mark:
-            # An interval goes on through stages that took no time.
-            self._end_interval()
-            self._open, self._opened = stage, self._mark
+        now = self._now() if now is None else now
+        self._add(self._running[-1], self._mark, now, now - self._mark)
         self._mark = now
 
-    def _end_interval(self) -> None:
-        if self._mark > self._opened:
-            self._intervals.append(Interval(self._open, self._opened, self._mark, self._mark - self._opened))
-            self._opened = self._mark
-
-
-def _merged(intervals: list[Interval]) -> tuple[Interval, ...]:
-    """One interval a stage."""
-    by_stage: dict[Stage, list[Interval]] = {}
-    for interval in intervals:
-        by_stage.setdefault(interval.stage, []).append(interval)
-    return tuple(
-        Interval(stage, each[0].start, each[-1].end, sum(i.seconds for i in each), sum(i.count for i in each))
-        for stage, each in by_stage.items()
-    )
+    def _add(self, stage: Stage, start: float, end: float, seconds: float, count: int = 1) -> None:
+        ran = self._ran.get(stage)
+        if ran is None and seconds:
+            self._ran[stage] = Interval(stage, start, end, seconds, count)
+        elif ran is not None and seconds:
+            more = count if start > ran.end else count - 1  # it goes on through stages that took no time
+            self._ran[stage] = Interval(stage, ran.start, end, ran.seconds + seconds, ran.count + more)
 
 
 def timings(stages: Stages, *, prompt_tokens: int, cached_tokens: int, predicted_tokens: int) -> Timings:

@@ -201,11 +201,9 @@ def test_any_life_adds_up_exactly(life):
     for stage in Stage:
         seconds = math.fsum(interval.seconds for interval in told if interval.stage is stage)
         assert seconds * 1e3 == getattr(stages, f"{stage.value}_ms")
-    if told:
-        assert told[0].start * 1e3 == told[-1].end * 1e3 - stages.total_ms
-    for before, after in itertools.pairwise(told):
-        assert before.end == after.start
-        assert before.seconds == before.end - before.start
+    assert len({interval.stage for interval in told if interval.start >= clock._started}) == sum(
+        interval.start >= clock._started for interval in told
+    )
 
 
 def test_intervals_tell_when_a_stage_ran_and_join_what_belongs_together(time):

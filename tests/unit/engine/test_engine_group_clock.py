@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 from hypothesis import given
@@ -57,21 +56,3 @@ def test_a_member_has_the_groups_stages_from_joining_to_leaving(
     told = clock.intervals()
     for stage in Stage:
         assert math.fsum(i.seconds for i in told if i.stage is stage) * 1024 == expected[stage]
-    apart = [interval for interval in told if interval.count == 1]
-    assert all(before.end <= after.start for before, after in itertools.pairwise(apart))
-
-
-def test_a_pause_late_in_a_long_answer_is_told_apart() -> None:
-    time = FakeTime()
-    group, clock = GroupClock(time), StageClock(time)
-    clock.start()
-    clock.join(group)
-    for token in range(2000):
-        for stage in (Stage.DECODE, Stage.SAMPLE, Stage.QUEUE):
-            group.switch(stage)
-            time.ticks += 1 if stage is not Stage.QUEUE or token != 1000 else 700
-    clock.leave()
-    told = clock.intervals()
-    (pause,) = [i for i in told if i.stage is Stage.QUEUE and i.count == 1]
-    assert pause.seconds * 1024 == 700
-    assert len(told) < 10

@@ -55,16 +55,14 @@ def test_an_encode_that_stands_still_for_others_tokens_is_queueing() -> None:
     check(looking)
 
 
-def test_a_streams_pause_is_an_interval_of_its_queue() -> None:
+def test_a_streams_pause_is_queueing() -> None:
     made = driver(shortest_wait=10.0, longest_wait=10.0, crowded_wait=10.0)
     stream = made.ask("talk", max_tokens=40)
     for _ in range(5):
         made.step()
     made.ask(prompt_of(1), max_tokens=1)
     made.run()
-    pause = max(intervals(stream, Stage.QUEUE), key=lambda interval: interval.seconds)
-    assert pause.seconds * 1e3 >= made.backend.costs.encode
-    assert stream.answer.stages.queue_ms >= pause.seconds * 1e3
+    assert stream.answer.stages.queue_ms >= made.backend.costs.encode
     check(stream)
 
 
