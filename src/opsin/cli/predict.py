@@ -207,10 +207,10 @@ def _host_memory() -> float:
 
 
 def _machine() -> str:
-    from opsin.doctor.machine import here, read_machine, run_command
+    from opsin.doctor.host import here, read_host, run_command
 
     # Programs that look for GPUs take seconds; `sysctl` names an Apple chip.
-    found = read_machine(here(lambda words: run_command(words) if words[0] == "sysctl" else None))
+    found = read_host(here(lambda words: run_command(words) if words[0] == "sysctl" else None))
     return f"{found.system} {found.machine}, {found.cpu or found.machine}, {found.cores} cores"
 
 

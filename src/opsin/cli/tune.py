@@ -186,13 +186,14 @@ def _open(settings: EngineSettings) -> Rig:
 def _check_room(settings: EngineSettings) -> None:
     """Two engines are open at a time. Raises BadInput where the host has no memory for them, as far as it can tell."""
     from opsin.core.errors import BadInput
-    from opsin.doctor.free_memory import free_memory
-    from opsin.doctor.room import estimate_room
+    from opsin.models.facts import read_facts
+    from opsin.native.devices import devices, free_memory
+    from opsin.native.memory import needed_memory
 
     if settings.model is None or (free := free_memory(()).get("CPU")) is None:
         return
-    parts = estimate_room(settings.model, settings.mmproj, settings).by_device["CPU"]
-    needed = 2 * (parts.total - parts.pictures) - parts.weights  # which are mapped, and so there once
+    parts = needed_memory(read_facts(settings.model, settings.mmproj), devices(), settings).by_device["CPU"]
+    needed = 2 * parts.least + parts.mapped  # weights that are mapped are there once
     if needed > free:
         raise BadInput(
             f"Two engines side by side need {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: close other "

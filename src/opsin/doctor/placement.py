@@ -1,18 +1,23 @@
-"""Where a pair really runs, judged by the nodes that were computed and not by what a log promises."""
+"""Where a pair really runs, judged by the nodes that were computed and not by what a log promises.
+
+The proof costs an encode and a prefill of its own, so it is remembered.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 from opsin.core.placement import BackendShare, Placement
 from opsin.core.settings import EngineSettings
-from opsin.doctor.check import Check, Status
-from opsin.doctor.gpus import in_software
-from opsin.doctor.pair import as_flags, means_cpu, serve_command
+from opsin.doctor.check import Check, Status, means_cpu, serve_command
+from opsin.doctor.host import in_software
 from opsin.native.device_rate import DeviceRate
-from opsin.native.devices import Device
-from opsin.native.memory import HOST
+from opsin.native.devices import HOST, Device
+from opsin.native.memory import as_flags
+from opsin.native.records import keep_record, read_record, record_file
 
 # llama.cpp keeps the table of token embeddings in host memory, whatever is offloaded.
 _AT_HOME_ON_THE_CPU = frozenset({"GET_ROWS"})
@@ -21,6 +26,30 @@ _POOR = 1 / 3  # of the ceiling
 _LEAST_ENCODE, _LEAST_DECODE = 0.005, 0.001
 _FLASH = {"encoder": "vision_flash_attention", "language_model": "flash_attention"}
 _Graph = Mapping[str, BackendShare]
+
+
+def remembered_placement(setup: str, prove: Callable[[], Placement], folder: Path | None = None) -> Placement:
+    """The placement of a setup, proved now if nobody did before; `setup` is a fingerprint of it.
+
+    A file that cannot be read or written costs a new proof and nothing else.
+    """
+    file = record_file("placement", setup, folder)
+    try:
+        return _read_placement(read_record(file))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        placement = prove()
+    keep_record(file, asdict(placement))
+    return placement
+
+
+def _read_placement(data: Any) -> Placement:
+    fields = BackendShare.__dataclass_fields__
+    encoder, model = (
+        # A file of an older version lacks a field, and is as good as none.
+        {name: BackendShare(**{f: row[f] for f in fields}) for name, row in data[key].items()}
+        for key in ("encoder", "language_model")
+    )
+    return Placement(encoder, model, int(data["layers_offloaded"]), int(data["layers"]), tuple(map(str, data["notes"])))
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,7 @@ import pytest
 from opsin.doctor import build as room
 from opsin.doctor.build import build_checks, check_threads, unused_gpu_hint
 from opsin.doctor.check import Check, worst
-from opsin.doctor.gpus import Gpu
-from opsin.doctor.machine import Machine
+from opsin.doctor.host import Gpu, Host
 from opsin.native import COMMIT, PINNED, Build, Device, features_of
 from opsin.native.build_info import read_libraries
 
@@ -35,15 +34,15 @@ GOOD = Build(
     assertions=False,
 )
 CUDA = replace(GOOD, backends=("CUDA", "CPU"), devices=(CUDA0, CPU), cuda=12)
-HOST = Machine(cpu="AMD EPYC", cpu_features=frozenset({"AVX", "AVX2", "FMA", "F16C"}), cores=8, allowed=8, threads=4)
+HOST = Host(cpu="AMD EPYC", cpu_features=frozenset({"AVX", "AVX2", "FMA", "F16C"}), cores=8, allowed=8, threads=4)
 
 
-def check(name: str, build: Build = GOOD, machine: Machine = HOST, environment: dict[str, str] | None = None) -> Check:
+def check(name: str, build: Build = GOOD, machine: Host = HOST, environment: dict[str, str] | None = None) -> Check:
     (found,) = (check for check in build_checks(build, machine, environment or {}) if check.name == f"build.{name}")
     return found
 
 
-def names(build: Build = GOOD, machine: Machine = HOST) -> list[str]:
+def names(build: Build = GOOD, machine: Host = HOST) -> list[str]:
     return [check.name.removeprefix("build.") for check in build_checks(build, machine, {})]
 
 
@@ -179,10 +178,10 @@ def test_a_build_that_uses_what_the_cpu_has_passes() -> None:
 
 
 def test_a_driver_in_trouble_fails_and_the_gpu_waits_for_it() -> None:
-    closed = replace(RADEON, trouble="this user may not open /dev/kfd", mend="sudo usermod -a -G render me")
+    closed = replace(RADEON, trouble="this user may not open /dev/kfd", fix="sudo usermod -a -G render me")
     machine = replace(HOST, gpus=(closed,))
     found = check("driver", machine=machine)
-    assert (found.status, found.fix) == ("fail", closed.mend)
+    assert (found.status, found.fix) == ("fail", closed.fix)
     assert "may not open /dev/kfd" in found.message
     waiting = check("gpu", machine=machine)
     assert (waiting.status, "build.driver" in waiting.message) == ("warn", True)
@@ -201,9 +200,9 @@ def test_a_gpu_inside_the_cpu_in_trouble_is_no_loss() -> None:
 
 
 def test_a_card_in_trouble_fails_only_where_no_other_card_serves() -> None:
-    shut = replace(RADEON, trouble="this user may not open /dev/kfd", mend="sudo usermod -a -G render me")
+    shut = replace(RADEON, trouble="this user may not open /dev/kfd", fix="sudo usermod -a -G render me")
     found = check("driver", machine=replace(HOST, gpus=(RTX, shut)))
-    assert (found.status, found.fix) == ("warn", shut.mend)
+    assert (found.status, found.fix) == ("warn", shut.fix)
     assert check("driver", machine=replace(HOST, gpus=(shut, IRIS))).status == "fail"
 
 
@@ -393,7 +392,7 @@ def test_every_row_is_plain_json() -> None:
 
 def test_without_arguments_this_machine_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "build_info", lambda: GOOD)
-    monkeypatch.setattr(room, "read_machine", lambda *_: replace(HOST, gpus=(RTX,)))
+    monkeypatch.setattr(room, "read_host", lambda *_: replace(HOST, gpus=(RTX,)))
     monkeypatch.setenv("CMAKE_ARGS", "-DLLAMA_CUBLAS=on")
     status = {found.name: found.status for found in build_checks()}
     assert (status["build.gpu"], status["build.flags"]) == ("fail", "warn")
@@ -433,11 +432,11 @@ def test_nothing_is_hinted_at_where_another_build_would_not_help(gpus: tuple[Gpu
 def test_the_hint_looks_at_this_machine_without_running_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     looked = []
 
-    def machine(reach: Any) -> Machine:
+    def machine(reach: Any) -> Host:
         looked.append(reach.run(["nvidia-smi"]))
         return replace(HOST, gpus=(RTX,))
 
-    monkeypatch.setattr(room, "read_machine", machine)
+    monkeypatch.setattr(room, "read_host", machine)
     monkeypatch.setattr(room, "build_info", lambda: GOOD)
     assert "RTX 3090" in (unused_gpu_hint() or "")
     assert looked == [None]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from opsin.doctor.versions import FAULTS, known_bad, modern, split_flags, translate_flags
+from opsin.doctor.install import FAULTS, known_bad, modern, split_flags, translate_flags
 
 
 @pytest.mark.parametrize(
