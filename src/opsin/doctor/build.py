@@ -8,10 +8,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from opsin.doctor.check import Check, Status
-
-from opsin.doctor.install import install_command, known_bad, missing_tool, modern, translate_flags, wheel_command
 from opsin.doctor.host import Gpu, Host, here, in_software, read_host
-
+from opsin.doctor.install import install_command, known_bad, missing_tool, modern, translate_flags, wheel_command
 from opsin.native import COMMIT, PACKAGE, PINNED, Build, Device, build_info, devices
 
 GIB = 1 << 30

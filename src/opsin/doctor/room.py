@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from opsin.core.errors import BadParameter
 from opsin.core.model_facts import PairFacts
 from opsin.core.settings import EngineSettings
 from opsin.doctor.check import Check, Status, serve_command
@@ -22,7 +23,6 @@ from opsin.native.memory import (
     plan_memory,
     size_text,
 )
-from opsin.core.errors import BadParameter
 
 _NAMES = {"kv": "KV cache", "vision_weights": "vision weights", "vision_compute": "vision compute"}
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from itertools import accumulate
 
 from opsin.core.errors import BadParameter
-from opsin.core.model_facts import LayerFacts, ModelFacts, PairFacts, ProjectorFacts
+from opsin.core.model_facts import ModelFacts, PairFacts, ProjectorFacts
 from opsin.core.settings import CTX_PER_SEQUENCE, EngineSettings
 from opsin.native.devices import HOST, Device, free_memory, pick
 

@@ -148,7 +148,7 @@ def _remedy(blamed: Path, done: Trial) -> str:
     if done.signal == "SIGILL":
         return "this build uses instructions that this CPU lacks; install one that was built here"
     if done.stage == "encode":
-        return "an f16 file of the projector may work, or download it again"
+        return "if all of it is f32, use its f16 file or convert it to f16; else download it again"
     return f"the file may be damaged; download {blamed.name} again, or take another quantisation"
 
 

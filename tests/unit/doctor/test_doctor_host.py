@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from opsin.native.devices import free_memory
 from opsin.doctor.host import GIB, MIB, Access, Gpu, cpu_quota, here, read_gpus, read_host, run_command
+from opsin.native.devices import free_memory
 
 SMI = "nvidia-smi"
 

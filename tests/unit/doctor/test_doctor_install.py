@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-from opsin.doctor.install import RECIPES, install_command, missing_tool, wheel_command
 from opsin.doctor.host import Host
+from opsin.doctor.install import RECIPES, install_command, missing_tool, wheel_command
 from opsin.native import PINNED
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell line")

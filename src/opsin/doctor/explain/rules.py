@@ -11,10 +11,12 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any, Literal
 
-from opsin.doctor.explain.facts import Facts, Request
+from opsin.doctor.explain.facts import Facts, Request, Setup
 from opsin.doctor.explain.stages import between_ms, stage_table
 
 Where = Literal["load", "encode", "prefill", "decode", "all"]
+_Found = Mapping[str, Any] | None
+_Cost = Callable[[Facts], tuple[float | None, str]]
 SHORT = 64
 """Tokens of the answer with which a runaway one is compared: a sentence or two about an image."""
 _LEAST_RUNAWAY = 256
@@ -51,21 +53,18 @@ class Cause:
         return {k: round(v, 3) if isinstance(v, float) else v for k, v in asdict(self).items()}
 
 
-_Found = Mapping[str, Any] | None
-_Cost = Callable[[Facts], tuple[float | None, str]]
-
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One row. `message` and `remedy` are filled from what `find` gives, and so are the cost and its arithmetic.
+    """One row. `find` looks at facts, setup and slowest request, and gives None or what fills the sentences.
 
-    `find` gives `ms` and `sums`, and `saves` in milliseconds where the log tells; with `cost` these come from there, as
-    a bound. The cause counts from `least_ms` and from `share` of the request's time on.
+    It also gives `ms` and `sums`, and `saves` in milliseconds where the log tells; with `cost` these come from there,
+    as a bound. The cause counts from `least_ms` and from `share` of the request's time on.
     """
 
     name: str
     where: Where
-    find: Callable[[Facts], _Found]
+    find: Callable[[Facts, Setup, Request], Any]
     message: str
     remedy: str
     cost: _Cost | None = None
@@ -76,8 +75,8 @@ class Rule:
 
     def apply(self, facts: Facts) -> Cause | None:
         """The cause, where the facts hold it."""
-        found = self.find(facts)
-        if found is None:
+        found = self.find(facts, facts.setup, facts.worst)
+        if not isinstance(found, dict):
             return None
         ms, sums = self.cost(facts) if self.cost else (found.get("ms"), str(found["sums"]))
         if (ms or 0.0) < max(self.least_ms, self.share * facts.worst.whole):
@@ -124,66 +123,30 @@ def _model(facts: Facts) -> tuple[float | None, str]:
 # ---- what the rows look for
 
 
-def _parked(facts: Facts) -> _Found:
-    reason = facts.setup.parked
-    return reason and {"reason": reason, "help": _PARKED.get(reason, "free GPU memory, or run llama-server itself")}
-
-
-def _encoder_on_cpu(facts: Facts) -> _Found:
-    setup = facts.setup
-    return {} if setup.clip == "CPU" and setup.on_gpu and not setup.parked else None
-
-
-def _unsupported(facts: Facts) -> _Found:
-    ops = facts.setup.unsupported
-    return {"ops": ", ".join(ops[:6]), "device": facts.setup.clip or "The device"} if ops else None
-
-
-def _no_flash(facts: Facts) -> _Found:
-    failed = facts.setup.flash_failed
-    if facts.setup.flash is not False or (facts.worst.encoded < 500.0 and not failed):
+def _no_flash(setup: Setup, request: Request) -> _Found:
+    failed = setup.flash_failed
+    if setup.flash is not False or (request.encoded < 500.0 and not failed):
         return None
     return {"reason": "its device has none for this model" if failed else "it is off"}
 
 
-def _no_gpu(facts: Facts) -> _Found:
-    here, all_ = facts.setup.layers or (1, 1)
-    if facts.setup.no_gpu_build:
+def _no_gpu(setup: Setup) -> _Found:
+    here, all_ = setup.layers or (1, 1)
+    if setup.no_gpu_build:
         return {"told": "This build has no GPU backend: --gpu-layers is ignored."}
     return {"told": f"No layer of {all_} is on a GPU."} if here == 0 else None
 
 
-def _partial(facts: Facts) -> _Found:
-    here, all_ = facts.setup.layers or (0, 0)
-    until = "; until then Ollama may keep the vision projector on the CPU, too" if facts.tool == "Ollama" else ""
-    return {"here": here, "all": all_, "left": all_ - here, "until": until} if 0 < here < all_ else None
-
-
-def _threads(facts: Facts) -> _Found:
-    (asked, there), (here, all_) = facts.setup.threads or (0, 0), facts.setup.layers or (0, 1)
-    return {"asked": asked, "there": there} if asked > there and here < all_ else None
-
-
 def _kv_full(facts: Facts) -> _Found:
-    hit = [request for request in facts.requests if request.kv_full > 0]
-    lost = sum(request.image for request in hit) or None
-    times = f"{sum(request.kv_full for request in hit)} times in this log"
+    hit = [r for r in facts.requests if r.kv_full > 0]
+    lost = sum(r.image for r in hit) or None
+    times = f"{sum(r.kv_full for r in hit)} times in this log"
     sums = f"{lost / 1e3:.1f} s for an image without a place" if lost else times
     return {"ms": lost, "sums": sums, "saves": lost} if hit else None
 
 
-def _no_memory(facts: Facts) -> _Found:
-    return {"sums": f"{facts.setup.no_memory} times in this log"} if facts.setup.no_memory else None
-
-
-def _prompt_cut(facts: Facts) -> _Found:
-    limit, length = facts.setup.cut_prompt or (0, 0)
-    sums = f"{length:,} − {limit:,} = {length - limit:,} tokens lost"
-    return {"sums": sums, "limit": limit, "length": length} if length else None
-
-
-def _paging(facts: Facts) -> _Found:
-    faults, share, elapsed = facts.setup.faults or 0, facts.setup.cpu_share, facts.setup.elapsed_s
+def _paging(setup: Setup) -> _Found:
+    faults, share, elapsed = setup.faults or 0, setup.cpu_share, setup.elapsed_s
     if faults < _MANY_FAULTS or elapsed is None or share is None:
         return None
     waited = elapsed * max(0.0, 1 - share)
@@ -191,14 +154,8 @@ def _paging(facts: Facts) -> _Found:
     return {"ms": waited * 1e3, "sums": sums, "saves": waited * 1e3, "faults": faults}
 
 
-def _queue(facts: Facts) -> _Found:
-    ms = facts.worst.stages.get("queue", 0.0)
-    return {"ms": ms, "sums": f"queue {ms:,.0f} ms of {facts.worst.whole:,.0f} ms"} if ms else None
-
-
-def _runaway(facts: Facts) -> _Found:
+def _runaway(request: Request) -> _Found:
     """The answer ran until the context was full, or beyond."""
-    request = facts.worst
     answer, context = request.answer_n, _full_context(request)
     if not (context or request.shifts or request.truncated):
         return None
@@ -233,8 +190,7 @@ def _full_context(request: Request) -> int | None:
     return total if total >= 512 and total & (total - 1) == 0 and request.finish != "stop" else None
 
 
-def _between(facts: Facts) -> _Found:
-    request = facts.worst
+def _between(request: Request) -> _Found:
     ms, answer = between_ms(request), request.answer_n
     if not ms or not answer:
         return None
@@ -245,14 +201,8 @@ def _between(facts: Facts) -> _Found:
     return {"ms": ms, "sums": sums, "saves": ms}
 
 
-def _before_timer(facts: Facts) -> _Found:
-    request, ms = facts.worst, facts.worst.before_timer
-    sums = f"{request.whole / 1e3:.2f} s by the wall clock − {(request.total_ms or 0) / 1e3:.3f} s total time"
-    return None if ms is None else {"ms": ms, "sums": sums}
-
-
-def _small_batches(facts: Facts) -> _Found:
-    batches, ms = facts.worst.batches, facts.worst.decoded
+def _small_batches(request: Request) -> _Found:
+    batches, ms = request.batches, request.decoded
     size = max((batch.tokens or 0 for batch in batches), default=0)
     count = max((batch.count for batch in batches), default=0)
     if count < 3 or not 0 < size <= _SMALL_BATCH:
@@ -281,25 +231,18 @@ def _first_image(facts: Facts) -> _Found:
     return {"ms": extra, "sums": sums, "saves": extra, "first": first / 1e3, "usual": usual / 1e3}
 
 
-def _no_reuse(facts: Facts) -> _Found:
-    worst, ms = facts.worst, facts.worst.prompt_ms
-    sums = f"{worst.prompt_tokens or worst.prompt_n or 0:,} prompt tokens{'' if ms is None else f' in {ms:,.0f} ms'}"
-    return {"ms": ms, "sums": sums, "saves": ms} if worst.reprocessed else None
-
-
-def _load_of_request(facts: Facts) -> _Found:
-    worst = facts.worst
-    own = worst.load_ms_of_request or worst.stages.get("load", 0.0)
+def _load_of_request(request: Request) -> _Found:
+    own = request.load_ms_of_request or request.stages.get("load", 0.0)
     if not own:
         return None
-    sums = f"load {own / 1e3:.2f} s / total {worst.whole / 1e3:.2f} s = {own / worst.whole:.0%}"
-    if worst.timer == "ollama":
+    sums = f"load {own / 1e3:.2f} s / total {request.whole / 1e3:.2f} s = {own / request.whole:.0%}"
+    if request.timer == "ollama":
         sums += "; Ollama may count the image's encoding here"
     return {"ms": own, "sums": sums, "saves": own}
 
 
-def _loads(facts: Facts) -> _Found:
-    known, loads = facts.setup.load_s, facts.setup.loads
+def _loads(facts: Facts, setup: Setup) -> _Found:
+    known, loads = setup.load_s, setup.loads
     if loads < 2 or facts.count < 2:
         return None
     told = {"loads": loads, "requests": facts.count}
@@ -310,8 +253,8 @@ def _loads(facts: Facts) -> _Found:
     return {"ms": cost, "sums": sums, "saves": cost, **told}
 
 
-def _encode_slow(facts: Facts) -> _Found:
-    request, ms = facts.worst, facts.worst.encoded
+def _encode_slow(request: Request) -> _Found:
+    ms = request.encoded
     # A request of many images, or a log without requests, is slow by each of them, not by their sum.
     if ms < 1000.0 * max(1, len(request.encode_ms)):
         return None
@@ -320,15 +263,15 @@ def _encode_slow(facts: Facts) -> _Found:
     return {"ms": ms, "sums": sums, "tokens": tokens}
 
 
-def _prefill_slow(facts: Facts) -> _Found:
-    request, ms = facts.worst, facts.worst.prompt_only
+def _prefill_slow(setup: Setup, request: Request) -> _Found:
+    ms = request.prompt_only
     tokens = max(request.prompt_n or 0, request.image_tokens or 0)
     if not ms or not tokens or tokens / ms * 1e3 >= _SLOW_PREFILL:
         return None
     rate = tokens / ms * 1e3
     sums = f"{tokens:,} tokens / {ms / 1e3:.2f} s = {rate:.1f} token/s"
     where, help_ = ", as on a CPU", "put layers on a GPU (-ngl 99, n_gpu_layers=-1)"
-    if facts.setup.on_gpu:
+    if setup.on_gpu:
         where, help_ = "", "prove where image and model run (opsin doctor)"
     if (request.prompt_n or 0) <= 1:
         sums += " (the server counted 1 token: it leaves the image's out)"
@@ -337,8 +280,7 @@ def _prefill_slow(facts: Facts) -> _Found:
     return {"ms": ms, "sums": sums, "tokens": tokens, "rate": rate, "place": where, "help": help_}
 
 
-def _decode(facts: Facts) -> dict[str, Any] | None:
-    request = facts.worst
+def _decode(request: Request) -> dict[str, Any] | None:
     ms, count = request.eval_ms or request.stages.get("decode", 0.0), request.answer_n or 0
     if not ms or count < 1:
         return None
@@ -347,28 +289,17 @@ def _decode(facts: Facts) -> dict[str, Any] | None:
     return {"ms": ms, "sums": sums, "count": count, "each": each, "each_s": each / 1e3, "rate": 1e3 / each}
 
 
-def _starved(facts: Facts) -> _Found:
-    found = _decode(facts)
-    return found if found and found["each"] > _STARVED_MS else None
-
-
-def _long(facts: Facts) -> _Found:
-    found = _decode(facts)
+def _long(request: Request) -> _Found:
+    found = _decode(request)
     if not found or found["each"] > _STARVED_MS or found["count"] < _LONG:
         return None
     saved = (found["count"] - 128) * found["each"]
-    sums = f"{found['sums']}; 128 tokens would take {(facts.worst.whole - saved) / 1e3:.1f} s in all"
+    sums = f"{found['sums']}; 128 tokens would take {(request.whole - saved) / 1e3:.1f} s in all"
     return {**found, "sums": sums, "saves": saved}
 
 
-def _unaccounted(facts: Facts) -> _Found:
-    request = facts.worst
-    rows = {row.name: row.ms for row in stage_table(request)}
-    ms = rows.get("other", 0.0)
-    sums = f"{request.whole:,.0f} ms in all − {sum(rows.values()) - ms:,.0f} ms in the timers = {ms:,.0f} ms"
-    return {"ms": ms, "sums": sums} if ms else None
-
-
+_UNTIL = "; until then Ollama may keep the vision projector on the CPU, too"
+_UNPARK = "free GPU memory, or run llama-server itself"
 _PARKED = {
     "limited-vram": "free GPU memory, or use a smaller model or num_ctx: Ollama found too little",
     "partial-text-offload": "use a smaller model or num_ctx, so that all layers of the model are on the GPU",
@@ -380,83 +311,109 @@ _PARKED = {
 # fmt: off
 RULES = (
     # Where things run, and what with.
-    Rule("projector_parked", "encode", _parked,
+    Rule("projector_parked", "encode",
+         lambda _f, s, _r: s.parked and {"reason": s.parked, "help": _PARKED.get(s.parked, _UNPARK)},
          "Ollama put the vision projector on the CPU ({reason}), which its API does not tell.", "{help}", _encoder),
-    Rule("encoder_on_cpu", "encode", _encoder_on_cpu,
+    Rule("encoder_on_cpu", "encode",
+         lambda _f, s, _r: {} if s.clip == "CPU" and s.on_gpu and not s.parked else None,
          "The vision encoder runs on the CPU ('CLIP using CPU backend') although there is a GPU.",
          "llama-cpp-python 0.2.58 to 0.2.73 and 0.3.6 to 0.3.8 cannot do otherwise: take 0.3.10 or newer, built with "
          "-DGGML_CUDA=on; in llama.cpp leave out --no-mmproj-offload", _encoder),
-    Rule("unsupported_ops", "encode", _unsupported,
-         "{device} cannot compute {ops} of the encoder: it falls back to the CPU.",
+    Rule("unsupported_ops", "encode",
+         lambda _f, s, _r: s.unsupported and {"ops": ", ".join(s.unsupported[:6]), "on": s.clip or "The device"},
+         "{on} cannot compute {ops} of the encoder: it falls back to the CPU.",
          "take a newer llama.cpp, or another backend for this device (CUDA or ROCm instead of Vulkan)", _encoder),
-    Rule("no_flash_attention", "encode", _no_flash,
+    Rule("no_flash_attention", "encode", lambda _f, s, r: _no_flash(s, r),
          "The encoder works without flash attention ({reason}): slower, most of all for large images.",
          "leave it on auto (--flash-attn auto; llama-cpp-python's handlers turn it off), or take a newer llama.cpp",
          _encoder),
-    Rule("no_gpu", "all", _no_gpu, "{told}",
+    Rule("no_gpu", "all", lambda _f, s, _r: _no_gpu(s), "{told}",
          "install a build for this GPU (opsin doctor gives the command), and set -ngl 99 (n_gpu_layers=-1)", _model),
-    Rule("partial_offload", "all", _partial,
+    Rule("partial_offload", "all",
+         lambda f, s, _r: {"here": s.layers[0], "all": s.layers[1], "left": s.layers[1] - s.layers[0],
+                           "until": _UNTIL if f.tool == "Ollama" else ""}
+         if s.layers and 0 < s.layers[0] < s.layers[1] else None,
          "Only {here} of {all} layers are on the GPU: every token waits for the CPU's {left}.",
          "use a smaller context, quantisation or KV type (q8_0), so that all layers fit{until}", _model),
-    Rule("threads", "all", _threads,
+    Rule("threads", "all",
+         lambda _f, s, _r: {"asked": s.threads[0], "there": s.threads[1]}
+         if s.threads and s.threads[0] > s.threads[1] and not (s.layers and s.layers[0] >= s.layers[1]) else None,
          "{asked} threads compete for {there} processors: each waits for the slowest at every operation.",
          "set -t (n_threads) to the number of physical cores, at most {there}", _model),
-    Rule("debug_build", "all", lambda facts: {} if facts.setup.debug else None,
+    Rule("debug_build", "all", lambda _f, s, _r: {} if s.debug else None,
          "This is a debug build: it computes without the compiler's optimisation, many times slower.",
          "build with -DCMAKE_BUILD_TYPE=Release", _model),
-    Rule("kv_full", "all", _kv_full,
+    Rule("kv_full", "all", lambda f, _s, _r: _kv_full(f),
          "The KV cache was full: image or prompt found no cells, and what was computed for it was lost.",
          "set a larger context (-c, n_ctx), or send fewer or smaller images in one request"),
-    Rule("out_of_memory", "all", _no_memory, "The device ran out of memory.",
+    Rule("out_of_memory", "all",
+         lambda _f, s, _r: {"sums": f"{s.no_memory} times in this log"} if s.no_memory else None,
+         "The device ran out of memory.",
          "use fewer layers on the GPU, a smaller context, or a smaller image"),
-    Rule("prompt_cut", "prefill", _prompt_cut,
+    Rule("prompt_cut", "prefill",
+         lambda _f, s, _r: s.cut_prompt and {
+             "limit": s.cut_prompt[0], "length": s.cut_prompt[1],
+             "sums": "{1:,} − {0:,} = {2:,} tokens lost".format(*s.cut_prompt, s.cut_prompt[1] - s.cut_prompt[0])},
          "The prompt of {length:,} tokens was cut to {limit:,}: the model did not see all of it.",
          "set num_ctx to more than {length:,}"),
-    Rule("paging", "all", _paging,
+    Rule("paging", "all", lambda _f, s, _r: _paging(s),
          "{faults:,} pages were read from disk while it ran: the model does not fit the free memory.",
          "free memory or take a smaller quantisation; --no-mmap tells at the start that it does not fit"),
-    Rule("queue", "all", _queue, "The request waited {s:.1f} s for others.",
+    Rule("queue", "all",
+         lambda _f, _s, r: (q := r.stages.get("queue")) and {"ms": q, "sums": f"queue {q:,.0f} of {r.whole:,.0f} ms"},
+         "The request waited {s:.1f} s for others.",
          "serve more at once (--parallel), or send less", least_ms=500.0, share=0.3),
     # Where the time went.
-    Rule("runaway", "decode", _runaway, "{told}",
+    Rule("runaway", "decode", lambda _f, _s, r: _runaway(r), "{told}",
          f"set max_tokens (-n, n_predict, num_predict), for instance max_tokens={SHORT}{{about}}"),
-    Rule("between_tokens", "all", _between,
+    Rule("between_tokens", "all", lambda _f, _s, r: _between(r),
          "{s:.1f} s were spent between tokens, outside llama.cpp: copies of logits, detokenising, Python.",
          "set logits_all=False, ask for no logprobs, and use a newer llama-cpp-python, or opsin"),
-    Rule("before_timer", "encode", _before_timer,
+    Rule("before_timer", "encode",
+         lambda _f, _s, r: None if r.before_timer is None else {
+             "ms": r.before_timer,
+             "sums": f"{r.whole / 1e3:.2f} s by the wall clock − {(r.total_ms or 0) / 1e3:.3f} s total time"},
          "Image and prompt took at most {s:.2f} s; the timings are reset after them and leave them out.",
          "look for 'CLIP using … backend' in the log of loading (verbose=True); opsin doctor proves where it runs",
          share=0.5, at_most=True),
-    Rule("small_batches", "prefill", _small_batches,
+    Rule("small_batches", "prefill", lambda _f, _s, r: _small_batches(r),
          "The image was prefilled in {count} batches of {size} tokens: each reads all weights again.",
          "set -b and -ub (n_batch, n_ubatch) to at least the tokens of an image, for instance 1024"),
-    Rule("first_image", "encode", _first_image,
+    Rule("first_image", "encode", lambda f, _s, _r: _first_image(f),
          "The first image took {first:.2f} s, later ones {usual:.2f} s: nothing warmed the encoder.",
          "send one small image after the start; mtmd's own warm-up computes nothing"),
-    Rule("no_prefix_reuse", "prefill", _no_reuse,
+    Rule("no_prefix_reuse", "prefill",
+         lambda _f, _s, r: {"ms": r.prompt_ms, "saves": r.prompt_ms, "sums": f"{r.prompt_tokens or r.prompt_n or 0:,} "
+                            f"prompt tokens in {r.prompt_ms or 0:,.0f} ms"} if r.reprocessed else None,
          "The server threw the cached prompt away and computed it again (sliding window, recurrent memory).",
          "start llama-server with --swa-full, or with more context checkpoints (--ctx-checkpoints)"),
-    Rule("model_load", "load", _load_of_request,
+    Rule("model_load", "load", lambda _f, _s, r: _load_of_request(r),
          "{s:.1f} of {whole_s:.1f} s went into loading, before the prompt was looked at.",
          "keep the model loaded: keep_alive=-1 (OLLAMA_KEEP_ALIVE=-1), or one server for all requests",
          least_ms=1000.0, share=0.3),
-    Rule("model_load", "load", _loads, "The model was loaded {loads} times for {requests} requests.",
+    Rule("model_load", "load", lambda f, s, _r: _loads(f, s),
+         "The model was loaded {loads} times for {requests} requests.",
          "load it once and keep it: one Llama object, or a server, for all requests"),
     # A stage is slow, and no line says why.
-    Rule("encode_slow", "encode", _encode_slow,
+    Rule("encode_slow", "encode", lambda _f, _s, r: _encode_slow(r),
          "The vision encoder took {s:.1f} s{tokens}: on a GPU an image or slice is well below a second.",
          "find out where it runs (opsin doctor, or 'CLIP using …' in the log); smaller images, fewer image tokens",
          share=0.3, symptom=True),
-    Rule("prefill_slow", "prefill", _prefill_slow,
+    Rule("prefill_slow", "prefill", lambda _f, s, r: _prefill_slow(s, r),
          "The prompt of {tokens:,} tokens took {s:.1f} s, {rate:.1f} a second{place}.",
          "{help}, or take a smaller model and fewer image tokens", least_ms=2000.0, share=0.3, symptom=True),
-    Rule("decode_starved", "decode", _starved,
+    Rule("decode_starved", "decode",
+         lambda _f, _s, r: found if (found := _decode(r)) and found["each"] > _STARVED_MS else None,
          "A token takes {each_s:.1f} s: the model does not fit its memory, or too many threads compete.",
          "close what uses memory, take a smaller quantisation, and as many threads as physical cores",
          least_ms=5000.0, share=0.3, symptom=True),
-    Rule("long_answer", "decode", _long, "The time is the answer's length: {count:,} tokens at {rate:.1f} a second.",
+    Rule("long_answer", "decode", lambda _f, _s, r: _long(r),
+         "The time is the answer's length: {count:,} tokens at {rate:.1f} a second.",
          "set max_tokens, or ask for a shorter answer", least_ms=5000.0, share=0.7, symptom=True),
-    Rule("unaccounted", "all", _unaccounted, "{s:.1f} of {whole_s:.1f} s are in none of the log's timers.",
+    Rule("unaccounted", "all",
+         lambda _f, _s, r: {"ms": (ms := {row.name: row.ms for row in stage_table(r)}.get("other", 0.0)),
+                            "sums": f"{r.whole:,.0f} ms in all − {r.whole - ms:,.0f} ms in the timers = {ms:,.0f} ms"},
+         "{s:.1f} of {whole_s:.1f} s are in none of the log's timers.",
          "give the whole log: the time may be loading, the vision encoder, another request, or a person's",
          least_ms=2000.0, share=0.5, symptom=True),
 )
