@@ -59,7 +59,11 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is counted differently elsewhere")
 @pytest.mark.parametrize(
     "options",
-    [{"parallel": 2, "ctx": 2048, "kv_type": "q8_0"}, {"ctx": 2048, "ubatch": 512, "flash_attention": False}, {"ctx": 3072}],
+    [
+        {"parallel": 2, "ctx": 2048, "kv_type": "q8_0"},
+        {"ctx": 2048, "ubatch": 512, "flash_attention": False},
+        {"ctx": 3072},
+    ],
     ids=str,
 )
 def test_the_estimate_is_within_a_tenth_of_what_is_used(

@@ -83,7 +83,8 @@ def _open(settings: EngineSettings) -> LoadedPair:
     from opsin.doctor.examine import LoadedPair
 
     # The images drawn for it are of no use to anybody later.
-    runtime = open_runtime(settings.model, settings.mmproj, settings.model_copy(update={"disk_cache": False}), trial=False)
+    settings = settings.model_copy(update={"disk_cache": False})
+    runtime = open_runtime(settings.model, settings.mmproj, settings, trial=False)
     assert runtime.backend is not None
     assert runtime.template is not None
     return LoadedPair(runtime.engine, runtime.prompts, runtime.backend, runtime.template, runtime.close)

@@ -42,8 +42,8 @@ class ProjectorFacts:
     """A projector with its vision encoder.
 
     `patches` and `tokens` are those of the largest image that is encoded at once (`tokens` is None where the file
-    does not tell), `patch_values` are the numbers that one patch comes as. `causal` is False where the tokens of an image attend to each other in both directions, so that all
-    of them must go in one ubatch.
+    does not tell), `patch_values` are the numbers that one patch comes as. `causal` is False where the tokens of an
+    image attend to each other in both directions, so that all of them must go in one ubatch.
     """
 
     name: str

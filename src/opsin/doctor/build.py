@@ -9,7 +9,7 @@ from typing import Any
 
 from opsin.doctor.check import Check, Status
 from opsin.doctor.host import Gpu, Host, here, in_software, read_host
-from opsin.doctor.install import install_command, known_bad, missing_tool, modern, translate_flags, wheel_command
+from opsin.doctor.install import install_command, known_bad, missing_tool, modern, old_flags, wheel_command
 from opsin.native import COMMIT, PACKAGE, PINNED, Build, Device, build_info, devices
 
 GIB = 1 << 30
@@ -226,25 +226,18 @@ def check_gpu_memory(build: Build) -> Check | None:
 def check_flags(environment: Mapping[str, str], host: Host) -> Check:
     """build.flags: would what the environment holds build the next llama-cpp-python as its owner thinks?"""
     flags = environment.get("CMAKE_ARGS", "")
-    old = [item for item in translate_flags(flags) if not item.harmless]
+    old = old_flags(flags)
     # The Makefile of before read these by themselves; nothing has since.
     words = [name for name in ("LLAMA_CUBLAS", "LLAMA_METAL", "LLAMA_HIPBLAS", "LLAMA_CLBLAST") if name in environment]
-    evidence = {
-        "CMAKE_ARGS": flags,
-        "FORCE_CMAKE": environment.get("FORCE_CMAKE"),
-        "old": [{"old": item.old, "new": item.new, "note": item.note} for item in old],
-        "ignored_variables": words,
-    }
+    evidence = {"CMAKE_ARGS": flags, "old": old, "ignored_variables": words}
     if old:
-        told = "; ".join(f"{item.old} ({item.note})" for item in old)
-        message = f"CMAKE_ARGS holds flags of old versions: {told}. Write {modern(flags) or 'nothing'!r}."
+        message = f"CMAKE_ARGS holds {', '.join(old)} of old versions, which a build of today refuses or ignores."
         return Check("build.flags", "warn", message, evidence, _export(modern(flags), host))
     if words:
         message = f"{words[0]} in the environment does nothing today: give the flag in CMAKE_ARGS."
         return Check("build.flags", "warn", message, evidence, _export(modern(f"-D{words[0]}=on"), host))
-    forced = " FORCE_CMAKE does nothing any more." if "FORCE_CMAKE" in environment else ""
     told = f"CMAKE_ARGS ({flags}) holds no flags of old versions." if flags else "No build flags are set."
-    return Check("build.flags", "ok", told + forced, evidence)
+    return Check("build.flags", "ok", told, evidence)
 
 
 def check_threads(host: Host, asked: int | None = None) -> Check:

@@ -1,15 +1,10 @@
-"""llama-cpp-python for this host: versions to keep away from, old build flags, and the exact command to install it.
-
-The flags were tried against the build files of the pinned version: `cmake -DLLAMA_CUBLAS=on` stops there, and what
-CMake then lists as "not used by the project" is said here to be ignored.
-"""
+"""llama-cpp-python for this host: versions to keep away from, old build flags, and the exact command to install it."""
 
 from __future__ import annotations
 
 import re
 import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from opsin.doctor.check import shell_line
 from opsin.doctor.host import Host
@@ -17,27 +12,11 @@ from opsin.native import PACKAGE, PINNED
 
 WHEELS = "https://abetlen.github.io/llama-cpp-python/whl"
 
-_PULL, _ISSUE = "https://github.com/{}/pull/{}", "https://github.com/{}/issues/{}"
-# The first and the last version whose encoder stays off the GPU, what is wrong with them, and the thread that says so.
+# The first and the last version whose encoder stays off the GPU, why, and the thread on github.com that says so.
 FAULTS = (
-    (
-        (0, 0, 0),
-        (0, 2, 39),
-        "its build never told the vision encoder about the GPU",
-        _PULL.format("abetlen/llama-cpp-python", 1175),
-    ),
-    (
-        (0, 2, 58),
-        (0, 2, 73),
-        "a macro was renamed, so a CUDA build left the vision encoder on the CPU",
-        _ISSUE.format("abetlen/llama-cpp-python", 1324),
-    ),
-    (
-        (0, 3, 6),
-        (0, 3, 8),
-        "its llama.cpp had switched the GPU off for the vision encoder on purpose",
-        _PULL.format("ggml-org/llama.cpp", 10896),
-    ),
+    ((0, 0, 0), (0, 2, 39), "its build never told the encoder about the GPU", "abetlen/llama-cpp-python/pull/1175"),
+    ((0, 2, 58), (0, 2, 73), "a macro was renamed in the CUDA build", "abetlen/llama-cpp-python/issues/1324"),
+    ((0, 3, 6), (0, 3, 8), "its llama.cpp had switched the GPU off on purpose", "ggml-org/llama.cpp/pull/10896"),
 )
 
 
@@ -48,104 +27,36 @@ def known_bad(version: str) -> str | None:
     """
     match = re.match(r"\s*v?(\d+)\.(\d+)\.(\d+)", version)
     number = tuple(map(int, match.groups())) if match else ()
-    for first, last, what, source in FAULTS:
+    for first, last, what, thread in FAULTS:
         if first <= number <= last:
+            source = f"https://github.com/{thread}"
             return f"{version} computes the vision encoder on the CPU whatever GPU is here: {what} ({source})"
     return None
 
 
 # ---- old build flags
 
-_IGNORED, _WARNED = "today's build ignores it without an error", "it still works, with a warning"
-_WORKING = "CUDA METAL METAL_EMBED_LIBRARY NATIVE RPC SYCL SYCL_F16 CANN"
-_WITHOUT = (
-    "VULKAN BLAS BLAS_VENDOR ACCELERATE LLAMAFILE OPENMP LTO STATIC CUDA_FORCE_MMQ AVX AVX2 AVX512 AVX512_BF16 "
-    "AVX512_VBMI AVX512_VNNI FMA F16C"
-)
-# Old name -> its name today, and what the build does with the old one.
-_RENAMED = {
-    **{f"LLAMA_{name}": (f"GGML_{name}", _WARNED) for name in _WORKING.split()},
-    **{f"LLAMA_{name}": (f"GGML_{name}", _IGNORED) for name in _WITHOUT.split()},
-    "LLAMA_CUBLAS": ("GGML_CUDA", "a fatal error today"),
-    "GGML_CUBLAS": ("GGML_CUDA", _IGNORED),
-    "LLAMA_HIPBLAS": ("GGML_HIP", _IGNORED),
-    "GGML_HIPBLAS": ("GGML_HIP", _IGNORED),
+# Names that today's build refuses (LLAMA_CUBLAS) or ignores without an error, and what they are called now.
+_OLD_NAMES = {
+    "CUBLAS": "GGML_CUDA",
+    "HIPBLAS": "GGML_HIP",
+    "CLBLAST": "GGML_VULKAN",
+    "KOMPUTE": "GGML_VULKAN",
+    "OPENBLAS": "GGML_BLAS_VENDOR=OpenBLAS -DGGML_BLAS",
 }
-_OPENBLAS = ("-DGGML_BLAS=on -DGGML_BLAS_VENDOR=OpenBLAS", "ignored today: OpenBLAS is a vendor of GGML_BLAS")
-_CLBLAST = ("-DGGML_VULKAN=on", "CLBlast was taken out; for GPUs without CUDA, ROCm or Metal there is Vulkan")
-_KOMPUTE = ("-DGGML_VULKAN=on", "Kompute was taken out; Vulkan takes its place")
-# Old name -> the flags that take its place (empty: none), and why.
-_REPLACED = {
-    **dict.fromkeys(("LLAMA_OPENBLAS", "GGML_OPENBLAS"), _OPENBLAS),
-    **dict.fromkeys(("LLAMA_CLBLAST", "GGML_CLBLAST"), _CLBLAST),
-    **dict.fromkeys(("LLAMA_KOMPUTE", "GGML_KOMPUTE"), _KOMPUTE),
-    **dict.fromkeys(
-        ("LLAMA_CUDA_F16", "GGML_CUDA_F16"), ("", "ignored today: the kernels choose their type themselves")
-    ),
-    "LLAMA_MPI": ("", "MPI was taken out; GGML_RPC joins machines today"),
-    "LLAMA_CURL": ("", "llama-cpp-python always builds without curl"),
-}
-_LLAVA_ON = "it need not be given: on is the default, and it builds libmtmd, the vision encoder of today"
-_LLAVA_OFF = "it leaves out libmtmd, and with it everything that reads images"
+# LLAMA_… of before that is GGML_… today.
+_MOVED = r"CUDA\w*|METAL\w*|NATIVE|RPC|SYCL\w*|CANN|VULKAN|BLAS\w*|ACCELERATE|LLAMAFILE|OPENMP|LTO|STATIC|AVX\w*|FMA|F16C"
+_OLD = re.compile(rf"-D\s*((?:LLAMA|GGML)_({'|'.join(_OLD_NAMES)})|LLAMA_({_MOVED}))(?=[:=])")
 
 
-@dataclass(frozen=True, slots=True)
-class OldFlag:
-    """An old flag, what to write today (several flags, or empty where nothing takes its place), and why.
-
-    `harmless`: it does no harm where it stands.
-    """
-
-    old: str
-    new: str
-    note: str
-    harmless: bool = False
-
-
-def translate_flags(flags: str) -> list[OldFlag]:
-    """The old ones of a CMAKE_ARGS value (or a pip `cmake.args`, parted by semicolons), in their order.
-
-    Flags that mean today what they say are left out. Raises nothing: what cannot be parsed is split at spaces.
-    """
-    found = []
-    for flag in split_flags(flags):
-        match = re.fullmatch(r"-D\s*(\w+)(?::\w+)?=(.*)", flag)
-        if match is None:
-            continue
-        name, value = match[1], match[2]
-        off = value.lower() in {"off", "0", "no", "false", "n", ""}
-        if name == "LLAVA_BUILD":
-            found.append(OldFlag(flag, "", _LLAVA_OFF if off else _LLAVA_ON, harmless=not off))
-        elif name in _RENAMED:
-            new, note = _RENAMED[name]
-            found.append(OldFlag(flag, f"-D{new}={value}", f"{name} is {new} now; {note}"))
-        elif name in _REPLACED:
-            new, note = _REPLACED[name]
-            found.append(OldFlag(flag, "" if off else new, note))
-    return found
-
-
-def split_flags(flags: str) -> list[str]:
-    """The flags one by one, as scikit-build-core splits CMAKE_ARGS, and at `;` before -D; -D joined to its name."""
-    # A semicolon elsewhere parts the items of one value: -DCMAKE_CUDA_ARCHITECTURES=86;89.
-    flags = re.sub(r";(?=\s*-D|\s*$)", " ", flags)
-    try:
-        words = shlex.split(flags)
-    except ValueError:  # an odd quote
-        words = flags.split()
-    joined: list[str] = []
-    for word in words:
-        if joined and joined[-1] == "-D":
-            joined[-1] = "-D" + word
-        else:
-            joined.append(word)
-    return joined
+def old_flags(flags: str) -> list[str]:
+    """The names in a CMAKE_ARGS value that mean nothing, or something else, to today's build."""
+    return [match[1] for match in _OLD.finditer(flags)]
 
 
 def modern(flags: str) -> str:
-    """The whole value rewritten for today: old flags replaced, the others kept."""
-    new = {item.old: item.new for item in translate_flags(flags)}
-    return " ".join(filter(None, (new.get(flag, shlex.quote(flag)) for flag in split_flags(flags))))
+    """The value rewritten for today: old names replaced, all else as it is."""
+    return _OLD.sub(lambda match: f"-D{_OLD_NAMES[match[2]] if match[2] else f'GGML_{match[3]}'}", flags)
 
 
 # ---- the command

@@ -338,10 +338,9 @@ class _Planner:
             if plan is None or not other.fits(plan, FULL):
                 continue
             found = plan.applied(changed)
-            names = [name for name in (*step, "ctx", "gpu_layers", "ubatch")]
             return {
                 name: value
-                for name in dict.fromkeys(names)
+                for name in dict.fromkeys((*step, "ctx", "gpu_layers", "ubatch"))
                 if (value := getattr(found, name)) is not None and value != getattr(settings, name)
             }
         return None

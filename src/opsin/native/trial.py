@@ -182,7 +182,8 @@ def main(llm: str, mmproj: str, settings: str, how: str) -> None:
     """The child: one sentence on standard error and an exit code for an error that is told."""
     _no_core_file()
     try:
-        _run(Path(llm), Path(mmproj) if mmproj else None, EngineSettings.model_validate_json(settings), brief=how == "brief")
+        chosen = EngineSettings.model_validate_json(settings)
+        _run(Path(llm), Path(mmproj) if mmproj else None, chosen, brief=how == "brief")
     except OpsinError as error:
         sys.stderr.write(f"{error}\n")
         sys.stderr.flush()

@@ -237,6 +237,7 @@ def test_signals_with_a_meaning_tell_it(pair: Pair, tmp_path: Path, name: str, s
 
 def test_a_text_model_and_a_file_that_is_not_there(pair: Pair, tmp_path: Path) -> None:
     done = ended("done", "decode", None)
-    assert trial_check(read_pair(replace(pair, mmproj=None)), trial=lambda *_, **_more: done, folder=tmp_path, present=[]).status == "ok"
+    alone = read_pair(replace(pair, mmproj=None))
+    assert trial_check(alone, trial=lambda *_, **_more: done, folder=tmp_path, present=[]).status == "ok"
     with pytest.raises(ModelNotFound):
         read_pair(replace(pair, llm=tmp_path / "no.gguf"))
