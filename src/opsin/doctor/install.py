@@ -45,7 +45,9 @@ _OLD_NAMES = {
     "OPENBLAS": "GGML_BLAS_VENDOR=OpenBLAS -DGGML_BLAS",
 }
 # LLAMA_… of before that is GGML_… today.
-_MOVED = r"CUDA\w*|METAL\w*|NATIVE|RPC|SYCL\w*|CANN|VULKAN|BLAS\w*|ACCELERATE|LLAMAFILE|OPENMP|LTO|STATIC|AVX\w*|FMA|F16C"
+_MOVED = (
+    r"CUDA\w*|METAL\w*|NATIVE|RPC|SYCL\w*|CANN|VULKAN|BLAS\w*|ACCELERATE|LLAMAFILE|OPENMP|LTO|STATIC|AVX\w*|FMA|F16C"
+)
 _OLD = re.compile(rf"-D\s*((?:LLAMA|GGML)_({'|'.join(_OLD_NAMES)})|LLAMA_({_MOVED}))(?=[:=])")
 
 
@@ -84,9 +86,7 @@ def missing_tool(host: Host, backend: str) -> str:
     return f"{tool} of {source}" if tool and tool not in host.tools else ""
 
 
-def install_command(
-    host: Host, backends: Iterable[str] = (), extra: Sequence[str] = (), *, fresh: bool = False
-) -> str:
+def install_command(host: Host, backends: Iterable[str] = (), extra: Sequence[str] = (), *, fresh: bool = False) -> str:
     """A shell line that compiles the pinned version with these backends (others than the CPU) and extra CMake flags.
 
     `fresh`: there is none yet, so its dependencies are installed too. The line is for a POSIX shell, on Windows for

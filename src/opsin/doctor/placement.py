@@ -88,7 +88,7 @@ def placement_checks(
     checks.append(_layers(placement, gpus, settings))
     checks.append(_fallback(placement, settings))
     if any(share.splits for graph in graphs.values() for share in graph.values()):
-        checks.append(_splits(graphs, settings))
+        checks.append(_splits(graphs))
     if rates is not None:
         checks.append(_rate(placement, rates))
     return checks
@@ -208,23 +208,18 @@ def _main_gpu(placement: Placement) -> str:
     return " or ".join(sorted(mains - {HOST})) or "the GPU"
 
 
-def _splits(graphs: Mapping[str, _Graph], settings: EngineSettings) -> Check:
+def _splits(graphs: Mapping[str, _Graph]) -> Check:
     """Pieces a graph is cut into: values are copied between two, and the GPU waits."""
     counts = {name: sum(share.splits for share in graph.values()) for name, graph in graphs.items() if graph}
-    # Token embeddings on the CPU, layers by device, the output layer: two stretches a backend are ordinary.
-    many = {name: count for name, count in counts.items() if count > 2 * len(graphs[name])}
     told = ", ".join(f"the {name.replace('_', ' ')}'s graph in {count}" for name, count in counts.items())
-    evidence = {"splits": counts}
-    if not many:
-        return Check("placement.splits", "ok", f"Graphs run in few pieces: {told}.", evidence)
-    fallen = [name for name in many if HOST in graphs[name] and "FLASH_ATTN_EXT" in graphs[name][HOST].ops]
-    update = {_FLASH[name]: False for name in fallen}
-    mend = f"give {' '.join(as_flags(update))}" if update else "placement.fallback and placement.layers name the cause"
+    # Token embeddings on the CPU, layers by device, the output layer: two pieces a backend are ordinary.
+    if all(count <= 2 * len(graphs[name]) for name, count in counts.items()):
+        return Check("placement.splits", "ok", f"Graphs run in few pieces: {told}.", {"splits": counts})
     message = (
-        f"Graphs are cut into many pieces ({told}), and at each border values are copied and a device waits: {mend}."
+        f"Graphs are cut into many pieces ({told}), and at each border values are copied and a device waits: "
+        "placement.fallback and placement.layers name the cause."
     )
-    fix = serve_command(settings, **update) if update else None
-    return Check("placement.splits", "warn", message, evidence, fix)
+    return Check("placement.splits", "warn", message, {"splits": counts})
 
 
 def _rate(placement: Placement, rates: Rates) -> Check:

@@ -82,8 +82,10 @@ class MemoryPlan:
     by_device: Mapping[str, Needs]
 
     def applied(self, settings: EngineSettings) -> EngineSettings:
-        """The settings with what was planned; what they say already stays as it is."""
-        planned = {"ctx": self.ctx, "ubatch": self.ubatch, "gpu_layers": self.gpu_layers}
+        """The settings with what was planned."""
+        planned = {"ctx": self.ctx, "ubatch": self.ubatch}
+        if self.gpu_layers is not None:
+            planned["gpu_layers"] = self.gpu_layers
         return settings.model_copy(update={k: v for k, v in planned.items() if getattr(settings, k) != v})
 
 
@@ -168,14 +170,20 @@ class _Planner:
     def choices(self) -> Iterator[_Choice]:
         """All layers with a shrinking context, then fewer layers, then a context that is uncomfortable."""
         contexts = list(self._contexts())
-        image = 0 if self.pair.projector is None else self.pair.projector.tokens or 0
-        comfortable = max(_COMFORTABLE_CTX, image + 2 * _TEXT_TOKENS) * self.settings.parallel
-        large = [ctx for ctx in contexts if ctx >= comfortable] or contexts[:1]
+        large = [ctx for ctx in contexts if ctx >= self._comfortable] or contexts[:1]
         layers = self._layer_counts()
         yield from (_Choice(ctx, ubatch, layers[0]) for ctx in large for ubatch in self._ubatches(ctx))
         yield from (_Choice(large[-1], ubatch, n) for n in layers[1:] for ubatch in self._ubatches(large[-1]))
         rest = contexts[len(large) :]
         yield from (_Choice(ctx, ubatch, n) for ctx in rest for n in layers for ubatch in self._ubatches(ctx))
+
+    @property
+    def _image_tokens(self) -> int:
+        return 0 if self.pair.projector is None else self.pair.projector.tokens or 0
+
+    @property
+    def _comfortable(self) -> int:
+        return max(_COMFORTABLE_CTX, self._image_tokens + 2 * _TEXT_TOKENS) * self.settings.parallel
 
     def _contexts(self) -> Iterator[int]:
         if self.settings.ctx is not None:
@@ -183,7 +191,7 @@ class _Planner:
             return
         parallel = self.settings.parallel
         each = min(self.model.context or CTX_PER_SEQUENCE, CTX_PER_SEQUENCE)
-        least = min(_LEAST_CTX, each) * parallel
+        least = min(max(_LEAST_CTX, self._image_tokens + _TEXT_TOKENS), each) * parallel
         sizes: list[int] = []
         size = each * parallel
         while size >= least:
@@ -299,15 +307,20 @@ class _Planner:
     # ---- what fits
 
     def best(self) -> MemoryPlan | None:
-        """The first choice that fits with room to spare, else the smallest that just fits."""
+        """The first choice that fits with room to spare; else one of comfortable size whose weights need not fit.
+
+        At last, the smallest that just fits.
+        """
         if (self.settings.ctx or 0) > _MAX_CTX:
             return None
-        last = None
+        plans: list[MemoryPlan] = []
         for choice in self.choices():
-            last = self.planned(choice)
-            if self.fits(last, FULL):
-                return last
-        return last if last is not None and self.fits(last, 1.0, least=True) else None
+            plans.append(self.planned(choice))
+            if self.fits(plans[-1], FULL):
+                return plans[-1]
+        modest = [plan for plan in plans if plan.ctx <= max(self._comfortable, self.settings.ctx or 0)]
+        found = next((plan for plan in modest if self.fits(plan, FULL, least=True)), plans[-1])
+        return found if self.fits(found, 1.0, least=True) else None
 
     def fits(self, plan: MemoryPlan, share: float, *, least: bool = False) -> bool:
         return all(

@@ -118,9 +118,7 @@ def test_a_projector_of_another_width_fails_before_loading(pair: Pair, info: Pai
     assert "pair.ubatch" not in found
 
 
-def test_a_width_that_the_file_does_not_tell_is_left_to_llama_cpp(
-    info: PairInfo
-) -> None:
+def test_a_width_that_the_file_does_not_tell_is_left_to_llama_cpp(info: PairInfo) -> None:
     found = by_name(pair_checks(replace(info, mmproj=replace(info.mmproj, projector_width=None))))
     assert found["pair.width"].status == "ok"
     assert "cannot be told" in found["pair.width"].message
@@ -136,9 +134,7 @@ def test_a_width_that_the_file_does_not_tell_is_left_to_llama_cpp(
         ("Q8_0", {"Q8_0": 40, "F32": 20}, "ok", "is Q8_0"),
     ],
 )
-def test_the_projectors_quantisation(
-    info: PairInfo, kind: str, types: dict[str, int], status: str, said: str
-) -> None:
+def test_the_projectors_quantisation(info: PairInfo, kind: str, types: dict[str, int], status: str, said: str) -> None:
     mmproj = replace(info.mmproj, quantisation=kind, tensor_types=types)
     check = by_name(pair_checks(replace(info, mmproj=mmproj)))["pair.quantisation"]
     assert check.status == status

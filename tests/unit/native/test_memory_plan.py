@@ -116,6 +116,7 @@ def test_weights_on_the_host_are_mapped_and_need_not_fit() -> None:
     assert plan.gpu_layers is None
     assert plan.by_device[HOST].mapped > 5 * GIB
     assert plan.by_device[HOST].least <= 5 * GIB
+    assert plan.ctx >= 1024, "an image and a conversation have room"
 
 
 def test_an_image_that_is_read_at_once_raises_the_ubatch() -> None:

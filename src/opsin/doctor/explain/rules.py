@@ -53,7 +53,6 @@ class Cause:
         return {k: round(v, 3) if isinstance(v, float) else v for k, v in asdict(self).items()}
 
 
-
 @dataclass(frozen=True, slots=True)
 class Rule:
     """One row. `find` looks at facts, setup and slowest request, and gives None or what fills the sentences.

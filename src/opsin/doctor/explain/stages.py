@@ -32,9 +32,7 @@ def stage_table(request: Request) -> tuple[StageRow, ...]:
     batches = max((batch.count for batch in request.batches), default=0)
     rows = [
         StageRow("load model", request.load_ms_of_request),
-        StageRow(
-            "before the timer", request.before_timer or 0.0, "image and prompt, by the wall clock", at_most=True
-        ),
+        StageRow("before the timer", request.before_timer or 0.0, "image and prompt, by the wall clock", at_most=True),
         StageRow("vision encode", request.encoded, _images(request)),
         StageRow("image prefill", request.decoded, f"{batches} batches" if batches > 1 else ""),
         StageRow(prompt, request.prompt_only, _rate(request.prompt_n, request.prompt_only)),
