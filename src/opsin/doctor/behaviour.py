@@ -159,7 +159,8 @@ def repeat_check(first: Answer, again: Answer) -> Check:
     if first.tokens == again.tokens:
         message = f"The same question gets the same {len(first.tokens)} tokens at temperature 0."
         return Check("behaviour.repeat", "ok", message, {"tokens": len(first.tokens)})
-    at = len(os.path.commonprefix([first.tokens, again.tokens]))
+    pairs = enumerate(zip(first.tokens, again.tokens, strict=False))
+    at = next((at for at, (one, other) in pairs if one != other), min(len(first.tokens), len(again.tokens)))
     message = (
         f"The same question got other tokens from the {at + 1}th on at temperature 0: batches of other sizes add in "
         "another order, which may turn two tokens that are as likely; do not build on equal texts."
