@@ -12,9 +12,6 @@ from opsin.doctor.host import Gpu, Host, here, in_software, read_host
 from opsin.doctor.install import install_command, known_bad, missing_tool, modern, old_flags, wheel_command
 from opsin.native import COMMIT, PACKAGE, PINNED, Build, Device, build_info, devices
 
-GIB = 1 << 30
-# LLaVA-1.5's projector in f16 (0.6 GiB) and the gibibyte that its buffers, and the driver's own, are counted with.
-LITTLE_MEMORY = int(1.6 * GIB)
 # Without these the matrix kernels fall back to generic code; without the others some types of weights are slower.
 ESSENTIAL = frozenset({"AVX", "AVX2", "FMA", "F16C", "NEON", "DOTPROD"})
 # The first driver that can run programs of a CUDA major version (docs.nvidia.com/deploy/cuda-compatibility).
@@ -34,9 +31,9 @@ def build_checks(
 ) -> list[Check]:
     """All checks of this group, in the order to read them; what is not handed in is looked at here.
 
-    Names: build.version, build.assertions, build.cpu, build.driver, build.gpu, build.gpu_memory, build.flags,
-    build.threads. Those about a library that cannot be loaded are left out, and so is build.assertions where its files
-    do not tell, and the two about drivers and memory where there is no GPU. `threads` are those that were asked for.
+    Names: build.version, build.assertions, build.cpu, build.driver, build.gpu, build.flags, build.threads. Those
+    about a library that cannot be loaded are left out, and so are build.assertions where its files do not tell, and
+    build.driver where there is no GPU. `threads` are those that were asked for.
     """
     build = build_info() if build is None else build
     host = read_host() if host is None else host
@@ -44,7 +41,7 @@ def build_checks(
     found: list[Check | None] = [check_version(build, host)]
     found += [] if build.error else [check_assertions(build, host), check_cpu(build, host)]
     found.append(check_driver(host))
-    found += [] if build.error else [check_gpu(build, host, environment), check_gpu_memory(build)]
+    found += [] if build.error else [check_gpu(build, host, environment)]
     found += [check_flags(environment, host), check_threads(host, threads)]
     return [check for check in found if check is not None]
 
@@ -207,20 +204,6 @@ def _unseen(gpu: Gpu, build: Build, host: Host, evidence: dict[str, Any], hiding
         return Check("build.gpu", "fail", message, {**evidence, "oldest_driver": oldest})
     message = f"{start}; it may be built for another kind of card: compile it on this machine."
     return Check("build.gpu", "fail", message, evidence, _install_for(gpu, build, host)[0])
-
-
-def check_gpu_memory(build: Build) -> Check | None:
-    """build.gpu_memory: is anything left on the GPUs that ggml sees?"""
-    sized = [device for device in build.devices if device.is_gpu and device.memory_total]
-    if not sized:
-        return None
-    roomiest = max(sized, key=lambda device: device.memory_free)
-    evidence = {"seen": [_row(device) for device in sized], "wanted_bytes": LITTLE_MEMORY}
-    told = f"{roomiest.name} has {roomiest.memory_free / GIB:.1f} GiB free of {roomiest.memory_total / GIB:.1f} GiB"
-    if roomiest.memory_free >= LITTLE_MEMORY:
-        return Check("build.gpu_memory", "ok", f"{told}.", evidence)
-    message = f"{told}, too little for even a vision encoder: close other programs that use it, or stay on the CPU."
-    return Check("build.gpu_memory", "warn", message, evidence)
 
 
 def check_flags(environment: Mapping[str, str], host: Host) -> Check:
