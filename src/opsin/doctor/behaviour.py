@@ -60,7 +60,8 @@ def behaviour_checks(engine: Engine, prompts: PromptBuilder, *, max_tokens: int 
 def ends_check(answers: Sequence[Answer]) -> Check:
     """Do answers to short questions end by themselves?"""
     name, cut = "behaviour.ends", [answer for answer in answers if answer.finish_reason == "length"]
-    evidence = {"answers": len(answers), "cut": len(cut), "max_tokens": max(answer.max_tokens for answer in answers)}
+    most = max(answer.max_tokens for answer in answers)
+    evidence: dict[str, object] = {"answers": len(answers), "cut": len(cut), "max_tokens": most}
     if not cut:
         longest = max(answer.usage.completion_tokens for answer in answers)
         message = f"Answers to short questions end by themselves, after {longest} tokens at most."
