@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import opsin.models
+from opsin import Opsin
 from opsin.core.errors import ModelError, ModelUnreadable
 from opsin.core.settings import EngineSettings
 from opsin.native.trial import ensure_loadable
@@ -109,6 +110,12 @@ def test_a_good_file_is_tried_once_and_remembered(tmp_path: Path) -> None:
         ensure_loadable(LLM, MMPROJ, EngineSettings(device="none"), folder=tmp_path, command=crash)
     with pytest.raises(ModelUnreadable, match=LLM.name):
         ensure_loadable(LLM, None, EngineSettings(), folder=tmp_path, command=crash)
+
+
+def test_the_demo_model_needs_no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opsin.compose.ensure_loadable", lambda *_: pytest.fail("it was tried"))
+    with Opsin():
+        pass
 
 
 def test_a_trial_is_bounded_and_what_the_system_ended_is_not_blamed_on_the_file(tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def test_the_file_in_force_is_written_and_a_new_one_is_alone(
 def test_two_engines_that_do_not_fit_are_refused(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = EngineSettings(model=pair.llm, mmproj=pair.mmproj, ctx=2048, parallel=2)
     command._check_room(settings)
-    monkeypatch.setattr("opsin.native.devices.free_memory", lambda _devices: {"CPU": 2**20})
+    monkeypatch.setattr("opsin.doctor.room.free_memory", lambda _devices: {"CPU": 2**20})
     with pytest.raises(BadInput, match="Two engines side by side need"):
         command._check_room(settings)
 

@@ -186,13 +186,13 @@ def _open(settings: EngineSettings) -> Rig:
 def _check_room(settings: EngineSettings) -> None:
     """Two engines are open at a time. Raises BadInput where the host has no memory for them, as far as it can tell."""
     from opsin.core.errors import BadInput
-    from opsin.models.facts import read_facts
-    from opsin.native.devices import devices, free_memory
-    from opsin.native.memory import needed_memory
+    from opsin.doctor.room import host_memory
 
-    if settings.model is None or (free := free_memory(()).get("CPU")) is None:
+    if settings.model is None:
         return
-    parts = needed_memory(read_facts(settings.model, settings.mmproj), devices(), settings).by_device["CPU"]
+    parts, free = host_memory(settings.model, settings.mmproj, settings)
+    if free is None:
+        return
     needed = 2 * parts.least + parts.mapped  # weights that are mapped are there once
     if needed > free:
         raise BadInput(

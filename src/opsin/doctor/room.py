@@ -10,10 +10,11 @@ from opsin.core.errors import BadParameter
 from opsin.core.model_facts import PairFacts
 from opsin.core.settings import EngineSettings
 from opsin.doctor.check import Check, Status, serve_command
-from opsin.native.devices import Device, free_memory
+from opsin.models.facts import read_facts
+from opsin.native import Device, cpu_features, devices
+from opsin.native.devices import HOST, free_memory
 from opsin.native.memory import (
     FULL,
-    MemoryPlan,
     Needs,
     advice,
     as_flags,
@@ -27,32 +28,26 @@ from opsin.native.memory import (
 _NAMES = {"kv": "KV cache", "vision_weights": "vision weights", "vision_compute": "vision compute"}
 
 
-def memory_plan(
-    facts: PairFacts,
-    devices: Sequence[Device],
-    settings: EngineSettings,
-    cpu_features: frozenset[str] = frozenset(),
-    root: Path = Path("/"),
-) -> MemoryPlan:
-    """What loading the pair would choose here; where that is refused, what the settings need all the same."""
-    free = free_memory(devices, root)
-    try:
-        return plan_memory(facts, devices, settings, free=free, cpu_features=cpu_features)
-    except BadParameter:
-        return needed_memory(facts, devices, settings, cpu_features)
+def host_memory(model: Path, mmproj: Path | None, settings: EngineSettings) -> tuple[Needs, int | None]:
+    """What the settings need of the host, and how many bytes are free there (None: it does not tell)."""
+    plan = needed_memory(read_facts(model, mmproj), devices(), settings, cpu_features())
+    return plan.by_device[HOST], free_memory(()).get(HOST)
 
 
 def room_checks(
     facts: PairFacts,
-    devices: Sequence[Device],
+    present: Sequence[Device],
     settings: EngineSettings,
     cpu_features: frozenset[str] = frozenset(),
     root: Path = Path("/"),
 ) -> list[Check]:
     """One `room.memory` for each device that takes part and tells what is free."""
-    free = free_memory(devices, root)
-    plan = memory_plan(facts, devices, settings, cpu_features, root)
-    in_host = in_host_memory(devices)
+    free = free_memory(present, root)
+    try:  # what loading would choose; where it would refuse, what the settings need all the same
+        plan = plan_memory(facts, present, settings, free=free, cpu_features=cpu_features)
+    except BadParameter:
+        plan = needed_memory(facts, present, settings, cpu_features)
+    in_host = in_host_memory(present)
     needed = needed_by_device(plan, in_host)
     checks = []
     change: Mapping[str, object] | None = None
@@ -64,7 +59,7 @@ def room_checks(
         if needed[name] > needs.total:
             message += f", {size_text(needed[name] - needs.total)} of it for {', '.join(sorted(in_host))}"
         if status != "ok":
-            change = change or advice(facts, devices, settings, free=free, cpu_features=cpu_features)
+            change = change or advice(facts, present, settings, free=free, cpu_features=cpu_features)
             what = {"warn": "that is tight", "fail": "that does not fit"}[status]
             mend = "use a smaller quantisation or a smaller model"
             if change:
