@@ -11,14 +11,18 @@ from typing import Any
 import pytest
 
 from opsin import Opsin
+from opsin.compose import open_runtime
+from opsin.core.sampling import SamplingParams
 from opsin.core.settings import EngineSettings
 from opsin.doctor.behaviour import behaviour_checks
 from opsin.doctor.room import room_checks
 from opsin.models.facts import read_facts
 from opsin.models.shapes import SHAPES
-from opsin.models.synth import write_shape
+from opsin.models.synth import write_pair, write_shape
 from opsin.native import cpu_features, devices
 from opsin.native.memory import needed_memory
+from opsin.prompt import Message
+from opsin.testing import picture
 
 # Loads the pair, encodes an image, fills every cell of the KV cache, and prints by how much it grew.
 CHILD = """
@@ -135,3 +139,15 @@ def test_the_demo_pair_fits_this_machine_and_behaves() -> None:
     facts = read_facts(demo / "opsin-demo.gguf", demo / "mmproj-opsin-demo.gguf")
     (check,) = room_checks(facts, devices(), EngineSettings())
     assert check.status == "ok"
+
+
+def test_a_load_raises_the_ubatch_for_images_that_are_read_at_once(tmp_path: Path) -> None:
+    whole = write_pair("gemma3-tiny", tmp_path)
+    runtime = open_runtime(whole.llm, whole.mmproj, EngineSettings(ubatch=32, ctx=512, disk_cache=False), trial=False)
+    try:
+        assert runtime.engine.limits.n_ubatch >= 64
+        prompt = runtime.prompts.build([Message("user", [picture(1, 224, 224), "What is this?"])])
+        answer = runtime.engine.submit(prompt, SamplingParams(max_tokens=4, guard=False)).result()
+        assert answer.usage.image_tokens == 64
+    finally:
+        runtime.close()
