@@ -9,9 +9,12 @@ from opsin.cache import DiskStore, PictureCache, default_folder
 from opsin.core.settings import MAX_ANSWER_TOKENS, EngineSettings
 from opsin.engine import Engine, Policy
 from opsin.models import Pair, resolve
-from opsin.native import Device, NativeBackend, devices, open_backend
+from opsin.models.facts import read_facts
+from opsin.native import Device, NativeBackend, cpu_features, devices, open_backend
 from opsin.native.device_rate import DeviceRate, measure_device
-from opsin.native.setup import setup_word
+from opsin.native.memory import plan_memory
+from opsin.native.records import fingerprint
+from opsin.native.trial import ensure_loadable
 from opsin.prompt import PromptBuilder, TemplateSource
 
 
@@ -43,15 +46,23 @@ def open_runtime(
     *,
     template: str | None = None,
     max_queue: int = 256,
+    trial: bool = True,
 ) -> Runtime:
     """Find the pair, load it, and make ready to ask; `template` stands in for the model's own chat template.
 
-    `max_queue` requests may wait.
+    `max_queue` requests may wait. Files that were never loaded here are tried in a child process first, unless `trial`
+    is False: in a process of its own a crash harms nobody.
 
     Raises ModelError when the pair cannot be used, BadParameter when a setting does not fit this machine.
     """
     pair = resolve(None if model is None else str(model), None if mmproj is None else str(mmproj))
     settings = settings.model_copy(update={"model": pair.llm, "mmproj": pair.mmproj})
+    plan = plan_memory(
+        read_facts(pair.llm, pair.mmproj, settings.image_max_tokens), devices(), settings, cpu_features=cpu_features()
+    )
+    if trial and not pair.is_demo:
+        ensure_loadable(pair.llm, pair.mmproj, settings)
+    asked, settings = settings, plan.applied(settings)
     opened: list[NativeBackend] = []
 
     def open_native() -> NativeBackend:
@@ -69,7 +80,7 @@ def open_runtime(
         source = template_source(opened[0], pair)
         source = source if template is None else replace(source, template=template)
         prompts = PromptBuilder(source)
-        setup = setup_word([pair.llm, pair.mmproj], settings, devices())
+        setup = fingerprint([pair.llm, pair.mmproj], asked, devices())
     except BaseException:
         engine.close()
         raise

@@ -114,5 +114,5 @@ def test_it_takes_the_flags_that_its_mends_give_and_leaves_no_drawn_picture_behi
     )
     found = checks(done)
     assert found["pair.ubatch"]["evidence"]["ubatch_tokens"] == 256
-    assert found["room.memory"]["evidence"]["pictures_bytes"] == 9_999_999
+    assert found["room.memory"]["evidence"]["images_bytes"] == 9_999_999
     assert {path.name for path in (cache / "opsin").iterdir()} == {"trials"}

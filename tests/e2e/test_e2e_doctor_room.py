@@ -11,24 +11,29 @@ from typing import Any
 import pytest
 
 from opsin import Opsin
+from opsin.compose import open_runtime
+from opsin.core.sampling import SamplingParams
 from opsin.core.settings import EngineSettings
 from opsin.doctor.behaviour import behaviour_checks
-from opsin.doctor.room import estimate_room, room_checks
+from opsin.doctor.room import room_checks
+from opsin.models.facts import read_facts
 from opsin.models.shapes import SHAPES
-from opsin.native import devices
-from synth import write_shape
+from opsin.native import cpu_features, devices
+from opsin.native.memory import needed_memory
+from opsin.prompt import Message
+from opsin.testing import picture
+from synth import write_pair, write_shape
 
-# Loads the pair, encodes a picture, fills every cell of every KV memory, and prints by how much it grew.
+# Loads the pair, encodes an image, fills every cell of the KV cache, and prints by how much it grew.
 CHILD = """
 import json, sys
-import numpy as np, psutil
+import psutil
 from pathlib import Path
-from opsin.core.backend import EmbeddingRows, TokenRow
+from token_rows import TokenRow, batch
 from opsin.core.layout import ImageRun
 from opsin.core.parts import PicturePart
 from opsin.core.settings import EngineSettings
 from opsin.native import devices, open_backend
-from opsin.native.places import cells_beside
 from opsin.testing import picture
 devices()
 process, settings = psutil.Process(), EngineSettings.model_validate(json.loads(sys.argv[1]))
@@ -38,25 +43,9 @@ layout = backend.layout([PicturePart(picture(1, 336, 336))], add_bos=False)
 backend.encode(next(run for run in layout.runs if isinstance(run, ImageRun)))
 layout.close()
 limits = backend.limits
-
-def parts(first, size):
-    return [range(start, min(start + limits.n_ubatch, size)) for start in range(first, size, limits.n_ubatch)]
-
-def tokens(sequence, first, size):
-    for part in parts(first, size):
-        assert backend.decode([TokenRow(3 + at % 100, at, sequence, at == part[-1]) for at in part])
-
-for sequence in range(1 if limits.shared else limits.n_seq_max):
-    tokens(sequence, 0, limits.n_ctx_seq)
-if limits.common:
-    backend.kv_remove(0, 0, -1)
-    for part in parts(0, cells_beside(limits.n_ctx_seq)[1]):
-        positions, embedding = np.array([part], np.int32), np.ones((len(part), limits.n_embd), np.float32)
-        assert backend.decode(EmbeddingRows(embedding, positions, 0))
-    backend.kv_remove(0, 0, -1)
-    tokens(0, 0, 9)
-    backend.kv_join(0)
-    tokens(0, 9, limits.common)
+for start in range(0, limits.n_ctx, limits.n_ubatch):
+    part = range(start, min(start + limits.n_ubatch, limits.n_ctx))
+    assert backend.decode(batch(TokenRow(3 + at % 100, at, 0, at == part[-1]) for at in part))
 backend.synchronize()
 print(process.memory_info().rss - before)
 """
@@ -74,20 +63,23 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is counted differently elsewhere")
 @pytest.mark.parametrize(
     "options",
-    [{"parallel": 2, "ctx": 2048}, {"ctx": 2048, "ubatch": 512, "flash_attention": False}, {"ctx": 3072}],
+    [
+        {"parallel": 2, "ctx": 2048, "kv_type": "q8_0"},
+        {"ctx": 2048, "ubatch": 512, "flash_attention": False},
+        {"ctx": 3072},
+    ],
     ids=str,
 )
 def test_the_estimate_is_within_a_tenth_of_what_is_used(
     pair: Any, opsin_env: dict[str, str], options: dict[str, Any]
 ) -> None:
     settings = EngineSettings(model=pair.llm, mmproj=pair.mmproj, picture_cache_bytes=0, **options)
-    estimate = estimate_room(pair.llm, pair.mmproj, settings)
-    assert estimate.note is None
+    plan = needed_memory(read_facts(pair.llm, pair.mmproj), devices(), settings, cpu_features())
     asked = json.dumps(settings.model_dump(mode="json", exclude_unset=True))
     child = subprocess.run(
         [sys.executable, "-c", CHILD, asked], env=opsin_env, capture_output=True, text=True, timeout=250, check=True
     )
-    told, used = sum(parts.total for parts in estimate.by_device.values()), int(child.stdout)
+    told, used = sum(needs.total for needs in plan.by_device.values()), int(child.stdout)
     print(f"told {told / 2**20:.1f} MiB, used {used / 2**20:.1f} MiB ({told / used - 1:+.1%})")
     assert abs(told - used) <= 0.1 * used
 
@@ -98,15 +90,12 @@ def small_machine(root: Path, free: int) -> Path:
     return root
 
 
-@pytest.mark.slow
 def test_what_is_advised_is_a_command_and_fits(pair: Any, tmp_path: Path, opsin_env: dict[str, str]) -> None:
-    settings = EngineSettings(parallel=2, ctx=65536)
-    estimate = estimate_room(pair.llm, pair.mmproj, settings)
-    needed = estimate.by_device["CPU"].total
-    root = small_machine(tmp_path, int(needed * 0.8))
-    (check,) = room_checks(estimate, devices(), root)
-    assert check.name == "room.memory"
-    assert check.status == "fail"
+    facts, settings = read_facts(pair.llm, pair.mmproj), EngineSettings(parallel=2, ctx=65536)
+    asked = settings.model_copy(update={"model": pair.llm, "mmproj": pair.mmproj})
+    root = small_machine(tmp_path, int(needed_memory(facts, devices(), asked).by_device["CPU"].total * 0.8))
+    (check,) = room_checks(facts, devices(), asked, root=root)
+    assert (check.name, check.status) == ("room.memory", "fail")
     assert check.fix is not None
     words = shlex.split(check.fix)
     assert words[:2] == ["opsin", "serve"]
@@ -127,8 +116,16 @@ def test_what_is_advised_is_a_command_and_fits(pair: Any, tmp_path: Path, opsin_
     )
     assert again != settings
     assert Path(json.loads(chosen["model"])) == pair.llm
-    (better,) = room_checks(estimate_room(pair.llm, pair.mmproj, again), devices(), root)
+    (better,) = room_checks(facts, devices(), again, root=root)
     assert better.status == "ok"
+
+
+def test_a_machine_without_room_is_told_what_takes_it(pair: Any, tmp_path: Path) -> None:
+    facts = read_facts(pair.llm, pair.mmproj)
+    (check,) = room_checks(facts, devices(), EngineSettings(ctx=2048), root=small_machine(tmp_path, 40 * 2**20))
+    assert (check.status, check.fix) == ("fail", None)
+    assert "no setting makes it fit" in check.message
+    assert check.evidence["needed_bytes"] > check.evidence["free_bytes"]
 
 
 def test_the_demo_pair_fits_this_machine_and_behaves() -> None:
@@ -139,8 +136,18 @@ def test_the_demo_pair_fits_this_machine_and_behaves() -> None:
     assert found["behaviour.stages"].status != "fail"
     assert found["behaviour.ends"].status == "ok", found["behaviour.ends"]
     demo = Path(__file__).parents[2] / "src/opsin/models/demo"
-    settings = EngineSettings()
-    estimate = estimate_room(demo / "opsin-demo.gguf", demo / "mmproj-opsin-demo.gguf", settings)
-    (check,) = room_checks(estimate, devices())
+    facts = read_facts(demo / "opsin-demo.gguf", demo / "mmproj-opsin-demo.gguf")
+    (check,) = room_checks(facts, devices(), EngineSettings())
     assert check.status == "ok"
-    assert check.evidence["needed_bytes"] == estimate.by_device["CPU"].total
+
+
+def test_a_load_raises_the_ubatch_for_images_that_are_read_at_once(tmp_path: Path) -> None:
+    whole = write_pair("gemma3-tiny", tmp_path)
+    runtime = open_runtime(whole.llm, whole.mmproj, EngineSettings(ubatch=32, ctx=512, disk_cache=False), trial=False)
+    try:
+        assert runtime.engine.limits.n_ubatch >= 64
+        prompt = runtime.prompts.build([Message("user", [picture(1, 224, 224), "What is this?"])])
+        answer = runtime.engine.submit(prompt, SamplingParams(max_tokens=4, guard=False)).result()
+        assert answer.usage.image_tokens == 64
+    finally:
+        runtime.close()

@@ -5,9 +5,7 @@ the second kind fails after an update, the check it belongs to may go.
 """
 
 import signal
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +13,7 @@ import pytest
 from token_rows import TokenRow, batch
 
 from opsin.core.backend import EmbeddingRows, TokenBatch
-from opsin.core.errors import BadParameter, DecodeFailed, ModelUnreadable
-from opsin.core.settings import EngineSettings
-from opsin.native import open_backend
+from opsin.core.errors import BadParameter, DecodeFailed
 
 RAW = {
     "more tokens than a batch holds": """
@@ -189,18 +185,6 @@ def test_a_row_without_logits_cannot_be_sampled(backend: Any) -> None:
         sampler.sample(0)
     assert sampler.sample(1) == sampler.sample(-1)
     sampler.close()
-
-
-def test_a_projector_that_crashes_in_the_trial_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Opsin itself goes on: only the child that tries a doubtful pair first may crash."""
-    from opsin.native import trial
-    from synth import write_pair
-
-    wide = write_pair("tiny", tmp_path, mmproj_type="f32")
-    crash = "import os, sys; os.kill(os.getpid(), 11)"
-    monkeypatch.setattr(trial, "_COMMAND", (sys.executable, "-c", crash))
-    with pytest.raises(ModelUnreadable, match=r"all f32.*convert it to f16"):
-        open_backend(EngineSettings(model=wide.llm, mmproj=wide.mmproj, ctx=128))
 
 
 def test_an_f32_projector_encodes(in_child: Callable[[str], Any]) -> None:

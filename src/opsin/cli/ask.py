@@ -117,7 +117,7 @@ class _Asker:
 
     def _one(self, group: list[str]) -> None:
         from opsin.api import question_about
-        from opsin.doctor.proof import remembered
+        from opsin.doctor.placement import remembered_placement
 
         with Working("reading the picture") as working:
             pictures = [_load(self._opsin, source) for source in group]
@@ -125,7 +125,7 @@ class _Asker:
             stream = self._opsin.submit(messages, load_ms=self._load_ms, **self._params)
             self._load_ms = 0.0
             answer = follow(stream, working, quiet=self._json)
-        placement = remembered(self._opsin.setup, self._opsin.placement)
+        placement = remembered_placement(self._opsin.setup, self._opsin.placement)
         if self._json:
             head = {"source": _source(group), "error": None}
             about = {"placement": placement.as_dict(), "model": self._opsin.info.as_dict()}

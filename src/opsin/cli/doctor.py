@@ -1,4 +1,4 @@
-"""`opsin doctor`: look at this machine, this build and this pair; say what is wrong and how to mend it."""
+"""`opsin doctor`: look at this machine, this build and this pair; say what is wrong and how to fix it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from opsin.core.settings import EngineSettings
 
 if TYPE_CHECKING:
     from opsin.doctor.check import Check
-    from opsin.doctor.examine import Subject
+    from opsin.doctor.examine import LoadedPair
 
 _COLOURS = {"ok": "\x1b[32m", "warn": "\x1b[33m", "fail": "\x1b[31m"}
 _WIDTH, _NAME = 110, 26
@@ -77,15 +77,16 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _open(settings: EngineSettings) -> Subject:
+def _open(settings: EngineSettings) -> LoadedPair:
     from opsin.compose import open_runtime
-    from opsin.doctor.examine import Subject
+    from opsin.doctor.examine import LoadedPair
 
-    # The pictures drawn for it are of no use to anybody later.
-    runtime = open_runtime(settings.model, settings.mmproj, settings.model_copy(update={"disk_cache": False}))
+    # The images drawn for it are of no use to anybody later.
+    settings = settings.model_copy(update={"disk_cache": False})
+    runtime = open_runtime(settings.model, settings.mmproj, settings, trial=False)
     assert runtime.backend is not None
     assert runtime.template is not None
-    return Subject(runtime.engine, runtime.prompts, runtime.backend, runtime.template, runtime.close)
+    return LoadedPair(runtime.engine, runtime.prompts, runtime.backend, runtime.template, runtime.close)
 
 
 def _print(check: Check) -> None:
@@ -95,4 +96,4 @@ def _print(check: Check) -> None:
     for line in more:
         typer.echo(" " * (_NAME + 7) + line)
     if check.fix is not None:
-        typer.echo(" " * (_NAME + 7) + f"mend: {printable(check.fix)}")
+        typer.echo(" " * (_NAME + 7) + f"fix:  {printable(check.fix)}")

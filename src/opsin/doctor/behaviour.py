@@ -1,4 +1,4 @@
-"""How a running engine behaves: five questions about three drawn pictures, and what their answers give away."""
+"""How a running engine behaves: five questions about three drawn images, and what their answers give away."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _TAIL = 320  # characters it is looked for in
 
 
 def behaviour_checks(engine: Engine, prompts: PromptBuilder, *, max_tokens: int = MAX_TOKENS) -> list[Check]:
-    """Ask an idle engine that has seen no picture since it was opened, and judge its answers.
+    """Ask an idle engine that has seen no image since it was opened, and judge its answers.
 
     Raises what asking raises: EngineError, BadInput.
     """
@@ -42,15 +42,15 @@ def behaviour_checks(engine: Engine, prompts: PromptBuilder, *, max_tokens: int 
         prompt = prompts.build([Message(role="user", content=[picture, question])])
         return engine.submit(prompt, SamplingParams(temperature=0.0, seed=1, max_tokens=max_tokens)).result()
 
-    first_picture, *others = (drawn_picture() for _ in range(3))
-    first = ask(first_picture, SHORT)
+    first_image, *others = (drawn_picture() for _ in range(3))
+    first = ask(first_image, SHORT)
     # Before others come: idle prefixes that slow decode steps down are given up on purpose.
-    second = ask(first_picture, OTHER)
-    again = ask(first_picture, SHORT)
+    second = ask(first_image, OTHER)
+    again = ask(first_image, SHORT)
     fresh = [ask(other, SHORT) for other in others]
     return [
         ends_check([first, *fresh, second]),
-        picture_cache_check(second, forks=engine.limits.forks),
+        image_cache_check(second, forks=engine.limits.forks),
         warm_up_check(first, fresh),
         stages_check(first),
         repeat_check(first, again),
@@ -59,34 +59,24 @@ def behaviour_checks(engine: Engine, prompts: PromptBuilder, *, max_tokens: int 
 
 def ends_check(answers: Sequence[Answer]) -> Check:
     """Do answers to short questions end by themselves?"""
-    cut = [answer for answer in answers if answer.finish_reason == "length"]
-    told = {"answers": len(answers), "cut": len(cut), "max_tokens": max(answer.max_tokens for answer in answers)}
+    name, cut = "behaviour.ends", [answer for answer in answers if answer.finish_reason == "length"]
+    most = max(answer.max_tokens for answer in answers)
+    evidence: dict[str, object] = {"answers": len(answers), "cut": len(cut), "max_tokens": most}
     if not cut:
         longest = max(answer.usage.completion_tokens for answer in answers)
-        return Check(
-            "behaviour.ends",
-            "ok",
-            f"Answers to short questions end by themselves, after {longest} tokens at most.",
-            {**told, "completion_tokens": longest},
-        )
+        message = f"Answers to short questions end by themselves, after {longest} tokens at most."
+        return Check(name, "ok", message, {**evidence, "completion_tokens": longest})
     worst = max(cut, key=lambda answer: (_fault(answer) is not None, answer.usage.completion_tokens))
-    fault = _fault(worst)
-    evidence = {
-        **told,
-        "limit": worst.limit,
-        "guard": None if worst.guard is None else worst.guard.reason,
-        "text": worst.text[-200:],
-    }
-    if fault is not None:
-        return Check("behaviour.ends", "fail", f"{len(cut)} of {len(answers)} answers did not end: {fault}.", evidence)
+    guard = None if worst.guard is None else worst.guard.reason
+    evidence |= {"limit": worst.limit, "guard": guard, "text": worst.text[-200:]}
+    if fault := _fault(worst):
+        return Check(name, "fail", f"{len(cut)} of {len(answers)} answers did not end: {fault}.", evidence)
     thinking = " while it was still thinking (--no-thinking leaves that out)" if not worst.text else ""
-    return Check(
-        "behaviour.ends",
-        "warn",
+    message = (
         f"{len(cut)} of {len(answers)} answers to short questions were cut after "
-        f"{worst.usage.completion_tokens} tokens{thinking}: they may be long by nature, else give --max-tokens.",
-        evidence,
+        f"{worst.usage.completion_tokens} tokens{thinking}: they may be long by nature, else give --max-tokens."
     )
+    return Check(name, "warn", message, evidence)
 
 
 def _fault(answer: Answer) -> str | None:
@@ -102,8 +92,8 @@ def _fault(answer: Answer) -> str | None:
     return None
 
 
-def picture_cache_check(second: Answer, *, forks: bool) -> Check:
-    """Is the second question about a picture served from cache? `forks` is False where no prefix can be kept."""
+def image_cache_check(second: Answer, *, forks: bool) -> Check:
+    """Is the second question about an image served from cache? `forks` is False where no prefix can be kept."""
     image = second.images[0]
     evidence = {
         "cached": image.cached,
@@ -114,38 +104,32 @@ def picture_cache_check(second: Answer, *, forks: bool) -> Check:
     }
     name = "behaviour.picture_cache"
     if not image.cached or second.stages.encode_ms > 0:
-        return Check(
-            name,
-            "fail",
-            f"The second question about one picture encoded it again ({second.stages.encode_ms:.0f} ms): "
-            "give the embeddings room with a larger --picture-cache-bytes.",
-            evidence,
+        message = (
+            f"The second question about one image encoded it again ({second.stages.encode_ms:.0f} ms): "
+            "give the embeddings room with a larger --picture-cache-bytes."
         )
+        return Check(name, "fail", message, evidence)
     if forks and second.usage.cached_tokens < second.usage.image_tokens:
-        return Check(
-            name,
-            "warn",
-            "The second question about one picture found its embedding, but its prefix was gone from the KV memory "
-            f"(image prefill {second.stages.image_prefill_ms:.0f} ms): give a larger --ctx.",
-            evidence,
+        message = (
+            "The second question about one image found its embedding, but its prefix was gone from the KV cache "
+            f"(image prefill {second.stages.image_prefill_ms:.0f} ms): give a larger --ctx."
         )
+        return Check(name, "warn", message, evidence)
     kept = "its embedding and its prefix" if forks else "its embedding (this kind of model keeps no prefixes)"
-    return Check(name, "ok", f"The second question about one picture is served from cache: {kept}.", evidence)
+    return Check(name, "ok", f"The second question about one image is served from cache: {kept}.", evidence)
 
 
 def warm_up_check(first: Answer, fresh: Sequence[Answer]) -> Check:
-    """Does the first picture cost more than the next ones? The slowest of those counts, so that noise is not found."""
+    """Does the first image cost more than the next ones? The slowest of those counts, so that noise is not found."""
     cold, warm = first.stages.encode_ms, max(answer.stages.encode_ms for answer in fresh)
     evidence = {"first_encode_ms": round(cold, 3), "next_encode_ms": round(warm, 3)}
+    message = f"The first image costs no more than the next one ({cold:.0f} and {warm:.0f} ms to encode)."
     if cold > SLOW_FIRST * warm and cold - warm > _LEAST_MS:
-        return Check(
-            "behaviour.warm_up",
-            "warn",
-            f"The first picture took {cold:.0f} ms to encode and the next one {warm:.0f} ms: "
-            "ask about any picture once before it counts.",
-            evidence,
+        message = (
+            f"The first image took {cold:.0f} ms to encode and the next one {warm:.0f} ms: "
+            "ask about any image once before it counts."
         )
-    message = f"The first picture costs no more than the next one ({cold:.0f} and {warm:.0f} ms to encode)."
+        return Check("behaviour.warm_up", "warn", message, evidence)
     return Check("behaviour.warm_up", "ok", message, evidence)
 
 
@@ -162,32 +146,28 @@ def stages_check(answer: Answer) -> Check:
         message = f"The stages add up to {claimed:.1f} ms of {total:.1f}: the account is wrong, please report it."
         return Check(name, "fail", message, evidence)
     if stages["other_ms"] > _UNCLAIMED * total:
-        return Check(
-            name,
-            "warn",
+        message = (
             f"{stages['other_ms'] / total:.0%} of {total:.0f} ms belong to no stage: the machine may be busy with "
-            "other programs, so ask again when it is idle.",
-            evidence,
+            "other programs, so ask again when it is idle."
         )
+        return Check(name, "warn", message, evidence)
     message = f"The stages add up to {total:.0f} ms; the largest is {largest.removesuffix('_ms')} with {share:.0%}."
     return Check(name, "ok", message, evidence)
 
 
 def repeat_check(first: Answer, again: Answer) -> Check:
     """Does the same question get the same tokens at temperature 0?"""
-    pairs = zip(first.tokens, again.tokens, strict=False)
-    parted = next((index for index, (one, other) in enumerate(pairs) if one != other), None)
     if first.tokens == again.tokens:
         message = f"The same question gets the same {len(first.tokens)} tokens at temperature 0."
         return Check("behaviour.repeat", "ok", message, {"tokens": len(first.tokens)})
-    at = min(len(first.tokens), len(again.tokens)) if parted is None else parted
-    return Check(
-        "behaviour.repeat",
-        "warn",
+    pairs = enumerate(zip(first.tokens, again.tokens, strict=False))
+    at = next((at for at, (one, other) in pairs if one != other), min(len(first.tokens), len(again.tokens)))
+    message = (
         f"The same question got other tokens from the {at + 1}th on at temperature 0: batches of other sizes add in "
-        "another order, which may turn two tokens that are as likely; do not build on equal texts.",
-        {"first_difference": at, "tokens": len(first.tokens), "tokens_again": len(again.tokens)},
+        "another order, which may turn two tokens that are as likely; do not build on equal texts."
     )
+    evidence = {"first_difference": at, "tokens": len(first.tokens), "tokens_again": len(again.tokens)}
+    return Check("behaviour.repeat", "warn", message, evidence)
 
 
 def drawn_picture() -> Picture:

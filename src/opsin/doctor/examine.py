@@ -15,13 +15,13 @@ from opsin.core.sampling import SamplingParams
 from opsin.core.settings import EngineSettings
 from opsin.doctor.behaviour import behaviour_checks, drawn_picture
 from opsin.doctor.build import build_checks, gpu_backends
-from opsin.doctor.check import Check, worst
-from opsin.doctor.pair import PairFacts, means_cpu, pair_checks
+from opsin.doctor.check import Check, means_cpu, worst
+from opsin.doctor.pair import LoadedFacts, PairInfo, pair_checks, read_pair
 from opsin.doctor.placement import Rates, placement_checks
-from opsin.doctor.room import estimate_room, room_checks
-from opsin.doctor.safety import safety_check
+from opsin.doctor.room import room_checks
+from opsin.doctor.trial import trial_check
 from opsin.engine import Engine
-from opsin.models import GgufInfo, Pair, read_info, resolve
+from opsin.models import Pair, resolve
 from opsin.native import NativeBackend, build_info, devices
 from opsin.native.device_rate import measure_device
 from opsin.native.threads import default_threads
@@ -32,7 +32,7 @@ _TIMED = 3  # answers, of which the fastest counts
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class LoadedPair:
     """A loaded pair; `close` frees it."""
 
     engine: Engine
@@ -44,7 +44,7 @@ class Subject:
 
 def examine(
     settings: EngineSettings,
-    open_pair: Callable[[EngineSettings], Subject],
+    open_pair: Callable[[EngineSettings], LoadedPair],
     tell: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Check]:
     """All checks of this machine and of the pair that the settings name, or of the default one.
@@ -62,11 +62,12 @@ def examine(
         pair = _pair(settings)
         settings = settings.model_copy(update={"model": pair.llm, "mmproj": pair.mmproj})
         tell("reading the files' headers")
-        headers = pair_checks(*_infos(pair), _facts(settings))
-        if worst(headers) != "fail" and (yield from _can_be_loaded(pair, settings, tell)):
+        info = read_pair(pair, settings)
+        headers = pair_checks(info, _facts(settings))
+        if worst(headers) != "fail" and (yield from _can_be_loaded(info, settings, build.cpu_features, tell)):
             tell("loading the model")
             unused = next((check for check in built if check.name == "build.gpu" and check.status == "fail"), None)
-            for check in _loaded(pair, open_pair(settings), settings, tell, unused):
+            for check in _loaded(info, open_pair(settings), settings, tell, unused):
                 headers = []  # the loaded pair tells all of them, and better
                 yield check
         yield from headers
@@ -76,7 +77,7 @@ def examine(
 
 
 def _pair(settings: EngineSettings) -> Pair:
-    """The files; two that do not belong together as well, since the checks say it with what mends it."""
+    """The files; two that do not belong together as well, since the checks say it with what fixes it."""
     llm, mmproj = settings.model, settings.mmproj
     try:
         return resolve(*(None if path is None else str(path) for path in (llm, mmproj)))
@@ -86,47 +87,44 @@ def _pair(settings: EngineSettings) -> Pair:
         return Pair(llm, mmproj, name=llm.stem)
 
 
-def _can_be_loaded(pair: Pair, settings: EngineSettings, tell: Callable[[str], None]) -> Generator[Check, None, bool]:
-    tell("estimating memory")
-    room = room_checks(estimate_room(pair.llm, pair.mmproj, settings), devices())
+def _can_be_loaded(
+    info: PairInfo, settings: EngineSettings, cpu_features: frozenset[str], tell: Callable[[str], None]
+) -> Generator[Check, None, bool]:
+    room = room_checks(info.facts, devices(), settings, cpu_features)
     yield from room
     if worst(room) == "fail":
         return False
     tell("trying the pair in a process of its own")
-    trial = safety_check(pair.llm, pair.mmproj, settings)
+    trial = trial_check(info, settings)
     yield trial
     return trial.status != "fail"
 
 
-def _infos(pair: Pair) -> tuple[GgufInfo, GgufInfo | None]:
-    return read_info(pair.llm), None if pair.mmproj is None else read_info(pair.mmproj)
-
-
-def _facts(settings: EngineSettings) -> PairFacts:
+def _facts(settings: EngineSettings) -> LoadedFacts:
     on_cpu = means_cpu(settings.mmproj_device) or not gpu_backends()
-    return PairFacts(ubatch=settings.ubatch, on_cpu=on_cpu, settings=settings)
+    return LoadedFacts(ubatch=settings.ubatch, on_cpu=on_cpu, settings=settings)
 
 
 def _loaded(
-    pair: Pair, subject: Subject, settings: EngineSettings, tell: Callable[[str], None], unused: Check | None
+    info: PairInfo, subject: LoadedPair, settings: EngineSettings, tell: Callable[[str], None], unused: Check | None
 ) -> Iterator[Check]:
     """What the loaded pair tells, up to what makes asking it senseless; `unused` as in placement_checks."""
     try:
-        checks = pair_checks(*_infos(pair), _loaded_facts(subject, _facts(settings)))
+        checks = pair_checks(info, _loaded_facts(subject, _facts(settings)))
         yield from checks
         if worst(checks) == "fail":
             return
-        tell("asking about drawn pictures")
-        yield from behaviour_checks(subject.engine, subject.prompts)  # first, while no picture was seen
+        tell("asking about drawn images")
+        yield from behaviour_checks(subject.engine, subject.prompts)  # first, while no image was seen
         tell("proving where it runs")
-        proof = subject.engine.placement()
-        rates = _rates(pair, subject, settings, proof)
-        yield from placement_checks(proof, devices(), settings, rates=rates, unused=unused)
+        placement = subject.engine.placement()
+        rates = _rates(info, subject, settings, placement)
+        yield from placement_checks(placement, devices(), settings, rates=rates, unused=unused)
     finally:
         subject.close()
 
 
-def _loaded_facts(subject: Subject, facts: PairFacts) -> PairFacts:
+def _loaded_facts(subject: LoadedPair, facts: LoadedFacts) -> LoadedFacts:
     backend = subject.backend
     facts = replace(
         facts,
@@ -145,21 +143,21 @@ def _loaded_facts(subject: Subject, facts: PairFacts) -> PairFacts:
         layout.close()
 
 
-def _rates(pair: Pair, subject: Subject, settings: EngineSettings, proof: Placement) -> Rates:
-    """The fastest of some timed answers about new pictures, and what the devices that took part can give."""
+def _rates(info: PairInfo, subject: LoadedPair, settings: EngineSettings, placement: Placement) -> Rates:
+    """The fastest of some timed answers about new images, and what the devices that took part can give."""
     params = SamplingParams(temperature=0.0, max_tokens=_DECODED, ignore_eos=True, guard=False)
     encode, decode = [], []
     for _ in range(_TIMED):
-        picture = [drawn_picture()] if pair.mmproj is not None else []
+        picture = [drawn_picture()] if info.mmproj is not None else []
         prompt = subject.prompts.build([Message("user", [*picture, "What is this?"])])
         answer = subject.engine.submit(prompt, params).result()
         encode.append(answer.stages.encode_ms / 1e3)
         decode.append(answer.timings.predicted_per_token_ms / 1e3)
-    cost = read_cost(pair.llm, pair.mmproj, settings.kv_type)
+    cost = read_cost(info.llm.path, info.mmproj.path if info.mmproj else None, settings.kv_type)
     threads = settings.threads_batch or settings.threads or default_threads(int(cost.weights + cost.head))
     ceilings = {}
     for device in devices():
-        if device.name in {*proof.encoder, *proof.language_model}:
+        if device.name in {*placement.encoder, *placement.language_model}:
             with suppress(ModelError):  # one that is full, or that one program at a time may use
                 ceilings[device.name] = measure_device(device, threads)
     return Rates(ceilings, cost.encode_ops, min(encode), cost.weight_bytes, min(decode))

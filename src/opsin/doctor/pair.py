@@ -1,24 +1,25 @@
-"""Do a language model, its projector, its chat template and the settings belong together? Mostly before loading."""
+"""Do two files belong together, and are they good? Told from what they say of themselves; fuller once loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from opsin.core.errors import BadPrompt, ModelError, ModelUnreadable, PairMismatch
+from opsin.core.errors import BadPrompt, ModelError, PairMismatch
+from opsin.core.model_facts import PairFacts
 from opsin.core.parts import TextPart
 from opsin.core.settings import EngineSettings
-from opsin.doctor.check import Check
-from opsin.doctor.shell import shell_line
-from opsin.models.gguf import GgufInfo, read_header
-from opsin.models.naming import stem
-from opsin.models.pairing import check_pair, find_projector
+from opsin.doctor.check import Check, serve_command, shell_line
+from opsin.models import GgufInfo, Pair, check_pair, find_projector, read_info
+from opsin.models.facts import pair_facts
+from opsin.models.gguf import read_header
+from opsin.models.naming import parts_of, stem
 from opsin.models.registry import is_known, look_up
-from opsin.native.devices import CPU_NAMES
 from opsin.prompt import Message, PromptBuilder, TemplateSource
 from opsin.prompt.builtin import choose
 
-# Tokens of a prompt beside its picture (system sentence, markers, a question), and of an answer.
+# Tokens of a prompt beside its image (system sentence, markers, a question), and of an answer.
 _TEXT_TOKENS, _ANSWER_TOKENS = 64, 256
 _SMALL_UBATCH = 256
 _ANSWER = "It is a red kite."
@@ -26,13 +27,47 @@ _UNDER_8_BITS = ("Q2", "Q3", "Q4", "IQ1", "IQ2", "IQ3", "IQ4", "TQ", "MXFP4", "N
 
 
 @dataclass(frozen=True, slots=True)
-class PairFacts:
+class PairInfo:
+    """All that the headers of a pair say, read once.
+
+    `parts` are the files of the language model, `template` is the chat template that it ships, `facts` are the sizes
+    that memory depends on. `mismatch` is the sentence on why the two do not belong together, None where they do.
+    """
+
+    llm: GgufInfo
+    mmproj: GgufInfo | None
+    parts: tuple[Path, ...]
+    template: str | None
+    facts: PairFacts
+    mismatch: str | None = None
+
+
+def read_pair(pair: Pair, settings: EngineSettings | None = None) -> PairInfo:
+    """Read both files' headers. Raises ModelNotFound and ModelUnreadable."""
+    parts = tuple(parts_of(pair.llm))
+    headers = [read_header(part) for part in parts]
+    mismatch = None
+    if pair.mmproj is None:
+        llm, mmproj, vision = read_info(pair.llm), None, None
+    else:
+        vision = read_header(pair.mmproj)
+        try:
+            llm, mmproj = check_pair(pair.llm, pair.mmproj)
+        except PairMismatch as error:
+            mismatch = f"{error}".rstrip(".") + "."
+            llm, mmproj = read_info(pair.llm), read_info(pair.mmproj)
+    facts = pair_facts(headers, vision, settings.image_max_tokens if settings else None)
+    return PairInfo(llm, mmproj, parts, headers[0].text("tokenizer.chat_template"), facts, mismatch)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedFacts:
     """What the files' headers do not tell; what is None is not known, and its checks are left out.
 
     `template` is what the prompt room needs of the loaded model, `eog_texts` are the texts of its tokens that end a
-    turn. `image_tokens` are those of one picture, `causal` is False where a picture attends in both directions.
-    `ctx_seq` is what one sequence may hold in tokens, `ubatch` the micro-batch in tokens. `on_cpu` says that the
-    encoder runs on the CPU. `settings` are what commands that mend start from.
+    turn. `image_tokens` are those of one image, `causal` is False where an image attends in both directions.
+    `ctx_seq` is what one sequence may hold in tokens, `ubatch` the physical batch in tokens. `on_cpu` says that the
+    encoder runs on the CPU. `settings` are what commands that fix something start from.
     """
 
     template: TemplateSource | None = None
@@ -44,91 +79,52 @@ class PairFacts:
     on_cpu: bool = True
     settings: EngineSettings = field(default_factory=EngineSettings)
 
-
-def as_flags(settings: Mapping[str, object]) -> list[str]:
-    """Settings by name as the words of a command."""
-    words = []
-    for name, value in settings.items():
-        flag = name.replace("_", "-")
-        words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
-    return words
+    def command(self, info: PairInfo, *words: object, **update: object) -> str:
+        """`opsin serve` with the pair, these settings and some changes."""
+        files = {"model": info.llm.path, "mmproj": info.mmproj.path if info.mmproj else None}
+        return serve_command(self.settings, *words, **{**files, **update})
 
 
-def serve_command(settings: EngineSettings, *words: object, **update: object) -> str:
-    """`opsin serve` with these settings, some of them changed, and more words, quoted for a shell.
+def pair_checks(info: PairInfo, facts: LoadedFacts | None = None) -> list[Check]:
+    """The checks `pair.*` of a pair's headers and of what else is known of it.
 
-    A default that is asked for is written out, since the environment and opsin.toml may say otherwise.
+    With the headers alone: projector, width, quantisation, ubatch, and whether there is a chat template.
     """
-    settings = settings.model_copy(update=update)
-    asked = {"parallel", *update}  # the server's own default of parallel is another
-    chosen = {
-        name: value
-        for name, field in EngineSettings.model_fields.items()
-        if (value := getattr(settings, name)) is not None and (value != field.default or name in asked)
-    }
-    return shell_line(["opsin", "serve", *as_flags(chosen), *map(str, words)])
+    facts = facts or LoadedFacts()
+    checks = _projector(info, facts)
+    if info.mmproj is not None and checks[-1].status == "ok":
+        checks.append(_quantisation(info.mmproj, on_cpu=facts.on_cpu))
+        checks += _image(info, facts)
+    if facts.ctx_seq is not None and info.llm.context is not None:
+        checks.append(_trained_context(info, facts, facts.ctx_seq, info.llm.context))
+    return checks + _template(info, facts)
 
 
-def means_cpu(device: str | None) -> bool:
-    """Whether the setting of a device is a word for the CPU."""
-    return device is not None and device.strip().lower() in CPU_NAMES
-
-
-def pair_checks(llm: GgufInfo, mmproj: GgufInfo | None, facts: PairFacts | None = None) -> list[Check]:
-    """The checks `pair.*` of two files' headers and of what else is known of the pair.
-
-    With the headers alone: projector, width, quantisation, and whether there is a chat template. Reads both files'
-    headers again; raises ModelNotFound and ModelUnreadable when they are gone.
-    """
-    facts = facts or PairFacts()
-    files = {"model": llm.path, "mmproj": mmproj.path if mmproj is not None else None}
-    facts = replace(facts, settings=facts.settings.model_copy(update=files))
-    checks = _projector(llm, mmproj, facts)
-    if mmproj is not None and checks[-1].status == "ok":
-        checks.append(_quantisation(mmproj, on_cpu=facts.on_cpu))
-        checks += _picture(llm, mmproj, facts)
-    checks += _trained_context(llm, facts)
-    return checks + _template(llm, mmproj, facts)
-
-
-def image_tokens_of(mmproj: GgufInfo) -> int | None:
-    """Tokens of one picture by the header: told for LLaVA's projectors without tiles, else None."""
-    header = read_header(mmproj.path)
-    tiles = header.lengths.get("clip.vision.image_grid_pinpoints", 0)
-    if mmproj.projector != "mlp" or not mmproj.image_size or not mmproj.patch_size or tiles:
-        return None
-    return (mmproj.image_size // mmproj.patch_size) ** 2
-
-
-def _projector(llm: GgufInfo, mmproj: GgufInfo | None, facts: PairFacts) -> list[Check]:
-    """`pair.projector`: is it one, and one for pictures; `pair.width`: does it hand over what the model takes in."""
+def _projector(info: PairInfo, facts: LoadedFacts) -> list[Check]:
+    """`pair.projector`: is it one, and one for images; `pair.width`: does it hand over what the model takes in."""
+    llm, mmproj, wrong = info.llm, info.mmproj, info.mismatch
+    fix = _get_projector(info, facts) if mmproj is None or wrong is not None else None
     if mmproj is None:
         message = (
             f"{llm.path.name} has no projector, so it reads text only: give the mmproj file that was published with it."
         )
-        return [Check("pair.projector", "fail", message, {"model": str(llm.path)}, _get_projector(llm, facts))]
-    wrong = None
-    try:
-        check_pair(llm.path, mmproj.path)
-    except PairMismatch as error:
-        wrong = f"{error}".rstrip(".") + "."
+        return [Check("pair.projector", "fail", message, {"model": str(llm.path)}, fix)]
     kinds = {"projector": str(mmproj.path), "kind": mmproj.projector}
     widths = {"projector_width": mmproj.projector_width, "model_width": llm.width}
-    fits = llm.is_projector or not mmproj.is_projector or not mmproj.has_vision
-    if wrong is not None and fits:
-        return [Check("pair.projector", "fail", wrong, kinds, _get_projector(llm, facts))]
-    checks = [Check("pair.projector", "ok", f"{mmproj.path.name} is a projector for pictures.", kinds)]
+    if wrong is not None and (llm.is_projector or not mmproj.is_projector or not mmproj.has_vision):
+        return [Check("pair.projector", "fail", wrong, kinds, fix)]
+    checks = [Check("pair.projector", "ok", f"{mmproj.path.name} is a projector for images.", kinds)]
     if wrong is not None:
-        return [*checks, Check("pair.width", "fail", wrong, widths, _get_projector(llm, facts))]
+        return [*checks, Check("pair.width", "fail", wrong, widths, fix)]
+    message = f"The projector hands over {llm.width} values a token, which the model takes in."
     if None in widths.values():
         message = "The widths of projector and model cannot be told from the files: llama.cpp compares them at loading."
-    else:
-        message = f"The projector hands over {llm.width} values a token, which the model takes in."
     return [*checks, Check("pair.width", "ok", message, widths)]
 
 
-def _get_projector(llm: GgufInfo, facts: PairFacts) -> str | None:
+def _get_projector(info: PairInfo, facts: LoadedFacts) -> str | None:
     """The command with the projector that lies beside the model and fits, or the one that downloads the pair."""
+    llm = info.llm
     if llm.is_projector:
         return None
     try:
@@ -136,7 +132,7 @@ def _get_projector(llm: GgufInfo, facts: PairFacts) -> str | None:
     except (ModelError, OSError):  # one that does not fit, or a folder that cannot be listed
         beside = None
     if beside is not None:
-        return serve_command(facts.settings, mmproj=beside)
+        return facts.command(info, mmproj=beside)
     known = next((name for name in (llm.name, stem(llm.path.name)) if name and is_known(name)), None)
     row = look_up(known).known if known else None
     return shell_line(["opsin", "pull", row.name]) if row else None
@@ -163,77 +159,76 @@ def _quantisation(mmproj: GgufInfo, *, on_cpu: bool) -> Check:
     return Check(name, "ok", f"The projector is {kind}.", evidence)
 
 
-def _picture(llm: GgufInfo, mmproj: GgufInfo, facts: PairFacts) -> list[Check]:
-    tokens = facts.image_tokens or image_tokens_of(mmproj)
+def _image(info: PairInfo, facts: LoadedFacts) -> list[Check]:
+    projector = info.facts.projector
+    tokens = facts.image_tokens or (projector.tokens if projector else None)
     if tokens is None:
         return []
-    checks = [_micro_batch(facts, tokens)]
+    checks = [_ubatch(info, facts, tokens)]
     if facts.ctx_seq is not None:
-        checks.append(_context(llm, facts, tokens, facts.ctx_seq))
+        checks.append(_context(info, facts, tokens, facts.ctx_seq))
     return checks
 
 
-def _micro_batch(facts: PairFacts, tokens: int) -> Check:
+def _ubatch(info: PairInfo, facts: LoadedFacts, tokens: int) -> Check:
     name, evidence = "pair.ubatch", {"image_tokens": tokens, "ubatch_tokens": facts.ubatch, "causal": facts.causal}
     if tokens <= facts.ubatch:
-        return Check(name, "ok", f"A picture's {tokens} tokens go in one micro-batch of {facts.ubatch}.", evidence)
-    fix = serve_command(facts.settings, ubatch=_padded(tokens, 256))
+        return Check(name, "ok", f"An image's {tokens} tokens go in one ubatch of {facts.ubatch}.", evidence)
+    fix = facts.command(info, ubatch=_padded(tokens, 256))
     if not facts.causal:
         message = (
-            f"A picture's {tokens} tokens attend in both directions and must go in one micro-batch, "
+            f"An image's {tokens} tokens attend in both directions and must go in one ubatch, "
             f"which holds {facts.ubatch}: give --ubatch {_padded(tokens, 256)}."
         )
         return Check(name, "fail", message, evidence, fix)
     slices = -(-tokens // facts.ubatch)
     if facts.ubatch < _SMALL_UBATCH:
         message = (
-            f"A picture's {tokens} tokens go in {slices} slices of {facts.ubatch}, each of which reads all weights: "
+            f"An image's {tokens} tokens go in {slices} slices of {facts.ubatch}, each of which reads all weights: "
             f"give a larger --ubatch, such as {_padded(tokens, 256)}."
         )
         return Check(name, "warn", message, evidence, fix)
-    return Check(name, "ok", f"A picture's {tokens} tokens go in {slices} slices of {facts.ubatch}.", evidence)
+    return Check(name, "ok", f"An image's {tokens} tokens go in {slices} slices of {facts.ubatch}.", evidence)
 
 
-def _context(llm: GgufInfo, facts: PairFacts, tokens: int, ctx: int) -> Check:
-    name = "pair.context"
-    evidence = {"image_tokens": tokens, "context_tokens": ctx, "trained_context_tokens": llm.context}
+def _context(info: PairInfo, facts: LoadedFacts, tokens: int, ctx: int) -> Check:
+    name, trained = "pair.context", info.llm.context
+    evidence = {"image_tokens": tokens, "context_tokens": ctx, "trained_context_tokens": trained}
     if tokens + _TEXT_TOKENS + _ANSWER_TOKENS <= ctx:
-        pictures = (ctx - _TEXT_TOKENS - _ANSWER_TOKENS) // tokens
-        return Check(name, "ok", f"The context of {ctx} tokens holds {pictures} pictures and an answer.", evidence)
+        images = (ctx - _TEXT_TOKENS - _ANSWER_TOKENS) // tokens
+        return Check(name, "ok", f"The context of {ctx} tokens holds {images} images and an answer.", evidence)
     need = _padded(tokens + _TEXT_TOKENS + 4 * _ANSWER_TOKENS, 1024)
-    if llm.context is not None and need > llm.context >= tokens + _TEXT_TOKENS:
-        need = llm.context
+    if trained is not None and need > trained >= tokens + _TEXT_TOKENS:
+        need = trained
     total = need * facts.settings.parallel
-    fix: str | None = serve_command(facts.settings, ctx=total)
+    fix: str | None = facts.command(info, ctx=total)
     mend = f"give --ctx {total}"
-    if llm.context is not None and llm.context < tokens + _TEXT_TOKENS:
-        fix, mend = None, f"its language model was trained on {llm.context} only, so give fewer --image-max-tokens"
+    if trained is not None and trained < tokens + _TEXT_TOKENS:
+        fix, mend = None, f"its language model was trained on {trained} only, so give fewer --image-max-tokens"
     if tokens + _TEXT_TOKENS > ctx:
-        message = f"One picture's {tokens} tokens and a question do not fit the context of {ctx} tokens: {mend}."
+        message = f"One image's {tokens} tokens and a question do not fit the context of {ctx} tokens: {mend}."
         return Check(name, "fail", message, evidence, fix)
     left = ctx - tokens - _TEXT_TOKENS
-    message = f"A picture of {tokens} tokens leaves {left} of {ctx} for the answer, which will be cut: {mend}."
+    message = f"An image of {tokens} tokens leaves {left} of {ctx} for the answer, which will be cut: {mend}."
     return Check(name, "warn", message, evidence, fix)
 
 
-def _trained_context(llm: GgufInfo, facts: PairFacts) -> list[Check]:
-    if facts.ctx_seq is None or llm.context is None:
-        return []
-    name, evidence = "pair.trained_context", {"context_tokens": facts.ctx_seq, "trained_context_tokens": llm.context}
-    if facts.ctx_seq <= llm.context:
-        message = f"The context of {facts.ctx_seq} tokens is within the {llm.context} that the model was trained on."
-        return [Check(name, "ok", message, evidence)]
-    total = llm.context * facts.settings.parallel
+def _trained_context(info: PairInfo, facts: LoadedFacts, ctx: int, trained: int) -> Check:
+    name, evidence = "pair.trained_context", {"context_tokens": ctx, "trained_context_tokens": trained}
+    if ctx <= trained:
+        message = f"The context of {ctx} tokens is within the {trained} that the model was trained on."
+        return Check(name, "ok", message, evidence)
+    total = trained * facts.settings.parallel
     message = (
-        f"The context of {facts.ctx_seq} tokens is longer than the {llm.context} that the model was trained on: "
+        f"The context of {ctx} tokens is longer than the {trained} that the model was trained on: "
         f"answers behind that are nonsense; give --ctx {total}."
     )
-    return [Check(name, "warn", message, evidence, serve_command(facts.settings, ctx=total))]
+    return Check(name, "warn", message, evidence, facts.command(info, ctx=total))
 
 
-def _template(llm: GgufInfo, mmproj: GgufInfo | None, facts: PairFacts) -> list[Check]:
+def _template(info: PairInfo, facts: LoadedFacts) -> list[Check]:
     """`pair.template`: is there one that can be used; `pair.end`: does it end an answer as the model does."""
-    source = facts.template or _source_by_header(llm, mmproj)
+    source = facts.template or _source_by_header(info)
     missing = not (source.template or "").strip()
     # Which one stands in depends on the control tokens, which only the loaded model tells.
     built_in = choose(source).name if missing and facts.template is not None else None
@@ -243,23 +238,23 @@ def _template(llm: GgufInfo, mmproj: GgufInfo | None, facts: PairFacts) -> list[
         talk = [Message("user", "What is this?"), Message("assistant", _ANSWER)]
         builder.build(talk[:1])
         prompt = builder.build(talk, add_generation_prompt=False)
-    except (BadPrompt, ModelUnreadable) as error:
+    except BadPrompt as error:
         return [Check("pair.template", "fail", f"{error}", evidence)]
-    checks = [_found_template(llm, evidence, missing=missing)]
+    checks = [_found_template(info.llm, evidence, missing=missing)]
     # Models that read pages take one bare instruction: nothing is written behind an answer, and they end by themselves.
     if facts.template is None or facts.eog_texts is None or built_in == "plain":
         return checks
     rendered = "".join(part.text for part in prompt.parts if isinstance(part, TextPart))
-    return [*checks, _end(llm, facts, rendered.partition(_ANSWER)[2], prompt.stop)]
+    return [*checks, _end(info, facts, rendered.partition(_ANSWER)[2], prompt.stop)]
 
 
-def _source_by_header(llm: GgufInfo, mmproj: GgufInfo | None) -> TemplateSource:
+def _source_by_header(info: PairInfo) -> TemplateSource:
     """Enough to see whether the file's template can be used."""
     return TemplateSource(
-        template=read_header(llm.path).text("tokenizer.chat_template"),
-        architecture=llm.architecture,
-        name=f"{llm.name or ''} {llm.path.name}",
-        projector=mmproj.projector if mmproj is not None else None,
+        template=info.template,
+        architecture=info.llm.architecture,
+        name=f"{info.llm.name or ''} {info.llm.path.name}",
+        projector=info.mmproj.projector if info.mmproj is not None else None,
         bos_token="",
         eos_token="",
         control_tokens=frozenset(),
@@ -277,7 +272,7 @@ def _found_template(llm: GgufInfo, evidence: Mapping[str, object], *, missing: b
     return Check("pair.template", "warn", message, evidence)
 
 
-def _end(llm: GgufInfo, facts: PairFacts, tail: str, stop: Sequence[str]) -> Check:
+def _end(info: PairInfo, facts: LoadedFacts, tail: str, stop: Sequence[str]) -> Check:
     name, ends = "pair.end", sorted(text for text in facts.eog_texts or () if text)
     written = [text for text in (*ends, *stop) if text in tail]
     evidence = {"after_answer": tail, "end_tokens": ends, "stop_strings": list(stop)}
@@ -286,10 +281,9 @@ def _end(llm: GgufInfo, facts: PairFacts, tail: str, stop: Sequence[str]) -> Che
     message = (
         f"The template writes {tail!r} behind an answer and none of the tokens that end one "
         f"({', '.join(ends) or 'the model has none'}), so answers may not end by themselves: take a newer GGUF file of "
-        f"{llm.path.name}; until then a smaller --max-tokens bounds them."
+        f"{info.llm.path.name}; until then a smaller --max-tokens bounds them."
     )
-    fix = serve_command(facts.settings, "--max-tokens", _ANSWER_TOKENS)
-    return Check(name, "warn", message, evidence, fix)
+    return Check(name, "warn", message, evidence, facts.command(info, "--max-tokens", _ANSWER_TOKENS))
 
 
 def _padded(tokens: int, step: int) -> int:

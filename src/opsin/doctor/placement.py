@@ -1,18 +1,23 @@
-"""Where a pair really runs, judged by the nodes that were computed and not by what a log promises."""
+"""Where a pair really runs, judged by the nodes that were computed and not by what a log promises.
+
+The proof costs an encode and a prefill of its own, so it is remembered.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 from opsin.core.placement import BackendShare, Placement
 from opsin.core.settings import EngineSettings
-from opsin.doctor.check import Check, Status
-from opsin.doctor.gpus import in_software
-from opsin.doctor.pair import as_flags, means_cpu, serve_command
+from opsin.doctor.check import Check, Status, means_cpu, serve_command
+from opsin.doctor.host import in_software
 from opsin.native.device_rate import DeviceRate
-from opsin.native.devices import Device
-from opsin.native.memory import HOST
+from opsin.native.devices import HOST, Device
+from opsin.native.memory import as_flags
+from opsin.native.records import keep_record, read_record, record_file
 
 # llama.cpp keeps the table of token embeddings in host memory, whatever is offloaded.
 _AT_HOME_ON_THE_CPU = frozenset({"GET_ROWS"})
@@ -21,6 +26,30 @@ _POOR = 1 / 3  # of the ceiling
 _LEAST_ENCODE, _LEAST_DECODE = 0.005, 0.001
 _FLASH = {"encoder": "vision_flash_attention", "language_model": "flash_attention"}
 _Graph = Mapping[str, BackendShare]
+
+
+def remembered_placement(setup: str, prove: Callable[[], Placement], folder: Path | None = None) -> Placement:
+    """The placement of a setup, proved now if nobody did before; `setup` is a fingerprint of it.
+
+    A file that cannot be read or written costs a new proof and nothing else.
+    """
+    file = record_file("placement", setup, folder)
+    try:
+        return _read_placement(read_record(file))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        placement = prove()
+    keep_record(file, asdict(placement))
+    return placement
+
+
+def _read_placement(data: Any) -> Placement:
+    fields = BackendShare.__dataclass_fields__
+    encoder, model = (
+        # A file of an older version lacks a field, and is as good as none.
+        {name: BackendShare(**{f: row[f] for f in fields}) for name, row in data[key].items()}
+        for key in ("encoder", "language_model")
+    )
+    return Placement(encoder, model, int(data["layers_offloaded"]), int(data["layers"]), tuple(map(str, data["notes"])))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +88,7 @@ def placement_checks(
     checks.append(_layers(placement, gpus, settings))
     checks.append(_fallback(placement, settings))
     if any(share.splits for graph in graphs.values() for share in graph.values()):
-        checks.append(_splits(graphs, settings))
+        checks.append(_splits(graphs))
     if rates is not None:
         checks.append(_rate(placement, rates))
     return checks
@@ -179,23 +208,18 @@ def _main_gpu(placement: Placement) -> str:
     return " or ".join(sorted(mains - {HOST})) or "the GPU"
 
 
-def _splits(graphs: Mapping[str, _Graph], settings: EngineSettings) -> Check:
+def _splits(graphs: Mapping[str, _Graph]) -> Check:
     """Pieces a graph is cut into: values are copied between two, and the GPU waits."""
     counts = {name: sum(share.splits for share in graph.values()) for name, graph in graphs.items() if graph}
-    # Token embeddings on the CPU, layers by device, the output layer: two stretches a backend are ordinary.
-    many = {name: count for name, count in counts.items() if count > 2 * len(graphs[name])}
     told = ", ".join(f"the {name.replace('_', ' ')}'s graph in {count}" for name, count in counts.items())
-    evidence = {"splits": counts}
-    if not many:
-        return Check("placement.splits", "ok", f"Graphs run in few pieces: {told}.", evidence)
-    fallen = [name for name in many if HOST in graphs[name] and "FLASH_ATTN_EXT" in graphs[name][HOST].ops]
-    update = {_FLASH[name]: False for name in fallen}
-    mend = f"give {' '.join(as_flags(update))}" if update else "placement.fallback and placement.layers name the cause"
+    # Token embeddings on the CPU, layers by device, the output layer: two pieces a backend are ordinary.
+    if all(count <= 2 * len(graphs[name]) for name, count in counts.items()):
+        return Check("placement.splits", "ok", f"Graphs run in few pieces: {told}.", {"splits": counts})
     message = (
-        f"Graphs are cut into many pieces ({told}), and at each border values are copied and a device waits: {mend}."
+        f"Graphs are cut into many pieces ({told}), and at each border values are copied and a device waits: "
+        "placement.fallback and placement.layers name the cause."
     )
-    fix = serve_command(settings, **update) if update else None
-    return Check("placement.splits", "warn", message, evidence, fix)
+    return Check("placement.splits", "warn", message, {"splits": counts})
 
 
 def _rate(placement: Placement, rates: Rates) -> Check:

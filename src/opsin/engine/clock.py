@@ -129,7 +129,7 @@ class StageClock:
         return Stages(**{f"{stage.value}_ms": seconds * 1e3 for stage, seconds in spent.items()}, total_ms=total * 1e3)
 
     def intervals(self) -> tuple[Interval, ...]:
-        """From when to when each stage ran, up to the last `freeze`; what was added lies end to end before the start."""
+        """When each stage ran, up to the last `freeze`; what was added lies end to end before the start."""
         told, end = list(self._ran.values()), self._started or 0.0
         for stage, seconds in reversed(self._before.items()):
             if seconds:

@@ -7,7 +7,7 @@ Refuses to know: requests, schedules, prompts and templates, files other than th
 """
 
 from opsin.native.backend import NativeBackend, grammar_of, open_backend
-from opsin.native.build_info import COMMIT, PACKAGE, PINNED, Build, build_info, features_of
+from opsin.native.build_info import COMMIT, PACKAGE, PINNED, Build, build_info, cpu_features, features_of
 from opsin.native.devices import Device, devices
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Device",
     "NativeBackend",
     "build_info",
+    "cpu_features",
     "devices",
     "features_of",
     "grammar_of",

@@ -66,11 +66,16 @@ def build_info() -> Build:
         commit=lib.ggml.ggml_commit().decode(),
         compiler=compiler,
         backends=tuple("Metal" if name == "MTL" else name for name in names),
-        cpu_features=features_of(lib.llama.llama_print_system_info().decode()).get("CPU", frozenset()),
+        cpu_features=cpu_features(),
         devices=devices(lib),
         assertions=assertions,
         cuda=cuda,
     )
+
+
+def cpu_features() -> frozenset[str]:
+    """The instructions that the CPU backend uses, in ggml's names. Raises NativeMismatch."""
+    return features_of(library().llama.llama_print_system_info().decode()).get("CPU", frozenset())
 
 
 def features_of(system_info: str) -> dict[str, frozenset[str]]:

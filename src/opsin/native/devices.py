@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from opsin.core.errors import BadParameter
 from opsin.native.library import Library, library
 
 _TYPES = {0: "cpu", 1: "gpu", 2: "igpu", 3: "accel", 4: "meta"}
 CPU_NAMES = frozenset({"none", "cpu"})
+HOST = "CPU"
+"""The name under which the memory of the host is counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,3 +68,54 @@ def pick(name: str, option: str, present: tuple[Device, ...]) -> Device | None:
         f"There is no device {name!r} for {option}: "
         + (f"this build sees {here}, or give none for the CPU." if here else "this build of llama.cpp sees no GPU.")
     )
+
+
+def free_memory(present: Iterable[Device], root: Path = Path("/")) -> dict[str, int]:
+    """Bytes that are free by device name; devices that cannot tell are left out.
+
+    The host's are what Linux calls available, within the limits of the control groups this process is in; elsewhere
+    what ggml says. `root` is where /proc and /sys lie.
+    """
+    present = tuple(present)
+    found = {one.name: one.memory_free for one in present if one.is_gpu and one.memory_total > 0}
+    meminfo = re.search(r"^MemAvailable:\s+(\d+)", read_system_file(root / "proc/meminfo"), re.MULTILINE)
+    host = int(meminfo[1]) * 1024 if meminfo else None
+    if host is None:
+        host = next((one.memory_free for one in present if one.type == "cpu" and one.memory_total > 0), None)
+    if host is not None:
+        found[HOST] = min([host, *_left_in_groups(root)])
+    return found
+
+
+def _left_in_groups(root: Path) -> list[int]:
+    """What each control group above this process has left, files it can drop counted as free; versions 1 and 2."""
+    left = []
+    for group in control_groups(root, "memory"):
+        limit = (read_system_file(group / "memory.max") or read_system_file(group / "memory.limit_in_bytes")).strip()
+        used = (read_system_file(group / "memory.current") or read_system_file(group / "memory.usage_in_bytes")).strip()
+        if limit.isdigit() and used.isdigit():
+            # Version 1 tells the group's own first, and then the total that its limit is for.
+            pattern = r"^(?:total_)?inactive_file (\d+)"
+            droppable = re.findall(pattern, read_system_file(group / "memory.stat"), re.MULTILINE)
+            left.append(max(0, int(limit) - int(used) + int((droppable or [0])[-1])))
+    return left
+
+
+def read_system_file(path: Path) -> str:
+    """The text of a file; empty where there is none, or none that may be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def control_groups(root: Path, controller: str) -> Iterator[Path]:
+    """The folders of this process's group and of those above it, of version 2 or 1; `root` has /proc and /sys."""
+    for line in read_system_file(root / "proc/self/cgroup").splitlines():
+        _, controllers, group = [*line.split(":", 2), "", ""][:3]
+        if controllers and controller not in controllers.split(","):
+            continue
+        mount = root / "sys/fs/cgroup" / (controller if controllers else "")
+        # In a container the path may be the host's: what counts then lies at the mount itself.
+        folder = mount / group.strip("/")
+        yield from (level for level in (folder, *folder.parents) if level.is_relative_to(mount))

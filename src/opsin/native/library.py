@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,8 @@ def library() -> Library:
 
 
 def _load() -> Library:
+    # Without it ggml starts a debugger where it aborts, which prints on standard output.
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")
     try:
         import llama_cpp
         from llama_cpp import _ggml

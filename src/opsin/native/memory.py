@@ -1,346 +1,407 @@
-"""How much memory a setup takes, told by llama.cpp itself without a weight being read.
+"""How much memory a pair takes, and which layers, context and ubatch fit: arithmetic on header facts, before a load.
 
-A hollow load (`no_alloc`) lays out tensors, KV memory and graphs of the language model, and allocates nothing of them.
-mtmd has no such switch in C: its graph is reserved on a copy of the projector's header with the first few layers and
-holes for weights, because the layers of an encoder use one compute buffer in turn. What was reserved is in the log
-only, so all of it runs in a child process that reads its own log; a file that ends the process ends that one.
+Weights and KV cache are counted exactly. Compute buffers follow the widest step of llama.cpp's graphs; their factors
+were fitted to what the pinned version reserves, and a test compares the sum with what a process really takes.
 """
 
 from __future__ import annotations
 
-import ctypes
-import json
-import logging
-import re
-import subprocess
-import sys
-import tempfile
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
-from pathlib import Path
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from itertools import accumulate
 
-from opsin.core.errors import BadInput, ModelError, ModelUnreadable, OpsinError
-from opsin.core.settings import EngineSettings
-from opsin.native import logs
-from opsin.native.context import _KV_SHARE, Context, _cell_bytes, default_context
-from opsin.native.devices import devices
-from opsin.native.handles import Owned
-from opsin.native.library import library
-from opsin.native.model import _ROPE_WITH_SECTIONS, Model, _placement
-from opsin.native.projector import _Reader
-from opsin.native.trial import child_command
-from opsin.native.vision import _device
+from opsin.core.errors import BadParameter
+from opsin.core.model_facts import ModelFacts, PairFacts, ProjectorFacts
+from opsin.core.settings import CTX_PER_SEQUENCE, EngineSettings
+from opsin.native.devices import HOST, Device, free_memory, pick
 
-_SECONDS = 120
-_COMMAND = child_command("opsin.native.memory")
-_LOAD_NOTHING = 0  # LLAMA_LOAD_MODE_NONE: a mapped file and `no_alloc` together abort
-_KEPT_LAYERS = 3  # LLaVA leaves the last one out, and two use the compute buffer as many do
-HOST = "CPU"
+FULL = 0.9
+"""Share of the free memory that is planned with: drivers, images being read and other programs need some."""
+
+_KV_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
+_MAX_CTX = 2**31 - 1  # positions are 32-bit
+_LEAST_CTX = 512  # tokens a sequence; less is no use with images
+_TEXT_TOKENS = 320  # of a question and a short answer, beside an image
+_COMFORTABLE_CTX = 2048  # tokens a sequence, for which layers stay on the GPU
+_UBATCHES = (512, 256)  # tried where the default one does not fit
+_OUTPUTS = 64  # rows of a ubatch that may have logits
+_SPARE_SEQUENCES = 32  # that hold idle prefixes
+# Growth of resident memory beyond all that llama.cpp logs, with pairs of 0.02 to 0.2 B parameters.
+_BOOKKEEPING, _TOKEN = 12 * 2**20, 300
+# Types that the CPU backend repacks (ggml-cpu/repack.cpp), by the instructions that it uses.
+_REPACKED = {
+    "AVX2": {"Q4_0", "Q4_K", "IQ4_NL", "MXFP4"},
+    "AVX512": {"Q2_K"},
+    "DOTPROD": {"Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "MXFP4"},
+}
 
 
-@dataclass(slots=True)
-class Reserved:
-    """What llama.cpp said it would allocate, in bytes by device name ("CPU" is the host).
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What goes into one device, in bytes. `images` is the full image cache, `rest` what llama.cpp does not log.
 
-    `layers` are the devices of the language model's layers, the output layer last. `not_repacked` counts the
-    tensors that are not repacked for the CPU, None where nothing is. `compute` includes the logits. A micro-batch has
-    up to `rows`, and `flash` says whether the scores of their attention are kept out of memory. Each of the `streams`
-    memories that sequences have of their own (1: all share it) has `cells`, and the largest beside them `beside`.
-    `vision_compute` was reserved for a picture of `vision_edge` pixels a side; the encoder takes up to `vision_pixels`
-    (0: always that size); `vision_flash` is to the encoder what `flash` is to the language model.
-    `error` is why nothing is known: the sentence that loading would end with.
+    `mapped` are weights that are mapped from the file: the system may drop and read them again, so that they need not
+    fit. `repacked` are weights that the CPU backend copies into an order of its own.
     """
 
-    layers: list[str] = field(default_factory=list)
-    not_repacked: int | None = None
-    kv: dict[str, int] = field(default_factory=dict)
-    compute: dict[str, int] = field(default_factory=dict)
-    rows: int = 0
-    flash: bool = True
-    cells: int = 0
-    streams: int = 1
-    beside: int = 0
-    vision_device: str = HOST
-    vision_compute: dict[str, int] = field(default_factory=dict)
-    vision_edge: int = 0
-    vision_pixels: int = 0
-    vision_flash: bool = True
-    error: str | None = None
+    weights: int = 0
+    mapped: int = 0
+    repacked: int = 0
+    kv: int = 0
+    compute: int = 0
+    vision_weights: int = 0
+    vision_compute: int = 0
+    images: int = 0
+    rest: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(astuple(self))
+
+    @property
+    def least(self) -> int:
+        """What must be there to load: without what is mapped, and with an empty image cache."""
+        return self.total - self.mapped - self.images
 
 
-def reserve(setups: Sequence[EngineSettings], vision_bytes: int = 0) -> list[Reserved]:
-    """What each setup would allocate, in the same order. Each names its model; projectors may be None.
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Settings that fit, and what they need on each device ("CPU" is the host).
 
-    `vision_bytes` are the encoder's weights: they are loaded before a context size is chosen by what is free.
-    Raises ModelError when the child process died or hung; what is wrong with one setup is in its `error`.
+    `ctx` is the context in tokens of all sequences, `ctx_seq` the most that one sequence may use of it. `gpu_layers`
+    counts the output layer, None where no GPU takes part. `layers` are the devices of the layers, the output last.
     """
-    asked = {"setups": [one.model_dump(mode="json", exclude_unset=True) for one in setups], "vision": vision_bytes}
-    try:
-        child = subprocess.run(  # noqa: S603 - our own module
-            _COMMAND, input=json.dumps(asked).encode(), capture_output=True, timeout=_SECONDS, check=False
+
+    ctx: int
+    ctx_seq: int
+    ubatch: int
+    gpu_layers: int | None
+    layers: tuple[str, ...]
+    by_device: Mapping[str, Needs]
+
+    def applied(self, settings: EngineSettings) -> EngineSettings:
+        """The settings with what was planned."""
+        planned = {"ctx": self.ctx, "ubatch": self.ubatch}
+        if self.gpu_layers is not None:
+            planned["gpu_layers"] = self.gpu_layers
+        return settings.model_copy(update={k: v for k, v in planned.items() if getattr(settings, k) != v})
+
+
+def plan_memory(
+    pair: PairFacts,
+    devices: Sequence[Device],
+    settings: EngineSettings,
+    *,
+    free: Mapping[str, int] | None = None,
+    cpu_features: frozenset[str] = frozenset(),
+) -> MemoryPlan:
+    """The best layers, context and ubatch that fit; what the settings ask for is kept.
+
+    `free` are bytes by device name (None: this machine is asked; a device that is missing has no limit), and
+    `cpu_features` what the CPU backend uses, in ggml's names: they decide which weights it repacks. An ubatch that is
+    smaller than an image that must be read at once is raised.
+
+    Raises BadParameter when nothing fits; its sentence names flags that would, where there are any.
+    """
+    planner = _Planner(pair, devices, settings, free_memory(devices) if free is None else free, cpu_features)
+    plan = planner.best()
+    if plan is None:
+        raise BadParameter(planner.refusal())
+    return plan
+
+
+def needed_memory(
+    pair: PairFacts, devices: Sequence[Device], settings: EngineSettings, cpu_features: frozenset[str] = frozenset()
+) -> MemoryPlan:
+    """What the settings need whatever is free: with the context and the layers of a machine that has enough."""
+    planner = _Planner(pair, devices, settings, {}, cpu_features)
+    return planner.planned(next(planner.choices()))
+
+
+def advice(
+    pair: PairFacts,
+    devices: Sequence[Device],
+    settings: EngineSettings,
+    *,
+    free: Mapping[str, int],
+    cpu_features: frozenset[str] = frozenset(),
+) -> dict[str, object] | None:
+    """The smallest change of the settings that fits with room to spare, by name; None where there is none."""
+    return _Planner(pair, devices, settings, free, cpu_features).change()
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    ctx: int
+    ubatch: int
+    gpu_layers: int
+
+
+class _Planner:
+    def __init__(
+        self,
+        pair: PairFacts,
+        devices: Sequence[Device],
+        settings: EngineSettings,
+        free: Mapping[str, int],
+        cpu_features: frozenset[str],
+    ) -> None:
+        self.pair, self.devices, self.settings, self.free = pair, devices, settings, free
+        self.model: ModelFacts = pair.model
+        self.cpu_features = cpu_features
+        gpus = [one for one in devices if one.is_gpu]
+        chosen = None if settings.device is None else pick(settings.device, "--device", tuple(devices))
+        self.gpus = gpus if settings.device is None else [chosen] if chosen else []
+        self.vision_device = HOST
+        if pair.projector is not None and settings.mmproj_device is None and gpus:
+            self.vision_device = gpus[0].name
+        elif pair.projector is not None and settings.mmproj_device is not None:
+            named = pick(settings.mmproj_device, "--mmproj-device", tuple(devices))
+            self.vision_device = HOST if named is None else named.name
+        self.in_host = in_host_memory(devices)
+        self.repacked = frozenset[str]()
+        if not self.gpus:  # beside a GPU the weights on the host stay as they are
+            self.repacked = frozenset().union(*(_REPACKED.get(name, ()) for name in cpu_features))
+
+    # ---- what to try, the best first
+
+    def choices(self) -> Iterator[_Choice]:
+        """All layers with a shrinking context, then fewer layers, then a context that is uncomfortable."""
+        contexts = list(self._contexts())
+        large = [ctx for ctx in contexts if ctx >= self._comfortable] or contexts[:1]
+        layers = self._layer_counts()
+        yield from (_Choice(ctx, ubatch, layers[0]) for ctx in large for ubatch in self._ubatches(ctx))
+        yield from (_Choice(large[-1], ubatch, n) for n in layers[1:] for ubatch in self._ubatches(large[-1]))
+        rest = contexts[len(large) :]
+        yield from (_Choice(ctx, ubatch, n) for ctx in rest for n in layers for ubatch in self._ubatches(ctx))
+
+    @property
+    def _image_tokens(self) -> int:
+        return 0 if self.pair.projector is None else self.pair.projector.tokens or 0
+
+    @property
+    def _comfortable(self) -> int:
+        return max(_COMFORTABLE_CTX, self._image_tokens + 2 * _TEXT_TOKENS) * self.settings.parallel
+
+    def _contexts(self) -> Iterator[int]:
+        if self.settings.ctx is not None:
+            yield self.settings.ctx
+            return
+        parallel = self.settings.parallel
+        each = min(self.model.context or CTX_PER_SEQUENCE, CTX_PER_SEQUENCE)
+        least = min(max(_LEAST_CTX, self._image_tokens + _TEXT_TOKENS), each) * parallel
+        sizes: list[int] = []
+        size = each * parallel
+        while size >= least:
+            sizes += [size, size * 3 // 4 // 256 * 256]
+            size = size // 2 // 256 * 256
+        yield from [size for size in sizes if size >= least] or [each * parallel]
+
+    def _layer_counts(self) -> list[int]:
+        count = len(self.model.layers) + 1
+        if not self.gpus:
+            return [0]
+        if self.settings.gpu_layers is not None:
+            return [min(self.settings.gpu_layers, count)]
+        return list(range(count, -1, -1))
+
+    def _ubatches(self, ctx: int) -> list[int]:
+        least = self.settings.parallel
+        projector = self.pair.projector
+        if projector is not None and not projector.causal:
+            least = max(least, projector.tokens or projector.patches)
+        asked = self.settings.ubatch
+        default = EngineSettings.model_fields["ubatch"].default
+        sizes = [asked, *(size for size in _UBATCHES if size < asked == default)]
+        padded = -(-least // 64) * 64
+        return list(dict.fromkeys(min(max(size, padded if size < least else size), ctx) for size in sizes))
+
+    # ---- what a choice needs
+
+    def planned(self, choice: _Choice) -> MemoryPlan:
+        layers = self._layers(choice.gpu_layers)
+        trained = self.model.context or choice.ctx
+        return MemoryPlan(
+            ctx=choice.ctx,
+            ctx_seq=min(choice.ctx, trained),
+            ubatch=choice.ubatch,
+            gpu_layers=choice.gpu_layers if self.gpus else None,
+            layers=layers,
+            by_device=self._needs(choice, layers),
         )
-    except subprocess.TimeoutExpired:
-        raise ModelError(
-            f"llama.cpp laid this pair out for {_SECONDS} s without an end: try a smaller --ctx."
-        ) from None
-    if child.returncode != 0:
-        said = child.stderr.decode("utf-8", "replace").strip()
-        last = (said.splitlines() or [f"exit code {child.returncode}"])[-1]
-        raise ModelError(f"llama.cpp ended while it laid this pair out ({last}): check that both files are whole.")
-    return [Reserved(**row) for row in json.loads(child.stdout)]
+
+    def _layers(self, on_gpu: int) -> tuple[str, ...]:
+        """The devices of the layers: llama.cpp fills the GPUs from the end, in the proportion of their free memory."""
+        count = len(self.model.layers) + 1
+        first = max(0, count - on_gpu)
+        if not self.gpus:
+            return (HOST,) * count
+        room = [max(1, self.free.get(one.name, one.memory_free)) for one in self.gpus]
+        ends = [end / sum(room) for end in accumulate(room)]
+        last = len(self.gpus) - 1
+        places = (min(last, bisect_right(ends, (at - first) / max(1, count - first))) for at in range(first, count))
+        return (HOST,) * first + tuple(self.gpus[place].name for place in places)
+
+    def _needs(self, choice: _Choice, layers: tuple[str, ...]) -> dict[str, Needs]:
+        settings, projector = self.settings, self.pair.projector
+        found: dict[str, dict[str, int]] = {HOST: {}}
+
+        def add(device: str, part: str, size: float) -> None:
+            parts = found.setdefault(device, {})
+            parts[part] = parts.get(part, 0) + round(size)
+
+        cell = _KV_BYTES[settings.kv_type]
+        for device, layer in zip(layers, (*self.model.layers, self.model.output), strict=True):
+            # On the CPU the output layer that is the embeddings again is not there twice.
+            if device != HOST or not (self.model.tied and layer is self.model.output):
+                add(device, "mapped" if device == HOST else "weights", layer.bytes)
+            add(device, "kv", layer.kv_values * -(-choice.ctx // 256) * 256 * cell)
+            if device == HOST:
+                add(HOST, "repacked", sum(size for kind, size in layer.matrices.items() if kind in self.repacked))
+        add(HOST, "mapped", self.model.input_bytes)
+        for device in set(layers):
+            add(device, "compute", self._compute(choice, logits=device == layers[-1]))
+        if set(layers) != {HOST}:
+            add(HOST, "compute", choice.ubatch * (choice.ctx * 2 + self.model.width * 4))
+        add(HOST, "compute", self._outputs(choice) * self.model.vocabulary * 4)
+        if projector is not None:
+            add(self.vision_device, "vision_weights", projector.bytes)
+            add(self.vision_device, "vision_compute", _vision_compute(projector, flash=self._vision_flash))
+            add(HOST, "images", settings.picture_cache_bytes)
+        add(HOST, "rest", self._rest(choice, layers))
+        return {device: Needs(**parts) for device, parts in found.items()}
+
+    @property
+    def _vision_flash(self) -> bool:
+        settings = self.settings
+        flash = settings.flash_attention if settings.vision_flash_attention is None else settings.vision_flash_attention
+        return flash is not False
+
+    def _outputs(self, choice: _Choice) -> int:
+        return min(max(_OUTPUTS, self.settings.parallel + _SPARE_SEQUENCES), choice.ubatch)
+
+    def _compute(self, choice: _Choice, *, logits: bool) -> float:
+        """The mask, and rows of a ubatch times what the widest step holds at once; without flash its scores."""
+        model, rows, cells = self.model, choice.ubatch, -(-choice.ctx // 256) * 256
+        flash = self.settings.flash_attention is not False
+        attention = rows * 6 * model.width * 4 + (0 if flash else rows * cells * model.heads * 4)
+        forward = rows * (3 * model.feed_forward + 4 * model.width) * 4
+        head = self._outputs(choice) * model.vocabulary * 4 if logits else 0
+        mask = rows * cells * (2 if flash else 4) * (2 if model.slides else 1)
+        return mask + max(attention, forward, head)
+
+    def _rest(self, choice: _Choice, layers: tuple[str, ...]) -> float:
+        """On a CPU rows are converted to the type of the weights, and scores without flash attention to 16 bits."""
+        model, rest = self.model, 0.0
+        if HOST in layers:
+            rest = choice.ubatch * model.feed_forward * 34 / 32
+            if self.settings.flash_attention is False and self.settings.kv_type != "f32":
+                rest = choice.ubatch * choice.ctx * model.heads * 2
+        projector = self.pair.projector
+        if projector is not None and self.vision_device == HOST and not self._vision_flash:
+            rest += projector.patches**2 * projector.heads * 2
+        return _BOOKKEEPING + _TOKEN * model.vocabulary + rest
+
+    # ---- what fits
+
+    def best(self) -> MemoryPlan | None:
+        """The first choice that fits with room to spare; else one of comfortable size whose weights need not fit.
+
+        At last, the smallest that just fits.
+        """
+        if (self.settings.ctx or 0) > _MAX_CTX:
+            return None
+        plans: list[MemoryPlan] = []
+        for choice in self.choices():
+            plans.append(self.planned(choice))
+            if self.fits(plans[-1], FULL):
+                return plans[-1]
+        modest = [plan for plan in plans if plan.ctx <= max(self._comfortable, self.settings.ctx or 0)]
+        found = next((plan for plan in modest if self.fits(plan, FULL, least=True)), plans[-1])
+        return found if self.fits(found, 1.0, least=True) else None
+
+    def fits(self, plan: MemoryPlan, share: float, *, least: bool = False) -> bool:
+        return all(
+            size <= share * self.free[name]
+            for name, size in needed_by_device(plan, self.in_host, least=least).items()
+            if name in self.free
+        )
+
+    def change(self) -> dict[str, object] | None:
+        """The mildest change of settings with which a plan fits, as new values by name."""
+        settings = self.settings
+        smaller: dict[str, object] = {"ctx": None, "gpu_layers": None}
+        steps: list[dict[str, object]] = [
+            {"ctx": None},
+            {"gpu_layers": None},
+            smaller,
+            {**smaller, "kv_type": "q8_0"},
+            {**smaller, "parallel": max(1, settings.parallel // 2)},
+            {**smaller, "parallel": 1},
+            {**smaller, "parallel": 1, "picture_cache_bytes": 0},
+            {**smaller, "parallel": 1, "mmproj_device": "none"},
+            {**smaller, "parallel": 1, "mmproj_device": "none", "device": "none"},
+        ]
+        for step in steps:
+            changed = settings.model_copy(update=step)
+            other = _Planner(self.pair, self.devices, changed, self.free, self.cpu_features)
+            plan = other.best()
+            if plan is None or not other.fits(plan, FULL):
+                continue
+            found = plan.applied(changed)
+            return {
+                name: value
+                for name in dict.fromkeys((*step, "ctx", "gpu_layers", "ubatch"))
+                if (value := getattr(found, name)) is not None and value != getattr(settings, name)
+            }
+        return None
+
+    def refusal(self) -> str:
+        """Why it does not fit, and what would."""
+        plan = self.planned(list(self.choices())[-1])
+        needed = needed_by_device(plan, self.in_host, least=True)
+        short = [name for name, size in needed.items() if size > self.free.get(name, size)]
+        told = " and ".join(
+            f"{size_text(needed[name])} on {name}, where {size_text(self.free[name])} are free" for name in short
+        )
+        told = told or f"more than {_MAX_CTX:,} tokens of context"
+        change = self.change()
+        flags = " ".join(as_flags(change)) if change else ""
+        mend = f"give {flags}" if flags else "use a smaller quantisation or a smaller model"
+        return f"{self.model.name} with a context of {plan.ctx:,} tokens needs {told}: {mend}."
 
 
-# ---- reading the log
-
-_CONTEXT = re.compile(r"llama_context: constructing llama_context")
-_LAYER = re.compile(r"load_tensors: layer +\d+ assigned to device (.+?),")
-_NOT_REPACKED = re.compile(r"\(and (\d+) others\) cannot be used with preferred buffer type")
-_REPACKS = re.compile(r"load_tensors: +(?:CPU_REPACK|AMX) model buffer size")
-_CACHE = re.compile(r"layer +\d+: dev = (\S+)|size = +([\d.]+) MiB \( *(\d+) cells, +\d+ layers, +\d+(?:/(\d+))? seqs")
-_COMPUTE = re.compile(r"sched_reserve: +(\S+) compute buffer size = +([\d.]+) MiB")
-_OUTPUT = re.compile(r"llama_context: +(\S+) +output buffer size = +([\d.]+) MiB")
-_VISION = re.compile(r"reserve_compute_meta: +(\S+) compute buffer size = +([\d.]+) MiB")
-_ROWS = re.compile(r"llama_context: n_ubatch += (\d+)")
-_NO_FLASH = re.compile(
-    r"llama_context: flash_attn += disabled|Flash Attention (?:was auto, set to )?(?:disabled|not supported)"
-)
-_EDGE = re.compile(r"warmup with image size = (\d+) x")
-_PIXELS = re.compile(r"image_max_pixels: +(\d+)")
+def in_host_memory(devices: Iterable[Device]) -> frozenset[str]:
+    """Names of the devices without a memory of their own: Metal's, and those inside a CPU."""
+    return frozenset(one.name for one in devices if one.type == "igpu" or one.name.startswith("MTL"))
 
 
-def device_of(buffer: str) -> str:
-    """The device of a buffer type by its name: "MTL0_Mapped" is on MTL0, "CUDA_Host" and "CPU_REPACK" on the host."""
-    name, _, kind = buffer.partition("_")
-    return HOST if kind == "Host" or name in {HOST, "AMX", "BLAS"} else name
+def needed_by_device(plan: MemoryPlan, in_host: Iterable[str], *, least: bool = False) -> dict[str, int]:
+    """Bytes by device name; what the devices `in_host` take is taken from the host's memory, too."""
+    needed = {name: needs.least if least else needs.total for name, needs in plan.by_device.items()}
+    needed[HOST] = needed.get(HOST, 0) + sum(needed.get(name, 0) for name in in_host)
+    return needed
 
 
-def read_log(lines: Iterable[str]) -> Reserved:
-    """What the log of a load says was reserved, in llama.cpp's own words of the pinned version."""
-    text = "\n".join(lines)
-    found = Reserved(layers=_LAYER.findall(text))
-    if _REPACKS.search(text):
-        others = _NOT_REPACKED.search(text)
-        found.not_repacked = int(others[1]) + 1 if others else 0
-    first, *beside = _CONTEXT.split(text)[1:] or [text]
-    found.cells, found.streams = _read_context(first, found)
-    found.beside = max((_read_context(context, found)[0] for context in beside), default=0)
-    found.vision_compute = {device_of(buffer): _bytes(mib) for buffer, mib in _VISION.findall(text)}
-    found.flash = not _NO_FLASH.search(text)
-    found.vision_flash = "warmup: flash attention is disabled" not in text
-    found.rows, found.vision_edge, found.vision_pixels = (
-        int(match[1]) if (match := pattern.search(text)) else 0 for pattern in (_ROWS, _EDGE, _PIXELS)
-    )
-    return found
+def _vision_compute(projector: ProjectorFacts, *, flash: bool) -> float:
+    rows, width = projector.patches, projector.width
+    attention = rows * 6 * width * 4 + (0 if flash else rows**2 * projector.heads * 4)
+    forward = rows * (2 * projector.feed_forward + width) * 4
+    pixels = rows * (projector.patch_values * 3 // 2 + width) * 4  # once as they are and once in 16 bits
+    return max(attention, forward, pixels)
 
 
-def _read_context(text: str, found: Reserved) -> tuple[int, int]:
-    """Add what one context reserved; the cells of each of its memories, and how many they are."""
-    most, memories = 0, 1
-    layers: Counter[str] = Counter()
-    for device, mib, cells, streams in _CACHE.findall(text):
-        if device:
-            layers[device_of(device)] += 1
-            continue
-        for name, count in layers.items():
-            found.kv[name] = found.kv.get(name, 0) + _bytes(mib) * count // layers.total()
-        most, memories, layers = max(most, int(cells)), int(streams or 1), Counter()
-    # The last word on a buffer counts: a graph is reserved again where flash attention turns out not to work.
-    buffers = {buffer: _bytes(mib) for buffer, mib in _COMPUTE.findall(text)}
-    for buffer, size in (*buffers.items(), *((name, _bytes(mib)) for name, mib in _OUTPUT.findall(text))):
-        found.compute[device_of(buffer)] = found.compute.get(device_of(buffer), 0) + size
-    return most, memories
+def as_flags(settings: Mapping[str, object]) -> list[str]:
+    """Settings by name as the words of a command."""
+    words = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return words
 
 
-def _bytes(mib: str) -> int:
-    return round(float(mib) * 2**20)
-
-
-# ---- the child process
-
-
-class _Hollow(Model):
-    """A language model with its sizes and its vocabulary, and without weights: enough to make a context of."""
-
-    def __init__(self, path: Path, settings: EngineSettings) -> None:  # not Model's own, which reads the weights
-        lib = self.lib = library()
-        self.path = path
-        self.device, self.n_gpu_layers = _placement(path, settings, devices(lib))
-        params = lib.llama.llama_model_default_params()
-        params.n_gpu_layers, params.no_alloc, params.load_mode = self.n_gpu_layers, True, _LOAD_NOTHING
-        chosen = (ctypes.c_void_p * 2)(self.device.handle if self.device else None, None)
-        if settings.device is not None:
-            params.devices = ctypes.cast(chosen, ctypes.c_void_p)
-        mark = logs.SINK.mark()
-        pointer = lib.llama.llama_model_load_from_file(str(path).encode(), params)
-        if not pointer:
-            raise ModelUnreadable(
-                f"llama.cpp cannot lay out {path.name} ({logs.SINK.cause(mark) or 'no reason given'})."
-            )
-        self.handle = Owned("layout of a model", pointer, lib.llama.llama_model_free)
-        llama = lib.llama
-        self._vocab = llama.llama_model_get_vocab(pointer)
-        self.n_vocab = llama.llama_vocab_n_tokens(self._vocab)
-        self.n_embd = llama.llama_model_n_embd_inp(pointer)
-        self.n_layer = llama.llama_model_n_layer(pointer)
-        self.n_ctx_train = llama.llama_model_n_ctx_train(pointer)
-        self.n_pos = 4 if llama.llama_model_rope_type(pointer) in _ROPE_WITH_SECTIONS else 1
-        self.whole_states_only = llama.llama_model_is_recurrent(pointer) or llama.llama_model_is_hybrid(pointer)
-
-
-class _Lines(logging.Handler):
-    """Keeps every line of the native log; the sink itself forgets the first ones of a large model."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-    def take(self) -> list[str]:
-        logs.SINK.flush()
-        taken, self.lines = self.lines, []
-        return taken
-
-
-def main() -> None:
-    """The child: setups in, what they would allocate out, as JSON."""
-    asked = json.load(sys.stdin)
-    lines = _Lines()
-    logs.LOGGER.addHandler(lines)
-    logs.LOGGER.setLevel(logging.DEBUG)
-    setups = [EngineSettings.model_validate(row) for row in asked["setups"]]
-    visions: dict[object, list[str]] = {}
-    rows = []
-    for settings in setups:
-        try:
-            rows.append(_reserve(settings, lines, visions, asked["vision"]))
-        except OpsinError as error:
-            lines.take()
-            rows.append(Reserved(error=str(error)))
-    json.dump([asdict(row) for row in rows], sys.stdout)
-
-
-def _reserve(settings: EngineSettings, lines: _Lines, visions: dict[object, list[str]], vision_bytes: int) -> Reserved:
-    assert settings.model is not None, "whoever asks names the model"
-    model = _Hollow(settings.model, settings)
-    try:
-        Context(model, settings, ctx=_ctx(model, settings, vision_bytes))
-        log = lines.take()
-    finally:
-        model.close()
-    if settings.mmproj is None:
-        return read_log(log)
-    key = (settings.mmproj, settings.mmproj_device, settings.flash_attention, settings.vision_flash_attention)
-    if key not in visions:
-        visions[key] = _reserve_vision(settings.mmproj, settings, lines)
-    return replace(read_log([*log, *visions[key]]), vision_device=_vision_device(settings))
-
-
-def _ctx(model: _Hollow, settings: EngineSettings, vision_bytes: int) -> int | None:
-    """The size of context that a real load would choose: there the weights are in the device by now."""
-    device = model.device
-    if settings.ctx is not None or device is None or device.memory_free <= 0:
-        return None  # on a host ggml takes all memory there is for free, before a load and after it
-    weights = model.lib.llama.llama_model_size(model.pointer) * model.layers_offloaded // max(1, model.n_layer)
-    taken = weights + (vision_bytes if _vision_device(settings) == device.name else 0)
-    fits = int((device.memory_free - taken) * _KV_SHARE / _cell_bytes(model, settings)) // 256 * 256
-    return min(default_context(model, settings), max(256, fits))
-
-
-def _vision_device(settings: EngineSettings) -> str:
-    chosen = _device(settings, library())
-    if chosen is None:
-        return HOST
-    present = devices()
-    named = next((one.name for one in present if one.handle == chosen), None)
-    return named or next(one.name for one in present if one.is_gpu)
-
-
-def _reserve_vision(path: Path, settings: EngineSettings, lines: _Lines) -> list[str]:
-    """The log of an encoder's graph being reserved; empty when mtmd does not take the shortened file."""
-    lib = library()
-    params = lib.mtmd.mtmd_context_params_default()
-    device = _device(settings, lib)
-    params.use_gpu, params.device = device is not None, device or None
-    params.print_timings, params.warmup = False, True  # its warm-up reserves the graph and computes nothing
-    flash = settings.flash_attention if settings.vision_flash_attention is None else settings.vision_flash_attention
-    params.flash_attn_type = -1 if flash is None else int(flash)
-    params.image_min_tokens = settings.image_min_tokens or -1
-    params.image_max_tokens = settings.image_max_tokens or -1
-    with tempfile.TemporaryDirectory() as folder:
-        short = Path(folder) / "short.gguf"
-        try:
-            shorten(path, short)
-        except (EOFError, ValueError, KeyError, OSError) as error:
-            raise BadInput(f"{path.name} cannot be read as a projector ({error}): download it again.") from error
-        # Without a language model: with fewer layers the width handed to it may differ, and it is not needed here.
-        pointer = lib.mtmd.mtmd_init_from_file(str(short).encode(), None, params)
-    if not pointer:
-        lines.take()
-        return []
-    lib.mtmd.mtmd_free(pointer)
-    return lines.take()
-
-
-_BLOCK = re.compile(rb"v\.blk\.(\d+)\.")
-_COUNT_KEY = b"clip.vision.block_count"
-_UINT32 = (4).to_bytes(4, "little")
-
-
-def shorten(source: Path, target: Path, layers: int = _KEPT_LAYERS) -> None:
-    """A copy of a projector file with its first `layers` layers and without weights: holes of a sparse file.
-
-    Raises EOFError, ValueError or KeyError for a file that is no projector in GGUF.
-    """
-    with source.open("rb") as file:
-        reader = _Reader(file)
-        if reader.take(4) != b"GGUF":
-            raise ValueError("no GGUF magic")
-        reader.scalar("I")
-        n_tensors, n_pairs = reader.scalar("Q"), reader.scalar("Q")
-        start = file.tell()
-        alignment = 32
-        for _ in range(n_pairs):
-            key = reader.string()
-            value = reader.value(reader.scalar("I"))
-            if key == "general.alignment":
-                alignment = int(value)
-        end = file.tell()
-        tensors = []
-        for _ in range(n_tensors):
-            name = reader.string().encode()
-            head = reader.take(4)
-            head += reader.take(8 * int.from_bytes(head, "little")) + reader.take(4)
-            tensors.append((name, head, reader.scalar("Q")))
-        data = -(-file.tell() // alignment) * alignment
-        file.seek(start)
-        metadata = file.read(end - start)
-    ends = [offset for *_, offset in tensors[1:]] + [source.stat().st_size - data]
-    if any(after < before for before, after in pairwise([0, *ends])):
-        raise ValueError("tensors out of order")
-    kept = [
-        (name, head, -(-(after - offset) // alignment) * alignment)
-        for (name, head, offset), after in zip(tensors, ends, strict=True)
-        if (block := _BLOCK.match(name)) is None or int(block[1]) < layers
-    ]
-    metadata = _with_layers(metadata, layers)
-    with target.open("wb") as out:
-        out.write(b"GGUF" + (3).to_bytes(4, "little") + len(kept).to_bytes(8, "little") + n_pairs.to_bytes(8, "little"))
-        out.write(metadata)
-        offset = 0
-        for name, head, size in kept:
-            out.write(len(name).to_bytes(8, "little") + name + head + offset.to_bytes(8, "little"))
-            offset += size
-        out.truncate(-(-out.tell() // alignment) * alignment + offset)
-
-
-def _with_layers(metadata: bytes, layers: int) -> bytes:
-    at = metadata.find(_COUNT_KEY + _UINT32)
-    if at < 0:
-        raise KeyError(_COUNT_KEY.decode())
-    at += len(_COUNT_KEY) + len(_UINT32)
-    count = min(layers, int.from_bytes(metadata[at : at + 4], "little"))
-    return metadata[:at] + count.to_bytes(4, "little") + metadata[at + 4 :]
+def size_text(size: float) -> str:
+    """Bytes as people read them."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

@@ -1,8 +1,8 @@
-"""A doubtful pair is loaded and used in a child process first: if llama.cpp crashes on it, only the child ends.
+"""A pair that was never loaded here is tried in a child process first: if llama.cpp crashes on it, the child ends.
 
-The child says on standard output which stage it begins; the last one it named is where it ended. Some llama.cpp builds
-end the process on a LLaVA projector whose matrices are all f32 when it runs on the CPU; others widen and go on. Which
-one this is can be told by trying only.
+Damaged files make llama.cpp abort or crash in many ways, and some builds end the process on a LLaVA projector whose
+matrices are all f32. Which file does that on this machine can only be told by trying. The child says on standard output
+which stage it begins; the last one that it named is where it ended.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from opsin.core.errors import ModelUnreadable, OpsinError
+from opsin.core.errors import ModelError, ModelUnreadable, OpsinError
 from opsin.core.picture import Picture
 from opsin.core.settings import EngineSettings
+from opsin.native.devices import devices
+from opsin.native.records import fingerprint, keep_record, read_record, record_file
 
 if TYPE_CHECKING:
     from opsin.core.backend import Embedding
@@ -28,8 +30,8 @@ if TYPE_CHECKING:
     from opsin.native.context import Context
     from opsin.native.model import Model
 
-Stage = Literal["start", "load", "encode", "prefill", "decode"]
-STAGES: tuple[Stage, ...] = ("start", "load", "encode", "prefill", "decode")
+Stage = Literal["start", "load", "projector", "encode", "prefill", "decode"]
+STAGES: tuple[Stage, ...] = ("start", "load", "projector", "encode", "prefill", "decode")
 
 _SECONDS = 120.0
 _BYTES_A_SECOND = 50e6  # a slow disk; a first load reads the whole files
@@ -38,6 +40,8 @@ _WINDOWS_EXCEPTIONS = 0xC0000000  # exit codes from here on are exceptions
 _ROOM_TOKENS = 64  # of context beside the picture
 _NEW_TOKENS = 4
 _PICTURE_EDGE = 336
+# What decides whether a file loads; sizes such as the context do not.
+_DECISIVE = ("device", "mmproj_device", "gpu_layers", "flash_attention", "vision_flash_attention")
 
 
 def child_command(module: str) -> tuple[str, ...]:
@@ -69,19 +73,20 @@ def try_pair(
     mmproj: Path | None,
     settings: EngineSettings | None = None,
     *,
-    until: Stage = "decode",
+    brief: bool = False,
     seconds: float | None = None,
     command: Sequence[str] | None = None,
 ) -> Trial:
-    """Load the pair in a child, encode a picture, prefill it and decode four tokens, up to the stage `until`.
+    """Load the pair in a child, encode an image, prefill it with a question, and decode four tokens.
 
-    `seconds` is the time limit (none: two minutes and what a slow disk takes to read the files). `command` is what
-    is run with the two paths, the settings as JSON and the last stage as further arguments.
+    With `brief` the question alone is prefilled: on a CPU an image takes a large model long. `seconds` is the time
+    limit (None: two minutes and what a slow disk takes to read the files). `command` is what is run with the two paths,
+    the settings as JSON and "brief" or "whole" as further arguments.
     """
     chosen = settings or EngineSettings()
     files = [path for path in (llm, mmproj) if path is not None and path.exists()]
     limit = seconds or _SECONDS + sum(path.stat().st_size for path in files) / _BYTES_A_SECOND
-    arguments = [str(llm), str(mmproj or ""), chosen.model_dump_json(), until]
+    arguments = [str(llm), str(mmproj or ""), chosen.model_dump_json(), "brief" if brief else "whole"]
     started = time.perf_counter()
     try:
         child = subprocess.run(  # noqa: S603 - our own code, with two paths
@@ -101,17 +106,50 @@ def try_pair(
     return Trial(end, _stage(child.stdout), cause, _tail(child.stderr), took)
 
 
-def try_apart(llm: Path, mmproj: Path) -> None:
-    """Raises ModelUnreadable when a child that encodes one picture on the CPU dies of a signal, or hangs.
+def ensure_loadable(
+    model: Path,
+    mmproj: Path | None,
+    settings: EngineSettings,
+    *,
+    folder: Path | None = None,
+    seconds: float | None = None,
+    command: Sequence[str] | None = None,
+) -> None:
+    """Try files that were never loaded here in a child process, and remember in `folder` that they can be.
 
-    An error it reports in an orderly way is left for the caller to meet, in its own words.
+    An error that llama.cpp reports in an orderly way is left for the load itself, which has the better words. `seconds`
+    and `command` are as in `try_pair`. Raises ModelUnreadable, which names the file, when the child crashes or hangs,
+    and ModelError when the system ended it; NativeMismatch, and OSError for files that are not there.
     """
-    on_cpu = EngineSettings(device="none", mmproj_device="none")
-    if try_pair(llm, mmproj, on_cpu, until="encode", seconds=_SECONDS).end in {"crashed", "hung"}:
+    asked = EngineSettings(**{name: getattr(settings, name) for name in _DECISIVE})
+    record = record_file("loads", fingerprint([model, mmproj], asked, devices()), folder)
+    if read_record(record) is not None:
+        return
+    done = try_pair(model, mmproj, asked, brief=True, seconds=seconds, command=command)
+    if done.end == "done":
+        keep_record(record, {"seconds": round(done.seconds, 3)})
+    if done.end in {"done", "refused"}:
+        return
+    if done.signal == "SIGKILL":
+        raise ModelError(f"The system ended a trial of {model.name}, most likely for lack of memory: free some.")
+    blamed = mmproj if mmproj is not None and done.stage in {"projector", "encode"} else model
+    if done.end == "hung":
         raise ModelUnreadable(
-            f"{mmproj.name} is all f32, which crashes this build of llama.cpp on the CPU: "
-            "use its f16 file, or convert it to f16."
+            f"llama.cpp did not get through a trial of {blamed.name} within {done.seconds:.0f} s: check the disk and "
+            "the file, or take another quantisation."
         )
+    raise ModelUnreadable(
+        f"llama.cpp crashes on {blamed.name} ({done.signal} in the stage {done.stage!r} of a trial): "
+        f"{_remedy(blamed, done)}."
+    )
+
+
+def _remedy(blamed: Path, done: Trial) -> str:
+    if done.signal == "SIGILL":
+        return "this build uses instructions that this CPU lacks; install one that was built here"
+    if done.stage == "encode":
+        return "if all of it is f32, use its f16 file or convert it to f16; else download it again"
+    return f"the file may be damaged; download {blamed.name} again, or take another quantisation"
 
 
 def _signal(code: int) -> str | None:
@@ -140,11 +178,12 @@ def _tail(err: bytes | None) -> tuple[str, ...]:
     return tuple(line[:_LINE_CHARS] for line in lines if line)[-_LINES:]
 
 
-def main(llm: str, mmproj: str, settings: str, until: str) -> None:
+def main(llm: str, mmproj: str, settings: str, how: str) -> None:
     """The child: one sentence on standard error and an exit code for an error that is told."""
     _no_core_file()
     try:
-        _run(Path(llm), Path(mmproj) if mmproj else None, EngineSettings.model_validate_json(settings), until)
+        chosen = EngineSettings.model_validate_json(settings)
+        _run(Path(llm), Path(mmproj) if mmproj else None, chosen, brief=how == "brief")
     except OpsinError as error:
         sys.stderr.write(f"{error}\n")
         sys.stderr.flush()
@@ -164,7 +203,7 @@ def _begin(stage: Stage) -> None:
     sys.stdout.flush()
 
 
-def _run(llm: Path, mmproj: Path | None, settings: EngineSettings, until: str) -> None:
+def _run(llm: Path, mmproj: Path | None, settings: EngineSettings, *, brief: bool) -> None:
     from opsin.core.layout import ImageRun
     from opsin.core.parts import PicturePart, TextPart
     from opsin.native import logs
@@ -177,26 +216,27 @@ def _run(llm: Path, mmproj: Path | None, settings: EngineSettings, until: str) -
     logs.show(True)
     model = Model(llm, settings)
     stretches, text = Stretches(model), TextPart("What is this?", special=False)
-    if mmproj is None:
-        layout = lay_out_text(model, stretches, [text], add_bos=True)
-        embeddings = {}
-    else:
-        encoder = Encoder(model, mmproj, settings, trusted=True)
+    layout = lay_out_text(model, stretches, [text], add_bos=True)
+    embeddings = {}
+    if mmproj is not None:
+        _begin("projector")
+        encoder = Encoder(model, mmproj, settings)
         _begin("encode")
-        layout = lay_out(model, encoder, stretches, [PicturePart(drawn_picture()), text], add_bos=True)
-        embeddings = {index: encoder.encode(run) for index, run in enumerate(layout.runs) if isinstance(run, ImageRun)}
-    if until != "encode":
-        whole = max((run.n_tokens for run in layout.runs if isinstance(run, ImageRun) and not run.causal), default=0)
-        small = settings.model_copy(update={"parallel": 1, "ubatch": max(settings.ubatch, whole)})
-        context = Context(model, small, ctx=-(-(layout.n_tokens + _ROOM_TOKENS) // 256) * 256)
-        _begin("prefill")
-        pos = 0
-        for index, run in enumerate(layout.runs):
-            last = index == len(layout.runs) - 1
-            _prefill(context, run, embeddings.get(index), pos, last=last)
-            pos += run.n_pos
-        _begin("decode")
-        _decode(model, context, pos)
+        whole = lay_out(model, encoder, stretches, [PicturePart(drawn_picture()), text], add_bos=True)
+        embeddings = {index: encoder.encode(run) for index, run in enumerate(whole.runs) if isinstance(run, ImageRun)}
+        layout, other = (layout, whole) if brief else (whole, layout)
+        other.close()
+    largest = max((run.n_tokens for run in layout.runs if isinstance(run, ImageRun) and not run.causal), default=0)
+    small = settings.model_copy(update={"parallel": 1, "ubatch": max(settings.ubatch, largest)})
+    context = Context(model, small, ctx=-(-(layout.n_tokens + _ROOM_TOKENS) // 256) * 256)
+    _begin("prefill")
+    pos = 0
+    for index, run in enumerate(layout.runs):
+        last = index == len(layout.runs) - 1
+        _prefill(context, run, embeddings.get(index), pos, last=last)
+        pos += run.n_pos
+    _begin("decode")
+    _decode(model, context, pos)
     layout.close()
     model.close()
 

@@ -16,7 +16,6 @@ from opsin.native.handles import Owned
 from opsin.native.hook import EvalHook, Turns
 from opsin.native.projector import ProjectorFile, fingerprint, read_projector
 from opsin.native.threads import default_threads
-from opsin.native.trial import try_apart
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -37,7 +36,7 @@ _BATCH_TOO_LARGE, _BATCH_OTHER_SHAPE = 2, 3
 class Encoder:
     """An mtmd context over a language model. `tokenize` calls may come from any thread, `encode` from one."""
 
-    def __init__(self, model: Model, path: Path, settings: EngineSettings, *, trusted: bool = False) -> None:
+    def __init__(self, model: Model, path: Path, settings: EngineSettings) -> None:
         self.lib = model.lib
         self.path = path
         self.file = read_projector(path)
@@ -45,8 +44,6 @@ class Encoder:
         self._model = model
         self._hook = EvalHook(self.lib)
         device = _device(settings, self.lib)
-        if device is None and self.file.all_f32 and not trusted:
-            try_apart(model.path, path)
         if (
             settings.image_min_tokens
             and settings.image_max_tokens

@@ -14,7 +14,7 @@ from opsin.core.placement import BackendShare, Placement
 from opsin.core.settings import EngineSettings
 from opsin.doctor import examine as room
 from opsin.doctor.check import Check
-from opsin.doctor.examine import Subject, examine
+from opsin.doctor.examine import LoadedPair, examine
 from opsin.engine import Engine
 from opsin.models.pairing import Pair
 from opsin.native.build_info import Build
@@ -66,9 +66,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         "build_info": Build,
         "build_checks": lambda *_, **__: [said.build],
         "gpu_backends": lambda: ["CUDA"],
-        "estimate_room": lambda *_: None,
         "room_checks": lambda *_: [said.room],
-        "safety_check": lambda *_: replace(OK, name="safety.trial"),
+        "trial_check": lambda *_: replace(OK, name="safety.trial"),
         "devices": lambda: said.devices,
         "measure_device": measure,
     }.items():
@@ -76,10 +75,10 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return said
 
 
-def opener(backend: FakeBackend) -> Callable[[EngineSettings], Subject]:
-    def open_pair(_: EngineSettings) -> Subject:
+def opener(backend: FakeBackend) -> Callable[[EngineSettings], LoadedPair]:
+    def open_pair(_: EngineSettings) -> LoadedPair:
         engine = Engine(lambda: backend, pictures=PictureCache(2**20), now=backend.clock)
-        return Subject(engine, PromptBuilder(SOURCE), backend, SOURCE, engine.close)  # type: ignore[arg-type]
+        return LoadedPair(engine, PromptBuilder(SOURCE), backend, SOURCE, engine.close)  # type: ignore[arg-type]
 
     return open_pair
 
@@ -133,7 +132,7 @@ def test_an_answer_that_fails_is_a_finding_behind_the_others(pair: Pair) -> None
 
 @pytest.mark.usefixtures("machine")
 def test_a_setting_that_loading_refuses_is_a_finding_behind_the_headers(pair: Pair) -> None:
-    def refuse(_: EngineSettings) -> Subject:
+    def refuse(_: EngineSettings) -> LoadedPair:
         raise BadParameter("--ctx is too small: give more.")
 
     found = list(examine(EngineSettings(model=pair.llm, mmproj=pair.mmproj), refuse))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from opsin.core.errors import BadInput
 from opsin.doctor.explain import explain
-from opsin.doctor.explain.answers import go_duration
+from opsin.doctor.explain.parse import go_duration
 from opsin.doctor.explain.report import as_text
 
 LOGS = Path(__file__).parents[2] / "logs"
@@ -102,7 +102,7 @@ def test_a_draft_model_and_a_look_at_the_vocabulary_are_no_second_load() -> None
         (line.format("a") + look.replace("1", "0") + line.format("a"), 2),
         ((line.format("a") + look + line.format("a")) * 2, 2),
     ):
-        assert explain(io.BytesIO(text.encode())).facts.machine.loads == loads
+        assert explain(io.BytesIO(text.encode())).facts.setup.loads == loads
 
 
 def test_interleaved_slots_of_a_server_are_told_apart() -> None:

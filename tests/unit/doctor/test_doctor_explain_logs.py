@@ -184,6 +184,6 @@ def test_after_the_first_request_a_cached_prompt_may_be_text() -> None:
     founding = (LOGS / "lcp-0.2.56-founding.log").read_text()
     small = founding.replace("91.75s", "90.99s").replace("3438,", "3437,").replace("4096", "4095")
     notes = explain(io.BytesIO((small + founding).encode())).notes
-    assert any(note.startswith("Picture and prompt took at most 0.94 s") for note in notes)
+    assert any(note.startswith("Image and prompt took at most 0.94 s") for note in notes)
     notes = explain(io.BytesIO((small + "image slice encoded in 5 ms\n" + founding).encode())).notes
     assert any(note.startswith("Vision took at most 0.94 s") for note in notes)

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
+from opsin.doctor.host import Host
 from opsin.doctor.install import RECIPES, install_command, missing_tool, wheel_command
-from opsin.doctor.machine import Machine
 from opsin.native import PINNED
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell line")
@@ -29,8 +29,8 @@ def program(path: Path, text: str = RECORD) -> Path:
     return path
 
 
-def a_machine(python: Path | str, **facts: Any) -> Machine:
-    return Machine(python=str(python), **facts)
+def a_machine(python: Path | str, **facts: Any) -> Host:
+    return Host(python=str(python), **facts)
 
 
 def run_line(line: str, python: Path, path: Path | None = None) -> tuple[list[str], dict[str, str]]:
@@ -49,7 +49,7 @@ def test_the_line_runs_and_its_flags_arrive(tmp_path: Path, folder: str, backend
     line = install_command(a_machine(python), [backend])
     words, environment = run_line(line, python)
     assert words[:3] == ["-m", "pip", "install"]
-    assert environment["CMAKE_ARGS"] == RECIPES[backend].flag
+    assert environment["CMAKE_ARGS"] == RECIPES[backend][0]
     requirement = Requirement(words[-1])
     assert requirement.name == "llama-cpp-python"
     assert requirement.specifier.contains(PINNED)

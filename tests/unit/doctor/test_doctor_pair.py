@@ -10,8 +10,7 @@ from pair_fixes import parsed
 
 from opsin.core.settings import EngineSettings
 from opsin.doctor.check import Check
-from opsin.doctor.pair import PairFacts, image_tokens_of, pair_checks
-from opsin.models.gguf import GgufInfo, read_info
+from opsin.doctor.pair import LoadedFacts, PairInfo, pair_checks, read_pair
 from opsin.models.pairing import Pair
 from opsin.models.shapes import SHAPES
 from opsin.prompt import TemplateSource
@@ -27,9 +26,13 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 
 @pytest.fixture(scope="module")
-def infos(pair: Pair) -> tuple[GgufInfo, GgufInfo]:
+def info(pair: Pair) -> PairInfo:
     assert pair.mmproj is not None
-    return read_info(pair.llm), read_info(pair.mmproj)
+    return read_pair(pair)
+
+
+def of(llm: Path, mmproj: Path | None) -> dict[str, Check]:
+    return by_name(pair_checks(read_pair(Pair(llm, mmproj, llm.stem))))
 
 
 def template(end: str, **more: Any) -> TemplateSource:
@@ -44,12 +47,12 @@ def by_name(checks: list[Check]) -> dict[str, Check]:
     return {check.name: check for check in checks}
 
 
-def checked(infos: tuple[GgufInfo, GgufInfo], **facts: Any) -> dict[str, Check]:
-    return by_name(pair_checks(*infos, PairFacts(**facts)))
+def checked(info: PairInfo, **facts: Any) -> dict[str, Check]:
+    return by_name(pair_checks(info, LoadedFacts(**facts)))
 
 
-def test_a_sound_pair_passes_all(infos: tuple[GgufInfo, GgufInfo]) -> None:
-    found = checked(infos, template=template("</s>"), eog_texts=frozenset({"</s>"}), ctx_seq=4096)
+def test_a_sound_pair_passes_all(info: PairInfo) -> None:
+    found = checked(info, template=template("</s>"), eog_texts=frozenset({"</s>"}), ctx_seq=4096)
     assert {name: check.status for name, check in found.items()} == dict.fromkeys(
         (
             "pair.projector",
@@ -63,63 +66,60 @@ def test_a_sound_pair_passes_all(infos: tuple[GgufInfo, GgufInfo]) -> None:
         ),
         "ok",
     )
-    assert found["pair.ubatch"].evidence["image_tokens"] == image_tokens_of(infos[1]) == 16
+    assert found["pair.ubatch"].evidence["image_tokens"] == 16
 
 
-def test_headers_alone_tell_much(infos: tuple[GgufInfo, GgufInfo]) -> None:
-    found = by_name(pair_checks(*infos))
+def test_headers_alone_tell_much(info: PairInfo) -> None:
+    found = by_name(pair_checks(info))
     assert set(found) == {"pair.projector", "pair.width", "pair.quantisation", "pair.ubatch", "pair.template"}
     assert {check.status for check in found.values()} == {"ok"}
 
 
-def test_a_missing_projector_fails_with_the_one_beside_the_model(infos: tuple[GgufInfo, GgufInfo]) -> None:
-    found = by_name(pair_checks(infos[0], None))
+def test_a_missing_projector_fails_with_the_one_beside_the_model(info: PairInfo) -> None:
+    found = of(info.llm.path, None)
     assert found["pair.projector"].status == "fail"
     assert "reads text only" in found["pair.projector"].message
-    wanted = {"model": str(infos[0].path), "mmproj": str(infos[1].path), "parallel": 1}
+    wanted = {"model": str(info.llm.path), "mmproj": str(info.mmproj.path), "parallel": 1}
     assert parsed(found["pair.projector"].fix) == ("serve", wanted)
     assert not {"pair.width", "pair.ubatch", "pair.quantisation"} & set(found)
 
 
-def test_a_missing_projector_of_a_known_model_is_pulled(infos: tuple[GgufInfo, GgufInfo], tmp_path: Path) -> None:
+def test_a_missing_projector_of_a_known_model_is_pulled(info: PairInfo, tmp_path: Path) -> None:
     alone = tmp_path / "llava-v1.5-7b-Q4_K_M.gguf"
-    shutil.copyfile(infos[0].path, alone)
-    found = by_name(pair_checks(replace(infos[0], path=alone), None))
+    shutil.copyfile(info.llm.path, alone)
+    found = of(alone, None)
     name, options = parsed(found["pair.projector"].fix)
     assert (name, "llava-1.5-7b") in {(name, value) for value in options.values()}
     stranger = alone.rename(tmp_path / "something.gguf")
-    assert by_name(pair_checks(replace(infos[0], path=stranger), None))["pair.projector"].fix is None
+    assert of(stranger, None)["pair.projector"].fix is None
 
 
-def test_files_in_each_others_place_fail(infos: tuple[GgufInfo, GgufInfo]) -> None:
-    found = by_name(pair_checks(infos[1], infos[0]))
+def test_files_in_each_others_place_fail(info: PairInfo) -> None:
+    found = of(info.mmproj.path, info.llm.path)
     assert found["pair.projector"].status == "fail"
     assert "swap --model and --mmproj" in found["pair.projector"].message
-    found = by_name(pair_checks(infos[0], infos[0]))
+    found = of(info.llm.path, info.llm.path)
     assert "is a language model, not a projector" in found["pair.projector"].message
-    assert parsed(found["pair.projector"].fix)[1]["mmproj"] == str(infos[1].path)
+    assert parsed(found["pair.projector"].fix)[1]["mmproj"] == str(info.mmproj.path)
 
 
-def test_a_projector_of_another_width_fails_before_loading(pair: Pair, infos: Any, tmp_path: Path) -> None:
+def test_a_projector_of_another_width_fails_before_loading(pair: Pair, info: PairInfo, tmp_path: Path) -> None:
     tiny = SHAPES["tiny"]
     wide = write_shape(replace(tiny, name="wide", text=replace(tiny.text, width=128)), tmp_path)
     assert wide.mmproj is not None
     stranger = shutil.copyfile(wide.mmproj, pair.llm.with_name("mmproj-stranger.gguf"))
-    found = by_name(pair_checks(infos[0], read_info(stranger)))
+    found = of(info.llm.path, stranger)
     stranger.unlink()
     check = found["pair.width"]
     assert check.status == "fail"
     assert "hands over 128 values a token and tiny-q8_0.gguf takes in 64" in check.message
     assert check.evidence == {"projector_width": 128, "model_width": 64}
-    assert parsed(check.fix)[1]["mmproj"] == str(infos[1].path)
+    assert parsed(check.fix)[1]["mmproj"] == str(info.mmproj.path)
     assert "pair.ubatch" not in found
 
 
-def test_a_width_that_the_file_does_not_tell_is_left_to_llama_cpp(
-    infos: tuple[GgufInfo, GgufInfo], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("opsin.doctor.pair.check_pair", lambda *_: None)
-    found = by_name(pair_checks(infos[0], replace(infos[1], projector_width=None)))
+def test_a_width_that_the_file_does_not_tell_is_left_to_llama_cpp(info: PairInfo) -> None:
+    found = by_name(pair_checks(replace(info, mmproj=replace(info.mmproj, projector_width=None))))
     assert found["pair.width"].status == "ok"
     assert "cannot be told" in found["pair.width"].message
 
@@ -134,11 +134,9 @@ def test_a_width_that_the_file_does_not_tell_is_left_to_llama_cpp(
         ("Q8_0", {"Q8_0": 40, "F32": 20}, "ok", "is Q8_0"),
     ],
 )
-def test_the_projectors_quantisation(
-    infos: tuple[GgufInfo, GgufInfo], kind: str, types: dict[str, int], status: str, said: str
-) -> None:
-    mmproj = replace(infos[1], quantisation=kind, tensor_types=types)
-    check = by_name(pair_checks(infos[0], mmproj))["pair.quantisation"]
+def test_the_projectors_quantisation(info: PairInfo, kind: str, types: dict[str, int], status: str, said: str) -> None:
+    mmproj = replace(info.mmproj, quantisation=kind, tensor_types=types)
+    check = by_name(pair_checks(replace(info, mmproj=mmproj)))["pair.quantisation"]
     assert check.status == status
     assert said in check.message
 
@@ -146,115 +144,115 @@ def test_the_projectors_quantisation(
 def test_an_all_f32_file_is_told_by_its_header(tmp_path: Path) -> None:
     wide = write_pair("tiny", tmp_path, mmproj_type="f32")
     assert wide.mmproj is not None
-    check = by_name(pair_checks(read_info(wide.llm), read_info(wide.mmproj)))["pair.quantisation"]
+    check = of(wide.llm, wide.mmproj)["pair.quantisation"]
     assert check.status == "warn"
     assert "All of mmproj-tiny-f32.gguf is f32" in check.message
 
 
-def test_a_picture_that_attends_both_ways_must_fit_the_micro_batch(infos: tuple[GgufInfo, GgufInfo]) -> None:
-    found = checked(infos, image_tokens=300, ubatch=256, causal=False)
+def test_a_picture_that_attends_both_ways_must_fit_the_micro_batch(info: PairInfo) -> None:
+    found = checked(info, image_tokens=300, ubatch=256, causal=False)
     assert found["pair.ubatch"].status == "fail"
-    assert "must go in one micro-batch, which holds 256" in found["pair.ubatch"].message
+    assert "must go in one ubatch, which holds 256" in found["pair.ubatch"].message
     assert parsed(found["pair.ubatch"].fix)[1]["ubatch"] == 512
-    assert checked(infos, image_tokens=300, ubatch=512, causal=False)["pair.ubatch"].status == "ok"
+    assert checked(info, image_tokens=300, ubatch=512, causal=False)["pair.ubatch"].status == "ok"
 
 
-def test_other_pictures_go_in_slices_and_small_ones_warn(infos: tuple[GgufInfo, GgufInfo]) -> None:
-    check = checked(infos, image_tokens=576, ubatch=256)["pair.ubatch"]
+def test_other_pictures_go_in_slices_and_small_ones_warn(info: PairInfo) -> None:
+    check = checked(info, image_tokens=576, ubatch=256)["pair.ubatch"]
     assert (check.status, check.fix) == ("ok", None)
     assert "3 slices of 256" in check.message
-    check = checked(infos, image_tokens=576, ubatch=64)["pair.ubatch"]
+    check = checked(info, image_tokens=576, ubatch=64)["pair.ubatch"]
     assert check.status == "warn"
     assert "9 slices of 64" in check.message
     assert parsed(check.fix)[1]["ubatch"] == 768
 
 
-def test_a_picture_that_does_not_fit_the_context_fails(infos: tuple[GgufInfo, GgufInfo]) -> None:
+def test_a_picture_that_does_not_fit_the_context_fails(info: PairInfo) -> None:
     settings = EngineSettings(parallel=2, kv_type="q8_0")
-    check = checked(infos, image_tokens=576, ctx_seq=512, settings=settings)["pair.context"]
+    check = checked(info, image_tokens=576, ctx_seq=512, settings=settings)["pair.context"]
     assert check.status == "fail"
     assert "576 tokens and a question do not fit the context of 512" in check.message
     options = parsed(check.fix)[1]
     assert (options["ctx"], options["parallel"], options["kv_type"]) == (4096, 2, "q8_0")
-    mended = checked(infos, image_tokens=576, ctx_seq=options["ctx"] // options["parallel"])["pair.context"]
+    mended = checked(info, image_tokens=576, ctx_seq=options["ctx"] // options["parallel"])["pair.context"]
     assert mended.status == "ok"
 
 
-def test_a_context_that_leaves_no_room_for_the_answer_warns(infos: tuple[GgufInfo, GgufInfo]) -> None:
-    check = checked(infos, image_tokens=576, ctx_seq=768)["pair.context"]
+def test_a_context_that_leaves_no_room_for_the_answer_warns(info: PairInfo) -> None:
+    check = checked(info, image_tokens=576, ctx_seq=768)["pair.context"]
     assert check.status == "warn"
     assert "leaves 128 of 768 for the answer" in check.message
     assert parsed(check.fix)[1]["ctx"] == 2048
 
 
-def test_a_picture_beyond_the_trained_context_has_no_command(infos: tuple[GgufInfo, GgufInfo]) -> None:
-    llm = replace(infos[0], context=512)
-    check = checked((llm, infos[1]), image_tokens=576, ctx_seq=512)["pair.context"]
+def test_a_picture_beyond_the_trained_context_has_no_command(info: PairInfo) -> None:
+    llm = replace(info.llm, context=512)
+    check = checked(replace(info, llm=llm), image_tokens=576, ctx_seq=512)["pair.context"]
     assert (check.status, check.fix) == ("fail", None)
     assert "--image-max-tokens" in check.message
 
 
-def test_a_context_longer_than_the_trained_one_warns(infos: tuple[GgufInfo, GgufInfo]) -> None:
-    check = checked(infos, ctx_seq=8192, settings=EngineSettings(parallel=2))["pair.trained_context"]
+def test_a_context_longer_than_the_trained_one_warns(info: PairInfo) -> None:
+    check = checked(info, ctx_seq=8192, settings=EngineSettings(parallel=2))["pair.trained_context"]
     assert check.status == "warn"
     assert "8192 tokens is longer than the 4096" in check.message
     assert parsed(check.fix)[1]["ctx"] == 8192, "4,096 for each of two"
-    assert checked(infos, ctx_seq=4096)["pair.trained_context"].status == "ok"
+    assert checked(info, ctx_seq=4096)["pair.trained_context"].status == "ok"
 
 
-def test_a_missing_template_warns_and_names_the_one_that_stands_in(infos: Any, tmp_path: Path) -> None:
+def test_a_missing_template_warns_and_names_the_one_that_stands_in(info: PairInfo, tmp_path: Path) -> None:
     source = replace(template(""), template=None)
-    found = checked(infos, template=source, eog_texts=frozenset({"</s>"}))
+    found = checked(info, template=source, eog_texts=frozenset({"</s>"}))
     assert found["pair.template"].status == "warn"
     assert "vicuna" in found["pair.template"].message
     assert found["pair.end"].status == "ok", "the built-in one ends answers"
     bare = write_pair("tiny", tmp_path, template=False)
     assert bare.mmproj is not None
-    check = by_name(pair_checks(read_info(bare.llm), read_info(bare.mmproj)))["pair.template"]
+    check = of(bare.llm, bare.mmproj)["pair.template"]
     assert check.status == "warn"
     assert "a built-in one is used" in check.message
 
 
-def test_a_template_that_cannot_be_used_is_seen_by_the_header(infos: Any, tmp_path: Path) -> None:
-    data = infos[0].path.read_bytes()
+def test_a_template_that_cannot_be_used_is_seen_by_the_header(info: PairInfo, tmp_path: Path) -> None:
+    data = info.llm.path.read_bytes()
     assert data.count(b"{{ bos_token }}A chat") == 1
     bad = tmp_path / "bad.gguf"
     bad.write_bytes(data.replace(b"{{ bos_token }}A chat", b"{{ bos_token }!A chat"))
-    found = by_name(pair_checks(read_info(bad), infos[1]))
+    found = of(bad, info.mmproj.path)
     assert found["pair.template"].status == "fail"
     assert "has a mistake in line 1" in found["pair.template"].message
 
 
-def test_a_model_that_reads_pages_has_no_turns_to_end(infos: tuple[GgufInfo, GgufInfo]) -> None:
+def test_a_model_that_reads_pages_has_no_turns_to_end(info: PairInfo) -> None:
     source = replace(template("", architecture="deepseek2-ocr", projector="deepseekocr"), template=None)
-    found = checked(infos, template=source, eog_texts=frozenset({"</s>"}))
+    found = checked(info, template=source, eog_texts=frozenset({"</s>"}))
     assert "called plain" in found["pair.template"].message
     assert "pair.end" not in found
 
 
 @pytest.mark.parametrize("text", ["{% for %}", "{{ raise_exception('no') }}"])
-def test_a_template_that_cannot_be_used_fails(infos: tuple[GgufInfo, GgufInfo], text: str) -> None:
-    found = checked(infos, template=replace(template(""), template=text), eog_texts=frozenset({"</s>"}))
+def test_a_template_that_cannot_be_used_fails(info: PairInfo, text: str) -> None:
+    found = checked(info, template=replace(template(""), template=text), eog_texts=frozenset({"</s>"}))
     assert found["pair.template"].status == "fail"
     assert "chat template" in found["pair.template"].message
     assert "pair.end" not in found
 
 
 @pytest.mark.parametrize("end", ["", "</s >", " | "])
-def test_an_end_token_that_the_template_never_writes_warns(infos: tuple[GgufInfo, GgufInfo], end: str) -> None:
-    check = checked(infos, template=template(end), eog_texts=frozenset({"</s>"}))["pair.end"]
+def test_an_end_token_that_the_template_never_writes_warns(info: PairInfo, end: str) -> None:
+    check = checked(info, template=template(end), eog_texts=frozenset({"</s>"}))["pair.end"]
     assert check.status == "warn"
     assert "may not end by themselves" in check.message
     assert "</s>" in check.message
     assert parsed(check.fix)[1]["max_tokens"] == 256
 
 
-def test_an_end_token_before_the_answer_does_not_count(infos: tuple[GgufInfo, GgufInfo]) -> None:
+def test_an_end_token_before_the_answer_does_not_count(info: PairInfo) -> None:
     source = replace(template(""), template="{% for m in messages %}</s>[{{ m.role }}] {{ m.content }}{% endfor %}")
-    assert checked(infos, template=source, eog_texts=frozenset({"</s>"}))["pair.end"].status == "warn"
+    assert checked(info, template=source, eog_texts=frozenset({"</s>"}))["pair.end"].status == "warn"
 
 
-def test_a_turn_marker_without_a_token_ends_answers_as_a_stop_string(infos: tuple[GgufInfo, GgufInfo]) -> None:
-    check = checked(infos, template=template("<|im_end|>"), eog_texts=frozenset({"</s>"}))["pair.end"]
+def test_a_turn_marker_without_a_token_ends_answers_as_a_stop_string(info: PairInfo) -> None:
+    check = checked(info, template=template("<|im_end|>"), eog_texts=frozenset({"</s>"}))["pair.end"]
     assert check.status == "ok"
     assert "'<|im_end|>'" in check.message

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from opsin.core.placement import BackendShare, Placement
-from opsin.doctor.proof import remembered
+from opsin.doctor.placement import remembered_placement as remembered
 
 PROOF = Placement(
     encoder={"CUDA0": BackendShare(90, 0.9, 0.8, {"MUL_MAT": 40}, 7), "CPU": BackendShare(3, 0.1)},

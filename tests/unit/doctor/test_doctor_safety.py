@@ -4,6 +4,7 @@ import os
 import platform
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,8 @@ from pair_fixes import parsed
 from opsin.core.errors import ModelNotFound
 from opsin.core.settings import EngineSettings
 from opsin.doctor.check import Check
-from opsin.doctor.safety import safety_check
+from opsin.doctor.pair import read_pair
+from opsin.doctor.trial import trial_check
 from opsin.models.pairing import Pair
 from opsin.native.devices import Device
 from opsin.native.trial import Trial, try_pair
@@ -25,7 +27,7 @@ pytestmark = [
     pytest.mark.usefixtures("built"),
 ]
 GPU = Device("CUDA0", "a GPU", "gpu", 2**33, 2**34, 2)
-BEGUN = ("load", "encode", "prefill", "decode")
+BEGUN = ("load", "projector", "encode", "prefill", "decode")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         (folder / name).write_bytes(b"code")
     words = SimpleNamespace(llama_print_system_info=lambda: b"CPU : AVX2 = 1")
     found = SimpleNamespace(path=folder / "libllama.so", llama=words)
-    monkeypatch.setattr("opsin.native.setup.library", lambda: found)
+    monkeypatch.setattr("opsin.native.records.library", lambda: found)
     return found
 
 
@@ -97,12 +99,12 @@ def test_a_child_is_given_the_pair_the_settings_and_the_last_stage(pair: Pair) -
         pair.llm,
         None,
         EngineSettings(kv_type="q8_0"),
-        until="encode",
+        brief=True,
         command=shell('for word in "$@"; do echo "$word" >&2; done; echo "$GGML_NO_BACKTRACE" >&2'),
     )
     assert done.lines[0] == str(pair.llm)
     assert '"kv_type":"q8_0"' in done.lines[1]
-    assert done.lines[2:] == ("encode", "1"), "an empty projector is an empty line"
+    assert done.lines[2:] == ("brief", "1"), "an empty projector is an empty line"
     assert done.stage == "start"
 
 
@@ -113,7 +115,7 @@ def test_lines_are_few_and_short(pair: Pair) -> None:
 
 
 def checked(pair: Pair, folder: Path, done: Trial, **more: Any) -> Check:
-    return safety_check(pair.llm, pair.mmproj, trial=lambda *_, **_more: done, folder=folder, **{"present": [], **more})
+    return trial_check(read_pair(pair), trial=lambda *_, **_more: done, folder=folder, **{"present": [], **more})
 
 
 def ended(end: Any = "crashed", stage: Any = "encode", name: str | None = "SIGSEGV") -> Trial:
@@ -128,7 +130,7 @@ def test_what_went_well_is_not_tried_again_until_something_changes(pair: Pair, t
         return ended("done", "decode", None)
 
     def check(present: Any = (), settings: EngineSettings | None = None) -> Check:
-        return safety_check(pair.llm, pair.mmproj, settings, trial=trial, folder=tmp_path, present=present)
+        return trial_check(read_pair(pair), settings, trial=trial, folder=tmp_path, present=present)
 
     assert check().evidence["remembered"] is False
     assert check().evidence == {"remembered": True}
@@ -183,7 +185,7 @@ def healed(pair: Pair, folder: Path, done: Trial, settings: EngineSettings | Non
         well = cure and all(getattr(tried, name) == value for name, value in cure.items())
         return ended("done", "decode", None) if well else done
 
-    return safety_check(pair.llm, pair.mmproj, settings, trial=trial, folder=folder, present=[GPU])
+    return trial_check(read_pair(pair), settings, trial=trial, folder=folder, present=[GPU])
 
 
 def test_a_crash_of_the_encoder_names_the_setting_with_which_it_ran(pair: Pair, tmp_path: Path) -> None:
@@ -213,7 +215,7 @@ def test_a_crash_of_the_language_model_names_the_setting_with_which_it_ran(
 ) -> None:
     done = ended(stage=stage)
     check = healed(pair, tmp_path, done, EngineSettings(kv_type="q4_0"), kv_type="f16")
-    assert "keep the KV memory in f16, with which it ran" in check.message
+    assert "keep the KV cache in f16, with which it ran" in check.message
     assert parsed(check.fix)[1]["kv_type"] == "f16", "written out: opsin.toml may say otherwise"
     check = healed(pair, tmp_path, done, EngineSettings(ctx=2048, parallel=3), flash_attention=False)
     options = parsed(check.fix)[1]
@@ -235,6 +237,7 @@ def test_signals_with_a_meaning_tell_it(pair: Pair, tmp_path: Path, name: str, s
 
 def test_a_text_model_and_a_file_that_is_not_there(pair: Pair, tmp_path: Path) -> None:
     done = ended("done", "decode", None)
-    assert safety_check(pair.llm, None, trial=lambda *_, **_more: done, folder=tmp_path, present=[]).status == "ok"
+    alone = read_pair(replace(pair, mmproj=None))
+    assert trial_check(alone, trial=lambda *_, **_more: done, folder=tmp_path, present=[]).status == "ok"
     with pytest.raises(ModelNotFound):
-        safety_check(tmp_path / "no.gguf", None, trial=lambda *_, **_more: done, folder=tmp_path, present=[])
+        read_pair(replace(pair, llm=tmp_path / "no.gguf"))

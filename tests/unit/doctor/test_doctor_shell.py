@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 
-from opsin.doctor.shell import shell_line
+from opsin.doctor.check import shell_line
 
 
 @pytest.mark.parametrize("system", ["Linux", "Darwin"])

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from opsin.doctor.explain import rules_place, rules_time
-from opsin.doctor.explain.cause import Cause
-from opsin.doctor.explain.gather import Facts, gather
+from opsin.doctor.explain.facts import Facts
+from opsin.doctor.explain.parse import parse
+from opsin.doctor.explain.rules import Cause, causes_in
 from opsin.doctor.explain.stages import StageRow, stage_table
 
 _SHARE, _LEAST = 0.05, 0.01
@@ -57,10 +57,10 @@ class Explanation:
 
 def explain(stream: BinaryIO) -> Explanation:
     """Read a log and say what it means. OSError when it cannot be read; BadInput when it tells nothing."""
-    facts = gather(stream)
-    found = [cause for rule in (*rules_place.RULES, *rules_time.RULES) if (cause := rule(facts))]
-    symptoms = [cause for rule in rules_time.SYMPTOMS if (cause := rule(facts))]
-    found += [symptom for symptom in symptoms if not any(_accounts_for(cause, symptom) for cause in found)]
+    facts = parse(stream)
+    every = list(causes_in(facts))
+    found = [cause for cause in every if not cause.symptom]
+    found += [one for one in every if one.symptom and not any(_accounts_for(cause, one) for cause in found)]
     least = max(_LEAST, _SHARE * facts.worst.whole / 1e3)
     kept = [cause for cause in found if cause.seconds is None or cause.seconds >= least]
     causes = sorted(kept, key=lambda cause: _weight(cause, kept), reverse=True)
@@ -90,19 +90,19 @@ def _notes(facts: Facts) -> list[str]:
         place = f"request {facts.position} of {facts.count}" if facts.position else f"one of {facts.count} requests"
         notes.append(f"Explained is {place}, the slowest; it begins at line {worst.line}.")
     if worst.before_timer is not None and worst.wall_ms is not None and worst.total_ms is not None:
-        # A log's first prompt can only be cached if a handler has put its picture there; a later one may be text.
-        what = "Vision" if worst.image or facts.position == 1 else "Picture and prompt"
+        # A log's first prompt can only be cached if a handler has put its image there; a later one may be text.
+        what = "Vision" if worst.image or facts.position == 1 else "Image and prompt"
         notes.append(
             f"{what} took at most {worst.before_timer / 1e3:.2f} s: {worst.wall_ms / 1e3:.2f} s by the wall clock − "
-            f"{worst.total_ms / 1e3:.2f} s of total time, which begins after picture and prompt."
+            f"{worst.total_ms / 1e3:.2f} s of total time, which begins after image and prompt."
         )
     if worst.timer in {"server", "ollama"} and not worst.image and worst.prompt_ms:
         notes.append("This tool counts the vision encoder in the prompt's time.")
     again = [max(r.prompt_ms or 0.0, r.image) / 1e3 for r in facts.requests if r.encode_ms][1:]
-    if again and facts.tool == "llama-cpp-python" and facts.machine.loads < 2:
+    if again and facts.tool == "llama-cpp-python" and facts.setup.loads < 2:
         notes.append(
-            f"{len(again) + 1} requests encoded a picture each, and the handler cleared the memory every time. If they "
-            f"ask about one picture, a server that keeps it (opsin serve) saves up to {sum(again):.2f} s."
+            f"{len(again) + 1} requests encoded an image each, and the handler cleared the memory every time. If they "
+            f"ask about one image, a server that keeps it (opsin serve) saves up to {sum(again):.2f} s."
         )
     return notes
 

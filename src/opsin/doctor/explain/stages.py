@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opsin.core.stages import Stage
-from opsin.doctor.explain.request import Request
+from opsin.doctor.explain.facts import Request
 
-_TITLES = {"load": "load model", "fetch": "fetch picture", "encode": "vision encode"}
+_TITLES = {"load": "load model", "fetch": "fetch image", "encode": "vision encode"}
 _LEAST_MS = 0.05
 
 
@@ -28,14 +28,12 @@ def stage_table(request: Request) -> tuple[StageRow, ...]:
         rows = [StageRow(_TITLES.get(name, name.replace("_", " ")), ms) for name, ms in times.items()]
         return tuple(row for row in rows if row.ms >= _LEAST_MS)
     # A server that does not tell its encoder's time hides it in the prompt's.
-    prompt = "prompt (and pictures)" if request.timer in {"server", "ollama"} and not request.image else "prompt"
+    prompt = "prompt (and images)" if request.timer in {"server", "ollama"} and not request.image else "prompt"
     batches = max((batch.count for batch in request.batches), default=0)
     rows = [
         StageRow("load model", request.load_ms_of_request),
-        StageRow(
-            "before the timer", request.before_timer or 0.0, "picture and prompt, by the wall clock", at_most=True
-        ),
-        StageRow("vision encode", request.encoded, _pictures(request)),
+        StageRow("before the timer", request.before_timer or 0.0, "image and prompt, by the wall clock", at_most=True),
+        StageRow("vision encode", request.encoded, _images(request)),
         StageRow("image prefill", request.decoded, f"{batches} batches" if batches > 1 else ""),
         StageRow(prompt, request.prompt_only, _rate(request.prompt_n, request.prompt_only)),
         StageRow("decode", request.eval_ms or 0.0, _rate(request.eval_n, request.eval_ms or 0.0)),
@@ -58,10 +56,10 @@ def between_ms(request: Request) -> float:
     return max(0.0, request.total_ms - (request.prompt_ms or 0.0) - request.rest)
 
 
-def _pictures(request: Request) -> str:
+def _images(request: Request) -> str:
     count = len(request.encode_ms)
     tokens = f", {request.image_tokens:,} tokens" if request.image_tokens else ""
-    return f"{count} pictures or slices{tokens}" if count > 1 else f"1 picture{tokens}" if count else ""
+    return f"{count} images or slices{tokens}" if count > 1 else f"1 image{tokens}" if count else ""
 
 
 def _rate(count: int | None, ms: float) -> str:

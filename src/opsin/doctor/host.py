@@ -1,17 +1,38 @@
-"""The GPUs of this machine, whatever llama.cpp can do with them, and what keeps a program from using one."""
+"""What this host has: GPUs with what keeps a program from using one, CPU instructions, cores, and build tools."""
 
 from __future__ import annotations
 
+import os
+import platform
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 
-from opsin.doctor.files import read
-from opsin.native import Device
+from opsin.native.devices import Device, control_groups
+from opsin.native.devices import read_system_file as read
+from opsin.native.threads import physical_cores
 
 MIB, GIB = 1 << 20, 1 << 30
 NVIDIA, AMD, INTEL = "0x10de", "0x1002", "0x8086"
+TOOLS = ("nvcc", "hipconfig", "glslc", "uv")
+
+# The kernel's names of instructions, and ggml's: /proc/cpuinfo on x86-64 and on ARM, `sysctl hw.optional` on macOS.
+_FEATURES = {
+    **{name.lower(): name for name in ("AVX", "AVX2", "FMA", "F16C", "BMI2", "AVX_VNNI", "AVX512_BF16")},
+    "avx512_vnni": "AVX512_VNNI",
+    "amx_int8": "AMX_INT8",
+    "avx512f": "AVX512",
+    "asimd": "NEON",
+    "asimddp": "DOTPROD",
+    "i8mm": "MATMUL_INT8",
+    "hw.optional.arm.FEAT_DotProd": "DOTPROD",
+    "hw.optional.arm.FEAT_I8MM": "MATMUL_INT8",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +40,7 @@ class Gpu:
     """A GPU that is here. `kind` is the backend that suits it: CUDA, ROCm, Metal or Vulkan.
 
     Memory in bytes, 0 where nothing tells. `trouble` is a sentence on why no program can use it as things are, with
-    its mend; `mend` is the command for that, where there is one.
+    how to fix it; `fix` is the command for that, where there is one.
     """
 
     kind: str
@@ -29,18 +50,144 @@ class Gpu:
     driver: str = ""
     integrated: bool = False
     trouble: str = ""
-    mend: str | None = None
+    fix: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """How a machine is looked at: its root folder, its system, how commands run, and whether a file may be used."""
+    """How a host is looked at: its root folder, its system, how commands run, and whether a file may be used."""
 
     root: Path
     system: str
     machine: str
     run: Callable[[list[str]], tuple[int, str] | None]
     may_use: Callable[[Path], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """A host and the Python that looks at it.
+
+    `system` and `machine` are as `platform` names them. `cores` are logical; `allowed` are those this process may run
+    on, `quota` is the CPU time it may take in cores (None: no limit), `threads` what Opsin would start. `tools` maps
+    the build tools that are here to their paths; `cuda_runtimes` are the major versions of the CUDA libraries.
+    """
+
+    system: str = "Linux"
+    machine: str = "x86_64"
+    python: str = "python"
+    pip: bool = True
+    gpus: tuple[Gpu, ...] = ()
+    cpu: str = ""
+    cpu_features: frozenset[str] = frozenset()
+    cores: int = 1
+    allowed: int = 1
+    quota: float | None = None
+    threads: int = 1
+    tools: Mapping[str, str] = field(default_factory=dict)
+    cuda_runtimes: tuple[int, ...] = ()
+
+
+def run_command(arguments: list[str]) -> tuple[int, str] | None:
+    """Exit status and output (both streams) of a command; None where it is not here or takes more than 20 s."""
+    program = shutil.which(arguments[0])
+    if program is None:
+        return None
+    try:
+        done = subprocess.run(  # noqa: S603 - fixed command lines of this room
+            [program, *arguments[1:]],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=20,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.returncode, done.stdout.decode("utf-8", "replace")
+
+
+def here(run: Callable[[list[str]], tuple[int, str] | None] = run_command) -> Access:
+    """The way to look at this machine."""
+    return Access(
+        Path("/"), platform.system(), platform.machine(), run, lambda path: os.access(path, os.R_OK | os.W_OK)
+    )
+
+
+def read_host(access: Access | None = None) -> Host:
+    """Look at this machine; asks `nvidia-smi`, `vulkaninfo` and `sysctl` where they are. Never raises."""
+    access = access or here()
+    cpu, features = _cpu(access)
+    cores = os.cpu_count() or 1
+    return Host(
+        system=access.system,
+        machine=access.machine,
+        python=sys.executable or "python",
+        pip=find_spec("pip") is not None,
+        gpus=read_gpus(access),
+        cpu=cpu,
+        cpu_features=features,
+        cores=cores,
+        allowed=len(os.sched_getaffinity(0)) if sys.platform == "linux" else cores,
+        quota=cpu_quota(access.root),
+        threads=physical_cores(),
+        tools=_tools(access.root),
+        cuda_runtimes=_cuda_runtimes(access.root),
+    )
+
+
+def cpu_quota(root: Path) -> float | None:
+    """Cores' worth of time that the control group and those above it allow, of version 2 or 1; None: no limit."""
+    return min((limit for group in control_groups(root, "cpu") for limit in _quota_of(group)), default=None)
+
+
+def _quota_of(group: Path) -> list[float]:
+    words = read(group / "cpu.max").split() or [
+        read(group / "cpu.cfs_quota_us").strip(),
+        read(group / "cpu.cfs_period_us").strip(),
+    ]
+    try:
+        quota, period = (float(word) for word in words)
+    except ValueError:  # "max", or no such file
+        return []
+    return [quota / period] if quota > 0 and period > 0 else []
+
+
+def _cpu(access: Access) -> tuple[str, frozenset[str]]:
+    """Name and instructions of the CPU, in ggml's words; empty where the system does not tell."""
+    if access.system == "Darwin":
+        told = access.run(["sysctl", "machdep.cpu.brand_string", "hw.optional"])
+        text = told[1] if told else ""
+        pairs = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
+        on = {name for name, value in pairs.items() if value.strip() == "1"}
+        return pairs.get("machdep.cpu.brand_string", ""), frozenset(_FEATURES[name] for name in on & set(_FEATURES))
+    name, flags = "", set()
+    for line in read(access.root / "proc/cpuinfo").splitlines():
+        key, _, value = (part.strip() for part in line.partition(":"))
+        if key == "model name":
+            name = value
+        elif key in {"flags", "Features"}:
+            flags |= set(value.split())
+    return name, frozenset(_FEATURES[flag] for flag in flags & set(_FEATURES))
+
+
+def _tools(root: Path) -> dict[str, str]:
+    found = {name: path for name in TOOLS if (path := shutil.which(name))}
+    # CUDA's own installer leaves its folder out of the search path.
+    if "nvcc" not in found and (root / "usr/local/cuda/bin/nvcc").exists():
+        found["nvcc"] = str(root / "usr/local/cuda/bin/nvcc")
+    return found
+
+
+def _cuda_runtimes(root: Path) -> tuple[int, ...]:
+    """CUDA's runtime and cuBLAS of one major version: a wheel that was built elsewhere needs both."""
+    places = ("usr/local/cuda*/lib64", "usr/local/cuda*/targets/*/lib", "usr/lib/*-linux-gnu", "usr/lib64")
+    names = {path.name for place in places for path in root.glob(f"{place}/libcu*.so.[0-9]*")}
+    majors = re.findall(r"libcudart\.so\.(\d+)", "\n".join(names))
+    return tuple(sorted({int(major) for major in majors if any(n.startswith(f"libcublas.so.{major}") for n in names)}))
+
+
+# ---- GPUs
 
 
 def read_gpus(access: Access) -> tuple[Gpu, ...]:
@@ -155,7 +302,7 @@ def _rights(gpu: Gpu, nodes: list[Path], access: Access) -> Gpu:
             return replace(
                 gpu,
                 trouble=f"this user may not open {shown}: join the groups render and video, then log in again",
-                mend='sudo usermod -a -G render,video "$(id -un)"',
+                fix='sudo usermod -a -G render,video "$(id -un)"',
             )
     return gpu
 

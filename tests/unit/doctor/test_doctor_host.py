@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from opsin.doctor.free_memory import free_memory
-from opsin.doctor.gpus import GIB, MIB, Access, Gpu, read_gpus
-from opsin.doctor.machine import cpu_quota, here, read_machine, run_command
+from opsin.doctor.host import GIB, MIB, Access, Gpu, cpu_quota, here, read_gpus, read_host, run_command
+from opsin.native.devices import free_memory
 
 SMI = "nvidia-smi"
 
@@ -147,11 +146,11 @@ def test_rights_on_amds_files_are_looked_at(tmp_path: Path, node: str) -> None:
     gpu = only(read_gpus(access(tmp_path, may_use=lambda path: path.name != node)))
     assert node in gpu.trouble
     assert "groups render and video" in gpu.trouble
-    # The mend as a shell runs it, with a sudo that only says what it was asked.
+    # The fix as a shell runs it, with a sudo that only says what it was asked.
     write(tmp_path, "bin/sudo", '#!/bin/sh\necho "$@"\n')
     (tmp_path / "bin/sudo").chmod(0o755)
     path = f"{tmp_path / 'bin'}:{os.defpath}"
-    done = subprocess.run(["/bin/sh", "-c", gpu.mend or ""], env={"PATH": path}, capture_output=True, check=True)
+    done = subprocess.run(["/bin/sh", "-c", gpu.fix or ""], env={"PATH": path}, capture_output=True, check=True)
     assert done.stdout.decode().split()[:4] == ["usermod", "-a", "-G", "render,video"]
     assert len(done.stdout.split()) == 5
 
@@ -254,13 +253,13 @@ def test_version_1_tells_what_files_take_in_the_groups_below_too(tmp_path: Path)
 )
 def test_instructions_are_told_in_ggmls_names(tmp_path: Path, text: str, name: str, features: str) -> None:
     write(tmp_path, "proc/cpuinfo", text)
-    machine = read_machine(access(tmp_path))
+    machine = read_host(access(tmp_path))
     assert (machine.cpu, machine.cpu_features) == (name, frozenset(features.split()))
 
 
 def test_instructions_of_a_mac_come_from_sysctl(tmp_path: Path) -> None:
     told = "machdep.cpu.brand_string: Apple M2\nhw.optional.arm.FEAT_DotProd: 1\nhw.optional.arm.FEAT_I8MM: 0\n"
-    machine = read_machine(access(tmp_path, {"sysctl": (0, told)}, system=("Darwin", "arm64")))
+    machine = read_host(access(tmp_path, {"sysctl": (0, told)}, system=("Darwin", "arm64")))
     assert (machine.cpu, machine.cpu_features) == ("Apple M2", frozenset({"DOTPROD"}))
 
 
@@ -270,7 +269,7 @@ def test_tools_and_cuda_libraries_are_looked_for(tmp_path: Path, monkeypatch: py
     write(tmp_path, "usr/local/cuda-12.4/targets/x86_64-linux/lib/libcudart.so.12.4.99")
     write(tmp_path, "usr/local/cuda-12.4/targets/x86_64-linux/lib/libcublas.so.12")
     write(tmp_path, "usr/lib/x86_64-linux-gnu/libcudart.so.11.0")
-    machine = read_machine(access(tmp_path))
+    machine = read_host(access(tmp_path))
     assert machine.tools == {"nvcc": str(tmp_path / "usr/local/cuda/bin/nvcc")}
     assert machine.cuda_runtimes == (12,)
 
@@ -283,7 +282,7 @@ def test_commands_give_status_and_words_or_nothing() -> None:
 
 def test_this_machine_can_be_read() -> None:
     looked: list[Any] = []
-    machine = read_machine(here(run=looked.append))
+    machine = read_host(here(run=looked.append))
     assert machine.cores == os.cpu_count()
     assert 1 <= machine.threads <= machine.cores
     assert machine.allowed <= machine.cores

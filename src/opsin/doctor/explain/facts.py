@@ -1,0 +1,184 @@
+"""What a log tells as plain values: its requests, and the setup that they ran on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+_FEW = 3
+"""Stages that make an account of Opsin; any program may print one "total_ms"."""
+Timer = Literal["print_timings", "perf", "server", "ollama", "opsin", ""]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A part of an image's embeddings in the language model: `index` of `count`, tokens (None: not told), ms."""
+
+    index: int
+    count: int
+    tokens: int | None
+    ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What one request says of itself; None where the log is silent. Times in milliseconds.
+
+    `prompt_ms`, `eval_ms`, `sample_ms` and `total_ms` are the tool's own timers, `wall_ms` what its caller measured.
+    `prompt_n` and `eval_n` are what the timers counted, `prompt_tokens` and `completion_tokens` what `usage` says.
+    `encode_ms` has one entry a image or slice. `end_tokens` is the fill of the context when it stopped, `kv_full` how
+    often a batch found no cells. `line` is where it began.
+    """
+
+    line: int = 0
+    timer: Timer = ""
+    load_ms: float | None = None
+    prompt_ms: float | None = None
+    eval_ms: float | None = None
+    sample_ms: float | None = None
+    total_ms: float | None = None
+    wall_ms: float | None = None
+    prompt_n: int | None = None
+    eval_n: int | None = None
+    sample_n: int | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    total_tokens: int | None = None
+    image_tokens: int | None = None
+    processed_ms: float | None = None
+    n_ctx: int | None = None
+    end_tokens: int | None = None
+    finish: str | None = None
+    truncated: bool = False
+    shifts: int = 0
+    kv_full: int = 0
+    reprocessed: bool = False
+    encode_ms: tuple[float, ...] = ()
+    batches: tuple[Batch, ...] = ()
+    stages: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def tells(self) -> bool:
+        """It holds a time of a stage, or an event; a lone "took 5 s" may be anybody's."""
+        timers = (self.prompt_ms, self.eval_ms, self.total_ms, self.processed_ms, self.wall_ms if self.timer else None)
+        events = self.shifts or self.reprocessed or self.truncated or self.kv_full > 0
+        return any(timers) or bool(self.image or events) or len(self.stages) >= _FEW
+
+    @property
+    def answer_n(self) -> int | None:
+        """Tokens of the answer: usage's count, else the timer's, which may leave the first one out."""
+        return self.completion_tokens if self.completion_tokens is not None else self.eval_n
+
+    @property
+    def encoded(self) -> float:
+        """Milliseconds in the vision encoder, 0 where the log shows none."""
+        if self.encode_ms or self.processed_ms is None:
+            return sum(self.encode_ms)
+        return max(0.0, self.processed_ms - self.decoded)
+
+    @property
+    def decoded(self) -> float:
+        """Milliseconds of the image's prefill; batches that were cut out of the log at the mean of the others."""
+        if not self.batches:
+            return 0.0
+        count = max(len(self.batches), *(batch.count for batch in self.batches))
+        return sum(batch.ms for batch in self.batches) * count / len(self.batches)
+
+    @property
+    def before_timer(self) -> float | None:
+        """Milliseconds of wall time before the timers were set to zero: image and prompt, in some handlers."""
+        if self.wall_ms is None or self.total_ms is None or self.total_ms > self.wall_ms:
+            return None
+        return self.wall_ms - self.total_ms if self.hidden_prompt else None
+
+    @property
+    def hidden_prompt(self) -> bool:
+        """The timers were reset after the prompt: they count at most its last token."""
+        return (self.prompt_n or 0) <= 1 < (self.prompt_tokens or 0)
+
+    @property
+    def whole(self) -> float:
+        """Milliseconds from first to last, by the best witness there is."""
+        parts = sum(x or 0.0 for x in (self.load_ms_of_request, self.prompt_only, self.image, self.rest))
+        return self.wall_ms or max(self.total_ms or 0.0, parts)
+
+    @property
+    def load_ms_of_request(self) -> float:
+        """Loading that the request waited for: llama.cpp's own "load time" is none of it."""
+        return (self.load_ms or 0.0) if self.timer in {"ollama", "opsin", ""} else 0.0
+
+    @property
+    def image(self) -> float:
+        """Milliseconds of the image that are known: encoder and prefill."""
+        return self.encoded + self.decoded
+
+    @property
+    def prompt_only(self) -> float:
+        """The prompt's timer without the image: servers, and llama.cpp's newer timers, count the image in."""
+        prompt = self.prompt_ms or 0.0
+        holds_image = self.timer in {"server", "perf", "ollama"} and prompt >= self.image
+        return prompt - self.image if holds_image else prompt
+
+    @property
+    def rest(self) -> float:
+        """Milliseconds of the answer: decode and sampling."""
+        return (self.eval_ms or 0.0) + (self.sample_ms or 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """Placement, build and memory; None and empty where the log is silent.
+
+    `layers` are those on a GPU and all of them. `flash` is False when flash attention is off or not supported, with
+    `flash_failed` for the latter. `loads` counts how often one model was loaded, `load_s` the seconds that are known.
+    `faults` are major page faults, `cpu_share` the share of one core that the process got (both of GNU time).
+    """
+
+    clip: str | None = None
+    layers: tuple[int, int] | None = None
+    gpu: bool = False
+    no_gpu_build: bool = False
+    parked: str | None = None
+    unsupported: tuple[str, ...] = ()
+    flash: bool | None = None
+    flash_failed: bool = False
+    threads: tuple[int, int] | None = None
+    debug: bool = False
+    loads: int = 0
+    load_s: tuple[float, ...] = ()
+    no_memory: int = 0
+    cut_prompt: tuple[int, int] | None = None
+    faults: int | None = None
+    cpu_share: float | None = None
+    elapsed_s: float | None = None
+
+    @property
+    def known(self) -> bool:
+        """Something that only llama.cpp and its front ends say; any program runs out of memory, or is timed."""
+        return replace(self, no_memory=0, debug=False, faults=None, cpu_share=None, elapsed_s=None) != Setup()
+
+    @property
+    def on_gpu(self) -> bool:
+        """The language model has a GPU."""
+        return self.gpu or (self.layers is not None and self.layers[0] > 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """All that a log holds.
+
+    `requests` are in the log's order (a thousand at most), `count` is how many there were, `worst` is the one
+    explained: the slowest, and of equals the last.
+    """
+
+    tool: str
+    setup: Setup
+    requests: tuple[Request, ...]
+    count: int
+    worst: Request
+
+    @property
+    def position(self) -> int:
+        """Which request is explained, from 1; 0 beyond those that are kept."""
+        return self.requests.index(self.worst) + 1 if self.worst in self.requests else 0

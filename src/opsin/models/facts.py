@@ -1,0 +1,132 @@
+"""From two headers to the numbers that the memory planner works with."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from pathlib import Path
+
+from opsin.core.ggml_types import TENSOR_TYPES
+from opsin.core.model_facts import LayerFacts, ModelFacts, PairFacts, ProjectorFacts
+from opsin.models.gguf import GgufHeader, TensorHead, read_header
+from opsin.models.naming import parts_of
+
+_TYPES = {name: (values, size) for name, values, size in TENSOR_TYPES.values()}
+_BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
+_LOOKED_UP = ("token_embd", "position_embd", "token_types", "per_layer_token_embd")
+_ALIGNMENT = 32
+# Source of the three tables: llama.cpp's `tools/mtmd/clip.cpp` and `mtmd.cpp` of the pinned version. Patches a side
+# that become one token, where the file does not say; most tokens of an image, of projectors that keep its size; and
+# projectors whose tokens attend in both directions.
+_MERGE = {"gemma3": 4, "gemma4v": 3, "qwen2vl_merger": 2, "qwen2.5vl_merger": 2, "qwen3vl_merger": 2, "glm4v": 2}
+_MOST_TOKENS = {
+    "gemma4v": 1120,
+    "glm4v": 4096,
+    "kimivl": 1024,
+    "lfm2": 256,
+    "pixtral": 1024,
+    "qwen2.5vl_merger": 4096,
+    "qwen2vl_merger": 4096,
+    "qwen3vl_merger": 4096,
+}
+_BOTH_DIRECTIONS = frozenset({"gemma3", "gemma4v", "gemma4uv", "deepseek4v"})
+_CAUSAL_GEMMA4 = frozenset({1536, 2560})  # widths of the small Gemma 4 models, which read images causally
+
+
+def read_facts(model: Path, mmproj: Path | None, image_max_tokens: int | None = None) -> PairFacts:
+    """The facts of two files; of a split model give the first part. Raises ModelNotFound and ModelUnreadable."""
+    headers = [read_header(part) for part in parts_of(model)]
+    return pair_facts(headers, None if mmproj is None else read_header(mmproj), image_max_tokens)
+
+
+def pair_facts(model: list[GgufHeader], mmproj: GgufHeader | None, image_max_tokens: int | None = None) -> PairFacts:
+    """The facts of a pair whose headers were read; `model` are those of all parts of a split file."""
+    text = model_facts(model)
+    return PairFacts(text, None if mmproj is None else _projector_facts(mmproj, text.width, image_max_tokens))
+
+
+def model_facts(headers: list[GgufHeader]) -> ModelFacts:
+    """The facts of a language model, whose file may be split."""
+    header = headers[0]
+    arch = header.text("general.architecture") or ""
+    tensors = [tensor for part in headers for tensor in part.tensors]
+    width = header.integer(f"{arch}.embedding_length") or 0
+    heads = header.integer(f"{arch}.attention.head_count") or max(1, width // 128)
+    queries = heads * (header.integer(f"{arch}.attention.key_length") or width // heads)
+    blocks: dict[int, list[TensorHead]] = {}
+    looked_up, output = [], []
+    for tensor in tensors:
+        if block := _BLOCK.match(tensor.name):
+            blocks.setdefault(int(block[1]), []).append(tensor)
+        elif tensor.name.startswith(_LOOKED_UP):
+            looked_up.append(tensor)
+        else:
+            output.append(tensor)
+    tied = not any(tensor.name == "output.weight" for tensor in tensors)
+    embeddings = next((tensor for tensor in looked_up if tensor.name == "token_embd.weight"), None)
+    if tied and embeddings is not None:
+        output.append(embeddings)
+    forward = max((tensor.shape[1] for tensor in tensors if tensor.name.endswith("ffn_up.weight")), default=0)
+    return ModelFacts(
+        name=header.path.name,
+        layers=tuple(_layer(blocks[index], queries) for index in sorted(blocks)),
+        input_bytes=sum(map(bytes_of, looked_up)),
+        output=_layer(output, queries),
+        tied=tied,
+        width=width,
+        heads=heads,
+        feed_forward=header.integer(f"{arch}.feed_forward_length") or forward or 4 * width,
+        vocabulary=header.lengths.get("tokenizer.ggml.tokens", 0) or (embeddings.shape[1] if embeddings else 0),
+        context=header.integer(f"{arch}.context_length") or 0,
+        slides=bool(header.integer(f"{arch}.attention.sliding_window")),
+    )
+
+
+def _layer(tensors: list[TensorHead], queries: int) -> LayerFacts:
+    matrices: Counter[str] = Counter()
+    kv = 0
+    for tensor in tensors:
+        if len(tensor.shape) < 2:
+            continue
+        matrices[tensor.type or "unknown"] += bytes_of(tensor)
+        kind = tensor.name.split(".", 2)[-1]
+        if kind in {"attn_k.weight", "attn_v.weight", "attn_kv_a_mqa.weight"}:
+            kv += tensor.shape[1]
+        elif kind == "attn_qkv.weight":
+            kv += max(0, tensor.shape[1] - queries)
+    return LayerFacts(sum(map(bytes_of, tensors)), dict(matrices), kv)
+
+
+def _projector_facts(header: GgufHeader, model_width: int, image_max_tokens: int | None) -> ProjectorFacts:
+    kind = header.text("clip.projector_type") or header.text("clip.vision.projector_type") or ""
+    keys = ("clip.vision.spatial_merge_size", "clip.vision.projector.scale_factor")
+    merge = next((found for key in keys if (found := header.integer(key))), _MERGE.get(kind, 1))
+    patch = header.integer("clip.vision.patch_size") or 14
+    edge = header.integer("clip.vision.image_size") or 336
+    patches = (edge // patch) ** 2
+    if kind in _MOST_TOKENS:
+        patches = (image_max_tokens or _MOST_TOKENS[kind]) * merge**2
+    elif pixels := header.integer("clip.vision.image_max_pixels"):
+        patches = pixels // patch**2
+    known = kind in _MOST_TOKENS or kind in {"mlp", "gemma3", "idefics3", "internvl"}
+    width = header.integer("clip.vision.embedding_length") or 1024
+    return ProjectorFacts(
+        name=header.path.name,
+        bytes=sum(-(-bytes_of(tensor) // _ALIGNMENT) * _ALIGNMENT for tensor in header.tensors),
+        patches=patches,
+        patch_values=3 * patch**2,
+        tokens=patches // merge**2 if known else None,
+        width=width,
+        heads=header.integer("clip.vision.attention.head_count") or 1,
+        feed_forward=header.integer("clip.vision.feed_forward_length") or 4 * width,
+        causal=kind not in _BOTH_DIRECTIONS or (kind == "gemma4v" and model_width in _CAUSAL_GEMMA4),
+    )
+
+
+def bytes_of(tensor: TensorHead) -> int:
+    """Bytes of a tensor's data, 0 for a type that is not known here."""
+    if tensor.type not in _TYPES:
+        return 0
+    values, size = _TYPES[tensor.type]
+    return math.prod(tensor.shape) // values * size
