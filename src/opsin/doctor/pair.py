@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from opsin.core.errors import BadPrompt, ModelError, PairMismatch
+from opsin.core.errors import BadPrompt, ModelError, ModelUnreadable, PairMismatch
 from opsin.core.model_facts import PairFacts
 from opsin.core.parts import TextPart
 from opsin.core.settings import EngineSettings
@@ -238,7 +238,7 @@ def _template(info: PairInfo, facts: LoadedFacts) -> list[Check]:
         talk = [Message("user", "What is this?"), Message("assistant", _ANSWER)]
         builder.build(talk[:1])
         prompt = builder.build(talk, add_generation_prompt=False)
-    except BadPrompt as error:
+    except (BadPrompt, ModelUnreadable) as error:
         return [Check("pair.template", "fail", f"{error}", evidence)]
     checks = [_found_template(info.llm, evidence, missing=missing)]
     # Models that read pages take one bare instruction: nothing is written behind an answer, and they end by themselves.

@@ -110,26 +110,6 @@ def test_a_table_whose_model_is_gone_is_passed_over(home: Path, caplog: pytest.L
     assert "a.gguf is gone" in caplog.text
 
 
-@pytest.mark.parametrize("how", ["flag", "environment", "file", "default"])
-def test_with_another_number_of_answers_the_layout_is_not_the_tuned_one(home: Path, how: str) -> None:
-    """Rows that were best for eight answers with memories of their own made a single one slower."""
-    layout = {"parallel": 8, "ctx": 4096, "ubatch": 256, "prefill_rows": 96, "flash_attention": True}
-    path = home / "opsin.toml"
-
-    def read_for(parallel: int) -> Any:
-        above = f"parallel = {parallel}\n" if how == "file" else ""
-        path.write_text(above + tuned_table(home / "a.gguf", None, {**layout, "threads": 3}, []))
-        environ = {"XDG_CONFIG_HOME": os.devnull, **({"OPSIN_PARALLEL": f"{parallel}"} if how == "environment" else {})}
-        flags = {"parallel": parallel} if how == "flag" else {}
-        return read_config(flags, environ, home, parallel=parallel if how == "default" else None).engine()
-
-    same, other = read_for(8), read_for(1)
-    assert same.model_dump(include=set(layout)) == layout
-    assert same.threads == other.threads == 3
-    assert other.parallel == 1
-    assert other.model_fields_set & layout.keys() <= {"parallel"}
-
-
 def test_it_can_be_passed_over(home: Path) -> None:
     write(home, "parallel = 2\n")
     settings = read(home, tuned=False).settings
