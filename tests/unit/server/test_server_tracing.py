@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import subprocess
 import sys
 import threading
@@ -87,7 +86,6 @@ def test_stages_are_child_spans_at_their_time(answer: Answer) -> None:
     (encode,) = (span for span in stages if span.name == "encode")
     assert encode.end_time - encode.start_time == pytest.approx(40_000_000, abs=1000)  # type: ignore[operator]
     in_order = sorted(stages, key=lambda span: span.start_time or 0)
-    assert all(a.end_time <= b.start_time for a, b in itertools.pairwise(in_order))  # type: ignore[operator]
     # The engine's first interval begins a second behind the request.
     assert in_order[0].start_time == pytest.approx(1_700_000_001_000_000_000, abs=1000)
 
