@@ -63,7 +63,7 @@ class Loop:
         self._touched: list[AnswerStream] = []
         self.prepare: Preparer
         self.on_pixels_needed: Callable[[Sequence], None] = self._prepare_pixels_here
-        self.stats = Stats()
+        self.stats: Stats
         self.busy_since: float | None = None
         """Since when the running step has been computed, in seconds of the clock; None between steps."""
 
@@ -145,7 +145,7 @@ class Loop:
         self.prepare = Preparer(backend, self._pictures)
         self._runner = Runner(backend, self._pictures, self._now)
         self._scheduler = Scheduler(backend.limits, self._policy)
-        self.stats.watch(self._scheduler)
+        self.stats = Stats(self._scheduler)
         self._outputs = OutputProcessor(
             backend.piece, backend.eog_tokens, backend.limits.n_ctx_seq, self.prepare.closing_tokens
         )
@@ -290,7 +290,7 @@ class Loop:
             return
         thinking = [s for s, _, _ in sampled if s.output.thinking]
         self._outputs.process_output(sampled)
-        self.stats.generated_tokens += len(sampled)
+        self.stats.counts.generated_tokens += len(sampled)
         for sequence in thinking:
             if not sequence.output.thinking and sequence.state is not State.DONE:
                 try:
@@ -362,7 +362,10 @@ class Loop:
         sequence.clock.switch(self._runner.rest)
         coming = sequence.runs[sequence.run_index :]
         known = sum(isinstance(run, ImageRun) and run.identity in sequence.embeddings for run in coming)
-        self.stats.admitted(sequence.layout.n_tokens, sequence.cached, known)
+        counts = self.stats.counts
+        counts.prompt_tokens += sequence.layout.n_tokens
+        counts.prefix_hits += sequence.cached
+        counts.picture_hits += known
         try:
             self._runner.begin(sequence)
         except OpsinError as error:
@@ -378,14 +381,15 @@ class Loop:
                 sequence.stream.add(delta)
         answer = sequence.answer()
         self._release(sequence)
-        self.stats.finished(answer)
+        self.stats.counts.finished += 1
+        self.stats.counts.guard_stops += answer.guard is not None
         sequence.stream.add(Finished(answer))
         self._touched.append(sequence.stream)
 
     def _fail(self, sequence: Sequence, error: OpsinError) -> None:
         sequence.state = State.DONE
         self._release(sequence, keep=False)
-        self.stats.failed += 1
+        self.stats.counts.failed += 1
         sequence.stream.fail(error)
 
     def _release(self, sequence: Sequence, *, keep: bool = True) -> None:
