@@ -21,6 +21,7 @@ OpsinError                      exit  HTTP
 │   ├── EngineClosed               4   503   it was closed
 │   ├── EncodeFailed               4   500   the vision encoder failed
 │   ├── DecodeFailed               4   500   the language model failed
+│   ├── ConstraintFailed           4   422   an answer could not be held to its schema or grammar any further
 │   └── QueueFull                  4   429   too many requests wait
 └── Cancelled                    130   499   the caller went away
 """
@@ -168,6 +169,13 @@ class DecodeFailed(EngineError):
     """The language model failed on a batch."""
 
     code = "decode_failed"
+
+
+class ConstraintFailed(EngineError):
+    """An answer that had begun could not be held to its JSON schema or grammar any further."""
+
+    code = "constraint_failed"
+    http_status = 422
 
 
 class QueueFull(EngineError):

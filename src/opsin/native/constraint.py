@@ -1,0 +1,192 @@
+"""Holding answers to JSON schemas and GBNF grammars, with llguidance.
+
+A schema or grammar is compiled once, off the engine's thread, and shared by all answers that ask for it; each answer
+has a matcher of its own, a cheap copy. At each step the matcher says which tokens may follow, as a bit mask. What
+llguidance refuses is refused before anything is computed. What becomes too complex in mid-answer ends that answer with
+an error: an answer that is no longer held to its schema is worse than none.
+
+llguidance bounds itself while it masks, and where that is not enough (some steps take quadratic time), `STEP_SECONDS`
+ends an answer whose steps take too long. Compiling is bounded by the sizes that `schema` and `gbnf` allow.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from opsin.core.errors import BadGrammar, ConstraintFailed
+from opsin.native.gbnf import to_lark
+from opsin.native.schema import prepare
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+    from numpy.typing import NDArray
+
+    from opsin.core.sampling import SamplingParams
+    from opsin.native.model import Model
+
+REMEMBERED = 128
+"""Compiled schemas and grammars kept for a model, and refusals: the oldest go first."""
+STEP_SECONDS = 0.05
+"""CPU time that one step of one answer may take in llguidance."""
+_MAX_ROW_ITEMS = 1000  # llguidance compares each item of a row with all others
+_MAX_STEP_ITEMS = 20_000
+_MAX_LEXER_STATES = 50_000  # 1 to 2 kB each
+_MAX_GRAMMAR_SYMBOLS = 5000  # of a GBNF grammar, whose rules may all be open at once
+_REASON_CHARACTERS = 200
+# JSON on one line, with or without a blank behind a comma or a colon: free blanks are where small models never end.
+_JSON_OPTIONS = {
+    "whitespace_flexible": False,
+    "item_separator": ", ?",
+    "key_separator": ": ?",
+    "coerce_one_of": True,
+    "lenient": False,
+}
+
+
+class Constraint:
+    """What one answer is held to. Not for two threads at once."""
+
+    def __init__(self, matcher: LLMatcher, bits: NDArray[np.int32], n_vocab: int) -> None:
+        """`bits` is room for the mask, int32 [n_vocab / 32], which may be shared by answers of one thread."""
+        self._matcher = matcher
+        self._bits = bits
+        self._n_vocab = n_vocab
+
+    def permits(self, token: int) -> bool:
+        """Whether this token may come next; much cheaper than a mask."""
+        return self._matcher.validate_tokens([token]) == 1
+
+    def mask(self, forbidden: NDArray[np.intp]) -> NDArray[np.bool_]:
+        """Which tokens may come next, without those `forbidden`: bool [n_vocab], never all False.
+
+        Raises ConstraintFailed.
+        """
+        started = time.thread_time()
+        self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
+        self._check(started)
+        mask = np.unpackbits(self._bits.view(np.uint8), count=self._n_vocab, bitorder="little").view(np.bool_)
+        mask[forbidden] = False
+        if not mask.any():
+            raise ConstraintFailed("No token of this model fits the answer's schema or grammar here: loosen it.")
+        return mask
+
+    def accept(self, token: int) -> None:
+        """Take a permitted token in. Raises ConstraintFailed."""
+        started = time.thread_time()
+        self._matcher.consume_token(token)
+        self._check(started)
+
+    def _check(self, started: float) -> None:
+        if self._matcher.is_error():
+            reason = reason_of(self._matcher.get_error())
+            raise ConstraintFailed(
+                f"The answer's schema or grammar became too complex here: make it simpler ({reason})."
+            )
+        if time.thread_time() - started > STEP_SECONDS:
+            raise ConstraintFailed("The answer's schema or grammar takes too long for each token: make it simpler.")
+
+
+class Constraints:
+    """The schemas and grammars of one model. Any thread may compile; samplers start what is compiled."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._bits = np.zeros((model.n_vocab + 31) // 32, np.int32)
+        self._lock = threading.Lock()
+        self._compiled: dict[tuple[str | None, str | None], LLMatcher | str] = {}
+        self._tokenizer: LLTokenizer | None = None
+        self._why_not = ""
+        # A quarter of a second for 50,000 tokens: nobody's first schema shall wait for it, nor the engine's thread.
+        self._builder = threading.Thread(target=self._build_tokenizer, name="opsin-tokenizer", daemon=True)
+        self._builder.start()
+
+    def compile(self, params: SamplingParams) -> None:
+        """Make what the request asks for ready for `start`. Raises BadGrammar."""
+        if params.json_schema is not None or params.grammar is not None:
+            self._ready(params.json_schema, params.grammar)
+
+    def start(self, params: SamplingParams) -> Constraint | None:
+        """A constraint for one answer, None without schema and grammar. Raises BadGrammar."""
+        if params.json_schema is None and params.grammar is None:
+            return None
+        return Constraint(self._ready(params.json_schema, params.grammar).deep_copy(), self._bits, self._model.n_vocab)
+
+    def close(self) -> None:
+        """Wait until the model is not needed any more."""
+        self._builder.join()
+
+    def _ready(self, schema: str | None, gbnf: str | None) -> LLMatcher:
+        found = self._compiled.get((schema, gbnf))
+        if found is None:
+            with self._lock:  # one after another, so that requests that ask for the same wait for one compile
+                found = self._compiled.get((schema, gbnf))
+                if found is None:
+                    found = self._compile(schema, gbnf)
+                    self._compiled[schema, gbnf] = found
+                    if len(self._compiled) > REMEMBERED:
+                        del self._compiled[next(iter(self._compiled))]
+        if isinstance(found, str):
+            raise BadGrammar(found)
+        return found
+
+    def _compile(self, schema: str | None, gbnf: str | None) -> LLMatcher | str:
+        """A matcher at its start, or why there is none."""
+        from llguidance import LLMatcher, LLParserLimits
+
+        self._builder.join()
+        what, limits = "grammar", {"max_grammar_size": _MAX_GRAMMAR_SYMBOLS}
+        try:
+            if schema is not None:
+                what, limits = "JSON schema", {}
+                grammar = LLMatcher.grammar_from_json_schema(prepare(schema), overrides=_JSON_OPTIONS)
+            else:
+                grammar = LLMatcher.grammar_from_lark(to_lark(gbnf or ""))
+        except BadGrammar as error:
+            return str(error)
+        if self._tokenizer is None:
+            return f"This model's vocabulary cannot be held to a {what}: {self._why_not}."
+        matcher = LLMatcher(
+            self._tokenizer,
+            grammar,
+            log_level=0,  # from 1 on it warns on standard error
+            limits=LLParserLimits(
+                max_items_in_row=_MAX_ROW_ITEMS,
+                step_max_items=_MAX_STEP_ITEMS,
+                max_lexer_states=_MAX_LEXER_STATES,
+                verbose_errors=False,
+                **limits,
+            ),
+        )
+        # The first mask is made here: it shows what no answer can fit, and what takes long the first time.
+        mask = b"" if matcher.is_error() else matcher.compute_bitmask()
+        if matcher.is_error():
+            return f"The {what} cannot be used: {reason_of(matcher.get_error())}."
+        return matcher if any(mask) else f"The {what} cannot be used: no answer fits it."
+
+    def _build_tokenizer(self) -> None:
+        from llguidance.llamacpp import lltokenizer_from_vocab
+
+        model = self._model
+        try:
+            # The end that the model names comes first; the others end a turn as well.
+            end = model.lib.llama.llama_vocab_eos(model.vocab)
+            ends = sorted(model.eog_tokens, key=lambda token: (token != end, token))
+            self._tokenizer = lltokenizer_from_vocab(model.vocab, eos_token=ends)
+        except Exception as error:  # noqa: BLE001 - a model that cannot have it answers without; told who asks for it
+            self._why_not = reason_of(str(error)) or type(error).__name__
+
+
+def reason_of(message: str) -> str:
+    """A complaint of llguidance's in one line, without what it shows of the grammar and of its own state."""
+    lines = [line.strip() for line in message.splitlines()]
+    # Of a bad pattern it shows the pattern first, and what is wrong with it last.
+    said = next(
+        (line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[0] if lines else ""
+    )
+    if said.startswith("NoExtension"):
+        said = "no answer fits it"
+    return said[:_REASON_CHARACTERS].rstrip(". ")
