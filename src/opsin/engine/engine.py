@@ -34,6 +34,7 @@ from opsin.engine.stats import Snapshot
 T = TypeVar("T")
 
 LAYOUT_WORKERS = 2
+COMPILE_WORKERS = 1
 PICTURE_BYTES = 512 * 2**20
 """Embeddings kept in memory: about 200 pictures of a 7B LLaVA, in bytes."""
 
@@ -41,8 +42,8 @@ PICTURE_BYTES = 512 * 2**20
 class Engine:
     """A running model. Opening it loads the model; it is closed once, or used in a `with` block.
 
-    Tokenising and preprocessing happen in `LAYOUT_WORKERS` threads of its own, all else in one thread that owns the
-    backend. Raises what `open_backend` raises.
+    Tokenising and preprocessing happen in `LAYOUT_WORKERS` threads of its own, for requests with a schema or grammar to
+    compile in `COMPILE_WORKERS` others, all else in one thread that owns the backend. Raises what `open_backend` raises.
     """
 
     def __init__(
@@ -67,6 +68,8 @@ class Engine:
         self._coming = Coming()
         self._tags: dict[ReasoningStyle, dict[int, bytes]] = {}
         self._workers = ThreadPoolExecutor(LAYOUT_WORKERS, thread_name_prefix="opsin-layout")
+        # A schema may take long to compile: prompts without one do not wait for it.
+        self._compilers = ThreadPoolExecutor(COMPILE_WORKERS, thread_name_prefix="opsin-compile")
         self.load_ms = (now() - started) * 1e3
 
     @property
@@ -131,7 +134,8 @@ class Engine:
         stream = AnswerStream(self._loop.wake)
         self._enter(stream)
         try:
-            future = self._workers.submit(self._prepare, request, stream, clock)
+            workers = self._workers if params.json_schema is None and params.grammar is None else self._compilers
+            future = workers.submit(self._prepare, request, stream, clock)
         except RuntimeError as error:
             self._leave()
             raise EngineClosed("The engine is closed: open a new one.") from error
@@ -163,6 +167,7 @@ class Engine:
     def close(self) -> None:
         """End everything: running answers fail with EngineClosed. Twice does no harm."""
         self._workers.shutdown(wait=True, cancel_futures=True)
+        self._compilers.shutdown(wait=True, cancel_futures=True)
         self._loop.close()
         self.pictures.close()
 
@@ -177,7 +182,7 @@ class Engine:
         layout = None
         try:
             with clock.stage(Stage.OTHER):
-                # Here and not where the sampler is made: a schema takes a quarter of a second, and streams would wait.
+                # Here and not where the sampler is made: a schema may take long to compile, and streams would wait.
                 self._backend.check(request.params)
             # Who waits here gets a layout without pixels, and comes behind the one that has them.
             with self._coming.turn(picture.sha256 for picture in request.prompt.pictures):

@@ -11,6 +11,7 @@ ends an answer whose steps take too long. Compiling is bounded by the sizes that
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -168,14 +169,24 @@ class Constraints:
         return matcher if any(mask) else f"The {what} cannot be used: no answer fits it."
 
     def _build_tokenizer(self) -> None:
-        from llguidance.llamacpp import lltokenizer_from_vocab
+        from llguidance import LLTokenizer
 
         model = self._model
+        llama, vocab = model.lib.llama, model.vocab
         try:
+            # Control tokens are told apart by a byte that no text holds: a schema never permits them.
+            tokens = [model.piece(token) for token in range(model.n_vocab)]
+            for text, token in model.control_tokens.items():
+                tokens[token] = b"\xff" + text.encode()
             # The end that the model names comes first; the others end a turn as well.
-            end = model.lib.llama.llama_vocab_eos(model.vocab)
-            ends = sorted(model.eog_tokens, key=lambda token: (token != end, token))
-            self._tokenizer = lltokenizer_from_vocab(model.vocab, eos_token=ends)
+            end = llama.llama_vocab_eos(vocab)
+            self._tokenizer = LLTokenizer.from_llamacpp(
+                tokens=tokens,
+                vocab_ptr=vocab,
+                tokenize_fptr=ctypes.cast(llama.llama_tokenize, ctypes.c_void_p).value,
+                eos_token=sorted(model.eog_tokens, key=lambda token: (token != end, token)),
+                slices=None,
+            )
         except Exception as error:  # noqa: BLE001 - a model that cannot have it answers without; told who asks for it
             self._why_not = reason_of(str(error)) or type(error).__name__
 
