@@ -14,13 +14,15 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from opsin.core.errors import BadGrammar, ConstraintFailed
 from opsin.native.gbnf import to_lark
 from opsin.native.schema import prepare
+from opsin.native.unique import UniqueItems
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -48,18 +50,31 @@ _JSON_OPTIONS = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A matcher at its start, and the schema by which unique items are watched."""
+
+    matcher: LLMatcher
+    unique: dict[str, Any] | None
+
+
 class Constraint:
     """What one answer is held to. Not for two threads at once."""
 
-    def __init__(self, matcher: LLMatcher, bits: NDArray[np.int32], n_vocab: int) -> None:
+    def __init__(self, compiled: Compiled, bits: NDArray[np.int32], model: Model) -> None:
         """`bits` is room for the mask, int32 [n_vocab / 32], which may be shared by answers of one thread."""
-        self._matcher = matcher
+        self._matcher = compiled.matcher.deep_copy()
+        self._unique = None if compiled.unique is None else UniqueItems(compiled.unique)
         self._bits = bits
-        self._n_vocab = n_vocab
+        self._model = model
 
     def permits(self, token: int) -> bool:
         """Whether this token may come next; much cheaper than a mask."""
-        return self._matcher.validate_tokens([token]) == 1
+        return self._matcher.validate_tokens([token]) == 1 and self.keeps_unique(token)
+
+    def keeps_unique(self, token: int) -> bool:
+        """Whether a token that the mask permits repeats no item of an array whose items must differ."""
+        return self._unique is None or self._unique.fits(self._model.piece(token))
 
     def mask(self, forbidden: NDArray[np.intp]) -> NDArray[np.bool_]:
         """Which tokens may come next, without those `forbidden`: bool [n_vocab], never all False.
@@ -69,7 +84,7 @@ class Constraint:
         started = time.thread_time()
         self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
         self._check(started)
-        mask = np.unpackbits(self._bits.view(np.uint8), count=self._n_vocab, bitorder="little").view(np.bool_)
+        mask = np.unpackbits(self._bits.view(np.uint8), count=self._model.n_vocab, bitorder="little").view(np.bool_)
         mask[forbidden] = False
         if not mask.any():
             raise ConstraintFailed("No token of this model fits the answer's schema or grammar here: loosen it.")
@@ -78,6 +93,8 @@ class Constraint:
     def accept(self, token: int) -> None:
         """Take a permitted token in. Raises ConstraintFailed."""
         started = time.thread_time()
+        if self._unique is not None:
+            self._unique.take(self._model.piece(token))
         self._matcher.consume_token(token)
         self._check(started)
 
@@ -98,7 +115,7 @@ class Constraints:
         self._model = model
         self._bits = np.zeros((model.n_vocab + 31) // 32, np.int32)
         self._lock = threading.Lock()
-        self._compiled: dict[tuple[str | None, str | None], LLMatcher | str] = {}
+        self._compiled: dict[tuple[str | None, str | None], Compiled | str] = {}
         self._tokenizer: LLTokenizer | None = None
         self._why_not = ""
         # A quarter of a second for 50,000 tokens: nobody's first schema shall wait for it, nor the engine's thread.
@@ -114,13 +131,13 @@ class Constraints:
         """A constraint for one answer, None without schema and grammar. Raises BadGrammar."""
         if params.json_schema is None and params.grammar is None:
             return None
-        return Constraint(self._ready(params.json_schema, params.grammar).deep_copy(), self._bits, self._model.n_vocab)
+        return Constraint(self._ready(params.json_schema, params.grammar), self._bits, self._model)
 
     def close(self) -> None:
         """Wait until the model is not needed any more."""
         self._builder.join()
 
-    def _ready(self, schema: str | None, gbnf: str | None) -> LLMatcher:
+    def _ready(self, schema: str | None, gbnf: str | None) -> Compiled:
         found = self._compiled.get((schema, gbnf))
         if found is None:
             with self._lock:  # one after another, so that requests that ask for the same wait for one compile
@@ -134,16 +151,18 @@ class Constraints:
             raise BadGrammar(found)
         return found
 
-    def _compile(self, schema: str | None, gbnf: str | None) -> LLMatcher | str:
+    def _compile(self, schema: str | None, gbnf: str | None) -> Compiled | str:
         """A matcher at its start, or why there is none."""
         from llguidance import LLMatcher, LLParserLimits
 
         self._builder.join()
         what, limits = "grammar", {"max_grammar_size": _MAX_GRAMMAR_SYMBOLS}
         try:
+            unique = None
             if schema is not None:
                 what, limits = "JSON schema", {}
-                grammar = LLMatcher.grammar_from_json_schema(prepare(schema), overrides=_JSON_OPTIONS)
+                made, unique = prepare(schema)
+                grammar = LLMatcher.grammar_from_json_schema(made, overrides=_JSON_OPTIONS)
             else:
                 grammar = LLMatcher.grammar_from_lark(to_lark(gbnf or ""))
         except BadGrammar as error:
@@ -166,7 +185,7 @@ class Constraints:
         mask = b"" if matcher.is_error() else matcher.compute_bitmask()
         if matcher.is_error():
             return f"The {what} cannot be used: {reason_of(matcher.get_error())}."
-        return matcher if any(mask) else f"The {what} cannot be used: no answer fits it."
+        return Compiled(matcher, unique) if any(mask) else f"The {what} cannot be used: no answer fits it."
 
     def _build_tokenizer(self) -> None:
         from llguidance import LLTokenizer

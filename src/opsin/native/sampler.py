@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from opsin.core.errors import BadParameter
+from opsin.core.errors import BadParameter, ConstraintFailed
 from opsin.native.handles import Owned
 
 if TYPE_CHECKING:
@@ -87,12 +87,18 @@ class NativeSampler:
             return self._sampled(logits, row)
         token = self._sampled(logits, row) if self._ask_first else -1
         if token < 0 or not self._constraint.permits(token):
-            refused = ~self._constraint.mask(self._forbidden)
-            kept = logits[refused] if self._keep_logits else None
-            np.copyto(logits, -np.inf, where=refused)
+            kept = logits.copy() if self._keep_logits else None
+            np.copyto(logits, -np.inf, where=~self._constraint.mask(self._forbidden))
             token = self._sampled(logits, row)
+            while not self._constraint.keeps_unique(token):
+                logits[token] = -np.inf
+                if logits.max() == -np.inf:
+                    raise ConstraintFailed(
+                        "Each item that could follow is in this array already, and it wants them unique."
+                    )
+                token = self._sampled(logits, row)
             if kept is not None:
-                logits[refused] = kept  # log probabilities are those of the model, before any sampler
+                logits[:] = kept  # log probabilities are those of the model, before any sampler
         if token not in self._eog_tokens:
             self._constraint.accept(token)
         return token

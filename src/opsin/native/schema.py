@@ -56,21 +56,21 @@ _STANDARD_FORMATS = frozenset((
 ))  # fmt: skip
 
 
-def prepare(text: str) -> Node:
-    """The schema for llguidance. Raises BadGrammar."""
+def prepare(text: str) -> tuple[Node, Node | None]:
+    """The schema for llguidance, and the one to watch unique items by where there are any. Raises BadGrammar."""
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise _refused(f"it is not JSON ({error})") from error
     if schema is True:
-        return {}
+        return {}, None
     if not isinstance(schema, dict):
         raise _refused("it must be a JSON object")
     rewriter = _Rewriter(schema)
     made = rewriter.rewritten(schema, 0)
     rewriter.check_sizes()
     made.pop("x-guidance", None)  # options of llguidance's, which could loosen the schema
-    return made
+    return made, schema if rewriter.unique else None
 
 
 def _refused(reason: str) -> BadGrammar:
@@ -84,6 +84,7 @@ class _Rewriter:
         self._root = root
         self._sizes: Counter[str] = Counter()
         self._multiple = 1
+        self.unique = False
 
     def check_sizes(self) -> None:
         for keyword, most in _MOST.items():
@@ -100,6 +101,7 @@ class _Rewriter:
             raise _refused(f"it is nested more than {MAX_DEPTH} deep")
         self._count(node)
         made = dict(node)
+        self.unique |= made.pop("uniqueItems", False) is True
         for keyword in _NAMED:
             if isinstance(made.get(keyword), dict):
                 made[keyword] = {name: self.rewritten(inner, depth + 1) for name, inner in made[keyword].items()}
