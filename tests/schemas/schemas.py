@@ -1,6 +1,6 @@
 """Schemas that answers are held to: each kind that people send, and each keyword that describes a value."""
 
-import datetime
+import datetime as dt
 import decimal
 import enum
 import ipaddress
@@ -333,9 +333,9 @@ class Tree(Exact):
 
 
 class Dates(Exact):
-    day: datetime.date
-    moment: datetime.datetime
-    clock: datetime.time
+    day: dt.date
+    moment: dt.datetime
+    clock: dt.time
     id: uuid.UUID
     id4: Annotated[uuid.UUID, Field(json_schema_extra={"format": "uuid4"})]
     address: ipaddress.IPv4Address
