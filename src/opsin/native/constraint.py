@@ -12,6 +12,8 @@ ends an answer whose steps take too long. Compiling is bounded by the sizes that
 from __future__ import annotations
 
 import ctypes
+import json
+import re
 import threading
 import time
 from dataclasses import dataclass
@@ -40,6 +42,8 @@ _MAX_STEP_ITEMS = 20_000
 _MAX_LEXER_STATES = 50_000  # 1 to 2 kB each
 _MAX_GRAMMAR_SYMBOLS = 5000  # of a GBNF grammar, whose rules may all be open at once
 _REASON_CHARACTERS = 200
+# Else it looks at each step for all that can only follow in one way: 0.1 s where that is long.
+_HEADER = '%llguidance {"no_forcing": true}\n'
 # JSON on one line, with or without a blank behind a comma or a colon: free blanks are where small models never end.
 _JSON_OPTIONS = {
     "whitespace_flexible": False,
@@ -162,16 +166,16 @@ class Constraints:
             if schema is not None:
                 what, limits = "JSON schema", {}
                 made, unique = prepare(schema)
-                grammar = LLMatcher.grammar_from_json_schema(made, overrides=_JSON_OPTIONS)
+                lark = f"start: %json {json.dumps({**made, 'x-guidance': _JSON_OPTIONS})}"
             else:
-                grammar = LLMatcher.grammar_from_lark(to_lark(gbnf or ""))
+                lark = to_lark(gbnf or "")
         except BadGrammar as error:
             return str(error)
         if self._tokenizer is None:
             return f"This model's vocabulary cannot be held to a {what}: {self._why_not}."
         matcher = LLMatcher(
             self._tokenizer,
-            grammar,
+            LLMatcher.grammar_from_lark(_HEADER + lark),
             log_level=0,  # from 1 on it warns on standard error
             limits=LLParserLimits(
                 max_items_in_row=_MAX_ROW_ITEMS,
@@ -217,6 +221,7 @@ def reason_of(message: str) -> str:
     said = next(
         (line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[0] if lines else ""
     )
+    said = re.sub(r"^at \d+\(\d+\): ", "", said).removeprefix("failed to compile JSON schema: ")
     if said.startswith("NoExtension"):
         said = "no answer fits it"
     return said[:_REASON_CHARACTERS].rstrip(". ")

@@ -161,7 +161,7 @@ class _Writer:
         self._words = {_quoted(text): text for text in self._whole}
 
     def written(self) -> str:
-        lines = ["%llguidance {}"]
+        lines: list[str] = []
         while self._skip_lines():
             kind, name, place = self._tokens[self._at]
             if kind != "rule":

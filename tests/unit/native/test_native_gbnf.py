@@ -7,7 +7,7 @@ from opsin.native.gbnf import MAX_DEPTH, MAX_RULES, to_lark
 
 
 def body(gbnf: str) -> str:
-    return to_lark(gbnf).removeprefix("%llguidance {}\n").rstrip("\n")
+    return to_lark(gbnf).rstrip("\n")
 
 
 @pytest.mark.parametrize(
