@@ -160,11 +160,10 @@ class Constraints:
         from llguidance import LLMatcher, LLParserLimits
 
         self._builder.join()
-        what, limits = "grammar", {"max_grammar_size": _MAX_GRAMMAR_SYMBOLS}
+        what = "grammar" if schema is None else "JSON schema"
         try:
             unique = None
             if schema is not None:
-                what, limits = "JSON schema", {}
                 made, unique = prepare(schema)
                 lark = f"start: %json {json.dumps({**made, 'x-guidance': _JSON_OPTIONS})}"
             else:
@@ -182,7 +181,7 @@ class Constraints:
                 step_max_items=_MAX_STEP_ITEMS,
                 max_lexer_states=_MAX_LEXER_STATES,
                 verbose_errors=False,
-                **limits,
+                max_grammar_size=_MAX_GRAMMAR_SYMBOLS if schema is None else None,
             ),
         )
         # The first mask is made here: it shows what no answer can fit, and what takes long the first time.
@@ -203,7 +202,7 @@ class Constraints:
                 tokens[token] = b"\xff" + text.encode()
             # The end that the model names comes first; the others end a turn as well.
             end = llama.llama_vocab_eos(vocab)
-            self._tokenizer = LLTokenizer.from_llamacpp(
+            self._tokenizer = LLTokenizer.from_llamacpp(  # type: ignore[attr-defined] - its hints leave this out
                 tokens=tokens,
                 vocab_ptr=vocab,
                 tokenize_fptr=ctypes.cast(llama.llama_tokenize, ctypes.c_void_p).value,

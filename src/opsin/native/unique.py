@@ -184,7 +184,8 @@ def _listed(node: Node) -> list[Any] | None:
     low, high = node.get("minimum"), node.get("maximum")
     if node.get("type") == "integer" and isinstance(low, int) and isinstance(high, int) and high - low < _MOST_INTEGERS:
         return list(range(low, high + 1))
-    return {"boolean": [False, True], "null": [None]}.get(str(node.get("type")))
+    short: dict[str, list[Any]] = {"boolean": [False, True], "null": [None]}
+    return short.get(str(node.get("type")))
 
 
 def _normal(value: Any) -> str:
