@@ -128,32 +128,31 @@ class Constraints:
 
     def compile(self, params: SamplingParams) -> None:
         """Make what the request asks for ready for `start`. Raises BadGrammar."""
-        if params.json_schema is not None or params.grammar is not None:
-            self._ready(params.json_schema, params.grammar)
+        asked = params.json_schema, params.grammar
+        if asked == (None, None):
+            return
+        found = self._compiled.get(asked)
+        if found is None:
+            with self._lock:  # one after another, so that requests that ask for the same wait for one compile
+                found = self._compiled.get(asked)
+                if found is None:
+                    found = self._compiled[asked] = self._compile(*asked)
+                    if len(self._compiled) > REMEMBERED:
+                        del self._compiled[next(iter(self._compiled))]
+        _usable(found)
 
     def start(self, params: SamplingParams) -> Constraint | None:
         """A constraint for one answer, None without schema and grammar. Raises BadGrammar."""
-        if params.json_schema is None and params.grammar is None:
+        asked = params.json_schema, params.grammar
+        if asked == (None, None):
             return None
-        return Constraint(self._ready(params.json_schema, params.grammar), self._bits, self._model)
+        # What many others pushed out since it was compiled is compiled again, here and without waiting for theirs.
+        compiled = _usable(self._compiled.get(asked) or self._compile(*asked))
+        return Constraint(compiled, self._bits, self._model)
 
     def close(self) -> None:
         """Wait until the model is not needed any more."""
         self._builder.join()
-
-    def _ready(self, schema: str | None, gbnf: str | None) -> Compiled:
-        found = self._compiled.get((schema, gbnf))
-        if found is None:
-            with self._lock:  # one after another, so that requests that ask for the same wait for one compile
-                found = self._compiled.get((schema, gbnf))
-                if found is None:
-                    found = self._compile(schema, gbnf)
-                    self._compiled[schema, gbnf] = found
-                    if len(self._compiled) > REMEMBERED:
-                        del self._compiled[next(iter(self._compiled))]
-        if isinstance(found, str):
-            raise BadGrammar(found)
-        return found
 
     def _compile(self, schema: str | None, gbnf: str | None) -> Compiled | str:
         """A matcher at its start, or why there is none."""
@@ -211,6 +210,12 @@ class Constraints:
             )
         except Exception as error:  # noqa: BLE001 - a model that cannot have it answers without; told who asks for it
             self._why_not = reason_of(str(error)) or type(error).__name__
+
+
+def _usable(found: Compiled | str) -> Compiled:
+    if isinstance(found, str):
+        raise BadGrammar(found)
+    return found
 
 
 def reason_of(message: str) -> str:
