@@ -56,10 +56,11 @@ _JSON_OPTIONS = {
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """A matcher at its start, and the schema by which unique items are watched."""
+    """A matcher at its start, the schema by which unique items are watched, and whether it is of a GBNF grammar."""
 
     matcher: LLMatcher
     unique: dict[str, Any] | None
+    is_grammar: bool
 
 
 class Constraint:
@@ -71,10 +72,21 @@ class Constraint:
         self._unique = None if compiled.unique is None else UniqueItems(compiled.unique)
         self._bits = bits
         self._model = model
+        # A grammar's lexemes are single characters: a mask takes milliseconds where any text may follow.
+        self.masks_slowly = compiled.is_grammar
 
     def permits(self, token: int) -> bool:
         """Whether this token may come next; much cheaper than a mask."""
         return self._matcher.validate_tokens([token]) == 1 and self.keeps_unique(token)
+
+    def permitted(self, tokens: list[int]) -> list[int]:
+        """Those of some tokens that may come next. Raises ConstraintFailed."""
+        started, found = time.thread_time(), []
+        for token in tokens:
+            if self.permits(token):
+                found.append(token)
+            self._check(started)
+        return found
 
     def keeps_unique(self, token: int) -> bool:
         """Whether a token that the mask permits repeats no item of an array whose items must differ."""
@@ -187,7 +199,9 @@ class Constraints:
         mask = b"" if matcher.is_error() else matcher.compute_bitmask()
         if matcher.is_error():
             return f"The {what} cannot be used: {reason_of(matcher.get_error())}."
-        return Compiled(matcher, unique) if any(mask) else f"The {what} cannot be used: no answer fits it."
+        return (
+            Compiled(matcher, unique, schema is None) if any(mask) else f"The {what} cannot be used: no answer fits it."
+        )
 
     def _build_tokenizer(self) -> None:
         from llguidance import LLTokenizer

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from opsin.native.context import Context
     from opsin.native.model import Model
 
+_TRIED = 256  # best tokens of which a grammar is asked one by one
+
 
 class NativeSampler:
     """The sampler of one request; a child of the context, so it is closed before it.
@@ -42,6 +44,8 @@ class NativeSampler:
         self._plain = params.temperature == 0 and not (penalties or biases)
         self.greedy = self._plain and constraint is None
         self._ask_first = not (penalties or cuts)
+        # How many of the best tokens the chain keeps before all else; 0: not known.
+        self._keep = params.top_k if cuts and not (penalties or biases) and model.n_vocab > _TRIED else 0
         self._keep_logits = params.logprobs is not None
         self._forbidden = np.array([token for token, bias in biases.items() if bias == -np.inf], np.intp)
         chain = self._llama.llama_sampler_chain_init(self._llama.llama_sampler_chain_default_params())
@@ -88,7 +92,7 @@ class NativeSampler:
         token = self._sampled(logits, row) if self._ask_first else -1
         if token < 0 or not self._constraint.permits(token):
             kept = logits.copy() if self._keep_logits else None
-            np.copyto(logits, -np.inf, where=~self._constraint.mask(self._forbidden))
+            np.copyto(logits, -np.inf, where=~self._mask(self._constraint, logits))
             token = self._sampled(logits, row)
             while not self._constraint.keeps_unique(token):
                 logits[token] = -np.inf
@@ -102,6 +106,17 @@ class NativeSampler:
         if token not in self._eog_tokens:
             self._constraint.accept(token)
         return token
+
+    def _mask(self, constraint: Constraint, logits: NDArray[np.float32]) -> NDArray[np.bool_]:
+        """The permitted tokens, or as many of the best of them as the chain keeps anyway."""
+        if self._keep and constraint.masks_slowly:
+            tried = np.argpartition(logits, -_TRIED)[-_TRIED:]
+            permitted = constraint.permitted(tried.tolist())
+            if len(permitted) >= self._keep:
+                mask = np.zeros(len(logits), np.bool_)
+                mask[permitted] = True
+                return mask
+        return constraint.mask(self._forbidden)
 
     def _sampled(self, logits: NDArray[np.float32], row: int) -> int:
         if self._plain:
