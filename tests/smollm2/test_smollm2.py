@@ -123,7 +123,7 @@ def test_the_guard_ends_loops_and_nothing_else(smollm2: Opsin) -> None:
     questions = [f"Write a story about {topic}." for topic in TOPICS] + [
         f"List words about {topic}." for topic in TOPICS
     ]
-    streams = [ask(smollm2, question, max_tokens=500) for question in questions]
+    streams = [ask(smollm2, question, max_tokens=300) for question in questions]
     answers = [stream.result() for stream in streams]
     cut = [answer for answer in answers if answer.guard is not None]
     print(f"{len(cut)} of {len(answers)} were ended by the guard")

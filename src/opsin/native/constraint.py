@@ -37,6 +37,8 @@ REMEMBERED = 128
 """Compiled schemas and grammars kept for a model, and refusals: the oldest go first."""
 STEP_SECONDS = 0.05
 """CPU time that one step of one answer may take in llguidance."""
+ASKING_SECONDS = 0.002
+"""CPU time for which a grammar is asked about single tokens before a whole mask is made."""
 _MAX_ROW_ITEMS = 1000  # llguidance compares each item of a row with all others
 _MAX_STEP_ITEMS = 20_000
 _MAX_LEXER_STATES = 50_000  # 1 to 2 kB each
@@ -79,13 +81,14 @@ class Constraint:
         """Whether this token may come next; much cheaper than a mask."""
         return self._matcher.validate_tokens([token]) == 1 and self.keeps_unique(token)
 
-    def permitted(self, tokens: list[int]) -> list[int]:
-        """Those of some tokens that may come next. Raises ConstraintFailed."""
+    def permitted(self, tokens: list[int], enough: int) -> list[int]:
+        """The first so many of some tokens that may come next; fewer when asking takes longer than a mask might."""
         started, found = time.thread_time(), []
         for token in tokens:
             if self.permits(token):
                 found.append(token)
-            self._check(started)
+            if len(found) == enough or time.thread_time() - started > ASKING_SECONDS:
+                break
         return found
 
     def keeps_unique(self, token: int) -> bool:

@@ -111,7 +111,8 @@ class NativeSampler:
         """The permitted tokens, or as many of the best of them as the chain keeps anyway."""
         if self._keep and constraint.masks_slowly:
             tried = np.argpartition(logits, -_TRIED)[-_TRIED:]
-            permitted = constraint.permitted(tried.tolist())
+            best_first = tried[np.argsort(-logits[tried], kind="stable")]
+            permitted = constraint.permitted(best_first.tolist(), self._keep)
             if len(permitted) >= self._keep:
                 mask = np.zeros(len(logits), np.bool_)
                 mask[permitted] = True
