@@ -218,7 +218,7 @@ class Constraints:
                 tokens[token] = b"\xff" + text.encode()
             # The end that the model names comes first; the others end a turn as well.
             end = llama.llama_vocab_eos(vocab)
-            self._tokenizer = LLTokenizer.from_llamacpp(  # type: ignore[attr-defined] - its hints leave this out
+            self._tokenizer = LLTokenizer.from_llamacpp(  # type: ignore[attr-defined]  # its hints leave it out
                 tokens=tokens,
                 vocab_ptr=vocab,
                 tokenize_fptr=ctypes.cast(llama.llama_tokenize, ctypes.c_void_p).value,
