@@ -67,18 +67,6 @@ p = llama.llama_model_default_params()
 p.no_alloc = True
 llama.llama_model_load_from_file(str(LLM).encode(), p)
 """,
-    "a token that the grammar forbids": """
-b = opened(mmproj=None)
-llama, model = b._model.lib.llama, b._model
-g = llama.llama_sampler_init_grammar(model.vocab, b'root ::= "yes"', b"root")
-llama.llama_sampler_accept(g, model.tokenize("no", special=False)[-1])
-""",
-    "the end token before the grammar is complete": """
-b = opened(mmproj=None)
-llama, model = b._model.lib.llama, b._model
-g = llama.llama_sampler_init_grammar(model.vocab, b'root ::= "yes"', b"root")
-llama.llama_sampler_accept(g, next(iter(model.eog_tokens)))
-""",
 }
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 from native_help import generate, prefill
+from token_rows import TokenRow, batch
 
-from opsin.core.backend import TokenRow
 from opsin.core.errors import BadParameter, DecodeFailed
 from opsin.core.parts import TextPart
 from opsin.core.sampling import SamplingParams
@@ -38,7 +38,7 @@ def test_one_seed_gives_one_answer_and_another_gives_another(backend: Any) -> No
 def test_greedy_takes_the_most_likely_whatever_the_seed(backend: Any) -> None:
     cold = SamplingParams(temperature=0.0)
     assert answer(backend, cold, 1) == answer(backend, cold, 2)
-    assert backend.decode([TokenRow(9, backend.kv_last(0) + 1, 0, True)])
+    assert backend.decode(batch([TokenRow(9, backend.kv_last(0) + 1, 0, True)]))
     sampler = backend.sampler(cold, 1)
     assert sampler.sample(-1) == int(logits(backend).argmax())
     sampler.close()
@@ -63,7 +63,7 @@ def test_top_k_one_is_greedy(backend: Any) -> None:
     ids=["top_k", "min_p", "top_p"],
 )
 def test_cuts_leave_only_what_they_allow(backend: Any, params: SamplingParams, kept: Any) -> None:
-    assert backend.decode([TokenRow(9, 0, 0, True)])
+    assert backend.decode(batch([TokenRow(9, 0, 0, True)]))
     scores = logits(backend)
     chances = np.exp(scores - scores.max())
     chances /= chances.sum()
@@ -77,7 +77,7 @@ def test_cuts_leave_only_what_they_allow(backend: Any, params: SamplingParams, k
 
 def test_draws_follow_the_distribution(backend: Any) -> None:
     """2,000 draws of the most likely token: within five standard deviations, a false alarm in 10^6."""
-    assert backend.decode([TokenRow(9, 0, 0, True)])
+    assert backend.decode(batch([TokenRow(9, 0, 0, True)]))
     scores = logits(backend) / 0.5
     chances = np.exp(scores - scores.max())
     chances /= chances.sum()
@@ -124,7 +124,7 @@ def test_penalties_look_back_over_what_was_drawn(backend: Any) -> None:
 
 
 def test_log_probabilities_are_numpys(backend: Any) -> None:
-    assert backend.decode([TokenRow(9, 0, 0, True), TokenRow(10, 1, 0), TokenRow(11, 2, 0, True)])
+    assert backend.decode(batch([TokenRow(9, 0, 0, True), TokenRow(10, 1, 0), TokenRow(11, 2, 0, True)]))
     for row in (0, 2, -1):
         scores = backend._context.logits(row).astype(np.float64)
         expected = scores - (np.log(np.exp(scores - scores.max()).sum()) + scores.max())
@@ -138,7 +138,7 @@ def test_log_probabilities_are_numpys(backend: Any) -> None:
 
 
 def test_log_probabilities_do_not_see_the_sampler(backend: Any) -> None:
-    assert backend.decode([TokenRow(9, 0, 0, True)])
+    assert backend.decode(batch([TokenRow(9, 0, 0, True)]))
     before = backend.logprobs(-1, 42, 3)
     sampler = backend.sampler(HOT.model_copy(update={"logit_bias": {42: 5.0}}), 1)
     sampler.sample(-1)
@@ -148,7 +148,7 @@ def test_log_probabilities_do_not_see_the_sampler(backend: Any) -> None:
 
 
 def test_logits_that_are_no_numbers_raise_instead_of_sorting(backend: Any) -> None:
-    assert backend.decode([TokenRow(9, 0, 0, True)])
+    assert backend.decode(batch([TokenRow(9, 0, 0, True)]))
     backend._context.logits(-1)[17] = np.nan
     sampler = backend.sampler(HOT, 1)
     with pytest.raises(DecodeFailed, match="not a number"):

@@ -149,6 +149,13 @@ class DecodeFailed(EngineError):
     code = "decode_failed"
 
 
+class ConstraintFailed(EngineError):
+    """An answer that had begun could not be held to its JSON schema or grammar any further."""
+
+    code = "constraint_failed"
+    http_status = 422
+
+
 class QueueFull(EngineError):
     """Too many requests wait already."""
 

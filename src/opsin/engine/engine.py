@@ -28,6 +28,7 @@ from opsin.engine.stats import Snapshot
 T = TypeVar("T")
 
 PREPARE_WORKERS = 2
+COMPILE_WORKERS = 1
 PICTURE_BYTES = 512 * 2**20
 """Embeddings kept in memory: about 200 images of a 7B LLaVA, in bytes."""
 
@@ -35,9 +36,9 @@ PICTURE_BYTES = 512 * 2**20
 class Engine:
     """A running model. Opening it loads the model; it is closed once, or used in a `with` block.
 
-    Tokenising and preprocessing happen in `PREPARE_WORKERS` threads, all else in one thread that owns the backend.
-    `wake` is called on that thread with the streams that got events in a step; by default it wakes their readers.
-    Raises what `open_backend` raises.
+    Tokenising and preprocessing happen in `PREPARE_WORKERS` threads, for requests with a schema or grammar in
+    `COMPILE_WORKERS` others, all else in one thread that owns the backend. `wake` is called on that thread with the
+    streams that got events in a step; by default it wakes their readers. Raises what `open_backend` raises.
     """
 
     def __init__(
@@ -63,6 +64,8 @@ class Engine:
         self._backend = self._loop.start()
         self._loop.on_pixels_needed = self._prepare_pixels
         self._workers = ThreadPoolExecutor(PREPARE_WORKERS, thread_name_prefix="opsin-prepare")
+        # A schema may take long to compile: prompts without one do not wait for it.
+        self._compilers = ThreadPoolExecutor(COMPILE_WORKERS, thread_name_prefix="opsin-compile")
         self.load_ms = (now() - started) * 1e3
 
     @property
@@ -136,10 +139,13 @@ class Engine:
         clock.switch(Stage.QUEUE)
         stream = AnswerStream(self._loop.wake, self._wake, on_encoded)
         self._enter(stream)
-        self._work(lambda: self._prepare(request, stream, clock), stream)
+        constrained = params.json_schema is not None or params.grammar is not None
+        workers = self._compilers if constrained else self._workers
+        self._work(workers, lambda: self._prepare(request, stream, clock), stream)
         return stream
 
-    def _work(self, work: Callable[[], None], stream: AnswerStream) -> None:
+    @staticmethod
+    def _work(workers: ThreadPoolExecutor, work: Callable[[], None], stream: AnswerStream) -> None:
         """Do it in a worker; whatever goes wrong ends the stream. Raises EngineClosed."""
 
         def run() -> None:
@@ -149,7 +155,7 @@ class Engine:
                 stream.fail(error)
 
         try:
-            future = self._workers.submit(run)
+            future = workers.submit(run)
         except RuntimeError as error:
             stream.fail(_closed())
             raise EngineClosed("The engine is closed: open a new one.") from error
@@ -180,6 +186,7 @@ class Engine:
     def close(self) -> None:
         """End everything: running answers fail with EngineClosed. Twice does no harm."""
         self._workers.shutdown(wait=True, cancel_futures=True)
+        self._compilers.shutdown(wait=True, cancel_futures=True)
         self._loop.close()
         self.pictures.close()
 
@@ -205,7 +212,7 @@ class Engine:
             self._hand_over(sequence)  # also when that failed: the engine's thread frees what it holds
 
         try:
-            self._work(work, sequence.stream)
+            self._work(self._workers, work, sequence.stream)
         except EngineClosed:
             sequence.layout.close()
 

@@ -6,7 +6,7 @@ where the computing happened. Every call that could end the process is checked b
 Refuses to know: requests, schedules, prompts and templates, files other than the two of a pair, and HTTP.
 """
 
-from opsin.native.backend import NativeBackend, grammar_of, open_backend
+from opsin.native.backend import NativeBackend, open_backend
 from opsin.native.build_info import COMMIT, PACKAGE, PINNED, Build, build_info, cpu_features, features_of
 from opsin.native.devices import Device, devices
 
@@ -21,6 +21,5 @@ __all__ = [
     "cpu_features",
     "devices",
     "features_of",
-    "grammar_of",
     "open_backend",
 ]

@@ -35,10 +35,10 @@ LLAMA_SYMBOLS = _words(
     "llama_state_seq_get_data llama_state_seq_set_data llama_vocab_n_tokens llama_vocab_get_attr "
     "llama_vocab_get_text llama_vocab_is_eog llama_vocab_bos llama_vocab_eos llama_vocab_get_add_bos "
     "llama_tokenize llama_token_to_piece llama_sampler_chain_default_params llama_sampler_chain_init "
-    "llama_sampler_chain_add llama_sampler_free llama_sampler_sample llama_sampler_apply llama_sampler_accept "
+    "llama_sampler_chain_add llama_sampler_free llama_sampler_sample llama_sampler_accept "
     "llama_sampler_init_greedy llama_sampler_init_dist llama_sampler_init_top_k llama_sampler_init_top_p "
     "llama_sampler_init_min_p llama_sampler_init_temp llama_sampler_init_penalties llama_sampler_init_logit_bias "
-    "llama_sampler_init_grammar llama_model_n_swa"
+    "llama_model_n_swa"
 )
 MTMD_SYMBOLS = _words(
     "mtmd_context_params_default mtmd_init_from_file mtmd_free mtmd_support_vision mtmd_decode_use_mrope "

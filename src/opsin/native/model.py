@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from opsin.core.errors import ModelNotFound, ModelUnreadable, PairMismatch
 from opsin.native import logs
-from opsin.native.candidates import Candidates, PrefixTree
 from opsin.native.devices import Device, devices, pick
 from opsin.native.handles import Owned
 from opsin.native.library import Library, library
@@ -156,16 +155,6 @@ class Model:
                 piece = self._pieces[token] = buffer.raw[:count]
                 return piece
             size = -count
-
-    @functools.cached_property
-    def candidates(self) -> Candidates:
-        """What the engine's thread samples with."""
-        return Candidates(self.lib.llama, self.n_vocab)
-
-    @functools.cached_property
-    def prefix_tree(self) -> PrefixTree:
-        """Tokens by what they begin with. Made when a grammar is first asked for, in a second or less."""
-        return PrefixTree([b"" if token in self.eog_tokens else self.piece(token) for token in range(self.n_vocab)])
 
     def close(self) -> None:
         """Free it with everything made from it."""

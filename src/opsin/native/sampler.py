@@ -1,12 +1,8 @@
-"""Drawing tokens: the native sampler chain, with the grammar outside of it.
+"""Sampling tokens: llama.cpp's sampler chain, over the tokens that the answer's constraint permits.
 
-A grammar inside the chain would look at every token of the vocabulary at every step. Outside, the chain draws first
-and the grammar looks at the one token drawn. Only when that is refused is drawn again, from what it permits. A chain
-that cuts to its `top_k` first draws from so many of the best permitted tokens as from all of them, so the grammar is
-asked about the best before it is asked about the whole vocabulary; where some score alike, the chain gets all, since
-it depends on their places which of them it takes.
-
-llama.cpp ends the process when a grammar is told to accept a token that it forbids, so each token is tested before.
+The mask is applied to the logits before the chain sees them, so that its cuts (top_k, top_p, min_p) look at permitted
+tokens alone. A chain without cuts is asked first, and the mask only made when the constraint refuses its token: the
+distribution is the same, and a token is permitted or refused in a microsecond.
 """
 
 from __future__ import annotations
@@ -15,57 +11,58 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from opsin.core.errors import BadGrammar, BadParameter
-from opsin.native.candidates import best
+from opsin.core.errors import BadParameter, ConstraintFailed
 from opsin.native.handles import Owned
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from opsin.core.sampling import SamplingParams
-    from opsin.native.candidates import Ids
+    from opsin.native.constraint import Constraint
     from opsin.native.context import Context
     from opsin.native.model import Model
 
-_MOST_KEPT = 128  # from here on a chain may order tokens otherwise
-_TRIED = 256  # best tokens of which a grammar is asked first
+_TRIED = 256  # best tokens of which a grammar is asked one by one
 
 
 class NativeSampler:
-    """The sampler of one request; a child of the context, so it is closed before it."""
+    """The sampler of one request; a child of the context, so it is closed before it.
 
-    def __init__(self, model: Model, context: Context, params: SamplingParams, seed: int, gbnf: str | None) -> None:
+    `greedy` says that it takes the most likely token and nothing else, so that many can be sampled at once; `forbidden`
+    are the tokens it never takes (None: any may come).
+    """
+
+    def __init__(
+        self, model: Model, context: Context, params: SamplingParams, seed: int, constraint: Constraint | None
+    ) -> None:
         self._llama = model.lib.llama
         self._context = context
-        self._model = model
-        self._penalties = params.repeat_penalty != 1.0 or bool(params.presence_penalty or params.frequency_penalty)
-        self._greedy = params.temperature == 0 and not self._penalties
-        only_forbids = all(bias == -np.inf for bias in params.logit_bias.values())
-        self.greedy = self._greedy and gbnf is None and only_forbids
-        self.forbidden: NDArray[np.intp] | None = None
+        self._constraint = constraint
+        self._eog_tokens = model.eog_tokens
+        biases = _biases(model, params, constrained=constraint is not None)
+        penalties = params.repeat_penalty != 1.0 or bool(params.presence_penalty or params.frequency_penalty)
+        cuts = params.temperature > 0 and (params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0)
+        only_forbids = all(bias == -np.inf for bias in biases.values())
+        self._plain = params.temperature == 0 and not (penalties or biases)
+        self.greedy = params.temperature == 0 and not penalties and only_forbids and constraint is None
+        self._ask_first = not (penalties or cuts)
         # How many of the best tokens the chain keeps before all else; 0: not known.
-        self._keep = 0 if self._penalties or params.top_k > _MOST_KEPT else params.top_k
+        self._keep = params.top_k if cuts and not (penalties or biases) and model.n_vocab > _TRIED else 0
+        self._keep_logits = params.logprobs is not None
+        self._forbidden = np.array([token for token, bias in biases.items() if bias == -np.inf], np.intp)
+        self.forbidden = self._forbidden if biases else None
         chain = self._llama.llama_sampler_chain_init(self._llama.llama_sampler_chain_default_params())
         self._chain = Owned("sampler", chain, self._llama.llama_sampler_free, context.handle)
-        self._grammar: Owned | None = None
-        try:
-            self._fill_chain(model, params, seed, with_grammar=gbnf is not None)
-            if gbnf is not None:
-                self._add_grammar(model, gbnf)
-        except BaseException:
-            self.close()
-            raise
+        self._fill_chain(model, params, seed, biases, penalties=penalties)
 
-    def _fill_chain(self, model: Model, params: SamplingParams, seed: int, *, with_grammar: bool) -> None:
+    def _fill_chain(
+        self, model: Model, params: SamplingParams, seed: int, biases: dict[int, float], *, penalties: bool
+    ) -> None:
         llama, n_vocab = self._llama, model.n_vocab
-        biases = self._biases(model, params, with_grammar=with_grammar)
-        self._biased = np.array(list(biases), np.intp)
-        self._bias = np.array(list(biases.values()), np.float32)
-        self.forbidden = self._biased if biases else None
         if biases:
             array = (llama.llama_logit_bias * len(biases))(*biases.items())
             self._add(llama.llama_sampler_init_logit_bias(n_vocab, len(biases), array))
-        if self._penalties:
+        if penalties:
             last = self._context.limits.n_ctx if params.penalty_last_n < 0 else params.penalty_last_n
             self._add(
                 llama.llama_sampler_init_penalties(
@@ -87,105 +84,65 @@ class NativeSampler:
     def _add(self, sampler: int) -> None:
         self._llama.llama_sampler_chain_add(self._chain.pointer, sampler)
 
-    @staticmethod
-    def _biases(model: Model, params: SamplingParams, *, with_grammar: bool) -> dict[int, float]:
-        biases = dict(params.logit_bias)
-        for token, bias in biases.items():
-            if not 0 <= token < model.n_vocab:
-                raise BadParameter(
-                    f"logit_bias names token {token}, but this model's tokens go from 0 to {model.n_vocab - 1}."
-                )
-            if np.isnan(bias) or bias == np.inf:
-                raise BadParameter(f"logit_bias of token {token} must be a number, or -inf to forbid it.")
-        if params.ignore_eos:
-            if with_grammar:
-                raise BadParameter("ignore_eos cannot be used with a grammar or a JSON schema: leave one of them out.")
-            biases.update(dict.fromkeys(model.eog_tokens, -np.inf))
-        return biases
-
-    def _add_grammar(self, model: Model, gbnf: str) -> None:
-        pointer = self._llama.llama_sampler_init_grammar(model.vocab, gbnf.encode(), b"root")
-        if not pointer:
-            raise BadGrammar("llama.cpp refuses this grammar: check that it has a rule named root.")
-        self._grammar = Owned("grammar", pointer, self._llama.llama_sampler_free, self._context.handle)
-
     def sample(self, row: int) -> int:
-        """Draw a token from the logits of batch row `row` (-1: the last), and remember it.
+        """Sample a token from the logits of batch row `row` (-1: the last), and remember it.
 
-        Raises DecodeFailed when the row has no logits, BadGrammar when the grammar leaves this model no token.
+        Raises DecodeFailed when the row has no logits, ConstraintFailed when no token can follow.
         """
         logits = self._context.logits(row)
-        if self._grammar is None and not self._greedy:
-            return self._draw_natively(row)
-        if self._greedy:
-            token = int(self._scores(logits).argmax())
-        else:
-            # It would remember a token that the grammar refuses, which only penalties look at.
-            token = self._draw_from_all(logits) if self._penalties else self._draw_natively(row)
-        if self._grammar is not None:
-            if not self._model.candidates.permits(self._grammar.pointer, token):
-                token = self._draw_permitted(self._grammar.pointer, logits)
-            if token not in self._model.eog_tokens:
-                self._llama.llama_sampler_accept(self._grammar.pointer, token)
-        if self._penalties:
-            self._llama.llama_sampler_accept(self._chain.pointer, token)
+        if self._constraint is None:
+            return self._sampled(logits, row)
+        token = self._sampled(logits, row) if self._ask_first else -1
+        if token < 0 or not self._constraint.permits(token):
+            kept = logits.copy() if self._keep_logits else None
+            np.copyto(logits, -np.inf, where=~self._mask(self._constraint, logits))
+            token = self._sampled(logits, row)
+            while not self._constraint.keeps_unique(token):
+                logits[token] = -np.inf
+                if logits.max() == -np.inf:
+                    raise ConstraintFailed(
+                        "Each item that could follow is in this array already, and it wants them unique."
+                    )
+                token = self._sampled(logits, row)
+            if kept is not None:
+                logits[:] = kept  # log probabilities are those of the model, before any sampler
+        if token not in self._eog_tokens:
+            self._constraint.accept(token)
         return token
 
-    def _draw_natively(self, row: int) -> int:
+    def _mask(self, constraint: Constraint, logits: NDArray[np.float32]) -> NDArray[np.bool_]:
+        """The permitted tokens, or as many of the best of them as the chain keeps anyway."""
+        if self._keep and constraint.masks_slowly:
+            tried = np.argpartition(logits, -_TRIED)[-_TRIED:]
+            best_first = tried[np.argsort(-logits[tried], kind="stable")]
+            permitted = constraint.permitted(best_first.tolist(), self._keep)
+            if len(permitted) >= self._keep:
+                mask = np.zeros(len(logits), np.bool_)
+                mask[permitted] = True
+                return mask
+        return constraint.mask(self._forbidden)
+
+    def _sampled(self, logits: NDArray[np.float32], row: int) -> int:
+        if self._plain:
+            return int(logits.argmax())
         return int(self._llama.llama_sampler_sample(self._chain.pointer, *self._context.at(row)))
-
-    def _scores(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        """What the chain orders tokens by: the logits, with their biases."""
-        if not len(self._biased):
-            return logits
-        scores = logits.copy()
-        scores[self._biased] += self._bias
-        return scores
-
-    def _draw(self, logits: NDArray[np.float32], scores: NDArray[np.float32], ids: Ids) -> int | None:
-        """Draw from `ids`, best first, as from the whole vocabulary; all tokens that are left out score less.
-
-        None when that is not known to be the same: which of equal tokens are kept, and in which order, depends on how
-        all others lie.
-        """
-        first = scores[ids[: self._keep + 1]]
-        if not len(ids) or (first[1:] == first[:-1]).any():
-            return None
-        kept = ids[: self._keep]
-        return self._model.candidates.draw(self._chain.pointer, kept, logits[kept])
-
-    def _draw_from_all(self, logits: NDArray[np.float32]) -> int:
-        return self._model.candidates.draw(self._chain.pointer, np.arange(len(logits)), logits)
-
-    def _draw_permitted(self, grammar: int, logits: NDArray[np.float32]) -> int:
-        """Draw from what the grammar permits. Raises BadGrammar when that is nothing."""
-        scores = self._scores(logits)
-        token = None
-        if self._keep or self._greedy:
-            # In a string most tokens are permitted: some of the best are all that the chain keeps.
-            tried = best(scores, _TRIED)
-            tried = tried[self._model.candidates.permitted(grammar, tried)]
-            if self._greedy and len(tried):
-                return int(tried[0])
-            if 0 < self._keep < len(tried):
-                token = self._draw(logits, scores, tried)
-        if token is None:
-            permitted = self._model.prefix_tree.permitted(self._model.candidates, grammar)
-            ids = np.flatnonzero(permitted & (scores > -np.inf))
-            if not len(ids):
-                raise BadGrammar(
-                    "The grammar allows no token of this model here: loosen the grammar or the logit_bias."
-                )
-            if self._greedy:
-                return int(ids[scores[ids].argmax()])
-            if self._keep:
-                token = self._draw(logits, scores, ids[np.argsort(-scores[ids], kind="stable")])
-            if token is None:
-                token = self._draw_from_all(np.where(permitted, logits, np.float32(-np.inf)))
-        return token
 
     def close(self) -> None:
         """Free it; twice does no harm."""
-        if self._grammar is not None:
-            self._grammar.close()
         self._chain.close()
+
+
+def _biases(model: Model, params: SamplingParams, *, constrained: bool) -> dict[int, float]:
+    biases = dict(params.logit_bias)
+    for token, bias in biases.items():
+        if not 0 <= token < model.n_vocab:
+            raise BadParameter(
+                f"logit_bias names token {token}, but this model's tokens go from 0 to {model.n_vocab - 1}."
+            )
+        if np.isnan(bias) or bias == np.inf:
+            raise BadParameter(f"logit_bias of token {token} must be a number, or -inf to forbid it.")
+    if params.ignore_eos:
+        if constrained:
+            raise BadParameter("ignore_eos cannot be used with a grammar or a JSON schema: leave one of them out.")
+        biases.update(dict.fromkeys(model.eog_tokens, -np.inf))
+    return biases

@@ -223,8 +223,8 @@ def test_a_bad_grammar_is_refused_and_the_engine_lives() -> None:
         assert engine.submit(prompt()).result().text == "fine"
 
 
-def test_a_schema_compiles_while_others_stream() -> None:
-    """On the engine's thread it would make every stream pause for as long as it takes."""
+def test_schemas_compile_while_others_are_laid_out_and_stream() -> None:
+    """On the engine's thread they would make every stream pause, on the threads that lay out every new prompt wait."""
     compiling, done = threading.Event(), threading.Event()
 
     class Slow(FakeBackend):
@@ -234,11 +234,11 @@ def test_a_schema_compiles_while_others_stream() -> None:
                 assert done.wait(10)
 
     with Engine(lambda: Slow(lambda _: "fine")) as engine:
-        slow = engine.submit(prompt(), SamplingParams(json_schema="{}"))
+        slow = [engine.submit(prompt(), SamplingParams(json_schema="{}")) for _ in range(6)]
         assert compiling.wait(10)
         assert engine.submit(prompt()).result().text == "fine"
         done.set()
-        assert slow.result().text == "fine"
+        assert [stream.result().text for stream in slow] == ["fine"] * 6
 
 
 def test_a_model_that_cannot_be_opened_raises_where_the_engine_is_made() -> None:

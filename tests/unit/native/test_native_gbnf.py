@@ -1,0 +1,63 @@
+"""GBNF becomes Lark that means the same, or is refused with what is wrong in it."""
+
+import pytest
+
+from opsin.core.errors import BadGrammar
+from opsin.native.gbnf import MAX_DEPTH, MAX_RULES, to_lark
+
+
+def body(gbnf: str) -> str:
+    return to_lark(gbnf).rstrip("\n")
+
+
+@pytest.mark.parametrize(
+    ("gbnf", "lark"),
+    [
+        ('root ::= "a"', 'start: "a"'),
+        ('root ::= word "x"\nword ::= [a-z]+', 'start: r1 "x"\nr1: /[\\x{61}-\\x{7A}]/+'),
+        ('root ::= "ab" [0-9]{2,3}', 'start: "ab" /[\\x{30}-\\x{39}]/{2,3}'),
+        # What something else could begin with is taken character by character.
+        ('root ::= "ab" [a-z]*', 'start: ("a" "b") /[\\x{61}-\\x{7A}]/*'),
+        ('root ::= "ab" "abc"', 'start: "ab" ("a" "b" "c")'),
+        ('root ::= "ab" .', 'start: ("a" "b") /(?s:.)/'),
+        ('root ::= ("yes" | "no")? # {0,5000}', "start: (/yes|no/)?"),
+        ('root ::= "yes" |\n  "no"', "start: /yes|no/"),
+        ('root ::= (\n "a" # why\n b\n)\n\nb ::=\n "{0,5000}" |', 'start: ("a" r1)\nr1: "{0,5000}" | ""'),
+        (r'root ::= "\u0041\[\x0a\"" [\]^-]', 'start: "A[\\n\\"" /[\\x{5D}-\\x{5D}\\x{5E}-\\x{5E}\\x{2D}-\\x{2D}]/'),
+        ("root ::= [^a]", "start: /[^\\x{61}-\\x{61}]/"),
+        ('root ::= a-b a_b A-b\na-b ::= ""\na_b ::= ""\nA-b ::= ""', 'start: r1 r2 r3\nr1: ""\nr2: ""\nr3: ""'),
+    ],
+)  # fmt: skip
+def test_gbnf_becomes_lark(gbnf: str, lark: str) -> None:
+    assert body(gbnf) == lark
+
+
+BAD = [
+    ("", "no rule named root"),
+    ('foo ::= "yes"', "no rule named root"),
+    ('root ::= "a"\nroot ::= "b"', "defines the rule root twice"),
+    ('root ::= "yes', "is not expected there"),
+    ("root ::= [abc", "is not expected there"),
+    ("root ::= bar", "names the rule bar, which it does not define"),
+    ('root ::= ("a"', "ends too early, in line 1"),
+    ('root ::= "a")', "is not expected there"),
+    ('root ::= "a"**', "is not expected there"),
+    ('root ::= "a"\n*', "in line 2 is not expected there"),
+    ('root ::= "\\q"', "is not expected there"),
+    ('root ::= "\\ud800"', "is not expected there"),
+    ("root ::= [z-a]", "runs backwards"),
+    ('root ::= "a"{0,99999999999999999999999}', "2000 are the limit"),
+    ('root ::= [^"]{0,5000}', "2000 are the limit"),
+    ("root ::= " + "(" * (MAX_DEPTH + 1), "nested more than 64 deep"),
+    ("root ::= " + "(" * 60_000, "nested more than 64 deep"),
+    ('root ::= <think> "a"', "angle brackets"),
+    ("root ::= r0\n" + "".join(f'r{i} ::= "a"\n' for i in range(MAX_RULES)), f"{MAX_RULES} are the limit"),
+]
+
+
+@pytest.mark.parametrize(("gbnf", "says"), BAD, ids=[says for _, says in BAD])
+def test_a_bad_grammar_is_refused_with_its_reason(gbnf: str, says: str) -> None:
+    with pytest.raises(BadGrammar, match=says) as refused:
+        to_lark(gbnf)
+    assert len(str(refused.value)) < 330
+    assert "\n" not in str(refused.value)
