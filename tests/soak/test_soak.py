@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-import pytest
 
 from opsin import Opsin
 from opsin.api import question_about
