@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from opsin.cache import DiskStore, PictureCache, default_folder
 from opsin.core.settings import PROFILE_MAX_TOKENS, EngineSettings, Profile
-from opsin.engine import Engine, Policy
+from opsin.engine import Engine, Policy, Watch
+from opsin.engine.native_calls import unwatched
 from opsin.models import Pair, resolve
 from opsin.native import NativeBackend, devices, open_backend
+from opsin.native.parent import end_with_parent
 from opsin.native.setup import setup_word
 from opsin.prompt import PromptBuilder, TemplateSource
+
+
+__all__ = ["Runtime", "default_profile", "end_with_parent", "gpu_names", "open_runtime", "template_source"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +48,18 @@ def open_runtime(
     *,
     template: str | None = None,
     max_queue: int = 256,
+    watch: Watch = unwatched,
+    resolved: Callable[[Path, Path | None], None] = lambda *_: None,
 ) -> Runtime:
     """Find the pair, load it, and make ready to ask; `template` stands in for the model's own chat template.
 
-    `max_queue` requests may wait.
+    `max_queue` requests may wait. `watch` is told of native calls; `resolved` of the pair's files, before they are
+    loaded.
 
     Raises ModelError when the pair cannot be used, BadParameter when a setting does not fit this machine.
     """
     pair = resolve(None if model is None else str(model), None if mmproj is None else str(mmproj))
+    resolved(pair.llm, pair.mmproj)
     profile = settings.profile or default_profile()
     settings = settings.model_copy(update={"model": pair.llm, "mmproj": pair.mmproj, "profile": profile})
     opened: list[NativeBackend] = []
@@ -64,6 +74,7 @@ def open_runtime(
         policy=_policy(settings, max_queue),
         pictures=PictureCache(settings.picture_cache_bytes, store),
         max_tokens=PROFILE_MAX_TOKENS[profile],
+        watch=watch,
     )
     try:
         source = template_source(opened[0], pair)

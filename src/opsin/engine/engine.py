@@ -25,6 +25,7 @@ from opsin.engine.clock import StageClock
 from opsin.engine.coming import Coming
 from opsin.engine.guard import Guard
 from opsin.engine.loop import Loop
+from opsin.engine.native_calls import Watch, unwatched
 from opsin.engine.output import Output
 from opsin.engine.policy import Policy
 from opsin.engine.request import AnswerStream, Request
@@ -42,7 +43,7 @@ class Engine:
     """A running model. Opening it loads the model; it is closed once, or used in a `with` block.
 
     Tokenising and preprocessing happen in `LAYOUT_WORKERS` threads of its own, all else in one thread that owns the
-    backend. Raises what `open_backend` raises.
+    backend. `watch` is told of native calls. Raises what `open_backend` raises.
     """
 
     def __init__(
@@ -53,16 +54,18 @@ class Engine:
         pictures: PictureCache | None = None,
         max_tokens: int = 1024,
         now: Callable[[], float] = time.perf_counter,
+        watch: Watch = unwatched,
     ) -> None:
         started = now()
         self._now = now
+        self._watch = watch
         self._max_tokens = max_tokens
         self._policy = policy or Policy()
         self._numbers = itertools.count()
         self._queued = 0
         self._lock = threading.Lock()
         self.pictures = pictures or PictureCache(PICTURE_BYTES)
-        self._loop = Loop(open_backend, self._policy, self.pictures, now)
+        self._loop = Loop(open_backend, self._policy, self.pictures, now, watch)
         self._backend = self._loop.start()
         self._coming = Coming()
         self._tags: dict[ReasoningStyle, dict[int, bytes]] = {}
@@ -183,7 +186,8 @@ class Engine:
             with self._coming.turn(picture.sha256 for picture in request.prompt.pictures):
                 if stream.done:
                     return  # cancelled while it waited for a worker
-                with clock.stage(Stage.PREPROCESS):
+                images = tuple(picture.sha256 for picture in request.prompt.pictures)
+                with clock.stage(Stage.PREPROCESS), self._watch(images):
                     layout = self._lay_out(request)
                 _check_fit(layout.n_tokens, layout.n_image_tokens, self._backend.limits)
                 stream.deliver(Started(layout.images, layout.n_tokens))

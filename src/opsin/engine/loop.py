@@ -18,6 +18,7 @@ from opsin.core.errors import DecodeFailed, EngineClosed, EngineDied, EngineErro
 from opsin.core.parts import TextPart
 from opsin.core.stages import Stage
 from opsin.engine.absorb import Absorber, check_deadline
+from opsin.engine.native_calls import Watch, unwatched
 from opsin.engine.plan import Encode, Step, Tokens, members_of
 from opsin.engine.policy import Policy
 from opsin.engine.runner import Drawn, Runner
@@ -43,7 +44,9 @@ class Loop:
         policy: Policy,
         pictures: PictureCache,
         now: Callable[[], float] = time.perf_counter,
+        watch: Watch = unwatched,
     ) -> None:
+        self._watch = watch
         self._open_backend = open_backend
         self._policy = policy
         self._pictures = pictures
@@ -121,7 +124,8 @@ class Loop:
         end: OpsinError = EngineClosed("The engine was closed before the answer was complete.")
         try:
             while self._receive():
-                self._step()
+                with self._watch(()):
+                    self._step()
         except BaseException as cause:
             log.exception("the engine's thread died")
             end = EngineDied(f"The engine died ({type(cause).__name__}: {cause}): start it again.")
@@ -130,7 +134,7 @@ class Loop:
             backend.close()
 
     def _attach(self, backend: Backend) -> None:
-        self._runner = Runner(backend, self._pictures)
+        self._runner = Runner(backend, self._pictures, self._watch)
         self._scheduler = Scheduler(backend.limits, self._policy)
         self.stats.watch(self._scheduler)
         self._absorber = Absorber(

@@ -84,6 +84,20 @@ class AnswerStream:
         self.fail(Cancelled("The answer was cancelled."))
         self.on_cancel()
 
+    def listen(self, wake: Callable[[], object]) -> None:
+        """Call `wake` from now on, in any thread, whenever something can be taken; instead of iterating."""
+        with self._changed:
+            self._wake = wake
+            if self._events or self._done:
+                wake()
+
+    def take(self) -> tuple[list[Event], BaseException | None]:
+        """What has come since the last time, without waiting, and the error that the stream has ended with."""
+        with self._changed:
+            events = list(self._events)
+            self._events.clear()
+            return events, self._error
+
     @property
     def done(self) -> bool:
         """True once the last event or the error is in."""

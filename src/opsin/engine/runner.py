@@ -16,6 +16,7 @@ from opsin.core.backend import Backend, EmbeddingRows, TokenRow
 from opsin.core.layout import ImageRun
 from opsin.core.sampling import SamplingParams
 from opsin.core.stages import Stage
+from opsin.engine.native_calls import Watch, unwatched
 from opsin.engine.plan import Encode, Forget, Fork, Join, Leave, MemoryOp, PrefillImage, Step, Tokens
 from opsin.engine.sequence import Sequence, State
 
@@ -34,8 +35,9 @@ class Runner:
     `rest` is the stage of a sequence that the engine is not computing for: QUEUE while others are computed for.
     """
 
-    def __init__(self, backend: Backend, pictures: PictureCache) -> None:
+    def __init__(self, backend: Backend, pictures: PictureCache, watch: Watch = unwatched) -> None:
         self._backend = backend
+        self._watch = watch
         self._pictures = pictures
         self.rest = Stage.OTHER
         self.encodes = 0
@@ -140,7 +142,8 @@ class Runner:
             run = again
         sequence.stream.deliver(Progress(f"reading picture {run.picture + 1} of {len(sequence.layout.images)}"))
         batch = [(sequence, run), *self._unknown(step)]
-        with self._stage({id(s): s for s, _ in batch}.values(), Stage.ENCODE):
+        pictures = tuple(owner.layout.images[chunk.picture].sha256 for owner, chunk in batch)
+        with self._stage({id(s): s for s, _ in batch}.values(), Stage.ENCODE), self._watch(pictures):
             if len(batch) > 1:
                 embeddings = self._backend.encode_many([chunk for _, chunk in batch])
             else:
@@ -148,8 +151,8 @@ class Runner:
         for (owner, chunk), embedding in zip(batch, embeddings, strict=True):
             self.encodes += 1
             owner.encoded_pictures.add(chunk.picture)
-            if not owner.stream.cancelled:
-                self._pictures.put(salted(chunk.identity, owner.request.salt), embedding)
+            # Also where its client has left: the work is done, and the next one who asks has it for nothing.
+            self._pictures.put(salted(chunk.identity, owner.request.salt), embedding)
         sequence.embedding = embeddings[0]
 
     def _unknown(self, step: Encode) -> list[tuple[Sequence, ImageRun]]:
@@ -178,7 +181,8 @@ class Runner:
             logits=step.last,
             causal=step.run.causal,
         )
-        with self._stage((sequence,), Stage.IMAGE_PREFILL):
+        picture = sequence.layout.images[step.run.picture].sha256
+        with self._stage((sequence,), Stage.IMAGE_PREFILL), self._watch((picture,)):
             return self._decode(rows)
 
     def _tokens(self, step: Tokens) -> bool:
@@ -190,7 +194,7 @@ class Runner:
                 for i, token in enumerate(part.tokens)
             ]
         filling = tuple(part.sequence for part in step.prefill)
-        with self._stage(step.decode, Stage.DECODE), self._stage(filling, Stage.TEXT_PREFILL):
+        with self._stage(step.decode, Stage.DECODE), self._stage(filling, Stage.TEXT_PREFILL), self._watch(()):
             return self._decode(rows)
 
     def _decode(self, rows: list[TokenRow] | EmbeddingRows) -> bool:

@@ -1,0 +1,12 @@
+"""An engine in a process of its own, behind the engine's own interface.
+
+For: whoever must outlive llama.cpp (the server, batch jobs, `Opsin(isolated=True)`). Refuses to know HTTP; this file
+and `client` import nothing native, so that the process in front stays small.
+"""
+
+from opsin.engine.request import AnswerStream
+from opsin.worker.child import ImageBlocked
+from opsin.worker.client import NotReady, WorkerEngine
+from opsin.worker.messages import Loaded, Pixels
+
+__all__ = ["AnswerStream", "ImageBlocked", "Loaded", "NotReady", "Pixels", "WorkerEngine"]

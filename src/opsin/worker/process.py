@@ -1,0 +1,267 @@
+"""The worker process: an engine, a thread that reads messages, and a thread that sends what happened."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from opsin.compose import Runtime, end_with_parent, open_runtime
+from opsin.core.answer import Event, Finished, Started, TextDelta
+from opsin.core.errors import EngineDied, OpsinError
+from opsin.core.parts import Prompt
+from opsin.core.placement import Placement
+from opsin.core.sampling import SamplingParams
+from opsin.engine import AnswerStream
+from opsin.prompt import Message
+from opsin.worker.messages import Channel, Loaded, Packed, Pixels, pack, portable, set_pixels
+
+log = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 1.0
+"""How often a worker with nothing to read looks whether its engine still lives."""
+
+Open = Callable[..., Runtime]
+
+
+def main(*, notice: Callable[[], str | None] = lambda: None, open_model: Open = open_runtime) -> None:
+    """Serve the process that started this one until it is gone or says `close`; never returns.
+
+    The arguments of the command are the socket's file descriptor and the parent's process id. `notice` gives the
+    sentence of `Loaded`; `open_model` replaces how a model is opened, for tests.
+    """
+    fd, parent = map(int, sys.argv[1:3])
+    # Whoever stops a service sends SIGTERM to all of its processes, but running answers end when the front says so.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    end_with_parent(parent)
+    sock = socket.socket(fileno=fd)
+    sock.set_inheritable(False)
+    _Worker(Channel(sock), notice, open_model).run()
+
+
+class _Worker:
+    def __init__(self, channel: Channel, notice: Callable[[], str | None], open_model: Open) -> None:
+        self._channel = channel
+        self._notice = notice
+        self._open_model = open_model
+        self._runtime: Runtime | None = None
+        self._watch = CallWatch(lambda images, change: channel.send(("images", images, change)))
+        self._outbox = _Outbox(channel, lambda: None if self._runtime is None else self._runtime.engine.stats)
+        self._pixels: dict[int, list[Pixels]] = {}
+
+    def run(self) -> None:
+        """Read messages; this thread never computes, so it answers whatever the engine does."""
+        while True:
+            try:
+                message = self._channel.receive(_LOOK_SECONDS)
+                if message is not None:
+                    getattr(self, f"_on_{message[0]}")(*message[1:])
+                if self._runtime is not None and isinstance(self._runtime.engine.error, EngineDied):
+                    self._outbox.flush()
+                    _leave(EngineDied.exit_code)
+            except (EOFError, OSError):
+                os._exit(0)  # the front is gone, and nobody is left to tell
+
+    def _on_open(self, options: dict[str, Any], warm_up: bool) -> None:
+        _log_to_stderr(verbose=options["settings"].verbose)
+        threading.Thread(target=self._load, args=(options, warm_up), name="opsin-load", daemon=True).start()
+
+    def _on_pixels(self, number: int, size: int, fd: int) -> None:
+        self._pixels.setdefault(number, []).append(Pixels(fd, size))
+
+    def _on_submit(self, number: int, prompt: Prompt, params: SamplingParams, options: dict[str, Any]) -> None:
+        assert self._runtime is not None, "the front submits when the model is loaded"
+        set_pixels(prompt, self._pixels.pop(number, []))
+        try:
+            stream = self._runtime.engine.submit(prompt, params, **options)
+        except OpsinError as error:
+            self._outbox.refuse(number, error)
+            return
+        self._outbox.follow(number, stream, prompt)
+
+    def _on_cancel(self, number: int) -> None:
+        self._outbox.cancel(number)
+
+    def _on_ping(self) -> None:
+        self._channel.send(("pong", self._watch.running, self._watch.longest, self._outbox.stats()))
+
+    def _on_placement(self, number: int) -> None:
+        def prove() -> None:
+            assert self._runtime is not None, "the front asks when the model is loaded"
+            try:
+                result: Placement | OpsinError = self._runtime.engine.placement()
+            except Exception as error:  # noqa: BLE001 - it belongs to whoever asked
+                result = portable(error)
+            self._channel.send(("result", number, result))
+
+        threading.Thread(target=prove, name="opsin-placement", daemon=True).start()
+
+    def _on_close(self) -> None:
+        def close() -> None:
+            if self._runtime is not None:
+                self._runtime.close()
+            _leave(0)
+
+        threading.Thread(target=close, name="opsin-close", daemon=True).start()
+
+    def _load(self, options: dict[str, Any], warm_up: bool) -> None:
+        """Load the model and say what it is, or why it cannot be used."""
+        try:
+            runtime = self._open_model(
+                **options, watch=self._watch, resolved=lambda *files: self._channel.send(("loading", files))
+            )
+            self._channel.send(("warming",))
+            placement = _warm_up(runtime) if warm_up else None
+            assert runtime.template is not None, "a runtime of a model knows its template"
+            loaded = Loaded(
+                info=runtime.engine.info,
+                limits=runtime.engine.limits,
+                source=runtime.template,
+                is_demo=runtime.is_demo,
+                setup=runtime.setup,
+                load_ms=runtime.engine.load_ms,
+                placement=placement,
+                notice=self._notice(),
+            )
+            self._runtime = runtime
+            self._channel.send(("ready", loaded, self._watch.longest, runtime.engine.stats))
+        except BaseException as error:  # noqa: BLE001 - the front must hear of it
+            if not isinstance(error, OpsinError):
+                log.exception("the model could not be loaded")
+            with contextlib.suppress(OSError):
+                self._channel.send(("failed", portable(error)))
+            _leave(getattr(error, "exit_code", EngineDied.exit_code))
+
+
+def _warm_up(runtime: Runtime) -> Placement:
+    """Encode an image and generate a few tokens, so that weights are in memory and graphs are built.
+
+    The encode is the one that proves where the encoder runs: it goes past the caches, so it is a real one at every
+    start, and nothing of it is remembered.
+    """
+    placement = runtime.engine.placement()
+    prompt = runtime.prompts.build([Message("user", "Hello.")])
+    params = SamplingParams(max_tokens=4, ignore_eos=True, guard=False)
+    runtime.engine.submit(prompt, params, salt="warm-up").result()
+    return placement
+
+
+class CallWatch:
+    """Tells which images enter (+1) and leave (-1) native code, and how long the current calls have run, in seconds."""
+
+    def __init__(self, tell: Callable[[tuple[str, ...], int], None]) -> None:
+        self._tell = tell
+        self._calls: dict[int, list[float]] = {}  # by thread: the begin of each nested call
+        self.longest = 0.0
+        """The longest call that came back."""
+
+    @contextlib.contextmanager
+    def __call__(self, images: tuple[str, ...]) -> Iterator[None]:
+        """See `opsin.engine.Watch`."""
+        calls = self._calls.setdefault(threading.get_ident(), [])
+        if images:
+            self._tell(images, +1)
+        calls.append(time.perf_counter())
+        try:
+            yield
+        finally:
+            now = time.perf_counter()
+            self.longest = max(self.longest, now - calls.pop())
+            if calls:
+                calls[-1] = now  # the outer one made progress
+            if images:
+                self._tell(images, -1)
+
+    @property
+    def running(self) -> float:
+        """How long the call that has run longest was seen to do nothing else."""
+        now = time.perf_counter()
+        return max((now - calls[-1] for calls in list(self._calls.values()) if calls), default=0.0)
+
+
+class _Outbox:
+    """Sends what happens to requests: one message for everything that is there, which is usually an engine step."""
+
+    def __init__(self, channel: Channel, stats: Callable[[], Any]) -> None:
+        self._channel = channel
+        self.stats = stats
+        self._followed: dict[int, tuple[AnswerStream, Prompt]] = {}
+        self._woken: queue.SimpleQueue[int | Packed] = queue.SimpleQueue()
+        self._sending = threading.Lock()
+        threading.Thread(target=self._run, name="opsin-events", daemon=True).start()
+
+    def follow(self, number: int, stream: AnswerStream, prompt: Prompt) -> None:
+        """Send the events of this stream from now on."""
+        self._followed[number] = stream, prompt
+        stream.listen(lambda: self._woken.put(number))
+
+    def refuse(self, number: int, error: OpsinError) -> None:
+        """Send that the request failed before it began."""
+        self._woken.put(pack(number, error))
+
+    def cancel(self, number: int) -> None:
+        """End an answer that nobody waits for any more."""
+        followed = self._followed.get(number)
+        if followed is not None:
+            followed[0].cancel()
+
+    def flush(self) -> None:
+        """Send what is there now."""
+        with self._sending:
+            self._send(set())
+
+    def _run(self) -> None:
+        while True:
+            first = self._woken.get()
+            with self._sending:
+                self._send({first})
+
+    def _send(self, woken: set[int | Packed]) -> None:
+        while not self._woken.empty():
+            woken.add(self._woken.get())
+        batch: list[Packed] = []
+        milestone = False  # counters travel with what changes them visibly, not with every token
+        for one in woken:
+            if not isinstance(one, int):
+                batch.append(one)
+            elif one in self._followed:
+                milestone |= self._take(one, batch)
+        if batch:
+            with contextlib.suppress(OSError):  # the front is gone: the message thread ends this process
+                self._channel.send(("events", batch, self.stats() if milestone else None))
+
+    def _take(self, number: int, batch: list[Packed]) -> bool:
+        """Put a stream's events into the batch; whether the request began or ended."""
+        stream, prompt = self._followed[number]
+        events, error = stream.take()
+        things: list[Event | BaseException] = [*events] if error is None else [*events, error]
+        batch += [pack(number, thing) for thing in things]
+        kinds = set(map(type, events))
+        ended = error is not None or Finished in kinds
+        if ended:
+            del self._followed[number]
+        if prompt.pictures and (ended or TextDelta in kinds):
+            set_pixels(prompt, [b""] * len(prompt.pictures))  # all of them are encoded by now
+        return ended or Started in kinds
+
+
+def _leave(code: int) -> None:
+    """End now: an orderly end of the interpreter would wait for threads that may be loading a model."""
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _log_to_stderr(*, verbose: bool) -> None:
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("opsin").setLevel(logging.DEBUG if verbose else logging.INFO)
+    # llama.cpp's own log has its own handler where --verbose asks for it.
+    logging.getLogger("opsin.native").propagate = False
