@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from mmap import mmap
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
     """One decoded picture, turned upright, on white, 8 bit RGB.
 
-    `rgb` holds `height * width * 3` bytes, row by row. `sha256` (hex) is taken over width, height and pixels, so
+    `rgb` holds `height * width * 3` bytes, row by row, maybe in memory that other processes map. `sha256` (hex) is taken over width, height and pixels, so
     the same picture in two file formats without loss has one identity. `notes` are sentences for the user, such as
     "the first of 12 frames was taken".
     """
 
-    rgb: bytes = field(repr=False)
+    rgb: bytes | mmap = field(repr=False)
     width: int
     height: int
     sha256: str

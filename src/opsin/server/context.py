@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from opsin.core.server_settings import ServerSettings
-from opsin.server.life import Life
+from opsin.server.model import ModelManager
 from opsin.server.pictures import PictureGate
 from opsin.server.record import Record, Watcher
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """The settings, the model's life, the door that pictures come in by, and those who are told of each request."""
+    """The settings, the model, the door that pictures come in by, and those who are told of each request."""
 
     settings: ServerSettings
-    life: Life
+    model: ModelManager
     pictures: PictureGate
     watchers: tuple[Watcher, ...] = ()
 

@@ -19,7 +19,7 @@ from prometheus_client.registry import Collector
 from opsin.core.answer import Answer
 from opsin.core.stages import Stage
 from opsin.engine import Snapshot
-from opsin.server.life import Life
+from opsin.server.model import ModelManager
 from opsin.server.record import Record
 
 # The boundaries in seconds that OpenTelemetry's conventions advise for gen_ai.server.time_to_first_token,
@@ -50,9 +50,9 @@ def show_metrics(request: Request) -> Response:
 class Metrics:
     """A watcher with a registry of its own, so that several servers in one process do not mix."""
 
-    def __init__(self, life: Life) -> None:
+    def __init__(self, model: ModelManager) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(_EngineNumbers(life))
+        self.registry.register(_EngineNumbers(model))
         self._refusals: set[str] = set()
 
         def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
@@ -121,19 +121,19 @@ class Metrics:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _EngineNumbers(Collector):
-    """What the engine says of itself; zeros while no model is loaded. Counters begin anew with each loading."""
+    """What the engine says of itself; zeros before the model was loaded. Counters go on when a worker is replaced."""
 
-    life: Life
+    manager: ModelManager
 
     def collect(self) -> Iterator[Metric]:
-        model = self.life.loaded
+        model = self.manager.loaded
         now = Snapshot() if model is None else model.engine.stats
-        used = 0.0 if model is None else now.cells_used / model.engine.limits.n_ctx
+        used = 0.0 if model is None else now.cells_used / model.facts.limits.n_ctx
         yield _gauge("num_requests_running", "Answers that are computed.", now.running)
         yield _gauge("num_requests_waiting", "Answers that wait for their turn.", now.waiting)
         yield _gauge("kv_cache_usage_perc", "Share of the KV memory in use, 1 when full; prefixes count.", used)
         yield _gauge("num_idle_prefixes", "Prompts in the KV memory that nobody answers on now.", now.idle_prefixes)
-        yield _gauge("ready", "1 when requests are answered.", float(self.life.ready))
+        yield _gauge("ready", "1 when requests are answered.", float(self.manager.ready))
         yield _counter("prompt_tokens", "Tokens of prompts, remembered ones too.", now.prompt_tokens)
         yield _counter("generation_tokens", "Tokens that were drawn.", now.generated_tokens)
         yield _counter("prefix_cache_queries", "Tokens looked up in the KV memory.", now.prompt_tokens)

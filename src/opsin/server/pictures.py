@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import hashlib
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, TypeVar
 
 from opsin.core.errors import BadParameter, BadPicture, FetchFailed
@@ -20,6 +18,7 @@ from opsin.media.source import read_data_url
 from opsin.server.addresses import AddressPolicy
 from opsin.server.media_folder import MediaFolder
 from opsin.server.pixels import Holder, PixelRoom, current_holder
+from opsin.worker import Pixels
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,9 +39,8 @@ class PictureGate:
     """Turns the addresses in requests into checked pictures, within the limits of the settings.
 
     Addresses are fetched and pictures decoded by threads of its own, and no more pixels are held at the same time than
-    `max_pixels_in_flight`: see `opsin.server.pixels`. `resolve` replaces the policy on addresses, for tests. The
-    native decoders run inside `in_flight` of the file's SHA-256, so that a file that ends the process is known later.
-    Raises BadParameter when the settings name hosts or a folder that cannot be.
+    `max_pixels_in_flight`: see `opsin.server.pixels`. `resolve` replaces the policy on addresses, for tests. Raises
+    BadParameter when the settings name hosts or a folder that cannot be.
     """
 
     def __init__(
@@ -50,12 +48,10 @@ class PictureGate:
         settings: ServerSettings,
         *,
         resolve: Resolver | None = None,
-        in_flight: Callable[[list[str]], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self._limits = MediaSettings(
             max_bytes=settings.max_picture_bytes, max_pixels=settings.max_pixels, fetch=settings.fetch_images
         )
-        self._in_flight = in_flight
         self._resolve = resolve or AddressPolicy(settings.image_hosts)
         self._folder = None if settings.media_path is None else MediaFolder(settings.media_path)
         self._room = PixelRoom(settings.max_pixels_in_flight)
@@ -74,14 +70,11 @@ class PictureGate:
         begin = time.perf_counter()
         data = await self._bytes(url)
         fetch_ms = (time.perf_counter() - begin) * 1e3
-        identity = await self._in(self._decoders, lambda: hashlib.sha256(data).hexdigest())
-        with self._in_flight([identity]):
-            pixels = await self._in(self._decoders, lambda: _measure(data, self._limits))
+        pixels = await self._in(self._decoders, lambda: _measure(data, self._limits))
         holder = current_holder() or Holder()
         try:
             await self._room.take(pixels, holder)
-            with self._in_flight([identity]):
-                picture = await self._in(self._decoders, lambda: _decode(data, self._limits, detail, fetch_ms))
+            picture = await self._in(self._decoders, lambda: _decode(data, self._limits, detail, fetch_ms))
             self._room.give_back(holder, pixels - picture.width * picture.height)
         finally:
             if holder is not current_holder():
@@ -146,7 +139,7 @@ def _decode(data: bytes, limits: MediaSettings, detail: str | None, fetch_ms: fl
     picture = dataclasses.replace(load_picture(data, limits), fetch_ms=fetch_ms)
     longer = max(picture.width, picture.height)
     if detail != "low" or longer <= LOW_EDGE:
-        return picture
+        return dataclasses.replace(picture, rgb=Pixels.of(picture.rgb))
     from PIL import Image
 
     begin = time.perf_counter()
@@ -155,7 +148,7 @@ def _decode(data: bytes, limits: MediaSettings, detail: str | None, fetch_ms: fl
     rgb = whole.resize(size, Image.Resampling.LANCZOS).tobytes()
     return dataclasses.replace(
         picture,
-        rgb=rgb,
+        rgb=Pixels.of(rgb),
         width=size[0],
         height=size[1],
         sha256=picture_sha256(*size, rgb),

@@ -107,11 +107,13 @@ class Child:
         self.post(("submit", number, prompt, params, options))
 
     def end(self) -> None:
-        """Tell it to end; twice does no harm."""
-        if not self.ending:
+        """Tell it to end; twice does no harm. One that is not ready has nothing to put in order."""
+        if self.ready_at is None:
+            self._process.kill()
+        elif not self.ending:
             self._kill_at = time.monotonic() + GRACE_SECONDS
-            self.ending = True
             self.post(("close",))
+        self.ending = True
 
     def kill_if_late(self) -> None:
         """Kill it when it was told to end long ago."""
