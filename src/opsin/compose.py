@@ -16,7 +16,6 @@ from opsin.native.parent import end_with_parent
 from opsin.native.setup import setup_word
 from opsin.prompt import PromptBuilder, TemplateSource
 
-
 __all__ = ["Runtime", "default_profile", "end_with_parent", "gpu_names", "open_runtime", "template_source"]
 
 

@@ -134,7 +134,7 @@ class _Worker:
             )
             self._runtime = runtime
             self._channel.send(("ready", loaded, self._watch.longest, runtime.engine.stats))
-        except BaseException as error:  # noqa: BLE001 - the front must hear of it
+        except BaseException as error:
             if not isinstance(error, OpsinError):
                 log.exception("the model could not be loaded")
             with contextlib.suppress(OSError):
