@@ -85,9 +85,15 @@ class Served:
         return self.url
 
     @property
-    def child(self) -> psutil.Process:
+    def worker(self) -> psutil.Process:
         """The process that holds the model."""
-        return psutil.Process(self.process.pid).children()[0]
+        children = psutil.Process(self.process.pid).children()
+        return next(child for child in children if "opsin.worker.process" in " ".join(child.cmdline()))
+
+    def metric(self, name: str) -> float:
+        """What /metrics says now of a metric without labels."""
+        text = httpx.get(f"{self.url}/metrics", timeout=LIMIT).text
+        return float(next(line.split()[1] for line in text.splitlines() if line.startswith(f"opsin:{name} ")))
 
     def end(self, number: int = signal.SIGTERM) -> int:
         """Tell it to end, and its exit code."""

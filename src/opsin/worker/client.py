@@ -280,8 +280,12 @@ class WorkerEngine:
         delay = FIRST_DELAY
         while self._wait_for_work():
             began = time.monotonic()
-            child = self._child = Child(self._command, self._open)
-            self._silent = self._call_seconds = 0.0
+            child = Child(self._command, self._open)
+            with self._condition:
+                self._child = child
+                self._silent = self._call_seconds = 0.0
+                if self._closing:
+                    child.end()
             try:
                 self._watch(child)
             finally:
@@ -355,7 +359,7 @@ class WorkerEngine:
             died = EngineDied("The model's process ended before the answer was complete: ask again in a moment.")
             self._fail_all(died, sent=True)
             if child.error is None:
-                self._crashes.crashed(child.images)
+                self._crashes.crashed(+child.images)
             self._failures = self._failures + 1 if child.ready_at is None else 0
             error = child.error or child.load_error(code)
             if child.error is not None and self._state == "reloading":
