@@ -86,9 +86,22 @@ class Served:
 
     @property
     def worker(self) -> psutil.Process:
-        """The process that holds the model."""
-        children = psutil.Process(self.process.pid).children()
-        return next(child for child in children if "opsin.worker.process" in " ".join(child.cmdline()))
+        """The process that holds the model; waits for one that is being started."""
+        end = time.monotonic() + LIMIT
+        while not (found := self.workers):
+            assert time.monotonic() < end, f"there is no worker: {self.lines}"
+            time.sleep(0.01)
+        return found[0]
+
+    @property
+    def workers(self) -> list[psutil.Process]:
+        """The processes that hold a model."""
+        found = []
+        for child in psutil.Process(self.process.pid).children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "opsin.worker.process" in " ".join(child.cmdline()):
+                    found.append(child)
+        return found
 
     def metric(self, name: str) -> float:
         """What /metrics says now of a metric without labels."""
