@@ -1,4 +1,4 @@
-"""A worker on a fake backend that crashes, hangs or dawdles for images of certain widths; a real process all the same."""
+"""A worker on a fake backend that crashes, hangs or dawdles for images of certain widths; in a real process."""
 
 from __future__ import annotations
 
@@ -60,9 +60,7 @@ class Backend(FakeBackend):
         return super().decode(rows)
 
 
-def open_model(
-    *, model: Any, settings: EngineSettings, max_queue: int, watch: Any, resolved: Any, **_: Any
-) -> Runtime:
+def open_model(*, model: Any, settings: EngineSettings, max_queue: int, watch: Any, resolved: Any, **_: Any) -> Runtime:
     """`model` names what happens while it is loaded."""
     resolved(Path(model or "fake.gguf"), None)
     if model == "missing":

@@ -89,9 +89,9 @@ def test_it_answers_as_an_engine_does() -> None:
         answers = [engine.submit(prompt(picture(i)), PARAMS.model_copy(update={"max_tokens": 5})) for i in range(3)]
         assert [stream.result().text for stream in answers] == ["ababa"] * 3
         assert engine.stats.encodes == 3
+        stream = engine.submit(prompt(), PARAMS)
+        stream.cancel()
         with pytest.raises(Cancelled):
-            stream = engine.submit(prompt(), PARAMS)
-            stream.cancel()
             stream.result()
         wait_until(lambda: engine.submit(prompt(), SamplingParams(max_tokens=1)).result() and not engine.stats.running)
 

@@ -72,6 +72,7 @@ class _Front:
         from opsin.server.app import create_app
         from opsin.server.connection import HttpServer
         from opsin.server.context import Context
+        from opsin.server.decoder import DecoderPool
         from opsin.server.metrics import Metrics
         from opsin.server.model import ModelManager
         from opsin.server.pictures import PictureGate
@@ -80,7 +81,8 @@ class _Front:
 
         settings, loop = self._settings, asyncio.get_running_loop()
         self._listen_to_signals(loop)
-        pictures, tracing = PictureGate(settings), Tracing() if settings.otel else None
+        pictures = PictureGate(settings, decoder=DecoderPool())
+        tracing = Tracing() if settings.otel else None
         engine = WorkerEngine(
             settings.model,
             settings.mmproj,

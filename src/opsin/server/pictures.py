@@ -13,12 +13,11 @@ from opsin.core.errors import BadParameter, BadPicture, FetchFailed
 from opsin.core.picture import Picture
 from opsin.core.server_settings import ServerSettings
 from opsin.core.settings import MediaSettings
-from opsin.media import load_picture, picture_sha256
 from opsin.media.source import read_data_url
 from opsin.server.addresses import AddressPolicy
+from opsin.server.decoder import Decoder
 from opsin.server.media_folder import MediaFolder
 from opsin.server.pixels import Holder, PixelRoom, current_holder
-from opsin.worker import Pixels
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 DETAILS = ("auto", "low", "high")
-LOW_EDGE = 512
-"""Pixels of the longer edge that `detail: low` shrinks a picture to."""
 
 _FETCHERS = 16
 _SHOWN_SCHEME = 20
@@ -39,8 +36,9 @@ class PictureGate:
     """Turns the addresses in requests into checked pictures, within the limits of the settings.
 
     Addresses are fetched and pictures decoded by threads of its own, and no more pixels are held at the same time than
-    `max_pixels_in_flight`: see `opsin.server.pixels`. `resolve` replaces the policy on addresses, for tests. Raises
-    BadParameter when the settings name hosts or a folder that cannot be.
+    `max_pixels_in_flight`: see `opsin.server.pixels`. `resolve` replaces the policy on addresses, for tests;
+    `decoder` says where files are decoded (default: in this process). Raises BadParameter when the settings name hosts
+    or a folder that cannot be.
     """
 
     def __init__(
@@ -48,10 +46,12 @@ class PictureGate:
         settings: ServerSettings,
         *,
         resolve: Resolver | None = None,
+        decoder: Decoder | None = None,
     ) -> None:
         self._limits = MediaSettings(
             max_bytes=settings.max_picture_bytes, max_pixels=settings.max_pixels, fetch=settings.fetch_images
         )
+        self._decoder = decoder or Decoder()
         self._resolve = resolve or AddressPolicy(settings.image_hosts)
         self._folder = None if settings.media_path is None else MediaFolder(settings.media_path)
         self._room = PixelRoom(settings.max_pixels_in_flight)
@@ -70,21 +70,22 @@ class PictureGate:
         begin = time.perf_counter()
         data = await self._bytes(url)
         fetch_ms = (time.perf_counter() - begin) * 1e3
-        pixels = await self._in(self._decoders, lambda: _measure(data, self._limits))
+        pixels = await self._in(self._decoders, lambda: self._decoder.measure(data, self._limits))
         holder = current_holder() or Holder()
         try:
             await self._room.take(pixels, holder)
-            picture = await self._in(self._decoders, lambda: _decode(data, self._limits, detail, fetch_ms))
+            picture = await self._in(self._decoders, lambda: self._decoder.decode(data, self._limits, detail))
             self._room.give_back(holder, pixels - picture.width * picture.height)
         finally:
             if holder is not current_holder():
                 holder.release()
-        return picture
+        return dataclasses.replace(picture, fetch_ms=fetch_ms)
 
     def close(self) -> None:
         """Let the threads go once they have nothing to do."""
         self._fetchers.shutdown(wait=False, cancel_futures=True)
         self._decoders.shutdown(wait=False, cancel_futures=True)
+        self._decoder.close()
 
     async def _bytes(self, url: str) -> bytes:
         """The bytes at an address of any kind that is open."""
@@ -126,32 +127,3 @@ def _data(url: str, limits: MediaSettings) -> bytes:
         return read_data_url(url, limits)
     except UnicodeEncodeError:
         raise BadPicture("The data: address holds characters that no address can; encode the picture again.") from None
-
-
-def _measure(data: bytes, limits: MediaSettings) -> int:
-    from opsin.media.decode import measure
-
-    width, height = measure(data, "The picture", limits)
-    return width * height
-
-
-def _decode(data: bytes, limits: MediaSettings, detail: str | None, fetch_ms: float) -> Picture:
-    picture = dataclasses.replace(load_picture(data, limits), fetch_ms=fetch_ms)
-    longer = max(picture.width, picture.height)
-    if detail != "low" or longer <= LOW_EDGE:
-        return dataclasses.replace(picture, rgb=Pixels.of(picture.rgb))
-    from PIL import Image
-
-    begin = time.perf_counter()
-    size = (max(1, picture.width * LOW_EDGE // longer), max(1, picture.height * LOW_EDGE // longer))
-    whole = Image.frombytes("RGB", (picture.width, picture.height), picture.rgb)
-    rgb = whole.resize(size, Image.Resampling.LANCZOS).tobytes()
-    return dataclasses.replace(
-        picture,
-        rgb=Pixels.of(rgb),
-        width=size[0],
-        height=size[1],
-        sha256=picture_sha256(*size, rgb),
-        notes=(*picture.notes, f"shrunk to {size[0]} by {size[1]} pixels, as detail is low"),
-        decode_ms=picture.decode_ms + (time.perf_counter() - begin) * 1e3,
-    )

@@ -5,8 +5,20 @@ and `client` import nothing native, so that the process in front stays small.
 """
 
 from opsin.engine.request import AnswerStream
-from opsin.worker.child import ImageBlocked
-from opsin.worker.client import NotReady, WorkerEngine
-from opsin.worker.messages import Loaded, Pixels
+from opsin.worker.child import ImageBlocked, signal_name, start_process
+from opsin.worker.client import IsolatedRuntime, NotReady, WorkerEngine
+from opsin.worker.messages import Channel, Loaded, Pixels, portable
 
-__all__ = ["AnswerStream", "ImageBlocked", "Loaded", "NotReady", "Pixels", "WorkerEngine"]
+__all__ = [
+    "AnswerStream",
+    "Channel",
+    "ImageBlocked",
+    "IsolatedRuntime",
+    "Loaded",
+    "NotReady",
+    "Pixels",
+    "WorkerEngine",
+    "portable",
+    "signal_name",
+    "start_process",
+]

@@ -61,6 +61,23 @@ class CrashTracker:
                 )
 
 
+def start_process(command: Sequence[str]) -> tuple[subprocess.Popen[bytes], Channel]:
+    """Start a child with a connection to it: it gets the descriptor of its end, and the id of this process."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = subprocess.Popen(  # noqa: S603 - our own interpreter and modules
+            [*command, str(theirs.fileno()), str(os.getpid())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            # A session of its own: what the terminal sends reaches the front alone.
+            start_new_session=True,
+            # ggml would start a debugger to print where it aborts.
+            env={**os.environ, "GGML_NO_BACKTRACE": "1"},
+        )
+    return process, Channel(ours)
+
+
 class Child:
     """A worker process, the connection to it, and a thread that sends so that nobody else waits for a full socket.
 
@@ -69,20 +86,8 @@ class Child:
     """
 
     def __init__(self, command: Sequence[str], first: tuple[Any, ...]) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-                [*command, str(theirs.fileno()), str(os.getpid())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                # A session of its own: what the terminal sends reaches the front alone.
-                start_new_session=True,
-                # ggml would start a debugger to print where it aborts.
-                env={**os.environ, "GGML_NO_BACKTRACE": "1"},
-            )
+        self._process, self.channel = start_process(command)
         self.pid = self._process.pid
-        self.channel = Channel(ours)
         self.files: list[str] = []
         self.images: Counter[str] = Counter()
         self.error: OpsinError | None = None

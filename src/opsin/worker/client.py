@@ -26,6 +26,7 @@ from opsin.core.placement import Placement
 from opsin.core.sampling import SamplingParams
 from opsin.core.settings import EngineSettings
 from opsin.engine import AnswerStream, Snapshot
+from opsin.prompt import PromptBuilder
 from opsin.worker.child import COMMAND, Child, CrashTracker
 from opsin.worker.messages import Loaded, Packed, shared
 
@@ -430,6 +431,24 @@ class WorkerEngine:
             future.set_exception(result)
         else:
             future.set_result(result)
+
+
+class IsolatedRuntime:
+    """What `compose.open_runtime` opens, with the engine in a worker; see there. Waits until the model is loaded."""
+
+    def __init__(self, model: str | Path | None, mmproj: str | Path | None, settings: EngineSettings) -> None:
+        self.engine = WorkerEngine(model, mmproj, settings)
+        try:
+            loaded = self.engine.wait_ready()
+            self.prompts = PromptBuilder(loaded.source)
+        except BaseException:
+            self.engine.close()
+            raise
+        self.is_demo, self.setup = loaded.is_demo, loaded.setup
+
+    def close(self) -> None:
+        """Free everything; twice does no harm."""
+        self.engine.close()
 
 
 def _sum(before: Snapshot, now: Snapshot) -> Snapshot:

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 1.0
 """How often a worker with nothing to read looks whether its engine still lives."""
+_STATS_SECONDS = 0.25
+"""How old counters may be while tokens flow."""
 
 Open = Callable[..., Runtime]
 
@@ -197,6 +199,7 @@ class _Outbox:
         self._followed: dict[int, tuple[AnswerStream, Prompt]] = {}
         self._woken: queue.SimpleQueue[int | Packed] = queue.SimpleQueue()
         self._sending = threading.Lock()
+        self._stats_at = 0.0
         threading.Thread(target=self._run, name="opsin-events", daemon=True).start()
 
     def follow(self, number: int, stream: AnswerStream, prompt: Prompt) -> None:
@@ -235,9 +238,14 @@ class _Outbox:
                 batch.append(one)
             elif one in self._followed:
                 milestone |= self._take(one, batch)
+        now = time.monotonic()
+        if milestone or now - self._stats_at >= _STATS_SECONDS:
+            self._stats_at, stats = now, self.stats()
+        else:
+            stats = None
         if batch:
             with contextlib.suppress(OSError):  # the front is gone: the message thread ends this process
-                self._channel.send(("events", batch, self.stats() if milestone else None))
+                self._channel.send(("events", batch, stats))
 
     def _take(self, number: int, batch: list[Packed]) -> bool:
         """Put a stream's events into the batch; whether the request began or ended."""

@@ -25,7 +25,6 @@ from opsin.core.errors import (
 )
 from opsin.core.server_settings import ServerSettings
 from opsin.media import load_picture
-from opsin.server import pictures
 from opsin.server.pictures import PictureGate
 from opsin.server.pixels import Holder, PixelRoom, holding_pixels
 
@@ -130,7 +129,7 @@ class Slow:
                 self.inside -= picture.width * picture.height
             return picture
 
-        monkeypatch.setattr(pictures, "load_picture", slow)
+        monkeypatch.setattr("opsin.media.load_picture", slow)
 
 
 def test_no_more_pixels_than_allowed_are_decoded_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,153 @@
+"""Decoding images in processes of their own: a file that crashes a decoder, or keeps it for ever, harms nobody else."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+from opsin.core.errors import BadPicture, OpsinError
+from opsin.core.picture import Picture
+from opsin.core.settings import MediaSettings
+from opsin.worker import Channel, Pixels, portable, signal_name, start_process
+
+LOW_EDGE = 512
+"""Pixels of the longer edge that `detail: low` shrinks an image to."""
+DECODE_SECONDS = 60.0
+"""What one file may take."""
+_START = "import sys; sys.path[:] = filter(None, sys.path); from opsin.server.decoder import main; main()"
+
+
+class Decoder:
+    """Decodes in the calling thread; for tests, and inside the processes of `DecoderPool`."""
+
+    def measure(self, data: bytes, limits: MediaSettings) -> int:
+        """How many pixels the file has, from its head alone. Raises BadPicture and its kinds."""
+        from opsin.media.decode import measure
+
+        width, height = measure(data, "The picture", limits)
+        return width * height
+
+    def decode(self, data: bytes, limits: MediaSettings, detail: str | None) -> Picture:
+        """The image, in memory that a worker can map, shrunk when `detail` is low. Raises BadPicture and its kinds."""
+        from opsin.media import load_picture
+
+        picture = load_picture(data, limits)
+        longer = max(picture.width, picture.height)
+        if detail == "low" and longer > LOW_EDGE:
+            picture = _shrunk(picture, longer)
+        return dataclasses.replace(picture, rgb=Pixels.of(bytes(picture.rgb)))
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+class DecoderPool(Decoder):
+    """Decodes in other processes, one for each thread that calls at the same time; they stay for the next file.
+
+    A file may take `seconds`.
+    """
+
+    def __init__(self, seconds: float = DECODE_SECONDS) -> None:
+        self._seconds = seconds
+        self._lock = threading.Lock()
+        self._idle: list[_Process] = []
+
+    def measure(self, data: bytes, limits: MediaSettings) -> int:
+        """See Decoder."""
+        pixels: int = self._call("measure", data, limits)
+        return pixels
+
+    def decode(self, data: bytes, limits: MediaSettings, detail: str | None) -> Picture:
+        """See Decoder."""
+        picture, fd = self._call("decode", data, limits, detail)
+        return dataclasses.replace(picture, rgb=Pixels(fd, picture.width * picture.height * 3))
+
+    def close(self) -> None:
+        """End the processes that are idle; busy ones end with this process."""
+        while self._idle:
+            self._idle.pop().end()
+
+    def _call(self, *request: Any) -> Any:
+        with self._lock:
+            process = self._idle.pop() if self._idle else None
+        process = process or _Process()
+        result = process.call(request, self._seconds)  # one that crashed or was killed is left out from now on
+        with self._lock:
+            self._idle.append(process)
+        if isinstance(result[0], OpsinError):
+            raise result[0]
+        return result if len(result) > 1 else result[0]
+
+
+class _Process:
+    def __init__(self) -> None:
+        self._process, self._channel = start_process([sys.executable, "-c", _START])
+
+    def call(self, request: tuple[Any, ...], seconds: float) -> tuple[Any, ...]:
+        """The result, which may be an error; with an open file where there is an image. Raises BadPicture."""
+        try:
+            self._channel.send(request)
+            result = self._channel.receive(seconds)
+        except (EOFError, OSError):
+            raise BadPicture(
+                f"The picture made its decoder crash ({signal_name(self.end())}): the file is damaged, save it again."
+            ) from None
+        if result is None:
+            self.end()
+            raise BadPicture(f"The picture took longer than {seconds:.0f} s to decode: save it in another way.")
+        return result
+
+    def end(self) -> int:
+        """End it; the exit code."""
+        self._channel.close()
+        try:
+            return self._process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+
+
+def _shrunk(picture: Picture, longer: int) -> Picture:
+    from PIL import Image
+
+    from opsin.media import picture_sha256
+
+    begin = time.perf_counter()
+    size = (max(1, picture.width * LOW_EDGE // longer), max(1, picture.height * LOW_EDGE // longer))
+    whole = Image.frombytes("RGB", (picture.width, picture.height), picture.rgb)
+    rgb = whole.resize(size, Image.Resampling.LANCZOS).tobytes()
+    return dataclasses.replace(
+        picture,
+        rgb=rgb,
+        width=size[0],
+        height=size[1],
+        sha256=picture_sha256(*size, rgb),
+        notes=(*picture.notes, f"shrunk to {size[0]} by {size[1]} pixels, as detail is low"),
+        decode_ms=picture.decode_ms + (time.perf_counter() - begin) * 1e3,
+    )
+
+
+def main() -> None:
+    """A decoder process: answers one request after another until the front is gone."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    channel, decoder = Channel(socket.socket(fileno=int(sys.argv[1]))), Decoder()
+    while True:
+        try:
+            request = channel.receive()
+            assert request is not None
+            try:
+                result = getattr(decoder, request[0])(*request[1:])
+            except Exception as error:  # noqa: BLE001 - it belongs to whoever asked
+                result = portable(error)
+            channel.send((result,), result.rgb.fd if isinstance(result, Picture) else None)
+            del request, result
+        except (EOFError, OSError):
+            os._exit(0)
