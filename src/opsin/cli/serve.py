@@ -22,6 +22,7 @@ from opsin.models import locate
 if TYPE_CHECKING:
     from opsin.server.connection import HttpServer
     from opsin.server.model import ModelManager
+    from opsin.server.record import Watcher
     from opsin.worker import WorkerEngine
 
 # No -m: that would put the working folder before the standard library. The doctor's look at this machine needs the
@@ -94,7 +95,9 @@ class _Front:
             command=(sys.executable, "-c", _WORKER),
         )
         model = ModelManager(settings, engine)
-        watchers = [Metrics(model), AccessLog(as_json=settings.log_json), *([tracing] if tracing else [])]
+        watchers: list[Watcher] = [Metrics(model), AccessLog(as_json=settings.log_json)]
+        if tracing is not None:
+            watchers.append(tracing)
         app = create_app(Context(settings, model, pictures, tuple(watchers)), keys=self._keys)
         server = HttpServer(app, settings.slow_reader_seconds)
         serving = asyncio.create_task(server.serve(sockets=[self._listener]))

@@ -42,7 +42,7 @@ class Decoder:
         longer = max(picture.width, picture.height)
         if detail == "low" and longer > LOW_EDGE:
             picture = _shrunk(picture, longer)
-        return dataclasses.replace(picture, rgb=Pixels.of(bytes(picture.rgb)))
+        return dataclasses.replace(picture, rgb=Pixels.of(picture.rgb))
 
     def close(self) -> None:
         """Nothing to free."""
@@ -67,7 +67,8 @@ class DecoderPool(Decoder):
     def decode(self, data: bytes, limits: MediaSettings, detail: str | None) -> Picture:
         """See Decoder."""
         picture, fd = self._call("decode", data, limits, detail)
-        return dataclasses.replace(picture, rgb=Pixels(fd, picture.width * picture.height * 3))
+        decoded: Picture = dataclasses.replace(picture, rgb=Pixels(fd, picture.width * picture.height * 3))
+        return decoded
 
     def close(self) -> None:
         """End the processes that are idle; busy ones end with this process."""
@@ -121,7 +122,7 @@ def _shrunk(picture: Picture, longer: int) -> Picture:
 
     begin = time.perf_counter()
     size = (max(1, picture.width * LOW_EDGE // longer), max(1, picture.height * LOW_EDGE // longer))
-    whole = Image.frombytes("RGB", (picture.width, picture.height), picture.rgb)
+    whole = Image.frombytes("RGB", (picture.width, picture.height), memoryview(picture.rgb))
     rgb = whole.resize(size, Image.Resampling.LANCZOS).tobytes()
     return dataclasses.replace(
         picture,
@@ -147,7 +148,8 @@ def main() -> None:
                 result = getattr(decoder, request[0])(*request[1:])
             except Exception as error:  # noqa: BLE001 - it belongs to whoever asked
                 result = portable(error)
-            channel.send((result,), result.rgb.fd if isinstance(result, Picture) else None)
-            del request, result
+            pixels = result.rgb if isinstance(result, Picture) else None
+            channel.send((result,), pixels.fd if isinstance(pixels, Pixels) else None)
+            del request, result, pixels
         except (EOFError, OSError):
             os._exit(0)

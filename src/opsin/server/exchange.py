@@ -17,7 +17,7 @@ from opsin.core.answer import Answer, Finished, TextDelta
 from opsin.core.errors import OpsinError
 from opsin.core.parts import Prompt
 from opsin.core.sampling import SamplingParams
-from opsin.server.context import Context
+from opsin.server.context import Context, Waker
 from opsin.server.errors import dumps, error_body, told
 from opsin.server.model import LoadedModel
 from opsin.server.pixels import current_holder
@@ -115,7 +115,7 @@ class Exchange(Response):
                     self._record.deltas.append([])
                 del prompt
                 job.asked.clear()  # the pixels belong to the engine now, which frees them as soon as it can
-                await (self._stream if job.stream else self._whole)(job.writer, _Answers(streams), send)
+                await (self._stream if job.stream else self._whole)(job.writer, _Answers(streams, self._context.waker), send)
             finally:
                 for stream in streams:
                     if not stream.done:
@@ -190,7 +190,7 @@ class Exchange(Response):
 class _Answers:
     """The streams of one request, read together. The images' share of memory is given back once all have begun."""
 
-    def __init__(self, streams: Sequence[AnswerStream]) -> None:
+    def __init__(self, streams: Sequence[AnswerStream], waker: Waker) -> None:
         self.count = len(streams)
         self._streams = streams
         self._silent = set(range(len(streams)))
@@ -198,7 +198,7 @@ class _Answers:
         self._ready = asyncio.Event()
         loop = asyncio.get_running_loop()
         for stream in streams:
-            stream.listen(lambda: loop.call_soon_threadsafe(self._ready.set))
+            stream.listen(lambda: waker.set_soon(self._ready, loop))
 
     async def take(self, seconds: float | None = None) -> list[tuple[int, TextDelta | Finished]]:
         """Everything that has come, by stream; nothing when nothing comes in time. Raises a stream's error."""

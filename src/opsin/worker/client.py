@@ -88,7 +88,7 @@ class WorkerEngine:
         template: str | None = None,
         warm_up: bool = False,
         idle_seconds: float | None = None,
-        changed: Callable[[State], None] = lambda _: None,
+        changed: Callable[[State], object] = lambda _: None,
         command: Sequence[str] = COMMAND,
     ) -> None:
         options = {"model": model, "mmproj": mmproj, "settings": settings, "max_queue": max_queue, "template": template}

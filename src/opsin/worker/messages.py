@@ -66,7 +66,7 @@ class Pixels(mmap.mmap):
         return made
 
     @classmethod
-    def of(cls, data: bytes) -> Pixels:
+    def of(cls, data: bytes | mmap.mmap) -> Pixels:
         """A copy of `data`, which must not be empty."""
         fd = _nameless_file()
         try:
