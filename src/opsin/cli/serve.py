@@ -89,7 +89,6 @@ class _Front:
             settings.mmproj,
             settings,
             max_queue=settings.max_queue,
-            warm_up=True,
             idle_seconds=settings.idle_unload_seconds,
             changed=lambda _: loop.call_soon_threadsafe(self._changed.set),
             command=(sys.executable, "-c", _WORKER),

@@ -115,7 +115,9 @@ class Exchange(Response):
                     self._record.deltas.append([])
                 del prompt
                 job.asked.clear()  # the pixels belong to the engine now, which frees them as soon as it can
-                await (self._stream if job.stream else self._whole)(job.writer, _Answers(streams, self._context.waker), send)
+                await (self._stream if job.stream else self._whole)(
+                    job.writer, _Answers(streams, self._context.waker), send
+                )
             finally:
                 for stream in streams:
                     if not stream.done:
@@ -206,8 +208,7 @@ class _Answers:
             await self._ready.wait()
         else:
             try:
-                async with asyncio.timeout(seconds):
-                    await self._ready.wait()
+                await asyncio.wait_for(self._ready.wait(), seconds)
             except TimeoutError:
                 return []
         self._ready.clear()

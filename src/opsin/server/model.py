@@ -8,15 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-from opsin.core.errors import OpsinError
-from opsin.core.parts import Prompt
-from opsin.core.sampling import SamplingParams
 from opsin.core.server_settings import ServerSettings
-from opsin.engine import AnswerStream, Snapshot
 from opsin.prompt import PromptBuilder
-from opsin.worker import Loaded, NotReady
+from opsin.worker import Loaded, NotReady, WorkerEngine
 
 log = logging.getLogger(__name__)
 
@@ -24,45 +19,11 @@ LAST_WORDS_SECONDS = 3.0
 """How long handlers may take to tell their clients that the time for running answers is over."""
 
 
-class ServedEngine(Protocol):
-    """What the server needs of an engine: `WorkerEngine`, or an engine in this process for tests."""
-
-    @property
-    def state(self) -> str:
-        """See `WorkerEngine.state`."""
-        ...
-
-    @property
-    def loaded(self) -> Loaded | None:
-        """See `WorkerEngine.loaded`."""
-        ...
-
-    @property
-    def stats(self) -> Snapshot:
-        """Counters since the start, and what is so now."""
-        ...
-
-    @property
-    def error(self) -> OpsinError | None:
-        """Why nothing can be asked any more."""
-        ...
-
-    def submit(
-        self, prompt: Prompt, params: SamplingParams, *, waited_since: float | None = None, salt: str = ""
-    ) -> AnswerStream:
-        """Ask; see `Engine.submit`."""
-        ...
-
-    def close(self) -> None:
-        """Free everything; running answers fail with EngineClosed."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """The engine, what writes prompts for its model, and the name it is served under."""
 
-    engine: ServedEngine
+    engine: WorkerEngine
     prompts: PromptBuilder
     name: str
     facts: Loaded
@@ -75,7 +36,7 @@ class ModelManager:
     until its answer is complete: a drain waits for whoever has entered and lets nobody in.
     """
 
-    def __init__(self, settings: ServerSettings, engine: ServedEngine) -> None:
+    def __init__(self, settings: ServerSettings, engine: WorkerEngine) -> None:
         self._served_name = settings.served_name
         self.engine = engine
         self._model: LoadedModel | None = None

@@ -64,9 +64,9 @@ def _model(request: Request) -> ModelManager:
 def _facts(request: Request) -> dict[str, Any]:
     """What is told of the model, also while it is unloaded. Raises NotReady."""
     model = _model(request).model()
-    limits, info, placement = model.facts.limits, model.facts.info, model.facts.placement
+    limits, info = model.facts.limits, model.facts.info
     parallel = request.app.state.context.settings.parallel
-    facts = {
+    return {
         "default_generation_settings": {"n_ctx": limits.n_ctx_seq},
         "n_ctx": limits.n_ctx,
         "n_vocab": limits.n_vocab,
@@ -80,8 +80,8 @@ def _facts(request: Request) -> dict[str, Any]:
         "tools": model.prompts.knows_tools,
         "thinking": model.prompts.reasoning is not None,
         "build_info": f"opsin {__version__}",
+        "placement": model.facts.placement.as_dict(),
     }
-    return facts if placement is None else {**facts, "placement": placement.as_dict()}
 
 
 def _card(facts: dict[str, Any]) -> dict[str, Any]:

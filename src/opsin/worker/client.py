@@ -12,7 +12,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -72,10 +71,10 @@ class _Request:
 class WorkerEngine:
     """An engine in a process of its own, started at once; closed once, or used in a `with` block.
 
-    `model`, `mmproj`, `settings`, `template` and `max_queue` are those of `compose.open_runtime`. With `warm_up` the
-    worker is ready only after it has proved its placement and generated a few tokens. After `idle_seconds` without a
-    request it is ended, which gives all memory back; the next request starts it again and waits for it. `changed` is
-    called with each new state, in the owner's thread. `command` starts the worker.
+    `model`, `mmproj`, `settings` and `max_queue` are those of `compose.open_runtime`. The worker is ready when it has
+    proved its placement and generated a few tokens. After `idle_seconds` without a request it is ended, which gives all
+    memory back; the next request starts it again and waits for it. `changed` is called with each new state, in the
+    owner's thread. `command` starts the worker.
     """
 
     def __init__(
@@ -85,14 +84,12 @@ class WorkerEngine:
         settings: EngineSettings,
         *,
         max_queue: int = 256,
-        template: str | None = None,
-        warm_up: bool = False,
         idle_seconds: float | None = None,
         changed: Callable[[State], object] = lambda _: None,
         command: Sequence[str] = COMMAND,
     ) -> None:
-        options = {"model": model, "mmproj": mmproj, "settings": settings, "max_queue": max_queue, "template": template}
-        self._open = ("open", options, warm_up)
+        options = {"model": model, "mmproj": mmproj, "settings": settings, "max_queue": max_queue}
+        self._open = ("open", options)
         self._command = command
         self._most = settings.parallel + max_queue
         self._idle_seconds = idle_seconds
@@ -101,7 +98,6 @@ class WorkerEngine:
         self._condition = threading.Condition(threading.RLock())
         self._numbers = itertools.count()
         self._requests: dict[int, _Request] = {}
-        self._calls: dict[int, Future[Any]] = {}
         self._crashes = CrashTracker()
         self._child: Child | None = None
         self._closing = False
@@ -196,17 +192,8 @@ class WorkerEngine:
         return stream
 
     def placement(self) -> Placement:
-        """See `Engine.placement`."""
-        self.wait_ready()
-        future: Future[Placement] = Future()
-        number = next(self._numbers)
-        with self._condition:
-            self._admit()
-            if self._child is None:
-                raise NotReady("The model is unloaded: ask something first.")
-            self._calls[number] = future
-            self._child.post(("placement", number))
-        return future.result()
+        """Where encoder and language model ran in the warm-up. Waits for the first loading."""
+        return self.wait_ready().placement
 
     def close(self) -> None:
         """End the worker: running answers fail with EngineClosed. Twice does no harm."""
@@ -255,9 +242,6 @@ class WorkerEngine:
         for request in list(self._requests.values()):
             if request.prompt is None or not sent:
                 request.stream.fail(again(error))
-        for future in self._calls.values():
-            future.set_exception(again(error))
-        self._calls.clear()
 
     def _set(self, state: State) -> None:
         with self._condition:
@@ -422,15 +406,6 @@ class WorkerEngine:
 
     def _on_pong(self, _child: Child, running: float, longest: float, stats: Snapshot) -> None:
         self._call_seconds, self._longest, self._latest = running, longest, stats
-
-    def _on_result(self, _child: Child, number: int, result: Any) -> None:
-        future = self._calls.pop(number, None)
-        if future is None:
-            return
-        if isinstance(result, BaseException):
-            future.set_exception(result)
-        else:
-            future.set_result(result)
 
 
 class IsolatedRuntime:

@@ -1,8 +1,8 @@
 """What front and worker send each other: pickled tuples over a local socket, and pixels in memory that both can map.
 
 Front to worker: `open` (settings), `pixels` (one image of the request that follows), `submit`, `cancel`, `ping`,
-`placement`, `close`. Worker to front: `loading`, `warming`, `ready`, `failed`, `events` (everything that happened since
-the last message, usually one engine step), `images` (those in native code now), `pong`, `result`.
+`close`. Worker to front: `loading`, `warming`, `ready`, `failed`, `events` (everything that happened since
+the last message, usually one engine step), `images` (those in native code now), `pong`.
 
 The worker is our own child, which makes unpickling what it sends as safe as running it.
 """
@@ -41,7 +41,7 @@ class Loaded:
     """What the front needs to know of a model that a worker has loaded.
 
     `source` is what prompts are written with, `setup` names files, settings and machine in one word, `placement` was
-    measured in the warm-up (None without one), `notice` is a sentence for whoever started the worker.
+    measured in the warm-up, `notice` is a sentence for whoever started the worker.
     """
 
     info: ModelInfo
@@ -50,7 +50,7 @@ class Loaded:
     is_demo: bool
     setup: str
     load_ms: float
-    placement: Placement | None = None
+    placement: Placement
     notice: str | None = None
 
 

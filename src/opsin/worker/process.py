@@ -73,9 +73,9 @@ class _Worker:
             except (EOFError, OSError):
                 os._exit(0)  # the front is gone, and nobody is left to tell
 
-    def _on_open(self, options: dict[str, Any], warm_up: bool) -> None:
+    def _on_open(self, options: dict[str, Any]) -> None:
         _log_to_stderr(verbose=options["settings"].verbose)
-        threading.Thread(target=self._load, args=(options, warm_up), name="opsin-load", daemon=True).start()
+        threading.Thread(target=self._load, args=(options,), name="opsin-load", daemon=True).start()
 
     def _on_pixels(self, number: int, size: int, fd: int) -> None:
         self._pixels.setdefault(number, []).append(Pixels(fd, size))
@@ -96,17 +96,6 @@ class _Worker:
     def _on_ping(self) -> None:
         self._channel.send(("pong", self._watch.running, self._watch.longest, self._outbox.stats()))
 
-    def _on_placement(self, number: int) -> None:
-        def prove() -> None:
-            assert self._runtime is not None, "the front asks when the model is loaded"
-            try:
-                result: Placement | OpsinError = self._runtime.engine.placement()
-            except Exception as error:  # noqa: BLE001 - it belongs to whoever asked
-                result = portable(error)
-            self._channel.send(("result", number, result))
-
-        threading.Thread(target=prove, name="opsin-placement", daemon=True).start()
-
     def _on_close(self) -> None:
         def close() -> None:
             if self._runtime is not None:
@@ -115,14 +104,14 @@ class _Worker:
 
         threading.Thread(target=close, name="opsin-close", daemon=True).start()
 
-    def _load(self, options: dict[str, Any], warm_up: bool) -> None:
+    def _load(self, options: dict[str, Any]) -> None:
         """Load the model and say what it is, or why it cannot be used."""
         try:
             runtime = self._open_model(
                 **options, watch=self._watch, resolved=lambda *files: self._channel.send(("loading", files))
             )
             self._channel.send(("warming",))
-            placement = _warm_up(runtime) if warm_up else None
+            placement = _warm_up(runtime)
             assert runtime.template is not None, "a runtime of a model knows its template"
             loaded = Loaded(
                 info=runtime.engine.info,

@@ -119,7 +119,7 @@ async def talk(port: int, seen: Seen, lines: list[str]) -> None:
 
 async def scene(seen: Seen, lines: list[str]) -> None:
     settings = ServerSettings(port=0, parallel=3, disk_cache=False)
-    engine = WorkerEngine(None, None, settings, warm_up=True)
+    engine = WorkerEngine(None, None, settings)
     exporter, model, pictures = InMemorySpanExporter(), ModelManager(settings, engine), PictureGate(settings)
     tracing = Tracing(exporter)
     watchers = (Metrics(model), tracing, AccessLog(as_json=True))
