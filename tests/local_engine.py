@@ -38,6 +38,9 @@ class LocalEngine:
             raise NotReady("The model is being loaded: ask again in a moment.")
         return self.engine.submit(*args, **options)
 
+    def wake(self) -> None:
+        """It is awake."""
+
     def close(self) -> None:
         self.stopped = self.stopped or EngineClosed("The engine is closed.")
         self.engine.close()

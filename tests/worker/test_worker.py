@@ -26,7 +26,8 @@ from opsin.core.sampling import SamplingParams
 from opsin.core.settings import EngineSettings
 from opsin.testing import picture
 from opsin.testing.fake_backend import TURN_TEXT
-from opsin.worker import AnswerStream, ImageBlocked, NotReady, Pixels, WorkerEngine, child, client
+from opsin.worker import AnswerStream, ImageBlocked, NotReady, Pixels, WorkerEngine, child, client, share
+from opsin.worker.messages import SHARED_BYTES
 
 pytestmark = [pytest.mark.slow, pytest.mark.native]
 
@@ -265,6 +266,7 @@ def test_an_idle_worker_is_ended_and_one_loading_serves_all_who_come() -> None:
         process = psutil.Process(engine.pid)
         wait_until(lambda: engine.state == "unloaded")
         process.wait(LIMIT)
+        engine.wake()  # a client that leaves before its request is read
         left = engine.submit(prompt(), PARAMS)
         left.cancel()  # a client that hangs up while the model loads
         streams = [engine.submit(prompt(text=str(number)), PARAMS) for number in range(3)]
@@ -293,9 +295,9 @@ def test_pixels_are_freed_in_both_processes_when_the_answer_begins() -> None:
 
     with worker() as engine:
         engine.wait_ready()
-        asked = prompt(picture(1, 640, 480), picture(2, width=SLOW))
+        asked = prompt(picture(1, 2000, 1000), picture(2, width=SLOW))
         stream = engine.submit(asked, PARAMS)
-        wait_until(lambda: mapped(engine.pid or 0) == 2)
+        wait_until(lambda: mapped(engine.pid or 0) == 1)
         events = first_text(stream)
         gc.collect()
         wait_until(lambda: mapped(engine.pid or 0) == mapped(os.getpid()) == 0)
@@ -304,9 +306,12 @@ def test_pixels_are_freed_in_both_processes_when_the_answer_begins() -> None:
 
 
 def test_pixels_are_what_was_put_in_and_travel_without_a_name() -> None:
-    pixels = Pixels.of(b"rgb" * 1000)
+    assert share(b"few") == b"few"
+    size = SHARED_BYTES // 3 * 3 + 3
+    pixels = share(b"rgb" * (size // 3))
+    assert isinstance(pixels, Pixels)
     assert pixels[:6] == b"rgbrgb"
-    assert len(pixels) == 3000
-    again = Pixels(os.dup(pixels.fd), 3000)
+    assert share(pixels) is pixels
+    again = Pixels(os.dup(pixels.fd), size)
     again[0:1] = b"R"
     assert pixels[0:1] == b"R"

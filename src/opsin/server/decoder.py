@@ -15,7 +15,7 @@ from typing import Any
 from opsin.core.errors import BadPicture, OpsinError
 from opsin.core.picture import Picture
 from opsin.core.settings import MediaSettings
-from opsin.worker import Channel, Pixels, portable, signal_name, start_process
+from opsin.worker import Channel, Pixels, portable, share, signal_name, start_process
 
 LOW_EDGE = 512
 """Pixels of the longer edge that `detail: low` shrinks an image to."""
@@ -42,7 +42,7 @@ class Decoder:
         longer = max(picture.width, picture.height)
         if detail == "low" and longer > LOW_EDGE:
             picture = _shrunk(picture, longer)
-        return dataclasses.replace(picture, rgb=Pixels.of(picture.rgb))
+        return dataclasses.replace(picture, rgb=share(picture.rgb))
 
     def close(self) -> None:
         """Nothing to free."""
@@ -61,21 +61,23 @@ class DecoderPool(Decoder):
 
     def measure(self, data: bytes, limits: MediaSettings) -> int:
         """See Decoder."""
-        pixels: int = self._call("measure", data, limits)
+        pixels: int = self._call("measure", data, limits)[0]
         return pixels
 
     def decode(self, data: bytes, limits: MediaSettings, detail: str | None) -> Picture:
         """See Decoder."""
-        picture, fd = self._call("decode", data, limits, detail)
-        decoded: Picture = dataclasses.replace(picture, rgb=Pixels(fd, picture.width * picture.height * 3))
-        return decoded
+        picture, *files = self._call("decode", data, limits, detail)
+        decoded: Picture = picture
+        return (
+            dataclasses.replace(decoded, rgb=Pixels(files[0], picture.width * picture.height * 3)) if files else decoded
+        )
 
     def close(self) -> None:
         """End the processes that are idle; busy ones end with this process."""
         while self._idle:
             self._idle.pop().end()
 
-    def _call(self, *request: Any) -> Any:
+    def _call(self, *request: Any) -> tuple[Any, ...]:
         with self._lock:
             process = self._idle.pop() if self._idle else None
         process = process or _Process()
@@ -84,7 +86,7 @@ class DecoderPool(Decoder):
             self._idle.append(process)
         if isinstance(result[0], OpsinError):
             raise result[0]
-        return result if len(result) > 1 else result[0]
+        return result
 
 
 class _Process:

@@ -102,6 +102,7 @@ class Exchange(Response):
     async def _carry_out(self, send: Send) -> None:
         with self._context.model.entered():
             model = self._context.model.model()
+            model.engine.wake()  # it loads while images are decoded
             self._record.model = model.name
             job = await self._prepare(model)
             self._record.pictures = len({picture.sha256 for prompt, _ in job.asked for picture in prompt.pictures})

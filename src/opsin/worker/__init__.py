@@ -7,7 +7,7 @@ and `client` import nothing native, so that the process in front stays small.
 from opsin.engine.request import AnswerStream
 from opsin.worker.child import ImageBlocked, signal_name, start_process
 from opsin.worker.client import IsolatedRuntime, NotReady, WorkerEngine
-from opsin.worker.messages import Channel, Loaded, Pixels, portable
+from opsin.worker.messages import Channel, Loaded, Pixels, portable, share
 
 __all__ = [
     "AnswerStream",
@@ -19,6 +19,7 @@ __all__ = [
     "Pixels",
     "WorkerEngine",
     "portable",
+    "share",
     "signal_name",
     "start_process",
 ]

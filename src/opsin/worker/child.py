@@ -106,9 +106,9 @@ class Child:
 
     def submit(self, number: int, prompt: Prompt, params: SamplingParams, options: dict[str, Any]) -> None:
         """Send a request, its pixels first."""
-        for image in prompt.pictures:
-            assert isinstance(image.rgb, Pixels), "the prompt was shared"
-            self.post(("pixels", number, len(image.rgb)), image.rgb)
+        for index, image in enumerate(prompt.pictures):
+            if isinstance(image.rgb, Pixels):
+                self.post(("pixels", number, index, len(image.rgb)), image.rgb)
         self.post(("submit", number, prompt, params, options))
 
     def end(self) -> None:

@@ -27,7 +27,7 @@ from opsin.core.settings import EngineSettings
 from opsin.engine import AnswerStream, Snapshot
 from opsin.prompt import PromptBuilder
 from opsin.worker.child import COMMAND, Child, CrashTracker
-from opsin.worker.messages import Loaded, Packed, shared
+from opsin.worker.messages import Loaded, Packed, share_all
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class WorkerEngine:
         self._requests: dict[int, _Request] = {}
         self._crashes = CrashTracker()
         self._child: Child | None = None
-        self._closing = False
+        self._closing = self._woken = False
         self._state: State = "loading"
         self._error: OpsinError | None = None
         self._loaded: Loaded | None = None
@@ -164,6 +164,13 @@ class WorkerEngine:
                 raise again(self._error)
             return self._loaded
 
+    def wake(self) -> None:
+        """Start an unloaded worker for a request that is about to come; the loading goes on if it does not."""
+        with self._condition:
+            self._used = time.monotonic()
+            self._woken = self._state == "unloaded"
+            self._condition.notify_all()
+
     def submit(
         self,
         prompt: Prompt,
@@ -182,7 +189,7 @@ class WorkerEngine:
         number = next(self._numbers)
         stream = AnswerStream(lambda: self._cancel(number), on_end=lambda: self._forget(number))
         options = {"load_ms": load_ms, "waited_since": waited_since, "priority": priority, "salt": salt}
-        request = _Request(stream, shared(prompt), params or SamplingParams(), options, time.perf_counter())
+        request = _Request(stream, share_all(prompt), params or SamplingParams(), options, time.perf_counter())
         with self._condition:
             self._admit()
             self._requests[number] = request
@@ -287,7 +294,9 @@ class WorkerEngine:
     def _wait_for_work(self) -> bool:
         """Wait while nobody needs a worker; False when none is needed any more."""
         with self._condition:
-            self._condition.wait_for(lambda: self._closing or self._state != "unloaded" or bool(self._requests))
+            while self._state == "unloaded" and not (self._closing or self._woken or self._requests):
+                self._condition.wait()
+            self._woken = False
             if self._closing or self._error is not None:
                 return False
         if self._state == "unloaded":

@@ -1,6 +1,6 @@
 """What front and worker send each other: pickled tuples over a local socket, and pixels in memory that both can map.
 
-Front to worker: `open` (settings), `pixels` (one image of the request that follows), `submit`, `cancel`, `ping`,
+Front to worker: `open` (settings), `pixels` (a large image of the request that follows), `submit`, `cancel`, `ping`,
 `close`. Worker to front: `loading`, `warming`, `ready`, `failed`, `events` (everything that happened since
 the last message, usually one engine step), `images` (those in native code now), `pong`.
 
@@ -20,7 +20,6 @@ import struct
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +28,14 @@ from opsin.core.backend import BackendLimits
 from opsin.core.errors import EngineError, OpsinError, again
 from opsin.core.model_info import ModelInfo
 from opsin.core.parts import PicturePart, Prompt
+from opsin.core.picture import Picture
 from opsin.core.placement import Placement
 from opsin.prompt import TemplateSource
 
 _HEAD = struct.Struct("<QB")
 _READ = 1 << 18
+SHARED_BYTES = 4 * 2**20
+"""Images from this size on are shared: smaller ones are copied faster, and each shared one takes open files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,19 +67,6 @@ class Pixels(mmap.mmap):
         made.fd = fd
         return made
 
-    @classmethod
-    def of(cls, data: bytes | mmap.mmap) -> Pixels:
-        """A copy of `data`, which must not be empty."""
-        fd = _nameless_file()
-        try:
-            left = memoryview(data)
-            while left:
-                left = left[os.write(fd, left) :]
-            return cls(fd, len(data))
-        except BaseException:
-            os.close(fd)
-            raise
-
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled without the pixels: these go their own way."""
         return bytes, ()
@@ -93,23 +82,34 @@ def _nameless_file() -> int:
         return os.dup(file.fileno())
 
 
-def shared(prompt: Prompt) -> Prompt:
-    """The prompt with the pixels of all its images where a worker can map them."""
-    if all(isinstance(image.rgb, Pixels) for image in prompt.pictures):
-        return prompt
+def share(rgb: bytes | mmap.mmap) -> bytes | mmap.mmap:
+    """The pixels where a worker can map them, if there are many."""
+    if isinstance(rgb, Pixels) or len(rgb) < SHARED_BYTES:
+        return rgb
+    fd, left = _nameless_file(), memoryview(rgb)
+    try:
+        while left:
+            left = left[os.write(fd, left) :]
+        return Pixels(fd, len(rgb))
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def share_all(prompt: Prompt) -> Prompt:
+    """The prompt with the pixels of all large images where a worker can map them."""
     parts = [
-        PicturePart(dataclasses.replace(part.picture, rgb=Pixels.of(part.picture.rgb)))
-        if isinstance(part, PicturePart) and not isinstance(part.picture.rgb, Pixels)
+        PicturePart(dataclasses.replace(part.picture, rgb=share(part.picture.rgb)))
+        if isinstance(part, PicturePart)
         else part
         for part in prompt.parts
     ]
     return dataclasses.replace(prompt, parts=tuple(parts))
 
 
-def set_pixels(prompt: Prompt, pixels: Sequence[Pixels | bytes]) -> None:
-    """Give the images of a prompt their pixels, or, with empty bytes, let these go while the prompt is still in use."""
-    for image, rgb in zip(prompt.pictures, pixels, strict=True):
-        object.__setattr__(image, "rgb", rgb)
+def set_pixels(image: Picture, rgb: Pixels | bytes) -> None:
+    """Give an image its pixels, or, with empty bytes, let these go while the image is still in use."""
+    object.__setattr__(image, "rgb", rgb)
 
 
 class Channel:

@@ -58,7 +58,7 @@ class _Worker:
         self._runtime: Runtime | None = None
         self._watch = CallWatch(lambda images, change: channel.send(("images", images, change)))
         self._outbox = _Outbox(channel, lambda: None if self._runtime is None else self._runtime.engine.stats)
-        self._pixels: dict[int, list[Pixels]] = {}
+        self._pixels: dict[int, dict[int, Pixels]] = {}  # by request and place
 
     def run(self) -> None:
         """Read messages; this thread never computes, so it answers whatever the engine does."""
@@ -67,22 +67,26 @@ class _Worker:
                 message = self._channel.receive(_LOOK_SECONDS)
                 if message is not None:
                     getattr(self, f"_on_{message[0]}")(*message[1:])
-                if self._runtime is not None and isinstance(self._runtime.engine.error, EngineDied):
-                    self._outbox.flush()
-                    _leave(EngineDied.exit_code)
-            except (EOFError, OSError):
+            except (EOFError, ConnectionError):
                 os._exit(0)  # the front is gone, and nobody is left to tell
+            except BaseException:
+                log.exception("the worker failed on a message")
+                _leave(EngineDied.exit_code)
+            if self._runtime is not None and isinstance(self._runtime.engine.error, EngineDied):
+                self._outbox.flush()
+                _leave(EngineDied.exit_code)
 
     def _on_open(self, options: dict[str, Any]) -> None:
         _log_to_stderr(verbose=options["settings"].verbose)
         threading.Thread(target=self._load, args=(options,), name="opsin-load", daemon=True).start()
 
-    def _on_pixels(self, number: int, size: int, fd: int) -> None:
-        self._pixels.setdefault(number, []).append(Pixels(fd, size))
+    def _on_pixels(self, number: int, index: int, size: int, fd: int) -> None:
+        self._pixels.setdefault(number, {})[index] = Pixels(fd, size)
 
     def _on_submit(self, number: int, prompt: Prompt, params: SamplingParams, options: dict[str, Any]) -> None:
         assert self._runtime is not None, "the front submits when the model is loaded"
-        set_pixels(prompt, self._pixels.pop(number, []))
+        for index, pixels in self._pixels.pop(number, {}).items():
+            set_pixels(prompt.pictures[index], pixels)
         try:
             stream = self._runtime.engine.submit(prompt, params, **options)
         except OpsinError as error:
@@ -246,8 +250,9 @@ class _Outbox:
         ended = error is not None or Finished in kinds
         if ended:
             del self._followed[number]
-        if prompt.pictures and (ended or TextDelta in kinds):
-            set_pixels(prompt, [b""] * len(prompt.pictures))  # all of them are encoded by now
+        if ended or TextDelta in kinds:
+            for image in prompt.pictures:
+                set_pixels(image, b"")  # all of them are encoded by now
         return ended or Started in kinds
 
 

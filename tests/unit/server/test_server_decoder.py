@@ -49,8 +49,8 @@ def pool() -> Iterator[DecoderPool]:
 def test_a_process_decodes_what_this_one_does(pool: DecoderPool) -> None:
     data, here = png(1024, 600), Decoder()
     assert pool.measure(data, LIMITS) == 1024 * 600
-    for detail in (None, "low"):
-        apart, wanted = pool.decode(data, LIMITS, detail), here.decode(data, LIMITS, detail)
+    for file, detail in ((data, None), (data, "low"), (png(2000, 1000), None)):
+        apart, wanted = pool.decode(file, LIMITS, detail), here.decode(file, LIMITS, detail)
         assert (apart.sha256, apart.width, apart.notes) == (wanted.sha256, wanted.width, wanted.notes)
         assert bytes(apart.rgb) == bytes(wanted.rgb)  # type: ignore[arg-type]
     with pytest.raises(PictureUnsupported):
