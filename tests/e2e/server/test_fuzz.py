@@ -66,7 +66,7 @@ class Server:
     def check_idle(self) -> None:
         """Nothing is stuck, and the next request is answered."""
         end = time.monotonic() + 5  # cancelled ones are freed by the engine's next step
-        while (stats := self.engine.stats).running and time.monotonic() < end:
+        while ((stats := self.engine.stats).running or self.manager.running) and time.monotonic() < end:
             time.sleep(0.01)
         assert (stats.running, stats.waiting) == (0, 0), stats
         assert self.gate._room.used == 0
