@@ -85,9 +85,28 @@ class Served:
         return self.url
 
     @property
-    def child(self) -> psutil.Process:
-        """The process that holds the model."""
-        return psutil.Process(self.process.pid).children()[0]
+    def worker(self) -> psutil.Process:
+        """The process that holds the model; waits for one that is being started."""
+        end = time.monotonic() + LIMIT
+        while not (found := self.workers):
+            assert time.monotonic() < end, f"there is no worker: {self.lines}"
+            time.sleep(0.01)
+        return found[0]
+
+    @property
+    def workers(self) -> list[psutil.Process]:
+        """The processes that hold a model."""
+        found = []
+        for child in psutil.Process(self.process.pid).children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "opsin.worker.process" in " ".join(child.cmdline()):
+                    found.append(child)
+        return found
+
+    def metric(self, name: str) -> float:
+        """What /metrics says now of a metric without labels."""
+        text = httpx.get(f"{self.url}/metrics", timeout=LIMIT).text
+        return float(next(line.split()[1] for line in text.splitlines() if line.startswith(f"opsin:{name} ")))
 
     def end(self, number: int = signal.SIGTERM) -> int:
         """Tell it to end, and its exit code."""

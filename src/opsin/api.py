@@ -23,6 +23,7 @@ from opsin.engine import AnswerStream, Engine
 from opsin.media import load_picture
 from opsin.models import locate
 from opsin.prompt import Message
+from opsin.worker import IsolatedRuntime, WorkerEngine
 
 
 class Opsin:
@@ -31,7 +32,8 @@ class Opsin:
     `model` is a GGUF file, a folder that holds a pair, or a known name; without one the default model is used, or the
     demo model that is shipped. `options` are the fields of EngineSettings; what is not given comes from the environment
     and from opsin.toml (of the current folder, or else the user's), or from the file that `config` names; with False
-    from neither. Raises ModelError, BadParameter.
+    from neither. With `isolated` the model runs in a process of its own: when llama.cpp crashes, requests fail with
+    EngineDied and a new process is started. Raises ModelError, BadParameter.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Opsin:
         *,
         media: MediaSettings | None = None,
         config: bool | str | Path = True,
+        isolated: bool = False,
         **options: Any,
     ) -> None:
         self._media = media or MediaSettings(fetch=True)
@@ -54,7 +57,8 @@ class Opsin:
             found = read_config(options, os.environ, folder, file=file, locate=locate, parallel=settings.parallel)
             settings = found.engine()
             model, mmproj = settings.model, settings.mmproj
-        self._runtime: Runtime = open_runtime(model, mmproj, settings)
+        opener = IsolatedRuntime if isolated else open_runtime
+        self._runtime: Runtime | IsolatedRuntime = opener(model, mmproj, settings)
         # An engine that still computes while the process ends would end it with an abort.
         atexit.register(self._runtime.close)
 
@@ -74,7 +78,7 @@ class Opsin:
         return self._runtime.engine.load_ms
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> Engine | WorkerEngine:
         """The running engine, for `Prompt`s of one's own; closed with this object."""
         return self._runtime.engine
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from opsin.cache import DiskStore, PictureCache, default_folder
 from opsin.core.settings import MAX_ANSWER_TOKENS, EngineSettings
-from opsin.engine import Engine, Policy
+from opsin.engine import Engine, Policy, Wake, Watch, unwatched, wake_readers
 from opsin.models import Pair, resolve
 from opsin.models.facts import read_facts
 from opsin.native import Device, NativeBackend, cpu_features, devices, open_backend
 from opsin.native.device_rate import DeviceRate, measure_device
 from opsin.native.memory import plan_memory
+from opsin.native.parent import end_with_parent
 from opsin.native.records import fingerprint
 from opsin.native.trial import ensure_loadable
 from opsin.prompt import PromptBuilder, TemplateSource
+
+__all__ = ["Runtime", "end_with_parent", "gpu_names", "open_runtime", "template_source"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +51,20 @@ def open_runtime(
     template: str | None = None,
     max_queue: int = 256,
     trial: bool = True,
+    watch: Watch = unwatched,
+    wake: Wake = wake_readers,
+    resolved: Callable[[Path, Path | None], None] = lambda *_: None,
 ) -> Runtime:
     """Find the pair, load it, and make ready to ask; `template` stands in for the model's own chat template.
 
     `max_queue` requests may wait. Files that were never loaded here are tried in a child process first, unless `trial`
-    is False: in a process of its own a crash harms nobody.
+    is False: in a process of its own a crash harms nobody. `watch` and `wake` are the engine's; `resolved` is called
+    with the pair's files before they are loaded.
 
     Raises ModelError when the pair cannot be used, BadParameter when a setting does not fit this machine.
     """
     pair = resolve(None if model is None else str(model), None if mmproj is None else str(mmproj))
+    resolved(pair.llm, pair.mmproj)
     settings = settings.model_copy(update={"model": pair.llm, "mmproj": pair.mmproj})
     plan = plan_memory(
         read_facts(pair.llm, pair.mmproj, settings.image_max_tokens), devices(), settings, cpu_features=cpu_features()
@@ -75,6 +84,8 @@ def open_runtime(
         policy=_policy(settings, max_queue),
         pictures=PictureCache(settings.picture_cache_bytes, store),
         max_tokens=MAX_ANSWER_TOKENS,
+        watch=watch,
+        wake=wake,
     )
     try:
         source = template_source(opened[0], pair)

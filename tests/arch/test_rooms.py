@@ -24,14 +24,16 @@ ARROWS = {
     "tune": {"bench", "engine", "prompt", "media", "models", "core"},
     "bench": {"engine", "prompt", "media", "models", "core"},
     "jobs": {"engine", "prompt", "media", "models", "core"},
-    "server": {"jobs", "engine", "prompt", "media", "models", "core"},
+    "worker": {"engine", "compose", "prompt", "core"},
+    "server": {"worker", "jobs", "engine", "prompt", "media", "models", "core"},
     "compose": {"native", "engine", "prompt", "media", "models", "cache", "core"},
-    "compat": {"api", "compose", "engine", "prompt", "media", "models", "core"},
-    "api": {"compose", "engine", "prompt", "media", "models", "core"},
+    "compat": {"api", "worker", "compose", "engine", "prompt", "media", "models", "core"},
+    "api": {"worker", "compose", "engine", "prompt", "media", "models", "core"},
     "cli": {
         "api",
         "compose",
         "server",
+        "worker",
         "jobs",
         "tune",
         "bench",
@@ -46,7 +48,7 @@ ARROWS = {
     "__init__": {"api", "engine", "prompt"},
 }
 _BLOCKS = ("body", "orelse", "finalbody", "handlers", "cases")
-MAX_FILE, MAX_FUNCTION, MAX_PACKAGE = 450, 80, 27_000
+MAX_FILE, MAX_FUNCTION, MAX_PACKAGE = 450, 80, 28_500
 
 
 def room_of(path: Path) -> str:
@@ -127,9 +129,7 @@ def test_files_have_no_import_circle() -> None:
     """Also inside rooms, inside functions and for types alone."""
     names = {".".join(path.relative_to(SOURCE.parent).with_suffix("").parts): path for path in FILES}
     names = {name.removesuffix(".__init__"): path for name, path in names.items()}
-    edges = {
-        name: {target for target in imported(path) if target in names and target != name} for name, path in names.items()
-    }
+    edges = {name: (imported(path) & names.keys()) - {name} for name, path in names.items()}
     # A package's own file imports what it exports, and what it exports may import the package's other files.
     edges = {name: set() if names[name].name == "__init__.py" else targets for name, targets in edges.items()}
     done: set[str] = set()

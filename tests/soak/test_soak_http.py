@@ -110,11 +110,11 @@ class Crowd:
         self.ends["refused" if refused else "a broken picture was taken"] += answer.status_code != 503
 
     async def run(self, server: Served) -> int:
-        """Everybody until the end; the child's resident memory after a fifth of the time."""
+        """Everybody until the end; the worker's resident memory after a fifth of the time."""
 
         async def watch() -> int:
             await asyncio.sleep(MINUTES * 12)
-            return int(server.child.memory_info().rss)
+            return int(server.worker.memory_info().rss)
 
         watching = asyncio.create_task(watch())
         await asyncio.gather(*(self.client(seed) for seed in range(CLIENTS)))
@@ -140,14 +140,14 @@ def test_a_hundred_clients_lose_nothing(tmp_path: Path) -> None:
     arguments = ["--model", str(pair.llm), "--mmproj", str(pair.mmproj), "--ctx", str(CTX)]
     with served(*arguments, "--parallel", str(SEQUENCES)) as server:
         fill_the_context(server)
-        crowd, child = Crowd(server.url), server.child
+        crowd, worker = Crowd(server.url), server.worker
         early = asyncio.run(crowd.run(server))
         deadline = time.monotonic() + 30
         while gauge(server, "num_requests_running") or gauge(server, "num_requests_waiting"):
             assert time.monotonic() < deadline, "a sequence is stuck"
         last = httpx.post(f"{server.url}/v1/chat/completions", json=question(max_tokens=1), timeout=PATIENCE)
-        late = child.memory_info().rss
-        assert server.child == child, "the child was started anew"
+        late = worker.memory_info().rss
+        assert server.worker == worker, "the worker was replaced"
         growth = late / early - 1
         print(
             f"{dict(crowd.ends)}, statuses {dict(crowd.statuses)}, "

@@ -1,13 +1,16 @@
-"""`opsin serve`: settings from all their places, then the parent that keeps the server up."""
+"""`opsin serve`: settings from all their places, then the process that speaks HTTP and keeps the model's worker."""
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 import os
+import signal
+import socket
 import sys
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -16,8 +19,18 @@ from opsin.core.config import current_folder, kinds, read_config
 from opsin.core.server_settings import ServerSettings
 from opsin.models import locate
 
-# No -m: that would put the working folder before the standard library.
-_CHILD = "import sys; sys.path[:] = filter(None, sys.path); from opsin.cli.serve_child import main; main()"
+if TYPE_CHECKING:
+    from opsin.server.connection import HttpServer
+    from opsin.server.model import ModelManager
+    from opsin.server.request_stats import Watcher
+    from opsin.worker import WorkerEngine
+
+# No -m: that would put the working folder before the standard library. The doctor's look at this machine needs the
+# native library, which this process does not load.
+_WORKER = (
+    "import sys; sys.path[:] = filter(None, sys.path); from opsin.doctor.build import unused_gpu_hint; "
+    "from opsin.worker.process import main; main(notice=unused_gpu_hint)"
+)
 
 
 def serve(*, print_config: bool = False, **flags: Any) -> None:
@@ -31,15 +44,119 @@ def serve(*, print_config: bool = False, **flags: Any) -> None:
     if print_config:
         sys.stdout.write(config.as_toml())
         return
-    from opsin.server.supervisor import Supervisor, bind
+    from opsin.server.connection import bind
+    from opsin.server.security import check_binding, read_keys
 
     settings = config.settings
+    keys = read_keys(settings, os.environ)
+    check_binding(settings, keys)
     with bind(settings.host, settings.port) as listener:
-        logging.basicConfig(format="opsin: %(message)s", level=logging.INFO)
+        _log_to_stderr(verbose=settings.verbose)
         say("loading the model; GET /ready answers 200 when it is there")
-        hello = {"settings": settings.model_dump(mode="json", exclude_unset=True)}
-        code = Supervisor([sys.executable, "-c", _CHILD], listener, hello, settings.drain_seconds).run()
+        code = asyncio.run(_Front(settings, keys, listener).run())
     raise typer.Exit(code)
+
+
+class _Front:
+    """Everything that lives as long as the server."""
+
+    def __init__(self, settings: ServerSettings, keys: tuple[str, ...], listener: socket.socket) -> None:
+        self._settings = settings
+        self._keys = keys
+        self._listener = listener
+        self._told: list[int] = []
+        self._changed = asyncio.Event()
+
+    async def run(self) -> int:
+        """Serve until a signal, or until the model cannot be used; the exit code."""
+        from opsin.server.access_log import AccessLog
+        from opsin.server.app import create_app
+        from opsin.server.connection import HttpServer
+        from opsin.server.context import Context
+        from opsin.server.decoder import DecoderPool
+        from opsin.server.metrics import Metrics
+        from opsin.server.model import ModelManager
+        from opsin.server.pictures import PictureGate
+        from opsin.server.tracing import Tracing
+        from opsin.worker import WorkerEngine
+
+        settings, loop = self._settings, asyncio.get_running_loop()
+        self._listen_to_signals(loop)
+        pictures = PictureGate(settings, decoder=DecoderPool())
+        tracing = Tracing() if settings.otel else None
+        engine = WorkerEngine(
+            settings.model,
+            settings.mmproj,
+            settings,
+            max_queue=settings.max_queue,
+            idle_seconds=settings.idle_unload_seconds,
+            changed=lambda _: loop.call_soon_threadsafe(self._changed.set),
+            command=(sys.executable, "-c", _WORKER),
+        )
+        model = ModelManager(settings, engine)
+        watchers: list[Watcher] = [Metrics(model), AccessLog(as_json=settings.log_json)]
+        if tracing is not None:
+            watchers.append(tracing)
+        app = create_app(Context(settings, model, pictures, tuple(watchers)), keys=self._keys)
+        server = HttpServer(app, settings.slow_reader_seconds)
+        serving = asyncio.create_task(server.serve(sockets=[self._listener]))
+        try:
+            return await self._watch(model, engine, server)
+        finally:
+            server.should_exit = True
+            await serving
+            await asyncio.to_thread(engine.close)
+            pictures.close()
+            if tracing is not None:
+                tracing.close()
+
+    async def _watch(self, model: ModelManager, engine: WorkerEngine, server: HttpServer) -> int:
+        """Say when the model is ready, and end in good order; the exit code."""
+        said = -1
+        while not self._told and engine.error is None and not server.should_exit:
+            if model.state == "ready" and engine.restarts > said:
+                await asyncio.to_thread(lambda: model.loaded)  # a template may take its time
+                said = engine.restarts
+                self._say_ready(model)
+            await self._changed.wait()
+            self._changed.clear()
+        if self._told:
+            await model.drain(self._settings.drain_seconds)
+            return 130 if self._told[0] == signal.SIGINT else 0
+        error = engine.error
+        say(f"opsin: {error}")
+        return 4 if error is None else error.exit_code
+
+    def _say_ready(self, model: ModelManager) -> None:
+        from opsin.server.connection import address_of
+
+        loaded = model.loaded
+        assert loaded is not None, "it is ready"
+        if loaded.facts.is_demo:
+            say("This is the demo model for drawn scenes; for photographs get a real one: opsin pull llava-1.5-7b")
+        if loaded.facts.notice:
+            say(loaded.facts.notice)
+        address = address_of(self._listener)
+        say(f"{loaded.name} is ready at http://{address} (the page, and /v1 for OpenAI's clients)")
+
+    def _listen_to_signals(self, loop: asyncio.AbstractEventLoop) -> None:
+        """The first signal asks for a good end; a second one does not wait for it."""
+
+        def told(number: int) -> None:
+            if self._told:
+                os._exit(4)
+            self._told.append(number)
+            self._changed.set()
+
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            # What is ignored stays ignored: that is how nohup and a shell's background jobs survive their terminal.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                loop.add_signal_handler(number, told, number)
+
+
+def _log_to_stderr(*, verbose: bool) -> None:
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("opsin").setLevel(logging.DEBUG if verbose else logging.INFO)
 
 
 def _flag(name: str) -> inspect.Parameter:

@@ -20,6 +20,7 @@ from opsin.core.sampling import SamplingParams
 from opsin.core.stages import Stage
 from opsin.engine.clock import StageClock
 from opsin.engine.loop import Loop
+from opsin.engine.native_calls import Watch, unwatched
 from opsin.engine.policy import Policy
 from opsin.engine.request import AnswerStream, Request, Wake, wake_readers
 from opsin.engine.sequence import Sequence
@@ -38,7 +39,8 @@ class Engine:
 
     Tokenising and preprocessing happen in `PREPARE_WORKERS` threads, for requests with a schema or grammar in
     `COMPILE_WORKERS` others, all else in one thread that owns the backend. `wake` is called on that thread with the
-    streams that got events in a step; by default it wakes their readers. Raises what `open_backend` raises.
+    streams that got events in a step; by default it wakes their readers. `watch` is told of native calls. Raises what
+    `open_backend` raises.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Engine:
         max_tokens: int = 1024,
         now: Callable[[], float] = time.perf_counter,
         wake: Wake = wake_readers,
+        watch: Watch = unwatched,
     ) -> None:
         started = now()
         self._now = now
@@ -60,7 +63,7 @@ class Engine:
         self._lock = threading.Lock()
         self._wake = wake
         self.pictures = pictures or PictureCache(PICTURE_BYTES)
-        self._loop = Loop(open_backend, self._policy, self.pictures, now, wake)
+        self._loop = Loop(open_backend, self._policy, self.pictures, now, wake=wake, watch=watch)
         self._backend = self._loop.start()
         self._loop.on_pixels_needed = self._prepare_pixels
         self._workers = ThreadPoolExecutor(PREPARE_WORKERS, thread_name_prefix="opsin-prepare")
@@ -87,12 +90,6 @@ class Engine:
     def stats(self) -> Snapshot:
         """Counters since the start, and what is so now."""
         return self._loop.stats.snapshot
-
-    @property
-    def step_seconds(self) -> float:
-        """How long the step that is being computed has run; 0 between steps. Any thread may ask."""
-        since = self._loop.busy_since
-        return 0.0 if since is None else self._now() - since
 
     def submit(
         self,

@@ -16,6 +16,7 @@ from opsin.core.backend import Backend
 from opsin.core.errors import DecodeFailed, EngineClosed, EngineDied, EngineError, OpsinError, again
 from opsin.core.layout import ImageRun
 from opsin.core.stages import Stage
+from opsin.engine.native_calls import Watch, unwatched
 from opsin.engine.output import OutputProcessor, check_deadline
 from opsin.engine.plan import Encode, KVOp, Plan, Step, Tokens, members_of
 from opsin.engine.policy import Policy
@@ -44,13 +45,16 @@ class Loop:
         policy: Policy,
         pictures: PictureCache,
         now: Callable[[], float] = time.perf_counter,
+        *,
         wake: Wake = wake_readers,
+        watch: Watch = unwatched,
     ) -> None:
         self._open_backend = open_backend
         self._policy = policy
         self._pictures = pictures
         self._now = now
         self._wake = wake
+        self._watch = watch
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._opened: Future[Backend] = Future()
         self._lock = threading.Lock()
@@ -64,8 +68,6 @@ class Loop:
         self.prepare: Preparer
         self.on_pixels_needed: Callable[[Sequence], None] = self._prepare_pixels_here
         self.stats: Stats
-        self.busy_since: float | None = None
-        """Since when the running step has been computed, in seconds of the clock; None between steps."""
 
     def start(self) -> Backend:
         """Load the model and give the backend. Raises what the loading raised."""
@@ -133,7 +135,8 @@ class Loop:
         end: OpsinError = EngineClosed("The engine was closed before the answer was complete.")
         try:
             while self._receive():
-                self._step()
+                with self._watch(()):
+                    self._step()
         except BaseException as cause:
             log.exception("the engine's thread died")
             end = EngineDied(f"The engine died ({type(cause).__name__}: {cause}): start it again.")
@@ -142,8 +145,8 @@ class Loop:
             backend.close()
 
     def _attach(self, backend: Backend) -> None:
-        self.prepare = Preparer(backend, self._pictures)
-        self._runner = Runner(backend, self._pictures, self._now)
+        self.prepare = Preparer(backend, self._pictures, self._watch)
+        self._runner = Runner(backend, self._pictures, self._now, self._watch)
         self._scheduler = Scheduler(backend.limits, self._policy)
         self.stats = Stats(self._scheduler)
         self._outputs = OutputProcessor(
@@ -223,7 +226,7 @@ class Loop:
     def _run(self, plan: Plan) -> None:
         step = plan.step
         assert step is not None
-        started = self._runner.now = self.busy_since = self._now()
+        started = self._runner.now = self._now()
         encodes = self._runner.encodes
         try:
             room = self._runner.run(step, self._between(step))
@@ -234,8 +237,6 @@ class Loop:
             for sequence in members_of(step):
                 self._fail(sequence, error)
             return
-        finally:
-            self.busy_since = None
         if not room:
             self._give_up_something(step)
             return

@@ -13,6 +13,7 @@ from opsin.core.stages import Stage
 from opsin.engine.clock import StageClock
 from opsin.engine.guard import Guard
 from opsin.engine.inflight import InFlightEncodes
+from opsin.engine.native_calls import Watch, unwatched
 from opsin.engine.request import AnswerStream, Request
 from opsin.engine.sequence import Sequence
 from opsin.engine.text import AnswerText
@@ -21,9 +22,10 @@ from opsin.engine.text import AnswerText
 class Preparer:
     """Whatever a request needs before the engine's thread may see it. Any thread."""
 
-    def __init__(self, backend: Backend, pictures: PictureCache) -> None:
+    def __init__(self, backend: Backend, pictures: PictureCache, watch: Watch = unwatched) -> None:
         self._backend = backend
         self._pictures = pictures
+        self._watch = watch
         self._in_flight = InFlightEncodes()
         self._tags: dict[ReasoningStyle, dict[int, bytes]] = {}
 
@@ -69,7 +71,8 @@ class Preparer:
             return embedding is not None or identity in embeddings or name in self._in_flight
 
         prompt = request.prompt
-        layout = self._backend.layout(prompt.parts, add_bos=prompt.add_bos, known=known)
+        with self._watch(tuple(picture.sha256 for picture in prompt.pictures)):
+            layout = self._backend.layout(prompt.parts, add_bos=prompt.add_bos, known=known)
         self._in_flight.add(layout, request.salt)
         return layout
 

@@ -125,8 +125,14 @@ class AnswerStream:
         self._end(Cancelled("The event loop of the answer's reader was closed."))
         self.notify()
 
-    def take_all(self) -> tuple[list[Event], BaseException | None]:
-        """All events that are there, and the error that ended the stream behind them: for a reader of many streams."""
+    def read_with(self, loop: asyncio.AbstractEventLoop, ready: asyncio.Event) -> None:
+        """From now on `ready` is set, in that loop, whenever something can be taken: for a reader of many streams."""
+        self.reader = (loop, ready)
+        if self._events or self._done:
+            ready.set()
+
+    def take(self) -> tuple[list[Event], BaseException | None]:
+        """What has come since the last time, without waiting, and the error that the stream has ended with."""
         events = []
         while self._events:
             events.append(self._events.popleft())

@@ -17,6 +17,7 @@ from opsin.core.layout import ImageRun
 from opsin.core.sampling import SamplingParams
 from opsin.core.stages import Stage
 from opsin.engine.clock import GroupClock, Now
+from opsin.engine.native_calls import Watch, unwatched
 from opsin.engine.plan import Encode, Fork, KVOp, PrefillImage, Step, Tokens
 from opsin.engine.sequence import Sequence, State
 
@@ -34,10 +35,13 @@ class Runner:
     `group_rest` that of the group. `now` is when the last stage ended, in seconds of the engine's clock.
     """
 
-    def __init__(self, backend: Backend, pictures: PictureCache, clock: Now = time.perf_counter) -> None:
+    def __init__(
+        self, backend: Backend, pictures: PictureCache, clock: Now = time.perf_counter, watch: Watch = unwatched
+    ) -> None:
         self._backend = backend
         self._pictures = pictures
         self._clock = clock
+        self._watch = watch
         self.group = GroupClock(clock)
         self.rest = self.group_rest = Stage.OTHER
         self.now = clock()
@@ -154,10 +158,11 @@ class Runner:
         owners = list({id(owner): owner for owner, _ in batch}.values())
         self._begin_stage(owners, Stage.ENCODE, Stage.QUEUE)
         try:
-            if len(batch) > 1:
-                embeddings = self._backend.encode_many([chunk for _, chunk in batch])
-            else:
-                embeddings = [self._backend.encode(run, between)]
+            with self._watch(tuple(_sha256(owner, chunk) for owner, chunk in batch)):
+                if len(batch) > 1:
+                    embeddings = self._backend.encode_many([chunk for _, chunk in batch])
+                else:
+                    embeddings = [self._backend.encode(run, between)]
         finally:
             self._end_stage(owners)
         for (owner, chunk), embedding in zip(batch, embeddings, strict=True):
@@ -193,7 +198,8 @@ class Runner:
             logits=step.last,
             causal=step.run.causal,
         )
-        return self._decode(rows, [sequence], Stage.IMAGE_PREFILL, Stage.QUEUE)
+        images = (_sha256(sequence, step.run),)
+        return self._decode(rows, [sequence], Stage.IMAGE_PREFILL, Stage.QUEUE, images)
 
     def _tokens(self, step: Tokens) -> bool:
         decode = step.decode
@@ -209,12 +215,20 @@ class Runner:
         filling = [part.sequence for part in step.prefill]
         return self._decode(batch, filling, Stage.TEXT_PREFILL, Stage.DECODE if decode else Stage.QUEUE)
 
-    def _decode(self, rows: TokenBatch | EmbeddingRows, filling: list[Sequence], own: Stage, group: Stage) -> bool:
+    def _decode(
+        self,
+        rows: TokenBatch | EmbeddingRows,
+        filling: list[Sequence],
+        own: Stage,
+        group: Stage,
+        images: tuple[str, ...] = (),
+    ) -> bool:
         self._begin_stage(filling, own, group)
         try:
-            done = self._backend.decode(rows)
-            if done:
-                self._backend.synchronize()
+            with self._watch(images):
+                done = self._backend.decode(rows)
+                if done:
+                    self._backend.synchronize()
         finally:
             self._end_stage(filling)
         return done
@@ -245,6 +259,10 @@ def _rows(step: Step) -> list[tuple[Sequence, int]]:
         if part.last:
             rows.append((part.sequence, row))
     return rows
+
+
+def _sha256(sequence: Sequence, run: ImageRun) -> str:
+    return sequence.layout.images[run.picture].sha256
 
 
 def _params(sequence: Sequence) -> SamplingParams:

@@ -199,12 +199,14 @@ def _fill(given: _Input, mtmd: Any, stretches: Stretches, parts: Sequence[Part],
 
 
 def _bitmap(mtmd: Any, picture: Picture, index: int, *, hollow: bool) -> Owned:
-    if len(picture.rgb) != picture.width * picture.height * 3 or not picture.rgb:
+    rgb = picture.rgb  # read once: a worker lets go of it when its request is cancelled
+    if len(rgb) != picture.width * picture.height * 3 or not rgb:
         raise BadPicture(
-            f"A picture of {picture.width}x{picture.height} pixels came with {len(picture.rgb)} bytes of RGB: "
+            f"A picture of {picture.width}x{picture.height} pixels came with {len(rgb)} bytes of RGB: "
             "it needs three a pixel."
         )
-    pixels = None if hollow else ctypes.cast(ctypes.c_char_p(picture.rgb), ctypes.POINTER(ctypes.c_uint8))
+    data = np.frombuffer(rgb, np.uint8)
+    pixels = None if hollow else data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
     bitmap = Owned("bitmap", mtmd.mtmd_bitmap_init(picture.width, picture.height, pixels), mtmd.mtmd_bitmap_free)
     # The chunks made of it carry this number back: one picture may become many.
     mtmd.mtmd_bitmap_set_id(bitmap.pointer, str(index).encode())

@@ -1,13 +1,28 @@
-"""HTTP/1.1 connections that do not wait for ever: for a request's head, or for a client that reads nothing."""
+"""The listening socket, and HTTP/1.1 connections that do not wait for ever: neither for a head nor for a reader."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
+import ipaddress
 import logging
+import socket
+from collections.abc import Iterator
 from typing import Any
 
+import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from opsin.core.errors import BadParameter
+
+BACKLOG = 2048
+LAST_BYTES_SECONDS = 5
+"""How long open connections may take to read what was answered when the server ends."""
+KEEP_ALIVE_SECONDS = 75
+"""Idle connections stay open longer than clients keep them (httpx, and with it OpenAI's client, 5 s): the client must
+be the first to close, or a request crosses the close on its way and is lost."""
 _LOG = logging.getLogger("opsin.server")
 
 
@@ -84,3 +99,52 @@ def patient(seconds: float) -> type[Connection]:
 def _stop(timer: asyncio.TimerHandle | None) -> None:
     if timer is not None:
         timer.cancel()
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn with patient connections. It leaves signals alone: running answers end before the HTTP server does."""
+
+    def __init__(self, app: ASGIApp, slow_reader_seconds: float) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                ws="none",
+                http=patient(slow_reader_seconds),
+                proxy_headers=False,
+                server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=LAST_BYTES_SECONDS,
+            )
+        )
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Nothing is captured."""
+        yield
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that listens there. Raises BadParameter."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
+    except (OSError, UnicodeError) as error:  # the second for names that no host can have
+        number = getattr(error, "errno", None)
+        if number == errno.EADDRINUSE:
+            raise BadParameter(
+                f"Port {port} of {host} is in use by another program: give another (--port; 0 takes a free one)."
+            ) from None
+        if number == errno.EACCES:
+            raise BadParameter(f"Port {port} needs more rights than you have: give one above 1023 (--port).") from None
+        raise BadParameter(f"{host} is no address of this machine to listen on: give another (--host).") from None
+
+
+def address_of(listener: socket.socket) -> str:
+    """`HOST:PORT` of a listening socket, IPv6 in brackets; loopback where it listens on all addresses."""
+    host, port = listener.getsockname()[:2]
+    if ipaddress.ip_address(host).is_unspecified:
+        host = "127.0.0.1" if listener.family == socket.AF_INET else "::1"
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

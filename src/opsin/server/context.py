@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from opsin.core.server_settings import ServerSettings
 from opsin.server.fair_queue import FairQueue
-from opsin.server.life import Life
+from opsin.server.model import ModelManager
 from opsin.server.pictures import PictureGate
 from opsin.server.request_stats import RequestStats, Watcher
 
@@ -16,7 +16,7 @@ class Context:
     """The settings, the model, the image loader, the queue, and those who are told about each request."""
 
     settings: ServerSettings
-    life: Life
+    model: ModelManager
     pictures: PictureGate
     watchers: tuple[Watcher, ...] = ()
     queue: FairQueue = field(init=False)

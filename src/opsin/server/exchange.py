@@ -13,24 +13,22 @@ from fastapi import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from opsin.core.answer import Answer, Event, Finished, Started, TextDelta
+from opsin.core.answer import Answer, Finished, TextDelta
 from opsin.core.errors import OpsinError
 from opsin.core.parts import Prompt
 from opsin.core.sampling import SamplingParams
-from opsin.engine import AnswerStream
 from opsin.server.context import Context
 from opsin.server.errors import dumps, error_body, told
 from opsin.server.model import LoadedModel
+from opsin.server.pixels import current_holder
 from opsin.server.request_stats import RequestStats
+from opsin.worker import AnswerStream
 
 KEEP_ALIVE_SECONDS = 5.0
 """How long nothing may go out before the first text: then a comment does, which keeps proxies from hanging up."""
 _KEEP_ALIVE = b": the answer is being worked on\n\n"
-_WAITING_EVENTS = 64
 _GONE_STATUS = 499
 _LOG = logging.getLogger("opsin.server")
-
-Found = tuple[int, Event | Exception]
 
 
 class ClientGone(Exception):
@@ -65,7 +63,7 @@ class Writer(Protocol):
 class Job:
     """What the model is asked: a prompt and parameters a choice; and who writes the answer."""
 
-    asked: Sequence[tuple[Prompt, SamplingParams]]
+    asked: list[tuple[Prompt, SamplingParams]]
     writer: Writer
     stream: bool
     queue_ms: float = 0.0
@@ -104,124 +102,139 @@ class Exchange(Response):
             self._stats.status, self._stats.refused = _GONE_STATUS, "cancelled"
 
     async def _carry_out(self, send: Send) -> None:
-        life = self._context.life
-        with life.entered():
-            model = await life.model()
+        with self._context.model.entered():
+            model = self._context.model.model()
+            model.engine.wake()  # it loads while images are decoded
             self._stats.model = model.name
             job = await self._prepare(model)
-            pictures = {picture.sha256: picture for prompt, _ in job.asked for picture in prompt.pictures}
-            self._stats.pictures = len(pictures)
+            self._stats.pictures = len({picture.sha256 for prompt, _ in job.asked for picture in prompt.pictures})
             self._stats.streamed = job.stream
-            with life.in_flight(pictures):
-                streams: list[AnswerStream] = []
-                try:
-                    for prompt, params in job.asked:
-                        streams.append(
-                            model.engine.submit(
-                                prompt,
-                                params,
-                                load_ms=model.load_ms,
-                                queue_ms=job.queue_ms,
-                                waited_since=self._stats.began,
-                                salt=self._salt,
-                            )
+            streams: list[AnswerStream] = []
+            try:
+                for prompt, params in job.asked:
+                    streams.append(
+                        model.engine.submit(
+                            prompt,
+                            params,
+                            queue_ms=job.queue_ms,
+                            waited_since=self._stats.began,
+                            salt=self._salt,
                         )
-                        self._stats.deltas.append([])
-                    await (self._stream(job.writer, streams, send) if job.stream else self._whole(job, streams, send))
-                finally:
-                    for stream in streams:
-                        if not stream.done:
-                            stream.cancel()
+                    )
+                    self._stats.deltas.append([])
+                del prompt
+                job.asked.clear()  # the pixels belong to the engine now, which frees them as soon as it can
+                await (self._stream if job.stream else self._whole)(job.writer, _Answers(streams), send)
+            finally:
+                for stream in streams:
+                    if not stream.done:
+                        stream.cancel()
 
-    async def _whole(self, job: Job, streams: Sequence[AnswerStream], send: Send) -> None:
-        answers = await asyncio.gather(*(self._collect(i, stream) for i, stream in enumerate(streams)))
-        self._stats.answers.extend(answers)
-        body = dumps(job.writer.whole(answers))
+    async def _whole(self, writer: Writer, answers: _Answers, send: Send) -> None:
+        found: dict[int, Answer] = {}
+        while len(found) < answers.count:
+            for index, event in await answers.take():
+                if isinstance(event, Finished):
+                    found[index] = event.answer
+                else:
+                    self._stats.deltas[index].append(time.perf_counter())
+        whole = [found[index] for index in range(answers.count)]
+        self._stats.answers.extend(whole)
+        body = dumps(writer.whole(whole))
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
-            (b"server-timing", server_timing(answers[0])),
+            (b"server-timing", server_timing(whole[0])),
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
-    async def _collect(self, index: int, stream: AnswerStream) -> Answer:
-        async for event in stream:
-            if isinstance(event, TextDelta):
-                self._stats.deltas[index].append(time.perf_counter())
-            elif isinstance(event, Finished):
-                return event.answer
-        raise AssertionError("a stream ends with its answer or an error")
-
-    async def _stream(self, writer: Writer, streams: Sequence[AnswerStream], send: Send) -> None:
-        # Bounded, so that a client that reads slowly is felt by its streams.
-        queue: asyncio.Queue[Found] = asyncio.Queue(_WAITING_EVENTS)
-        pumps = [asyncio.ensure_future(_pump(i, stream, queue)) for i, stream in enumerate(streams)]
-        try:
-            await self._send_stream(writer, len(streams), queue, send)
-        finally:
-            for pump in pumps:
-                pump.cancel()
-            await asyncio.gather(*pumps, return_exceptions=True)
-
-    async def _send_stream(self, writer: Writer, running: int, queue: asyncio.Queue[Found], send: Send) -> None:
-        head, failure = writer.begin(), None
-        found: Found | None
-        started = spoken = False
+    async def _stream(self, writer: Writer, answers: _Answers, send: Send) -> None:
+        head, started, running = writer.begin(), False, answers.count
+        spoken = False  # tokens that are held back, as those of a call are, keep no connection alive
         now = asyncio.get_running_loop().time
         due = now() + KEEP_ALIVE_SECONDS
-        frames: list[bytes] = []
-        while running and failure is None:
-            try:
-                found = await (queue.get() if spoken else asyncio.wait_for(queue.get(), due - now()))
-            except TimeoutError:
-                found = None
-            # All that is there goes out at once: a packet for each token would cost more than the token.
-            while found is not None:
-                index, event = found
-                if isinstance(event, Exception):
+        try:
+            while running:
+                # All that is there goes out at once: a packet for each token would cost more than the token.
+                found = await answers.take(None if spoken else due - now())
+                running -= sum(isinstance(event, Finished) for _, event in found)
+                part = b"".join([self._written(writer, index, event) for index, event in found])
+                spoken = spoken or bool(part)
+                if not part and not spoken and now() >= due:
+                    part = _KEEP_ALIVE
+                if part:
                     if not started:
-                        raise event
-                    failure = event
-                    break
-                frames.append(self._written(writer, index, event))
-                spoken = spoken or bool(frames[-1])
-                running -= isinstance(event, Finished)
-                found = None if queue.empty() else queue.get_nowait()
-            # Tokens that are held back, as those of a call are, keep no connection alive.
-            part = b"".join(frames) or (_KEEP_ALIVE if now() >= due and not spoken else b"")
-            frames.clear()
-            if part:
-                if not started:
-                    started = True
-                    await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
-                await _send_part(send, head + part)
-                head, due = b"", now() + KEEP_ALIVE_SECONDS
-        last = writer.end() if failure is None else self._failed(writer, failure)
+                        await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+                        started = True
+                    await _send_part(send, head + part)
+                    head, due = b"", now() + KEEP_ALIVE_SECONDS
+            last = writer.end()
+        except ClientGone:
+            raise
+        except Exception as error:
+            if not started:
+                raise
+            last = self._failed(writer, error)
         await _send_part(send, last, more=False)
 
-    def _written(self, writer: Writer, index: int, event: Event) -> bytes:
-        if isinstance(event, TextDelta):
-            self._stats.deltas[index].append(time.perf_counter())
-            return writer.event(index, event)
+    def _written(self, writer: Writer, index: int, event: TextDelta | Finished) -> bytes:
         if isinstance(event, Finished):
             self._stats.answers.append(event.answer)
-            return writer.event(index, event)
-        return b""
+        else:
+            self._stats.deltas[index].append(time.perf_counter())
+        return writer.event(index, event)
 
     def _failed(self, writer: Writer, error: Exception) -> bytes:
-        status, message, code, param = (
-            500,
-            "The server failed on this answer: its log says why.",
-            "internal_error",
-            None,
-        )
         if isinstance(error, OpsinError):
             status, message, code, param = told(error)
         else:
             _LOG.error("an answer failed", exc_info=error)
+            status, code, param = 500, "internal_error", None
+            message = "The server failed on this answer: its log says why."
         self._stats.refused = code
         return writer.failed(error_body(status, message, code, param))
+
+
+class _Answers:
+    """The streams of one request, read together. The images' share of memory is given back once all have begun."""
+
+    def __init__(self, streams: Sequence[AnswerStream]) -> None:
+        self.count = len(streams)
+        self._streams = streams
+        self._silent = set(range(len(streams)))
+        self._pixels = current_holder()
+        self._ready = asyncio.Event()
+        for stream in streams:
+            stream.read_with(asyncio.get_running_loop(), self._ready)
+
+    async def take(self, seconds: float | None = None) -> list[tuple[int, TextDelta | Finished]]:
+        """Everything that has come, by stream; nothing when nothing comes in time. Raises a stream's error."""
+        if seconds is None:
+            await self._ready.wait()
+        else:
+            try:
+                await asyncio.wait_for(self._ready.wait(), seconds)
+            except TimeoutError:
+                return []
+        self._ready.clear()
+        found: list[tuple[int, TextDelta | Finished]] = []
+        for index, stream in enumerate(self._streams):
+            events, error = stream.take()
+            shown = [(index, event) for event in events if isinstance(event, (TextDelta, Finished))]
+            if error is not None and not shown:
+                raise error
+            if error is not None:
+                self._ready.set()  # first what came before it
+            if shown and self._silent:
+                self._begun(index)
+            found += shown
+        return found
+
+    def _begun(self, index: int) -> None:
+        self._silent.discard(index)
+        if not self._silent and self._pixels is not None:
+            self._pixels.release()
 
 
 _STREAM_HEADERS = [
@@ -233,15 +246,6 @@ _STREAM_HEADERS = [
 
 async def _send_part(send: Send, body: bytes, *, more: bool = True) -> None:
     await send({"type": "http.response.body", "body": body, "more_body": more})
-
-
-async def _pump(index: int, stream: AnswerStream, queue: asyncio.Queue[Found]) -> None:
-    try:
-        async for event in stream:
-            if not isinstance(event, Started):
-                await queue.put((index, event))
-    except Exception as error:  # noqa: BLE001 - who reads the queue must hear of every end
-        await queue.put((index, error))
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> bool:

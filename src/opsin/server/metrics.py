@@ -20,7 +20,7 @@ from opsin.core.answer import Answer
 from opsin.core.stages import Stage
 from opsin.engine import Snapshot
 from opsin.server.context import Context
-from opsin.server.life import Life
+from opsin.server.model import ModelManager
 from opsin.server.request_stats import RequestStats
 
 # The boundaries in seconds that OpenTelemetry's conventions advise for gen_ai.server.time_to_first_token,
@@ -49,9 +49,9 @@ def show_metrics(request: Request) -> Response:
 class Metrics:
     """A watcher with a registry of its own, so that several servers in one process do not mix."""
 
-    def __init__(self, life: Life) -> None:
+    def __init__(self, model: ModelManager) -> None:
         self.registry = CollectorRegistry()
-        self._engine = _EngineNumbers(life)
+        self._engine = _EngineNumbers(model)
         self.registry.register(self._engine)
 
         def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
@@ -115,22 +115,22 @@ class Metrics:
 
 @dataclass(slots=True, eq=False)
 class _EngineNumbers(Collector):
-    """What the engine says about itself; zeros while no model is loaded. Counters restart with each loading."""
+    """What the engine says about itself; zeros before a model is loaded. Counters go on when a worker is replaced."""
 
-    life: Life
+    manager: ModelManager
     waiting: int = 0
     """Answers that wait for their key's turn before the engine gets them."""
 
     def collect(self) -> Iterator[Metric]:
-        model = self.life.loaded
+        model = self.manager.loaded
         now = Snapshot() if model is None else model.engine.stats
-        used = 0.0 if model is None else now.cells_used / model.engine.limits.n_ctx
+        used = 0.0 if model is None else now.cells_used / model.facts.limits.n_ctx
         for name, text, value in (
             ("num_requests_running", "Answers that are computed.", now.running),
             ("num_requests_waiting", "Answers that wait for their turn.", now.waiting + self.waiting),
             ("kv_cache_usage_perc", "Share of the KV cache in use, 1 when full; prefixes count.", used),
             ("num_idle_prefixes", "Prompts in the KV cache that no running answer uses.", now.idle_prefixes),
-            ("ready", "1 when requests are answered.", float(self.life.ready)),
+            ("ready", "1 when requests are answered.", float(self.manager.ready)),
         ):
             yield GaugeMetricFamily(f"opsin:{name}", text, value)
         for name, text, value in (

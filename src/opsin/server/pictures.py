@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import hashlib
 import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, TypeVar
 
 from opsin.core.errors import BadParameter, BadPicture, FetchFailed
 from opsin.core.picture import Picture
 from opsin.core.server_settings import ServerSettings
 from opsin.core.settings import MediaSettings
-from opsin.media import OpenPicture, load_picture
 from opsin.media.source import read_data_url
 from opsin.server.addresses import AddressPolicy
+from opsin.server.decoder import Decoder
 from opsin.server.media_folder import MediaFolder
 from opsin.server.pixels import Holder, PixelRoom, current_holder
 
@@ -30,8 +28,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 DETAILS = ("auto", "low", "high")
-LOW_EDGE = 512
-"""Pixels of the longer edge that `detail: low` shrinks a picture to."""
 
 _FETCHERS = 16
 _SHOWN_SCHEME = 20
@@ -41,9 +37,9 @@ class PictureGate:
     """Turns the addresses in requests into checked pictures, within the limits of the settings.
 
     Addresses are fetched and pictures decoded by threads of its own, and no more pixels are held at the same time than
-    `max_pixels_in_flight`: see `opsin.server.pixels`. `resolve` replaces the policy on addresses, for tests. The
-    native decoders run inside `in_flight` of the file's SHA-256, so that a file that ends the process is known later.
-    Raises BadParameter when the settings name hosts or a folder that cannot be.
+    `max_pixels_in_flight`: see `opsin.server.pixels`. `resolve` replaces the policy on addresses, for tests;
+    `decoder` says where files are decoded (default: in this process). Raises BadParameter when the settings name hosts
+    or a folder that cannot be.
     """
 
     def __init__(
@@ -51,12 +47,12 @@ class PictureGate:
         settings: ServerSettings,
         *,
         resolve: Resolver | None = None,
-        in_flight: Callable[[list[str]], AbstractContextManager[object]] = nullcontext,
+        decoder: Decoder | None = None,
     ) -> None:
         self._limits = MediaSettings(
             max_bytes=settings.max_picture_bytes, max_pixels=settings.max_pixels, fetch=settings.fetch_images
         )
-        self._in_flight = in_flight
+        self._decoder = decoder or Decoder()
         self._resolve = resolve or AddressPolicy(settings.image_hosts)
         self._folder = None if settings.media_path is None else MediaFolder(settings.media_path)
         self._room = PixelRoom(settings.max_pixels_in_flight)
@@ -75,16 +71,11 @@ class PictureGate:
         begin = time.perf_counter()
         data = await self._bytes(url)
         fetch_ms = (time.perf_counter() - begin) * 1e3
-        identity = await self._in(self._decoders, lambda: hashlib.sha256(data).hexdigest())
-        with self._in_flight([identity]):
-            file = await self._in(self._decoders, lambda: OpenPicture(data, self._limits))
-        pixels = file.width * file.height
+        pixels = await self._in(self._decoders, lambda: self._decoder.measure(data, self._limits))
         holder = current_holder() or Holder()
         try:
             await self._room.take(pixels, holder)
-            with self._in_flight([identity]):
-                edge = LOW_EDGE if detail == "low" else None
-                picture = await self._in(self._decoders, lambda: load_picture(file, self._limits, edge))
+            picture = await self._in(self._decoders, lambda: self._decoder.decode(data, self._limits, detail))
             self._room.give_back(holder, pixels - picture.width * picture.height)
         finally:
             if holder is not current_holder():
@@ -95,6 +86,7 @@ class PictureGate:
         """Let the threads go once they have nothing to do."""
         self._fetchers.shutdown(wait=False, cancel_futures=True)
         self._decoders.shutdown(wait=False, cancel_futures=True)
+        self._decoder.close()
 
     async def _bytes(self, url: str) -> bytes:
         """The bytes at an address of any kind that is open."""

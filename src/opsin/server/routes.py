@@ -10,7 +10,7 @@ from starlette.responses import Response
 from opsin import __version__
 from opsin.server.context import Context
 from opsin.server.errors import UnknownModel, dumps
-from opsin.server.model import LoadedModel
+from opsin.server.model import ModelManager
 
 router = APIRouter(tags=["server"])
 
@@ -22,13 +22,13 @@ def _reply(value: dict[str, Any], status: int = 200, **headers: str) -> Response
 @router.get("/v1/models")
 async def models(request: Request) -> Response:
     """The one model that is served."""
-    return _reply({"object": "list", "data": [_card(await _facts(request))]})
+    return _reply({"object": "list", "data": [_card(_facts(request))]})
 
 
 @router.get("/v1/models/{name:path}")
 async def model_by_name(name: str, request: Request) -> Response:
     """The model, if it is called so."""
-    facts = await _facts(request)
+    facts = _facts(request)
     if name != facts["model_alias"]:
         raise UnknownModel(f"The model {name[:100]!r} is not served here: ask for {facts['model_alias']!r}.", "model")
     return _reply(_card(facts))
@@ -37,47 +37,35 @@ async def model_by_name(name: str, request: Request) -> Response:
 @router.get("/props")
 async def props(request: Request) -> Response:
     """Sizes and abilities of the model, under llama-server's names where it has them."""
-    return _reply(await _facts(request))
+    return _reply(_facts(request))
 
 
 @router.get("/health")
 async def health(request: Request) -> Response:
-    """Whether the process lives and its engine did not die."""
-    state = _context(request).life.state
+    """Whether the server lives and has a model to serve, now or in a moment."""
+    state = _model(request).state
     return _reply({"status": "failed"}, 503) if state == "failed" else _reply({"status": "ok"})
 
 
 @router.get("/ready")
 async def ready(request: Request) -> Response:
-    """Whether requests are answered: the model is loaded and warmed up."""
-    life = _context(request).life
-    if life.ready:
+    """Whether requests are answered: the model is loaded and warmed up, and its process answers."""
+    model = _model(request)
+    if model.ready:
         return _reply({"status": "ready"})
-    return _reply({"status": life.state}, 503, **{"Retry-After": "1"})
+    return _reply({"status": model.state}, 503, **{"Retry-After": "1"})
 
 
-def _context(request: Request) -> Context:
+def _model(request: Request) -> ModelManager:
     context: Context = request.app.state.context
-    return context
+    return context.model
 
 
-async def _facts(request: Request) -> dict[str, Any]:
-    """What is told of the model; of one that is unloaded, what was told before. Raises NotReady."""
-    life, state = _context(request).life, request.app.state
-    model = life.loaded if life.state in {"ready", "draining"} else None
-    if model is None and life.state == "unloaded" and hasattr(state, "facts"):
-        return dict(state.facts)  # to look is not to ask: it neither loads the model nor keeps it loaded
-    if model is None:
-        with life.entered():
-            model = await life.model()
-    state.facts = _facts_of(model, _context(request).settings.parallel)
-    if life.placement is not None:
-        state.facts["placement"] = life.placement.as_dict()
-    return dict(state.facts)
-
-
-def _facts_of(model: LoadedModel, parallel: int) -> dict[str, Any]:
-    limits, info = model.engine.limits, model.engine.info
+def _facts(request: Request) -> dict[str, Any]:
+    """What is told of the model, also while it is unloaded. Raises NotReady."""
+    model = _model(request).model()
+    limits, info = model.facts.limits, model.facts.info
+    parallel = request.app.state.context.settings.parallel
     return {
         "default_generation_settings": {"n_ctx": limits.n_ctx_seq},
         "n_ctx": limits.n_ctx,
@@ -86,12 +74,13 @@ def _facts_of(model: LoadedModel, parallel: int) -> dict[str, Any]:
         "parallel": parallel,
         "model_alias": model.name,
         "model": info.as_dict(),
-        "is_demo": model.is_demo,
+        "is_demo": model.facts.is_demo,
         "modalities": {"vision": info.projector is not None, "audio": False},
         "chat_template": model.prompts.template,
         "tools": model.prompts.knows_tools,
         "thinking": model.prompts.reasoning is not None,
         "build_info": f"opsin {__version__}",
+        "placement": model.facts.placement.as_dict(),
     }
 
 

@@ -26,17 +26,17 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 from hypothesis import HealthCheck, Phase, given, settings
+from local_engine import LocalEngine
 from PIL import Image
 
 from opsin.core.backend import BackendLimits
 from opsin.core.server_settings import ServerSettings
 from opsin.engine import Engine, Policy
-from opsin.prompt import PromptBuilder, TemplateSource
+from opsin.prompt import TemplateSource
 from opsin.server.app import create_app
 from opsin.server.connection import patient
 from opsin.server.context import Context
-from opsin.server.life import Life
-from opsin.server.model import LoadedModel
+from opsin.server.model import ModelManager
 from opsin.server.pictures import PictureGate
 from opsin.testing import FakeBackend
 from opsin.testing.fake_backend import N_VOCAB, TURN_TEXT
@@ -59,20 +59,18 @@ class Server:
         limits = BackendLimits(n_ctx=1024, n_batch=256, n_ubatch=256, n_seq_max=8, n_vocab=N_VOCAB, n_embd=4)
         self.engine = Engine(lambda: FakeBackend(limits=limits), policy=Policy(parallel=8))
         source = TemplateSource(TEMPLATE, "fake", "fake", None, "", "", frozenset({TURN_TEXT}))
-        model = LoadedModel(self.engine, PromptBuilder(source), "fake", is_demo=False, close=lambda: None)
-        self.life = Life(settings, lambda: model)
+        self.manager = ModelManager(settings, LocalEngine(self.engine, source))
         self.gate = PictureGate(settings)
-        self.app: FastAPI = create_app(Context(settings, self.life, self.gate))
-        asyncio.run(self.life.start())
+        self.app: FastAPI = create_app(Context(settings, self.manager, self.gate))
 
     def check_idle(self) -> None:
         """Nothing is stuck, and the next request is answered."""
         end = time.monotonic() + 5  # cancelled ones are freed by the engine's next step
-        while (stats := self.engine.stats).running and time.monotonic() < end:
+        while ((stats := self.engine.stats).running or self.manager.running) and time.monotonic() < end:
             time.sleep(0.01)
         assert (stats.running, stats.waiting) == (0, 0), stats
         assert self.gate._room.used == 0
-        assert self.life.running == 0
+        assert self.manager.running == 0
         assert self.engine.error is None
 
         async def go() -> None:

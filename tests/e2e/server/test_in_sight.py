@@ -21,17 +21,16 @@ from opentelemetry.trace import SpanKind
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
-from opsin.compose import open_runtime
 from opsin.core.server_settings import ServerSettings
 from opsin.core.stages import Stage
 from opsin.server.access_log import NAME, AccessLog
 from opsin.server.app import create_app
 from opsin.server.context import Context
-from opsin.server.life import Life
 from opsin.server.metrics import Metrics
-from opsin.server.model import LoadedModel
+from opsin.server.model import ModelManager
 from opsin.server.pictures import PictureGate
 from opsin.server.tracing import Tracing
+from opsin.worker import WorkerEngine
 
 pytestmark = [pytest.mark.slow, pytest.mark.native]
 
@@ -120,18 +119,14 @@ async def talk(port: int, seen: Seen, lines: list[str]) -> None:
 
 async def scene(seen: Seen, lines: list[str]) -> None:
     settings = ServerSettings(port=0, parallel=3, disk_cache=False)
-
-    def open_model() -> LoadedModel:
-        runtime = open_runtime(None, None, settings)
-        return LoadedModel(runtime.engine, runtime.prompts, "demo", runtime.is_demo, runtime.close)
-
-    exporter, life, pictures = InMemorySpanExporter(), Life(settings, open_model), PictureGate(settings)
+    engine = WorkerEngine(None, None, settings)
+    exporter, model, pictures = InMemorySpanExporter(), ModelManager(settings, engine), PictureGate(settings)
     tracing = Tracing(exporter)
-    watchers = (Metrics(life), tracing, AccessLog(as_json=True))
-    app = create_app(Context(settings, life, pictures, watchers))
+    watchers = (Metrics(model), tracing, AccessLog(as_json=True))
+    app = create_app(Context(settings, model, pictures, watchers))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="off", ws="none"))
 
-    await life.start()
+    await asyncio.to_thread(engine.wait_ready)
     serving = asyncio.create_task(server.serve())
     try:
         await asyncio.wait_for(until(lambda: server.started), 10)
@@ -140,7 +135,7 @@ async def scene(seen: Seen, lines: list[str]) -> None:
     finally:
         server.should_exit = True
         await serving
-        await life.close()
+        await asyncio.to_thread(engine.close)
         pictures.close()
         tracing.close()
     seen.spans = list(exporter.get_finished_spans())

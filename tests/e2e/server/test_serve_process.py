@@ -48,10 +48,10 @@ def test_it_says_where_it_is_answers_and_ends_in_good_order() -> None:
         assert answer["model"] == "eye"
         assert answer["usage"]["completion_tokens"] > 0
         parent = psutil.Process(server.process.pid)
-        child = server.child
+        worker = server.worker
         assert "libllama" not in "".join(region.path for region in parent.memory_maps())
         assert server.end() == 0
-        assert not child.is_running()
+        assert not worker.is_running()
         assert not [line for line in server.lines if "Traceback" in line or "error" in line.lower()]
 
 
@@ -96,55 +96,6 @@ def test_what_outlasts_the_drain_is_told_so() -> None:
             assert stream.broken is None
             assert stream.finish_reason is None
             assert stream.events[-1]["error"]["code"] == "engine_closed"
-
-
-def test_an_aborted_child_closes_its_streams_and_is_ready_again_within_ten_seconds() -> None:
-    with served() as server:
-        running = streams(server, 8)
-        child = server.child
-        fell = time.monotonic()
-        child.send_signal(signal.SIGABRT)
-        for stream in running:
-            stream.finish()
-            assert stream.finish_reason is None
-            assert stream.ended_at - fell < 5
-        while not _is_ready(server):
-            assert time.monotonic() - fell < 10
-        assert time.monotonic() - fell < 10
-        assert server.child.pid != child.pid
-        server.wait_line("SIGABRT")
-        assert ask(server, max_tokens=2).status_code == 200
-
-
-def _is_ready(server: Served) -> bool:
-    try:
-        return httpx.get(f"{server.url}/ready", timeout=1).status_code == 200
-    except httpx.HTTPError:
-        return False
-
-
-def test_a_picture_in_flight_at_two_falls_is_refused_and_others_are_not() -> None:
-    with served() as server:
-        for fall in (1, 2):
-            stream = Stream(server.url, question(picture_url(0), **LONG))
-            assert stream.begun.wait(LIMIT)
-            assert stream.is_alive()
-            server.child.send_signal(signal.SIGABRT)
-            stream.finish()
-            server.wait_ready(fall + 1)
-        answer = ask(server, picture_url(0), max_tokens=2)
-        assert answer.status_code == 422
-        assert answer.json()["error"]["code"] == "picture_blocked"
-        assert ask(server, picture_url(1), max_tokens=2).status_code == 200
-        server.wait_line("in flight at two falls")
-
-
-def test_the_child_does_not_outlive_its_parent() -> None:
-    with served() as server:
-        child = server.child
-        server.process.kill()
-        psutil.wait_procs([child], timeout=LIMIT)
-        assert not child.is_running()
 
 
 def test_an_idle_model_is_unloaded_and_loaded_by_the_next_request() -> None:

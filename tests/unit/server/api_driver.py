@@ -12,17 +12,17 @@ from typing import Any
 
 import httpx
 from fastapi import FastAPI
+from local_engine import LocalEngine
 from PIL import Image
 
 from opsin.core.backend import Sampler
 from opsin.core.sampling import SamplingParams
 from opsin.core.server_settings import ServerSettings
 from opsin.engine import Engine, Policy
-from opsin.prompt import PromptBuilder, TemplateSource
+from opsin.prompt import TemplateSource
 from opsin.server.app import create_app
 from opsin.server.context import Context
-from opsin.server.life import Life
-from opsin.server.model import LoadedModel
+from opsin.server.model import ModelManager
 from opsin.server.pictures import PictureGate
 from opsin.server.request_stats import RequestStats
 from opsin.testing import FakeBackend
@@ -79,8 +79,8 @@ class World:
 
     app: FastAPI
     client: httpx.AsyncClient
-    life: Life
-    model: LoadedModel
+    manager: ModelManager
+    engine: LocalEngine
     backend: Backend
     records: list[RequestStats] = field(default_factory=list)
 
@@ -142,30 +142,20 @@ async def world(
 ) -> AsyncIterator[World]:
     """An application with its model loaded and warm."""
     backend = Backend(reply)
-    # Where the answer stops at a gate the warm-up would, too.
-    backend.reply = lambda _: "warm"
-
-    def open_model() -> LoadedModel:
-        engine = Engine(lambda: backend, policy=Policy(parallel=8))
-        source = TemplateSource(template, "llama", "fake", None, "", "", frozenset({TURN_TEXT}))
-        return LoadedModel(engine, PromptBuilder(source), "fake", is_demo=False, close=engine.close)
-
+    source = TemplateSource(template, "llama", "fake", None, "", "", frozenset({TURN_TEXT}))
+    native = Engine(lambda: backend, policy=Policy(parallel=8))
+    engine = LocalEngine(native, source, state="ready" if start else "loading")
     chosen = ServerSettings(**settings)
-    life = Life(chosen, open_model)
-    if start:
-        await life.start()
-    backend.reply = reply
-    backend.drawn_with.clear()
+    manager = ModelManager(chosen, engine)
     records: list[RequestStats] = []
     gate = PictureGate(chosen)
-    app = create_app(Context(chosen, life, gate, (Watching(records),)), keys=keys)
+    app = create_app(Context(chosen, manager, gate, (Watching(records),)), keys=keys)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000", timeout=LIMIT) as client:
-        model = life.loaded or LoadedModel(*[None] * 5)  # type: ignore[arg-type]
         try:
-            yield World(app, client, life, model, backend, records)
+            yield World(app, client, manager, engine, backend, records)
         finally:
-            await life.close()
+            await asyncio.to_thread(engine.close)
             gate.close()
 
 

@@ -351,7 +351,7 @@ def test_what_cannot_be_done_is_refused_by_name(body: Any, param: str | None, wo
             assert error["message"].endswith(".")
             assert w.records[-1].refused == error["code"]
             assert w.records[-1].status == 400
-            assert (w.records[-1].answers, w.life.running) == ([], 0)
+            assert (w.records[-1].answers, w.manager.running) == ([], 0)
 
     run(work())
 
@@ -461,9 +461,9 @@ def test_a_client_that_goes_away_frees_its_answer_within_one_step(stream: bool) 
             before = gate.steps
             caller.gone.set()
             await caller.task
-            assert w.life.running == 0
+            assert w.manager.running == 0
             gate.open.set()
-            await until(lambda: w.model.engine.stats.running == 0)
+            await until(lambda: w.engine.stats.running == 0)
             # The step that ran while the client left draws a token for each of its two answers.
             assert gate.steps <= before + 2
             assert w.records[-1].refused == "cancelled"
@@ -511,7 +511,8 @@ def test_before_the_model_is_there_and_while_the_server_drains_others_are_told_t
     async def work() -> None:
         async with world(start=False) as w:
             for state in ("loading", "draining"):
-                w.life.state = state
+                if state == "draining":
+                    await w.manager.drain(0.0)
                 for stream in (False, True):
                     reply = await w.post(messages=QUESTION, stream=stream)
                     assert reply.status_code == 503
@@ -546,7 +547,7 @@ def test_a_hundred_streams_leave_the_loop_responsive() -> None:
         async with world(gate) as w:
             asked = [w.stream(messages=QUESTION, guard=False, max_tokens=64) for _ in range(100)]
             streams = asyncio.gather(*asked)
-            await until(lambda: w.life.running == 100 and gate.steps > 4)
+            await until(lambda: w.manager.running == 100 and gate.steps > 4)
             # All of them wait for a token that does not come: whoever waited in the loop would hold this up for ever.
             assert (await w.client.get("/health")).status_code == 200
             assert not streams.done()
@@ -598,8 +599,8 @@ def test_choices_that_were_begun_are_ended_when_a_later_one_finds_no_room(monkey
             monkeypatch.setattr(Engine, "_enter", only_once)
             assert (await w.post(messages=QUESTION, n=2)).status_code == 429
             gate.open.set()
-            await until(lambda: w.model.engine.stats.running == 0)
+            await until(lambda: w.engine.stats.running == 0)
             assert gate.steps <= 1
-            assert w.life.running == 0
+            assert w.manager.running == 0
 
     run(work())

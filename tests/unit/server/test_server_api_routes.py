@@ -34,10 +34,11 @@ def test_looking_at_an_unloaded_model_does_not_load_it() -> None:
     async def work() -> None:
         async with world() as w:
             before = (await w.client.get("/props")).json()
-            await w.life._unload()
+            w.engine.state = "unloaded"
             assert (await w.client.get("/props")).json() == before
             assert (await w.client.get("/v1/models/fake")).status_code == 200
-            assert w.life.loaded is None
+            assert (await w.client.get("/ready")).status_code == 200
+            assert w.engine.state == "unloaded"
 
     run(work())
 
@@ -58,9 +59,9 @@ def test_alive_is_not_ready() -> None:
             reply = await w.client.get("/ready")
             assert (reply.status_code, reply.json()) == (503, {"status": "loading"})
             assert (await w.client.get("/props")).status_code == 503
-            await w.life.start()
+            w.engine.state = "ready"
             assert (await w.client.get("/ready")).json() == {"status": "ready"}
-            w.life.state = "failed"
+            w.engine.state = "failed"
             assert (await w.client.get("/health")).status_code == 503
 
     run(work())

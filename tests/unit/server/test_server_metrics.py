@@ -40,7 +40,8 @@ def engine() -> Iterator[Engine]:
 
 
 def life(engine: Engine | None) -> SimpleNamespace:
-    return SimpleNamespace(loaded=None if engine is None else SimpleNamespace(engine=engine), ready=engine is not None)
+    loaded = None if engine is None else SimpleNamespace(engine=engine, facts=engine)
+    return SimpleNamespace(loaded=loaded, ready=engine is not None)
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, ...], float]:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import hashlib
 import os
 import socket
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from io import BytesIO
 from typing import Any, TypeVar
 
@@ -29,7 +27,6 @@ from opsin.core.errors import (
 )
 from opsin.core.server_settings import ServerSettings
 from opsin.media import load_picture
-from opsin.server import pictures
 from opsin.server.pictures import PictureGate
 from opsin.server.pixels import Holder, PixelRoom, holding_pixels
 
@@ -63,33 +60,6 @@ def test_a_small_picture_comes_as_it_is(detail: str | None) -> None:
     assert (picture.width, picture.height, picture.notes) == (512, 300, ())
     assert picture.fetch_ms > 0
     assert picture.decode_ms > 0
-
-
-def test_a_file_is_in_flight_while_it_is_decoded_and_only_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    file = png(8, 8)
-    flying: list[str] = []
-    seen: list[list[str]] = []
-
-    @contextmanager
-    def in_flight(identities: list[str]) -> Iterator[None]:
-        flying.extend(identities)
-        yield
-        flying.clear()
-
-    def decoding(*args: Any) -> Any:
-        seen.append(list(flying))
-        return load_picture(*args)
-
-    monkeypatch.setattr(pictures, "load_picture", decoding)
-
-    async def go() -> None:
-        gate = PictureGate(ServerSettings(), in_flight=in_flight)
-        await gate.load(data_url(file))
-        gate.close()
-
-    asyncio.run(go())
-    assert seen == [[hashlib.sha256(file).hexdigest()]]
-    assert flying == []
 
 
 @pytest.mark.parametrize(
@@ -161,7 +131,7 @@ class Slow:
                 self.inside -= picture.width * picture.height
             return picture
 
-        monkeypatch.setattr(pictures, "load_picture", slow)
+        monkeypatch.setattr("opsin.media.load_picture", slow)
 
 
 def test_no_more_pixels_than_allowed_are_decoded_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:

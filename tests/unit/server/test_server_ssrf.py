@@ -18,6 +18,7 @@ from typing import Any
 import httpcore
 import httpx
 import pytest
+from local_engine import LocalEngine
 from PIL import Image
 
 from opsin.core.backend import BackendLimits
@@ -25,12 +26,11 @@ from opsin.core.errors import BadParameter, FetchFailed
 from opsin.core.server_settings import ServerSettings
 from opsin.engine import Engine
 from opsin.media.fetch import system_addresses
-from opsin.prompt import PromptBuilder, TemplateSource
+from opsin.prompt import TemplateSource
 from opsin.server.addresses import AddressPolicy, is_public
 from opsin.server.app import create_app
 from opsin.server.context import Context
-from opsin.server.life import Life
-from opsin.server.model import LoadedModel
+from opsin.server.model import ModelManager
 from opsin.server.pictures import PictureGate
 from opsin.testing import FakeBackend
 from opsin.testing.fake_backend import N_VOCAB, TURN_TEXT
@@ -53,23 +53,20 @@ DATA_URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
 
 
 @pytest.fixture(scope="module")
-def model() -> Iterator[LoadedModel]:
+def model() -> Iterator[LocalEngine]:
     limits = BackendLimits(n_ctx=512, n_batch=64, n_ubatch=64, n_seq_max=8, n_vocab=N_VOCAB, n_embd=4)
     engine = Engine(lambda: FakeBackend(limits=limits))
-    prompts = PromptBuilder(TemplateSource(TEMPLATE, "fake", "fake", None, "", "", frozenset({TURN_TEXT})))
-    yield LoadedModel(engine, prompts, "fake", is_demo=False, close=lambda: None)
+    yield LocalEngine(engine, TemplateSource(TEMPLATE, "fake", "fake", None, "", "", frozenset({TURN_TEXT})))
     engine.close()
 
 
-def ask(model: LoadedModel, url: str, resolve: Any = None, **settings: Any) -> httpx.Response:
+def ask(model: LocalEngine, url: str, resolve: Any = None, **settings: Any) -> httpx.Response:
     """A question about the picture at `url`, through the whole application."""
 
     async def go() -> httpx.Response:
         asked = ServerSettings(**{"fetch_images": True, **settings})
-        life = Life(asked, lambda: model)
-        await life.start()
         gate = PictureGate(asked, resolve=resolve)
-        app = create_app(Context(asked, life, gate))
+        app = create_app(Context(asked, ModelManager(asked, model), gate))
         part = {"type": "image_url", "image_url": {"url": url}}
         body = {"messages": [{"role": "user", "content": [part]}], "max_tokens": 4}
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
@@ -128,7 +125,7 @@ LOCALHOST １２７.０.０.１ ⑯⑨.254.169.254 127。0。0。1
 
 
 @pytest.mark.parametrize("host", LITERALS)
-def test_an_address_that_is_not_public_is_refused_in_every_form(model: LoadedModel, wire: Wire, host: str) -> None:
+def test_an_address_that_is_not_public_is_refused_in_every_form(model: LocalEngine, wire: Wire, host: str) -> None:
     check_refused(ask(model, f"http://{host}/latest/meta-data/"))
     assert wire.tried == []
 
@@ -152,7 +149,7 @@ NAMES: dict[str, list[str]] = {
 
 
 @pytest.mark.parametrize("host", NAMES)
-def test_a_name_that_leads_inside_is_refused(model: LoadedModel, wire: Wire, host: str) -> None:
+def test_a_name_that_leads_inside_is_refused(model: LocalEngine, wire: Wire, host: str) -> None:
     policy = AddressPolicy(lookup=lambda name, port: NAMES[name])
     check_refused(ask(model, f"http://{host}/x.png", policy))
     assert wire.tried == []
@@ -206,13 +203,13 @@ def test_a_name_that_leads_inside_is_refused(model: LoadedModel, wire: Wire, hos
         "C:\\x.png",
     ],
 )
-def test_addresses_that_are_no_plain_public_ones_are_refused(model: LoadedModel, wire: Wire, url: str) -> None:
+def test_addresses_that_are_no_plain_public_ones_are_refused(model: LocalEngine, wire: Wire, url: str) -> None:
     check_refused(ask(model, url))
     assert wire.tried == []
 
 
 @pytest.mark.parametrize("url", ["file://" + "/." * 800_000, "http://example.org/" + "x" * 9_000, "x" * 9_000])
-def test_long_addresses_are_refused_before_anything_is_done_with_them(model: LoadedModel, url: str) -> None:
+def test_long_addresses_are_refused_before_anything_is_done_with_them(model: LocalEngine, url: str) -> None:
     began = time.process_time()
     answer = ask(model, url)
     assert answer.status_code == 400
@@ -220,14 +217,14 @@ def test_long_addresses_are_refused_before_anything_is_done_with_them(model: Loa
     assert time.process_time() - began < 0.5
 
 
-def test_nothing_is_fetched_or_read_unless_switched_on(model: LoadedModel, wire: Wire) -> None:
+def test_nothing_is_fetched_or_read_unless_switched_on(model: LocalEngine, wire: Wire) -> None:
     check_refused(ask(model, f"http://{PUBLIC}/x.png", fetch_images=False))
     check_refused(ask(model, "file:///etc/hostname", fetch_images=False))
     assert wire.tried == []
     assert ask(model, DATA_URL, fetch_images=False).status_code == 200
 
 
-def test_a_name_that_changes_between_look_ups_is_connected_to_as_it_was_checked(model: LoadedModel, wire: Wire) -> None:
+def test_a_name_that_changes_between_look_ups_is_connected_to_as_it_was_checked(model: LocalEngine, wire: Wire) -> None:
     """DNS rebinding: public when it is checked, 127.0.0.1 a moment later. It is looked up once."""
     answers = [[PUBLIC], ["127.0.0.1"], ["127.0.0.1"]]
     check_refused(ask(model, "http://turning.example/x.png", AddressPolicy(lookup=lambda name, port: answers.pop(0))))
@@ -290,7 +287,7 @@ def site(wire: Wire) -> Iterator[Running]:
     thread.join()
 
 
-def test_an_allowed_host_is_fetched_from_and_redirects_there_are_followed(model: LoadedModel, site: Running) -> None:
+def test_an_allowed_host_is_fetched_from_and_redirects_there_are_followed(model: LocalEngine, site: Running) -> None:
     for path in ("/ok", "/to?/ok", f"/to?{site.url}/ok"):
         answer = ask(model, site.url + path, site)
         assert answer.status_code == 200, answer.text
@@ -323,13 +320,13 @@ def test_an_allowed_host_is_fetched_from_and_redirects_there_are_followed(model:
         "/to?/to?/to?/to?/ok",
     ],
 )
-def test_a_redirect_is_checked_like_an_address(model: LoadedModel, site: Running, wire: Wire, target: str) -> None:
+def test_a_redirect_is_checked_like_an_address(model: LocalEngine, site: Running, wire: Wire, target: str) -> None:
     check_refused(ask(model, f"{site.url}/to?{target.replace('PORT', str(site.port))}", site))
     assert "/ok" not in site.asked
     assert wire.tried == []
 
 
-def test_a_name_that_changes_between_redirects_is_checked_again(model: LoadedModel, site: Running, wire: Wire) -> None:
+def test_a_name_that_changes_between_redirects_is_checked_again(model: LocalEngine, site: Running, wire: Wire) -> None:
     first = "http://turning.example/x.png"
     check_refused(ask(model, f"{site.url}/to?{first}", site))
     assert wire.tried == [(PUBLIC, 80)]
@@ -358,13 +355,13 @@ def test_a_name_that_changes_between_redirects_is_checked_again(model: LoadedMod
         ("http://[2606:4700::9]:81/x", True),
     ],
 )
-def test_named_hosts_are_the_only_ones(model: LoadedModel, wire: Wire, url: str, fits: bool) -> None:
+def test_named_hosts_are_the_only_ones(model: LocalEngine, wire: Wire, url: str, fits: bool) -> None:
     hosts = ("cdn.example", "files.example:8443", "*.star.example", "Bücher.example", "[2606:4700::9]:81")
     check_refused(ask(model, url, AddressPolicy(hosts, lookup=lambda name, port: [PUBLIC])))
     assert [host for host, _ in wire.tried] == ([PUBLIC] if fits else [])
 
 
-def test_a_named_host_must_be_public_all_the_same(model: LoadedModel, wire: Wire) -> None:
+def test_a_named_host_must_be_public_all_the_same(model: LocalEngine, wire: Wire) -> None:
     check_refused(ask(model, "http://127.0.0.1/x", image_hosts=("127.0.0.1",)))
     check_refused(ask(model, "http://localhost/x", image_hosts=("localhost",)))
     assert wire.tried == []
@@ -416,7 +413,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("path", ["media/a.png", "media/below/b%20c.png", "media/within.png", "media/below/../a.png"])
 @pytest.mark.parametrize("start", ["file://", "file://localhost", "FILE://", "file:"])
-def test_pictures_in_the_media_folder_are_read(model: LoadedModel, folder: Path, path: str, start: str) -> None:
+def test_pictures_in_the_media_folder_are_read(model: LocalEngine, folder: Path, path: str, start: str) -> None:
     answer = ask(model, f"{start}{folder}/{path}", media_path=folder / "media", fetch_images=False)
     assert answer.status_code == 200, answer.text
 
@@ -454,7 +451,7 @@ def test_pictures_in_the_media_folder_are_read(model: LoadedModel, folder: Path,
         "media/" + "x" * 5000,
     ],
 )
-def test_a_file_elsewhere_is_refused(model: LoadedModel, folder: Path, path: str) -> None:
+def test_a_file_elsewhere_is_refused(model: LocalEngine, folder: Path, path: str) -> None:
     answer = ask(model, f"file://{folder}/{path}", media_path=folder / "media")
     check_refused(answer)
     assert str(folder) not in answer.text
@@ -471,16 +468,16 @@ def test_a_file_elsewhere_is_refused(model: LoadedModel, folder: Path, path: str
         "file://media/a.png",
     ],
 )
-def test_other_files_are_refused(model: LoadedModel, folder: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_files_are_refused(model: LocalEngine, folder: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder / "media")
     check_refused(ask(model, url, media_path=folder / "media"))
 
 
-def test_a_folder_on_another_machine_is_refused(model: LoadedModel, folder: Path) -> None:
+def test_a_folder_on_another_machine_is_refused(model: LocalEngine, folder: Path) -> None:
     check_refused(ask(model, f"file://server{folder}/media/a.png", media_path=folder / "media"))
 
 
-def test_what_lies_outside_is_not_told_apart_from_what_does_not_exist(model: LoadedModel, folder: Path) -> None:
+def test_what_lies_outside_is_not_told_apart_from_what_does_not_exist(model: LocalEngine, folder: Path) -> None:
     there, not_there = (
         ask(model, f"file://{folder}/{name}", media_path=folder / "media") for name in ("secret.png", "none.png")
     )
@@ -488,7 +485,7 @@ def test_what_lies_outside_is_not_told_apart_from_what_does_not_exist(model: Loa
 
 
 def test_a_link_put_in_place_after_the_check_is_not_followed(
-    model: LoadedModel, folder: Path, monkeypatch: pytest.MonkeyPatch
+    model: LocalEngine, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the look at a path and its opening, somebody with access to the folder swaps it for a link."""
     resolve = os.path.realpath

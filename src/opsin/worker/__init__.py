@@ -1,0 +1,25 @@
+"""An engine in a process of its own, behind the engine's own interface.
+
+For: whoever must outlive llama.cpp (the server, batch jobs, `Opsin(isolated=True)`). Refuses to know HTTP; this file
+and `client` import nothing native, so that the process in front stays small.
+"""
+
+from opsin.engine.request import AnswerStream
+from opsin.worker.child import ImageBlocked, signal_name, start_process
+from opsin.worker.client import IsolatedRuntime, NotReady, WorkerEngine
+from opsin.worker.messages import Channel, Loaded, Pixels, portable, share
+
+__all__ = [
+    "AnswerStream",
+    "Channel",
+    "ImageBlocked",
+    "IsolatedRuntime",
+    "Loaded",
+    "NotReady",
+    "Pixels",
+    "WorkerEngine",
+    "portable",
+    "share",
+    "signal_name",
+    "start_process",
+]

@@ -1,0 +1,86 @@
+"""Decoder processes: the same images as in this process, and files that crash or hold them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from io import BytesIO
+
+import pytest
+from PIL import Image
+
+from opsin.core.errors import BadPicture, PictureUnsupported
+from opsin.core.settings import MediaSettings
+from opsin.server import decoder
+from opsin.server.decoder import Decoder, DecoderPool
+
+pytestmark = pytest.mark.slow
+
+LIMITS = MediaSettings()
+# A decoder that aborts on one file and never comes back from another.
+HOSTILE = """
+import os, threading
+from opsin.server import decoder
+honest = decoder.Decoder.decode
+def decode(self, data, *more):
+    if data == b"crash":
+        os.abort()
+    if data == b"hang":
+        threading.Event().wait()
+    return honest(self, data, *more)
+decoder.Decoder.decode = decode
+decoder.main()
+"""
+
+
+def png(width: int, height: int) -> bytes:
+    file = BytesIO()
+    Image.linear_gradient("L").resize((width, height)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def pool() -> Iterator[DecoderPool]:
+    made = DecoderPool()
+    yield made
+    made.close()
+
+
+def test_a_process_decodes_what_this_one_does(pool: DecoderPool) -> None:
+    data, here = png(1024, 600), Decoder()
+    assert pool.measure(data, LIMITS) == 1024 * 600
+    for file, detail in ((data, None), (data, "low"), (png(2000, 1000), None)):
+        apart, wanted = pool.decode(file, LIMITS, detail), here.decode(file, LIMITS, detail)
+        assert (apart.sha256, apart.width, apart.notes) == (wanted.sha256, wanted.width, wanted.notes)
+        assert bytes(apart.rgb) == bytes(wanted.rgb)  # type: ignore[arg-type]
+    with pytest.raises(PictureUnsupported):
+        pool.decode(b"%PDF-1.7 and more", LIMITS, None)
+
+
+def test_a_file_that_crashes_its_decoder_is_refused_and_the_others_are_decoded(
+    pool: DecoderPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder, "_START", HOSTILE)
+    assert pool.decode(png(8, 8), LIMITS, None).width == 8
+    with pytest.raises(BadPicture, match="SIGABRT"):
+        pool.decode(b"crash", LIMITS, None)
+    assert pool.decode(png(9, 8), LIMITS, None).width == 9
+
+
+def test_a_file_that_takes_too_long_is_refused_while_others_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder, "_START", HOSTILE)
+    pool, told = DecoderPool(seconds=8.0), []
+
+    def hanging() -> None:
+        try:
+            pool.decode(b"hang", LIMITS, None)
+        except BadPicture as error:
+            told.append(str(error))
+
+    thread = threading.Thread(target=hanging)
+    thread.start()
+    assert pool.decode(png(9, 8), LIMITS, None).width == 9
+    thread.join(60)
+    assert len(told) == 1
+    assert "longer than 8 s" in told[0]
+    pool.close()

@@ -1,0 +1,78 @@
+"""A worker on a fake backend that crashes, hangs or dawdles for images of certain widths; in a real process."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from opsin.compose import Runtime
+from opsin.core.backend import BackendLimits, Embedding, EmbeddingRows, TokenBatch
+from opsin.core.errors import ModelNotFound
+from opsin.core.layout import ImageRun, Layout
+from opsin.core.parts import Part, PicturePart
+from opsin.core.settings import EngineSettings
+from opsin.engine import Engine, Policy
+from opsin.prompt import PromptBuilder, TemplateSource
+from opsin.testing import FakeBackend
+from opsin.testing.fake_backend import N_VOCAB, TURN_TEXT
+from opsin.worker import process
+
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}" + TURN_TEXT
+SLOW, CRASHES_IN_ENCODE, HANGS_IN_ENCODE, CRASHES_IN_PREFILL = 11, 13, 17, 19
+"""Widths of images."""
+SLOW_SECONDS = 0.5
+
+
+class Backend(FakeBackend):
+    """Its answers are long; a step takes 10 ms."""
+
+    def __init__(self) -> None:
+        limits = BackendLimits(n_ctx=4096, n_batch=64, n_ubatch=64, n_seq_max=8, n_vocab=N_VOCAB, n_embd=4)
+        super().__init__(lambda _: "ab" * 100, limits=limits)
+        self._widths: dict[str, int] = {}
+        self._encoding = 0
+
+    def layout(self, parts: Sequence[Part], *, add_bos: bool, known: Callable[[str], bool] | None = None) -> Layout:
+        for part in parts:
+            if isinstance(part, PicturePart):
+                assert len(part.picture.rgb) == part.picture.width * part.picture.height * 3
+                self._widths[f"{part.picture.sha256}:0"] = part.picture.width
+        return super().layout(parts, add_bos=add_bos, known=known)
+
+    def encode(self, run: ImageRun, between: Callable[[], None] | None = None) -> Embedding:
+        width = self._encoding = self._widths[run.identity]
+        if width in {SLOW, CRASHES_IN_ENCODE}:
+            time.sleep(SLOW_SECONDS)
+        if width == CRASHES_IN_ENCODE:
+            os.abort()
+        if width == HANGS_IN_ENCODE:
+            ctypes.CDLL(None).pause()
+        return super().encode(run, between)
+
+    def decode(self, rows: TokenBatch | EmbeddingRows) -> bool:
+        if isinstance(rows, EmbeddingRows) and self._encoding == CRASHES_IN_PREFILL:
+            os.kill(os.getpid(), 11)
+        time.sleep(0.01)
+        return super().decode(rows)
+
+
+def open_model(
+    *, model: Any, settings: EngineSettings, max_queue: int, watch: Any, wake: Any, resolved: Any, **_: Any
+) -> Runtime:
+    """`model` names what happens while it is loaded."""
+    resolved(Path(model or "fake.gguf"), None)
+    if model == "missing":
+        raise ModelNotFound("there is no file missing")
+    if model == "aborts":
+        os.abort()
+    engine = Engine(Backend, policy=Policy(parallel=settings.parallel, max_queue=max_queue), watch=watch, wake=wake)
+    source = TemplateSource(TEMPLATE, "llama", "fake", None, "", "", frozenset({TURN_TEXT}))
+    return Runtime(engine, PromptBuilder(source), False, "fake", None, source)
+
+
+def main() -> None:
+    process.main(open_model=open_model)

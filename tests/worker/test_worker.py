@@ -1,0 +1,317 @@
+"""The worker as its front sees it: real processes that crash, hang and end, on a fake backend."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from fake_worker import CRASHES_IN_ENCODE, CRASHES_IN_PREFILL, HANGS_IN_ENCODE, SLOW
+
+from opsin.core.answer import Answer, TextDelta
+from opsin.core.errors import Cancelled, EngineClosed, EngineDied, ModelNotFound, ModelUnreadable, QueueFull
+from opsin.core.parts import PicturePart, Prompt, TextPart
+from opsin.core.picture import Picture
+from opsin.core.sampling import SamplingParams
+from opsin.core.settings import EngineSettings
+from opsin.testing import picture
+from opsin.testing.fake_backend import TURN_TEXT
+from opsin.worker import AnswerStream, ImageBlocked, NotReady, Pixels, WorkerEngine, child, client, share
+from opsin.worker.messages import SHARED_BYTES
+
+pytestmark = [pytest.mark.slow, pytest.mark.native]
+
+COMMAND = (sys.executable, "-c", "import fake_worker; fake_worker.main()")
+LIMIT = 30.0
+PARAMS = SamplingParams(guard=False)
+
+
+@contextmanager
+def worker(model: str | None = None, **options: Any) -> Iterator[WorkerEngine]:
+    settings = EngineSettings(parallel=8)
+    with WorkerEngine(model, None, settings, **{"command": COMMAND, **options}) as engine:
+        yield engine
+
+
+@pytest.fixture(autouse=True)
+def _paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Path(__file__).parent
+    monkeypatch.setenv("PYTHONPATH", f"{here}{os.pathsep}{here.parents[1] / 'src'}")
+
+
+def prompt(*images: Picture, text: str = "what is this?") -> Prompt:
+    return Prompt((*map(PicturePart, images), TextPart(text + TURN_TEXT)))
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + LIMIT
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def begun(stream: AnswerStream) -> AnswerStream:
+    """A stream whose first text has come."""
+    assert any(isinstance(event, TextDelta) for event in stream)
+    return stream
+
+
+def first_text(stream: AnswerStream) -> Iterator[object]:
+    """An iterator over a stream, behind its first text."""
+    events = iter(stream)
+    while not isinstance(next(events), TextDelta):
+        pass
+    return events
+
+
+def crash(engine: WorkerEngine, image: Picture) -> None:
+    """Ask about an image that ends the worker, and wait for the next worker."""
+    before = engine.restarts
+    with pytest.raises(EngineDied):
+        engine.submit(prompt(image), PARAMS).result()
+    wait_until(lambda: engine.restarts > before and engine.state == "ready")
+
+
+def test_it_answers_as_an_engine_does() -> None:
+    with worker() as engine:
+        assert engine.info.name == "fake"
+        assert engine.limits.n_ctx == 4096
+        assert engine.placement().encoder
+        answers = [engine.submit(prompt(picture(i)), PARAMS.model_copy(update={"max_tokens": 5})) for i in range(3)]
+        assert [stream.result().text for stream in answers] == ["ababa"] * 3
+        assert engine.stats.encodes == 3
+        stream = engine.submit(prompt(), PARAMS)
+        stream.cancel()
+        with pytest.raises(Cancelled):
+            stream.result()
+        wait_until(lambda: engine.submit(prompt(), SamplingParams(max_tokens=1)).result() and not engine.stats.running)
+
+        async def several() -> list[Answer]:
+            return await asyncio.gather(*(engine.submit(prompt(text=str(i)), PARAMS).answer() for i in range(8)))
+
+        assert all(answer.text == "ab" * 100 for answer in asyncio.run(several()))
+    with pytest.raises(EngineClosed):
+        engine.submit(prompt())
+
+
+def test_errors_cross_the_border_as_themselves() -> None:
+    from opsin.core.errors import BadGrammar, ContextOverflow
+
+    with worker() as engine:
+        engine.wait_ready()
+        with pytest.raises(BadGrammar):
+            engine.submit(prompt(), SamplingParams(grammar="bad")).result()
+        with pytest.raises(ContextOverflow):
+            engine.submit(prompt(text="x" * 5000)).result()
+
+
+@pytest.mark.parametrize("where", [CRASHES_IN_ENCODE, CRASHES_IN_PREFILL])
+def test_an_image_that_crashes_two_workers_is_refused_for_an_hour_and_others_are_not(
+    where: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with worker() as engine:
+        engine.wait_ready()
+        bad, waiting, answered = picture(1, width=where), picture(2), picture(3)
+        for _ in range(2):
+            before = engine.restarts
+            streaming = first_text(engine.submit(prompt(answered), PARAMS))
+            failing = engine.submit(prompt(bad), PARAMS)
+            behind = engine.submit(prompt(waiting), PARAMS)
+            for stream in (failing, behind):
+                with pytest.raises(EngineDied):
+                    stream.result()
+            with pytest.raises(EngineDied):
+                list(streaming)
+            wait_until(lambda before=before: engine.restarts > before and engine.state == "ready")  # type: ignore[misc]
+        with pytest.raises(ImageBlocked) as refused:
+            engine.submit(prompt(waiting, bad), PARAMS)
+        assert refused.value.http_status == 422
+        for image in (waiting, answered):
+            assert engine.submit(prompt(image), PARAMS).result().text
+        now = time.monotonic()
+        monkeypatch.setattr(engine._crashes, "_now", lambda: now + child.BLOCKED_SECONDS + 1)
+        crash(engine, bad)
+
+
+def test_an_image_is_blamed_although_its_client_had_left() -> None:
+    with worker() as engine:
+        engine.wait_ready()
+        bad = picture(1, width=CRASHES_IN_ENCODE)
+        for crashes in (1, 2):
+            stream = engine.submit(prompt(bad), PARAMS)
+            threading.Timer(0.2, stream.cancel).start()  # its encode runs by then, and goes on
+            with pytest.raises(Cancelled):
+                stream.result()
+            wait_until(lambda crashes=crashes: engine.restarts == crashes and engine.state == "ready")  # type: ignore[misc]
+        with pytest.raises(ImageBlocked):
+            engine.submit(prompt(bad), PARAMS)
+
+
+def test_a_finished_encode_is_kept_although_its_client_had_left() -> None:
+    with worker() as engine:
+        engine.wait_ready()
+        slow = picture(1, width=SLOW)
+        stream = engine.submit(prompt(slow), PARAMS)
+        threading.Timer(0.2, stream.cancel).start()
+        with pytest.raises(Cancelled):
+            stream.result()
+        assert engine.submit(prompt(slow), PARAMS).result().images[0].cached
+        assert engine.stats.encodes == 1
+
+
+def test_an_endless_native_call_is_shown_ended_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "LEAST_CALL_SECONDS", 3.0)
+    monkeypatch.setattr(client, "PING_SECONDS", 0.2)
+    with worker() as engine:
+        engine.wait_ready()
+        pid = engine.pid
+        stream = engine.submit(prompt(picture(1, width=HANGS_IN_ENCODE)), PARAMS)
+        wait_until(lambda: engine.state == "stalled")
+        assert not stream.done
+        with pytest.raises(EngineDied):
+            stream.result()
+        wait_until(lambda: engine.state == "ready")
+        assert engine.pid != pid
+        assert engine.submit(prompt(), PARAMS).result().text
+
+
+def test_a_long_honest_call_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "LEAST_CALL_SECONDS", 3.0)
+    monkeypatch.setattr(client, "PING_SECONDS", 0.05)
+    with worker() as engine:
+        engine.wait_ready()
+        assert engine.submit(prompt(picture(1, width=SLOW)), PARAMS).result().text
+        assert engine.restarts == 0
+
+
+def test_a_worker_that_is_stopped_while_nobody_waits_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "PING_SECONDS", 0.01)
+    monkeypatch.setattr(client, "SILENT_SECONDS", 1.0)
+    with worker() as engine:
+        engine.wait_ready()
+        process = psutil.Process(engine.pid)
+        process.suspend()
+        time.sleep(1.5)
+        assert engine.state == "ready"
+        process.resume()
+        assert engine.submit(prompt(), PARAMS).result().text
+        assert engine.restarts == 0
+
+
+def test_requests_after_a_crash_wait_for_the_next_worker_and_counters_never_fall() -> None:
+    with worker() as engine:
+        engine.wait_ready()
+        assert engine.submit(prompt(), PARAMS).result().text
+        before = engine.stats
+        os.kill(engine.pid or 0, signal.SIGSEGV)
+        wait_until(lambda: engine.state == "restarting")
+        answer = engine.submit(prompt(), PARAMS).result()
+        assert answer.stages.load_ms > 0
+        after = engine.stats
+        assert after.generated_tokens == 2 * before.generated_tokens
+        assert after.finished == 2 * before.finished
+
+
+def test_a_worker_that_does_not_come_back_fails_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "MOST_STARTS", 2)
+    with worker() as engine:
+        engine.wait_ready()
+        engine._open = ("open", {**engine._open[1], "model": "aborts"})  # as a file that was overwritten
+        os.kill(engine.pid or 0, signal.SIGABRT)
+        wait_until(lambda: engine.state == "failed")
+        with pytest.raises(EngineDied):
+            engine.submit(prompt(), PARAMS)
+
+
+@pytest.mark.parametrize(("model", "kind"), [("missing", ModelNotFound), ("aborts", ModelUnreadable)])
+def test_a_model_that_cannot_be_loaded_raises_its_own_error_after_one_start(model: str, kind: type[Exception]) -> None:
+    with worker(model) as engine:
+        with pytest.raises(kind, match=model):
+            engine.wait_ready()
+        with pytest.raises(kind):
+            engine.submit(prompt())
+        assert (engine.state, engine.restarts, engine.pid) == ("failed", 0, None)
+
+
+def test_before_it_is_loaded_requests_are_told_to_come_back() -> None:
+    with worker() as engine:
+        assert engine.state == "loading"
+        with pytest.raises(NotReady):
+            engine.submit(prompt())
+
+
+def test_a_full_queue_is_refused_at_once() -> None:
+    with worker(max_queue=1) as engine:
+        engine.wait_ready()
+        streams = [engine.submit(prompt(text=str(number)), PARAMS) for number in range(9)]
+        with pytest.raises(QueueFull):
+            engine.submit(prompt(), PARAMS)
+        assert all(stream.result().text for stream in streams)
+
+
+def test_an_idle_worker_is_ended_and_one_loading_serves_all_who_come() -> None:
+    states: list[str] = []
+    with worker(idle_seconds=0.3, changed=states.append) as engine:
+        engine.wait_ready()
+        process = psutil.Process(engine.pid)
+        wait_until(lambda: engine.state == "unloaded")
+        process.wait(LIMIT)
+        engine.wake()  # a client that leaves before its request is read
+        left = engine.submit(prompt(), PARAMS)
+        left.cancel()  # a client that hangs up while the model loads
+        streams = [engine.submit(prompt(text=str(number)), PARAMS) for number in range(3)]
+        assert all(stream.result().stages.load_ms > 0 for stream in streams)
+        assert states.count("reloading") == 1
+        assert engine.restarts == 0
+        assert engine.stats.finished == 3 + 2  # and a warm-up for each worker
+
+
+def test_closing_ends_answers_and_the_process() -> None:
+    with worker() as engine:
+        engine.wait_ready()
+        process = psutil.Process(engine.pid)
+        events = first_text(engine.submit(prompt(), PARAMS))
+        engine.close()
+        with pytest.raises(EngineClosed):
+            list(events)
+        assert not process.is_running()
+        assert engine.state == "closed"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_pixels_are_freed_in_both_processes_when_the_answer_begins() -> None:
+    def mapped(pid: int) -> int:
+        return Path(f"/proc/{pid}/maps").read_text().count("opsin-pixels")
+
+    with worker() as engine:
+        engine.wait_ready()
+        asked = prompt(picture(1, 2000, 1000), picture(2, width=SLOW))
+        stream = engine.submit(asked, PARAMS)
+        wait_until(lambda: mapped(engine.pid or 0) == 1)
+        events = first_text(stream)
+        gc.collect()
+        wait_until(lambda: mapped(engine.pid or 0) == mapped(os.getpid()) == 0)
+        assert not stream.done
+        assert list(events)
+
+
+def test_pixels_are_what_was_put_in_and_travel_without_a_name() -> None:
+    assert share(b"few") == b"few"
+    size = SHARED_BYTES // 3 * 3 + 3
+    pixels = share(b"rgb" * (size // 3))
+    assert isinstance(pixels, Pixels)
+    assert pixels[:6] == b"rgbrgb"
+    assert share(pixels) is pixels
+    again = Pixels(os.dup(pixels.fd), size)
+    again[0:1] = b"R"
+    assert pixels[0:1] == b"R"
