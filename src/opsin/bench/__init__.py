@@ -1,8 +1,4 @@
-"""Measures speed: five workloads, the machine's own limits, and the cost of a token beside the model.
-
-Refuses to know llama.cpp and the terminal: whatever answers a question about an image with a stream of times can be
-measured.
-"""
+"""Measures speed: five workloads, the machine's own limits, and the cost of a token beside the model."""
 
 from opsin.bench.cost import Ceiling, ModelCost, read_cost
 from opsin.bench.drivers import EngineDriver, HttpDriver, serving

@@ -1,15 +1,13 @@
 """What a token costs beside the model: CPU time of whole processes by tokens made, in process and over HTTP.
 
-Meant for a model that takes next to nothing itself, such as the shape `tiny` of `tools/synth.py`. The prompts are a few
-tokens long and every run has a fresh engine, so the answers are nearly all there is to do. The model's own share is
-measured by bare backend calls and shown beside the total; nothing is subtracted from the total.
+Meant for a model that takes next to nothing itself, such as the shape `tiny` of `tools/synth.py`: prompts are a few
+tokens long. The model's own share is measured by bare backend calls and shown beside the total.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import closing
@@ -76,26 +74,23 @@ def measure_overhead(
 ) -> list[Overhead]:
     """Measure each number of streams in process and natively, and the largest over HTTP: the medians of the runs.
 
-    HTTP is left out where there is no /proc, which is everywhere but on Linux. `settings` are those that the two
-    callables open. Raises what they raise, EngineError, and what `over_http` raises.
+    HTTP is left out without /proc, so everywhere but on Linux. `settings` are those that the two callables open.
+    Raises what they raise, EngineError, and what `over_http` raises.
     """
     counts = [count for count in STREAMS if count <= settings.parallel]
-    found: defaultdict[tuple[str, int, bool], list[Overhead]] = defaultdict(list)
-
-    def keep(row: Overhead) -> None:
-        found[row.where, row.streams, row.guard].append(row)
-
+    rows: list[Overhead] = []
     for run in range(runs):
         tell(f"run {run + 1} of {runs}")
         for streams in counts:
             with closing(open_backend()) as backend:
-                keep(native(backend, streams))
+                rows.append(native(backend, streams))
             for guard in (True, False):
                 with closing(open_engine()) as engine:
-                    keep(in_process(engine, streams, guard=guard))
-        for guard in (True, False) if Path("/proc/self/stat").exists() else ():
-            keep(over_http(settings, counts[-1], guard=guard))
-    return [sorted(group, key=lambda row: row.us_per_token)[(runs - 1) // 2] for group in found.values()]
+                    rows.append(in_process(engine, streams, guard=guard))
+        if Path("/proc/self/stat").exists():
+            rows += [over_http(settings, counts[-1], guard=guard) for guard in (True, False)]
+    each = len(rows) // runs  # every run has the same rows in the same order
+    return [sorted(rows[kind::each], key=lambda row: row.us_per_token)[(runs - 1) // 2] for kind in range(each)]
 
 
 def in_process(engine: Engine, streams: int, *, guard: bool) -> Overhead:
@@ -143,21 +138,13 @@ def over_http(settings: EngineSettings, streams: int, *, guard: bool) -> Overhea
 
 def cpu_seconds(pid: int) -> float:
     """CPU time of a process and all its descendants, from /proc in steps of 10 ms."""
-    children: defaultdict[int, list[int]] = defaultdict(list)
-    ticks: dict[int, int] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        except OSError:
-            continue  # it has just ended
-        children[int(fields[1])].append(int(path.parent.name))
-        ticks[int(path.parent.name)] = sum(map(int, fields[11:15]))  # user and system, own and of ended children
-    total, left = 0, [pid]
-    while left:
-        number = left.pop()
-        total += ticks.get(number, 0)
-        left += children[number]
-    return total / _CLOCK_TICKS
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        children = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    except OSError:  # it has just ended, and its parent has its time
+        return 0.0
+    own = sum(map(int, fields[11:15])) / _CLOCK_TICKS  # user and system, own and of ended children
+    return own + sum(cpu_seconds(int(child)) for some in children for child in some)
 
 
 def as_text(rows: Sequence[Overhead]) -> str:

@@ -22,7 +22,7 @@ import httpx
 from filelock import FileLock
 
 from opsin.core.errors import DownloadFailed, ModelNotFound
-from opsin.core.files import expand, write_whole
+from opsin.core.files import write_whole
 from opsin.models.naming import is_model, part_names, take_apart
 from opsin.models.pairing import Pair, check_pair
 from opsin.models.registry import Wanted, look_up
@@ -246,13 +246,11 @@ def _read_listing(repo: str, answer: Any) -> HubRepo:
 
 def _token() -> str | None:
     """The user's token: HF_TOKEN, or what `hf auth login` saved."""
-    if token := os.environ.get("HF_TOKEN", "").strip():
-        return token
-    path = os.environ.get("HF_TOKEN_PATH")
     try:
-        return (expand(path) if path else hub_home() / "token").read_text(encoding="utf-8").strip() or None
+        saved = (hub_home() / "token").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        return None
+        saved = ""
+    return os.environ.get("HF_TOKEN", "").strip() or saved.strip() or None
 
 
 def _part_of(blob: Path) -> Path:

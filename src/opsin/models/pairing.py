@@ -95,11 +95,11 @@ def find_projector(llm: Path) -> Path | None:
     if text.is_projector:
         raise PairMismatch(f"{llm.name} is a projector, not a language model{_NO_LLM}")
     ranked = sorted(best_projectors(names, llm.name), key=lambda name: -_likeness(llm.name, name))
-    for name in ranked:
-        if _could_fit(text, llm.with_name(name)):
-            return llm.with_name(name)
-    check_pair(llm, llm.with_name(ranked[0]))
-    raise PairMismatch(f"no projector beside {llm.name} fits it")  # pragma: no cover  # check_pair has raised
+    fitting = (llm.with_name(name) for name in ranked if _could_fit(text, llm.with_name(name)))
+    if found := next(fitting, None):
+        return found
+    check_pair(llm, llm.with_name(ranked[0]))  # says why, in a PairMismatch
+    return None
 
 
 def _fits(text: GgufInfo, vision: GgufInfo) -> bool:

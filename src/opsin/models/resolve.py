@@ -14,7 +14,7 @@ from opsin.models.gguf import read_info
 from opsin.models.naming import best_model, is_model, stem, take_apart
 from opsin.models.pairing import Pair, check_pair, family_warning, find_projector
 from opsin.models.registry import KNOWN_MODELS, Wanted, is_known, look_up
-from opsin.models.store import CachedRepo, cached_repos, flat_folders, read_default
+from opsin.models.store import CachedRepo, cached_repos, read_default
 
 DEMO_NAME = "demo"
 _log = logging.getLogger(__name__)
@@ -157,7 +157,7 @@ def _all_pairs(folders: Iterable[Path], default: Pair | None) -> Iterator[Pair]:
             pair = _pair_in_repo(repo, Wanted(repo.repo, tag, rows.get(file) or rows.get(None)))
             if pair and pair.mmproj:
                 yield pair
-    for folder in [*folders, *flat_folders()]:
+    for folder in folders:
         for path in folder.glob("*.gguf"):
             if is_model(path.name) and path.is_file() and (pair := _pair_with_neighbour(path)):
                 yield pair

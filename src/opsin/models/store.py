@@ -1,4 +1,4 @@
-"""What is on this machine: downloaded repositories, llama.cpp's own folders, and which pair is the default.
+"""What is on this machine: downloaded repositories, and which pair is the default.
 
 Downloads lie in the Hugging Face cache, which llama.cpp shares: `models--OWNER--NAME/snapshots/COMMIT/FILE`, as
 huggingface_hub and llama.cpp's `common/hf-cache.cpp` write it. The default is one small file in the user's data folder.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,16 +31,13 @@ class CachedRepo:
 
 def hub_home() -> Path:
     """The folder of everything Hugging Face: HF_HOME, else the user's cache folder."""
-    return expand(os.environ.get("HF_HOME") or f"{_cache_home()}/huggingface")
-
-
-def _cache_home() -> str:
-    return os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return expand(os.environ.get("HF_HOME") or f"{cache}/huggingface")
 
 
 def hub_cache() -> Path:
     """The folder of downloads: HF_HUB_CACHE, else `hub` in `hub_home`."""
-    chosen = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    chosen = os.environ.get("HF_HUB_CACHE")
     return expand(chosen) if chosen else hub_home() / "hub"
 
 
@@ -69,13 +65,6 @@ def _snapshot(folder: Path) -> Path | None:
         commit = ""
     snapshots = [path for path in (folder / "snapshots").glob("*") if path.is_dir()]
     return max(snapshots, key=lambda path: (path.name == commit, path.stat().st_mtime), default=None)
-
-
-def flat_folders() -> list[Path]:
-    """Folders in which llama.cpp kept plain files before it shared the Hugging Face cache, those that exist."""
-    home = "~/Library/Caches" if sys.platform == "darwin" else _cache_home()
-    folders = [os.environ.get("LLAMA_CACHE"), f"{home}/llama.cpp"]
-    return [path for folder in folders if folder and (path := expand(folder)).is_dir()]
 
 
 def state_file() -> Path:
