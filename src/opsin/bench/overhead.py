@@ -95,17 +95,17 @@ def measure_overhead(
 
 def in_process(engine: Engine, streams: int, *, guard: bool) -> Overhead:
     """The CPU time of this process, with one reader for all streams. Raises BadInput, EngineError."""
+    params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, guard=guard)
 
     def answer(prompts: Sequence[str]) -> int:
-        params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, guard=guard)
         running = [engine.submit(Prompt((TextPart(prompt),)), params) for prompt in prompts]
         return sum(stream.result().usage.completion_tokens for stream in running)
 
     answer(["warm-up"])
     steps, wall, cpu = engine.stats.decode_steps, time.perf_counter(), time.process_time()
     tokens = answer(_prompts(streams))
-    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-    return Overhead("process", streams, guard, tokens, engine.stats.decode_steps - steps, wall, cpu)
+    spent = time.perf_counter() - wall, time.process_time() - cpu
+    return Overhead("process", streams, guard, tokens, engine.stats.decode_steps - steps, *spent)
 
 
 def native(backend: Backend, streams: int) -> Overhead:
@@ -118,10 +118,10 @@ def native(backend: Backend, streams: int) -> Overhead:
         backend.synchronize()
         sampled = backend.sample([(sampler, row, None) for row, sampler in enumerate(samplers)])
         tokens = [result[0] for result in sampled if isinstance(result, tuple)]
-    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    spent = time.perf_counter() - wall, time.process_time() - cpu
     for sampler in samplers:
         sampler.close()
-    return Overhead("native", streams, False, TOKENS * streams, TOKENS, wall, cpu)
+    return Overhead("native", streams, False, TOKENS * streams, TOKENS, *spent)
 
 
 def over_http(settings: EngineSettings, streams: int, *, guard: bool) -> Overhead:
@@ -175,11 +175,11 @@ def _prompts(streams: int) -> list[str]:
 
 def _complete(url: str, prompts: Sequence[str], guard: bool) -> int:
     """Stream completions of all prompts at once; tokens made. Runs in the client's process. Raises RequestFailed."""
-    body = {"max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, "guard": guard, "stream": True}
 
     def complete(prompt: str) -> int:
-        more = {"prompt": prompt, "stream_options": {"include_usage": True}}
-        with client.stream("POST", f"{url}/v1/completions", json={**body, **more}) as response:
+        body = {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, "guard": guard}
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+        with client.stream("POST", f"{url}/v1/completions", json=body) as response:
             counts = [json.loads(line[6:]).get("usage") for line in response.iter_lines() if line.startswith("data: {")]
         if not counts or counts[-1] is None:
             raise RequestFailed(f"opsin serve ended an answer with status {response.status_code} and no token count.")

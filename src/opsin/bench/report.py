@@ -83,7 +83,7 @@ def target_document(target: Target, limits: Limits | None = None) -> dict[str, A
     """One target's results as JSON values, with shares of the ceiling where it is known."""
     rows: dict[str, dict[str, Any]] = {}
     for result in target.results:
-        row = {"title": result.workload.title, "invalid": result.invalid, "failed": result.failed}
+        row: dict[str, Any] = {"title": result.workload.title, "invalid": result.invalid, "failed": result.failed}
         if result.median is not None:
             row |= _rounded(asdict(result.median))
             for name in ("prompt_tokens", "completion_tokens", "cached_tokens"):

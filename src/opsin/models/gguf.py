@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import struct
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 
@@ -39,37 +39,29 @@ _FOREIGN = {
     **dict.fromkeys((b"lmgg", b"tjgg", b"fmgg"), "is an old GGML file: get the model as GGUF"),
 }
 
-# projector type -> (tensor, which of its dimensions is the width handed to the language model).
+# (tensor, which of its dimensions is the width handed to the language model) -> projector types.
 # Source: `clip_n_mmproj_embd` and the tensor names in llama.cpp's `tools/mtmd/clip.cpp`. A type that is not listed
 # is not checked here; llama.cpp checks every pair again when it loads.
-_WIDTHS: dict[str, tuple[str, int]] = {
-    "mlp": ("mm.2.weight", 1),
-    "ldp": ("mm.model.mb_block.1.block.2.1.bias", 0),
-    "ldpv2": ("mm.model.peg.0.bias", 0),
-    "resampler": ("resampler.proj.weight", 0),
-    "adapter": ("adapter.linear.dense_4h_to_h.weight", 1),
-    "gemma3": ("mm.input_projection.weight", 0),
-    "gemma3nv": ("mm.input_projection.weight", 0),
-    "gemma4v": ("mm.input_projection.weight", 1),
-    "idefics3": ("mm.model.fc.weight", 1),
-    "deepseekocr": ("mm.model.fc.weight", 1),
-    "deepseekocr2": ("mm.model.fc.weight", 1),
-    "internvl": ("mm.model.mlp.3.weight", 1),
-    "glm4v": ("mm.down.weight", 1),
-    "janus_pro": ("mm.1.bias", 0),
-    **dict.fromkeys(("qwen2vl_merger", "qwen2.5vl_merger", "qwen3vl_merger", "youtuvl"), ("mm.2.bias", 0)),
-    **dict.fromkeys(
-        ("phi4", "pixtral", "lightonocr", "dots_ocr", "lfm2", "kimivl", "kimik25", "paddleocr"), ("mm.2.weight", 1)
-    ),
+_TYPES_BY_WIDTH = {
+    ("mm.2.weight", 1): "mlp phi4 pixtral lightonocr dots_ocr lfm2 kimivl kimik25 paddleocr",
+    ("mm.2.bias", 0): "qwen2vl_merger qwen2.5vl_merger qwen3vl_merger youtuvl",
+    ("mm.model.fc.weight", 1): "idefics3 deepseekocr deepseekocr2",
+    ("mm.model.mlp.3.weight", 1): "internvl",
+    ("mm.model.mb_block.1.block.2.1.bias", 0): "ldp",
+    ("mm.model.peg.0.bias", 0): "ldpv2",
+    ("mm.input_projection.weight", 0): "gemma3 gemma3nv",
+    ("mm.input_projection.weight", 1): "gemma4v",
+    ("mm.down.weight", 1): "glm4v",
+    ("mm.1.bias", 0): "janus_pro",
+    ("resampler.proj.weight", 0): "resampler",
+    ("adapter.linear.dense_4h_to_h.weight", 1): "adapter",
 }
+_WIDTHS = {kind: width for width, kinds in _TYPES_BY_WIDTH.items() for kind in kinds.split()}
 
 
 @dataclass(frozen=True, slots=True)
 class TensorHead:
-    """A tensor's name, shape (row length first) and type; `end` is where its data ends in the file, in bytes.
-
-    Type and end are None for a type unknown here.
-    """
+    """A tensor's shape (row length first), type, and where its data ends in the file; both None for unknown types."""
 
     name: str
     shape: tuple[int, ...]
@@ -235,8 +227,8 @@ class _Cursor:
     def header(self, path: Path) -> GgufHeader:
         version = self._number(_U32)
         if version not in {2, 3}:
-            kind = "big-endian GGUF" if version & 0xFFFF == 0 else f"GGUF version {version}"
-            raise ModelUnreadable(f"{path} is {kind}: only versions 2 and 3, little-endian, are read")
+            found = "big-endian GGUF" if version & 0xFFFF == 0 else f"GGUF version {version}"
+            raise ModelUnreadable(f"{path} is {found}: only versions 2 and 3, little-endian, are read")
         tensor_count, key_count = self._number(_U64), self._number(_U64)
         self._check_count(key_count, MAX_KEYS, 13, "keys")
         self._check_count(tensor_count, MAX_TENSORS, 24, "tensors")
@@ -246,10 +238,8 @@ class _Cursor:
             key, kind = self._string(), self._number(_U32)
             if kind == _ARRAY:
                 lengths[key] = self._skip_array()
-            elif kind == _STRING:
-                metadata[key] = self._string()
-            elif kind in _SCALARS:
-                metadata[key] = self._number(_SCALARS[kind])
+            elif kind == _STRING or kind in _SCALARS:
+                metadata[key] = self._string() if kind == _STRING else self._number(_SCALARS[kind])
             else:
                 raise _Damaged(f"a value of the unknown kind {kind}")
         heads = [self._tensor() for _ in range(tensor_count)]
@@ -257,8 +247,8 @@ class _Cursor:
         if not isinstance(alignment, int) or alignment <= 0:
             raise _Damaged(f"a data alignment of {alignment!r}")
         data = -(-self._at // alignment) * alignment
-        tensors = (TensorHead(*head, None if end is None else data + end) for *head, end in heads)
-        return GgufHeader(path, len(self._view), metadata, lengths, tuple(tensors))
+        tensors = tuple(head if head.end is None else replace(head, end=data + head.end) for head in heads)
+        return GgufHeader(path, len(self._view), metadata, lengths, tensors)
 
     def _number(self, code: struct.Struct) -> int:
         value: int = code.unpack_from(self._view, self._at)[0]
@@ -279,11 +269,9 @@ class _Cursor:
 
     def _string(self) -> str:
         length = self._number(_U64)
-        start = self._at
-        self._skip(length)
-        if length > MAX_STRING:
-            raise _Damaged(f"a text of {length:,} bytes")
-        return self._view[start : self._at].decode("utf-8", "replace")
+        self._check_count(length, MAX_STRING, 1, "bytes in a text")
+        self._at += length
+        return self._view[self._at - length : self._at].decode("utf-8", "replace")
 
     def _skip_array(self) -> int:
         kind, count = self._number(_U32), self._number(_U64)
@@ -291,24 +279,23 @@ class _Cursor:
             self._skip(count * _SCALARS[kind].size)
         elif kind == _STRING:
             self._check_count(count, MAX_STRINGS_OF_ARRAY, 8, "texts in a list")
-            view, at, size, read = self._view, self._at, len(self._view), _U64.unpack_from
+            view, at, read = self._view, self._at, _U64.unpack_from
             for _ in range(count):  # the largest part of the work, so without calls
                 at += 8 + read(view, at)[0]
-                if at > size:
-                    raise struct.error
             self._at = at
+            self._skip(0)
         else:
             raise _Damaged("an array of a kind llama.cpp does not read")
         return count
 
-    def _tensor(self) -> tuple[str, tuple[int, ...], str | None, int | None]:
-        """Name, shape, type, and where its data ends behind the header."""
+    def _tensor(self) -> TensorHead:
+        """One tensor; its `end` counts from the end of the header."""
         name, dimensions = self._string(), self._number(_U32)
         if dimensions > 4:
             raise _Damaged(f"the tensor {name[:64]!r} of {dimensions} dimensions")
         shape = tuple(self._number(_U64) for _ in range(dimensions))
         kind, offset = self._number(_U32), self._number(_U64)
         if kind not in TENSOR_TYPES:
-            return name, shape, None, None
+            return TensorHead(name, shape, None, None)
         type_name, values, size = TENSOR_TYPES[kind]
-        return name, shape, type_name, offset + prod(shape) // values * size
+        return TensorHead(name, shape, type_name, offset + prod(shape) // values * size)

@@ -1,8 +1,7 @@
 """Downloads pairs from a Hugging Face hub into the cache that huggingface_hub and llama.cpp share.
 
-Which files are fetched is decided as llama.cpp does (`naming`). huggingface_hub is not used: measured with 2.4.0, it
-throws a partial file away when a download of gigabytes breaks off, and compares sizes but no checksums. Here a broken
-download goes on where it stopped, also in the next run.
+huggingface_hub is not used: measured with 2.4.0, it throws a partial file away when a download of gigabytes breaks
+off, and compares no checksums. Here a broken download goes on where it stopped, also in the next run.
 """
 
 from __future__ import annotations
@@ -88,10 +87,12 @@ class Hub:
                 f"{self.endpoint} has no repository {repo}, or it is private: check the name, and for a private one log"
                 " in with `hf auth login` or set HF_TOKEN"
             )
-        if answer.status_code != 200:
-            raise DownloadFailed(f"{self.endpoint} answered {answer.status_code} for {repo}: try again later")
         try:
-            return _read_listing(repo, answer.json())
+            return _read_listing(repo, answer.raise_for_status().json())
+        except httpx.HTTPStatusError as error:
+            raise DownloadFailed(
+                f"{self.endpoint} answered {answer.status_code} for {repo}: try again later"
+            ) from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DownloadFailed(f"{self.endpoint} does not speak the hub's language: check HF_ENDPOINT") from error
 
@@ -99,21 +100,20 @@ class Hub:
         """Download what is missing of `files`; their paths in the cache. Raises DownloadFailed."""
         folder = self.cache / f"models--{repo.repo.replace('/', '--')}"
         snapshot, locks = folder / "snapshots" / repo.commit, self.cache / ".locks" / folder.name
-        names = [file.sha256 or f"{repo.commit}-{quote(file.path, safe='')}" for file in files]
-        blobs = [folder / "blobs" / name for name in names]
+        blobs = {
+            folder / "blobs" / (file.sha256 or f"{repo.commit}-{quote(file.path, safe='')}"): file for file in files
+        }
         try:
-            locks.mkdir(parents=True, exist_ok=True)
-            (folder / "blobs").mkdir(parents=True, exist_ok=True)
-            missing = sum(
-                file.size - _size(_part_of(blob)) for file, blob in zip(files, blobs, strict=True) if not blob.exists()
-            )
+            for needed in (locks, folder / "blobs"):
+                needed.mkdir(parents=True, exist_ok=True)
+            missing = sum(file.size - _size(_part_of(blob)) for blob, file in blobs.items() if not blob.exists())
             free = shutil.disk_usage(self.cache).free
             if missing > 0 and free < missing + _SPARE_BYTES:
                 raise DownloadFailed(
                     f"{repo.repo} needs {missing / 1e9:.1f} GB and {self.cache} has {free / 1e9:.1f} GB free: make"
                     " room, or set HF_HUB_CACHE to another disk"
                 )
-            for file, blob in zip(files, blobs, strict=True):
+            for blob, file in blobs.items():
                 with FileLock(locks / f"{blob.name}.lock"):
                     if not blob.exists():
                         self._download(repo, file, blob, progress)
@@ -143,8 +143,8 @@ class Hub:
                 time.sleep(self.pause * 2**failures)
                 failures += 1
         with part.open("rb") as content:
-            whole = not file.sha256 or hashlib.file_digest(content, "sha256").hexdigest() == file.sha256
-        if not whole or _size(part) != file.size:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        if _size(part) != file.size or digest != (file.sha256 or digest):
             part.unlink()
             raise DownloadFailed(
                 f"{file.path} arrived damaged (its checksum is wrong) and was removed: run the same command again"

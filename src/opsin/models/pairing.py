@@ -40,10 +40,10 @@ class Pair:
 
 
 def check_pair(llm: Path, mmproj: Path) -> tuple[GgufInfo, GgufInfo]:
-    """Read both files and make sure that they belong together; gives back what they say.
+    """Read both files and give back what they say.
 
-    Raises ModelNotFound and ModelUnreadable (see `read_info`), and PairMismatch with the file beside it that would
-    fit.
+    Raises what `read_info` does, and PairMismatch, with the file beside it that would fit, where they do not belong
+    together.
     """
     text, vision = read_info(llm), read_info(mmproj)
     if text.is_projector:

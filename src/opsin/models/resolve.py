@@ -76,12 +76,12 @@ def _default() -> Pair:
     pair = read_default()
     if pair is None:
         return demo_pair()
-    for path in (pair.llm, pair.mmproj):
-        if path is not None and not path.is_file():
-            raise ModelNotFound(
-                f"the default model {pair.name} is gone from {path}: pull it again, or choose another with"
-                " `opsin models use NAME` (demo for the demo model)"
-            )
+    gone = [path for path in (pair.llm, pair.mmproj) if path is not None and not path.is_file()]
+    if gone:
+        raise ModelNotFound(
+            f"the default model {pair.name} is gone from {gone[0]}: pull it again, or choose another with"
+            " `opsin models use NAME` (demo for the demo model)"
+        )
     return pair
 
 

@@ -20,7 +20,7 @@ from opsin.native.threads import physical_cores
 if TYPE_CHECKING:
     from opsin.native.devices import Device
 
-_F32, _F16 = 0, 1
+_F32, _F16 = 0, 1  # ggml_type
 _MATRICES = 4
 _SECONDS = 0.3  # of measuring for each product
 # [width, rows, columns]; a GPU that finishes the first at once gets the second, 256 times the work.

@@ -211,7 +211,7 @@ def check_fits(prediction: Prediction, needs: Needs) -> None:
     if not there or needed <= there:
         return
     weight = needs.cost.weight_bytes / (needs.cost.weights + needs.cost.head)
-    ways = []
+    ways: list[str] = []
     for kind, size in WEIGHT_BYTES.items():
         smaller = needed - needs.model_bytes * (1 - size / weight)
         if size < weight and smaller <= there and not ways:
