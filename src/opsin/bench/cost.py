@@ -91,14 +91,9 @@ class ModelCost:
 
 @dataclass(frozen=True, slots=True)
 class PictureCost:
-    """One image: `pieces` of `patches` each, a square of `merge` × `merge` becomes one token; `ops` is for all pieces.
+    """Tokens and operations of one image; `note` says what is assumed for families whose images differ in size."""
 
-    `note` says what is assumed for families whose images differ in size.
-    """
-
-    patches: int
-    merge: int
-    pieces: int
+    tokens: int
     ops: float
     note: str | None = None
 
@@ -143,7 +138,7 @@ def picture_cost(mmproj: Path) -> PictureCost | None:
     elif header.lengths.get("clip.vision.image_grid_pinpoints", 0):
         pieces, note = TILES, f"an image is assumed to be cut into {TILES} tiles"
     ops = encode_ops_of(header.tensors, patches, info.layers or 0, merge=merge, all_layers=kind != "mlp")
-    return PictureCost(patches, merge, pieces, pieces * ops, note)
+    return PictureCost(pieces * patches // merge**2, pieces * ops, note)
 
 
 def encode_ops_of(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
 from opsin.bench.cost import Ceiling, ModelCost
-from opsin.bench.run import Result
+from opsin.bench.run import Result, Stats
 
 COMPARED = ("total_s", "first_token_ms", "first_token_max_ms", "token_ms", "longest_pause_ms")
 _HEADINGS = ("total", "first token", "slowest", "a token", "pause")
@@ -30,12 +31,9 @@ class Limits:
     ceiling: Ceiling
     cost: ModelCost
 
-    def share(self, result: Result) -> float | None:
-        """The least time a workload can take by the time it took; 1 is the ceiling. None if the result is invalid."""
-        if result.median is None:
-            return None
-        least = self.cost.workload_seconds(self.ceiling, result.workload, result.usages)
-        return round(least / result.median.total_s, 4)
+    def share(self, result: Result, stats: Stats) -> float:
+        """The least time a workload can take by the time it took; 1 is the ceiling."""
+        return self.cost.workload_seconds(self.ceiling, result.workload, result.usages) / stats.total_s
 
     def document(self) -> dict[str, Any]:
         """JSON values; the least times are those of one sequence without context."""
@@ -84,13 +82,13 @@ def target_document(target: Target, limits: Limits | None = None) -> dict[str, A
     rows: dict[str, dict[str, Any]] = {}
     for result in target.results:
         row: dict[str, Any] = {"title": result.workload.title, "invalid": result.invalid, "failed": result.failed}
-        if result.median is not None:
-            row |= _rounded(asdict(result.median))
+        if (stats := result.median) is not None:
+            row |= _rounded(asdict(stats))
             for name in ("prompt_tokens", "completion_tokens", "cached_tokens"):
                 row[name] = [getattr(usage, name) for usage in result.usages]
             row["runs"] = [_rounded(asdict(run)) for run in result.runs]
             if limits is not None:
-                row["share_of_ceiling"] = limits.share(result)
+                row["share_of_ceiling"] = round(limits.share(result, stats), 4)
         rows[result.workload.name] = row
     return {**target.about, "workloads": rows}
 
@@ -110,7 +108,7 @@ def as_text(targets: Sequence[Target], limits: Limits | None = None) -> str:
             cells = [f"{stats.total_s:.2f} s", *(f"{getattr(stats, figure):.1f} ms" for figure in COMPARED[1:])]
             lines.append(_line(name, target.name, width, cells))
             if limits is not None and target is first:
-                lines[-1] += f"  {limits.share(result):.0%} of the ceiling of {limits.ceiling.device}"
+                lines[-1] += f"  {limits.share(result, stats):.0%} of the ceiling of {limits.ceiling.device}"
         for target in others:
             found = [ratio(result, target.results[number], figure) for figure in COMPARED]
             cells = ["" if value is None else f"{value:.2f} x" for value in found]
@@ -124,8 +122,4 @@ def _line(workload: str, name: str, width: int, cells: Sequence[str]) -> str:
 
 def _rounded(value: Any) -> Any:
     """The same JSON values with four digits behind the point."""
-    if isinstance(value, dict):
-        return {name: _rounded(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_rounded(item) for item in value]
-    return round(value, 4) if isinstance(value, float) else value
+    return json.loads(json.dumps(value), parse_float=lambda text: round(float(text), 4))

@@ -30,7 +30,6 @@ class Driver(Protocol):
 
         Temperature 0, end tokens ignored, no guard: the answer has exactly `max_tokens` tokens.
         """
-        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,21 +144,17 @@ def file_needs(llm: Path, mmproj: Path | None, name: str, kv_type: str = "f16") 
     """The needs of a pair of files, by their headers. Raises ModelNotFound, ModelUnreadable and BadParameter."""
     _kv_bytes(kv_type)
     info, cost = read_info(llm), read_cost(llm, None, kv_type)
-    text = Needs(name, cost, float(info.size), 0.0, info.width or 0, 0)
+    needs = Needs(name, cost, float(info.size), 0.0, info.width or 0, 0)
     if mmproj is None:
-        return text
-    projector, image = read_info(mmproj), picture_cost(mmproj)
-    text = replace(text, projector_bytes=float(projector.size))
+        return needs
+    needs = replace(needs, projector_bytes=float(read_info(mmproj).size))
+    image = picture_cost(mmproj)
     if image is None:
-        kind = projector.projector or "unknown"
-        note = f"how long a projector of the kind {kind!r} takes cannot be told from its file: images are left out"
-        return replace(text, notes=(note,))
-    return replace(
-        text,
-        cost=replace(cost, encode_ops=image.ops),
-        image_tokens=image.pieces * image.patches // image.merge**2,
-        notes=(image.note,) if image.note else (),
-    )
+        return replace(
+            needs, notes=("how long this projector takes cannot be told from its file: images are left out",)
+        )
+    notes = (image.note,) if image.note else ()
+    return replace(needs, cost=replace(cost, encode_ops=image.ops), image_tokens=image.tokens, notes=notes)
 
 
 def memory_needed(needs: Needs, ctx: int) -> dict[str, float]:
@@ -187,10 +183,10 @@ def predict(needs: Needs, device: Device, request: Request) -> Prediction:
         return 1e3 * max(ops / rate, cost.decode_bytes([before]) / bandwidth)
 
     context = image + text + request.answer_tokens // 2
-    notes = list(needs.notes)
+    notes = needs.notes
     if device.usable < device.memory:
         gib = f"{device.usable / 2**30:.0f} of {device.memory / 2**30:.0f} GiB"
-        notes.append(f"Metal gives models about {gib}; the most memory that is sold is taken unless --memory tells")
+        notes += (f"Metal gives models about {gib}; the most memory that is sold is taken unless --memory tells",)
     return Prediction(
         model=needs.name,
         device=device,
@@ -201,7 +197,7 @@ def predict(needs: Needs, device: Device, request: Request) -> Prediction:
         text_prefill_ms=prefill_ms(text, image),
         decode_token_ms=1e3 * max(cost.decode_bytes([context]) / bandwidth, cost.decode_ops(context) / rate),
         memory=memory_needed(needs, request.ctx),
-        notes=tuple(notes),
+        notes=notes,
     )
 
 
