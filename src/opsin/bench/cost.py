@@ -125,19 +125,19 @@ def read_cost(llm: Path, mmproj: Path | None, kv_type: str = "f16") -> ModelCost
 
 def picture_cost(mmproj: Path) -> PictureCost | None:
     """What a projector does with one image; None if its file does not say. Raises like `read_cost`."""
-    info, header = read_info(mmproj), read_header(mmproj)
-    kind, patch = info.projector or "", info.patch_size
-    if kind not in _MERGE or not patch or not info.image_size:
+    kind, header = read_info(mmproj).projector or "", read_header(mmproj)
+    edge, patch, layers = (header.integer(f"clip.vision.{key}") for key in ("image_size", "patch_size", "block_count"))
+    if kind not in _MERGE or not patch or not edge:
         return None
     keys = ("clip.vision.spatial_merge_size", "clip.vision.projector.scale_factor")
     merge = next((found for key in keys if (found := header.integer(key))), _MERGE[kind])
-    patches, pieces, note = (info.image_size // patch) ** 2, 1, None
+    patches, pieces, note = (edge // patch) ** 2, 1, None
     if kind.startswith("qwen"):
-        patches = math.prod(max(1, round(edge / (patch * merge))) * merge for edge in IMAGE)
+        patches = math.prod(max(1, round(pixels / (patch * merge))) * merge for pixels in IMAGE)
         note = f"image tokens depend on the image's size: {IMAGE[0]}×{IMAGE[1]} pixels are assumed"
     elif header.lengths.get("clip.vision.image_grid_pinpoints", 0):
         pieces, note = TILES, f"an image is assumed to be cut into {TILES} tiles"
-    ops = encode_ops_of(header.tensors, patches, info.layers or 0, merge=merge, all_layers=kind != "mlp")
+    ops = encode_ops_of(header.tensors, patches, layers or 0, merge=merge, all_layers=kind != "mlp")
     return PictureCost(pieces * patches // merge**2, pieces * ops, note)
 
 

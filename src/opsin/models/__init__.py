@@ -3,25 +3,19 @@
 Knows nothing of llama.cpp: files are read by their GGUF header alone. Downloads are in `opsin.models.hub`.
 """
 
-from opsin.models.gguf import GgufHeader, GgufInfo, TensorHead, read_header, read_info
-from opsin.models.naming import parts_of
+from opsin.models.gguf import GgufInfo, read_info
 from opsin.models.pairing import Pair, check_pair, family_warning, find_projector
-from opsin.models.resolve import ListedModel, demo_pair, list_models, locate, resolve
+from opsin.models.resolve import demo_pair, list_models, locate, resolve
 
 __all__ = [
-    "GgufHeader",
     "GgufInfo",
-    "ListedModel",
     "Pair",
-    "TensorHead",
     "check_pair",
     "demo_pair",
     "family_warning",
     "find_projector",
     "list_models",
     "locate",
-    "parts_of",
-    "read_header",
     "read_info",
     "resolve",
 ]

@@ -94,8 +94,8 @@ class GgufHeader:
 class GgufInfo:
     """One GGUF file, or all parts of a split one; what the file does not say is None.
 
-    Widths are in values, `context` in tokens, `image_size` and `patch_size` in pixels, `size` in bytes. `width` is
-    what the language model takes in for an image token (with deepstack more than its embedding).
+    Widths are in values, `context` in tokens, `size` in bytes. `width` is what the language model takes in for an image
+    token (with deepstack more than its embedding).
     """
 
     path: Path
@@ -107,12 +107,9 @@ class GgufInfo:
     size: int
     tensor_types: dict[str, int]
     width: int | None = None
-    layers: int | None = None
     context: int | None = None
     projector: str | None = None
     projector_width: int | None = None
-    image_size: int | None = None
-    patch_size: int | None = None
 
     @property
     def is_all_f32(self) -> bool:
@@ -138,7 +135,6 @@ def read_info(path: Path) -> GgufInfo:
     kind = header.text("general.type")
     if kind in {"adapter", "imatrix"}:
         raise ModelUnreadable(f"{path} is of the kind {kind!r}, not a model: give the model's own GGUF file")
-    is_projector = architecture == "clip"
     types = Counter(tensor.type or "unknown" for part in headers for tensor in part.tensors)
     weights = Counter({kind: count for kind, count in types.items() if kind != "F32"})
     named = FILE_TYPES.get(found) if (found := header.integer("general.file_type")) is not None else None
@@ -149,19 +145,16 @@ def read_info(path: Path) -> GgufInfo:
         path=path,
         architecture=architecture,
         name=header.text("general.name"),
-        is_projector=is_projector,
+        is_projector=architecture == "clip",
         has_vision=bool(header.metadata.get("clip.has_vision_encoder", False)),
         # Without a word of the file itself, the type of most tensors that are not plain f32.
         quantisation=named or (weights.most_common(1)[0][0] if weights else "F32"),
         size=sum(part.size for part in headers),
         tensor_types=dict(types),
         width=None if width is None else width * (1 + deepstack),  # `llama_hparams::n_embd_inp`
-        layers=header.integer("clip.vision.block_count" if is_projector else f"{architecture}.block_count"),
         context=header.integer(f"{architecture}.context_length"),
         projector=projector,
         projector_width=None if projector is None else _projector_width(projector, header),
-        image_size=header.integer("clip.vision.image_size"),
-        patch_size=header.integer("clip.vision.patch_size"),
     )
 
 
