@@ -89,31 +89,28 @@ class Hub:
             )
         try:
             return _read_listing(repo, answer.raise_for_status().json())
-        except httpx.HTTPStatusError as error:
+        except (httpx.HTTPError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DownloadFailed(
-                f"{self.endpoint} answered {answer.status_code} for {repo}: try again later"
+                f"{self.endpoint} did not list {repo} (status {answer.status_code}): check HF_ENDPOINT or try later"
             ) from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise DownloadFailed(f"{self.endpoint} does not speak the hub's language: check HF_ENDPOINT") from error
 
     def fetch(self, repo: HubRepo, files: list[HubFile], progress: Progress = lambda *_: None) -> list[Path]:
         """Download what is missing of `files`; their paths in the cache. Raises DownloadFailed."""
         folder = self.cache / f"models--{repo.repo.replace('/', '--')}"
         snapshot, locks = folder / "snapshots" / repo.commit, self.cache / ".locks" / folder.name
-        blobs = {
-            folder / "blobs" / (file.sha256 or f"{repo.commit}-{quote(file.path, safe='')}"): file for file in files
-        }
+        names = [file.sha256 or f"{repo.commit}-{quote(file.path, safe='')}" for file in files]
+        blobs = [(folder / "blobs" / name, file) for name, file in zip(names, files, strict=True)]
         try:
             for needed in (locks, folder / "blobs"):
                 needed.mkdir(parents=True, exist_ok=True)
-            missing = sum(file.size - _size(_part_of(blob)) for blob, file in blobs.items() if not blob.exists())
+            missing = sum(file.size - _size(_part_of(blob)) for blob, file in blobs if not blob.exists())
             free = shutil.disk_usage(self.cache).free
             if missing > 0 and free < missing + _SPARE_BYTES:
                 raise DownloadFailed(
                     f"{repo.repo} needs {missing / 1e9:.1f} GB and {self.cache} has {free / 1e9:.1f} GB free: make"
                     " room, or set HF_HUB_CACHE to another disk"
                 )
-            for blob, file in blobs.items():
+            for blob, file in blobs:
                 with FileLock(locks / f"{blob.name}.lock"):
                     if not blob.exists():
                         self._download(repo, file, blob, progress)

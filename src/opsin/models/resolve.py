@@ -180,14 +180,16 @@ def _pair_with_neighbour(path: Path) -> Pair | None:
 
 
 def _describe(pair: Pair, is_default: bool) -> ListedModel:
-    mmproj = None if pair.mmproj is None else str(pair.mmproj)
-    problem = "it has no projector, so it reads text only"
+    about: tuple[str, str, str, int] = ("", "", "", 0)
+    problem: str | None = None
     try:
-        if pair.mmproj is not None:
+        if pair.mmproj is None:
+            read_info(pair.llm)
+            problem = "it has no projector, so it reads text only"
+        else:
             text, vision = check_pair(pair.llm, pair.mmproj)
             about = (text.architecture, vision.projector or "", text.quantisation, text.size + vision.size)
-            return ListedModel(pair.name, *about, str(pair.llm), mmproj, is_default)
-        read_info(pair.llm)
     except ModelError as error:
         problem = str(error)
-    return ListedModel(pair.name, "", "", "", 0, str(pair.llm), mmproj, is_default, problem)
+    mmproj = None if pair.mmproj is None else str(pair.mmproj)
+    return ListedModel(pair.name, *about, str(pair.llm), mmproj, is_default, problem)

@@ -1,7 +1,4 @@
-"""What a device really reaches through ggml: operations a second of a large product, bytes a second read.
-
-Published peaks are no such ceiling: drivers, power limits and the kernels of this build lie between.
-"""
+"""What a device really reaches through ggml: operations a second of a large product, bytes a second read."""
 
 from __future__ import annotations
 
@@ -25,7 +22,6 @@ _MATRICES = 4
 _SECONDS = 0.3  # of measuring for each product
 # [width, rows, columns]; a GPU that finishes the first at once gets the second, 256 times the work.
 _SIZES = ((1024, 1024, 128), (4096, 4096, 2048))
-_AT_ONCE = 0.0003
 _VECTOR_WIDTH = 8192
 _VECTOR_BYTES = 256 * 2**20  # larger than the caches of what is in use
 _FILL = 0x11  # bytes of a small normal number in f16 and f32: denormal numbers are slow on some CPUs
@@ -33,7 +29,7 @@ _FILL = 0x11  # bytes of a small normal number in f16 and f32: denormal numbers 
 
 @dataclass(frozen=True, slots=True)
 class DeviceRate:
-    """Measured floating-point operations (f16 weights, f32 values) and bytes read, a second."""
+    """Floating-point operations (f16 weights, f32 values) and bytes read, a second."""
 
     ops_s: float
     bytes_s: float
@@ -57,7 +53,7 @@ def measure_device(device: Device, threads: int | None = None, lib: Library | No
             ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int)(address)(backend, threads or physical_cores())
         product, seconds = _SIZES[0], _fastest(ggml, device, backend, _SIZES[0])
         # The second size takes more memory than the vectors, and is left out where even those had to shrink.
-        if device.is_gpu and seconds < _AT_ONCE and size == _VECTOR_BYTES:
+        if device.is_gpu and seconds < 0.0003 and size == _VECTOR_BYTES:
             product, seconds = _SIZES[1], _fastest(ggml, device, backend, _SIZES[1])
         ops_s = 2.0 * math.prod(product) / seconds
         return DeviceRate(ops_s, 2.0 * math.prod(vector) / _fastest(ggml, device, backend, vector))
@@ -74,9 +70,9 @@ def _fastest(ggml: Any, device: Device, backend: int, sizes: tuple[int, int, int
         stack.callback(ggml.ggml_free, context)
         right = ggml.ggml_new_tensor_4d(context, _F32, width, columns, 1, 1)
         graphs = [ggml.ggml_new_graph(context) for _ in range(count)]
-        for index in range(_MATRICES):
+        for graph in graphs * (_MATRICES // count):
             left = ggml.ggml_new_tensor_4d(context, _F16, width, rows, 1, 1)
-            ggml.ggml_build_forward_expand(graphs[index % count], ggml.ggml_mul_mat(context, left, right))
+            ggml.ggml_build_forward_expand(graph, ggml.ggml_mul_mat(context, left, right))
         buffer = _made(device, ggml.ggml_backend_alloc_ctx_tensors(context, backend), "it has no room")
         stack.callback(ggml.ggml_backend_buffer_free, buffer)
         ggml.ggml_backend_buffer_clear(buffer, _FILL)
@@ -84,9 +80,9 @@ def _fastest(ggml: Any, device: Device, backend: int, sizes: tuple[int, int, int
         # The first runs warm up: they compile kernels and start threads. At least one more is measured.
         while run <= count or time.perf_counter() < until:
             started = time.perf_counter()
-            status = ggml.ggml_backend_graph_compute(backend, graphs[run % count])
-            _made(device, status == 0, "its computing failed")
+            failed = ggml.ggml_backend_graph_compute(backend, graphs[run % count])
             ggml.ggml_backend_synchronize(backend)
+            _made(device, not failed, "its computing failed")
             if run >= count:
                 best = min(best, time.perf_counter() - started)
             run += 1
