@@ -1,4 +1,7 @@
-"""Measures speed: five workloads, the machine's own limits, and the cost of a token beside the model."""
+"""Measures speed: five workloads, the machine's own limits, and the cost of a token beside the model.
+
+Refuses to know llama.cpp and the terminal.
+"""
 
 from opsin.bench.cost import Ceiling, ModelCost, read_cost
 from opsin.bench.drivers import EngineDriver, HttpDriver, serving

@@ -1,6 +1,6 @@
 """Model files: what they are, where they come from, and which pair is meant.
 
-Knows nothing of llama.cpp: files are read by their GGUF header alone. Downloads are in `opsin.models.hub`.
+Refuses to know llama.cpp: files are read by their GGUF header alone. Downloads are in `opsin.models.hub`.
 """
 
 from opsin.models.gguf import GgufInfo, read_info

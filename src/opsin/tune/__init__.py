@@ -1,3 +1,3 @@
-"""Settings measured on this machine, and times predicted for others. Knows neither llama.cpp nor the terminal."""
+"""Settings measured on this machine, and times predicted for others. Refuses to know llama.cpp and the terminal."""
 
 __all__: list[str] = []
