@@ -260,7 +260,7 @@ def test_a_known_row_may_name_its_files():
     wanted = look_up("llava-1.6-vicuna-13b")
     files = ("vicuna-7b-q5_k.gguf", "vicuna-13b-q5_k.gguf", "mmproj-vicuna7b-f16.gguf", "mmproj-vicuna13b-f16.gguf")
     assert chosen(wanted, *files) == (["vicuna-13b-q5_k.gguf"], "mmproj-vicuna13b-f16.gguf")
-    with pytest.raises(ModelNotFound, match="no file for llava-1.6-vicuna-13b"):
+    with pytest.raises(ModelNotFound, match=r"no file for llava-1\.6-vicuna-13b"):
         choose(repo_of("other.gguf"), wanted)
 
 
