@@ -51,7 +51,7 @@ def test_a_folder_is_listed_on_request(run, tmp_path: Path):
 def test_known_names_are_listed(run):
     assert "llava-1.5-7b" in run("models", "--known").stdout
     rows = json.loads(run("models", "--known", "--json").stdout)
-    assert {"name", "repo", "source"} <= rows[0].keys()
+    assert {"name", "title", "repo"} <= rows[0].keys()
 
 
 def test_a_model_that_cannot_see_is_no_default(run, tmp_path: Path):

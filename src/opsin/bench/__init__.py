@@ -1,7 +1,6 @@
 """Measures speed: five workloads, the machine's own limits, and the cost of a token beside the model.
 
-Refuses to know llama.cpp and the terminal: whatever answers a question about an image with a stream of times can be
-measured.
+Refuses to know llama.cpp and the terminal.
 """
 
 from opsin.bench.cost import Ceiling, ModelCost, read_cost

@@ -1,8 +1,7 @@
-"""What a model needs at least, by its file's header.
+"""What a model needs at least, by its file's header: bytes read by a decode step, operations of prefill and encode.
 
-A decode step reads every weight once, so memory bounds it; prefill and encode multiply matrices. An operation is one
-multiplication or one addition. Norms, activations and sampling are left out: they are small against the matrices. Of a
-mixture of experts only the experts that a token uses are counted.
+An operation is one multiplication or one addition. Norms, activations and sampling are small against the matrices and
+left out. Of a mixture of experts only the experts that a token uses are counted.
 """
 
 from __future__ import annotations
@@ -14,18 +13,16 @@ from pathlib import Path
 
 from opsin.bench.workloads import Workload
 from opsin.core.answer import Usage
-from opsin.core.ggml_types import KV_TYPES, TENSOR_TYPES, bytes_per_value
+from opsin.core.ggml_types import KV_TYPES, bytes_per_value
 from opsin.models.gguf import TensorHead, read_header, read_info
 from opsin.models.naming import parts_of
 
 KV_BYTES = {name: bytes_per_value(name) for name in KV_TYPES}
 IMAGE = (640, 480)  # pixels, for families whose image tokens depend on the image's size
 TILES = 5  # LLaVA-1.6 cuts most images into four tiles, beside the whole
-# Side of the square of patches that becomes one image token, by projector, if the file does not say; source:
-# llama.cpp's `clip.cpp`. Without those that cut an image into tiles by its size (idefics3, internvl): the number of
-# tiles is not in the file.
+# Side of the square of patches that becomes one image token, if the file does not say; source: llama.cpp's `clip.cpp`.
+# Without those whose number of tiles is not in the file (idefics3, internvl).
 _MERGE = {"mlp": 1, "gemma3": 4, "qwen2vl_merger": 2, "qwen2.5vl_merger": 2, "qwen3vl_merger": 2}
-_BLOCKS = {name: (values, size) for name, values, size in TENSOR_TYPES.values()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +36,11 @@ class Ceiling:
 
 @dataclass(frozen=True, slots=True)
 class ModelCost:
-    """What a pair needs.
+    """What a pair needs; `encode_ops` is for one image, None for families whose images differ in size.
 
-    `weights` and `head` are the values a token is multiplied with in the layers and for its logits; `weight_bytes` is
-    what a decode step reads of the file. `kv_values` are the values of keys and values a token leaves in all layers,
-    `attention_width` is the sum of the layers' attention widths. `encode_ops` is for one image, None for families
-    whose images differ in size.
+    `weights` and `head` are the values a token is multiplied with in the layers and for its logits, `weight_bytes` what
+    a decode step reads of the file, `kv_values` the values of keys and values a token leaves in all layers, and
+    `attention_width` the sum of the layers' attention widths.
     """
 
     weight_bytes: float
@@ -95,14 +91,9 @@ class ModelCost:
 
 @dataclass(frozen=True, slots=True)
 class PictureCost:
-    """One image: `pieces` of `patches` each, a square of `merge` × `merge` becomes one token; `ops` is for all pieces.
+    """Tokens and operations of one image; `note` says what is assumed for families whose images differ in size."""
 
-    `note` says what is assumed for families whose images differ in size.
-    """
-
-    patches: int
-    merge: int
-    pieces: int
+    tokens: int
     ops: float
     note: str | None = None
 
@@ -134,20 +125,20 @@ def read_cost(llm: Path, mmproj: Path | None, kv_type: str = "f16") -> ModelCost
 
 def picture_cost(mmproj: Path) -> PictureCost | None:
     """What a projector does with one image; None if its file does not say. Raises like `read_cost`."""
-    info, header = read_info(mmproj), read_header(mmproj)
-    kind, patch = info.projector or "", info.patch_size
-    if kind not in _MERGE or not patch or not info.image_size:
+    kind, header = read_info(mmproj).projector or "", read_header(mmproj)
+    edge, patch, layers = (header.integer(f"clip.vision.{key}") for key in ("image_size", "patch_size", "block_count"))
+    if kind not in _MERGE or not patch or not edge:
         return None
     keys = ("clip.vision.spatial_merge_size", "clip.vision.projector.scale_factor")
     merge = next((found for key in keys if (found := header.integer(key))), _MERGE[kind])
-    patches, pieces, note = (info.image_size // patch) ** 2, 1, None
+    patches, pieces, note = (edge // patch) ** 2, 1, None
     if kind.startswith("qwen"):
-        patches = math.prod(max(1, round(edge / (patch * merge))) * merge for edge in IMAGE)
+        patches = math.prod(max(1, round(pixels / (patch * merge))) * merge for pixels in IMAGE)
         note = f"image tokens depend on the image's size: {IMAGE[0]}×{IMAGE[1]} pixels are assumed"
     elif header.lengths.get("clip.vision.image_grid_pinpoints", 0):
         pieces, note = TILES, f"an image is assumed to be cut into {TILES} tiles"
-    ops = encode_ops_of(header.tensors, patches, info.layers or 0, merge=merge, all_layers=kind != "mlp")
-    return PictureCost(patches, merge, pieces, pieces * ops, note)
+    ops = encode_ops_of(header.tensors, patches, layers or 0, merge=merge, all_layers=kind != "mlp")
+    return PictureCost(pieces * patches // merge**2, pieces * ops, note)
 
 
 def encode_ops_of(
@@ -168,5 +159,4 @@ def encode_ops_of(
 
 def _bytes(tensor: TensorHead) -> float:
     """Bytes of a tensor in a file; an unknown type is counted as f32."""
-    values, size = _BLOCKS.get(tensor.type or "", (1, 4))
-    return math.prod(tensor.shape) / values * size
+    return math.prod(tensor.shape) * (bytes_per_value(tensor.type) if tensor.type else 4)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,18 +26,16 @@ from opsin.engine import Engine
 from opsin.media import load_picture
 from opsin.prompt import Message, PromptBuilder
 
-TIMEOUT_S = 300.0
-_START_SECONDS = 600.0
-_STOP_SECONDS = 30.0
+_TIMEOUT_S = 300.0
+_START_S = 600.0
+_STOP_S = 30.0
 
 
 class EngineDriver:
     """Does what a server does with a question, without the network: decode the image, build the prompt, read events."""
 
     def __init__(self, engine: Engine, prompts: PromptBuilder) -> None:
-        self._engine = engine
-        self._prompts = prompts
-        self._media = MediaSettings()
+        self._engine, self._prompts, self._media = engine, prompts, MediaSettings()
 
     def ask(self, image: bytes, question: str, max_tokens: int) -> Generator[float, None, Usage]:
         """See `workloads.Driver`. Raises BadInput, EngineError."""
@@ -62,12 +60,17 @@ class HttpDriver:
         self._client = httpx.Client(
             base_url=self.url,
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-            timeout=TIMEOUT_S,
+            timeout=_TIMEOUT_S,
             trust_env=False,
             # One connection per question: a server may close an idle one just when it is used again.
             limits=httpx.Limits(max_keepalive_connections=0),
         )
-        self.model = model or self._first_model()
+        try:
+            self.model = model or str(self._client.get("/v1/models").raise_for_status().json()["data"][0]["id"])
+        except httpx.HTTPError as error:
+            raise BadParameter(f"No server answers at {self.url}: {error}.") from error
+        except (ValueError, LookupError, TypeError) as error:
+            raise BadParameter(f"{self.url} lists no model: name one with --served-model.") from error
 
     def close(self) -> None:
         """Close the connections."""
@@ -87,74 +90,44 @@ class HttpDriver:
             "ignore_eos": True,
             "guard": False,
         }
-        usage: Usage | None = None
-        cut = False
+        usage: dict[str, Any] | None = None
         try:
             with self._client.stream("POST", "/v1/chat/completions", json=body) as response:
                 if response.status_code != httpx.codes.OK:
-                    response.read()
-                    raise RequestFailed(f"status {response.status_code}: {_error_text(response.text)}")
-                for chunk in _events(response.iter_lines()):
-                    arrived = time.perf_counter()
-                    usage = _usage(chunk) or usage
-                    choices = chunk.get("choices") or ()
-                    cut = cut or any(choice.get("finish_reason") == "length" for choice in choices)
-                    deltas = [choice.get("delta") or {} for choice in choices]
-                    if any(delta.get("content") or delta.get("reasoning_content") for delta in deltas):
-                        yield arrived
-        except httpx.HTTPError as error:
+                    text = response.read().decode(errors="replace")
+                    raise RequestFailed(f"status {response.status_code}: {_message(text)}")
+                for line in response.iter_lines():
+                    if not line.startswith("data:") or line.endswith("[DONE]"):
+                        continue
+                    arrived, data = time.perf_counter(), line.removeprefix("data:")
+                    chunk = json.loads(data)
+                    if "error" in chunk:
+                        raise RequestFailed(_message(data))
+                    usage = chunk.get("usage") or usage
+                    for choice in chunk.get("choices") or ():
+                        delta = choice.get("delta") or {}
+                        if choice.get("finish_reason") == "length" and usage is None:
+                            # Some servers send no counts; an answer cut by its limit has as many tokens as the limit.
+                            usage = {"completion_tokens": max_tokens}
+                        if delta.get("content") or delta.get("reasoning_content"):
+                            yield arrived
+        except (httpx.HTTPError, ValueError) as error:
             raise RequestFailed(f"{self.url} broke off: {error or type(error).__name__}.") from error
-        if usage is None and cut:
-            # Some servers send no counts in streams; an answer cut by its limit has as many tokens as the limit.
-            return Usage(completion_tokens=max_tokens)
         if usage is None:
             raise RequestFailed(f"{self.url} did not say how many tokens it answered with.")
-        return usage
-
-    def _first_model(self) -> str:
-        try:
-            response = self._client.get("/v1/models")
-            response.raise_for_status()
-            return str(response.json()["data"][0]["id"])
-        except httpx.HTTPError as error:
-            raise BadParameter(f"No server answers at {self.url}: {error}.") from error
-        except (ValueError, LookupError, TypeError) as error:
-            raise BadParameter(f"{self.url} lists no model: name one with --served-model.") from error
+        details = usage.get("prompt_tokens_details") or {}
+        return Usage(
+            prompt_tokens=usage.get("prompt_tokens", 0),
+            completion_tokens=usage.get("completion_tokens", 0),
+            image_tokens=details.get("image_tokens") or 0,
+            cached_tokens=details.get("cached_tokens") or 0,
+        )
 
 
-def _events(lines: Iterable[str]) -> Generator[dict[str, Any], None, None]:
-    """The JSON documents of an event stream, without comments and `[DONE]`."""
-    for line in lines:
-        data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
-        if not data or data == "[DONE]":
-            continue
-        try:
-            document = json.loads(data)
-        except ValueError as error:
-            raise RequestFailed(f"An event is not JSON: {data[:80]!r}.") from error
-        if "error" in document:
-            raise RequestFailed(_error_text(data))
-        yield document
-
-
-def _usage(chunk: dict[str, Any]) -> Usage | None:
-    counted = chunk.get("usage")
-    if not counted:
-        return None
-    details = counted.get("prompt_tokens_details") or {}
-    return Usage(
-        prompt_tokens=counted.get("prompt_tokens", 0),
-        completion_tokens=counted.get("completion_tokens", 0),
-        image_tokens=details.get("image_tokens") or 0,
-        cached_tokens=details.get("cached_tokens") or 0,
-    )
-
-
-def _error_text(body: str) -> str:
+def _message(body: str) -> str:
     """The message of an OpenAI-style error body, or the body's beginning."""
     try:
-        error = json.loads(body)["error"]
-        return str(error["message"] if isinstance(error, dict) else error)[:200]
+        return str(json.loads(body)["error"]["message"])[:200]
     except (ValueError, LookupError, TypeError):
         return body[:200]
 
@@ -176,7 +149,7 @@ def serving(settings: EngineSettings) -> Iterator[tuple[int, str]]:
     with tempfile.TemporaryDirectory(prefix="opsin-bench-") as folder, (Path(folder) / "log").open("w+b") as log:
         process = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log)  # noqa: S603 - our own command
         try:
-            deadline = time.monotonic() + _START_SECONDS
+            deadline = time.monotonic() + _START_S
             while not _is_ready(url):
                 if process.poll() is not None or time.monotonic() > deadline:
                     log.seek(0)
@@ -186,7 +159,7 @@ def serving(settings: EngineSettings) -> Iterator[tuple[int, str]]:
         finally:
             process.terminate()
             try:
-                process.wait(_STOP_SECONDS)
+                process.wait(_STOP_S)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

@@ -1,15 +1,13 @@
 """What a token costs beside the model: CPU time of whole processes by tokens made, in process and over HTTP.
 
-Meant for a model that takes next to nothing itself, such as the shape `tiny` of `tools/synth.py`. The prompts are a few
-tokens long and every run has a fresh engine, so the answers are nearly all there is to do. The model's own share is
-measured by bare backend calls and shown beside the total; nothing is subtracted from the total.
+Meant for a model that takes next to nothing itself, such as the shape `tiny` of `tools/synth.py`: prompts are a few
+tokens long. The model's own share is measured by bare backend calls and shown beside the total.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import closing
@@ -76,41 +74,38 @@ def measure_overhead(
 ) -> list[Overhead]:
     """Measure each number of streams in process and natively, and the largest over HTTP: the medians of the runs.
 
-    HTTP is left out where there is no /proc, which is everywhere but on Linux. `settings` are those that the two
-    callables open. Raises what they raise, EngineError, and what `over_http` raises.
+    HTTP is left out without /proc, so everywhere but on Linux. `settings` are those that the two callables open.
+    Raises what they raise, EngineError, and what `over_http` raises.
     """
     counts = [count for count in STREAMS if count <= settings.parallel]
-    found: defaultdict[tuple[str, int, bool], list[Overhead]] = defaultdict(list)
-
-    def keep(row: Overhead) -> None:
-        found[row.where, row.streams, row.guard].append(row)
-
+    rows: list[Overhead] = []
     for run in range(runs):
         tell(f"run {run + 1} of {runs}")
         for streams in counts:
             with closing(open_backend()) as backend:
-                keep(native(backend, streams))
+                rows.append(native(backend, streams))
             for guard in (True, False):
                 with closing(open_engine()) as engine:
-                    keep(in_process(engine, streams, guard=guard))
-        for guard in (True, False) if Path("/proc/self/stat").exists() else ():
-            keep(over_http(settings, counts[-1], guard=guard))
-    return [sorted(group, key=lambda row: row.us_per_token)[(runs - 1) // 2] for group in found.values()]
+                    rows.append(in_process(engine, streams, guard=guard))
+        if Path("/proc/self/stat").exists():
+            rows += [over_http(settings, counts[-1], guard=guard) for guard in (True, False)]
+    each = len(rows) // runs  # every run has the same rows in the same order
+    return [sorted(rows[kind::each], key=lambda row: row.us_per_token)[(runs - 1) // 2] for kind in range(each)]
 
 
 def in_process(engine: Engine, streams: int, *, guard: bool) -> Overhead:
     """The CPU time of this process, with one reader for all streams. Raises BadInput, EngineError."""
+    params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, guard=guard)
 
     def answer(prompts: Sequence[str]) -> int:
-        params = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, guard=guard)
         running = [engine.submit(Prompt((TextPart(prompt),)), params) for prompt in prompts]
         return sum(stream.result().usage.completion_tokens for stream in running)
 
     answer(["warm-up"])
     steps, wall, cpu = engine.stats.decode_steps, time.perf_counter(), time.process_time()
     tokens = answer(_prompts(streams))
-    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-    return Overhead("process", streams, guard, tokens, engine.stats.decode_steps - steps, wall, cpu)
+    spent = time.perf_counter() - wall, time.process_time() - cpu
+    return Overhead("process", streams, guard, tokens, engine.stats.decode_steps - steps, *spent)
 
 
 def native(backend: Backend, streams: int) -> Overhead:
@@ -123,10 +118,10 @@ def native(backend: Backend, streams: int) -> Overhead:
         backend.synchronize()
         sampled = backend.sample([(sampler, row, None) for row, sampler in enumerate(samplers)])
         tokens = [result[0] for result in sampled if isinstance(result, tuple)]
-    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    spent = time.perf_counter() - wall, time.process_time() - cpu
     for sampler in samplers:
         sampler.close()
-    return Overhead("native", streams, False, TOKENS * streams, TOKENS, wall, cpu)
+    return Overhead("native", streams, False, TOKENS * streams, TOKENS, *spent)
 
 
 def over_http(settings: EngineSettings, streams: int, *, guard: bool) -> Overhead:
@@ -143,21 +138,13 @@ def over_http(settings: EngineSettings, streams: int, *, guard: bool) -> Overhea
 
 def cpu_seconds(pid: int) -> float:
     """CPU time of a process and all its descendants, from /proc in steps of 10 ms."""
-    children: defaultdict[int, list[int]] = defaultdict(list)
-    ticks: dict[int, int] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        except OSError:
-            continue  # it has just ended
-        children[int(fields[1])].append(int(path.parent.name))
-        ticks[int(path.parent.name)] = sum(map(int, fields[11:15]))  # user and system, own and of ended children
-    total, left = 0, [pid]
-    while left:
-        number = left.pop()
-        total += ticks.get(number, 0)
-        left += children[number]
-    return total / _CLOCK_TICKS
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        children = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    except OSError:  # it has just ended, and its parent has its time
+        return 0.0
+    own = sum(map(int, fields[11:15])) / _CLOCK_TICKS  # user and system, own and of ended children
+    return own + sum(cpu_seconds(int(child)) for some in children for child in some)
 
 
 def as_text(rows: Sequence[Overhead]) -> str:
@@ -188,11 +175,11 @@ def _prompts(streams: int) -> list[str]:
 
 def _complete(url: str, prompts: Sequence[str], guard: bool) -> int:
     """Stream completions of all prompts at once; tokens made. Runs in the client's process. Raises RequestFailed."""
-    body = {"max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, "guard": guard, "stream": True}
 
     def complete(prompt: str) -> int:
-        more = {"prompt": prompt, "stream_options": {"include_usage": True}}
-        with client.stream("POST", f"{url}/v1/completions", json={**body, **more}) as response:
+        body = {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, "guard": guard}
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+        with client.stream("POST", f"{url}/v1/completions", json=body) as response:
             counts = [json.loads(line[6:]).get("usage") for line in response.iter_lines() if line.startswith("data: {")]
         if not counts or counts[-1] is None:
             raise RequestFailed(f"opsin serve ended an answer with status {response.status_code} and no token count.")

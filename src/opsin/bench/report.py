@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
@@ -30,12 +31,9 @@ class Limits:
     ceiling: Ceiling
     cost: ModelCost
 
-    def share(self, result: Result) -> float | None:
-        """The least time a workload can take by the time it took; 1 is the ceiling. None if the result is invalid."""
-        if result.median is None:
-            return None
-        least = self.cost.workload_seconds(self.ceiling, result.workload, result.usages)
-        return round(least / result.median.total_s, 4)
+    def share(self, result: Result, stats: Stats) -> float:
+        """The least time a workload can take by the time it took; 1 is the ceiling."""
+        return self.cost.workload_seconds(self.ceiling, result.workload, result.usages) / stats.total_s
 
     def document(self) -> dict[str, Any]:
         """JSON values; the least times are those of one sequence without context."""
@@ -81,62 +79,47 @@ def ratios(targets: Sequence[Target]) -> dict[str, dict[str, dict[str, float | N
 
 def target_document(target: Target, limits: Limits | None = None) -> dict[str, Any]:
     """One target's results as JSON values, with shares of the ceiling where it is known."""
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for result in target.results:
-        row = _result_row(result)
-        share = None if limits is None else limits.share(result)
-        rows[result.workload.name] = row if share is None else {**row, "share_of_ceiling": share}
+        row: dict[str, Any] = {"title": result.workload.title, "invalid": result.invalid, "failed": result.failed}
+        if (stats := result.median) is not None:
+            row |= _rounded(asdict(stats))
+            for name in ("prompt_tokens", "completion_tokens", "cached_tokens"):
+                row[name] = [getattr(usage, name) for usage in result.usages]
+            row["runs"] = [_rounded(asdict(run)) for run in result.runs]
+            if limits is not None:
+                row["share_of_ceiling"] = round(limits.share(result, stats), 4)
+        rows[result.workload.name] = row
     return {**target.about, "workloads": rows}
-
-
-def _result_row(result: Result) -> dict[str, Any]:
-    row: dict[str, Any] = {"title": result.workload.title, "invalid": result.invalid, "failed": result.failed}
-    middle = result.median
-    if middle is None:
-        return row
-    counts = ("prompt_tokens", "completion_tokens", "cached_tokens")
-    return {
-        **row,
-        **_rounded(asdict(middle)),
-        **{name: [getattr(usage, name) for usage in result.usages] for name in counts},
-        "runs": [_rounded(asdict(run)) for run in result.runs],
-    }
 
 
 def as_text(targets: Sequence[Target], limits: Limits | None = None) -> str:
     """A table: each workload's figures of every target, and the first target's by each other's."""
-    width = max(len(f"{targets[0].name} / {target.name}") for target in targets)
-    lines = [f"{'':4} {'':{width}} " + " ".join(f"{heading:>11}" for heading in _HEADINGS)]
-    compared = ratios(targets)
-    for number, result in enumerate(targets[0].results):
+    first, *others = targets
+    width = max(len(f"{first.name} / {target.name}") for target in targets)
+    lines = [_line("", "", width, _HEADINGS)]
+    for number, result in enumerate(first.results):
         name = result.workload.name
-        share = None if limits is None else limits.share(result)
         for target in targets:
-            lines.append(f"{name:4} {target.name:{width}} {_cells(target.results[number])}")
-            if limits is not None and share is not None and target is targets[0]:
-                lines[-1] += f"  {share:.0%} of the ceiling of {limits.ceiling.device}"
-        for target in targets[1:]:
-            found = compared[target.name][name]
-            cells = ["" if found[figure] is None else f"{found[figure]:.2f} x" for figure in COMPARED]
-            lines.append(
-                f"{'':4} {f'{targets[0].name} / {target.name}':{width}} " + " ".join(f"{c:>11}" for c in cells)
-            )
-    lines += [f"  {result.workload.name}: {result.workload.title}" for result in targets[0].results]
-    return "\n".join(lines)
+            stats = target.results[number].median
+            if stats is None:
+                lines.append(f"{name:4} {target.name:{width}} invalid: {target.results[number].invalid}")
+                continue
+            cells = [f"{stats.total_s:.2f} s", *(f"{getattr(stats, figure):.1f} ms" for figure in COMPARED[1:])]
+            lines.append(_line(name, target.name, width, cells))
+            if limits is not None and target is first:
+                lines[-1] += f"  {limits.share(result, stats):.0%} of the ceiling of {limits.ceiling.device}"
+        for target in others:
+            found = [ratio(result, target.results[number], figure) for figure in COMPARED]
+            cells = ["" if value is None else f"{value:.2f} x" for value in found]
+            lines.append(_line("", f"{first.name} / {target.name}", width, cells))
+    return "\n".join([*lines, *(f"  {result.workload.name}: {result.workload.title}" for result in first.results)])
 
 
-def _cells(result: Result) -> str:
-    stats: Stats | None = result.median
-    if stats is None:
-        return f"invalid: {result.invalid}"
-    cells = [f"{stats.total_s:.2f} s", *(f"{getattr(stats, figure):.1f} ms" for figure in COMPARED[1:])]
-    return " ".join(f"{cell:>11}" for cell in cells)
+def _line(workload: str, name: str, width: int, cells: Sequence[str]) -> str:
+    return f"{workload:4} {name:{width}} " + " ".join(f"{cell:>11}" for cell in cells)
 
 
 def _rounded(value: Any) -> Any:
     """The same JSON values with four digits behind the point."""
-    if isinstance(value, dict):
-        return {name: _rounded(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_rounded(item) for item in value]
-    return round(value, 4) if isinstance(value, float) else value
+    return json.loads(json.dumps(value), parse_float=lambda text: round(float(text), 4))

@@ -5,15 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from statistics import median
 
 from opsin.bench.workloads import Ask, Driver, RequestFailed, Workload, images_of
 from opsin.core.answer import Usage
 
-WARM_UP_RUN = 10_000
-"""Number of a run whose images no measured run has."""
+_WARM_UP_RUN = 10_000  # its images are those of no measured run
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +33,9 @@ class Timing:
 class Stats:
     """One run, or the medians of several; in milliseconds, except `total_s`.
 
-    `first_tokens_ms` has one value per question, in the workload's order, `first_token_max_ms` is their maximum. The
-    other figures are those of the workload's `stream` if it has one, else of all answers: the median first token, the
-    median time per token after the first, and the longest pause between two pieces of one answer.
+    `first_token_max_ms` is the slowest question's. The other figures are those of the workload's `stream` if it has
+    one, else of all answers: the median first token, the median time per token after the first, and the longest pause
+    between two pieces of one answer.
     """
 
     total_s: float
@@ -44,7 +43,6 @@ class Stats:
     first_token_max_ms: float
     token_ms: float
     longest_pause_ms: float
-    first_tokens_ms: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +60,17 @@ class Result:
         """The median of each figure over the runs; None if the result is invalid."""
         if self.invalid is not None or not self.runs:
             return None
-        single = [f.name for f in fields(Stats) if f.name != "first_tokens_ms"]
-        return Stats(
-            **{name: median(getattr(run, name) for run in self.runs) for name in single},
-            first_tokens_ms=tuple(map(median, zip(*(run.first_tokens_ms for run in self.runs), strict=True))),
+        return Stats(*(median(getattr(run, field.name) for run in self.runs) for field in fields(Stats)))
+
+    def with_run(self, timings: Sequence[Timing]) -> Result:
+        """The result with one more run, which makes it invalid if that is."""
+        invalid = invalid_reason(self.workload, timings)
+        return replace(
+            self,
+            runs=self.runs if invalid else (*self.runs, stats_of(self.workload, timings)),
+            usages=tuple(timing.usage for timing in timings),
+            invalid=invalid,
+            failed=self.failed + sum(timing.failed is not None for timing in timings),
         )
 
 
@@ -79,17 +84,18 @@ def run_workload(driver: Driver, workload: Workload, images: Sequence[bytes]) ->
         sent = time.perf_counter()
         stream = driver.ask(images[ask.image], ask.question, ask.max_tokens)
         pieces: list[float] = []
-        while True:
-            try:
+        usage, failed = Usage(), None
+        try:
+            while True:
                 pieces.append(next(stream))
-            except StopIteration as end:
-                return Timing(sent, tuple(pieces), time.perf_counter(), end.value)
-            except RequestFailed as error:
-                return Timing(sent, tuple(pieces), time.perf_counter(), Usage(), str(error))
+        except StopIteration as end:
+            usage = end.value
+        except RequestFailed as error:
+            failed = str(error)
+        return Timing(sent, tuple(pieces), time.perf_counter(), usage, failed)
 
-    if not workload.at_once:
-        return [run(ask) for ask in workload.asks]
-    with ThreadPoolExecutor(len(workload.asks), thread_name_prefix="opsin-bench") as pool:
+    threads = len(workload.asks) if workload.at_once else 1
+    with ThreadPoolExecutor(threads, thread_name_prefix="opsin-bench") as pool:
         return list(pool.map(run, workload.asks))
 
 
@@ -100,10 +106,9 @@ def measure_in_turn(
     runs: int = 3,
     tell: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Result]:
-    """Run a workload `runs` times on each driver, in turn within each run, with the same images.
+    """Run a workload `runs` times on each driver, in turn with the same images, every second run backwards.
 
-    Every second run goes through the drivers backwards, so that none always follows the same other one. A driver whose
-    result is invalid is left out from then on. Raises what a driver raises.
+    A driver whose result is invalid is left out from then on. Raises what a driver raises.
     """
     results = {name: Result(workload) for name in drivers}
     for run in range(runs):
@@ -111,25 +116,13 @@ def measure_in_turn(
         for name in list(drivers)[:: 1 if run % 2 == 0 else -1]:
             if results[name].invalid is None:
                 tell(f"{workload.name}, run {run + 1} of {runs} on {name}")
-                results[name] = _with_run(results[name], run_workload(drivers[name], workload, images))
+                results[name] = results[name].with_run(run_workload(drivers[name], workload, images))
     return results
-
-
-def _with_run(before: Result, timings: Sequence[Timing]) -> Result:
-    workload = before.workload
-    invalid = invalid_reason(workload, timings)
-    return Result(
-        workload,
-        before.runs if invalid is not None else (*before.runs, stats_of(workload, timings)),
-        tuple(timing.usage for timing in timings),
-        invalid,
-        before.failed + sum(timing.failed is not None for timing in timings),
-    )
 
 
 def warm_up(driver: Driver, workload: Workload) -> None:
     """Ask one question that is not measured: memory is touched and graphs are built before the clock runs."""
-    for _ in driver.ask(images_of(workload, WARM_UP_RUN)[0], workload.asks[0].question, 4):
+    for _ in driver.ask(images_of(workload, _WARM_UP_RUN)[0], workload.asks[0].question, 4):
         pass
 
 
@@ -139,9 +132,8 @@ def invalid_reason(workload: Workload, timings: Sequence[Timing]) -> str | None:
     if failed:
         return f"{len(failed)} of {len(timings)} questions failed: {failed[0]}"
     for ask, timing in zip(workload.asks, timings, strict=True):
-        counted = timing.usage.completion_tokens
-        if counted != ask.max_tokens:
-            return f"an answer has {counted} tokens instead of {ask.max_tokens}"
+        if timing.usage.completion_tokens != ask.max_tokens:
+            return f"an answer has {timing.usage.completion_tokens} tokens instead of {ask.max_tokens}"
         if not timing.pieces:
             return "an answer has no text"
     return None
@@ -150,21 +142,11 @@ def invalid_reason(workload: Workload, timings: Sequence[Timing]) -> str | None:
 def stats_of(workload: Workload, timings: Sequence[Timing]) -> Stats:
     """The figures of one valid run."""
     watched = timings if workload.stream is None else [timings[workload.stream]]
-    first = [timing.pieces[0] - timing.sent for timing in timings]
+    tokens = [(one.pieces[-1] - one.pieces[0]) / max(1, one.usage.completion_tokens - 1) for one in watched]
     return Stats(
         total_s=max(timing.ended for timing in timings) - min(timing.sent for timing in timings),
         first_token_ms=median(timing.pieces[0] - timing.sent for timing in watched) * 1e3,
-        first_token_max_ms=max(first) * 1e3,
-        token_ms=median(_token_seconds(timing) for timing in watched) * 1e3,
-        longest_pause_ms=max(longest_gap(timing.pieces) for timing in watched) * 1e3,
-        first_tokens_ms=tuple(seconds * 1e3 for seconds in first),
+        first_token_max_ms=max(timing.pieces[0] - timing.sent for timing in timings) * 1e3,
+        token_ms=median(tokens) * 1e3,
+        longest_pause_ms=max((b - a for timing in watched for a, b in pairwise(timing.pieces)), default=0.0) * 1e3,
     )
-
-
-def longest_gap(times: Sequence[float]) -> float:
-    """The longest time between two neighbours; 0 for fewer than two."""
-    return max((b - a for a, b in pairwise(times)), default=0.0)
-
-
-def _token_seconds(timing: Timing) -> float:
-    return (timing.pieces[-1] - timing.pieces[0]) / max(1, timing.usage.completion_tokens - 1)

@@ -30,7 +30,6 @@ class Driver(Protocol):
 
         Temperature 0, end tokens ignored, no guard: the answer has exactly `max_tokens` tokens.
         """
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +44,7 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Questions, sent one after another or (`at_once`) each at its time.
-
-    With `stream` the longest pause is that of this question's answer, otherwise that of all answers.
-    """
+    """Questions, sent one after another or (`at_once`) each at its time; of `stream` the answer is watched."""
 
     name: str
     title: str
@@ -63,14 +59,8 @@ class Workload:
 
 
 _QUESTIONS = (
-    "what is this?",
-    "what colours are there?",
-    "is it day or night?",
-    "how many things are there?",
-    "what is in front?",
-    "where was it taken?",
-    "what is on the left?",
-    "is anybody there?",
+    *("what is this?", "what colours are there?", "is it day or night?", "how many things are there?"),
+    *("what is in front?", "where was it taken?", "what is on the left?", "is anybody there?"),
 )
 _STREAM = (Ask(0, max_tokens=96), *(Ask(i, max_tokens=8, at=at) for i, at in enumerate((0.5, 0.8, 1.1), start=1)))
 
@@ -88,11 +78,10 @@ def choose(names: Iterable[str] | None) -> tuple[Workload, ...]:
     if names is None:
         return WORKLOADS
     wanted = {name.strip().upper() for name in names}
-    known = [workload.name for workload in WORKLOADS]
-    unknown = sorted(wanted.difference(known))
-    if unknown:
-        raise BadParameter(f"There is no workload {unknown[0]!r}: choose from {', '.join(known)}.")
-    return tuple(workload for workload in WORKLOADS if workload.name in wanted)
+    found = tuple(workload for workload in WORKLOADS if workload.name in wanted)
+    if len(found) < len(wanted):
+        raise BadParameter(f"There are no workloads {', '.join(sorted(wanted))}: choose some of W1 to W5.")
+    return found
 
 
 def image_file(seed: int) -> bytes:

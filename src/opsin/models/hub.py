@@ -1,8 +1,7 @@
 """Downloads pairs from a Hugging Face hub into the cache that huggingface_hub and llama.cpp share.
 
-Which files are fetched is decided as llama.cpp does (`naming`). huggingface_hub is not used: measured with 2.4.0, it
-throws a partial file away when a download breaks off or is interrupted (these files are gigabytes), it compares sizes
-and no checksums, and a full disk is a warning. Here a broken download goes on where it stopped, also in the next run.
+huggingface_hub is not used: measured with 2.4.0, it throws a partial file away when a download of gigabytes breaks
+off, and compares no checksums. Here a broken download goes on where it stopped, also in the next run.
 """
 
 from __future__ import annotations
@@ -19,20 +18,19 @@ from typing import Any
 from urllib.parse import quote
 
 import httpx
+from filelock import FileLock
 
 from opsin.core.errors import DownloadFailed, ModelNotFound
-from opsin.core.files import expand, write_whole
-from opsin.models.naming import best_model, best_projectors, is_model, split_files, take_apart
+from opsin.core.files import write_whole
+from opsin.models.naming import is_model, part_names, take_apart
 from opsin.models.pairing import Pair, check_pair
 from opsin.models.registry import Wanted, look_up
 from opsin.models.store import hub_cache, hub_home, write_default
 
-# File name, bytes here, bytes in all.
 Progress = Callable[[str, int, int], None]
+"""Takes a file's name, its bytes here, and its bytes in all."""
 
 _SPARE_BYTES = 256 * 2**20  # left free on the disk
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class _BrokenOff(Exception):
@@ -77,10 +75,9 @@ class Hub:
 
     def list_files(self, repo: str) -> HubRepo:
         """What a repository holds. Raises ModelNotFound and DownloadFailed."""
-        url = f"{self.endpoint}/api/models/{repo}/revision/main?blobs=true"
         try:
             with self._client() as client:
-                answer = client.get(url)
+                answer = client.get(f"{self.endpoint}/api/models/{repo}/revision/main?blobs=true")
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise DownloadFailed(
                 f"{self.endpoint} cannot be reached ({_reason(error)}): check the network or HF_ENDPOINT"
@@ -90,30 +87,33 @@ class Hub:
                 f"{self.endpoint} has no repository {repo}, or it is private: check the name, and for a private one log"
                 " in with `hf auth login` or set HF_TOKEN"
             )
-        if answer.status_code != 200:
-            raise DownloadFailed(f"{self.endpoint} answered {answer.status_code} for {repo}: try again later")
         try:
-            return _read_listing(repo, answer.json())
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise DownloadFailed(f"{self.endpoint} does not speak the hub's language: check HF_ENDPOINT") from error
+            return _read_listing(repo, answer.raise_for_status().json())
+        except (httpx.HTTPError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise DownloadFailed(
+                f"{self.endpoint} did not list {repo} (status {answer.status_code}): check HF_ENDPOINT or try later"
+            ) from error
 
     def fetch(self, repo: HubRepo, files: list[HubFile], progress: Progress = lambda *_: None) -> list[Path]:
         """Download what is missing of `files`; their paths in the cache. Raises DownloadFailed."""
-        from filelock import FileLock
-
         folder = self.cache / f"models--{repo.repo.replace('/', '--')}"
         snapshot, locks = folder / "snapshots" / repo.commit, self.cache / ".locks" / folder.name
-        blobs = {
-            file: folder / "blobs" / (file.sha256 or f"{repo.commit}-{quote(file.path, safe='')}") for file in files
-        }
-        self._check_room(sum(_missing(file, blob) for file, blob in blobs.items()), repo.repo)
+        names = [file.sha256 or f"{repo.commit}-{quote(file.path, safe='')}" for file in files]
+        blobs = [(folder / "blobs" / name, file) for name, file in zip(names, files, strict=True)]
         try:
-            locks.mkdir(parents=True, exist_ok=True)
-            for file, blob in blobs.items():
-                blob.parent.mkdir(parents=True, exist_ok=True)
-                with FileLock(locks / f"{blob.name}.lock"), self._client() as client:
+            for needed in (locks, folder / "blobs"):
+                needed.mkdir(parents=True, exist_ok=True)
+            missing = sum(file.size - _size(_part_of(blob)) for blob, file in blobs if not blob.exists())
+            free = shutil.disk_usage(self.cache).free
+            if missing > 0 and free < missing + _SPARE_BYTES:
+                raise DownloadFailed(
+                    f"{repo.repo} needs {missing / 1e9:.1f} GB and {self.cache} has {free / 1e9:.1f} GB free: make"
+                    " room, or set HF_HUB_CACHE to another disk"
+                )
+            for blob, file in blobs:
+                with FileLock(locks / f"{blob.name}.lock"):
                     if not blob.exists():
-                        self._download(client, repo, file, blob, progress)
+                        self._download(repo, file, blob, progress)
                 progress(file.path, file.size, file.size)
                 _link(blob, snapshot / file.path)
             write_whole(folder / "refs" / "main", repo.commit, mode=0o644)
@@ -121,47 +121,54 @@ class Hub:
             raise DownloadFailed(f"{self.cache} cannot be written to: {error.strerror or error}") from error
         return [snapshot / file.path for file in files]
 
-    def _download(self, client: httpx.Client, repo: HubRepo, file: HubFile, blob: Path, progress: Progress) -> None:
+    def _download(self, repo: HubRepo, file: HubFile, blob: Path, progress: Progress) -> None:
         """Make `blob` that file, checked; what broke off waits in a file `.incomplete` beside it."""
         part = _part_of(blob)
-        pause, left, best = self.pause, self.retries, _size(part)
+        failures, best = 0, _size(part)
         while True:
             try:
-                self._append(client, repo, file, part, progress)
+                self._append(repo, file, part, progress)
                 break
             except (_BrokenOff, httpx.HTTPError) as error:
-                now = _size(part)
-                if now > best:  # bytes arrived: this is a bad line, not a dead one
-                    pause, left, best = self.pause, self.retries, now
-                if left == 0:
+                if _size(part) > best:  # bytes arrived: this is a bad line, not a dead one
+                    failures, best = 0, _size(part)
+                if failures == self.retries:
                     raise DownloadFailed(
-                        f"{file.path} broke off at {now / 1e6:,.0f} of {file.size / 1e6:,.0f} MB ({_reason(error)}):"
-                        " run the same command again, it goes on from there"
+                        f"{file.path} broke off at {_size(part) / 1e6:,.0f} of {file.size / 1e6:,.0f} MB"
+                        f" ({_reason(error)}): run the same command again, it goes on from there"
                     ) from error
-                left -= 1
-                time.sleep(pause)
-                pause *= 2
+                time.sleep(self.pause * 2**failures)
+                failures += 1
         with part.open("rb") as content:
-            whole = not file.sha256 or hashlib.file_digest(content, "sha256").hexdigest() == file.sha256
-        if not whole or _size(part) != file.size:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        if _size(part) != file.size or digest != (file.sha256 or digest):
             part.unlink()
             raise DownloadFailed(
                 f"{file.path} arrived damaged (its checksum is wrong) and was removed: run the same command again"
             )
         part.replace(blob)
 
-    def _append(self, client: httpx.Client, repo: HubRepo, file: HubFile, part: Path, progress: Progress) -> None:
+    def _append(self, repo: HubRepo, file: HubFile, part: Path, progress: Progress) -> None:
         """Fetch what `part` lacks. Raises _BrokenOff and httpx.HTTPError for what is worth another try."""
-        url = f"{self.endpoint}/{repo.repo}/resolve/{repo.commit}/{quote(file.path)}"
         if _size(part) > file.size:
             part.unlink()
         done = _size(part)
         if done == file.size > 0:
             return
+        url = f"{self.endpoint}/{repo.repo}/resolve/{repo.commit}/{quote(file.path)}"
         headers = {"Range": f"bytes={done}-"} if done else {}
-        with client.stream("GET", url, headers=headers) as answer:
-            self._check_status(answer.status_code, repo.repo, file.path)
-            if done and answer.status_code != 206:
+        with self._client() as client, client.stream("GET", url, headers=headers) as answer:
+            status = answer.status_code
+            if status in {401, 403}:
+                raise DownloadFailed(
+                    f"{repo.repo} asks for permission: accept its terms at {self.endpoint}/{repo.repo}, then log in"
+                    " with `hf auth login` or set HF_TOKEN, and pull again"
+                )
+            if status == 429 or status >= 500:
+                raise _BrokenOff(f"the server answered {status}")
+            if status not in {200, 206}:
+                raise DownloadFailed(f"{file.path} cannot be downloaded: the server answered {status}; pull again")
+            if done and status != 206:
                 part.unlink()  # the server sends it from the beginning
                 raise _BrokenOff("the server cannot resume")
             with part.open("ab") as content:
@@ -173,20 +180,6 @@ class Hub:
         if done < file.size:
             raise _BrokenOff("the connection was closed")
 
-    def _check_status(self, status: int, repo: str, name: str) -> None:
-        if status in {200, 206}:
-            return
-        if status in {401, 403}:
-            raise DownloadFailed(
-                f"{repo} asks for permission: accept its terms at {self.endpoint}/{repo}, then log in with"
-                " `hf auth login` or set HF_TOKEN, and pull again"
-            )
-        if status == 404:
-            raise DownloadFailed(f"{name} is gone from {repo}: try again, the repository has changed")
-        if status == 429 or status >= 500:
-            raise _BrokenOff(f"the server answered {status}")
-        raise DownloadFailed(f"{name} cannot be downloaded: the server answered {status}")
-
     def _client(self) -> httpx.Client:
         from opsin import __version__
 
@@ -194,18 +187,6 @@ class Hub:
         if self.token:
             headers["Authorization"] = f"Bearer {self.token}"
         return httpx.Client(headers=headers, follow_redirects=True, timeout=httpx.Timeout(30, connect=10))
-
-    def _check_room(self, needed: int, repo: str) -> None:
-        try:
-            self.cache.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.cache).free
-        except OSError as error:
-            raise DownloadFailed(f"{self.cache} cannot be written to: {error.strerror or error}") from error
-        if needed and free < needed + _SPARE_BYTES:
-            raise DownloadFailed(
-                f"{repo} needs {needed / 1e9:.1f} GB and {self.cache} has {free / 1e9:.1f} GB free: make room, or set"
-                " HF_HUB_CACHE to another disk"
-            )
 
 
 def pull(name: str, *, hub: Hub | None = None, progress: Progress = lambda *_: None, make_default: bool = True) -> Pair:
@@ -228,58 +209,45 @@ def pull(name: str, *, hub: Hub | None = None, progress: Progress = lambda *_: N
 def choose(repo: HubRepo, wanted: Wanted) -> tuple[list[HubFile], HubFile]:
     """All parts of the language model, and the projector. Raises ModelNotFound when the repository lacks either."""
     files = {file.path: file for file in repo.files}
-    known = wanted.known
-    if known and known.llm_file and not wanted.tag:
-        if known.llm_file not in files or known.mmproj_file not in files:
-            raise ModelNotFound(f"{repo.repo} no longer holds {known.llm_file} with its projector: pull another model")
-        return [files[known.llm_file]], files[known.mmproj_file]
-    models = [path for path in files if is_model(path)]
+    models = [name for path in files if is_model(path) and (name := take_apart(path))]
     if not models:
         raise ModelNotFound(f"{repo.repo} holds no GGUF language model: look for a repository whose name ends in GGUF")
-    model = best_model(files, wanted.tag or (known.quantisation if known else ""))
-    if model is None and not wanted.tag:
-        model = best_model(files)
+    model, mmproj = wanted.files_of(list(files))
     if model is None:
-        tags = sorted({name.tag for path in models if (name := take_apart(path)) and name.tag})
-        raise ModelNotFound(f"{repo.repo} has no file tagged {wanted.tag}: choose one of {', '.join(tags)}")
-    projectors = best_projectors(files, model)
-    if not projectors:
+        tags = ", ".join(sorted({name.tag for name in models if name.tag}))
+        raise ModelNotFound(f"{repo.repo} has no file for {wanted.name}: choose one tagged {tags}")
+    if mmproj is None:
         raise ModelNotFound(
-            f"{repo.repo} has no projector (mmproj file), so it reads text only: pull a vision model instead"
+            f"{repo.repo} has no projector (mmproj file) for {model}, so it reads text only: pull a vision model"
         )
-    parts = [files[path] for path in split_files(files, model)]
-    name = take_apart(model)
-    if name and len(parts) != name.parts:
-        raise ModelNotFound(f"{repo.repo} holds only {len(parts)} of the {name.parts} parts of {model}")
-    return parts, files[projectors[0]]
+    missing = [name for name in part_names(model) if name not in files]
+    if missing:
+        raise ModelNotFound(f"{repo.repo} does not hold {missing[0]}, a part of {model}: pull another model")
+    return [files[name] for name in part_names(model)], files[mmproj]
 
 
 def _read_listing(repo: str, answer: Any) -> HubRepo:
     commit = answer["sha"]
-    if not _COMMIT.fullmatch(commit):
+    if not re.fullmatch(r"[0-9a-f]{40}", commit):
         raise ValueError(commit)
     files = []
     for item in answer["siblings"]:
-        path = PurePosixPath(item["rfilename"])
-        # A name from outside becomes a path in the cache: it must stay inside.
-        if path.is_absolute() or ".." in path.parts or "\\" in str(path):
-            continue
+        path, size = PurePosixPath(item["rfilename"]), item.get("size")
         sha256 = (item.get("lfs") or {}).get("sha256")
-        size = item.get("size")
-        if isinstance(size, int) and (sha256 is None or _SHA256.fullmatch(sha256)):
+        # Names from outside become paths in the cache, and must stay inside.
+        inside = not path.is_absolute() and ".." not in path.parts and "\\" not in str(path)
+        if inside and isinstance(size, int) and (sha256 is None or re.fullmatch(r"[0-9a-f]{64}", sha256)):
             files.append(HubFile(str(path), size, sha256))
     return HubRepo(repo, commit, tuple(files))
 
 
 def _token() -> str | None:
     """The user's token: HF_TOKEN, or what `hf auth login` saved."""
-    if token := os.environ.get("HF_TOKEN", "").strip():
-        return token
-    path = os.environ.get("HF_TOKEN_PATH")
     try:
-        return (expand(path) if path else hub_home() / "token").read_text(encoding="utf-8").strip() or None
+        saved = (hub_home() / "token").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        return None
+        saved = ""
+    return os.environ.get("HF_TOKEN", "").strip() or saved.strip() or None
 
 
 def _part_of(blob: Path) -> Path:
@@ -287,23 +255,15 @@ def _part_of(blob: Path) -> Path:
 
 
 def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
-
-
-def _missing(file: HubFile, blob: Path) -> int:
-    return 0 if blob.exists() else max(0, file.size - _size(_part_of(blob)))
+    return path.stat().st_size if path.exists() else 0
 
 
 def _link(blob: Path, path: Path) -> None:
     """Make `path` stand for the blob: a relative link where the system has them, else a copy."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
-    up = len(path.parent.relative_to(blob.parent.parent).parts)
     try:
-        path.symlink_to(Path(*[".."] * up, "blobs", blob.name))
+        path.symlink_to(os.path.relpath(blob, path.parent))
     except OSError:  # Windows without the right to make links
         shutil.copyfile(blob, path)
 

@@ -1,23 +1,20 @@
 """What GGUF file names tell: parts of a split model, quantisation, projectors; and which file llama.cpp would choose.
 
-The rules are those of `common/download.cpp` in llama.cpp, so that Opsin and llama.cpp's tools agree on the files of a
-repository. Paths are strings with forward slashes, relative to a repository or a folder.
+The rules are those of llama.cpp's `common/download.cpp`, so that both agree on the files of a repository. Paths are
+strings with forward slashes, relative to a repository or a folder.
 """
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 from opsin.core.errors import ModelNotFound
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-    from pathlib import Path
-
 _SPLIT = re.compile(r"^(?P<prefix>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})$")
 _TAG = re.compile(r"[-.]([A-Za-z0-9_]+)$")
-_NUMBER = re.compile(r"\d+")
 _NOT_MODELS = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")
 
 PREFERRED_TAGS = ("Q4_K_M", "Q8_0")
@@ -37,8 +34,7 @@ def take_apart(path: str) -> GgufName | None:
     if not path.endswith(".gguf"):
         return None
     prefix, part, parts = path.removesuffix(".gguf"), 1, 1
-    split = _SPLIT.match(prefix)
-    if split:
+    if split := _SPLIT.match(prefix):
         prefix, part, parts = split["prefix"], int(split["part"]), int(split["parts"])
     tag = _TAG.search(prefix)
     return GgufName(prefix, tag[1].upper() if tag else "", part, parts)
@@ -67,61 +63,39 @@ def best_model(paths: Iterable[str], tag: str = "") -> str | None:
     models = [path for path in paths if is_model(path)]
     for wanted in [tag] if tag else PREFERRED_TAGS:
         pattern = re.compile(re.escape(wanted) + "[.-]", re.IGNORECASE)
-        for path in models:
-            if pattern.search(path):
-                return path
+        if found := next(filter(pattern.search, models), None):
+            return found
     return models[0] if models and not tag else None
 
 
 def best_projectors(paths: Iterable[str], model: str) -> list[str]:
-    """Projectors that may belong to a model, llama.cpp's choice first.
-
-    Only those in the model's folder or above it count; the nearest folder wins, then the nearest quantisation.
-    """
+    """Projectors that may belong to a model: the nearest folder (its own or above) first, then the nearest bits."""
     folders = model.split("/")[:-1]
-    bits = _bits(model)
-
-    def depth(path: str) -> int:
-        return path.count("/")
-
-    beside = [path for path in paths if is_projector(path) and path.split("/")[:-1] == folders[: depth(path)]]
-    return sorted(beside, key=lambda path: (-depth(path), abs(_bits(path) - bits)))
-
-
-def split_files(paths: Iterable[str], model: str) -> list[str]:
-    """All parts of a model among `paths`, in order; the file alone when it is whole."""
-    name = take_apart(model)
-    if name is None or name.parts == 1:
-        return [model]
-    parts = ((take_apart(path), path) for path in paths)
-    return [
-        path
-        for part, path in sorted(parts, key=lambda item: item[1])
-        if part is not None and part.prefix == name.prefix and part.parts == name.parts
-    ]
-
-
-def parts_of(path: Path) -> Sequence[Path]:
-    """All files of a model on disk, the first part first.
-
-    Raises ModelNotFound when `path` is a later part, or a part is missing.
-    """
-    name = take_apart(path.name)
-    if name is None or name.parts == 1:
-        return [path]
-    parts = [
-        path.with_name(f"{name.prefix}-{index:05d}-of-{name.parts:05d}.gguf") for index in range(1, name.parts + 1)
-    ]
-    if name.part != 1:
-        raise ModelNotFound(f"{path.name} is part {name.part} of a split model: give {parts[0].name}")
-    missing = [part.name for part in parts if not part.exists()]
-    if missing:
-        raise ModelNotFound(f"{path} is one of {name.parts} parts and {missing[0]} is missing: download all parts")
-    return parts
+    beside = [path for path in paths if is_projector(path) and path.split("/")[:-1] == folders[: path.count("/")]]
+    return sorted(beside, key=lambda path: (-path.count("/"), abs(_bits(path) - _bits(model))))
 
 
 def _bits(path: str) -> int:
     """4 for Q4_K_M, 16 for F16; 0 when the tag has no number."""
     name = take_apart(path)
-    number = _NUMBER.search(name.tag) if name else None
+    number = re.search(r"\d+", name.tag) if name else None
     return int(number[0]) if number else 0
+
+
+def part_names(path: str) -> Sequence[str]:
+    """The names of all parts of a model, in order; the file alone when it is whole."""
+    name = take_apart(path)
+    if name is None or name.parts == 1:
+        return [path]
+    return [f"{name.prefix}-{index:05d}-of-{name.parts:05d}.gguf" for index in range(1, name.parts + 1)]
+
+
+def parts_of(path: Path) -> Sequence[Path]:
+    """All files of a model on disk, in order. Raises ModelNotFound when a part is missing or `path` is a later one."""
+    parts = [path.with_name(name) for name in part_names(path.name)]
+    if path.name != parts[0].name:
+        raise ModelNotFound(f"{path.name} is a later part of a split model: give {parts[0].name}")
+    missing = [part.name for part in parts[1:] if not part.exists()]
+    if missing:
+        raise ModelNotFound(f"{path} is one of {len(parts)} parts and {missing[0]} is missing: download all parts")
+    return parts

@@ -22,6 +22,9 @@ _ARCHITECTURES: dict[str, frozenset[str]] = {
 }
 
 
+_NO_LLM = ": give the language model as --model"
+
+
 @dataclass(frozen=True, slots=True)
 class Pair:
     """Two GGUF files that belong together.
@@ -37,28 +40,32 @@ class Pair:
 
 
 def check_pair(llm: Path, mmproj: Path) -> tuple[GgufInfo, GgufInfo]:
-    """Read both files and make sure that they belong together; gives back what they say.
+    """Read both files and give back what they say.
 
-    Raises ModelNotFound and ModelUnreadable (see `read_info`), and PairMismatch with the file beside it that would
-    fit.
+    Raises what `read_info` does, and PairMismatch, with the file beside it that would fit, where they do not belong
+    together.
     """
     text, vision = read_info(llm), read_info(mmproj)
-    if text.is_projector and not vision.is_projector:
-        raise PairMismatch(
-            f"{llm.name} is the projector and {mmproj.name} the language model: swap --model and --mmproj"
-        )
     if text.is_projector:
-        raise PairMismatch(f"{llm.name} is a projector, not a language model: give the language model as --model")
+        swapped = "" if vision.is_projector else f", and {mmproj.name} is one: swap --model and --mmproj"
+        raise PairMismatch(f"{llm.name} is a projector, not a language model{swapped or _NO_LLM}")
     if not vision.is_projector:
-        raise PairMismatch(f"{mmproj.name} is a language model, not a projector{_fitting(text, mmproj)}")
-    if not vision.has_vision:
-        raise PairMismatch(f"{mmproj.name} has no vision encoder, it cannot see images{_fitting(text, mmproj)}")
-    if not _fits(text, vision):
-        raise PairMismatch(
-            f"{mmproj.name} hands over {vision.projector_width} values a token and {llm.name} takes in {text.width}:"
-            f" they do not belong together{_fitting(text, mmproj)}"
-        )
-    return text, vision
+        wrong = "is a language model, not a projector"
+    elif not vision.has_vision:
+        wrong = "has no vision encoder, it cannot see images"
+    elif not _fits(text, vision):
+        widths = f"hands over {vision.projector_width} values a token and {llm.name} takes in {text.width}"
+        wrong = f"{widths}: they do not belong together"
+    else:
+        return text, vision
+    names = (path for path in sorted(llm.parent.iterdir()) if is_projector(path.name) and not mmproj.samefile(path))
+    fitting = [path.name for path in names if _could_fit(text, path) and not read_info(path).is_all_f32]
+    better = (
+        f"{' or '.join(fitting[:3])} beside the model would fit"
+        if fitting
+        else "take the projector (mmproj-….gguf) from the place the model came from"
+    )
+    raise PairMismatch(f"{mmproj.name} {wrong}; {better}")
 
 
 def family_warning(text: GgufInfo, vision: GgufInfo) -> str | None:
@@ -86,13 +93,13 @@ def find_projector(llm: Path) -> Path | None:
         return None
     text = read_info(llm)
     if text.is_projector:
-        raise PairMismatch(f"{llm.name} is a projector, not a language model: give the language model as --model")
+        raise PairMismatch(f"{llm.name} is a projector, not a language model{_NO_LLM}")
     ranked = sorted(best_projectors(names, llm.name), key=lambda name: -_likeness(llm.name, name))
-    for name in ranked:
-        if _could_fit(text, llm.with_name(name)):
-            return llm.with_name(name)
-    check_pair(llm, llm.with_name(ranked[0]))
-    raise PairMismatch(f"no projector beside {llm.name} fits it")  # pragma: no cover  # check_pair has raised
+    fitting = (llm.with_name(name) for name in ranked if _could_fit(text, llm.with_name(name)))
+    if found := next(fitting, None):
+        return found
+    check_pair(llm, llm.with_name(ranked[0]))  # says why, in a PairMismatch
+    return None
 
 
 def _fits(text: GgufInfo, vision: GgufInfo) -> bool:
@@ -108,22 +115,5 @@ def _could_fit(text: GgufInfo, projector: Path) -> bool:
 
 
 def _likeness(model: str, projector: str) -> int:
-    """Characters of the longest stretch both names share, tags left out."""
-    match = SequenceMatcher(None, stem(model), stem(projector), autojunk=False).find_longest_match()
-    return int(match.size)
-
-
-def _fitting(text: GgufInfo, refused: Path) -> str:
-    """The end of a sentence: which files beside the model would fit, or how to get one."""
-    folder = text.path.parent
-    names = [
-        path.name
-        for path in sorted(folder.iterdir())
-        if is_projector(path.name)
-        and path.resolve() != refused.resolve()
-        and _could_fit(text, path)
-        and not read_info(path).is_all_f32
-    ]
-    if names:
-        return f"; {' or '.join(names[:3])} beside the model would fit"
-    return "; take the projector (mmproj-….gguf) from the place the model came from"
+    """Characters of the longest piece both names share, tags left out."""
+    return SequenceMatcher(None, stem(model), stem(projector), autojunk=False).find_longest_match().size

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 from opsin.core.errors import BadParameter, ModelError, ModelNotFound, OpsinError, PairMismatch
 from opsin.core.files import expand
 from opsin.models.gguf import read_info
-from opsin.models.naming import best_model, best_projectors, is_model, stem, take_apart
+from opsin.models.naming import best_model, is_model, stem, take_apart
 from opsin.models.pairing import Pair, check_pair, family_warning, find_projector
 from opsin.models.registry import KNOWN_MODELS, Wanted, is_known, look_up
-from opsin.models.store import CachedRepo, cached_repos, flat_folders, read_default
+from opsin.models.store import CachedRepo, cached_repos, read_default
 
 DEMO_NAME = "demo"
 _log = logging.getLogger(__name__)
@@ -39,12 +40,12 @@ def resolve(model: str | None = None, mmproj: str | None = None) -> Pair:
             if not projector.is_file():
                 raise ModelNotFound(f"there is no projector file {projector}: check the path given to --mmproj")
             pair = Pair(pair.llm, projector, pair.name, pair.is_demo and projector == pair.mmproj)
+        f"{pair.llm}{pair.mmproj}".encode()
+    except UnicodeEncodeError:
+        raise ModelNotFound(f"the file name {model!a} is not valid UTF-8: rename the file") from None
     except (OSError, ValueError) as error:  # a name that is too long, a folder that may not be read, a null byte
         reason = getattr(error, "strerror", None) or error
         raise ModelNotFound(f"the model cannot be looked for ({reason}): check the path given") from error
-    for path in (pair.llm, pair.mmproj):
-        if path is not None and _not_text(path):
-            raise ModelNotFound(f"the file name {str(path)!a} is not valid UTF-8: rename the file")
     if pair.mmproj is not None and not pair.is_demo:
         warning = family_warning(*check_pair(pair.llm, pair.mmproj))
         if warning:
@@ -62,9 +63,7 @@ def locate(model: str) -> Path | None:
 
 def demo_pair() -> Pair:
     """The pair shipped in the package. Raises ModelNotFound when this installation has none."""
-    from importlib.resources import files
-
-    folder = Path(str(files("opsin.models"))) / "demo"
+    folder = Path(str(resources.files("opsin.models"))) / "demo"
     llm, mmproj = folder / "opsin-demo.gguf", folder / "mmproj-opsin-demo.gguf"
     if not llm.is_file() or not mmproj.is_file():
         raise ModelNotFound(
@@ -73,24 +72,16 @@ def demo_pair() -> Pair:
     return Pair(llm, mmproj, DEMO_NAME, is_demo=True)
 
 
-def _not_text(path: Path) -> bool:
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        return True
-    return False
-
-
 def _default() -> Pair:
     pair = read_default()
     if pair is None:
         return demo_pair()
-    for path in (pair.llm, pair.mmproj):
-        if path is not None and not path.is_file():
-            raise ModelNotFound(
-                f"the default model {pair.name} is gone from {path}: pull it again, or choose another with"
-                " `opsin models use NAME` (demo for the demo model)"
-            )
+    gone = [path for path in (pair.llm, pair.mmproj) if path is not None and not path.is_file()]
+    if gone:
+        raise ModelNotFound(
+            f"the default model {pair.name} is gone from {gone[0]}: pull it again, or choose another with"
+            " `opsin models use NAME` (demo for the demo model)"
+        )
     return pair
 
 
@@ -106,38 +97,25 @@ def _meant(model: str, *, find: bool) -> Pair:
     if path.suffix == ".gguf":
         raise ModelNotFound(f"there is no file {path}: check the path, or see what is here with `opsin models`")
     wanted = look_up(model)
-    repo = next((repo for repo in cached_repos() if repo.repo.lower() == wanted.repo.lower()), None)
-    pair = _pair_of(repo, wanted) if repo else None
-    if pair is None:
-        raise ModelNotFound(f"{wanted.name} is not here yet: get it with `opsin pull {wanted.name}`")
-    return pair
+    for repo in cached_repos():
+        if repo.repo.lower() == wanted.repo.lower() and (pair := _pair_in_repo(repo, wanted)):
+            return pair
+    raise ModelNotFound(f"{wanted.name} is not here yet: get it with `opsin pull {wanted.name}`")
 
 
 def _pair_in_folder(folder: Path) -> Pair:
-    names = sorted(path.name for path in folder.glob("*.gguf") if path.is_file())
-    models = [name for name in names if is_model(name)]
-    if not models:
+    models = sorted(path.name for path in folder.glob("*.gguf") if path.is_file() and is_model(path.name))
+    best = best_model(models)
+    if best is None:
         raise ModelNotFound(f"{folder} holds no language model: give a folder with a .gguf file, or the file itself")
     if len({stem(name) for name in models}) > 1:
         raise ModelNotFound(f"{folder} holds several models: give one of them, {' or '.join(models[:4])}")
-    llm = folder / (best_model(models) or models[0])
-    return Pair(llm, find_projector(llm), folder.resolve().name)
+    return Pair(folder / best, find_projector(folder / best), folder.resolve().name)
 
 
-def _pair_of(repo: CachedRepo, wanted: Wanted) -> Pair | None:
-    """What was downloaded of a repository; None when nothing fits."""
-    known = wanted.known
-    if known and known.llm_file and not wanted.tag:
-        llm, mmproj = known.llm_file, known.mmproj_file
-        if llm not in repo.files:
-            return None
-        return Pair(repo.folder / llm, repo.folder / mmproj if mmproj in repo.files else None, wanted.name)
-    preferred = known.quantisation if known else ""
-    found = best_model(repo.files, wanted.tag or preferred) or (None if wanted.tag else best_model(repo.files))
-    if found is None:
-        return None
-    projectors = best_projectors(repo.files, found)
-    return Pair(repo.folder / found, repo.folder / projectors[0] if projectors else None, wanted.name)
+def _pair_in_repo(repo: CachedRepo, wanted: Wanted) -> Pair | None:
+    llm, mmproj = wanted.files_of(repo.files)
+    return Pair(repo.folder / llm, repo.folder / mmproj if mmproj else None, wanted.name) if llm else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,9 +150,17 @@ def list_models(folders: Iterable[Path] = ()) -> list[ListedModel]:
 
 def _all_pairs(folders: Iterable[Path], default: Pair | None) -> Iterator[Pair]:
     for repo in cached_repos():
-        yield from _pairs_of_repo(repo)
-    for folder in [*folders, *flat_folders()]:
-        yield from _pairs_of_folder(folder)
+        rows = {row.llm_file: row for row in KNOWN_MODELS if row.repo.lower() == repo.repo.lower()}
+        for file in filter(is_model, repo.files):
+            name = take_apart(file)
+            tag = name.tag if name and file not in rows else ""
+            pair = _pair_in_repo(repo, Wanted(repo.repo, tag, rows.get(file) or rows.get(None)))
+            if pair and pair.mmproj:
+                yield pair
+    for folder in folders:
+        for path in folder.glob("*.gguf"):
+            if is_model(path.name) and path.is_file() and (pair := _pair_with_neighbour(path)):
+                yield pair
     if default is not None:
         yield default
     try:
@@ -183,43 +169,27 @@ def _all_pairs(folders: Iterable[Path], default: Pair | None) -> Iterator[Pair]:
         return
 
 
-def _pairs_of_repo(repo: CachedRepo) -> Iterator[Pair]:
-    rows = [row for row in KNOWN_MODELS if row.repo.lower() == repo.repo.lower()]
-    for file in filter(is_model, repo.files):
-        row = next((row for row in rows if row.llm_file in {None, file}), None)
-        if row and row.llm_file:
-            projectors, name = [row.mmproj_file or ""], row.name
-        else:
-            parts = take_apart(file)
-            tag = f":{parts.tag}" if parts and parts.tag else ""
-            projectors, name = best_projectors(repo.files, file), (row.name if row else f"hf:{repo.repo}") + tag
-        if projectors and projectors[0] in repo.files:
-            yield Pair(repo.folder / file, repo.folder / projectors[0], name)
-
-
-def _pairs_of_folder(folder: Path) -> Iterator[Pair]:
-    for path in sorted(folder.glob("*.gguf")):
-        if is_model(path.name) and path.is_file():
-            try:
-                projector = find_projector(path)
-            except PairMismatch:  # projectors that belong to its neighbours
-                continue
-            except ModelError:  # a damaged file, which is listed as such
-                yield Pair(path, None, str(path))
-                continue
-            if projector is not None:
-                yield Pair(path, projector, str(path))
+def _pair_with_neighbour(path: Path) -> Pair | None:
+    try:
+        projector = find_projector(path)
+    except PairMismatch:  # projectors that belong to its neighbours
+        return None
+    except ModelError:  # a damaged file, which is listed as such
+        return Pair(path, None, str(path))
+    return Pair(path, projector, str(path)) if projector else None
 
 
 def _describe(pair: Pair, is_default: bool) -> ListedModel:
-    mmproj = None if pair.mmproj is None else str(pair.mmproj)
-    problem = "it has no projector, so it reads text only"
+    about: tuple[str, str, str, int] = ("", "", "", 0)
+    problem: str | None = None
     try:
-        if pair.mmproj is not None:
+        if pair.mmproj is None:
+            read_info(pair.llm)
+            problem = "it has no projector, so it reads text only"
+        else:
             text, vision = check_pair(pair.llm, pair.mmproj)
             about = (text.architecture, vision.projector or "", text.quantisation, text.size + vision.size)
-            return ListedModel(pair.name, *about, str(pair.llm), mmproj, is_default)
-        read_info(pair.llm)
     except ModelError as error:
         problem = str(error)
-    return ListedModel(pair.name, "", "", "", 0, str(pair.llm), mmproj, is_default, problem)
+    mmproj = None if pair.mmproj is None else str(pair.mmproj)
+    return ListedModel(pair.name, *about, str(pair.llm), mmproj, is_default, problem)

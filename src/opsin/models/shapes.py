@@ -1,6 +1,4 @@
-"""Sizes of LLaVA-like pairs as plain data, for predictions without a file: a new shape is a new row.
-
-`tools/synth.py` in the repository writes random-weight pairs of these shapes.
+"""Sizes of LLaVA-like pairs as plain data, for predictions without a file; `tools/synth.py` writes files of them.
 
 Sources: LLaVA-1.5 7B and 13B are Vicuna 1.5 with CLIP ViT-L/14 at 336 px (arXiv 2310.03744 and the models' published
 `config.json`). Their published projector files hold 23 of CLIP's 24 blocks, and llama.cpp runs all but the last block
@@ -75,50 +73,20 @@ class PairShape:
     name: str
     vision: VisionShape
     text: TextShape
-    note: str
     family: Family = "llava"
     contrast: float = 1.0
 
 
-_VIT_L_336 = VisionShape(image_size=336, patch_size=14, width=1024, layers=23, heads=16, feed_forward=4096)
+_VIT_L_336 = VisionShape(336, 14, 1024, 23, 16, 4096)
 
-_ALL = (
-    PairShape(
-        "tiny",
-        VisionShape(image_size=56, patch_size=14, width=64, layers=2, heads=4, feed_forward=128),
-        TextShape(width=64, layers=2, heads=4, kv_heads=2, feed_forward=128, vocabulary=512, context=4096),
-        "16 image tokens; written in a moment, for tests",
-    ),
-    PairShape(
-        "small",
-        VisionShape(image_size=336, patch_size=14, width=768, layers=12, heads=12, feed_forward=3072),
-        TextShape(width=1024, layers=12, heads=16, kv_heads=8, feed_forward=2816, vocabulary=32_000, context=8192),
-        "576 image tokens and 0.2 B parameters",
-    ),
-    PairShape(
-        "medium",
-        VisionShape(image_size=336, patch_size=14, width=1024, layers=8, heads=16, feed_forward=4096),
-        TextShape(width=1536, layers=16, heads=24, kv_heads=8, feed_forward=4096, vocabulary=32_000, context=8192),
-        "576 image tokens and 0.5 B parameters",
-    ),
-    PairShape(
-        "tinyllama-1.1b",
-        _VIT_L_336,
-        TextShape(width=2048, layers=22, heads=32, kv_heads=4, feed_forward=5632, vocabulary=32_000, context=2048),
-        "576 image tokens and 1.1 B parameters; TinyLlama-1.1B with the vision encoder of LLaVA-1.5",
-    ),
-    PairShape(
-        "llava-1.5-7b",
-        _VIT_L_336,
-        TextShape(width=4096, layers=32, heads=32, kv_heads=32, feed_forward=11_008, vocabulary=32_000, context=4096),
-        "576 image tokens and 6.7 B parameters; the size of LLaVA-1.5 7B",
-    ),
-    PairShape(
-        "llava-1.5-13b",
-        _VIT_L_336,
-        TextShape(width=5120, layers=40, heads=40, kv_heads=40, feed_forward=13_824, vocabulary=32_000, context=4096),
-        "576 image tokens and 13 B parameters; the size of LLaVA-1.5 13B",
-    ),
-)
-
-SHAPES: dict[str, PairShape] = {shape.name: shape for shape in _ALL}
+SHAPES: dict[str, PairShape] = {
+    shape.name: shape
+    for shape in (
+        PairShape("tiny", VisionShape(56, 14, 64, 2, 4, 128), TextShape(64, 2, 4, 2, 128, 512, 4096)),
+        PairShape("small", VisionShape(336, 14, 768, 12, 12, 3072), TextShape(1024, 12, 16, 8, 2816, 32_000, 8192)),
+        PairShape("medium", VisionShape(336, 14, 1024, 8, 16, 4096), TextShape(1536, 16, 24, 8, 4096, 32_000, 8192)),
+        PairShape("tinyllama-1.1b", _VIT_L_336, TextShape(2048, 22, 32, 4, 5632, 32_000, 2048)),
+        PairShape("llava-1.5-7b", _VIT_L_336, TextShape(4096, 32, 32, 32, 11_008, 32_000, 4096)),
+        PairShape("llava-1.5-13b", _VIT_L_336, TextShape(5120, 40, 40, 40, 13_824, 32_000, 4096)),
+    )
+}

@@ -1,4 +1,4 @@
-"""What is on this machine: downloaded repositories, llama.cpp's own folders, and which pair is the default.
+"""What is on this machine: downloaded repositories, and which pair is the default.
 
 Downloads lie in the Hugging Face cache, which llama.cpp shares: `models--OWNER--NAME/snapshots/COMMIT/FILE`, as
 huggingface_hub and llama.cpp's `common/hf-cache.cpp` write it. The default is one small file in the user's data folder.
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from platformdirs import user_data_path
 
 from opsin.core.errors import ModelNotFound
 from opsin.core.files import expand, write_whole
@@ -30,13 +31,13 @@ class CachedRepo:
 
 def hub_home() -> Path:
     """The folder of everything Hugging Face: HF_HOME, else the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return expand(os.environ.get("HF_HOME") or f"{base}/huggingface")
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return expand(os.environ.get("HF_HOME") or f"{cache}/huggingface")
 
 
 def hub_cache() -> Path:
     """The folder of downloads: HF_HUB_CACHE, else `hub` in `hub_home`."""
-    chosen = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    chosen = os.environ.get("HF_HUB_CACHE")
     return expand(chosen) if chosen else hub_home() / "hub"
 
 
@@ -45,20 +46,15 @@ def cached_repos() -> list[CachedRepo]:
     llama = os.environ.get("LLAMA_CACHE")
     found: dict[str, CachedRepo] = {}
     for root in [*([expand(llama)] if llama else []), hub_cache()]:
-        for folder in sorted(root.glob(_PREFIX + "*")):
+        for folder in root.glob(_PREFIX + "*"):
             repo = folder.name.removeprefix(_PREFIX).replace("--", "/", 1)
             snapshot = _snapshot(folder)
-            files = _gguf_files(snapshot) if snapshot else ()
-            if snapshot and files and repo not in found:
-                found[repo] = CachedRepo(repo, snapshot, files)
+            # A link to a download that was removed is no file.
+            paths = [path for path in snapshot.rglob("*.gguf") if path.is_file()] if snapshot else []
+            if snapshot and paths and repo not in found:
+                files = sorted(path.relative_to(snapshot).as_posix() for path in paths)
+                found[repo] = CachedRepo(repo, snapshot, tuple(files))
     return [found[repo] for repo in sorted(found)]
-
-
-def flat_folders() -> list[Path]:
-    """Folders in which llama.cpp kept plain files before it shared the Hugging Face cache, those that exist."""
-    home = "~/Library/Caches" if sys.platform == "darwin" else os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folders = [os.environ.get("LLAMA_CACHE"), f"{home}/llama.cpp"]
-    return [path for folder in folders if folder and (path := expand(folder)).is_dir()]
 
 
 def _snapshot(folder: Path) -> Path | None:
@@ -67,22 +63,12 @@ def _snapshot(folder: Path) -> Path | None:
         commit = (folder / "refs" / "main").read_text().strip()
     except (OSError, UnicodeDecodeError):
         commit = ""
-    if commit and (folder / "snapshots" / commit).is_dir():
-        return folder / "snapshots" / commit
-    others = [path for path in (folder / "snapshots").glob("*") if path.is_dir()]
-    return max(others, key=lambda path: path.stat().st_mtime, default=None)
-
-
-def _gguf_files(snapshot: Path) -> tuple[str, ...]:
-    # A dangling link is a download that was removed: is_file() follows links.
-    paths = (path for path in snapshot.rglob("*.gguf") if path.is_file())
-    return tuple(sorted(path.relative_to(snapshot).as_posix() for path in paths))
+    snapshots = [path for path in (folder / "snapshots").glob("*") if path.is_dir()]
+    return max(snapshots, key=lambda path: (path.name == commit, path.stat().st_mtime), default=None)
 
 
 def state_file() -> Path:
     """`$XDG_DATA_HOME/opsin/models.json`, or its like on macOS and Windows."""
-    from platformdirs import user_data_path
-
     return user_data_path("opsin", appauthor=False) / "models.json"
 
 
@@ -100,11 +86,9 @@ def read_default() -> Pair | None:
         return Pair(Path(default["llm"]), Path(mmproj) if mmproj else None, str(default["name"]))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except OSError as error:
-        raise ModelNotFound(f"{path} cannot be read ({error.strerror}): mend its permissions, or delete it") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelNotFound(
-            f"{path} is damaged: delete it, then choose the default again with `opsin models use NAME`"
+            f"{path} cannot be read or is damaged: delete it, then choose the default again with `opsin models use`"
         ) from error
 
 

@@ -1,13 +1,11 @@
 """Which settings are fastest on this machine: candidates, measured in turn with the baseline.
 
 Baseline, candidate, baseline, candidate, and so on, because machines drift: a candidate is compared with the baselines
-right before and after it. Each measurement loads the pair, asks, and closes it, so no two engines share the memory or
-the cores, and settings are measured as they are used.
+right before and after it. Each measurement loads the pair, asks, and closes it, so no two engines share the machine.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,15 +15,14 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any, Literal, Protocol
 
-import numpy as np
-
+from opsin.bench import image_file
 from opsin.core.answer import TokenLogprob
 from opsin.core.errors import OpsinError
 from opsin.core.parts import Prompt
-from opsin.core.picture import Picture
 from opsin.core.sampling import SamplingParams
-from opsin.core.settings import EngineSettings
+from opsin.core.settings import EngineSettings, MediaSettings
 from opsin.engine import Engine
+from opsin.media import load_picture
 from opsin.prompt import Message, PromptBuilder
 
 Changes = Mapping[str, Any]
@@ -33,17 +30,13 @@ Changes = Mapping[str, Any]
 Target = Literal["interactive", "throughput"]
 """What is to be fast: one question asked alone, or several at once."""
 
-MIN_GAIN = 0.02
-"""What must be won beyond the noise: less is not worth a line in a file."""
-REPEATS = 3
-"""Measurements of a candidate that may win. All others are measured once."""
+MIN_GAIN = 0.02  # what must be won beyond the noise: less is not worth a line in a file
+REPEATS = 3  # measurements of a candidate that may win; all others are measured once
 FINALISTS = 2
 MIN_NOISE = 0.003
-MAX_DRIFT = 0.05
-"""How much the log probability (natural) of an answered token may change: 5 % of its probability."""
+MAX_DRIFT = 0.05  # how much the log probability (natural) of an answered token may change: 5 % of its probability
 AT_ONCE = 8
 ANSWER = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, guard=False)
-"""Greedy, and of equal length whatever the settings."""
 _CHECKED = ANSWER.model_copy(update={"max_tokens": 12, "logprobs": 10})
 
 
@@ -53,33 +46,19 @@ class Runtime(Protocol):
     @property
     def engine(self) -> Engine:
         """Answers questions."""
-        ...
 
     @property
     def prompts(self) -> PromptBuilder:
         """Writes prompts for the model."""
-        ...
 
     def close(self) -> None:
         """Free everything."""
-        ...
-
-
-OpenRuntime = Callable[[EngineSettings], Runtime]
-
-
-def image(number: int) -> Picture:
-    """An image of 640×480 pixels with about the detail of a photograph; equal numbers give equal images."""
-    rng = np.random.default_rng(number)
-    coarse = rng.integers(0, 240, (15, 20, 3), dtype=np.uint8).repeat(32, axis=0).repeat(32, axis=1)
-    rgb = (coarse + rng.integers(0, 16, coarse.shape, dtype=np.uint8)).tobytes()
-    return Picture(rgb, 640, 480, hashlib.sha256(rgb).hexdigest(), "PNG", 640, 480)
 
 
 def question(runtime: Runtime, number: int | None, text: str = "what is this?") -> Prompt:
-    """A question about the image of that number (None: about none)."""
-    content: list[str | Picture] = [text] if number is None else [image(number), text]
-    return runtime.prompts.build([Message("user", content)])
+    """A question about the image of that number (None: about none); equal numbers give equal images."""
+    images = [] if number is None else [load_picture(image_file(number), MediaSettings())]
+    return runtime.prompts.build([Message("user", [*images, text])])
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +72,11 @@ class Timing:
 def measure(runtime: Runtime, at_once: int) -> Timing:
     """Ask `at_once` questions about different new images together, twice; the faster of both counts.
 
-    The first time also warms up, and a machine that is busy for a moment spoils one of them, not both. Raises
-    BadInput, EngineError.
+    The first time also warms up, and a machine that is busy for a moment spoils only one. Raises BadInput, EngineError.
     """
     runs = []
     for run in range(2):
-        # Images are made before the clock runs.
-        prompts = [question(runtime, AT_ONCE * run + number) for number in range(at_once)]
+        prompts = [question(runtime, AT_ONCE * run + number) for number in range(at_once)]  # before the clock runs
         began = time.perf_counter()
         for stream in [runtime.engine.submit(prompt, ANSWER) for prompt in prompts]:
             stream.result()
@@ -113,8 +90,7 @@ def measure(runtime: Runtime, at_once: int) -> Timing:
 def drift(before: Sequence[TokenLogprob], after: Sequence[TokenLogprob]) -> float:
     """The most that the log probability of an answered token changed, in nats, as far as both answers are alike.
 
-    Where they part, it counts how much less likely the other token was before; a token that was not even among the
-    likely ones counts as infinitely far.
+    Where they part, it counts how much less likely the other token was before; infinite if it was not even likely.
     """
     worst = 0.0
     for old, new in zip(before, after, strict=False):
@@ -146,22 +122,28 @@ class Candidate:
         counted = self.ratios[1:] or self.ratios
         return math.exp(fmean(map(math.log, counted))) if counted else math.inf
 
+    @property
+    def may_win(self) -> bool:
+        """Whether it is fast enough to be measured again, and answers as the baseline does."""
+        return self.drift <= MAX_DRIFT and self.ratio < 1.0 - MIN_GAIN
+
 
 def candidates(
     settings: EngineSettings, fixed: Iterable[str], cores: int, projectors: Iterable[Path] = ()
 ) -> list[Candidate]:
     """What is worth trying: threads, projector type, flash attention and ubatch, one after another.
 
-    `fixed` are settings that the user chose, which stay. `cores` are logical ones; `projectors` are files that may
-    stand in for the projector.
+    `fixed` are settings that the user chose, which stay. `cores` are logical ones.
     """
     half = max(1, cores // 2)
-    found: list[dict[str, Any]] = []
-    if cores > 1:
-        found += [{"threads": a, "threads_batch": b} for a, b in ((half, half), (half, cores), (cores, cores))]
-    found += [{"mmproj": path} for path in projectors]
-    found += [{"flash_attention": False}, {"vision_flash_attention": False}]
-    found += [{"ubatch": rows} for rows in (512, 2048) if rows != settings.ubatch]
+    threads = ((half, half), (half, cores), (cores, cores)) if cores > 1 else ()
+    found: list[dict[str, Any]] = [
+        *({"threads": decode, "threads_batch": batch} for decode, batch in threads),
+        *({"mmproj": path} for path in projectors),
+        {"flash_attention": False},
+        {"vision_flash_attention": False},
+        *({"ubatch": rows} for rows in (512, 2048) if rows != settings.ubatch),
+    ]
     return [Candidate(changes) for changes in found if not changes.keys() & set(fixed)]
 
 
@@ -183,8 +165,8 @@ class Report:
             {
                 "settings": _plain(row.changes),
                 "ratios": [round(value, 4) for value in row.ratios],
-                "ratio": round(row.ratio, 4) if row.ratios else None,
-                "drift": round(row.drift, 4) if math.isfinite(row.drift) else None,
+                "ratio": _finite(row.ratio),
+                "drift": _finite(row.drift),
                 "verdict": row.verdict,
             }
             for row in self.candidates
@@ -194,10 +176,10 @@ class Report:
             "profile": self.target,
             "at_once": self.at_once,
             "baseline_seconds": [round(value, 5) for value in self.baseline],
-            "noise": round(self.noise, 4) if math.isfinite(self.noise) else None,
+            "noise": _finite(self.noise),
             "candidates": rows,
-            "recommended": None if self.best is None else _plain(self.best.changes),
-            "ratio": None if self.best is None else round(self.best.ratio, 4),
+            "recommended": self.best and _plain(self.best.changes),
+            "ratio": self.best and _finite(self.best.ratio),
             "seconds": round(self.seconds, 1),
         }
 
@@ -225,11 +207,10 @@ class Report:
 class Tuner:
     """Measures candidates in turn with `settings`, for at most about so many minutes.
 
-    A candidate that cannot be loaded, or fails, is a row of the table, and none may win that changes answers by more
-    than `MAX_DRIFT`.
+    A candidate that cannot be loaded is a row of the table, and none wins that changes answers by `MAX_DRIFT`.
     """
 
-    open_runtime: OpenRuntime
+    open_runtime: Callable[[EngineSettings], Runtime]
     settings: EngineSettings
     target: Target
     minutes: float = 10.0
@@ -240,34 +221,28 @@ class Tuner:
         self.at_once = min(AT_ONCE, self.settings.parallel) if self.target == "throughput" else 1
         self._began = self.now()
         self._longest = 0.0
-        self._baseline: list[float] = []
-        self._answers: tuple[tuple[TokenLogprob, ...], ...] = ()
+        self._baseline: list[Timing] = []
 
     def run(self, candidates: Sequence[Candidate]) -> Report:
         """Measure, and recommend. Raises what loading and asking with the baseline's settings raises."""
-        first = self._measure({})
-        self._baseline, self._answers = [first.seconds], first.answers
-        for candidate in candidates:
-            self._compare(candidate)
         rows = [*candidates]
-        hopeful = sorted(filter(self._may_win, rows), key=lambda row: row.ratio)[:FINALISTS]
-        for _ in range(REPEATS - 1):
-            for candidate in hopeful:
-                self._compare(candidate)
+        self._baseline = [self._measure({})]
+        self._compare(rows)
+        hopeful = sorted((row for row in rows if row.may_win), key=lambda row: row.ratio)[:FINALISTS]
+        self._compare(hopeful * (REPEATS - 1))
         winners = [row for row in hopeful if self._wins(row)]
         if len(winners) == FINALISTS and not winners[0].changes.keys() & winners[1].changes.keys():
             both = Candidate({**winners[0].changes, **winners[1].changes})
             rows.append(both)
-            for _ in range(REPEATS):
-                self._compare(both)
+            self._compare([both] * REPEATS)
             winners += [both] if self._wins(both) else []
         for row in rows:
             if row.ratios:
                 others = "changes answers" if row.drift > MAX_DRIFT else "not faster"
                 row.verdict = "faster" if row in winners else others
         best = min(winners, key=lambda row: row.ratio, default=None)
-        took = self.now() - self._began
-        return Report(self.target, self.at_once, tuple(self._baseline), self.noise, tuple(rows), best, took)
+        baseline = tuple(timing.seconds for timing in self._baseline)
+        return Report(self.target, self.at_once, baseline, self.noise, tuple(rows), best, self.now() - self._began)
 
     @property
     def noise(self) -> float:
@@ -275,7 +250,7 @@ class Tuner:
 
         A candidate that changes nothing has a ratio that is as far from 1.
         """
-        logs = [math.log(seconds) for seconds in self._baseline]
+        logs = [math.log(timing.seconds) for timing in self._baseline]
         apart = [middle - (a + b) / 2 for a, middle, b in zip(logs, logs[1:], logs[2:], strict=False)]
         return max(MIN_NOISE, math.sqrt(fmean(one * one for one in apart))) if apart else math.inf
 
@@ -289,32 +264,28 @@ class Tuner:
         self._longest = max(self._longest, self.now() - began)
         return timing
 
-    def _compare(self, candidate: Candidate) -> None:
-        """Measure a candidate and then the baseline again, where there is time for both."""
-        if self.now() + 2 * self._longest > self._began + 60 * self.minutes:
-            return
-        try:
-            timing = self._measure(candidate.changes)
-        except OpsinError as error:
-            # Settings that this machine or model cannot have are a finding, not the end.
-            candidate.verdict = f"not possible: {error}"
-            return
-        try:
-            self._baseline.append(self._measure({}).seconds)
-            before, after = self._baseline[-2:]
-        except OpsinError:
-            # It worked before: something else took the memory for a moment. The baseline before it is enough.
+    def _compare(self, rows: Sequence[Candidate]) -> None:
+        """Measure each candidate and then the baseline again, where there is time for both."""
+        for row in rows:
+            if self.now() + 2 * self._longest > self._began + 60 * self.minutes:
+                return
+            try:
+                timing = self._measure(row.changes)
+            except OpsinError as error:  # settings that this machine or model cannot have are a finding
+                row.verdict = f"not possible: {error}"
+                continue
             before = after = self._baseline[-1]
-        candidate.ratios.append(timing.seconds / math.sqrt(before * after))
-        candidate.drift = max(candidate.drift, *map(drift, self._answers, timing.answers))
+            try:
+                after = self._measure({})
+                self._baseline.append(after)
+            except OpsinError:  # it worked before: something else took the memory for a moment
+                pass
+            row.ratios.append(timing.seconds / math.sqrt(before.seconds * after.seconds))
+            row.drift = max(row.drift, *map(drift, self._baseline[0].answers, timing.answers))
 
-    def _may_win(self, candidate: Candidate) -> bool:
-        return candidate.drift <= MAX_DRIFT and candidate.ratio < 1.0 - MIN_GAIN
-
-    def _wins(self, candidate: Candidate) -> bool:
+    def _wins(self, row: Candidate) -> bool:
         margin = 2.5 * self.noise / math.sqrt(REPEATS - 1)  # standard errors of the mean
-        enough = len(candidate.ratios) >= REPEATS and self._may_win(candidate)
-        return enough and math.log(candidate.ratio) + margin < math.log(1.0 - MIN_GAIN)
+        return len(row.ratios) >= REPEATS and row.may_win and math.log(row.ratio) + margin < math.log(1.0 - MIN_GAIN)
 
 
 def shown(changes: Changes) -> str:
@@ -324,3 +295,7 @@ def shown(changes: Changes) -> str:
 
 def _plain(changes: Changes) -> dict[str, Any]:
     return {name: value.name if isinstance(value, Path) else value for name, value in changes.items()}
+
+
+def _finite(value: float) -> float | None:
+    return round(value, 4) if math.isfinite(value) else None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import tomlkit
 
 from opsin.core.config import TUNED, TUNED_FROM, read_file, same_file
 from opsin.core.errors import BadInput, BadParameter
+from opsin.core.files import write_whole
 
 
 def tuned_table(model: Path, mmproj: Path | None, settings: Mapping[str, Any], remarks: Sequence[str] = ()) -> str:
@@ -46,19 +46,13 @@ def check_target(path: Path, model: Path | None, *, force: bool) -> None:
 
 def write_tuned(path: Path, table: str) -> None:
     """Put the table (none, if empty) at the end of the file in one step; replace a foreign file. Raises BadInput."""
+    own = read_tuned(path) is not None
     try:
-        document = tomlkit.document()
-        if read_tuned(path) is not None:
-            document = tomlkit.parse(path.read_text(encoding="utf-8"))
-            document.pop(TUNED, None)
+        document = tomlkit.parse(path.read_text(encoding="utf-8")) if own else tomlkit.document()
+        document.pop(TUNED, None)
         rest = tomlkit.dumps(document).rstrip()
-        path = path.resolve()  # a link stays one
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(dir=path.parent, prefix=".opsin")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write("\n\n".join(filter(None, (rest, table.rstrip()))) + "\n")
-        Path(part).chmod(path.stat().st_mode if path.exists() else 0o644)
-        Path(part).replace(path)
+        text = "\n\n".join(filter(None, (rest, table.rstrip()))) + "\n"
+        write_whole(path.resolve(), text, stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o644)
     except OSError as error:
         raise BadInput(f"{path} could not be written: {error.strerror or error}.") from error
 

@@ -6,36 +6,34 @@ does. Devices reach a share of what their data sheets say (`opsin.tune.devices.R
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from opsin.bench.cost import KV_BYTES, ModelCost, picture_cost, read_cost
 from opsin.core.errors import BadInput, BadParameter
 from opsin.models import read_info
-from opsin.tune.devices import DEVICES, REACHED, Device
+from opsin.tune.devices import REACHED, Device
 from opsin.tune.measure import ANSWER, Runtime, question
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from opsin.core.answer import Answer
     from opsin.models.shapes import PairShape
 
 # Bytes of a weight. The "k_m" mixtures by whole files: 4.58 and 5.33 GiB of 8.03 billion weights.
 WEIGHT_BYTES = {
     "f16": 2.0,
     "bf16": 2.0,
-    "q8_0": 34 / 32,
-    "q6_k": 210 / 256,
+    "q8_0": 1.0625,
+    "q6_k": 0.8203,
     "q5_k_m": 0.713,
     "q4_k_m": 0.612,
-    "q4_0": 18 / 32,
+    "q4_0": 0.5625,
 }
 ROUNDS = 3
 _UBATCH = 1024
 _ENCODE_BYTES = 64 * 2**20
-_STAGES = ("encode_ms", "prefill_ms", "decode_token_ms")
 _QUESTION = "What is in this picture, and where is it? Tell me all about it."
 
 
@@ -104,9 +102,7 @@ class Prediction:
             **{name: round(getattr(self, name), 3) for name in times},
             "decode_tokens_s": round(1e3 / self.decode_token_ms, 2),
             "image_tokens": self.image_tokens,
-            "text_tokens": self.request.text_tokens,
-            "answer_tokens": self.request.answer_tokens,
-            "ctx": self.request.ctx,
+            **asdict(self.request),
             "memory_bytes": {name: round(size) for name, size in self.memory.items()},
             "memory_total_bytes": round(needed),
             "device_memory_bytes": round(there) or None,
@@ -148,28 +144,21 @@ def file_needs(llm: Path, mmproj: Path | None, name: str, kv_type: str = "f16") 
     """The needs of a pair of files, by their headers. Raises ModelNotFound, ModelUnreadable and BadParameter."""
     _kv_bytes(kv_type)
     info, cost = read_info(llm), read_cost(llm, None, kv_type)
-    text = Needs(name, cost, float(info.size), 0.0, info.width or 0, 0)
+    needs = Needs(name, cost, float(info.size), 0.0, info.width or 0, 0)
     if mmproj is None:
-        return text
-    projector, image = read_info(mmproj), picture_cost(mmproj)
-    text = replace(text, projector_bytes=float(projector.size))
+        return needs
+    needs = replace(needs, projector_bytes=float(read_info(mmproj).size))
+    image = picture_cost(mmproj)
     if image is None:
-        kind = projector.projector or "unknown"
-        note = f"how long a projector of the kind {kind!r} takes cannot be told from its file: images are left out"
-        return replace(text, notes=(note,))
-    return replace(
-        text,
-        cost=replace(cost, encode_ops=image.ops),
-        image_tokens=image.pieces * image.patches // image.merge**2,
-        notes=(image.note,) if image.note else (),
-    )
+        return replace(
+            needs, notes=("how long this projector takes cannot be told from its file: images are left out",)
+        )
+    notes = (image.note,) if image.note else ()
+    return replace(needs, cost=replace(cost, encode_ops=image.ops), image_tokens=image.tokens, notes=notes)
 
 
 def memory_needed(needs: Needs, ctx: int) -> dict[str, float]:
-    """Bytes on the device with a context of `ctx` tokens: files, KV cache, and about what computing takes.
-
-    A rule of thumb for devices that are not here; `opsin doctor` plans the memory of this machine.
-    """
+    """Bytes for `ctx` tokens by a rule of thumb; `opsin doctor` plans the memory of this machine."""
     kv = ctx * needs.cost.kv_values * needs.cost.kv_value_bytes
     compute = 4.0 * 10 * needs.width * _UBATCH + (_ENCODE_BYTES if needs.projector_bytes else 0)
     return {"model": needs.model_bytes, "projector": needs.projector_bytes, "kv": kv, "compute": compute}
@@ -181,8 +170,7 @@ def predict(needs: Needs, device: Device, request: Request) -> Prediction:
     total = image + text + request.answer_tokens
     if total > request.ctx:
         raise BadParameter(
-            f"The request takes {total} tokens ({image} of the image, {text} of text, {request.answer_tokens} of the "
-            f"answer) and --ctx is {request.ctx}: give a larger --ctx, or fewer of the others."
+            f"The request takes {total} tokens ({image} of the image) and --ctx is {request.ctx}: give a larger --ctx."
         )
     reached = REACHED[device.group]
     bandwidth, rate = device.bandwidth * reached.decode, device.rate * reached.prefill
@@ -195,10 +183,10 @@ def predict(needs: Needs, device: Device, request: Request) -> Prediction:
         return 1e3 * max(ops / rate, cost.decode_bytes([before]) / bandwidth)
 
     context = image + text + request.answer_tokens // 2
-    notes = list(needs.notes)
+    notes = needs.notes
     if device.usable < device.memory:
         gib = f"{device.usable / 2**30:.0f} of {device.memory / 2**30:.0f} GiB"
-        notes.append(f"Metal gives models about {gib}; the most memory that is sold is taken unless --memory tells")
+        notes += (f"Metal gives models about {gib}; the most memory that is sold is taken unless --memory tells",)
     return Prediction(
         model=needs.name,
         device=device,
@@ -209,28 +197,27 @@ def predict(needs: Needs, device: Device, request: Request) -> Prediction:
         text_prefill_ms=prefill_ms(text, image),
         decode_token_ms=1e3 * max(cost.decode_bytes([context]) / bandwidth, cost.decode_ops(context) / rate),
         memory=memory_needed(needs, request.ctx),
-        notes=tuple(notes),
+        notes=notes,
     )
 
 
 def check_fits(prediction: Prediction, needs: Needs) -> None:
     """Raises BadInput when the pair does not fit, and says what would."""
-    needed, there = sum(prediction.memory.values()), prediction.device.usable
+    needed, there, ctx = sum(prediction.memory.values()), prediction.device.usable, prediction.request.ctx
     if not there or needed <= there:
         return
-    weights = needs.cost.weight_bytes / (needs.cost.weights + needs.cost.head)
-    smaller = {
-        kind: needed - needs.model_bytes * (1 - size / weights) for kind, size in WEIGHT_BYTES.items() if size < weights
-    }
+    weight = needs.cost.weight_bytes / (needs.cost.weights + needs.cost.head)
+    ways: list[str] = []
+    for kind, size in WEIGHT_BYTES.items():
+        smaller = needed - needs.model_bytes * (1 - size / weight)
+        if size < weight and smaller <= there and not ways:
+            ways.append(f"the model as {kind} ({smaller / 1e9:.1f} GB)")
     halved = needed - prediction.memory["kv"] / 2
-    ways = [f"the model as {kind} ({size / 1e9:.1f} GB)" for kind, size in smaller.items() if size <= there][:1]
-    ways += [f"--ctx {prediction.request.ctx // 2} ({halved / 1e9:.1f} GB)"] if halved <= there else []
-    larger = [d for d in DEVICES.values() if d.usable >= needed and d.is_apple == prediction.device.is_apple]
-    ways += [f"a device with more memory such as {min(larger, key=lambda d: d.usable).name}"] if larger else []
+    if halved <= there:
+        ways.append(f"--ctx {ctx // 2} ({halved / 1e9:.1f} GB)")
     raise BadInput(
-        f"{prediction.model} needs {needed / 1e9:.1f} GB with a context of {prediction.request.ctx} tokens, and "
-        f"{prediction.device.title} has {there / 1e9:.1f} GB: "
-        + (f"what would fit is {' or '.join(ways)}." if ways else "choose a smaller model.")
+        f"{prediction.model} needs {needed / 1e9:.1f} GB with a context of {ctx} tokens, and {prediction.device.title} "
+        f"has {there / 1e9:.1f} GB: what would fit is {' or '.join(ways) or 'a smaller model or a larger device'}."
     )
 
 
@@ -243,28 +230,23 @@ def measure_pair(runtime: Runtime, needs: Needs, device: Device, request: Reques
     # The first question warms up; a salt of its own keeps what one leaves in the caches from the next.
     prompts = [question(runtime, number if seen else None, _QUESTION) for number in range(ROUNDS + 1)]
     answers = [runtime.engine.submit(one, ANSWER, salt=f"{i}").result() for i, one in enumerate(prompts)][1:]
-    usage = answers[0].usage
-    image, text = usage.image_tokens, usage.prompt_tokens - usage.image_tokens
-    same = Request(text, usage.completion_tokens, max(request.ctx, usage.prompt_tokens + usage.completion_tokens))
+    usage, stages = answers[0].usage, [answer.stages for answer in answers]
+    image, text, tokens = usage.image_tokens, usage.prompt_tokens - usage.image_tokens, usage.completion_tokens
+    same = Request(text, tokens, max(request.ctx, usage.prompt_tokens + tokens))
     found = predict(replace(needs, image_tokens=image), device, same)
-    predicted = {name: float(getattr(found, name)) for name in _STAGES}
-    measured = {name: median(_stage(answer, name) for answer in answers) for name in _STAGES}
+    predicted = {name: float(getattr(found, name)) for name in ("encode_ms", "prefill_ms", "decode_token_ms")}
+    measured = {
+        "encode_ms": median(one.encode_ms for one in stages),
+        "prefill_ms": median(one.image_prefill_ms + one.text_prefill_ms for one in stages),
+        "decode_token_ms": median((one.decode_ms + one.sample_ms) / max(1, tokens - 1) for one in stages),
+    }
     return {
         "image_tokens": image,
         "text_tokens": text,
         "predicted_ms": {name: round(value, 3) for name, value in predicted.items()},
         "measured_ms": {name: round(value, 3) for name, value in measured.items()},
-        "errors": {name: round(predicted[name] / measured[name] - 1, 4) for name in _STAGES if measured[name]},
+        "errors": {name: round(predicted[name] / value - 1, 4) for name, value in measured.items() if value},
     }
-
-
-def _stage(answer: Answer, name: str) -> float:
-    stages, tokens = answer.stages, answer.usage.completion_tokens
-    if name == "encode_ms":
-        return stages.encode_ms
-    if name == "prefill_ms":
-        return stages.image_prefill_ms + stages.text_prefill_ms
-    return (stages.decode_ms + stages.sample_ms) / max(1, tokens - 1)
 
 
 def _kv_bytes(kv_type: str) -> float:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
 import re
 from pathlib import Path
 from typing import Any, Literal
 
+from platformdirs import user_cache_path
+
 from opsin.core.errors import BadInput, ModelUnreadable
+from opsin.core.files import replacing
 
 ProjectorType = Literal["q8_0", "bf16"]
 TYPES: tuple[ProjectorType, ...] = ("q8_0", "bf16")
@@ -17,16 +18,12 @@ TYPES: tuple[ProjectorType, ...] = ("q8_0", "bf16")
 # Matrices that are only ever multiplied with. Kernels, positions, norms and biases are added or read in other ways,
 # for which llama.cpp wants f32 or f16; gemma3's input_projection is transposed at each encode.
 _MATRIX = re.compile(r"v\.blk\.\d+\.(attn_(q|k|v|qkv|out)|ffn_(up|down|gate))\.weight|mm\.\d+\.weight")
-_FLOATS = {"F32", "F16", "BF16"}
-_VERSION = 1  # of what is written for one source: one more makes files of other names
 _FILE_TYPES = {"bf16": 32, "q8_0": 7}  # llama.cpp's `llama_ftype`
 _BLOCK = 32
 
 
 def default_folder() -> Path:
     """Where converted projectors are kept."""
-    from platformdirs import user_cache_path
-
     return user_cache_path("opsin") / "projectors"
 
 
@@ -35,24 +32,23 @@ def convert_projector(source: Path, kind: ProjectorType, folder: Path) -> Path |
 
     Raises ModelUnreadable for a file that is no GGUF, BadInput when it cannot be written.
     """
-    state = source.stat()
-    known = (_VERSION, str(source.resolve()), state.st_size, state.st_mtime_ns)
-    name = hashlib.sha256(repr(known).encode()).hexdigest()[:12]
-    target = folder / f"{source.stem}-{name}-{kind}.gguf"
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    import gguf
+
     try:
-        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        changed = _write(source, kind, part)
-        if changed:
-            part.replace(target)
+        state = source.stat()
+        known = repr((str(source.resolve()), state.st_size, state.st_mtime_ns)).encode()
+        reader = gguf.GGUFReader(source)
+        chosen = {tensor.name for tensor in reader.tensors if _converts(tensor, kind)}
+        if not chosen:
+            return None
+        made = folder / f"{source.stem}-{hashlib.sha256(known).hexdigest()[:12]}-{kind}.gguf"
+        with replacing(made) as part:
+            _write(reader, chosen, kind, part)
     except ValueError as error:
         raise ModelUnreadable(f"{source.name} cannot be converted ({error}): download it again.") from error
     except OSError as error:
-        raise BadInput(f"{target} could not be written: {error.strerror or error}.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
-    return target if changed else None
+        raise BadInput(f"{source.name} could not be converted in {folder}: {error.strerror or error}.") from error
+    return made
 
 
 def keep(made: Path) -> Path:
@@ -65,17 +61,18 @@ def keep(made: Path) -> Path:
         raise BadInput(f"{target} could not be written: {error.strerror or error}.") from error
 
 
-def _write(source: Path, kind: ProjectorType, part: Path) -> bool:
-    """Write the converted file; False, and nothing, where no tensor would change."""
+def _converts(tensor: Any, kind: ProjectorType) -> bool:
+    plain = tensor.tensor_type.name in {"F32", "F16", "BF16"} - {kind.upper()} and len(tensor.shape) == 2
+    return plain and int(tensor.shape[0]) % _BLOCK == 0 and _MATRIX.fullmatch(tensor.name) is not None
+
+
+def _write(reader: Any, chosen: set[str], kind: ProjectorType, path: Path) -> None:
     import gguf
     import numpy as np
     from gguf.quants import dequantize, quantize
 
-    reader, wanted = gguf.GGUFReader(source), gguf.GGMLQuantizationType[kind.upper()]
-    chosen = {tensor.name for tensor in reader.tensors if _converts(tensor, kind)}
-    if not chosen:
-        return False
-    writer = gguf.GGUFWriter(part, "clip", endianess=reader.endianess)
+    wanted = gguf.GGMLQuantizationType[kind.upper()]
+    writer = gguf.GGUFWriter(path, "clip", endianess=reader.endianess)
     for field in reader.fields.values():
         if field.name not in {"general.architecture", "general.file_type"} and not field.name.startswith("GGUF."):
             sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
@@ -91,14 +88,6 @@ def _write(source: Path, kind: ProjectorType, part: Path) -> bool:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for tensor in reader.tensors:
-        converts = tensor.name in chosen
-        writer.write_tensor_data(
-            quantize(dequantize(tensor.data, tensor.tensor_type), wanted) if converts else tensor.data
-        )
+        values = dequantize(tensor.data, tensor.tensor_type) if tensor.name in chosen else None
+        writer.write_tensor_data(tensor.data if values is None else quantize(values, wanted))
     writer.close()
-    return True
-
-
-def _converts(tensor: Any, kind: ProjectorType) -> bool:
-    plain = tensor.tensor_type.name in _FLOATS - {kind.upper()} and len(tensor.shape) == 2
-    return plain and int(tensor.shape[0]) % _BLOCK == 0 and _MATRIX.fullmatch(tensor.name) is not None

@@ -10,7 +10,7 @@ import pytest
 from opsin.bench import WORKLOADS, Ask, Ceiling, EngineDriver, ModelCost, Result, Workload, choose, measure_in_turn
 from opsin.bench import workloads as workloads_file
 from opsin.bench.report import Limits, Target, as_text, ratio, target_document
-from opsin.bench.run import Stats, Timing, invalid_reason, longest_gap, run_workload, stats_of, warm_up
+from opsin.bench.run import Stats, Timing, invalid_reason, run_workload, stats_of, warm_up
 from opsin.bench.workloads import image_file, images_of
 from opsin.core.answer import Usage
 from opsin.core.backend import BackendLimits
@@ -81,8 +81,6 @@ def test_a_workload_runs_on_the_engine_and_every_answer_has_its_tokens(running: 
     middle = result.median
     assert middle is not None
     assert 0 < middle.first_token_ms <= middle.first_token_max_ms <= middle.total_s * 1e3
-    assert len(middle.first_tokens_ms) == len(workload.asks)
-    assert max(middle.first_tokens_ms) <= middle.total_s * 1e3
     assert 0 <= middle.longest_pause_ms < middle.total_s * 1e3
     # New images in each run, each encoded once however many ask about it.
     assert len(running.backend.encoded) == len(set(running.backend.encoded)) == 2 * workload.images
@@ -127,11 +125,6 @@ def test_a_stream_has_its_own_pause_and_first_token() -> None:
     for stats in (stream, every):
         assert stats.total_s == pytest.approx(2.0)
         assert stats.first_token_max_ms == pytest.approx(300)
-
-
-def test_gaps() -> None:
-    assert longest_gap([]) == longest_gap([3.0]) == 0.0
-    assert longest_gap([1.0, 1.5, 4.0, 4.5]) == 2.5
 
 
 @pytest.mark.parametrize(
@@ -195,7 +188,7 @@ def test_workloads_are_chosen_by_name() -> None:
 
 def test_a_ratio_is_the_median_of_the_runs_own_ratios() -> None:
     def result(*totals: float) -> Result:
-        return Result(WORKLOADS[0], tuple(Stats(total, 10, 10, 1, 0, ()) for total in totals))
+        return Result(WORKLOADS[0], tuple(Stats(total, 10, 10, 1, 0) for total in totals))
 
     assert ratio(result(1, 2, 9), result(2, 1, 10), "total_s") == pytest.approx(0.9)
     assert ratio(result(1), result(1), "longest_pause_ms") is None

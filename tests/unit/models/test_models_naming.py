@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from opsin.models.naming import best_model, best_projectors, is_model, is_projector, split_files, stem, take_apart
+from opsin.models.naming import best_model, best_projectors, is_model, is_projector, part_names, stem, take_apart
 
 
 @pytest.mark.parametrize(
@@ -69,12 +69,10 @@ def test_projectors_of_other_folders_do_not_count():
     assert best_projectors(["a/deep/mmproj-f16.gguf"], "a/m.gguf") == []
 
 
-def test_parts_of_other_quantisations_are_left_out():
-    files = [f"m-{tag}-0000{n}-of-00002.gguf" for tag in ("Q4_0", "Q8_0") for n in (2, 1)]
-    assert split_files(files, "m-Q8_0-00001-of-00002.gguf") == [
-        "m-Q8_0-00001-of-00002.gguf",
-        "m-Q8_0-00002-of-00002.gguf",
-    ]
+def test_the_parts_of_a_model_are_named_after_any_of_them():
+    parts = [f"dir/m-Q8_0-0000{n}-of-00002.gguf" for n in (1, 2)]
+    assert part_names(parts[0]) == part_names(parts[1]) == parts
+    assert part_names("m-Q8_0.gguf") == ["m-Q8_0.gguf"]
 
 
 def test_quantisations_of_one_model_share_a_stem():

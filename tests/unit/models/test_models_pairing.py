@@ -95,7 +95,7 @@ def test_only_misfits_beside_a_model_are_refused(tiny: Pair, wide: Pair, tmp_pat
 
 def test_a_part_of_a_split_model_says_which_part_to_give(tiny: Pair, tmp_path: Path):
     shutil.copy(tiny.llm, tmp_path / "m-00002-of-00002.gguf")
-    with pytest.raises(ModelNotFound, match=r"is part 2 of a split model: give m-00001-of-00002\.gguf"):
+    with pytest.raises(ModelNotFound, match=r"is a later part of a split model: give m-00001-of-00002\.gguf"):
         check_pair(tmp_path / "m-00002-of-00002.gguf", tiny.mmproj)
     (tmp_path / "m-00002-of-00002.gguf").rename(tmp_path / "m-00001-of-00002.gguf")
     with pytest.raises(ModelNotFound, match=r"m-00002-of-00002\.gguf is missing"):

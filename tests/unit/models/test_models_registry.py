@@ -14,7 +14,6 @@ def test_rows_are_well_formed():
     for row in KNOWN_MODELS:
         assert re.fullmatch(r"[a-z0-9.-]+", row.name)
         assert re.fullmatch(r"[\w.-]+/[\w.-]+", row.repo)
-        assert row.source
         assert (row.llm_file is None) == (row.mmproj_file is None)
 
 

@@ -255,15 +255,6 @@ def test_a_default_that_is_gone_is_listed_with_its_problem(demo: Path, tmp_path:
     assert "there is no file" in {model.name: model for model in list_models()}["gone"].problem
 
 
-def test_llama_cpp_s_old_flat_cache_is_looked_into(demo: Path, tiny: Pair, tmp_path: Path):
-    folder = tmp_path / "cache" / "llama.cpp"
-    folder.mkdir(parents=True)
-    shutil.copy(tiny.llm, folder / "ggml-org_x-GGUF_x-Q4_K_M.gguf")
-    shutil.copy(tiny.mmproj, folder / "ggml-org_x-GGUF_mmproj-x-f16.gguf")
-    if sys.platform != "darwin":
-        assert Path(list_models()[0].llm_file) == folder / "ggml-org_x-GGUF_x-Q4_K_M.gguf"
-
-
 @pytest.mark.parametrize("model", ["a" * 300, "x/" * 3000, "~nosuchuser/m.gguf", "nul\0byte.gguf", "bad\udcff.gguf"])
 def test_names_that_no_file_can_have_are_one_sentence(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)

@@ -36,7 +36,7 @@ def test_every_device_has_rates_and_shares_that_can_be(device):
         ("m2-ultra", "q8_0", "decode", 66.64),
         ("m3-ultra", "q4_0", "decode", 92.1),
         ("rtx-4090", "f16", "prefill", 11048.22),
-        ("a100-80gb-pcie", "f16", "prefill", 8381.22),
+        ("a100", "f16", "prefill", 8381.22),
         ("m2", "f16", "prefill", 201.34),
         ("m4-max", "q4_0", "prefill", 885.68),
         ("m2-ultra", "f16", "prefill", 1401.85),
@@ -57,12 +57,11 @@ def test_predictions_are_near_what_others_published(name, weights, stage, publis
         ("NVIDIA GeForce RTX 3090", "rtx-3090"),
         ("5090", "rtx-5090"),
         ("Apple M2 Max", "m2-max"),
-        ("h100", "h100-sxm"),
-        ("A100", "a100-80gb-sxm"),
+        ("h100", "h100"),
+        ("A100", "a100"),
         ("m1", "m1"),
-        ("EPYC 7763", "epyc-7763"),
-        ("5950x", "ryzen-5950x"),
-        ("i7 12700", "core-i7-12700"),
+        ("EPYC 9654", "epyc-9654"),
+        ("7950x", "ryzen-7950x"),
     ],
 )
 def test_devices_are_found_as_people_write_them(given, name):
@@ -161,7 +160,7 @@ def test_apples_memory_is_shared_and_that_is_said():
     big = shape_needs(SHAPES["llava-1.5-7b"], "f16")
     prediction = predict(big, DEVICES["m1"], Request(ctx=8192))
     assert "about 11 of 16 GiB" in prediction.notes[-1]
-    with pytest.raises(BadInput, match=r"has 11\.5 GB.*such as m1-pro"):
+    with pytest.raises(BadInput, match=r"has 11\.5 GB.*as q6_k"):
         check_fits(prediction, big)
 
 
@@ -174,7 +173,7 @@ def test_a_pair_too_big_for_a_device_is_told_what_would_fit():
     big = shape_needs(SHAPES["llava-1.5-13b"], "f16")
     prediction = predict(big, CARD, Request())
     assert prediction.as_dict()["fits"] is False
-    with pytest.raises(BadInput, match=r"needs 30\.\d GB.*RTX 4090 has 25\.8 GB.*as q8_0 \(1\d\.\d GB\).*rtx-5090"):
+    with pytest.raises(BadInput, match=r"needs 30\.\d GB.*RTX 4090 has 25\.8 GB.*as q8_0 \(1\d\.\d GB\)"):
         check_fits(prediction, big)
     check_fits(predict(big, DEVICES["h200"], Request()), big)
     check_fits(predict(big, DEVICES["epyc-9654"], Request()), big)  # its memory is the machine's affair
