@@ -8,72 +8,59 @@ from __future__ import annotations
 import importlib
 import io
 import re
-from dataclasses import dataclass
+import struct
 from typing import TYPE_CHECKING, Any
 
 from opsin.core.errors import BadPicture, PictureTooLarge
+from opsin.media.limits import check_size, damaged
 
 if TYPE_CHECKING:
     from PIL import Image
 
-_MOST_SCANS = 100
-_MOST_SEGMENTS = 10_000
+    from opsin.core.settings import MediaSettings
+
+_MAX_SCANS = 100
+_MAX_SEGMENTS = 10_000
 # Within the compressed pixels, 0xFF is followed by zero or is a restart marker.
-_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
-_END = b"\xff\xd9"
-# Bits that a block of 8x8 samples takes at least, by the marker of the frame: two Huffman codes, one in a first scan
-# of progressive files. Arithmetic coding has no such bound.
-_LEAST_BITS = {0xC0: 2, 0xC1: 2, 0xC2: 1}
+_MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")
+_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+# Bits that a block of 8x8 pixels takes at least, by the marker of the frame: two Huffman codes, one in a first scan of
+# progressive files. Arithmetic coding has no such bound.
+_LEAST_BITS = {0xC0: 2, 0xC1: 2, 0xC2: 1}
 # Begins with zero in case the file ends in 0xFF; the restart markers are for files that wait for one of them.
 _FILLER = b"".join(bytes((*range(200), 0xFF, 0xD0 + number % 8)) for number in range(16))
 
 
-@dataclass(frozen=True, slots=True)
-class Scans:
-    """Where the compressed pixels of a JPEG end, and whether they are too few for its size."""
+def check_jpeg(data: bytes, name: str, settings: MediaSettings) -> int:
+    """Walk over the segments without decoding, and return where the compressed pixels end.
 
-    end: int
-    too_few: bool
-
-
-def check_jpeg(data: bytes, name: str) -> Scans:
-    """Walk over the segments without decoding anything.
-
-    Raises PictureTooLarge for more than 100 scans, each of which costs a pass over all pixels; BadPicture for more
-    segments than any picture has.
+    Raises PictureTooLarge for a size beyond the limits and for more than 100 scans, each of which costs a pass over
+    all pixels; BadPicture for more segments than any picture has, and for fewer bytes than its pixels take.
     """
-    at, scans, segments, first, blocks, least = 2, 0, 0, len(data), 0, 0
-    end = len(data)
-    while found := _MARKER.search(data, at):
-        marker, at = data[found.start() + 1], found.end()
-        segments += 1
-        if segments > _MOST_SEGMENTS:
-            raise BadPicture(f"{name} has more than {_MOST_SEGMENTS:,} segments, so it is damaged; save it again.")
-        if marker == _END[1]:
-            end = found.start()
+    at, end, first, scans, least_bits = 2, len(data), len(data), 0, 0
+    for _ in range(_MAX_SEGMENTS):
+        found = _MARKER.search(data, at)
+        if found is None or found[1][0] == _END_OF_IMAGE:
+            end = found.start() if found else end
             break
-        size = int.from_bytes(data[at : at + 2], "big")
-        if marker in _FRAMES and not blocks:
-            blocks, least = _count_blocks(data[at + 2 : at + size]), _LEAST_BITS.get(marker, 0)
-        if marker == 0xDA:
-            first, scans = min(first, at + size), scans + 1
-            if scans > _MOST_SCANS:
+        marker, at = found[1][0], found.end()
+        if marker in _FRAMES and at + 7 <= len(data) and not least_bits:
+            height, width = struct.unpack_from(">HH", data, at + 3)
+            check_size(width, height, name, settings)
+            least_bits = _LEAST_BITS.get(marker, 0) * -(-width // 8) * -(-height // 8)
+        at += int.from_bytes(data[at : at + 2], "big")
+        if marker == _START_OF_SCAN:
+            first, scans = min(first, at), scans + 1
+            if scans > _MAX_SCANS:
                 raise PictureTooLarge(
-                    f"{name} is a JPEG of more than {_MOST_SCANS} scans, which takes too long to decode; save it again."
+                    f"{name} is a JPEG of more than {_MAX_SCANS} scans, which takes too long to decode; save it again."
                 )
-        at += size
-    return Scans(end, too_few=8 * max(0, end - first) < blocks * least)
-
-
-def _count_blocks(frame: bytes) -> int:
-    """Blocks of all components, by the body of a frame header."""
-    if len(frame) < 6:
-        return 0
-    height, width = int.from_bytes(frame[1:3], "big"), int.from_bytes(frame[3:5], "big")
-    factors = [(each >> 4, each & 15) for each in frame[7::3]]
-    across, down = (max((pair[axis] for pair in factors), default=1) or 1 for axis in (0, 1))
-    return sum(-(-width * h // (8 * across)) * -(-height * v // (8 * down)) for h, v in factors)
+    else:
+        raise BadPicture(f"{name} has more than {_MAX_SEGMENTS:,} segments, so it is damaged; save it again.")
+    if 8 * max(0, end - first) < least_bits:
+        raise damaged("JPEG", name)
+    return end
 
 
 def is_cut_short(image: Image.Image, data: bytes, end: int) -> bool:
@@ -85,7 +72,7 @@ def is_cut_short(image: Image.Image, data: bytes, end: int) -> bool:
     corner: Any = image.getpixel((image.width - 1, image.height - 1))
     if any(abs(value - 128) > 8 for value in (corner if isinstance(corner, tuple) else (corner,))):
         return False
-    plain, filled = (_thumbnail(data[:end] + filler + _END) for filler in (b"", _FILLER))
+    plain, filled = (_thumbnail(data[:end] + filler + b"\xff\xd9") for filler in (b"", _FILLER))
     return plain != filled
 
 

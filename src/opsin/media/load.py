@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import os
 import re
-import struct
 import sys
 import time
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from opsin.core.errors import BadParameter, BadPicture, FetchFailed
 from opsin.core.picture import Picture
 from opsin.media.colour import flatten_array
-from opsin.media.decode import OpenPicture, Pixels, decode_image
+from opsin.media.decode import OpenPicture, decode_image, finish
 from opsin.media.limits import check_bytes, check_size, show
 from opsin.media.source import read_data_url, read_file
 
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 Source: TypeAlias = str | os.PathLike[str] | bytes | bytearray | memoryview | Picture | OpenPicture | Any
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
+_NAME = "The picture"
 
 
 def load_picture(source: Source, settings: MediaSettings, longest_edge: int | None = None) -> Picture:
@@ -43,49 +43,40 @@ def load_picture(source: Source, settings: MediaSettings, longest_edge: int | No
     if isinstance(source, Picture):
         return source
     begin = time.perf_counter()
-    name, data = _fetch(source, settings)
+    opened: Any = source
+    if isinstance(source, str | os.PathLike | bytes | bytearray | memoryview):
+        name, opened = _read(source, settings)
     fetched = time.perf_counter()
-    pixels = _decode_pixels(source, settings) if data is None else OpenPicture(data, settings, name).decode()
-    image, notes = pixels.image, pixels.notes
-    longer = max(image.size)
-    if longest_edge is not None and longer > longest_edge:
-        from PIL.Image import Resampling
-
-        width, height = (max(1, edge * longest_edge // longer) for edge in image.size)
-        image = image.resize((width, height), Resampling.LANCZOS)
-        notes = (*notes, f"shrunk to {width} by {height} pixels")
-    rgb = image.tobytes()
-    return Picture(
-        rgb=rgb,
-        width=image.width,
-        height=image.height,
-        sha256=picture_sha256(image.width, image.height, rgb),
-        format=pixels.format,
-        source_width=pixels.source_width,
-        source_height=pixels.source_height,
-        orientation=pixels.orientation,
-        notes=notes,
-        fetch_ms=(fetched - begin) * 1e3,
-        decode_ms=(time.perf_counter() - fetched) * 1e3,
-    )
+    if isinstance(opened, bytes):
+        opened = OpenPicture(opened, settings, name)
+    # Neither Pillow nor NumPy is imported for a source that is neither.
+    pil, numpy = sys.modules.get("PIL.Image"), sys.modules.get("numpy")
+    if isinstance(opened, OpenPicture):
+        picture = opened.decode(longest_edge)
+    elif pil is not None and isinstance(opened, pil.Image):
+        check_size(opened.width, opened.height, _NAME, settings)
+        picture = decode_image(opened, _NAME, longest_edge)
+    elif numpy is not None and isinstance(opened, numpy.ndarray):
+        image, notes = flatten_array(opened, "The array", settings)
+        picture = finish(image, "array", longest_edge, notes)
+    else:
+        raise BadParameter(
+            "A picture can be a path, bytes, a Pillow image, a NumPy array or an address, "
+            f"not a {type(source).__name__}."
+        )
+    decoded = time.perf_counter()
+    return dataclasses.replace(picture, fetch_ms=(fetched - begin) * 1e3, decode_ms=(decoded - fetched) * 1e3)
 
 
-def picture_sha256(width: int, height: int, rgb: bytes) -> str:
-    """Return the identity of RGB pixels: SHA-256 (hex) of width and height (32 bit, little-endian), then the pixels."""
-    digest = hashlib.sha256(struct.pack("<II", width, height))
-    digest.update(rgb)
-    return digest.hexdigest()
-
-
-def _fetch(source: Source, settings: MediaSettings) -> tuple[str, bytes | None]:
-    """Return a name for sentences and the bytes of a file; no bytes for a source that is opened already."""
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        check_bytes(source.nbytes if isinstance(source, memoryview) else len(source), "The picture", settings)
-        return "The picture", bytes(source)
+def _read(
+    source: str | os.PathLike[str] | bytes | bytearray | memoryview, settings: MediaSettings
+) -> tuple[str, bytes]:
+    """A name for error sentences, and the bytes of a file."""
+    if isinstance(source, bytes | bytearray | memoryview):
+        check_bytes(memoryview(source).nbytes, _NAME, settings)
+        return _NAME, bytes(source)
     if isinstance(source, os.PathLike):
         return show(source), read_file(source, settings)
-    if not isinstance(source, str):
-        return "The picture", None
     if source[:5].lower() == "data:":
         return "The data: address", read_data_url(source, settings)
     scheme = _SCHEME.match(source)
@@ -105,18 +96,3 @@ def _fetch(source: Source, settings: MediaSettings) -> tuple[str, bytes | None]:
     from opsin.media.fetch import fetch, show_url
 
     return show_url(source), fetch(source, settings)
-
-
-def _decode_pixels(source: Any, settings: MediaSettings) -> Pixels:
-    """Take pixels from what is open already, without importing Pillow or NumPy for a source that is neither."""
-    if isinstance(source, OpenPicture):
-        return source.decode()
-    if (pil := sys.modules.get("PIL.Image")) is not None and isinstance(source, pil.Image):
-        check_size(source.width, source.height, "The picture", settings)
-        return decode_image(source)
-    if (numpy := sys.modules.get("numpy")) is not None and isinstance(source, numpy.ndarray):
-        image, notes = flatten_array(source, "The array", settings)
-        return Pixels(image, "array", source.shape[1], source.shape[0], notes=notes)
-    raise BadParameter(
-        f"A picture can be a path, bytes, a Pillow image, a NumPy array or an address, not a {type(source).__name__}."
-    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import errno
 import os
 import stat
 import time
@@ -18,70 +17,52 @@ if TYPE_CHECKING:
     from opsin.core.settings import MediaSettings
 
 _PIPE_SECONDS = 5.0
-# Without waiting: opening a pipe that nobody writes to would block for ever.
-_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-_REASONS = {
-    errno.ENOENT: "There is no file {name}; check the path.",
-    errno.ENOTDIR: "There is no file {name}; check the path.",
-    errno.EACCES: "{name} may not be read by this user; change its permissions.",
-    errno.EPERM: "{name} may not be read by this user; change its permissions.",
-    errno.ENAMETOOLONG: "The path {name} is too long to be a file's; check what was given as the picture.",
-    errno.ELOOP: "{name} is a link that leads back to itself; give the file itself.",
-    errno.EISDIR: "{name} is a folder, not a picture; give a file in it.",
-}
 
 
 def read_file(path: str | os.PathLike[str], settings: MediaSettings) -> bytes:
-    """Read a picture file, or a pipe, up to the limit on bytes; its size is checked before its contents are read.
+    """Read an image file, or a pipe, up to the limit on bytes; a file's size is checked before it is read.
 
     Raises BadPicture when there is no such file, or it is a folder, a device, unreadable, or a pipe that nobody writes
     to; PictureTooLarge.
     """
     name = show(path)
     try:
-        descriptor = os.open(path, _FLAGS)
-        try:
-            begin = _check_kind(descriptor, name, settings)
-            with open(descriptor, "rb", closefd=False) as file:
-                data = begin + file.read(settings.max_bytes + 1)
-        finally:
-            os.close(descriptor)
+        with open(path, "rb", opener=_open_without_waiting) as file:
+            info, begin = os.fstat(file.fileno()), b""
+            if stat.S_ISFIFO(info.st_mode):
+                begin = _wait_for_writer(file.fileno(), name)
+            elif stat.S_ISREG(info.st_mode):
+                check_bytes(info.st_size, name, settings)
+            else:
+                raise BadPicture(f"{name} is a device, not a file; give a picture file.")
+            data = begin + file.read(settings.max_bytes + 1)
     except ValueError:
         raise BadPicture(f"The path {name} holds a character that no path can; check it.") from None
+    except IsADirectoryError:
+        raise BadPicture(f"{name} is a folder, not a picture; give a file in it.") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise BadPicture(f"There is no file {name}; check the path.") from None
     except OSError as error:
-        sentence = _REASONS.get(error.errno or 0, "{name} cannot be read ({why}); check the file and its disk.")
-        why = show(error.strerror or type(error).__name__)
-        raise BadPicture(sentence.format(name=name, why=why)) from error
+        why = show(error.strerror or type(error).__name__).lower()
+        raise BadPicture(f"{name} cannot be read ({why}); check the path, its permissions and its disk.") from error
     check_bytes(len(data), name, settings)
     return data
 
 
-def _check_kind(descriptor: int, name: str, settings: MediaSettings) -> bytes:
-    """Refuse what is not a file or a pipe; returns what was read of a pipe already."""
-    info = os.fstat(descriptor)
-    if stat.S_ISDIR(info.st_mode):
-        raise IsADirectoryError(errno.EISDIR, "folder")
-    if stat.S_ISFIFO(info.st_mode):
-        return _wait_for_writer(descriptor, name)
-    if not stat.S_ISREG(info.st_mode):
-        raise BadPicture(f"{name} is a device, not a file; give a picture file.")
-    check_bytes(info.st_size, name, settings)
-    return b""
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe that nobody writes to would block for ever
 
 
 def _wait_for_writer(descriptor: int, name: str) -> bytes:
     """The first bytes from a pipe, which blocks from then on. Raises BadPicture when nobody writes in time."""
-    deadline = time.monotonic() + _PIPE_SECONDS
-    while True:
-        try:
-            if begin := os.read(descriptor, 65_536):
-                break
-        except BlockingIOError:  # somebody has opened it, and may take their time
-            begin = b""
-            break
-        if time.monotonic() > deadline:
-            raise BadPicture(f"{name} is a pipe that nobody writes to, not a regular file; give a picture file.")
-        time.sleep(0.02)
+    deadline, begin = time.monotonic() + _PIPE_SECONDS, b""
+    try:
+        while not (begin := os.read(descriptor, 65_536)):
+            if time.monotonic() > deadline:
+                raise BadPicture(f"{name} is a pipe that nobody writes to, not a regular file; give a picture file.")
+            time.sleep(0.02)
+    except BlockingIOError:
+        pass  # somebody has opened it, and may take their time
     os.set_blocking(descriptor, True)
     return begin
 

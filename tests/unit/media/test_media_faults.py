@@ -269,9 +269,9 @@ def test_a_picture_is_returned_as_it_is() -> None:
 def test_a_file_is_opened_once_and_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encode(NOISE, "JPEG")
     opened, hashed = [], []
-    header, digest = JpegImagePlugin.JpegImageFile._open, opsin.media.load.picture_sha256  # type: ignore[attr-defined]
+    header, digest = JpegImagePlugin.JpegImageFile._open, opsin.media.decode.picture_sha256  # type: ignore[attr-defined]
     monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "_open", lambda image: opened.append(1) or header(image))
-    monkeypatch.setattr("opsin.media.load.picture_sha256", lambda *size: hashed.append(1) or digest(*size))
+    monkeypatch.setattr("opsin.media.decode.picture_sha256", lambda *size: hashed.append(1) or digest(*size))
     file = OpenPicture(data, LIMITS)
     assert (file.width, file.height) == (320, 224)
     picture = load_picture(file, LIMITS, 160)

@@ -58,7 +58,7 @@ def test_brands_of_the_iso_media_family(brands: bytes, expected: str | None) -> 
         (b"\x80\x80\x80\x80", "no picture of a known kind"),
         (b"\x00\x01\x02\x03", "no picture of a known kind"),
         (b"P6 4 4 255\n" + bytes(48), "a PNM picture"),
-        (b"G" * 400, "an MPEG transport stream"),
+        (b"G" * 400, "an MPEG video"),
         (b"II*\x00\x10\x00\x00\x00CR\x02\x00" + bytes(40), "a camera's raw file"),
     ],
 )
@@ -71,7 +71,8 @@ def test_kinds_told_apart(data: bytes, name: str) -> None:
 def test_nothing_makes_the_parsers_raise_but_bad_input(data: bytes) -> None:
     with contextlib.suppress(BadInput):
         picture_format(data, "x")
-    check_jpeg(b"\xff\xd8\xff" + data, "x")
+    with contextlib.suppress(BadInput):
+        check_jpeg(b"\xff\xd8\xff" + data, "x", samples.LIMITS)
     for head in (b"RIFF\0\0\0\0WEBP", b"RIFF\0\0\0\0WEBPVP8X", b"\xff\xd8\xff\xc0"):
         with pytest.raises(BadInput):
             load_picture(head + data, samples.LIMITS)
