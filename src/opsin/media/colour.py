@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from opsin.core.settings import MediaSettings
 
-_SHAPES = "(height, width), (height, width, 3) or (height, width, 4)"
+_SHAPES = "(height, width), (height, width, 3) or (height, width, 4), colours last"
 _STRIP = 2**20  # samples that are scaled at a time
 # Tags of TIFF
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
@@ -54,8 +54,7 @@ def flatten_array(array: NDArray[Any], name: str, settings: MediaSettings) -> tu
 
     shape = array.shape
     if len(shape) not in {2, 3} or (len(shape) == 3 and shape[2] not in {3, 4}):
-        hint = "; move the colours to the end" if len(shape) == 3 and shape[0] in {3, 4} else ""
-        raise BadPicture(f"An array of shape {tuple(shape)} is no picture; its shape must be {_SHAPES}{hint}.")
+        raise BadPicture(f"An array of shape {tuple(shape)} is no picture; its shape must be {_SHAPES}.")
     check_size(shape[1], shape[0], name, settings)
     if array.dtype == np.uint8:
         samples = array

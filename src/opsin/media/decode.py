@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import io
 import logging
+import re
 import struct
 import warnings
 from collections.abc import Iterator
@@ -19,8 +20,7 @@ from typing import TYPE_CHECKING, Any
 from opsin.core.errors import BadPicture, OpsinError, PictureTooLarge, PictureUnsupported
 from opsin.core.picture import Picture
 from opsin.media.colour import flatten
-from opsin.media.jpeg import check_jpeg, is_cut_short
-from opsin.media.limits import SUPPORTED, check_bytes, check_size, damaged
+from opsin.media.limits import check_bytes, check_size, damaged
 from opsin.media.sniff import picture_format
 
 if TYPE_CHECKING:
@@ -36,6 +36,19 @@ _TILE_TAGS = (0x0142, 0x0143)
 # Pillow decodes run-length BMP in Python: these bounds keep it within seconds.
 _RLE_MAX_PIXELS = 16_000_000
 _RLE_MAX_BYTES = 8 * 2**20
+# Of JPEG; source: ITU-T T.81, annex B.
+_MAX_SCANS = 100
+_MAX_SEGMENTS = 10_000
+# Within the compressed pixels, 0xFF is followed by zero or is a restart marker.
+_MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")
+_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+# Bits that a block of 8x8 pixels takes at least, by the marker of the frame: two Huffman codes, one in a first scan of
+# progressive files. Arithmetic coding has no such bound.
+_LEAST_BITS = {0xC0: 2, 0xC1: 2, 0xC2: 1}
+# What a JPEG is filled up with, to see whether pixels are missing. Begins with zero in case the file ends in 0xFF; the
+# restart markers are for files that wait for one of them.
+_FILLER = b"".join(bytes((*range(200), 0xFF, 0xD0 + number % 8)) for number in range(16))
 # Pillow's plugins, imported when their first image comes; HEIF has a package of its own.
 _PLUGINS = {"PNG": "Png", "JPEG": "Jpeg", "WEBP": "WebP", "GIF": "Gif", "BMP": "Bmp", "TIFF": "Tiff", "AVIF": "Avif"}
 
@@ -51,13 +64,9 @@ class OpenPicture:
         check_bytes(len(data), name, settings)
         self._data, self._name, self._settings = data, name, settings
         self._kind = picture_format(data, name)
-        if self._kind == "WEBP":
-            check_size(*_webp_size(data), name, settings)
         self._jpeg_end = check_jpeg(data, name, settings) if self._kind == "JPEG" else 0
         with _one_sentence(self._kind, name):
-            stem = _PLUGINS.get(self._kind)
-            module = importlib.import_module(f"PIL.{stem}ImagePlugin" if stem else "pillow_heif")
-            self._image: Image.Image = getattr(module, f"{stem or 'Heif'}ImageFile")(io.BytesIO(data))
+            self._image = _open(self._kind, data)
         self.width, self.height = self._image.size
         check_size(self.width, self.height, name, settings, wide=self._image.mode in {"I", "F"})
 
@@ -73,19 +82,18 @@ class OpenPicture:
             elif self._kind == "PNG":
                 self._correct_transparency()
             elif self._kind == "BMP":
-                self._check_bmp()
-            notes = self._frame_notes()
-            # libheif has applied the container's own turn already, if there is one.
-            turned = self._kind != "HEIF" or any(box in self._data.partition(b"mdat")[0] for box in (b"irot", b"imir"))
-            picture = _to_picture(self._image, self._kind, self._name, longest_edge, notes, oriented=turned)
-            if self._kind == "JPEG" and is_cut_short(self._image, self._data, self._jpeg_end):
+                slow = self.width * self.height > _RLE_MAX_PIXELS or len(self._data) > _RLE_MAX_BYTES
+                if slow and self._image.info.get("compression") in {1, 2}:
+                    raise PictureTooLarge(f"{self._name} is too large for a run-length BMP; save it as PNG.")
+            elif self._kind == "HEIF":
+                # The container's own turn counts, and libheif has applied it; EXIF beside it is only a copy.
+                boxes = self._data.partition(b"mdat")[0]
+                if b"irot" not in boxes and b"imir" not in boxes:
+                    self._image.info["original_orientation"] = 1
+            picture = make_picture(self._image, self._kind, self._name, longest_edge, self._frame_notes())
+            if self._kind == "JPEG" and self._is_cut_short():
                 raise damaged(self._kind, self._name)
             return picture
-
-    def _check_bmp(self) -> None:
-        slow = self.width * self.height > _RLE_MAX_PIXELS or len(self._data) > _RLE_MAX_BYTES
-        if slow and self._image.info.get("compression") in {1, 2}:
-            raise PictureTooLarge(f"{self._name} is too large for a run-length BMP; save it as PNG.")
 
     def _check_tiff(self) -> None:
         tags: Any = getattr(self._image, "tag_v2", {})
@@ -100,49 +108,100 @@ class OpenPicture:
 
     def _correct_transparency(self) -> None:
         """Pillow brings samples to 8 bits, but leaves the transparent colour in the file's own depth."""
-        clear, depth, info = self._image.info.get("transparency"), self._data[24], self._image.info
-        if clear is not None and self._image.mode == "RGB" and depth == 16:
+        info, mode, depth = self._image.info, self._image.mode, self._data[24]
+        clear = info.get("transparency")
+        if clear is not None and mode == "RGB" and depth == 16:
             info["transparency"] = tuple(value >> 8 for value in clear)
-        elif clear is not None and self._image.mode == "L" and depth in {2, 4}:
+        elif clear is not None and mode == "L" and depth in {2, 4}:
             info["transparency"] = clear * (255 // (2**depth - 1))
 
     def _frame_notes(self) -> tuple[str, ...]:
         """One sentence when the file holds more images than the one taken."""
         if not getattr(self._image, "is_animated", False):
             return ()
-        if self._kind == "HEIF":
-            return (f"the main one of {getattr(self._image, 'n_frames', 'several')} pictures was taken",)
         if self._kind in {"GIF", "TIFF"}:  # counting theirs means walking through the whole file
             return (f"the first of several {'frames' if self._kind == 'GIF' else 'pages'} was taken",)
-        return (f"the first of {getattr(self._image, 'n_frames', 'several')} frames was taken",)
+        count = getattr(self._image, "n_frames", 0)
+        main = self._kind == "HEIF"
+        return (f"the {'main one' if main else 'first'} of {count} {'pictures' if main else 'frames'} was taken",)
+
+    def _is_cut_short(self) -> bool:
+        """Whether libjpeg invented the end of a decoded JPEG.
+
+        It does so in mid grey. So if the last pixel is grey, the file is decoded again at an eighth of its size, with
+        and without some bytes put in where its pixels end: they change nothing unless pixels are missing.
+        """
+        corner: Any = self._image.getpixel((self.width - 1, self.height - 1))
+        if any(abs(value - 128) > 8 for value in (corner if isinstance(corner, tuple) else (corner,))):
+            return False
+        thumbnails = []
+        for filler in (b"", _FILLER):
+            image = _open("JPEG", self._data[: self._jpeg_end] + filler + b"\xff\xd9")
+            image.draft(None, (max(1, self.width // 8), max(1, self.height // 8)))
+            thumbnails.append(image.tobytes())
+        return thumbnails[0] != thumbnails[1]
 
 
-def decode_image(image: Image.Image, name: str, longest_edge: int | None) -> Picture:
-    """The pixels of a Pillow image whose size was checked; it is not changed. Raises BadPicture, PictureTooLarge."""
-    kind = image.format or "PIL"
-    with _one_sentence(kind, name):
-        return _to_picture(image, kind, name, longest_edge)
-
-
-def finish(
-    image: Image.Image,
-    kind: str,
-    longest_edge: int | None,
-    notes: tuple[str, ...] = (),
-    orientation: int = 1,
+def make_picture(
+    image: Image.Image, kind: str, name: str, longest_edge: int | None, notes: tuple[str, ...] = ()
 ) -> Picture:
-    """The picture of an upright RGB image, shrunk where its longer edge has more than `longest_edge` pixels."""
-    source_size = image.size if orientation < 5 else image.size[::-1]
-    longer = max(image.size)
-    if longest_edge is not None and longer > longest_edge:
-        from PIL.Image import Resampling
+    """Load an image whose size was checked, turn it upright, flatten it, and shrink it to `longest_edge` pixels.
 
-        width, height = (max(1, edge * longest_edge // longer) for edge in image.size)
-        image = image.resize((width, height), Resampling.LANCZOS)
-        notes = (*notes, f"shrunk to {width} by {height} pixels")
-    rgb = image.tobytes()
-    sha256 = picture_sha256(image.width, image.height, rgb)
-    return Picture(rgb, image.width, image.height, sha256, kind, *source_size, orientation, notes)
+    The image is not changed. Raises BadPicture, PictureTooLarge.
+    """
+    with _one_sentence(kind, name):
+        orientation = _orientation(image)
+        image.load()
+        upright = image
+        # TIFF pixels come turned out of Pillow, HEIC pixels out of libheif: they must not be turned twice.
+        if orientation != 1 and image.format not in {"TIFF", "HEIF"}:
+            from PIL import ImageOps
+
+            upright = ImageOps.exif_transpose(image)
+        flat, more = flatten(upright, name)
+        notes = (*notes, *more)
+        source_size = flat.size if orientation < 5 else flat.size[::-1]
+        longer = max(flat.size)
+        if longest_edge is not None and longer > longest_edge:
+            from PIL.Image import Resampling
+
+            width, height = (max(1, edge * longest_edge // longer) for edge in flat.size)
+            flat = flat.resize((width, height), Resampling.LANCZOS)
+            notes = (*notes, f"shrunk to {width} by {height} pixels")
+        rgb = flat.tobytes()
+        sha256 = picture_sha256(flat.width, flat.height, rgb)
+        return Picture(rgb, flat.width, flat.height, sha256, kind, *source_size, orientation, notes)
+
+
+def check_jpeg(data: bytes, name: str, settings: MediaSettings) -> int:
+    """Walk over the segments without decoding, and return where the compressed pixels end.
+
+    Raises PictureTooLarge for a size beyond the limits and for more than 100 scans, each of which costs a pass over
+    all pixels; BadPicture for more segments than any picture has, and for fewer bytes than its pixels take.
+    """
+    at, end, first, scans, least_bits = 2, len(data), len(data), 0, 0
+    for _ in range(_MAX_SEGMENTS):
+        found = _MARKER.search(data, at)
+        if found is None or found[1][0] == _END_OF_IMAGE:
+            end = found.start() if found else end
+            break
+        marker, at = found[1][0], found.end()
+        if marker in _FRAMES and at + 7 <= len(data) and not least_bits:
+            height, width = struct.unpack_from(">HH", data, at + 3)
+            check_size(width, height, name, settings)
+            least_bits = _LEAST_BITS.get(marker, 0) * -(-width // 8) * -(-height // 8)
+        at += int.from_bytes(data[at : at + 2], "big")
+        if marker == _START_OF_SCAN:
+            first, scans = min(first, at), scans + 1
+            if scans > _MAX_SCANS:
+                raise PictureTooLarge(
+                    f"{name} is a JPEG of more than {_MAX_SCANS} scans, which takes too long to decode; save it again."
+                )
+    else:
+        raise BadPicture(f"{name} has more than {_MAX_SEGMENTS:,} segments, so it is damaged; save it again.")
+    if 8 * max(0, end - first) < least_bits:
+        raise damaged("JPEG", name)
+    return end
 
 
 def picture_sha256(width: int, height: int, rgb: bytes) -> str:
@@ -152,26 +211,12 @@ def picture_sha256(width: int, height: int, rgb: bytes) -> str:
     return digest.hexdigest()
 
 
-def _to_picture(
-    image: Image.Image,
-    kind: str,
-    name: str,
-    longest_edge: int | None,
-    notes: tuple[str, ...] = (),
-    *,
-    oriented: bool = True,
-) -> Picture:
-    """Load an image, turn it upright and flatten it; unless it is `oriented`, its EXIF says nothing about its turn."""
-    orientation = _orientation(image) if oriented else 1
-    image.load()
-    turned = image
-    # TIFF pixels come turned out of Pillow, HEIC pixels out of libheif: they must not be turned twice.
-    if orientation != 1 and image.format not in {"TIFF", "HEIF"}:
-        from PIL import ImageOps
-
-        turned = ImageOps.exif_transpose(image)
-    flat, more = flatten(turned, name)
-    return finish(flat, kind, longest_edge, (*notes, *more), orientation)
+def _open(kind: str, data: bytes) -> Image.Image:
+    """Read a file's header with the one plugin for its kind."""
+    stem = _PLUGINS.get(kind)
+    module = importlib.import_module(f"PIL.{stem}ImagePlugin" if stem else "pillow_heif")
+    image: Image.Image = getattr(module, f"{stem or 'Heif'}ImageFile")(io.BytesIO(data))
+    return image
 
 
 def _orientation(image: Image.Image) -> int:
@@ -200,35 +245,14 @@ def _one_sentence(kind: str, name: str) -> Iterator[None]:
         yield
     except OpsinError:
         raise
-    except MemoryError:
-        raise PictureTooLarge(f"{name} does not fit the memory when decoded; scale it down first.") from None
-    except NotImplementedError as error:
-        raise PictureUnsupported(f"{name} is a kind of {kind} that is not read ({SUPPORTED}).") from error
-    except ImportError as error:
+    except (NotImplementedError, ImportError) as error:
         raise PictureUnsupported(
-            f"{name} is {kind}, and this machine's Pillow or pillow-heif lacks the decoder; "
-            "reinstall them, or save the picture as PNG."
+            f"{name} is a kind of {kind} that this machine's Pillow or pillow-heif cannot read; save it as PNG."
         ) from error
     except Exception as error:
         logger.debug("%s cannot be decoded as %s: %r", name, kind, error)
+        if isinstance(error, MemoryError) or type(error).__name__ == "DecompressionBombError":
+            raise PictureTooLarge(f"{name} is too large to be decoded; scale it down first.") from None
         if "MAX_TEXT" in str(error):  # Pillow's limits on text in PNG: 1 MiB each, 64 MiB in all
-            raise BadPicture(
-                f"{name} holds more text beside its pixels than is read; save it without metadata."
-            ) from error
+            raise BadPicture(f"{name} holds more text beside its pixels than is read; save it without it.") from error
         raise damaged(kind, name) from error
-
-
-def _webp_size(data: bytes) -> tuple[int, int]:
-    """Width and height in a WebP file's first chunk; libwebp allocates its canvas as soon as it is opened."""
-
-    def number(start: int, end: int) -> int:
-        return int.from_bytes(data[start:end], "little")
-
-    chunk = data[12:16]
-    if chunk == b"VP8X":
-        return 1 + number(24, 27), 1 + number(27, 30)
-    if chunk == b"VP8L" and data[20:21] == b"\x2f":
-        return 1 + (number(21, 25) & 0x3FFF), 1 + (number(21, 25) >> 14 & 0x3FFF)
-    if chunk == b"VP8 " and data[23:26] == b"\x9d\x01\x2a":
-        return number(26, 28) & 0x3FFF, number(28, 30) & 0x3FFF
-    return 1, 1  # nothing that libwebp opens

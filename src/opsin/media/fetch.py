@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import http.client
 import os
 import socket
 import ssl
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
 Resolver = Callable[[str, int], Sequence[str]]
 """Host and port in, the IP addresses that may be connected to out, best first; raises FetchFailed to refuse them."""
 
-_REDIRECTS = frozenset((301, 302, 303, 307, 308))
 _MAX_URL_CHARS = 8192
 _POLL_SECONDS = 0.5
 _HEADERS = {"User-Agent": "opsin", "Accept": "image/*", "Accept-Encoding": "identity"}
@@ -79,22 +76,20 @@ def fetch(
 
 async def _bounded(url: str, settings: MediaSettings, resolve: Resolver, cancelled: Callable[[], bool]) -> bytes:
     """Fetch until the deadline, or until it is cancelled; no slow drip of bytes lasts longer."""
-    deadline = time.monotonic() + settings.fetch_seconds
     work = asyncio.create_task(_follow(url, settings, resolve))
-    while not work.done():
-        seconds = deadline - time.monotonic()
-        if seconds > 0 and not cancelled():
-            await asyncio.wait([work], timeout=min(seconds, _POLL_SECONDS))
-            continue
-        work.cancel()
-        await asyncio.wait([work])
-        if seconds > 0:
-            raise FetchFailed("The fetch of the picture was cancelled.")
+    try:
+        async with asyncio.timeout(settings.fetch_seconds):
+            while not (await asyncio.wait([work], timeout=_POLL_SECONDS))[0]:
+                if cancelled():
+                    raise FetchFailed("The fetch of the picture was cancelled.")
+            return work.result()
+    except TimeoutError:
         raise FetchFailed(
             f"{show_url(url)} did not answer whole within {settings.fetch_seconds:g} s; try again, or download it "
             "and give the file."
-        )
-    return work.result()
+        ) from None
+    finally:
+        work.cancel()
 
 
 async def _follow(url: str, settings: MediaSettings, resolve: Resolver) -> bytes:
@@ -120,17 +115,14 @@ async def _get(url: httpx.URL, settings: MediaSettings, resolve: Resolver) -> by
     # A new one for each request: a connection must not serve another host that has the same address.
     async with httpx.AsyncHTTPTransport(verify=_tls(), trust_env=False) as transport:
         answer = await _connect(transport, url, resolve)
-        if answer.status_code in _REDIRECTS and "location" in answer.headers:
+        if answer.has_redirect_location:
             return str(answer.headers["location"])
-        if answer.status_code != http.client.OK:
-            phrase = http.client.responses.get(answer.status_code)
-            status = f"{answer.status_code} ({phrase})" if phrase else f"{answer.status_code}"
+        if answer.status_code != httpx.codes.OK:
+            status = f"{answer.status_code} {httpx.codes.get_reason_phrase(answer.status_code)}".rstrip()
             raise FetchFailed(f"{name} answered {status} instead of a picture; check the address.")
         if answer.headers.get("content-encoding", "identity") != "identity":
             raise FetchFailed(f"{name} answered compressed, which was not asked for; download it and give the file.")
-        announced = answer.headers.get("content-length", "")
-        if announced.isdigit() and len(announced) < 20:
-            check_bytes(int(announced), name, settings)
+        check_bytes(int(answer.headers.get("content-length", "1")), name, settings)
         body = bytearray()
         async for chunk in answer.aiter_raw():
             body += chunk

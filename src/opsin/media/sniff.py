@@ -57,9 +57,9 @@ _REFUSED = (
     ("a NumPy file", "load it and hand over the array", _begins(rb"\x93NUMPY")),
     ("a program", _OTHER, _begins(rb"\x7fELF|MZ")),
     ("an MP3 or AAC audio file", _AUDIO, _begins(rb"\xff[\xfb\xf3\xf2\xfa\xf1\xf9]")),
+    ("an SVG drawing", _RENDER, _begins(rb"(?i:.*<svg[\s>])")),
+    ("a web page", "give the picture itself", _begins(rb"(?i:.*<(!doctype\s+html|html|head|body)\b)")),
 )
-_SVG = re.compile(rb"<svg[\s>]", re.IGNORECASE)
-_HTML = re.compile(rb"<(!doctype\s+html|html|head|body)\b", re.IGNORECASE)
 
 
 def picture_format(data: bytes, name: str) -> str:
@@ -76,10 +76,6 @@ def picture_format(data: bytes, name: str) -> str:
             raise PictureUnsupported(f"{name} is {what}, which cannot be read; {remedy}.")
     if not _is_text(head):
         raise BadPicture(f"{name} is no picture of a known kind, or its beginning is damaged; {_OTHER}.")
-    if _SVG.search(head):
-        raise PictureUnsupported(f"{name} is an SVG drawing, which cannot be read; {_RENDER}.")
-    if _HTML.search(head):
-        raise PictureUnsupported(f"{name} is a web page; give the address or the file of the picture itself.")
     raise BadPicture(f"{name} is a text file, not a picture; {_OTHER}.")
 
 
