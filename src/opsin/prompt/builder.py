@@ -4,22 +4,64 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 from opsin.core.errors import BadPrompt
 from opsin.core.parts import Part, PicturePart, Prompt, TextPart
 from opsin.core.picture import Picture
 from opsin.core.reasoning import ReasoningStyle
 from opsin.prompt.builtin import SHIPPED, choose
-from opsin.prompt.message import Content, Message
 from opsin.prompt.placeholders import ControlTokens, Placeholders
-from opsin.prompt.reasoning import find_style
 from opsin.prompt.template import ChatTemplate, TemplateSource
 from opsin.prompt.trial import check_template
 
+Role = Literal["system", "user", "assistant", "tool"]
+Content = str | Picture
+
+_ROLES: tuple[str, ...] = get_args(Role)
 _SWITCHES = ("enable_thinking", "thinking")  # the second is Kimi's and DeepSeek's
 # Markers that begin or end a turn. Where the vocabulary has no token for one, the model writes it as plain text.
 _TURN_MARKERS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<end_of_utterance>", "<|end|>", "[INST]")
+
+
+_TAGS = (
+    ("◁think▷", "◁/think▷"),  # Kimi-VL
+    ("<|channel>thought", "<channel|>"),  # Gemma 4
+    ("[THINK]", "[/THINK]"),  # Mistral
+    ("<think>", "</think>"),  # Qwen, GLM-4V, Kimi K2.5, MiMo, InternVL 3.5, …
+)
+_BOX = ("<|begin_of_box|>", "<|end_of_box|>")
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message. `content` is a text, or texts and pictures in reading order.
+
+    `reasoning` is what an assistant thought before this answer; most templates drop it from older turns.
+    `tool_calls`, `tool_call_id` and `name` go to the template as they are, in the shape of OpenAI's API.
+    Raises BadPrompt for a role or a content of another kind.
+    """
+
+    role: Role
+    content: str | Sequence[Content]
+    reasoning: str | None = None
+    tool_calls: Sequence[Mapping[str, Any]] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.role not in _ROLES:
+            raise BadPrompt(f"A message's role is {self.role!r}: use one of {', '.join(_ROLES)}.")
+        if not isinstance(self.content, (str, Sequence)) or not all(
+            isinstance(part, (str, Picture)) for part in self.parts
+        ):
+            raise BadPrompt("A message's content is neither a text nor a list of texts and pictures.")
+
+    @property
+    def parts(self) -> tuple[Content, ...]:
+        """The content in order; a plain text is its only part."""
+        return (self.content,) if isinstance(self.content, str) else tuple(self.content)
 
 
 class PromptBuilder:
@@ -76,7 +118,7 @@ class PromptBuilder:
         placeholders = Placeholders(self._tokens)
         rendered = self._template.render(
             [self._shape(message, placeholders) for message in self._fold_system(messages)],
-            tools=placeholders.protect_all(tools) if tools else None,
+            tools=placeholders.protect(tools) if tools else None,
             add_generation_prompt=add_generation_prompt,
             switches=None if thinking is None else dict.fromkeys(_SWITCHES, thinking),
         )
@@ -116,7 +158,7 @@ class PromptBuilder:
     def _shape(self, message: Message, placeholders: Placeholders) -> dict[str, Any]:
         parts, thoughts = self._split_thoughts(message)
         merged = [
-            placeholders.picture(part) if isinstance(part, Picture) else placeholders.protect(part)
+            placeholders.place(part) if isinstance(part, Picture) else placeholders.protect(part)
             for part in _merge(parts)
         ]
         has_picture = any(isinstance(part, Picture) for part in parts)
@@ -130,7 +172,7 @@ class PromptBuilder:
         for name in ("tool_calls", "tool_call_id", "name"):
             value = getattr(message, name)
             if value is not None:
-                shaped[name] = placeholders.protect_all(value)
+                shaped[name] = placeholders.protect(value)
         return shaped
 
     def _wants_list(self, role: str, has_picture: bool) -> bool:
@@ -156,6 +198,16 @@ class PromptBuilder:
             return parts, message.reasoning
         thoughts, answer = style.split(parts[0])
         return (answer,), message.reasoning if thoughts is None else thoughts
+
+
+def find_style(source: TemplateSource, template: str) -> ReasoningStyle | None:
+    """The style of a model, by its template's text and its vocabulary; None for one that does not think aloud."""
+    for opening, closing in _TAGS:
+        if opening in template or opening in source.control_tokens:
+            if _BOX[0] in source.control_tokens or _BOX[0] in template:  # GLM-4V
+                return ReasoningStyle(opening, closing, ("<answer>", "</answer>"), _BOX)
+            return ReasoningStyle(opening, closing)
+    return None
 
 
 def _merge(parts: Sequence[Content]) -> list[Content]:

@@ -23,27 +23,27 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from opsin.core.errors import BadPrompt
 
-MAX_TEMPLATE_CHARS = 65_536  # the longest in use have about 17,000
-MAX_INPUT_CHARS = 2_000_000
+_MAX_TEMPLATE_CHARS = 65_536  # the longest in use have about 17,000
+_MAX_INPUT_CHARS = 2_000_000
 _MAX_OUTPUT_CHARS = 4_000_000
 _OUTPUT_PER_INPUT = 32  # a template may write each character of the messages this often
 _MAX_SECONDS = 2.0  # CPU time of one rendering; honest ones take milliseconds
-
 _PROBE = "opsinprobe"
+_SYSTEM_PROBE = "opsinsystem"
 
 Json = Mapping[str, Any]
+Shape = Literal["string", "list"]
 
 
 @dataclass(frozen=True, slots=True)
 class TemplateSource:
     """The parts of a model file that decide how its prompts are written, as plain values.
 
-    `template` is the file's own Jinja chat template, None when it ships none. `architecture` is GGUF's
-    `general.architecture` ("llama", "qwen2vl", …); `name` is any text that names the model, best `general.name` and
-    the file's name together; `projector` is the projector type ("mlp", "deepseekocr", …) when there is one.
-    `control_tokens` holds the text of every token that the tokenizer reads as one token when it parses special
-    tokens: user text that looks like one is kept plain. `kv_groups` is the number of query heads per key/value head;
-    it tells Mistral from Vicuna where the names do not.
+    `template` is the file's own Jinja chat template, if it ships one. `architecture` is GGUF's `general.architecture`;
+    `name` is any text that names the model; `projector` is the projector type ("mlp", "deepseekocr", …).
+    `control_tokens` holds the text of every token that the tokenizer reads as one when it parses special tokens: user
+    text that looks like one is kept plain. `kv_groups` is the number of query heads per key/value head; it tells
+    Mistral from Vicuna where the names do not.
     """
 
     template: str | None
@@ -58,15 +58,11 @@ class TemplateSource:
 
 @dataclass(frozen=True, slots=True)
 class Abilities:
-    """What a template understands, found by rendering small conversations.
-
-    `strings` and `lists`: a user's content may be a string, or a list of typed parts. `system`: the shape in which a
-    system message comes out, None where it does not.
-    """
+    """Whether a user's content may be a string, or a list of typed parts; the shape of a system message, if any."""
 
     strings: bool
     lists: bool
-    system: Literal["string", "list"] | None
+    system: Shape | None
 
 
 class TooCostly(BadPrompt):
@@ -98,15 +94,9 @@ def _strftime_now(text: str) -> str:
     return dt.datetime.now().strftime(text)  # noqa: DTZ005 - a template asks for the user's own day
 
 
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
+def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
     """JSON without HTML escapes, as `transformers` writes it."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 @cache
@@ -129,8 +119,8 @@ class ChatTemplate:
     """
 
     def __init__(self, text: str, *, bos_token: str, eos_token: str) -> None:
-        if len(text) > MAX_TEMPLATE_CHARS:
-            raise TooCostly(f"has {len(text):,} characters, more than the {MAX_TEMPLATE_CHARS:,} that are read")
+        if len(text) > _MAX_TEMPLATE_CHARS:
+            raise TooCostly(f"has {len(text):,} characters, more than the {_MAX_TEMPLATE_CHARS:,} that are read")
         self.text = text
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
         with _one_sentence():
@@ -145,7 +135,6 @@ class ChatTemplate:
         switches: Json | None = None,
     ) -> str:
         """The prompt's text. Raises BadPrompt when the template refuses the messages, fails, or costs too much."""
-        left = _MAX_OUTPUT_CHARS + _OUTPUT_PER_INPUT * _check_input(messages, tools)
         deadline = time.thread_time() + _MAX_SECONDS
         variables = {
             **self._tokens,
@@ -156,6 +145,10 @@ class ChatTemplate:
         }
         pieces = []
         with _one_sentence():
+            size = len(json.dumps([messages, tools], ensure_ascii=False, default=str))
+            if size > _MAX_INPUT_CHARS:
+                raise BadPrompt(f"The messages have {size:,} characters: at most {_MAX_INPUT_CHARS:,} are taken.")
+            left = _MAX_OUTPUT_CHARS + _OUTPUT_PER_INPUT * size
             for piece in self._template.generate(variables):
                 pieces.append(piece)
                 left -= len(piece)
@@ -173,23 +166,23 @@ class ChatTemplate:
     @cached_property
     def abilities(self) -> Abilities:
         """What the template understands; a template that fails at every try is taken to want plain strings."""
-        lists = self._renders(_PROBE, _wrap("user", _PROBE, lists=True))
-        strings = self._renders(_PROBE, _wrap("user", _PROBE)) or not lists
-        system: Literal["string", "list"] | None = None
-        shapes: tuple[Literal["string", "list"], ...] = ("string", "list") if strings else ("list", "string")
-        for shape in shapes:
-            question = _wrap("user", _PROBE, lists=not strings)
-            if self._renders("opsinsystem", _wrap("system", "opsinsystem", lists=shape == "list"), question):
-                system = shape
-                break
-        return Abilities(strings, lists, system)
+        lists = self._renders(_PROBE, _message("user", _PROBE, "list"))
+        strings = self._renders(_PROBE, _message("user", _PROBE, "string")) or not lists
+        shapes: tuple[Shape, ...] = ("string", "list") if strings else ("list", "string")
+        question = _message("user", _PROBE, shapes[0])
+        understood = (
+            shape
+            for shape in shapes
+            if self._renders(_SYSTEM_PROBE, _message("system", _SYSTEM_PROBE, shape), question)
+        )
+        return Abilities(strings, lists, next(understood, None))
 
     def keeps_thoughts(self, opening: str, closing: str) -> bool:
         """Whether a block of thoughts in an older answer comes out as text."""
-        lists = not self.abilities.strings
-        question = _wrap("user", _PROBE, lists=lists)
-        answer = f"{opening}\nopsinthought\n{closing}\n\nopsinanswer"
-        return self._renders("opsinthought", question, _wrap("assistant", answer, lists=lists), question)
+        shape: Shape = "string" if self.abilities.strings else "list"
+        question = _message("user", _PROBE, shape)
+        answer = _message("assistant", f"{opening}\nopsinthought\n{closing}\n\nopsinanswer", shape)
+        return self._renders("opsinthought", question, answer, question)
 
     def _renders(self, word: str, *messages: Json) -> bool:
         try:
@@ -200,25 +193,8 @@ class ChatTemplate:
         return word in text and not any(f"{quote}{word}{quote}" in text for quote in "'\"")
 
 
-def _wrap(role: str, text: str, *, lists: bool = False) -> Json:
-    return {"role": role, "content": [{"type": "text", "text": text}] if lists else text}
-
-
-def _check_input(*values: Any) -> int:
-    """Characters and items in the values. Raises BadPrompt beyond MAX_INPUT_CHARS."""
-    total, stack = 0, list(values)
-    while stack:
-        item = stack.pop()
-        if isinstance(item, str):
-            total += len(item)
-        elif isinstance(item, Mapping):
-            stack.extend((*item.keys(), *item.values()))
-        elif isinstance(item, Sequence):
-            stack.extend(item)
-            total += len(item)
-    if total > MAX_INPUT_CHARS:
-        raise BadPrompt(f"The messages have {total:,} characters: at most {MAX_INPUT_CHARS:,} are taken.")
-    return total
+def _message(role: str, text: str, shape: Shape) -> Json:
+    return {"role": role, "content": text if shape == "string" else [{"type": "text", "text": text}]}
 
 
 @contextmanager

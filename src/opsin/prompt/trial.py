@@ -1,13 +1,14 @@
 """A trial of a stranger's chat template in a child process with limits, before this process renders it.
 
-A template is a program that comes with a model file. Jinja's sandbox keeps it away from Python, but any template can
-loop for ever or repeat a string until memory is full, and no thread can be stopped. So it is compiled and rendered
-once, on a long conversation of awkward texts, where the operating system can end it.
+Jinja's sandbox keeps a template away from Python, but any template can loop for ever or repeat a string until memory
+is full, and no thread can be stopped. So it is compiled and rendered once, on a long conversation of awkward texts,
+where the operating system can end it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -20,16 +21,17 @@ from typing import Any
 from opsin.core.errors import BadPrompt, ModelUnreadable
 from opsin.prompt.template import ChatTemplate, TooCostly
 
-CPU_SECONDS = 1.0
-MEMORY_BYTES = 128 * 2**20
-# The only limit on Windows; elsewhere for a machine so busy that a second of CPU time takes long.
-_WALL_SECONDS = 10 if sys.platform == "win32" else 60
-
+_CPU_SECONDS = 1.0
+_MEMORY_BYTES = 128 * 2**20
+# For a machine so busy that a second of CPU time takes long; the only limit on Windows.
+_WALL_SECONDS = 60
+_TURNS = 50
 _TEXTS = (
     "What do you see?", "", " " * 4000, "\n" * 2000, "a b " * 1000, "<" * 2000, "</think>" * 300, "7" * 5000,
     "{{ messages }}{% if %}", "äß😀" * 500, "word\n" * 2000,
 )  # fmt: skip
-_TURNS = 50
+_CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": {"at": "</s>" * 100}}}
+_TOOLS = [{"type": "function", "function": {"name": f"look{n}", "parameters": {"type": "object"}}} for n in range(20)]
 
 
 def check_template(text: str, *, bos_token: str, eos_token: str) -> None:
@@ -37,21 +39,18 @@ def check_template(text: str, *, bos_token: str, eos_token: str) -> None:
 
     The verdict is remembered, by the template's text, as long as the process lives.
     """
-    fault = _try(text, bos_token, eos_token)
-    if fault is not None:
+    if (fault := _find_fault(text, bos_token, eos_token)) is not None:
         raise ModelUnreadable(fault)
 
 
 @cache
-def _try(text: str, bos_token: str, eos_token: str) -> str | None:
-    """What is wrong with the template, as a sentence; None when nothing is."""
-    path = os.pathsep.join(entry for entry in sys.path if entry)
+def _find_fault(text: str, bos_token: str, eos_token: str) -> str | None:
     try:
         child = subprocess.run(
             [sys.executable, "-P", "-c", "from opsin.prompt.trial import main; main()"],
             input=json.dumps([text, bos_token, eos_token]).encode(),
             capture_output=True,
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)},
             timeout=_WALL_SECONDS,
             check=False,
         )
@@ -59,10 +58,9 @@ def _try(text: str, bos_token: str, eos_token: str) -> str | None:
         return str(TooCostly("runs too long"))
     except OSError as error:
         return f"The model's chat template cannot be tried in a process of its own: {error.strerror or error}."
-    if sys.platform != "win32" and child.returncode == -signal.SIGPROF:
-        return str(TooCostly("runs too long"))
     if child.returncode != 0:
-        return str(TooCostly("ends the process that renders it"))
+        late = sys.platform != "win32" and child.returncode == -signal.SIGPROF
+        return str(TooCostly("runs too long" if late else "ends the process that renders it"))
     fault: str | None = json.loads(child.stdout)
     return fault
 
@@ -80,37 +78,32 @@ def main() -> None:
 
 
 def _limit() -> None:
-    """From here on this process ends after CPU_SECONDS, and gets MEMORY_BYTES more at most."""
+    """From here on this process ends after _CPU_SECONDS, and gets _MEMORY_BYTES more at most."""
     if sys.platform == "win32":
         return
     import resource
 
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
-    used = Path("/proc/self/statm")
+    signal.setitimer(signal.ITIMER_PROF, _CPU_SECONDS)
     with contextlib.suppress(OSError, ValueError):  # macOS has no such file and does not keep the limit either
-        size = int(used.read_text().split()[0]) * resource.getpagesize() + MEMORY_BYTES
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        size = pages * resource.getpagesize() + _MEMORY_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (size, size))
 
 
 def _render_all(template: ChatTemplate) -> None:
     """Render conversations as the builder would; the template may refuse them, but it may not cost too much."""
-    shapes = [shape for shape in (False, True) if (template.abilities.lists if shape else template.abilities.strings)]
-    for lists in shapes:
-        for full in (False, True):
-            messages = _conversation(lists=lists, full=full)
-            for switches in ({}, {"enable_thinking": True}, {"enable_thinking": False}):
-                for some in (messages[-1:], messages):
-                    try:
-                        template.render(some, tools=_TOOLS if full else None, switches=switches)
-                    except TooCostly:
-                        raise
-                    except BadPrompt:
-                        continue
-
-
-_CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": {"at": "</s>" * 100}}}
-_TOOLS = [{"type": "function", "function": {"name": f"look{n}", "parameters": {"type": "object"}}} for n in range(20)]
+    shapes = [lists for lists in (False, True) if (template.abilities.lists if lists else template.abilities.strings)]
+    for lists, full, thinking in itertools.product(shapes, (False, True), (None, True, False)):
+        messages = _conversation(lists=lists, full=full)
+        for some in (messages[-1:], messages):
+            try:
+                switches = {} if thinking is None else {"enable_thinking": thinking}
+                template.render(some, tools=_TOOLS if full else None, switches=switches)
+            except TooCostly:
+                raise
+            except BadPrompt:
+                continue
 
 
 def _conversation(*, lists: bool, full: bool) -> list[dict[str, Any]]:
