@@ -1,7 +1,6 @@
-"""An image from an http(s) address, bounded in bytes, time and redirects.
+"""An image from an http(s) address, bounded in bytes, time and redirects, without the environment's proxies.
 
-A host name is resolved once for each request, a policy may refuse its addresses, and the address that was checked is
-the one connected to. Proxies of the environment are not used.
+A host name is resolved once a request, a policy may refuse its addresses, and the one checked is connected to.
 """
 
 from __future__ import annotations

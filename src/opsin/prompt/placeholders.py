@@ -84,22 +84,20 @@ class Placeholders:
         """
         parts: list[Part] = []
         found: list[int] = []
-        pieces = re.split(f"{self._stem}([0-9]{{{_INDEX_DIGITS}}})", rendered)
-        for text, digits in zip(pieces[::2], [*pieces[1::2], None], strict=True):
-            if self._stem[: _STEM_DIGITS // 2] in text:
+        for at, piece in enumerate(re.split(f"{self._stem}([0-9]{{{_INDEX_DIGITS}}})", rendered)):
+            if at % 2 == 0:
+                if self._stem[: _STEM_DIGITS // 2] in piece:
+                    raise BadPrompt(_CUT_APART)
+                _add_text(parts, piece, special=True)
+                continue
+            if int(piece) >= len(self._originals):
                 raise BadPrompt(_CUT_APART)
-            _add_text(parts, text, special=True)
-            if digits is None:
-                break
-            index = int(digits)
-            if index >= len(self._originals):
-                raise BadPrompt(_CUT_APART)
-            original = self._originals[index]
+            original = self._originals[int(piece)]
             if isinstance(original, str):
                 _add_text(parts, original, special=False)
             else:
                 parts.append(PicturePart(original))
-                found.append(index)
+                found.append(int(piece))
         wanted = [index for index, original in enumerate(self._originals) if isinstance(original, Picture)]
         for number, index in enumerate(wanted, 1):
             if index not in found:

@@ -28,8 +28,6 @@ _MAX_INPUT_CHARS = 2_000_000
 _MAX_OUTPUT_CHARS = 4_000_000
 _OUTPUT_PER_INPUT = 32  # a template may write each character of the messages this often
 _MAX_SECONDS = 2.0  # CPU time of one rendering; honest ones take milliseconds
-_PROBE = "opsinprobe"
-_SYSTEM_PROBE = "opsinsystem"
 
 Json = Mapping[str, Any]
 Shape = Literal["string", "list"]
@@ -39,11 +37,9 @@ Shape = Literal["string", "list"]
 class TemplateSource:
     """The parts of a model file that decide how its prompts are written, as plain values.
 
-    `template` is the file's own Jinja chat template, if it ships one. `architecture` is GGUF's `general.architecture`;
-    `name` is any text that names the model; `projector` is the projector type ("mlp", "deepseekocr", …).
-    `control_tokens` holds the text of every token that the tokenizer reads as one when it parses special tokens: user
-    text that looks like one is kept plain. `kv_groups` is the number of query heads per key/value head; it tells
-    Mistral from Vicuna where the names do not.
+    `template` is the file's own Jinja chat template, if it ships one; `name` is any text that names the model.
+    `control_tokens` are the texts that the tokenizer reads as one token when it parses special tokens: user text that
+    looks like one is kept plain. `kv_groups`, query heads per key/value head, tells Mistral from Vicuna.
     """
 
     template: str | None
@@ -72,10 +68,6 @@ class TooCostly(BadPrompt):
         super().__init__(f"The model's chat template {what}: use another file of this model.")
 
 
-class _Raised(Exception):
-    """The template called `raise_exception`."""
-
-
 class _Generation(Extension):
     """`{% generation %}`, with which trainers mark an assistant's words: its body is written as it is."""
 
@@ -87,7 +79,7 @@ class _Generation(Extension):
 
 
 def _raise_exception(message: object = "") -> NoReturn:
-    raise _Raised(str(message))
+    raise BadPrompt(f"The model's chat template refuses these messages: {_one_line(message)}")
 
 
 def _strftime_now(text: str) -> str:
@@ -112,10 +104,9 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 class ChatTemplate:
-    """A Jinja chat template with the conventions of the models' publishers.
+    """A Jinja chat template with the conventions of the models' publishers; threads may share it.
 
-    It is given `messages`, `tools`, `add_generation_prompt`, `bos_token`, `eos_token` and the caller's switches. Safe
-    to use from several threads. Raises BadPrompt when the text is not a template that can be used.
+    Raises BadPrompt when the text is not a template that can be used.
     """
 
     def __init__(self, text: str, *, bos_token: str, eos_token: str) -> None:
@@ -135,21 +126,15 @@ class ChatTemplate:
         switches: Json | None = None,
     ) -> str:
         """The prompt's text. Raises BadPrompt when the template refuses the messages, fails, or costs too much."""
+        given = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
         deadline = time.thread_time() + _MAX_SECONDS
-        variables = {
-            **self._tokens,
-            **(switches or {}),
-            "messages": messages,
-            "tools": tools,
-            "add_generation_prompt": add_generation_prompt,
-        }
         pieces = []
         with _one_sentence():
-            size = len(json.dumps([messages, tools], ensure_ascii=False, default=str))
+            size = len(json.dumps(given, ensure_ascii=False, default=str))
             if size > _MAX_INPUT_CHARS:
                 raise BadPrompt(f"The messages have {size:,} characters: at most {_MAX_INPUT_CHARS:,} are taken.")
             left = _MAX_OUTPUT_CHARS + _OUTPUT_PER_INPUT * size
-            for piece in self._template.generate(variables):
+            for piece in self._template.generate({**self._tokens, **(switches or {}), **given}):
                 pieces.append(piece)
                 left -= len(piece)
                 if left < 0:
@@ -166,25 +151,23 @@ class ChatTemplate:
     @cached_property
     def abilities(self) -> Abilities:
         """What the template understands; a template that fails at every try is taken to want plain strings."""
-        lists = self._renders(_PROBE, _message("user", _PROBE, "list"))
-        strings = self._renders(_PROBE, _message("user", _PROBE, "string")) or not lists
+        lists = self._shows("opsinuser", _message("user", "opsinuser", "list"))
+        strings = self._shows("opsinuser", _message("user", "opsinuser", "string")) or not lists
         shapes: tuple[Shape, ...] = ("string", "list") if strings else ("list", "string")
-        question = _message("user", _PROBE, shapes[0])
-        understood = (
-            shape
-            for shape in shapes
-            if self._renders(_SYSTEM_PROBE, _message("system", _SYSTEM_PROBE, shape), question)
-        )
-        return Abilities(strings, lists, next(understood, None))
+        question = _message("user", "opsinuser", shapes[0])
+        for shape in shapes:
+            if self._shows("opsinsystem", _message("system", "opsinsystem", shape), question):
+                return Abilities(strings, lists, shape)
+        return Abilities(strings, lists, None)
 
     def keeps_thoughts(self, opening: str, closing: str) -> bool:
         """Whether a block of thoughts in an older answer comes out as text."""
         shape: Shape = "string" if self.abilities.strings else "list"
-        question = _message("user", _PROBE, shape)
+        question = _message("user", "opsinuser", shape)
         answer = _message("assistant", f"{opening}\nopsinthought\n{closing}\n\nopsinanswer", shape)
-        return self._renders("opsinthought", question, answer, question)
+        return self._shows("opsinthought", question, answer, question)
 
-    def _renders(self, word: str, *messages: Json) -> bool:
+    def _shows(self, word: str, *messages: Json) -> bool:
         try:
             text = self.render(messages)
         except BadPrompt:
@@ -204,18 +187,15 @@ def _one_sentence() -> Iterator[None]:
         yield
     except BadPrompt:
         raise
-    except _Raised as error:
-        raise BadPrompt(f"The model's chat template refuses these messages: {_short(error)}") from None
     except (MemoryError, OverflowError):
         raise TooCostly("takes too much memory") from None
     except TemplateSyntaxError as error:
-        raise BadPrompt(f"The model's chat template has a mistake in line {error.lineno}: {_short(error)}") from None
+        raise BadPrompt(f"The model's chat template has a mistake in line {error.lineno}: {_one_line(error)}") from None
     except Exception as error:  # noqa: BLE001 - a template is a stranger's program and may raise anything
-        raise BadPrompt(
-            f"The model's chat template failed on these messages with a {type(error).__name__}: {_short(error)}"
-        ) from None
+        what = f"{type(error).__name__}: {_one_line(error)}"
+        raise BadPrompt(f"The model's chat template failed on these messages with a {what}") from None
 
 
-def _short(error: Exception) -> str:
-    text = "".join(letter if letter.isprintable() else " " for letter in str(error)[:300])
+def _one_line(message: object) -> str:
+    text = "".join(letter if letter.isprintable() else " " for letter in str(message)[:300])
     return " ".join(text.split()).rstrip(".") + "."

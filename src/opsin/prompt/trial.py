@@ -34,17 +34,9 @@ _CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments"
 _TOOLS = [{"type": "function", "function": {"name": f"look{n}", "parameters": {"type": "object"}}} for n in range(20)]
 
 
-def check_template(text: str, *, bos_token: str, eos_token: str) -> None:
-    """Raise ModelUnreadable unless the template compiles and renders a long conversation within the limits.
-
-    The verdict is remembered, by the template's text, as long as the process lives.
-    """
-    if (fault := _find_fault(text, bos_token, eos_token)) is not None:
-        raise ModelUnreadable(fault)
-
-
 @cache
-def _find_fault(text: str, bos_token: str, eos_token: str) -> str | None:
+def check_template(text: str, *, bos_token: str, eos_token: str) -> None:
+    """Raise ModelUnreadable unless the template compiles and renders a long conversation within the limits."""
     try:
         child = subprocess.run(
             [sys.executable, "-P", "-c", "from opsin.prompt.trial import main; main()"],
@@ -54,27 +46,26 @@ def _find_fault(text: str, bos_token: str, eos_token: str) -> str | None:
             timeout=_WALL_SECONDS,
             check=False,
         )
-    except subprocess.TimeoutExpired:
-        return str(TooCostly("runs too long"))
-    except OSError as error:
-        return f"The model's chat template cannot be tried in a process of its own: {error.strerror or error}."
-    if child.returncode != 0:
         late = sys.platform != "win32" and child.returncode == -signal.SIGPROF
-        return str(TooCostly("runs too long" if late else "ends the process that renders it"))
-    fault: str | None = json.loads(child.stdout)
-    return fault
+    except subprocess.TimeoutExpired:
+        late = True
+    except OSError as error:
+        why = error.strerror or error
+        raise ModelUnreadable(f"The model's chat template cannot be tried in a process of its own: {why}.") from None
+    if late or child.returncode != 0:
+        raise ModelUnreadable(str(TooCostly("runs too long" if late else "ends the process that renders it")))
+    if child.stdout:
+        raise ModelUnreadable(child.stdout.decode())
 
 
 def main() -> None:
-    """Try the template on standard input, and write the verdict to standard output as JSON."""
+    """Try the template on standard input, and say on standard output what is wrong with it."""
     text, bos_token, eos_token = json.load(sys.stdin)
     _limit()
-    fault: str | None = None
     try:
         _render_all(ChatTemplate(text, bos_token=bos_token, eos_token=eos_token))
     except BadPrompt as error:
-        fault = str(error)
-    sys.stdout.write(json.dumps(fault))
+        sys.stdout.buffer.write(str(error).encode("utf-8", "replace"))
 
 
 def _limit() -> None:
@@ -93,12 +84,13 @@ def _limit() -> None:
 
 def _render_all(template: ChatTemplate) -> None:
     """Render conversations as the builder would; the template may refuse them, but it may not cost too much."""
-    shapes = [lists for lists in (False, True) if (template.abilities.lists if lists else template.abilities.strings)]
+    abilities = template.abilities
+    shapes = [lists for lists, able in ((False, abilities.strings), (True, abilities.lists)) if able]
     for lists, full, thinking in itertools.product(shapes, (False, True), (None, True, False)):
         messages = _conversation(lists=lists, full=full)
+        switches = {} if thinking is None else {"enable_thinking": thinking}
         for some in (messages[-1:], messages):
             try:
-                switches = {} if thinking is None else {"enable_thinking": thinking}
                 template.render(some, tools=_TOOLS if full else None, switches=switches)
             except TooCostly:
                 raise
@@ -108,16 +100,17 @@ def _render_all(template: ChatTemplate) -> None:
 
 def _conversation(*, lists: bool, full: bool) -> list[dict[str, Any]]:
     """Turns in order, with every text; with `full` also a system message, thoughts and tool calls."""
-    messages: list[dict[str, Any]] = [{"role": "system", "content": _TEXTS[0]}] if full else []
+
+    def said(role: str, text: str, **more: Any) -> dict[str, Any]:
+        return {"role": role, "content": [{"type": "text", "text": text}] if lists else text, **more}
+
+    messages = [said("system", _TEXTS[0])] if full else []
     for turn in range(_TURNS):
         question, answer = _TEXTS[turn % len(_TEXTS)], _TEXTS[(turn + 1) % (len(_TEXTS) - 1)]
-        messages.append({"role": "user", "content": question})
-        messages.append({"role": "assistant", "content": answer})
+        messages.append(said("user", question))
         if full:
-            messages[-1] |= {"reasoning_content": answer, "tool_calls": [_CALL]}
-            messages.append({"role": "tool", "content": answer, "tool_call_id": "1", "name": "look"})
-    messages.append({"role": "user", "content": _TEXTS[0]})
-    if lists:
-        for message in messages:
-            message["content"] = [{"type": "text", "text": message["content"]}]
-    return messages
+            messages.append(said("assistant", answer, reasoning_content=answer, tool_calls=[_CALL]))
+            messages.append(said("tool", answer, tool_call_id="1", name="look"))
+        else:
+            messages.append(said("assistant", answer))
+    return [*messages, said("user", _TEXTS[0])]
