@@ -90,12 +90,13 @@ def _grey_of_wide(image: Image.Image, name: str) -> tuple[NDArray[np.uint8], tup
     """Samples of 32 bits as uint8 [height, width], and a note where their range does not tell what they mean."""
     import numpy as np
 
-    values, notes = np.asarray(image), ()
+    values = np.asarray(image)
+    notes: tuple[str, ...] = ()
     low, high = float(values.min()), float(values.max())
     if not np.isfinite([low, high]).all():  # a NaN makes both a NaN
         raise BadPicture(f"{name} holds values that are not finite numbers; replace them and save it again.")
     usual = (1, 255, 65_535) if values.dtype.kind == "f" else (255, 65_535)
-    black, white = 0.0, next((top for top in usual if high <= top), 0)
+    black, white = 0.0, next((float(top) for top in usual if high <= top), 0.0)
     if low < 0 or not white:
         black, white = low, high if high > low else low + 1
         notes = (f"values from {low:g} to {high:g} were stretched from black to white",)

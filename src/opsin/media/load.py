@@ -60,8 +60,7 @@ def load_picture(source: Source, settings: MediaSettings, longest_edge: int | No
         picture = make_picture(image, "array", _NAME, longest_edge, notes)
     else:
         raise BadParameter(
-            "A picture can be a path, bytes, a Pillow image, a NumPy array or an address, "
-            f"not a {type(source).__name__}."
+            f"A {type(source).__name__} is no picture: give a path, bytes, a Pillow image, a NumPy array or an address."
         )
     decoded = time.perf_counter()
     return dataclasses.replace(picture, fetch_ms=(fetched - begin) * 1e3, decode_ms=(decoded - fetched) * 1e3)
