@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -41,7 +42,7 @@ def default_folder() -> Path:
 class DiskStore:
     """A folder of at most `max_bytes`, for its owner alone; several processes may share it, each with its own store.
 
-    A thread writes; a normal end of the process waits for it. The file that was used longest ago goes first; use is
+    A thread writes until `close`, which a normal end of the process waits for. The file used longest ago goes first; use is
     kept in the file's time.
     """
 
@@ -49,7 +50,8 @@ class DiskStore:
         self._folder = default_folder() if folder is None else folder
         self._max_bytes = max_bytes
         self._pending: dict[str, Embedding] = {}
-        self._writer = ThreadPoolExecutor(1, "opsin-pictures")
+        self._lock = threading.Lock()
+        self._writer: ThreadPoolExecutor | None = None
         self._complained = False
 
     def get(self, identity: str) -> Embedding | None:
@@ -78,15 +80,19 @@ class DiskStore:
             return
         self._pending[identity] = embedding
         try:
-            self._writer.submit(self._write_pending, identity, embedding)
+            with self._lock:
+                self._writer = self._writer or ThreadPoolExecutor(1, "opsin-pictures")
+                self._writer.submit(self._write_pending, identity, embedding)
         except RuntimeError as error:  # no threads are left, or the interpreter is ending
             self._pending.pop(identity, None)
             self._complain(error)
 
     def close(self) -> None:
         """Wait until all that was put is written; the store can be used again, and twice does no harm."""
-        with contextlib.suppress(RuntimeError):  # at the end of the interpreter it is waited for anyway
-            self._writer.submit(int).result()
+        with self._lock:
+            writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.shutdown()
 
     def _path(self, identity: str) -> Path:
         return self._folder / (hashlib.sha256(identity.encode()).hexdigest() + _SUFFIX)
