@@ -13,7 +13,6 @@ import os
 import threading
 import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +41,8 @@ def default_folder() -> Path:
 class DiskStore:
     """A folder of at most `max_bytes`, for its owner alone; several processes may share it, each with its own store.
 
-    A thread writes until `close`, which a normal end of the process waits for. The file used longest ago goes first; use is
-    kept in the file's time.
+    A thread writes, as long as there is something to write; a normal end of the process waits for it. The file that
+    was used longest ago goes first; use is kept in the file's time.
     """
 
     def __init__(self, folder: Path | None = None, max_bytes: int = MAX_BYTES) -> None:
@@ -51,7 +50,7 @@ class DiskStore:
         self._max_bytes = max_bytes
         self._pending: dict[str, Embedding] = {}
         self._lock = threading.Lock()
-        self._writer: ThreadPoolExecutor | None = None
+        self._writer: threading.Thread | None = None
         self._complained = False
 
     def get(self, identity: str) -> Embedding | None:
@@ -75,24 +74,24 @@ class DiskStore:
 
     def put(self, identity: str, embedding: Embedding) -> None:
         """Write it soon, in another thread; the caller must not change it. Never raises, never waits for the disk."""
-        waiting = sum(other.nbytes for other in list(self._pending.values()))
-        if embedding.nbytes > self._max_bytes or waiting + embedding.nbytes > _MAX_PENDING:
-            return
-        self._pending[identity] = embedding
-        try:
-            with self._lock:
-                self._writer = self._writer or ThreadPoolExecutor(1, "opsin-pictures")
-                self._writer.submit(self._write_pending, identity, embedding)
-        except RuntimeError as error:  # no threads are left, or the interpreter is ending
-            self._pending.pop(identity, None)
-            self._complain(error)
+        with self._lock:
+            waiting = sum(other.nbytes for other in self._pending.values())
+            if embedding.nbytes > self._max_bytes or waiting + embedding.nbytes > _MAX_PENDING:
+                return
+            self._pending[identity] = embedding
+            if self._writer is None:
+                self._writer = threading.Thread(target=self._write_pending, name="opsin-pictures", daemon=False)
+                try:
+                    self._writer.start()
+                except RuntimeError as error:  # no threads are left, or the interpreter is ending
+                    self._writer = None
+                    self._pending.clear()
+                    self._complain(error)
 
     def close(self) -> None:
         """Wait until all that was put is written; the store can be used again, and twice does no harm."""
-        with self._lock:
-            writer, self._writer = self._writer, None
-        if writer is not None:
-            writer.shutdown()
+        if (writer := self._writer) is not None:
+            writer.join()
 
     def _path(self, identity: str) -> Path:
         return self._folder / (hashlib.sha256(identity.encode()).hexdigest() + _SUFFIX)
@@ -102,13 +101,19 @@ class DiskStore:
             self._complained = True
             log.warning("images cannot be remembered in %s (%s): they are encoded again", self._folder, error)
 
-    def _write_pending(self, identity: str, embedding: Embedding) -> None:
-        try:
-            self._write(identity, embedding)
-        except Exception as error:  # noqa: BLE001 - what cannot be kept is no reason to end anything
-            self._complain(error)
-        finally:
-            self._pending.pop(identity, None)
+    def _write_pending(self) -> None:
+        while True:
+            with self._lock:
+                if not self._pending:
+                    self._writer = None
+                    return
+                identity, embedding = next(iter(self._pending.items()))
+            try:
+                self._write(identity, embedding)
+            except Exception as error:  # noqa: BLE001 - what cannot be kept is no reason to end anything
+                self._complain(error)
+            with self._lock:
+                del self._pending[identity]
 
     def _write(self, identity: str, embedding: Embedding) -> None:
         data = _pack(identity, embedding)
