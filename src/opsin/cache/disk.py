@@ -1,11 +1,7 @@
-"""Embeddings of pictures on disk, so that a picture seen before a restart is not encoded again.
+"""Image embeddings on disk, so that an image seen before a restart is not encoded again.
 
 One safetensors file an embedding, named by the SHA-256 of its identity. Whatever is wrong with a file or with the
-disk, the worst that happens is that a picture is encoded again:
-
-    a file that is cut off, changed, or not what its name says     dropped, counts as not there
-    a disk that is full, read-only or somebody else's              told once in the log, the engine goes on
-    a process that dies while it writes                            leaves a temporary file, removed later
+disk, the worst that happens is that an image is encoded again.
 """
 
 from __future__ import annotations
@@ -14,27 +10,23 @@ import contextlib
 import hashlib
 import logging
 import os
-import stat
 import threading
 import time
 import zlib
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from opsin.cache.embeddings import Embedding
 from opsin.core.files import write_whole
+
+Embedding = NDArray[np.float32]
 
 log = logging.getLogger(__name__)
 
 MAX_BYTES = 2 * 2**30
-_MAX_PENDING = 256 * 2**20
-"""Bytes that may wait for the writer; what comes on top is not kept."""
-
-_LOOK_EVERY = 16
-"""Writes after which the folder is measured again: other processes write there too."""
-
-_STALE_SECONDS = 3600.0
+_MAX_PENDING = 256 * 2**20  # bytes that may wait for the writer; what comes on top is not kept
+_STALE_SECONDS = 3600.0  # the temporary file of a process that died while writing
 _SUFFIX = ".safetensors"
 _NAME = "embedding"
 
@@ -49,37 +41,31 @@ def default_folder() -> Path:
 class DiskStore:
     """A folder of at most `max_bytes`, for its owner alone; several processes may share it, each with its own store.
 
-    `put` hands over to a writer thread and returns; the thread exists while there is something to write, and a normal
-    end of the process waits for it. The file that was used longest ago goes first; use is kept in the file's time.
-    While others write into the folder too, the bound may be passed by the last few entries of each.
+    A thread writes, as long as there is something to write; a normal end of the process waits for it. The file that
+    was used longest ago goes first; use is kept in the file's time.
     """
 
     def __init__(self, folder: Path | None = None, max_bytes: int = MAX_BYTES) -> None:
         self._folder = default_folder() if folder is None else folder
         self._max_bytes = max_bytes
-        self._lock = threading.Lock()
         self._pending: dict[str, Embedding] = {}
+        self._lock = threading.Lock()
         self._writer: threading.Thread | None = None
         self._complained = False
-        self._bytes = 0
-        self._writes = 0
 
     def get(self, identity: str) -> Embedding | None:
         """The embedding, float32 [n_tokens, n_embd]; None when it is not there or cannot be trusted. Never raises."""
-        with self._lock:
-            pending = self._pending.get(identity)
-        if pending is not None:
+        if (pending := self._pending.get(identity)) is not None:
             return pending
         path = self._path(identity)
         try:
             embedding = _read(path, identity, self._max_bytes)
-        except FileNotFoundError:
-            return None
         except OSError as error:
-            self._complain(error)
+            if not isinstance(error, FileNotFoundError):
+                self._complain(error)
             return None
         except Exception as error:  # noqa: BLE001 - a file can be bad in more ways than can be named
-            log.info("a remembered picture is dropped: %s", error)
+            log.info("a remembered image is dropped: %s", error)
             _remove(path)
             return None
         with contextlib.suppress(OSError):  # it can be read where its time cannot be written
@@ -93,22 +79,18 @@ class DiskStore:
             if embedding.nbytes > self._max_bytes or waiting + embedding.nbytes > _MAX_PENDING:
                 return
             self._pending[identity] = embedding
-            if self._writer is not None:
-                return
-            # No daemon: a normal end of the process lets it finish.
-            self._writer = threading.Thread(target=self._write_pending, name="opsin-pictures", daemon=False)
-            try:
-                self._writer.start()
-            except RuntimeError as error:  # no threads are left, or the interpreter is ending
-                self._writer = None
-                self._pending.clear()
-                self._complain(error)
+            if self._writer is None:
+                self._writer = threading.Thread(target=self._write_pending, name="opsin-pictures", daemon=False)
+                try:
+                    self._writer.start()
+                except RuntimeError as error:  # no threads are left, or the interpreter is ending
+                    self._writer = None
+                    self._pending.clear()
+                    self._complain(error)
 
     def close(self) -> None:
         """Wait until all that was put is written; the store can be used again, and twice does no harm."""
-        with self._lock:
-            writer = self._writer
-        if writer is not None:
+        if (writer := self._writer) is not None:
             writer.join()
 
     def _path(self, identity: str) -> Path:
@@ -117,7 +99,7 @@ class DiskStore:
     def _complain(self, error: Exception) -> None:
         if not self._complained:
             self._complained = True
-            log.warning("pictures cannot be remembered in %s (%s): they are encoded again", self._folder, error)
+            log.warning("images cannot be remembered in %s (%s): they are encoded again", self._folder, error)
 
     def _write_pending(self) -> None:
         while True:
@@ -138,33 +120,27 @@ class DiskStore:
         if len(data) > self._max_bytes:
             return
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if stat.S_IMODE(self._folder.stat().st_mode) != 0o700:
-            self._folder.chmod(0o700)  # raises in a folder of somebody else
-        self._make_room(len(data))
-        # Readers see the old file or the whole new one. Without fsync a power cut may leave less: see the checksum.
+        self._folder.chmod(0o700)  # raises in a folder of somebody else
+        self._make_room(self._max_bytes - len(data))
+        # Without fsync a power cut may leave less than the whole file: see the checksum.
         write_whole(self._path(identity), data)
-        self._bytes += len(data)
-        self._writes += 1
 
-    def _make_room(self, needed: int) -> None:
-        if self._bytes + needed <= self._max_bytes and self._writes % _LOOK_EVERY:
-            return
+    def _make_room(self, max_bytes: int) -> None:
+        """Remove the files used longest ago until the rest has at most `max_bytes`."""
         files: list[tuple[int, int, Path]] = []
         for path in self._folder.iterdir():
-            try:
+            with contextlib.suppress(OSError):  # another process may have removed it
                 status = path.stat()
-            except OSError:
-                continue  # another process removed it
-            if path.suffix == _SUFFIX:
-                files.append((status.st_mtime_ns, status.st_size, path))
-            elif path.suffix == ".tmp" and status.st_mtime < time.time() - _STALE_SECONDS:
-                _remove(path)
-        self._bytes = sum(size for _, size, _ in files)
+                if path.suffix == _SUFFIX:
+                    files.append((status.st_mtime_ns, status.st_size, path))
+                elif path.suffix == ".tmp" and status.st_mtime < time.time() - _STALE_SECONDS:
+                    _remove(path)
+        total = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
-            if self._bytes + needed <= self._max_bytes:
+            if total <= max_bytes:
                 return
             _remove(path)
-            self._bytes -= size
+            total -= size
 
 
 def _pack(identity: str, embedding: Embedding) -> bytes:
@@ -176,23 +152,17 @@ def _pack(identity: str, embedding: Embedding) -> bytes:
 
 def _read(path: Path, identity: str, max_bytes: int) -> Embedding:
     """Raises OSError when the file cannot be read, and whatever else when it is not to be trusted."""
-    size = path.stat().st_size  # before the import: most pictures are new
-    if size > max_bytes:
+    if path.stat().st_size > max_bytes:  # before the import: most images are new
         raise ValueError("it is larger than all may be together")
     from safetensors import safe_open
 
     with safe_open(path, framework="numpy") as file:
         metadata = file.metadata() or {}
-        if metadata.get("identity") != identity:
-            raise ValueError("it belongs to another picture")
         embedding: Embedding = file.get_tensor(_NAME)
-    if embedding.dtype != np.float32 or embedding.ndim != 2 or not embedding.size:
-        raise ValueError("it is no float32 [n_tokens, n_embd]")
-    # Identity and content are told apart from chance damage, not from an attack: the folder is its owner's.
-    if metadata.get("crc32") != _checksum(identity, embedding):
-        raise ValueError("its checksum is wrong")
-    if not np.isfinite(embedding).all():
-        raise ValueError("not all of its numbers are finite")
+    fits = embedding.dtype == np.float32 and embedding.ndim == 2 and embedding.size and np.isfinite(embedding).all()
+    # This finds chance damage, not an attack: the folder is its owner's.
+    if not fits or metadata != {"identity": identity, "crc32": _checksum(identity, embedding)}:
+        raise ValueError("it is damaged, or belongs to another image")
     return embedding
 
 
@@ -202,7 +172,5 @@ def _checksum(identity: str, rows: Embedding) -> str:
 
 
 def _remove(path: Path) -> None:
-    try:
+    with contextlib.suppress(OSError):
         path.unlink(missing_ok=True)
-    except OSError as error:
-        log.debug("%s stays: %s", path, error)

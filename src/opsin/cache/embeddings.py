@@ -5,33 +5,13 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-Embedding = NDArray[np.float32]
+from opsin.cache.disk import DiskStore, Embedding
 
 
 def salted(identity: str, salt: str) -> str:
     """The identity under which an image is remembered: a client of another salt cannot find out that it was seen."""
     return hashlib.sha256(f"{salt}\n{identity}".encode()).hexdigest() if salt else identity
-
-
-class Store(Protocol):
-    """A slower memory behind the fast one; used by any thread."""
-
-    def get(self, identity: str) -> Embedding | None:
-        """The embedding, float32 [n_tokens, n_embd]; None when it is not there or cannot be trusted."""
-        ...
-
-    def put(self, identity: str, embedding: Embedding) -> None:
-        """Keep it, or fail to without harm."""
-        ...
-
-    def close(self) -> None:
-        """Wait until all that was put is kept; closing twice does no harm."""
-        ...
 
 
 class PictureCache:
@@ -40,7 +20,7 @@ class PictureCache:
     `queries` and `hits` count lookups of the whole cache; `disk_hits` those that the store behind it answered.
     """
 
-    def __init__(self, max_bytes: int, store: Store | None = None) -> None:
+    def __init__(self, max_bytes: int, store: DiskStore | None = None) -> None:
         self._max_bytes = max_bytes
         self._store = store
         self._lock = threading.Lock()

@@ -6,7 +6,7 @@ and hashes their pixels. It knows no models, prompts or HTTP servers.
 
 from __future__ import annotations
 
-from opsin.media.decode import OpenPicture
-from opsin.media.load import Source, load_picture, picture_sha256
+from opsin.media.decode import OpenPicture, picture_sha256
+from opsin.media.load import Source, load_picture, read_data_url
 
-__all__ = ["OpenPicture", "Source", "load_picture", "picture_sha256"]
+__all__ = ["OpenPicture", "Source", "load_picture", "picture_sha256", "read_data_url"]

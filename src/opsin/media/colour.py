@@ -8,16 +8,16 @@ from opsin.core.errors import BadPicture
 from opsin.media.limits import check_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
+    import numpy as np
     from numpy.typing import NDArray
     from PIL import Image
 
     from opsin.core.settings import MediaSettings
 
-_WHITE = (255, 255, 255)
-_SHAPES = "(height, width), (height, width, 3) or (height, width, 4)"
+_SHAPES = "(height, width), (height, width, 3) or (height, width, 4), colours last"
 _STRIP = 2**20  # samples that are scaled at a time
+# Tags of TIFF
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
 
 
 def flatten(image: Image.Image, name: str) -> tuple[Image.Image, tuple[str, ...]]:
@@ -27,13 +27,21 @@ def flatten(image: Image.Image, name: str) -> tuple[Image.Image, tuple[str, ...]
     agreed range: floats from 0 to 1 and numbers from 0 to 255 or 65,535 are taken as such, any other range is
     stretched, and a note says so. Raises BadPicture for samples that are not finite numbers.
     """
+    from PIL import Image as Pil
+
     if image.mode.startswith("I;16"):
-        return _from_sixteen_bits(image), ()
+        return Pil.fromarray(_grey_of_sixteen_bits(image)).convert("RGB"), ()
     if image.mode in {"I", "F"}:
-        return _from_wide(image, name)
-    if image.has_transparency_data:
-        return _on_white(image), ()
-    return (image if image.mode == "RGB" else image.convert("RGB")), ()
+        grey, notes = _grey_of_wide(image, name)
+        return Pil.fromarray(grey).convert("RGB"), notes
+    if not image.has_transparency_data:
+        return (image if image.mode == "RGB" else image.convert("RGB")), ()
+    if image.mode == "La":  # Pillow knows no direct way from here to RGBA
+        image = image.convert("LA")
+    image = image.convert("RGBA")
+    ground = Pil.new("RGB", image.size, "white")
+    ground.paste(image, mask=image.getchannel("A"))
+    return ground, ()
 
 
 def flatten_array(array: NDArray[Any], name: str, settings: MediaSettings) -> tuple[Image.Image, tuple[str, ...]]:
@@ -46,8 +54,7 @@ def flatten_array(array: NDArray[Any], name: str, settings: MediaSettings) -> tu
 
     shape = array.shape
     if len(shape) not in {2, 3} or (len(shape) == 3 and shape[2] not in {3, 4}):
-        hint = "; move the colours to the end" if len(shape) == 3 and shape[0] in {3, 4} else ""
-        raise BadPicture(f"An array of shape {tuple(shape)} is no picture; its shape must be {_SHAPES}{hint}.")
+        raise BadPicture(f"An array of shape {tuple(shape)} is no picture; its shape must be {_SHAPES}.")
     check_size(shape[1], shape[0], name, settings)
     if array.dtype == np.uint8:
         samples = array
@@ -65,61 +72,40 @@ def flatten_array(array: NDArray[Any], name: str, settings: MediaSettings) -> tu
     return flatten(Pil.fromarray(np.ascontiguousarray(samples)), name)
 
 
-def _from_sixteen_bits(image: Image.Image) -> Image.Image:
+def _grey_of_sixteen_bits(image: Image.Image) -> NDArray[np.uint8]:
     import numpy as np
-    from PIL import Image as Pil
 
     values = np.asarray(image).astype(np.uint16, copy=False)
     tags = getattr(image, "tag_v2", {})
-    grey = (values >> (4 if tags.get(258) == (12,) else 8)).astype(np.uint8)
-    if tags.get(262) == 0:  # PhotometricInterpretation: 0 is white, which Pillow leaves to us at 16 bits
+    grey = (values >> (4 if tags.get(_BITS_PER_SAMPLE) == (12,) else 8)).astype(np.uint8)
+    if tags.get(_PHOTOMETRIC) == 0:  # 0 is white, which Pillow leaves to us beyond 8 bits
         grey = 255 - grey
     clear = image.info.get("transparency")
     if isinstance(clear, int):
         grey[values == clear] = 255
-    return Pil.fromarray(grey).convert("RGB")
+    return grey
 
 
-def _from_wide(image: Image.Image, name: str) -> tuple[Image.Image, tuple[str, ...]]:
+def _grey_of_wide(image: Image.Image, name: str) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
+    """Samples of 32 bits as uint8 [height, width], and a note where their range does not tell what they mean."""
     import numpy as np
-    from PIL import Image as Pil
 
     values = np.asarray(image)
+    notes: tuple[str, ...] = ()
     low, high = float(values.min()), float(values.max())
     if not np.isfinite([low, high]).all():  # a NaN makes both a NaN
         raise BadPicture(f"{name} holds values that are not finite numbers; replace them and save it again.")
-    scale, note = _choose_scale(low, high, floats=values.dtype.kind == "f")
+    usual = (1, 255, 65_535) if values.dtype.kind == "f" else (255, 65_535)
+    black, white = 0.0, next((float(top) for top in usual if high <= top), 0.0)
+    if low < 0 or not white:
+        black, white = low, high if high > low else low + 1
+        notes = (f"values from {low:g} to {high:g} were stretched from black to white",)
     grey = np.empty(values.shape, np.uint8)
-    rows = max(1, _STRIP // values.shape[1])  # in strips, as the way there takes eight bytes a sample and more
+    rows = max(1, _STRIP // values.shape[1])  # in strips, as float64 takes eight bytes a sample
     for top in range(0, len(values), rows):
-        grey[top : top + rows] = np.rint(scale(values[top : top + rows]))
-    if getattr(image, "tag_v2", {}).get(262) == 0:
+        grey[top : top + rows] = np.rint(
+            (values[top : top + rows].astype(np.float64) - black) * (255 / (white - black))
+        )
+    if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0:
         np.subtract(255, grey, out=grey)
-    return Pil.fromarray(grey).convert("RGB"), (note,) if note else ()
-
-
-def _choose_scale(low: float, high: float, *, floats: bool) -> tuple[Callable[[NDArray[Any]], NDArray[Any]], str]:
-    """How samples from `low` to `high` come to 0..255; the note is empty when their range told what they mean."""
-    import numpy as np
-
-    if floats and low >= 0 and high <= 1:
-        return lambda values: values * 255, ""
-    if low >= 0 and high <= 255:
-        return lambda values: values, ""
-    if low >= 0 and high <= 65_535:
-        return lambda values: values.astype(np.int64) >> 8, ""
-    factor = 255 / ((high - low) or 1)
-    note = f"values from {low:g} to {high:g} were stretched from black to white"
-    return lambda values: (values.astype(np.float64) - low) * factor, note
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    from PIL import Image as Pil
-
-    if image.mode == "La":  # Pillow knows no direct way from here
-        image = image.convert("LA")
-    if image.mode != "RGBA":
-        image = image.convert("RGBA")
-    ground = Pil.new("RGB", image.size, _WHITE)
-    ground.paste(image, mask=image.getchannel("A"))
-    return ground
+    return grey, notes

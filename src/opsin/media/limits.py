@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING
 
 from opsin.core.errors import BadPicture, PictureTooLarge
 
 if TYPE_CHECKING:
     from opsin.core.settings import MediaSettings
-
-logger = logging.getLogger("opsin.media")
 
 SUPPORTED = "PNG, JPEG, WebP, AVIF, HEIC, BMP, TIFF and GIF are read"
 _LONGEST_NAME = 160
@@ -41,14 +38,14 @@ def check_size(width: int, height: int, name: str, settings: MediaSettings, *, w
     most = settings.max_pixels // 4 if wide else settings.max_pixels
     if width < 1 or height < 1:
         raise BadPicture(f"{name} claims a size of {width} by {height} pixels; give a picture that has pixels.")
-    if width * height > most:
-        kind = " of 32-bit samples" if wide else ""
+    if width * height > most or max(width, height) > settings.max_edge:
         raise PictureTooLarge(
-            f"{name} has {width:,} by {height:,} pixels{kind}, and at most {most:,} in all are read; "
-            "scale it down first."
+            f"{name} has {width:,} by {height:,} pixels{' of 32-bit samples' if wide else ''}, and at most {most:,} in "
+            f"all and {settings.max_edge:,} along an edge are read; scale it down first."
         )
-    if max(width, height) > settings.max_edge:
-        raise PictureTooLarge(
-            f"{name} has {width:,} by {height:,} pixels, and an edge may have at most {settings.max_edge:,}; "
-            "scale it down first."
-        )
+
+
+def damaged(kind: str, name: str) -> BadPicture:
+    """The error for a file that cannot be decoded whole."""
+    label = {"WEBP": "WebP", "HEIF": "HEIC"}.get(kind, kind)
+    return BadPicture(f"{name} is cut short or damaged ({label}); get a whole copy, or save it again.")

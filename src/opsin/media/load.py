@@ -1,21 +1,23 @@
-"""The room's one verb: whatever the caller has, as a checked Picture."""
+"""Whatever the caller has, as a checked Picture: bytes from a file or an address, decoded."""
 
 from __future__ import annotations
 
-import hashlib
+import base64
+import binascii
+import dataclasses
 import os
 import re
-import struct
+import stat
 import sys
 import time
 from typing import TYPE_CHECKING, Any, TypeAlias
+from urllib.parse import unquote_to_bytes
 
 from opsin.core.errors import BadParameter, BadPicture, FetchFailed
 from opsin.core.picture import Picture
 from opsin.media.colour import flatten_array
-from opsin.media.decode import OpenPicture, Pixels, decode_image
+from opsin.media.decode import OpenPicture, make_picture
 from opsin.media.limits import check_bytes, check_size, show
-from opsin.media.source import read_data_url, read_file
 
 if TYPE_CHECKING:
     from opsin.core.settings import MediaSettings
@@ -24,68 +26,55 @@ if TYPE_CHECKING:
 Source: TypeAlias = str | os.PathLike[str] | bytes | bytearray | memoryview | Picture | OpenPicture | Any
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
+_NAME = "The picture"
+_PIPE_SECONDS = 5.0
 
 
 def load_picture(source: Source, settings: MediaSettings, longest_edge: int | None = None) -> Picture:
     """Turn `source` into a checked picture: decoded, upright, opaque on white, within limits, with its identity.
 
     `source` is a path, the bytes of a file, a Pillow image (its current frame), a NumPy array ((h, w), (h, w, 3) or
-    (h, w, 4); uint8, uint16 or floats 0..1), a `data:` address, or, where `settings.fetch` says so, an http(s)
-    address; also an OpenPicture, and a Picture, which is returned as it is. Files are recognised by their bytes, never
-    by their names. EXIF orientation is applied; colour profiles (ICC) are not. Of 16-bit samples the high byte counts.
-    The source is never changed. May be called from any thread. With `longest_edge` a larger picture is shrunk so that
-    its longer edge has that many pixels.
+    (h, w, 4); uint8, uint16 or floats 0..1), a `data:` address, with `settings.fetch` an http(s) address, an
+    OpenPicture, or a Picture, which is returned as it is; it is never changed. EXIF orientation is applied; colour
+    profiles (ICC) are not. A picture larger than `longest_edge` pixels is shrunk. May be called from any thread.
 
-    `fetch_ms` is the time to get the bytes (from disk, the address or base64), `decode_ms` all the rest, both wall
-    time in milliseconds. Raises BadPicture, PictureTooLarge, PictureUnsupported or FetchFailed with one sentence, and
-    BadParameter for a source of another type.
+    `fetch_ms` is the time to get the bytes, `decode_ms` all the rest, both wall time in milliseconds. Raises
+    BadPicture, PictureTooLarge, PictureUnsupported, FetchFailed, or BadParameter for a source of another type.
     """
     if isinstance(source, Picture):
         return source
     begin = time.perf_counter()
-    name, data = _fetch(source, settings)
+    name, opened = _read(source, settings)
     fetched = time.perf_counter()
-    pixels = _decode_pixels(source, settings) if data is None else OpenPicture(data, settings, name).decode()
-    image, notes = pixels.image, pixels.notes
-    longer = max(image.size)
-    if longest_edge is not None and longer > longest_edge:
-        from PIL.Image import Resampling
-
-        width, height = (max(1, edge * longest_edge // longer) for edge in image.size)
-        image = image.resize((width, height), Resampling.LANCZOS)
-        notes = (*notes, f"shrunk to {width} by {height} pixels")
-    rgb = image.tobytes()
-    return Picture(
-        rgb=rgb,
-        width=image.width,
-        height=image.height,
-        sha256=picture_sha256(image.width, image.height, rgb),
-        format=pixels.format,
-        source_width=pixels.source_width,
-        source_height=pixels.source_height,
-        orientation=pixels.orientation,
-        notes=notes,
-        fetch_ms=(fetched - begin) * 1e3,
-        decode_ms=(time.perf_counter() - fetched) * 1e3,
-    )
+    if isinstance(opened, bytes):
+        opened = OpenPicture(opened, settings, name)
+    # Neither Pillow nor NumPy is imported for a source that is neither.
+    pil, numpy = sys.modules.get("PIL.Image"), sys.modules.get("numpy")
+    if isinstance(opened, OpenPicture):
+        picture = opened.decode(longest_edge)
+    elif pil is not None and isinstance(opened, pil.Image):
+        check_size(opened.width, opened.height, _NAME, settings)
+        picture = make_picture(opened, opened.format or "PIL", _NAME, longest_edge)
+    elif numpy is not None and isinstance(opened, numpy.ndarray):
+        image, notes = flatten_array(opened, "The array", settings)
+        picture = make_picture(image, "array", _NAME, longest_edge, notes)
+    else:
+        raise BadParameter(
+            f"A {type(source).__name__} is no picture: give a path, bytes, a Pillow image, a NumPy array or an address."
+        )
+    decoded = time.perf_counter()
+    return dataclasses.replace(picture, fetch_ms=(fetched - begin) * 1e3, decode_ms=(decoded - fetched) * 1e3)
 
 
-def picture_sha256(width: int, height: int, rgb: bytes) -> str:
-    """Return the identity of RGB pixels: SHA-256 (hex) of width and height (32 bit, little-endian), then the pixels."""
-    digest = hashlib.sha256(struct.pack("<II", width, height))
-    digest.update(rgb)
-    return digest.hexdigest()
-
-
-def _fetch(source: Source, settings: MediaSettings) -> tuple[str, bytes | None]:
-    """Return a name for sentences and the bytes of a file; no bytes for a source that is opened already."""
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        check_bytes(source.nbytes if isinstance(source, memoryview) else len(source), "The picture", settings)
-        return "The picture", bytes(source)
+def _read(source: Source, settings: MediaSettings) -> tuple[str, Any]:
+    """A name for error sentences, and the bytes of a file; a source that is open already comes back as it is."""
+    if isinstance(source, bytes | bytearray | memoryview):
+        check_bytes(memoryview(source).nbytes, _NAME, settings)
+        return _NAME, bytes(source)
     if isinstance(source, os.PathLike):
         return show(source), read_file(source, settings)
     if not isinstance(source, str):
-        return "The picture", None
+        return _NAME, source
     if source[:5].lower() == "data:":
         return "The data: address", read_data_url(source, settings)
     scheme = _SCHEME.match(source)
@@ -99,7 +88,7 @@ def _fetch(source: Source, settings: MediaSettings) -> tuple[str, bytes | None]:
         )
     if not settings.fetch:
         raise FetchFailed(
-            "Pictures are not fetched from addresses unless that is switched on (MediaSettings.fetch, --fetch-images); "
+            "Pictures are not fetched from addresses unless MediaSettings.fetch or --fetch-images says so; "
             "switch it on, or give the file itself."
         )
     from opsin.media.fetch import fetch, show_url
@@ -107,16 +96,68 @@ def _fetch(source: Source, settings: MediaSettings) -> tuple[str, bytes | None]:
     return show_url(source), fetch(source, settings)
 
 
-def _decode_pixels(source: Any, settings: MediaSettings) -> Pixels:
-    """Take pixels from what is open already, without importing Pillow or NumPy for a source that is neither."""
-    if isinstance(source, OpenPicture):
-        return source.decode()
-    if (pil := sys.modules.get("PIL.Image")) is not None and isinstance(source, pil.Image):
-        check_size(source.width, source.height, "The picture", settings)
-        return decode_image(source)
-    if (numpy := sys.modules.get("numpy")) is not None and isinstance(source, numpy.ndarray):
-        image, notes = flatten_array(source, "The array", settings)
-        return Pixels(image, "array", source.shape[1], source.shape[0], notes=notes)
-    raise BadParameter(
-        f"A picture can be a path, bytes, a Pillow image, a NumPy array or an address, not a {type(source).__name__}."
-    )
+def read_file(path: str | os.PathLike[str], settings: MediaSettings) -> bytes:
+    """Read an image file, or a pipe, up to the limit on bytes; a file's size is checked before it is read.
+
+    Raises BadPicture when there is no such file, or it is a folder, a device, unreadable, or a pipe that nobody writes
+    to; PictureTooLarge.
+    """
+    name = show(path)
+    try:
+        # Without waiting: opening a pipe that nobody writes to would block for ever.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+            info, begin = os.fstat(file.fileno()), b""
+            if stat.S_ISFIFO(info.st_mode):
+                begin = _wait_for_writer(file.fileno(), name)
+            elif stat.S_ISREG(info.st_mode):
+                check_bytes(info.st_size, name, settings)
+            else:
+                raise BadPicture(f"{name} is a device, not a file; give a picture file.")
+            data = begin + file.read(settings.max_bytes + 1)
+    except ValueError:
+        raise BadPicture(f"The path {name} holds a character that no path can; check it.") from None
+    except IsADirectoryError:
+        raise BadPicture(f"{name} is a folder, not a picture; give a file in it.") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise BadPicture(f"There is no file {name}; check the path.") from None
+    except OSError as error:
+        why = show(error.strerror or type(error).__name__).lower()
+        raise BadPicture(f"{name} cannot be read ({why}); check the path, its permissions and its disk.") from error
+    check_bytes(len(data), name, settings)
+    return data
+
+
+def _wait_for_writer(descriptor: int, name: str) -> bytes:
+    """The first bytes from a pipe, which blocks from then on. Raises BadPicture when nobody writes in time."""
+    deadline, begin = time.monotonic() + _PIPE_SECONDS, b""
+    try:
+        while not (begin := os.read(descriptor, 65_536)):
+            if time.monotonic() > deadline:
+                raise BadPicture(f"{name} is a pipe that nobody writes to, not a regular file; give a picture file.")
+            time.sleep(0.02)
+    except BlockingIOError:
+        pass  # somebody has opened it, and may take their time
+    os.set_blocking(descriptor, True)
+    return begin
+
+
+def read_data_url(url: str, settings: MediaSettings) -> bytes:
+    """Read the bytes in a `data:` address (RFC 2397), base64 or percent-encoded; its media type is ignored.
+
+    Padding may be missing and there may be spaces, as browsers allow. Raises BadPicture, PictureTooLarge.
+    """
+    name = "The data: address"
+    head, comma, body = url[len("data:") :].partition(",")
+    if not comma:
+        raise BadPicture(f"{name} has no comma, so no contents; write data:image/png;base64,… instead.")
+    # Percent signs can shrink it by a factor of three, base64 by a factor of four thirds.
+    check_bytes(max(1, len(body) // 4 - 1024), name, settings)
+    data = unquote_to_bytes(body) if "%" in body else body.encode("utf-8", "replace")
+    if head.rstrip().lower().endswith(";base64"):
+        packed = b"".join(data.split()).rstrip(b"=")
+        try:
+            data = base64.b64decode(packed + b"=" * (-len(packed) % 4), validate=True)
+        except binascii.Error:
+            raise BadPicture(f"{name} holds damaged base64; encode the picture's bytes again.") from None
+    check_bytes(len(data), name, settings)
+    return data

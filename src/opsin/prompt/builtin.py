@@ -16,8 +16,7 @@ class BuiltIn:
     picture_glue: str = ""
 
 
-# The system sentence and the turn markers are those LLaVA-1.5 was trained with
-# (haotian-liu/LLaVA, llava/conversation.py, conv_llava_v1).
+# What LLaVA-1.5 was trained with (haotian-liu/LLaVA, llava/conversation.py, conv_llava_v1).
 _VICUNA = BuiltIn(
     "vicuna",
     """\
@@ -43,8 +42,7 @@ _VICUNA = BuiltIn(
     "\n",
 )
 
-# LLaVA-1.6 on Mistral-7B-Instruct writes Mistral's own format; it has no system role, so that goes before the first
-# question.
+# LLaVA-1.6 on Mistral-7B-Instruct; it has no system role, so that goes before the first question.
 _MISTRAL = BuiltIn(
     "mistral",
     """\
@@ -80,12 +78,8 @@ _LLAVA_CHATML = BuiltIn(
 
 _CHATML = BuiltIn(
     "chatml",
-    """\
-{%- for turn in messages -%}
-    {{- '<|im_start|>' + turn.role + '\n' + turn.content + '<|im_end|>\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
-""",
+    "{% for turn in messages %}<|im_start|>{{ turn.role ~ '\\n' ~ turn.content }}<|im_end|>{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
 )
 
 # Models that read pages take a bare instruction.

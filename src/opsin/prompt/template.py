@@ -23,27 +23,23 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from opsin.core.errors import BadPrompt
 
-MAX_TEMPLATE_CHARS = 65_536  # the longest in use have about 17,000
-MAX_INPUT_CHARS = 2_000_000
+_MAX_TEMPLATE_CHARS = 65_536  # the longest in use have about 17,000
+_MAX_INPUT_CHARS = 2_000_000
 _MAX_OUTPUT_CHARS = 4_000_000
 _OUTPUT_PER_INPUT = 32  # a template may write each character of the messages this often
 _MAX_SECONDS = 2.0  # CPU time of one rendering; honest ones take milliseconds
 
-_PROBE = "opsinprobe"
-
 Json = Mapping[str, Any]
+Shape = Literal["string", "list"]
 
 
 @dataclass(frozen=True, slots=True)
 class TemplateSource:
     """The parts of a model file that decide how its prompts are written, as plain values.
 
-    `template` is the file's own Jinja chat template, None when it ships none. `architecture` is GGUF's
-    `general.architecture` ("llama", "qwen2vl", …); `name` is any text that names the model, best `general.name` and
-    the file's name together; `projector` is the projector type ("mlp", "deepseekocr", …) when there is one.
-    `control_tokens` holds the text of every token that the tokenizer reads as one token when it parses special
-    tokens: user text that looks like one is kept plain. `kv_groups` is the number of query heads per key/value head;
-    it tells Mistral from Vicuna where the names do not.
+    `template` is the file's own Jinja chat template, if it ships one; `name` is any text that names the model.
+    `control_tokens` are the texts that the tokenizer reads as one token when it parses special tokens: user text that
+    looks like one is kept plain. `kv_groups`, query heads per key/value head, tells Mistral from Vicuna.
     """
 
     template: str | None
@@ -58,15 +54,11 @@ class TemplateSource:
 
 @dataclass(frozen=True, slots=True)
 class Abilities:
-    """What a template understands, found by rendering small conversations.
-
-    `strings` and `lists`: a user's content may be a string, or a list of typed parts. `system`: the shape in which a
-    system message comes out, None where it does not.
-    """
+    """Whether a user's content may be a string, or a list of typed parts; the shape of a system message, if any."""
 
     strings: bool
     lists: bool
-    system: Literal["string", "list"] | None
+    system: Shape | None
 
 
 class TooCostly(BadPrompt):
@@ -74,10 +66,6 @@ class TooCostly(BadPrompt):
 
     def __init__(self, what: str) -> None:
         super().__init__(f"The model's chat template {what}: use another file of this model.")
-
-
-class _Raised(Exception):
-    """The template called `raise_exception`."""
 
 
 class _Generation(Extension):
@@ -91,22 +79,16 @@ class _Generation(Extension):
 
 
 def _raise_exception(message: object = "") -> NoReturn:
-    raise _Raised(str(message))
+    raise BadPrompt(f"The model's chat template refuses these messages: {_one_line(message)}")
 
 
 def _strftime_now(text: str) -> str:
     return dt.datetime.now().strftime(text)  # noqa: DTZ005 - a template asks for the user's own day
 
 
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
+def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
     """JSON without HTML escapes, as `transformers` writes it."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 @cache
@@ -122,15 +104,14 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 class ChatTemplate:
-    """A Jinja chat template with the conventions of the models' publishers.
+    """A Jinja chat template with the conventions of the models' publishers; threads may share it.
 
-    It is given `messages`, `tools`, `add_generation_prompt`, `bos_token`, `eos_token` and the caller's switches. Safe
-    to use from several threads. Raises BadPrompt when the text is not a template that can be used.
+    Raises BadPrompt when the text is not a template that can be used.
     """
 
     def __init__(self, text: str, *, bos_token: str, eos_token: str) -> None:
-        if len(text) > MAX_TEMPLATE_CHARS:
-            raise TooCostly(f"has {len(text):,} characters, more than the {MAX_TEMPLATE_CHARS:,} that are read")
+        if len(text) > _MAX_TEMPLATE_CHARS:
+            raise TooCostly(f"has {len(text):,} characters, more than the {_MAX_TEMPLATE_CHARS:,} that are read")
         self.text = text
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
         with _one_sentence():
@@ -145,18 +126,15 @@ class ChatTemplate:
         switches: Json | None = None,
     ) -> str:
         """The prompt's text. Raises BadPrompt when the template refuses the messages, fails, or costs too much."""
-        left = _MAX_OUTPUT_CHARS + _OUTPUT_PER_INPUT * _check_input(messages, tools)
+        given = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
         deadline = time.thread_time() + _MAX_SECONDS
-        variables = {
-            **self._tokens,
-            **(switches or {}),
-            "messages": messages,
-            "tools": tools,
-            "add_generation_prompt": add_generation_prompt,
-        }
         pieces = []
         with _one_sentence():
-            for piece in self._template.generate(variables):
+            size = len(json.dumps(given, ensure_ascii=False, default=str))
+            if size > _MAX_INPUT_CHARS:
+                raise BadPrompt(f"The messages have {size:,} characters: at most {_MAX_INPUT_CHARS:,} are taken.")
+            left = _MAX_OUTPUT_CHARS + _OUTPUT_PER_INPUT * size
+            for piece in self._template.generate({**self._tokens, **(switches or {}), **given}):
                 pieces.append(piece)
                 left -= len(piece)
                 if left < 0:
@@ -173,25 +151,23 @@ class ChatTemplate:
     @cached_property
     def abilities(self) -> Abilities:
         """What the template understands; a template that fails at every try is taken to want plain strings."""
-        lists = self._renders(_PROBE, _wrap("user", _PROBE, lists=True))
-        strings = self._renders(_PROBE, _wrap("user", _PROBE)) or not lists
-        system: Literal["string", "list"] | None = None
-        shapes: tuple[Literal["string", "list"], ...] = ("string", "list") if strings else ("list", "string")
+        lists = self._shows("opsinuser", _message("user", "opsinuser", "list"))
+        strings = self._shows("opsinuser", _message("user", "opsinuser", "string")) or not lists
+        shapes: tuple[Shape, ...] = ("string", "list") if strings else ("list", "string")
+        question = _message("user", "opsinuser", shapes[0])
         for shape in shapes:
-            question = _wrap("user", _PROBE, lists=not strings)
-            if self._renders("opsinsystem", _wrap("system", "opsinsystem", lists=shape == "list"), question):
-                system = shape
-                break
-        return Abilities(strings, lists, system)
+            if self._shows("opsinsystem", _message("system", "opsinsystem", shape), question):
+                return Abilities(strings, lists, shape)
+        return Abilities(strings, lists, None)
 
     def keeps_thoughts(self, opening: str, closing: str) -> bool:
         """Whether a block of thoughts in an older answer comes out as text."""
-        lists = not self.abilities.strings
-        question = _wrap("user", _PROBE, lists=lists)
-        answer = f"{opening}\nopsinthought\n{closing}\n\nopsinanswer"
-        return self._renders("opsinthought", question, _wrap("assistant", answer, lists=lists), question)
+        shape: Shape = "string" if self.abilities.strings else "list"
+        question = _message("user", "opsinuser", shape)
+        answer = _message("assistant", f"{opening}\nopsinthought\n{closing}\n\nopsinanswer", shape)
+        return self._shows("opsinthought", question, answer, question)
 
-    def _renders(self, word: str, *messages: Json) -> bool:
+    def _shows(self, word: str, *messages: Json) -> bool:
         try:
             text = self.render(messages)
         except BadPrompt:
@@ -200,25 +176,8 @@ class ChatTemplate:
         return word in text and not any(f"{quote}{word}{quote}" in text for quote in "'\"")
 
 
-def _wrap(role: str, text: str, *, lists: bool = False) -> Json:
-    return {"role": role, "content": [{"type": "text", "text": text}] if lists else text}
-
-
-def _check_input(*values: Any) -> int:
-    """Characters and items in the values. Raises BadPrompt beyond MAX_INPUT_CHARS."""
-    total, stack = 0, list(values)
-    while stack:
-        item = stack.pop()
-        if isinstance(item, str):
-            total += len(item)
-        elif isinstance(item, Mapping):
-            stack.extend((*item.keys(), *item.values()))
-        elif isinstance(item, Sequence):
-            stack.extend(item)
-            total += len(item)
-    if total > MAX_INPUT_CHARS:
-        raise BadPrompt(f"The messages have {total:,} characters: at most {MAX_INPUT_CHARS:,} are taken.")
-    return total
+def _message(role: str, text: str, shape: Shape) -> Json:
+    return {"role": role, "content": text if shape == "string" else [{"type": "text", "text": text}]}
 
 
 @contextmanager
@@ -228,18 +187,15 @@ def _one_sentence() -> Iterator[None]:
         yield
     except BadPrompt:
         raise
-    except _Raised as error:
-        raise BadPrompt(f"The model's chat template refuses these messages: {_short(error)}") from None
     except (MemoryError, OverflowError):
         raise TooCostly("takes too much memory") from None
     except TemplateSyntaxError as error:
-        raise BadPrompt(f"The model's chat template has a mistake in line {error.lineno}: {_short(error)}") from None
+        raise BadPrompt(f"The model's chat template has a mistake in line {error.lineno}: {_one_line(error)}") from None
     except Exception as error:  # noqa: BLE001 - a template is a stranger's program and may raise anything
-        raise BadPrompt(
-            f"The model's chat template failed on these messages with a {type(error).__name__}: {_short(error)}"
-        ) from None
+        what = f"{type(error).__name__}: {_one_line(error)}"
+        raise BadPrompt(f"The model's chat template failed on these messages with a {what}") from None
 
 
-def _short(error: Exception) -> str:
-    text = "".join(letter if letter.isprintable() else " " for letter in str(error)[:300])
+def _one_line(message: object) -> str:
+    text = "".join(letter if letter.isprintable() else " " for letter in str(message)[:300])
     return " ".join(text.split()).rstrip(".") + "."

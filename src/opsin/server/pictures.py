@@ -14,7 +14,7 @@ from opsin.core.errors import BadParameter, BadPicture, FetchFailed
 from opsin.core.picture import Picture
 from opsin.core.server_settings import ServerSettings
 from opsin.core.settings import MediaSettings
-from opsin.media.source import read_data_url
+from opsin.media import read_data_url
 from opsin.server.addresses import AddressPolicy
 from opsin.server.decoder import Decoder
 from opsin.server.media_folder import MediaFolder

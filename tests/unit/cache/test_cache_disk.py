@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from opsin.cache import DiskStore, PictureCache, default_folder
-from opsin.cache.disk import _pack
-from opsin.cache.embeddings import Embedding
+from opsin.cache.disk import Embedding, _pack
 
 ROWS = np.arange(12, dtype=np.float32).reshape(3, 4)
 

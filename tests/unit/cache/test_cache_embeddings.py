@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opsin.cache import PictureCache
-from opsin.cache.embeddings import Embedding
+from opsin.cache.disk import Embedding
 
 
 def rows(n: int, value: float = 1.0) -> Embedding:

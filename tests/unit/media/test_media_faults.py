@@ -225,7 +225,7 @@ def test_wide_tiffs_take_bounded_memory(tmp_path: Path, side: int, dtype: Any) -
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
 def test_a_pipe_that_nobody_writes_to_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opsin.media.source._PIPE_SECONDS", 0.1)
+    monkeypatch.setattr("opsin.media.load._PIPE_SECONDS", 0.1)
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     begin = time.monotonic()
@@ -237,7 +237,7 @@ def test_a_pipe_that_nobody_writes_to_is_refused(tmp_path: Path, monkeypatch: py
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
 def test_a_pipe_whose_writer_takes_its_time_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process substitution such as <(curl …) is open from the start and may be slow."""
-    monkeypatch.setattr("opsin.media.source._PIPE_SECONDS", 0.0)
+    monkeypatch.setattr("opsin.media.load._PIPE_SECONDS", 0.0)
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     data = encode(scene(), "PNG")
@@ -269,9 +269,9 @@ def test_a_picture_is_returned_as_it_is() -> None:
 def test_a_file_is_opened_once_and_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encode(NOISE, "JPEG")
     opened, hashed = [], []
-    header, digest = JpegImagePlugin.JpegImageFile._open, opsin.media.load.picture_sha256  # type: ignore[attr-defined]
+    header, digest = JpegImagePlugin.JpegImageFile._open, opsin.media.decode.picture_sha256  # type: ignore[attr-defined]
     monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "_open", lambda image: opened.append(1) or header(image))
-    monkeypatch.setattr("opsin.media.load.picture_sha256", lambda *size: hashed.append(1) or digest(*size))
+    monkeypatch.setattr("opsin.media.decode.picture_sha256", lambda *size: hashed.append(1) or digest(*size))
     file = OpenPicture(data, LIMITS)
     assert (file.width, file.height) == (320, 224)
     picture = load_picture(file, LIMITS, 160)

@@ -135,10 +135,8 @@ def test_a_kind_that_is_not_read_is_refused_by_its_name(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith(("huge", "bomb", "canvas", "upside"))])
 def test_huge_headers_are_refused_before_pixels_are_made(name: str) -> None:
-    with pytest.raises(PictureTooLarge if not name.endswith((".avif", ".heic")) else BadPicture) as refused:
+    with pytest.raises(PictureTooLarge if not name.endswith((".avif", ".heic")) else BadPicture):
         load_picture(FILES[name], LIMITS)
-    if name.endswith(".webp"):  # by our own look at the header: libwebp makes the canvas when it is opened
-        assert "pixels, and at most" in str(refused.value)
 
 
 def test_a_run_length_bmp_that_would_take_pillow_long_is_refused() -> None:

@@ -11,12 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from media_samples import encode, scene
-from PIL import Image
 
 from opsin.core.errors import BadInput, BadPicture, PictureUnsupported
-from opsin.core.settings import MediaSettings
 from opsin.media import load_picture
-from opsin.media.jpeg import check_jpeg
+from opsin.media.decode import check_jpeg
 from opsin.media.limits import show
 from opsin.media.sniff import picture_format
 
@@ -58,7 +56,7 @@ def test_brands_of_the_iso_media_family(brands: bytes, expected: str | None) -> 
         (b"\x80\x80\x80\x80", "no picture of a known kind"),
         (b"\x00\x01\x02\x03", "no picture of a known kind"),
         (b"P6 4 4 255\n" + bytes(48), "a PNM picture"),
-        (b"G" * 400, "an MPEG transport stream"),
+        (b"G" * 400, "an MPEG video"),
         (b"II*\x00\x10\x00\x00\x00CR\x02\x00" + bytes(40), "a camera's raw file"),
     ],
 )
@@ -71,23 +69,11 @@ def test_kinds_told_apart(data: bytes, name: str) -> None:
 def test_nothing_makes_the_parsers_raise_but_bad_input(data: bytes) -> None:
     with contextlib.suppress(BadInput):
         picture_format(data, "x")
-    check_jpeg(b"\xff\xd8\xff" + data, "x")
+    with contextlib.suppress(BadInput):
+        check_jpeg(b"\xff\xd8\xff" + data, "x", samples.LIMITS)
     for head in (b"RIFF\0\0\0\0WEBP", b"RIFF\0\0\0\0WEBPVP8X", b"\xff\xd8\xff\xc0"):
         with pytest.raises(BadInput):
             load_picture(head + data, samples.LIMITS)
-
-
-@pytest.mark.parametrize("options", [{"lossless": True}, {"quality": 50}, {"save_all": True}])
-@pytest.mark.parametrize("alpha", [None, 100])
-def test_webp_size_is_checked_without_the_decoder(options: dict[str, Any], alpha: int | None) -> None:
-    image = scene(130, 70)
-    if alpha is not None:
-        image = image.convert("RGBA")
-        image.putalpha(alpha)
-    if "save_all" in options:
-        options = {**options, "append_images": [Image.new("RGB", (130, 70))]}
-    with pytest.raises(BadInput, match="130 by 70"):  # there is no more than the header
-        load_picture(encode(image, "WEBP", **options)[:30], MediaSettings(max_edge=129))
 
 
 @pytest.mark.parametrize(("kind", "code"), [(3, "H"), (4, "I")])

@@ -183,7 +183,7 @@ def test_array_shapes() -> None:
 @pytest.mark.parametrize(
     ("array", "word"),
     [
-        (np.zeros((3, 8, 8), np.uint8), "move the colours"),
+        (np.zeros((3, 8, 8), np.uint8), "colours last"),
         (np.zeros((1, 8, 8, 3), np.uint8), "shape"),
         (np.zeros((8, 8, 2), np.uint8), "shape"),
         (np.zeros(8, np.uint8), "shape"),

@@ -41,14 +41,14 @@ def test_many_tokens_and_a_long_text_take_no_long_time():
 
 def test_keys_and_nested_values_of_json_are_protected():
     placeholders = Placeholders(ControlTokens(["</s>"]))
-    value = placeholders.protect_all({"a</s>": ["</s>", {"b": "x"}, 3, None, True, 1.5]})
+    value = placeholders.protect({"a</s>": ["</s>", {"b": "x"}, 3, None, True, 1.5]})
     assert "</s>" not in str(value)
     assert value[placeholders.protect("a</s>")][1:] == [{"b": "x"}, 3, None, True, 1.5]
 
 
 def test_cutting_gives_back_what_was_put_in():
     placeholders = Placeholders(ControlTokens(["</s>"]))
-    rendered = f"<s>{placeholders.protect('a</s>b')}{placeholders.picture(picture(1))}</s>"
+    rendered = f"<s>{placeholders.protect('a</s>b')}{placeholders.place(picture(1))}</s>"
     assert placeholders.cut(rendered) == (
         TextPart("<s>a"),
         TextPart("</s>", special=False),
@@ -60,7 +60,7 @@ def test_cutting_gives_back_what_was_put_in():
 
 def test_equal_pictures_have_placeholders_of_their_own():
     placeholders = Placeholders(ControlTokens([]))
-    one, two = placeholders.picture(picture(1)), placeholders.picture(picture(1))
+    one, two = placeholders.place(picture(1)), placeholders.place(picture(1))
     assert one != two
     with pytest.raises(BadPrompt, match="leaves out picture 2 of 2"):
         placeholders.cut(one)
@@ -80,4 +80,4 @@ def test_a_token_that_the_template_dropped_is_no_fault():
 def test_a_spoilt_placeholder_is_noticed(spoil):
     placeholders = Placeholders(ControlTokens([]))
     with pytest.raises(BadPrompt, match="cuts texts apart"):
-        placeholders.cut("a" + spoil(placeholders.picture(picture(1))) + "b")
+        placeholders.cut("a" + spoil(placeholders.place(picture(1))) + "b")

@@ -7,7 +7,7 @@ from prompt_families import source
 
 from opsin.core.reasoning import ReasoningSplitter, ReasoningStyle
 from opsin.prompt import TemplateSource
-from opsin.prompt.reasoning import find_style
+from opsin.prompt.builder import find_style
 
 GLM = ReasoningStyle(wrapper=("<answer>", "</answer>"), dropped=("<|begin_of_box|>", "<|end_of_box|>"))
 

@@ -92,15 +92,15 @@ class Wire:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.tried: list[tuple[str, int]] = []
         self.own: set[tuple[str, int]] = set()
-        connect = httpcore.SyncBackend.connect_tcp
+        connect = httpcore.AnyIOBackend.connect_tcp
 
-        def recording(backend: Any, host: str, port: int, *args: Any, **more: Any) -> Any:
+        async def recording(backend: Any, host: str, port: int, *args: Any, **more: Any) -> Any:
             if (host, port) in self.own:
-                return connect(backend, host, port, *args, **more)
+                return await connect(backend, host, port, *args, **more)
             self.tried.append((host, port))
             raise httpcore.ConnectError("no way")
 
-        monkeypatch.setattr(httpcore.SyncBackend, "connect_tcp", recording)
+        monkeypatch.setattr(httpcore.AnyIOBackend, "connect_tcp", recording)
 
 
 @pytest.fixture
