@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from opsin.compose import Runtime, open_runtime
 from opsin.core.answer import Answer
-from opsin.core.config import RETIRED, current_folder, drop_retired, read_config
+from opsin.core.config import RETIRED, checked, current_folder, drop_retired, read_config
 from opsin.core.errors import BadParameter
 from opsin.core.model_info import ModelInfo
 from opsin.core.parts import Prompt
@@ -168,19 +168,3 @@ def question_about(pictures: Sequence[Picture], question: str, system: str | Non
     messages = [Message(role="system", content=system)] if system else []
     messages.append(Message(role="user", content=[*pictures, question]))
     return messages
-
-
-def checked(model: Any, values: dict[str, Any]) -> Any:
-    """A settings value, with pydantic's findings as one sentence. Raises BadParameter."""
-    from pydantic import ValidationError
-
-    try:
-        return model(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"]) or "options"
-        if first["type"] == "extra_forbidden":
-            raise BadParameter(
-                f"There is no option {name!r}: known ones are {', '.join(model.model_fields)}."
-            ) from None
-        raise BadParameter(f"{name}: {first['msg']} (given: {first['input']!r}).") from None

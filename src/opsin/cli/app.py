@@ -94,15 +94,15 @@ def main() -> None:
 def _run() -> int | str | None:
     try:
         try:
-            app(standalone_mode=True)
+            app()
         except SystemExit as end:
             sys.stdout.flush()
             return end.code
+    except BrokenPipeError:
+        return 141
     except OpsinError as error:
         say(f"opsin: {error}")
         return error.exit_code
-    except BrokenPipeError:
-        return 141
     except MemoryError:
         say("opsin: there is not enough memory for this: free some, or choose a smaller model.")
         return 4

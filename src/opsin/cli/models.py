@@ -7,14 +7,10 @@ from typing import Annotated
 
 import typer
 
-from opsin.cli.control import escaped
+from opsin.cli.console import escaped
+from opsin.cli.options import new_app
 
-app = typer.Typer(
-    help="Show which models are here, and choose the default.",
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
+app = new_app("Show which models are here, and choose the default.")
 
 
 @app.callback(invoke_without_command=True)

@@ -7,13 +7,13 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from opsin.api import checked
 from opsin.compat.handlers import MTMDChatHandler
 from opsin.compat.hub import download
 from opsin.compat.messages import arguments_of, as_tools, forced_tool, read_messages
 from opsin.compat.options import engine_options, real_seed, sampling_options
 from opsin.compat.replies import Writer
 from opsin.compose import open_runtime
+from opsin.core.config import checked
 from opsin.core.errors import BadParameter
 from opsin.core.picture import Picture
 from opsin.core.sampling import SamplingParams

@@ -113,7 +113,7 @@ def test_a_table_whose_model_is_gone_is_passed_over(home: Path, caplog: pytest.L
 @pytest.mark.parametrize("how", ["flag", "environment", "file", "default"])
 def test_with_another_number_of_answers_the_layout_is_not_the_tuned_one(home: Path, how: str) -> None:
     """Rows that were best for eight answers with memories of their own made a single one slower."""
-    layout = {"parallel": 8, "ctx": 4096, "ubatch": 256, "prefill_rows": 96, "flash_attention": True}
+    layout = {"parallel": 8, "ctx": 4096, "ubatch": 256, "flash_attention": True}
     path = home / "opsin.toml"
 
     def read_for(parallel: int) -> Any:
