@@ -192,17 +192,11 @@ def _print_row(group: list[str], row: dict[str, Any]) -> None:
 
 
 def _as_json(answer: Answer, pictures: list[Picture]) -> dict[str, Any]:
+    row = asdict(answer)
     images = [
-        {name: value for name, value in asdict(image).items() if name not in _NOT_IN_JSON} | {"notes": picture.notes}
-        for image, picture in zip(answer.images, pictures, strict=True)
+        {name: value for name, value in image.items() if name not in _NOT_IN_JSON} | {"notes": picture.notes}
+        for image, picture in zip(row["images"], pictures, strict=True)
     ]
-    return {
-        "text": answer.text,
-        "reasoning": answer.reasoning,
-        "finish_reason": answer.finish_reason,
-        "usage": asdict(answer.usage),
-        "images": images,
-        "stages": answer.stages.as_dict(),
-        "timings": {name: round(value, 3) for name, value in asdict(answer.timings).items()},
-        "guard": None if answer.guard is None else asdict(answer.guard),
-    }
+    timings = {name: round(value, 3) for name, value in row["timings"].items()}
+    same = {name: row[name] for name in ("text", "reasoning", "finish_reason", "usage", "guard")}
+    return {**same, "images": images, "stages": answer.stages.as_dict(), "timings": timings}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from opsin.cli import options as o
-from opsin.cli.console import say
+from opsin.cli.console import new_app, say
 from opsin.core.errors import BadParameter
 from opsin.core.files import read_text
 from opsin.core.settings import EngineSettings
@@ -30,7 +30,7 @@ Runs = Annotated[int, typer.Option("--runs", min=1, help="runs of each measureme
 OWN_SERVER = "opsin-http"
 """With --against: start `opsin serve` with the same settings."""
 
-app = o.new_app("Measure the engine against the limits of this machine, and against servers.")
+app = new_app("Measure the engine against the limits of this machine, and against servers.")
 
 
 @app.command()
@@ -46,11 +46,7 @@ def engine(
     workloads: Workloads = None,
     runs: Runs = 3,
     against: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--against",
-            help="measure this server in turn: NAME=URL with the same model, or opsin-http to start opsin serve",
-        ),
+        list[str] | None, typer.Option("--against", help="measure in turn: NAME=URL, or opsin-http for opsin serve")
     ] = None,
     overhead: Annotated[
         bool, typer.Option("--overhead", help="measure CPU time per token at 1, 8 and 32 streams instead of workloads")

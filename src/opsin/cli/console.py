@@ -6,7 +6,9 @@ import contextlib
 import os
 import re
 import sys
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
+
+import typer
 
 if TYPE_CHECKING:
     from rich.status import Status
@@ -51,6 +53,12 @@ def printable(text: str) -> str:
 def escaped(text: str) -> str:
     r"""A sentence or a name as one line, with every control character shown as an escape: `\x1b`, `\n`."""
     return _UNPRINTABLE.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
+
+
+def new_app(help_text: str | None = None, **options: Any) -> typer.Typer:
+    """A group of commands, set up as all of ours."""
+    plain: dict[str, Any] = {"add_completion": False, "rich_markup_mode": None, "pretty_exceptions_enable": False}
+    return typer.Typer(help=help_text, **plain, **options)
 
 
 def say(sentence: str) -> None:

@@ -23,11 +23,6 @@ JsonOut = Annotated[Path | None, typer.Option("--json-out", help="also write the
 System = Annotated[str | None, typer.Option("--system", help="system message before the question")]
 
 
-def new_app(help_text: str | None = None) -> typer.Typer:
-    """A group of subcommands, set up as all of ours."""
-    return typer.Typer(help=help_text, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-
-
 def flags_of(model: type[BaseModel], *names: str) -> Callable[[Command], Command]:
     """Give a command a flag for each of these fields that it has not itself.
 

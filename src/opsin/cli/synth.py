@@ -8,7 +8,7 @@ from pathlib import Path
 
 import typer
 
-from opsin.cli.options import new_app
+from opsin.cli.console import new_app
 from opsin.core.errors import BadParameter
 
 TOOL = Path(__file__).parents[3] / "tools" / "synth.py"

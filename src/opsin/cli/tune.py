@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -19,22 +19,19 @@ from opsin.core.settings import EngineSettings
 
 if TYPE_CHECKING:
     from opsin.models import Pair
-    from opsin.tune.measure import Report, Target
+    from opsin.tune.measure import Report, Runtime, Target
 
 PARALLEL = 8
+_PROFILE_HELP = (
+    "make fast: interactive (one question alone) or throughput (many at once) "
+    "[default: throughput on CUDA, else interactive]"
+)
 
 
 @o.flags_of(EngineSettings, *o.PAIR)
 def tune(
     *,
-    profile: Annotated[
-        str | None,
-        typer.Option(
-            "--profile",
-            help="what to make fast: interactive (one question alone) or throughput (many at once) "
-            "[default: throughput on CUDA, else interactive]",
-        ),
-    ] = None,
+    profile: Annotated[str | None, typer.Option("--profile", help=_PROFILE_HELP)] = None,
     minutes: Annotated[float, typer.Option("--minutes", min=0.1, help="stop measuring after this many minutes")] = 10.0,
     out: Annotated[
         Path | None, typer.Option("--out", help="file to write [default: the opsin.toml in force, or a new one here]")
@@ -76,11 +73,11 @@ def tune(
 def _target(profile: str | None) -> Target:
     from opsin.compose import gpu_names
 
-    if profile == "interactive" or profile == "throughput":  # noqa: PLR1714 - mypy reads this one
-        return profile
-    if profile is not None:
+    if profile is None:
+        return "throughput" if any(name.startswith("CUDA") for name in gpu_names()) else "interactive"
+    if profile not in {"interactive", "throughput"}:
         raise BadParameter(f"--profile is interactive or throughput, not {profile}.")
-    return "throughput" if any(name.startswith("CUDA") for name in gpu_names()) else "interactive"
+    return cast("Target", profile)
 
 
 def _untuned(flags: dict[str, Any], out: Path) -> tuple[EngineSettings, set[str]]:
@@ -112,14 +109,11 @@ def _measured(settings: EngineSettings, fixed: set[str], target: Target, folder:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     found = candidates(settings, fixed, cores, _projectors(settings, folder))
-    tuner = Tuner(
-        lambda one: open_runtime(one.model, one.mmproj, one),
-        settings,
-        target,
-        minutes,
-        tell=lambda text: say(f"measuring: {text}"),
-    )
-    return tuner.run(found)
+
+    def opened(one: EngineSettings) -> Runtime:
+        return open_runtime(one.model, one.mmproj, one)
+
+    return Tuner(opened, settings, target, minutes, tell=lambda text: say(f"measuring: {text}")).run(found)
 
 
 def _projectors(settings: EngineSettings, folder: Path) -> Iterator[Path]:
