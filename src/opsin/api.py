@@ -47,10 +47,8 @@ class Opsin:
         drop_retired({name: (options.pop(name), "option of Opsin") for name in RETIRED if name in options})
         settings = checked(EngineSettings, options)
         if config is not False:
-            files = {name: value for name, value in (("model", model), ("mmproj", mmproj)) if value is not None}
-            file = None if config is True else Path(config)
-            options |= files
-            folder = current_folder()
+            options |= {name: value for name, value in (("model", model), ("mmproj", mmproj)) if value is not None}
+            file, folder = None if config is True else Path(config), current_folder()
             found = read_config(options, os.environ, folder, file=file, locate=locate, parallel=settings.parallel)
             settings = found.engine()
             model, mmproj = settings.model, settings.mmproj
@@ -97,8 +95,7 @@ class Opsin:
 
         `params` are the fields of SamplingParams. Raises BadInput, EngineError.
         """
-        sources = pictures if isinstance(pictures, (list, tuple)) else [pictures]
-        loaded = [self.picture(source) for source in sources]
+        loaded = [self.picture(source) for source in _listed(pictures)]
         return self.submit(question_about(loaded, question, system), **params).result()
 
     async def ask_async(
@@ -108,8 +105,7 @@ class Opsin:
 
         Raises BadInput, EngineError.
         """
-        sources = pictures if isinstance(pictures, (list, tuple)) else [pictures]
-        loaded = await asyncio.gather(*(asyncio.to_thread(self.picture, source) for source in sources))
+        loaded = await asyncio.gather(*(asyncio.to_thread(self.picture, source) for source in _listed(pictures)))
         return await self.submit(question_about(loaded, question, system), **params).answer()
 
     def submit(
@@ -125,9 +121,8 @@ class Opsin:
         Never blocks. Raises BadInput, EngineError.
         """
         sampling = checked(SamplingParams, params)
-        return self._runtime.engine.submit(
-            self.prompt(messages, tools=tools, thinking=sampling.thinking), sampling, load_ms=load_ms
-        )
+        prompt = self.prompt(messages, tools=tools, thinking=sampling.thinking)
+        return self._runtime.engine.submit(prompt, sampling, load_ms=load_ms)
 
     def prompt(
         self,
@@ -159,6 +154,10 @@ def ask(pictures: object | Sequence[object], question: str, **params: Any) -> An
     """Open the default model, ask once, close it. For more than one question keep an `Opsin`."""
     with Opsin() as opsin:
         return opsin.ask(pictures, question, **params)
+
+
+def _listed(pictures: object) -> Sequence[object]:
+    return pictures if isinstance(pictures, (list, tuple)) else [pictures]
 
 
 def question_about(pictures: Sequence[Picture], question: str, system: str | None = None) -> list[Message]:

@@ -58,7 +58,9 @@ class Config:
         lines = []
         for name in _FIELDS:
             value = getattr(self.settings, name)
-            shown = f"# {name} is not set" if value is None else f"{name} = {_toml_value(value)}"
+            # JSON's strings, numbers and booleans are TOML's as well.
+            text = json.dumps(list(value) if isinstance(value, tuple) else value, default=str, ensure_ascii=False)
+            shown = f"# {name} is not set" if value is None else f"{name} = {text}"
             lines.append(f"{shown}  # {self.origins[name]}\n")
         return "".join(lines)
 
@@ -88,9 +90,13 @@ def read_config(
     where nobody sets it (None: as many as were tuned for). Raises BadParameter for unknown names and wrong values.
     """
     path = file or config_path(environ, folder)
-    plain, measured = ({}, {}) if path is None else _from_file(path)
-    given = {name: (value, _flag_origin(name, value)) for name, value in flags.items()}
-    sources = [plain, _from_environment(environ), given]
+    own, table = ({}, {}) if path is None else read_file(path)
+    measured = {name: (value, f"[{TUNED}] of {path}") for name, value in table.items()}
+    sources: list[Values] = [
+        {name: (_read_value(name, value), f"file {path}") for name, value in own.items()},
+        _from_environment(environ),
+        {name: (v, f"flag --{'no-' if v is False else ''}{name.replace('_', '-')}") for name, v in flags.items()},
+    ]
     drop_retired(*sources, measured)
     if tuned and measured and _is_for(measured, sources, locate):
         sources.insert(0, _fitting(measured, sources, parallel))
@@ -191,14 +197,6 @@ def _fitting(measured: Values, sources: list[Values], parallel: int | None) -> V
     return measured
 
 
-def _from_file(path: Path) -> tuple[Values, Values]:
-    table, tuned = read_file(path)
-    return (
-        {name: (_expanded(name, value), f"file {path}") for name, value in table.items()},
-        {name: (value, f"[{TUNED}] of {path}") for name, value in tuned.items()},
-    )
-
-
 def _from_environment(environ: Mapping[str, str]) -> Values:
     known = {PREFIX + name.upper(): name for name in (*_FIELDS, *RETIRED)}
     found: Values = {}
@@ -207,15 +205,8 @@ def _from_environment(environ: Mapping[str, str]) -> Values:
             continue
         _check_name(variable, f"The environment has {variable}, which is no setting", (*known, KEY_VARIABLE))
         if text:  # an empty variable counts as unset
-            name = known[variable]
-            is_list = name in _FIELDS and get_origin(kind_of(_FIELDS[name])) is tuple
-            value = [part.strip() for part in text.split(",")] if is_list else _expanded(name, text)
-            found[name] = value, f"environment {variable}"
+            found[known[variable]] = _read_value(known[variable], text), f"environment {variable}"
     return found
-
-
-def _flag_origin(name: str, value: Any) -> str:
-    return f"flag --{'no-' if value is False else ''}{name.replace('_', '-')}"
 
 
 def _check_name(name: str, complaint: str, known: Any) -> None:
@@ -224,12 +215,9 @@ def _check_name(name: str, complaint: str, known: Any) -> None:
         raise BadParameter(f"{complaint}; the nearest one is {near[0]} (opsin serve --print-config shows all).")
 
 
-def _expanded(name: str, value: Any) -> Any:
-    """`~` in paths is the home folder, as a shell does it for flags."""
-    is_path = isinstance(value, str) and name in _FIELDS and kind_of(_FIELDS[name]) is Path
-    return str(expand(value)) if is_path else value
-
-
-def _toml_value(value: Any) -> str:
-    # JSON's strings, numbers and booleans are TOML's as well.
-    return json.dumps(list(value) if isinstance(value, tuple) else value, default=str, ensure_ascii=False)
+def _read_value(name: str, value: Any) -> Any:
+    """In text a list is written with commas, and `~` in a path is the home folder, as a shell does it for flags."""
+    kind = kind_of(_FIELDS[name]) if isinstance(value, str) and name in _FIELDS else None
+    if get_origin(kind) is tuple:
+        return [part.strip() for part in value.split(",")]
+    return str(expand(value)) if kind is Path else value

@@ -94,16 +94,13 @@ class ReasoningSplitter:
 
     def _unwrap(self) -> None:
         self._drop_space()
-        if self._style.wrapper is None:
-            self._state = "text" if self._held else "after"
-            return
-        opening, closing = self._style.wrapper
+        opening, closing = self._style.wrapper or ("", "")
         shown = self._held.lstrip()
-        if shown.startswith(opening):
+        if opening and shown.startswith(opening):
             self._held, self._state = shown[len(opening) :], "text"
             self._dropped = (*self._dropped, closing)
             self._unwrapped = self._bare = True
-        elif not opening.startswith(shown):
+        elif not opening or not opening.startswith(shown):
             self._state = "text"
 
     def _answer(self) -> str:
