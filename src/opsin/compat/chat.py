@@ -26,14 +26,14 @@ def read_message(
     if not isinstance(message, Mapping):
         raise BadPrompt(f"A message is a {type(message).__name__}: give a dict with role and content.")
     role: Any = message.get("role")
-    content = message.get("content") or ""
+    content = message.get("content") or []
     parts = [content] if isinstance(content, str) else [_part(part, load) for part in content]
     if handler is not None and role == "user" and handler.pictures_first:
         pictures: list[Content] = [part for part in parts if isinstance(part, Picture)]
         text = "".join(part for part in parts if isinstance(part, str))
         between = handler.between if pictures else handler.between.lstrip()
         parts = [*pictures, between + text]
-    return Message(role, parts, **{name: message[name] for name in _EXTRAS if message.get(name) is not None})
+    return Message(role, parts or "", **{name: message[name] for name in _EXTRAS if message.get(name) is not None})
 
 
 def _part(part: Any, load: Callable[[str], Picture]) -> Content:
