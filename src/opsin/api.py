@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from opsin.compose import Runtime, open_runtime
 from opsin.core.answer import Answer
-from opsin.core.config import RETIRED, current_folder, drop_retired, read_config
+from opsin.core.config import RETIRED, checked, current_folder, drop_retired, read_config
 from opsin.core.errors import BadParameter
 from opsin.core.model_info import ModelInfo
 from opsin.core.parts import Prompt
@@ -50,10 +50,8 @@ class Opsin:
         drop_retired({name: (options.pop(name), "option of Opsin") for name in RETIRED if name in options})
         settings = checked(EngineSettings, options)
         if config is not False:
-            files = {name: value for name, value in (("model", model), ("mmproj", mmproj)) if value is not None}
-            file = None if config is True else Path(config)
-            options |= files
-            folder = current_folder()
+            options |= {name: value for name, value in (("model", model), ("mmproj", mmproj)) if value is not None}
+            file, folder = None if config is True else Path(config), current_folder()
             found = read_config(options, os.environ, folder, file=file, locate=locate, parallel=settings.parallel)
             settings = found.engine()
             model, mmproj = settings.model, settings.mmproj
@@ -101,8 +99,7 @@ class Opsin:
 
         `params` are the fields of SamplingParams. Raises BadInput, EngineError.
         """
-        sources = pictures if isinstance(pictures, (list, tuple)) else [pictures]
-        loaded = [self.picture(source) for source in sources]
+        loaded = [self.picture(source) for source in _listed(pictures)]
         return self.submit(question_about(loaded, question, system), **params).result()
 
     async def ask_async(
@@ -112,8 +109,7 @@ class Opsin:
 
         Raises BadInput, EngineError.
         """
-        sources = pictures if isinstance(pictures, (list, tuple)) else [pictures]
-        loaded = await asyncio.gather(*(asyncio.to_thread(self.picture, source) for source in sources))
+        loaded = await asyncio.gather(*(asyncio.to_thread(self.picture, source) for source in _listed(pictures)))
         return await self.submit(question_about(loaded, question, system), **params).answer()
 
     def submit(
@@ -129,9 +125,8 @@ class Opsin:
         Never blocks. Raises BadInput, EngineError.
         """
         sampling = checked(SamplingParams, params)
-        return self._runtime.engine.submit(
-            self.prompt(messages, tools=tools, thinking=sampling.thinking), sampling, load_ms=load_ms
-        )
+        prompt = self.prompt(messages, tools=tools, thinking=sampling.thinking)
+        return self._runtime.engine.submit(prompt, sampling, load_ms=load_ms)
 
     def prompt(
         self,
@@ -165,6 +160,10 @@ def ask(pictures: object | Sequence[object], question: str, **params: Any) -> An
         return opsin.ask(pictures, question, **params)
 
 
+def _listed(pictures: object) -> Sequence[object]:
+    return pictures if isinstance(pictures, (list, tuple)) else [pictures]
+
+
 def question_about(pictures: Sequence[Picture], question: str, system: str | None = None) -> list[Message]:
     """The usual conversation: an optional system message, then pictures and question in one turn."""
     if not question.strip():
@@ -172,19 +171,3 @@ def question_about(pictures: Sequence[Picture], question: str, system: str | Non
     messages = [Message(role="system", content=system)] if system else []
     messages.append(Message(role="user", content=[*pictures, question]))
     return messages
-
-
-def checked(model: Any, values: dict[str, Any]) -> Any:
-    """A settings value, with pydantic's findings as one sentence. Raises BadParameter."""
-    from pydantic import ValidationError
-
-    try:
-        return model(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"]) or "options"
-        if first["type"] == "extra_forbidden":
-            raise BadParameter(
-                f"There is no option {name!r}: known ones are {', '.join(model.model_fields)}."
-            ) from None
-        raise BadParameter(f"{name}: {first['msg']} (given: {first['input']!r}).") from None

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from native_help import Child
-from opsin.engine.idle_cost import ENOUGH
 from PIL import Image
 
 from opsin.compat import Llama, Llava15ChatHandler, MoondreamChatHandler, MTMDChatHandler
@@ -59,10 +58,9 @@ def test_an_answer_about_a_picture(llm: Llama) -> None:
 
 
 def test_one_seed_gives_one_answer_and_another_gives_another(pair: Any) -> None:
-    # In one memory for all, dropping an idle prefix changes the order in which attention adds up: logits move by some
-    # hundredths. Fewer than 40 steps in all, so none is dropped for what it was measured to cost.
+    # Dropping an idle prefix changes the order in which attention adds up: logits move by some hundredths. Prefixes are
+    # dropped after 40 steps at the earliest, and these are 5 x 7.
     llm = opened(pair)
-    assert ENOUGH > 5 * 7
 
     def text(**options: Any) -> str:
         response = llm.create_chat_completion(messages=question(), max_tokens=7, temperature=2.0, **options)

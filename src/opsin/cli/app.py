@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from opsin import __version__
-from opsin.cli.console import open_standard_streams, say
+from opsin.cli.console import new_app, open_standard_streams, say
 from opsin.core.errors import OpsinError
 
 COMMANDS = {
@@ -43,7 +43,7 @@ class LazyGroup(TyperGroup):
         module = importlib.import_module(f"opsin.cli.{cmd_name}")
         sub = getattr(module, "app", None)
         if sub is None:
-            sub = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+            sub = new_app()
             sub.command(name=cmd_name)(getattr(module, cmd_name))
         command = typer.main.get_command(sub)
         command.name = cmd_name
@@ -62,16 +62,11 @@ class LazyGroup(TyperGroup):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-app = typer.Typer(
-    cls=LazyGroup, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True
-)
+app = new_app(cls=LazyGroup, no_args_is_help=True)
 
 
 @app.callback()
-def opsin(
-    *,
-    version: bool = typer.Option(False, "--version", help="Print the version and end."),
-) -> None:
+def opsin(*, version: bool = typer.Option(False, "--version", help="Print the version and end.")) -> None:
     """Ask pictures questions on your own hardware, and see where every millisecond went."""
     if version:
         typer.echo(__version__)
@@ -94,15 +89,15 @@ def main() -> None:
 def _run() -> int | str | None:
     try:
         try:
-            app(standalone_mode=True)
+            app()
         except SystemExit as end:
             sys.stdout.flush()
             return end.code
+    except BrokenPipeError:
+        return 141
     except OpsinError as error:
         say(f"opsin: {error}")
         return error.exit_code
-    except BrokenPipeError:
-        return 141
     except MemoryError:
         say("opsin: there is not enough memory for this: free some, or choose a smaller model.")
         return 4

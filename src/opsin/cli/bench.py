@@ -11,101 +11,78 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from opsin.cli import options as o
-from opsin.cli.console import say
+from opsin.cli.console import new_app, say
+from opsin.core.errors import BadParameter
+from opsin.core.files import read_text
 from opsin.core.settings import EngineSettings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from opsin.bench import Driver, HttpDriver, Workload
+    from opsin.bench import HttpDriver, Workload
     from opsin.bench.report import Limits, Target
     from opsin.compose import Runtime
     from opsin.engine import Engine
 
 Workloads = Annotated[str | None, typer.Option("--workloads", help="some of W1 to W5, separated by commas")]
 Runs = Annotated[int, typer.Option("--runs", min=1, help="runs of each measurement; medians are shown")]
-JsonOut = Annotated[Path | None, typer.Option("--json-out", help="also write the JSON document to this file")]
 
 OWN_SERVER = "opsin-http"
 """With --against: start `opsin serve` with the same settings."""
 
-app = typer.Typer(
-    help="Measure the engine against the limits of this machine, and against servers.",
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
+app = new_app("Measure the engine against the limits of this machine, and against servers.")
 
 
 @app.command()
+@o.flags_of(EngineSettings, *o.ENGINE)
 def engine(
     *,
-    model: o.Model = None,
-    mmproj: o.Mmproj = None,
     ctx: Annotated[
         int | None, typer.Option("--ctx", help="context size in tokens [default: 8192; --overhead: 16384]")
     ] = None,
     parallel: Annotated[
         int | None, typer.Option("--parallel", help="parallel sequences (slots) [default: 8; --overhead: 32]")
     ] = None,
-    gpu_layers: o.GpuLayers = None,
-    device: o.Device = None,
-    mmproj_device: o.MmprojDevice = None,
-    threads: o.Threads = None,
-    threads_batch: o.ThreadsBatch = None,
-    kv_type: o.KvType = None,
     workloads: Workloads = None,
     runs: Runs = 3,
     against: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--against",
-            help="measure this server in turn: NAME=URL with the same model, or opsin-http to start opsin serve",
-        ),
+        list[str] | None, typer.Option("--against", help="measure in turn: NAME=URL, or opsin-http for opsin serve")
     ] = None,
     overhead: Annotated[
         bool, typer.Option("--overhead", help="measure CPU time per token at 1, 8 and 32 streams instead of workloads")
     ] = False,
-    json_out: JsonOut = None,
+    json_out: o.JsonOut = None,
     settings_file: Annotated[
         Path | None, typer.Option("--settings", help="read this opsin.toml instead of the folder's or the user's")
     ] = None,
     config: Annotated[bool, typer.Option("--config/--no-config", help="read opsin.toml and OPSIN_ variables")] = True,
-    verbose: o.Verbose = None,
+    **flags: Any,
 ) -> None:
     """Measure the machine, then five workloads on the engine in this process.
 
     Options can also be set in opsin.toml or OPSIN_* environment variables. The last line of standard output is one
     JSON document.
     """
-    flags = o.fields_of(EngineSettings, locals())
-    from opsin.bench import choose
+    from opsin.bench import EngineDriver, choose, serving
+    from opsin.bench.report import as_text, ratios, target_document
     from opsin.compose import open_runtime
-    from opsin.core.errors import BadParameter
-    from opsin.models import resolve
 
     if overhead and (workloads or against):
         raise BadParameter("--overhead measures no workloads: leave out --workloads and --against.")
+    if settings_file is not None and not config:
+        raise BadParameter("--settings names a file to read, and --no-config says to read none: give one of them.")
     chosen = choose(None if workloads is None else workloads.split(","))
-    settings = _settings(flags, settings_file, config=config, overhead=overhead)
-    pair = resolve(*(None if path is None else str(path) for path in (settings.model, settings.mmproj)))
-    settings = settings.model_copy(update={"model": pair.llm.resolve()})
-    if pair.mmproj is not None:
-        settings = settings.model_copy(update={"mmproj": pair.mmproj.resolve()})
+    given = o.given(EngineSettings, {**flags, "ctx": ctx, "parallel": parallel})
+    settings = _settings(given, settings_file, config=config, overhead=overhead)
     if overhead:
         _overhead(settings, runs, json_out)
         return
-    from opsin.bench import EngineDriver, serving
-    from opsin.bench.report import as_text, ratios, target_document
-
     with ExitStack() as stack:
-        servers = _servers(
-            [
-                f"{OWN_SERVER}={stack.enter_context(serving(settings))[1]}" if server == OWN_SERVER else server
-                for server in against or ()
-            ],
-            named=True,
-        )
+        urls = [
+            f"{OWN_SERVER}={stack.enter_context(serving(settings))[1]}" if server == OWN_SERVER else server
+            for server in against or ()
+        ]
+        servers = _servers(urls, named=True)
         limits = _limits(settings)
         typer.echo(limits.text())
         runtime = stack.enter_context(closing(open_runtime(settings.model, settings.mmproj, settings)))
@@ -128,7 +105,7 @@ def http_servers(
     api_key_file: Annotated[Path | None, typer.Option("--api-key-file", help="file with the servers' key")] = None,
     workloads: Workloads = None,
     runs: Runs = 3,
-    json_out: JsonOut = None,
+    json_out: o.JsonOut = None,
 ) -> None:
     """Measure servers with the five workloads, in turn, and compare the first with the others.
 
@@ -139,7 +116,8 @@ def http_servers(
     from opsin.bench.report import as_text, ratios, target_document
 
     chosen = choose(None if workloads is None else workloads.split(","))
-    targets = _measure(_servers(urls, model=served_model, api_key=_key(api_key_file)), chosen, runs)
+    key = None if api_key_file is None else read_text(api_key_file, 4096).strip()
+    targets = _measure(_servers(urls, model=served_model, api_key=key), chosen, runs)
     document = {"kind": "http", "servers": {target.name: target_document(target) for target in targets}}
     _print(as_text(targets), {**document, "ratios": ratios(targets)}, json_out, targets)
 
@@ -147,7 +125,6 @@ def http_servers(
 def _servers(given: list[str], *, named: bool = False, **options: Any) -> dict[str, HttpDriver]:
     """By name: NAME=URL, or a URL which is then its own name (unless `named`)."""
     from opsin.bench import HttpDriver
-    from opsin.core.errors import BadParameter
 
     servers: dict[str, HttpDriver] = {}
     for text in given:
@@ -162,31 +139,19 @@ def _servers(given: list[str], *, named: bool = False, **options: Any) -> dict[s
     return servers
 
 
-def _key(path: Path | None) -> str | None:
-    from opsin.core.errors import BadParameter
-
-    if path is None:
-        return None
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise BadParameter(f"{path} cannot be read: {error.strerror or error}.") from error
-
-
 def _settings(flags: dict[str, Any], file: Path | None, *, config: bool, overhead: bool) -> EngineSettings:
-    """The engine's settings from all their places, or from the flags alone."""
+    """The engine's settings from all their places, or from the flags alone; with the files of the pair."""
     from opsin.core.config import read_config
-    from opsin.core.errors import BadParameter
-    from opsin.models import locate
+    from opsin.models import locate, resolve
 
-    if file is not None and not config:
-        raise BadParameter("--settings names a file to read, and --no-config says to read none: give one of them.")
     nowhere = {"XDG_CONFIG_HOME": os.devnull}
     environ, folder = (os.environ, Path.cwd()) if config else (nowhere, Path(os.devnull))
     defaults = {"ctx": 16_384, "parallel": 32} if overhead else {"ctx": 8192, "parallel": 8}
-    found = read_config(flags, environ, folder, file=file, locate=locate).engine(**defaults)
+    settings = read_config(flags, environ, folder, file=file, locate=locate).engine(**defaults)
+    pair = resolve(*(None if path is None else str(path) for path in (settings.model, settings.mmproj)))
+    mmproj = settings.mmproj if pair.mmproj is None else pair.mmproj.resolve()
     # Embeddings on disk would make the next run's images known.
-    return found.model_copy(update={"disk_cache": False})
+    return settings.model_copy(update={"model": pair.llm.resolve(), "mmproj": mmproj, "disk_cache": False})
 
 
 def _limits(settings: EngineSettings) -> Limits:
@@ -232,7 +197,7 @@ def _measure(drivers: dict[str, Any], chosen: tuple[Workload, ...], runs: int) -
     return [Target(name, _server_facts(d), [results[name] for results in found]) for name, d in drivers.items()]
 
 
-def _server_facts(driver: Driver) -> dict[str, str]:
+def _server_facts(driver: Any) -> dict[str, str]:
     from opsin.bench import HttpDriver
 
     if not isinstance(driver, HttpDriver):
@@ -258,14 +223,12 @@ def _overhead(settings: EngineSettings, runs: int, json_out: Path | None) -> Non
         {"streams": streams, "guard": guard, "more_us_per_token": round(more, 2)}
         for (streams, guard), more in room.http_extra(rows).items()
     ]
-    document = {**about, "overhead": [row.document() for row in rows], "http": extra}
-    _print(room.as_text(rows), document, json_out)
+    _print(room.as_text(rows), {**about, "overhead": [row.document() for row in rows], "http": extra}, json_out)
 
 
 def _print(text: str, document: dict[str, Any], json_out: Path | None, targets: Sequence[Target] = ()) -> None:
     """Text, then the document in one line; ends with 1 if a result is invalid."""
-    if json_out is not None:
-        o.write_out(json_out, json.dumps(document, indent=2) + "\n")
+    o.write_out(json_out, json.dumps(document, indent=2) + "\n")
     typer.echo(text)
     typer.echo(json.dumps(document))
     if any(result.invalid is not None for target in targets for result in target.results):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from opsin.cli import options as o
-from opsin.cli.ask import follow, notices, show_limits
+from opsin.cli.ask import follow, opened, show_limits
 from opsin.cli.console import Working, say
 from opsin.core.errors import BadInput
 from opsin.core.sampling import SamplingParams
@@ -21,42 +21,21 @@ if TYPE_CHECKING:
 HELP = "Type a question; /picture FILE adds a picture to the next one, /new starts again, /bye or Ctrl-D ends."
 
 
+@o.flags_of(SamplingParams, *o.ANSWER)
+@o.flags_of(EngineSettings, *o.ENGINE, "image_max_tokens", "image_min_tokens", "disk_cache")
 def chat(
     pictures: Annotated[list[str] | None, typer.Argument(metavar="PICTURE…", help="files or addresses")] = None,
     *,
-    model: o.Model = None,
-    mmproj: o.Mmproj = None,
-    ctx: o.Ctx = None,
-    gpu_layers: o.GpuLayers = None,
-    device: o.Device = None,
-    mmproj_device: o.MmprojDevice = None,
-    threads: o.Threads = None,
-    threads_batch: o.ThreadsBatch = None,
-    max_tokens: o.MaxTokens = None,
-    max_seconds: o.MaxSeconds = None,
-    temperature: o.Temperature = None,
-    seed: o.Seed = None,
-    guard: o.UseGuard = True,
-    disk_cache: o.DiskCache = None,
-    thinking: o.Thinking = None,
-    max_thinking_tokens: o.MaxThinking = None,
     system: o.System = None,
-    verbose: o.Verbose = None,
+    **flags: Any,
 ) -> None:
     """Talk about pictures; every question knows what was said before.
 
     Options can also be set in opsin.toml or OPSIN_* environment variables.
     """
-    engine = {**o.fields_of(EngineSettings, locals()), "parallel": 1}
-    params = o.fields_of(SamplingParams, locals())
-    with Working("loading the model") as working:
-        from opsin.api import Opsin
-
-        with Opsin(**engine) as opsin:
-            working.stop()
-            notices(opsin)
-            say(HELP)
-            _Conversation(opsin, system, params, list(pictures or [])).run()
+    with opened(flags) as opsin:
+        say(HELP)
+        _Conversation(opsin, system, o.given(SamplingParams, flags), pictures or []).run()
 
 
 class _Conversation:
@@ -72,24 +51,21 @@ class _Conversation:
 
     def run(self) -> None:
         """Read lines until the end."""
-        while (line := self._read()) is not None:
+        while (line := _read_line()) is not None:
+            command, _, rest = line.partition(" ")
             try:
-                self._handle(line)
+                if command == "/picture" and rest.strip():
+                    self._next.append(self._opsin.picture(rest.strip()))
+                    say("(the picture goes with your next question)")
+                elif command == "/new":
+                    self._messages, self._next = [], list(self._first)
+                    say("(a new conversation about the same pictures)")
+                elif command.startswith("/"):
+                    say(HELP)
+                elif line:
+                    self._ask(line)
             except BadInput as error:
                 say(f"opsin: {error}")
-
-    def _handle(self, line: str) -> None:
-        command, _, rest = line.partition(" ")
-        if command == "/picture" and rest.strip():
-            self._next.append(self._opsin.picture(rest.strip()))
-            say("(the picture goes with your next question)")
-        elif command == "/new":
-            self._messages, self._next = [], list(self._first)
-            say("(a new conversation about the same pictures)")
-        elif command.startswith("/"):
-            say(HELP)
-        elif line:
-            self._ask(line)
 
     def _ask(self, question: str) -> None:
         from opsin.prompt import Message
@@ -108,12 +84,12 @@ class _Conversation:
         self._messages = [*messages, turn, Message("assistant", answer.text)]
         self._next = []
 
-    @staticmethod
-    def _read() -> str | None:
-        if sys.stdin is None:
-            return None
-        try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
-        except (EOFError, KeyboardInterrupt):
-            return None
-        return None if line == "/bye" else line
+
+def _read_line() -> str | None:
+    if sys.stdin is None:
+        return None
+    try:
+        line = input("> " if sys.stdin.isatty() else "").strip()
+    except (EOFError, KeyboardInterrupt):
+        return None
+    return None if line == "/bye" else line

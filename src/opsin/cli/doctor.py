@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from opsin.cli import options as o
-from opsin.cli.console import Working
-from opsin.cli.control import printable
+from opsin.cli.console import Working, printable
 from opsin.core.settings import EngineSettings
 
 if TYPE_CHECKING:
@@ -23,43 +22,23 @@ _COLOURS = {"ok": "\x1b[32m", "warn": "\x1b[33m", "fail": "\x1b[31m"}
 _WIDTH, _NAME = 110, 26
 
 
-def _option(name: str) -> Any:
-    return typer.Option(help=EngineSettings.model_fields[name].description)
-
-
+@o.flags_of(EngineSettings, *EngineSettings.model_fields)
 def doctor(
     *,
-    model: o.Model = None,
-    mmproj: o.Mmproj = None,
-    ctx: o.Ctx = None,
-    parallel: Annotated[int | None, typer.Option("--parallel", min=1, max=256, help="answers at the same time")] = None,
-    gpu_layers: o.GpuLayers = None,
-    device: o.Device = None,
-    mmproj_device: o.MmprojDevice = None,
-    threads: o.Threads = None,
-    threads_batch: o.ThreadsBatch = None,
-    kv_type: o.KvType = None,
-    ubatch: Annotated[int | None, _option("ubatch")] = None,
-    flash_attention: Annotated[bool | None, _option("flash_attention")] = None,
-    vision_flash_attention: Annotated[bool | None, _option("vision_flash_attention")] = None,
-    picture_cache_bytes: Annotated[int | None, _option("picture_cache_bytes")] = None,
-    image_max_tokens: o.ImageMax = None,
-    image_min_tokens: o.ImageMin = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object, with the evidence")] = False,
-    verbose: o.Verbose = None,
+    **flags: Any,
 ) -> None:
     """Check the build, the pair and how it runs, and prove where the vision encoder runs.
 
     Without --model the default model is looked at. Settings come from the flags, the environment and opsin.toml, as for
     `opsin serve`. Ends with 1 when a check fails.
     """
-    flags = o.fields_of(EngineSettings, locals())
     from opsin.core.config import current_folder, read_config
     from opsin.doctor.check import worst
     from opsin.doctor.examine import examine
     from opsin.models import locate
 
-    settings = read_config(flags, os.environ, current_folder(), locate=locate).engine()
+    settings = read_config(o.given(EngineSettings, flags), os.environ, current_folder(), locate=locate).engine()
     checks: list[Check] = []
     with Working("looking at this machine") as working:
         for check in examine(settings, _open, working.update):

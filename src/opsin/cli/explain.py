@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from opsin.cli.control import printable
+from opsin.cli.console import printable
 
 if TYPE_CHECKING:
     from opsin.doctor.explain import Explanation

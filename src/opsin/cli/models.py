@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from opsin.cli.control import escaped
+from opsin.cli.console import escaped, new_app
 
-app = typer.Typer(
-    help="Show which models are here, and choose the default.",
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
+app = new_app("Show which models are here, and choose the default.")
 
 
 @app.callback(invoke_without_command=True)
@@ -31,34 +28,18 @@ def models(
     """Show which models are here, and choose the default."""
     if context.invoked_subcommand is not None:
         return
-    import json
-    from dataclasses import asdict
-
-    if known:
-        from opsin.models.registry import KNOWN_MODELS
-
-        rows = [asdict(row) for row in KNOWN_MODELS]
-        typer.echo(json.dumps(rows, indent=2) if as_json else _table(rows, ("name", "title", "repo")))
-        return
+    from opsin.models.registry import KNOWN_MODELS
     from opsin.models.resolve import list_models
 
-    found = list_models(folder or [])
+    rows = [asdict(model) for model in (KNOWN_MODELS if known else list_models(folder or []))]
     if as_json:
-        typer.echo(json.dumps([asdict(model) for model in found], indent=2))
-        return
-    lines = [
-        {
-            "": "*" if model.is_default else "",
-            "name": model.name,
-            "model": f"{model.architecture} + {model.projector}" if model.architecture else "",
-            "quantisation": model.quantisation,
-            "size": _size(model.size) if model.size else "",
-            "where": model.problem or model.llm_file,
-        }
-        for model in found
-    ]
-    typer.echo(_table(lines, ("", "name", "model", "quantisation", "size", "where")))
-    typer.echo("* the default; change it with `opsin models use NAME`, get more with `opsin pull NAME`")
+        typer.echo(json.dumps(rows, indent=2))
+    elif known:
+        typer.echo(_table(rows, ("name", "title", "repo")))
+    else:
+        columns = ("", "name", "model", "quantisation", "size", "where")
+        typer.echo(_table([{**row, **_shown(row)} for row in rows], columns))
+        typer.echo("* the default; change it with `opsin models use NAME`, get more with `opsin pull NAME`")
 
 
 @app.command()
@@ -78,11 +59,17 @@ def use(
     typer.echo(escaped(f"{pair.name} is the default model now"))
 
 
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+def _shown(row: dict[str, Any]) -> dict[str, str]:
+    size = row["size"]
+    return {
+        "": "*" if row["is_default"] else "",
+        "model": f"{row['architecture']} + {row['projector']}" if row["architecture"] else "",
+        "size": "" if not size else f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB",
+        "where": row["problem"] or row["llm_file"],
+    }
 
 
-def _table(rows: list[dict[str, str]], names: tuple[str, ...]) -> str:
+def _table(rows: list[dict[str, Any]], names: tuple[str, ...]) -> str:
     """Plain columns: paths are for copying, so nothing is wrapped or cut."""
     cells = [list(names), *([escaped(str(row[name])) for name in names] for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(names))]

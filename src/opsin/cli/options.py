@@ -1,72 +1,72 @@
-"""The flags that several commands share; their help is the description of the setting they fill."""
+"""Flags made of the fields of settings: a flag's help is its field's description, its default the field's own."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
+from pydantic import BaseModel
 
 from opsin.core.errors import BadParameter
-from opsin.core.settings import MAX_ANSWER_TOKENS, EngineSettings
+from opsin.core.settings import kind_of
 
-if TYPE_CHECKING:
-    from pydantic import BaseModel
+Command = TypeVar("Command", bound=Callable[..., Any])
 
+PAIR = ("model", "mmproj", "ctx", "gpu_layers", "device", "mmproj_device", "kv_type", "verbose")
+ENGINE = (*PAIR, "threads", "threads_batch")
+ANSWER = ("max_tokens", "max_seconds", "temperature", "seed", "guard", "thinking", "max_thinking_tokens")
 
-def _flag(name: str, more: str = "", *, switch: bool = False) -> Any:
-    """The flag of an engine setting, with its description as help."""
-    flag = f"--{name.replace('_', '-')}"
-    text = f"{EngineSettings.model_fields[name].description}{more}"
-    return typer.Option(f"{flag}/--no-{flag[2:]}" if switch else flag, help=text)
-
-
-Model = Annotated[str | None, _flag("model")]
-Mmproj = Annotated[str | None, _flag("mmproj")]
-Ctx = Annotated[int | None, _flag("ctx")]
-GpuLayers = Annotated[int | None, _flag("gpu_layers")]
-Device = Annotated[str | None, _flag("device")]
-MmprojDevice = Annotated[str | None, _flag("mmproj_device")]
-Threads = Annotated[int | None, _flag("threads")]
-ThreadsBatch = Annotated[int | None, _flag("threads_batch")]
-KvType = Annotated[str | None, _flag("kv_type", ": f16, bf16, f32, q8_0 or q4_0")]
-ImageMax = Annotated[int | None, _flag("image_max_tokens")]
-ImageMin = Annotated[int | None, _flag("image_min_tokens")]
-DiskCache = Annotated[bool | None, _flag("disk_cache", switch=True)]
-Verbose = Annotated[bool | None, _flag("verbose", switch=True)]
-Profile = Annotated[str | None, typer.Option("--profile", hidden=True)]  # core.config.RETIRED: warns
-MaxTokens = Annotated[
-    int | None, typer.Option("--max-tokens", help=f"longest answer in tokens (default: {MAX_ANSWER_TOKENS:,})")
-]
-MaxSeconds = Annotated[float | None, typer.Option("--max-seconds", help="longest time for an answer, in seconds")]
-Temperature = Annotated[
-    float | None, typer.Option("--temperature", help="randomness; 0 always takes the most likely token")
-]
-Seed = Annotated[int | None, typer.Option("--seed", help="number that makes a random answer repeatable")]
-UseGuard = Annotated[bool, typer.Option("--guard/--no-guard", help="end answers that repeat themselves without end")]
+JsonOut = Annotated[Path | None, typer.Option("--json-out", help="also write the JSON document to this file")]
 System = Annotated[str | None, typer.Option("--system", help="system message before the question")]
-Thinking = Annotated[
-    bool | None, typer.Option("--thinking/--no-thinking", help="reasoning before the answer, for models that can")
-]
-MaxThinking = Annotated[
-    int | None, typer.Option("--max-thinking-tokens", help="longest reasoning in tokens; 0: none at all")
-]
 
 
-def fields_of(model: type[BaseModel], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a command's arguments is a field of that model, and was given by the user."""
-    return given(**{name: value for name, value in arguments.items() if name in model.model_fields})
+def flags_of(model: type[BaseModel], *names: str) -> Callable[[Command], Command]:
+    """Give a command a flag for each of these fields that it has not itself.
+
+    It gets their values as its `**flags`, None where the user set none.
+    """
+
+    def decorate(command: Command) -> Command:
+        own = inspect.signature(command, eval_str=True).parameters
+        parameters = [parameter for parameter in own.values() if parameter.kind is not parameter.VAR_KEYWORD]
+        parameters += [_flag(model, name) for name in names if name not in own]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return command
+
+    return decorate
 
 
-def given(**options: Any) -> dict[str, Any]:
-    """Only what the user set; what is left out keeps its default in one place."""
-    return {name: value for name, value in options.items() if value is not None}
+def given(model: type[BaseModel], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that the user set and that are fields of the model; all others keep their default in one place."""
+    return {name: value for name, value in flags.items() if name in model.model_fields and value not in (None, [])}
 
 
-def write_out(path: Path, text: str) -> None:
-    """Write the file that a flag names. Raises BadParameter."""
+def write_out(path: Path | None, text: str) -> None:
+    """Write the file that a flag names, if it does. Raises BadParameter."""
     try:
-        path.write_text(text, encoding="utf-8")
+        if path is not None:
+            path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise BadParameter(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+def _flag(model: type[BaseModel], name: str) -> inspect.Parameter:
+    field = model.model_fields[name]
+    kind, text = kind_of(field), field.description or ""
+    flag = f"--{name.replace('_', '-')}"
+    shape: Any = kind if kind in {bool, int, float} else str
+    if kind is bool:
+        flag = f"{flag}/--no-{flag[2:]}"
+    elif get_origin(kind) is tuple:
+        shape, text = list[str], f"{text}; may be given several times"
+    elif get_origin(kind) is Literal:
+        text = f"{text}: {', '.join(get_args(kind))}"
+    if field.default not in (None, ()):
+        shown = {True: "on", False: "off"}.get(field.default) if kind is bool else field.default
+        text = f"{text} [default: {shown}]"
+    option = typer.Option(flag, help=text, show_default=False)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, keyword, default=None, annotation=Annotated[shape | None, option])

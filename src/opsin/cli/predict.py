@@ -3,39 +3,39 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from contextlib import closing
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from opsin.cli import options as o
 from opsin.cli.console import say
-from opsin.tune.devices import THIS
+from opsin.core.errors import BadParameter, ModelNotFound
+from opsin.core.settings import EngineSettings
+from opsin.tune.devices import DEVICES, THIS, Device, find_device, gpu_group
 
 if TYPE_CHECKING:
     from opsin.models import Pair
-    from opsin.tune.devices import Device
     from opsin.tune.predict import Needs, Prediction
 
 
+@o.flags_of(EngineSettings, "mmproj", "kv_type")
 def predict(
     *,
     model: Annotated[
         str | None, typer.Option("--model", help="a GGUF file, a folder, a known name, or a shape such as llava-1.5-7b")
     ] = None,
-    mmproj: o.Mmproj = None,
     weights: Annotated[
         str | None, typer.Option("--type", help="weights of a shape, such as q4_0 or q4_k_m [default: q8_0]")
     ] = None,
     device: Annotated[
-        str,
-        typer.Option("--device", help="a device of the table, or `this`: the machine at hand, measured first"),
+        str, typer.Option("--device", help="a device of the table, or `this`: the machine at hand, measured first")
     ] = THIS,
     devices: Annotated[bool, typer.Option("--devices", help="list the table of devices and exit")] = False,
     ctx: Annotated[int, typer.Option("--ctx", min=64, help="context in tokens that memory is kept for")] = 4096,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="tokens of text beside the image")] = 64,
     answer_tokens: Annotated[int, typer.Option("--answer-tokens", min=1, help="tokens of the answer")] = 128,
-    kv_type: o.KvType = None,
     memory: Annotated[
         float | None, typer.Option("--memory", min=0.01, help="memory of the device in GiB, where the table is wrong")
     ] = None,
@@ -43,14 +43,11 @@ def predict(
         bool, typer.Option("--measure", help="then load the pair on this machine, measure it, and show the error")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
-    json_out: Annotated[Path | None, typer.Option("--json-out", help="write the JSON object to this file too")] = None,
+    json_out: o.JsonOut = None,
+    **flags: Any,
 ) -> None:
     """Predict encode, prefill and decode times of a pair on a device, and whether it fits there."""
-    from dataclasses import replace
-
     from opsin import __version__
-    from opsin.core.errors import BadParameter
-    from opsin.tune.devices import find_device
     from opsin.tune.predict import Request, check_fits
     from opsin.tune.predict import predict as predicted
 
@@ -59,25 +56,23 @@ def predict(
         return
     if measure and device != THIS:
         raise BadParameter("--measure needs the machine at hand: leave it out, or give --device this.")
-    needs, pair = _needs(model, mmproj, weights, kv_type or "f16")
+    kv_type = flags["kv_type"] or "f16"
+    needs, pair = _needs(model, flags["mmproj"], weights, kv_type)
     if measure and pair is None:
         raise BadParameter(f"--measure needs files, and {model} is a shape: give --model and --mmproj.")
     found = _this_machine() if device == THIS else find_device(device)
     if memory is not None:
         found = replace(found, memory=memory * 2**30)
-    request = Request(prompt_tokens, answer_tokens, ctx)
-    prediction = predicted(needs, found, request)
+    prediction = predicted(needs, found, Request(prompt_tokens, answer_tokens, ctx))
     check_fits(prediction, needs)
     check = _measure(pair, prediction, needs, kv_type) if measure and pair is not None else None
     document = {"kind": "predict", "opsin": __version__, "prediction": prediction.as_dict(), "check": check}
-    if json_out is not None:
-        o.write_out(json_out, json.dumps(document, indent=2) + "\n")
+    o.write_out(json_out, json.dumps(document, indent=2) + "\n")
     typer.echo(json.dumps(document) if as_json else _text(prediction, check))
 
 
 def _needs(model: str | None, mmproj: str | None, weights: str | None, kv_type: str) -> tuple[Needs, Pair | None]:
     """Those of a shape when a type is given or no file has that name, else those of the files, and these."""
-    from opsin.core.errors import BadParameter, ModelNotFound
     from opsin.models import resolve
     from opsin.models.shapes import SHAPES
     from opsin.tune.predict import file_needs, shape_needs
@@ -87,22 +82,19 @@ def _needs(model: str | None, mmproj: str | None, weights: str | None, kv_type: 
         raise BadParameter(f"--type is for shapes ({', '.join(SHAPES)}): a file has its own.")
     if shape is not None and mmproj is not None:
         raise BadParameter(f"{model} is a shape with a projector of its own: leave out --mmproj.")
-    if weights is None:
+    if shape is None or weights is None:
         try:
             pair = resolve(model, mmproj)
+            return file_needs(pair.llm, pair.mmproj, pair.name, kv_type), pair
         except ModelNotFound:
             if shape is None:
                 raise
-        else:
-            return file_needs(pair.llm, pair.mmproj, pair.name, kv_type), pair
-    assert shape is not None
     return shape_needs(shape, weights or "q8_0", kv_type), None
 
 
 def _this_machine() -> Device:
     """The device that models go to here, with the rates that it was just measured to reach."""
     from opsin.compose import measured_device
-    from opsin.tune.devices import Device, gpu_group
 
     say("measuring this machine")
     device, rate = measured_device()
@@ -110,24 +102,18 @@ def _this_machine() -> Device:
     return Device(THIS, f"this machine ({device.description})", group, rate.bytes_s, rate.ops_s, device.memory_total)
 
 
-def _measure(pair: Pair, prediction: Prediction, needs: Needs, kv_type: str | None) -> dict[str, Any]:
-    from contextlib import closing
-
+def _measure(pair: Pair, prediction: Prediction, needs: Needs, kv_type: str) -> dict[str, Any]:
     from opsin.compose import open_runtime
-    from opsin.core.settings import EngineSettings
+    from opsin.core.config import checked
     from opsin.tune.predict import measure_pair
 
     say(f"measuring {needs.name}")
-    settings = EngineSettings(ctx=prediction.request.ctx, parallel=1, disk_cache=False, **o.given(kv_type=kv_type))
-    with closing(open_runtime(pair.llm, pair.mmproj, settings)) as runtime:
+    options = {"ctx": prediction.request.ctx, "parallel": 1, "disk_cache": False, "kv_type": kv_type}
+    with closing(open_runtime(pair.llm, pair.mmproj, checked(EngineSettings, options))) as runtime:
         return measure_pair(runtime, needs, prediction.device, prediction.request)
 
 
 def _list_devices(*, as_json: bool) -> None:
-    from dataclasses import asdict
-
-    from opsin.tune.devices import DEVICES
-
     if as_json:
         typer.echo(json.dumps([asdict(device) for device in DEVICES.values()], indent=2))
         return
@@ -139,21 +125,20 @@ def _list_devices(*, as_json: bool) -> None:
 
 def _text(prediction: Prediction, check: dict[str, Any] | None) -> str:
     row = prediction.as_dict()
-    image, text, answer = row["image_tokens"], row["text_tokens"], row["answer_tokens"]
     times = [
-        ("encode an image", row["encode_ms"], ""),
-        ("prefill, image", row["image_prefill_ms"], f"{image} tokens"),
-        ("prefill, text", row["text_prefill_ms"], f"{text} tokens"),
-        ("first token", row["first_token_ms"], ""),
-        ("decode", row["decode_token_ms"], f"a token, {row['decode_tokens_s']} tokens a second"),
-        ("whole answer", row["answer_ms"], f"{answer} tokens"),
+        ("encode an image", "encode_ms", ""),
+        ("prefill, image", "image_prefill_ms", f"{row['image_tokens']} tokens"),
+        ("prefill, text", "text_prefill_ms", f"{row['text_tokens']} tokens"),
+        ("first token", "first_token_ms", ""),
+        ("decode", "decode_token_ms", f"a token, {row['decode_tokens_s']} tokens a second"),
+        ("whole answer", "answer_ms", f"{row['answer_tokens']} tokens"),
     ]
     lines = [f"{prediction.model} on {prediction.device.title}", ""]
-    lines += [f"  {name:<16} {ms:>10,.1f} ms   {what}".rstrip() for name, ms, what in times]
+    lines += [f"  {name:<16} {row[key]:>10,.1f} ms   {what}".rstrip() for name, key, what in times]
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in prediction.memory.items() if size)
-    there = f" of {prediction.device.usable / 1e9:.1f} GB: it fits" if prediction.device.usable else ""
+    fits = f" of {prediction.device.usable / 1e9:.1f} GB: it fits" if prediction.device.usable else ""
     needed = row["memory_total_bytes"] / 1e9
-    lines += ["", f"  memory about {needed:.2f} GB ({parts}; context {prediction.request.ctx}){there}"]
+    lines += ["", f"  memory about {needed:.2f} GB ({parts}; context {prediction.request.ctx}){fits}"]
     lines += [f"  note: {note}" for note in prediction.notes]
     if check is not None:
         lines += ["", "  checked           predicted    measured   error"]

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from opsin.cli.control import escaped
+from opsin.cli.console import escaped
 
 
 def pull(
@@ -16,35 +16,26 @@ def pull(
 ) -> None:
     """Download a vision-language model and make it the default.
 
-    A broken download goes on where it stopped. Files go to the Hugging Face cache, which llama.cpp shares.
+    An interrupted download continues where it stopped. Files go to the Hugging Face cache, which llama.cpp shares.
     """
+    from rich import progress as rich_progress
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TaskID,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
 
     from opsin.models.gguf import read_info
     from opsin.models.hub import pull as download
 
     columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
+        rich_progress.TextColumn("{task.description}", markup=False),
+        rich_progress.BarColumn(),
+        rich_progress.DownloadColumn(),
+        rich_progress.TransferSpeedColumn(),
+        rich_progress.TimeRemainingColumn(),
     )
-    bars = Progress(*columns, console=Console(stderr=True))
-    tasks: dict[str, TaskID] = {}
+    tasks: dict[str, rich_progress.TaskID] = {}
+    bars = rich_progress.Progress(*columns, console=Console(stderr=True))
 
     def show(file: str, done: int, total: int) -> None:
-        if not tasks:
-            bars.start()  # not before: a name that is wrong has no progress to show
+        bars.start()  # not before: a name that is wrong has no progress to show
         if file not in tasks:
             tasks[file] = bars.add_task(file, total=total)
         bars.update(tasks[file], completed=done)

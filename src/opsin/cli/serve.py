@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 import os
 import signal
 import socket
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from opsin.cli.console import say
-from opsin.core.config import current_folder, kinds, read_config
+from opsin.cli.options import flags_of, given
+from opsin.core.config import current_folder, read_config
 from opsin.core.server_settings import ServerSettings
 from opsin.models import locate
 
@@ -33,14 +32,20 @@ _WORKER = (
 )
 
 
-def serve(*, print_config: bool = False, **flags: Any) -> None:
+@flags_of(ServerSettings, *ServerSettings.model_fields)
+def serve(
+    *,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="print the settings and where each is from, and end")
+    ] = False,
+    **flags: Any,
+) -> None:
     """Answer OpenAI-compatible requests over HTTP, and show the web page.
 
     Settings come from opsin.toml (here, or else in $XDG_CONFIG_HOME/opsin), then the environment (OPSIN_PORT=8080),
     then flags; later ones win.
     """
-    given = {name: value for name, value in flags.items() if value is not None and value != []}
-    config = read_config(given, os.environ, current_folder(), locate=locate)
+    config = read_config(given(ServerSettings, flags), os.environ, current_folder(), locate=locate)
     if print_config:
         sys.stdout.write(config.as_toml())
         return
@@ -157,46 +162,3 @@ class _Front:
 def _log_to_stderr(*, verbose: bool) -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     logging.getLogger("opsin").setLevel(logging.DEBUG if verbose else logging.INFO)
-
-
-def _flag(name: str) -> inspect.Parameter:
-    """One flag a field, with the field's description as help and its default told but left to the settings."""
-    field = ServerSettings.model_fields[name]
-    kind = next(iter(kinds(name)))
-    flag = f"--{name.replace('_', '-')}"
-    shape: Any = str
-    more = ""
-    if kind is bool:
-        shape, flag = bool, f"{flag}/--no-{name.replace('_', '-')}"
-    elif kind in {int, float}:
-        shape = kind
-    elif getattr(kind, "__origin__", None) is tuple:
-        shape, more = list[str], "; may be given several times"
-    elif kind not in {str, Path} and get_args(kind)[0] not in (field.description or ""):
-        more = f": {', '.join(get_args(kind))}"
-    if field.default not in {None, ()}:
-        more += f" [default: {_shown(field.default)}]"
-    option = typer.Option(flag, help=f"{field.description}{more}", show_default=False)
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[shape | None, option]
-    )
-
-
-def _shown(value: Any) -> str:
-    return ("on" if value else "off") if isinstance(value, bool) else f"{value}"
-
-
-# Written out, the flags would be the settings a second time, and could differ from them.
-serve.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-    [
-        *(_flag(name) for name in ServerSettings.model_fields),
-        inspect.Parameter(
-            "print_config",
-            inspect.Parameter.KEYWORD_ONLY,
-            default=False,
-            annotation=Annotated[
-                bool, typer.Option("--print-config", help="print the settings and where each is from, and end")
-            ],
-        ),
-    ]
-)

@@ -1,4 +1,4 @@
-"""`opsin synth`: a door to the repository's `tools/synth.py`, which no wheel holds."""
+"""`opsin synth`: runs the repository's `tools/synth.py`, which no wheel contains."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from pathlib import Path
 
 import typer
 
+from opsin.cli.console import new_app
 from opsin.core.errors import BadParameter
 
 TOOL = Path(__file__).parents[3] / "tools" / "synth.py"
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = new_app()
 
 
 @app.command(
-    "synth",
-    add_help_option=False,
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    "synth", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
 )
 def synth(context: typer.Context) -> None:
     """Write a random-weight pair of a model's shape; `--help` shows the options."""

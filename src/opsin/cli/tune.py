@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -13,62 +14,46 @@ import typer
 
 from opsin.cli import options as o
 from opsin.cli.console import say
+from opsin.core.errors import BadParameter, OpsinError
 from opsin.core.settings import EngineSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from opsin.models import Pair
     from opsin.tune.measure import Report, Runtime, Target
 
 PARALLEL = 8
+_PROFILE_HELP = (
+    "make fast: interactive (one question alone) or throughput (many at once) "
+    "[default: throughput on CUDA, else interactive]"
+)
 
 
+@o.flags_of(EngineSettings, *o.PAIR)
 def tune(
     *,
-    model: o.Model = None,
-    mmproj: o.Mmproj = None,
-    profile: Annotated[
-        str | None,
-        typer.Option(
-            "--profile",
-            help="what to make fast: interactive (one question alone) or throughput (many at once) "
-            "[default: throughput on CUDA, else interactive]",
-        ),
-    ] = None,
+    profile: Annotated[str | None, typer.Option("--profile", help=_PROFILE_HELP)] = None,
     minutes: Annotated[float, typer.Option("--minutes", min=0.1, help="stop measuring after this many minutes")] = 10.0,
     out: Annotated[
         Path | None, typer.Option("--out", help="file to write [default: the opsin.toml in force, or a new one here]")
     ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="write over a file that is no opsin.toml of this model")
-    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="overwrite a foreign file, or another model's")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be written, and write nothing")] = False,
-    json_out: Annotated[
-        Path | None, typer.Option("--json-out", help="write all that was measured to this file")
-    ] = None,
-    parallel: Annotated[
-        int | None, typer.Option("--parallel", min=1, max=256, help="answers at the same time [default: 8]")
-    ] = None,
-    ctx: o.Ctx = None,
-    gpu_layers: o.GpuLayers = None,
-    device: o.Device = None,
-    mmproj_device: o.MmprojDevice = None,
-    kv_type: o.KvType = None,
-    verbose: o.Verbose = None,
+    json_out: o.JsonOut = None,
+    parallel: Annotated[int | None, typer.Option("--parallel", help="parallel sequences (slots) [default: 8]")] = None,
+    **flags: Any,
 ) -> None:
     """Measure settings on this machine, and write those that are faster to opsin.toml.
 
     Settings that a flag, the environment or the file itself gives are left alone.
     """
-    flags = o.fields_of(EngineSettings, {**locals(), "profile": None})
     from opsin.core.config import FILE, config_path
     from opsin.tune.opsin_toml import check_target
     from opsin.tune.projector import default_folder
 
     target = _target(profile)
     out = out or config_path(os.environ, Path.cwd()) or Path(FILE)
-    settings, fixed = _untuned(flags, out)
+    chosen = o.given(EngineSettings, {**flags, "parallel": parallel})
+    settings, fixed = _untuned(chosen, out)
     pair = _pair(settings)
     if not dry_run:
         check_target(out, pair.llm, force=force)
@@ -77,18 +62,16 @@ def tune(
     try:
         report = _measured(settings, fixed, target, folder, minutes)
         typer.echo(report.as_text())
-        if json_out is not None:
-            o.write_out(json_out, json.dumps(report.as_document(), indent=2) + "\n")
+        o.write_out(json_out, json.dumps(report.as_document(), indent=2) + "\n")
         # What shaped the measurement belongs to what was measured.
-        shaped = {name: flags[name] for name in sorted(flags.keys() - {"model", "mmproj", "verbose"})}
-        _put(report, pair, {"parallel": settings.parallel, **shaped}, out, dry_run=dry_run)
+        shaped = {name: chosen[name] for name in sorted(chosen.keys() - {"model", "mmproj", "verbose"})}
+        _save(report, pair, {"parallel": settings.parallel, **shaped}, out, dry_run=dry_run)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _target(profile: str | None) -> Target:
     from opsin.compose import gpu_names
-    from opsin.core.errors import BadParameter
 
     if profile is None:
         return "throughput" if any(name.startswith("CUDA") for name in gpu_names()) else "interactive"
@@ -111,7 +94,6 @@ def _untuned(flags: dict[str, Any], out: Path) -> tuple[EngineSettings, set[str]
 
 
 def _pair(settings: EngineSettings) -> Pair:
-    from opsin.core.errors import BadParameter
     from opsin.models import resolve
 
     pair = resolve(*(None if path is None else str(path) for path in (settings.model, settings.mmproj)))
@@ -125,17 +107,17 @@ def _measured(settings: EngineSettings, fixed: set[str], target: Target, folder:
     from opsin.compose import open_runtime
     from opsin.tune.measure import Tuner, candidates
 
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    found = candidates(settings, fixed, cores, _projectors(settings, folder))
+
     def opened(one: EngineSettings) -> Runtime:
         return open_runtime(one.model, one.mmproj, one)
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    found = candidates(settings, fixed, cores, _projectors(settings, folder))
     return Tuner(opened, settings, target, minutes, tell=lambda text: say(f"measuring: {text}")).run(found)
 
 
 def _projectors(settings: EngineSettings, folder: Path) -> Iterator[Path]:
     """The projector in other types, where it has matrices to convert."""
-    from opsin.core.errors import OpsinError
     from opsin.tune.projector import TYPES, convert_projector
 
     assert settings.mmproj is not None, "set from a pair that has one"
@@ -150,7 +132,7 @@ def _projectors(settings: EngineSettings, folder: Path) -> Iterator[Path]:
             yield made
 
 
-def _put(report: Report, pair: Pair, shaped: dict[str, Any], out: Path, *, dry_run: bool) -> None:
+def _save(report: Report, pair: Pair, settings: dict[str, Any], out: Path, *, dry_run: bool) -> None:
     """Print or write what was recommended; where nothing won, remove what an earlier run wrote for this model."""
     from opsin.core.config import same_file
     from opsin.tune.opsin_toml import read_tuned, tuned_table, write_tuned
@@ -162,9 +144,8 @@ def _put(report: Report, pair: Pair, shaped: dict[str, Any], out: Path, *, dry_r
             write_tuned(out, "")
             say(f"The table [tuned] was removed from {out}.")
         return
-    settings = {**shaped, **report.best.changes}
-    made = report.best.changes.get("mmproj")
-    if made is not None:
+    settings = {**settings, **report.best.changes}
+    if (made := report.best.changes.get("mmproj")) is not None:
         settings["mmproj"] = default_folder() / made.name if dry_run else keep(made)
     remarks = [
         "Written by `opsin tune`, and replaced by the next one; settings above this table win over it.",
@@ -173,6 +154,6 @@ def _put(report: Report, pair: Pair, shaped: dict[str, Any], out: Path, *, dry_r
     table = tuned_table(pair.llm, pair.mmproj, settings, remarks)
     if dry_run:
         typer.echo(f"\n{table}")
-        return
-    write_tuned(out, table)
-    say(f"written: {out}")
+    else:
+        write_tuned(out, table)
+        say(f"written: {out}")

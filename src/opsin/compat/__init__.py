@@ -1,7 +1,6 @@
 """llama-cpp-python's `Llama` and chat handlers on Opsin's engine: change the import, keep the program.
 
-For: programs written after llama-cpp-python's own examples for pictures. It refuses to know llama.cpp, and it refuses
-options by name that would change an answer and that Opsin does not have; none is taken and passed over.
+Refuses to know llama.cpp, and refuses by name options that would change an answer and that Opsin does not have.
 """
 
 from opsin.compat.handlers import (
@@ -21,17 +20,7 @@ from opsin.compat.llama import Llama
 from opsin.compat.options import LlamaGrammar
 
 __all__ = [
-    "Gemma4ChatHandler",
-    "Llama",
-    "Llama3VisionAlpha",
-    "Llama3VisionAlphaChatHandler",
-    "LlamaGrammar",
-    "Llava15ChatHandler",
-    "Llava16ChatHandler",
-    "MTMDChatHandler",
-    "MiniCPMv26ChatHandler",
-    "MoondreamChatHandler",
-    "NanoLlavaChatHandler",
-    "ObsidianChatHandler",
-    "Qwen25VLChatHandler",
-]
+    "Gemma4ChatHandler", "Llama", "Llama3VisionAlpha", "Llama3VisionAlphaChatHandler", "LlamaGrammar",
+    "Llava15ChatHandler", "Llava16ChatHandler", "MTMDChatHandler", "MiniCPMv26ChatHandler", "MoondreamChatHandler",
+    "NanoLlavaChatHandler", "ObsidianChatHandler", "Qwen25VLChatHandler",
+]  # fmt: skip

@@ -8,12 +8,13 @@ are those the models were trained with, and answers may differ for the better.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, ClassVar, Self
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from opsin.compat.hub import download
 from opsin.core.errors import BadParameter, ModelNotFound
 
 
@@ -35,8 +36,7 @@ class MTMDChatHandler:
         self.verbose = verbose
         self.use_gpu = use_gpu
 
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
+    def __init_subclass__(cls) -> None:
         for name in ("CHAT_FORMAT", "DEFAULT_SYSTEM_MESSAGE"):
             if name in vars(cls):
                 raise BadParameter(
@@ -52,7 +52,7 @@ class MTMDChatHandler:
 
     @classmethod
     def from_pretrained(cls, repo_id: str, filename: str | None, **kwargs: Any) -> Self:
-        """Download the projector of a repository; see `hub.download`. Raises ModelNotFound, DownloadFailed."""
+        """Download the projector of a repository, as `download` does. Raises ModelNotFound, DownloadFailed."""
         path = download(repo_id, filename, kwargs)
         return cls(clip_model_path=path, **kwargs)
 
@@ -126,3 +126,35 @@ class Llama3VisionAlphaChatHandler(Llava15ChatHandler):
 
 
 Llama3VisionAlpha = Llama3VisionAlphaChatHandler
+
+
+def download(repo_id: str, filename: str | None, options: dict[str, Any]) -> Path:
+    """Fetch the one file of a repository that fits `filename` (a name or a pattern); its path.
+
+    llama-cpp-python's download options (`additional_files`, `cache_dir`, `local_dir`) are taken out of `options`.
+    Raises ModelNotFound when no file fits or several do, DownloadFailed, BadParameter.
+    """
+    from opsin.models.hub import Hub
+
+    additional = options.pop("additional_files", None) or ()
+    cache: str | os.PathLike[str] | None = options.pop("cache_dir", None)
+    links = options.pop("local_dir_use_symlinks", "auto")
+    if options.pop("local_dir", None) is not None or links != "auto":
+        raise BadParameter(
+            "local_dir is not supported: downloads go to the Hugging Face cache, which cache_dir or HF_HUB_CACHE moves."
+        )
+    if not filename:
+        raise BadParameter('filename is missing: give a name or a pattern, such as "*Q4_K_M.gguf".')
+    hub = Hub.from_environment()
+    if cache is not None:
+        hub = replace(hub, cache=Path(cache))
+    repo = hub.list_files(repo_id)
+    wanted = []
+    for pattern in (filename, *additional):
+        fitting = [file for file in repo.files if fnmatch(file.path, pattern)]
+        if len(fitting) != 1:
+            there = ", ".join(sorted(file.path for file in fitting or repo.files)[:12])
+            found = f"{len(fitting)} files" if fitting else "No file"
+            raise ModelNotFound(f"{found} of {repo_id} fit {pattern!r}: name one of {there}.")
+        wanted += fitting
+    return hub.fetch(repo, wanted)[0]

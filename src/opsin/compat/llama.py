@@ -4,32 +4,28 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from opsin.api import checked
-from opsin.compat.handlers import MTMDChatHandler
-from opsin.compat.hub import download
-from opsin.compat.messages import arguments_of, as_tools, forced_tool, read_messages
+from opsin.compat.chat import Objects, Writer, read_message, read_tools
+from opsin.compat.handlers import MTMDChatHandler, download
 from opsin.compat.options import engine_options, real_seed, sampling_options
-from opsin.compat.replies import Writer
 from opsin.compose import open_runtime
+from opsin.core.config import checked
 from opsin.core.errors import BadParameter
 from opsin.core.picture import Picture
 from opsin.core.sampling import SamplingParams
 from opsin.core.settings import EngineSettings, MediaSettings
 from opsin.media import load_picture
 
-LAST_N_TOKENS = 64
-
 
 class Llama:
     """A loaded model, with the projector of its chat handler.
 
-    Options are llama-cpp-python's; `options.py` says which of them Opsin maps, takes without effect on answers, or
+    Options are llama-cpp-python's; `options.py` says which of them Opsin maps, accepts without effect on answers, or
     refuses by name. Without a chat handler the projector beside the model is used, if there is one. An answer without
-    `max_tokens` ends after Opsin's own limit, and the guard ends one that goes round in circles (`guard=False` in a
-    call switches it off). Addresses of pictures are fetched. Raises ModelError, BadParameter.
+    `max_tokens` ends after Opsin's own limit, and the guard ends one that repeats itself (`guard=False` in a call
+    switches it off). Addresses of pictures are fetched. Raises ModelError, BadParameter.
     """
 
     def __init__(
@@ -38,7 +34,7 @@ class Llama:
         *,
         chat_handler: MTMDChatHandler | None = None,
         seed: int | None = None,
-        last_n_tokens_size: int = LAST_N_TOKENS,
+        last_n_tokens_size: int = 64,
         verbose: bool = False,
         **options: Any,
     ) -> None:
@@ -52,13 +48,13 @@ class Llama:
         self._seed = real_seed(seed)
         self._last_n = last_n_tokens_size
         self._media = MediaSettings(fetch=True)
-        settings = engine_options(options)
+        settings = {**engine_options(options), "verbose": verbose}
         if chat_handler is not None and not chat_handler.use_gpu:
             settings["mmproj_device"] = "none"
         self._runtime = open_runtime(
             self.model_path,
             None if chat_handler is None else chat_handler.clip_model_path,
-            checked(EngineSettings, {**settings, "verbose": verbose}),
+            checked(EngineSettings, settings),
             template=None if chat_handler is None else chat_handler.template,
         )
         # At the end of the program, too: native memory is not left to the order in which modules go.
@@ -75,10 +71,10 @@ class Llama:
 
     def create_chat_completion(
         self,
-        messages: Sequence[Mapping[str, Any]],
-        functions: Sequence[Mapping[str, Any]] | None = None,
+        messages: Objects,
+        functions: Objects | None = None,
         function_call: str | Mapping[str, Any] | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Objects | None = None,
         tool_choice: str | Mapping[str, Any] | None = None,
         *,
         stream: bool = False,
@@ -90,23 +86,16 @@ class Llama:
         A `tool_choice` that names a function makes the answer that function's arguments. Raises BadInput (an option,
         a message, a picture that cannot be used), EngineError.
         """
-        all_tools, choice = as_tools(tools, tool_choice, functions, function_call)
-        tool = forced_tool(all_tools, choice)
+        offered, tool = read_tools(tools, tool_choice, functions, function_call)
         if tool is not None:
             # The answer is the function's arguments, whatever shape was asked for besides.
-            options = {**options, "response_format": arguments_of(tool), "grammar": None}
-        params = sampling_options(options, seed=self._seed, last_n=self._last_n)
-        sampling = checked(SamplingParams, params)
-        prompt = self._runtime.prompts.build(
-            read_messages(messages, self.chat_handler, self._picture),
-            tools=None if tool is not None or choice == "none" else all_tools,
-        )
-        events = self._runtime.engine.submit(prompt, sampling)
-        writer = Writer(
-            model=self.model_path if model is None else model,
-            tool=None if tool is None else str(tool["name"]),
-            logprobs=sampling.logprobs is not None,
-        )
+            schema = tool.get("parameters") or {"type": "object"}
+            options |= {"response_format": {"type": "json_object", "schema": schema}, "grammar": None}
+        sampling = checked(SamplingParams, sampling_options(options, seed=self._seed, last_n=self._last_n))
+        conversation = [read_message(message, self.chat_handler, self._picture) for message in messages]
+        events = self._runtime.engine.submit(self._runtime.prompts.build(conversation, tools=offered), sampling)
+        name = None if tool is None else str(tool["name"])
+        writer = Writer(model or self.model_path, name, logprobs=sampling.logprobs is not None)
         return writer.chunks(events) if stream else writer.whole(events)
 
     def n_ctx(self) -> int:

@@ -11,7 +11,7 @@ from opsin.core.stages import Interval, Stages
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token, its bytes and its natural log probability before any sampler touched the logits."""
+    """A token, its bytes and its natural log probability before any sampler changed the logits; `top` alternatives."""
 
     token: int
     piece: bytes
@@ -21,10 +21,10 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
-    """How one picture went in: its identity, its size, the size the encoder saw, and its tokens.
+    """One picture as it went in: identity, size, the size that the encoder saw, and tokens.
 
-    `tiles` counts the pieces the preprocessing cut it into (1 for LLaVA-1.5). `cached` is True when the encoder did
-    not have to run. `orientation` is the file's EXIF value, by which it was turned (1: as it was).
+    `tiles` counts the pieces the preprocessing cut it into. `cached`: the encoder did not have to run. `orientation`
+    is the file's EXIF value (1: upright).
     """
 
     sha256: str
@@ -40,7 +40,7 @@ class ImageInfo:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts. `prompt_tokens` includes `image_tokens`; `cached_tokens` were found in the KV memory."""
+    """Token counts. `prompt_tokens` includes `image_tokens`; `cached_tokens` were found in the KV cache."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -50,7 +50,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """llama-server's `timings`, with exactly its names; times in milliseconds, rates in tokens a second."""
+    """llama-server's `timings`, with exactly its names; times in milliseconds, rates in tokens per second."""
 
     cache_n: int
     prompt_n: int
@@ -75,8 +75,8 @@ class GuardVerdict:
 class Answer:
     """One finished answer.
 
-    `limit` names what cut it when `finish_reason` is "length"; `max_tokens` is the limit that was in force. `intervals`
-    tell when each stage ran; their seconds add up to `stages`.
+    `limit` names what cut it when `finish_reason` is "length"; `max_tokens` was in force. `intervals` say when each
+    stage ran; their seconds add up to `stages`.
     """
 
     text: str
@@ -103,7 +103,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The prompt is laid out: counts are known, the answer has not begun."""
+    """The prompt is tokenized: counts are known, the answer has not begun."""
 
     images: tuple[ImageInfo, ...]
     prompt_tokens: int

@@ -1,7 +1,7 @@
-"""What the engine needs of a model runtime, and who may call what from where.
+"""What the engine needs of a model runtime. The engine never sees a native type.
 
-Threads: `layout` may be called by any thread, also while the engine's thread computes. All else belongs to the one
-thread that owns the backend. The engine never sees a native type.
+Threads: `layout` and `check` may be called by any thread, also while the engine's thread computes. All else belongs to
+the one thread that owns the backend.
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ Embedding = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class BackendLimits:
-    """Sizes that plans must keep to. `n_embd` is the width of an embedding row; all else counts tokens or sequences.
+    """Sizes that plans must keep to: tokens or sequences, and `n_embd`, the width of an embedding row.
 
-    All sequences live in one KV cache of `n_ctx` cells, and a fork shares cells; one sequence may not be longer than
-    the model was trained for, `n_ctx_train` (0: not known). `forks` is False for models that keep
-    one state a sequence: a part of it cannot be shared or forgotten. Rows of an image are prefilled fastest in a
-    multiple of `tile`. `encode_batch` image chunks may be encoded at once.
+    All sequences share one KV cache of `n_ctx` cells, as forks share cells; one sequence holds at most `n_ctx_train`
+    tokens (0: unknown). `forks=False`: one state for each sequence, which cannot be shared or forgotten in part. Image
+    rows are prefilled fastest in multiples of `tile`; `encode_batch` image chunks may be encoded at once.
     """
 
     n_ctx: int
@@ -71,10 +70,10 @@ class TokenBatch:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingRows:
-    """A slice of a picture's embedding for one sequence.
+    """A slice of a picture's embedding for one sequence: `rows` is float32 [n, n_embd], contiguous.
 
-    `rows` is float32 [n, n_embd], contiguous. `positions` is int32 [4, n] (section-major) under M-RoPE, else [1, n],
-    absolute. With `logits` the last row's logits are kept. `causal` False asks for attention in both directions.
+    `positions` is absolute, int32 [4, n] (section-major) under M-RoPE, else [1, n]. With `logits` the last row's are
+    kept. `causal=False` asks for attention in both directions.
     """
 
     rows: Embedding
@@ -89,7 +88,6 @@ class Sampler(Protocol):
 
     def close(self) -> None:
         """Free it; twice does no harm."""
-        ...
 
 
 Sample = tuple[Sampler, int, int | None]
@@ -97,108 +95,76 @@ Sample = tuple[Sampler, int, int | None]
 
 
 class Backend(Protocol):
-    """A language model with its KV memory and, where the pair has one, a vision encoder.
+    """A language model with its KV cache and, where the pair has one, a vision encoder.
 
-    Lifetime: samplers and layouts are closed before the backend. Positions are inclusive at the start, exclusive at
-    the end; -1 as an end means "to the last".
+    Samplers and layouts are closed before the backend. Ranges of positions exclude their end; -1 is the last.
     """
 
     @property
     def limits(self) -> BackendLimits:
         """Sizes that plans must keep to."""
-        ...
 
     @property
     def info(self) -> ModelInfo:
         """Names of the pair."""
-        ...
 
     @property
     def eog_tokens(self) -> frozenset[int]:
         """Tokens that end a turn."""
-        ...
 
     def layout(self, parts: Sequence[Part], *, add_bos: bool, known: Callable[[str], bool] | None = None) -> Layout:
-        """Tokenise the text and preprocess the pictures. Any thread.
+        """Tokenize the text and preprocess the pictures, except those whose identities are all `known`. Any thread.
 
-        Pictures of which `known` says that all their identities are known are not preprocessed: their runs are
-        placeholders.
-        Raises BadPicture when the preprocessing refuses a picture, BadInput when the pair has no vision encoder.
+        Raises BadPicture if the preprocessing refuses a picture, BadInput if the pair has no vision encoder.
         """
-        ...
 
     def encode(self, run: ImageRun, between: Callable[[], None] | None = None) -> Embedding:
-        """Run the vision encoder on one chunk; float32 [n_tokens, n_embd], owned by the caller.
+        """Run the vision encoder on one chunk; float32 [n_tokens, n_embd], owned by the caller. Raises EncodeFailed.
 
-        `between` is called between layers of the encoder's graph; what it raises is raised here after the encode, and
-        the embedding is lost. Raises EncodeFailed.
+        `between` is called between layers; what it raises is raised after the encode, whose embedding is lost.
         """
-        ...
 
     def encode_many(self, runs: Sequence[ImageRun]) -> list[Embedding]:
         """Encode several chunks, those of equal pixel sizes at once; in the same order. Raises EncodeFailed."""
-        ...
 
     def decode(self, rows: TokenBatch | EmbeddingRows) -> bool:
-        """Run one ubatch, at most `n_ubatch` rows. It may return before the work is done: see `synchronize`.
+        """Start one ubatch of at most `n_ubatch` rows; `synchronize` waits for it. Raises DecodeFailed.
 
-        False: there is no room in the KV memory, and nothing changed. Raises DecodeFailed.
+        False: there is no room in the KV cache, and nothing changed.
         """
-        ...
 
     def synchronize(self) -> None:
         """Wait until all that was started is done; a stage ends after this."""
-        ...
 
     def check(self, params: SamplingParams) -> None:
-        """Compile what the request constrains its answer with, so that `sampler` finds it ready. Raises BadGrammar.
-
-        Any thread may call it, and it may take seconds.
-        """
-        ...
+        """Compile the request's schema or grammar for `sampler`, maybe for seconds. Any thread. Raises BadGrammar."""
 
     def sampler(self, params: SamplingParams, seed: int) -> Sampler:
         """A sampler for one request. Raises BadGrammar."""
-        ...
 
     def sample(self, samples: Sequence[Sample]) -> list[tuple[int, TokenLogprob | None] | OpsinError]:
-        """Sample a token for each of these rows of the last decode, and remember it in its sampler.
-
-        What goes wrong with one (a constraint that leaves no token, a logit that is not a number) is its own result.
-        """
-        ...
+        """Sample a token for each of these rows of the last decode; what goes wrong with one is its own result."""
 
     def logprobs(self, row: int, token: int, top: int) -> TokenLogprob:
-        """Log probabilities at batch row `row`, of the raw logits: the token's own, and the `top` most likely."""
-        ...
+        """Log probabilities of the raw logits at batch row `row`: the token's own, and the `top` most likely."""
 
     def piece(self, token: int) -> bytes:
         """The bytes a token stands for; control tokens are empty."""
-        ...
 
     def kv_remove(self, seq_id: int, start: int, end: int) -> bool:
-        """Forget positions [start, end) of a sequence; False when this kind of memory cannot forget a part."""
-        ...
+        """Forget positions [start, end) of a sequence; False if this kind of memory cannot forget a part."""
 
     def kv_copy(self, source: int, target: int, start: int, end: int) -> None:
         """Let `target`, which ends at `start`, share positions [start, end) of `source`. Raises DecodeFailed."""
-        ...
 
     def kv_last(self, seq_id: int) -> int:
-        """The last position held for a sequence, -1 when there is none."""
-        ...
+        """The last position held for a sequence, -1 if there is none."""
 
     def rest(self) -> None:
-        """Nothing is to be done for a while: let go what stands in the way of others, such as threads that wait."""
-        ...
+        """Idle for a while: let go what is in the way of others, such as threads that wait."""
 
     def placement(self) -> Placement:
-        """Run one encode and one prefill of their own with the probe on, and say where they ran.
-
-        Apart from timed runs; it forgets the sequences it used.
-        """
-        ...
+        """Run one encode and one prefill with the probe on, and say where they ran; it forgets sequences it used."""
 
     def close(self) -> None:
         """Free everything, children first; twice does no harm."""
-        ...

@@ -1,4 +1,4 @@
-"""The one exception tree. Every message is one plain sentence that says what is wrong and how to mend it.
+"""The one exception tree. Every message is one plain sentence that says what is wrong and how to fix it.
 
 A class says how a command ends (`exit_code`) and what a server answers (`http_status`); what it doesn't say is its
 parent's. Exit codes: 1 anything else, 2 bad input, 3 the model, 4 the engine, 130 interrupted.
@@ -6,172 +6,119 @@ parent's. Exit codes: 1 anything else, 2 bad input, 3 the model, 4 the engine, 1
 
 from __future__ import annotations
 
-from typing import ClassVar, TypeVar
+import re
+from typing import Any, ClassVar, TypeVar
 
 E = TypeVar("E", bound=BaseException)
 
 
 class OpsinError(Exception):
-    """Root of the tree: `code` is stable for machines, the message is for people."""
+    """Root of the tree. `code` is stable for machines: the class's name in snake case. The message is for people."""
 
     code: ClassVar[str] = "opsin_error"
     exit_code: ClassVar[int] = 1
     http_status: ClassVar[int] = 500
 
+    def __init_subclass__(cls, *, exit_code: int = 0, http_status: int = 0, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "code" not in vars(cls):
+            cls.code = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower()
+        cls.exit_code = exit_code or cls.exit_code
+        cls.http_status = http_status or cls.http_status
 
-class BadInput(OpsinError):
+
+class BadInput(OpsinError, exit_code=2, http_status=400):
     """What the caller handed in cannot be used."""
-
-    code = "bad_input"
-    exit_code = 2
-    http_status = 400
 
 
 class BadParameter(BadInput):
     """An option or a field is out of range, or not supported."""
 
-    code = "bad_parameter"
-
 
 class BadPicture(BadInput):
     """The bytes are no picture that can be read."""
 
-    code = "bad_picture"
 
-
-class PictureTooLarge(BadPicture):
+class PictureTooLarge(BadPicture, http_status=413):
     """The picture is over the limit on bytes or pixels."""
 
-    code = "picture_too_large"
-    http_status = 413
 
-
-class PictureUnsupported(BadPicture):
+class PictureUnsupported(BadPicture, http_status=415):
     """A kind of file that is refused by name: PDF, video, audio."""
-
-    code = "picture_unsupported"
-    http_status = 415
 
 
 class FetchFailed(BadInput):
     """The picture's address cannot be read."""
 
-    code = "fetch_failed"
-
 
 class BadPrompt(BadInput):
     """The messages do not fit the model's template."""
-
-    code = "bad_prompt"
 
 
 class BadGrammar(BadInput):
     """A JSON schema or a GBNF grammar cannot be used."""
 
-    code = "bad_grammar"
-
 
 class ContextOverflow(BadInput):
     """The prompt can never fit the context."""
 
-    code = "context_overflow"
 
-
-class ModelError(OpsinError):
+class ModelError(OpsinError, exit_code=3):
     """The model cannot be used."""
 
-    code = "model_error"
-    exit_code = 3
 
-
-class ModelNotFound(ModelError):
+class ModelNotFound(ModelError, http_status=404):
     """No model file or model name like this."""
-
-    code = "model_not_found"
-    http_status = 404
 
 
 class ModelUnreadable(ModelError):
     """Not a GGUF file, or one that llama.cpp refuses."""
 
-    code = "model_unreadable"
-
 
 class PairMismatch(ModelError):
     """The language model and the projector do not belong together."""
-
-    code = "pair_mismatch"
 
 
 class NativeMismatch(ModelError):
     """The llama-cpp-python installed is not the one Opsin was built for."""
 
-    code = "native_mismatch"
 
-
-class DownloadFailed(ModelError):
+class DownloadFailed(ModelError, http_status=502):
     """A model could not be downloaded."""
 
-    code = "download_failed"
-    http_status = 502
 
-
-class EngineError(OpsinError):
+class EngineError(OpsinError, exit_code=4):
     """The engine could not do its work."""
 
-    code = "engine_error"
-    exit_code = 4
 
-
-class EngineDied(EngineError):
+class EngineDied(EngineError, http_status=503):
     """The engine's thread ended: nothing more can be asked of it."""
 
-    code = "engine_died"
-    http_status = 503
 
-
-class EngineClosed(EngineError):
+class EngineClosed(EngineError, http_status=503):
     """The engine was closed."""
-
-    code = "engine_closed"
-    http_status = 503
 
 
 class EncodeFailed(EngineError):
     """The vision encoder failed on a picture."""
 
-    code = "encode_failed"
-
 
 class DecodeFailed(EngineError):
     """The language model failed on a batch."""
 
-    code = "decode_failed"
 
-
-class ConstraintFailed(EngineError):
+class ConstraintFailed(EngineError, http_status=422):
     """An answer that had begun could not be held to its JSON schema or grammar any further."""
 
-    code = "constraint_failed"
-    http_status = 422
 
-
-class QueueFull(EngineError):
+class QueueFull(EngineError, http_status=429):
     """Too many requests wait already."""
 
-    code = "queue_full"
-    http_status = 429
 
-
-class Cancelled(OpsinError):
+class Cancelled(OpsinError, exit_code=130, http_status=499):
     """The caller went away, and the answer with it."""
-
-    code = "cancelled"
-    exit_code = 130
-    http_status = 499
 
 
 def again(error: E) -> E:
-    """The same error unraised: one that was raised holds the frames it went through, with all that is in them."""
-    # Ours are made of their sentence alone; of others nobody knows.
+    """A copy of one of our errors: one that was raised holds the frames it went through, with all that is in them."""
     return type(error)(*error.args) if isinstance(error, OpsinError) else error

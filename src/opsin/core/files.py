@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all, and reading one that may be anything."""
+"""Write a file whole or not at all, and read one that may be anything."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from opsin.core.errors import BadParameter
 
 @contextmanager
 def replacing(path: Path, mode: int = 0o600) -> Iterator[Path]:
-    """A new empty file beside `path` to write to, which takes its place at the end of the block.
+    """A new empty file beside `path`, which replaces it at the end of the block; after an error nothing has changed.
 
-    Folders that are missing are made, readable by the user alone. After an error in the block `path` is as it was,
-    and nothing is left. Readers see the old file or the whole new one. Raises OSError.
+    Missing folders are made, readable by the user alone. Raises OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     handle, name = tempfile.mkstemp(".tmp", f".{path.name[:64]}-", path.parent)
@@ -39,10 +38,7 @@ def write_whole(path: Path, data: bytes | str, mode: int = 0o600) -> None:
 
 
 def read_text(path: Path, limit: int) -> str:
-    """The text of a regular file of at most `limit` bytes, in UTF-8 with or without a byte order mark.
-
-    Raises BadParameter with one sentence for everything else: a folder, a pipe, a link to itself, other bytes.
-    """
+    """The UTF-8 text, byte order mark or not, of a regular file of at most `limit` bytes. Raises BadParameter."""
     try:
         status = path.stat()  # before the file is opened: opening a pipe that nobody writes to never ends
         if not stat.S_ISREG(status.st_mode):

@@ -1,4 +1,4 @@
-"""A prompt as the model will read it: runs of tokens and runs of image embeddings, in order."""
+"""A tokenized prompt: runs of tokens and runs of image embeddings, in order."""
 
 from __future__ import annotations
 
@@ -13,32 +13,27 @@ from opsin.core.answer import ImageInfo
 
 @dataclass(frozen=True, slots=True)
 class TextRun:
-    """Tokens that are decoded as tokens. Each takes one position."""
+    """Tokens that are decoded as tokens. Each takes one position and one cell of the KV cache."""
 
     tokens: tuple[int, ...]
 
     @property
     def n_tokens(self) -> int:
-        """Cells of KV memory."""
+        """Cells of the KV cache."""
         return len(self.tokens)
 
-    @property
-    def n_pos(self) -> int:
-        """Positions, which the next run starts behind."""
-        return len(self.tokens)
+    n_pos = n_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class ImageRun:
-    """One chunk of one picture: `n_tokens` embeddings of width `n_embd`.
+    """One chunk of one picture: `n_tokens` embeddings; equal `identity` (by content) means equal embeddings.
 
-    `identity` names the embedding by content: pixels, chunk index, projector and preprocessing; equal identities have
-    equal embeddings. `n_pos` is less than `n_tokens` under M-RoPE, and `positions` then holds int32 [n_tokens, 4]
-    (time, height, width and one more) for a run that starts at 0, and `moves` as many of 0 and 1: which of them count
-    from the run's first position (None: all). Both are None where positions just count up.
-    `causal` is False for families whose pictures attend in both directions: such a run goes in one micro-batch.
-    `handle` belongs to the backend and is alive until the layout is closed. A `placeholder` has no pixels behind it,
-    since its embedding was known when it was laid out: it cannot be encoded.
+    Under M-RoPE `n_pos` is less than `n_tokens`, `positions` is int32 [n_tokens, 4] (time, height, width, one more) for
+    a run that starts at 0, and `moves` of the same shape is 1 where a position counts from the run's first (None:
+    everywhere); else both are None. `causal=False`: the run attends in both directions and must go in one ubatch.
+    `handle` belongs to the backend and lives until the layout is closed. A `placeholder` has no pixels, because its
+    embedding was known already, and cannot be encoded.
     """
 
     identity: str
@@ -53,7 +48,7 @@ class ImageRun:
 
     @property
     def last_pos(self) -> int:
-        """The largest position in time that a row has, from the run's first: what the KV memory knows of the run."""
+        """The largest position in time of a row, from the run's first: what the KV cache knows of the run."""
         return self.n_tokens - 1 if self.positions is None else int(self.positions[:, 0].max())
 
     def positions_at(self, first: int, start: int, stop: int) -> NDArray[np.int32]:
@@ -69,9 +64,9 @@ Run = TextRun | ImageRun
 
 @dataclass(slots=True)
 class Layout:
-    """All runs of a prompt. The owner closes it when the last picture was encoded, or the request ended.
+    """All runs of a prompt. The owner closes it when the last picture is encoded, or the request has ended.
 
-    `owned` is whatever must stay alive while `ImageRun.handle` is used; it has a `close()` of its own.
+    `owned`, which has a `close()`, must stay alive while an `ImageRun.handle` is used.
     """
 
     runs: tuple[Run, ...]
@@ -80,7 +75,7 @@ class Layout:
 
     @property
     def n_tokens(self) -> int:
-        """Cells of KV memory that the prompt takes."""
+        """Cells of the KV cache that the prompt takes."""
         return sum(run.n_tokens for run in self.runs)
 
     @property

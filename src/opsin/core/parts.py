@@ -10,11 +10,7 @@ from opsin.core.reasoning import ReasoningStyle
 
 @dataclass(frozen=True, slots=True)
 class TextPart:
-    """A span of text between pictures.
-
-    With `special` the names of control tokens in it become those tokens, as the template wrote them; without it they
-    stay plain text, as a user wrote them.
-    """
+    """A span of text. With `special` the names of control tokens in it become those tokens, else they stay text."""
 
     text: str
     special: bool = True
@@ -34,9 +30,8 @@ Part = TextPart | PicturePart
 class Prompt:
     """What the template made of the messages.
 
-    `add_bos` says whether the tokenizer adds its own begin token (False when the template wrote it). `thinking` is
-    True when the prompt ends inside an open reasoning block, so that the answer starts with reasoning; `reasoning`
-    says how such a block is marked, None for models that do not think. `stop` are strings that end the answer.
+    `add_bos`: the tokenizer adds its begin token, which the template did not write. `thinking`: the prompt ends inside
+    an open reasoning block, which `reasoning` marks (None: the model does not think). `stop` strings end the answer.
     """
 
     parts: tuple[Part, ...]

@@ -8,12 +8,12 @@ from mmap import mmap
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One decoded picture, turned upright, on white, 8 bit RGB.
+    """One decoded picture: upright, on white, 8 bit RGB.
 
     `rgb` holds `height * width * 3` bytes, row by row, maybe in memory that other processes map. `sha256` (hex) covers
-    width, height and pixels, so the same picture in two lossless file formats has one identity. `source_width` and
-    `source_height` are the file's, before it was turned by its EXIF `orientation` (1 to 8). `notes` are sentences for
-    the user, such as "the first of 12 frames was taken". `fetch_ms` and `decode_ms` are wall times in milliseconds.
+    width, height and pixels, not the file. `source_width` and `source_height` are the file's, before its EXIF
+    `orientation` (1 to 8) was applied. `notes` are sentences for the user about what was done to it. `fetch_ms` and
+    `decode_ms` are wall times in milliseconds.
     """
 
     rgb: bytes | mmap = field(repr=False)

@@ -10,9 +10,8 @@ from typing import Any
 class BackendShare:
     """What one backend computed. Nodes that compute nothing (views, reshapes) are not counted.
 
-    `ops` counts computing nodes by operation; `share_of_ops` is by floating-point operations, `share_of_time` by
-    measured time (None where it was not measured). `splits` counts the stretches of neighbouring nodes: all backends'
-    together are the pieces a graph is cut into, and between two of them values are copied (0: not counted).
+    `ops` counts nodes by operation; `share_of_ops` is by floating-point operations, `share_of_time` by measured time
+    (None: not measured). `splits` counts its pieces of the graph; between two, values are copied (0: not counted).
     """
 
     nodes: int
@@ -20,6 +19,13 @@ class BackendShare:
     share_of_time: float | None = None
     ops: dict[str, int] = field(default_factory=dict)
     splits: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """The shape of `--json`: time, operations and splits only where they are known."""
+        row: dict[str, Any] = {"nodes": self.nodes, "share_of_ops": round(self.share_of_ops, 4)}
+        if self.share_of_time is not None:
+            row["share_of_time"] = round(self.share_of_time, 4)
+        return row | ({"ops": dict(self.ops)} if self.ops else {}) | ({"splits": self.splits} if self.splits else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,22 +39,11 @@ class Placement:
     notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """The shape of `--json`: `share_of_time`, `ops` and `splits` only where they are known."""
+        """The shape of `--json`."""
         return {
-            "encoder": {name: _share(share) for name, share in self.encoder.items()},
-            "language_model": {name: _share(share) for name, share in self.language_model.items()},
+            "encoder": {name: share.as_dict() for name, share in self.encoder.items()},
+            "language_model": {name: share.as_dict() for name, share in self.language_model.items()},
             "layers_offloaded": self.layers_offloaded,
             "layers": self.layers,
             **({"notes": list(self.notes)} if self.notes else {}),
         }
-
-
-def _share(share: BackendShare) -> dict[str, Any]:
-    row: dict[str, Any] = {"nodes": share.nodes, "share_of_ops": round(share.share_of_ops, 4)}
-    if share.share_of_time is not None:
-        row["share_of_time"] = round(share.share_of_time, 4)
-    if share.ops:
-        row["ops"] = dict(share.ops)
-    if share.splits:
-        row["splits"] = share.splits
-    return row

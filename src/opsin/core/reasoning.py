@@ -25,12 +25,10 @@ class ReasoningStyle:
 
     def splitter(self, *, starts_inside: bool) -> ReasoningSplitter:
         """A splitter for one answer; `starts_inside` when the prompt opened the block."""
-        return ReasoningSplitter(
-            self.opening, self.closing, starts_inside=starts_inside, wrapper=self.wrapper, dropped=self.dropped
-        )
+        return ReasoningSplitter(self, starts_inside=starts_inside)
 
     def split(self, text: str) -> tuple[str | None, str]:
-        """A whole answer's thoughts (None where it has no block of them) and the rest."""
+        """A whole answer's thoughts (None if it has no block of them) and the rest."""
         if self.closing not in text:
             return None, text
         splitter = self.splitter(starts_inside=not text.lstrip().startswith(self.opening))
@@ -42,22 +40,14 @@ class ReasoningStyle:
 class ReasoningSplitter:
     """Takes an answer piece by piece and returns each piece as thoughts or as text; a tag may come in pieces.
 
-    A block of thoughts counts only at the start of the answer: later tags are text. Space around the tags is dropped.
-    What might be the beginning of a tag is held back until the next piece: at most a tag's length and the space before
-    it.
+    Only a block at the start of the answer counts: later tags are text. Space around the tags is dropped. What might
+    be the beginning of a tag, and the space before it, is held back until the next piece.
     """
 
-    def __init__(
-        self,
-        opening: str = "<think>",
-        closing: str = "</think>",
-        *,
-        starts_inside: bool = False,
-        wrapper: tuple[str, str] | None = None,
-        dropped: tuple[str, ...] = (),
-    ) -> None:
-        self._opening, self._closing, self._wrapper = opening, closing, wrapper
-        self._drop = dropped
+    def __init__(self, style: ReasoningStyle = ReasoningStyle(), *, starts_inside: bool = False) -> None:
+        self._style = style
+        self._dropped = style.dropped
+        self._unwrapped = False  # the answer's wrapper was opened, so its closing tag is dropped
         self._state = "reopened" if starts_inside else "before"
         self._held = ""
         self._bare = True  # only space was seen in this state, so it is dropped
@@ -70,74 +60,69 @@ class ReasoningSplitter:
     def feed(self, delta: str) -> tuple[str, str]:
         """The new thoughts and the new text that are certain so far; either may be empty."""
         self._held += delta
+        thoughts = text = ""
         if self._state in {"before", "reopened"}:
-            self._begin()
-        thoughts = self._think() if self._state == "thoughts" else ""
+            self._open()
+        if self._state == "thoughts":
+            thoughts = self._think()
         if self._state == "after":
             self._unwrap()
-        return thoughts, self._tell() if self._state == "text" else ""
+        if self._state == "text":
+            text = self._answer()
+        return thoughts, text
 
     def finish(self) -> tuple[str, str]:
         """What was held back, when the answer is over."""
         held, self._held = self._held, ""
         return (held.strip() if self._bare else held.rstrip(), "") if self.inside else ("", held)
 
-    def _begin(self) -> None:
-        shown = self._held.lstrip()
-        if shown.startswith(self._opening):
-            self._held = shown[len(self._opening) :]
-            self._state = "thoughts"
-        elif not self._opening.startswith(shown):
-            self._state = "thoughts" if self._state == "reopened" else "after"
-            self._bare = self._state == "thoughts"
+    def _open(self) -> None:
+        shown, opening = self._held.lstrip(), self._style.opening
+        if shown.startswith(opening):
+            self._held, self._state = shown[len(opening) :], "thoughts"
+        elif not opening.startswith(shown):
+            self._bare = self._state == "reopened"
+            self._state = "thoughts" if self._bare else "after"
 
     def _think(self) -> str:
-        if self._bare:
-            self._held = self._held.lstrip()
-        end = self._held.find(self._closing)
-        if end >= 0:
-            thoughts, self._held = self._held[:end].rstrip(), self._held[end + len(self._closing) :]
-            self._state, self._bare = "after", True
-            return thoughts
-        return self._release([self._closing], keep_space=True)
+        self._drop_space()
+        thoughts, closing, rest = self._held.partition(self._style.closing)
+        if not closing:
+            return self._release([self._style.closing], keep_space=True)
+        self._held, self._state, self._bare = rest, "after", True
+        return thoughts.rstrip()
 
     def _unwrap(self) -> None:
-        if self._bare:
-            self._held = self._held.lstrip()
+        self._drop_space()
+        opening, closing = self._style.wrapper or ("", "")
         shown = self._held.lstrip()
-        if self._wrapper is not None:
-            opening, closing = self._wrapper
-            if shown.startswith(opening):
-                self._held = shown[len(opening) :].lstrip()
-                self._drop = (*self._drop, closing)
-                self._bare = True
-            elif opening.startswith(shown):
-                return
-        elif not self._held:
-            return
-        self._state = "text"
+        if opening and shown.startswith(opening):
+            self._held, self._state = shown[len(opening) :], "text"
+            self._dropped = (*self._dropped, closing)
+            self._unwrapped = self._bare = True
+        elif not opening or not opening.startswith(shown):
+            self._state = "text"
 
-    def _tell(self) -> str:
+    def _answer(self) -> str:
+        self._drop_space()
+        if self._style.wrapper and self._unwrapped:
+            before, closing, after = self._held.partition(self._style.wrapper[1])
+            self._held = before.rstrip() + after if closing else before
+        for tag in self._dropped:
+            self._held = self._held.replace(tag, "")
+        return self._release(self._dropped, keep_space=self._unwrapped)
+
+    def _drop_space(self) -> None:
         if self._bare:
             self._held = self._held.lstrip()
-        closing = self._wrapper[1] if self._wrapper and self._wrapper[1] in self._drop else None
-        if closing and closing in self._held:
-            before, _, after = self._held.partition(closing)
-            self._held = before.rstrip() + after
-        for tag in self._drop:
-            self._held = self._held.replace(tag, "")
-        return self._release(self._drop, keep_space=closing is not None)
 
     def _release(self, tags: Iterable[str], *, keep_space: bool) -> str:
         """Give out what cannot be part of a tag, nor, with `keep_space`, space before one."""
-        text, keep = self._held, 0
-        for tag in tags:
-            longest = min(len(tag) - 1, len(text))
-            keep = max(keep, next((n for n in range(longest, 0, -1) if text.endswith(tag[:n])), 0))
-        end = len(text) - keep
+        text = self._held
+        starts = (tag[:length] for tag in tags for length in range(1, len(tag)))
+        end = len(text) - max((len(start) for start in starts if text.endswith(start)), default=0)
         if keep_space:
             end = len(text[:end].rstrip())
         given, self._held = text[:end], text[end:]
-        if given:
-            self._bare = False
+        self._bare = self._bare and not given
         return given

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from types import NoneType
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 KvType = Literal["f16", "bf16", "f32", "q8_0", "q4_0"]
 
 CTX_PER_SEQUENCE = 8192
 """Context in tokens that a sequence gets where no size is given, at most."""
-
 MAX_ANSWER_TOKENS = 1024
 """How long an answer may become where nobody says it, on every device."""
+_MANY, _THREADS = 2**31 - 1, 1024
 
 
 class EngineSettings(BaseModel):
@@ -26,40 +28,30 @@ class EngineSettings(BaseModel):
     ctx: int | None = Field(
         None,
         ge=64,
-        le=2**31 - 1,
-        description="context size in tokens, shared by all slots (default: what fits, at most 8,192 a slot)",
+        le=_MANY,
+        description="context in tokens, shared by all slots (default: what fits, up to 8,192 each)",
     )
-    gpu_layers: int | None = Field(None, ge=0, le=2**31 - 1, description="layers on the GPU (default: all that fit)")
-    device: str | None = Field(
-        None, description="device of the language model, as ggml names it: CUDA0, Metal, or none for the CPU"
-    )
-    mmproj_device: str | None = Field(
-        None, description="device of the vision encoder: CUDA0, Metal, or none for the CPU"
-    )
+    gpu_layers: int | None = Field(None, ge=0, le=_MANY, description="layers on the GPU (default: all that fit)")
+    device: str | None = Field(None, description="device of the language model: CUDA0, Metal, or none for the CPU")
+    mmproj_device: str | None = Field(None, description="device of the vision encoder: CUDA0, Metal, or none (CPU)")
     threads: int | None = Field(
-        None, ge=1, le=1024, description="CPU threads for decoding (default: physical cores; 1 for very small models)"
+        None, ge=1, le=_THREADS, description="CPU threads for decoding (default: physical cores; 1 for tiny models)"
     )
     threads_batch: int | None = Field(
-        None, ge=1, le=1024, description="CPU threads for prefill (default: as for decoding)"
+        None, ge=1, le=_THREADS, description="CPU threads for prefill (default: as for decoding)"
     )
     threads_encode: int | None = Field(
-        None, ge=1, le=1024, description="CPU threads for the vision encoder (default: as for prefill)"
+        None, ge=1, le=_THREADS, description="CPU threads for the vision encoder (default: as for prefill)"
     )
     parallel: int = Field(1, ge=1, le=256, description="slots: how many answers are generated at the same time")
-    ubatch: int = Field(
-        1024, ge=32, le=16384, description="ubatch: tokens computed at once (llama.cpp's physical batch)"
-    )
+    ubatch: int = Field(1024, ge=32, le=16384, description="tokens computed at once (llama.cpp's physical batch)")
     kv_type: KvType = Field("f16", description="type of the KV cache")
     flash_attention: bool | None = Field(None, description="flash attention (default: where it is supported)")
     vision_flash_attention: bool | None = Field(
         None, description="flash attention of the vision encoder (default: as flash_attention)"
     )
-    image_max_tokens: int | None = Field(
-        None, ge=1, description="most tokens a picture may take, for models that can choose"
-    )
-    image_min_tokens: int | None = Field(
-        None, ge=1, description="fewest tokens a picture may take, for models that can choose"
-    )
+    image_max_tokens: int | None = Field(None, ge=1, description="most tokens of a picture, if the model can choose")
+    image_min_tokens: int | None = Field(None, ge=1, description="fewest tokens of a picture, if the model can choose")
     picture_cache_bytes: int = Field(512 * 2**20, ge=0, description="memory for embeddings of pictures, in bytes")
     disk_cache: bool = Field(True, description="keep embeddings of pictures on disk, too")
     disk_cache_bytes: int = Field(2 * 2**30, ge=0, description="disk space for embeddings of pictures, in bytes")
@@ -77,3 +69,9 @@ class MediaSettings(BaseModel):
     fetch: bool = Field(False, description="whether http(s) addresses are fetched")
     fetch_seconds: float = Field(20.0, gt=0, description="time limit of a fetch")
     fetch_redirects: int = Field(3, ge=0, le=10, description="redirects followed")
+
+
+def kind_of(field: FieldInfo) -> Any:
+    """The type of a field's value, None aside: `int` for `int | None`."""
+    kinds = get_args(field.annotation)
+    return next(kind for kind in kinds if kind is not NoneType) if NoneType in kinds else field.annotation

@@ -1,9 +1,9 @@
-"""Where the milliseconds of one request went: the names of the stages and the frozen account."""
+"""Where the milliseconds of one request went."""
 
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 
 class Stage(enum.Enum):
@@ -41,8 +41,7 @@ class Interval:
 class Stages:
     """Milliseconds by stage. `other_ms` is what no stage claimed; `total_ms` is the wall time from first to last.
 
-    `decode_ms` includes the engine's own work between two tokens of an answer that runs alone.
-    `load_ms` lies outside a request that finds its model loaded, and is then 0.
+    `decode_ms` includes the engine's own work between two tokens. `load_ms` is 0 where the model was loaded before.
     """
 
     queue_ms: float = 0.0
@@ -60,5 +59,5 @@ class Stages:
     total_ms: float = 0.0
 
     def as_dict(self) -> dict[str, float]:
-        """The account as plain numbers in milliseconds, rounded to the microsecond."""
-        return {name: round(getattr(self, name), 3) for name in self.__dataclass_fields__}
+        """Plain numbers in milliseconds, rounded to the microsecond."""
+        return {name: round(value, 3) for name, value in asdict(self).items()}

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opsin.cli.control import MAX_HELD, ControlStripper, escaped, printable
+from opsin.cli.console import MAX_HELD, ControlStripper, escaped, printable
 
 HOSTILE = [
     ("\x1b[31mred\x1b[0m", "red"),

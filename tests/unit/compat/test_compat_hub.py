@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from opsin.compat import MoondreamChatHandler
-from opsin.compat.hub import download
+from opsin.compat.handlers import download
 from opsin.core.errors import BadParameter, ModelNotFound
 from opsin.models import hub as hub_module
 from opsin.models.hub import HubFile, HubRepo

@@ -1,13 +1,14 @@
-"""The reference page of the server's settings: `python -m opsin.cli.settings_page > docs/settings.md`."""
+"""Writes the reference page of the server's settings: `python tools/settings_page.py > docs/settings.md`."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
-from opsin.core.config import KEY_VARIABLE, PREFIX, RETIRED, kinds
+from opsin.core.config import KEY_VARIABLE, PREFIX, RETIRED
 from opsin.core.server_settings import ServerSettings
+from opsin.core.settings import kind_of
 
 _HEAD = f"""# Settings of `opsin serve`
 
@@ -47,7 +48,7 @@ def settings_page() -> str:
             f"`{name}`",
             f"`{PREFIX}{name.upper()}`",
             f"`--{name.replace('_', '-')}`",
-            _value(name),
+            _value(kind_of(field)),
             _default(field.default),
             (field.description or "").replace("|", "\\|"),
         )
@@ -55,9 +56,8 @@ def settings_page() -> str:
     return _HEAD + "".join(rows)
 
 
-def _value(name: str) -> str:
-    kind = next(iter(kinds(name)))
-    if getattr(kind, "__origin__", None) is tuple:
+def _value(kind: Any) -> str:
+    if get_origin(kind) is tuple:
         return "list of texts"
     if not isinstance(kind, type):
         return " or ".join(f"`{choice}`" for choice in get_args(kind))
