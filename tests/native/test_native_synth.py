@@ -75,7 +75,7 @@ def test_the_vocabulary_is_the_one_that_was_made_up(shared: NativeBackend):
 
 def test_a_pair_without_a_template_loads_too(tmp_path: Path):
     backend = opened(write_pair("tiny", tmp_path, template=False))
-    assert not backend.chat_template
+    assert not backend.model.chat_template
     backend.close()
 
 

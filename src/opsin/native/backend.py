@@ -11,20 +11,19 @@ from opsin.core.errors import BadInput, BadParameter, EngineError, ModelNotFound
 from opsin.core.model_info import ModelInfo
 from opsin.core.parts import TextPart
 from opsin.native import logs
-from opsin.native.context import Context
+from opsin.native.context import Context, token_logprob
 from opsin.native.grammar import compile_grammar, compile_schema
-from opsin.native.layout import Stretches, lay_out, lay_out_text
-from opsin.native.logprobs import token_logprob
 from opsin.native.model import Model
 from opsin.native.sampler import NativeSampler
 from opsin.native.threads import rest
+from opsin.native.tokenize import Stretches, lay_out, lay_out_text
 from opsin.native.vision import Encoder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from opsin.core.answer import TokenLogprob
-    from opsin.core.backend import BackendLimits, Embedding, EmbeddingRows, Sample, TokenBatch
+    from opsin.core.backend import Embedding, EmbeddingRows, Sample, TokenBatch
     from opsin.core.layout import ImageRun, Layout
     from opsin.core.parts import Part
     from opsin.core.placement import Placement
@@ -33,118 +32,64 @@ if TYPE_CHECKING:
 
 
 class NativeBackend:
-    """A loaded pair. `layout`, `piece` and the properties may be used by any thread, all else by one at a time.
+    """A loaded pair; what its methods do says `core.backend.Backend`.
 
-    Two threads inside at once would corrupt native memory, so the second is refused with an EngineError.
+    `layout`, `check`, `piece` and the attributes may be used by any thread, all else by one at a time: a second one
+    inside would corrupt native memory, so it is refused with an EngineError. `threads` are those of decode, prefill and
+    encode (prefill again where there is no encoder).
     """
 
     def __init__(self, settings: EngineSettings, model: Model, context: Context, encoder: Encoder | None) -> None:
         self.settings = settings
-        self._model = model
+        self.model = self._model = model
         self._context = context
         self._encoder = encoder
-        self._limits = replace(context.limits, encode_batch=1 if encoder is None else encoder.batch)
         self._stretches = Stretches(model)
-        self._inside: int | None = None
-        self._entering = threading.Lock()
+        self._owner: int | None = None
         self._readers = 0
-        self._no_readers = threading.Condition()
+        self._gate = threading.Condition()
+        decode, prefill = context.threads
+        self.threads = (decode, prefill, prefill if encoder is None else encoder.threads)
+        self.limits = replace(context.limits, encode_batch=1 if encoder is None else encoder.batch)
+        self.has_vision = encoder is not None
+        self.eog_tokens = model.eog_tokens
+        self.eog_texts = model.eog_texts
+        self.info = ModelInfo(
+            name=model.metadata.get("general.name") or model.path.stem,
+            architecture=model.metadata.get("general.architecture", "unknown"),
+            projector=(encoder.file.kind or "unknown") if encoder is not None else None,
+            llm_file=model.path.name,
+            mmproj_file=encoder.path.name if encoder is not None else None,
+            quantisation=model.quantisation,
+        )
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Hold the backend for this thread; a thread may come in again (a decode between two layers of an encode)."""
-        me = threading.get_ident()
-        with self._entering:
-            before = self._inside
+        with self._gate:
+            before, me = self._owner, threading.get_ident()
             if before not in {None, me}:
                 raise EngineError("Two threads use one backend at the same time: only the engine's thread may.")
-            self._inside = me
+            self._owner = me
         try:
             yield
         finally:
-            self._inside = before
+            self._owner = before
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
         """Hold the model against `close` while another thread lays out."""
-        with self._no_readers:
+        with self._gate:
             self._readers += 1
         try:
             yield
         finally:
-            with self._no_readers:
+            with self._gate:
                 self._readers -= 1
-                self._no_readers.notify_all()
-
-    @property
-    def limits(self) -> BackendLimits:
-        """Sizes that plans must keep to."""
-        return self._limits
-
-    @property
-    def info(self) -> ModelInfo:
-        """Names of the pair."""
-        metadata, encoder = self._model.metadata, self._encoder
-        return ModelInfo(
-            name=metadata.get("general.name") or self._model.path.stem,
-            architecture=metadata.get("general.architecture", "unknown"),
-            projector=(encoder.file.kind or "unknown") if encoder is not None else None,
-            llm_file=self._model.path.name,
-            mmproj_file=encoder.path.name if encoder is not None else None,
-            quantisation=self._model.quantisation,
-        )
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        """Scalar metadata of the language model's file."""
-        return self._model.metadata
-
-    @property
-    def chat_template(self) -> str | None:
-        """The file's own chat template (Jinja), None when it ships none."""
-        return self._model.chat_template
-
-    @property
-    def bos_text(self) -> str:
-        """The text of the begin token, empty when there is none."""
-        return self._model.bos
-
-    @property
-    def eos_text(self) -> str:
-        """The text of the end token, empty when there is none."""
-        return self._model.eos
-
-    @property
-    def control_texts(self) -> tuple[str, ...]:
-        """Texts that special parsing turns into control tokens, longest first."""
-        return tuple(self._model.control_tokens)
-
-    @property
-    def eog_tokens(self) -> frozenset[int]:
-        """Tokens that end a turn."""
-        return self._model.eog_tokens
-
-    @property
-    def eog_texts(self) -> frozenset[str]:
-        """Texts of the tokens that end a turn."""
-        return self._model.eog_texts
-
-    @property
-    def has_vision(self) -> bool:
-        """Whether pictures can be read."""
-        return self._encoder is not None
-
-    @property
-    def threads(self) -> tuple[int, int, int]:
-        """Threads in force for decode, prefill and encode; those of prefill where there is no encoder."""
-        decode, prefill = self._context.threads
-        return decode, prefill, prefill if self._encoder is None else self._encoder.threads
+                self._gate.notify_all()
 
     def layout(self, parts: Sequence[Part], *, add_bos: bool, known: Callable[[str], bool] | None = None) -> Layout:
-        """Tokenise the text and preprocess the pictures. Any thread. Raises BadPicture, BadInput.
-
-        Pictures whose identities are all `known` are not preprocessed.
-        """
+        """Tokenise the text and preprocess the images that are not `known`. Raises BadPicture, BadInput."""
         texts = [part for part in parts if isinstance(part, TextPart)]
         with self._reading():
             if len(texts) == len(parts):
@@ -167,7 +112,7 @@ class NativeBackend:
         return self._encoder
 
     def decode(self, rows: TokenBatch | EmbeddingRows) -> bool:
-        """Run one ubatch; False when the KV memory has no room and nothing changed. Raises DecodeFailed."""
+        """Run one ubatch; False when the KV cache has no room and nothing changed. Raises DecodeFailed."""
         with self._alone():
             return self._context.decode(rows)
 
@@ -249,8 +194,8 @@ class NativeBackend:
 
     def close(self) -> None:
         """Free everything, children first; twice does no harm. Waits for layouts that are being made."""
-        with self._alone(), self._no_readers:
-            self._no_readers.wait_for(lambda: self._readers == 0)
+        with self._alone(), self._gate:
+            self._gate.wait_for(lambda: self._readers == 0)
             self._model.close()
 
 
@@ -277,8 +222,7 @@ def open_backend(settings: EngineSettings) -> NativeBackend:
     model = Model(settings.model, settings)
     try:
         encoder = Encoder(model, settings.mmproj, settings) if settings.mmproj is not None else None
-        context = Context(model, settings)
+        return NativeBackend(settings, model, Context(model, settings), encoder)
     except BaseException:
         model.close()
         raise
-    return NativeBackend(settings, model, context, encoder)

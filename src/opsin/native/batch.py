@@ -1,13 +1,11 @@
 """Arrays of one ubatch, made once and filled again for every decode.
 
-`llama_batch` is a struct of bare pointers: the arrays here must live as long as the call that reads them, and under
-M-RoPE an embedding has four positions, section after section, which the library's own `llama_batch_init` has no room
-for.
+`llama_batch` is a struct of bare pointers: the arrays must live as long as the call that reads them. Under M-RoPE an
+embedding has four positions, section after section, for which `llama_batch_init` has no room.
 """
 
 from __future__ import annotations
 
-import ctypes
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +23,6 @@ class BatchArrays:
     def __init__(self, batch_type: Any, capacity: int, n_pos: int, keeper: int = 0) -> None:
         self.capacity = capacity
         self.n_pos = n_pos
-        self._keeper = keeper
         # Added to a row's sequence: its ids. llama.cpp masks by any one of them: both hold the same cells.
         self._ids = np.array([0, keeper] if keeper else [0], np.int32)
         self._token = np.zeros(capacity, np.int32)
@@ -33,31 +30,28 @@ class BatchArrays:
         self._n_seq_id = np.full(capacity, len(self._ids), np.int32)
         self._seq_id = np.zeros((capacity, len(self._ids)), np.int32)
         self._logits = np.zeros(capacity, np.int8)
-        base, width = self._seq_id.ctypes.data, self._seq_id.strides[0]
         # A row's list of ids is one row of _seq_id.
-        self._seq_ids = np.arange(base, base + capacity * width, width, dtype=np.uintp)
+        self._seq_ids = self._seq_id.ctypes.data + self._seq_id.strides[0] * np.arange(capacity, dtype=np.uintp)
+        self._types = dict(batch_type._fields_)
         self._batch = batch_type()
-        fields = dict(batch_type._fields_)
-        self._set = {name: (lambda address, kind=kind: ctypes.cast(address, kind)) for name, kind in fields.items()}
-        self._batch.pos = self._set["pos"](self._pos.ctypes.data)
-        self._batch.n_seq_id = self._set["n_seq_id"](self._n_seq_id.ctypes.data)
-        self._batch.seq_id = self._set["seq_id"](self._seq_ids.ctypes.data)
-        self._batch.logits = self._set["logits"](self._logits.ctypes.data)
-        self._tokens_at = self._set["token"](self._token.ctypes.data)
+        self._batch.pos = self._pointer(self._pos, "pos")
+        self._batch.n_seq_id = self._pointer(self._n_seq_id, "n_seq_id")
+        self._batch.seq_id = self._pointer(self._seq_ids, "seq_id")
+        self._batch.logits = self._pointer(self._logits, "logits")
+        self._tokens = self._pointer(self._token, "token")
+
+    def _pointer(self, array: np.ndarray[Any, Any], field: str) -> Any:
+        return array.ctypes.data_as(self._types[field])
 
     def tokens(self, batch: TokenBatch) -> Any:
         """A `llama_batch` of tokens, valid until the next call."""
         count = len(batch.tokens)
         self._token[:count] = batch.tokens
         self._pos[:count] = batch.positions
-        self._seq_id[:count, 0] = batch.seq_ids
-        if self._keeper:
-            self._seq_id[:count, 1] = self._seq_id[:count, 0] + self._keeper
+        self._seq_id[:count] = np.array(batch.seq_ids, np.int32)[:, np.newaxis] + self._ids
         self._logits[:count] = 0
         self._logits[batch.outputs] = 1
-        self._batch.n_tokens = count
-        self._batch.token = self._tokens_at
-        self._batch.embd = None
+        self._batch.n_tokens, self._batch.token, self._batch.embd = count, self._tokens, None
         return self._batch
 
     def embeddings(self, rows: EmbeddingRows) -> Any:
@@ -67,7 +61,6 @@ class BatchArrays:
         self._seq_id[:count] = rows.seq_id + self._ids
         self._logits[:count] = 0
         self._logits[count - 1] = rows.logits
-        self._batch.n_tokens = count
-        self._batch.token = None
-        self._batch.embd = self._set["embd"](rows.rows.ctypes.data)
+        embeddings = self._pointer(rows.rows, "embd")
+        self._batch.n_tokens, self._batch.token, self._batch.embd = count, None, embeddings
         return self._batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,8 @@ def library() -> Library:
 
 
 def _load() -> Library:
+    # Without it ggml starts a debugger where it aborts, which prints on standard output.
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")
     try:
         import llama_cpp
         from llama_cpp import _ggml
@@ -55,7 +58,7 @@ def _load() -> Library:
     with contextlib.suppress(FileNotFoundError, RuntimeError):
         libraries.append(load_shared_library("ggml-base", _ggml.libggml_base_path))
     functions, missing = ggml.bind(libraries)
-    abi.verify(abi.observe(llama_cpp.__version__, llama, mtmd, functions, missing))
+    abi.check(llama_cpp.__version__, llama, mtmd, functions, missing)
     llama.llama_backend_init()
     # Looked for in what the library was linked with, too: a wheel's OpenMP has a name of its own.
     pause = next((found for one in libraries if (found := getattr(one, "omp_pause_resource_all", None))), None)

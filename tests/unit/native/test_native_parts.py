@@ -12,7 +12,7 @@ import pytest
 from opsin.core.backend import EmbeddingRows, TokenBatch
 from opsin.core.errors import BadParameter, EngineClosed
 from opsin.native.batch import BatchArrays
-from opsin.native.chunk import parse_meta
+from opsin.native.tokenize import parse_meta
 from opsin.native.devices import Device, pick
 from opsin.native.handles import Owned
 from opsin.native.projector import fingerprint
