@@ -84,7 +84,7 @@ def test_each_known_default_is_watched(struct: str, field: str) -> None:
     }
     module, maker = makers[struct]
     shifted = SimpleNamespace(**{**abi.DEFAULTS[struct], field: "other"})
-    with pytest.raises(NativeMismatch, match=rf"{struct} is not laid out as Opsin expects \({field} is 'other'"):
+    with pytest.raises(NativeMismatch, match=rf"{struct} \({field} is 'other', not .* is not laid out"):
         check(**{module: Other(getattr(lib, module), **{maker: lambda: shifted})})
 
 
@@ -98,7 +98,7 @@ def test_each_known_default_is_watched(struct: str, field: str) -> None:
     ],
 )
 def test_a_tensor_that_reads_otherwise_is_refused(changed: dict[str, Any]) -> None:
-    with pytest.raises(NativeMismatch, match="ggml_tensor is not laid out as Opsin expects"):
+    with pytest.raises(NativeMismatch, match="ggml_tensor is not laid out"):
         check(ggml=Other(library().ggml, **changed))
 
 

@@ -21,14 +21,14 @@ from opsin.native import open_backend
 
 RAW = {
     "more tokens than a batch holds": """
-from opsin.native.batch import BatchArrays
+from opsin.native.context import BatchArrays
 b = opened()
 c = b._context
 arrays = BatchArrays(b._model.lib.llama.llama_batch, 200, 1)
 b._model.lib.llama.llama_decode(c.pointer, arrays.tokens(batch([TokenRow(5, i, 0) for i in range(200)])))
 """,
     "a picture that attends both ways and is larger than a ubatch": """
-from opsin.native.batch import BatchArrays
+from opsin.native.context import BatchArrays
 b = opened(mmproj=None)
 llama, model = b._model.lib.llama, b._model
 p = llama.llama_context_default_params()
@@ -41,7 +41,7 @@ llama.llama_decode(ctx, BatchArrays(llama.llama_batch, 128, 1).embeddings(rows))
     "a part of a sequence copied while the memory is in streams": """
 b = opened(mmproj=None)
 llama = b._model.lib.llama
-from opsin.native.batch import BatchArrays
+from opsin.native.context import BatchArrays
 p = llama.llama_context_default_params()
 p.n_ctx, p.n_seq_max, p.kv_unified = 512, 4, False
 ctx = llama.llama_init_from_model(b._model.pointer, p)

@@ -40,15 +40,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
-# What our mirror of ggml_tensor must read from a product of f16 [64, 5, 7, 1] and f16 [64, 3, 7, 1].
-TENSOR: dict[str, Any] = {
-    "size": ctypes.sizeof(Tensor),
-    "op": "MUL_MAT",
-    "shape": (5, 3, 7, 1),
-    "left": (1, (64, 5, 7, 1), (2, 128, 640, 4480), b"opsin"),
-    "sources": True,
-}
-
 
 def check(version: str, llama: Any, mtmd: Any, ggml: Any, missing: list[str]) -> None:
     """Compare the bindings, the library behind them and their structs with what this code was written for.
@@ -73,36 +64,30 @@ def check(version: str, llama: Any, mtmd: Any, ggml: Any, missing: list[str]) ->
         "llama_sampler_chain_params": llama.llama_sampler_chain_default_params(),
         "mtmd_context_params": mtmd.mtmd_context_params_default(),
     }
-    for struct, fields in DEFAULTS.items():
-        _compare(struct, {name: getattr(structs[struct], name, "no such field") for name in fields}, fields)
-    _compare("ggml_tensor", _read_tensor(ggml), TENSOR)
+    wrong = [
+        f"{struct} ({name} is {seen!r}, not {value!r})"
+        for struct, fields in DEFAULTS.items()
+        for name, value in fields.items()
+        if (seen := getattr(structs[struct], name, "no such field")) != value
+    ]
+    if not wrong and not _tensor_is_ours(ggml):
+        wrong = ["ggml_tensor"]
+    if wrong:
+        raise NativeMismatch(f"The native struct {wrong[0]} is not laid out as Opsin expects: {MEND}.")
 
 
-def _compare(struct: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    for name, value in wanted.items():
-        if found.get(name) != value:
-            raise NativeMismatch(
-                f"The native struct {struct} is not laid out as Opsin expects ({name} is {found.get(name)!r}, not "
-                f"{value!r}): {MEND}."
-            )
-
-
-def _read_tensor(ggml: Any) -> dict[str, Any]:
-    size = ggml.ggml_tensor_overhead() - OBJECT_SIZE
-    if size != TENSOR["size"]:
-        return {"size": size}
-    context = ggml.ggml_init(InitParams(16 * ggml.ggml_tensor_overhead(), None, True))
+def _tensor_is_ours(ggml: Any) -> bool:
+    """Whether our mirror reads the tensors right that ggml makes of a product of f16 [64, 5, 7] and f16 [64, 3, 7]."""
+    overhead = ggml.ggml_tensor_overhead()
+    if overhead - OBJECT_SIZE != ctypes.sizeof(Tensor):
+        return False
+    context = ggml.ggml_init(InitParams(16 * overhead, None, True))
     try:
         left = ggml.ggml_new_tensor_4d(context, 1, 64, 5, 7, 1)
         right = ggml.ggml_new_tensor_4d(context, 1, 64, 3, 7, 1)
         ggml.ggml_set_name(left, b"opsin")
-        product, mirror = Tensor.from_address(ggml.ggml_mul_mat(context, left, right)), Tensor.from_address(left)
-        return {
-            "size": size,
-            "op": ggml.ggml_op_name(product.op).decode(),
-            "shape": tuple(product.ne),
-            "left": (mirror.type, tuple(mirror.ne), tuple(mirror.nb), mirror.name),
-            "sources": (product.src[0], product.src[1], product.src[2]) == (left, right, None),
-        }
+        product, factor = Tensor.from_address(ggml.ggml_mul_mat(context, left, right)), Tensor.from_address(left)
+        seen = (ggml.ggml_op_name(product.op), product.ne[:], product.src[:3], factor.nb[:], factor.type, factor.name)
+        return seen == (b"MUL_MAT", [5, 3, 7, 1], [left, right, None], [2, 128, 640, 4480], 1, b"opsin")
     finally:
         ggml.ggml_free(context)

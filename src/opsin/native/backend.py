@@ -1,5 +1,6 @@
 """`core.backend.Backend` on llama.cpp: model, context and vision encoder behind one door."""
 
+# ruff: noqa: D102 - the methods are described in `core.backend.Backend`
 from __future__ import annotations
 
 import threading
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class NativeBackend:
-    """A loaded pair; what its methods do says `core.backend.Backend`.
+    """A loaded pair. `core.backend.Backend` says what the methods do.
 
     `layout`, `check`, `piece` and the attributes may be used by any thread, all else by one at a time: a second one
     inside would corrupt native memory, so it is refused with an EngineError. `threads` are those of decode, prefill and
@@ -53,7 +54,7 @@ class NativeBackend:
         self.limits = replace(context.limits, encode_batch=1 if encoder is None else encoder.batch)
         self.has_vision = encoder is not None
         self.eog_tokens = model.eog_tokens
-        self.eog_texts = model.eog_texts
+        self.eog_texts = frozenset(map(model.text_of, model.eog_tokens))
         self.info = ModelInfo(
             name=model.metadata.get("general.name") or model.path.stem,
             architecture=model.metadata.get("general.architecture", "unknown"),
@@ -97,12 +98,10 @@ class NativeBackend:
             return lay_out(self._model, self._vision(), self._stretches, parts, add_bos=add_bos, known=known)
 
     def encode(self, run: ImageRun, between: Callable[[], None] | None = None) -> Embedding:
-        """Run the vision encoder on one chunk; float32 [n_tokens, n_embd], owned by the caller. Raises EncodeFailed."""
         with self._alone():
             return self._vision().encode(run, between)
 
     def encode_many(self, runs: Sequence[ImageRun]) -> list[Embedding]:
-        """Embeddings of several chunks, several at once where the family can. Raises EncodeFailed."""
         with self._alone():
             return self._vision().encode_many(runs)
 
@@ -112,12 +111,10 @@ class NativeBackend:
         return self._encoder
 
     def decode(self, rows: TokenBatch | EmbeddingRows) -> bool:
-        """Run one ubatch; False when the KV cache has no room and nothing changed. Raises DecodeFailed."""
         with self._alone():
             return self._context.decode(rows)
 
     def synchronize(self) -> None:
-        """Wait until all that was started is done; a stage ends after this."""
         with self._alone():
             self._context.synchronize()
 
@@ -158,26 +155,21 @@ class NativeBackend:
         return token, None if raw is None else token_logprob(raw, token, top or 0, self._model.piece)
 
     def logprobs(self, row: int, token: int, top: int) -> TokenLogprob:
-        """Log probabilities at batch row `row`, of the raw logits: the token's own, and the `top` most likely."""
         with self._alone():
             return token_logprob(self._context.logits(row), token, top, self._model.piece)
 
     def piece(self, token: int) -> bytes:
-        """The bytes a token stands for; control tokens are empty."""
         return self._model.piece(token)
 
     def kv_remove(self, seq_id: int, start: int, end: int) -> bool:
-        """Forget positions [start, end) of a sequence; False when this kind of memory cannot forget a part."""
         with self._alone():
             return self._context.kv_remove(seq_id, start, end)
 
     def kv_copy(self, source: int, target: int, start: int, end: int) -> None:
-        """Let `target` share positions [start, end) of `source`."""
         with self._alone():
             self._context.kv_copy(source, target, start, end)
 
     def kv_last(self, seq_id: int) -> int:
-        """The last position held for a sequence, -1 when there is none."""
         with self._alone():
             return self._context.kv_last(seq_id)
 

@@ -17,7 +17,6 @@ from opsin.core.errors import BadParameter, DecodeFailed, ModelError
 from opsin.core.ggml_types import KV_TYPES
 from opsin.core.settings import CTX_PER_SEQUENCE
 from opsin.native import logs
-from opsin.native.batch import BatchArrays
 from opsin.native.handles import Owned
 from opsin.native.threads import default_threads
 
@@ -195,17 +194,15 @@ class Context:
         """The most likely token of each of these rows of the last decode, without the tokens forbidden there."""
         shape = (len(self._outputs), self.limits.n_vocab)
         logits = self._floats(self.llama.llama_get_logits(self.pointer), shape[0] * shape[1]).reshape(shape)
-        places = [self._outputs[row] for row, _ in wanted]
-        for place, (_, forbidden) in zip(places, wanted, strict=True):
+
+        def best(row: int, forbidden: NDArray[np.intp] | None) -> int | DecodeFailed:
+            scores = logits[self._outputs[row]]
             if forbidden is not None:
-                logits[place, forbidden] = -np.inf
-        if 2 * len(places) > len(logits):  # looking at some rows in vain costs less than a call for each
-            tokens = logits.argmax(axis=1)[places]
-        else:
-            tokens = np.array([logits[place].argmax() for place in places])
-        # argmax gives the first value that is not a number where there is one.
-        bad = np.isnan(logits[places, tokens])
-        return [DecodeFailed(_NOT_A_NUMBER) if nan else token for nan, token in zip(bad, tokens.tolist(), strict=True)]
+                scores[forbidden] = -np.inf
+            token = int(scores.argmax())  # the first that is not a number, where there is one
+            return DecodeFailed(_NOT_A_NUMBER) if np.isnan(scores[token]) else token
+
+        return [best(*one) for one in wanted]
 
     def _floats(self, address: Any, count: int) -> NDArray[np.float32]:
         if not address:
@@ -252,6 +249,59 @@ def _sequences(model: Model, settings: EngineSettings, n_ubatch: int, most: int)
     # A recurrent model keeps a whole state for each id: none to spare there.
     spare = 0 if model.whole_states_only else _SPARE_SEQUENCES
     return min(settings.parallel + spare, most, n_ubatch)
+
+
+class BatchArrays:
+    """The arrays of one ubatch of `capacity` rows, made once: `llama_batch` is a struct of bare pointers into them.
+
+    A row has `n_pos` positions: 1, or 4 under M-RoPE, section after section, for which `llama_batch_init` has no room.
+    It belongs to its sequence, and with a `keeper` offset also to the sequence that many ids further on.
+    """
+
+    def __init__(self, batch_type: Any, capacity: int, n_pos: int, keeper: int = 0) -> None:
+        self.capacity = capacity
+        self.n_pos = n_pos
+        # Added to a row's sequence: its ids. llama.cpp masks by any one of them: both hold the same cells.
+        self._ids = np.array([0, keeper] if keeper else [0], np.int32)
+        self._token = np.zeros(capacity, np.int32)
+        self._pos = np.zeros(capacity * n_pos, np.int32)
+        self._n_seq_id = np.full(capacity, len(self._ids), np.int32)
+        self._seq_id = np.zeros((capacity, len(self._ids)), np.int32)
+        self._logits = np.zeros(capacity, np.int8)
+        # A row's list of ids is one row of _seq_id.
+        self._seq_ids = self._seq_id.ctypes.data + self._seq_id.strides[0] * np.arange(capacity, dtype=np.uintp)
+        self._types = dict(batch_type._fields_)
+        self._batch = batch_type()
+        for field in ("pos", "n_seq_id", "logits"):
+            setattr(self._batch, field, self._pointer(getattr(self, f"_{field}"), field))
+        self._batch.seq_id = self._pointer(self._seq_ids, "seq_id")
+        self._tokens = self._pointer(self._token, "token")
+
+    def _pointer(self, array: np.ndarray[Any, Any], field: str) -> Any:
+        # Not `data_as`: each call of it leaves a cycle for the garbage collector.
+        return ctypes.cast(array.ctypes.data, self._types[field])
+
+    def tokens(self, batch: TokenBatch) -> Any:
+        """A `llama_batch` of tokens, valid until the next call."""
+        count = len(batch.tokens)
+        self._token[:count] = batch.tokens
+        self._pos[:count] = batch.positions
+        self._seq_id[:count] = np.array(batch.seq_ids, np.int32)[:, np.newaxis] + self._ids
+        self._logits[:count] = 0
+        self._logits[batch.outputs] = 1
+        self._batch.n_tokens, self._batch.token, self._batch.embd = count, self._tokens, None
+        return self._batch
+
+    def embeddings(self, rows: EmbeddingRows) -> Any:
+        """A `llama_batch` of embeddings, valid until the next call and while `rows` is alive."""
+        count = len(rows.rows)
+        self._pos[: count * self.n_pos] = rows.positions.reshape(-1)
+        self._seq_id[:count] = rows.seq_id + self._ids
+        self._logits[:count] = 0
+        self._logits[count - 1] = rows.logits
+        embeddings = self._pointer(rows.rows, "embd")
+        self._batch.n_tokens, self._batch.token, self._batch.embd = count, None, embeddings
+        return self._batch
 
 
 def token_logprob(logits: NDArray[np.float32], token: int, top: int, piece: Callable[[int], bytes]) -> TokenLogprob:

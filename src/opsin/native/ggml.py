@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from opsin.core.errors import Cancelled
+from opsin.core.errors import Cancelled, EncodeFailed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -24,8 +24,6 @@ OBJECT_SIZE = 32
 """Bytes of the ggml_object in front of each tensor (ggml.c), which ggml_tensor_overhead counts."""
 
 _HEAVY = frozenset({"MUL_MAT", "MUL_MAT_ID", "FLASH_ATTN_EXT", "CONV_2D", "CONV_3D"})
-# A transformer layer has six or seven heavy nodes, so there is a decode step about twice a layer.
-_HEAVY_NODES_A_STEP = 4
 
 
 class Tensor(ctypes.Structure):
@@ -107,25 +105,22 @@ def bind(libraries: list[ctypes.CDLL]) -> tuple[SimpleNamespace, list[str]]:
 
 
 class Observer(Protocol):
-    """Looks at the nodes of a graph while it is computed."""
+    """Looks at a graph while it is computed: `wants` says behind which nodes it shall stop, to show them to `seen`."""
 
-    def wants(self, node: Tensor) -> bool:
-        """Whether the graph shall stop behind this node, computed and synchronised."""
-        ...
+    def wants(self, node: Tensor) -> bool: ...  # noqa: D102
 
-    def seen(self, node: Tensor) -> None:
-        """This node is computed."""
-        ...
+    def seen(self, node: Tensor) -> None: ...  # noqa: D102
 
 
 class EvalHook:
-    """A `cb_eval` callback for the whole life of a native context; without an observer it wants no node.
+    """A `cb_eval` callback for the whole life of a native context.
 
-    The scheduler asks about every node, and calls again behind those where the answer was yes. What is raised in here
-    does not stop the encoder: it ends with code 0 and wrong numbers. So errors are kept until the native call is back.
+    What is raised in it does not stop the encoder, which ends with code 0 and wrong numbers: errors wait until the
+    native call is back.
     """
 
     def __init__(self, lib: Library) -> None:
+        self._running = False
         self._observer: Observer | None = None
         self._error: BaseException | None = None
         # The library keeps the bare pointer: this object must live longer than what it was given to.
@@ -148,34 +143,31 @@ class EvalHook:
 
     @contextmanager
     def observing(self, observer: Observer | None) -> Iterator[None]:
-        """Let `observer` look while the block runs; raises afterwards what it raised."""
-        before, self._observer, self._error = self._observer, observer, None
+        """Let `observer` look while the one graph of the block runs; raises afterwards what it raised."""
+        if self._running:  # a second graph would overwrite the first
+            raise EncodeFailed("The vision encoder is at work already: pictures are encoded one after another.")
+        self._running, self._observer = True, observer
         try:
             yield
         finally:
-            self._observer = before
-            error, self._error = self._error, None
+            error, self._error, self._observer, self._running = self._error, None, None, False
         if error is not None:
             raise error
 
 
 class EncodeSteps:
-    """Calls `between` behind every fourth heavy node."""
+    """Calls `between` behind every fourth heavy node: about twice a layer, which has six or seven of them."""
 
     def __init__(self, lib: Library, between: Callable[[], None]) -> None:
         self._between = between
         self._heavy = heavy_ops(lib)
         self._count = 0
 
-    def wants(self, node: Tensor) -> bool:
-        """Every fourth heavy node."""
-        if node.op not in self._heavy:
-            return False
-        self._count += 1
-        return self._count % _HEAVY_NODES_A_STEP == 0
+    def wants(self, node: Tensor) -> bool:  # noqa: D102
+        self._count += node.op in self._heavy
+        return node.op in self._heavy and self._count % 4 == 0
 
-    def seen(self, _node: Tensor) -> None:
-        """Call it."""
+    def seen(self, _node: Tensor) -> None:  # noqa: D102
         self._between()
 
 

@@ -43,7 +43,7 @@ class LogSink:
         try:
             with self._lock:
                 if level != _CONT:
-                    self.flush()
+                    self._flush()
                     self._level = _LEVELS.get(level, logging.INFO)
                 *whole, self._partial = (self._partial + fragment.decode("utf-8", "replace")).split("\n")
                 for line in whole:
@@ -59,11 +59,9 @@ class LogSink:
             self._lines.append((self._count, self._level, line))
             self._logger.log(self._level, "%s", line)
 
-    def flush(self) -> None:
-        """Pass on a line that was begun and never ended."""
-        with self._lock:
-            line, self._partial = self._partial.rstrip(), ""
-            self._emit(line)
+    def _flush(self) -> None:
+        line, self._partial = self._partial, ""
+        self._emit(line.rstrip())
 
     def mark(self) -> int:
         """A point in the log, for `since` and `cause`."""
@@ -72,7 +70,7 @@ class LogSink:
     def since(self, mark: int, level: int = logging.DEBUG) -> list[str]:
         """The kept lines after `mark` of at least `level`."""
         with self._lock:
-            self.flush()
+            self._flush()
             return [line for number, seen, line in self._lines if number > mark and seen >= level]
 
     def cause(self, mark: int, most: int = 2) -> str:
@@ -99,9 +97,8 @@ def _callback(level: int, text: bytes | None, _user_data: object) -> None:
 def install(llama: Any, mtmd: Any) -> None:
     """Send the log of all four libraries here; call it before any other native function."""
     callback = ctypes.cast(_callback, llama.llama_log_callback)
-    llama.llama_log_set(callback, None)
-    mtmd.mtmd_log_set(callback, None)
-    mtmd.mtmd_helper_log_set(callback, None)
+    for function in (llama.llama_log_set, mtmd.mtmd_log_set, mtmd.mtmd_helper_log_set):
+        function(callback, None)
 
 
 _shown = logging.StreamHandler()  # to standard error

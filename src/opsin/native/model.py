@@ -29,7 +29,8 @@ class Model:
 
     `n_pos` is the number of positions that an embedding row carries: time, height, width and one more for models that
     rotate by section, else 1. With `whole_states_only` the cache is a state, of which no part can be forgotten or
-    copied. `chat_template` is the file's own (Jinja), `quantisation` a name such as "Q4_K - Medium".
+    copied. `begin` are the tokens that the tokenizer puts in front, `bos` and `eos` texts, empty where there are none.
+    `chat_template` is the file's own (Jinja), `quantisation` a name such as "Q4_K - Medium".
     """
 
     def __init__(self, path: Path, settings: EngineSettings) -> None:
@@ -52,9 +53,9 @@ class Model:
         template: bytes | None = llama.llama_model_chat_template(pointer, None)
         self.chat_template = template.decode("utf-8", "replace") if template else None
         self.quantisation: str = llama.llama_ftype_name(llama.llama_model_ftype(pointer)).decode()
-        self.adds_bos: bool = llama.llama_vocab_get_add_bos(self._vocab)
-        self.bos = self._token_text(llama.llama_vocab_bos(self._vocab))
-        self.eos = self._token_text(llama.llama_vocab_eos(self._vocab))
+        bos: int = llama.llama_vocab_bos(self._vocab)
+        self.begin = (bos,) if llama.llama_vocab_get_add_bos(self._vocab) else ()
+        self.bos, self.eos = self.text_of(bos), self.text_of(llama.llama_vocab_eos(self._vocab))
         self._pieces: dict[int, bytes] = {}
 
     @property
@@ -71,8 +72,6 @@ class Model:
     @property
     def layers_offloaded(self) -> int:
         """Layers asked to be on a GPU, 0 where there is none; the output layer, which goes there first, not counted."""
-        if self.device is None:
-            return 0
         return self.n_layer if self.n_gpu_layers < 0 else max(0, min(self.n_gpu_layers - 1, self.n_layer))
 
     @functools.cached_property
@@ -95,16 +94,11 @@ class Model:
         is_eog, vocab = self.lib.llama.llama_vocab_is_eog, self.vocab
         return frozenset(token for token in range(self.n_vocab) if is_eog(vocab, token))
 
-    @property
-    def eog_texts(self) -> frozenset[str]:
-        """Their texts."""
-        return frozenset(self._token_text(token) for token in self.eog_tokens)
-
     @functools.cached_property
     def control_tokens(self) -> dict[str, int]:
         """Texts that become a token only with special parsing, longest first, as llama.cpp looks for them."""
         attr, vocab, wanted = self.lib.llama.llama_vocab_get_attr, self.vocab, _ATTR_CONTROL | _ATTR_UNKNOWN
-        found = {self._token_text(token): token for token in range(self.n_vocab) if attr(vocab, token) & wanted}
+        found = {self.text_of(token): token for token in range(self.n_vocab) if attr(vocab, token) & wanted}
         return dict(sorted(found.items(), key=lambda item: -len(item[0].encode())))
 
     def strips(self, token: int) -> tuple[bool, bool]:
@@ -112,30 +106,25 @@ class Model:
         attr = self.lib.llama.llama_vocab_get_attr(self.vocab, token)
         return bool(attr & _ATTR_LSTRIP), bool(attr & _ATTR_RSTRIP)
 
-    def _token_text(self, token: int) -> str:
+    def text_of(self, token: int) -> str:
+        """What the vocabulary calls a token; empty for -1."""
         return "" if token < 0 else self.lib.llama.llama_vocab_get_text(self.vocab, token).decode("utf-8", "replace")
 
     def tokenize(self, text: str, *, special: bool) -> tuple[int, ...]:
         """Tokens of one text, without begin and end tokens; `special` lets names of control tokens become those."""
         data, call, vocab = text.encode("utf-8", "replace"), self.lib.llama.llama_tokenize, self.vocab
-        filled = _filled(
-            ctypes.c_int32,
-            len(data) + 8,
-            lambda buffer, size: call(vocab, data, len(data), buffer, size, False, special),
-        )
-        return tuple(filled)
+        size, given = len(data) + 8, (vocab, data, len(data))
+        return tuple(_filled(ctypes.c_int32, size, lambda buffer, size: call(*given, buffer, size, False, special)))
 
     def piece(self, token: int) -> bytes:
         """The bytes of a token; control tokens are empty. Cached."""
-        known = self._pieces.get(token)
-        if known is not None:
-            return known
-        if not 0 <= token < self.n_vocab:
-            raise ValueError(f"token {token} is not in the vocabulary of {self.n_vocab}")
-        call, vocab = self.lib.llama.llama_token_to_piece, self.vocab
-        filled = _filled(ctypes.c_char, 64, lambda buffer, size: call(vocab, token, buffer, size, 0, False))
-        piece = self._pieces[token] = bytes(filled)
-        return piece
+        if token not in self._pieces:
+            if not 0 <= token < self.n_vocab:
+                raise ValueError(f"token {token} is not in the vocabulary of {self.n_vocab}")
+            call, vocab = self.lib.llama.llama_token_to_piece, self.vocab
+            filled = _filled(ctypes.c_char, 64, lambda buffer, size: call(vocab, token, buffer, size, 0, False))
+            self._pieces[token] = bytes(filled)
+        return self._pieces[token]
 
     @functools.cached_property
     def candidates(self) -> Candidates:
@@ -164,21 +153,16 @@ def _filled(kind: Any, size: int, call: Callable[[Any, int], int]) -> Any:
 
 def _placement(settings: EngineSettings, present: tuple[Device, ...]) -> tuple[Device | None, int]:
     """The device for the layers and how many of them (-1: all)."""
+    device = next((one for one in present if one.is_gpu), None)
     if settings.device is not None:
         device = pick(settings.device, "--device", present)
-    else:
-        device = next((one for one in present if one.is_gpu), None)
-    if device is None:
-        return None, 0
-    return device, -1 if settings.gpu_layers is None else settings.gpu_layers
+    layers = -1 if settings.gpu_layers is None else settings.gpu_layers
+    return device, 0 if device is None else layers
 
 
 def _load(lib: Library, path: Path, device: Device | None, asked: str | None, layers: int) -> Owned:
     if not path.is_file():
         raise ModelNotFound(f"There is no model file {path}: check the path given to --model.")
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ModelUnreadable(f"{path.name} is not a GGUF file: give a language model in GGUF format.")
     params = lib.llama.llama_model_default_params()
     params.n_gpu_layers = layers
     # An explicit device (or none) is a list that ends with NULL; without it llama.cpp takes all GPUs.

@@ -27,9 +27,9 @@ from opsin.native.trial import drawn_picture
 
 if TYPE_CHECKING:
     from opsin.core.settings import EngineSettings
-    from opsin.native.tokenize import Stretches
     from opsin.native.library import Library
     from opsin.native.model import Model
+    from opsin.native.tokenize import Stretches
     from opsin.native.vision import Encoder
 
 _COMPUTES_NOTHING = frozenset({"NONE", "VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE"})

@@ -9,7 +9,8 @@ import struct
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from itertools import count, groupby
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -22,7 +23,8 @@ from opsin.native.abi import MEND
 from opsin.native.handles import Owned
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence, Set
+    from collections.abc import Callable, Sequence
+    from collections.abc import Set as AbstractSet
 
     from numpy.typing import NDArray
 
@@ -99,14 +101,10 @@ class ChunkHandle:
 
 def lay_out_text(model: Model, stretches: Stretches, parts: Sequence[TextPart], *, add_bos: bool) -> Layout:
     """The layout of a prompt without images."""
-    tokens = _begin(model, add_bos=add_bos)
+    tokens = list(model.begin if add_bos else ())
     for text, special in stretches.pieces(parts):
         tokens.extend(model.tokenize(text, special=special))
     return Layout((TextRun(tuple(tokens)),) if tokens else (), ())
-
-
-def _begin(model: Model, *, add_bos: bool) -> list[int]:
-    return [int(model.lib.llama.llama_vocab_bos(model.vocab))] if add_bos and model.adds_bos else []
 
 
 def lay_out(
@@ -123,29 +121,45 @@ def lay_out(
     mtmd lays a placeholder without pixels out in no time, with the same tokens, so identities are known before anything
     is preprocessed; images whose identities `known` accepts stay placeholders.
     """
-    reader = _Reader(model, encoder, stretches, parts, _begin(model, add_bos=add_bos))
+    prompt = _Prompt(encoder, model.begin if add_bos else ())
+    for is_text, group in groupby(parts, lambda part: isinstance(part, TextPart)):
+        if is_text:
+            prompt.inputs += stretches.pieces(cast("list[TextPart]", list(group)))
+        else:
+            prompt.inputs += [_checked(cast("PicturePart", part).picture) for part in group]
     if known is None:
-        return reader.read(frozenset())
-    everything = frozenset(range(len(reader.pictures)))
-    layout = reader.read(everything)
+        return prompt.lay_out(frozenset())
+    everything = frozenset(range(len(prompt.pictures)))
+    layout = prompt.lay_out(everything)
     unknown = {run.picture for run in layout.runs if isinstance(run, ImageRun) and not known(run.identity)}
     if not unknown:
         return layout
     layout.close()
-    return reader.read(everything - unknown)
+    return prompt.lay_out(everything - unknown)
 
 
-class _Reader:
-    """Gives a prompt to mtmd and reads the chunks that it makes of it."""
+def _checked(picture: Picture) -> Picture:
+    # mtmd copies so many bytes, whatever is there.
+    if len(picture.rgb) != picture.width * picture.height * 3 or not picture.rgb:
+        raise BadPicture(
+            f"A picture of {picture.width}x{picture.height} pixels came with {len(picture.rgb)} bytes of RGB: "
+            "it needs three a pixel."
+        )
+    return picture
 
-    def __init__(
-        self, model: Model, encoder: Encoder, stretches: Stretches, parts: Sequence[Part], begin: list[int]
-    ) -> None:
-        self._model, self._encoder, self._stretches, self._parts, self._begin = model, encoder, stretches, parts, begin
-        self._mtmd = model.lib.mtmd
-        self.pictures = [part.picture for part in parts if isinstance(part, PicturePart)]
 
-    def read(self, placeholders: Set[int]) -> Layout:
+class _Prompt:
+    """What mtmd is given, texts (with whether they are special) and images, and the chunks that it makes of it."""
+
+    def __init__(self, encoder: Encoder, begin: tuple[int, ...]) -> None:
+        self.inputs: list[tuple[str, bool] | Picture] = []
+        self._encoder, self._begin, self._mtmd = encoder, begin, encoder.lib.mtmd
+
+    @property
+    def pictures(self) -> list[Picture]:
+        return [given for given in self.inputs if not isinstance(given, tuple)]
+
+    def lay_out(self, placeholders: AbstractSet[int]) -> Layout:
         """The layout, in which the images with these numbers have no pixels."""
         owned = Owned("layout", self._mtmd.mtmd_input_chunks_init(), self._mtmd.mtmd_input_chunks_free)
         try:
@@ -155,61 +169,43 @@ class _Reader:
             owned.close()
             raise
         images = [run for run in runs if isinstance(run, ImageRun)]
-        infos = (
-            _info(picture, [run for run in images if run.picture == number])
-            for number, picture in enumerate(self.pictures)
-        )
+        infos = (_info(one, [run for run in images if run.picture == at]) for at, one in enumerate(self.pictures))
         return Layout(tuple(runs), tuple(infos), owned)
 
-    def _tokenize(self, chunks: int, placeholders: Set[int]) -> None:
-        mtmd, inputs, span = self._mtmd, [], list[TextPart]()
+    def _tokenize(self, chunks: int, placeholders: AbstractSet[int]) -> None:
+        mtmd, parts, numbers = self._mtmd, [], count()
         with ExitStack() as bitmaps:
-            numbers = iter(range(len(self.pictures)))
-            for part in [*self._parts, None]:
-                if isinstance(part, TextPart):
-                    span.append(part)
+            for given in self.inputs:
+                if isinstance(given, tuple):
+                    data = given[0].encode("utf-8", "replace")
+                    text = mtmd.mtmd_input_text(data, len(data), False, given[1])
+                    parts.append(mtmd.mtmd_input_part(ctypes.pointer(text), None))
                     continue
-                for text, special in self._stretches.pieces(span):
-                    data = text.encode("utf-8", "replace")
-                    given = mtmd.mtmd_input_text(data, len(data), False, special)
-                    inputs.append(mtmd.mtmd_input_part(ctypes.pointer(given), None))
-                span.clear()
-                if part is not None:
-                    bitmap = self._bitmap(number := next(numbers), hollow=number in placeholders)
-                    bitmaps.callback(mtmd.mtmd_bitmap_free, bitmap)
-                    inputs.append(mtmd.mtmd_input_part(None, bitmap))
-            pointers = (ctypes.POINTER(mtmd.mtmd_input_part) * len(inputs))(*map(ctypes.pointer, inputs))
+                number = next(numbers)
+                pixels = None if number in placeholders else ctypes.cast(given.rgb, ctypes.POINTER(ctypes.c_uint8))
+                bitmap = mtmd.mtmd_bitmap_init(given.width, given.height, pixels)
+                bitmaps.callback(mtmd.mtmd_bitmap_free, bitmap)
+                # The chunks made of it carry this number back: one image may become many.
+                mtmd.mtmd_bitmap_set_id(bitmap, str(number).encode())
+                parts.append(mtmd.mtmd_input_part(None, bitmap))
+            pointers = (ctypes.POINTER(mtmd.mtmd_input_part) * len(parts))(*map(ctypes.pointer, parts))
             mark = logs.SINK.mark()
-            code = mtmd.mtmd_tokenize_from_parts(self._encoder.pointer, chunks, pointers, len(inputs), False)
+            code = mtmd.mtmd_tokenize_from_parts(self._encoder.pointer, chunks, pointers, len(parts), False)
         if code != 0:
             raise BadPicture(
                 f"The model's preprocessing refuses a picture ({logs.SINK.cause(mark, most=1) or f'code {code}'}): "
                 "give one that is less narrow or less small."
             )
 
-    def _bitmap(self, number: int, *, hollow: bool) -> int:
-        picture, mtmd = self.pictures[number], self._mtmd
-        # mtmd copies so many bytes, whatever is there.
-        if len(picture.rgb) != picture.width * picture.height * 3 or not picture.rgb:
-            raise BadPicture(
-                f"A picture of {picture.width}x{picture.height} pixels came with {len(picture.rgb)} bytes of RGB: "
-                "it needs three a pixel."
-            )
-        pixels = None if hollow else ctypes.cast(ctypes.c_char_p(picture.rgb), ctypes.POINTER(ctypes.c_uint8))
-        bitmap: int = mtmd.mtmd_bitmap_init(picture.width, picture.height, pixels)
-        # The chunks made of it carry this number back: one image may become many.
-        mtmd.mtmd_bitmap_set_id(bitmap, str(number).encode())
-        return bitmap
-
-    def _runs(self, owned: Owned, placeholders: Set[int]) -> list[Run]:
+    def _runs(self, owned: Owned, placeholders: AbstractSet[int]) -> list[Run]:
         mtmd, runs, tokens, seen = self._mtmd, list[Run](), list(self._begin), Counter[int]()
         for at in range(mtmd.mtmd_input_chunks_size(owned.pointer)):
             chunk = mtmd.mtmd_input_chunks_get(owned.pointer, at)
             kind = mtmd.mtmd_input_chunk_get_type(chunk)
             if kind == _TEXT:
-                count = ctypes.c_size_t(0)
-                data = mtmd.mtmd_input_chunk_get_tokens_text(chunk, ctypes.byref(count))
-                tokens.extend(data[: count.value])
+                size = ctypes.c_size_t(0)
+                data = mtmd.mtmd_input_chunk_get_tokens_text(chunk, ctypes.byref(size))
+                tokens += data[: size.value]
                 continue
             if kind != _IMAGE:
                 raise BadInput("The model made sound of a picture: Opsin reads pictures only.")
@@ -218,7 +214,7 @@ class _Reader:
                 tokens.clear()
             number = int(mtmd.mtmd_input_chunk_get_id(chunk))
             run = self._image_run(owned, chunk, number, seen[number])
-            runs.append(replace(run, placeholder=True) if number in placeholders else run)
+            runs.append(replace(run, placeholder=number in placeholders))
             seen[number] += 1
         return [*runs, TextRun(tuple(tokens))] if tokens else runs
 
@@ -266,9 +262,8 @@ def _read_meta(mtmd: Any, chunk: int) -> ChunkMeta:
     size = ctypes.c_size_t(0)
     mtmd.mtmd_input_chunk_save(chunk, None, 0, ctypes.byref(size))
     buffer = ctypes.create_string_buffer(size.value)
+    mtmd.mtmd_input_chunk_save(chunk, buffer, size.value, ctypes.byref(size))  # on failure it stays empty
     try:
-        if mtmd.mtmd_input_chunk_save(chunk, buffer, size.value, ctypes.byref(size)) != 0:
-            raise ValueError("not saved")
         return parse_meta(buffer.raw)
     except (struct.error, ValueError) as error:
         raise NativeMismatch(f"mtmd describes a picture's chunk in a format Opsin does not know: {MEND}.") from error

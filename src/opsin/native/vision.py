@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import logging
-import threading
-from contextlib import contextmanager
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +18,7 @@ from opsin.native.threads import default_threads
 from opsin.native.trial import try_apart
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from opsin.core.backend import Embedding
@@ -76,21 +73,20 @@ class Encoder:
         self.preprocessing = (params.image_min_tokens, params.image_max_tokens)
         self.batch = _BATCH if self.file.kind in _BATCHING else 1
         self.mrope: bool = self.lib.mtmd.mtmd_decode_use_mrope(self.pointer)
-        self._encoding = threading.Lock()
 
     def _open(self, params: Any) -> Owned:
         mark = logs.SINK.mark()
         pointer = self.lib.mtmd.mtmd_init_from_file(str(self.path).encode(), self._model.pointer, params)
         logs.SINK.raise_interrupt()
         if not pointer:
-            for line in logs.SINK.since(mark, logging.ERROR):
-                if "mismatch between text model" in line:
-                    raise PairMismatch(
-                        f"{self.path.name} was made for another language model than {self._model.path.name} ({line}): "
-                        "use the projector that was published with it."
-                    )
+            cause = logs.SINK.cause(mark)
+            if "mismatch between text model" in cause:
+                raise PairMismatch(
+                    f"{self.path.name} was made for another language model than {self._model.path.name} ({cause}): "
+                    "use the projector that was published with it."
+                )
             raise ModelUnreadable(
-                f"llama.cpp cannot load the projector {self.path.name} ({logs.SINK.cause(mark) or 'no reason given'}): "
+                f"llama.cpp cannot load the projector {self.path.name} ({cause or 'no reason given'}): "
                 "check that the file is whole and its kind is supported."
             )
         handle = Owned("vision encoder", pointer, self.lib.mtmd.mtmd_free, self._model.handle)
@@ -111,11 +107,10 @@ class Encoder:
     def observed(self, run: ImageRun, observer: Observer | None) -> Embedding:
         """Encode while `observer` looks at the nodes; what it raises is raised here and the embedding is lost."""
         chunk, mark = run.handle.pointer, logs.SINK.mark()
-        with self._alone():
-            with self._hook.observing(observer):
-                code = self.lib.mtmd.mtmd_encode_chunk(self.pointer, chunk)
-            _check(code, mark)
-            return self._copy(self.lib.mtmd.mtmd_get_output_embd(self.pointer), run.n_tokens)
+        with self._hook.observing(observer):
+            code = self.lib.mtmd.mtmd_encode_chunk(self.pointer, chunk)
+        _check(code, mark)
+        return self._copy(self.lib.mtmd.mtmd_get_output_embd(self.pointer), run.n_tokens)
 
     def encode_many(self, runs: Sequence[ImageRun]) -> list[Embedding]:
         """Embeddings of several chunks, several at once where the family can; the same order."""
@@ -138,22 +133,12 @@ class Encoder:
                 group.append(run)
             if len(group) < 2:
                 return [self.encode(runs[0])]
-            with self._alone():
+            with self._hook.observing(None):
                 _check(mtmd.mtmd_batch_encode(batch), mark)
-                output = mtmd.mtmd_batch_get_output_embd
-                return [self._copy(output(batch, run.handle.pointer), run.n_tokens) for run in group]
+            output = mtmd.mtmd_batch_get_output_embd
+            return [self._copy(output(batch, run.handle.pointer), run.n_tokens) for run in group]
         finally:
             mtmd.mtmd_batch_free(batch)
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """A second encode from inside `between` would overwrite the graph that is running."""
-        if not self._encoding.acquire(blocking=False):
-            raise EncodeFailed("The vision encoder is at work already: pictures are encoded one after another.")
-        try:
-            yield
-        finally:
-            self._encoding.release()
 
     def _copy(self, address: Any, n_tokens: int) -> Embedding:
         if not address:
@@ -165,10 +150,6 @@ class Encoder:
         if not np.isfinite(rows).all():
             raise _failed("computed values that are not numbers")
         return rows
-
-    def close(self) -> None:
-        """Free it."""
-        self.handle.close()
 
 
 def _check(code: int, mark: int) -> None:
