@@ -66,7 +66,7 @@ class NativeBackend:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Hold the backend for this thread; a thread may come in again (a decode between two layers of an encode)."""
+        """Hold the backend for this thread, which may come in again (a decode between two layers of an encode)."""
         with self._gate:
             before, me = self._owner, threading.get_ident()
             if before not in {None, me}:

@@ -17,6 +17,7 @@ from opsin.core.errors import BadParameter, DecodeFailed, ModelError
 from opsin.core.ggml_types import KV_TYPES
 from opsin.core.settings import CTX_PER_SEQUENCE
 from opsin.native import logs
+from opsin.native.ggml import floats
 from opsin.native.handles import Owned
 from opsin.native.threads import default_threads
 
@@ -90,6 +91,7 @@ class Context:
             tile=_TILE if model.device is None else 1,
         )
         self._arrays = BatchArrays(llama.llama_batch, self.limits.n_ubatch, model.n_pos, self._keeper)
+        self._causal = True
         self._outputs: dict[int, int] = {}  # rows of the last batch that have logits, and where these are
 
     @property
@@ -111,14 +113,11 @@ class Context:
         else:
             self._check_tokens(rows)
             batch, outputs = self._arrays.tokens(rows), rows.outputs
+        if causal != self._causal:
+            self.llama.llama_set_causal_attn(pointer, causal)
+            self._causal = causal
         mark = logs.SINK.mark()
-        if not causal:
-            self.llama.llama_set_causal_attn(pointer, False)
-        try:
-            code = self.llama.llama_decode(pointer, batch)
-        finally:
-            if not causal:
-                self.llama.llama_set_causal_attn(pointer, True)
+        code = self.llama.llama_decode(pointer, batch)
         if code == 1:
             return False
         self._outputs = {}
@@ -133,43 +132,33 @@ class Context:
     def _check_tokens(self, rows: TokenBatch) -> None:
         """What llama.cpp answers with an abort; positions that do not follow each other it refuses itself."""
         self._check_count(len(rows.tokens))
-        if not 0 <= min(rows.tokens) <= max(rows.tokens) < self.limits.n_vocab:
-            raise DecodeFailed(f"A token is not in the vocabulary of {self.limits.n_vocab}.")
+        known = min(rows.tokens) >= 0 and max(rows.tokens) < self.limits.n_vocab
+        _require(known, f"A token is not in the vocabulary of {self.limits.n_vocab}.")
+        _require(len(rows.outputs) <= self._outputs_max, f"More than {self._outputs_max} rows of a batch want logits.")
         self._check_sequences(min(rows.seq_ids), max(rows.seq_ids))
-        if len(rows.outputs) > self._outputs_max:
-            raise DecodeFailed(
-                f"{len(rows.outputs)} rows of a batch want logits, and {self._outputs_max} are the limit."
-            )
 
     def _check_embeddings(self, rows: EmbeddingRows) -> None:
-        data, positions = rows.rows, rows.positions
-        shape = (len(data), self.limits.n_embd)
-        if data.shape != shape or data.dtype != np.float32 or not data.flags.c_contiguous:
-            raise DecodeFailed(f"Embedding rows must be contiguous float32 {list(shape)}, not {data.shape}.")
-        self._check_count(len(data), whole=not rows.causal)
-        if positions.shape != (self._model.n_pos, len(data)):
-            raise DecodeFailed(f"Positions have the shape {positions.shape}, not ({self._model.n_pos}, {len(data)}).")
+        data, times, n_embd, n_pos = rows.rows, rows.positions[0], self.limits.n_embd, self._model.n_pos
+        whole = ": this model reads a picture whole, so give a smaller --image-max-tokens or a larger --ubatch"
+        self._check_count(len(data), "" if rows.causal else whole)
+        sound = data.shape[1:] == (n_embd,) and data.dtype == np.float32 and data.flags.c_contiguous
+        _require(sound, f"Embedding rows must be contiguous float32 [n, {n_embd}].")
+        _require(rows.positions.shape == (n_pos, len(data)), f"Positions must be [{n_pos}, {len(data)}].")
         self._check_sequences(rows.seq_id)
-        first, times = self.kv_last(rows.seq_id) + 1, positions[0]
+        first = self.kv_last(rows.seq_id) + 1
         follows = times.min() >= first - 1  # under M-RoPE slices of an image may share a position
-        if self._model.n_pos == 1:
+        if n_pos == 1:
             follows = np.array_equal(times, np.arange(first, first + len(data)))
-        if not follows or positions.min() < 0:
-            raise DecodeFailed(f"Sequence {rows.seq_id} ends before {first}: an embedding there cannot be at {times}.")
+        _require(follows and rows.positions.min() >= 0, f"The positions do not follow on {first - 1}.")
 
-    def _check_count(self, count: int, *, whole: bool = False) -> None:
-        if count == 0:
-            raise DecodeFailed("A batch holds no rows.")
-        if count > self.limits.n_ubatch:
-            mend = ": this model reads a picture whole, so give a smaller --image-max-tokens or a larger ubatch"
-            raise DecodeFailed(
-                f"A batch of {count} rows is larger than the ubatch of {self.limits.n_ubatch}{mend if whole else ''}."
-            )
+    def _check_count(self, count: int, mend: str = "") -> None:
+        limit = self.limits.n_ubatch
+        _require(0 < count <= limit, f"A batch of {count} rows does not fit the ubatch of {limit}{mend}.")
 
     def _check_sequences(self, *seq_ids: int) -> None:
+        last = self.limits.n_seq_max - 1
         for seq_id in seq_ids:
-            if not 0 <= seq_id < self.limits.n_seq_max:
-                raise DecodeFailed(f"There is no sequence {seq_id}: ids go from 0 to {self.limits.n_seq_max - 1}.")
+            _require(0 <= seq_id <= last, f"There is no sequence {seq_id}: ids go from 0 to {last}.")
 
     def synchronize(self) -> None:
         """Wait until all that was started is done."""
@@ -181,19 +170,18 @@ class Context:
         A view of native memory, good until the next decode. Raises DecodeFailed when the row has none.
         """
         pointer = self.pointer
-        if row not in self._outputs and not (row == -1 and self._outputs):
-            raise DecodeFailed(f"Row {row} of the last batch has no logits.")
-        view = self._floats(self.llama.llama_get_logits_ith(pointer, row), self.limits.n_vocab)
+        held = row in self._outputs or (row == -1 and bool(self._outputs))
+        _require(held, f"Row {row} of the last batch has no logits.")
+        view = floats(self.llama.llama_get_logits_ith(pointer, row), self.limits.n_vocab)
         # One comparison instead of a scan: max() is not-a-number as soon as one logit is. Sorting such logits is
         # undefined in the native samplers.
-        if np.isnan(view.max()):
-            raise DecodeFailed(_NOT_A_NUMBER)
+        _require(not np.isnan(view.max()), _NOT_A_NUMBER)
         return view
 
     def argmax(self, wanted: Sequence[tuple[int, NDArray[np.intp] | None]]) -> list[int | DecodeFailed]:
         """The most likely token of each of these rows of the last decode, without the tokens forbidden there."""
         shape = (len(self._outputs), self.limits.n_vocab)
-        logits = self._floats(self.llama.llama_get_logits(self.pointer), shape[0] * shape[1]).reshape(shape)
+        logits = floats(self.llama.llama_get_logits(self.pointer), shape[0] * shape[1]).reshape(shape)
 
         def best(row: int, forbidden: NDArray[np.intp] | None) -> int | DecodeFailed:
             scores = logits[self._outputs[row]]
@@ -203,13 +191,6 @@ class Context:
             return DecodeFailed(_NOT_A_NUMBER) if np.isnan(scores[token]) else token
 
         return [best(*one) for one in wanted]
-
-    def _floats(self, address: Any, count: int) -> NDArray[np.float32]:
-        if not address:
-            raise DecodeFailed("llama.cpp gave no logits.")
-        # Not `np.ctypeslib.as_array`: each call of it leaves a cycle for the garbage collector.
-        memory: Any = (ctypes.c_float * count).from_address(ctypes.addressof(address.contents))
-        return np.frombuffer(memory, np.float32)
 
     def at(self, row: int) -> tuple[int, int]:
         """The native context that holds the logits of a batch row of the last decode, and which row they are there."""
@@ -230,13 +211,18 @@ class Context:
     def kv_copy(self, source: int, target: int, start: int, end: int) -> None:
         """Let `target` share positions [start, end) of `source`. Raises DecodeFailed for a part of a state."""
         self._check_sequences(source, target)
-        if self._model.whole_states_only and (start > 0 or 0 <= end <= self.kv_last(source)):
-            raise DecodeFailed("This model keeps one state a sequence: a part of it cannot be copied.")
+        part = start > 0 or 0 <= end <= self.kv_last(source)
+        _require(not (part and self._model.whole_states_only), "A part of this model's state cannot be copied.")
         if source == target:
             return
         self.llama.llama_memory_seq_cp(self._memory, source, target, start, end)
         if self._keeper:
             self.llama.llama_memory_seq_cp(self._memory, source, target + self._keeper, start, end)
+
+
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise DecodeFailed(otherwise)
 
 
 def _sequences(model: Model, settings: EngineSettings, n_ubatch: int, most: int) -> int:

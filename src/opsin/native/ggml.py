@@ -1,6 +1,6 @@
 """The part of ggml's C interface that the bindings leave out, and a look into running graphs.
 
-`Tensor` mirrors `struct ggml_tensor` of the pinned version; `opsin.native.abi` compares the two before the first use.
+`Tensor` mirrors `struct ggml_tensor` of the pinned version; `opsin.native.abi` compares their sizes.
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
 from opsin.core.errors import Cancelled, EncodeFailed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from numpy.typing import NDArray
+
     from opsin.native.library import Library
 
 _P, _STR, _SIZE, _INT, _BOOL = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_bool
 _I64, _U32 = ctypes.c_int64, ctypes.c_uint32
-
-OBJECT_SIZE = 32
-"""Bytes of the ggml_object in front of each tensor (ggml.c), which ggml_tensor_overhead counts."""
 
 _HEAVY = frozenset({"MUL_MAT", "MUL_MAT_ID", "FLASH_ATTN_EXT", "CONV_2D", "CONV_3D"})
 
@@ -79,7 +80,7 @@ _FUNCTIONS: list[tuple[Any, list[Any], str]] = [
     (_STR, [_P, _I64], "gguf_get_val_str"),
     (_P, [_P], "ggml_new_graph ggml_backend_buffer_get_type ggml_backend_buft_get_device ggml_backend_dev_backend_reg"),
     (_P, [_P, _P], "ggml_backend_alloc_ctx_tensors"),
-    (_P, [_P, _STR], "ggml_set_name ggml_backend_dev_init ggml_backend_reg_get_proc_address"),
+    (_P, [_P, _STR], "ggml_backend_dev_init ggml_backend_reg_get_proc_address"),
     (_P, [_P, _P, _P], "ggml_mul_mat"),
     (_P, [_P, _INT, _I64, _I64, _I64, _I64], "ggml_new_tensor_4d"),
     (_P, [_SIZE], "ggml_backend_dev_get ggml_backend_reg_get"),
@@ -169,6 +170,13 @@ class EncodeSteps:
 
     def seen(self, _node: Tensor) -> None:  # noqa: D102
         self._between()
+
+
+def floats(address: Any, count: int) -> NDArray[np.float32]:
+    """A view of native memory, float32 [count], of which `address` is a ctypes pointer."""
+    # Not `np.ctypeslib.as_array`: each call of it leaves a cycle for the garbage collector.
+    memory: Any = (ctypes.c_float * count).from_address(ctypes.addressof(address.contents))
+    return np.frombuffer(memory, np.float32)
 
 
 def op_names(lib: Library) -> dict[int, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 from dataclasses import dataclass
@@ -28,18 +29,15 @@ class Library:
 
 
 _lock = threading.Lock()
-_loaded: Library | None = None
 
 
 def library() -> Library:
     """The libraries; the first call loads them. Raises NativeMismatch. Any thread."""
-    global _loaded  # noqa: PLW0603 - a process holds one copy of llama.cpp, whatever we do
     with _lock:
-        if _loaded is None:
-            _loaded = _load()
-    return _loaded
+        return _load()
 
 
+@functools.cache
 def _load() -> Library:
     # Without it ggml starts a debugger where it aborts, which prints on standard output.
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")

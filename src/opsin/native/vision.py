@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ import numpy as np
 from opsin.core.errors import BadParameter, EncodeFailed, ModelUnreadable, PairMismatch
 from opsin.native import logs
 from opsin.native.devices import devices, pick
-from opsin.native.ggml import EncodeSteps, EvalHook
+from opsin.native.ggml import EncodeSteps, EvalHook, floats
 from opsin.native.handles import Owned
 from opsin.native.projector import fingerprint, read_projector
 from opsin.native.threads import default_threads
@@ -143,10 +142,7 @@ class Encoder:
     def _copy(self, address: Any, n_tokens: int) -> Embedding:
         if not address:
             raise _failed("gave no output")
-        # Not `np.ctypeslib.as_array`: each call of it leaves a cycle for the garbage collector.
-        count = n_tokens * self._model.n_embd
-        memory: Any = (ctypes.c_float * count).from_address(ctypes.addressof(address.contents))
-        rows: Embedding = np.frombuffer(memory, np.float32).reshape(n_tokens, -1).copy()
+        rows: Embedding = floats(address, n_tokens * self._model.n_embd).reshape(n_tokens, -1).copy()
         if not np.isfinite(rows).all():
             raise _failed("computed values that are not numbers")
         return rows
