@@ -6,9 +6,9 @@ from __future__ import annotations
 import threading
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeAlias, cast
 
-from opsin.core.errors import BadInput, BadParameter, EngineError, ModelNotFound, OpsinError
+from opsin.core.errors import BadInput, BadParameter, DecodeFailed, EngineError, ModelNotFound, OpsinError
 from opsin.core.model_info import ModelInfo
 from opsin.core.parts import TextPart
 from opsin.native import logs
@@ -31,13 +31,14 @@ if TYPE_CHECKING:
     from opsin.core.sampling import SamplingParams
     from opsin.core.settings import EngineSettings
 
+_Sampled: TypeAlias = "tuple[int, TokenLogprob | None] | OpsinError"
+
 
 class NativeBackend:
-    """A loaded pair. `core.backend.Backend` says what the methods do.
+    """A loaded pair.
 
     `layout`, `check`, `piece` and the attributes may be used by any thread, all else by one at a time: a second one
-    inside would corrupt native memory, so it is refused with an EngineError. `threads` are those of decode, prefill and
-    encode (prefill again where there is no encoder).
+    inside would corrupt native memory and is refused with an EngineError. `threads` are of decode, prefill and encode.
     """
 
     def __init__(self, settings: EngineSettings, model: Model, context: Context, encoder: Encoder | None) -> None:
@@ -90,7 +91,6 @@ class NativeBackend:
                 self._gate.notify_all()
 
     def layout(self, parts: Sequence[Part], *, add_bos: bool, known: Callable[[str], bool] | None = None) -> Layout:
-        """Tokenise the text and preprocess the images that are not `known`. Raises BadPicture, BadInput."""
         texts = [part for part in parts if isinstance(part, TextPart)]
         with self._reading():
             if len(texts) == len(parts):
@@ -119,34 +119,27 @@ class NativeBackend:
             self._context.synchronize()
 
     def check(self, params: SamplingParams) -> None:
-        """Compile a request's schema or grammar, which is then remembered. Raises BadGrammar. Any thread."""
         if grammar_of(params) is not None:
             self._model.prefix_tree  # noqa: B018 - made here: it takes 0.14 s for 32,000 tokens, and others stream
 
     def sampler(self, params: SamplingParams, seed: int) -> NativeSampler:
-        """A sampler for one request. Raises BadGrammar, BadParameter."""
         with self._alone():
             return NativeSampler(self._model, self._context, params, seed, grammar_of(params))
 
-    def sample(self, samples: Sequence[Sample]) -> list[tuple[int, TokenLogprob | None] | OpsinError]:
-        """Tokens from rows of the last decode; what goes wrong with one is its own result."""
-        results: list[tuple[int, TokenLogprob | None] | OpsinError] = []
+    def sample(self, samples: Sequence[Sample]) -> list[_Sampled]:
         with self._alone():
             mine = cast("Sequence[tuple[NativeSampler, int, int | None]]", samples)
             greedy = [(row, sampler.forbidden) for sampler, row, top in mine if sampler.greedy and top is None]
             best = iter(self._context.argmax(greedy) if greedy else ())
-            for sampler, row, top in mine:
-                if sampler.greedy and top is None:
-                    token = next(best)
-                    results.append(token if isinstance(token, OpsinError) else (token, None))
-                else:
-                    results.append(self._sample_one(sampler, row, top))
-        return results
+            return [self._sample_one(*one, best) for one in mine]
 
     def _sample_one(
-        self, sampler: NativeSampler, row: int, top: int | None
-    ) -> tuple[int, TokenLogprob | None] | OpsinError:
+        self, sampler: NativeSampler, row: int, top: int | None, best: Iterator[int | DecodeFailed]
+    ) -> _Sampled:
         try:
+            if sampler.greedy and top is None:
+                token = next(best)
+                return token if isinstance(token, DecodeFailed) else (token, None)
             # Log probabilities are those of the model, before a sampler changes the logits.
             raw = None if top is None else self._context.logits(row).copy()
             token = sampler.sample(row)
@@ -201,11 +194,7 @@ def grammar_of(params: SamplingParams) -> str | None:
 
 
 def open_backend(settings: EngineSettings) -> NativeBackend:
-    """Load a pair.
-
-    Raises NativeMismatch, ModelNotFound, ModelUnreadable, PairMismatch, ModelError or BadParameter. Whatever was
-    loaded before the failure is freed.
-    """
+    """Load a pair, or free what was loaded of it and raise NativeMismatch, ModelError (of any kind) or BadParameter."""
     if settings.model is None:
         raise ModelNotFound("No model was given: name one with --model.")
     if settings.mmproj is None and (settings.image_max_tokens or settings.image_min_tokens):

@@ -182,15 +182,15 @@ class Context:
         """The most likely token of each of these rows of the last decode, without the tokens forbidden there."""
         shape = (len(self._outputs), self.limits.n_vocab)
         logits = floats(self.llama.llama_get_logits(self.pointer), shape[0] * shape[1]).reshape(shape)
-
-        def best(row: int, forbidden: NDArray[np.intp] | None) -> int | DecodeFailed:
-            scores = logits[self._outputs[row]]
+        places = [self._outputs[row] for row, _ in wanted]
+        for place, (_, forbidden) in zip(places, wanted, strict=True):
             if forbidden is not None:
-                scores[forbidden] = -np.inf
-            token = int(scores.argmax())  # the first that is not a number, where there is one
-            return DecodeFailed(_NOT_A_NUMBER) if np.isnan(scores[token]) else token
-
-        return [best(*one) for one in wanted]
+                logits[place, forbidden] = -np.inf
+        few = 2 * len(places) <= len(logits)  # a look at some rows in vain costs less than a copy of most
+        tokens = logits[places].argmax(axis=1) if few else logits.argmax(axis=1)[places]
+        # argmax gives the first value that is not a number where there is one.
+        bad = np.isnan(logits[places, tokens])
+        return [DecodeFailed(_NOT_A_NUMBER) if nan else token for nan, token in zip(bad, tokens.tolist(), strict=True)]
 
     def at(self, row: int) -> tuple[int, int]:
         """The native context that holds the logits of a batch row of the last decode, and which row they are there."""
@@ -245,8 +245,7 @@ class BatchArrays:
     """
 
     def __init__(self, batch_type: Any, capacity: int, n_pos: int, keeper: int = 0) -> None:
-        self.capacity = capacity
-        self.n_pos = n_pos
+        self._n_pos = n_pos
         # Added to a row's sequence: its ids. llama.cpp masks by any one of them: both hold the same cells.
         self._ids = np.array([0, keeper] if keeper else [0], np.int32)
         self._token = np.zeros(capacity, np.int32)
@@ -281,7 +280,7 @@ class BatchArrays:
     def embeddings(self, rows: EmbeddingRows) -> Any:
         """A `llama_batch` of embeddings, valid until the next call and while `rows` is alive."""
         count = len(rows.rows)
-        self._pos[: count * self.n_pos] = rows.positions.reshape(-1)
+        self._pos[: count * self._n_pos] = rows.positions.reshape(-1)
         self._seq_id[:count] = rows.seq_id + self._ids
         self._logits[:count] = 0
         self._logits[count - 1] = rows.logits

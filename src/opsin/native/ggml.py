@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from opsin.native.library import Library
-
 _P, _STR, _SIZE, _INT, _BOOL = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_bool
 _I64, _U32 = ctypes.c_int64, ctypes.c_uint32
 
@@ -120,7 +118,7 @@ class EvalHook:
     native call is back.
     """
 
-    def __init__(self, lib: Library) -> None:
+    def __init__(self, lib: Any) -> None:
         self._running = False
         self._observer: Observer | None = None
         self._error: BaseException | None = None
@@ -159,7 +157,7 @@ class EvalHook:
 class EncodeSteps:
     """Calls `between` behind every fourth heavy node: about twice a layer, which has six or seven of them."""
 
-    def __init__(self, lib: Library, between: Callable[[], None]) -> None:
+    def __init__(self, lib: Any, between: Callable[[], None]) -> None:
         self._between = between
         self._heavy = heavy_ops(lib)
         self._count = 0
@@ -179,7 +177,7 @@ def floats(address: Any, count: int) -> NDArray[np.float32]:
     return np.frombuffer(memory, np.float32)
 
 
-def op_names(lib: Library) -> dict[int, str]:
+def op_names(lib: Any) -> dict[int, str]:
     """The operations of ggml by number."""
     names: dict[int, str] = {}
     # GGML_OP_COUNT is not exported: the table ends with GLU, and asking past its end would read foreign memory.
@@ -188,6 +186,6 @@ def op_names(lib: Library) -> dict[int, str]:
     return names
 
 
-def heavy_ops(lib: Library) -> frozenset[int]:
+def heavy_ops(lib: Any) -> frozenset[int]:
     """Numbers of the operations that take nearly all of the time."""
     return frozenset(number for number, name in op_names(lib).items() if name in _HEAVY)

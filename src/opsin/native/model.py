@@ -27,10 +27,8 @@ _ROPE_WITH_SECTIONS = frozenset({8, 40})  # GGML_ROPE_TYPE_MROPE, GGML_ROPE_TYPE
 class Model:
     """A language model in memory. Tokenising and metadata may be used by any thread.
 
-    `n_pos` is the number of positions that an embedding row carries: time, height, width and one more for models that
-    rotate by section, else 1. With `whole_states_only` the cache is a state, of which no part can be forgotten or
-    copied. `begin` are the tokens that the tokenizer puts in front, `bos` and `eos` texts, empty where there are none.
-    `chat_template` is the file's own (Jinja), `quantisation` a name such as "Q4_K - Medium".
+    An embedding row has `n_pos` positions: 4 under M-RoPE, else 1. With `whole_states_only` no part of the KV cache can
+    be forgotten or copied. `begin` are the tokens put in front of a text, `bos` and `eos` the texts of such tokens.
     """
 
     def __init__(self, path: Path, settings: EngineSettings) -> None:

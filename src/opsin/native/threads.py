@@ -24,13 +24,15 @@ def default_threads(parameters: int) -> int:
 
 def physical_cores(topology: Path = Path("/sys/devices/system/cpu")) -> int:
     """Physical cores, counted by sibling sets on Linux and asked of the kernel on macOS; else the logical count."""
-    if sys.platform == "linux":
-        usable = os.sched_getaffinity(0)
-        try:
-            return len({(topology / f"cpu{cpu}/topology/thread_siblings_list").read_text() for cpu in usable})
-        except OSError:
-            return len(usable)
-    return (_darwin_cores() if sys.platform == "darwin" else 0) or os.cpu_count() or 1
+    if sys.platform == "darwin":
+        return _darwin_cores() or os.cpu_count() or 1
+    if sys.platform == "win32":
+        return os.cpu_count() or 1
+    usable = os.sched_getaffinity(0)
+    try:
+        return len({(topology / f"cpu{cpu}/topology/thread_siblings_list").read_text() for cpu in usable})
+    except OSError:
+        return len(usable)
 
 
 def rest(lib: Library) -> None:

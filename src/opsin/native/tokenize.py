@@ -48,8 +48,8 @@ class Stretches:
     def pieces(self, parts: Sequence[TextPart]) -> list[tuple[str, bool]]:
         """(text, special parsing) of each piece; their tokens one after another are those of the whole span.
 
-        llama.cpp itself cuts a text at control tokens and starts anew behind each. In between, parts are joined, since
-        a sentencepiece vocabulary puts a space in front of every text, and names that a user wrote stay text.
+        llama.cpp itself starts anew behind each control token. Between them parts are joined, since a sentencepiece
+        vocabulary puts a space in front of every text, and names that a user wrote stay text.
         """
         texts = [""]  # every second one is a control token
         for part in parts:
@@ -116,10 +116,9 @@ def lay_out(
     add_bos: bool,
     known: Callable[[str], bool] | None = None,
 ) -> Layout:
-    """The layout of a prompt with images. Raises BadPicture, BadInput.
+    """The layout of a prompt with images; those whose identities are all `known` stay placeholders without pixels.
 
-    mtmd lays a placeholder without pixels out in no time, with the same tokens, so identities are known before anything
-    is preprocessed; images whose identities `known` accepts stay placeholders.
+    mtmd lays placeholders out in no time, with the same tokens and identities. Raises BadPicture, BadInput.
     """
     prompt = _Prompt(encoder, model.begin if add_bos else ())
     for is_text, group in groupby(parts, lambda part: isinstance(part, TextPart)):
@@ -127,11 +126,9 @@ def lay_out(
             prompt.inputs += stretches.pieces(cast("list[TextPart]", list(group)))
         else:
             prompt.inputs += [_checked(cast("PicturePart", part).picture) for part in group]
-    if known is None:
-        return prompt.lay_out(frozenset())
     everything = frozenset(range(len(prompt.pictures)))
     layout = prompt.lay_out(everything)
-    unknown = {run.picture for run in layout.runs if isinstance(run, ImageRun) and not known(run.identity)}
+    unknown = {run.picture for run in layout.runs if isinstance(run, ImageRun) and not (known and known(run.identity))}
     if not unknown:
         return layout
     layout.close()
@@ -182,7 +179,8 @@ class _Prompt:
                     parts.append(mtmd.mtmd_input_part(ctypes.pointer(text), None))
                     continue
                 number = next(numbers)
-                pixels = None if number in placeholders else ctypes.cast(given.rgb, ctypes.POINTER(ctypes.c_uint8))
+                rgb = None if number in placeholders else ctypes.c_char_p(given.rgb)
+                pixels = ctypes.cast(rgb, ctypes.POINTER(ctypes.c_uint8))
                 bitmap = mtmd.mtmd_bitmap_init(given.width, given.height, pixels)
                 bitmaps.callback(mtmd.mtmd_bitmap_free, bitmap)
                 # The chunks made of it carry this number back: one image may become many.

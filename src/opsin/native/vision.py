@@ -32,11 +32,7 @@ _BATCH_FULL = frozenset({2, 3})  # too many tokens, another shape
 
 
 class Encoder:
-    """An mtmd context over a language model. Images may be laid out by any thread, and encoded by one.
-
-    `preprocessing` is what the pixels handed to the encoder depend on besides the image, `batch` how many chunks may be
-    encoded at once.
-    """
+    """An mtmd context over a language model. Images may be laid out by any thread, and encoded by one."""
 
     def __init__(self, model: Model, path: Path, settings: EngineSettings, *, trusted: bool = False) -> None:
         self.lib = model.lib
@@ -69,6 +65,7 @@ class Encoder:
         params.cb_eval = self._hook.callback
         self.handle = self._open(params)
         self.fingerprint = fingerprint(path, self.file.header_bytes)
+        # What the pixels handed to the encoder depend on besides the image.
         self.preprocessing = (params.image_min_tokens, params.image_max_tokens)
         self.batch = _BATCH if self.file.kind in _BATCHING else 1
         self.mrope: bool = self.lib.mtmd.mtmd_decode_use_mrope(self.pointer)
@@ -108,7 +105,7 @@ class Encoder:
         chunk, mark = run.handle.pointer, logs.SINK.mark()
         with self._hook.observing(observer):
             code = self.lib.mtmd.mtmd_encode_chunk(self.pointer, chunk)
-        _check(code, mark)
+        _require(code == 0, f"returned {code} ({logs.SINK.cause(mark)})")
         return self._copy(self.lib.mtmd.mtmd_get_output_embd(self.pointer), run.n_tokens)
 
     def encode_many(self, runs: Sequence[ImageRun]) -> list[Embedding]:
@@ -128,39 +125,34 @@ class Encoder:
                 code = mtmd.mtmd_batch_add_chunk(batch, run.handle.pointer)
                 if code in _BATCH_FULL:
                     break
-                _check(code, mark)
+                _require(code == 0, f"refused an image with {code}")
                 group.append(run)
             if len(group) < 2:
                 return [self.encode(runs[0])]
             with self._hook.observing(None):
-                _check(mtmd.mtmd_batch_encode(batch), mark)
+                code = mtmd.mtmd_batch_encode(batch)
+            _require(code == 0, f"returned {code} ({logs.SINK.cause(mark)})")
             output = mtmd.mtmd_batch_get_output_embd
             return [self._copy(output(batch, run.handle.pointer), run.n_tokens) for run in group]
         finally:
             mtmd.mtmd_batch_free(batch)
 
     def _copy(self, address: Any, n_tokens: int) -> Embedding:
-        if not address:
-            raise _failed("gave no output")
+        _require(bool(address), "gave no output")
         rows: Embedding = floats(address, n_tokens * self._model.n_embd).reshape(n_tokens, -1).copy()
-        if not np.isfinite(rows).all():
-            raise _failed("computed values that are not numbers")
+        _require(bool(np.isfinite(rows).all()), "computed values that are not numbers")
         return rows
 
 
-def _check(code: int, mark: int) -> None:
-    if code != 0:
-        raise _failed(f"returned {code} ({logs.SINK.cause(mark)})")
-
-
-def _failed(what: str) -> EncodeFailed:
-    return EncodeFailed(f"The vision encoder {what}: try another picture or --mmproj-device none.")
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise EncodeFailed(f"The vision encoder {otherwise}: try another picture or --mmproj-device none.")
 
 
 def _device(settings: EngineSettings, lib: Any) -> int | None:
     """The encoder's device: an address, 0 for "whichever GPU mtmd takes", None for the CPU."""
     present = devices(lib)
-    if settings.mmproj_device is not None:
-        device = pick(settings.mmproj_device, "--mmproj-device", present)
-        return device.handle if device is not None else None
-    return 0 if any(device.is_gpu for device in present) else None
+    if settings.mmproj_device is None:
+        return 0 if any(device.is_gpu for device in present) else None
+    device = pick(settings.mmproj_device, "--mmproj-device", present)
+    return None if device is None else device.handle
