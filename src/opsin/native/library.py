@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import os
 import threading
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +36,8 @@ def library() -> Library:
         return _load()
 
 
-@functools.cache
+@cache
 def _load() -> Library:
-    # Without it ggml starts a debugger where it aborts, which prints on standard output.
-    os.environ.setdefault("GGML_NO_BACKTRACE", "1")
     try:
         import llama_cpp
         from llama_cpp import _ggml
