@@ -80,4 +80,4 @@ def test_a_pair_without_a_template_loads_too(tmp_path: Path):
 
 
 def test_a_pair_with_a_template_shows_it(shared: NativeBackend):
-    assert "USER: " in (shared.chat_template or "")
+    assert "USER: " in (shared.model.chat_template or "")

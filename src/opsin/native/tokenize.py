@@ -179,7 +179,7 @@ class _Prompt:
                     parts.append(mtmd.mtmd_input_part(ctypes.pointer(text), None))
                     continue
                 number = next(numbers)
-                rgb = None if number in placeholders else ctypes.c_char_p(given.rgb)
+                rgb = ctypes.c_char_p(None if number in placeholders else given.rgb)
                 pixels = ctypes.cast(rgb, ctypes.POINTER(ctypes.c_uint8))
                 bitmap = mtmd.mtmd_bitmap_init(given.width, given.height, pixels)
                 bitmaps.callback(mtmd.mtmd_bitmap_free, bitmap)
