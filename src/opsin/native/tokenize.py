@@ -179,8 +179,9 @@ class _Prompt:
                     parts.append(mtmd.mtmd_input_part(ctypes.pointer(text), None))
                     continue
                 number = next(numbers)
-                rgb = ctypes.c_char_p(None if number in placeholders else given.rgb)
-                pixels = ctypes.cast(rgb, ctypes.POINTER(ctypes.c_uint8))
+                pixels = None
+                if number not in placeholders:  # bytes may be cast, and a c_char_p leaves a cycle
+                    pixels = ctypes.cast(given.rgb, ctypes.POINTER(ctypes.c_uint8))  # type: ignore[arg-type]
                 bitmap = mtmd.mtmd_bitmap_init(given.width, given.height, pixels)
                 bitmaps.callback(mtmd.mtmd_bitmap_free, bitmap)
                 # The chunks made of it carry this number back: one image may become many.
