@@ -69,9 +69,9 @@ def open_runtime(
     plan = plan_memory(
         read_facts(pair.llm, pair.mmproj, settings.image_max_tokens), devices(), settings, cpu_features=cpu_features()
     )
+    asked, settings = settings, plan.applied(settings)
     if trial and not pair.is_demo:
         ensure_loadable(pair.llm, pair.mmproj, settings)
-    asked, settings = settings, plan.applied(settings)
     opened: list[NativeBackend] = []
 
     def open_native() -> NativeBackend:
@@ -115,17 +115,17 @@ def gpu_names() -> tuple[str, ...]:
 
 def template_source(backend: NativeBackend, pair: Pair) -> TemplateSource:
     """What the prompt room needs to know of a loaded pair."""
-    metadata, info = backend.metadata, backend.info
+    model, metadata, info = backend.model, backend.model.metadata, backend.info
     heads = int(metadata.get(f"{info.architecture}.attention.head_count", "1") or 1)
     kv_heads = int(metadata.get(f"{info.architecture}.attention.head_count_kv", str(heads)) or heads)
     return TemplateSource(
-        template=backend.chat_template,
+        template=model.chat_template,
         architecture=info.architecture,
         name=f"{info.name} {pair.llm.name}",
         projector=info.projector,
-        bos_token=backend.bos_text,
-        eos_token=backend.eos_text,
-        control_tokens=frozenset(backend.control_texts),
+        bos_token=model.bos,
+        eos_token=model.eos,
+        control_tokens=frozenset(model.control_tokens),
         kv_groups=max(1, heads // max(1, kv_heads)),
     )
 

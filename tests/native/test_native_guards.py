@@ -17,14 +17,14 @@ from opsin.core.errors import BadParameter, DecodeFailed
 
 RAW = {
     "more tokens than a batch holds": """
-from opsin.native.batch import BatchArrays
+from opsin.native.context import BatchArrays
 b = opened()
 c = b._context
 arrays = BatchArrays(b._model.lib.llama.llama_batch, 200, 1)
 b._model.lib.llama.llama_decode(c.pointer, arrays.tokens(batch([TokenRow(5, i, 0) for i in range(200)])))
 """,
     "a picture that attends both ways and is larger than a ubatch": """
-from opsin.native.batch import BatchArrays
+from opsin.native.context import BatchArrays
 b = opened(mmproj=None)
 llama, model = b._model.lib.llama, b._model
 p = llama.llama_context_default_params()
@@ -37,7 +37,7 @@ llama.llama_decode(ctx, BatchArrays(llama.llama_batch, 128, 1).embeddings(rows))
     "a part of a sequence copied while the memory is in streams": """
 b = opened(mmproj=None)
 llama = b._model.lib.llama
-from opsin.native.batch import BatchArrays
+from opsin.native.context import BatchArrays
 p = llama.llama_context_default_params()
 p.n_ctx, p.n_seq_max, p.kv_unified = 512, 4, False
 ctx = llama.llama_init_from_model(b._model.pointer, p)
@@ -89,28 +89,28 @@ def picture_rows(backend: Any, count: int, start: int = 0, **fields: Any) -> Emb
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        (lambda b: rows(b.limits.n_ubatch + 1), "larger than the ubatch of 64"),
-        (lambda _: batch([]), "no rows"),
+        (lambda b: rows(b.limits.n_ubatch + 1), "does not fit the ubatch of 64"),
+        (lambda _: batch([]), "does not fit the ubatch of 64"),
         (lambda b: rows(1, seq_id=b.limits.n_seq_max), "no sequence"),
         (lambda _: rows(1, seq_id=-1), "no sequence"),
         (lambda b: batch([TokenRow(b.limits.n_vocab, 0, 0)]), "not in the vocabulary"),
         (lambda _: batch([TokenRow(-1, 0, 0)]), "not in the vocabulary"),
         (lambda _: batch([TokenRow(5, 0, 0), TokenRow(5, 2, 0)]), "returned -1"),
         (lambda b: picture_rows(b, b.limits.n_ubatch + 1, causal=False), "reads a picture whole"),
-        (lambda b: picture_rows(b, 4, start=2), "cannot start at 2"),
+        (lambda b: picture_rows(b, 4, start=2), "do not follow"),
         (lambda _: EmbeddingRows(np.zeros((2, 7), np.float32), np.zeros((1, 2), np.int32), 0), "must be"),
         (lambda b: EmbeddingRows(np.zeros((2, b.limits.n_embd)), np.zeros((1, 2), np.int32), 0), "float32"),
         (
             lambda b: EmbeddingRows(np.zeros((2, b.limits.n_embd), np.float32), np.zeros((4, 2), np.int32), 0),
-            "Positions have the shape",
+            "Positions must be",
         ),
         (
             lambda b: EmbeddingRows(np.zeros((2, b.limits.n_embd), np.float32), np.full((1, 2), -1, np.int32), 0),
-            "negative",
+            "do not follow",
         ),
         (
             lambda b: EmbeddingRows(np.zeros((2, b.limits.n_embd), np.float32), np.zeros((1, 2), np.int32), 0),
-            "count up",
+            "do not follow",
         ),
     ],
 )

@@ -179,7 +179,7 @@ def test_narrow_pictures_are_laid_out_or_refused(backend: Any) -> None:
 
 
 def test_a_chunk_of_another_format_is_not_guessed_at() -> None:
-    from opsin.native.chunk import parse_meta
+    from opsin.native.tokenize import parse_meta
 
     with pytest.raises(ValueError, match="version 9"):
         parse_meta((9).to_bytes(8, "little") + bytes(200))

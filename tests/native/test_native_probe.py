@@ -9,8 +9,7 @@ from native_help import draw
 from token_rows import TokenRow, batch
 
 from opsin.core.parts import PicturePart
-from opsin.native.ggml import InitParams, Tensor
-from opsin.native.hook import heavy_ops, op_names
+from opsin.native.ggml import InitParams, Tensor, heavy_ops, op_names
 from opsin.native.library import library
 from opsin.native.probe import NodeCounter, flops
 

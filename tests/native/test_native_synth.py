@@ -75,9 +75,9 @@ def test_the_vocabulary_is_the_one_that_was_made_up(shared: NativeBackend):
 
 def test_a_pair_without_a_template_loads_too(tmp_path: Path):
     backend = opened(write_pair("tiny", tmp_path, template=False))
-    assert not backend.chat_template
+    assert not backend.model.chat_template
     backend.close()
 
 
 def test_a_pair_with_a_template_shows_it(shared: NativeBackend):
-    assert "USER: " in (shared.chat_template or "")
+    assert "USER: " in (shared.model.chat_template or "")

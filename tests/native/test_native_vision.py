@@ -152,7 +152,7 @@ def test_wrong_files_are_refused_with_the_mend(open_pair: Callable[..., Any], pa
     assert refused(open_pair, mmproj=missing).startswith("ModelNotFound: There is no projector file")
     assert refused(open_pair, model=missing).startswith("ModelNotFound: There is no model file")
     assert "text.gguf is not a whole GGUF file" in refused(open_pair, mmproj=text)
-    assert "text.gguf is not a GGUF file" in refused(open_pair, model=text)
+    assert "llama.cpp cannot load text.gguf" in refused(open_pair, model=text)
     assert "cut.gguf is not a whole GGUF file" in refused(open_pair, mmproj=cut)
     assert "is not a projector but a model of the kind llama" in refused(open_pair, mmproj=pair.llm)
     assert "is a projector, not a language model" in refused(open_pair, model=pair.mmproj)

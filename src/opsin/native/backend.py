@@ -1,151 +1,97 @@
 """`core.backend.Backend` on llama.cpp: model, context and vision encoder behind one door."""
 
+# ruff: noqa: D102 - the methods are described in `core.backend.Backend`
 from __future__ import annotations
 
 import threading
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeAlias, cast
 
-from opsin.core.errors import BadInput, BadParameter, EngineError, ModelNotFound, OpsinError
+from opsin.core.errors import BadInput, BadParameter, DecodeFailed, EngineError, ModelNotFound, OpsinError
 from opsin.core.model_info import ModelInfo
 from opsin.core.parts import TextPart
 from opsin.native import logs
 from opsin.native.constraint import Constraints
-from opsin.native.context import Context
-from opsin.native.layout import Stretches, lay_out, lay_out_text
-from opsin.native.logprobs import token_logprob
+from opsin.native.context import Context, token_logprob
 from opsin.native.model import Model
 from opsin.native.sampler import NativeSampler
 from opsin.native.threads import rest
+from opsin.native.tokenize import Stretches, lay_out, lay_out_text
 from opsin.native.vision import Encoder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from opsin.core.answer import TokenLogprob
-    from opsin.core.backend import BackendLimits, Embedding, EmbeddingRows, Sample, TokenBatch
+    from opsin.core.backend import Embedding, EmbeddingRows, Sample, TokenBatch
     from opsin.core.layout import ImageRun, Layout
     from opsin.core.parts import Part
     from opsin.core.placement import Placement
     from opsin.core.sampling import SamplingParams
     from opsin.core.settings import EngineSettings
 
+_Sampled: TypeAlias = "tuple[int, TokenLogprob | None] | OpsinError"
+
 
 class NativeBackend:
-    """A loaded pair. `layout`, `piece` and the properties may be used by any thread, all else by one at a time.
+    """A loaded pair.
 
-    Two threads inside at once would corrupt native memory, so the second is refused with an EngineError.
+    `layout`, `check`, `piece` and the attributes may be used by any thread, all else by one at a time: a second one
+    inside would corrupt native memory and is refused with an EngineError. `threads` are of decode, prefill and encode.
     """
 
     def __init__(self, settings: EngineSettings, model: Model, context: Context, encoder: Encoder | None) -> None:
         self.settings = settings
-        self._model = model
+        self.model = self._model = model
         self._context = context
         self._encoder = encoder
-        self._limits = replace(context.limits, encode_batch=1 if encoder is None else encoder.batch)
         self._stretches = Stretches(model)
         self._constraints = Constraints(model)
-        self._inside: int | None = None
-        self._entering = threading.Lock()
+        self._owner: int | None = None
         self._readers = 0
-        self._no_readers = threading.Condition()
+        self._gate = threading.Condition()
+        decode, prefill = context.threads
+        self.threads = (decode, prefill, prefill if encoder is None else encoder.threads)
+        self.limits = replace(context.limits, encode_batch=1 if encoder is None else encoder.batch)
+        self.has_vision = encoder is not None
+        self.eog_tokens = model.eog_tokens
+        self.eog_texts = frozenset(map(model.text_of, model.eog_tokens))
+        self.info = ModelInfo(
+            name=model.metadata.get("general.name") or model.path.stem,
+            architecture=model.metadata.get("general.architecture", "unknown"),
+            projector=(encoder.file.kind or "unknown") if encoder is not None else None,
+            llm_file=model.path.name,
+            mmproj_file=encoder.path.name if encoder is not None else None,
+            quantisation=model.quantisation,
+        )
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Hold the backend for this thread; a thread may come in again (a decode between two layers of an encode)."""
-        me = threading.get_ident()
-        with self._entering:
-            before = self._inside
+        """Hold the backend for this thread, which may come in again (a decode between two layers of an encode)."""
+        with self._gate:
+            before, me = self._owner, threading.get_ident()
             if before not in {None, me}:
                 raise EngineError("Two threads use one backend at the same time: only the engine's thread may.")
-            self._inside = me
+            self._owner = me
         try:
             yield
         finally:
-            self._inside = before
+            self._owner = before
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
         """Hold the model against `close` while another thread lays out."""
-        with self._no_readers:
+        with self._gate:
             self._readers += 1
         try:
             yield
         finally:
-            with self._no_readers:
+            with self._gate:
                 self._readers -= 1
-                self._no_readers.notify_all()
-
-    @property
-    def limits(self) -> BackendLimits:
-        """Sizes that plans must keep to."""
-        return self._limits
-
-    @property
-    def info(self) -> ModelInfo:
-        """Names of the pair."""
-        metadata, encoder = self._model.metadata, self._encoder
-        return ModelInfo(
-            name=metadata.get("general.name") or self._model.path.stem,
-            architecture=metadata.get("general.architecture", "unknown"),
-            projector=(encoder.file.kind or "unknown") if encoder is not None else None,
-            llm_file=self._model.path.name,
-            mmproj_file=encoder.path.name if encoder is not None else None,
-            quantisation=self._model.quantisation,
-        )
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        """Scalar metadata of the language model's file."""
-        return self._model.metadata
-
-    @property
-    def chat_template(self) -> str | None:
-        """The file's own chat template (Jinja), None when it ships none."""
-        return self._model.chat_template
-
-    @property
-    def bos_text(self) -> str:
-        """The text of the begin token, empty when there is none."""
-        return self._model.bos
-
-    @property
-    def eos_text(self) -> str:
-        """The text of the end token, empty when there is none."""
-        return self._model.eos
-
-    @property
-    def control_texts(self) -> tuple[str, ...]:
-        """Texts that special parsing turns into control tokens, longest first."""
-        return tuple(self._model.control_tokens)
-
-    @property
-    def eog_tokens(self) -> frozenset[int]:
-        """Tokens that end a turn."""
-        return self._model.eog_tokens
-
-    @property
-    def eog_texts(self) -> frozenset[str]:
-        """Texts of the tokens that end a turn."""
-        return self._model.eog_texts
-
-    @property
-    def has_vision(self) -> bool:
-        """Whether pictures can be read."""
-        return self._encoder is not None
-
-    @property
-    def threads(self) -> tuple[int, int, int]:
-        """Threads in force for decode, prefill and encode; those of prefill where there is no encoder."""
-        decode, prefill = self._context.threads
-        return decode, prefill, prefill if self._encoder is None else self._encoder.threads
+                self._gate.notify_all()
 
     def layout(self, parts: Sequence[Part], *, add_bos: bool, known: Callable[[str], bool] | None = None) -> Layout:
-        """Tokenise the text and preprocess the pictures. Any thread. Raises BadPicture, BadInput.
-
-        Pictures whose identities are all `known` are not preprocessed.
-        """
         texts = [part for part in parts if isinstance(part, TextPart)]
         with self._reading():
             if len(texts) == len(parts):
@@ -153,12 +99,10 @@ class NativeBackend:
             return lay_out(self._model, self._vision(), self._stretches, parts, add_bos=add_bos, known=known)
 
     def encode(self, run: ImageRun, between: Callable[[], None] | None = None) -> Embedding:
-        """Run the vision encoder on one chunk; float32 [n_tokens, n_embd], owned by the caller. Raises EncodeFailed."""
         with self._alone():
             return self._vision().encode(run, between)
 
     def encode_many(self, runs: Sequence[ImageRun]) -> list[Embedding]:
-        """Embeddings of several chunks, several at once where the family can. Raises EncodeFailed."""
         with self._alone():
             return self._vision().encode_many(runs)
 
@@ -168,12 +112,10 @@ class NativeBackend:
         return self._encoder
 
     def decode(self, rows: TokenBatch | EmbeddingRows) -> bool:
-        """Run one ubatch; False when the KV memory has no room and nothing changed. Raises DecodeFailed."""
         with self._alone():
             return self._context.decode(rows)
 
     def synchronize(self) -> None:
-        """Wait until all that was started is done; a stage ends after this."""
         with self._alone():
             self._context.synchronize()
 
@@ -183,29 +125,23 @@ class NativeBackend:
             self._constraints.compile(params)
 
     def sampler(self, params: SamplingParams, seed: int) -> NativeSampler:
-        """A sampler for one request. Raises BadGrammar, BadParameter."""
         with self._alone():
             return NativeSampler(self._model, self._context, params, seed, self._constraints.start(params))
 
-    def sample(self, samples: Sequence[Sample]) -> list[tuple[int, TokenLogprob | None] | OpsinError]:
-        """Tokens from rows of the last decode; what goes wrong with one is its own result."""
-        results: list[tuple[int, TokenLogprob | None] | OpsinError] = []
+    def sample(self, samples: Sequence[Sample]) -> list[_Sampled]:
         with self._alone():
             mine = cast("Sequence[tuple[NativeSampler, int, int | None]]", samples)
             greedy = [(row, sampler.forbidden) for sampler, row, top in mine if sampler.greedy and top is None]
             best = iter(self._context.argmax(greedy) if greedy else ())
-            for sampler, row, top in mine:
-                if sampler.greedy and top is None:
-                    token = next(best)
-                    results.append(token if isinstance(token, OpsinError) else (token, None))
-                else:
-                    results.append(self._sample_one(sampler, row, top))
-        return results
+            return [self._sample_one(*one, best) for one in mine]
 
     def _sample_one(
-        self, sampler: NativeSampler, row: int, top: int | None
-    ) -> tuple[int, TokenLogprob | None] | OpsinError:
+        self, sampler: NativeSampler, row: int, top: int | None, best: Iterator[int | DecodeFailed]
+    ) -> _Sampled:
         try:
+            if sampler.greedy and top is None:
+                token = next(best)
+                return token if isinstance(token, DecodeFailed) else (token, None)
             # Log probabilities are those of the model, before a sampler changes the logits.
             raw = None if top is None else self._context.logits(row).copy()
             token = sampler.sample(row)
@@ -214,26 +150,21 @@ class NativeBackend:
         return token, None if raw is None else token_logprob(raw, token, top or 0, self._model.piece)
 
     def logprobs(self, row: int, token: int, top: int) -> TokenLogprob:
-        """Log probabilities at batch row `row`, of the raw logits: the token's own, and the `top` most likely."""
         with self._alone():
             return token_logprob(self._context.logits(row), token, top, self._model.piece)
 
     def piece(self, token: int) -> bytes:
-        """The bytes a token stands for; control tokens are empty."""
         return self._model.piece(token)
 
     def kv_remove(self, seq_id: int, start: int, end: int) -> bool:
-        """Forget positions [start, end) of a sequence; False when this kind of memory cannot forget a part."""
         with self._alone():
             return self._context.kv_remove(seq_id, start, end)
 
     def kv_copy(self, source: int, target: int, start: int, end: int) -> None:
-        """Let `target` share positions [start, end) of `source`."""
         with self._alone():
             self._context.kv_copy(source, target, start, end)
 
     def kv_last(self, seq_id: int) -> int:
-        """The last position held for a sequence, -1 when there is none."""
         with self._alone():
             return self._context.kv_last(seq_id)
 
@@ -250,18 +181,14 @@ class NativeBackend:
 
     def close(self) -> None:
         """Free everything, children first; twice does no harm. Waits for layouts that are being made."""
-        with self._alone(), self._no_readers:
-            self._no_readers.wait_for(lambda: self._readers == 0)
+        with self._alone(), self._gate:
+            self._gate.wait_for(lambda: self._readers == 0)
             self._constraints.close()
             self._model.close()
 
 
 def open_backend(settings: EngineSettings) -> NativeBackend:
-    """Load a pair.
-
-    Raises NativeMismatch, ModelNotFound, ModelUnreadable, PairMismatch, ModelError or BadParameter. Whatever was
-    loaded before the failure is freed.
-    """
+    """Load a pair, or free what was loaded of it and raise NativeMismatch, ModelError (of any kind) or BadParameter."""
     if settings.model is None:
         raise ModelNotFound("No model was given: name one with --model.")
     if settings.mmproj is None and (settings.image_max_tokens or settings.image_min_tokens):
@@ -270,8 +197,7 @@ def open_backend(settings: EngineSettings) -> NativeBackend:
     model = Model(settings.model, settings)
     try:
         encoder = Encoder(model, settings.mmproj, settings) if settings.mmproj is not None else None
-        context = Context(model, settings)
+        return NativeBackend(settings, model, Context(model, settings), encoder)
     except BaseException:
         model.close()
         raise
-    return NativeBackend(settings, model, context, encoder)

@@ -1,22 +1,28 @@
-"""The part of ggml's C interface that the bindings leave out: devices, buffers, and a look into tensors.
+"""The part of ggml's C interface that the bindings leave out, and a look into running graphs.
 
-`Tensor` mirrors `struct ggml_tensor` of the pinned version; `opsin.native.abi` compares its size and a tensor of known
-shape with it before anything is read through it.
+`Tensor` mirrors `struct ggml_tensor` of the pinned version; `opsin.native.abi` compares their sizes.
 """
 
 from __future__ import annotations
 
 import ctypes
+from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-_P = ctypes.c_void_p
-_STR = ctypes.c_char_p
-_SIZE = ctypes.c_size_t
-_INT = ctypes.c_int
+import numpy as np
 
-MAX_DIMS = 4
-MAX_SRC = 10
+from opsin.core.errors import Cancelled, EncodeFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from numpy.typing import NDArray
+
+_P, _STR, _SIZE, _INT, _BOOL = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_bool
+_I64, _U32 = ctypes.c_int64, ctypes.c_uint32
+
+_HEAVY = frozenset({"MUL_MAT", "MUL_MAT_ID", "FLASH_ATTN_EXT", "CONV_2D", "CONV_3D"})
 
 
 class Tensor(ctypes.Structure):
@@ -25,12 +31,12 @@ class Tensor(ctypes.Structure):
     _fields_ = [
         ("type", _INT),
         ("buffer", _P),
-        ("ne", ctypes.c_int64 * MAX_DIMS),
-        ("nb", _SIZE * MAX_DIMS),
+        ("ne", _I64 * 4),
+        ("nb", _SIZE * 4),
         ("op", _INT),
         ("op_params", ctypes.c_int32 * 16),
         ("flags", ctypes.c_int32),
-        ("src", _P * MAX_SRC),
+        ("src", _P * 10),
         ("view_src", _P),
         ("view_offs", _SIZE),
         ("data", _P),
@@ -43,87 +49,143 @@ class Tensor(ctypes.Structure):
 class InitParams(ctypes.Structure):
     """`struct ggml_init_params` (ggml.h)."""
 
-    _fields_ = [("mem_size", _SIZE), ("mem_buffer", _P), ("no_alloc", ctypes.c_bool)]
+    _fields_ = [("mem_size", _SIZE), ("mem_buffer", _P), ("no_alloc", _BOOL)]
 
 
 class GgufInitParams(ctypes.Structure):
     """`struct gguf_init_params` (gguf.h); `ctx` is the address of a `ggml_context *`, null for none."""
 
-    _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", _P)]
+    _fields_ = [("no_alloc", _BOOL), ("ctx", _P)]
 
 
-# ggml_object in front of each tensor of a context (ggml.c), counted by ggml_tensor_overhead.
-OBJECT_SIZE = 32
-
-_FUNCTIONS: dict[str, tuple[list[Any], Any]] = {
-    "ggml_init": ([InitParams], _P),
-    "ggml_free": ([_P], None),
-    "ggml_new_tensor_4d": ([_P, _INT, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64], _P),
-    "ggml_mul_mat": ([_P, _P, _P], _P),
-    "ggml_set_name": ([_P, _STR], _P),
-    "ggml_tensor_overhead": ([], _SIZE),
-    "ggml_get_tensor": ([_P, _STR], _P),
-    "gguf_init_from_file": ([_STR, GgufInitParams], _P),
-    "gguf_init_empty": ([], _P),
-    "gguf_free": ([_P], None),
-    "gguf_find_key": ([_P, _STR], ctypes.c_int64),
-    "gguf_get_kv_type": ([_P, ctypes.c_int64], _INT),
-    "gguf_get_val_str": ([_P, ctypes.c_int64], _STR),
-    "gguf_get_val_u32": ([_P, ctypes.c_int64], ctypes.c_uint32),
-    "gguf_get_data_offset": ([_P], _SIZE),
-    "gguf_get_n_tensors": ([_P], ctypes.c_int64),
-    "gguf_get_tensor_name": ([_P, ctypes.c_int64], _STR),
-    "gguf_get_tensor_type": ([_P, ctypes.c_int64], _INT),
-    "gguf_get_tensor_size": ([_P, ctypes.c_int64], _SIZE),
-    "gguf_set_kv": ([_P, _P], None),
-    "gguf_set_val_u32": ([_P, _STR, ctypes.c_uint32], None),
-    "gguf_add_tensor": ([_P, _P], None),
-    "gguf_write_to_file": ([_P, _STR, ctypes.c_bool], ctypes.c_bool),
-    "ggml_op_name": ([_INT], _STR),
-    "ggml_backend_buffer_name": ([_P], _STR),
-    "ggml_backend_buffer_get_type": ([_P], _P),
-    "ggml_backend_buft_is_host": ([_P], ctypes.c_bool),
-    "ggml_backend_buft_get_device": ([_P], _P),
-    "ggml_backend_dev_count": ([], _SIZE),
-    "ggml_backend_dev_get": ([_SIZE], _P),
-    "ggml_backend_dev_name": ([_P], _STR),
-    "ggml_backend_dev_description": ([_P], _STR),
-    "ggml_backend_dev_memory": ([_P, ctypes.POINTER(_SIZE), ctypes.POINTER(_SIZE)], None),
-    "ggml_backend_dev_type": ([_P], _INT),
-    "ggml_backend_reg_count": ([], _SIZE),
-    "ggml_backend_reg_get": ([_SIZE], _P),
-    "ggml_backend_reg_name": ([_P], _STR),
-    "ggml_version": ([], _STR),
-    "ggml_commit": ([], _STR),
-    "ggml_backend_dev_init": ([_P, _STR], _P),
-    "ggml_backend_dev_backend_reg": ([_P], _P),
-    "ggml_backend_reg_get_proc_address": ([_P, _STR], _P),
-    "ggml_backend_free": ([_P], None),
-    "ggml_backend_synchronize": ([_P], None),
-    "ggml_backend_alloc_ctx_tensors": ([_P, _P], _P),
-    "ggml_backend_buffer_clear": ([_P, ctypes.c_uint8], None),
-    "ggml_backend_buffer_free": ([_P], None),
-    "ggml_backend_graph_compute": ([_P, _P], _INT),
-    "ggml_new_graph": ([_P], _P),
-    "ggml_graph_overhead": ([], _SIZE),
-    "ggml_build_forward_expand": ([_P, _P], None),
-}
+# Result and arguments, and the functions that have these.
+_FUNCTIONS: list[tuple[Any, list[Any], str]] = [
+    (None, [_P], "ggml_free gguf_free ggml_backend_free ggml_backend_synchronize ggml_backend_buffer_free"),
+    (None, [_P, _P], "ggml_build_forward_expand"),
+    (None, [_P, ctypes.c_uint8], "ggml_backend_buffer_clear"),
+    (None, [_P, ctypes.POINTER(_SIZE), ctypes.POINTER(_SIZE)], "ggml_backend_dev_memory"),
+    (_SIZE, [], "ggml_tensor_overhead ggml_graph_overhead ggml_backend_dev_count ggml_backend_reg_count"),
+    (_SIZE, [_P], "gguf_get_data_offset"),
+    (_INT, [_P], "ggml_backend_dev_type"),
+    (_INT, [_P, _P], "ggml_backend_graph_compute"),
+    (_INT, [_P, _I64], "gguf_get_kv_type gguf_get_tensor_type"),
+    (_I64, [_P], "gguf_get_n_tensors"),
+    (_I64, [_P, _STR], "gguf_find_key"),
+    (_BOOL, [_P], "ggml_backend_buft_is_host"),
+    (_STR, [], "ggml_version ggml_commit"),
+    (_STR, [_INT], "ggml_op_name"),
+    (_STR, [_P], "ggml_backend_buffer_name ggml_backend_dev_name ggml_backend_dev_description ggml_backend_reg_name"),
+    (_STR, [_P, _I64], "gguf_get_val_str"),
+    (_P, [_P], "ggml_new_graph ggml_backend_buffer_get_type ggml_backend_buft_get_device ggml_backend_dev_backend_reg"),
+    (_P, [_P, _P], "ggml_backend_alloc_ctx_tensors"),
+    (_P, [_P, _STR], "ggml_backend_dev_init ggml_backend_reg_get_proc_address"),
+    (_P, [_P, _P, _P], "ggml_mul_mat"),
+    (_P, [_P, _INT, _I64, _I64, _I64, _I64], "ggml_new_tensor_4d"),
+    (_P, [_SIZE], "ggml_backend_dev_get ggml_backend_reg_get"),
+    (_P, [InitParams], "ggml_init"),
+    (_P, [_STR, GgufInitParams], "gguf_init_from_file"),
+]
 
 
 def bind(libraries: list[ctypes.CDLL]) -> tuple[SimpleNamespace, list[str]]:
     """The functions above, each from the first library that has it, and the names that none has."""
     bound: dict[str, Any] = {}
     missing: list[str] = []
-    for name, (argtypes, restype) in _FUNCTIONS.items():
-        for library in libraries:
-            try:
-                # Item access makes a new function object: nobody else's argtypes are changed.
-                function = library[name]
-            except AttributeError:
+    for result, arguments, names in _FUNCTIONS:
+        for name in names.split():
+            holder = next((library for library in libraries if hasattr(library, name)), None)
+            if holder is None:
+                missing.append(name)
                 continue
-            function.argtypes, function.restype = argtypes, restype
-            bound[name] = function
-            break
-        else:
-            missing.append(name)
+            # Item access makes a new function object: nobody else's argtypes are changed.
+            bound[name] = holder[name]
+            bound[name].argtypes, bound[name].restype = arguments, result
     return SimpleNamespace(**bound), missing
+
+
+class Observer(Protocol):
+    """Looks at a graph while it is computed: `wants` says behind which nodes it shall stop, to show them to `seen`."""
+
+    def wants(self, node: Tensor) -> bool: ...  # noqa: D102
+
+    def seen(self, node: Tensor) -> None: ...  # noqa: D102
+
+
+class EvalHook:
+    """A `cb_eval` callback for the whole life of a native context.
+
+    What is raised in it does not stop the encoder, which ends with code 0 and wrong numbers: errors wait until the
+    native call is back.
+    """
+
+    def __init__(self, lib: Any) -> None:
+        self._running = False
+        self._observer: Observer | None = None
+        self._error: BaseException | None = None
+        # The library keeps the bare pointer: this object must live longer than what it was given to.
+        self.callback: Any = lib.llama.ggml_backend_sched_eval_callback(self._call)
+
+    def _call(self, address: int, ask: bool, _user_data: object) -> bool:
+        try:
+            observer = self._observer
+            if observer is None:
+                return not ask
+            node = Tensor.from_address(address)
+            if ask:
+                return observer.wants(node)
+            observer.seen(node)
+        except BaseException as error:  # noqa: BLE001 - kept, and raised by `observing` behind the native call
+            self._observer, self._error = None, error
+            # False ends the graph early. Its numbers are wrong then, which is no harm: the caller never gets them.
+            return not ask and not isinstance(error, Cancelled)
+        return True
+
+    @contextmanager
+    def observing(self, observer: Observer | None) -> Iterator[None]:
+        """Let `observer` look while the one graph of the block runs; raises afterwards what it raised."""
+        if self._running:  # a second graph would overwrite the first
+            raise EncodeFailed("The vision encoder is at work already: pictures are encoded one after another.")
+        self._running, self._observer = True, observer
+        try:
+            yield
+        finally:
+            error, self._error, self._observer, self._running = self._error, None, None, False
+        if error is not None:
+            raise error
+
+
+class EncodeSteps:
+    """Calls `between` behind every fourth heavy node: about twice a layer, which has six or seven of them."""
+
+    def __init__(self, lib: Any, between: Callable[[], None]) -> None:
+        self._between = between
+        self._heavy = heavy_ops(lib)
+        self._count = 0
+
+    def wants(self, node: Tensor) -> bool:  # noqa: D102
+        self._count += node.op in self._heavy
+        return node.op in self._heavy and self._count % 4 == 0
+
+    def seen(self, _node: Tensor) -> None:  # noqa: D102
+        self._between()
+
+
+def floats(address: Any, count: int) -> NDArray[np.float32]:
+    """A view of native memory, float32 [count], of which `address` is a ctypes pointer."""
+    # Not `np.ctypeslib.as_array`: each call of it leaves a cycle for the garbage collector.
+    memory: Any = (ctypes.c_float * count).from_address(ctypes.addressof(address.contents))
+    return np.frombuffer(memory, np.float32)
+
+
+def op_names(lib: Any) -> dict[int, str]:
+    """The operations of ggml by number."""
+    names: dict[int, str] = {}
+    # GGML_OP_COUNT is not exported: the table ends with GLU, and asking past its end would read foreign memory.
+    while "GLU" not in names.values():
+        names[len(names)] = lib.ggml.ggml_op_name(len(names)).decode()
+    return names
+
+
+def heavy_ops(lib: Any) -> frozenset[int]:
+    """Numbers of the operations that take nearly all of the time."""
+    return frozenset(number for number, name in op_names(lib).items() if name in _HEAVY)

@@ -9,10 +9,9 @@ from opsin.core.errors import EngineClosed
 
 
 class Owned:
-    """A native pointer with the function that frees it.
+    """A native pointer with the function that frees it, and the handles that must be freed before it.
 
-    Closing closes the children first, the youngest of them before the elder; closing twice does no harm. Using a
-    closed handle raises EngineClosed instead of handing freed memory to native code.
+    Using a closed handle raises EngineClosed instead of giving freed memory to native code.
     """
 
     __slots__ = ("_children", "_free", "_lock", "_parent", "_pointer", "name")
@@ -27,11 +26,8 @@ class Owned:
         self._children: dict[int, Owned] = {}
         self._lock = threading.Lock()
         if parent is not None:
-            parent._adopt(self)  # noqa: SLF001 - of the same class
-
-    def _adopt(self, child: Owned) -> None:
-        self.pointer  # noqa: B018 - raises when this handle is closed already
-        self._children[id(child)] = child
+            parent.pointer  # noqa: B018 - raises when it is closed already
+            parent._children[id(self)] = self  # noqa: SLF001 - of the same class
 
     @property
     def pointer(self) -> int:
@@ -47,15 +43,13 @@ class Owned:
         return self._pointer is None
 
     def close(self) -> None:
-        """Free the children, then this pointer."""
+        """Free the children, the youngest first, then this pointer. Closing twice does no harm."""
         with self._lock:
             pointer, self._pointer = self._pointer, None
         if pointer is None:
             return
         for child in reversed(list(self._children.values())):
             child.close()
-        self._children.clear()
         self._free(pointer)
-        parent, self._parent = self._parent, None
-        if parent is not None:
-            parent._children.pop(id(self), None)  # noqa: SLF001 - of the same class
+        if self._parent is not None:
+            self._parent._children.pop(id(self), None)  # noqa: SLF001 - of the same class

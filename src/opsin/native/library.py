@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +29,15 @@ class Library:
 
 
 _lock = threading.Lock()
-_loaded: Library | None = None
 
 
 def library() -> Library:
     """The libraries; the first call loads them. Raises NativeMismatch. Any thread."""
-    global _loaded  # noqa: PLW0603 - a process holds one copy of llama.cpp, whatever we do
     with _lock:
-        if _loaded is None:
-            _loaded = _load()
-    return _loaded
+        return _load()
 
 
+@cache
 def _load() -> Library:
     # Without it ggml starts a debugger where it aborts, which prints on standard output.
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")
@@ -58,7 +56,7 @@ def _load() -> Library:
     with contextlib.suppress(FileNotFoundError, RuntimeError):
         libraries.append(load_shared_library("ggml-base", _ggml.libggml_base_path))
     functions, missing = ggml.bind(libraries)
-    abi.verify(abi.observe(llama_cpp.__version__, llama, mtmd, functions, missing))
+    abi.check(llama_cpp.__version__, llama, mtmd, functions, missing)
     llama.llama_backend_init()
     # Looked for in what the library was linked with, too: a wheel's OpenMP has a name of its own.
     pause = next((found for one in libraries if (found := getattr(one, "omp_pause_resource_all", None))), None)

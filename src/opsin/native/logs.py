@@ -1,7 +1,7 @@
 """llama.cpp's, ggml's and mtmd's own log as Python `logging` records of the logger "opsin.native".
 
-The libraries hand over fragments: a line may arrive in several calls, its continuation marked CONT. They are joined
-here into whole lines. The last lines are kept, so that an error message can quote the cause.
+The libraries hand over fragments, which are joined into whole lines here. The last lines are kept, so that an error
+message can quote the cause.
 """
 
 from __future__ import annotations
@@ -11,12 +11,7 @@ import logging
 import sys
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, Any, TextIO
-
-if TYPE_CHECKING:
-    _StreamHandler = logging.StreamHandler[TextIO]
-else:
-    _StreamHandler = logging.StreamHandler  # it takes no parameter before Python 3.11
+from typing import Any
 
 LOGGER = logging.getLogger("opsin.native")
 # Without a handler of its own, `logging` prints warnings to stderr as a last resort; nothing may leak there unasked.
@@ -47,36 +42,26 @@ class LogSink:
         """Take one fragment with its ggml level."""
         try:
             with self._lock:
-                self._take(level, fragment.decode("utf-8", "replace"))
+                if level != _CONT:
+                    self._flush()
+                    self._level = _LEVELS.get(level, logging.INFO)
+                *whole, self._partial = (self._partial + fragment.decode("utf-8", "replace")).split("\n")
+                for line in whole:
+                    self._emit(line.rstrip())
         except Exception:  # noqa: BLE001, S110 - a logging handler's failure must not unwind through native frames
             pass
         except BaseException as stop:  # noqa: BLE001 - Ctrl-C during a native call: raised when the call is back
             self._interrupt = stop
 
-    def _take(self, level: int, text: str) -> None:
-        if level != _CONT:
-            if self._partial:
-                self._emit(self._partial)
-                self._partial = ""
-            self._level = _LEVELS.get(level, logging.INFO)
-        *whole, self._partial = (self._partial + text).split("\n")
-        for line in whole:
-            self._emit(line)
-
     def _emit(self, line: str) -> None:
-        line = line.rstrip()
-        if not line:
-            return
-        self._count += 1
-        self._lines.append((self._count, self._level, line))
-        self._logger.log(self._level, "%s", line)
+        if line:
+            self._count += 1
+            self._lines.append((self._count, self._level, line))
+            self._logger.log(self._level, "%s", line)
 
-    def flush(self) -> None:
-        """Pass on a line that was begun and never ended."""
-        with self._lock:
-            if self._partial:
-                self._emit(self._partial)
-                self._partial = ""
+    def _flush(self) -> None:
+        line, self._partial = self._partial, ""
+        self._emit(line.rstrip())
 
     def mark(self) -> int:
         """A point in the log, for `since` and `cause`."""
@@ -84,8 +69,8 @@ class LogSink:
 
     def since(self, mark: int, level: int = logging.DEBUG) -> list[str]:
         """The kept lines after `mark` of at least `level`."""
-        self.flush()
         with self._lock:
+            self._flush()
             return [line for number, seen, line in self._lines if number > mark and seen >= level]
 
     def cause(self, mark: int, most: int = 2) -> str:
@@ -102,43 +87,32 @@ class LogSink:
 
 SINK = LogSink()
 
-# typedef void (*ggml_log_callback)(enum ggml_log_level level, const char * text, void * user_data);
-_CALLBACK_TYPE = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-
 
 def _write(level: int, text: bytes | None, _user_data: object) -> None:
     SINK.write(level, text or b"")
 
 
-_callback = _CALLBACK_TYPE(_write)
+# typedef void (*ggml_log_callback)(enum ggml_log_level level, const char * text, void * user_data);
+_callback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(_write)
 
 
 def install(llama: Any, mtmd: Any) -> None:
     """Send the log of all four libraries here; call it before any other native function."""
     callback = ctypes.cast(_callback, llama.llama_log_callback)
-    llama.llama_log_set(callback, None)
-    # mtmd_helper_log_set also calls mtmd_log_set; both, in case a later version stops doing so.
-    mtmd.mtmd_log_set(callback, None)
-    mtmd.mtmd_helper_log_set(callback, None)
-    _KEEP.append(callback)
+    for function in (llama.llama_log_set, mtmd.mtmd_log_set, mtmd.mtmd_helper_log_set):
+        function(callback, None)
 
 
-_KEEP: list[Any] = []  # ctypes callbacks must outlive the libraries that call them
-
-
-class _Shown(_StreamHandler):
-    """The handler that `show` attaches; its own class so that it is found again."""
+_shown = logging.StreamHandler()  # to standard error
+_shown.setFormatter(logging.Formatter("%(message)s"))
 
 
 def show(verbose: bool) -> None:
-    """Attach (or take away) a handler that prints every native line to standard error."""
-    present = [handler for handler in LOGGER.handlers if isinstance(handler, _Shown)]
-    if verbose and not present:
-        handler = _Shown(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        LOGGER.addHandler(handler)
+    """Print every native line to standard error, or no longer."""
+    if verbose:
+        _shown.setStream(sys.stderr)
+        LOGGER.addHandler(_shown)
         LOGGER.setLevel(logging.DEBUG)
-    elif not verbose:
-        for handler in present:
-            LOGGER.removeHandler(handler)
-            LOGGER.setLevel(logging.NOTSET)
+    elif _shown in LOGGER.handlers:
+        LOGGER.removeHandler(_shown)
+        LOGGER.setLevel(logging.NOTSET)

@@ -21,16 +21,15 @@ from opsin.core.parts import PicturePart
 from opsin.core.placement import BackendShare, Placement
 from opsin.native.context import Context
 from opsin.native.devices import devices
-from opsin.native.ggml import Tensor
-from opsin.native.hook import EvalHook, op_names
-from opsin.native.layout import lay_out
+from opsin.native.ggml import EvalHook, Tensor, op_names
+from opsin.native.tokenize import lay_out
 from opsin.native.trial import drawn_picture
 
 if TYPE_CHECKING:
     from opsin.core.settings import EngineSettings
-    from opsin.native.layout import Stretches
     from opsin.native.library import Library
     from opsin.native.model import Model
+    from opsin.native.tokenize import Stretches
     from opsin.native.vision import Encoder
 
 _COMPUTES_NOTHING = frozenset({"NONE", "VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE"})

@@ -208,8 +208,8 @@ def _run(llm: Path, mmproj: Path | None, settings: EngineSettings, *, brief: boo
     from opsin.core.parts import PicturePart, TextPart
     from opsin.native import logs
     from opsin.native.context import Context
-    from opsin.native.layout import Stretches, lay_out, lay_out_text
     from opsin.native.model import Model
+    from opsin.native.tokenize import Stretches, lay_out, lay_out_text
     from opsin.native.vision import Encoder
 
     _begin("load")
