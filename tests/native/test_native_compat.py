@@ -75,7 +75,12 @@ def test_one_seed_gives_one_answer_and_another_gives_another(pair: Any) -> None:
 
 
 def test_an_answer_in_json(llm: Llama) -> None:
-    schema = {"type": "object", "properties": {"colour": {"enum": ["red", "blue"]}}, "required": ["colour"]}
+    schema = {
+        "type": "object",
+        "properties": {"colour": {"enum": ["red", "blue"]}},
+        "required": ["colour"],
+        "additionalProperties": False,
+    }
     response = llm.create_chat_completion(
         messages=question(), response_format={"type": "json_object", "schema": schema}, max_tokens=64
     )
