@@ -13,7 +13,7 @@ from opsin.cli.control import printable
 
 if TYPE_CHECKING:
     from opsin.doctor.explain import Explanation
-    from opsin.doctor.explain.stages import StageRow
+    from opsin.doctor.explain.facts import StageRow
 
 _BAR = 32
 

@@ -1,8 +1,8 @@
-"""Will a pair fit the memory of its devices? Told before a weight is read, and what to change if not."""
+"""Will a pair fit the memory of its devices? Told by the planner before a weight is read, with what would fit."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,28 +10,9 @@ from opsin.core.errors import BadParameter
 from opsin.core.model_facts import PairFacts
 from opsin.core.settings import EngineSettings
 from opsin.doctor.check import Check, Status, serve_command
-from opsin.models.facts import read_facts
-from opsin.native import Device, cpu_features, devices
-from opsin.native.devices import HOST, free_memory
-from opsin.native.memory import (
-    FULL,
-    Needs,
-    advice,
-    as_flags,
-    in_host_memory,
-    needed_by_device,
-    needed_memory,
-    plan_memory,
-    size_text,
-)
-
-_NAMES = {"kv": "KV cache", "vision_weights": "vision weights", "vision_compute": "vision compute"}
-
-
-def host_memory(model: Path, mmproj: Path | None, settings: EngineSettings) -> tuple[Needs, int | None]:
-    """What the settings need of the host, and how many bytes are free there (None: it does not tell)."""
-    plan = needed_memory(read_facts(model, mmproj), devices(), settings, cpu_features())
-    return plan.by_device[HOST], free_memory(()).get(HOST)
+from opsin.native import Device
+from opsin.native.devices import free_memory
+from opsin.native.memory import FULL, MemoryPlanner, as_flags, needed_by_device, size_text
 
 
 def room_checks(
@@ -41,46 +22,28 @@ def room_checks(
     cpu_features: frozenset[str] = frozenset(),
     root: Path = Path("/"),
 ) -> list[Check]:
-    """One `room.memory` for each device that takes part and tells what is free."""
+    """One `room.memory` for each device that takes part and tells how much is free; `root` has /proc and /sys."""
     free = free_memory(present, root)
-    try:  # what loading would choose; where it would refuse, what the settings need all the same
-        plan = plan_memory(facts, present, settings, free=free, cpu_features=cpu_features)
+    planner = MemoryPlanner(facts, present, settings, free, cpu_features)
+    try:  # what loading would choose; where it would refuse, what the settings need
+        plan = planner.plan()
     except BadParameter:
-        plan = needed_memory(facts, present, settings, cpu_features)
-    in_host = in_host_memory(present)
-    needed = needed_by_device(plan, in_host)
+        plan = planner.needed()
     checks = []
-    change: Mapping[str, object] | None = None
-    for name, needs in sorted(plan.by_device.items()):
-        if not needed[name] or name not in free:
+    for name, size in sorted(needed_by_device(plan, present).items()):
+        if not size or name not in free:
             continue
-        status = _status(needed[name], free[name])
-        fix, message = None, f"{name} has {size_text(free[name])} free, and this setup needs {size_text(needed[name])}"
-        if needed[name] > needs.total:
-            message += f", {size_text(needed[name] - needs.total)} of it for {', '.join(sorted(in_host))}"
-        if status != "ok":
-            change = change or advice(facts, present, settings, free=free, cpu_features=cpu_features)
-            what = {"warn": "that is tight", "fail": "that does not fit"}[status]
-            mend = "use a smaller quantisation or a smaller model"
-            if change:
-                mend = f"{' '.join(as_flags(change))} would fit"
-                fix = serve_command(settings, **change)
-            message += f" ({_largest(needs)}): {what}, and {mend if change else f'no setting makes it fit: {mend}'}"
-        evidence = {
-            "device": name,
-            **{f"{key}_bytes": size for key, size in asdict(needs).items()},
-            "needed_bytes": needed[name],
-            "free_bytes": free[name],
-            "context_tokens": plan.ctx,
-        }
-        checks.append(Check("room.memory", status, message + ".", evidence, fix))
+        parts = {f"{key}_bytes": value for key, value in asdict(plan.by_device[name]).items()}
+        evidence = {"device": name, **parts, "needed_bytes": size, "free_bytes": free[name]}
+        message = f"{name} has {size_text(free[name])} free, and this setup needs {size_text(size)}"
+        if size <= FULL * free[name]:
+            checks.append(Check("room.memory", "ok", f"{message}.", evidence))
+            continue
+        largest = sorted(parts.items(), key=lambda part: -part[1])[:3]
+        told = ", ".join(f"{key.removesuffix('_bytes').replace('_', ' ')} {size_text(value)}" for key, value in largest)
+        change = planner.advice()
+        mend = f"{' '.join(as_flags(change))} would fit" if change else "no setting makes it fit, use a smaller model"
+        fix = serve_command(settings, **change) if change else None
+        status: Status = "fail" if size > free[name] else "warn"
+        checks.append(Check("room.memory", status, f"{message} ({told}): {mend}.", evidence, fix))
     return checks
-
-
-def _status(needed: int, free: int) -> Status:
-    return "fail" if needed > free else "warn" if needed > FULL * free else "ok"
-
-
-def _largest(needs: Needs) -> str:
-    rows = sorted(((size, _NAMES.get(key, key)) for key, size in asdict(needs).items() if size), reverse=True)
-    return ", ".join(f"{name} {size_text(size)}" for size, name in rows[:3])

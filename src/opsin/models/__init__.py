@@ -6,7 +6,7 @@ libraries or is rarely wanted is loaded when it is first used.
 
 from typing import TYPE_CHECKING, Any
 
-from opsin.models.gguf import GgufHeader, GgufInfo, TensorHead, read_header, read_info
+from opsin.models.gguf import GgufHeader, GgufInfo, TensorHead, info_of, read_header, read_info
 from opsin.models.naming import parts_of
 from opsin.models.pairing import Pair, check_pair, family_warning, find_projector
 from opsin.models.resolve import ListedModel, demo_pair, list_models, locate, resolve
@@ -24,6 +24,7 @@ __all__ = [
     "demo_pair",
     "family_warning",
     "find_projector",
+    "info_of",
     "list_models",
     "locate",
     "parts_of",

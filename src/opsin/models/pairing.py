@@ -36,13 +36,14 @@ class Pair:
     is_demo: bool = False
 
 
-def check_pair(llm: Path, mmproj: Path) -> tuple[GgufInfo, GgufInfo]:
-    """Read both files and make sure that they belong together; gives back what they say.
+def check_pair(llm: Path | GgufInfo, mmproj: Path | GgufInfo) -> tuple[GgufInfo, GgufInfo]:
+    """Make sure that two files belong together, and give back what they say; paths are read.
 
     Raises ModelNotFound and ModelUnreadable (see `read_info`), and PairMismatch with the file beside it that would
     fit.
     """
-    text, vision = read_info(llm), read_info(mmproj)
+    text, vision = (read_info(one) if isinstance(one, Path) else one for one in (llm, mmproj))
+    llm, mmproj = text.path, vision.path
     if text.is_projector and not vision.is_projector:
         raise PairMismatch(
             f"{llm.name} is the projector and {mmproj.name} the language model: swap --model and --mmproj"

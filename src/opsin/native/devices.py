@@ -71,38 +71,36 @@ def pick(name: str, option: str, present: tuple[Device, ...]) -> Device | None:
 
 
 def free_memory(present: Iterable[Device], root: Path = Path("/")) -> dict[str, int]:
-    """Bytes that are free by device name; devices that cannot tell are left out.
+    """Free bytes by device name; devices that cannot tell are left out. `root` is where /proc and /sys lie.
 
-    The host's are what Linux calls available, within the limits of the control groups this process is in; elsewhere
-    what ggml says. `root` is where /proc and /sys lie.
+    The host's are what Linux calls available, within the limits of this process's control groups; elsewhere ggml's.
     """
     present = tuple(present)
     found = {one.name: one.memory_free for one in present if one.is_gpu and one.memory_total > 0}
     meminfo = re.search(r"^MemAvailable:\s+(\d+)", read_system_file(root / "proc/meminfo"), re.MULTILINE)
-    host = int(meminfo[1]) * 1024 if meminfo else None
-    if host is None:
-        host = next((one.memory_free for one in present if one.type == "cpu" and one.memory_total > 0), None)
-    if host is not None:
-        found[HOST] = min([host, *_left_in_groups(root)])
+    told = [one.memory_free for one in present if one.type == "cpu" and one.memory_total > 0]
+    host = [int(meminfo[1]) * 1024] if meminfo else told[:1]
+    if host:
+        found[HOST] = min(
+            [*host, *(left for group in control_groups(root, "memory") for left in _left_in_group(group))]
+        )
     return found
 
 
-def _left_in_groups(root: Path) -> list[int]:
-    """What each control group above this process has left, files it can drop counted as free; versions 1 and 2."""
-    left = []
-    for group in control_groups(root, "memory"):
-        limit = (read_system_file(group / "memory.max") or read_system_file(group / "memory.limit_in_bytes")).strip()
-        used = (read_system_file(group / "memory.current") or read_system_file(group / "memory.usage_in_bytes")).strip()
-        if limit.isdigit() and used.isdigit():
-            # Version 1 tells the group's own first, and then the total that its limit is for.
-            pattern = r"^(?:total_)?inactive_file (\d+)"
-            droppable = re.findall(pattern, read_system_file(group / "memory.stat"), re.MULTILINE)
-            left.append(max(0, int(limit) - int(used) + int((droppable or [0])[-1])))
-    return left
+def _left_in_group(group: Path) -> list[int]:
+    """What a control group (version 2 or 1) has left; files it can drop are counted as free."""
+    limit = read_system_file(group / "memory.max") or read_system_file(group / "memory.limit_in_bytes")
+    used = read_system_file(group / "memory.current") or read_system_file(group / "memory.usage_in_bytes")
+    if not (limit.strip().isdigit() and used.strip().isdigit()):
+        return []
+    # Version 1 tells the group's own first, and then the total that its limit is for.
+    stat = read_system_file(group / "memory.stat")
+    droppable = re.findall(r"^(?:total_)?inactive_file (\d+)", stat, re.MULTILINE)
+    return [max(0, int(limit) - int(used) + int((droppable or [0])[-1]))]
 
 
 def read_system_file(path: Path) -> str:
-    """The text of a file; empty where there is none, or none that may be read."""
+    """The text of a file; empty where it is missing or may not be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:

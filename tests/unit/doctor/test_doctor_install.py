@@ -5,7 +5,6 @@ the pinned version's build files, and that pip knows the options is asked of pip
 """
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -118,14 +117,6 @@ def test_an_environment_without_pip_uses_uv_or_makes_one(tmp_path: Path) -> None
     (tmp_path / "words").unlink()
     words, _ = run_line(install_command(a_machine(python, pip=False), ["CUDA"]), python)
     assert words[:5] == ["-m", "ensurepip", "-m", "pip", "install"]
-
-
-def test_windows_gets_no_assignment_before_the_command() -> None:
-    machine = a_machine(r"C:\Program Files\Python\python.exe", system="Windows", machine="AMD64")
-    line = install_command(machine, ["CUDA", "Vulkan"])
-    assert line.startswith('"C:\\Program Files\\Python\\python.exe" -m pip install ')
-    assert re.search(r'-C "cmake\.args=-DGGML_CUDA=on;-DGGML_VULKAN=on" llama-cpp-python==\S+$', line)
-    assert " -C " not in install_command(machine)
 
 
 @pytest.mark.parametrize(

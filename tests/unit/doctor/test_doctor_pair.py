@@ -118,6 +118,11 @@ def test_a_projector_of_another_width_fails_before_loading(pair: Pair, info: Pai
     assert "pair.ubatch" not in found
 
 
+def test_a_pair_of_two_families_is_doubted(info: PairInfo) -> None:
+    check = by_name(pair_checks(replace(info, doubt="they are of different families")))["pair.width"]
+    assert (check.status, check.message) == ("warn", "they are of different families.")
+
+
 def test_a_width_that_the_file_does_not_tell_is_left_to_llama_cpp(info: PairInfo) -> None:
     found = by_name(pair_checks(replace(info, mmproj=replace(info.mmproj, projector_width=None))))
     assert found["pair.width"].status == "ok"
@@ -160,10 +165,10 @@ def test_a_picture_that_attends_both_ways_must_fit_the_micro_batch(info: PairInf
 def test_other_pictures_go_in_slices_and_small_ones_warn(info: PairInfo) -> None:
     check = checked(info, image_tokens=576, ubatch=256)["pair.ubatch"]
     assert (check.status, check.fix) == ("ok", None)
-    assert "3 slices of 256" in check.message
+    assert "3 ubatches of 256" in check.message
     check = checked(info, image_tokens=576, ubatch=64)["pair.ubatch"]
     assert check.status == "warn"
-    assert "9 slices of 64" in check.message
+    assert "9 ubatches of 64" in check.message
     assert parsed(check.fix)[1]["ubatch"] == 768
 
 

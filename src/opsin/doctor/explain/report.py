@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from opsin.doctor.explain.facts import Facts
+from opsin.doctor.explain.facts import Facts, StageRow
 from opsin.doctor.explain.parse import parse
 from opsin.doctor.explain.rules import Cause, causes_in
-from opsin.doctor.explain.stages import StageRow, stage_table
 
 _SHARE, _LEAST = 0.05, 0.01
 """A cause counts from five hundredths of the request's time and a hundredth of a second."""
@@ -64,7 +63,7 @@ def explain(stream: BinaryIO) -> Explanation:
     least = max(_LEAST, _SHARE * facts.worst.whole / 1e3)
     kept = [cause for cause in found if cause.seconds is None or cause.seconds >= least]
     causes = sorted(kept, key=lambda cause: _weight(cause, kept), reverse=True)
-    return Explanation(facts, stage_table(facts.worst), tuple(causes), tuple(_notes(facts)))
+    return Explanation(facts, facts.worst.table(), tuple(causes), tuple(_notes(facts)))
 
 
 def _weight(cause: Cause, causes: list[Cause]) -> float:

@@ -12,7 +12,6 @@ from statistics import median
 from typing import Any, Literal
 
 from opsin.doctor.explain.facts import Facts, Request, Setup
-from opsin.doctor.explain.stages import between_ms, stage_table
 
 Where = Literal["load", "encode", "prefill", "decode", "all"]
 _Found = Mapping[str, Any] | None
@@ -164,7 +163,7 @@ def _runaway(request: Request) -> _Found:
         end = f"truncated = 1 at {request.end_tokens} tokens" if request.end_tokens else "no cell for one more token"
         sums = f"{request.shifts} context shifts" if request.shifts else end
         return {"sums": sums, "told": f"The answer did not end by itself: it ran until {full}.", "about": ""}
-    generation = (request.total_ms or 0.0) if between_ms(request) else request.rest
+    generation = (request.total_ms or 0.0) if request.between else request.rest
     before, each = max(0.0, request.whole - generation), generation / answer
     short = before + min(SHORT, answer) * each
     saved = max(0.0, request.whole - short)
@@ -190,7 +189,7 @@ def _full_context(request: Request) -> int | None:
 
 
 def _between(request: Request) -> _Found:
-    ms, answer = between_ms(request), request.answer_n
+    ms, answer = request.between, request.answer_n
     if not ms or not answer:
         return None
     sums = (
@@ -231,7 +230,7 @@ def _first_image(facts: Facts) -> _Found:
 
 
 def _load_of_request(request: Request) -> _Found:
-    own = request.load_ms_of_request or request.stages.get("load", 0.0)
+    own = request.loading or request.stages.get("load", 0.0)
     if not own:
         return None
     sums = f"load {own / 1e3:.2f} s / total {request.whole / 1e3:.2f} s = {own / request.whole:.0%}"
@@ -410,7 +409,7 @@ RULES = (
          "The time is the answer's length: {count:,} tokens at {rate:.1f} a second.",
          "set max_tokens, or ask for a shorter answer", least_ms=5000.0, share=0.7, symptom=True),
     Rule("unaccounted", "all",
-         lambda _f, _s, r: {"ms": (ms := {row.name: row.ms for row in stage_table(r)}.get("other", 0.0)),
+         lambda _f, _s, r: {"ms": (ms := {row.name: row.ms for row in r.table()}.get("other", 0.0)),
                             "sums": f"{r.whole:,.0f} ms in all − {r.whole - ms:,.0f} ms in the timers = {ms:,.0f} ms"},
          "{s:.1f} of {whole_s:.1f} s are in none of the log's timers.",
          "give the whole log: the time may be loading, the vision encoder, another request, or a person's",
