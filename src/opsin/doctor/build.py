@@ -8,7 +8,7 @@ from typing import Any
 
 from opsin.doctor.check import Check, Status
 from opsin.doctor.host import Gpu, Host, read_host
-from opsin.doctor.install import install_command, missing_tool, wheel_command
+from opsin.doctor.install import install_command, missing_tool
 from opsin.native import COMMIT, PACKAGE, PINNED, Build, build_info
 from opsin.native.devices import Device
 
@@ -29,9 +29,9 @@ def build_checks(
     Checks about a library that cannot be loaded are left out.
     """
     build, host = build or build_info(), host or read_host()
+    environment = os.environ if environment is None else environment
     checks = [_version(build, host)]
     if not build.error:
-        environment = os.environ if environment is None else environment
         checks += [*_assertions(build, host), _cpu(build, host), *_driver(host), _gpu(build, host, environment)]
     return [*checks, _threads(host, threads)]
 
@@ -166,9 +166,6 @@ def _install_for(gpu: Gpu | None, build: Build, host: Host) -> tuple[str, str]:
     if gpu is None:
         return install_command(host, build.extra_backends, fresh=fresh), ""
     missing = missing_tool(host, gpu.kind)
-    wheel = wheel_command(host, gpu.driver, fresh=fresh) if missing and gpu.kind == "CUDA" else None
-    if wheel:
-        return wheel, f" (a prebuilt one, since {missing} is not here to compile it)"
     command = install_command(host, [*build.extra_backends, gpu.kind], fresh=fresh)
     return command, f", after {missing}, which is not here" if missing else ""
 

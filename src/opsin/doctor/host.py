@@ -52,8 +52,7 @@ class Host:
     """A host and the Python that looks at it.
 
     `cores` are logical; `allowed` are those this process may run on, `quota` is its CPU time in cores (None: no
-    limit), `threads` are what Opsin starts. `tools` maps build tools to their paths; `cuda_runtimes` are the major
-    versions of the CUDA libraries.
+    limit), `threads` are what Opsin starts. `tools` maps build tools to their paths.
     """
 
     system: str = "Linux"
@@ -68,7 +67,6 @@ class Host:
     quota: float | None = None
     threads: int = 1
     tools: Mapping[str, str] = field(default_factory=dict)
-    cuda_runtimes: tuple[int, ...] = ()
 
 
 def run_command(arguments: list[str]) -> str:
@@ -103,7 +101,6 @@ def read_host(root: Path = Path("/"), run: Run = run_command) -> Host:
         quota=cpu_quota(root),
         threads=physical_cores(),
         tools=_tools(root),
-        cuda_runtimes=_cuda_runtimes(root),
     )
 
 
@@ -113,15 +110,10 @@ def cpu_quota(root: Path) -> float | None:
 
 
 def _quota_of(group: Path) -> list[float]:
-    words = read(group / "cpu.max").split() or [
-        read(group / "cpu.cfs_quota_us").strip(),
-        read(group / "cpu.cfs_period_us").strip(),
-    ]
-    try:
-        quota, period = (float(word) for word in words)
-    except ValueError:  # "max", or no such file
-        return []
-    return [quota / period] if quota > 0 and period > 0 else []
+    words = (
+        read(group / "cpu.max") or f"{read(group / 'cpu.cfs_quota_us')} {read(group / 'cpu.cfs_period_us')}"
+    ).split()
+    return [int(words[0]) / int(words[1])] if len(words) == 2 and all(map(str.isdigit, words)) else []
 
 
 def _tools(root: Path) -> dict[str, str]:
@@ -130,14 +122,6 @@ def _tools(root: Path) -> dict[str, str]:
     if "nvcc" not in found and (root / "usr/local/cuda/bin/nvcc").exists():
         found["nvcc"] = str(root / "usr/local/cuda/bin/nvcc")
     return found
-
-
-def _cuda_runtimes(root: Path) -> tuple[int, ...]:
-    """Major versions of which both libraries that a prebuilt wheel needs are here."""
-    places = ("usr/local/cuda*/lib64", "usr/local/cuda*/targets/*/lib", "usr/lib/*-linux-gnu", "usr/lib64")
-    names = "\n".join(path.name for place in places for path in root.glob(f"{place}/libcu*.so.[0-9]*"))
-    majors = [set(re.findall(rf"lib{name}\.so\.(\d+)", names)) for name in ("cudart", "cublas")]
-    return tuple(sorted(map(int, majors[0] & majors[1])))
 
 
 def read_gpus(root: Path, run: Run) -> tuple[Gpu, ...]:
@@ -174,7 +158,7 @@ def _nvidia_nodes(root: Path) -> str:
 
 
 def _amd(root: Path) -> list[Gpu]:
-    """By the kernel's display driver. A GPU inside a CPU is left out: it has no memory chips, and ROCm no use for it."""
+    """By the kernel's display driver. A GPU inside a CPU, which has no memory chips of its own, is left out."""
     found = []
     for vendor in sorted((root / "sys/class/drm").glob("card*/device/vendor")):
         device = vendor.parent

@@ -8,8 +8,6 @@ from collections.abc import Iterable, Sequence
 from opsin.doctor.host import Host
 from opsin.native import PACKAGE, PINNED
 
-WHEELS = "https://abetlen.github.io/llama-cpp-python/whl"
-
 # How a backend is compiled in: its flag, the tool that must be here for it, and where that comes from.
 RECIPES = {
     "CUDA": ("-DGGML_CUDA=on", "nvcc", "NVIDIA's CUDA toolkit"),
@@ -18,10 +16,6 @@ RECIPES = {
     "Vulkan": ("-DGGML_VULKAN=on", "glslc", "the Vulkan SDK"),
     "BLAS": ("-DGGML_BLAS=on", "", ""),
 }
-
-# The prebuilt wheels of the pinned version by its README, newest CUDA first, and the first driver that has all of that
-# CUDA (NVIDIA's release notes). A wheel finds libcudart and libcublas of its major version or fails.
-CUDA_WHEELS = ((13, "cu130", 580), (12, "cu125", 555), (12, "cu124", 550), (12, "cu122", 535), (12, "cu121", 530))
 
 
 def missing_tool(host: Host, backend: str) -> str:
@@ -48,22 +42,6 @@ def install_command(host: Host, backends: Iterable[str] = (), extra: Sequence[st
     # A wheel would ignore the flags.
     words = shlex.join([*_pip(host, fresh=fresh), "--no-binary", PACKAGE])
     return first + " ".join([*assignments, words, f'"{PACKAGE}=={PINNED}"'])
-
-
-def wheel_command(host: Host, driver: str, *, fresh: bool = False) -> str | None:
-    """A shell line that installs a prebuilt CUDA wheel; None where none fits.
-
-    It needs Linux on x86-64, a driver new enough for the wheel's CUDA, and that CUDA's libraries.
-    """
-    major = driver.partition(".")[0]
-    if (host.system, host.machine) != ("Linux", "x86_64") or not major.isdigit():
-        return None
-    for cuda, folder, oldest in CUDA_WHEELS:
-        if cuda in host.cuda_runtimes and int(major) >= oldest:
-            index = "--extra-index-url" if fresh else "--index-url"  # dependencies are not on that index
-            words = [*_pip(host, fresh=fresh), "--only-binary", PACKAGE, index, f"{WHEELS}/{folder}"]
-            return f'{shlex.join(words)} "{PACKAGE}=={PINNED}"'
-    return None
 
 
 def _pip(host: Host, *, fresh: bool) -> list[str]:

@@ -92,8 +92,6 @@ def pair_checks(info: PairInfo, facts: LoadedFacts | None = None) -> list[Check]
         checks.append(_quantisation(info.mmproj, on_cpu=facts.on_cpu))
         checks += [_ubatch(info, facts, tokens)] if tokens else []
         checks += [_context(info, facts, tokens, facts.ctx_seq)] if tokens and facts.ctx_seq else []
-    if facts.ctx_seq is not None and info.llm.context is not None:
-        checks.append(_trained_context(info, facts, facts.ctx_seq, info.llm.context))
     return checks + _template(info, facts)
 
 
@@ -170,35 +168,26 @@ def _ubatch(info: PairInfo, facts: LoadedFacts, tokens: int) -> Check:
 
 
 def _context(info: PairInfo, facts: LoadedFacts, tokens: int, ctx: int) -> Check:
-    name, evidence = "pair.context", {"image_tokens": tokens, "context_tokens": ctx}
-    left, trained = ctx - tokens - _TEXT_TOKENS, info.llm.context
-    if left >= _ANSWER_TOKENS:
+    name, trained = "pair.context", info.llm.context or ctx
+    evidence = {"image_tokens": tokens, "context_tokens": ctx, "trained_context_tokens": info.llm.context}
+    left, least = ctx - tokens - _TEXT_TOKENS, tokens + _TEXT_TOKENS
+    need = _padded(least + 4 * _ANSWER_TOKENS, 1024)
+    total = (trained if need > (info.llm.context or need) else need) * facts.settings.parallel
+    fix = facts.command(info, ctx=total)
+    if left >= _ANSWER_TOKENS and ctx <= trained:
         return Check(name, "ok", f"The context of {ctx} tokens holds an image, a question and an answer.", evidence)
-    need = _padded(tokens + _TEXT_TOKENS + 4 * _ANSWER_TOKENS, 1024)
-    if trained is not None and need > trained >= tokens + _TEXT_TOKENS:
-        need = trained
-    total = need * facts.settings.parallel
-    mend, fix = f"give --ctx {total}", facts.command(info, ctx=total)
-    if trained is not None and trained < tokens + _TEXT_TOKENS:
-        mend = f"its language model was trained on {trained} only, so give fewer --image-max-tokens"
-        return Check(name, "fail", f"One image's {tokens} tokens do not fit: {mend}.", evidence)
+    if left >= _ANSWER_TOKENS:
+        message = f"The context of {ctx} tokens is longer than the trained {trained}: answers behind that are nonsense;"
+        total = trained * facts.settings.parallel
+        return Check(name, "warn", f"{message} give --ctx {total}.", evidence, facts.command(info, ctx=total))
+    if info.llm.context is not None and info.llm.context < least:
+        message = f"One image's {tokens} tokens exceed what the model was trained on: give fewer --image-max-tokens."
+        return Check(name, "fail", message, evidence)
     if left < 0:
-        message = f"One image's {tokens} tokens and a question do not fit the context of {ctx} tokens: {mend}."
-        return Check(name, "fail", message, evidence, fix)
-    message = f"An image of {tokens} tokens leaves {left} of {ctx} for the answer, which will be cut: {mend}."
-    return Check(name, "warn", message, evidence, fix)
-
-
-def _trained_context(info: PairInfo, facts: LoadedFacts, ctx: int, trained: int) -> Check:
-    name, evidence = "pair.trained_context", {"context_tokens": ctx, "trained_context_tokens": trained}
-    if ctx <= trained:
-        return Check(name, "ok", f"The context of {ctx} tokens is within the trained {trained}.", evidence)
-    total = trained * facts.settings.parallel
-    message = (
-        f"The context of {ctx} tokens is longer than the {trained} that the model was trained on: "
-        f"answers behind that are nonsense; give --ctx {total}."
-    )
-    return Check(name, "warn", message, evidence, facts.command(info, ctx=total))
+        message = f"One image's {tokens} tokens and a question do not fit the context of {ctx} tokens:"
+        return Check(name, "fail", f"{message} give --ctx {total}.", evidence, fix)
+    message = f"An image of {tokens} tokens leaves {left} of {ctx} for the answer, which will be cut:"
+    return Check(name, "warn", f"{message} give --ctx {total}.", evidence, fix)
 
 
 def _template(info: PairInfo, facts: LoadedFacts) -> list[Check]:

@@ -118,22 +118,22 @@ class MemoryPlanner:
 
         Raises BadParameter, with flags that fit, when nothing does.
         """
-        plan = self._best()
+        plan = self.best()
         if plan is None:
             raise BadParameter(self._refusal())
         return plan
 
     def needed(self) -> MemoryPlan:
         """What the settings need, with the context and the layers of a machine that has enough."""
-        return next(replace(self, free={})._plans())
+        return next(replace(self, free={}).plans())
 
     def advice(self) -> dict[str, object] | None:
         """The mildest change of the settings that fits with room to spare, by name; None where there is none."""
         for step in _CHANGES:
             changed = self.settings.model_copy(update=step)
             other = replace(self, settings=changed)
-            plan = other._best()
-            if plan is None or not other._fits(plan, FULL):
+            plan = other.best()
+            if plan is None or not other.fits(plan, FULL):
                 continue
             found = plan.applied(changed)
             return {
@@ -159,7 +159,7 @@ class MemoryPlanner:
 
     # ---- what to try, the best first
 
-    def _plans(self) -> Iterator[MemoryPlan]:
+    def plans(self) -> Iterator[MemoryPlan]:
         """All layers with a shrinking context, then fewer layers, then a context that is uncomfortable."""
         contexts, count = self._contexts(), len(self.pair.model.layers) + 1
         large = [ctx for ctx in contexts if ctx >= self._comfortable] or contexts[:1]
@@ -277,7 +277,7 @@ class MemoryPlanner:
 
     # ---- what fits
 
-    def _best(self) -> MemoryPlan | None:
+    def best(self) -> MemoryPlan | None:
         """The first that fits with room to spare; else one of comfortable size whose mapped weights need not fit.
 
         At last, the smallest that just fits.
@@ -285,20 +285,21 @@ class MemoryPlanner:
         if (self.settings.ctx or 0) > _MAX_CTX:
             return None
         plans: list[MemoryPlan] = []
-        for plan in self._plans():
+        for plan in self.plans():
             plans.append(plan)
-            if self._fits(plan, FULL):
+            if self.fits(plan, FULL):
                 return plan
         modest = [plan for plan in plans if plan.ctx <= max(self._comfortable, self.settings.ctx or 0)]
-        found = next((plan for plan in modest if self._fits(plan, FULL, least=True)), plans[-1])
-        return found if self._fits(found, 1.0, least=True) else None
+        found = next((plan for plan in modest if self.fits(plan, FULL, least=True)), plans[-1])
+        return found if self.fits(found, 1.0, least=True) else None
 
-    def _fits(self, plan: MemoryPlan, share: float, *, least: bool = False) -> bool:
+    def fits(self, plan: MemoryPlan, share: float, *, least: bool = False) -> bool:
+        """Every device has that share of its free memory for the plan."""
         needed = needed_by_device(plan, self.devices, least=least)
         return all(size <= share * self.free.get(name, math.inf) for name, size in needed.items())
 
     def _refusal(self) -> str:
-        *_, plan = self._plans()
+        *_, plan = self.plans()
         needed = needed_by_device(plan, self.devices, least=True)
         told = " and ".join(
             f"{size_text(size)} on {name}, where {size_text(self.free[name])} are free"

@@ -104,9 +104,7 @@ def test_the_first_right_build_is_one_for_the_gpu(version: str) -> None:
     assert flags_of(check("version", broken, machine)) == "-DGGML_CUDA=on"
     bare = check("version", broken, replace(machine, tools={}))
     assert "after nvcc of NVIDIA's CUDA toolkit" in bare.message
-    wheel = check("version", broken, replace(machine, tools={}, cuda_runtimes=(12,)))
-    assert "/whl/cu124" in (wheel.fix or "")
-    assert ("--no-deps" in (wheel.fix or "")) == bool(version)
+    assert ("--no-deps" in (bare.fix or "")) == bool(version)
     assert flags_of(check("version", replace(CUDA, version="0.3.35"), machine)) == "-DGGML_CUDA=on"
 
 
@@ -189,13 +187,10 @@ def test_the_backends_that_are_there_stay() -> None:
     assert flags_of(found).split() == ["-DGGML_BLAS=on", "-DGGML_CUDA=on"]
 
 
-def test_what_is_missing_to_compile_is_said_and_a_wheel_stands_in() -> None:
+def test_what_is_missing_to_compile_is_said() -> None:
     bare = replace(HOST, gpus=(RTX,))
     assert "after nvcc of NVIDIA's CUDA toolkit" in check("gpu", machine=bare).message
-    found = check("gpu", machine=replace(bare, cuda_runtimes=(12,)))
-    assert "prebuilt" in found.message
-    assert "/whl/cu124" in (found.fix or "")
-    ready = check("gpu", machine=replace(bare, cuda_runtimes=(12,), tools={"nvcc": "/usr/bin/nvcc"}))
+    ready = check("gpu", machine=replace(bare, tools={"nvcc": "/usr/bin/nvcc"}))
     assert flags_of(ready) == "-DGGML_CUDA=on"
     assert "not here" not in ready.message
 

@@ -60,7 +60,6 @@ def test_a_sound_pair_passes_all(info: PairInfo) -> None:
             "pair.quantisation",
             "pair.ubatch",
             "pair.context",
-            "pair.trained_context",
             "pair.template",
             "pair.end",
         ),
@@ -198,11 +197,11 @@ def test_a_picture_beyond_the_trained_context_has_no_command(info: PairInfo) -> 
 
 
 def test_a_context_longer_than_the_trained_one_warns(info: PairInfo) -> None:
-    check = checked(info, ctx_seq=8192, settings=EngineSettings(parallel=2))["pair.trained_context"]
+    check = checked(info, ctx_seq=8192, settings=EngineSettings(parallel=2))["pair.context"]
     assert check.status == "warn"
-    assert "8192 tokens is longer than the 4096" in check.message
+    assert "8192 tokens is longer than the trained 4096" in check.message
     assert parsed(check.fix)[1]["ctx"] == 8192, "4,096 for each of two"
-    assert checked(info, ctx_seq=4096)["pair.trained_context"].status == "ok"
+    assert checked(info, ctx_seq=4096)["pair.context"].status == "ok"
 
 
 def test_a_missing_template_warns_and_names_the_one_that_stands_in(info: PairInfo, tmp_path: Path) -> None:

@@ -167,8 +167,8 @@ class _SetupReader:
         if p.ANY_SETUP.search(text):
             for name, pattern, value in p.SETUP:
                 if found := pattern.search(text):
-                    before = self.found.get(name, 0)
-                    self.found[name] = before + 1 if value is p.count else value(found.groups())
+                    told = value(found.groups()) if callable(value) else value
+                    self.found[name] = self.found.get(name, 0) + told if name == "no_memory" else told
         if "unsupported ops" in text or "****" in text:
             self._listing = "unsupported ops" in text
         elif self._listing and (found := p.UNSUPPORTED.search(text)):

@@ -8,7 +8,7 @@ Ollama, and of GNU `time -v`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 COLOURS = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
@@ -31,55 +31,38 @@ TOOLS = (
 )
 """Names of tools, the surest witness first: Ollama runs llama-server, and llama-server prints llama.cpp's lines."""
 
-_Groups = tuple[str | Any, ...]
+Value = Callable[[Sequence[str]], Any] | bool
 
 
-def count(_groups: _Groups) -> int:
-    """The number of lines is the fact."""
-    return 1
-
-
-def _yes(_groups: _Groups) -> bool:
-    return True
-
-
-def _no(_groups: _Groups) -> bool:
-    return False
-
-
-def _word(groups: _Groups) -> str:
-    return str(groups[0])
-
-
-def _numbers(groups: _Groups) -> tuple[int, ...]:
+def _numbers(groups: Sequence[str]) -> tuple[int, ...]:
     return tuple(map(int, groups))
 
 
 _GPU = r"CUDA\d|ROCm\d|Vulkan\d|SYCL\d|Metal|MTL\d|CANN\d|OpenCL"
-_SETUP: tuple[tuple[str, str, Callable[[_Groups], Any]], ...] = (
+_SETUP: tuple[tuple[str, str, Value], ...] = (
     # llama.cpp
     ("layers", r"offloaded (\d{1,9})/(\d{1,9}) layers to GPU", _numbers),
-    ("clip", r"CLIP using (\w+) backend", _word),
+    ("clip", r"CLIP using (\w+) backend", "".join),
     (
         "gpu",
         rf"\b(?:{_GPU})\s+(?:\w+ )?buffer size|library=(?:CUDA|ROCm|Vulkan|Metal|cuda|rocm|metal)\b"
         r"|loaded (?:CUDA|ROCm|HIP|Vulkan|SYCL) backend",
-        _yes,
+        True,
     ),
-    ("no_gpu_build", r"not compiled with GPU offload support", _yes),
-    ("flash_failed", r"flash attention (?:is )?not supported", _yes),
-    ("flash", r"flash attention (?:is )?(?:not supported|disabled)|--?(?:flash-attn|fa) (?:off|0)\b", _no),
-    ("flash", r"flash attention is enabled", _yes),
+    ("no_gpu_build", r"not compiled with GPU offload support", True),
+    ("flash_failed", r"flash attention (?:is )?not supported", True),
+    ("flash", r"flash attention (?:is )?(?:not supported|disabled)|--?(?:flash-attn|fa) (?:off|0)\b", False),
+    ("flash", r"flash attention is enabled", True),
     ("threads", r"n_threads = (\d{1,9})(?: \(n_threads_batch = \d+\))? / (\d{1,9})", _numbers),
-    ("debug", r"warning: (?:asserts enabled|debug build)|^build: .* \(debug\)|\[unoptimized", _yes),
+    ("debug", r"warning: (?:asserts enabled|debug build)|^build: .* \(debug\)|\[unoptimized", True),
     (
         "no_memory",
         r"out of memory|failed to allocate (?:buffer|compute|CUDA)|unable to allocate|cudaMalloc failed",
-        count,
+        True,
     ),
     # Ollama
     ("layers", r"layers\.model=(\d{1,9}) layers\.offload=(\d{1,9})", lambda groups: _numbers(groups)[::-1]),
-    ("parked", r'disabling multimodal projector offload"? reason=([\w-]+)', _word),
+    ("parked", r'disabling multimodal projector offload"? reason=([\w-]+)', "".join),
     ("cut_prompt", r'truncating input prompt"? limit=(\d{1,9}) prompt=(\d{1,9})', _numbers),
     # GNU time
     ("faults", r"Major \(requiring I/O\) page faults: (\d{1,9})", lambda groups: int(groups[0])),
@@ -91,7 +74,7 @@ _SETUP: tuple[tuple[str, str, Callable[[_Groups], Any]], ...] = (
     ),
 )
 SETUP = tuple((name, re.compile(pattern), value) for name, pattern, value in _SETUP)
-"""Fields of a Setup, the pattern of the line that tells them, and the value of its groups."""
+"""Fields of a Setup, the pattern of the line that tells them, and the value, which may depend on its groups."""
 ANY_SETUP = re.compile("|".join(pattern for _name, pattern, _value in _SETUP))
 
 UNSUPPORTED = re.compile(r":\s+([A-Z][A-Z0-9_]+): type = ")
