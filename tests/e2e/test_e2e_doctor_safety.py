@@ -12,7 +12,7 @@ import pytest
 
 from opsin.core.settings import EngineSettings
 from opsin.doctor.pair import read_pair
-from opsin.doctor.trial import trial_check
+from opsin.doctor.safety import trial_check
 from opsin.models.pairing import Pair
 from opsin.native.trial import try_pair
 from synth import write_pair

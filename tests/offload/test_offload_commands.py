@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from opsin.doctor.pair import read_pair
-from opsin.doctor.trial import trial_check
+from opsin.doctor.safety import trial_check
 
 DEVICE = "Vulkan0"
 SCRIPT = Path(__file__).parents[2] / "scripts" / "gpu" / "measure.sh"

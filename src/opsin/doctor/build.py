@@ -1,20 +1,28 @@
-"""Does the installed llama.cpp fit this machine? Version, assertions, CPU instructions, GPUs, threads."""
+"""Does the installed llama.cpp fit this machine, and which command installs one that does?"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from opsin.doctor.check import Check, Status
 from opsin.doctor.host import Gpu, Host, read_host
-from opsin.doctor.install import install_command, missing_tool
 from opsin.native import COMMIT, PACKAGE, PINNED, Build, build_info
 from opsin.native.devices import Device
 
 # Without these the matrix kernels fall back to generic code; others only speed up some types of weights.
 ESSENTIAL = frozenset({"AVX", "AVX2", "FMA", "F16C", "NEON", "DOTPROD"})
 HIDES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GGML_VK_VISIBLE_DEVICES")
+# How a backend is compiled in: its flag, the tool that must be here for it, and where that comes from.
+RECIPES = {
+    "CUDA": ("-DGGML_CUDA=on", "nvcc", "NVIDIA's CUDA toolkit"),
+    "ROCm": ("-DGGML_HIP=on", "hipconfig", "AMD's ROCm with HIP"),
+    "Metal": ("-DGGML_METAL=on", "", ""),
+    "Vulkan": ("-DGGML_VULKAN=on", "glslc", "the Vulkan SDK"),
+    "BLAS": ("-DGGML_BLAS=on", "", ""),
+}
 _ANY_GPU = frozenset({"Vulkan", "SYCL", "OpenCL"})  # backends that serve cards of several makers
 
 
@@ -116,13 +124,13 @@ def _gpu(build: Build, host: Host, environment: Mapping[str, str]) -> Check:
         "seen": [{"name": device.name, "description": device.description} for device in seen],
     }
     if not usable:
-        if not seen and any(gpu.trouble for gpu in host.gpus):
-            return Check(name, "warn", "A GPU cannot be used until build.driver is fixed.", evidence)
-        if not seen and any(device.is_gpu for device in build.devices):
+        message = f"llama.cpp computes on {_names(seen)}." if seen else "No GPU here: everything runs on the CPU."
+        if not seen and host.gpus:
+            message = "A GPU cannot be used until build.driver is fixed."
+        elif not seen and any(device.is_gpu for device in build.devices):
             message = "The only GPU is made of software: what is offloaded to it runs on the CPU; offload nothing."
-            return Check(name, "warn", message, evidence)
-        where = f"llama.cpp computes on {_names(seen)}." if seen else "No GPU here: everything runs on the CPU."
-        return Check(name, "ok", where, evidence)
+        nothing = seen or not (host.gpus or any(device.is_gpu for device in build.devices))
+        return Check(name, "ok" if nothing else "warn", message, evidence)
     if _lacks_backend(build, host):
         command, note = _install_for(usable[0], build, host)
         message = f"{_no_backend(usable[0])}, so it is not used: install one{note}."
@@ -176,3 +184,37 @@ def _no_backend(gpu: Gpu) -> str:
 
 def _names(devices: Any) -> str:
     return ", ".join(device.name for device in devices)
+
+
+def missing_tool(host: Host, backend: str) -> str:
+    """What must be installed before that backend can be compiled; empty if nothing is missing."""
+    _, tool, source = RECIPES.get(backend, ("", "", ""))
+    return f"{tool} of {source}" if tool and tool not in host.tools else ""
+
+
+def install_command(host: Host, backends: Iterable[str] = (), extra: Sequence[str] = (), *, fresh: bool = False) -> str:
+    """A POSIX shell line that compiles the pinned version with these backends and extra CMake flags.
+
+    `fresh`: nothing is installed yet, so dependencies are installed too.
+    """
+    wanted = sorted({name for name in backends if name in RECIPES})
+    flags = [*(RECIPES[name][0] for name in wanted), *extra]
+    assignments = []
+    if "CUDA" in wanted and host.tools.get("nvcc") == "/usr/local/cuda/bin/nvcc":
+        assignments.append("CUDACXX=/usr/local/cuda/bin/nvcc")  # CMake looks in the search path only
+    if "ROCm" in wanted and "hipconfig" in host.tools:
+        assignments += ['HIPCXX="$(hipconfig -l)/clang"', 'HIP_PATH="$(hipconfig -R)"']
+    if flags:
+        assignments.append(f'CMAKE_ARGS="{" ".join(flags)}"')
+    first = "" if host.pip or "uv" in host.tools else f"{shlex.quote(host.python)} -m ensurepip && "
+    # A wheel would ignore the flags.
+    words = shlex.join([*_pip(host, fresh=fresh), "--no-binary", PACKAGE])
+    return first + " ".join([*assignments, words, f'"{PACKAGE}=={PINNED}"'])
+
+
+def _pip(host: Host, *, fresh: bool) -> list[str]:
+    if not host.pip and "uv" in host.tools:
+        again = [] if fresh else ["--reinstall-package", PACKAGE, "--no-deps"]
+        return [host.tools["uv"], "pip", "install", "--python", host.python, *again, "--no-cache"]
+    again = [] if fresh else ["--force-reinstall", "--no-deps"]
+    return [host.python, "-m", "pip", "install", *again, "--no-cache-dir"]

@@ -14,8 +14,7 @@ from opsin.doctor.build import build_checks
 from opsin.doctor.check import Check, means_cpu, worst
 from opsin.doctor.pair import LoadedFacts, PairInfo, pair_checks, read_pair
 from opsin.doctor.placement import placement_checks
-from opsin.doctor.room import room_checks
-from opsin.doctor.trial import trial_check
+from opsin.doctor.safety import room_checks, trial_check
 from opsin.engine import Engine
 from opsin.models import Pair, resolve
 from opsin.native import NativeBackend, build_info, devices

@@ -51,7 +51,7 @@ def placement_checks(
     used = {name for graph in graphs.values() for name in graph}
     gpus = [device for device in devices if device.is_gpu and (device.name in used or not in_software(device))]
     gpus.sort(key=lambda device: (device.name not in used, device.type != "gpu"))
-    checks = [_where(name, graph, placement, gpus, settings, unused) for name, graph in graphs.items()]
+    checks = [_where(name, placement, gpus, settings, unused) for name in graphs]
     return [*checks, _layers(placement, gpus, settings), _fallback(graphs, placement, settings), _splits(graphs)]
 
 
@@ -61,17 +61,13 @@ def _main(graph: Mapping[str, BackendShare]) -> str:
 
 
 def _where(
-    name: str,
-    graph: Mapping[str, BackendShare],
-    placement: Placement,
-    gpus: list[Device],
-    settings: EngineSettings,
-    unused: Check | None,
+    name: str, placement: Placement, gpus: list[Device], settings: EngineSettings, unused: Check | None
 ) -> Check:
     """`placement.encoder`, `placement.language_model`: fails where a GPU is here and most ran on the CPU.
 
     A GPU that shares the CPU's memory may be no faster, so that is only a warning.
     """
+    graph = placement.encoder if name == "encoder" else placement.language_model
     evidence = {"backends": placement.as_dict()[name], "notes": list(placement.notes)}
     check = f"placement.{name}"
     shares = ", ".join(f"{share.share_of_ops:.0%} on {backend}" for backend, share in graph.items())

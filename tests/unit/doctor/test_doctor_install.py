@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
+from opsin.doctor.build import RECIPES, install_command, missing_tool
 from opsin.doctor.host import Host
-from opsin.doctor.install import RECIPES, install_command, missing_tool
 from opsin.native import PINNED
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell line")

@@ -16,7 +16,7 @@ from opsin.core.errors import ModelNotFound
 from opsin.core.settings import EngineSettings
 from opsin.doctor.check import Check
 from opsin.doctor.pair import read_pair
-from opsin.doctor.trial import trial_check
+from opsin.doctor.safety import trial_check
 from opsin.models.pairing import Pair
 from opsin.native.devices import Device
 from opsin.native.trial import Trial, try_pair

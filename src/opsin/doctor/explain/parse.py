@@ -281,7 +281,10 @@ def _answer(text: str, book: _Book) -> None:
             book.finish()
         for name, number, word in pairs:
             _pair(book, name, number, word)
-    text = text[:_LONGEST_FACT]
+    _plain_answer(text[:_LONGEST_FACT], book)
+
+
+def _plain_answer(text: str, book: _Book) -> None:
     if found := p.VERBOSE.search(text):
         name, value = found[1].replace(" ", "_"), found[2]
         if name.endswith("duration"):

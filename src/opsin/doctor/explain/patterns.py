@@ -43,12 +43,8 @@ _SETUP: tuple[tuple[str, str, Value], ...] = (
     # llama.cpp
     ("layers", r"offloaded (\d{1,9})/(\d{1,9}) layers to GPU", _numbers),
     ("clip", r"CLIP using (\w+) backend", "".join),
-    (
-        "gpu",
-        rf"\b(?:{_GPU})\s+(?:\w+ )?buffer size|library=(?:CUDA|ROCm|Vulkan|Metal|cuda|rocm|metal)\b"
-        r"|loaded (?:CUDA|ROCm|HIP|Vulkan|SYCL) backend",
-        True,
-    ),
+    ("gpu", rf"\b(?:{_GPU})\s+(?:\w+ )?buffer size|library=(?i:CUDA|ROCm|Vulkan|Metal)\b", True),
+    ("gpu", r"loaded (?:CUDA|ROCm|HIP|Vulkan|SYCL) backend", True),
     ("no_gpu_build", r"not compiled with GPU offload support", True),
     ("flash_failed", r"flash attention (?:is )?not supported", True),
     ("flash", r"flash attention (?:is )?(?:not supported|disabled)|--?(?:flash-attn|fa) (?:off|0)\b", False),
