@@ -51,7 +51,7 @@ def test_a_projector_on_which_llama_cpp_aborts_is_a_finding(
     bad = damaged(pair, tmp_path, key, old, new)
     check = trial_check(read_pair(replace(pair, mmproj=bad)), ON_CPU, folder=tmp_path / "trials")
     assert check.status == "fail"
-    assert "died of SIGABRT while an image was encoded (encode) with mmproj-damaged.gguf" in check.message
+    assert "died of SIGABRT in the stage 'encode' with mmproj-damaged.gguf" in check.message
     assert (check.evidence["end"], check.evidence["stage"], check.evidence["signal"]) == (
         "crashed",
         "encode",

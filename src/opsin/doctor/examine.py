@@ -11,7 +11,7 @@ from opsin.core.parts import PicturePart
 from opsin.core.settings import EngineSettings
 from opsin.doctor.behaviour import behaviour_checks, drawn_image
 from opsin.doctor.build import build_checks
-from opsin.doctor.check import Check, means_cpu, worst
+from opsin.doctor.check import Check, worst
 from opsin.doctor.pair import LoadedFacts, PairInfo, pair_checks, read_pair
 from opsin.doctor.placement import placement_checks
 from opsin.doctor.safety import room_checks, trial_check
@@ -52,8 +52,7 @@ def examine(
         info = read_pair(_pair(settings), settings)
         settings = settings.model_copy(update={"model": info.pair.llm, "mmproj": info.pair.mmproj})
         present = devices()
-        on_cpu = means_cpu(settings.mmproj_device) or not any(device.is_gpu for device in present)
-        facts = LoadedFacts(ubatch=settings.ubatch, on_cpu=on_cpu, settings=settings)
+        facts = LoadedFacts(ubatch=settings.ubatch, settings=settings)
         headers = pair_checks(info, facts)
         safe = []
         if worst(headers) != "fail":

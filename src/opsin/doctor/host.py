@@ -51,8 +51,7 @@ class Gpu:
 class Host:
     """A host and the Python that looks at it.
 
-    `cores` are logical; `allowed` are those this process may run on, `quota` is its CPU time in cores (None: no
-    limit), `threads` are what Opsin starts. `tools` maps build tools to their paths.
+    `allowed` are the cores this process may run on, `quota` is its CPU time in cores (None: no limit).
     """
 
     system: str = "Linux"
@@ -105,14 +104,12 @@ def read_host(root: Path = Path("/"), run: Run = run_command) -> Host:
 
 
 def cpu_quota(root: Path) -> float | None:
-    """Cores' worth of time that the control groups (version 2 or 1) allow; None: no limit."""
-    return min((limit for group in control_groups(root, "cpu") for limit in _quota_of(group)), default=None)
+    """Cores' worth of time that the control groups allow; None: no limit."""
+    return min((limit for group in control_groups(root) for limit in _quota_of(group)), default=None)
 
 
 def _quota_of(group: Path) -> list[float]:
-    words = (
-        read(group / "cpu.max") or f"{read(group / 'cpu.cfs_quota_us')} {read(group / 'cpu.cfs_period_us')}"
-    ).split()
+    words = read(group / "cpu.max").split()
     return [int(words[0]) / int(words[1])] if len(words) == 2 and all(map(str.isdigit, words)) else []
 
 

@@ -28,8 +28,7 @@ _UNDER_8_BITS = ("Q2", "Q3", "Q4", "IQ1", "IQ2", "IQ3", "IQ4", "TQ", "MXFP4", "N
 class PairInfo:
     """All that the headers of a pair say, read once.
 
-    `parts` are the files of the language model, `template` is its chat template, `facts` are the sizes that memory
-    depends on. `mismatch` says why the two do not belong together, `doubt` why they may not.
+    `parts` are the language model's files, `mismatch` why the two do not belong together, `doubt` why they may not.
     """
 
     pair: Pair
@@ -63,8 +62,7 @@ def read_pair(pair: Pair, settings: EngineSettings | None = None) -> PairInfo:
 class LoadedFacts:
     """What the headers do not tell; the checks of what is None are left out.
 
-    `eog_texts` are the tokens that end a turn, `image_tokens` those of one image, `causal` is False where an image
-    attends in both directions. `ctx_seq` is what one sequence may hold in tokens. `settings` are what fixes start from.
+    `causal` is False where an image attends in both directions. `ctx_seq` is what one sequence may hold in tokens.
     """
 
     template: TemplateSource | None = None
@@ -73,7 +71,6 @@ class LoadedFacts:
     causal: bool = True
     ubatch: int = EngineSettings.model_fields["ubatch"].default
     ctx_seq: int | None = None
-    on_cpu: bool = True
     settings: EngineSettings = field(default_factory=EngineSettings)
 
     def command(self, info: PairInfo, *words: object, **update: object) -> str:
@@ -89,7 +86,7 @@ def pair_checks(info: PairInfo, facts: LoadedFacts | None = None) -> list[Check]
     projector = info.facts.projector
     tokens = facts.image_tokens or (projector.tokens if projector else None)
     if info.mmproj is not None and worst(checks) != "fail":
-        checks.append(_quantisation(info.mmproj, on_cpu=facts.on_cpu))
+        checks.append(_quantisation(info.mmproj))
         checks += [_ubatch(info, facts, tokens)] if tokens else []
         checks += [_context(info, facts, tokens, facts.ctx_seq)] if tokens and facts.ctx_seq else []
     return checks + _template(info, facts)
@@ -132,7 +129,7 @@ def _get_projector(info: PairInfo, facts: LoadedFacts) -> str | None:
     return f"opsin pull {row.name}" if row else None
 
 
-def _quantisation(mmproj: GgufInfo, *, on_cpu: bool) -> Check:
+def _quantisation(mmproj: GgufInfo) -> Check:
     name, kind = "pair.quantisation", mmproj.quantisation
     evidence = {"quantisation": kind, "tensor_types": dict(mmproj.tensor_types)}
     if mmproj.is_all_f32:
@@ -144,8 +141,7 @@ def _quantisation(mmproj: GgufInfo, *, on_cpu: bool) -> Check:
     if kind.startswith(_UNDER_8_BITS):
         message = f"{mmproj.path.name} is {kind}: so few bits blur what the encoder sees; take its q8_0 or f16 file."
         return Check(name, "warn", message, evidence)
-    faster = "; on some CPUs a bf16 or q8_0 one is faster" if on_cpu and kind == "F16" else ""
-    return Check(name, "ok", f"The projector is {kind}{faster}.", evidence)
+    return Check(name, "ok", f"The projector is {kind}.", evidence)
 
 
 def _ubatch(info: PairInfo, facts: LoadedFacts, tokens: int) -> Check:
@@ -219,16 +215,16 @@ def _template(info: PairInfo, facts: LoadedFacts) -> list[Check]:
     rendered = "".join(part.text for part in prompt.parts if isinstance(part, TextPart))
     tail, ends = rendered.partition(_ANSWER)[2], sorted(text for text in facts.eog_texts if text)
     written = next((text for text in (*ends, *prompt.stop) if text in tail), None)
-    evidence = {"after_answer": tail, "end_tokens": ends, "stop_strings": list(prompt.stop)}
+    told = {"after_answer": tail, "end_tokens": ends, "stop_strings": list(prompt.stop)}
     if written:
-        return [*checks, Check("pair.end", "ok", f"The template ends an answer with {written!r}.", evidence)]
+        return [*checks, Check("pair.end", "ok", f"The template ends an answer with {written!r}.", told)]
     message = (
         f"The template writes {tail!r} behind an answer and none of the tokens that end one "
         f"({', '.join(ends) or 'the model has none'}), so answers may not end by themselves: take a newer GGUF file; "
         "until then a smaller --max-tokens bounds them."
     )
     fix = facts.command(info, "--max-tokens", _ANSWER_TOKENS)
-    return [*checks, Check("pair.end", "warn", message, evidence, fix)]
+    return [*checks, Check("pair.end", "warn", message, told, fix)]
 
 
 def _source_by_header(info: PairInfo) -> TemplateSource:

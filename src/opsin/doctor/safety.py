@@ -19,14 +19,6 @@ from opsin.native.records import fingerprint, keep_record, read_record, record_f
 from opsin.native.trial import Trial, try_pair
 
 _NAME = "safety.trial"
-_DOING = {
-    "start": "before it was loaded",
-    "load": "while it was loaded",
-    "projector": "while its projector was loaded",
-    "encode": "while an image was encoded",
-    "prefill": "while the prompt was read",
-    "decode": "while an answer was written",
-}
 _MEANING = {
     "SIGKILL": "most likely the system ended it for want of memory, see room.memory",
     "SIGILL": "this build uses instructions that this CPU lacks, install one that was built here",
@@ -93,10 +85,10 @@ def trial_check(
         return Check(_NAME, "ok", f"{llm.name} was loaded and asked in a process of its own.", evidence)
     if done.end == "refused":
         last = done.lines[-1] if done.lines else "it said nothing"
-        return Check(_NAME, "fail", f"The pair cannot be used {_DOING[done.stage]}: {last}", evidence)
+        return Check(_NAME, "fail", f"The pair was refused in the stage {done.stage!r}: {last}", evidence)
     what = f"died of {done.signal}" if done.end == "crashed" else f"hung for {done.seconds:.0f} s"
     mend, change = _advice(info, done, chosen, gpu=any(device.is_gpu for device in here))
-    message = f"llama.cpp {what} {_DOING[done.stage]} ({done.stage}) with {(mmproj or llm).name}: {mend}."
+    message = f"llama.cpp {what} in the stage {done.stage!r} with {(mmproj or llm).name}: {mend}."
     fix = serve_command(chosen, model=llm, mmproj=mmproj, **change) if change else None
     return Check(_NAME, "fail", message, evidence, fix)
 

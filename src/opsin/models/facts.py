@@ -16,8 +16,8 @@ _TYPES = {name: (values, size) for name, values, size in TENSOR_TYPES.values()}
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 _LOOKED_UP = ("token_embd", "position_embd", "token_types", "per_layer_token_embd")
 _ALIGNMENT = 32
-# From `tools/mtmd/clip.cpp` and `mtmd.cpp` of the pinned llama.cpp: patches a side that become one token, where the file
-# does not say; most tokens of an image, of projectors that keep its size; projectors that attend in both directions.
+# From llama.cpp's `clip.cpp` and `mtmd.cpp`: patches a side that become one token, where the file does not say; most
+# tokens of an image, of projectors that keep its size; projectors that attend in both directions.
 _MERGE = {"gemma3": 4, "gemma4v": 3, "qwen2vl_merger": 2, "qwen2.5vl_merger": 2, "qwen3vl_merger": 2, "glm4v": 2}
 _MOST_TOKENS = {"gemma4v": 1120, "kimivl": 1024, "lfm2": 256, "pixtral": 1024}
 _MOST_TOKENS |= dict.fromkeys(("glm4v", "qwen2.5vl_merger", "qwen2vl_merger", "qwen3vl_merger"), 4096)

@@ -157,8 +157,6 @@ class MemoryPlanner:
         named = pick(self.settings.mmproj_device, "--mmproj-device", tuple(self.devices))
         return named.name if named else HOST
 
-    # ---- what to try, the best first
-
     def plans(self) -> Iterator[MemoryPlan]:
         """All layers with a shrinking context, then fewer layers, then a context that is uncomfortable."""
         contexts, count = self._contexts(), len(self.pair.model.layers) + 1
@@ -199,8 +197,6 @@ class MemoryPlanner:
         sizes = [asked, *(size for size in _UBATCHES if size < asked == default)]
         padded = -(-least // 64) * 64
         return list(dict.fromkeys(min(size if size >= least else padded, ctx) for size in sizes))
-
-    # ---- what a choice needs
 
     def _planned(self, ctx: int, ubatch: int, gpu_layers: int) -> MemoryPlan:
         layers = self._layers(gpu_layers)
@@ -274,8 +270,6 @@ class MemoryPlanner:
         if projector is not None and self._vision_device == HOST and not self._vision_flash:
             rest += projector.patches**2 * projector.heads * 2
         return _BOOKKEEPING + _TOKEN * model.vocabulary + rest
-
-    # ---- what fits
 
     def best(self) -> MemoryPlan | None:
         """The first that fits with room to spare; else one of comfortable size whose mapped weights need not fit.

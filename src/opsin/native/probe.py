@@ -103,7 +103,7 @@ def flops(name: str, node: Tensor) -> float:
         return 2.0 * math.prod(left.ne[1:]) * right.ne[1] * (left.ne[0] + (third or left).ne[0])
     if name in {"CONV_2D", "CONV_3D"}:
         return 2.0 * math.prod(left.ne[:3]) * values  # the kernel [w, h, in, out]
-    return 2.0 * left.ne[0] * left.ne[1] * values if name == "CONV_2D_DW" else values
+    return values
 
 
 def probe_placement(model: Model, encoder: Encoder | None, stretches: Stretches, settings: EngineSettings) -> Placement:

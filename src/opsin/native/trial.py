@@ -34,6 +34,7 @@ from opsin.native.records import fingerprint, keep_record, read_record, record_f
 from opsin.native.vision import Encoder
 
 Stage = Literal["start", "load", "projector", "encode", "prefill", "decode"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
 
 _SECONDS = 120.0
 _BYTES_A_SECOND = 50e6  # a slow disk; a first load reads the whole files
@@ -94,7 +95,7 @@ def try_pair(
         out, err, code, end = late.stdout or b"", late.stderr or b"", 0, "hung"
     said, lines = (text.decode("utf-8", "replace").splitlines() for text in (out, err))
     cause = next((known.name for known in signal.Signals if known == -code), f"signal {-code}") if code < 0 else None
-    stage = next((stage for stage in reversed(get_args(Stage)) if f"stage {stage}" in said), "start")
+    stage: Stage = next((stage for stage in reversed(STAGES) if f"stage {stage}" in said), "start")
     told = tuple(line.strip()[:_LINE_CHARS] for line in lines if line.strip())[-_LINES:]
     return Trial(end, stage, cause, told, time.perf_counter() - started)
 
@@ -126,11 +127,7 @@ def ensure_loadable(
     if done.signal == "SIGKILL":
         raise ModelError(f"The system ended a trial of {model.name}, most likely for lack of memory: free some.")
     blamed = mmproj if mmproj is not None and done.stage in {"projector", "encode"} else model
-    mend = f"the file may be damaged; download {blamed.name} again, or take another quantisation"
-    if done.signal == "SIGILL":
-        mend = "this build uses instructions that this CPU lacks; install one that was built here"
-    elif done.stage == "encode":
-        mend = "if all of it is f32, use its f16 file or convert it to f16; else download it again"
+    mend = "download it again, or take its f16 file or another quantisation (`opsin doctor` tells more)"
     what = f"crashes ({done.signal})" if done.signal else f"hangs (for {done.seconds:.0f} s)"
     raise ModelUnreadable(f"llama.cpp {what} on {blamed.name} in the stage {done.stage!r} of a trial: {mend}.")
 

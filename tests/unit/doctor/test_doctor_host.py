@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from opsin.doctor.host import Gpu, cpu_quota, read_gpus, read_host, run_command
-from opsin.native.devices import free_memory
 
 SMI = "nvidia-smi"
 GIB = 1 << 30
@@ -149,28 +148,6 @@ def test_a_container_whose_path_is_the_hosts_reads_its_own_mount(tmp_path: Path,
     write(tmp_path, "proc/self/cgroup", f"0::{group}\n")
     write(tmp_path, "sys/fs/cgroup/cpu.max", "200000 100000\n")
     assert cpu_quota(tmp_path) == 2.0
-
-
-def test_control_groups_of_version_1_are_read_too(tmp_path: Path) -> None:
-    write(tmp_path, "proc/self/cgroup", "4:memory:/m\n2:cpu,cpuacct:/x\n1:name=systemd:/\n")
-    write(tmp_path, "sys/fs/cgroup/cpu/x/cpu.cfs_quota_us", "50000\n")
-    write(tmp_path, "sys/fs/cgroup/cpu/x/cpu.cfs_period_us", "100000\n")
-    # Another controller's group of that name is somebody else's.
-    write(tmp_path, "sys/fs/cgroup/cpu/m/cpu.cfs_quota_us", "10000\n")
-    write(tmp_path, "sys/fs/cgroup/cpu/m/cpu.cfs_period_us", "100000\n")
-    assert cpu_quota(tmp_path) == 0.5
-    write(tmp_path, "sys/fs/cgroup/cpu/x/cpu.cfs_quota_us", "-1\n")
-    assert cpu_quota(tmp_path) is None
-
-
-def test_version_1_tells_what_files_take_in_the_groups_below_too(tmp_path: Path) -> None:
-    write(tmp_path, "proc/meminfo", f"MemAvailable: {8 << 20} kB\n")
-    write(tmp_path, "proc/self/cgroup", "7:\n4:memory:/m\n")
-    group = "sys/fs/cgroup/memory/m/memory"
-    for name, value in (("limit_in_bytes", 4 * GIB), ("usage_in_bytes", 3 * GIB)):
-        write(tmp_path, f"{group}.{name}", f"{value}\n")
-    write(tmp_path, f"{group}.stat", f"inactive_file 0\ntotal_inactive_file {GIB}\n")
-    assert free_memory([], tmp_path) == {"CPU": 2 * GIB}
 
 
 @pytest.mark.parametrize(

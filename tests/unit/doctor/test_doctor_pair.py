@@ -134,7 +134,7 @@ def test_a_width_that_the_file_does_not_tell_is_left_to_llama_cpp(info: PairInfo
         ("F32", {"F32": 50}, "warn", "--outtype f16"),
         ("Q4_K_M", {"Q4_K": 40, "F32": 20}, "warn", "so few bits"),
         ("IQ3_S", {"IQ3_S": 40, "F32": 20}, "warn", "so few bits"),
-        ("F16", {"F16": 40, "F32": 20}, "ok", "bf16 or q8_0"),
+        ("F16", {"F16": 40, "F32": 20}, "ok", "is F16"),
         ("Q8_0", {"Q8_0": 40, "F32": 20}, "ok", "is Q8_0"),
     ],
 )

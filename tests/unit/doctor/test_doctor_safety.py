@@ -69,7 +69,7 @@ def test_a_child_that_dies_tells_its_stage_and_signal(pair: Pair, tmp_path: Path
     check = checked(pair, tmp_path, done)
     assert check.status == "fail"
     assert f"died of SIG{name}" in check.message
-    assert f"({stage})" in check.message
+    assert f"stage {stage!r}" in check.message
     assert check.evidence["lines"] == ["GGML_ASSERT"]
 
 
@@ -80,7 +80,7 @@ def test_a_child_that_hangs_is_ended(pair: Pair, tmp_path: Path) -> None:
     check = checked(pair, tmp_path, done)
     assert check.status == "fail"
     assert "hung for 0 s" in check.message
-    assert "while the prompt was read (prefill)" in check.message
+    assert "in the stage 'prefill'" in check.message
 
 
 def test_a_child_that_ends_well_and_one_that_refuses(pair: Pair, tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_a_child_that_ends_well_and_one_that_refuses(pair: Pair, tmp_path: Path)
     assert (done.end, done.stage) == ("refused", "load")
     check = checked(pair, tmp_path / "other", done)
     assert check.status == "fail"
-    assert check.message == "The pair cannot be used while it was loaded: There is no device CUDA7."
+    assert check.message == "The pair was refused in the stage 'load': There is no device CUDA7."
 
 
 def test_a_child_is_given_the_pair_the_settings_and_the_last_stage(pair: Pair) -> None:

@@ -38,10 +38,8 @@ class StageRow:
 class Request:
     """What one request says of itself; None where the log is silent. Times in milliseconds.
 
-    `prompt_ms`, `eval_ms`, `sample_ms` and `total_ms` are the tool's own timers, `wall_ms` what its caller measured.
-    `prompt_n` and `eval_n` are what the timers counted, `prompt_tokens` and `completion_tokens` what `usage` says.
-    `encode_ms` has one entry per image or slice. `end_tokens` is the fill of the context when it stopped, `kv_full` how
-    often a batch found no cells. `line` is where it began.
+    `wall_ms` is what the tool's caller measured, the others are its own timers. `prompt_n` and `eval_n` are what the
+    timers counted, `*_tokens` what `usage` says. `kv_full`: how often a batch found no cells. `line`: where it began.
     """
 
     line: int = 0
@@ -54,7 +52,6 @@ class Request:
     wall_ms: float | None = None
     prompt_n: int | None = None
     eval_n: int | None = None
-    sample_n: int | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     total_tokens: int | None = None
@@ -187,9 +184,8 @@ def _rate(count: int | None, ms: float) -> str:
 class Setup:
     """Placement, build and memory; None and empty where the log is silent.
 
-    `layers` are those on a GPU and all of them. `flash` is False when flash attention is off or not supported, with
-    `flash_failed` for the latter. `loads` counts how often one model was loaded, `load_s` the seconds that are known.
-    `faults` are major page faults, `cpu_share` the share of one core that the process got (both of GNU time).
+    `layers` are those on a GPU and all of them. `loads` counts loads of one model, `load_s` the seconds of those that
+    are known. `faults` are major page faults, `cpu_share` the share of one core that the process got.
     """
 
     clip: str | None = None

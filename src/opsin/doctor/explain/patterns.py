@@ -86,8 +86,8 @@ TIMERS = {
     "load": ("load_ms", ""),
     "prompt eval": ("prompt_ms", "prompt_n"),
     "eval": ("eval_ms", "eval_n"),
-    "sample": ("sample_ms", "sample_n"),
-    "sampling": ("sample_ms", "sample_n"),
+    "sample": ("sample_ms", ""),
+    "sampling": ("sample_ms", ""),
     "total": ("total_ms", ""),
 }
 """llama.cpp's timers: the fields of a request for their time and for their count."""

@@ -15,11 +15,9 @@ from opsin.doctor.explain.facts import Facts, Request, Setup
 
 Where = Literal["load", "encode", "prefill", "decode", "all"]
 _Found = Mapping[str, Any] | None
-SHORT = 64
-"""Tokens of the answer with which a runaway one is compared: a sentence or two about an image."""
+SHORT = 64  # tokens of the answer with which a runaway one is compared
 _LEAST_RUNAWAY = 256
-_SMALL_BATCH = 256
-"""Tokens of an image in one batch below which the batches, not the image, set the pace."""
+_SMALL_BATCH = 256  # tokens of an image in one batch, below which the batches set the pace
 _MANY_FAULTS = 10_000
 _STARVED_MS = 500.0
 _SLOW_PREFILL = 50.0  # tokens a second
@@ -30,10 +28,8 @@ _LONG = 256  # tokens of an answer
 class Cause:
     """One cause.
 
-    `name` stays the same from version to version. `seconds` is what it costs, `at_most` if the log only bounds it by
-    the stage that it slows (None: the log does not say), and `arithmetic` the sum by which that was found.
-    `saves_seconds` is what the remedy is expected to save, None where the log cannot tell. A `symptom` names a stage
-    that is slow for a reason that the log does not show; it is left out where a cause for the same stage is known.
+    `seconds` is what it costs (None: not told), by the sum in `arithmetic`; `at_most`: the log only bounds it. A
+    `symptom` names a slow stage without a reason in the log; it is left out where a cause of that stage is known.
     """
 
     name: str
@@ -53,10 +49,9 @@ class Cause:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One row. `find` looks at facts, setup and slowest request, and gives None or what fills the sentences.
+    """One row. `find` looks at facts, setup and slowest request, and gives a false value or what fills the sentences.
 
-    It also gives `ms` and `sums`, and `saves` in milliseconds where the log tells; with `cost` these come from there,
-    as a bound. The cause counts from `least_ms` and from `share` of the request's time on.
+    It also gives `ms`, `sums` and `saves` (ms), or `cost` gives a bound. The cause counts from `least_ms` and `share`.
     """
 
     name: str
@@ -292,7 +287,7 @@ RULES = (
          "take a newer llama.cpp, or another backend for this device (CUDA or ROCm instead of Vulkan)", _encoder),
     Rule("no_flash_attention", "encode", lambda _f, s, r: _no_flash(s, r),
          "The encoder works without flash attention ({reason}): slower, most of all for large images.",
-         "leave it on auto (--flash-attn auto; llama-cpp-python's handlers turn it off), or update llama.cpp", _encoder),
+         "leave it on auto (--flash-attn auto; llama-cpp-python's handlers turn it off), or update it", _encoder),
     Rule("no_gpu", "all", lambda _f, s, _r: _no_gpu(s), "{told}",
          "install a build for this GPU (opsin doctor gives the command), and set -ngl 99 (n_gpu_layers=-1)", _model),
     Rule("partial_offload", "all",
