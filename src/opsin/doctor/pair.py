@@ -130,60 +130,52 @@ def _get_projector(info: PairInfo, facts: LoadedFacts) -> str | None:
 
 
 def _quantisation(mmproj: GgufInfo) -> Check:
-    name, kind = "pair.quantisation", mmproj.quantisation
-    evidence = {"quantisation": kind, "tensor_types": dict(mmproj.tensor_types)}
+    kind = mmproj.quantisation
+    status: Status = "warn"
+    message = f"{mmproj.path.name} is {kind}: so few bits blur what the encoder sees; take its q8_0 or f16 file."
     if mmproj.is_all_f32:
         message = (
             f"All of {mmproj.path.name} is f32: twice the memory and time of f16 for the same embeddings, and some "
             "llama.cpp builds crash on it; take the f16 file, or convert the model with --outtype f16."
         )
-        return Check(name, "warn", message, evidence)
-    if kind.startswith(_UNDER_8_BITS):
-        message = f"{mmproj.path.name} is {kind}: so few bits blur what the encoder sees; take its q8_0 or f16 file."
-        return Check(name, "warn", message, evidence)
-    return Check(name, "ok", f"The projector is {kind}.", evidence)
+    elif not kind.startswith(_UNDER_8_BITS):
+        status, message = "ok", f"The projector is {kind}."
+    return Check("pair.quantisation", status, message, {"quantisation": kind})
 
 
 def _ubatch(info: PairInfo, facts: LoadedFacts, tokens: int) -> Check:
-    name, evidence = "pair.ubatch", {"image_tokens": tokens, "ubatch_tokens": facts.ubatch, "causal": facts.causal}
+    """An image that attends in both directions must go in one ubatch; small ones read all weights many times."""
+    evidence = {"image_tokens": tokens, "ubatch_tokens": facts.ubatch, "causal": facts.causal}
     slices, larger = -(-tokens // facts.ubatch), _padded(tokens, 256)
+    message = f"An image's {tokens} tokens go in {slices} ubatches of {facts.ubatch}"
     if slices == 1 or (facts.causal and facts.ubatch >= _SMALL_UBATCH):
-        return Check(name, "ok", f"An image's {tokens} tokens go in {slices} ubatches of {facts.ubatch}.", evidence)
-    fix = facts.command(info, ubatch=larger)
+        return Check("pair.ubatch", "ok", f"{message}.", evidence)
     if not facts.causal:
-        message = (
-            f"An image's {tokens} tokens attend in both directions and must go in one ubatch, "
-            f"which holds {facts.ubatch}: give --ubatch {larger}."
-        )
-        return Check(name, "fail", message, evidence, fix)
-    message = (
-        f"An image's {tokens} tokens go in {slices} ubatches of {facts.ubatch}, each of which reads all weights: "
-        f"give --ubatch {larger}."
-    )
-    return Check(name, "warn", message, evidence, fix)
+        message = f"An image's {tokens} tokens must go in one ubatch, which holds {facts.ubatch}"
+    fix = facts.command(info, ubatch=larger)
+    status: Status = "warn" if facts.causal else "fail"
+    return Check("pair.ubatch", status, f"{message}: give --ubatch {larger}.", evidence, fix)
 
 
 def _context(info: PairInfo, facts: LoadedFacts, tokens: int, ctx: int) -> Check:
-    name, trained = "pair.context", info.llm.context or ctx
-    evidence = {"image_tokens": tokens, "context_tokens": ctx, "trained_context_tokens": info.llm.context}
-    left, least = ctx - tokens - _TEXT_TOKENS, tokens + _TEXT_TOKENS
+    name, trained, least = "pair.context", info.llm.context, tokens + _TEXT_TOKENS
+    evidence = {"image_tokens": tokens, "context_tokens": ctx, "trained_context_tokens": trained}
     need = _padded(least + 4 * _ANSWER_TOKENS, 1024)
-    total = (trained if need > (info.llm.context or need) else need) * facts.settings.parallel
-    fix = facts.command(info, ctx=total)
-    if left >= _ANSWER_TOKENS and ctx <= trained:
-        return Check(name, "ok", f"The context of {ctx} tokens holds an image, a question and an answer.", evidence)
-    if left >= _ANSWER_TOKENS:
-        message = f"The context of {ctx} tokens is longer than the trained {trained}: answers behind that are nonsense;"
-        total = trained * facts.settings.parallel
-        return Check(name, "warn", f"{message} give --ctx {total}.", evidence, facts.command(info, ctx=total))
-    if info.llm.context is not None and info.llm.context < least:
+    status: Status = "warn"
+    if trained is not None and trained < least:
         message = f"One image's {tokens} tokens exceed what the model was trained on: give fewer --image-max-tokens."
         return Check(name, "fail", message, evidence)
-    if left < 0:
-        message = f"One image's {tokens} tokens and a question do not fit the context of {ctx} tokens:"
-        return Check(name, "fail", f"{message} give --ctx {total}.", evidence, fix)
-    message = f"An image of {tokens} tokens leaves {left} of {ctx} for the answer, which will be cut:"
-    return Check(name, "warn", f"{message} give --ctx {total}.", evidence, fix)
+    if ctx < least:
+        status, message = "fail", f"One image's {tokens} tokens and a question do not fit the context of {ctx} tokens"
+    elif ctx < least + _ANSWER_TOKENS:
+        message = f"An image of {tokens} tokens leaves {ctx - least} of {ctx} for the answer, which will be cut"
+    elif trained is not None and ctx > trained:
+        message = f"The context of {ctx} tokens is longer than the trained {trained}: answers behind that are nonsense"
+        need = trained
+    else:
+        return Check(name, "ok", f"The context of {ctx} tokens holds an image, a question and an answer.", evidence)
+    total = min(need, trained or need) * facts.settings.parallel
+    return Check(name, status, f"{message}; give --ctx {total}.", evidence, facts.command(info, ctx=total))
 
 
 def _template(info: PairInfo, facts: LoadedFacts) -> list[Check]:
