@@ -118,10 +118,19 @@ class MemoryPlanner:
 
         Raises BadParameter, with flags that fit, when nothing does.
         """
-        plan = self.best()
-        if plan is None:
-            raise BadParameter(self._refusal())
-        return plan
+        if plan := self.best():
+            return plan
+        *_, smallest = self.plans()
+        needed = needed_by_device(smallest, self.devices, least=True)
+        told = " and ".join(
+            f"{size_text(size)} on {name}, where {size_text(self.free[name])} are free"
+            for name, size in needed.items()
+            if size > self.free.get(name, size)
+        )
+        change = self.advice()
+        mend = f"give {' '.join(as_flags(change))}" if change else "use a smaller quantisation or a smaller model"
+        told = told or f"more than {_MAX_CTX:,} tokens of context"
+        raise BadParameter(f"{self.pair.model.name} with {smallest.ctx:,} tokens of context needs {told}: {mend}.")
 
     def needed(self) -> MemoryPlan:
         """What the settings need, with the context and the layers of a machine that has enough."""
@@ -291,19 +300,6 @@ class MemoryPlanner:
         """Every device has that share of its free memory for the plan."""
         needed = needed_by_device(plan, self.devices, least=least)
         return all(size <= share * self.free.get(name, math.inf) for name, size in needed.items())
-
-    def _refusal(self) -> str:
-        *_, plan = self.plans()
-        needed = needed_by_device(plan, self.devices, least=True)
-        told = " and ".join(
-            f"{size_text(size)} on {name}, where {size_text(self.free[name])} are free"
-            for name, size in needed.items()
-            if size > self.free.get(name, size)
-        )
-        change = self.advice()
-        mend = f"give {' '.join(as_flags(change))}" if change else "use a smaller quantisation or a smaller model"
-        told = told or f"more than {_MAX_CTX:,} tokens of context"
-        return f"{self.pair.model.name} with a context of {plan.ctx:,} tokens needs {told}: {mend}."
 
 
 def needed_by_device(plan: MemoryPlan, devices: Sequence[Device], *, least: bool = False) -> dict[str, int]:
