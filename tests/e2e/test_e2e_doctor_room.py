@@ -76,8 +76,9 @@ def test_the_estimate_is_within_a_tenth_of_what_is_used(
     settings = EngineSettings(model=pair.llm, mmproj=pair.mmproj, picture_cache_bytes=0, **options)
     plan = MemoryPlanner(read_facts(pair.llm, pair.mmproj), devices(), settings, {}, cpu_features()).needed()
     asked = json.dumps(settings.model_dump(mode="json", exclude_unset=True))
+    env = {**opsin_env, "PYTHONPATH": f"{opsin_env['PYTHONPATH']}:{Path(__file__).parents[1]}"}
     child = subprocess.run(
-        [sys.executable, "-c", CHILD, asked], env=opsin_env, capture_output=True, text=True, timeout=250, check=True
+        [sys.executable, "-c", CHILD, asked], env=env, capture_output=True, text=True, timeout=250, check=True
     )
     told, used = sum(needs.total for needs in plan.by_device.values()), int(child.stdout)
     print(f"told {told / 2**20:.1f} MiB, used {used / 2**20:.1f} MiB ({told / used - 1:+.1%})")

@@ -54,8 +54,6 @@ class Host:
     `allowed` are the cores this process may run on, `quota` is its CPU time in cores (None: no limit).
     """
 
-    system: str = "Linux"
-    machine: str = "x86_64"
     python: str = "python"
     pip: bool = True
     gpus: tuple[Gpu, ...] = ()
@@ -88,8 +86,6 @@ def read_host(root: Path = Path("/"), run: Run = run_command) -> Host:
     name = re.search(r"^model name\s*: (.*)", text, re.MULTILINE)
     flags = " ".join(re.findall(r"^(?:flags|Features)\s*: (.*)", text, re.MULTILINE)).split()
     return Host(
-        system=platform.system(),
-        machine=platform.machine(),
         python=sys.executable or "python",
         pip=find_spec("pip") is not None,
         gpus=read_gpus(root, run),
@@ -159,7 +155,9 @@ def _amd(root: Path) -> list[Gpu]:
     found = []
     for vendor in sorted((root / "sys/class/drm").glob("card*/device/vendor")):
         device = vendor.parent
-        inside = read(device / "mem_info_vram_vendor").strip() in {"", "unknown"}
+        memory = int(read(device / "mem_info_vram_total").strip() or 0)
+        # Cards of virtual machines do not tell the maker of their memory either.
+        inside = read(device / "mem_info_vram_vendor").strip() in {"", "unknown"} and memory < 8 * 2**30
         if read(vendor).strip() != AMD or inside:
             continue
         gpu = Gpu("ROCm", f"AMD {read(device / 'product_name').strip().removeprefix('AMD ') or 'GPU'}")

@@ -93,8 +93,10 @@ def test_an_amd_card_is_told_by_the_kernel(tmp_path: Path) -> None:
 @pytest.mark.parametrize("chips", ["", "unknown"])
 def test_an_amd_gpu_inside_the_cpu_is_left_out(tmp_path: Path, chips: str) -> None:
     """It has a part of the CPU's memory, whose maker the kernel does not know, and ROCm has no use for it."""
-    card(tmp_path, "0x1002", kfd=True, chips=chips)
+    device = card(tmp_path, "0x1002", kfd=True, chips=chips)
     assert read_gpus(tmp_path, nothing) == ()
+    write(device, "mem_info_vram_total", f"{64 * GIB}\n")
+    assert only(read_gpus(tmp_path, nothing)).kind == "ROCm", "a card of a virtual machine"
 
 
 @pytest.mark.parametrize("node", ["kfd", "renderD128"])
