@@ -7,13 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from opsin.cache import DiskStore, PictureCache, default_folder
+from opsin.core.model_facts import PairFacts
 from opsin.core.settings import MAX_ANSWER_TOKENS, EngineSettings
 from opsin.engine import Engine, Policy, Wake, Watch, unwatched, wake_readers
 from opsin.models import Pair, resolve
 from opsin.models.facts import read_facts
 from opsin.native import Device, NativeBackend, cpu_features, devices, open_backend
 from opsin.native.device_rate import DeviceRate, measure_device
-from opsin.native.memory import plan_memory
+from opsin.native.devices import free_memory
+from opsin.native.memory import MemoryPlanner
 from opsin.native.parent import end_with_parent
 from opsin.native.records import fingerprint
 from opsin.native.trial import ensure_loadable
@@ -54,21 +56,22 @@ def open_runtime(
     watch: Watch = unwatched,
     wake: Wake = wake_readers,
     resolved: Callable[[Path, Path | None], None] = lambda *_: None,
+    known: tuple[Pair, PairFacts] | None = None,
 ) -> Runtime:
     """Find the pair, load it, and make ready to ask; `template` stands in for the model's own chat template.
 
     `max_queue` requests may wait. Files that were never loaded here are tried in a child process first, unless `trial`
     is False: in a process of its own a crash harms nobody. `watch` and `wake` are the engine's; `resolved` is called
-    with the pair's files before they are loaded.
+    with the pair's files before they are loaded. `known` is the pair with its facts where its headers were read before.
 
     Raises ModelError when the pair cannot be used, BadParameter when a setting does not fit this machine.
     """
-    pair = resolve(None if model is None else str(model), None if mmproj is None else str(mmproj))
+    pair = known[0] if known else resolve(*(None if path is None else str(path) for path in (model, mmproj)))
     resolved(pair.llm, pair.mmproj)
     settings = settings.model_copy(update={"model": pair.llm, "mmproj": pair.mmproj})
-    plan = plan_memory(
-        read_facts(pair.llm, pair.mmproj, settings.image_max_tokens), devices(), settings, cpu_features=cpu_features()
-    )
+    facts = known[1] if known else read_facts(pair.llm, pair.mmproj, settings.image_max_tokens)
+    present = devices()
+    plan = MemoryPlanner(facts, present, settings, free_memory(present), cpu_features()).plan()
     asked, settings = settings, plan.applied(settings)
     if trial and not pair.is_demo:
         ensure_loadable(pair.llm, pair.mmproj, settings)
@@ -91,7 +94,7 @@ def open_runtime(
         source = template_source(opened[0], pair)
         source = source if template is None else replace(source, template=template)
         prompts = PromptBuilder(source)
-        setup = fingerprint([pair.llm, pair.mmproj], asked, devices())
+        setup = fingerprint([pair.llm, pair.mmproj], asked, present)
     except BaseException:
         engine.close()
         raise

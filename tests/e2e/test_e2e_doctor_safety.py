@@ -12,7 +12,7 @@ import pytest
 
 from opsin.core.settings import EngineSettings
 from opsin.doctor.pair import read_pair
-from opsin.doctor.trial import trial_check
+from opsin.doctor.safety import trial_check
 from opsin.models.pairing import Pair
 from opsin.native.trial import try_pair
 from synth import write_pair
@@ -51,7 +51,7 @@ def test_a_projector_on_which_llama_cpp_aborts_is_a_finding(
     bad = damaged(pair, tmp_path, key, old, new)
     check = trial_check(read_pair(replace(pair, mmproj=bad)), ON_CPU, folder=tmp_path / "trials")
     assert check.status == "fail"
-    assert "died of SIGABRT while an image was encoded (encode) with mmproj-damaged.gguf" in check.message
+    assert "died of SIGABRT in the stage 'encode' with mmproj-damaged.gguf" in check.message
     assert (check.evidence["end"], check.evidence["stage"], check.evidence["signal"]) == (
         "crashed",
         "encode",
@@ -105,13 +105,8 @@ def test_the_fix_of_a_crash_is_a_command_that_runs(pair: Pair, tmp_path: Path) -
     from opsin.native.trial import Trial
 
     gpu = Device("CUDA0", "a GPU", "gpu", 2**33, 2**34, 0)
-    crash, well = Trial("crashed", "encode", "SIGSEGV", (), 1.0), Trial("done", "decode", None, (), 1.0)
-    check = trial_check(
-        read_pair(pair),
-        trial=lambda _llm, _mmproj, tried, **_: well if tried.mmproj_device == "none" else crash,
-        folder=tmp_path,
-        present=[gpu],
-    )
+    crash = Trial("crashed", "encode", "SIGSEGV", (), 1.0)
+    check = trial_check(read_pair(pair), trial=lambda *_: crash, folder=tmp_path, present=[gpu])
     assert check.fix is not None
     words = [sys.executable, "-m", *shlex.split(check.fix), "--print-config"]
     root = Path(__file__).parents[2]

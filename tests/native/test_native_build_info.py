@@ -13,11 +13,10 @@ def test_the_installed_library_tells_versions_backends_and_devices() -> None:
     build = build_info()
     assert (build.version, build.error) == (PINNED, "")
     assert build.llama
-    assert build.ggml.count(".") == 2
     assert build.commit == "unknown" or COMMIT.startswith(build.commit.removesuffix("-dirty"))
     assert "CPU" in build.backends
     assert any(device.type == "cpu" for device in build.devices)
-    assert build.assertions in {False, None}
+    assert not build.assertions
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="instructions of x86-64")

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from opsin.core.errors import ModelError
-from opsin.core.settings import EngineSettings
 from opsin.native import device_rate, devices
-from opsin.native.device_rate import DeviceRate, measure_device
+from opsin.native.device_rate import measure_device
 from opsin.native.devices import Device
 
 
@@ -118,32 +117,3 @@ def test_the_devices_of_this_machine_have_rates(monkeypatch: pytest.MonkeyPatch)
         print(f"{device.name}: {rate.ops_s / 1e9:.1f} GFLOP/s, {rate.bytes_s / 1e9:.1f} GB/s")
         assert 5e8 < rate.ops_s < 1e16
         assert 1e8 < rate.bytes_s < 2e13
-
-
-def test_a_real_pairs_proof_facts_and_rates_make_checks(backend: Any, pair: Any) -> None:
-    from opsin.bench.cost import read_cost
-    from opsin.compose import template_source
-    from opsin.doctor.pair import LoadedFacts, pair_checks, read_pair
-    from opsin.doctor.placement import Rates, placement_checks
-
-    cost = read_cost(pair.llm, pair.mmproj)
-    cpu = DeviceRate(1e10, 1e10)
-    rates = Rates({"CPU": cpu}, cost.encode_ops, 1.0, cost.weight_bytes, 1.0)
-    found = placement_checks(backend.placement(), (), EngineSettings(model=pair.llm, mmproj=pair.mmproj), rates=rates)
-    assert {check.status for check in found} == {"ok"}
-    assert [check.name.partition(".")[2] for check in found] == [
-        "encoder",
-        "language_model",
-        "layers",
-        "fallback",
-        "splits",
-        "rate",
-    ]
-    assert found[0].evidence["backends"]["CPU"]["nodes"] > 20
-    assert found[-2].evidence["splits"] == {"encoder": 1, "language_model": 1}
-    assert found[-1].evidence["encode"]["least_seconds"] == pytest.approx((cost.encode_ops or 0) / 1e10, abs=1e-6)
-
-    facts = LoadedFacts(template_source(backend, pair), backend.eog_texts, ctx_seq=backend.limits.n_ctx_seq, ubatch=64)
-    assert backend.eog_texts == {"</s>"}
-    told = {check.name: check for check in pair_checks(read_pair(pair), facts)}
-    assert told["pair.end"].status == told["pair.context"].status == told["pair.template"].status == "ok"

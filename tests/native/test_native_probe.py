@@ -185,3 +185,15 @@ def test_stretches_are_counted_by_borders_between_backends() -> None:
         "CPU": (2, 2),
         "CUDA0": (3, 2),
     }
+
+
+def test_a_real_pairs_proof_makes_checks(backend: Any, pair: Any) -> None:
+    from opsin.core.settings import EngineSettings
+    from opsin.doctor.placement import placement_checks
+
+    settings = EngineSettings(model=pair.llm, mmproj=pair.mmproj)
+    found = {check.name: check for check in placement_checks(backend.placement(), (), settings)}
+    names = ("encoder", "language_model", "layers", "fallback", "splits")
+    assert {name: check.status for name, check in found.items()} == {f"placement.{name}": "ok" for name in names}
+    assert found["placement.encoder"].evidence["backends"]["CPU"]["nodes"] > 20
+    assert found["placement.splits"].evidence["splits"] == {"encoder": 1, "language_model": 1}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from opsin.doctor.pair import read_pair
-from opsin.doctor.trial import trial_check
+from opsin.doctor.safety import trial_check
 
 DEVICE = "Vulkan0"
 SCRIPT = Path(__file__).parents[2] / "scripts" / "gpu" / "measure.sh"
@@ -39,7 +39,7 @@ def test_doctor_fails_an_encoder_on_the_cpu(pair: Any, tmp_path: Path) -> None:
     assert f"--mmproj-device {DEVICE}" in encoder["fix"]
 
 
-def test_a_device_that_dies_is_a_finding_with_a_setting_that_was_tried(pair: Any, tmp_path: Path) -> None:
+def test_a_device_that_dies_is_a_finding_with_a_setting_to_try(pair: Any, tmp_path: Path) -> None:
     """Mesa 22.3's llvmpipe dies; a later Mesa may not."""
     check = trial_check(read_pair(pair), folder=tmp_path)
     print(check.message)

@@ -17,6 +17,7 @@ from opsin.core.settings import EngineSettings
 if TYPE_CHECKING:
     from opsin.doctor.check import Check
     from opsin.doctor.examine import LoadedPair
+    from opsin.doctor.pair import PairInfo
 
 _COLOURS = {"ok": "\x1b[32m", "warn": "\x1b[33m", "fail": "\x1b[31m"}
 _WIDTH, _NAME = 110, 26
@@ -56,13 +57,13 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _open(settings: EngineSettings) -> LoadedPair:
+def _open(settings: EngineSettings, info: PairInfo) -> LoadedPair:
     from opsin.compose import open_runtime
     from opsin.doctor.examine import LoadedPair
 
-    # The images drawn for it are of no use to anybody later.
+    # The images drawn for it are of no use later.
     settings = settings.model_copy(update={"disk_cache": False})
-    runtime = open_runtime(settings.model, settings.mmproj, settings, trial=False)
+    runtime = open_runtime(settings.model, settings.mmproj, settings, trial=False, known=(info.pair, info.facts))
     assert runtime.backend is not None
     assert runtime.template is not None
     return LoadedPair(runtime.engine, runtime.prompts, runtime.backend, runtime.template, runtime.close)

@@ -13,9 +13,7 @@ from opsin.cli.console import printable
 
 if TYPE_CHECKING:
     from opsin.doctor.explain import Explanation
-    from opsin.doctor.explain.stages import StageRow
-
-_BAR = 32
+    from opsin.doctor.explain.facts import StageRow
 
 
 def explain(
@@ -56,26 +54,7 @@ def _print_table(stages: tuple[StageRow, ...]) -> None:
     if not stages:
         return
     total = sum(row.ms for row in stages)
-    if not sys.stdout.isatty():
-        for row in stages:
-            bound = "≤" if row.at_most else ""
-            typer.echo(
-                f"{row.name:<22}{bound + format(row.ms, ',.1f'):>14} ms  {row.ms / total:>6.1%}  {row.note}".rstrip()
-            )
-        typer.echo(f"{'total':<22}{total:>14,.1f} ms\n")
-        return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, padding=(0, 1))
-    table.add_column("stage", style="bold", no_wrap=True)
-    table.add_column("ms", justify="right", no_wrap=True)
-    table.add_column("", width=_BAR, no_wrap=True)
-    table.add_column("", overflow="fold")
     for row in stages:
-        bar = "█" * max(1, round(row.ms / total * _BAR))
-        table.add_row(row.name, f"{'≤' if row.at_most else ''}{row.ms:,.1f}", Text(bar, style="cyan"), Text(row.note))
-    table.add_row("total", f"{total:,.1f}")
-    Console().print(table)
-    typer.echo("")
+        ms = f"{'≤' if row.at_most else ''}{row.ms:,.1f}"
+        typer.echo(f"{row.name:<22}{ms:>14} ms  {row.ms / total:>6.1%}  {row.note}".rstrip())
+    typer.echo(f"{'total':<22}{total:>14,.1f} ms\n")

@@ -1,12 +1,9 @@
-"""A finding as data: what was looked at, how it stands, what it was seen by, and what to run."""
+"""One finding of doctor as data, and the commands that fix it."""
 
 from __future__ import annotations
 
-import platform
-import re
 import shlex
-import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -21,10 +18,8 @@ Status = Literal["ok", "warn", "fail"]
 class Check:
     """One finding.
 
-    `name` is `group.what` ("build.gpu", "placement.encoder") and stays the same from version to version, so that
-    scripts can look for it. `message` is one plain sentence: what is so, and for warn and fail how to fix it.
-    `evidence` holds plain JSON values with units in their names. `fix` is a command line that a shell can run as it
-    is, None where no single command fixes it.
+    `name` is `group.what` and stays the same between versions. `message` is one sentence: what is so, and for warn and
+    fail how to fix it. `evidence` holds plain JSON values. `fix` is a shell command, None where no single one fixes it.
     """
 
     name: str
@@ -46,36 +41,18 @@ def worst(checks: Iterable[Check]) -> Status:
 def serve_command(settings: EngineSettings, *words: object, **update: object) -> str:
     """`opsin serve` with these settings, some of them changed, and more words, quoted for a shell.
 
-    A default that is asked for is written out, since the environment and opsin.toml may say otherwise.
+    A changed setting is written out even if it is the default: the environment and opsin.toml may say otherwise.
     """
     settings = settings.model_copy(update=update)
-    asked = {"parallel", *update}  # the server's own default of parallel is another
+    asked = {"parallel", *update}  # the server has another default for parallel
     chosen = {
         name: value
         for name, field in EngineSettings.model_fields.items()
         if (value := getattr(settings, name)) is not None and (value != field.default or name in asked)
     }
-    return shell_line(["opsin", "serve", *as_flags(chosen), *map(str, words)])
+    return shlex.join(["opsin", "serve", *as_flags(chosen), *map(str, words)])
 
 
 def means_cpu(device: str | None) -> bool:
     """Whether the setting of a device is a word for the CPU."""
     return device is not None and device.strip().lower() in CPU_NAMES
-
-
-def shell_line(words: Sequence[str], system: str | None = None) -> str:
-    """The words quoted for a POSIX shell, or for `cmd` where `system` (as `platform` names it; None: this) is Windows.
-
-    `cmd` replaces %NAME% inside quotes too, and nothing at its prompt keeps it from that.
-    """
-    if (system or platform.system()) != "Windows":
-        return shlex.join(words)
-    return " ".join(map(_for_cmd, words))
-
-
-def _for_cmd(word: str) -> str:
-    escaped = subprocess.list2cmdline([word])
-    # It quotes at blanks alone, but & | < > ^ part commands in cmd, and a comma or semicolon does in PowerShell.
-    if escaped.startswith('"') or re.fullmatch(r"[\w\\/:.=+-]+", word):
-        return escaped
-    return f'"{escaped}{escaped[len(escaped.rstrip(chr(92))) :]}"'

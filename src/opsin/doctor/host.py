@@ -1,4 +1,4 @@
-"""What this host has: GPUs with what keeps a program from using one, CPU instructions, cores, and build tools."""
+"""What this host has: GPUs and what keeps a program from using them, CPU instructions, cores, and build tools."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from opsin.native.devices import Device, control_groups
+from opsin.native.devices import control_groups
 from opsin.native.devices import read_system_file as read
 from opsin.native.threads import physical_cores
 
-MIB, GIB = 1 << 20, 1 << 30
-NVIDIA, AMD, INTEL = "0x10de", "0x1002", "0x8086"
+AMD = "0x1002"
 TOOLS = ("nvcc", "hipconfig", "glslc", "uv")
 
-# The kernel's names of instructions, and ggml's: /proc/cpuinfo on x86-64 and on ARM, `sysctl hw.optional` on macOS.
+# Instructions as /proc/cpuinfo (x86-64 and ARM) names them, and as ggml does.
 _FEATURES = {
     **{name.lower(): name for name in ("AVX", "AVX2", "FMA", "F16C", "BMI2", "AVX_VNNI", "AVX512_BF16")},
     "avx512_vnni": "AVX512_VNNI",
@@ -30,51 +29,31 @@ _FEATURES = {
     "asimd": "NEON",
     "asimddp": "DOTPROD",
     "i8mm": "MATMUL_INT8",
-    "hw.optional.arm.FEAT_DotProd": "DOTPROD",
-    "hw.optional.arm.FEAT_I8MM": "MATMUL_INT8",
 }
+Run = Callable[[list[str]], str]
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A GPU that is here. `kind` is the backend that suits it: CUDA, ROCm, Metal or Vulkan.
+    """A GPU of this machine. `kind` is its backend: CUDA, ROCm or Metal.
 
-    Memory in bytes, 0 where nothing tells. `trouble` is a sentence on why no program can use it as things are, with
-    how to fix it; `fix` is the command for that, where there is one.
+    `trouble` says why no program can use it, and how to fix that; `fix` is the command, where there is one.
     """
 
     kind: str
     name: str
-    memory_total: int = 0
-    memory_free: int = 0
     driver: str = ""
-    integrated: bool = False
     trouble: str = ""
     fix: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Access:
-    """How a host is looked at: its root folder, its system, how commands run, and whether a file may be used."""
-
-    root: Path
-    system: str
-    machine: str
-    run: Callable[[list[str]], tuple[int, str] | None]
-    may_use: Callable[[Path], bool]
 
 
 @dataclass(frozen=True, slots=True)
 class Host:
     """A host and the Python that looks at it.
 
-    `system` and `machine` are as `platform` names them. `cores` are logical; `allowed` are those this process may run
-    on, `quota` is the CPU time it may take in cores (None: no limit), `threads` what Opsin would start. `tools` maps
-    the build tools that are here to their paths; `cuda_runtimes` are the major versions of the CUDA libraries.
+    `allowed` are the cores this process may run on, `quota` is its CPU time in cores (None: no limit).
     """
 
-    system: str = "Linux"
-    machine: str = "x86_64"
     python: str = "python"
     pip: bool = True
     gpus: tuple[Gpu, ...] = ()
@@ -85,90 +64,49 @@ class Host:
     quota: float | None = None
     threads: int = 1
     tools: Mapping[str, str] = field(default_factory=dict)
-    cuda_runtimes: tuple[int, ...] = ()
 
 
-def run_command(arguments: list[str]) -> tuple[int, str] | None:
-    """Exit status and output (both streams) of a command; None where it is not here or takes more than 20 s."""
+def run_command(arguments: list[str]) -> str:
+    """What a command prints; empty where it is missing, fails, or takes more than 20 s."""
     program = shutil.which(arguments[0])
     if program is None:
-        return None
+        return ""
     try:
-        done = subprocess.run(  # noqa: S603 - fixed command lines of this room
-            [program, *arguments[1:]],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=20,
-            check=False,
+        done = subprocess.run(  # noqa: S603 - fixed command lines of this file
+            [program, *arguments[1:]], stdin=subprocess.DEVNULL, capture_output=True, timeout=20, check=True
         )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.returncode, done.stdout.decode("utf-8", "replace")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.decode("utf-8", "replace")
 
 
-def here(run: Callable[[list[str]], tuple[int, str] | None] = run_command) -> Access:
-    """The way to look at this machine."""
-    return Access(
-        Path("/"), platform.system(), platform.machine(), run, lambda path: os.access(path, os.R_OK | os.W_OK)
-    )
-
-
-def read_host(access: Access | None = None) -> Host:
-    """Look at this machine; asks `nvidia-smi`, `vulkaninfo` and `sysctl` where they are. Never raises."""
-    access = access or here()
-    cpu, features = _cpu(access)
-    cores = os.cpu_count() or 1
+def read_host(root: Path = Path("/"), run: Run = run_command) -> Host:
+    """Look at this machine; `root` has /proc, /sys and /dev, `run` runs `nvidia-smi` and `sysctl`. Never raises."""
+    text, cores = read(root / "proc/cpuinfo"), os.cpu_count() or 1
+    name = re.search(r"^model name\s*: (.*)", text, re.MULTILINE)
+    flags = " ".join(re.findall(r"^(?:flags|Features)\s*: (.*)", text, re.MULTILINE)).split()
     return Host(
-        system=access.system,
-        machine=access.machine,
         python=sys.executable or "python",
         pip=find_spec("pip") is not None,
-        gpus=read_gpus(access),
-        cpu=cpu,
-        cpu_features=features,
+        gpus=read_gpus(root, run),
+        cpu=name[1] if name else "",
+        cpu_features=frozenset(_FEATURES[flag] for flag in set(flags) & set(_FEATURES)),
         cores=cores,
         allowed=len(os.sched_getaffinity(0)) if sys.platform == "linux" else cores,
-        quota=cpu_quota(access.root),
+        quota=cpu_quota(root),
         threads=physical_cores(),
-        tools=_tools(access.root),
-        cuda_runtimes=_cuda_runtimes(access.root),
+        tools=_tools(root),
     )
 
 
 def cpu_quota(root: Path) -> float | None:
-    """Cores' worth of time that the control group and those above it allow, of version 2 or 1; None: no limit."""
-    return min((limit for group in control_groups(root, "cpu") for limit in _quota_of(group)), default=None)
+    """Cores' worth of time that the control groups allow; None: no limit."""
+    return min((limit for group in control_groups(root) for limit in _quota_of(group)), default=None)
 
 
 def _quota_of(group: Path) -> list[float]:
-    words = read(group / "cpu.max").split() or [
-        read(group / "cpu.cfs_quota_us").strip(),
-        read(group / "cpu.cfs_period_us").strip(),
-    ]
-    try:
-        quota, period = (float(word) for word in words)
-    except ValueError:  # "max", or no such file
-        return []
-    return [quota / period] if quota > 0 and period > 0 else []
-
-
-def _cpu(access: Access) -> tuple[str, frozenset[str]]:
-    """Name and instructions of the CPU, in ggml's words; empty where the system does not tell."""
-    if access.system == "Darwin":
-        told = access.run(["sysctl", "machdep.cpu.brand_string", "hw.optional"])
-        text = told[1] if told else ""
-        pairs = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
-        on = {name for name, value in pairs.items() if value.strip() == "1"}
-        return pairs.get("machdep.cpu.brand_string", ""), frozenset(_FEATURES[name] for name in on & set(_FEATURES))
-    name, flags = "", set()
-    for line in read(access.root / "proc/cpuinfo").splitlines():
-        key, _, value = (part.strip() for part in line.partition(":"))
-        if key == "model name":
-            name = value
-        elif key in {"flags", "Features"}:
-            flags |= set(value.split())
-    return name, frozenset(_FEATURES[flag] for flag in flags & set(_FEATURES))
+    words = read(group / "cpu.max").split()
+    return [int(words[0]) / int(words[1])] if len(words) == 2 and all(map(str.isdigit, words)) else []
 
 
 def _tools(root: Path) -> dict[str, str]:
@@ -179,149 +117,57 @@ def _tools(root: Path) -> dict[str, str]:
     return found
 
 
-def _cuda_runtimes(root: Path) -> tuple[int, ...]:
-    """CUDA's runtime and cuBLAS of one major version: a wheel that was built elsewhere needs both."""
-    places = ("usr/local/cuda*/lib64", "usr/local/cuda*/targets/*/lib", "usr/lib/*-linux-gnu", "usr/lib64")
-    names = {path.name for place in places for path in root.glob(f"{place}/libcu*.so.[0-9]*")}
-    majors = re.findall(r"libcudart\.so\.(\d+)", "\n".join(names))
-    return tuple(sorted({int(major) for major in majors if any(n.startswith(f"libcublas.so.{major}") for n in names)}))
+def read_gpus(root: Path, run: Run) -> tuple[Gpu, ...]:
+    """NVIDIA's cards, AMD's cards, and Apple's GPU, one probe each."""
+    if platform.system() == "Darwin":
+        if platform.machine() != "arm64":
+            return ()
+        return (Gpu("Metal", f"{run(['sysctl', '-n', 'machdep.cpu.brand_string']).strip() or 'Apple'} GPU"),)
+    return (*_nvidia(root, run), *_amd(root))
 
 
-# ---- GPUs
-
-
-def read_gpus(access: Access) -> tuple[Gpu, ...]:
-    """All GPUs, those first that llama.cpp has its fastest backends for, and those inside a CPU last."""
-    if access.system == "Darwin":
-        return _apple(access)
-    found = [*_nvidia(access), *_cards(access)]
-    order = ("CUDA", "ROCm", "Vulkan")
-    return tuple(sorted(found or _vulkan(access), key=lambda gpu: (gpu.integrated, order.index(gpu.kind))))
-
-
-def in_software(device: Device) -> bool:
-    """Whether what ggml sees as a GPU is a driver that computes on the CPU."""
-    return any(name in device.description.lower() for name in ("llvmpipe", "lavapipe", "swiftshader"))
-
-
-def _apple(access: Access) -> tuple[Gpu, ...]:
-    translated = access.machine != "arm64" and (access.run(["sysctl", "-n", "sysctl.proc_translated"]) or (1, ""))[1]
-    if access.machine != "arm64" and str(translated).strip() != "1":
-        return ()
-    asked = access.run(["sysctl", "-n", "machdep.cpu.brand_string", "hw.memsize"])
-    lines = asked[1].splitlines() if asked and asked[0] == 0 else []
-    gpu = Gpu("Metal", f"{lines[0].strip()} GPU" if lines else "Apple GPU")
-    if len(lines) > 1 and lines[1].strip().isdigit():
-        gpu = replace(gpu, memory_total=int(lines[1]))
-    if access.machine != "arm64":
-        gpu = replace(gpu, trouble="this Python is built for Intel and runs translated: install one for arm64")
-    return (gpu,)
-
-
-def _nvidia(access: Access) -> list[Gpu]:
-    """By `nvidia-smi`; where it says nothing by the driver's own files, and without a driver by the bus."""
-    asked = access.run(
-        ["nvidia-smi", "--query-gpu=name,memory.total,memory.free,driver_version", "--format=csv,noheader,nounits"]
-    )
-    listed = [
-        line.removeprefix("Model:").strip()
-        for card in sorted((access.root / "proc/driver/nvidia/gpus").glob("*/information"))
-        for line in read(card).splitlines()
-        if line.startswith("Model:")
-    ]
-    version = re.search(r"\d{3,}\.[\d.]+", read(access.root / "proc/driver/nvidia/version"))
-    trouble = _nvidia_nodes(access) if listed else ""
-    if asked and asked[0] == 0:
-        rows = [line.rsplit(", ", 3) for line in asked[1].splitlines()]
-        return [_nvidia_row(row, trouble) for row in rows if len(row) == 4]
-    if listed:
-        said = asked[1].strip().splitlines()[0] if asked and asked[1].strip() else ""
-        if said and not trouble:
-            trouble = f"nvidia-smi says {said!r}: a driver that was updated needs a restart of the machine"
-        return [Gpu("CUDA", _named(name), driver=version[0] if version else "", trouble=trouble) for name in listed]
+def _nvidia(root: Path, run: Run) -> list[Gpu]:
+    """By the files of the driver, which cost no time; where it writes none by `nvidia-smi`."""
+    text = "\n".join(read(file) for file in sorted((root / "proc/driver/nvidia/gpus").glob("*/information")))
+    names = re.findall(r"^Model:\s*(.+)", text, re.MULTILINE)
+    version = re.search(r"\d{3,}\.[\d.]+", read(root / "proc/driver/nvidia/version"))
+    rows = [(name, version[0] if version else "") for name in names]
+    if not rows:
+        told = run(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"])
+        rows = [(name, driver) for name, _, driver in (line.rpartition(", ") for line in told.splitlines()) if name]
+    trouble = _nvidia_nodes(root) if names else ""
     return [
-        Gpu("CUDA", "NVIDIA GPU", trouble="its driver is not loaded: install NVIDIA's driver, or restart after it was")
-        for vendor in sorted((access.root / "sys/bus/pci/devices").glob("*/vendor"))
-        # Class 03 is a display controller; NVIDIA's sound and USB functions sit on the same card.
-        if read(vendor).strip() == NVIDIA and read(vendor.with_name("class")).startswith("0x03")
+        Gpu("CUDA", name if name.startswith("NVIDIA") else f"NVIDIA {name}", driver.strip(), trouble)
+        for name, driver in rows
     ]
 
 
-def _nvidia_nodes(access: Access) -> str:
-    nodes = [access.root / "dev/nvidiactl", *sorted((access.root / "dev").glob("nvidia[0-9]*"))]
+def _nvidia_nodes(root: Path) -> str:
+    nodes = [root / "dev/nvidiactl", *sorted((root / "dev").glob("nvidia[0-9]*"))]
     if len(nodes) < 2 or not nodes[0].exists():
         return "its device files /dev/nvidia* are not here: start the container with --gpus all"
-    closed = [node for node in nodes if not access.may_use(node)]
-    return f"this user may not open {_shown(closed[0], access)}: ask for the right to it" if closed else ""
+    closed = next((node for node in nodes if not os.access(node, os.R_OK | os.W_OK)), None)
+    return f"this user may not open /dev/{closed.name}: ask for the right to it" if closed else ""
 
 
-def _nvidia_row(row: list[str], trouble: str) -> Gpu:
-    name, total, free, driver = (cell.strip() for cell in row)
-    # Machines with memory shared with the CPU answer "[N/A]".
-    return Gpu("CUDA", _named(name), _number(total) * MIB, _number(free) * MIB, driver, trouble=trouble)
-
-
-def _named(name: str) -> str:
-    return name if name.startswith("NVIDIA") else f"NVIDIA {name}"
-
-
-def _cards(access: Access) -> list[Gpu]:
-    """AMD's and Intel's, by the kernel's display drivers."""
+def _amd(root: Path) -> list[Gpu]:
+    """By the kernel's display driver. A GPU inside a CPU, which has no memory chips of its own, is left out."""
     found = []
-    kfd = (access.root / "sys/class/kfd").exists()
-    for vendor in sorted((access.root / "sys/class/drm").glob("card*/device/vendor")):
-        device, maker = vendor.parent, read(vendor).strip()
-        nodes = [access.root / "dev/dri" / node.name for node in (device / "drm").glob("renderD*")]
-        if maker == AMD:
-            total, used = (_number(read(device / f"mem_info_vram_{word}")) for word in ("total", "used"))
-            name = read(device / "product_name").strip().removeprefix("AMD ")
-            # The kernel knows no maker of the CPU's memory, of which a GPU inside it has a part. Large cards of a
-            # virtual machine lack the maker too.
-            maker = read(device / "mem_info_vram_vendor").strip()
-            inside = maker in {"", "unknown"} and total < 8 * GIB
-            kind = "ROCm" if kfd and not inside else "Vulkan"
-            gpu = Gpu(kind, f"AMD {name or 'GPU'}", total, max(0, total - used), integrated=inside)
-            nodes += [access.root / "dev/kfd"] if kind == "ROCm" else []
-        elif maker == INTEL:
-            # The GPU inside an Intel CPU always sits on the first bus.
-            gpu = Gpu("Vulkan", "Intel GPU", integrated=device.resolve().name.startswith("0000:00:"))
-        else:
+    for vendor in sorted((root / "sys/class/drm").glob("card*/device/vendor")):
+        device = vendor.parent
+        memory = int(read(device / "mem_info_vram_total").strip() or 0)
+        # Cards of virtual machines do not tell the maker of their memory either.
+        inside = read(device / "mem_info_vram_vendor").strip() in {"", "unknown"} and memory < 8 * 2**30
+        if read(vendor).strip() != AMD or inside:
             continue
-        found.append(_rights(gpu, nodes, access))
+        gpu = Gpu("ROCm", f"AMD {read(device / 'product_name').strip().removeprefix('AMD ') or 'GPU'}")
+        nodes = ["kfd", *(f"dri/{node.name}" for node in (device / "drm").glob("renderD*"))]
+        for node in nodes:
+            path = root / "dev" / node
+            if not path.exists():
+                gpu = replace(gpu, trouble=f"/dev/{node} is not here: start the container with --device /dev/{node}")
+            elif not os.access(path, os.R_OK | os.W_OK):
+                trouble = f"this user may not open /dev/{node}: join the groups render and video, then log in again"
+                gpu = replace(gpu, trouble=trouble, fix='sudo usermod -a -G render,video "$(id -un)"')
+        found.append(gpu)
     return found
-
-
-def _rights(gpu: Gpu, nodes: list[Path], access: Access) -> Gpu:
-    for node in nodes:
-        shown = _shown(node, access)
-        if not node.exists():
-            return replace(
-                gpu, trouble=f"its device file {shown} is not here: start the container with --device {shown}"
-            )
-        if not access.may_use(node):
-            return replace(
-                gpu,
-                trouble=f"this user may not open {shown}: join the groups render and video, then log in again",
-                fix='sudo usermod -a -G render,video "$(id -un)"',
-            )
-    return gpu
-
-
-def _vulkan(access: Access) -> list[Gpu]:
-    """By `vulkaninfo`, for systems whose kernel lists no card (Windows, WSL); software devices are none."""
-    asked = access.run(["vulkaninfo", "--summary"])
-    text = asked[1] if asked and asked[0] == 0 else ""
-    pairs = re.findall(r"deviceType\s*=\s*PHYSICAL_DEVICE_TYPE_(\w+).*?deviceName\s*=\s*([^\n]+)", text, re.DOTALL)
-    return [
-        Gpu("Vulkan", name.strip(), integrated=kind == "INTEGRATED_GPU")
-        for kind, name in dict.fromkeys(pairs)  # some versions list each device twice
-        if kind in {"DISCRETE_GPU", "INTEGRATED_GPU", "VIRTUAL_GPU"}
-    ]
-
-
-def _number(text: str) -> int:
-    return int(text) if text.strip().isdigit() else 0
-
-
-def _shown(path: Path, access: Access) -> str:
-    return "/" + path.relative_to(access.root).as_posix()

@@ -3,7 +3,7 @@
 Refuses to know llama.cpp: files are read by their GGUF header alone. Downloads are in `opsin.models.hub`.
 """
 
-from opsin.models.gguf import GgufInfo, read_info
+from opsin.models.gguf import GgufInfo, info_of, read_info
 from opsin.models.pairing import Pair, check_pair, family_warning, find_projector
 from opsin.models.resolve import demo_pair, list_models, locate, resolve
 
@@ -14,6 +14,7 @@ __all__ = [
     "demo_pair",
     "family_warning",
     "find_projector",
+    "info_of",
     "list_models",
     "locate",
     "read_info",

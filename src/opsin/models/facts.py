@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from opsin.core.ggml_types import TENSOR_TYPES
@@ -13,23 +13,14 @@ from opsin.models.gguf import GgufHeader, TensorHead, read_header
 from opsin.models.naming import parts_of
 
 _TYPES = {name: (values, size) for name, values, size in TENSOR_TYPES.values()}
-_BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
+_BLOCK = re.compile(r"blk\.(\d+)\.")
 _LOOKED_UP = ("token_embd", "position_embd", "token_types", "per_layer_token_embd")
 _ALIGNMENT = 32
-# Source of the three tables: llama.cpp's `tools/mtmd/clip.cpp` and `mtmd.cpp` of the pinned version. Patches a side
-# that become one token, where the file does not say; most tokens of an image, of projectors that keep its size; and
-# projectors whose tokens attend in both directions.
+# From llama.cpp's `clip.cpp` and `mtmd.cpp`: patches a side that become one token, where the file does not say; most
+# tokens of an image, of projectors that keep its size; projectors that attend in both directions.
 _MERGE = {"gemma3": 4, "gemma4v": 3, "qwen2vl_merger": 2, "qwen2.5vl_merger": 2, "qwen3vl_merger": 2, "glm4v": 2}
-_MOST_TOKENS = {
-    "gemma4v": 1120,
-    "glm4v": 4096,
-    "kimivl": 1024,
-    "lfm2": 256,
-    "pixtral": 1024,
-    "qwen2.5vl_merger": 4096,
-    "qwen2vl_merger": 4096,
-    "qwen3vl_merger": 4096,
-}
+_MOST_TOKENS = {"gemma4v": 1120, "kimivl": 1024, "lfm2": 256, "pixtral": 1024}
+_MOST_TOKENS |= dict.fromkeys(("glm4v", "qwen2.5vl_merger", "qwen2vl_merger", "qwen3vl_merger"), 4096)
 _BOTH_DIRECTIONS = frozenset({"gemma3", "gemma4v", "gemma4uv", "deepseek4v"})
 _CAUSAL_GEMMA4 = frozenset({1536, 2560})  # widths of the small Gemma 4 models, which read images causally
 
@@ -41,38 +32,31 @@ def read_facts(model: Path, mmproj: Path | None, image_max_tokens: int | None = 
 
 
 def pair_facts(model: list[GgufHeader], mmproj: GgufHeader | None, image_max_tokens: int | None = None) -> PairFacts:
-    """The facts of a pair whose headers were read; `model` are those of all parts of a split file."""
-    text = model_facts(model)
+    """The facts of headers; `model` are those of all parts of a split file."""
+    text = _model_facts(model)
     return PairFacts(text, None if mmproj is None else _projector_facts(mmproj, text.width, image_max_tokens))
 
 
-def model_facts(headers: list[GgufHeader]) -> ModelFacts:
-    """The facts of a language model, whose file may be split."""
+def _model_facts(headers: list[GgufHeader]) -> ModelFacts:
     header = headers[0]
     arch = header.text("general.architecture") or ""
-    tensors = [tensor for part in headers for tensor in part.tensors]
+    tensors = {tensor.name: tensor for part in headers for tensor in part.tensors}
     width = header.integer(f"{arch}.embedding_length") or 0
     heads = header.integer(f"{arch}.attention.head_count") or max(1, width // 128)
     queries = heads * (header.integer(f"{arch}.attention.key_length") or width // heads)
-    blocks: dict[int, list[TensorHead]] = {}
-    looked_up, output = [], []
-    for tensor in tensors:
-        if block := _BLOCK.match(tensor.name):
-            blocks.setdefault(int(block[1]), []).append(tensor)
-        elif tensor.name.startswith(_LOOKED_UP):
-            looked_up.append(tensor)
-        else:
-            output.append(tensor)
-    tied = not any(tensor.name == "output.weight" for tensor in tensors)
-    embeddings = next((tensor for tensor in looked_up if tensor.name == "token_embd.weight"), None)
+    groups = defaultdict(list)
+    for name, tensor in tensors.items():
+        block = _BLOCK.match(name)
+        groups[block[1] if block else "input" if name.startswith(_LOOKED_UP) else "output"].append(tensor)
+    tied, embeddings = "output.weight" not in tensors, tensors.get("token_embd.weight")
     if tied and embeddings is not None:
-        output.append(embeddings)
-    forward = max((tensor.shape[1] for tensor in tensors if tensor.name.endswith("ffn_up.weight")), default=0)
+        groups["output"].append(embeddings)
+    forward = max((tensor.shape[1] for name, tensor in tensors.items() if name.endswith("ffn_up.weight")), default=0)
     return ModelFacts(
         name=header.path.name,
-        layers=tuple(_layer(blocks[index], queries) for index in sorted(blocks)),
-        input_bytes=sum(map(bytes_of, looked_up)),
-        output=_layer(output, queries),
+        layers=tuple(_layer(groups[index], queries) for index in sorted(filter(str.isdigit, groups), key=int)),
+        input_bytes=sum(map(_bytes_of, groups["input"])),
+        output=_layer(groups["output"], queries),
         tied=tied,
         width=width,
         heads=heads,
@@ -86,16 +70,14 @@ def model_facts(headers: list[GgufHeader]) -> ModelFacts:
 def _layer(tensors: list[TensorHead], queries: int) -> LayerFacts:
     matrices: Counter[str] = Counter()
     kv = 0
-    for tensor in tensors:
-        if len(tensor.shape) < 2:
-            continue
-        matrices[tensor.type or "unknown"] += bytes_of(tensor)
+    for tensor in (tensor for tensor in tensors if len(tensor.shape) > 1):
+        matrices[tensor.type or "unknown"] += _bytes_of(tensor)
         kind = tensor.name.split(".", 2)[-1]
         if kind in {"attn_k.weight", "attn_v.weight", "attn_kv_a_mqa.weight"}:
             kv += tensor.shape[1]
         elif kind == "attn_qkv.weight":
             kv += max(0, tensor.shape[1] - queries)
-    return LayerFacts(sum(map(bytes_of, tensors)), dict(matrices), kv)
+    return LayerFacts(sum(map(_bytes_of, tensors)), dict(matrices), kv)
 
 
 def _projector_facts(header: GgufHeader, model_width: int, image_max_tokens: int | None) -> ProjectorFacts:
@@ -113,7 +95,7 @@ def _projector_facts(header: GgufHeader, model_width: int, image_max_tokens: int
     width = header.integer("clip.vision.embedding_length") or 1024
     return ProjectorFacts(
         name=header.path.name,
-        bytes=sum(-(-bytes_of(tensor) // _ALIGNMENT) * _ALIGNMENT for tensor in header.tensors),
+        bytes=sum(-(-_bytes_of(tensor) // _ALIGNMENT) * _ALIGNMENT for tensor in header.tensors),
         patches=patches,
         patch_values=3 * patch**2,
         tokens=patches // merge**2 if known else None,
@@ -124,9 +106,7 @@ def _projector_facts(header: GgufHeader, model_width: int, image_max_tokens: int
     )
 
 
-def bytes_of(tensor: TensorHead) -> int:
-    """Bytes of a tensor's data, 0 for a type that is not known here."""
-    if tensor.type not in _TYPES:
-        return 0
-    values, size = _TYPES[tensor.type]
+def _bytes_of(tensor: TensorHead) -> int:
+    """Bytes of a tensor's data, 0 for an unknown type."""
+    values, size = _TYPES.get(tensor.type or "", (1, 0))
     return math.prod(tensor.shape) // values * size

@@ -123,7 +123,12 @@ def read_info(path: Path) -> GgufInfo:
     Raises ModelNotFound (no such file, or a part is missing) and ModelUnreadable (not GGUF, cut short, no model).
     """
     header = read_header(path)
-    headers = [header, *(read_header(part) for part in parts_of(path)[1:])]
+    return info_of([header, *(read_header(part) for part in parts_of(path)[1:])])
+
+
+def info_of(headers: list[GgufHeader]) -> GgufInfo:
+    """What a file says of itself, by the headers of all its parts. Raises ModelUnreadable."""
+    header, path = headers[0], headers[0].path
     for part in headers:
         needed = max((tensor.end for tensor in part.tensors if tensor.end is not None), default=0)
         if needed > part.size:

@@ -39,13 +39,14 @@ class Pair:
     is_demo: bool = False
 
 
-def check_pair(llm: Path, mmproj: Path) -> tuple[GgufInfo, GgufInfo]:
-    """Read both files and give back what they say.
+def check_pair(llm: Path | GgufInfo, mmproj: Path | GgufInfo) -> tuple[GgufInfo, GgufInfo]:
+    """Make sure that two files belong together, and give back what they say; paths are read.
 
     Raises what `read_info` does, and PairMismatch, with the file beside it that would fit, where they do not belong
     together.
     """
-    text, vision = read_info(llm), read_info(mmproj)
+    text, vision = (read_info(one) if isinstance(one, Path) else one for one in (llm, mmproj))
+    llm, mmproj = text.path, vision.path
     if text.is_projector:
         swapped = "" if vision.is_projector else f", and {mmproj.name} is one: swap --model and --mmproj"
         raise PairMismatch(f"{llm.name} is a projector, not a language model{swapped or _NO_LLM}")

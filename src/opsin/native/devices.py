@@ -37,22 +37,15 @@ class Device:
 def devices(lib: Library | None = None) -> tuple[Device, ...]:
     """All devices, in ggml's order. Raises NativeMismatch."""
     ggml = (lib or library()).ggml
-    found = []
-    for index in range(ggml.ggml_backend_dev_count()):
-        handle = ggml.ggml_backend_dev_get(index)
+
+    def device(handle: int) -> Device:
         free, total = ctypes.c_size_t(0), ctypes.c_size_t(0)
         ggml.ggml_backend_dev_memory(handle, ctypes.byref(free), ctypes.byref(total))
-        found.append(
-            Device(
-                name=ggml.ggml_backend_dev_name(handle).decode(),
-                description=ggml.ggml_backend_dev_description(handle).decode(),
-                type=_TYPES.get(ggml.ggml_backend_dev_type(handle), "unknown"),
-                memory_free=free.value,
-                memory_total=total.value,
-                handle=handle,
-            )
-        )
-    return tuple(found)
+        name, described = ggml.ggml_backend_dev_name(handle), ggml.ggml_backend_dev_description(handle)
+        kind = _TYPES.get(ggml.ggml_backend_dev_type(handle), "unknown")
+        return Device(name.decode(), described.decode(), kind, free.value, total.value, handle)
+
+    return tuple(device(ggml.ggml_backend_dev_get(index)) for index in range(ggml.ggml_backend_dev_count()))
 
 
 def pick(name: str, option: str, present: tuple[Device, ...]) -> Device | None:
@@ -71,51 +64,42 @@ def pick(name: str, option: str, present: tuple[Device, ...]) -> Device | None:
 
 
 def free_memory(present: Iterable[Device], root: Path = Path("/")) -> dict[str, int]:
-    """Bytes that are free by device name; devices that cannot tell are left out.
+    """Free bytes by device name; devices that cannot tell are left out. `root` is where /proc and /sys lie.
 
-    The host's are what Linux calls available, within the limits of the control groups this process is in; elsewhere
-    what ggml says. `root` is where /proc and /sys lie.
+    The host's are what Linux calls available, within the limits of this process's control groups; elsewhere ggml's.
     """
     present = tuple(present)
     found = {one.name: one.memory_free for one in present if one.is_gpu and one.memory_total > 0}
     meminfo = re.search(r"^MemAvailable:\s+(\d+)", read_system_file(root / "proc/meminfo"), re.MULTILINE)
-    host = int(meminfo[1]) * 1024 if meminfo else None
-    if host is None:
-        host = next((one.memory_free for one in present if one.type == "cpu" and one.memory_total > 0), None)
-    if host is not None:
-        found[HOST] = min([host, *_left_in_groups(root)])
+    told = [one.memory_free for one in present if one.type == "cpu" and one.memory_total > 0]
+    host = [int(meminfo[1]) * 1024] if meminfo else told[:1]
+    if host:
+        found[HOST] = min([*host, *(left for group in control_groups(root) for left in _left_in_group(group))])
     return found
 
 
-def _left_in_groups(root: Path) -> list[int]:
-    """What each control group above this process has left, files it can drop counted as free; versions 1 and 2."""
-    left = []
-    for group in control_groups(root, "memory"):
-        limit = (read_system_file(group / "memory.max") or read_system_file(group / "memory.limit_in_bytes")).strip()
-        used = (read_system_file(group / "memory.current") or read_system_file(group / "memory.usage_in_bytes")).strip()
-        if limit.isdigit() and used.isdigit():
-            # Version 1 tells the group's own first, and then the total that its limit is for.
-            pattern = r"^(?:total_)?inactive_file (\d+)"
-            droppable = re.findall(pattern, read_system_file(group / "memory.stat"), re.MULTILINE)
-            left.append(max(0, int(limit) - int(used) + int((droppable or [0])[-1])))
-    return left
+def _left_in_group(group: Path) -> list[int]:
+    """What a control group has left; files it can drop are counted as free."""
+    limit, used = (read_system_file(group / f"memory.{name}").strip() for name in ("max", "current"))
+    if not (limit.isdigit() and used.isdigit()):
+        return []
+    droppable = re.search(r"^inactive_file (\d+)", read_system_file(group / "memory.stat"), re.MULTILINE)
+    return [max(0, int(limit) - int(used) + (int(droppable[1]) if droppable else 0))]
 
 
 def read_system_file(path: Path) -> str:
-    """The text of a file; empty where there is none, or none that may be read."""
+    """The text of a file; empty where it is missing or may not be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
 
 
-def control_groups(root: Path, controller: str) -> Iterator[Path]:
-    """The folders of this process's group and of those above it, of version 2 or 1; `root` has /proc and /sys."""
-    for line in read_system_file(root / "proc/self/cgroup").splitlines():
-        _, controllers, group = [*line.split(":", 2), "", ""][:3]
-        if controllers and controller not in controllers.split(","):
-            continue
-        mount = root / "sys/fs/cgroup" / (controller if controllers else "")
+def control_groups(root: Path) -> Iterator[Path]:
+    """The folders of this process's control group (version 2) and of those above it; `root` has /proc and /sys."""
+    found = re.search(r"^0::(.*)", read_system_file(root / "proc/self/cgroup"), re.MULTILINE)
+    mount = root / "sys/fs/cgroup"
+    if found:
         # In a container the path may be the host's: what counts then lies at the mount itself.
-        folder = mount / group.strip("/")
+        folder = mount / found[1].strip("/")
         yield from (level for level in (folder, *folder.parents) if level.is_relative_to(mount))

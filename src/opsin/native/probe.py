@@ -1,18 +1,15 @@
 """Where the computing really happens: one encode and one prefill, watched node by node.
 
-A device that was chosen is a wish. Operations that a backend does not support run elsewhere without a word, so the
-graph itself is asked. Every watched node is computed and synchronised alone: far slower than a timed run, which is
-why this runs apart, on a context of its own.
-
-What a tensor tells is the buffer its result lies in. That names the backend except in one case: accelerators that
-work beside the CPU (BLAS, Accelerate) write into host memory too; a note says so when such a device is here.
+Operations that a backend does not support run elsewhere without a word, so the graph itself is asked. Every watched
+node is computed and synchronised alone, far slower than a timed run, so this runs on a context of its own. The buffer
+of a result names the backend, except for accelerators beside the CPU (BLAS, Accelerate), which a note then tells.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from opsin.core.backend import TokenBatch
@@ -39,45 +36,25 @@ _PREFILL_TOKENS = 16
 _PROBE_CTX = 256
 
 
-@dataclass(slots=True)
-class _Tally:
-    nodes: int = 0
-    flops: float = 0.0
-    seconds: float = 0.0
-    ops: dict[str, int] = field(default_factory=dict)
-    splits: int = 0
-
-
 class NodeCounter:
-    """Counts computing nodes, their floating-point operations, their time and their stretches by backend."""
+    """Keeps backend, operation, floating-point operations and seconds of every computing node, in their order."""
 
     def __init__(self, lib: Library) -> None:
         self._ggml = lib.ggml
         self._names = op_names(lib)
-        self._tallies: dict[str, _Tally] = {}
+        self._nodes: list[tuple[str, str, float, float]] = []
         self._started = 0.0
-        self._last: str | None = None
 
     def wants(self, node: Tensor) -> bool:
         """Every node that computes."""
-        if self._names.get(node.op, "") in _COMPUTES_NOTHING:
-            return False
         self._started = time.perf_counter()
-        return True
+        return self._names.get(node.op, "") not in _COMPUTES_NOTHING
 
     def seen(self, node: Tensor) -> None:
-        """Add it to its backend."""
+        """Count it for its backend."""
         seconds = time.perf_counter() - self._started
-        backend = self._backend(node)
-        tally = self._tallies.setdefault(backend, _Tally())
-        # Nodes are seen in the order they are computed in.
-        tally.splits += backend != self._last
-        self._last = backend
         name = self._names.get(node.op, f"op {node.op}")
-        tally.nodes += 1
-        tally.flops += flops(name, node)
-        tally.seconds += seconds
-        tally.ops[name] = tally.ops.get(name, 0) + 1
+        self._nodes.append((self._backend(node), name, flops(name, node), seconds))
 
     def _backend(self, node: Tensor) -> str:
         buffer = node.buffer
@@ -90,67 +67,54 @@ class NodeCounter:
         if self._ggml.ggml_backend_buft_is_host(kind):
             return "CPU"
         device = self._ggml.ggml_backend_buft_get_device(kind)
-        name: bytes = (
-            self._ggml.ggml_backend_dev_name(device) if device else self._ggml.ggml_backend_buffer_name(buffer)
-        )
+        ggml = self._ggml
+        name: bytes = ggml.ggml_backend_dev_name(device) if device else ggml.ggml_backend_buffer_name(buffer)
         return name.decode()
 
     def shares(self) -> dict[str, BackendShare]:
         """The count by backend, the busiest first."""
-        flops_all = sum(tally.flops for tally in self._tallies.values()) or 1.0
-        seconds_all = sum(tally.seconds for tally in self._tallies.values()) or 1.0
-        return {
-            name: BackendShare(
-                nodes=tally.nodes,
-                share_of_ops=tally.flops / flops_all,
-                share_of_time=tally.seconds / seconds_all,
-                ops=dict(sorted(tally.ops.items(), key=lambda item: (-item[1], item[0]))),
-                splits=tally.splits,
+        work = sum(node[2] for node in self._nodes) or 1.0
+        time = sum(node[3] for node in self._nodes) or 1.0
+        order = [node[0] for node in self._nodes]
+        found = {}
+        for name in dict.fromkeys(order):
+            mine = [node for node in self._nodes if node[0] == name]
+            found[name] = BackendShare(
+                nodes=len(mine),
+                share_of_ops=sum(node[2] for node in mine) / work,
+                share_of_time=sum(node[3] for node in mine) / time,
+                ops=dict(Counter(sorted(node[1] for node in mine)).most_common()),
+                splits=sum(now == name != before for before, now in zip(["", *order], order, strict=False)),
             )
-            for name, tally in sorted(self._tallies.items(), key=lambda item: -item[1].flops)
-        }
+        return dict(sorted(found.items(), key=lambda item: -item[1].share_of_ops))
 
 
 def flops(name: str, node: Tensor) -> float:
     """Floating-point operations of one node: exact for products, attention, convolutions; else one a value."""
     values = float(math.prod(node.ne))
-    left, right = _source(node, 0), _source(node, 1)
+    left, right, third = (Tensor.from_address(address) if address else None for address in node.src[:3])
     if left is None or right is None:
         return values
     if name in {"MUL_MAT", "MUL_MAT_ID", "OUT_PROD"}:
         return 2.0 * left.ne[0] * values
     if name == "FLASH_ATTN_EXT":
-        value = _source(node, 2)
         # queries [head, n, heads, batch], keys [head, n_kv, …]: one product with the keys, one with the values
-        width = left.ne[0] + (value.ne[0] if value is not None else left.ne[0])
-        return 2.0 * math.prod(left.ne[1:]) * right.ne[1] * width
+        return 2.0 * math.prod(left.ne[1:]) * right.ne[1] * (left.ne[0] + (third or left).ne[0])
     if name in {"CONV_2D", "CONV_3D"}:
-        # the kernel [w, h, in, out]: each value of the output is a product over all but the last
-        return 2.0 * math.prod(left.ne[:3]) * values
-    if name == "CONV_2D_DW":
-        return 2.0 * left.ne[0] * left.ne[1] * values
+        return 2.0 * math.prod(left.ne[:3]) * values  # the kernel [w, h, in, out]
     return values
 
 
-def _source(node: Tensor, index: int) -> Tensor | None:
-    address = node.src[index]
-    return Tensor.from_address(address) if address else None
-
-
 def probe_placement(model: Model, encoder: Encoder | None, stretches: Stretches, settings: EngineSettings) -> Placement:
-    """Watch one encode of a drawn picture and one short prefill. Raises EncodeFailed, DecodeFailed, ModelError."""
-    notes = []
+    """Watch one encode of a drawn image and one short prefill. Raises EncodeFailed, DecodeFailed, ModelError."""
+    notes, encoded = [], {}
     if any(device.type == "accel" for device in devices(model.lib)):
-        notes.append(
-            "An accelerator beside the CPU writes into host memory: some products shown as CPU may be its own."
-        )
-    encoded: dict[str, BackendShare] = {}
+        notes.append("An accelerator writes into host memory: some products shown as CPU may be its own.")
     if encoder is not None:
         counter = NodeCounter(model.lib)
         layout = lay_out(model, encoder, stretches, [PicturePart(drawn_picture())], add_bos=False)
         try:
-            run = next(run for run in layout.runs if isinstance(run, ImageRun))
-            encoder.observed(run, counter)
+            encoder.observed(next(run for run in layout.runs if isinstance(run, ImageRun)), counter)
         finally:
             layout.close()
         encoded = counter.shares()

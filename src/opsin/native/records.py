@@ -1,4 +1,4 @@
-"""Findings about a pair on this machine, kept as JSON in the user's cache, by a fingerprint of all they hold for.
+"""Findings about a pair on this machine, kept as JSON in the user's cache by a fingerprint of all they hold for.
 
 A file that cannot be read or written loses nothing: what it would say is found out again.
 """
@@ -8,14 +8,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import platform
-import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from opsin.core.files import write_whole
 from opsin.core.settings import EngineSettings
 from opsin.native.devices import Device
 from opsin.native.library import library
@@ -26,15 +25,16 @@ _HEAD_BYTES = 2**20  # of a file, from its start: metadata and tensor list, or m
 def fingerprint(files: Sequence[Path | None], settings: EngineSettings, present: Sequence[Device]) -> str:
     """Names files, settings, devices, library and machine in 32 hex digits.
 
-    A library that was built anew keeps its version, so its files count and what it says of its instructions; the
-    machine does since several may share a cache. Raises NativeMismatch, and OSError for files that are not there.
+    A library that was built anew keeps its version, so its files and features count; several machines may share a
+    cache. Raises NativeMismatch, and OSError for files that are not there.
     """
     lib, models = library(), [path for path in files if path is not None]
     built = {path for name in ("*llama*", "*ggml*") for path in lib.path.parent.glob(name)}
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in (*models, *sorted(built))]
     said = (version("llama-cpp-python"), lib.llama.llama_print_system_info(), platform.node())
-    known = (stats, settings.model_dump_json(), [device.name for device in present], said)
-    digest = hashlib.sha256(repr(known).encode())
+    digest = hashlib.sha256(
+        repr((stats, settings.model_dump_json(), [device.name for device in present], said)).encode()
+    )
     for path in models:
         with path.open("rb") as file:
             digest.update(file.read(_HEAD_BYTES))
@@ -42,7 +42,7 @@ def fingerprint(files: Sequence[Path | None], settings: EngineSettings, present:
 
 
 def record_file(kind: str, name: str, folder: Path | None = None) -> Path:
-    """Where the finding of a kind is kept under a fingerprint: in `folder` (None: in the user's cache)."""
+    """Where a finding is kept: in `folder` (None: in the user's cache)."""
     from platformdirs import user_cache_path
 
     return (folder or user_cache_path("opsin") / kind) / f"{name}.json"
@@ -57,8 +57,4 @@ def read_record(file: Path) -> Any:
 def keep_record(file: Path, finding: object) -> None:
     """Write it whole or not at all, with its folder."""
     with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle, name = tempfile.mkstemp(dir=file.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            json.dump(finding, out)
-        Path(name).replace(file)
+        write_whole(file, json.dumps(finding))

@@ -9,31 +9,27 @@ from typing import Any
 import pytest
 
 from opsin.doctor import build as room
-from opsin.doctor.build import build_checks, check_threads, unused_gpu_hint
+from opsin.doctor.build import build_checks, unused_gpu_hint
 from opsin.doctor.check import Check, worst
 from opsin.doctor.host import Gpu, Host
-from opsin.native import COMMIT, PINNED, Build, Device, features_of
-from opsin.native.build_info import read_libraries
+from opsin.native import COMMIT, PINNED, Build, Device
+from opsin.native.build_info import features_of, has_assertions
 
 GIB = 1 << 30
-RTX = Gpu("CUDA", "NVIDIA GeForce RTX 3090", 24 * GIB, 23 * GIB, "550.54.14")
-RADEON = Gpu("ROCm", "AMD Radeon RX 7800", 16 * GIB, 15 * GIB)
-APPLE = Gpu("Metal", "Apple M2 GPU", 16 * GIB)
-ARC, IRIS = Gpu("Vulkan", "Intel GPU"), Gpu("Vulkan", "Intel GPU", integrated=True)
+RTX = Gpu("CUDA", "NVIDIA GeForce RTX 3090", "550.54.14")
+RADEON = Gpu("ROCm", "AMD Radeon RX 7800")
+APPLE = Gpu("Metal", "Apple M2 GPU")
 CUDA0 = Device("CUDA0", "NVIDIA GeForce RTX 3090", "gpu", 23 * GIB, 24 * GIB, 1)
 CPU = Device("CPU", "AMD EPYC", "cpu", 8 * GIB, 8 * GIB, 2)
 GOOD = Build(
     version=PINNED,
     llama="0.5.0-dev",
-    ggml="0.25.3",
     commit=COMMIT[:7] + "-dirty",
-    compiler="GCC: (Debian) 12.2.0",
     backends=("CPU",),
     cpu_features=frozenset({"AVX", "AVX2", "FMA", "F16C", "OPENMP"}),
     devices=(CPU,),
-    assertions=False,
 )
-CUDA = replace(GOOD, backends=("CUDA", "CPU"), devices=(CUDA0, CPU), cuda=12)
+CUDA = replace(GOOD, backends=("CUDA", "CPU"), devices=(CUDA0, CPU))
 HOST = Host(cpu="AMD EPYC", cpu_features=frozenset({"AVX", "AVX2", "FMA", "F16C"}), cores=8, allowed=8, threads=4)
 
 
@@ -57,24 +53,19 @@ def test_a_good_build_on_its_machine_passes_everything() -> None:
     checks = build_checks(CUDA, replace(HOST, gpus=(RTX,)), {})
     assert worst(checks) == "ok"
     assert all(found.fix is None and found.message for found in checks)
-    assert [found.name.removeprefix("build.") for found in checks] == [
-        *("version", "assertions", "cpu", "driver", "gpu", "flags", "threads")
-    ]
+    assert [found.name.removeprefix("build.") for found in checks] == [*("version", "cpu", "driver", "gpu", "threads")]
 
 
 def test_what_cannot_be_told_is_left_out() -> None:
-    assert names() == ["version", "assertions", "cpu", "gpu", "flags", "threads"]
-    assert "assertions" not in names(replace(GOOD, assertions=None))
+    assert names() == ["version", "cpu", "gpu", "threads"]
     broken = Build(version="0.3.20", error="llama-cpp-python 0.3.20 is installed")
-    assert names(broken, replace(HOST, gpus=(RTX,))) == ["version", "driver", "flags", "threads"]
+    assert names(broken, replace(HOST, gpus=(RTX,))) == ["version", "threads"]
 
 
-def test_the_version_tells_commit_and_compiler() -> None:
+def test_the_version_tells_the_commit() -> None:
     found = check("version")
     assert found.status == "ok"
     assert COMMIT[:7] in found.message
-    assert "GCC" in found.message
-    assert found.evidence["backends"] == ["CPU"]
 
 
 @pytest.mark.parametrize(
@@ -105,14 +96,6 @@ def test_another_commit_under_the_right_version_is_warned_of() -> None:
     assert check("version", replace(GOOD, commit="unknown")).status == "ok"
 
 
-def test_a_version_with_its_vision_encoder_off_the_gpu_is_named() -> None:
-    found = check("version", Build(version="0.3.7", error="llama-cpp-python 0.3.7 is installed"))
-    assert found.status == "fail"
-    assert "0.3.7 computes the vision encoder on the CPU" in found.message
-    assert "/10896" in found.message
-    assert "on the CPU" not in check("version", Build(version="0.3.20", error="0.3.20 is installed")).message
-
-
 @pytest.mark.parametrize("version", ["", "0.2.60"])
 def test_the_first_right_build_is_one_for_the_gpu(version: str) -> None:
     """A library that cannot be loaded does not tell its backends: the owner of an RTX was given a build for the CPU."""
@@ -121,16 +104,8 @@ def test_the_first_right_build_is_one_for_the_gpu(version: str) -> None:
     assert flags_of(check("version", broken, machine)) == "-DGGML_CUDA=on"
     bare = check("version", broken, replace(machine, tools={}))
     assert "after nvcc of NVIDIA's CUDA toolkit" in bare.message
-    wheel = check("version", broken, replace(machine, tools={}, cuda_runtimes=(12,)))
-    assert "/whl/cu124" in (wheel.fix or "")
-    assert ("--no-deps" in (wheel.fix or "")) == bool(version)
+    assert ("--no-deps" in (bare.fix or "")) == bool(version)
     assert flags_of(check("version", replace(CUDA, version="0.3.35"), machine)) == "-DGGML_CUDA=on"
-
-
-@pytest.mark.parametrize("gpu", [IRIS, replace(RTX, trouble="its driver is not loaded")])
-def test_the_first_right_build_is_for_no_gpu_that_would_not_serve(gpu: Gpu) -> None:
-    found = check("version", Build(error="it cannot be loaded"), replace(HOST, gpus=(gpu,)))
-    assert (found.status, flags_of(found)) == ("fail", "")
 
 
 def test_assertions_are_told_without_a_word_on_optimisation() -> None:
@@ -138,24 +113,27 @@ def test_assertions_are_told_without_a_word_on_optimisation() -> None:
     found = check("assertions", replace(GOOD, assertions=True))
     assert (found.status, flags_of(found)) == ("warn", "-DCMAKE_BUILD_TYPE=Release")
     assert "optimis" not in found.message
-    assert check("assertions").status == "ok"
+    assert "assertions" not in names()
 
 
-def test_the_librarys_files_tell_how_they_were_made(tmp_path: Path) -> None:
-    assert read_libraries(tmp_path) == ("", None, None)
-    (tmp_path / "libggml-base.so").write_bytes(b"\x7fELF\0memcpy\0" + b"GCC: (Debian 12.2.0-14) 12.2.0\0")
-    assert read_libraries(tmp_path) == ("GCC: (Debian 12.2.0-14) 12.2.0", False, None)
-    (tmp_path / "libggml-base.so").write_bytes(b"\x7fELF\0__assert_fail\0Debian clang version 14.0.6\0")
-    (tmp_path / "libggml-cuda.so").write_bytes(b"\x7fELF\0libcudart.so.12\0")
-    assert read_libraries(tmp_path) == ("Debian clang version 14.0.6", True, 12)
-    (tmp_path / "libggml-cuda.so").write_bytes(b"MZ cudart64_110.dll")
-    assert read_libraries(tmp_path)[2] == 11
+def test_the_librarys_file_tells_whether_it_has_assertions(tmp_path: Path) -> None:
+    assert not has_assertions(tmp_path)
+    (tmp_path / "libggml-base.so").write_bytes(b"\x7fELF\0memcpy\0")
+    assert not has_assertions(tmp_path)
+    (tmp_path / "libggml-base.so").write_bytes(b"\x7fELF\0__assert_fail\0")
+    assert has_assertions(tmp_path)
 
 
-def test_system_info_is_taken_apart_by_backend() -> None:
+def test_a_driver_or_a_card_that_does_not_fit_the_build_is_told_with_a_new_build() -> None:
+    found = check("gpu", replace(CUDA, devices=(CPU,)), replace(HOST, gpus=(RTX,)))
+    assert (found.status, flags_of(found)) == ("fail", "-DGGML_CUDA=on")
+    assert "too old" in found.message
+
+
+def test_system_info_tells_the_instructions_of_the_cpu_backend() -> None:
     line = "CUDA : ARCHS = 860 | USE_GRAPHS = 1 | CPU : AVX = 1 | AVX2 = 0 | FMA = 1 | "
-    assert features_of(line) == {"CUDA": {"ARCHS", "USE_GRAPHS"}, "CPU": {"AVX", "FMA"}}
-    assert features_of("") == {}
+    assert features_of(line) == {"AVX", "FMA"}
+    assert features_of("") == frozenset()
 
 
 def test_a_build_for_a_plain_cpu_fails() -> None:
@@ -173,8 +151,7 @@ def test_an_instruction_that_only_some_weights_need_is_a_warning() -> None:
 
 def test_a_build_that_uses_what_the_cpu_has_passes() -> None:
     assert check("cpu").status == "ok"
-    assert "AVX2" in check("cpu").message
-    assert "does not tell" in check("cpu", machine=replace(HOST, cpu_features=frozenset())).message
+    assert check("cpu", machine=replace(HOST, cpu_features=frozenset())).status == "ok", "this system does not tell"
 
 
 def test_a_driver_in_trouble_fails_and_the_gpu_waits_for_it() -> None:
@@ -188,22 +165,11 @@ def test_a_driver_in_trouble_fails_and_the_gpu_waits_for_it() -> None:
     assert check("driver", machine=replace(HOST, gpus=(RTX,))).status == "ok"
 
 
-def test_a_gpu_inside_the_cpu_in_trouble_is_no_loss() -> None:
-    shut = replace(IRIS, trouble="its device file /dev/dri/renderD128 is not here")
-    beside = check("driver", machine=replace(HOST, gpus=(RTX, shut)))
-    assert beside.status == "ok"
-    assert "renderD128" in beside.message
-    assert f"programs can reach {RTX.name}" in beside.message
-    assert [row["trouble"] for row in beside.evidence["gpus"]] == ["", shut.trouble]
-    alone = replace(HOST, gpus=(shut,))
-    assert (check("driver", machine=alone).status, check("gpu", machine=alone).status) == ("ok", "ok")
-
-
 def test_a_card_in_trouble_fails_only_where_no_other_card_serves() -> None:
     shut = replace(RADEON, trouble="this user may not open /dev/kfd", fix="sudo usermod -a -G render me")
     found = check("driver", machine=replace(HOST, gpus=(RTX, shut)))
     assert (found.status, found.fix) == ("warn", shut.fix)
-    assert check("driver", machine=replace(HOST, gpus=(shut, IRIS))).status == "fail"
+    assert check("driver", machine=replace(HOST, gpus=(shut,))).status == "fail"
 
 
 @pytest.mark.parametrize(
@@ -221,23 +187,12 @@ def test_the_backends_that_are_there_stay() -> None:
     assert flags_of(found).split() == ["-DGGML_BLAS=on", "-DGGML_CUDA=on"]
 
 
-def test_what_is_missing_to_compile_is_said_and_a_wheel_stands_in() -> None:
+def test_what_is_missing_to_compile_is_said() -> None:
     bare = replace(HOST, gpus=(RTX,))
     assert "after nvcc of NVIDIA's CUDA toolkit" in check("gpu", machine=bare).message
-    found = check("gpu", machine=replace(bare, cuda_runtimes=(12,)))
-    assert "prebuilt" in found.message
-    assert "/whl/cu124" in (found.fix or "")
-    ready = check("gpu", machine=replace(bare, cuda_runtimes=(12,), tools={"nvcc": "/usr/bin/nvcc"}))
+    ready = check("gpu", machine=replace(bare, tools={"nvcc": "/usr/bin/nvcc"}))
     assert flags_of(ready) == "-DGGML_CUDA=on"
     assert "not here" not in ready.message
-
-
-def test_a_gpu_for_vulkan_is_a_warning_and_one_inside_the_cpu_none() -> None:
-    found = check("gpu", machine=replace(HOST, gpus=(ARC,)))
-    assert (found.status, flags_of(found)) == ("warn", "-DGGML_VULKAN=on")
-    inside = check("gpu", machine=replace(HOST, gpus=(IRIS,)))
-    assert (inside.status, inside.fix) == ("ok", None)
-    assert "measure" in inside.message
 
 
 def test_a_gpu_that_the_environment_hides_is_found_out(tmp_path: Path) -> None:
@@ -251,25 +206,13 @@ def test_a_gpu_that_the_environment_hides_is_found_out(tmp_path: Path) -> None:
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "-1"}
     done = subprocess.run(["/bin/sh", "-c", found.fix or ""], env=environment, capture_output=True, check=True)
     assert done.stdout == b"doctor unset\n"
-    windows = check("gpu", blind, replace(HOST, gpus=(RTX,), system="Windows"), {"CUDA_VISIBLE_DEVICES": "-1"})
-    assert (windows.status, windows.fix) == ("fail", None)
-
-
-def test_a_driver_too_old_for_the_builds_cuda_is_found_out() -> None:
-    blind, old = replace(CUDA, devices=(CPU,)), replace(RTX, driver="470.82.01")
-    found = check("gpu", blind, replace(HOST, gpus=(old,)))
-    assert found.status == "fail"
-    assert "driver 470.82.01 is too old for CUDA 12, which needs 525" in found.message
-    other = check("gpu", blind, replace(HOST, gpus=(RTX,)))
-    assert (other.status, "too old" in other.message) == ("fail", False)
-    assert flags_of(other) == "-DGGML_CUDA=on"
 
 
 def test_some_of_the_gpus_missing_is_a_warning() -> None:
     machine = replace(HOST, gpus=(RTX, RTX))
     found = check("gpu", CUDA, machine, {"CUDA_VISIBLE_DEVICES": "0"})
     assert (found.status, found.fix) == ("warn", "env -u CUDA_VISIBLE_DEVICES opsin doctor")
-    assert "2 GPUs are here, but llama.cpp sees 1" in found.message
+    assert "and llama.cpp sees 1" in found.message
     both = replace(CUDA, devices=(CUDA0, replace(CUDA0, name="CUDA1"), CPU))
     assert check("gpu", both, machine).status == "ok"
 
@@ -281,22 +224,7 @@ def test_a_gpu_in_software_is_no_gpu() -> None:
     remote = replace(build, devices=(replace(pipe, name="RPC0", description="127.0.0.1:50052"), CPU))
     assert check("gpu", remote).status == "ok"
     card = check("gpu", build, replace(HOST, gpus=(RTX,)))
-    assert (card.status, "llama.cpp does not see it" in card.message) == ("fail", True)
-    inside = check("gpu", build, replace(HOST, gpus=(IRIS,)))
-    assert (inside.status, "in software" in inside.message) == ("warn", True)
-
-
-def test_the_gpu_inside_the_cpu_does_not_stand_for_the_card() -> None:
-    iris = Device("Vulkan0", "Intel(R) UHD Graphics 770", "igpu", 8 * GIB, 8 * GIB, 3)
-    arc = replace(iris, name="Vulkan1", description="Intel(R) Arc A770", type="gpu")
-    build = replace(GOOD, backends=("Vulkan", "CPU"), devices=(iris, CPU))
-    found = check("gpu", build, replace(HOST, gpus=(RTX, IRIS)))
-    assert (found.status, RTX.name in found.message) == ("fail", True)
-    assert check("gpu", build, replace(HOST, gpus=(IRIS,))).status == "ok"
-    # The card alone is what is asked for: ggml leaves the other out by itself.
-    assert check("gpu", replace(build, devices=(arc, CPU)), replace(HOST, gpus=(ARC, IRIS))).status == "ok"
-    two = check("gpu", replace(build, devices=(iris, arc, CPU)), replace(HOST, gpus=(RTX, ARC, IRIS)))
-    assert (two.status, "2 GPUs are here, but llama.cpp sees 1" in two.message) == ("warn", True)
+    assert (card.status, "llama.cpp sees 0" in card.message) == ("fail", True)
 
 
 def test_a_gpu_that_cuda_calls_integrated_is_the_one_that_nvidia_smi_lists() -> None:
@@ -307,39 +235,16 @@ def test_a_gpu_that_cuda_calls_integrated_is_the_one_that_nvidia_smi_lists() -> 
 def test_vulkan_serves_every_gpu() -> None:
     device = replace(CUDA0, name="Vulkan0")
     build = replace(GOOD, backends=("Vulkan", "CPU"), devices=(device, CPU))
-    for gpu in (RTX, RADEON, ARC):
+    for gpu in (RTX, RADEON):
         assert check("gpu", build, replace(HOST, gpus=(gpu,))).status == "ok"
 
 
 def test_a_second_gpu_needs_no_backend_of_its_own() -> None:
-    assert check("gpu", CUDA, replace(HOST, gpus=(RTX, RADEON, IRIS))).status == "ok"
+    assert check("gpu", CUDA, replace(HOST, gpus=(RTX, RADEON))).status == "ok"
     rocm = replace(GOOD, backends=("ROCm", "CPU"), devices=(replace(CUDA0, name="ROCm0"), CPU))
     assert check("gpu", rocm, replace(HOST, gpus=(RTX, RADEON))).status == "ok"
     blind = check("gpu", replace(rocm, devices=(CPU,)), replace(HOST, gpus=(RTX, RADEON)))
     assert (blind.status, RADEON.name in blind.message) == ("fail", True)
-
-
-def test_old_flags_in_the_environment_are_translated_by_a_line_that_a_shell_runs() -> None:
-    old = '-DLLAMA_CUBLAS=on -DLLAVA_BUILD=on -DCMAKE_C_FLAGS="-O3 -g" "-DCMAKE_INSTALL_RPATH=\\$ORIGIN\\`x\\"y"'
-    found = check("flags", environment={"CMAKE_ARGS": old})
-    assert found.status == "warn"
-    assert "LLAMA_CUBLAS" in found.message
-    line = f'{found.fix} && printf %s "$CMAKE_ARGS"'
-    done = subprocess.run(["/bin/sh", "-c", line], capture_output=True, check=True, text=True)
-    assert shlex.split(done.stdout) == ["-DGGML_CUDA=on", *shlex.split(old)[1:]]
-
-
-def test_variables_of_the_old_makefile_are_warned_of() -> None:
-    found = check("flags", environment={"LLAMA_CUBLAS": "1"})
-    assert (found.status, found.fix) == ("warn", 'export CMAKE_ARGS="-DGGML_CUDA=on"')
-    windows = check("flags", machine=replace(HOST, system="Windows"), environment={"LLAMA_CUBLAS": "1"})
-    assert (windows.status, windows.fix) == ("warn", None)
-
-
-@pytest.mark.parametrize("flags", ["", "-DGGML_CUDA=on", "-DGGML_CUDA=on -DLLAVA_BUILD=on"])
-def test_flags_of_today_pass(flags: str) -> None:
-    found = check("flags", environment={"CMAKE_ARGS": flags})
-    assert found.status == "ok"
 
 
 def test_a_quota_below_the_threads_is_told_with_its_numbers() -> None:
@@ -353,10 +258,9 @@ def test_a_quota_below_the_threads_is_told_with_its_numbers() -> None:
 
 def test_the_threads_that_were_asked_for_are_judged() -> None:
     machine = replace(HOST, quota=2.5)
-    assert next(c for c in build_checks(GOOD, machine, {}, threads=2) if c.name == "build.threads").status == "ok"
-    assert check_threads(machine, 3).evidence["threads"] == 3
-    assert [check_threads(machine, asked).status for asked in (None, 1, 2, 3)] == ["warn", "ok", "ok", "warn"]
-    assert check_threads(replace(HOST, quota=0.5), 1).status == "ok"
+    statuses = [build_checks(GOOD, machine, {}, threads=asked)[-1].status for asked in (None, 1, 2, 3)]
+    assert statuses == ["warn", "ok", "ok", "warn"]
+    assert build_checks(GOOD, replace(HOST, quota=0.5), {}, threads=1)[-1].status == "ok"
 
 
 def test_an_affinity_below_the_cores_warns_of_threads_beyond_it_only() -> None:
@@ -364,7 +268,7 @@ def test_an_affinity_below_the_cores_warns_of_threads_beyond_it_only() -> None:
     machine = replace(HOST, allowed=2, threads=2)
     found = check("threads", machine=machine)
     assert (found.status, "2 of 8 cores" in found.message) == ("ok", True)
-    more = check_threads(machine, 8)
+    more = build_checks(GOOD, machine, {}, threads=8)[-1]
     assert (more.status, "--threads 2" in more.message) == ("warn", True)
 
 
@@ -383,9 +287,7 @@ def test_every_row_is_plain_json() -> None:
 def test_without_arguments_this_machine_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "build_info", lambda: GOOD)
     monkeypatch.setattr(room, "read_host", lambda *_: replace(HOST, gpus=(RTX,)))
-    monkeypatch.setenv("CMAKE_ARGS", "-DLLAMA_CUBLAS=on")
-    status = {found.name: found.status for found in build_checks()}
-    assert (status["build.gpu"], status["build.flags"]) == ("fail", "warn")
+    assert {found.name: found.status for found in build_checks()}["build.gpu"] == "fail"
 
 
 def hint(*gpus: Gpu, build: Build = GOOD, **facts: Any) -> str | None:
@@ -409,8 +311,6 @@ def test_an_unused_gpu_is_hinted_at_in_one_line_with_the_command(gpu: Gpu, flag:
         ((), GOOD),
         ((RTX,), CUDA),
         ((RTX,), replace(GOOD, backends=("Vulkan", "CPU"))),
-        ((ARC,), GOOD),
-        ((IRIS,), GOOD),
         ((replace(RTX, trouble="its device files are not here"),), GOOD),
         ((RTX,), Build(error="cannot be loaded")),
     ],
@@ -422,11 +322,11 @@ def test_nothing_is_hinted_at_where_another_build_would_not_help(gpus: tuple[Gpu
 def test_the_hint_looks_at_this_machine_without_running_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     looked = []
 
-    def machine(reach: Any) -> Host:
-        looked.append(reach.run(["nvidia-smi"]))
+    def machine(run: Any) -> Host:
+        looked.append(run(["nvidia-smi"]))
         return replace(HOST, gpus=(RTX,))
 
     monkeypatch.setattr(room, "read_host", machine)
     monkeypatch.setattr(room, "build_info", lambda: GOOD)
     assert "RTX 3090" in (unused_gpu_hint() or "")
-    assert looked == [None]
+    assert looked == [""]

@@ -9,16 +9,17 @@ import pytest
 
 from opsin.cache import PictureCache
 from opsin.core.backend import BackendLimits
-from opsin.core.errors import BadParameter, EncodeFailed, ModelError
+from opsin.core.errors import BadParameter, EncodeFailed
 from opsin.core.placement import BackendShare, Placement
 from opsin.core.settings import EngineSettings
 from opsin.doctor import examine as room
 from opsin.doctor.check import Check
 from opsin.doctor.examine import LoadedPair, examine
+from opsin.doctor.pair import PairInfo
 from opsin.engine import Engine
+from opsin.models.gguf import read_header
 from opsin.models.pairing import Pair
 from opsin.native.build_info import Build
-from opsin.native.device_rate import DeviceRate
 from opsin.native.devices import Device
 from opsin.prompt import PromptBuilder, TemplateSource
 from opsin.testing import FakeBackend
@@ -42,6 +43,9 @@ class Backend(FakeBackend):
     eog_texts = frozenset({"</s>"})
     proof = Placement(ON_GPU, ON_GPU, 1, 1)
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(lambda prompt: f"{prompt.partition('<')[2][:8]}: a square.", **options)
+
     def placement(self) -> Placement:
         return self.proof
 
@@ -53,30 +57,21 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """What the native parts say; `measured` are the devices that were."""
-    said = SimpleNamespace(build=OK, room=replace(OK, name="room.memory"), devices=(CPU, *CARDS), full=(), measured=[])
-
-    def measure(device: Device, _threads: int) -> DeviceRate:
-        said.measured.append(device.name)
-        if device.name in said.full:
-            raise ModelError("It is full: close other programs.")
-        return DeviceRate(1e12, 1e11)
-
+    """What the native parts say."""
+    said = SimpleNamespace(build=OK, room=replace(OK, name="room.memory"), devices=(CPU, *CARDS))
     for name, value in {
         "build_info": Build,
         "build_checks": lambda *_, **__: [said.build],
-        "gpu_backends": lambda: ["CUDA"],
         "room_checks": lambda *_: [said.room],
         "trial_check": lambda *_: replace(OK, name="safety.trial"),
         "devices": lambda: said.devices,
-        "measure_device": measure,
     }.items():
         monkeypatch.setattr(room, name, value)
     return said
 
 
-def opener(backend: FakeBackend) -> Callable[[EngineSettings], LoadedPair]:
-    def open_pair(_: EngineSettings) -> LoadedPair:
+def opener(backend: FakeBackend) -> Callable[[EngineSettings, PairInfo], LoadedPair]:
+    def open_pair(_: EngineSettings, _info: PairInfo) -> LoadedPair:
         engine = Engine(lambda: backend, pictures=PictureCache(2**20), now=backend.clock)
         return LoadedPair(engine, PromptBuilder(SOURCE), backend, SOURCE, engine.close)  # type: ignore[arg-type]
 
@@ -132,7 +127,7 @@ def test_an_answer_that_fails_is_a_finding_behind_the_others(pair: Pair) -> None
 
 @pytest.mark.usefixtures("machine")
 def test_a_setting_that_loading_refuses_is_a_finding_behind_the_headers(pair: Pair) -> None:
-    def refuse(_: EngineSettings) -> LoadedPair:
+    def refuse(_: EngineSettings, _info: PairInfo) -> LoadedPair:
         raise BadParameter("--ctx is too small: give more.")
 
     found = list(examine(EngineSettings(model=pair.llm, mmproj=pair.mmproj), refuse))
@@ -143,23 +138,10 @@ def test_a_setting_that_loading_refuses_is_a_finding_behind_the_headers(pair: Pa
 
 def test_a_pair_without_room_is_not_loaded_and_its_headers_are_told(pair: Pair, machine: SimpleNamespace) -> None:
     machine.room = replace(machine.room, status="fail")
-    found = list(examine(EngineSettings(model=pair.llm, mmproj=pair.mmproj), lambda _: pytest.fail("it was loaded")))
+    found = list(examine(EngineSettings(model=pair.llm, mmproj=pair.mmproj), lambda *_: pytest.fail("it was loaded")))
     names = [check.name for check in found]
     assert "pair.width" in names
     assert "safety.trial" not in names
-
-
-def test_only_devices_that_took_part_are_measured_and_a_full_one_loses_no_proof(
-    pair: Pair, machine: SimpleNamespace
-) -> None:
-    found = examined(pair)
-    assert machine.measured == ["CUDA0"]
-    assert set(found["placement.rate"].evidence["ceilings"]) == {"CUDA0"}
-    machine.full = ("CUDA0",)
-    found = examined(pair)
-    assert found["placement.encoder"].status == "ok"
-    assert found["placement.rate"].evidence["ceilings"] == {}
-    assert "pair.usable" not in found
 
 
 def test_a_gpu_that_the_build_cannot_use_is_told_by_its_check(pair: Pair, machine: SimpleNamespace) -> None:
@@ -174,3 +156,18 @@ def test_a_gpu_that_the_build_cannot_use_is_told_by_its_check(pair: Pair, machin
     check = examined(pair, backend)["placement.encoder"]
     assert (check.status, check.fix) == ("fail", "env -u CUDA_VISIBLE_DEVICES opsin doctor")
     assert "see build.gpu" in check.message
+
+
+@pytest.mark.usefixtures("machine")
+def test_every_header_is_read_once(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def reading(path: Any) -> Any:
+        read.append(path.name)
+        return read_header(path)
+
+    for module in ("opsin.models.gguf", "opsin.models.facts", "opsin.doctor.pair"):
+        monkeypatch.setattr(f"{module}.read_header", reading)
+    examined(pair)
+    assert pair.mmproj is not None
+    assert sorted(read) == sorted([pair.llm.name, pair.mmproj.name])

@@ -5,7 +5,6 @@ the pinned version's build files, and that pip knows the options is asked of pip
 """
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +13,8 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
+from opsin.doctor.build import RECIPES, install_command, missing_tool
 from opsin.doctor.host import Host
-from opsin.doctor.install import RECIPES, install_command, missing_tool, wheel_command
 from opsin.native import PINNED
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell line")
@@ -61,16 +60,13 @@ def test_the_line_runs_and_its_flags_arrive(tmp_path: Path, folder: str, backend
 @pytest.mark.slow
 def test_pip_itself_accepts_the_options(tmp_path: Path) -> None:
     commands = pytest.importorskip("pip._internal.commands")
-    runtime = a_machine(tmp_path / "python", cuda_runtimes=(12,))
-    for line in (install_command(runtime, ["CUDA"]), wheel_command(runtime, "560.1") or ""):
-        python = program(tmp_path / "python")
-        (python.parent / "words").unlink(missing_ok=True)
-        words, _ = run_line(line, python)
-        options, requirements = commands.create_command("install").parse_args(words[3:])
-        assert requirements == [f"llama-cpp-python=={PINNED}"]
-        assert options.force_reinstall
-        assert options.ignore_dependencies
-        assert options.cache_dir is False or options.cache_dir is None
+    python = program(tmp_path / "python")
+    words, _ = run_line(install_command(a_machine(python), ["CUDA"]), python)
+    options, requirements = commands.create_command("install").parse_args(words[3:])
+    assert requirements == [f"llama-cpp-python=={PINNED}"]
+    assert options.force_reinstall
+    assert options.ignore_dependencies
+    assert options.cache_dir is False or options.cache_dir is None
 
 
 @POSIX
@@ -118,46 +114,6 @@ def test_an_environment_without_pip_uses_uv_or_makes_one(tmp_path: Path) -> None
     (tmp_path / "words").unlink()
     words, _ = run_line(install_command(a_machine(python, pip=False), ["CUDA"]), python)
     assert words[:5] == ["-m", "ensurepip", "-m", "pip", "install"]
-
-
-def test_windows_gets_no_assignment_before_the_command() -> None:
-    machine = a_machine(r"C:\Program Files\Python\python.exe", system="Windows", machine="AMD64")
-    line = install_command(machine, ["CUDA", "Vulkan"])
-    assert line.startswith('"C:\\Program Files\\Python\\python.exe" -m pip install ')
-    assert re.search(r'-C "cmake\.args=-DGGML_CUDA=on;-DGGML_VULKAN=on" llama-cpp-python==\S+$', line)
-    assert " -C " not in install_command(machine)
-
-
-@pytest.mark.parametrize(
-    ("facts", "driver", "folder"),
-    [
-        ({"cuda_runtimes": (12,)}, "560.35", "cu125"),
-        ({"cuda_runtimes": (12,)}, "550.54.14", "cu124"),
-        ({"cuda_runtimes": (12,)}, "535.0", "cu122"),
-        ({"cuda_runtimes": (12,)}, "530.30.02", "cu121"),
-        ({"cuda_runtimes": (12, 13)}, "580.65", "cu130"),
-        ({"cuda_runtimes": (12,)}, "580.65", "cu125"),
-        ({"cuda_runtimes": (12,)}, "525.60", None),
-        ({"cuda_runtimes": (13,)}, "560.35", None),
-        ({"cuda_runtimes": ()}, "560.35", None),
-        ({"cuda_runtimes": (12,)}, "", None),
-        ({"cuda_runtimes": (12,), "machine": "aarch64"}, "560.35", None),
-        ({"cuda_runtimes": (12,), "system": "Darwin"}, "560.35", None),
-    ],
-)
-def test_a_wheel_is_named_only_where_it_can_be_right(facts: dict[str, Any], driver: str, folder: str | None) -> None:
-    command = wheel_command(a_machine("python", **facts), driver)
-    assert (command is None) == (folder is None)
-    if command is not None:
-        assert f"/whl/{folder} " in command
-        assert "--only-binary llama-cpp-python" in command
-
-
-def test_a_first_wheel_brings_its_dependencies() -> None:
-    ready = a_machine("python", cuda_runtimes=(12,))
-    first, again = wheel_command(ready, "560.35", fresh=True) or "", wheel_command(ready, "560.35") or ""
-    assert ("--no-deps" in first, "--extra-index-url" in first) == (False, True)
-    assert ("--no-deps" in again, "--extra-index-url" in again) == (True, False)
 
 
 def test_what_is_missing_to_compile_is_told() -> None:

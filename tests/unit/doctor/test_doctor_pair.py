@@ -60,7 +60,6 @@ def test_a_sound_pair_passes_all(info: PairInfo) -> None:
             "pair.quantisation",
             "pair.ubatch",
             "pair.context",
-            "pair.trained_context",
             "pair.template",
             "pair.end",
         ),
@@ -118,6 +117,11 @@ def test_a_projector_of_another_width_fails_before_loading(pair: Pair, info: Pai
     assert "pair.ubatch" not in found
 
 
+def test_a_pair_of_two_families_is_doubted(info: PairInfo) -> None:
+    check = by_name(pair_checks(replace(info, doubt="they are of different families")))["pair.width"]
+    assert (check.status, check.message) == ("warn", "they are of different families.")
+
+
 def test_a_width_that_the_file_does_not_tell_is_left_to_llama_cpp(info: PairInfo) -> None:
     found = by_name(pair_checks(replace(info, mmproj=replace(info.mmproj, projector_width=None))))
     assert found["pair.width"].status == "ok"
@@ -130,7 +134,7 @@ def test_a_width_that_the_file_does_not_tell_is_left_to_llama_cpp(info: PairInfo
         ("F32", {"F32": 50}, "warn", "--outtype f16"),
         ("Q4_K_M", {"Q4_K": 40, "F32": 20}, "warn", "so few bits"),
         ("IQ3_S", {"IQ3_S": 40, "F32": 20}, "warn", "so few bits"),
-        ("F16", {"F16": 40, "F32": 20}, "ok", "bf16 or q8_0"),
+        ("F16", {"F16": 40, "F32": 20}, "ok", "is F16"),
         ("Q8_0", {"Q8_0": 40, "F32": 20}, "ok", "is Q8_0"),
     ],
 )
@@ -160,10 +164,10 @@ def test_a_picture_that_attends_both_ways_must_fit_the_micro_batch(info: PairInf
 def test_other_pictures_go_in_slices_and_small_ones_warn(info: PairInfo) -> None:
     check = checked(info, image_tokens=576, ubatch=256)["pair.ubatch"]
     assert (check.status, check.fix) == ("ok", None)
-    assert "3 slices of 256" in check.message
+    assert "3 ubatches of 256" in check.message
     check = checked(info, image_tokens=576, ubatch=64)["pair.ubatch"]
     assert check.status == "warn"
-    assert "9 slices of 64" in check.message
+    assert "9 ubatches of 64" in check.message
     assert parsed(check.fix)[1]["ubatch"] == 768
 
 
@@ -193,11 +197,11 @@ def test_a_picture_beyond_the_trained_context_has_no_command(info: PairInfo) -> 
 
 
 def test_a_context_longer_than_the_trained_one_warns(info: PairInfo) -> None:
-    check = checked(info, ctx_seq=8192, settings=EngineSettings(parallel=2))["pair.trained_context"]
+    check = checked(info, ctx_seq=8192, settings=EngineSettings(parallel=2))["pair.context"]
     assert check.status == "warn"
-    assert "8192 tokens is longer than the 4096" in check.message
+    assert "8192 tokens is longer than the trained 4096" in check.message
     assert parsed(check.fix)[1]["ctx"] == 8192, "4,096 for each of two"
-    assert checked(info, ctx_seq=4096)["pair.trained_context"].status == "ok"
+    assert checked(info, ctx_seq=4096)["pair.context"].status == "ok"
 
 
 def test_a_missing_template_warns_and_names_the_one_that_stands_in(info: PairInfo, tmp_path: Path) -> None:

@@ -9,8 +9,7 @@ from pair_fixes import parsed
 from opsin.core.placement import BackendShare, Placement
 from opsin.core.settings import EngineSettings
 from opsin.doctor.check import Check
-from opsin.doctor.placement import Rates, placement_checks
-from opsin.native.device_rate import DeviceRate
+from opsin.doctor.placement import placement_checks
 from opsin.native.devices import Device
 
 LLM, MMPROJ = Path("/models/a model.gguf"), Path("/models/mmproj.gguf")
@@ -25,7 +24,6 @@ LLM_ON_GPU = {
     "CUDA0": BackendShare(200, 0.999, 0.99, {"MUL_MAT": 200}, 1),
     "CPU": BackendShare(1, 0.001, 0.01, {"GET_ROWS": 1}, 1),
 }
-RATES = {"CPU": DeviceRate(1e11, 2e10), "CUDA0": DeviceRate(1e14, 2e12)}
 
 
 def checked(
@@ -33,12 +31,11 @@ def checked(
     model: Any = LLM_ON_GPU,
     layers: int = 32,
     devices: tuple[Device, ...] = (CPU, GPU),
-    rates: Rates | None = None,
     unused: Check | None = None,
     **settings: Any,
 ) -> dict[str, Check]:
     chosen = EngineSettings(model=LLM, mmproj=MMPROJ, **settings)
-    found = placement_checks(Placement(encoder, model, layers, 32), devices, chosen, rates=rates, unused=unused)
+    found = placement_checks(Placement(encoder, model, layers, 32), devices, chosen, unused=unused)
     assert len({check.name for check in found}) == len(found)
     return {check.name: check for check in found}
 
@@ -77,7 +74,7 @@ def test_an_encoder_of_which_a_tenth_is_on_the_gpu_fails() -> None:
     encoder = {"CPU": BackendShare(80, 0.9, 0.95, {"MUL_MAT": 80}), "CUDA0": BackendShare(9, 0.1, 0.05)}
     check = checked(encoder=encoder)["placement.encoder"]
     assert check.status == "fail"
-    assert "90% on CPU (95% of the time), 10% on CUDA0 (5% of the time)" in check.message
+    assert "90% on CPU, 10% on CUDA0" in check.message
 
 
 @pytest.mark.parametrize("word", ["none", "cpu", " CPU"])
@@ -163,9 +160,7 @@ def test_operations_that_fall_back_are_named_with_count_and_share() -> None:
     found = checked(encoder=encoder)
     check = found["placement.fallback"]
     assert check.status == "warn"
-    assert "FLASH_ATTN_EXT × 23, IM2COL × 2 (25 of 325 nodes, 10.0% of the operations and 50% of the time)" in (
-        check.message
-    )
+    assert "FLASH_ATTN_EXT × 23, IM2COL × 2 (10.0% of its operations)" in check.message
     assert check.evidence["encoder"]["ops"] == {"FLASH_ATTN_EXT": 23, "IM2COL": 2}
     assert parsed(check.fix) == ("serve", {**PAIR, "vision_flash_attention": False})
     splits = found["placement.splits"]
@@ -192,55 +187,8 @@ def test_another_fallback_has_no_command_that_mends_it() -> None:
     }
     check = checked(encoder=encoder)["placement.fallback"]
     assert (check.status, check.fix) == ("warn", None)
-    assert "CUDA0 or Vulkan0 does not support" in check.message
+    assert "POOL_2D × 8" in check.message
 
 
-def test_splits_that_were_not_counted_and_an_encoder_that_is_not_there_are_left_out() -> None:
-    found = checked(encoder={}, model={"CUDA0": BackendShare(9, 1.0)})
-    assert "placement.splits" not in found
-    assert "placement.encoder" not in found
-    assert "placement.rate" not in found
-
-
-def rate(encoder: Any = ON_CPU, model: Any = ON_CPU, **numbers: Any) -> Check:
-    return checked(encoder, model, devices=(CPU,), rates=Rates(RATES, **numbers))["placement.rate"]
-
-
-def test_rates_near_the_ceiling_pass() -> None:
-    check = rate(encode_ops=4e10, encode_seconds=0.5, weight_bytes=2e8, decode_seconds=0.012)
-    assert check.status == "ok"
-    assert check.evidence["encode"]["share_of_ceiling"] == pytest.approx(0.8)
-    assert check.evidence["decode"]["share_of_ceiling"] == pytest.approx(0.01 / 0.012, abs=1e-3)
-    assert "encode reaches 80%" in check.message.lower()
-
-
-def test_an_encode_below_a_third_of_the_ceiling_warns() -> None:
-    check = rate(encode_ops=4e10, encode_seconds=1.3, weight_bytes=2e8, decode_seconds=0.012)
-    assert check.status == "warn"
-    assert "31%" in check.message
-    assert "--threads" in check.message
-
-
-def test_a_decode_below_a_third_of_the_ceiling_warns() -> None:
-    check = rate(ON_GPU, ON_GPU, encode_ops=1e13, encode_seconds=0.12, weight_bytes=4e9, decode_seconds=0.02)
-    assert check.status == "warn"
-    assert "decode reaches 10%" in check.message
-    assert "power" in check.message
-
-
-def test_each_backend_is_held_to_its_own_ceiling() -> None:
-    """Half on the CPU is expected to take nearly as long as on the CPU alone takes half."""
-    half = {"CPU": BackendShare(9, 0.5), "CUDA0": BackendShare(9, 0.5)}
-    check = rate(encoder=half, encode_ops=4e10, encode_seconds=0.25)
-    assert check.status == "ok"
-    assert check.evidence["encode"]["least_seconds"] == pytest.approx(0.2002)
-
-
-def test_what_is_too_short_or_not_known_is_not_judged() -> None:
-    check = rate(encode_ops=1e8, encode_seconds=1.0, weight_bytes=2e8)
-    assert check.status == "ok"
-    assert "too short to be judged" in check.message
-    assert "decode" not in check.evidence
-    assert "not measured" in rate().message
-    elsewhere = rate(encoder={"Metal": BackendShare(9, 1.0)}, encode_ops=4e10, encode_seconds=9.0)
-    assert (elsewhere.status, set(elsewhere.evidence)) == ("ok", {"ceilings"})
+def test_an_encoder_that_is_not_there_is_left_out() -> None:
+    assert "placement.encoder" not in checked(encoder={}, model={"CUDA0": BackendShare(9, 1.0)})

@@ -13,7 +13,7 @@ from opsin.core.errors import BadParameter
 from opsin.core.model_facts import LayerFacts, ModelFacts, PairFacts, ProjectorFacts
 from opsin.core.settings import EngineSettings
 from opsin.native.devices import HOST, Device, free_memory
-from opsin.native.memory import MemoryPlan, needed_memory, plan_memory
+from opsin.native.memory import MemoryPlan, MemoryPlanner
 
 MIB, GIB = 2**20, 2**30
 CPU = Device("CPU", "a CPU", "cpu", 64 * GIB, 64 * GIB, 1)
@@ -46,7 +46,7 @@ def gpu(free: float, name: str = "CUDA0", kind: str = "gpu") -> Device:
 def planned(pair: PairFacts, *devices: Device, host: int = 64 * GIB, features: str = "", **settings: Any) -> MemoryPlan:
     free = {HOST: host, **{one.name: one.memory_free for one in devices if one.memory_total}}
     words = frozenset(features.split())
-    return plan_memory(pair, (*devices, CPU), EngineSettings(**settings), free=free, cpu_features=words)
+    return MemoryPlanner(pair, (*devices, CPU), EngineSettings(**settings), free, words).plan()
 
 
 def test_a_gpu_with_room_gets_everything() -> None:
@@ -126,10 +126,8 @@ def test_an_image_that_is_read_at_once_raises_the_ubatch() -> None:
     assert planned(LLAVA, ubatch=64).ubatch == 64
 
 
-def test_slots_share_the_context_and_one_may_use_what_was_trained() -> None:
-    plan = planned(SMALL, parallel=8)
-    assert (plan.ctx, plan.ctx_seq) == (8 * 4096, 4096)
-    assert planned(SMALL, ctx=1024).ctx_seq == 1024
+def test_slots_share_the_context() -> None:
+    assert planned(SMALL, parallel=8).ctx == 8 * 4096
 
 
 def test_two_gpus_share_the_layers_by_what_is_free() -> None:
@@ -177,7 +175,9 @@ def test_without_flash_attention_scores_are_counted() -> None:
 
 
 def test_a_quantised_cache_is_smaller() -> None:
-    f16, q8 = (needed_memory(LLAVA, (CPU,), EngineSettings(kv_type=kind, ctx=4096)) for kind in ("f16", "q8_0"))
+    f16, q8 = (
+        MemoryPlanner(LLAVA, (CPU,), EngineSettings(kv_type=kind, ctx=4096), {}).needed() for kind in ("f16", "q8_0")
+    )
     assert q8.by_device[HOST].kv == pytest.approx(f16.by_device[HOST].kv * 34 / 64)
 
 

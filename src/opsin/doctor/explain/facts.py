@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-_FEW = 3
-"""Stages that make an account of Opsin; any program may print one "total_ms"."""
+from opsin.core.stages import Stage
+
+_FEW = 3  # stages that make an account of Opsin; any program may print one "total_ms"
+_TITLES = {"load": "load model", "fetch": "fetch image", "encode": "vision encode"}
+_LEAST_MS = 0.05
 Timer = Literal["print_timings", "perf", "server", "ollama", "opsin", ""]
 
 
@@ -22,13 +25,21 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
+class StageRow:
+    """A stage and its milliseconds. `at_most`: the log only bounds it. `note` says what went through it."""
+
+    name: str
+    ms: float
+    note: str = ""
+    at_most: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """What one request says of itself; None where the log is silent. Times in milliseconds.
 
-    `prompt_ms`, `eval_ms`, `sample_ms` and `total_ms` are the tool's own timers, `wall_ms` what its caller measured.
-    `prompt_n` and `eval_n` are what the timers counted, `prompt_tokens` and `completion_tokens` what `usage` says.
-    `encode_ms` has one entry a image or slice. `end_tokens` is the fill of the context when it stopped, `kv_full` how
-    often a batch found no cells. `line` is where it began.
+    `wall_ms` is what the tool's caller measured, the others are its own timers. `prompt_n` and `eval_n` are what the
+    timers counted, `*_tokens` what `usage` says. `kv_full`: how often a batch found no cells. `line`: where it began.
     """
 
     line: int = 0
@@ -41,7 +52,6 @@ class Request:
     wall_ms: float | None = None
     prompt_n: int | None = None
     eval_n: int | None = None
-    sample_n: int | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     total_tokens: int | None = None
@@ -66,9 +76,9 @@ class Request:
         return any(timers) or bool(self.image or events) or len(self.stages) >= _FEW
 
     @property
-    def answer_n(self) -> int | None:
+    def answer_n(self) -> int:
         """Tokens of the answer: usage's count, else the timer's, which may leave the first one out."""
-        return self.completion_tokens if self.completion_tokens is not None else self.eval_n
+        return (self.eval_n or 0) if self.completion_tokens is None else self.completion_tokens
 
     @property
     def encoded(self) -> float:
@@ -86,11 +96,14 @@ class Request:
         return sum(batch.ms for batch in self.batches) * count / len(self.batches)
 
     @property
-    def before_timer(self) -> float | None:
-        """Milliseconds of wall time before the timers were set to zero: image and prompt, in some handlers."""
-        if self.wall_ms is None or self.total_ms is None or self.total_ms > self.wall_ms:
-            return None
-        return self.wall_ms - self.total_ms if self.hidden_prompt else None
+    def image(self) -> float:
+        """Milliseconds of the image that are known: encoder and prefill."""
+        return self.encoded + self.decoded
+
+    @property
+    def counts_encoder(self) -> bool:
+        """The prompt's timer holds an encoder time that the log does not tell."""
+        return self.timer in {"server", "ollama"} and not self.image
 
     @property
     def hidden_prompt(self) -> bool:
@@ -98,20 +111,26 @@ class Request:
         return (self.prompt_n or 0) <= 1 < (self.prompt_tokens or 0)
 
     @property
-    def whole(self) -> float:
-        """Milliseconds from first to last, by the best witness there is."""
-        parts = sum(x or 0.0 for x in (self.load_ms_of_request, self.prompt_only, self.image, self.rest))
-        return self.wall_ms or max(self.total_ms or 0.0, parts)
+    def before_timer(self) -> float | None:
+        """Milliseconds of wall time before the timers were set to zero: image and prompt, in some handlers."""
+        if self.wall_ms is None or self.total_ms is None or self.total_ms > self.wall_ms:
+            return None
+        return self.wall_ms - self.total_ms if self.hidden_prompt else None
 
     @property
-    def load_ms_of_request(self) -> float:
-        """Loading that the request waited for: llama.cpp's own "load time" is none of it."""
+    def between(self) -> float:
+        """Milliseconds of the generation that no timer of llama.cpp claims: its caller's work for every token.
+
+        Only where the timers were reset after the prompt, as llama-cpp-python's handlers do.
+        """
+        if self.total_ms is None or not self.hidden_prompt or self.timer not in {"print_timings", "perf"}:
+            return 0.0
+        return max(0.0, self.total_ms - (self.prompt_ms or 0.0) - self.rest)
+
+    @property
+    def loading(self) -> float:
+        """Milliseconds of loading that the request waited for: llama.cpp's own "load time" is none of it."""
         return (self.load_ms or 0.0) if self.timer in {"ollama", "opsin", ""} else 0.0
-
-    @property
-    def image(self) -> float:
-        """Milliseconds of the image that are known: encoder and prefill."""
-        return self.encoded + self.decoded
 
     @property
     def prompt_only(self) -> float:
@@ -125,14 +144,48 @@ class Request:
         """Milliseconds of the answer: decode and sampling."""
         return (self.eval_ms or 0.0) + (self.sample_ms or 0.0)
 
+    @property
+    def whole(self) -> float:
+        """Milliseconds from first to last, by the best witness there is."""
+        parts = self.loading + self.prompt_only + self.image + self.rest
+        return self.wall_ms or max(self.total_ms or 0.0, parts)
+
+    def table(self) -> tuple[StageRow, ...]:
+        """The stages in the order in which they ran; they add up, and the last is what none of them claims."""
+        if self.stages:
+            times = {stage.value: self.stages.get(stage.value, 0.0) for stage in Stage}
+            rows = [StageRow(_TITLES.get(name, name.replace("_", " ")), ms) for name, ms in times.items()]
+            return tuple(row for row in rows if row.ms >= _LEAST_MS)
+        batches, images = max((batch.count for batch in self.batches), default=0), len(self.encode_ms)
+        told = f"{images} image(s) or slices" + (f", {self.image_tokens:,} tokens" if self.image_tokens else "")
+        rows = [
+            StageRow("load model", self.loading),
+            StageRow("before the timer", self.before_timer or 0.0, "image and prompt, by the wall clock", at_most=True),
+            StageRow("vision encode", self.encoded, told if images else ""),
+            StageRow("image prefill", self.decoded, f"{batches} batches" if batches > 1 else ""),
+            StageRow(
+                "prompt (and images)" if self.counts_encoder else "prompt",
+                self.prompt_only,
+                _rate(self.prompt_n, self.prompt_only),
+            ),
+            StageRow("decode", self.eval_ms or 0.0, _rate(self.eval_n, self.eval_ms or 0.0)),
+            StageRow("sample", self.sample_ms or 0.0),
+        ]
+        rest = self.whole - sum(row.ms for row in rows)
+        rows.append(StageRow("between tokens" if self.between else "other", rest, "in none of the timers"))
+        return tuple(row for row in rows if row.ms >= _LEAST_MS)
+
+
+def _rate(count: int | None, ms: float) -> str:
+    return f"{count:,} tokens, {count / ms * 1e3:,.2f} token/s" if count and ms > 0 else ""
+
 
 @dataclass(frozen=True, slots=True)
 class Setup:
     """Placement, build and memory; None and empty where the log is silent.
 
-    `layers` are those on a GPU and all of them. `flash` is False when flash attention is off or not supported, with
-    `flash_failed` for the latter. `loads` counts how often one model was loaded, `load_s` the seconds that are known.
-    `faults` are major page faults, `cpu_share` the share of one core that the process got (both of GNU time).
+    `layers` are those on a GPU and all of them. `loads` counts loads of one model, `load_s` the seconds of those that
+    are known. `faults` are major page faults, `cpu_share` the share of one core that the process got.
     """
 
     clip: str | None = None
@@ -168,8 +221,7 @@ class Setup:
 class Facts:
     """All that a log holds.
 
-    `requests` are in the log's order (a thousand at most), `count` is how many there were, `worst` is the one
-    explained: the slowest, and of equals the last.
+    `requests` are in the log's order (a thousand at most) of `count`; `worst`, the slowest, is the one explained.
     """
 
     tool: str

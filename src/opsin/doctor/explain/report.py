@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO
 
-from opsin.doctor.explain.facts import Facts
+from opsin.doctor.explain.facts import Facts, StageRow
 from opsin.doctor.explain.parse import parse
 from opsin.doctor.explain.rules import Cause, causes_in
-from opsin.doctor.explain.stages import StageRow, stage_table
 
 _SHARE, _LEAST = 0.05, 0.01
 """A cause counts from five hundredths of the request's time and a hundredth of a second."""
@@ -35,21 +34,13 @@ class Explanation:
 
     def as_dict(self) -> dict[str, Any]:
         """The object of `opsin explain --json`."""
-        worst = self.facts.worst
+        facts, whole = self.facts, round(self.facts.worst.whole / 1e3, 3)
         return {
-            "tool": self.facts.tool,
+            "tool": facts.tool,
             "healthy": not self.causes,
             "verdict": self.verdict,
-            "request": {
-                "line": worst.line,
-                "position": self.facts.position,
-                "count": self.facts.count,
-                "total_s": round(worst.whole / 1e3, 3),
-            },
-            "stages": [
-                {"name": row.name, "ms": round(row.ms, 3), "at_most": row.at_most, "note": row.note}
-                for row in self.stages
-            ],
+            "request": {"line": facts.worst.line, "position": facts.position, "count": facts.count, "total_s": whole},
+            "stages": [{**asdict(row), "ms": round(row.ms, 3)} for row in self.stages],
             "causes": [cause.as_dict() for cause in self.causes],
             "notes": list(self.notes),
         }
@@ -64,7 +55,7 @@ def explain(stream: BinaryIO) -> Explanation:
     least = max(_LEAST, _SHARE * facts.worst.whole / 1e3)
     kept = [cause for cause in found if cause.seconds is None or cause.seconds >= least]
     causes = sorted(kept, key=lambda cause: _weight(cause, kept), reverse=True)
-    return Explanation(facts, stage_table(facts.worst), tuple(causes), tuple(_notes(facts)))
+    return Explanation(facts, facts.worst.table(), tuple(causes), tuple(_notes(facts)))
 
 
 def _weight(cause: Cause, causes: list[Cause]) -> float:
@@ -89,14 +80,14 @@ def _notes(facts: Facts) -> list[str]:
     if facts.count > 1:
         place = f"request {facts.position} of {facts.count}" if facts.position else f"one of {facts.count} requests"
         notes.append(f"Explained is {place}, the slowest; it begins at line {worst.line}.")
-    if worst.before_timer is not None and worst.wall_ms is not None and worst.total_ms is not None:
+    if worst.before_timer is not None:
         # A log's first prompt can only be cached if a handler has put its image there; a later one may be text.
         what = "Vision" if worst.image or facts.position == 1 else "Image and prompt"
         notes.append(
-            f"{what} took at most {worst.before_timer / 1e3:.2f} s: {worst.wall_ms / 1e3:.2f} s by the wall clock − "
-            f"{worst.total_ms / 1e3:.2f} s of total time, which begins after image and prompt."
+            f"{what} took at most {worst.before_timer / 1e3:.2f} s: {worst.whole / 1e3:.2f} s by the wall clock − "
+            f"{(worst.total_ms or 0) / 1e3:.2f} s of total time, which begins after image and prompt."
         )
-    if worst.timer in {"server", "ollama"} and not worst.image and worst.prompt_ms:
+    if worst.counts_encoder and worst.prompt_ms:
         notes.append("This tool counts the vision encoder in the prompt's time.")
     again = [max(r.prompt_ms or 0.0, r.image) / 1e3 for r in facts.requests if r.encode_ms][1:]
     if again and facts.tool == "llama-cpp-python" and facts.setup.loads < 2:

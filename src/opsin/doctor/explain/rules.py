@@ -12,16 +12,12 @@ from statistics import median
 from typing import Any, Literal
 
 from opsin.doctor.explain.facts import Facts, Request, Setup
-from opsin.doctor.explain.stages import between_ms, stage_table
 
 Where = Literal["load", "encode", "prefill", "decode", "all"]
 _Found = Mapping[str, Any] | None
-_Cost = Callable[[Facts], tuple[float | None, str]]
-SHORT = 64
-"""Tokens of the answer with which a runaway one is compared: a sentence or two about an image."""
+SHORT = 64  # tokens of the answer with which a runaway one is compared
 _LEAST_RUNAWAY = 256
-_SMALL_BATCH = 256
-"""Tokens of an image in one batch below which the batches, not the image, set the pace."""
+_SMALL_BATCH = 256  # tokens of an image in one batch, below which the batches set the pace
 _MANY_FAULTS = 10_000
 _STARVED_MS = 500.0
 _SLOW_PREFILL = 50.0  # tokens a second
@@ -32,10 +28,8 @@ _LONG = 256  # tokens of an answer
 class Cause:
     """One cause.
 
-    `name` stays the same from version to version. `seconds` is what it costs, `at_most` if the log only bounds it by
-    the stage that it slows (None: the log does not say), and `arithmetic` the sum by which that was found.
-    `saves_seconds` is what the remedy is expected to save, None where the log cannot tell. A `symptom` names a stage
-    that is slow for a reason that the log does not show; it is left out where a cause for the same stage is known.
+    `seconds` is what it costs (None: not told), by the sum in `arithmetic`; `at_most`: the log only bounds it. A
+    `symptom` names a slow stage without a reason in the log; it is left out where a cause of that stage is known.
     """
 
     name: str
@@ -55,10 +49,9 @@ class Cause:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One row. `find` looks at facts, setup and slowest request, and gives None or what fills the sentences.
+    """One row. `find` looks at facts, setup and slowest request, and gives a false value or what fills the sentences.
 
-    It also gives `ms` and `sums`, and `saves` in milliseconds where the log tells; with `cost` these come from there,
-    as a bound. The cause counts from `least_ms` and from `share` of the request's time on.
+    It also gives `ms`, `sums` and `saves` (ms), or `cost` gives a bound. The cause counts from `least_ms` and `share`.
     """
 
     name: str
@@ -66,7 +59,7 @@ class Rule:
     find: Callable[[Facts, Setup, Request], Any]
     message: str
     remedy: str
-    cost: _Cost | None = None
+    cost: Callable[[Request], tuple[float | None, str]] | None = None
     least_ms: float = 0.0
     share: float = 0.0
     symptom: bool = False
@@ -74,33 +67,21 @@ class Rule:
 
     def apply(self, facts: Facts) -> Cause | None:
         """The cause, where the facts hold it."""
-        found = self.find(facts, facts.setup, facts.worst)
+        found, whole = self.find(facts, facts.setup, facts.worst), facts.worst.whole
         if not isinstance(found, dict):
             return None
-        ms, sums = self.cost(facts) if self.cost else (found.get("ms"), str(found["sums"]))
-        if (ms or 0.0) < max(self.least_ms, self.share * facts.worst.whole):
+        ms, sums = self.cost(facts.worst) if self.cost else (found.get("ms"), str(found["sums"]))
+        if (ms or 0.0) < max(self.least_ms, self.share * whole):
             return None
-        values = {"s": (ms or 0.0) / 1e3, "whole_s": facts.worst.whole / 1e3, **found}
-        saves = found.get("saves")
-        return Cause(
-            self.name,
-            self.where,
-            None if ms is None else ms / 1e3,
-            sums,
-            self.message.format(**values),
-            self.remedy.format(**values),
-            None if saves is None else saves / 1e3,
-            self.symptom,
-            self.at_most or self.cost is not None,
-        )
+        values = {"s": (ms or 0.0) / 1e3, "whole_s": whole / 1e3, **found}
+        message, remedy = self.message.format(**values), self.remedy.format(**values)
+        seconds, saves = (None if x is None else x / 1e3 for x in (ms, found.get("saves")))
+        at_most = self.at_most or self.cost is not None
+        return Cause(self.name, self.where, seconds, sums, message, remedy, saves, self.symptom, at_most)
 
 
-# ---- what a fault of a place costs at most
-
-
-def _encoder(facts: Facts) -> tuple[float | None, str]:
+def _encoder(request: Request) -> tuple[float | None, str]:
     """Milliseconds of the encoder with their sum, or a bound of them."""
-    request = facts.worst
     if request.encoded:
         return request.encoded, f"{request.encoded:,.0f} ms in the encoder"
     if request.before_timer:
@@ -112,9 +93,8 @@ def _encoder(facts: Facts) -> tuple[float | None, str]:
     return None, "the log has no time for the encoder"
 
 
-def _model(facts: Facts) -> tuple[float | None, str]:
+def _model(request: Request) -> tuple[float | None, str]:
     """Milliseconds of prompt and answer with their sum."""
-    request = facts.worst
     ms = request.prompt_only + request.decoded + request.rest
     return (ms, f"{ms:,.0f} ms of prompt and answer") if ms else (None, "the log has no times")
 
@@ -123,10 +103,9 @@ def _model(facts: Facts) -> tuple[float | None, str]:
 
 
 def _no_flash(setup: Setup, request: Request) -> _Found:
-    failed = setup.flash_failed
-    if setup.flash is not False or (request.encoded < 500.0 and not failed):
+    if setup.flash is not False or (request.encoded < 500.0 and not setup.flash_failed):
         return None
-    return {"reason": "its device has none for this model" if failed else "it is off"}
+    return {"reason": "its device has none for this model" if setup.flash_failed else "it is off"}
 
 
 def _no_gpu(setup: Setup) -> _Found:
@@ -148,9 +127,9 @@ def _paging(setup: Setup) -> _Found:
     faults, share, elapsed = setup.faults or 0, setup.cpu_share, setup.elapsed_s
     if faults < _MANY_FAULTS or elapsed is None or share is None:
         return None
-    waited = elapsed * max(0.0, 1 - share)
-    sums = f"{elapsed:,.0f} s × (1 − {share:.2f} of a core) = {waited:,.0f} s of waiting, at least"
-    return {"ms": waited * 1e3, "sums": sums, "saves": waited * 1e3, "faults": faults}
+    waited = elapsed * max(0.0, 1 - share) * 1e3
+    sums = f"{elapsed:,.0f} s × (1 − {share:.2f} of a core) = {waited / 1e3:,.0f} s of waiting, at least"
+    return {"ms": waited, "sums": sums, "saves": waited, "faults": faults}
 
 
 def _runaway(request: Request) -> _Found:
@@ -161,10 +140,9 @@ def _runaway(request: Request) -> _Found:
     size = context or request.n_ctx
     full = f"the context of {size:,} was full" if size else "the context was full"
     if not answer:
-        end = f"truncated = 1 at {request.end_tokens} tokens" if request.end_tokens else "no cell for one more token"
-        sums = f"{request.shifts} context shifts" if request.shifts else end
+        sums = f"{request.shifts} context shifts, {request.end_tokens or 'unknown'} tokens at the end"
         return {"sums": sums, "told": f"The answer did not end by itself: it ran until {full}.", "about": ""}
-    generation = (request.total_ms or 0.0) if between_ms(request) else request.rest
+    generation = (request.total_ms or 0.0) if request.between else request.rest
     before, each = max(0.0, request.whole - generation), generation / answer
     short = before + min(SHORT, answer) * each
     saved = max(0.0, request.whole - short)
@@ -179,7 +157,7 @@ def _runaway(request: Request) -> _Found:
 
 def _full_context(request: Request) -> int | None:
     """The size of the context if prompt and answer filled it; unless the log tells it, a round size is taken for it."""
-    answer = request.answer_n or 0
+    answer = request.answer_n
     if answer < _LEAST_RUNAWAY:
         return None
     total = request.total_tokens or (request.prompt_tokens or request.prompt_n or 0) + answer
@@ -190,7 +168,7 @@ def _full_context(request: Request) -> int | None:
 
 
 def _between(request: Request) -> _Found:
-    ms, answer = between_ms(request), request.answer_n
+    ms, answer = request.between, request.answer_n
     if not ms or not answer:
         return None
     sums = (
@@ -201,14 +179,12 @@ def _between(request: Request) -> _Found:
 
 
 def _small_batches(request: Request) -> _Found:
-    batches, ms = request.batches, request.decoded
-    size = max((batch.tokens or 0 for batch in batches), default=0)
-    count = max((batch.count for batch in batches), default=0)
+    ms, size = request.decoded, max((batch.tokens or 0 for batch in request.batches), default=0)
+    count = max((batch.count for batch in request.batches), default=0)
     if count < 3 or not 0 < size <= _SMALL_BATCH:
         return None
-    longest = max(batch.ms for batch in batches)
-    seen = "" if len(batches) == count else f" ({len(batches)} of them in the log)"
-    sums = f"{count} batches{seen} × {ms / count:,.0f} = {ms:,.0f} ms; one saves at most {ms:,.0f} − {longest:,.0f} ms"
+    longest = max(batch.ms for batch in request.batches)
+    sums = f"{count} batches × {ms / count:,.0f} = {ms:,.0f} ms; one saves at most {ms:,.0f} − {longest:,.0f} ms"
     return {"ms": ms, "sums": sums, "saves": max(0.0, ms - longest), "count": count, "size": size}
 
 
@@ -224,20 +200,16 @@ def _first_image(facts: Facts) -> _Found:
         return None
     first, usual = encodes[0], median(encodes[1:])
     extra = first - usual
-    if extra < 0.25 * first or extra < 100.0 or max(encodes[1:]) > first:
+    if extra < max(0.25 * first, 100.0) or max(encodes[1:]) > first:
         return None
     sums = f"{first:,.0f} − {usual:,.0f} ms (the median of {len(encodes) - 1} later ones) = {extra:,.0f} ms, once"
     return {"ms": extra, "sums": sums, "saves": extra, "first": first / 1e3, "usual": usual / 1e3}
 
 
 def _load_of_request(request: Request) -> _Found:
-    own = request.load_ms_of_request or request.stages.get("load", 0.0)
-    if not own:
-        return None
-    sums = f"load {own / 1e3:.2f} s / total {request.whole / 1e3:.2f} s = {own / request.whole:.0%}"
-    if request.timer == "ollama":
-        sums += "; Ollama may count the image's encoding here"
-    return {"ms": own, "sums": sums, "saves": own}
+    own = request.loading or request.stages.get("load", 0.0)
+    sums = f"load {own / 1e3:.2f} s of {request.whole / 1e3:.2f} s (Ollama may count an image's encoding here)"
+    return {"ms": own, "sums": sums, "saves": own} if own else None
 
 
 def _loads(facts: Facts, setup: Setup) -> _Found:
@@ -258,47 +230,39 @@ def _encode_slow(request: Request) -> _Found:
     if ms < 1000.0 * max(1, len(request.encode_ms)):
         return None
     tokens = f" for {request.image_tokens:,} tokens" if request.image_tokens else ""
-    sums = f"{' + '.join(f'{x:,.0f}' for x in request.encode_ms[:6]) or f'{ms:,.0f}'} of {request.whole:,.0f} ms"
-    return {"ms": ms, "sums": sums, "tokens": tokens}
+    return {"ms": ms, "sums": f"{ms:,.0f} of {request.whole:,.0f} ms", "tokens": tokens}
 
 
 def _prefill_slow(setup: Setup, request: Request) -> _Found:
-    ms = request.prompt_only
-    tokens = max(request.prompt_n or 0, request.image_tokens or 0)
+    ms, tokens = request.prompt_only, max(request.prompt_n or 0, request.image_tokens or 0)
     if not ms or not tokens or tokens / ms * 1e3 >= _SLOW_PREFILL:
         return None
     rate = tokens / ms * 1e3
     sums = f"{tokens:,} tokens / {ms / 1e3:.2f} s = {rate:.1f} token/s"
+    if request.counts_encoder:
+        sums += "; the time of the images' encoder, if there were any, is in it"
     where, help_ = ", as on a CPU", "put layers on a GPU (-ngl 99, n_gpu_layers=-1)"
     if setup.on_gpu:
         where, help_ = "", "prove where image and model run (opsin doctor)"
-    if (request.prompt_n or 0) <= 1:
-        sums += " (the server counted 1 token: it leaves the image's out)"
-    if request.timer in {"server", "ollama"} and not request.image:
-        sums += "; the time of the images' encoder, if there were any, is in it"
     return {"ms": ms, "sums": sums, "tokens": tokens, "rate": rate, "place": where, "help": help_}
 
 
-def _decode(request: Request) -> dict[str, Any] | None:
-    ms, count = request.eval_ms or request.stages.get("decode", 0.0), request.answer_n or 0
-    if not ms or count < 1:
-        return None
+def _decode(request: Request) -> dict[str, Any]:
+    ms, count = request.eval_ms or request.stages.get("decode", 0.0), max(1, request.answer_n)
     each = ms / count
-    sums = f"{ms / 1e3:.2f} s / {count:,} tokens = {each:,.1f} ms a token, {1e3 / each:.2f} token/s"
-    return {"ms": ms, "sums": sums, "count": count, "each": each, "each_s": each / 1e3, "rate": 1e3 / each}
+    sums = f"{ms / 1e3:.2f} s / {count:,} tokens = {each:,.1f} ms a token"
+    return {"ms": ms, "sums": sums, "count": count, "each": each, "each_s": each / 1e3, "rate": 1e3 / (each or 1.0)}
 
 
 def _long(request: Request) -> _Found:
     found = _decode(request)
-    if not found or found["each"] > _STARVED_MS or found["count"] < _LONG:
+    if found["each"] > _STARVED_MS or found["count"] < _LONG:
         return None
     saved = (found["count"] - 128) * found["each"]
     sums = f"{found['sums']}; 128 tokens would take {(request.whole - saved) / 1e3:.1f} s in all"
     return {**found, "sums": sums, "saves": saved}
 
 
-_UNTIL = "; until then Ollama may keep the vision projector on the CPU, too"
-_UNPARK = "free GPU memory, or run llama-server itself"
 _PARKED = {
     "limited-vram": "free GPU memory, or use a smaller model or num_ctx: Ollama found too little",
     "partial-text-offload": "use a smaller model or num_ctx, so that all layers of the model are on the GPU",
@@ -311,10 +275,9 @@ _PARKED = {
 RULES = (
     # Where things run, and what with.
     Rule("projector_parked", "encode",
-         lambda _f, s, _r: s.parked and {"reason": s.parked, "help": _PARKED.get(s.parked, _UNPARK)},
+         lambda _f, s, _r: s.parked and {"reason": s.parked, "help": _PARKED.get(s.parked, "free GPU memory")},
          "Ollama put the vision projector on the CPU ({reason}), which its API does not tell.", "{help}", _encoder),
-    Rule("encoder_on_cpu", "encode",
-         lambda _f, s, _r: {} if s.clip == "CPU" and s.on_gpu and not s.parked else None,
+    Rule("encoder_on_cpu", "encode", lambda _f, s, _r: {} if s.clip == "CPU" and s.on_gpu and not s.parked else None,
          "The vision encoder runs on the CPU ('CLIP using CPU backend') although there is a GPU.",
          "llama-cpp-python 0.2.58 to 0.2.73 and 0.3.6 to 0.3.8 cannot do otherwise: take 0.3.10 or newer, built with "
          "-DGGML_CUDA=on; in llama.cpp leave out --no-mmproj-offload", _encoder),
@@ -324,16 +287,15 @@ RULES = (
          "take a newer llama.cpp, or another backend for this device (CUDA or ROCm instead of Vulkan)", _encoder),
     Rule("no_flash_attention", "encode", lambda _f, s, r: _no_flash(s, r),
          "The encoder works without flash attention ({reason}): slower, most of all for large images.",
-         "leave it on auto (--flash-attn auto; llama-cpp-python's handlers turn it off), or take a newer llama.cpp",
-         _encoder),
+         "leave it on auto (--flash-attn auto; llama-cpp-python's handlers turn it off), or update it", _encoder),
     Rule("no_gpu", "all", lambda _f, s, _r: _no_gpu(s), "{told}",
          "install a build for this GPU (opsin doctor gives the command), and set -ngl 99 (n_gpu_layers=-1)", _model),
     Rule("partial_offload", "all",
-         lambda f, s, _r: {"here": s.layers[0], "all": s.layers[1], "left": s.layers[1] - s.layers[0],
-                           "until": _UNTIL if f.tool == "Ollama" else ""}
+         lambda _f, s, _r: {"here": s.layers[0], "all": s.layers[1]}
          if s.layers and 0 < s.layers[0] < s.layers[1] else None,
-         "Only {here} of {all} layers are on the GPU: every token waits for the CPU's {left}.",
-         "use a smaller context, quantisation or KV type (q8_0), so that all layers fit{until}", _model),
+         "Only {here} of {all} layers are on the GPU: every token waits for the CPU.",
+         "use a smaller context, quantisation or KV type (q8_0), so that all layers fit; until then Ollama may keep "
+         "the vision projector on the CPU, too", _model),
     Rule("threads", "all",
          lambda _f, s, _r: {"asked": s.threads[0], "there": s.threads[1]}
          if s.threads and s.threads[0] > s.threads[1] and not (s.layers and s.layers[0] >= s.layers[1]) else None,
@@ -345,10 +307,8 @@ RULES = (
     Rule("kv_full", "all", lambda f, _s, _r: _kv_full(f),
          "The KV cache was full: image or prompt found no cells, and what was computed for it was lost.",
          "set a larger context (-c, n_ctx), or send fewer or smaller images in one request"),
-    Rule("out_of_memory", "all",
-         lambda _f, s, _r: {"sums": f"{s.no_memory} times in this log"} if s.no_memory else None,
-         "The device ran out of memory.",
-         "use fewer layers on the GPU, a smaller context, or a smaller image"),
+    Rule("out_of_memory", "all", lambda _f, s, _r: s.no_memory and {"sums": f"{s.no_memory} times in this log"},
+         "The device ran out of memory.", "use fewer layers on the GPU, a smaller context, or a smaller image"),
     Rule("prompt_cut", "prefill",
          lambda _f, s, _r: s.cut_prompt and {
              "limit": s.cut_prompt[0], "length": s.cut_prompt[1],
@@ -358,10 +318,9 @@ RULES = (
     Rule("paging", "all", lambda _f, s, _r: _paging(s),
          "{faults:,} pages were read from disk while it ran: the model does not fit the free memory.",
          "free memory or take a smaller quantisation; --no-mmap tells at the start that it does not fit"),
-    Rule("queue", "all",
-         lambda _f, _s, r: (q := r.stages.get("queue")) and {"ms": q, "sums": f"queue {q:,.0f} of {r.whole:,.0f} ms"},
-         "The request waited {s:.1f} s for others.",
-         "serve more at once (--parallel), or send less", least_ms=500.0, share=0.3),
+    Rule("queue", "all", lambda _f, _s, r: (q := r.stages.get("queue")) and {"ms": q, "sums": f"{q:,.0f} ms of queue"},
+         "The request waited {s:.1f} s for others.", "serve more at once (--parallel), or send less",
+         least_ms=500.0, share=0.3),
     # Where the time went.
     Rule("runaway", "decode", lambda _f, _s, r: _runaway(r), "{told}",
          f"set max_tokens (-n, n_predict, num_predict), for instance max_tokens={SHORT}{{about}}"),
@@ -369,7 +328,7 @@ RULES = (
          "{s:.1f} s were spent between tokens, outside llama.cpp: copies of logits, detokenising, Python.",
          "set logits_all=False, ask for no logprobs, and use a newer llama-cpp-python, or opsin"),
     Rule("before_timer", "encode",
-         lambda _f, _s, r: None if r.before_timer is None else {
+         lambda _f, _s, r: r.before_timer and {
              "ms": r.before_timer,
              "sums": f"{r.whole / 1e3:.2f} s by the wall clock − {(r.total_ms or 0) / 1e3:.3f} s total time"},
          "Image and prompt took at most {s:.2f} s; the timings are reset after them and leave them out.",
@@ -382,8 +341,8 @@ RULES = (
          "The first image took {first:.2f} s, later ones {usual:.2f} s: nothing warmed the encoder.",
          "send one small image after the start; mtmd's own warm-up computes nothing"),
     Rule("no_prefix_reuse", "prefill",
-         lambda _f, _s, r: {"ms": r.prompt_ms, "saves": r.prompt_ms, "sums": f"{r.prompt_tokens or r.prompt_n or 0:,} "
-                            f"prompt tokens in {r.prompt_ms or 0:,.0f} ms"} if r.reprocessed else None,
+         lambda _f, _s, r: r.reprocessed and {"ms": r.prompt_ms, "saves": r.prompt_ms,
+                                              "sums": f"the prompt took {r.prompt_ms or 0:,.0f} ms"},
          "The server threw the cached prompt away and computed it again (sliding window, recurrent memory).",
          "start llama-server with --swa-full, or with more context checkpoints (--ctx-checkpoints)"),
     Rule("model_load", "load", lambda _f, _s, r: _load_of_request(r),
@@ -401,8 +360,7 @@ RULES = (
     Rule("prefill_slow", "prefill", lambda _f, s, r: _prefill_slow(s, r),
          "The prompt of {tokens:,} tokens took {s:.1f} s, {rate:.1f} a second{place}.",
          "{help}, or take a smaller model and fewer image tokens", least_ms=2000.0, share=0.3, symptom=True),
-    Rule("decode_starved", "decode",
-         lambda _f, _s, r: found if (found := _decode(r)) and found["each"] > _STARVED_MS else None,
+    Rule("decode_starved", "decode", lambda _f, _s, r: (found := _decode(r))["each"] > _STARVED_MS and found,
          "A token takes {each_s:.1f} s: the model does not fit its memory, or too many threads compete.",
          "close what uses memory, take a smaller quantisation, and as many threads as physical cores",
          least_ms=5000.0, share=0.3, symptom=True),
@@ -410,7 +368,7 @@ RULES = (
          "The time is the answer's length: {count:,} tokens at {rate:.1f} a second.",
          "set max_tokens, or ask for a shorter answer", least_ms=5000.0, share=0.7, symptom=True),
     Rule("unaccounted", "all",
-         lambda _f, _s, r: {"ms": (ms := {row.name: row.ms for row in stage_table(r)}.get("other", 0.0)),
+         lambda _f, _s, r: {"ms": (ms := {row.name: row.ms for row in r.table()}.get("other", 0.0)),
                             "sums": f"{r.whole:,.0f} ms in all − {r.whole - ms:,.0f} ms in the timers = {ms:,.0f} ms"},
          "{s:.1f} of {whole_s:.1f} s are in none of the log's timers.",
          "give the whole log: the time may be loading, the vision encoder, another request, or a person's",

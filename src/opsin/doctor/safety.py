@@ -1,0 +1,112 @@
+"""Is it safe to load a pair: does it fit the memory, and does llama.cpp get through it in a process of its own?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from opsin.core.errors import BadParameter
+from opsin.core.model_facts import PairFacts
+from opsin.core.settings import EngineSettings
+from opsin.doctor.check import Check, Status, means_cpu, serve_command
+from opsin.doctor.pair import PairInfo
+from opsin.native import Device, devices
+from opsin.native.devices import free_memory
+from opsin.native.memory import FULL, MemoryPlanner, as_flags, needed_by_device, size_text
+from opsin.native.records import fingerprint, keep_record, read_record, record_file
+from opsin.native.trial import Trial, try_pair
+
+_NAME = "safety.trial"
+_MEANING = {
+    "SIGKILL": "most likely the system ended it for want of memory, see room.memory",
+    "SIGILL": "this build uses instructions that this CPU lacks, install one that was built here",
+}
+
+
+def room_checks(
+    facts: PairFacts,
+    present: Sequence[Device],
+    settings: EngineSettings,
+    cpu_features: frozenset[str] = frozenset(),
+    root: Path = Path("/"),
+) -> list[Check]:
+    """One `room.memory` for each device that takes part and tells how much is free; `root` has /proc and /sys."""
+    free = free_memory(present, root)
+    planner = MemoryPlanner(facts, present, settings, free, cpu_features)
+    try:  # what loading would choose; where it would refuse, what the settings need
+        plan = planner.plan()
+    except BadParameter:
+        plan = planner.needed()
+    checks = []
+    for name, size in sorted(needed_by_device(plan, present).items()):
+        if not size or name not in free:
+            continue
+        parts = {f"{key}_bytes": value for key, value in asdict(plan.by_device[name]).items()}
+        evidence = {"device": name, **parts, "needed_bytes": size, "free_bytes": free[name]}
+        message = f"{name} has {size_text(free[name])} free, and this setup needs {size_text(size)}"
+        if size <= FULL * free[name]:
+            checks.append(Check("room.memory", "ok", f"{message}.", evidence))
+            continue
+        largest = sorted(parts.items(), key=lambda part: -part[1])[:3]
+        told = ", ".join(f"{key.removesuffix('_bytes').replace('_', ' ')} {size_text(value)}" for key, value in largest)
+        change = planner.advice()
+        mend = f"{' '.join(as_flags(change))} would fit" if change else "no setting makes it fit, use a smaller model"
+        fix = serve_command(settings, **change) if change else None
+        status: Status = "fail" if size > free[name] else "warn"
+        checks.append(Check("room.memory", status, f"{message} ({told}): {mend}.", evidence, fix))
+    return checks
+
+
+def trial_check(
+    info: PairInfo,
+    settings: EngineSettings | None = None,
+    *,
+    trial: Callable[..., Trial] = try_pair,
+    folder: Path | None = None,
+    present: Sequence[Device] | None = None,
+) -> Check:
+    """`safety.trial`: load, encode, prefill and decode in a child process.
+
+    Success is remembered in `folder` for these files, settings, devices and this library; failure is tried again. A
+    pair that fails must not be loaded in this process. `present` are ggml's devices. Raises NativeMismatch.
+    """
+    chosen, here = settings or EngineSettings(), devices() if present is None else present
+    llm, mmproj = info.llm.path, info.mmproj.path if info.mmproj else None
+    file = record_file("trials", fingerprint([*info.parts, mmproj], chosen, here), folder)
+    known = read_record(file)
+    if isinstance(known, dict) and known.get("end") == "done":
+        return Check(_NAME, "ok", f"{llm.name} ran here before.", {"remembered": True})
+    done = trial(llm, mmproj, chosen)
+    evidence = {"remembered": False, **asdict(done), "seconds": round(done.seconds, 3), "lines": list(done.lines)}
+    if done.end == "done":
+        keep_record(file, evidence)
+        return Check(_NAME, "ok", f"{llm.name} was loaded and asked in a process of its own.", evidence)
+    if done.end == "refused":
+        last = done.lines[-1] if done.lines else "it said nothing"
+        return Check(_NAME, "fail", f"The pair was refused in the stage {done.stage!r}: {last}", evidence)
+    what = f"died of {done.signal}" if done.end == "crashed" else f"hung for {done.seconds:.0f} s"
+    mend, change = _advice(info, done, chosen, gpu=any(device.is_gpu for device in here))
+    message = f"llama.cpp {what} in the stage {done.stage!r} with {(mmproj or llm).name}: {mend}."
+    fix = serve_command(chosen, model=llm, mmproj=mmproj, **change) if change else None
+    return Check(_NAME, "fail", message, evidence, fix)
+
+
+def _advice(info: PairInfo, done: Trial, settings: EngineSettings, *, gpu: bool) -> tuple[str, dict[str, Any]]:
+    """What to try, in words and as a change of settings, by the stage it died in."""
+    change: dict[str, Any] = {}
+    mend = "the files may be damaged, download them again or take another quantisation"
+    if done.signal in _MEANING:
+        mend = _MEANING[done.signal]
+    elif done.end == "hung":
+        mend = "wait for the disk and try again, or take another quantisation"
+    elif done.stage in {"prefill", "decode"} and settings.flash_attention is not False:
+        mend, change = "try it without flash attention", {"flash_attention": False}
+    elif done.stage in {"projector", "encode"} and info.mmproj is not None and info.mmproj.is_all_f32:
+        mend = "all of the projector is f32, use its f16 file or convert it to f16"
+    elif done.stage == "encode" and gpu and not means_cpu(settings.mmproj_device):
+        mend, change = "try the encoder on the CPU", {"mmproj_device": "none"}
+    elif done.stage in {"projector", "encode"}:
+        mend = "take the projector that was published with the model, in f16"
+    return mend, change
