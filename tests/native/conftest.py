@@ -77,7 +77,9 @@ def in_child(pair: Any) -> Callable[[str], Child]:
     """Run code in a process of its own, with the helpers above and `opened(**settings)`."""
     root = Path(__file__).parents[2]
     here = Path(__file__).parent
-    prelude = _PRELUDE.format(here=str(here), tests=str(here.parent), tools=str(root / "tools"), llm=str(pair.llm), mmproj=str(pair.mmproj))
+    prelude = _PRELUDE.format(
+        here=str(here), tests=str(here.parent), tools=str(root / "tools"), llm=str(pair.llm), mmproj=str(pair.mmproj)
+    )
     # Without it ggml starts a debugger to print where it aborts.
     env = {**os.environ, "PYTHONPATH": str(root / "src"), "GGML_NO_BACKTRACE": "1"}
 
