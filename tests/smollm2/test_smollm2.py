@@ -12,7 +12,7 @@ from opsin.core.parts import Prompt, TextPart
 from opsin.core.reasoning import ReasoningStyle
 from opsin.core.sampling import SamplingParams
 from opsin.core.server_settings import ServerSettings
-from opsin.server.schema import ToolIn
+from opsin.server.schema import NamedFunction, ToolIn
 from opsin.server.tools import plan_tools
 
 
@@ -103,11 +103,9 @@ TOOLS = [
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
 def test_a_call_that_must_come_comes(smollm2: Opsin, choice: Any) -> None:
-    from opsin.server.schema import NamedTool
-
-    tools = [ToolIn.model_validate(tool) for tool in TOOLS]
-    wanted = NamedTool.model_validate(choice) if isinstance(choice, dict) else choice
-    plan = plan_tools(tools, wanted, smollm2._runtime.prompts, ServerSettings())
+    functions = [ToolIn.model_validate(tool).function for tool in TOOLS]
+    wanted = NamedFunction.model_validate(choice["function"]) if isinstance(choice, dict) else choice
+    plan = plan_tools(functions, wanted, smollm2._runtime.prompts, ServerSettings())
     messages = plan.messages([Message("user", "What is the weather in Paris?")])
     stream = smollm2.submit(messages, json_schema=plan.schema, temperature=0.0, max_tokens=80)
     reader = plan.reader()

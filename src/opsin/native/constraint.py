@@ -31,10 +31,8 @@ if TYPE_CHECKING:
 
     _Compiled = tuple[LLMatcher, dict[str, Any] | None]  # a matcher at its start, and the schema if it has unique items
 
-REMEMBERED = 128
-"""Compiled schemas and grammars kept for a model, and refusals: the oldest go first."""
-STEP_SECONDS = 0.05
-"""CPU time that one step of one answer may take in llguidance."""
+REMEMBERED = 128  # compiled schemas and grammars of a model, and refusals: the oldest go first
+STEP_SECONDS = 0.05  # of CPU time that one step of one answer may take in llguidance
 # llguidance compares each item of a row with all others, and a lexer state takes 1 to 2 kB.
 _LIMITS = {"max_items_in_row": 1000, "step_max_items": 20_000, "max_lexer_states": 50_000, "verbose_errors": False}
 _MAX_GRAMMAR_SYMBOLS = 5000  # of a GBNF grammar, whose rules may all be open at once
@@ -48,11 +46,10 @@ _JSON_OPTIONS = {**_SPACING, "coerce_one_of": True, "lenient": False}
 class Constraint:
     """The schema or grammar of one answer. Not for two threads at once."""
 
-    def __init__(
-        self, matcher: LLMatcher, unique: dict[str, Any] | None, bits: NDArray[np.int32], model: Model
-    ) -> None:
+    def __init__(self, compiled: _Compiled, bits: NDArray[np.int32], model: Model) -> None:
         """`bits` is room for the mask, int32 [n_vocab / 32], which answers of one thread may share."""
-        self._matcher = matcher
+        matcher, unique = compiled
+        self._matcher = matcher.deep_copy()
         self._unique = None if unique is None else UniqueItems(unique)
         self._bits = bits
         self._model = model
@@ -89,10 +86,8 @@ class Constraint:
 
     def _check(self, started: float) -> None:
         if self._matcher.is_error():
-            raise ConstraintFailed(
-                "The answer's schema or grammar became too complex here: make it simpler "
-                f"({_reason(self._matcher.get_error())})."
-            )
+            reason = _reason(self._matcher.get_error())
+            raise ConstraintFailed(f"The answer's schema or grammar became too complex: make it simpler ({reason}).")
         if time.thread_time() - started > STEP_SECONDS:
             raise ConstraintFailed("The answer's schema or grammar takes too long for each token: make it simpler.")
 
@@ -126,8 +121,7 @@ class Constraints:
         """A constraint for one answer, None without schema and grammar. Raises BadGrammar."""
         if params.json_schema is None and params.grammar is None:
             return None
-        matcher, unique = self._ready(params.json_schema, params.grammar)
-        return Constraint(matcher.deep_copy(), unique, self._bits, self._model)
+        return Constraint(self._ready(params.json_schema, params.grammar), self._bits, self._model)
 
     def _ready(self, schema: str | None, gbnf: str | None) -> _Compiled:
         # Without the lock, so as not to wait for others: what has been pushed out since is compiled again.

@@ -1,15 +1,15 @@
 r"""GBNF, llama.cpp's grammar language (its `grammars/README.md`), written as the Lark grammar that llguidance reads.
 
-llguidance ships a converter, `gbnf_to_lark`, which is not used: it joins rules to lexemes, and llguidance's lexemes
-are greedy, so that `word ::= [a-z]+` followed by `"x"` never ends (nor does llama.cpp's own arithmetic.gbnf). It also
-writes `\u0041` and `\[` in ways that llguidance refuses. Here every character is a lexeme of its own, which is exact.
-Only literals whose first character nothing else in the grammar can match stay whole: the same language, fewer steps.
+llguidance's converter, `gbnf_to_lark`, joins rules to lexemes, which are greedy: `word ::= [a-z]+` followed by `"x"`
+never ends. It also writes `\u0041` and `\[` in ways that llguidance refuses. Here every character is a lexeme, which is
+exact. Only literals whose first character nothing else in the grammar can match stay whole, to save steps.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from functools import partial
 
 from opsin.core.errors import BadGrammar
 
@@ -28,6 +28,7 @@ _TOKEN = re.compile(
     | (?P<repeat>[*+?]|\{{\s*\d+\s*(?:,\s*\d*\s*)?\}}) | (?P<mark>[()|])""",
     re.VERBOSE,
 )
+_quoted = partial(json.dumps, ensure_ascii=False)
 _NAMED = {"n": "\n", "r": "\r", "t": "\t"}
 
 
@@ -96,7 +97,9 @@ class _Parser:
             kind, text, offset = self._tokens.pop()
             match kind:
                 case "literal":
-                    parts.append(self._literal(_unescaped(text)))
+                    text = _unescaped(text)
+                    whole = len(text) < 2 or _quoted(text) in self._whole
+                    parts.append(_quoted(text) if whole else f"({' '.join(map(_quoted, text))})")
                 case "set":
                     parts.append(f"/{_as_set(text)}/")
                 case "name" if text in self._names:
@@ -114,10 +117,6 @@ class _Parser:
                 case _:
                     self._tokens.append((kind, text, offset))
                     return " ".join(parts) or '""'
-
-    def _literal(self, text: str) -> str:
-        quoted = _quoted(text)
-        return quoted if len(text) < 2 or quoted in self._whole else f"({' '.join(map(_quoted, text))})"
 
     def _unexpected(self, offset: int) -> BadGrammar:
         line = self._gbnf.count("\n", 0, offset) + 1
@@ -156,10 +155,6 @@ def _as_set(text: str) -> str:
 
 def _code_point(found: str | re.Match[str]) -> str:
     return f"\\U{ord(found[0]):08X}"
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
 
 
 def _refused(reason: str) -> BadGrammar:

@@ -23,10 +23,9 @@ if TYPE_CHECKING:
 
 
 class NativeSampler:
-    """The sampler of one request; a child of the context, so it is closed before it.
+    """The sampler of one request, closed before its context. Raises BadParameter.
 
-    `greedy` says that it takes the most likely token and nothing else, so that many can be sampled at once; `forbidden`
-    are the tokens it never takes (None: any may come). Raises BadParameter.
+    `greedy` says that it takes the most likely token that is not in `forbidden` (None: any may come), and nothing else.
     """
 
     def __init__(

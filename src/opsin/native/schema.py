@@ -1,8 +1,7 @@
 """JSON schemas in the form that llguidance enforces.
 
-llguidance refuses what it cannot enforce, with one sentence. Here that happens less often: keywords that it lacks are
-rewritten with those that it has, always so that an answer that fits the new schema fits the old one. Schemas that
-would take minutes to compile are refused first.
+llguidance refuses what it cannot enforce. Here keywords that it lacks are rewritten with those that it has, so that an
+answer that fits the new schema fits the old one, and schemas that would take minutes to compile are refused first.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from decimal import Decimal
 from typing import Any
 
 from opsin.core.errors import BadGrammar
-from opsin.native.unique import resolved
+from opsin.native.unique import related, resolved
 
 Node = dict[str, Any]
 
@@ -97,19 +96,18 @@ def _rewritten(node: Any, root: Node, sizes: Counter[str], depth: int) -> Any:
     _rewrite_unevaluated(made, root)
     _rewrite_property_names(made, root)
     _rewrite_dependents(made)
-    _rewrite_format(made)
-    if isinstance(alternatives := made.get("anyOf"), list):
-        # pydantic's Decimal is a number, or text with a lookahead that llguidance lacks.
-        made["anyOf"] = [one for one in alternatives if not _looks_around(one)] or alternatives
+    _rewrite_patterns(made)
     return made
 
 
-def _rewrite_format(node: Node) -> None:
-    name = node.get("format")
-    if isinstance(name, str) and name not in _STANDARD_FORMATS:
+def _rewrite_patterns(node: Node) -> None:
+    if isinstance(name := node.get("format"), str) and name not in _STANDARD_FORMATS:
         del node["format"]
         if name in _FORMATS:
             node["allOf"] = [*node.get("allOf", []), {"pattern": _FORMATS[name]}]
+    if "anyOf" in node:  # pydantic's Decimal is a number, or text with a lookahead, which llguidance lacks
+        plain = [one for one in node["anyOf"] if not re.search(r"\(\?<?[=!]", json.dumps(one))]
+        node["anyOf"] = plain or node["anyOf"]
 
 
 def _rewrite_dependents(node: Node) -> None:
@@ -143,7 +141,7 @@ def _rewrite_property_names(node: Node, root: Node) -> None:
 
 def _rewrite_unevaluated(node: Node, root: Node) -> None:
     """What nothing evaluated are the additional properties and items, unless evaluating has conditions."""
-    parts = _parts(node, root, 0)
+    parts = related(root, [node], ["allOf"])
     if any(part.keys() & {"anyOf", "oneOf", "if", "not"} for part in parts):
         return
     if "unevaluatedItems" in node and not node.keys() & {"$ref", "allOf", "items", "contains"}:
@@ -153,19 +151,6 @@ def _rewrite_unevaluated(node: Node, root: Node) -> None:
         names = {name: True for part in parts for name in part.get("properties", {})}
         node["properties"] = names | node.get("properties", {})
         node["additionalProperties"] = node.pop("unevaluatedProperties")
-
-
-def _parts(node: Node, root: Node, depth: int) -> list[Node]:
-    """A schema, and those that hold together with it."""
-    inner = [*node.get("allOf", []), resolved(root, node)]
-    return [
-        node,
-        *(part for one in inner if isinstance(one, dict) and depth < 8 for part in _parts(one, root, depth + 1)),
-    ]
-
-
-def _looks_around(node: Any) -> bool:
-    return isinstance(node, dict) and re.search(r"\(\?<?[=!]", str(node.get("pattern"))) is not None
 
 
 def _coefficient(value: Any) -> int:

@@ -13,9 +13,8 @@ from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-_REFERENCES = 16  # followed one after another
 _MOST_VALUES = 1000  # of a list of which one must be left
-_SHORT: dict[Any, list[Any]] = {"boolean": [False, True], "null": [None]}
+_SHORT: dict[str, list[Any]] = {"boolean": [False, True], "null": [None]}
 _COMBINED = ("allOf", "anyOf", "oneOf")
 _LEXEME = re.compile(rb'\s*(?:([{}\[\],:])|("[^"\\]*(?:\\.[^"\\]*)*"|[^\s{}\[\],:"]+(?=[\s{}\[\],:])))', re.DOTALL)
 
@@ -35,13 +34,11 @@ class _Container:
         return [text for text, value in self.values.items() if value not in (self.seen or ())]
 
     def next_item(self) -> _Container | None:
-        """Behind a comma; None when every item has been used."""
         if self.values and not self.unused():
             return None
         return replace(self, key=self.key + 1 if isinstance(self.key, int) else None)
 
     def with_value(self, text: bytes) -> _Container | None:
-        """Behind a key or an item; None when that repeats."""
         if self.key is None:
             return replace(self, key=json.loads(text.decode("utf-8", "replace")))
         if self.seen is None:
@@ -88,7 +85,7 @@ class UniqueItems:
         return text, at, tuple(stack)
 
     def _opened(self, stack: list[_Container], start: int, *, is_array: bool) -> _Container:
-        nodes = list(self._all(self._inner(stack[-1]) if stack else [self._schema]))
+        nodes = related(self._schema, self._inner(stack[-1]) if stack else [self._schema])
         made = _Container(start, nodes, is_array, 0 if is_array else None)
         if is_array and any(node.get("uniqueItems") is True for node in nodes):
             return replace(made, seen=frozenset(), values=self._values(self._inner(made)))
@@ -106,22 +103,15 @@ class UniqueItems:
             else:
                 yield from (*node.get("patternProperties", {}).values(), node.get("additionalProperties"))
 
-    def _all(self, nodes: Iterable[Any], depth: int = 0) -> Iterator[dict[str, Any]]:
-        """Schemas, and those that they refer to or consist of."""
-        for node in nodes:
-            if isinstance(node, dict) and depth < _REFERENCES:
-                yield node
-                yield from self._all([one for keyword in _COMBINED for one in node.get(keyword, [])], depth + 1)
-                yield from self._all([resolved(self._schema, node)] if "$ref" in node else [], depth + 1)
-
     def _values(self, nodes: Iterable[Any]) -> dict[bytes, Hashable]:
         """Everything an item may be, as text; empty when that is no short list of plain values."""
         values: list[Any] = []
-        for node in self._all(nodes):
-            if node.get("type") == "integer" and {"minimum", "maximum"} <= node.keys():
+        for node in related(self._schema, nodes):
+            kind = str(node.get("type"))
+            if kind == "integer" and {"minimum", "maximum"} <= node.keys():
                 values += range(math.ceil(node["minimum"]), math.floor(node["maximum"]) + 1)[: _MOST_VALUES + 1]
-            elif "const" in node or "enum" in node or node.get("type") in _SHORT:
-                values += [node["const"]] if "const" in node else node.get("enum", _SHORT.get(node.get("type"), []))
+            elif "const" in node or "enum" in node or kind in _SHORT:
+                values += [node["const"]] if "const" in node else node.get("enum", _SHORT.get(kind, []))
             elif not node.keys() & {"$ref", *_COMBINED}:
                 return {}
         texts = [json.dumps(value, ensure_ascii=False).encode() for value in values[: _MOST_VALUES + 1]]
@@ -129,7 +119,19 @@ class UniqueItems:
         return {text: _identity(text) for text in texts} if plain else {}
 
 
-def resolved(root: Any, node: Any) -> Any:
+def related(root: Any, nodes: Iterable[Any], keywords: Iterable[str] = _COMBINED) -> list[dict[str, Any]]:
+    """Schemas, and those that they refer to or consist of by these keywords; each once."""
+    found: dict[int, dict[str, Any]] = {}
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, dict) and id(node) not in found:
+            found[id(node)] = node
+            waiting += [resolved(root, node), *(one for keyword in keywords for one in node.get(keyword, []))]
+    return list(found.values())
+
+
+def resolved(root: Any, node: dict[str, Any]) -> Any:
     """The schema that a reference within the same document names; None when there is none."""
     reference = node.get("$ref")
     if not isinstance(reference, str) or not reference.startswith("#"):
