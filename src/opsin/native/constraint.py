@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 REMEMBERED = 128  # compiled schemas and grammars of a model, and refusals: the oldest go first
 STEP_SECONDS = 0.05  # of CPU time that one step of one answer may take in llguidance
 # llguidance compares each item of a row with all others, and a lexer state takes 1 to 2 kB.
-_LIMITS = {"max_items_in_row": 1000, "step_max_items": 20_000, "max_lexer_states": 50_000, "verbose_errors": False}
+_LIMITS: dict[str, Any] = {"max_items_in_row": 1000, "step_max_items": 20_000, "max_lexer_states": 50_000}
 _MAX_GRAMMAR_SYMBOLS = 5000  # of a GBNF grammar, whose rules may all be open at once
 # Else it looks at each step for everything that can only follow in one way: 0.1 s where that is long.
 _HEADER = '%llguidance {"no_forcing": true}\n'
@@ -149,7 +149,7 @@ class Constraints:
             return str(error)
         if isinstance(self._tokenizer, str):
             return f"This model's vocabulary cannot be used with a {what}: {self._tokenizer}."
-        limits = LLParserLimits(**_LIMITS, max_grammar_size=most)
+        limits = LLParserLimits(**_LIMITS, max_grammar_size=most, verbose_errors=False)
         # From log level 1 on it writes warnings to standard error.
         matcher = LLMatcher(self._tokenizer, LLMatcher.grammar_from_lark(_HEADER + lark), log_level=0, limits=limits)
         # The first mask is made here: it shows what no answer can fit, and what takes long the first time.
