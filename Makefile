@@ -8,7 +8,7 @@ export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc 2>/dev/null || sysctl -n hw.n
 # Where bytecode is not kept, every run compiles the package and rewrites the tests anew: a fifth of `make check`.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup setup-dev demo browser test test-offload check format soak clean
+.PHONY: setup setup-dev demo browser test test-full test-offload check format soak clean
 
 setup: $(VENV)/.ready
 
@@ -35,6 +35,10 @@ browser:
 
 test: setup-dev browser
 	$(BIN)/python -m pytest
+
+# What takes many minutes: every schema on two models with three seeds, and forty answers under the guard.
+test-full: setup-dev
+	$(BIN)/python -m pytest -m full -s
 
 # A build with a second device (Vulkan on Mesa's software device): proves where things run, without a GPU.
 .venv-offload/.ready: requirements.lock requirements-dev.lock pyproject.toml tests/offload/setup.sh

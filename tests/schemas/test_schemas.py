@@ -75,19 +75,20 @@ def test_the_demo_model_keeps_to_all(demo: Opsin) -> None:
     ask_all(demo, list(SCHEMAS), 0)
 
 
-@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_real_model_keeps_to_some(smollm2: Opsin) -> None:
+    ask_all(smollm2, some(12), 0)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("seed", [1, 2])
 def test_the_demo_model_keeps_to_all_with_other_seeds(demo: Opsin, seed: int) -> None:
     ask_all(demo, list(SCHEMAS), seed)
 
 
-@pytest.mark.timeout(600)
-def test_a_real_model_keeps_to_some(smollm2: Opsin) -> None:
-    ask_all(smollm2, some(24), 0)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.full
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("seed", range(3))
 def test_a_real_model_keeps_to_all(smollm2: Opsin, seed: int) -> None:
     ask_all(smollm2, list(SCHEMAS), seed)

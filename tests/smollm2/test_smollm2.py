@@ -8,8 +8,11 @@ import pytest
 
 from opsin import Message, Opsin
 from opsin.core.errors import BadInput
+from opsin.core.parts import Prompt, TextPart
+from opsin.core.reasoning import ReasoningStyle
+from opsin.core.sampling import SamplingParams
 from opsin.core.server_settings import ServerSettings
-from opsin.server.schema import ToolIn
+from opsin.server.schema import NamedFunction, ToolIn
 from opsin.server.tools import plan_tools
 
 
@@ -65,6 +68,20 @@ def test_a_grammar_gives_what_it_asks_for(smollm2: Opsin) -> None:
     assert re.fullmatch(r"(yes|no), [a-z ]{3,30}\.", answer.text)
 
 
+@pytest.mark.parametrize("asked", [{"json_schema": '{"enum": ["red", "blue"]}'}, {"grammar": r'root ::= "\"red\""'}])
+def test_a_schema_holds_only_behind_the_reasoning(smollm2: Opsin, asked: dict[str, str]) -> None:
+    """The prompt opens a block of reasoning, its budget closes it: what is in it is free, what follows is not."""
+    style = ReasoningStyle()
+    text = "<|im_start|>user\nWhat colour is the sky?<|im_end|>\n<|im_start|>assistant\n<think>\nThe user asks"
+    prompt = Prompt((TextPart(text),), thinking=True, reasoning=style)
+    params = SamplingParams(temperature=0.0, max_tokens=60, max_thinking_tokens=12, guard=False, **asked)
+    answer = smollm2._runtime.engine.submit(prompt, params).result()
+    assert answer.reasoning is not None
+    assert len(answer.reasoning.split()) > 3
+    assert json.loads(answer.text) in {"red", "blue"}
+    assert answer.finish_reason == "stop"
+
+
 TOOLS = [
     {
         "type": "function",
@@ -86,11 +103,9 @@ TOOLS = [
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
 def test_a_call_that_must_come_comes(smollm2: Opsin, choice: Any) -> None:
-    from opsin.server.schema import NamedTool
-
-    tools = [ToolIn.model_validate(tool) for tool in TOOLS]
-    wanted = NamedTool.model_validate(choice) if isinstance(choice, dict) else choice
-    plan = plan_tools(tools, wanted, smollm2._runtime.prompts, ServerSettings())
+    functions = [ToolIn.model_validate(tool).function for tool in TOOLS]
+    wanted = NamedFunction.model_validate(choice["function"]) if isinstance(choice, dict) else choice
+    plan = plan_tools(functions, wanted, smollm2._runtime.prompts, ServerSettings())
     messages = plan.messages([Message("user", "What is the weather in Paris?")])
     stream = smollm2.submit(messages, json_schema=plan.schema, temperature=0.0, max_tokens=80)
     reader = plan.reader()
@@ -117,8 +132,8 @@ TOPICS = (
 )  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.full
+@pytest.mark.timeout(3600)
 def test_the_guard_ends_loops_and_nothing_else(smollm2: Opsin) -> None:
     questions = [f"Write a story about {topic}." for topic in TOPICS] + [
         f"List words about {topic}." for topic in TOPICS
@@ -132,7 +147,6 @@ def test_the_guard_ends_loops_and_nothing_else(smollm2: Opsin) -> None:
     assert [answer.text[-160:] for answer in left if loops(answer.text)] == []
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_repetition_that_was_asked_for_is_not_cut(smollm2: Opsin) -> None:
     answer = ask(smollm2, "Repeat the word hello 200 times.", max_tokens=400).result()

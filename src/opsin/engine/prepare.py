@@ -79,10 +79,11 @@ class Preparer:
     def _text(self, request: Request) -> AnswerText:
         prompt, params = request.prompt, request.params
         style = prompt.reasoning
+        prompt_texts = [part.text for part in prompt.parts if isinstance(part, TextPart)]
         return AnswerText(
             stop=(*params.stop, *prompt.stop),
             splitter=None if style is None else style.splitter(starts_inside=prompt.thinking),
-            guard=Guard() if params.guard else None,
+            guard=Guard("".join(prompt_texts)) if params.guard else None,
             tags={} if style is None else self._tag_tokens(style),
         )
 

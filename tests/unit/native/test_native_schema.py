@@ -57,7 +57,7 @@ def test_formats_of_somebody_are_notes() -> None:
     ],
 )
 def test_formats_hold_what_calendars_hold(name: str, good: str, bad: str) -> None:
-    pattern = made({"type": "string", "format": name})["pattern"]
+    pattern = made({"type": "string", "format": name})["allOf"][0]["pattern"]
     assert all(re.search(pattern, text) for text in good.split())
     assert not any(re.search(pattern, text) for text in bad.split())
 
@@ -154,7 +154,26 @@ SETS = {"type": "array", "uniqueItems": True}
 def test_unique_items_are_watched(schema: Any, text: str, fits: bool) -> None:
     for size in (1, 3, len(text)):
         watched = UniqueItems(schema)
-        pieces = [text.encode()[at : at + size] for at in range(0, len(text), size)]
-        found = [watched.fits(piece) and watched.take(piece) for piece in pieces]
+        found = []
+        for piece in (text.encode()[at : at + size] for at in range(0, len(text), size)):
+            found.append(watched.fits(piece))
+            watched.take(piece)
         assert all(found) is fits
         assert all(found[:-1]) or size == 1
+
+
+def test_schemas_that_refer_to_each_other_many_times_over_are_read_once() -> None:
+    def chain(keyword: str) -> Any:
+        levels = {f"x{i}": {keyword: [{"$ref": f"#/$defs/x{i + 1}"}] * 10} for i in range(30)}
+        return {**levels, "x30": {"type": ["array", "null"], "uniqueItems": True}}
+
+    watched = UniqueItems({"$defs": chain("anyOf"), "items": {"$ref": "#/$defs/x0"}, **SETS})
+    assert watched.fits(b"[[1], [1, 2]")
+    assert not watched.fits(b"[[1, 1]")
+    made({"$defs": chain("allOf"), "$ref": "#/$defs/x0", "unevaluatedProperties": False})
+
+
+@pytest.mark.parametrize("schema", [{"allOf": 3, "format": "date"}, {"properties": [], "unevaluatedProperties": False}])
+def test_keywords_of_a_wrong_type_are_refused(schema: Any) -> None:
+    with pytest.raises(BadGrammar, match="wrong type"):
+        made(schema)
