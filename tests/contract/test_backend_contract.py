@@ -88,8 +88,8 @@ def test_layout_keeps_the_order_of_text_and_pictures(backend: Any) -> None:
     kinds = [type(run) for run in layout.runs if run.n_tokens]
     assert kinds == [TextRun, ImageRun, TextRun, ImageRun, TextRun]
     assert [run.picture for run in layout.runs if isinstance(run, ImageRun)] == [0, 1]
-    assert [image.sha256 for image in layout.images] == [picture(1).sha256, picture(2).sha256]
-    assert layout.n_image_tokens == sum(image.tokens for image in layout.images) > 0
+    assert [info.sha256 for info in layout.images] == [picture(1).sha256, picture(2).sha256]
+    assert layout.n_image_tokens == sum(info.tokens for info in layout.images) > 0
     layout.close()
 
 

@@ -136,8 +136,8 @@ def test_an_image_that_crashes_two_workers_is_refused_for_an_hour_and_others_are
         with pytest.raises(ImageBlocked) as refused:
             engine.submit(prompt(waiting, bad), PARAMS)
         assert refused.value.http_status == 422
-        for image in (waiting, answered):
-            assert engine.submit(prompt(image), PARAMS).result().text
+        for other in (waiting, answered):
+            assert engine.submit(prompt(other), PARAMS).result().text
         now = time.monotonic()
         monkeypatch.setattr(engine._crashes, "_now", lambda: now + child.BLOCKED_SECONDS + 1)
         crash(engine, bad)

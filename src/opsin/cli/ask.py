@@ -193,10 +193,10 @@ def _print_row(group: list[str], row: dict[str, Any]) -> None:
 
 def _as_json(answer: Answer, pictures: list[Picture]) -> dict[str, Any]:
     row = asdict(answer)
-    images = [
-        {name: value for name, value in image.items() if name not in _NOT_IN_JSON} | {"notes": picture.notes}
-        for image, picture in zip(row["images"], pictures, strict=True)
+    told = [
+        {name: value for name, value in info.items() if name not in _NOT_IN_JSON} | {"notes": picture.notes}
+        for info, picture in zip(row["images"], pictures, strict=True)
     ]
     timings = {name: round(value, 3) for name, value in row["timings"].items()}
     same = {name: row[name] for name in ("text", "reasoning", "finish_reason", "usage", "guard")}
-    return {**same, "images": images, "stages": answer.stages.as_dict(), "timings": timings}
+    return {**same, "images": told, "stages": answer.stages.as_dict(), "timings": timings}

@@ -56,8 +56,8 @@ def load_picture(source: Source, settings: MediaSettings, longest_edge: int | No
         check_size(opened.width, opened.height, _NAME, settings)
         picture = make_picture(opened, opened.format or "PIL", _NAME, longest_edge)
     elif numpy is not None and isinstance(opened, numpy.ndarray):
-        image, notes = flatten_array(opened, "The array", settings)
-        picture = make_picture(image, "array", _NAME, longest_edge, notes)
+        flat, notes = flatten_array(opened, "The array", settings)
+        picture = make_picture(flat, "array", _NAME, longest_edge, notes)
     else:
         raise BadParameter(
             f"A {type(source).__name__} is no picture: give a path, bytes, a Pillow image, a NumPy array or an address."

@@ -41,9 +41,9 @@ def oriented(kind: str, orientation: int, **options: Any) -> bytes:
     return encode(as_stored(scene(), orientation), kind, exif=exif.tobytes(), **options)
 
 
-def closeness(picture: Any, image: Image.Image) -> float:
-    assert (picture.width, picture.height) == image.size
-    return float(np.abs(rgb_of(picture).astype(int) - np.asarray(image).astype(int)).mean())
+def closeness(picture: Any, pil: Image.Image) -> float:
+    assert (picture.width, picture.height) == pil.size
+    return float(np.abs(rgb_of(picture).astype(int) - np.asarray(pil).astype(int)).mean())
 
 
 @pytest.mark.parametrize("kind", samples.LOSSLESS)
@@ -272,21 +272,21 @@ def test_ycck_jpeg_becomes_rgb() -> None:
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "YCbCr", "RGBX", "HSV", "LAB"])
 def test_other_modes_of_pillow_images(mode: str) -> None:
-    image = scene().convert(mode)
-    picture = load_picture(image, LIMITS)
-    assert np.array_equal(rgb_of(picture), np.asarray(image.convert("RGB")))
+    pil = scene().convert(mode)
+    picture = load_picture(pil, LIMITS)
+    assert np.array_equal(rgb_of(picture), np.asarray(pil.convert("RGB")))
 
 
 def test_a_pillow_image_is_turned_and_not_changed() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    image = scene()
-    image.info["exif"] = exif.tobytes()
-    before = image.tobytes()
-    picture = load_picture(image, LIMITS)
+    pil = scene()
+    pil.info["exif"] = exif.tobytes()
+    before = pil.tobytes()
+    picture = load_picture(pil, LIMITS)
     assert (picture.width, picture.height, picture.orientation) == (32, 48, 6)
-    assert image.tobytes() == before
-    assert image.getexif()[0x0112] == 6
+    assert pil.tobytes() == before
+    assert pil.getexif()[0x0112] == 6
 
 
 def test_the_first_of_many_is_taken_and_said() -> None:
@@ -344,8 +344,8 @@ def test_pictures_over_pillows_own_pixel_limit_are_a_matter_of_our_settings_only
 def test_a_file_cut_anywhere_is_refused_or_whole(kind: str, options: dict[str, Any]) -> None:
     """A decoder that fills what is missing with grey would give other pixels here."""
     noise = np.random.default_rng(5).integers(0, 255, (24, 32, 3), np.uint8)
-    image = Image.fromarray(noise).quantize(64).convert("RGB") if kind == "GIF" else Image.fromarray(noise)
-    data = encode(image, kind, **options)
+    pil = Image.fromarray(noise).quantize(64).convert("RGB") if kind == "GIF" else Image.fromarray(noise)
+    data = encode(pil, kind, **options)
     whole = load_picture(data, LIMITS).sha256
     refused = 0
     for cut in sorted({*range(0, len(data), max(1, len(data) // 60)), *range(len(data) - 12, len(data))}):

@@ -270,7 +270,7 @@ def test_a_file_is_opened_once_and_hashed_once(monkeypatch: pytest.MonkeyPatch) 
     data = encode(NOISE, "JPEG")
     opened, hashed = [], []
     header, digest = JpegImagePlugin.JpegImageFile._open, opsin.media.decode.picture_sha256  # type: ignore[attr-defined]
-    monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "_open", lambda image: opened.append(1) or header(image))
+    monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "_open", lambda pil: opened.append(1) or header(pil))
     monkeypatch.setattr("opsin.media.decode.picture_sha256", lambda *size: hashed.append(1) or digest(*size))
     file = OpenPicture(data, LIMITS)
     assert (file.width, file.height) == (320, 224)
