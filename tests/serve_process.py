@@ -138,8 +138,8 @@ def served(*arguments: str, **options: Any) -> Iterator[Served]:
         server.exit_code()
 
 
-def picture_url(seed: int, edge: int = 112) -> str:
-    """A data: address of a noisy picture; each seed has its own."""
+def image_url(seed: int, edge: int = 112) -> str:
+    """A data: address of a noisy image; each seed has its own."""
     pixels = np.random.default_rng(seed).integers(0, 255, (edge, edge, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")

@@ -1,4 +1,4 @@
-"""Ask pictures questions on your own hardware, fast, and see where every millisecond went."""
+"""Ask images questions on your own hardware, fast, and see where every millisecond went."""
 
 from typing import TYPE_CHECKING, Any
 

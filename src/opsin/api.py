@@ -1,4 +1,4 @@
-"""The plain Python API: open a model, ask about pictures, read whole answers or streams."""
+"""The plain Python API: open a model, ask about images, read whole answers or streams."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from opsin.compose import Runtime, open_runtime
 from opsin.core.answer import Answer
 from opsin.core.config import RETIRED, checked, current_folder, drop_retired, read_config
 from opsin.core.errors import BadParameter
+from opsin.core.image import Image
 from opsin.core.model_info import ModelInfo
-from opsin.core.parts import Prompt
-from opsin.core.picture import Picture
 from opsin.core.placement import Placement
+from opsin.core.prompt import Prompt
 from opsin.core.sampling import SamplingParams
-from opsin.core.settings import EngineSettings, MediaSettings
+from opsin.core.settings import EngineSettings, ImageSettings
 from opsin.engine import AnswerStream, Engine
-from opsin.media import load_picture
+from opsin.images import load_image
 from opsin.models import locate
 from opsin.prompt import Message
 from opsin.worker import IsolatedRuntime, WorkerEngine
@@ -41,12 +41,12 @@ class Opsin:
         model: str | Path | None = None,
         mmproj: str | Path | None = None,
         *,
-        media: MediaSettings | None = None,
+        media: ImageSettings | None = None,
         config: bool | str | Path = True,
         isolated: bool = False,
         **options: Any,
     ) -> None:
-        self._media = media or MediaSettings(fetch=True)
+        self._media = media or ImageSettings(fetch=True)
         drop_retired({name: (options.pop(name), "option of Opsin") for name in RETIRED if name in options})
         settings = checked(EngineSettings, options)
         if config is not False:
@@ -85,31 +85,31 @@ class Opsin:
         """Names the files, the settings and the library in one word: what was proved for it holds for it."""
         return self._runtime.setup
 
-    def picture(self, source: object) -> Picture:
-        """Read and check a picture: path, address, bytes, PIL image or array; a Picture is returned as it is.
+    def image(self, source: object) -> Image:
+        """Read and check an image: path, address, bytes, PIL image or array; an image is returned as it is.
 
-        Raises BadPicture or FetchFailed.
+        Raises BadImage or FetchFailed.
         """
-        return source if isinstance(source, Picture) else load_picture(source, self._media)
+        return source if isinstance(source, Image) else load_image(source, self._media)
 
     def ask(
-        self, pictures: object | Sequence[object], question: str, *, system: str | None = None, **params: Any
+        self, images: object | Sequence[object], question: str, *, system: str | None = None, **params: Any
     ) -> Answer:
-        """Ask one question about one picture, or about several together, and wait for the whole answer.
+        """Ask one question about one image, or about several together, and wait for the whole answer.
 
         `params` are the fields of SamplingParams. Raises BadInput, EngineError.
         """
-        loaded = [self.picture(source) for source in _listed(pictures)]
+        loaded = [self.image(source) for source in _listed(images)]
         return self.submit(question_about(loaded, question, system), **params).result()
 
     async def ask_async(
-        self, pictures: object | Sequence[object], question: str, *, system: str | None = None, **params: Any
+        self, images: object | Sequence[object], question: str, *, system: str | None = None, **params: Any
     ) -> Answer:
-        """`ask` for an event loop: pictures are read in a thread, and nothing blocks. Cancelling it ends the answer.
+        """`ask` for an event loop: images are read in a thread, and nothing blocks. Cancelling it ends the answer.
 
         Raises BadInput, EngineError.
         """
-        loaded = await asyncio.gather(*(asyncio.to_thread(self.picture, source) for source in _listed(pictures)))
+        loaded = await asyncio.gather(*(asyncio.to_thread(self.image, source) for source in _listed(images)))
         return await self.submit(question_about(loaded, question, system), **params).answer()
 
     def submit(
@@ -154,20 +154,20 @@ class Opsin:
         self.close()
 
 
-def ask(pictures: object | Sequence[object], question: str, **params: Any) -> Answer:
+def ask(images: object | Sequence[object], question: str, **params: Any) -> Answer:
     """Open the default model, ask once, close it. For more than one question keep an `Opsin`."""
     with Opsin() as opsin:
-        return opsin.ask(pictures, question, **params)
+        return opsin.ask(images, question, **params)
 
 
-def _listed(pictures: object) -> Sequence[object]:
-    return pictures if isinstance(pictures, (list, tuple)) else [pictures]
+def _listed(images: object) -> Sequence[object]:
+    return images if isinstance(images, (list, tuple)) else [images]
 
 
-def question_about(pictures: Sequence[Picture], question: str, system: str | None = None) -> list[Message]:
-    """The usual conversation: an optional system message, then pictures and question in one turn."""
+def question_about(images: Sequence[Image], question: str, system: str | None = None) -> list[Message]:
+    """The usual conversation: an optional system message, then images and question in one turn."""
     if not question.strip():
         raise BadParameter("The question is empty: ask something.")
     messages = [Message(role="system", content=system)] if system else []
-    messages.append(Message(role="user", content=[*pictures, question]))
+    messages.append(Message(role="user", content=[*images, question]))
     return messages

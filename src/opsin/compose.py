@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from opsin.cache import DiskStore, PictureCache, default_folder
+from opsin.cache import DiskStore, EmbeddingCache, default_folder
 from opsin.core.model_facts import PairFacts
 from opsin.core.settings import MAX_ANSWER_TOKENS, EngineSettings
 from opsin.engine import Engine, Policy, Wake, Watch, unwatched, wake_readers
@@ -85,7 +85,7 @@ def open_runtime(
     engine = Engine(
         open_native,
         policy=_policy(settings, max_queue),
-        pictures=PictureCache(settings.picture_cache_bytes, store),
+        images=EmbeddingCache(settings.image_cache_bytes, store),
         max_tokens=MAX_ANSWER_TOKENS,
         watch=watch,
         wake=wake,

@@ -11,11 +11,11 @@ from token_rows import TokenRow, batch
 
 from opsin.core.backend import BackendLimits, EmbeddingRows
 from opsin.core.errors import BadGrammar
-from opsin.core.layout import ImageRun, TextRun
-from opsin.core.parts import PicturePart, TextPart
+from opsin.core.prompt import ImagePart, TextPart
 from opsin.core.sampling import SamplingParams
 from opsin.core.settings import EngineSettings
-from opsin.testing import FakeBackend, picture
+from opsin.core.tokens import ImageChunk, TextChunk
+from opsin.testing import FakeBackend, image
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +43,14 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Any]:
 def fill(backend: Any, seq_id: int, text: str, shot: int | None = None, chunk: int = 64) -> int:
     """Prefill a prompt; the row of the last logits."""
     backend.kv_remove(seq_id, 0, -1)
-    parts = ([PicturePart(picture(shot, 40, 30))] if shot is not None else []) + [TextPart(text + "\x1e")]
-    layout = backend.layout(parts, add_bos=True)
+    parts = ([ImagePart(image(shot, 40, 30))] if shot is not None else []) + [TextPart(text + "\x1e")]
+    layout = backend.tokenize(parts, add_bos=True)
     pos, row = 0, 0
-    for run in layout.runs:
+    for run in layout.chunks:
         for start in range(0, run.n_tokens, chunk):
             stop = min(run.n_tokens, start + chunk)
-            last = run is layout.runs[-1] and stop == run.n_tokens
-            if isinstance(run, ImageRun):
+            last = run is layout.chunks[-1] and stop == run.n_tokens
+            if isinstance(run, ImageChunk):
                 embedding = backend.encode(run)
                 positions = np.arange(pos + start, pos + stop, dtype=np.int32)[np.newaxis, :]
                 assert backend.decode(EmbeddingRows(embedding[start:stop], positions, seq_id, logits=last))
@@ -82,20 +82,20 @@ def greedy(backend: Any, seq_id: int, row: int, count: int = 6) -> list[int]:
         sampler.close()
 
 
-def test_layout_keeps_the_order_of_text_and_pictures(backend: Any) -> None:
-    parts = [TextPart("one"), PicturePart(picture(1)), TextPart("two"), PicturePart(picture(2)), TextPart("three")]
-    layout = backend.layout(parts, add_bos=True)
-    kinds = [type(run) for run in layout.runs if run.n_tokens]
-    assert kinds == [TextRun, ImageRun, TextRun, ImageRun, TextRun]
-    assert [run.picture for run in layout.runs if isinstance(run, ImageRun)] == [0, 1]
-    assert [info.sha256 for info in layout.images] == [picture(1).sha256, picture(2).sha256]
+def test_layout_keeps_the_order_of_text_and_images(backend: Any) -> None:
+    parts = [TextPart("one"), ImagePart(image(1)), TextPart("two"), ImagePart(image(2)), TextPart("three")]
+    layout = backend.tokenize(parts, add_bos=True)
+    kinds = [type(run) for run in layout.chunks if run.n_tokens]
+    assert kinds == [TextChunk, ImageChunk, TextChunk, ImageChunk, TextChunk]
+    assert [run.image for run in layout.chunks if isinstance(run, ImageChunk)] == [0, 1]
+    assert [info.sha256 for info in layout.images] == [image(1).sha256, image(2).sha256]
     assert layout.n_image_tokens == sum(info.tokens for info in layout.images) > 0
     layout.close()
 
 
-def test_equal_pictures_have_equal_identities_and_embeddings(backend: Any) -> None:
-    layouts = [backend.layout([PicturePart(picture(seed, 40, 30))], add_bos=False) for seed in (1, 1, 2)]
-    runs = [next(run for run in layout.runs if isinstance(run, ImageRun)) for layout in layouts]
+def test_equal_images_have_equal_identities_and_embeddings(backend: Any) -> None:
+    layouts = [backend.tokenize([ImagePart(image(seed, 40, 30))], add_bos=False) for seed in (1, 1, 2)]
+    runs = [next(run for run in layout.chunks if isinstance(run, ImageChunk)) for layout in layouts]
     assert runs[0].identity == runs[1].identity != runs[2].identity
     rows = [backend.encode(run) for run in runs]
     assert rows[0].shape == (runs[0].n_tokens, backend.limits.n_embd)
@@ -106,7 +106,7 @@ def test_equal_pictures_have_equal_identities_and_embeddings(backend: Any) -> No
         layout.close()
 
 
-def test_the_same_prompt_gives_the_same_answer_and_another_picture_another(backend: Any) -> None:
+def test_the_same_prompt_gives_the_same_answer_and_another_image_another(backend: Any) -> None:
     first, again = (greedy(backend, 0, fill(backend, 0, "what is this?", 1)) for _ in range(2))
     assert first == again
 
@@ -169,7 +169,7 @@ def test_placement_says_where_both_ran(backend: Any) -> None:
 
 
 def test_computing_leaves_no_rings_behind(backend: Any) -> None:
-    """A ring of pointers waits for the garbage collector, with whatever it holds; one a picture adds up."""
+    """A ring of pointers waits for the garbage collector, with whatever it holds; one an image adds up."""
     fill(backend, 0, "warm", shot=1)
     gc.collect()
     gc.disable()

@@ -49,7 +49,7 @@ def test_an_example_runs(code: str, reader: Path, capsys: pytest.CaptureFixture[
     printed = capsys.readouterr().out
     assert "assert" in code or printed, "an example shows something"
     if "no-such-file" in code:
-        assert printed.startswith("bad_picture")
+        assert printed.startswith("bad_image")
 
 
 def test_all_that_is_promised_is_shown() -> None:

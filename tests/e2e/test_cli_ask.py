@@ -20,7 +20,7 @@ TIMINGS = {
     "predicted_n", "predicted_ms", "predicted_per_token_ms", "predicted_per_second",
 }  # fmt: skip
 DEMO = Path(__file__).parents[2] / "src" / "opsin" / "models" / "demo"
-PICTURE = str(DEMO / "shapes.png")
+IMAGE = str(DEMO / "shapes.png")
 
 
 def opsin(
@@ -36,19 +36,19 @@ def opsin(
 
 def test_every_shipped_example_is_answered_rightly(opsin_env: dict[str, str]) -> None:
     for row in json.loads((DEMO / "examples.json").read_text()):
-        done = opsin(opsin_env, "ask", str(DEMO / row["picture"]), row["question"], "--temperature", "0")
+        done = opsin(opsin_env, "ask", str(DEMO / row["image"]), row["question"], "--temperature", "0")
         assert done.stdout.decode().strip() == row["answer"]
 
 
-def test_a_picture_asked_about_yesterday_is_not_encoded_today(opsin_env: dict[str, str], tmp_path: Path) -> None:
+def test_an_image_asked_about_yesterday_is_not_encoded_today(opsin_env: dict[str, str], tmp_path: Path) -> None:
     env = {**opsin_env, "XDG_CACHE_HOME": str(tmp_path)}
-    rows = [json.loads(opsin(env, "ask", PICTURE, question, "--json").stdout) for question in ("What is it?", "Why?")]
+    rows = [json.loads(opsin(env, "ask", IMAGE, question, "--json").stdout) for question in ("What is it?", "Why?")]
     assert rows[0]["stages"]["encode_ms"] > 0
     assert rows[1]["stages"]["encode_ms"] == 0
 
 
 def test_the_timeline_and_the_honest_line_go_to_standard_error(opsin_env: dict[str, str]) -> None:
-    done = opsin(opsin_env, "ask", PICTURE, "What is in this picture?")
+    done = opsin(opsin_env, "ask", IMAGE, "What is in this picture?")
     shown = done.stderr.decode()
     assert "demo model for drawn scenes" in shown
     assert "opsin pull" in shown
@@ -74,7 +74,7 @@ def claimed(stages: dict[str, float]) -> float:
 
 
 def test_json_has_the_fields_of_the_contract_and_stages_that_add_up(opsin_env: dict[str, str]) -> None:
-    done = opsin(opsin_env, "ask", PICTURE, "How many objects are there?", "--json")
+    done = opsin(opsin_env, "ask", IMAGE, "How many objects are there?", "--json")
     rows = done.stdout.decode().splitlines()
     assert len(rows) == 1
     row = json.loads(rows[0])
@@ -90,44 +90,44 @@ def test_json_has_the_fields_of_the_contract_and_stages_that_add_up(opsin_env: d
     assert row["placement"]["encoder"]["CPU"]["nodes"] > 0
     assert row["placement"]["language_model"]["CPU"]["share_of_ops"] == pytest.approx(1.0)
     # A busy machine may stop the process between two stages: of three answers one is left alone.
-    again = (json.loads(opsin(opsin_env, "ask", PICTURE, "How many objects are there?", "--json").stdout) for _ in "12")
+    again = (json.loads(opsin(opsin_env, "ask", IMAGE, "How many objects are there?", "--json").stdout) for _ in "12")
     assert any(claimed(each["stages"]) >= 0.97 for each in itertools.chain([row], again))
     assert row["images"][0]["tokens"] == row["usage"]["image_tokens"] > 0
     assert row["guard"] is None
 
 
-def test_several_pictures_are_asked_one_by_one_and_a_bad_one_loses_nothing(
+def test_several_images_are_asked_one_by_one_and_a_bad_one_loses_nothing(
     opsin_env: dict[str, str], tmp_path: Path
 ) -> None:
     bad = tmp_path / "bad.png"
-    bad.write_bytes(b"no picture")
-    done = opsin(opsin_env, "ask", PICTURE, str(bad), PICTURE, "How many objects are there?", "--json", code=1)
+    bad.write_bytes(b"no image")
+    done = opsin(opsin_env, "ask", IMAGE, str(bad), IMAGE, "How many objects are there?", "--json", code=1)
     rows = [json.loads(line) for line in done.stdout.decode().splitlines()]
-    assert [row["source"] for row in rows] == [PICTURE, str(bad), PICTURE]
-    assert [row["error"] and row["error"]["code"] for row in rows] == [None, "bad_picture", None]
+    assert [row["source"] for row in rows] == [IMAGE, str(bad), IMAGE]
+    assert [row["error"] and row["error"]["code"] for row in rows] == [None, "bad_image", None]
     assert rows[0]["text"] == rows[2]["text"] is not None
     assert "bad.png" in done.stderr.decode()
 
 
 def test_together_asks_once(opsin_env: dict[str, str]) -> None:
-    done = opsin(opsin_env, "ask", PICTURE, PICTURE, "what is this?", "--together", "--json", "--max-tokens", "8")
+    done = opsin(opsin_env, "ask", IMAGE, IMAGE, "what is this?", "--together", "--json", "--max-tokens", "8")
     row = json.loads(done.stdout)
     assert len(row["images"]) == 2
 
 
-def test_a_folder_is_all_its_pictures(opsin_env: dict[str, str], tmp_path: Path) -> None:
+def test_a_folder_is_all_its_images(opsin_env: dict[str, str], tmp_path: Path) -> None:
     for name in ("a.png", "b.jpg"):
         Image.new("RGB", (64, 64), "white").save(tmp_path / name)
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("no image")
     done = opsin(opsin_env, "ask", str(tmp_path), "what is this?", "--json", "--max-tokens", "8")
     assert len(done.stdout.splitlines()) == 2
 
 
-def test_standard_input_is_a_picture(opsin_env: dict[str, str]) -> None:
+def test_standard_input_is_an_image(opsin_env: dict[str, str]) -> None:
     piped = opsin(
-        opsin_env, "ask", "-", "how many objects are there?", "--temperature", "0", stdin=Path(PICTURE).read_bytes()
+        opsin_env, "ask", "-", "how many objects are there?", "--temperature", "0", stdin=Path(IMAGE).read_bytes()
     )
-    named = opsin(opsin_env, "ask", PICTURE, "how many objects are there?", "--temperature", "0")
+    named = opsin(opsin_env, "ask", IMAGE, "how many objects are there?", "--temperature", "0")
     assert piped.stdout == named.stdout
 
 
@@ -138,19 +138,19 @@ def test_a_schema_shapes_the_answer(opsin_env: dict[str, str], tmp_path: Path) -
             {"type": "object", "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}}, "required": ["n"]}
         )
     )
-    done = opsin(opsin_env, "ask", PICTURE, "how many?", "--json-schema", str(schema), "--max-tokens", "40")
+    done = opsin(opsin_env, "ask", IMAGE, "how many?", "--json-schema", str(schema), "--max-tokens", "40")
     assert isinstance(json.loads(done.stdout)["n"], int)
 
 
 def test_an_answer_that_is_cut_says_so_and_how_to_lift_it(opsin_env: dict[str, str]) -> None:
-    done = opsin(opsin_env, "ask", PICTURE, "what is this?", "--max-tokens", "2")
+    done = opsin(opsin_env, "ask", IMAGE, "what is this?", "--max-tokens", "2")
     assert "cut after 2 tokens; --max-tokens N lifts the limit" in done.stderr.decode()
 
 
 def test_native_logs_are_silent_without_verbose_and_whole_with_it(opsin_env: dict[str, str]) -> None:
-    quiet = opsin(opsin_env, "ask", PICTURE, "what is this?", "--json")
+    quiet = opsin(opsin_env, "ask", IMAGE, "what is this?", "--json")
     assert quiet.stderr.count(b"\n") == 1, quiet.stderr.decode()
-    loud = opsin(opsin_env, "ask", PICTURE, "what is this?", "--json", "--verbose").stderr.decode()
+    loud = opsin(opsin_env, "ask", IMAGE, "what is this?", "--json", "--verbose").stderr.decode()
     for piece in ("llama_model_loader", "print_info", "clip", "llama_context"):
         assert piece in loud
 
@@ -159,24 +159,24 @@ def test_native_logs_are_silent_without_verbose_and_whole_with_it(opsin_env: dic
     ("arguments", "code", "words"),
     [
         (["nowhere.png", "what?"], 2, "nowhere.png"),
-        ([PICTURE], 2, "question is missing"),
-        (["what is this?"], 2, "picture is missing"),
-        ([PICTURE, "  "], 2, "question is empty"),
-        ([PICTURE, "what?", "--temperature", "-1"], 2, "temperature"),
-        ([PICTURE, "what?", "--kv-type", "q9"], 2, "kv_type"),
-        ([PICTURE, "what?", "--device", "CUDA7"], 2, "CUDA7"),
-        ([PICTURE, "what?", "--model", "nowhere.gguf"], 3, "nowhere.gguf"),
-        ([PICTURE, "what?", "--model", PICTURE], 3, "shapes.png"),
-        ([PICTURE, "what is this? " * 200, "--ctx", "256"], 2, "--ctx"),
-        ([PICTURE, "what?", "--json-schema", "nowhere.json"], 2, "nowhere.json"),
-        ([PICTURE, "what?", "--nonsense"], 2, "nonsense"),
+        ([IMAGE], 2, "question is missing"),
+        (["what is this?"], 2, "image is missing"),
+        ([IMAGE, "  "], 2, "question is empty"),
+        ([IMAGE, "what?", "--temperature", "-1"], 2, "temperature"),
+        ([IMAGE, "what?", "--kv-type", "q9"], 2, "kv_type"),
+        ([IMAGE, "what?", "--device", "CUDA7"], 2, "CUDA7"),
+        ([IMAGE, "what?", "--model", "nowhere.gguf"], 3, "nowhere.gguf"),
+        ([IMAGE, "what?", "--model", IMAGE], 3, "shapes.png"),
+        ([IMAGE, "what is this? " * 200, "--ctx", "256"], 2, "--ctx"),
+        ([IMAGE, "what?", "--json-schema", "nowhere.json"], 2, "nowhere.json"),
+        ([IMAGE, "what?", "--nonsense"], 2, "nonsense"),
         (["", "what?"], 2, "name is empty"),
-        (["x" * 300], 2, "picture is missing"),
+        (["x" * 300], 2, "image is missing"),
         (["x" * 300, "what?"], 2, "too long"),
-        ([PICTURE, "what?", "--json-schema", "/dev/zero"], 2, "not a regular file"),
-        ([PICTURE, "what?", "--model", "y" * 300], 3, "too long"),
-        ([PICTURE, "what?", "--model", "~nosuchuser/m.gguf"], 2, "home folder"),
-        ([PICTURE, "what?", "--ctx", str(2**32 + 64)], 2, "ctx"),
+        ([IMAGE, "what?", "--json-schema", "/dev/zero"], 2, "not a regular file"),
+        ([IMAGE, "what?", "--model", "y" * 300], 3, "too long"),
+        ([IMAGE, "what?", "--model", "~nosuchuser/m.gguf"], 2, "home folder"),
+        ([IMAGE, "what?", "--ctx", str(2**32 + 64)], 2, "ctx"),
     ],
 )
 def test_what_is_wrong_is_one_sentence_and_an_exit_code(
@@ -200,9 +200,9 @@ def shell(env: dict[str, str], line: str, code: int) -> subprocess.CompletedProc
 @pytest.mark.parametrize(
     ("line", "code", "says"),
     [
-        ("opsin ask {picture} 'what is this?' > /dev/full", 2, "No space left"),
+        ("opsin ask {image} 'what is this?' > /dev/full", 2, "No space left"),
         ("opsin models > /dev/full", 2, "No space left"),
-        ("opsin ask {picture} 'what is this?' >&-", 2, "standard output"),
+        ("opsin ask {image} 'what is this?' >&-", 2, "standard output"),
         ("opsin ask - 'what is this?' <&-", 2, "Standard input"),
         ("opsin ask - 'what is this?' < /dev/zero", 2, "Standard input has more than"),
     ],
@@ -210,12 +210,12 @@ def shell(env: dict[str, str], line: str, code: int) -> subprocess.CompletedProc
 def test_streams_that_are_closed_or_full_are_one_sentence(
     opsin_env: dict[str, str], line: str, code: int, says: str
 ) -> None:
-    done = shell(opsin_env, line.format(picture=PICTURE), code)
+    done = shell(opsin_env, line.format(image=IMAGE), code)
     assert says in done.stderr.decode()
 
 
 def test_without_standard_error_the_answer_comes_all_the_same(opsin_env: dict[str, str]) -> None:
-    done = shell(opsin_env, f"opsin ask {PICTURE} 'What is in this picture?' 2>&-", 0)
+    done = shell(opsin_env, f"opsin ask {IMAGE} 'What is in this picture?' 2>&-", 0)
     assert done.stdout.strip()
 
 
@@ -227,7 +227,7 @@ def test_a_reader_who_leaves_has_an_exit_code_of_its_own(opsin_env: dict[str, st
 
 def test_names_cannot_steer_the_terminal_or_fake_a_line(opsin_env: dict[str, str], tmp_path: Path) -> None:
     for name in ("a\x1b]0;n.png", "b\nopsin: fine.png"):
-        (tmp_path / name).write_bytes(b"no picture")
+        (tmp_path / name).write_bytes(b"no image")
     done = opsin(opsin_env, "ask", str(tmp_path), "what?", code=1)
     said = done.stderr.decode()
     assert "\x1b" not in said
@@ -238,18 +238,18 @@ def test_names_cannot_steer_the_terminal_or_fake_a_line(opsin_env: dict[str, str
 def test_the_current_folder_may_be_gone(opsin_env: dict[str, str], tmp_path: Path) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()
-    done = shell(opsin_env, f"cd {gone}; rmdir {gone}; opsin ask {PICTURE} 'what is this?'", 0)
+    done = shell(opsin_env, f"cd {gone}; rmdir {gone}; opsin ask {IMAGE} 'what is this?'", 0)
     assert done.stdout.strip()
 
 
 def test_folders_that_cannot_be_are_no_reason_to_stop(opsin_env: dict[str, str]) -> None:
     env = {**opsin_env, "XDG_DATA_HOME": "/dev/null", "XDG_CACHE_HOME": "/dev/null", "XDG_CONFIG_HOME": "/dev/null"}
-    assert opsin(env, "ask", PICTURE, "what is this?").stdout.strip()
+    assert opsin(env, "ask", IMAGE, "what is this?").stdout.strip()
 
 
 def test_a_retired_option_is_accepted_with_a_warning(opsin_env: dict[str, str]) -> None:
     env = {**opsin_env, "OPSIN_SLICE_SECONDS": "0.5"}
-    done = opsin(env, "ask", PICTURE, "what is this?", "--profile", "throughput", "--max-thinking-tokens", "0")
+    done = opsin(env, "ask", IMAGE, "what is this?", "--profile", "throughput", "--max-thinking-tokens", "0")
     assert done.stdout.strip()
     assert "profile" in done.stderr.decode()
     assert "OPSIN_SLICE_SECONDS" in done.stderr.decode()
@@ -266,20 +266,20 @@ def test_help_is_quick(opsin_env: dict[str, str]) -> None:
 
 
 def test_chat_remembers_the_conversation(opsin_env: dict[str, str]) -> None:
-    lines = "how many objects are there?\n/unknown\n/picture nowhere.png\nwhat is this?\n/bye\n"
-    done = opsin(opsin_env, "chat", PICTURE, "--temperature", "0", stdin=lines.encode())
+    lines = "how many objects are there?\n/unknown\n/image nowhere.png\nwhat is this?\n/bye\n"
+    done = opsin(opsin_env, "chat", IMAGE, "--temperature", "0", stdin=lines.encode())
     assert len(done.stdout.decode().strip().splitlines()) == 2
     assert "nowhere.png" in done.stderr.decode()
 
 
-def test_an_array_a_pil_image_bytes_and_a_path_are_one_picture() -> None:
+def test_an_array_a_pil_image_bytes_and_a_path_are_one_image() -> None:
     from opsin import Opsin
 
-    image = Image.open(PICTURE).convert("RGB")
+    image = Image.open(IMAGE).convert("RGB")
     with Opsin() as model:
         answers = [
             model.ask(source, "what is this?", temperature=0)
-            for source in (PICTURE, Path(PICTURE), Path(PICTURE).read_bytes(), image, np.asarray(image))
+            for source in (IMAGE, Path(IMAGE), Path(IMAGE).read_bytes(), image, np.asarray(image))
         ]
         assert len({answer.images[0].sha256 for answer in answers}) == 1
         assert len({answer.text for answer in answers}) == 1
@@ -295,13 +295,13 @@ def test_a_model_that_was_never_closed_does_not_abort_at_the_end(opsin_env: dict
         assert (done.returncode, done.stdout, done.stderr) == (0, b"end\n", b"")
 
 
-def test_a_picture_that_was_read_already_can_be_asked_about() -> None:
+def test_an_image_that_was_read_already_can_be_asked_about() -> None:
     from opsin import Opsin
 
     with Opsin() as model:
-        picture = model.picture(PICTURE)
-        assert model.picture(picture) is picture
-        assert model.ask(picture, "what is this?", temperature=0).text
+        image = model.image(IMAGE)
+        assert model.image(image) is image
+        assert model.ask(image, "what is this?", temperature=0).text
 
 
 def test_a_terminal_of_few_characters_loses_some_and_no_more(opsin_env: dict[str, str]) -> None:

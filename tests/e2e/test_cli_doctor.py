@@ -91,7 +91,7 @@ def test_a_setting_that_cannot_be_is_one_sentence(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_it_takes_the_flags_that_its_mends_give_and_leaves_no_drawn_picture_behind(
+def test_it_takes_the_flags_that_its_mends_give_and_leaves_no_drawn_image_behind(
     tmp_path: Path, opsin_env: dict[str, str]
 ) -> None:
     flags = [
@@ -99,7 +99,7 @@ def test_it_takes_the_flags_that_its_mends_give_and_leaves_no_drawn_picture_behi
         "256",
         "--no-flash-attention",
         "--no-vision-flash-attention",
-        "--picture-cache-bytes",
+        "--image-cache-bytes",
         "9999999",
     ]
     cache = tmp_path / "cache"

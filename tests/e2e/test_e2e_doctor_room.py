@@ -21,7 +21,7 @@ from opsin.models.shapes import SHAPES
 from opsin.native import cpu_features, devices
 from opsin.native.memory import MemoryPlanner
 from opsin.prompt import Message
-from opsin.testing import picture
+from opsin.testing import image
 from synth import write_pair, write_shape
 
 # Loads the pair, encodes an image, fills every cell of the KV cache, and prints by how much it grew.
@@ -30,17 +30,17 @@ import json, sys
 import psutil
 from pathlib import Path
 from token_rows import TokenRow, batch
-from opsin.core.layout import ImageRun
-from opsin.core.parts import PicturePart
+from opsin.core.tokens import ImageChunk
+from opsin.core.prompt import ImagePart
 from opsin.core.settings import EngineSettings
 from opsin.native import devices, open_backend
-from opsin.testing import picture
+from opsin.testing import image
 devices()
 process, settings = psutil.Process(), EngineSettings.model_validate(json.loads(sys.argv[1]))
 before = process.memory_info().rss
 backend = open_backend(settings)
-layout = backend.layout([PicturePart(picture(1, 336, 336))], add_bos=False)
-backend.encode(next(run for run in layout.runs if isinstance(run, ImageRun)))
+layout = backend.tokenize([ImagePart(image(1, 336, 336))], add_bos=False)
+backend.encode(next(run for run in layout.chunks if isinstance(run, ImageChunk)))
 layout.close()
 limits = backend.limits
 for start in range(0, limits.n_ctx, limits.n_ubatch):
@@ -73,7 +73,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_the_estimate_is_within_a_tenth_of_what_is_used(
     pair: Any, opsin_env: dict[str, str], options: dict[str, Any]
 ) -> None:
-    settings = EngineSettings(model=pair.llm, mmproj=pair.mmproj, picture_cache_bytes=0, **options)
+    settings = EngineSettings(model=pair.llm, mmproj=pair.mmproj, image_cache_bytes=0, **options)
     plan = MemoryPlanner(read_facts(pair.llm, pair.mmproj), devices(), settings, {}, cpu_features()).needed()
     asked = json.dumps(settings.model_dump(mode="json", exclude_unset=True))
     env = {**opsin_env, "PYTHONPATH": f"{opsin_env['PYTHONPATH']}:{Path(__file__).parents[1]}"}
@@ -115,7 +115,7 @@ def test_what_is_advised_is_a_command_and_fits(pair: Any, tmp_path: Path, opsin_
         parallel=int(chosen["parallel"]),
         ctx=int(chosen["ctx"]),
         kv_type=json.loads(chosen["kv_type"]),
-        picture_cache_bytes=int(chosen["picture_cache_bytes"].replace("_", "")),
+        image_cache_bytes=int(chosen["image_cache_bytes"].replace("_", "")),
     )
     assert again != settings
     assert Path(json.loads(chosen["model"])) == pair.llm
@@ -148,7 +148,7 @@ def test_a_load_raises_the_ubatch_for_images_that_are_read_at_once(tmp_path: Pat
     runtime = open_runtime(whole.llm, whole.mmproj, EngineSettings(ubatch=32, ctx=512, disk_cache=False), trial=False)
     try:
         assert runtime.engine.limits.n_ubatch >= 64
-        prompt = runtime.prompts.build([Message("user", [picture(1, 224, 224), "What is this?"])])
+        prompt = runtime.prompts.build([Message("user", [image(1, 224, 224), "What is this?"])])
         answer = runtime.engine.submit(prompt, SamplingParams(max_tokens=4, guard=False)).result()
         assert answer.usage.image_tokens == 64
     finally:

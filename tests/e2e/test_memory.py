@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from opsin import Opsin
-from opsin.testing import picture
+from opsin.testing import image
 
 DEMO = Path(__file__).parents[2] / "src" / "opsin" / "models" / "demo"
 
@@ -21,8 +21,8 @@ def test_resident_memory_after_200_asks_is_that_after_20() -> None:
     sizes: dict[int, int] = {}
     with Opsin() as model:
         for count in range(1, 201):
-            # Ten pictures: what is remembered of a picture is bounded, and it is there after ten questions.
-            shot = picture(count % 10, 300 + count % 10, 200)
+            # Ten images: what is remembered of an image is bounded, and it is there after ten questions.
+            shot = image(count % 10, 300 + count % 10, 200)
             model.ask(str(DEMO / "shapes.png"), QUESTIONS[count % 3], temperature=0)
             model.ask(_array(shot), QUESTIONS[count % 4], temperature=0, max_tokens=8)
             if count in {20, 200}:

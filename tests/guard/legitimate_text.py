@@ -39,9 +39,9 @@ def captions_in_lines(rng: random.Random) -> str:
     )
 
 
-def captions_of_pictures(rng: random.Random) -> str:
+def captions_of_images(rng: random.Random) -> str:
     return "\n".join(
-        f"Picture {n}: a {rng.choice(COLOURS)} {rng.choice(SHAPES)} on a {rng.choice(COLOURS)} ground."
+        f"Image {n}: a {rng.choice(COLOURS)} {rng.choice(SHAPES)} on a {rng.choice(COLOURS)} ground."
         for n in range(1, 32)
     )
 
@@ -66,7 +66,7 @@ def bullets_with_prefix(rng: random.Random) -> str:
 
 def questions_and_answers(rng: random.Random) -> str:
     return "\n".join(
-        f"Q: Is there a {rng.choice(COLOURS)} {good} in the picture?\nA: {rng.choice(['Yes', 'No'])}."
+        f"Q: Is there a {rng.choice(COLOURS)} {good} in the image?\nA: {rng.choice(['Yes', 'No'])}."
         for good in rng.sample(GOODS, 20)
     )
 

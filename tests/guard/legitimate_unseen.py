@@ -111,7 +111,7 @@ def announcements(rng: random.Random) -> str:
 
 def object_descriptions(rng: random.Random) -> str:
     return " ".join(
-        f"The {good} in the picture {rng.choice(['is', 'are'])} {rng.choice(COLOURS)}, and next to the "
+        f"The {good} in the image {rng.choice(['is', 'are'])} {rng.choice(COLOURS)}, and next to the "
         f"{good} there is {rng.choice(['a dog', 'a cat', 'nothing'])}."
         for good in rng.sample(GOODS, 18)
     )

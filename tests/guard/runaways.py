@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from pieces import pieces, words
 
-# Words a picture's endless list drifts through: near-synonyms stand together.
+# Words an image's endless list drifts through: near-synonyms stand together.
 CLUSTERS = [
-    "picturesque scenic beautiful gorgeous lovely pretty stunning breathtaking charming",
+    "imagesque scenic beautiful gorgeous lovely pretty stunning breathtaking charming",
     "idyllic peaceful calm tranquil serene quiet restful relaxing soothing",
     "inviting cozy comfortable warm homely welcoming snug pleasant",
     "patio terrace deck veranda balcony courtyard porch",
@@ -43,7 +43,7 @@ OPENINGS = [
     "",
     "The image shows a ",
     "Keywords: ",
-    "This picture can be described as ",
+    "This image can be described as ",
     "In the scene there are ",
     "Tags for this photo: ",
     "Sure! Here is everything I can see:\n",

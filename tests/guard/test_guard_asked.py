@@ -36,8 +36,8 @@ def test_as_many_copies_as_asked_for_are_left_alone_and_many_more_are_not(prompt
 @pytest.mark.parametrize(
     ("prompt", "unit"),
     [
-        ("Describe the picture in 200 words.", "A cat sits on a mat. "),
-        ("What is in the picture?", "What is in the picture? "),
+        ("Describe the image in 200 words.", "A cat sits on a mat. "),
+        ("What is in the image?", "What is in the image? "),
         ("Repeat the word hello 200 times.", "world "),
     ],
 )

@@ -61,7 +61,7 @@ import numpy as np
 from native_help import draw, generate, prefill
 from token_rows import TokenRow, batch
 from opsin.core.backend import EmbeddingRows
-from opsin.core.parts import PicturePart, TextPart
+from opsin.core.prompt import ImagePart, TextPart
 from opsin.core.sampling import SamplingParams
 from opsin.core.settings import EngineSettings
 from opsin.native import open_backend

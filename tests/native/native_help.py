@@ -1,4 +1,4 @@
-"""What the native tests share besides fixtures: drawn pictures, a prefill, a generation."""
+"""What the native tests share besides fixtures: drawn images, a prefill, a generation."""
 
 import hashlib
 from dataclasses import dataclass
@@ -8,21 +8,21 @@ import numpy as np
 from token_rows import TokenRow, batch
 
 from opsin.core.backend import EmbeddingRows
-from opsin.core.layout import ImageRun, Layout
-from opsin.core.picture import Picture
+from opsin.core.image import Image
+from opsin.core.tokens import ImageChunk, TokenizedPrompt
 
 
-def draw(seed: int = 0, width: int = 64, height: int = 48) -> Picture:
+def draw(seed: int = 0, width: int = 64, height: int = 48) -> Image:
     rgb = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8).tobytes()
-    return Picture(rgb, width, height, hashlib.sha256(rgb).hexdigest(), "PNG", width, height)
+    return Image(rgb, width, height, hashlib.sha256(rgb).hexdigest(), "PNG", width, height)
 
 
-def prefill(backend: Any, layout: Layout, seq_id: int = 0) -> int:
+def prefill(backend: Any, layout: TokenizedPrompt, seq_id: int = 0) -> int:
     """Decode a whole layout; the next position."""
     pos = 0
-    for run in layout.runs:
-        last = run is layout.runs[-1]
-        if isinstance(run, ImageRun):
+    for run in layout.chunks:
+        last = run is layout.chunks[-1]
+        if isinstance(run, ImageChunk):
             positions = np.arange(pos, pos + run.n_tokens, dtype=np.int32)[np.newaxis, :]
             assert backend.decode(EmbeddingRows(backend.encode(run), positions, seq_id, logits=last))
         else:
@@ -45,7 +45,7 @@ def generate(backend: Any, sampler: Any, pos: int, count: int, seq_id: int = 0) 
 
 
 TOLERANCE = 0.02
-"""Natural log, f16 weights: by so much may a likelihood move when a sequence lies in other cells of the KV memory."""
+"""Natural log, f16 weights: by so much may a likelihood move when a sequence lies in other cells of the KV cache."""
 
 
 def assert_undisturbed(answer: Any, alone: Any) -> None:

@@ -14,10 +14,10 @@ from token_rows import TokenRow, batch
 
 from opsin.core.backend import EmbeddingRows
 from opsin.core.errors import EngineClosed, EngineError, ModelNotFound, PairMismatch
-from opsin.core.layout import ImageRun
-from opsin.core.parts import PicturePart, TextPart
+from opsin.core.prompt import ImagePart, TextPart
 from opsin.core.sampling import SamplingParams
 from opsin.core.settings import EngineSettings
+from opsin.core.tokens import ImageChunk
 from opsin.native import Device, devices, open_backend
 from opsin.native.model import _placement
 
@@ -42,7 +42,7 @@ def test_closing_frees_children_first_and_only_once(open_pair: Callable[..., Any
 
 def test_a_closed_backend_raises_instead_of_touching_freed_memory(open_pair: Callable[..., Any]) -> None:
     backend = open_pair(ctx=256)
-    layout = backend.layout([PicturePart(draw())], add_bos=True)
+    layout = backend.tokenize([ImagePart(draw())], add_bos=True)
     sampler = backend.sampler(SamplingParams(), 1)
     backend.close()
     for call in (
@@ -50,10 +50,10 @@ def test_a_closed_backend_raises_instead_of_touching_freed_memory(open_pair: Cal
         lambda: backend.kv_last(0),
         lambda: backend.kv_remove(0, 0, -1),
         backend.synchronize,
-        lambda: backend.encode(layout.runs[-1]),
+        lambda: backend.encode(layout.chunks[-1]),
         lambda: backend.sampler(SamplingParams(), 1),
-        lambda: backend.layout([PicturePart(draw())], add_bos=True),
-        lambda: backend.layout([TextPart("hello")], add_bos=True),
+        lambda: backend.tokenize([ImagePart(draw())], add_bos=True),
+        lambda: backend.tokenize([TextPart("hello")], add_bos=True),
         backend.placement,
         lambda: sampler.sample(-1),
     ):
@@ -85,7 +85,7 @@ def test_no_model_is_a_sentence() -> None:
 
 
 def test_two_threads_at_once_are_refused(backend: Any) -> None:
-    layout = backend.layout([PicturePart(draw())], add_bos=False)
+    layout = backend.tokenize([ImagePart(draw())], add_bos=False)
     inside, leave = threading.Event(), threading.Event()
     seen: list[BaseException] = []
 
@@ -93,7 +93,7 @@ def test_two_threads_at_once_are_refused(backend: Any) -> None:
         inside.set()
         leave.wait(20)
 
-    thread = threading.Thread(target=lambda: backend.encode(layout.runs[-1], between=wait))
+    thread = threading.Thread(target=lambda: backend.encode(layout.chunks[-1], between=wait))
     thread.start()
     assert inside.wait(20)
     try:
@@ -122,7 +122,7 @@ def test_closing_waits_for_a_layout_that_is_being_made(open_pair: Callable[..., 
         return tokenize(text, special=special)
 
     backend._model.tokenize = slow
-    worker = threading.Thread(target=lambda: backend.layout([TextPart("hello")], add_bos=True))
+    worker = threading.Thread(target=lambda: backend.tokenize([TextPart("hello")], add_bos=True))
     worker.start()
     assert inside.wait(20)
     backend.close()
@@ -193,9 +193,9 @@ def test_devices_are_named() -> None:
     assert all(device.description for device in found)
 
 
-def test_a_picture_may_attend_both_ways_and_the_text_behind_it_does_not(backend: Any) -> None:
-    layout = backend.layout([PicturePart(draw())], add_bos=False)
-    run = next(run for run in layout.runs if isinstance(run, ImageRun))
+def test_an_image_may_attend_both_ways_and_the_text_behind_it_does_not(backend: Any) -> None:
+    layout = backend.tokenize([ImagePart(draw())], add_bos=False)
+    run = next(run for run in layout.chunks if isinstance(run, ImageChunk))
     rows = backend.encode(run)
     layout.close()
     positions = np.arange(run.n_tokens, dtype=np.int32)[np.newaxis, :]
@@ -210,12 +210,12 @@ def test_a_picture_may_attend_both_ways_and_the_text_behind_it_does_not(backend:
     assert np.allclose(after(2, causal=True), forward, atol=1e-4)
 
 
-def test_200_pictures_leave_memory_flat(open_pair: Callable[..., Any]) -> None:
+def test_200_images_leave_memory_flat(open_pair: Callable[..., Any]) -> None:
     backend = open_pair()
     process = psutil.Process()
 
     def ask(seed: int) -> None:
-        layout = backend.layout([TextPart("USER: "), PicturePart(draw(seed)), TextPart(" what?")], add_bos=True)
+        layout = backend.tokenize([TextPart("USER: "), ImagePart(draw(seed)), TextPart(" what?")], add_bos=True)
         pos = prefill(backend, layout)
         sampler = backend.sampler(SamplingParams(grammar="root ::= [a-z]+", temperature=1.0), seed)
         generate(backend, sampler, pos, 4)

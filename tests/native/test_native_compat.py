@@ -1,4 +1,4 @@
-"""llama-cpp-python's way of asking about pictures, on a real model: ours, and beside it theirs."""
+"""llama-cpp-python's way of asking about images, on a real model: ours, and beside it theirs."""
 
 import base64
 import io
@@ -47,7 +47,7 @@ def llm(pair: Any) -> Iterator[Llama]:
     llm.close()
 
 
-def test_an_answer_about_a_picture(llm: Llama) -> None:
+def test_an_answer_about_an_image(llm: Llama) -> None:
     response = llm.create_chat_completion(messages=question(), max_tokens=12, temperature=0.0)
     assert response["usage"]["completion_tokens"] <= 12
     assert response["usage"]["prompt_tokens"] > 16

@@ -12,7 +12,7 @@ from native_help import generate, prefill
 from token_rows import TokenRow, batch
 
 from opsin.core.errors import BadGrammar, BadParameter, ConstraintFailed
-from opsin.core.parts import TextPart
+from opsin.core.prompt import TextPart
 from opsin.core.sampling import SamplingParams
 from opsin.native import constraint
 
@@ -22,7 +22,7 @@ HOT: dict[str, Any] = {"temperature": 2.0, "top_k": 0, "top_p": 1.0, "min_p": 0.
 def answer(backend: Any, params: SamplingParams, seed: int, count: int = 200) -> tuple[str, bool]:
     """The text, and whether it ended by itself."""
     backend.kv_remove(0, 0, -1)
-    layout = backend.layout([TextPart("USER: hello ASSISTANT:")], add_bos=True)
+    layout = backend.tokenize([TextPart("USER: hello ASSISTANT:")], add_bos=True)
     sampler = backend.sampler(params, seed)
     try:
         tokens = generate(backend, sampler, prefill(backend, layout), count)
@@ -43,7 +43,7 @@ def test_greedy_with_a_grammar_is_the_best_allowed_token(backend: Any) -> None:
     params = SamplingParams(temperature=0.0, grammar="root ::= [a-z]")
     text, _ = answer(backend, params, 1)
     backend.kv_remove(0, 0, -1)
-    prefill(backend, backend.layout([TextPart("USER: hello ASSISTANT:")], add_bos=True))
+    prefill(backend, backend.tokenize([TextPart("USER: hello ASSISTANT:")], add_bos=True))
     logits = backend._context.logits(-1)
     allowed = [t for t in range(512) if re.fullmatch(rb"[a-z]", backend.piece(t))]
     assert text.encode() == backend.piece(max(allowed, key=lambda token: logits[token]))

@@ -15,16 +15,16 @@ from token_rows import TokenRow, batch
 
 from opsin.core.backend import EmbeddingRows
 from opsin.core.errors import DecodeFailed
-from opsin.core.layout import ImageRun, Layout, Run
-from opsin.core.parts import PicturePart, TextPart
-from opsin.core.picture import Picture
+from opsin.core.image import Image
+from opsin.core.prompt import ImagePart, TextPart
 from opsin.core.settings import EngineSettings
+from opsin.core.tokens import Chunk, ImageChunk, TokenizedPrompt
 
 KINDS = ("tiny", "llava-1.6-tiny", "qwen2vl-tiny", "gemma3-tiny")
 TOLERANCE = 0.02
 """Logits between batch shapes, of f16 weights whose logits spread by 1 to 2. Seen: at most 0.005."""
 
-QUESTION = " What is in this picture, and what stands beside it on the left?"
+QUESTION = " What is in this image, and what stands beside it on the left?"
 
 
 @pytest.fixture(scope="module")
@@ -59,24 +59,24 @@ def backend(shared: Any) -> Any:
     return shared
 
 
-def shot(width: int = 240, height: int = 90, seed: int = 0) -> Picture:
+def shot(width: int = 240, height: int = 90, seed: int = 0) -> Image:
     rgb = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8).tobytes()
-    return Picture(rgb, width, height, hashlib.sha256(rgb).hexdigest(), "PNG", width, height)
+    return Image(rgb, width, height, hashlib.sha256(rgb).hexdigest(), "PNG", width, height)
 
 
-def lay_out(backend: Any, question: str = QUESTION, picture: Picture | None = None) -> Layout:
-    parts = [TextPart("USER: look at "), PicturePart(picture or shot()), TextPart(question)]
-    return backend.layout(parts, add_bos=True)
+def tokenize_prompt(backend: Any, question: str = QUESTION, image: Image | None = None) -> TokenizedPrompt:
+    parts = [TextPart("USER: look at "), ImagePart(image or shot()), TextPart(question)]
+    return backend.tokenize(parts, add_bos=True)
 
 
-def fill(backend: Any, seq_id: int, runs: Sequence[Run], pos: int = 0, chunk: int = 256) -> int:
+def fill(backend: Any, seq_id: int, runs: Sequence[Chunk], pos: int = 0, chunk: int = 256) -> int:
     """Decode whole runs, `chunk` rows at a time where that is allowed; the next position."""
     for run in runs:
-        size = chunk if not isinstance(run, ImageRun) or run.causal else run.n_tokens
-        rows = backend.encode(run) if isinstance(run, ImageRun) else None
+        size = chunk if not isinstance(run, ImageChunk) or run.causal else run.n_tokens
+        rows = backend.encode(run) if isinstance(run, ImageChunk) else None
         for start in range(0, run.n_tokens, size):
             stop = min(run.n_tokens, start + size)
-            if isinstance(run, ImageRun):
+            if isinstance(run, ImageChunk):
                 positions = run.positions_at(pos, start, stop)
                 assert backend.decode(EmbeddingRows(rows[start:stop], positions, seq_id, causal=run.causal))
             else:
@@ -101,8 +101,8 @@ def test_the_same_prompt_twice_gives_the_same_bits(backend: Any) -> None:
     given = []
     for seq_id in (0, 0, 3):
         backend.kv_remove(seq_id, 0, -1)
-        layout = lay_out(backend)
-        fill(backend, seq_id, layout.runs)
+        layout = tokenize_prompt(backend)
+        fill(backend, seq_id, layout.chunks)
         layout.close()
         given.append(logits(backend))
     np.testing.assert_array_equal(given[0], given[1])
@@ -110,17 +110,17 @@ def test_the_same_prompt_twice_gives_the_same_bits(backend: Any) -> None:
 
 
 def test_a_forked_prefix_gives_the_same_bits_as_a_prompt_of_its_own(backend: Any) -> None:
-    """The picture is shared, the question is new, and the questions are decoded in the same shapes."""
-    first, second = lay_out(backend, " Where is it?"), lay_out(backend, " Who is there?")
-    end = fill(backend, 0, second.runs[:-1])
-    fill(backend, 0, second.runs[-1:], end)
-    uncached = [logits(backend), step(backend, 0, end + second.runs[-1].n_pos, 65)]
+    """The image is shared, the question is new, and the questions are decoded in the same shapes."""
+    first, second = tokenize_prompt(backend, " Where is it?"), tokenize_prompt(backend, " Who is there?")
+    end = fill(backend, 0, second.chunks[:-1])
+    fill(backend, 0, second.chunks[-1:], end)
+    uncached = [logits(backend), step(backend, 0, end + second.chunks[-1].n_pos, 65)]
     backend.kv_remove(0, 0, -1)
-    assert fill(backend, 1, first.runs[:-1]) == end
-    fill(backend, 1, first.runs[-1:], end)
+    assert fill(backend, 1, first.chunks[:-1]) == end
+    fill(backend, 1, first.chunks[-1:], end)
     backend.kv_copy(1, 2, 0, end)
-    fill(backend, 2, second.runs[-1:], end)
-    cached = [logits(backend), step(backend, 2, end + second.runs[-1].n_pos, 65)]
+    fill(backend, 2, second.chunks[-1:], end)
+    cached = [logits(backend), step(backend, 2, end + second.chunks[-1].n_pos, 65)]
     np.testing.assert_array_equal(uncached[0], cached[0])
     np.testing.assert_array_equal(uncached[1], cached[1])
     assert np.abs(cached[0]).max() > 1
@@ -129,8 +129,8 @@ def test_a_forked_prefix_gives_the_same_bits_as_a_prompt_of_its_own(backend: Any
 
 
 def test_a_fork_lives_on_when_its_source_is_gone(backend: Any) -> None:
-    layout = lay_out(backend)
-    end = fill(backend, 0, layout.runs)
+    layout = tokenize_prompt(backend)
+    end = fill(backend, 0, layout.chunks)
     expected = step(backend, 0, end, 65)
     backend.kv_remove(0, end, -1)
     backend.kv_copy(0, 1, 0, end)
@@ -141,21 +141,21 @@ def test_a_fork_lives_on_when_its_source_is_gone(backend: Any) -> None:
 
 
 def test_other_batch_shapes_stay_within_the_tolerance(backend: Any) -> None:
-    layout = lay_out(backend)
-    end = fill(backend, 0, layout.runs)
+    layout = tokenize_prompt(backend)
+    end = fill(backend, 0, layout.chunks)
     whole = [logits(backend), step(backend, 0, end, 65)]
     worst = 0.0
     for chunk in (1, 7, 48):
         backend.kv_remove(0, 0, -1)
-        assert fill(backend, 0, layout.runs, chunk=chunk) == end
+        assert fill(backend, 0, layout.chunks, chunk=chunk) == end
         sliced = [logits(backend), step(backend, 0, end, 65)]
         off = max(float(np.abs(a - b).max()) for a, b in zip(whole, sliced, strict=True))
         assert off < TOLERANCE, f"slices of {chunk}: off by {off}"
         worst = max(worst, off)
     # Beside others in one batch.
     backend.kv_remove(0, 0, -1)
-    fill(backend, 0, layout.runs)
-    assert fill(backend, 1, layout.runs) == end
+    fill(backend, 0, layout.chunks)
+    assert fill(backend, 1, layout.chunks) == end
     assert backend.decode(batch([TokenRow(65, end, 0, logits=True), TokenRow(66, end, 1, logits=True)]))
     worst = max(worst, float(np.abs(backend._context.logits(0) - whole[1]).max()))
     assert worst < TOLERANCE
@@ -163,20 +163,20 @@ def test_other_batch_shapes_stay_within_the_tolerance(backend: Any) -> None:
     layout.close()
 
 
-def test_another_picture_is_not_within_the_tolerance(backend: Any) -> None:
+def test_another_image_is_not_within_the_tolerance(backend: Any) -> None:
     given = []
     for seed in (0, 1):
         backend.kv_remove(0, 0, -1)
-        layout = lay_out(backend, picture=shot(seed=seed))
-        fill(backend, 0, layout.runs)
+        layout = tokenize_prompt(backend, image=shot(seed=seed))
+        fill(backend, 0, layout.chunks)
         layout.close()
         given.append(logits(backend))
     assert np.abs(given[0] - given[1]).max() > 5 * TOLERANCE
 
 
-def test_the_memory_knows_the_last_position_of_a_picture(backend: Any) -> None:
-    layout = lay_out(backend)
-    text, *images = layout.runs[:-1]
+def test_the_memory_knows_the_last_position_of_an_image(backend: Any) -> None:
+    layout = tokenize_prompt(backend)
+    text, *images = layout.chunks[:-1]
     pos = fill(backend, 0, [text])
     for run in images:
         fill(backend, 0, [run], pos)
@@ -237,15 +237,15 @@ def test_a_sliding_window_has_as_many_sequences_as_others(open_kind: Callable[..
         windowed.close()
 
 
-def test_a_picture_larger_than_the_micro_batch_is_a_sentence(open_kind: Callable[..., Any]) -> None:
+def test_an_image_larger_than_the_ubatch_is_a_sentence(open_kind: Callable[..., Any]) -> None:
     """Read whole or not at all: llama.cpp itself would end the process."""
     backend = open_kind("gemma3-tiny", ubatch=32)
-    layout = lay_out(backend)
+    layout = tokenize_prompt(backend)
     try:
-        run = next(run for run in layout.runs if isinstance(run, ImageRun))
+        run = next(run for run in layout.chunks if isinstance(run, ImageChunk))
         assert not run.causal
         rows = EmbeddingRows(backend.encode(run), run.positions_at(0, 0, run.n_tokens), 0, causal=False)
-        with pytest.raises(DecodeFailed, match=r"64 rows .* ubatch of 32: this model reads a picture whole"):
+        with pytest.raises(DecodeFailed, match=r"64 rows .* ubatch of 32: this model reads an image whole"):
             backend.decode(rows)
         assert backend.kv_last(0) == -1
     finally:
@@ -255,9 +255,9 @@ def test_a_picture_larger_than_the_micro_batch_is_a_sentence(open_kind: Callable
 
 def test_positions_of_m_rope_are_those_that_mtmd_itself_gives(open_kind: Callable[..., Any]) -> None:
     backend = open_kind("qwen2vl-tiny")
-    layout = lay_out(backend)
+    layout = tokenize_prompt(backend)
     try:
-        run = next(run for run in layout.runs if isinstance(run, ImageRun))
+        run = next(run for run in layout.chunks if isinstance(run, ImageChunk))
         info = layout.images[0]
         columns, rows = info.resized_width // 28, info.resized_height // 28
         assert (run.n_tokens, run.n_pos) == (columns * rows, max(columns, rows))

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from native_help import assert_undisturbed, draw
 
-from opsin.cache import DiskStore, PictureCache
+from opsin.cache import DiskStore, EmbeddingCache
 from opsin.core.answer import TextDelta
 from opsin.core.errors import Cancelled, EncodeFailed
-from opsin.core.parts import PicturePart, Prompt, TextPart
+from opsin.core.prompt import ImagePart, Prompt, TextPart
 from opsin.core.sampling import SamplingParams
 from opsin.engine import Engine, Policy
 from opsin.models import Pair
@@ -25,7 +25,7 @@ SHORT = COLD.model_copy(update={"max_tokens": 4})
 
 
 def about(seed: int) -> Prompt:
-    return Prompt((TextPart("USER: "), PicturePart(draw(seed)), TextPart(" what is it? ASSISTANT:")))
+    return Prompt((TextPart("USER: "), ImagePart(draw(seed)), TextPart(" what is it? ASSISTANT:")))
 
 
 class Faulty:
@@ -67,13 +67,13 @@ def rig(open_pair: Callable[..., Any], exact_pair: Pair, tmp_path: Path) -> Any:
         made.append(Faulty(open_pair(model=exact_pair.llm, mmproj=exact_pair.mmproj)))
         return made[0]
 
-    pictures = PictureCache(2**24, DiskStore(tmp_path))
-    with Engine(opened, policy=Policy(parallel=4, shortest_wait=0.0, longest_wait=0.0), pictures=pictures) as engine:
-        yield engine, made[0], pictures
+    images = EmbeddingCache(2**24, DiskStore(tmp_path))
+    with Engine(opened, policy=Policy(parallel=4, shortest_wait=0.0, longest_wait=0.0), images=images) as engine:
+        yield engine, made[0], images
 
 
 def kept(folder: Path, count: int) -> int:
-    """How many pictures are on disk, once there are `count`: they are written one after another, behind the answers."""
+    """How many images are on disk, once there are `count`: they are written one after another, behind the answers."""
     end = time.monotonic() + 20
     while (found := len(list(folder.rglob("*.safetensors")))) < count and time.monotonic() < end:
         time.sleep(0.01)
@@ -93,7 +93,7 @@ def streaming(engine: Engine) -> tuple[Any, Any]:
 def test_an_error_at_a_random_node_of_an_encode_is_not_remembered_and_disturbs_nobody(
     rig: Any, tmp_path: Path, seed: int
 ) -> None:
-    engine, backend, pictures = rig
+    engine, backend, images = rig
     alone = engine.submit(TALK, COLD).result()
     right = engine.submit(about(0), SHORT).result()
     count = backend.nodes
@@ -102,7 +102,7 @@ def test_an_error_at_a_random_node_of_an_encode_is_not_remembered_and_disturbs_n
     def fail() -> None:
         raise EncodeFailed("node broke")
 
-    held = pictures.bytes
+    held = images.bytes
     backend.after = random.Random(seed).randint(1, count)
     backend.disturb = fail
     stream, events = streaming(engine)
@@ -110,9 +110,9 @@ def test_an_error_at_a_random_node_of_an_encode_is_not_remembered_and_disturbs_n
         engine.submit(about(1), SHORT).result()
     *_, end = events
     assert_undisturbed(end.answer, alone)
-    assert pictures.bytes == held
+    assert images.bytes == held
     engine.submit(about(2), SHORT).result()
-    assert kept(tmp_path, 2) == 2, "the pictures before and after it"
+    assert kept(tmp_path, 2) == 2, "the images before and after it"
     again = engine.submit(about(1), SHORT).result()
     assert again.images[0].cached is False
     assert again.stages.encode_ms > 0
@@ -124,10 +124,10 @@ def test_an_error_at_a_random_node_of_an_encode_is_not_remembered_and_disturbs_n
 def test_an_encode_whose_asker_goes_away_is_finished_and_remembered_and_disturbs_nobody(
     rig: Any, tmp_path: Path, seed: int
 ) -> None:
-    engine, backend, pictures = rig
+    engine, backend, images = rig
     alone = engine.submit(TALK, COLD).result()
     engine.submit(about(0), SHORT).result()
-    held = pictures.bytes
+    held = images.bytes
     asked: list[Any] = []
     backend.after = random.Random(seed).randint(1, backend.nodes)
 
@@ -146,16 +146,16 @@ def test_an_encode_whose_asker_goes_away_is_finished_and_remembered_and_disturbs
     *_, end = events
     assert_undisturbed(end.answer, alone)
     engine.submit(about(2), SHORT).result()
-    assert pictures.bytes == 3 * held, "the image before, the one left, and the one after"
+    assert images.bytes == 3 * held, "the image before, the one left, and the one after"
     assert kept(tmp_path, 3) == 3
     assert engine.submit(about(1), SHORT).result().stages.encode_ms == 0
 
 
-def test_a_picture_seen_before_a_restart_is_not_encoded_after_it(open_pair: Callable[..., Any], tmp_path: Path) -> None:
+def test_an_image_seen_before_a_restart_is_not_encoded_after_it(open_pair: Callable[..., Any], tmp_path: Path) -> None:
     answers = []
     for _ in range(2):
-        pictures = PictureCache(2**24, DiskStore(tmp_path))
-        with Engine(open_pair, policy=Policy(parallel=4), pictures=pictures) as engine:
+        images = EmbeddingCache(2**24, DiskStore(tmp_path))
+        with Engine(open_pair, policy=Policy(parallel=4), images=images) as engine:
             answers.append(engine.submit(about(5), SHORT).result())
     first, second = answers
     assert first.stages.encode_ms > 0

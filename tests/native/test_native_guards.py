@@ -23,7 +23,7 @@ c = b._context
 arrays = BatchArrays(b._model.lib.llama.llama_batch, 200, 1)
 b._model.lib.llama.llama_decode(c.pointer, arrays.tokens(batch([TokenRow(5, i, 0) for i in range(200)])))
 """,
-    "a picture that attends both ways and is larger than a ubatch": """
+    "an image that attends both ways and is larger than a ubatch": """
 from opsin.native.context import BatchArrays
 b = opened(mmproj=None)
 llama, model = b._model.lib.llama, b._model
@@ -81,7 +81,7 @@ def rows(count: int, start: int = 0, seq_id: int = 0) -> TokenBatch:
     return batch([TokenRow(5, start + index, seq_id) for index in range(count)])
 
 
-def picture_rows(backend: Any, count: int, start: int = 0, **fields: Any) -> EmbeddingRows:
+def image_rows(backend: Any, count: int, start: int = 0, **fields: Any) -> EmbeddingRows:
     data = np.zeros((count, backend.limits.n_embd), np.float32)
     return EmbeddingRows(data, np.arange(start, start + count, dtype=np.int32)[np.newaxis, :], 0, **fields)
 
@@ -96,8 +96,8 @@ def picture_rows(backend: Any, count: int, start: int = 0, **fields: Any) -> Emb
         (lambda b: batch([TokenRow(b.limits.n_vocab, 0, 0)]), "not in the vocabulary"),
         (lambda _: batch([TokenRow(-1, 0, 0)]), "not in the vocabulary"),
         (lambda _: batch([TokenRow(5, 0, 0), TokenRow(5, 2, 0)]), "returned -1"),
-        (lambda b: picture_rows(b, b.limits.n_ubatch + 1, causal=False), "reads a picture whole"),
-        (lambda b: picture_rows(b, 4, start=2), "do not follow"),
+        (lambda b: image_rows(b, b.limits.n_ubatch + 1, causal=False), "reads an image whole"),
+        (lambda b: image_rows(b, 4, start=2), "do not follow"),
         (lambda _: EmbeddingRows(np.zeros((2, 7), np.float32), np.zeros((1, 2), np.int32), 0), "must be"),
         (lambda b: EmbeddingRows(np.zeros((2, b.limits.n_embd)), np.zeros((1, 2), np.int32), 0), "float32"),
         (
@@ -130,7 +130,7 @@ def test_too_many_rows_with_logits_are_refused(open_pair: Callable[..., Any]) ->
         backend.close()
 
 
-def test_more_answers_than_a_micro_batch_holds_are_refused(open_pair: Callable[..., Any]) -> None:
+def test_more_answers_than_a_ubatch_holds_are_refused(open_pair: Callable[..., Any]) -> None:
     with pytest.raises(BadParameter, match=r"64 answers at a time do not fit a ubatch of 32"):
         open_pair(parallel=64, ubatch=32)
 
@@ -182,7 +182,7 @@ import tempfile
 from synth import write_pair
 wide = write_pair("tiny", Path(tempfile.mkdtemp()), mmproj_type="f32")
 a, b = opened(), opened(model=wide.llm, mmproj=wide.mmproj)
-x, y = (m.encode(m.layout([PicturePart(draw())], add_bos=False).runs[-1]) for m in (a, b))
+x, y = (m.encode(m.tokenize([ImagePart(draw())], add_bos=False).chunks[-1]) for m in (a, b))
 print(float(np.abs(x - y).max() / np.abs(x).max()))
 """)
     assert child.code == 0, child.err[-400:]

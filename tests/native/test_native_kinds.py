@@ -1,4 +1,4 @@
-"""The engine on every kind of image model: shared pictures, many at once, and cells that add up."""
+"""The engine on every kind of image model: shared images, many at once, and cells that add up."""
 
 import hashlib
 import threading
@@ -13,11 +13,11 @@ import pytest
 from opsin.core.answer import Answer
 from opsin.core.backend import EmbeddingRows
 from opsin.core.errors import Cancelled, OpsinError
-from opsin.core.layout import ImageRun
-from opsin.core.parts import PicturePart, Prompt, TextPart
-from opsin.core.picture import Picture
+from opsin.core.image import Image
+from opsin.core.prompt import ImagePart, Prompt, TextPart
 from opsin.core.sampling import SamplingParams
 from opsin.core.settings import EngineSettings
+from opsin.core.tokens import ImageChunk
 from opsin.engine import Engine, Policy
 
 KINDS = ("tiny", "llava-1.6-tiny", "qwen2vl-tiny", "gemma3-tiny")
@@ -28,13 +28,13 @@ TOLERANCE = 0.05
 PARAMS = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, guard=False, logprobs=20)
 
 
-def shot(width: int, height: int, seed: int = 0) -> Picture:
+def shot(width: int, height: int, seed: int = 0) -> Image:
     rgb = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8).tobytes()
-    return Picture(rgb, width, height, hashlib.sha256(rgb).hexdigest(), "PNG", width, height)
+    return Image(rgb, width, height, hashlib.sha256(rgb).hexdigest(), "PNG", width, height)
 
 
-def prompt(question: str, *pictures: Picture) -> Prompt:
-    return Prompt((TextPart("USER: look at "), *map(PicturePart, pictures), TextPart(question)))
+def prompt(question: str, *images: Image) -> Prompt:
+    return Prompt((TextPart("USER: look at "), *map(ImagePart, images), TextPart(question)))
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +83,8 @@ def test_many_at_once_and_remembered_answer_as_one_alone_does(kind: str, pairs: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_that_goes_away_behind_its_picture_leaves_the_books_right(kind: str, pairs: Callable[..., Any]) -> None:
-    """Under M-RoPE a picture's cells share one position, so a prefix that ends in one ends before its next position."""
+def test_one_that_goes_away_behind_its_image_leaves_the_books_right(kind: str, pairs: Callable[..., Any]) -> None:
+    """Under M-RoPE an image's cells share one position, so a prefix that ends in one ends before its next position."""
     backend = pairs(kind)
     decode, streams, submitted = backend.decode, [], threading.Event()
 
@@ -113,7 +113,7 @@ def test_one_that_goes_away_behind_its_picture_leaves_the_books_right(kind: str,
         assert engine.error is None
 
 
-def test_a_picture_larger_than_the_micro_batch_fails_alone(pairs: Callable[..., Any]) -> None:
+def test_an_image_larger_than_the_ubatch_fails_alone(pairs: Callable[..., Any]) -> None:
     with Engine(lambda: pairs("gemma3-tiny", ubatch=32)) as engine:
         with pytest.raises(OpsinError, match="must read in one batch"):
             engine.submit(prompt(" Who?", shot(50, 50)), PARAMS).result()
@@ -122,19 +122,19 @@ def test_a_picture_larger_than_the_micro_batch_fails_alone(pairs: Callable[..., 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_picture_laid_out_without_its_pixels_is_the_same_picture(kind: str, pairs: Callable[..., Any]) -> None:
+def test_an_image_laid_out_without_its_pixels_is_the_same_image(kind: str, pairs: Callable[..., Any]) -> None:
     backend = pairs(kind)
     try:
         for size in SIZES:
-            parts = [TextPart("look "), PicturePart(shot(*size)), TextPart(" there")]
-            whole = backend.layout(parts, add_bos=True)
-            hollow = backend.layout(parts, add_bos=True, known=lambda _: True)
-            assert whole.runs == tuple(
-                replace(run, placeholder=False) if isinstance(run, ImageRun) else run for run in hollow.runs
+            parts = [TextPart("look "), ImagePart(shot(*size)), TextPart(" there")]
+            whole = backend.tokenize(parts, add_bos=True)
+            hollow = backend.tokenize(parts, add_bos=True, known=lambda _: True)
+            assert whole.chunks == tuple(
+                replace(run, placeholder=False) if isinstance(run, ImageChunk) else run for run in hollow.chunks
             )
             assert whole.images == hollow.images
-            for one, other in zip(whole.runs, hollow.runs, strict=True):
-                if isinstance(one, ImageRun):
+            for one, other in zip(whole.chunks, hollow.chunks, strict=True):
+                if isinstance(one, ImageChunk):
                     assert not one.placeholder
                     assert other.placeholder
                     np.testing.assert_array_equal(

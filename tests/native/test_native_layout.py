@@ -1,4 +1,4 @@
-"""Text and pictures in, runs of tokens and embeddings out: the tokens the whole text would have, and honest names."""
+"""Text and images in, runs of tokens and embeddings out: the tokens the whole text would have, and honest names."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,16 +6,16 @@ from typing import Any
 import pytest
 from native_help import draw
 
-from opsin.core.errors import BadInput, BadPicture, EncodeFailed
-from opsin.core.layout import ImageRun, TextRun
-from opsin.core.parts import PicturePart, TextPart
-from opsin.core.picture import Picture
+from opsin.core.errors import BadImage, BadInput, EncodeFailed
+from opsin.core.image import Image
+from opsin.core.prompt import ImagePart, TextPart
+from opsin.core.tokens import ImageChunk, TextChunk
 
 
 def tokens(backend: Any, *parts: TextPart, add_bos: bool = False) -> tuple[int, ...]:
-    layout = backend.layout(parts, add_bos=add_bos)
-    assert all(isinstance(run, TextRun) for run in layout.runs)
-    return tuple(token for run in layout.runs for token in run.tokens)
+    layout = backend.tokenize(parts, add_bos=add_bos)
+    assert all(isinstance(run, TextChunk) for run in layout.chunks)
+    return tuple(token for run in layout.chunks for token in run.tokens)
 
 
 def text_of(backend: Any, ids: tuple[int, ...]) -> str:
@@ -60,22 +60,22 @@ def test_empty_parts_are_nothing(backend: Any) -> None:
 def test_the_begin_token_comes_once_and_only_when_asked(backend: Any) -> None:
     begin = backend._model.control_tokens["<s>"]
     assert tokens(backend, TextPart("hello"), add_bos=True) == (begin, *tokens(backend, TextPart("hello")))
-    layout = backend.layout([PicturePart(draw()), TextPart("hello")], add_bos=True)
-    assert layout.runs[0] == TextRun((begin,))
+    layout = backend.tokenize([ImagePart(draw()), TextPart("hello")], add_bos=True)
+    assert layout.chunks[0] == TextChunk((begin,))
     layout.close()
 
 
-def test_pictures_stand_where_they_were_put(backend: Any) -> None:
+def test_images_stand_where_they_were_put(backend: Any) -> None:
     parts = [
         TextPart("a"),
-        PicturePart(draw(1)),
+        ImagePart(draw(1)),
         TextPart("b"),
-        PicturePart(draw(2)),
-        PicturePart(draw(1)),
+        ImagePart(draw(2)),
+        ImagePart(draw(1)),
         TextPart("c"),
     ]
-    layout = backend.layout(parts, add_bos=True)
-    kinds = [run.picture if isinstance(run, ImageRun) else "text" for run in layout.runs]
+    layout = backend.tokenize(parts, add_bos=True)
+    kinds = [run.image if isinstance(run, ImageChunk) else "text" for run in layout.chunks]
     assert kinds == ["text", 0, "text", 1, 2, "text"]
     assert [image.sha256 for image in layout.images] == [draw(1).sha256, draw(2).sha256, draw(1).sha256]
     assert layout.n_image_tokens == 48
@@ -83,7 +83,7 @@ def test_pictures_stand_where_they_were_put(backend: Any) -> None:
 
 
 def test_an_image_says_what_size_the_encoder_saw(backend: Any) -> None:
-    layout = backend.layout([PicturePart(draw(0, 640, 31))], add_bos=False)
+    layout = backend.tokenize([ImagePart(draw(0, 640, 31))], add_bos=False)
     (info,) = layout.images
     assert (info.width, info.height, info.resized_width, info.resized_height) == (640, 31, 56, 56)
     assert (info.tokens, info.tiles) == (16, 1)
@@ -91,23 +91,23 @@ def test_an_image_says_what_size_the_encoder_saw(backend: Any) -> None:
 
 
 def test_the_marker_of_the_library_is_text_in_a_prompt(backend: Any) -> None:
-    layout = backend.layout([TextPart("<__media__> <image> "), PicturePart(draw())], add_bos=False)
-    assert len([run for run in layout.runs if isinstance(run, ImageRun)]) == 1
-    assert "<__media__> <image>" in text_of(backend, layout.runs[0].tokens)
+    layout = backend.tokenize([TextPart("<__media__> <image> "), ImagePart(draw())], add_bos=False)
+    assert len([run for run in layout.chunks if isinstance(run, ImageChunk)]) == 1
+    assert "<__media__> <image>" in text_of(backend, layout.chunks[0].tokens)
     layout.close()
 
 
-def identity(backend: Any, picture: Picture, *before: Any) -> str:
-    layout = backend.layout([*before, PicturePart(picture)], add_bos=False)
+def identity(backend: Any, image: Image, *before: Any) -> str:
+    layout = backend.tokenize([*before, ImagePart(image)], add_bos=False)
     layout.close()
-    return str(layout.runs[-1].identity)
+    return str(layout.chunks[-1].identity)
 
 
 def test_an_identity_names_pixels_and_projector_and_nothing_else(
     backend: Any, open_pair: Callable[..., Any], pair: Any, tmp_path: Any
 ) -> None:
     name = identity(backend, draw(1))
-    assert name == identity(backend, draw(1), TextPart("other text"), PicturePart(draw(3)))
+    assert name == identity(backend, draw(1), TextPart("other text"), ImagePart(draw(3)))
     assert name != identity(backend, draw(2))
 
     copied = tmp_path / "renamed.gguf"
@@ -129,8 +129,8 @@ def test_an_identity_names_pixels_and_projector_and_nothing_else(
 
 
 def test_equal_identities_have_equal_embeddings(backend: Any) -> None:
-    layout = backend.layout([PicturePart(draw(1)), TextPart("x"), PicturePart(draw(1))], add_bos=False)
-    first, second = (run for run in layout.runs if isinstance(run, ImageRun))
+    layout = backend.tokenize([ImagePart(draw(1)), TextPart("x"), ImagePart(draw(1))], add_bos=False)
+    first, second = (run for run in layout.chunks if isinstance(run, ImageChunk))
     assert first.identity == second.identity
     assert (backend.encode(first) == backend.encode(second)).all()
     layout.close()
@@ -145,21 +145,21 @@ def test_a_layout_may_be_made_by_any_thread(backend: Any) -> None:
 
 
 def test_a_closed_layout_cannot_be_encoded(backend: Any) -> None:
-    layout = backend.layout([PicturePart(draw())], add_bos=False)
-    run = layout.runs[-1]
+    layout = backend.tokenize([ImagePart(draw())], add_bos=False)
+    run = layout.chunks[-1]
     layout.close()
     layout.close()
     with pytest.raises(EncodeFailed, match="closed before"):
         backend.encode(run)
 
 
-def test_a_picture_needs_a_vision_encoder(open_pair: Callable[..., Any]) -> None:
+def test_an_image_needs_a_vision_encoder(open_pair: Callable[..., Any]) -> None:
     backend = open_pair(mmproj=None)
     try:
         assert not backend.has_vision
         assert backend.info.projector is None
         with pytest.raises(BadInput, match="--mmproj"):
-            backend.layout([PicturePart(draw())], add_bos=False)
+            backend.tokenize([ImagePart(draw())], add_bos=False)
     finally:
         backend.close()
 
@@ -167,13 +167,13 @@ def test_a_picture_needs_a_vision_encoder(open_pair: Callable[..., Any]) -> None
 @pytest.mark.parametrize("rgb", [b"", b"\0" * 10])
 def test_pixels_that_do_not_fit_their_size_are_refused(backend: Any, rgb: bytes) -> None:
     """mtmd copies width * height * 3 bytes, whatever is there."""
-    with pytest.raises(BadPicture, match="needs three a pixel"):
-        backend.layout([PicturePart(Picture(rgb, 64, 48, "x", "PNG", 64, 48))], add_bos=False)
+    with pytest.raises(BadImage, match="needs three a pixel"):
+        backend.tokenize([ImagePart(Image(rgb, 64, 48, "x", "PNG", 64, 48))], add_bos=False)
 
 
-def test_narrow_pictures_are_laid_out_or_refused(backend: Any) -> None:
+def test_narrow_images_are_laid_out_or_refused(backend: Any) -> None:
     for width, height in ((1, 1), (1, 4000), (4000, 1)):
-        layout = backend.layout([PicturePart(draw(0, width, height))], add_bos=False)
+        layout = backend.tokenize([ImagePart(draw(0, width, height))], add_bos=False)
         assert layout.n_image_tokens == 16
         layout.close()
 

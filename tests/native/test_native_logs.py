@@ -10,7 +10,7 @@ from opsin.native import logs
 
 ASK = """
 backend = opened(verbose=VERBOSE)
-layout = backend.layout([TextPart("USER: "), PicturePart(draw()), TextPart(" what? ASSISTANT:")], add_bos=True)
+layout = backend.tokenize([TextPart("USER: "), ImagePart(draw()), TextPart(" what? ASSISTANT:")], add_bos=True)
 pos = prefill(backend, layout)
 sampler = backend.sampler(SamplingParams(seed=1), 1)
 generate(backend, sampler, pos, 4)

@@ -8,7 +8,7 @@ import pytest
 from native_help import draw
 from token_rows import TokenRow, batch
 
-from opsin.core.parts import PicturePart
+from opsin.core.prompt import ImagePart
 from opsin.native.ggml import InitParams, Tensor, heavy_ops, op_names
 from opsin.native.library import library
 from opsin.native.probe import NodeCounter, flops
@@ -30,14 +30,14 @@ def test_a_cpu_build_computes_both_on_the_cpu(backend: Any) -> None:
 
 def test_the_probe_leaves_memory_and_embeddings_alone(backend: Any) -> None:
 
-    layout = backend.layout([PicturePart(draw())], add_bos=False)
-    before = backend.encode(layout.runs[-1])
+    layout = backend.tokenize([ImagePart(draw())], add_bos=False)
+    before = backend.encode(layout.chunks[-1])
     assert backend.decode(batch([TokenRow(5, 0, 0, True)]))
     scores = backend._context.logits(-1).copy()
     backend.placement()
     assert backend.kv_last(0) == 0
     assert (backend._context.logits(-1) == scores).all()
-    assert (backend.encode(layout.runs[-1]) == before).all()
+    assert (backend.encode(layout.chunks[-1]) == before).all()
     layout.close()
 
 
@@ -58,9 +58,9 @@ def test_every_node_of_a_graph_is_either_counted_or_computes_nothing(backend: An
             (counted if wanted else ignored).append(op_names(library())[node.op])
             return wanted
 
-    layout = backend.layout([PicturePart(draw())], add_bos=False)
+    layout = backend.tokenize([ImagePart(draw())], add_bos=False)
     counter = Both(library())
-    backend._encoder.observed(layout.runs[-1], counter)
+    backend._encoder.observed(layout.chunks[-1], counter)
     layout.close()
     assert set(ignored) <= {"VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE", "NONE"}
     assert sum(share.nodes for share in counter.shares().values()) == len(counted)
@@ -75,8 +75,8 @@ def test_products_are_counted_exactly(backend: Any) -> None:
             if op_names(library())[node.op] == "MUL_MAT":
                 seen.append((tuple(node.ne), flops("MUL_MAT", node)))
 
-    layout = backend.layout([PicturePart(draw())], add_bos=False)
-    backend._encoder.observed(layout.runs[-1], Products(library()))
+    layout = backend.tokenize([ImagePart(draw())], add_bos=False)
+    backend._encoder.observed(layout.chunks[-1], Products(library()))
     layout.close()
     patches, width = 16, 64
     assert seen[0][1] == 2 * (14 * 14 * 3) * width * patches
@@ -102,12 +102,12 @@ def node_of(ne: tuple[int, int, int, int], *sources: Tensor) -> Tensor:
 
 
 def test_work_of_attention_and_convolutions() -> None:
-    (q, k, v, kernel, picture), free = tensors(
+    (q, k, v, kernel, image), free = tensors(
         (64, 100, 8, 1), (64, 300, 2, 1), (48, 300, 2, 1), (3, 3, 16, 32), (20, 20, 16, 1)
     )
     assert flops("FLASH_ATTN_EXT", node_of((48, 8, 100, 1), q, k, v)) == 2 * 100 * 8 * 300 * (64 + 48)
-    assert flops("CONV_2D", node_of((18, 18, 32, 1), kernel, picture)) == 2 * (3 * 3 * 16) * (18 * 18 * 32)
-    assert flops("ADD", node_of((18, 18, 32, 1), kernel, picture)) == 18 * 18 * 32
+    assert flops("CONV_2D", node_of((18, 18, 32, 1), kernel, image)) == 2 * (3 * 3 * 16) * (18 * 18 * 32)
+    assert flops("ADD", node_of((18, 18, 32, 1), kernel, image)) == 18 * 18 * 32
     assert flops("UNARY", node_of((7, 3, 1, 1), q)) == 21
     free()
 

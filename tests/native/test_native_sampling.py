@@ -9,13 +9,13 @@ from native_help import generate, prefill
 from token_rows import TokenRow, batch
 
 from opsin.core.errors import BadParameter, DecodeFailed
-from opsin.core.parts import TextPart
+from opsin.core.prompt import TextPart
 from opsin.core.sampling import SamplingParams
 
 
 def answer(backend: Any, params: SamplingParams, seed: int, count: int = 24) -> list[int]:
     backend.kv_remove(0, 0, -1)
-    layout = backend.layout([TextPart("USER: hello ASSISTANT:")], add_bos=True)
+    layout = backend.tokenize([TextPart("USER: hello ASSISTANT:")], add_bos=True)
     sampler = backend.sampler(params, seed)
     try:
         return generate(backend, sampler, prefill(backend, layout), count)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from native_help import draw, generate, prefill
 
-from opsin.core.layout import ImageRun, TextRun
-from opsin.core.parts import PicturePart, TextPart
+from opsin.core.prompt import ImagePart, TextPart
 from opsin.core.sampling import SamplingParams
 from opsin.core.settings import EngineSettings
+from opsin.core.tokens import ImageChunk, TextChunk
 from opsin.models import Pair, read_info
 from opsin.native import NativeBackend, open_backend
 from synth import write_pair
@@ -31,14 +31,14 @@ def test_a_pair_of_any_type_sees_and_speaks(quantisation: str, mmproj_type: str,
     try:
         embeddings = []
         for seed in (1, 2):
-            layout = backend.layout([TextPart("USER: "), PicturePart(draw(seed))], add_bos=True)
-            run = next(run for run in layout.runs if isinstance(run, ImageRun))
+            layout = backend.tokenize([TextPart("USER: "), ImagePart(draw(seed))], add_bos=True)
+            run = next(run for run in layout.chunks if isinstance(run, ImageChunk))
             embeddings.append(backend.encode(run))
             layout.close()
         assert [rows.shape for rows in embeddings] == [(16, 64), (16, 64)]
         assert all(0.1 < rows.std() < 10 for rows in embeddings)
         assert np.abs(embeddings[0] - embeddings[1]).mean() > 0.1
-        layout = backend.layout([PicturePart(draw()), TextPart("\nWhat is this?\nASSISTANT:")], add_bos=True)
+        layout = backend.tokenize([ImagePart(draw()), TextPart("\nWhat is this?\nASSISTANT:")], add_bos=True)
         position = prefill(backend, layout)
         layout.close()
         sampler = backend.sampler(SamplingParams(temperature=0, ignore_eos=True), seed=0)
@@ -62,7 +62,7 @@ def test_the_vocabulary_is_the_one_that_was_made_up(shared: NativeBackend):
     assert shared.limits.n_vocab == 512
     assert shared.eog_tokens == {2}
     layout = shared.layout([TextPart("the rest\n\u00fc</s>")], add_bos=True)
-    tokens = list(itertools.chain.from_iterable(run.tokens for run in layout.runs if isinstance(run, TextRun)))
+    tokens = list(itertools.chain.from_iterable(run.tokens for run in layout.chunks if isinstance(run, TextChunk)))
     assert tokens[0] == 1
     assert tokens[-1] == 2
     pieces = [vocabulary.tokens[token] for token in tokens[1:-1]]

@@ -10,22 +10,22 @@ from native_help import draw, generate, prefill
 from token_rows import TokenRow, batch
 
 from opsin.core.errors import BadParameter, Cancelled, EncodeFailed, ModelNotFound, ModelUnreadable, PairMismatch
-from opsin.core.parts import PicturePart, TextPart
+from opsin.core.prompt import ImagePart, TextPart
 from opsin.core.sampling import SamplingParams
 
 
 @pytest.fixture
 def run(backend: Any) -> Any:
-    layout = backend.layout([PicturePart(draw())], add_bos=False)
-    yield layout.runs[-1]
+    layout = backend.tokenize([ImagePart(draw())], add_bos=False)
+    yield layout.chunks[-1]
     layout.close()
 
 
 def test_an_embedding_is_owned_by_the_caller(backend: Any, run: Any) -> None:
     first = backend.encode(run)
     kept = first.copy()
-    other = backend.layout([PicturePart(draw(9))], add_bos=False)
-    assert not (backend.encode(other.runs[-1]) == first).all()
+    other = backend.tokenize([ImagePart(draw(9))], add_bos=False)
+    assert not (backend.encode(other.chunks[-1]) == first).all()
     other.close()
     assert (first == kept).all()
     assert first.flags.owndata
@@ -38,7 +38,7 @@ def test_others_get_turns_and_nothing_is_lost(backend: Any, run: Any) -> None:
     cold = SamplingParams(temperature=0.0, ignore_eos=True)
 
     def begin(seq_id: int) -> tuple[Any, int]:
-        pos = prefill(backend, backend.layout([TextPart("USER: hello")], add_bos=True), seq_id)
+        pos = prefill(backend, backend.tokenize([TextPart("USER: hello")], add_bos=True), seq_id)
         return backend.sampler(cold, 1), pos
 
     sampler, pos = begin(0)
@@ -109,8 +109,8 @@ def test_an_encode_inside_an_encode_is_refused(backend: Any, run: Any) -> None:
 
 
 def test_several_chunks_come_back_in_order(backend: Any) -> None:
-    layout = backend.layout([PicturePart(draw(seed)) for seed in range(3)], add_bos=False)
-    runs = [run for run in layout.runs if hasattr(run, "identity")]
+    layout = backend.tokenize([ImagePart(draw(seed)) for seed in range(3)], add_bos=False)
+    runs = [run for run in layout.chunks if hasattr(run, "identity")]
     together = backend.encode_many(runs)
     for run, rows in zip(runs, together, strict=True):
         assert (backend.encode(run) == rows).all()
@@ -127,10 +127,10 @@ def test_values_that_are_no_numbers_are_refused(open_pair: Callable[..., Any], p
     damaged = tmp_path / "damaged.gguf"
     damaged.write_bytes(bytes(data))
     backend = open_pair(mmproj=damaged, ctx=256)
-    layout = backend.layout([PicturePart(draw())], add_bos=False)
+    layout = backend.tokenize([ImagePart(draw())], add_bos=False)
     try:
         with pytest.raises(EncodeFailed, match="not numbers"):
-            backend.encode(layout.runs[-1])
+            backend.encode(layout.chunks[-1])
     finally:
         layout.close()
         backend.close()

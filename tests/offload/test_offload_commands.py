@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "gpu" / "measure.sh"
 
 def doctor(pair: Any, folder: Path, *flags: str) -> tuple[int, dict[str, Any]]:
     command = [sys.executable, "-m", "opsin", "doctor", "--model", pair.llm, "--mmproj", pair.mmproj, "--json", *flags]
-    # Mesa 22.3's llvmpipe dies in llama.cpp's flash attention over a prompt with a picture.
+    # Mesa 22.3's llvmpipe dies in llama.cpp's flash attention over a prompt with an image.
     env = {**os.environ, "OPSIN_FLASH_ATTENTION": "false"}
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=280, check=False)
     assert done.stdout, done.stderr

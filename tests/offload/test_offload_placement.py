@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from opsin.core.parts import PicturePart
-from opsin.core.settings import EngineSettings, MediaSettings
+from opsin.core.prompt import ImagePart
+from opsin.core.settings import EngineSettings, ImageSettings
 from opsin.doctor.placement import placement_checks
-from opsin.media import load_picture
+from opsin.images import load_image
 from opsin.native import devices
 
 DEVICE = "Vulkan0"
@@ -50,8 +50,8 @@ def test_the_device_computes_what_the_cpu_computes(opened: Callable[..., Any], p
     embeddings = []
     for where in (DEVICE, "none"):
         backend = opened(pair, mmproj_device=where)
-        layout = backend.layout([PicturePart(load_picture(rgb, MediaSettings()))], add_bos=False)
-        embeddings.append(np.array(backend.encode(layout.runs[-1])).ravel())
+        layout = backend.tokenize([ImagePart(load_image(rgb, ImageSettings()))], add_bos=False)
+        embeddings.append(np.array(backend.encode(layout.chunks[-1])).ravel())
         layout.close()
         backend.close()
     there, here = embeddings

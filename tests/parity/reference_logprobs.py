@@ -37,8 +37,8 @@ def answer(server: xllamacpp.Server, row: dict) -> dict:
         if part["type"] == "text":
             content.append(part)
         else:
-            picture = base64.b64encode(Path(part["path"]).read_bytes()).decode()
-            content.append({"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}})
+            image = base64.b64encode(Path(part["path"]).read_bytes()).decode()
+            content.append({"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}})
     given = server.handle_chat_completions(
         {
             "messages": [{"role": "user", "content": content}],

@@ -26,9 +26,9 @@ def main() -> None:
     server = xllamacpp.Server(params)
     for line in sys.stdin:
         row = json.loads(line)
-        picture = base64.b64encode(Path(row["picture"]).read_bytes()).decode()
+        image = base64.b64encode(Path(row["image"]).read_bytes()).decode()
         content = [
-            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}},
+            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}},
             {"type": "text", "text": row["question"]},
         ]
         answer = server.handle_chat_completions(

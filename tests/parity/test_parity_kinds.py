@@ -19,9 +19,9 @@ from token_rows import TokenRow, batch
 
 from opsin.compose import template_source
 from opsin.core.backend import EmbeddingRows
-from opsin.core.layout import ImageRun, Layout
-from opsin.core.settings import EngineSettings, MediaSettings
-from opsin.media import load_picture
+from opsin.core.settings import EngineSettings, ImageSettings
+from opsin.core.tokens import ImageChunk, TokenizedPrompt
+from opsin.images import load_image
 from opsin.models import Pair
 from opsin.native import NativeBackend, open_backend
 from opsin.prompt import Message, PromptBuilder
@@ -37,7 +37,7 @@ than five times the tolerance.
 TOKENS = 12
 IMAGE_MAX_TOKENS = {"qwen2vl-tiny": 256}
 KINDS = ("tiny", "llava-1.6-tiny", "qwen2vl-tiny", "gemma3-tiny")
-PICTURES = {
+IMAGES = {
     "wide": (640, 80),
     "tall": (70, 500),
     "square": (224, 224),
@@ -49,7 +49,7 @@ PICTURES = {
 
 def paint(name: str, folder: Path) -> Path:
     """Coloured waves and a few sharp blocks, so that no two places look the same."""
-    width, height = PICTURES[name]
+    width, height = IMAGES[name]
     draw = np.random.default_rng(sum(map(ord, name)))
     y, x = np.mgrid[0:height, 0:width].astype(np.float32) / max(width, height)
     waves = [np.sin(x * draw.uniform(3, 20) + y * draw.uniform(3, 20) + draw.uniform(0, 6)) for _ in range(3)]
@@ -71,15 +71,15 @@ class Kind:
     asked: dict[str, list[dict[str, str]]]
     theirs: dict[str, dict[str, Any]]
 
-    def layout(self, name: str) -> Layout:
+    def tokenize(self, name: str) -> TokenizedPrompt:
         parts = [
-            load_picture(part["path"], MediaSettings()) if part["type"] == "picture" else part["text"]
+            load_image(part["path"], ImageSettings()) if part["type"] == "image" else part["text"]
             for part in self.asked[name]
         ]
         prompt = self.prompts.build([Message("user", parts)])
-        return self.backend.layout(prompt.parts, add_bos=prompt.add_bos)
+        return self.backend.tokenize(prompt.parts, add_bos=prompt.add_bos)
 
-    def forced(self, name: str, change: Callable[[ImageRun], ImageRun] = lambda run: run) -> list[np.ndarray]:
+    def forced(self, name: str, change: Callable[[ImageChunk], ImageChunk] = lambda run: run) -> list[np.ndarray]:
         """Log probabilities of all tokens at each position of the server's answer, as Opsin's backend has them."""
         return forced(self.backend, self.layout(name), self.theirs[name]["tokens"], change)
 
@@ -90,12 +90,12 @@ class Kind:
 
 
 def forced(
-    backend: NativeBackend, layout: Layout, answer: list[int], change: Callable[[ImageRun], ImageRun]
+    backend: NativeBackend, layout: TokenizedPrompt, answer: list[int], change: Callable[[ImageChunk], ImageChunk]
 ) -> list[np.ndarray]:
     backend.kv_remove(0, 0, -1)
     pos, row = 0, 0
-    for run in layout.runs:
-        if isinstance(run, ImageRun):
+    for run in layout.chunks:
+        if isinstance(run, ImageChunk):
             changed = change(run)
             positions = changed.positions_at(pos, 0, run.n_tokens)
             assert backend.decode(EmbeddingRows(backend.encode(run), positions, 0, causal=changed.causal))
@@ -126,7 +126,7 @@ def kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp(request.param)
     pair = write_pair(request.param, folder, quantisation="f16")
     most = IMAGE_MAX_TOKENS.get(request.param)
-    asked = {name: question(paint(name, folder)) for name in PICTURES}
+    asked = {name: question(paint(name, folder)) for name in IMAGES}
     asked["two"] = [asked["tall"][1], {"type": "text", "text": "and then"}, asked["odd"][1], asked["odd"][2]]
     settings = EngineSettings(
         model=pair.llm, mmproj=pair.mmproj, ctx=2048, ubatch=512, threads=1, image_max_tokens=most
@@ -143,7 +143,7 @@ def kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def question(path: Path) -> list[dict[str, str]]:
     return [
         {"type": "text", "text": "look: "},
-        {"type": "picture", "path": str(path)},
+        {"type": "image", "path": str(path)},
         {"type": "text", "text": " what is there?"},
     ]
 
@@ -197,9 +197,9 @@ def test_the_top_20_agree_with_the_c_server_on_forced_tokens(kind: Kind) -> None
 @pytest.mark.slow
 def test_the_comparison_can_fail(kind: Kind) -> None:
     """A position or a mask that is wrong must show far beyond the tolerance, or the test above proves nothing."""
-    wrong: list[Callable[[ImageRun], ImageRun]] = []
+    wrong: list[Callable[[ImageChunk], ImageChunk]] = []
     layout = kind.layout("odd")
-    run = next(run for run in layout.runs if isinstance(run, ImageRun))
+    run = next(run for run in layout.chunks if isinstance(run, ImageChunk))
     layout.close()
     if run.positions is not None:
         wrong.append(lambda run: replace(run, positions=run.positions[:, [0, 2, 1, 3]]))
@@ -207,7 +207,7 @@ def test_the_comparison_can_fail(kind: Kind) -> None:
     if not run.causal:
         wrong.append(lambda run: replace(run, causal=True))
     shown = [kind.off("odd", kind.forced("odd", change)) for change in wrong]
-    # Another picture's log probabilities at the same tokens.
+    # Another image's log probabilities at the same tokens.
     shown.append(
         kind.off("odd", forced(kind.backend, kind.layout("wide"), kind.theirs["odd"]["tokens"], lambda run: run))
     )

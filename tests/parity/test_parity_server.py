@@ -15,7 +15,7 @@ TOLERANCE = 0.05
 
 def test_greedy_answers_agree_with_the_c_server() -> None:
     rows = json.loads((REFERENCE / "parity.json").read_text())["entries"]
-    asked = [{"picture": str(REFERENCE / row["picture"]), "question": row["question"]} for row in rows]
+    asked = [{"image": str(REFERENCE / row["image"]), "question": row["question"]} for row in rows]
     pair = demo_pair()
     child = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("reference_server.py")), str(pair.llm), str(pair.mmproj)],
@@ -30,7 +30,7 @@ def test_greedy_answers_agree_with_the_c_server() -> None:
     different = 0
     with Opsin() as model:
         for row, other in zip(asked, theirs, strict=True):
-            mine = model.ask(row["picture"], row["question"], temperature=0, guard=False, max_tokens=96, logprobs=2)
+            mine = model.ask(row["image"], row["question"], temperature=0, guard=False, max_tokens=96, logprobs=2)
             if mine.text.strip() == other["text"].strip():
                 continue
             different += 1

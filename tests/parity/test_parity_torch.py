@@ -14,10 +14,10 @@ import pytest
 from token_rows import TokenRow, batch
 
 from opsin.core.backend import EmbeddingRows
-from opsin.core.layout import ImageRun
-from opsin.core.parts import PicturePart, TextPart
-from opsin.core.settings import EngineSettings, MediaSettings
-from opsin.media import load_picture
+from opsin.core.prompt import ImagePart, TextPart
+from opsin.core.settings import EngineSettings, ImageSettings
+from opsin.core.tokens import ImageChunk
+from opsin.images import load_image
 from opsin.models import demo_pair
 
 REFERENCE = Path(__file__).parents[2] / "training" / "reference"
@@ -38,12 +38,12 @@ def backend() -> Iterator[Any]:
 def forced(backend: Any, row: dict[str, Any]) -> list[int]:
     """The greedy token at each position of the reference's answer."""
     backend.kv_remove(0, 0, -1)
-    picture = load_picture(REFERENCE / row["picture"], MediaSettings())
+    image = load_image(REFERENCE / row["image"], ImageSettings())
     before, after = row["prompt"].split("<image>")
-    layout = backend.layout([TextPart(before.removeprefix("<s>")), PicturePart(picture), TextPart(after)], add_bos=True)
+    layout = backend.tokenize([TextPart(before.removeprefix("<s>")), ImagePart(image), TextPart(after)], add_bos=True)
     pos, best = 0, -1
-    for run in layout.runs:
-        if isinstance(run, ImageRun):
+    for run in layout.chunks:
+        if isinstance(run, ImageChunk):
             positions = np.arange(pos, pos + run.n_tokens, dtype=np.int32)[np.newaxis, :]
             assert backend.decode(EmbeddingRows(backend.encode(run), positions, 0))
         else:
@@ -77,8 +77,8 @@ def test_greedy_tokens_agree_with_pytorch(backend: Any) -> None:
             same += mine == theirs
             if mine != theirs:
                 gap = top[0][1] - top[1][1]
-                assert mine == top[1][0], f"{row['picture']} {row['question']}: neither of the two best"
-                assert gap < TOLERANCE, f"{row['picture']} {row['question']}: differs at a gap of {gap}"
+                assert mine == top[1][0], f"{row['image']} {row['question']}: neither of the two best"
+                assert gap < TOLERANCE, f"{row['image']} {row['question']}: differs at a gap of {gap}"
     print(f"parity with PyTorch: {same} of {total} positions ({same / total:.3%}), {len(rows)} answers")
     assert len(rows) >= 100
     assert same >= 0.995 * total

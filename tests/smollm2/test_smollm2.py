@@ -8,7 +8,7 @@ import pytest
 
 from opsin import Message, Opsin
 from opsin.core.errors import BadInput
-from opsin.core.parts import Prompt, TextPart
+from opsin.core.prompt import Prompt, TextPart
 from opsin.core.reasoning import ReasoningStyle
 from opsin.core.sampling import SamplingParams
 from opsin.core.server_settings import ServerSettings
@@ -36,10 +36,10 @@ def test_many_at_once_say_what_each_says_alone(smollm2: Opsin) -> None:
     assert sum(one[:10] == other[:10] for one, other in zip(alone * 2, together, strict=True)) >= 4
 
 
-def test_pictures_are_refused_in_one_sentence(smollm2: Opsin) -> None:
+def test_images_are_refused_in_one_sentence(smollm2: Opsin) -> None:
     import numpy as np
 
-    with pytest.raises(BadInput, match=r"without a vision encoder|no picture"):
+    with pytest.raises(BadInput, match=r"without a vision encoder|no image"):
         smollm2.ask(np.zeros((32, 32, 3), np.uint8), "What is this?")
 
 

@@ -19,14 +19,14 @@ from opsin.core.answer import Finished
 from opsin.core.errors import Cancelled
 from synth import write_pair
 
-ASKERS, SEQUENCES, PICTURES, CTX = 64, 8, 24, 2048
+ASKERS, SEQUENCES, IMAGES, CTX = 64, 8, 24, 2048
 MINUTES = float(os.environ.get("SOAK_MINUTES", "30"))
 
 
 def fill_the_context(model: Opsin) -> None:
     """Use all of llama.cpp's compute buffer once.
 
-    It is reserved for the largest micro-batch over a full context, and its pages count from their first use: 6 MiB of
+    It is reserved for the largest ubatch over a full context, and its pages count from their first use: 6 MiB of
     this process, which the load below reaches at a moment of its own.
     """
     question = question_about([], "what is this? " * 220)
@@ -44,11 +44,11 @@ def test_many_askers_lose_nothing(tmp_path: Path) -> None:
 
     async def ask(model: Opsin, rng: random.Random) -> None:
         size = (rng.choice((40, 64, 120)), rng.choice((40, 56)))
-        pixels = np.random.default_rng(rng.randrange(PICTURES)).integers(0, 255, (*size, 3), dtype=np.uint8)
-        pictures = [model.picture(pixels)] * rng.choice((0, 1, 1, 1, 2))
+        pixels = np.random.default_rng(rng.randrange(IMAGES)).integers(0, 255, (*size, 3), dtype=np.uint8)
+        images = [model.image(pixels)] * rng.choice((0, 1, 1, 1, 2))
         question = "what is this? " * rng.choice((1, 1, 1, 8, 40, 80))
         give_up = rng.randrange(12) if rng.random() < 0.25 else None
-        messages = question_about(pictures, question)
+        messages = question_about(images, question)
         stream = model.submit(messages, max_tokens=rng.choice((1, 8, 32, 64)), temperature=0.8, ignore_eos=True)
         seen = finished = 0
         try:

@@ -1,4 +1,4 @@
-"""A hundred clients over HTTP for as long as SOAK_HTTP_MINUTES says: a third hang up, some send broken pictures.
+"""A hundred clients over HTTP for as long as SOAK_HTTP_MINUTES says: a third hang up, some send broken images.
 
 Nothing is lost, no sequence stays taken, no error of the server's own, and the memory of the process that holds the
 model stays where it was after the first fifth of the time.
@@ -16,18 +16,18 @@ from collections import Counter
 from pathlib import Path
 
 import httpx
-from serve_process import Served, picture_url, question, served
+from serve_process import Served, image_url, question, served
 
 from synth import write_pair
 
-CLIENTS, SEQUENCES, PICTURES, CTX = 100, 8, 24, 2048
+CLIENTS, SEQUENCES, IMAGES, CTX = 100, 8, 24, 2048
 MINUTES = float(os.environ.get("SOAK_HTTP_MINUTES", "10"))
 PATIENCE = 300.0
-BROKEN_CODES = {"bad_picture", "picture_unsupported"}
+BROKEN_CODES = {"bad_image", "image_unsupported"}
 
 
 def broken_urls() -> list[str]:
-    whole = base64.b64decode(picture_url(0).partition(",")[2])
+    whole = base64.b64decode(image_url(0).partition(",")[2])
     cut, mixed = whole[: len(whole) // 2], whole[:40] + bytes(200) + whole[240:]
     return [
         f"data:image/png;base64,{base64.b64encode(data).decode()}"
@@ -41,7 +41,7 @@ class Crowd:
     def __init__(self, url: str) -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=CLIENTS)
         self._http = httpx.AsyncClient(base_url=url, timeout=PATIENCE, limits=limits)
-        self._pictures = [picture_url(seed, edge) for seed in range(PICTURES) for edge in (40, 64, 120)]
+        self._images = [image_url(seed, edge) for seed in range(IMAGES) for edge in (40, 64, 120)]
         self._broken = broken_urls()
         self.ends: Counter[str] = Counter()
         self.statuses: Counter[int] = Counter()
@@ -61,7 +61,7 @@ class Crowd:
                 await self._ask(rng)
 
     def _body(self, rng: random.Random, **fields: object) -> dict[str, object]:
-        url = rng.choice(self._pictures) if rng.random() < 0.8 else None
+        url = rng.choice(self._images) if rng.random() < 0.8 else None
         text = "what is this? " * rng.choice((1, 1, 1, 8, 40))
         length = rng.choice((1, 8, 32, 64))
         return question(url, text, max_tokens=length, temperature=0.8, ignore_eos=True, **fields)
@@ -107,7 +107,7 @@ class Crowd:
         answer = await self._http.post("/v1/chat/completions", json=question(rng.choice(self._broken)))
         self.statuses[answer.status_code] += 1
         refused = answer.status_code in {400, 415} and answer.json()["error"]["code"] in BROKEN_CODES
-        self.ends["refused" if refused else "a broken picture was taken"] += answer.status_code != 503
+        self.ends["refused" if refused else "a broken image was taken"] += answer.status_code != 503
 
     async def run(self, server: Served) -> int:
         """Everybody until the end; the worker's resident memory after a fifth of the time."""
@@ -173,7 +173,7 @@ def test_sigterm_amid_a_hundred_clients_loses_no_running_answer(tmp_path: Path) 
         done = True
         while done:
             status, done = 0, False
-            body = question(picture_url(seed % PICTURES, 40), max_tokens=32, ignore_eos=True, stream=True)
+            body = question(image_url(seed % IMAGES, 40), max_tokens=32, ignore_eos=True, stream=True)
             try:
                 async with http.stream("POST", "/v1/chat/completions", json=body) as answer:
                     status = answer.status_code

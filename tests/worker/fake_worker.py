@@ -12,9 +12,9 @@ from typing import Any
 from opsin.compose import Runtime
 from opsin.core.backend import BackendLimits, Embedding, EmbeddingRows, TokenBatch
 from opsin.core.errors import ModelNotFound
-from opsin.core.layout import ImageRun, Layout
-from opsin.core.parts import Part, PicturePart
+from opsin.core.prompt import ImagePart, Part
 from opsin.core.settings import EngineSettings
+from opsin.core.tokens import ImageChunk, TokenizedPrompt
 from opsin.engine import Engine, Policy
 from opsin.prompt import PromptBuilder, TemplateSource
 from opsin.testing import FakeBackend
@@ -36,14 +36,16 @@ class Backend(FakeBackend):
         self._widths: dict[str, int] = {}
         self._encoding = 0
 
-    def layout(self, parts: Sequence[Part], *, add_bos: bool, known: Callable[[str], bool] | None = None) -> Layout:
+    def tokenize(
+        self, parts: Sequence[Part], *, add_bos: bool, known: Callable[[str], bool] | None = None
+    ) -> TokenizedPrompt:
         for part in parts:
-            if isinstance(part, PicturePart):
-                assert len(part.picture.rgb) == part.picture.width * part.picture.height * 3
-                self._widths[f"{part.picture.sha256}:0"] = part.picture.width
-        return super().layout(parts, add_bos=add_bos, known=known)
+            if isinstance(part, ImagePart):
+                assert len(part.image.rgb) == part.image.width * part.image.height * 3
+                self._widths[f"{part.image.sha256}:0"] = part.image.width
+        return super().tokenize(parts, add_bos=add_bos, known=known)
 
-    def encode(self, run: ImageRun, between: Callable[[], None] | None = None) -> Embedding:
+    def encode(self, run: ImageChunk, between: Callable[[], None] | None = None) -> Embedding:
         width = self._encoding = self._widths[run.identity]
         if width in {SLOW, CRASHES_IN_ENCODE}:
             time.sleep(SLOW_SECONDS)

@@ -20,11 +20,11 @@ from fake_worker import CRASHES_IN_ENCODE, CRASHES_IN_PREFILL, HANGS_IN_ENCODE, 
 
 from opsin.core.answer import Answer, TextDelta
 from opsin.core.errors import Cancelled, EngineClosed, EngineDied, ModelNotFound, ModelUnreadable, QueueFull
-from opsin.core.parts import PicturePart, Prompt, TextPart
-from opsin.core.picture import Picture
+from opsin.core.image import Image
+from opsin.core.prompt import ImagePart, Prompt, TextPart
 from opsin.core.sampling import SamplingParams
 from opsin.core.settings import EngineSettings
-from opsin.testing import picture
+from opsin.testing import image
 from opsin.testing.fake_backend import TURN_TEXT
 from opsin.worker import AnswerStream, ImageBlocked, NotReady, Pixels, WorkerEngine, child, client, share
 from opsin.worker.messages import SHARED_BYTES
@@ -49,8 +49,8 @@ def _paths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", f"{here}{os.pathsep}{here.parents[1] / 'src'}")
 
 
-def prompt(*images: Picture, text: str = "what is this?") -> Prompt:
-    return Prompt((*map(PicturePart, images), TextPart(text + TURN_TEXT)))
+def prompt(*images: Image, text: str = "what is this?") -> Prompt:
+    return Prompt((*map(ImagePart, images), TextPart(text + TURN_TEXT)))
 
 
 def wait_until(true: Callable[[], bool]) -> None:
@@ -74,7 +74,7 @@ def first_text(stream: AnswerStream) -> Iterator[object]:
     return events
 
 
-def crash(engine: WorkerEngine, image: Picture) -> None:
+def crash(engine: WorkerEngine, image: Image) -> None:
     """Ask about an image that ends the worker, and wait for the next worker."""
     before = engine.restarts
     with pytest.raises(EngineDied):
@@ -87,7 +87,7 @@ def test_it_answers_as_an_engine_does() -> None:
         assert engine.info.name == "fake"
         assert engine.limits.n_ctx == 4096
         assert engine.placement().encoder
-        answers = [engine.submit(prompt(picture(i)), PARAMS.model_copy(update={"max_tokens": 5})) for i in range(3)]
+        answers = [engine.submit(prompt(image(i)), PARAMS.model_copy(update={"max_tokens": 5})) for i in range(3)]
         assert [stream.result().text for stream in answers] == ["ababa"] * 3
         assert engine.stats.encodes == 3
         stream = engine.submit(prompt(), PARAMS)
@@ -121,7 +121,7 @@ def test_an_image_that_crashes_two_workers_is_refused_for_an_hour_and_others_are
 ) -> None:
     with worker() as engine:
         engine.wait_ready()
-        bad, waiting, answered = picture(1, width=where), picture(2), picture(3)
+        bad, waiting, answered = image(1, width=where), image(2), image(3)
         for _ in range(2):
             before = engine.restarts
             streaming = first_text(engine.submit(prompt(answered), PARAMS))
@@ -146,7 +146,7 @@ def test_an_image_that_crashes_two_workers_is_refused_for_an_hour_and_others_are
 def test_an_image_is_blamed_although_its_client_had_left() -> None:
     with worker() as engine:
         engine.wait_ready()
-        bad = picture(1, width=CRASHES_IN_ENCODE)
+        bad = image(1, width=CRASHES_IN_ENCODE)
         for crashes in (1, 2):
             stream = engine.submit(prompt(bad), PARAMS)
             threading.Timer(0.2, stream.cancel).start()  # its encode runs by then, and goes on
@@ -160,7 +160,7 @@ def test_an_image_is_blamed_although_its_client_had_left() -> None:
 def test_a_finished_encode_is_kept_although_its_client_had_left() -> None:
     with worker() as engine:
         engine.wait_ready()
-        slow = picture(1, width=SLOW)
+        slow = image(1, width=SLOW)
         stream = engine.submit(prompt(slow), PARAMS)
         threading.Timer(0.2, stream.cancel).start()
         with pytest.raises(Cancelled):
@@ -175,7 +175,7 @@ def test_an_endless_native_call_is_shown_ended_and_told(monkeypatch: pytest.Monk
     with worker() as engine:
         engine.wait_ready()
         pid = engine.pid
-        stream = engine.submit(prompt(picture(1, width=HANGS_IN_ENCODE)), PARAMS)
+        stream = engine.submit(prompt(image(1, width=HANGS_IN_ENCODE)), PARAMS)
         wait_until(lambda: engine.state == "stalled")
         assert not stream.done
         with pytest.raises(EngineDied):
@@ -190,7 +190,7 @@ def test_a_long_honest_call_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(client, "PING_SECONDS", 0.05)
     with worker() as engine:
         engine.wait_ready()
-        assert engine.submit(prompt(picture(1, width=SLOW)), PARAMS).result().text
+        assert engine.submit(prompt(image(1, width=SLOW)), PARAMS).result().text
         assert engine.restarts == 0
 
 
@@ -295,7 +295,7 @@ def test_pixels_are_freed_in_both_processes_when_the_answer_begins() -> None:
 
     with worker() as engine:
         engine.wait_ready()
-        asked = prompt(picture(1, 2000, 1000), picture(2, width=SLOW))
+        asked = prompt(image(1, 2000, 1000), image(2, width=SLOW))
         stream = engine.submit(asked, PARAMS)
         wait_until(lambda: mapped(engine.pid or 0) == 1)
         events = first_text(stream)

@@ -90,7 +90,7 @@ class ModelCost:
 
 
 @dataclass(frozen=True, slots=True)
-class PictureCost:
+class ImageCost:
     """Tokens and operations of one image; `note` says what is assumed for families whose images differ in size."""
 
     tokens: int
@@ -111,19 +111,19 @@ def read_cost(llm: Path, mmproj: Path | None, kv_type: str = "f16") -> ModelCost
         if tensor.name.startswith("blk.") and len(tensor.shape) >= 2
     ]
     head = tensors.get("output.weight") or tensors.get("token_embd.weight")
-    picture = None if mmproj is None else picture_cost(mmproj)
+    image = None if mmproj is None else image_cost(mmproj)
     return ModelCost(
         weight_bytes=sum(_bytes(tensor) * part for _, tensor, part in layers) + (_bytes(head) if head else 0.0),
         weights=sum(math.prod(tensor.shape) * part for _, tensor, part in layers),
         head=math.prod(head.shape) if head else 0,
         kv_values=sum(tensor.shape[1] for kind, tensor, _ in layers if kind in {"attn_k.weight", "attn_v.weight"}),
         attention_width=sum(tensor.shape[0] for kind, tensor, _ in layers if kind == "attn_output.weight"),
-        encode_ops=picture.ops if picture and not picture.note else None,
+        encode_ops=image.ops if image and not image.note else None,
         kv_value_bytes=KV_BYTES[kv_type],
     )
 
 
-def picture_cost(mmproj: Path) -> PictureCost | None:
+def image_cost(mmproj: Path) -> ImageCost | None:
     """What a projector does with one image; None if its file does not say. Raises like `read_cost`."""
     kind, header = read_info(mmproj).projector or "", read_header(mmproj)
     edge, patch, layers = (header.integer(f"clip.vision.{key}") for key in ("image_size", "patch_size", "block_count"))
@@ -138,7 +138,7 @@ def picture_cost(mmproj: Path) -> PictureCost | None:
     elif header.lengths.get("clip.vision.image_grid_pinpoints", 0):
         pieces, note = TILES, f"an image is assumed to be cut into {TILES} tiles"
     ops = encode_ops_of(header.tensors, patches, layers or 0, merge=merge, all_layers=kind != "mlp")
-    return PictureCost(pieces * patches // merge**2, pieces * ops, note)
+    return ImageCost(pieces * patches // merge**2, pieces * ops, note)
 
 
 def encode_ops_of(

@@ -21,9 +21,9 @@ from opsin.bench.workloads import RequestFailed
 from opsin.core.answer import Finished, TextDelta, Usage
 from opsin.core.errors import BadParameter, Cancelled
 from opsin.core.sampling import SamplingParams
-from opsin.core.settings import EngineSettings, MediaSettings
+from opsin.core.settings import EngineSettings, ImageSettings
 from opsin.engine import Engine
-from opsin.media import load_picture
+from opsin.images import load_image
 from opsin.prompt import Message, PromptBuilder
 
 _TIMEOUT_S = 300.0
@@ -35,11 +35,11 @@ class EngineDriver:
     """Does what a server does with a question, without the network: decode the image, build the prompt, read events."""
 
     def __init__(self, engine: Engine, prompts: PromptBuilder) -> None:
-        self._engine, self._prompts, self._media = engine, prompts, MediaSettings()
+        self._engine, self._prompts, self._media = engine, prompts, ImageSettings()
 
     def ask(self, image: bytes, question: str, max_tokens: int) -> Generator[float, None, Usage]:
         """See `workloads.Driver`. Raises BadInput, EngineError."""
-        prompt = self._prompts.build([Message("user", [load_picture(image, self._media), question])])
+        prompt = self._prompts.build([Message("user", [load_image(image, self._media), question])])
         params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, guard=False)
         for event in self._engine.submit(prompt, params):
             if isinstance(event, TextDelta):

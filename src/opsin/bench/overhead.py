@@ -21,7 +21,7 @@ import httpx
 from opsin.bench.drivers import serving
 from opsin.bench.workloads import RequestFailed
 from opsin.core.backend import Backend, TokenBatch
-from opsin.core.parts import Prompt, TextPart
+from opsin.core.prompt import Prompt, TextPart
 from opsin.core.sampling import SamplingParams
 from opsin.core.settings import EngineSettings
 from opsin.engine import Engine

@@ -4,14 +4,14 @@ Pure Python. Refuses to know any model runtime, and to decide when something is 
 """
 
 from opsin.cache.disk import DiskStore, default_folder
-from opsin.cache.embeddings import PictureCache, salted
+from opsin.cache.embeddings import EmbeddingCache, salted
 from opsin.cache.prefix import BlockHashes, ImageUnit, Prefix, PrefixIndex, Unit, units_of
 
 __all__ = [
     "BlockHashes",
     "DiskStore",
+    "EmbeddingCache",
     "ImageUnit",
-    "PictureCache",
     "Prefix",
     "PrefixIndex",
     "Unit",

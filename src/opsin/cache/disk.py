@@ -32,10 +32,10 @@ _NAME = "embedding"
 
 
 def default_folder() -> Path:
-    """Where embeddings lie when nobody says otherwise: `$XDG_CACHE_HOME/opsin/pictures`, or the system's like."""
+    """Where embeddings lie when nobody says otherwise: `$XDG_CACHE_HOME/opsin/images`, or the system's like."""
     from platformdirs import user_cache_path
 
-    return user_cache_path("opsin", appauthor=False) / "pictures"
+    return user_cache_path("opsin", appauthor=False) / "images"
 
 
 class DiskStore:
@@ -80,7 +80,7 @@ class DiskStore:
                 return
             self._pending[identity] = embedding
             if self._writer is None:
-                self._writer = threading.Thread(target=self._write_pending, name="opsin-pictures", daemon=False)
+                self._writer = threading.Thread(target=self._write_pending, name="opsin-images", daemon=False)
                 try:
                     self._writer.start()
                 except RuntimeError as error:  # no threads are left, or the interpreter is ending

@@ -14,7 +14,7 @@ def salted(identity: str, salt: str) -> str:
     return hashlib.sha256(f"{salt}\n{identity}".encode()).hexdigest() if salt else identity
 
 
-class PictureCache:
+class EmbeddingCache:
     """Used by any thread. Embeddings are never changed after they were put in.
 
     `queries` and `hits` count lookups of the whole cache; `disk_hits` those that the store behind it answered.

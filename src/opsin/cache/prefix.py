@@ -12,7 +12,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from opsin.core.layout import ImageRun, Run
+from opsin.core.tokens import Chunk, ImageChunk
 
 BLOCK = 16
 """Tokens of a block."""
@@ -35,19 +35,19 @@ Unit = int | str | ImageUnit
 """A token, a salt (which takes no cell), or an image chunk."""
 
 
-def unit_of(run: ImageRun) -> ImageUnit:
+def unit_of(chunk: ImageChunk) -> ImageUnit:
     """The unit of an image chunk."""
-    return ImageUnit(run.identity, run.n_tokens, run.n_pos, run.last_pos)
+    return ImageUnit(chunk.identity, chunk.n_tokens, chunk.n_pos, chunk.last_pos)
 
 
-def units_of(runs: Iterable[Run], salt: str = "") -> tuple[Unit, ...]:
+def units_of(chunks: Iterable[Chunk], salt: str = "") -> tuple[Unit, ...]:
     """The units of a prompt behind its salt: prompts of different salts share nothing."""
     units: list[Unit] = [salt]
-    for run in runs:
-        if isinstance(run, ImageRun):
-            units.append(unit_of(run))
+    for chunk in chunks:
+        if isinstance(chunk, ImageChunk):
+            units.append(unit_of(chunk))
         else:
-            units.extend(run.tokens)
+            units.extend(chunk.tokens)
     return tuple(units)
 
 

@@ -15,8 +15,8 @@ from opsin.cli.console import new_app, open_standard_streams, say
 from opsin.core.errors import OpsinError
 
 COMMANDS = {
-    "ask": "Ask a question about pictures.",
-    "chat": "Talk about pictures in the terminal.",
+    "ask": "Ask a question about images.",
+    "chat": "Talk about images in the terminal.",
     "serve": "Answer OpenAI-compatible requests over HTTP, with a web page.",
     "pull": "Download a model by name.",
     "models": "List the models that are here, and choose the default.",
@@ -67,7 +67,7 @@ app = new_app(cls=LazyGroup, no_args_is_help=True)
 
 @app.callback()
 def opsin(*, version: bool = typer.Option(False, "--version", help="Print the version and end.")) -> None:
-    """Ask pictures questions on your own hardware, and see where every millisecond went."""
+    """Ask images questions on your own hardware, and see where every millisecond went."""
     if version:
         typer.echo(__version__)
         raise typer.Exit

@@ -1,4 +1,4 @@
-"""`opsin ask PICTURE… QUESTION`: the answer as it comes, then where the time went."""
+"""`opsin ask IMAGE… QUESTION`: the answer as it comes, then where the time went."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ import typer
 from opsin.cli import options as o
 from opsin.cli.console import Printer, Working, say
 from opsin.core.answer import Finished, Progress, TextDelta
-from opsin.core.errors import BadInput, BadParameter, BadPicture, PictureTooLarge
+from opsin.core.errors import BadImage, BadInput, BadParameter, ImageTooLarge
 from opsin.core.files import read_text
 from opsin.core.sampling import MAX_SCHEMA, SamplingParams
-from opsin.core.settings import EngineSettings, MediaSettings
+from opsin.core.settings import EngineSettings, ImageSettings
 
 if TYPE_CHECKING:
     from opsin.api import Opsin
     from opsin.core.answer import Answer
-    from opsin.core.picture import Picture
+    from opsin.core.image import Image
 
-PICTURE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".heic", ".heif", ".bmp", ".tif", ".tiff", ".gif"}
+IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".heic", ".heif", ".bmp", ".tif", ".tiff", ".gif"}
 _NOT_IN_JSON = {"tiles", "cached", "orientation"}
 _CUTS = {
     "tokens": "(cut after {0.max_tokens} tokens; --max-tokens N lifts the limit)",
@@ -41,11 +41,11 @@ _CUTS = {
 def ask(
     arguments: Annotated[
         list[str],
-        typer.Argument(metavar="PICTURE… QUESTION", help="files, folders, addresses, or - for standard input"),
+        typer.Argument(metavar="IMAGE… QUESTION", help="files, folders, addresses, or - for standard input"),
     ],
     *,
-    together: Annotated[bool, typer.Option("--together", help="ask one question about all pictures together")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object for each picture, one a line")] = False,
+    together: Annotated[bool, typer.Option("--together", help="ask one question about all images together")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object for each image, one a line")] = False,
     json_schema: Annotated[
         Path | None, typer.Option("--json-schema", help="file with a JSON schema that the answer will fit")
     ] = None,
@@ -53,7 +53,7 @@ def ask(
     profile: Annotated[str | None, typer.Option("--profile", hidden=True)] = None,
     **flags: Any,
 ) -> None:
-    """Ask one question about each picture, or about all of them together.
+    """Ask one question about each image, or about all of them together.
 
     Options can also be set in opsin.toml or OPSIN_* environment variables.
     """
@@ -129,17 +129,17 @@ def _ask_about(
     from opsin.api import question_about
     from opsin.doctor.placement import remembered_placement
 
-    with Working("reading the picture") as working:
-        pictures = [_read_picture(opsin, source) for source in group]
-        stream = opsin.submit(question_about(pictures, question, system), **params)
+    with Working("reading the image") as working:
+        images = [_read_image(opsin, source) for source in group]
+        stream = opsin.submit(question_about(images, question, system), **params)
         answer = follow(stream, working, quiet=as_json)
     placement = remembered_placement(opsin.setup, opsin.placement)
     if as_json:
         about = {"placement": placement.as_dict(), "model": opsin.info.as_dict()}
-        _print_row(group, {"error": None, **_as_json(answer, pictures), **about})
+        _print_row(group, {"error": None, **_as_json(answer, images), **about})
         return
-    for picture in pictures:
-        for note in picture.notes:
+    for image in images:
+        for note in image.notes:
             say(f"({note})")
     show_limits(answer)
     from rich.console import Console
@@ -149,26 +149,26 @@ def _ask_about(
     Console(stderr=True).print("", timeline(answer, placement), sep="\n")
 
 
-def _read_picture(opsin: Opsin, source: str) -> Picture:
+def _read_image(opsin: Opsin, source: str) -> Image:
     if not source:
-        raise BadParameter("The picture's name is empty: give a file, a folder, an address, or -.")
+        raise BadParameter("The image's name is empty: give a file, a folder, an address, or -.")
     if source != "-":
-        return opsin.picture(source)
+        return opsin.image(source)
     if sys.stdin is None:
-        raise BadPicture("Standard input is closed: give the picture as a file.")
-    limit = MediaSettings().max_bytes
+        raise BadImage("Standard input is closed: give the image as a file.")
+    limit = ImageSettings().max_bytes
     data = sys.stdin.buffer.read(limit + 1)
     if len(data) > limit:
-        raise PictureTooLarge(f"Standard input has more than {limit:,} bytes: give a smaller picture.")
-    return opsin.picture(data)
+        raise ImageTooLarge(f"Standard input has more than {limit:,} bytes: give a smaller image.")
+    return opsin.image(data)
 
 
 def _expand(sources: list[str], question: str) -> Iterator[str]:
-    """The sources, with the pictures of a folder in its place. Raises BadParameter."""
+    """The sources, with the images of a folder in its place. Raises BadParameter."""
     if not sources:
         if os.path.lexists(question):
             raise BadParameter(f'The question is missing: opsin ask {question} "What is this?"')
-        raise BadParameter(f'The picture is missing: opsin ask PICTURE "{question}"')
+        raise BadParameter(f'The image is missing: opsin ask IMAGE "{question}"')
     if sources.count("-") > 1:
         raise BadParameter("Standard input can be read once: give - one time.")
     for source in sources:
@@ -177,11 +177,11 @@ def _expand(sources: list[str], question: str) -> Iterator[str]:
             yield source
             continue
         try:
-            paths = [p for p in Path(source).iterdir() if p.suffix.lower() in PICTURE_ENDINGS and p.is_file()]
+            paths = [p for p in Path(source).iterdir() if p.suffix.lower() in IMAGE_ENDINGS and p.is_file()]
         except OSError as error:
             raise BadParameter(f"The folder {source} cannot be read: {error.strerror or error}.") from None
         if not paths:
-            raise BadParameter(f"There is no picture in the folder {source}: it holds no file named like one.")
+            raise BadParameter(f"There is no image in the folder {source}: it holds no file named like one.")
         yield from sorted(map(str, paths))
 
 
@@ -191,11 +191,11 @@ def _print_row(group: list[str], row: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def _as_json(answer: Answer, pictures: list[Picture]) -> dict[str, Any]:
+def _as_json(answer: Answer, images: list[Image]) -> dict[str, Any]:
     row = asdict(answer)
     told = [
-        {name: value for name, value in info.items() if name not in _NOT_IN_JSON} | {"notes": picture.notes}
-        for info, picture in zip(row["images"], pictures, strict=True)
+        {name: value for name, value in info.items() if name not in _NOT_IN_JSON} | {"notes": image.notes}
+        for info, image in zip(row["images"], images, strict=True)
     ]
     timings = {name: round(value, 3) for name, value in row["timings"].items()}
     same = {name: row[name] for name in ("text", "reasoning", "finish_reason", "usage", "guard")}

@@ -1,4 +1,4 @@
-"""`opsin chat PICTURE…`: a conversation about pictures in the terminal."""
+"""`opsin chat IMAGE…`: a conversation about images in the terminal."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ if TYPE_CHECKING:
     from opsin.api import Opsin
     from opsin.prompt import Message
 
-HELP = "Type a question; /picture FILE adds a picture to the next one, /new starts again, /bye or Ctrl-D ends."
+HELP = "Type a question; /image FILE adds an image to the next one, /new starts again, /bye or Ctrl-D ends."
 
 
 @o.flags_of(SamplingParams, *o.ANSWER)
 @o.flags_of(EngineSettings, *o.ENGINE, "image_max_tokens", "image_min_tokens", "disk_cache")
 def chat(
-    pictures: Annotated[list[str] | None, typer.Argument(metavar="PICTURE…", help="files or addresses")] = None,
+    images: Annotated[list[str] | None, typer.Argument(metavar="IMAGE…", help="files or addresses")] = None,
     *,
     system: o.System = None,
     **flags: Any,
 ) -> None:
-    """Talk about pictures; every question knows what was said before.
+    """Talk about images; every question knows what was said before.
 
     Options can also be set in opsin.toml or OPSIN_* environment variables.
     """
     with opened(flags) as opsin:
         say(HELP)
-        _Conversation(opsin, system, o.given(SamplingParams, flags), pictures or []).run()
+        _Conversation(opsin, system, o.given(SamplingParams, flags), images or []).run()
 
 
 class _Conversation:
     """What was said so far; a turn that fails is taken back, and nothing else is lost."""
 
-    def __init__(self, opsin: Opsin, system: str | None, params: dict[str, Any], pictures: list[str]) -> None:
+    def __init__(self, opsin: Opsin, system: str | None, params: dict[str, Any], images: list[str]) -> None:
         self._opsin = opsin
         self._system = system
         self._params = params
         self._messages: list[Message] = []
-        self._first = [opsin.picture(source) for source in pictures]
+        self._first = [opsin.image(source) for source in images]
         self._next = list(self._first)
 
     def run(self) -> None:
@@ -54,12 +54,12 @@ class _Conversation:
         while (line := _read_line()) is not None:
             command, _, rest = line.partition(" ")
             try:
-                if command == "/picture" and rest.strip():
-                    self._next.append(self._opsin.picture(rest.strip()))
-                    say("(the picture goes with your next question)")
+                if command == "/image" and rest.strip():
+                    self._next.append(self._opsin.image(rest.strip()))
+                    say("(the image goes with your next question)")
                 elif command == "/new":
                     self._messages, self._next = [], list(self._first)
-                    say("(a new conversation about the same pictures)")
+                    say("(a new conversation about the same images)")
                 elif command.startswith("/"):
                     say(HELP)
                 elif line:

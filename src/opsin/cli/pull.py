@@ -48,4 +48,4 @@ def pull(
     info = read_info(pair.llm)
     typer.echo(escaped(f"{pair.name} is here: {info.architecture} {info.quantisation}, {pair.llm}"))
     if not keep_default:
-        typer.echo('It is the default model now; ask it with: opsin ask PICTURE "What is this?"')
+        typer.echo('It is the default model now; ask it with: opsin ask IMAGE "What is this?"')

@@ -79,15 +79,15 @@ class _Front:
         from opsin.server.connection import HttpServer
         from opsin.server.context import Context
         from opsin.server.decoder import DecoderPool
+        from opsin.server.images import ImageLoader
         from opsin.server.metrics import Metrics
         from opsin.server.model import ModelManager
-        from opsin.server.pictures import PictureGate
         from opsin.server.tracing import Tracing
         from opsin.worker import WorkerEngine
 
         settings, loop = self._settings, asyncio.get_running_loop()
         self._listen_to_signals(loop)
-        pictures = PictureGate(settings, decoder=DecoderPool())
+        images = ImageLoader(settings, decoder=DecoderPool())
         tracing = Tracing() if settings.otel else None
         engine = WorkerEngine(
             settings.model,
@@ -102,7 +102,7 @@ class _Front:
         watchers: list[Watcher] = [Metrics(model), AccessLog(as_json=settings.log_json)]
         if tracing is not None:
             watchers.append(tracing)
-        app = create_app(Context(settings, model, pictures, tuple(watchers)), keys=self._keys)
+        app = create_app(Context(settings, model, images, tuple(watchers)), keys=self._keys)
         server = HttpServer(app, settings.slow_reader_seconds)
         serving = asyncio.create_task(server.serve(sockets=[self._listener]))
         try:
@@ -111,7 +111,7 @@ class _Front:
             server.should_exit = True
             await serving
             await asyncio.to_thread(engine.close)
-            pictures.close()
+            images.close()
             if tracing is not None:
                 tracing.close()
 

@@ -11,7 +11,7 @@ from typing import Any
 from opsin.compat.handlers import MTMDChatHandler
 from opsin.core.answer import Answer, Finished, TextDelta, TokenLogprob
 from opsin.core.errors import BadParameter, BadPrompt
-from opsin.core.picture import Picture
+from opsin.core.image import Image
 from opsin.engine import AnswerStream
 from opsin.prompt import Content, Message
 
@@ -19,24 +19,22 @@ Objects = Sequence[Mapping[str, Any]]
 _EXTRAS = ("tool_calls", "tool_call_id", "name")
 
 
-def read_message(
-    message: Mapping[str, Any], handler: MTMDChatHandler | None, load: Callable[[str], Picture]
-) -> Message:
-    """A message with its pictures loaded, in the order that the handler's family wants. Raises BadPrompt."""
+def read_message(message: Mapping[str, Any], handler: MTMDChatHandler | None, load: Callable[[str], Image]) -> Message:
+    """A message with its images loaded, in the order that the handler's family wants. Raises BadPrompt."""
     if not isinstance(message, Mapping):
         raise BadPrompt(f"A message is a {type(message).__name__}: give a dict with role and content.")
     role: Any = message.get("role")
     content = message.get("content") or []
     parts = [content] if isinstance(content, str) else [_part(part, load) for part in content]
-    if handler is not None and role == "user" and handler.pictures_first:
-        pictures: list[Content] = [part for part in parts if isinstance(part, Picture)]
+    if handler is not None and role == "user" and handler.images_first:
+        images: list[Content] = [part for part in parts if isinstance(part, Image)]
         text = "".join(part for part in parts if isinstance(part, str))
-        between = handler.between if pictures else handler.between.lstrip()
-        parts = [*pictures, between + text]
+        between = handler.between if images else handler.between.lstrip()
+        parts = [*images, between + text]
     return Message(role, parts or "", **{name: message[name] for name in _EXTRAS if message.get(name) is not None})
 
 
-def _part(part: Any, load: Callable[[str], Picture]) -> Content:
+def _part(part: Any, load: Callable[[str], Image]) -> Content:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text":
         return str(part.get("text", ""))

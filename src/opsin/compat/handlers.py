@@ -19,14 +19,14 @@ from opsin.core.errors import BadParameter, ModelNotFound
 
 
 class MTMDChatHandler:
-    """A projector file, and the model's own template with pictures where the messages have them.
+    """A projector file, and the model's own template with images where the messages have them.
 
     `use_gpu` False keeps the vision encoder on the CPU. `verbose` is taken and changes nothing: `Llama` decides
     whether llama.cpp's log is shown. Raises ModelNotFound.
     """
 
     template: ClassVar[str | None] = None
-    pictures_first: ClassVar[bool] = False
+    images_first: ClassVar[bool] = False
     between: ClassVar[str] = ""
 
     def __init__(self, clip_model_path: str | os.PathLike[str], verbose: bool = True, use_gpu: bool = True) -> None:
@@ -41,7 +41,7 @@ class MTMDChatHandler:
             if name in vars(cls):
                 raise BadParameter(
                     f"{cls.__name__}.{name} is not read by Opsin: set `template` to a chat template whose messages"
-                    " have plain texts, with pictures already in their places."
+                    " have plain texts, with images already in their places."
                 )
 
     def load_image(self, image_url: str) -> object:
@@ -66,9 +66,9 @@ class Qwen25VLChatHandler(MTMDChatHandler):
 
 
 class Llava15ChatHandler(MTMDChatHandler):
-    """LLaVA-1.5: pictures stand before the question, wherever the message has them."""
+    """LLaVA-1.5: images stand before the question, wherever the message has them."""
 
-    pictures_first = True
+    images_first = True
 
 
 class Llava16ChatHandler(Llava15ChatHandler):

@@ -1,4 +1,4 @@
-"""`Llama` as llama-cpp-python's programs know it, for pictures."""
+"""`Llama` as llama-cpp-python's programs know it, for images."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from opsin.compat.options import engine_options, real_seed, sampling_options
 from opsin.compose import open_runtime
 from opsin.core.config import checked
 from opsin.core.errors import BadParameter
-from opsin.core.picture import Picture
+from opsin.core.image import Image
 from opsin.core.sampling import SamplingParams
-from opsin.core.settings import EngineSettings, MediaSettings
-from opsin.media import load_picture
+from opsin.core.settings import EngineSettings, ImageSettings
+from opsin.images import load_image
 
 
 class Llama:
@@ -25,7 +25,7 @@ class Llama:
     Options are llama-cpp-python's; `options.py` says which of them Opsin maps, accepts without effect on answers, or
     refuses by name. Without a chat handler the projector beside the model is used, if there is one. An answer without
     `max_tokens` ends after Opsin's own limit, and the guard ends one that repeats itself (`guard=False` in a call
-    switches it off). Addresses of pictures are fetched. Raises ModelError, BadParameter.
+    switches it off). Addresses of images are fetched. Raises ModelError, BadParameter.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Llama:
         self.verbose = verbose
         self._seed = real_seed(seed)
         self._last_n = last_n_tokens_size
-        self._media = MediaSettings(fetch=True)
+        self._media = ImageSettings(fetch=True)
         settings = {**engine_options(options), "verbose": verbose}
         if chat_handler is not None and not chat_handler.use_gpu:
             settings["mmproj_device"] = "none"
@@ -84,7 +84,7 @@ class Llama:
         """Answer a conversation: a dict in OpenAI's shape, or with `stream` an iterator of chunks.
 
         A `tool_choice` that names a function makes the answer that function's arguments. Raises BadInput (an option,
-        a message, a picture that cannot be used), EngineError.
+        a message, an image that cannot be used), EngineError.
         """
         offered, tool = read_tools(tools, tool_choice, functions, function_call)
         if tool is not None:
@@ -92,7 +92,7 @@ class Llama:
             schema = tool.get("parameters") or {"type": "object"}
             options |= {"response_format": {"type": "json_object", "schema": schema}, "grammar": None}
         sampling = checked(SamplingParams, sampling_options(options, seed=self._seed, last_n=self._last_n))
-        conversation = [read_message(message, self.chat_handler, self._picture) for message in messages]
+        conversation = [read_message(message, self.chat_handler, self._image) for message in messages]
         events = self._runtime.engine.submit(self._runtime.prompts.build(conversation, tools=offered), sampling)
         name = None if tool is None else str(tool["name"])
         writer = Writer(model or self.model_path, name, logprobs=sampling.logprobs is not None)
@@ -114,6 +114,6 @@ class Llama:
         """Free everything; twice does no harm."""
         self._close()
 
-    def _picture(self, url: str) -> Picture:
+    def _image(self, url: str) -> Image:
         source: object = url if self.chat_handler is None else self.chat_handler.load_image(url)
-        return load_picture(source, self._media)
+        return load_image(source, self._media)

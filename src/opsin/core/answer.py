@@ -21,7 +21,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
-    """One picture as it went in: identity, size, the size that the encoder saw, and tokens.
+    """One image as it went in: identity, size, the size that the encoder saw, and tokens.
 
     `tiles` counts the pieces the preprocessing cut it into. `cached`: the encoder did not have to run. `orientation`
     is the file's EXIF value (1: upright).

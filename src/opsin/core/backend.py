@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from opsin.core.answer import TokenLogprob
 from opsin.core.errors import OpsinError
-from opsin.core.layout import ImageRun, Layout
 from opsin.core.model_info import ModelInfo
-from opsin.core.parts import Part
 from opsin.core.placement import Placement
+from opsin.core.prompt import Part
 from opsin.core.sampling import SamplingParams
+from opsin.core.tokens import ImageChunk, TokenizedPrompt
 
 Embedding = NDArray[np.float32]
 
@@ -70,7 +70,7 @@ class TokenBatch:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingRows:
-    """A slice of a picture's embedding for one sequence: `rows` is float32 [n, n_embd], contiguous.
+    """A slice of an image's embedding for one sequence: `rows` is float32 [n, n_embd], contiguous.
 
     `positions` is absolute, int32 [4, n] (section-major) under M-RoPE, else [1, n]. With `logits` the last row's are
     kept. `causal=False` asks for attention in both directions.
@@ -112,19 +112,21 @@ class Backend(Protocol):
     def eog_tokens(self) -> frozenset[int]:
         """Tokens that end a turn."""
 
-    def layout(self, parts: Sequence[Part], *, add_bos: bool, known: Callable[[str], bool] | None = None) -> Layout:
-        """Tokenize the text and preprocess the pictures, except those whose identities are all `known`. Any thread.
+    def tokenize(
+        self, parts: Sequence[Part], *, add_bos: bool, known: Callable[[str], bool] | None = None
+    ) -> TokenizedPrompt:
+        """Tokenize the text and preprocess the images, except those whose identities are all `known`. Any thread.
 
-        Raises BadPicture if the preprocessing refuses a picture, BadInput if the pair has no vision encoder.
+        Raises BadImage if the preprocessing refuses an image, BadInput if the pair has no vision encoder.
         """
 
-    def encode(self, run: ImageRun, between: Callable[[], None] | None = None) -> Embedding:
-        """Run the vision encoder on one chunk; float32 [n_tokens, n_embd], owned by the caller. Raises EncodeFailed.
+    def encode(self, run: ImageChunk, between: Callable[[], None] | None = None) -> Embedding:
+        """Chunk the vision encoder on one chunk; float32 [n_tokens, n_embd], owned by the caller. Raises EncodeFailed.
 
         `between` is called between layers; what it raises is raised after the encode, whose embedding is lost.
         """
 
-    def encode_many(self, runs: Sequence[ImageRun]) -> list[Embedding]:
+    def encode_many(self, runs: Sequence[ImageChunk]) -> list[Embedding]:
         """Encode several chunks, those of equal pixel sizes at once; in the same order. Raises EncodeFailed."""
 
     def decode(self, rows: TokenBatch | EmbeddingRows) -> bool:
@@ -164,7 +166,7 @@ class Backend(Protocol):
         """Idle for a while: let go what is in the way of others, such as threads that wait."""
 
     def placement(self) -> Placement:
-        """Run one encode and one prefill with the probe on, and say where they ran; it forgets sequences it used."""
+        """Chunk one encode and one prefill with the probe on, and say where they ran; it forgets sequences it used."""
 
     def close(self) -> None:
         """Free everything, children first; twice does no harm."""

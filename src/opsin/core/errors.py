@@ -35,20 +35,20 @@ class BadParameter(BadInput):
     """An option or a field is out of range, or not supported."""
 
 
-class BadPicture(BadInput):
-    """The bytes are no picture that can be read."""
+class BadImage(BadInput):
+    """The bytes are no image that can be read."""
 
 
-class PictureTooLarge(BadPicture, http_status=413):
-    """The picture is over the limit on bytes or pixels."""
+class ImageTooLarge(BadImage, http_status=413):
+    """The image is over the limit on bytes or pixels."""
 
 
-class PictureUnsupported(BadPicture, http_status=415):
+class ImageUnsupported(BadImage, http_status=415):
     """A kind of file that is refused by name: PDF, video, audio."""
 
 
 class FetchFailed(BadInput):
-    """The picture's address cannot be read."""
+    """The image's address cannot be read."""
 
 
 class BadPrompt(BadInput):
@@ -100,7 +100,7 @@ class EngineClosed(EngineError, http_status=503):
 
 
 class EncodeFailed(EngineError):
-    """The vision encoder failed on a picture."""
+    """The vision encoder failed on an image."""
 
 
 class DecodeFailed(EngineError):

@@ -50,22 +50,22 @@ class EngineSettings(BaseModel):
     vision_flash_attention: bool | None = Field(
         None, description="flash attention of the vision encoder (default: as flash_attention)"
     )
-    image_max_tokens: int | None = Field(None, ge=1, description="most tokens of a picture, if the model can choose")
-    image_min_tokens: int | None = Field(None, ge=1, description="fewest tokens of a picture, if the model can choose")
-    picture_cache_bytes: int = Field(512 * 2**20, ge=0, description="memory for embeddings of pictures, in bytes")
-    disk_cache: bool = Field(True, description="keep embeddings of pictures on disk, too")
-    disk_cache_bytes: int = Field(2 * 2**30, ge=0, description="disk space for embeddings of pictures, in bytes")
+    image_max_tokens: int | None = Field(None, ge=1, description="most tokens of an image, if the model can choose")
+    image_min_tokens: int | None = Field(None, ge=1, description="fewest tokens of an image, if the model can choose")
+    image_cache_bytes: int = Field(512 * 2**20, ge=0, description="memory for embeddings of images, in bytes")
+    disk_cache: bool = Field(True, description="keep embeddings of images on disk, too")
+    disk_cache_bytes: int = Field(2 * 2**30, ge=0, description="disk space for embeddings of images, in bytes")
     verbose: bool = Field(False, description="show llama.cpp's own log")
 
 
-class MediaSettings(BaseModel):
-    """Limits on pictures, checked before a pixel is decoded."""
+class ImageSettings(BaseModel):
+    """Limits on images, checked before a pixel is decoded."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    max_bytes: int = Field(64 * 2**20, ge=1, description="bytes of a picture file")
-    max_pixels: int = Field(100_000_000, ge=1, description="pixels of a picture")
-    max_edge: int = Field(32_768, ge=1, description="pixels of a picture's longer edge")
+    max_bytes: int = Field(64 * 2**20, ge=1, description="bytes of an image file")
+    max_pixels: int = Field(100_000_000, ge=1, description="pixels of an image")
+    max_edge: int = Field(32_768, ge=1, description="pixels of an image's longer edge")
     fetch: bool = Field(False, description="whether http(s) addresses are fetched")
     fetch_seconds: float = Field(20.0, gt=0, description="time limit of a fetch")
     fetch_redirects: int = Field(3, ge=0, le=10, description="redirects followed")

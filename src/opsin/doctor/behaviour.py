@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from opsin.core.answer import Answer
-from opsin.core.picture import Picture
+from opsin.core.image import Image
 from opsin.core.sampling import SamplingParams
-from opsin.core.settings import MediaSettings
+from opsin.core.settings import ImageSettings
 from opsin.doctor.check import Check
 from opsin.engine import Engine
-from opsin.media import load_picture
+from opsin.images import load_image
 from opsin.prompt import Message, PromptBuilder
 
-QUESTION = "Answer in one short sentence: what is in this picture?"
+QUESTION = "Answer in one short sentence: what is in this image?"
 MAX_TOKENS = 96
 """Most tokens of an answer here: a short sentence takes a third of it."""
 
@@ -70,10 +70,11 @@ def _ends(answers: Sequence[Answer]) -> Check:
     return Check("behaviour.ends", "warn", message, evidence)
 
 
-def drawn_image(colour: str = "red") -> Picture:
+def drawn_image(colour: str = "red") -> Image:
     """A square of that colour on white."""
-    from PIL import Image, ImageDraw
+    import PIL.Image
+    from PIL import ImageDraw
 
-    image = Image.new("RGB", (640, 480), "white")
+    image = PIL.Image.new("RGB", (640, 480), "white")
     ImageDraw.Draw(image).rectangle((180, 100, 460, 380), fill=colour)
-    return replace(load_picture(image, MediaSettings()), fetch_ms=0.0, decode_ms=0.0)
+    return replace(load_image(image, ImageSettings()), fetch_ms=0.0, decode_ms=0.0)

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from opsin.core.errors import OpsinError
-from opsin.core.layout import ImageRun
-from opsin.core.parts import PicturePart
+from opsin.core.prompt import ImagePart
 from opsin.core.settings import EngineSettings
+from opsin.core.tokens import ImageChunk
 from opsin.doctor.behaviour import behaviour_checks, drawn_image
 from opsin.doctor.build import build_checks
 from opsin.doctor.check import Check, worst
@@ -102,9 +102,9 @@ def _loaded_facts(loaded: LoadedPair, facts: LoadedFacts) -> LoadedFacts:
     )
     if not backend.has_vision:
         return facts
-    layout = backend.layout([PicturePart(drawn_image())], add_bos=False)
+    layout = backend.tokenize([ImagePart(drawn_image())], add_bos=False)
     try:
-        causal = all(run.causal for run in layout.runs if isinstance(run, ImageRun))
+        causal = all(run.causal for run in layout.chunks if isinstance(run, ImageChunk))
         return replace(facts, image_tokens=layout.n_image_tokens, causal=causal)
     finally:
         layout.close()

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Self, TypeVar
 
-from opsin.cache import PictureCache
+from opsin.cache import EmbeddingCache
 from opsin.core.backend import Backend, BackendLimits
 from opsin.core.errors import EngineClosed, OpsinError, QueueFull, again
 from opsin.core.model_info import ModelInfo
-from opsin.core.parts import Prompt
 from opsin.core.placement import Placement
+from opsin.core.prompt import Prompt
 from opsin.core.sampling import SamplingParams
 from opsin.core.stages import Stage
 from opsin.engine.clock import StageClock
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 PREPARE_WORKERS = 2
 COMPILE_WORKERS = 1
-PICTURE_BYTES = 512 * 2**20
+IMAGE_BYTES = 512 * 2**20
 """Embeddings kept in memory: about 200 images of a 7B LLaVA, in bytes."""
 
 
@@ -48,7 +48,7 @@ class Engine:
         open_backend: Callable[[], Backend],
         *,
         policy: Policy | None = None,
-        pictures: PictureCache | None = None,
+        images: EmbeddingCache | None = None,
         max_tokens: int = 1024,
         now: Callable[[], float] = time.perf_counter,
         wake: Wake = wake_readers,
@@ -62,8 +62,8 @@ class Engine:
         self._queued = 0
         self._lock = threading.Lock()
         self._wake = wake
-        self.pictures = pictures or PictureCache(PICTURE_BYTES)
-        self._loop = Loop(open_backend, self._policy, self.pictures, now, wake=wake, watch=watch)
+        self.images = images or EmbeddingCache(IMAGE_BYTES)
+        self._loop = Loop(open_backend, self._policy, self.images, now, wake=wake, watch=watch)
         self._backend = self._loop.start()
         self._loop.on_pixels_needed = self._prepare_pixels
         self._workers = ThreadPoolExecutor(PREPARE_WORKERS, thread_name_prefix="opsin-prepare")
@@ -106,7 +106,7 @@ class Engine:
         """Ask. Never blocks; the stream raises what goes wrong from here on.
 
         `load_ms` is the loading time to be shown in this answer's account, `queue_ms` how long it waited for its turn
-        before. Who loaded several pictures side by side
+        before. Who loaded several images side by side
         says with `waited_since`, a time of the engine's clock, when that began: the account goes back to then. Higher
         `priority` goes first. Requests of different `salt` share nothing that is remembered. `on_encoded` is called
         once when the images' pixels are not needed any more. Raises EngineClosed, EngineDied, or QueueFull.
@@ -126,9 +126,9 @@ class Engine:
         )
         clock = StageClock(self._now)
         clock.add(Stage.LOAD, load_ms)
-        for picture in prompt.pictures:
-            clock.add(Stage.FETCH, picture.fetch_ms)
-            clock.add(Stage.IMAGE_DECODE, picture.decode_ms)
+        for image in prompt.images:
+            clock.add(Stage.FETCH, image.fetch_ms)
+            clock.add(Stage.IMAGE_DECODE, image.decode_ms)
         clock.add(Stage.QUEUE, queue_ms)
         if waited_since is not None:
             clock.waited_since(waited_since)
@@ -185,7 +185,7 @@ class Engine:
         self._workers.shutdown(wait=True, cancel_futures=True)
         self._compilers.shutdown(wait=True, cancel_futures=True)
         self._loop.close()
-        self.pictures.close()
+        self.images.close()
 
     def __enter__(self) -> Self:
         return self

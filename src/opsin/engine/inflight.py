@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opsin.cache import salted
-from opsin.core.layout import ImageRun, Layout
+from opsin.core.tokens import ImageChunk, TokenizedPrompt
 
 
 @dataclass(slots=True)
@@ -59,10 +59,10 @@ class InFlightEncodes:
     def __contains__(self, identity: str) -> bool:
         return self._held[identity] > 0
 
-    def add(self, layout: Layout, salt: str) -> None:
+    def add(self, layout: TokenizedPrompt, salt: str) -> None:
         """The layout has pixels that will be encoded; until it is closed nobody else of its salt needs them."""
-        pixels = (run for run in layout.runs if isinstance(run, ImageRun) and not run.placeholder)
-        identities = tuple(salted(run.identity, salt) for run in pixels)
+        pixels = (chunk for chunk in layout.chunks if isinstance(chunk, ImageChunk) and not chunk.placeholder)
+        identities = tuple(salted(chunk.identity, salt) for chunk in pixels)
         if identities:
             with self._guard:
                 self._held.update(identities)

@@ -1,4 +1,4 @@
-"""The one thread that owns the backend: inbox, plan, run, process output; and what happens when it dies."""
+"""The one thread that owns the backend: inbox, plan, chunk, process output; and what happens when it dies."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
-from opsin.cache import PictureCache
+from opsin.cache import EmbeddingCache
 from opsin.core.answer import Finished
 from opsin.core.backend import Backend
 from opsin.core.errors import DecodeFailed, EngineClosed, EngineDied, EngineError, OpsinError, again
-from opsin.core.layout import ImageRun
 from opsin.core.stages import Stage
+from opsin.core.tokens import ImageChunk
 from opsin.engine.native_calls import Watch, unwatched
 from opsin.engine.output import OutputProcessor, check_deadline
 from opsin.engine.plan import Encode, KVOp, Plan, Step, Tokens, members_of
@@ -43,7 +43,7 @@ class Loop:
         self,
         open_backend: Callable[[], Backend],
         policy: Policy,
-        pictures: PictureCache,
+        images: EmbeddingCache,
         now: Callable[[], float] = time.perf_counter,
         *,
         wake: Wake = wake_readers,
@@ -51,7 +51,7 @@ class Loop:
     ) -> None:
         self._open_backend = open_backend
         self._policy = policy
-        self._pictures = pictures
+        self._images = images
         self._now = now
         self._wake = wake
         self._watch = watch
@@ -83,7 +83,7 @@ class Loop:
         self._inbox.put(None)
 
     def call(self, work: Callable[[Backend], T]) -> Future[T]:
-        """Run `work` on the engine's thread between two steps. Raises EngineClosed or EngineDied."""
+        """Chunk `work` on the engine's thread between two steps. Raises EngineClosed or EngineDied."""
         future: Future[T] = Future()
 
         def run() -> None:
@@ -99,7 +99,7 @@ class Loop:
         return future
 
     def close(self) -> None:
-        """Fail what still runs, free the backend, and wait for the thread; twice does no harm."""
+        """Fail what still chunks, free the backend, and wait for the thread; twice does no harm."""
         with self._lock:
             self._closing = True
         self._inbox.put(None)
@@ -145,8 +145,8 @@ class Loop:
             backend.close()
 
     def _attach(self, backend: Backend) -> None:
-        self.prepare = Preparer(backend, self._pictures, self._watch)
-        self._runner = Runner(backend, self._pictures, self._now, self._watch)
+        self.prepare = Preparer(backend, self._images, self._watch)
+        self._runner = Runner(backend, self._images, self._now, self._watch)
         self._scheduler = Scheduler(backend.limits, self._policy)
         self.stats = Stats(self._scheduler)
         self._outputs = OutputProcessor(
@@ -330,7 +330,7 @@ class Loop:
     @staticmethod
     def _drop_pixels(sequence: Sequence) -> None:
         """When all images are encoded nobody needs their pixels: with 12 megapixels each they fill the memory."""
-        pixels = any(isinstance(run, ImageRun) and not run.placeholder for run in sequence.layout.runs)
+        pixels = any(isinstance(chunk, ImageChunk) and not chunk.placeholder for chunk in sequence.layout.chunks)
         if pixels and not sequence.to_encode:
             sequence.drop_pixels()
 
@@ -361,12 +361,12 @@ class Loop:
 
     def _begin(self, sequence: Sequence) -> None:
         sequence.clock.switch(self._runner.rest)
-        coming = sequence.runs[sequence.run_index :]
-        known = sum(isinstance(run, ImageRun) and run.identity in sequence.embeddings for run in coming)
+        coming = sequence.chunks[sequence.chunk_index :]
+        known = sum(isinstance(chunk, ImageChunk) and chunk.identity in sequence.embeddings for chunk in coming)
         counts = self.stats.counts
         counts.prompt_tokens += sequence.layout.n_tokens
         counts.prefix_hits += sequence.cached
-        counts.picture_hits += known
+        counts.image_hits += known
         try:
             self._runner.begin(sequence)
         except OpsinError as error:

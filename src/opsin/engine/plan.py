@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from opsin.core.layout import ImageRun
+    from opsin.core.tokens import ImageChunk
     from opsin.engine.sequence import Sequence
 
 
@@ -31,14 +31,14 @@ class Fork:
 
 @dataclass(frozen=True, slots=True)
 class Encode:
-    """Run the vision encoder on the image chunk at the sequence's cursor, unless its embedding is known.
+    """Chunk the vision encoder on the image chunk at the sequence's cursor, unless its embedding is known.
 
     `beside` are chunks that the encoder can take in the same call, with the sequences that have them.
     """
 
     sequence: Sequence
-    run: ImageRun
-    beside: tuple[tuple[Sequence, ImageRun], ...] = ()
+    chunk: ImageChunk
+    beside: tuple[tuple[Sequence, ImageChunk], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class PrefillImage:
     """Decode embedding rows [start, stop) of the image chunk at the cursor; `last` asks for logits."""
 
     sequence: Sequence
-    run: ImageRun
+    chunk: ImageChunk
     start: int
     stop: int
     last: bool

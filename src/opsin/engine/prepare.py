@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from opsin.cache import PictureCache, salted
+from opsin.cache import EmbeddingCache, salted
 from opsin.core.answer import Started
 from opsin.core.backend import Backend, BackendLimits, Embedding
 from opsin.core.errors import ContextOverflow
-from opsin.core.layout import ImageRun, Layout, TextRun
-from opsin.core.parts import TextPart
+from opsin.core.prompt import TextPart
 from opsin.core.reasoning import ReasoningStyle
 from opsin.core.stages import Stage
+from opsin.core.tokens import ImageChunk, TextChunk, TokenizedPrompt
 from opsin.engine.clock import StageClock
 from opsin.engine.guard import Guard
 from opsin.engine.inflight import InFlightEncodes
@@ -22,9 +22,9 @@ from opsin.engine.text import AnswerText
 class Preparer:
     """Whatever a request needs before the engine's thread may see it. Any thread."""
 
-    def __init__(self, backend: Backend, pictures: PictureCache, watch: Watch = unwatched) -> None:
+    def __init__(self, backend: Backend, images: EmbeddingCache, watch: Watch = unwatched) -> None:
         self._backend = backend
-        self._pictures = pictures
+        self._images = images
         self._watch = watch
         self._in_flight = InFlightEncodes()
         self._tags: dict[ReasoningStyle, dict[int, bytes]] = {}
@@ -36,7 +36,7 @@ class Preparer:
             self._backend.check(request.params)
         embeddings: dict[str, Embedding] = {}
         # Whoever waits here gets a layout without pixels, and is served by the encode of the one that has them.
-        with self._in_flight.alone(picture.sha256 for picture in request.prompt.pictures):
+        with self._in_flight.alone(image.sha256 for image in request.prompt.images):
             if stream.done:
                 return None
             with clock.stage(Stage.PREPROCESS):
@@ -47,8 +47,8 @@ class Preparer:
         except BaseException:
             layout.close()
             raise
-        known = [run for run in layout.runs if isinstance(run, ImageRun) and run.identity in embeddings]
-        sequence.cached_images |= {run.picture for run in known}
+        known = [chunk for chunk in layout.chunks if isinstance(chunk, ImageChunk) and chunk.identity in embeddings]
+        sequence.cached_images |= {chunk.image for chunk in known}
         stream.deliver(Started(layout.images, layout.n_tokens))
         return sequence
 
@@ -62,17 +62,17 @@ class Preparer:
         style = sequence.request.prompt.reasoning
         return [] if style is None else self._tokens(style.closing)
 
-    def _layout(self, request: Request, embeddings: dict[str, Embedding]) -> Layout:
+    def _layout(self, request: Request, embeddings: dict[str, Embedding]) -> TokenizedPrompt:
         def known(identity: str) -> bool:
             name = salted(identity, request.salt)
-            embedding = self._pictures.get(name)
+            embedding = self._images.get(name)
             if embedding is not None:
                 embeddings[identity] = embedding
             return embedding is not None or identity in embeddings or name in self._in_flight
 
         prompt = request.prompt
-        with self._watch(tuple(picture.sha256 for picture in prompt.pictures)):
-            layout = self._backend.layout(prompt.parts, add_bos=prompt.add_bos, known=known)
+        with self._watch(tuple(image.sha256 for image in prompt.images)):
+            layout = self._backend.tokenize(prompt.parts, add_bos=prompt.add_bos, known=known)
         self._in_flight.add(layout, request.salt)
         return layout
 
@@ -100,30 +100,29 @@ class Preparer:
         return found
 
     def _tokens(self, text: str) -> list[int]:
-        layout = self._backend.layout([TextPart(text)], add_bos=False)
+        layout = self._backend.tokenize([TextPart(text)], add_bos=False)
         layout.close()
-        return [token for run in layout.runs if isinstance(run, TextRun) for token in run.tokens]
+        return [token for chunk in layout.chunks if isinstance(chunk, TextChunk) for token in chunk.tokens]
 
 
-def _check_fit(layout: Layout, limits: BackendLimits) -> None:
+def _check_fit(layout: TokenizedPrompt, limits: BackendLimits) -> None:
     """A prompt needs its cells and one more for the first new token; what attends both ways goes in one ubatch."""
     if layout.n_tokens == 0:
         raise ContextOverflow("The prompt is empty: ask a question.")
     if layout.n_tokens >= limits.n_ctx_seq:
         trained = limits.n_ctx_seq < limits.n_ctx
-        images = f", {layout.n_image_tokens} of them for pictures" if layout.n_image_tokens else ""
+        images = f", {layout.n_image_tokens} of them for images" if layout.n_image_tokens else ""
         raise ContextOverflow(
             f"The prompt takes {layout.n_tokens} tokens{images}, and "
             + (
-                f"this model was trained for {limits.n_ctx_seq} at most: shorten it, or give fewer or smaller pictures."
+                f"this model was trained for {limits.n_ctx_seq} at most: shorten it, or give fewer or smaller images."
                 if trained
-                else f"the context holds {limits.n_ctx}: "
-                "ask for a larger one (--ctx), or for fewer or smaller pictures."
+                else f"the context holds {limits.n_ctx}: ask for a larger one (--ctx), or for fewer or smaller images."
             )
         )
-    for run in layout.runs:
-        if isinstance(run, ImageRun) and not run.causal and run.n_tokens > limits.n_ubatch:
+    for chunk in layout.chunks:
+        if isinstance(chunk, ImageChunk) and not chunk.causal and chunk.n_tokens > limits.n_ubatch:
             raise ContextOverflow(
-                f"A picture takes {run.n_tokens} tokens that this model must read in one batch, and a batch holds "
-                f"{limits.n_ubatch}: give --ubatch {run.n_tokens} or more, or a smaller --image-max-tokens."
+                f"An image takes {chunk.n_tokens} tokens that this model must read in one batch, and a batch holds "
+                f"{limits.n_ubatch}: give --ubatch {chunk.n_tokens} or more, or a smaller --image-max-tokens."
             )

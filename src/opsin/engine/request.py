@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from opsin.core.answer import Answer, Event, Finished
 from opsin.core.errors import Cancelled, again
-from opsin.core.parts import Prompt
+from opsin.core.prompt import Prompt
 from opsin.core.sampling import SamplingParams
 
 MAX_UNREAD = 8192

@@ -9,13 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 
-from opsin.cache import PictureCache, salted
+from opsin.cache import EmbeddingCache, salted
 from opsin.core.answer import Progress, TokenLogprob
 from opsin.core.backend import Backend, EmbeddingRows, Sampler, TokenBatch
 from opsin.core.errors import DecodeFailed, OpsinError
-from opsin.core.layout import ImageRun
 from opsin.core.sampling import SamplingParams
 from opsin.core.stages import Stage
+from opsin.core.tokens import ImageChunk
 from opsin.engine.clock import GroupClock, Now
 from opsin.engine.native_calls import Watch, unwatched
 from opsin.engine.plan import Encode, Fork, KVOp, PrefillImage, Step, Tokens
@@ -36,10 +36,10 @@ class Runner:
     """
 
     def __init__(
-        self, backend: Backend, pictures: PictureCache, clock: Now = time.perf_counter, watch: Watch = unwatched
+        self, backend: Backend, images: EmbeddingCache, clock: Now = time.perf_counter, watch: Watch = unwatched
     ) -> None:
         self._backend = backend
-        self._pictures = pictures
+        self._images = images
         self._clock = clock
         self._watch = watch
         self.group = GroupClock(clock)
@@ -145,16 +145,16 @@ class Runner:
             sequence.clock.switch(stage, now)
 
     def _encode(self, step: Encode, between: Callable[[], None] | None) -> None:
-        sequence, run = step.sequence, step.run
-        embedding = self._pictures.in_memory(salted(run.identity, sequence.request.salt))
+        sequence, chunk = step.sequence, step.chunk
+        embedding = self._images.in_memory(salted(chunk.identity, sequence.request.salt))
         if embedding is not None:
-            sequence.embeddings[run.identity] = embedding
-            sequence.cached_images.add(run.picture)
+            sequence.embeddings[chunk.identity] = embedding
+            sequence.cached_images.add(chunk.image)
             return
-        if run.placeholder:
+        if chunk.placeholder:
             raise PixelsNeeded
-        sequence.stream.deliver(Progress(f"reading picture {run.picture + 1} of {len(sequence.layout.images)}"))
-        batch = [(sequence, run), *self._unknown(step)]
+        sequence.stream.deliver(Progress(f"reading image {chunk.image + 1} of {len(sequence.layout.images)}"))
+        batch = [(sequence, chunk), *self._unknown(step)]
         owners = list({id(owner): owner for owner, _ in batch}.values())
         self._begin_stage(owners, Stage.ENCODE, Stage.QUEUE)
         try:
@@ -162,27 +162,27 @@ class Runner:
                 if len(batch) > 1:
                     embeddings = self._backend.encode_many([chunk for _, chunk in batch])
                 else:
-                    embeddings = [self._backend.encode(run, between)]
+                    embeddings = [self._backend.encode(chunk, between)]
         finally:
             self._end_stage(owners)
         for (owner, chunk), embedding in zip(batch, embeddings, strict=True):
             self.encodes += 1
-            owner.encoded_images.add(chunk.picture)
+            owner.encoded_images.add(chunk.image)
             owner.embeddings[chunk.identity] = embedding
-            self._pictures.put(salted(chunk.identity, owner.request.salt), embedding)
+            self._images.put(salted(chunk.identity, owner.request.salt), embedding)
 
-    def _unknown(self, step: Encode) -> list[tuple[Sequence, ImageRun]]:
+    def _unknown(self, step: Encode) -> list[tuple[Sequence, ImageChunk]]:
         """Chunks beside that have pixels and are not known, each once.
 
         Since the plan was made an owner may have ended: closed chunks.
         """
-        seen = {salted(step.run.identity, step.sequence.request.salt)}
+        seen = {salted(step.chunk.identity, step.sequence.request.salt)}
         unknown = []
         for owner, chunk in step.beside:
             identity = salted(chunk.identity, owner.request.salt)
             if owner.state is State.DONE or owner.stream.done or chunk.placeholder or identity in seen:
                 continue
-            if self._pictures.in_memory(identity) is None:
+            if self._images.in_memory(identity) is None:
                 seen.add(identity)
                 unknown.append((owner, chunk))
         return unknown
@@ -193,12 +193,12 @@ class Runner:
         assert embedding is not None, "an image is encoded before it is prefilled"
         rows = EmbeddingRows(
             rows=embedding[step.start : step.stop],
-            positions=step.run.positions_at(sequence.n_pos, step.start, step.stop),
+            positions=step.chunk.positions_at(sequence.n_pos, step.start, step.stop),
             seq_id=sequence.seq_id,
             logits=step.last,
-            causal=step.run.causal,
+            causal=step.chunk.causal,
         )
-        images = (_sha256(sequence, step.run),)
+        images = (_sha256(sequence, step.chunk),)
         return self._decode(rows, [sequence], Stage.IMAGE_PREFILL, Stage.QUEUE, images)
 
     def _tokens(self, step: Tokens) -> bool:
@@ -261,8 +261,8 @@ def _rows(step: Step) -> list[tuple[Sequence, int]]:
     return rows
 
 
-def _sha256(sequence: Sequence, run: ImageRun) -> str:
-    return sequence.layout.images[run.picture].sha256
+def _sha256(sequence: Sequence, chunk: ImageChunk) -> str:
+    return sequence.layout.images[chunk.image].sha256
 
 
 def _params(sequence: Sequence) -> SamplingParams:

@@ -74,7 +74,7 @@ class Scheduler:
         self._steps.ran(step, now, seconds, silent=silent)
         if isinstance(step, PrefillImage):
             self._advance(step.sequence, step.stop - step.start)
-            if step.stop == step.run.n_tokens and not step.sequence.inside_image(step.run.picture):
+            if step.stop == step.chunk.n_tokens and not step.sequence.inside_image(step.chunk.image):
                 self._to_end_of_line(step.sequence)
         elif isinstance(step, Tokens):
             append = self.kv.cells.append

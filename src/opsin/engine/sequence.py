@@ -10,8 +10,8 @@ from opsin.cache.prefix import Prefix, cells_of, positions_of, unit_of, units_of
 from opsin.core.answer import Answer, Usage
 from opsin.core.backend import Embedding, Sampler
 from opsin.core.errors import OpsinError
-from opsin.core.layout import ImageRun, Layout, Run, TextRun
 from opsin.core.sampling import FinishReason
+from opsin.core.tokens import Chunk, ImageChunk, TextChunk, TokenizedPrompt
 from opsin.engine.clock import StageClock, timings
 from opsin.engine.request import AnswerStream, Request
 from opsin.engine.text import AnswerText
@@ -32,13 +32,13 @@ class State(enum.Enum):
 class Sequence:
     """The state of one request; changed by the engine's thread alone once it was handed over.
 
-    The prompt is read at a cursor: `run_index` names the run, `run_offset` the next token or row in it.
+    The prompt is read at a cursor: `chunk_index` names the chunk, `chunk_offset` the next token or row in it.
 
-        runs:      [ text 0 ........ ][ image 1 ........... ][ text 2 ... ]
+        chunks:      [ text 0 ........ ][ image 1 ........... ][ text 2 ... ]
         decoded:    ################   ######################  ###
-        cursor:                                    run_index=2, run_offset=3
+        cursor:                                    chunk_index=2, chunk_offset=3
 
-    `runs` are the layout's, and after a preemption the tokens answered so far as one more. `n_pos` is the next free
+    `chunks` are the layout's, and after a preemption the tokens answered so far as one more. `n_pos` is the next free
     position, `n_cells` the KV cells it sees (they differ under M-RoPE), `cached` those it got from a prefix.
     `last_token` was sampled and not yet decoded. `forced` are tokens to take instead of sampling. `prefix` is its entry
     in the KV cache manager, whose units grow with the cursor. `embeddings` are the known ones of its image chunks,
@@ -50,14 +50,14 @@ class Sequence:
     stream: AnswerStream
     clock: StageClock
     output: AnswerText
-    layout: Layout
+    layout: TokenizedPrompt
     embeddings: dict[str, Embedding] = field(default_factory=dict, repr=False)
-    runs: list[Run] = field(init=False)
+    chunks: list[Chunk] = field(init=False)
     prefix: Prefix = field(init=False)
     state: State = State.WAITING
     sampler: Sampler | None = None
-    run_index: int = 0
-    run_offset: int = 0
+    chunk_index: int = 0
+    chunk_offset: int = 0
     n_pos: int = 0
     n_cells: int = 0
     cached: int = 0
@@ -72,13 +72,13 @@ class Sequence:
     error: OpsinError | None = None
 
     def __post_init__(self) -> None:
-        self._read_runs()
+        self._read_chunks()
 
-    def _read_runs(self) -> None:
-        self.runs = [run for run in self.layout.runs if run.n_tokens]
+    def _read_chunks(self) -> None:
+        self.chunks = [chunk for chunk in self.layout.chunks if chunk.n_tokens]
         if self.output.tokens:
-            self.runs.append(TextRun(tuple(self.output.tokens)))
-        self.prefix = Prefix(units_of(self.runs, self.request.salt))
+            self.chunks.append(TextChunk(tuple(self.output.tokens)))
+        self.prefix = Prefix(units_of(self.chunks, self.request.salt))
 
     @property
     def seq_id(self) -> int:
@@ -86,72 +86,74 @@ class Sequence:
         return self.prefix.seq_id
 
     @property
-    def run(self) -> Run | None:
-        """The run at the cursor; None behind the last."""
-        return self.runs[self.run_index] if self.run_index < len(self.runs) else None
+    def chunk(self) -> Chunk | None:
+        """The chunk at the cursor; None behind the last."""
+        return self.chunks[self.chunk_index] if self.chunk_index < len(self.chunks) else None
 
     @property
     def at_image(self) -> bool:
-        """Whether the run at the cursor is an image chunk."""
-        return isinstance(self.run, ImageRun)
+        """Whether the chunk at the cursor is an image chunk."""
+        return isinstance(self.chunk, ImageChunk)
 
     @property
     def embedding(self) -> Embedding | None:
         """The embedding of the image chunk at the cursor, when it is known."""
-        run = self.run
-        return self.embeddings.get(run.identity) if isinstance(run, ImageRun) else None
+        chunk = self.chunk
+        return self.embeddings.get(chunk.identity) if isinstance(chunk, ImageChunk) else None
 
     @property
     def to_fill(self) -> int:
         """Cells that the rest of the prompt will take."""
-        return sum(run.n_tokens for run in self.runs[self.run_index :]) - self.run_offset
+        return sum(chunk.n_tokens for chunk in self.chunks[self.chunk_index :]) - self.chunk_offset
 
     @property
-    def to_encode(self) -> list[ImageRun]:
+    def to_encode(self) -> list[ImageChunk]:
         """Image chunks from the cursor on whose embeddings are not known."""
-        coming = self.runs[self.run_index :]
-        return [run for run in coming if isinstance(run, ImageRun) and run.identity not in self.embeddings]
+        coming = self.chunks[self.chunk_index :]
+        return [chunk for chunk in coming if isinstance(chunk, ImageChunk) and chunk.identity not in self.embeddings]
 
     def inside_image(self, image: int) -> bool:
         """Whether chunks of this image are still to come."""
-        return any(isinstance(run, ImageRun) and run.picture == image for run in self.runs[self.run_index :])
+        return any(isinstance(chunk, ImageChunk) and chunk.image == image for chunk in self.chunks[self.chunk_index :])
 
     def start(self) -> None:
         """Begin behind the units of the prompt that are in the KV cache already."""
         shared = self.prefix.units
         self.n_cells, self.n_pos = cells_of(shared), positions_of(shared)
-        self.run_index, self.run_offset = self._locate(self.n_cells)
+        self.chunk_index, self.chunk_offset = self._locate(self.n_cells)
         self.state = State.PREFILL
         if self.preemptions == 0:
             self.cached = self.n_cells
-            self.cached_images |= {run.picture for run in self.runs[: self.run_index] if isinstance(run, ImageRun)}
+            self.cached_images |= {
+                chunk.image for chunk in self.chunks[: self.chunk_index] if isinstance(chunk, ImageChunk)
+            }
 
     def _locate(self, cells: int) -> tuple[int, int]:
-        for index, run in enumerate(self.runs):
-            if cells < run.n_tokens:
+        for index, chunk in enumerate(self.chunks):
+            if cells < chunk.n_tokens:
                 return index, cells
-            cells -= run.n_tokens
+            cells -= chunk.n_tokens
         raise AssertionError("at least one unit of a prompt is decoded")
 
     def advance(self, tokens: int) -> None:
-        """`tokens` more of the run at the cursor were decoded."""
-        run = self.run
-        assert run is not None
-        before = self.run_offset
-        self.run_offset += tokens
+        """`tokens` more of the chunk at the cursor were decoded."""
+        chunk = self.chunk
+        assert chunk is not None
+        before = self.chunk_offset
+        self.chunk_offset += tokens
         self.n_cells += tokens
-        assert self.run_offset <= run.n_tokens, "the cursor left its run"
-        if isinstance(run, TextRun):
-            self.prefix.units.extend(run.tokens[before : self.run_offset])
+        assert self.chunk_offset <= chunk.n_tokens, "the cursor left its chunk"
+        if isinstance(chunk, TextChunk):
+            self.prefix.units.extend(chunk.tokens[before : self.chunk_offset])
             self.n_pos += tokens
-        if self.run_offset == run.n_tokens:
-            if isinstance(run, ImageRun):
+        if self.chunk_offset == chunk.n_tokens:
+            if isinstance(chunk, ImageChunk):
                 # One unit: an image counts when it is whole.
-                self.prefix.units.append(unit_of(run))
-                self.n_pos += run.n_pos
-            self.run_index += 1
-            self.run_offset = 0
-        if self.run is None:
+                self.prefix.units.append(unit_of(chunk))
+                self.n_pos += chunk.n_pos
+            self.chunk_index += 1
+            self.chunk_offset = 0
+        if self.chunk is None:
             self.state = State.DECODE
 
     def decoded(self) -> None:
@@ -163,16 +165,16 @@ class Sequence:
     def preempt(self) -> None:
         """Its cells are needed elsewhere: it waits again, with what it answered so far as a part of its prompt."""
         self.clock.leave()
-        self._read_runs()
-        self.run_index = self.run_offset = 0
+        self._read_chunks()
+        self.chunk_index = self.chunk_offset = 0
         self.state = State.WAITING
         self.preemptions += 1
 
-    def adopt(self, layout: Layout) -> None:
+    def adopt(self, layout: TokenizedPrompt) -> None:
         """Another layout of the same prompt takes the place of this one, which is closed; for one that waits."""
         self.layout.close()
         self.layout = layout
-        self._read_runs()
+        self._read_chunks()
 
     def drop_pixels(self) -> None:
         """All embeddings are known: neither the images nor what was preprocessed of them is needed any more."""

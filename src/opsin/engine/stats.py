@@ -16,7 +16,7 @@ class Snapshot:
     """Counts since the start, and what is so now; seconds and tokens.
 
     `prompt_tokens` are those of all prompts that were admitted, `prefix_hits` the part found in the KV cache. An image
-    chunk whose rows are to be decoded was either encoded for it (`encodes`) or remembered (`picture_hits`).
+    chunk whose rows are to be decoded was either encoded for it (`encodes`) or remembered (`image_hits`).
     """
 
     running: int = 0
@@ -30,7 +30,7 @@ class Snapshot:
     prompt_tokens: int = 0
     prefix_hits: int = 0
     generated_tokens: int = 0
-    picture_hits: int = 0
+    image_hits: int = 0
     encodes: int = 0
     encode_seconds: float = 0.0
     decode_steps: int = 0
@@ -62,7 +62,7 @@ class Stats:
         """`chunks` went through the vision encoder; none when the embedding turned out to be known."""
         self.counts.encodes += chunks
         self.counts.encode_seconds += seconds if chunks else 0.0
-        self.counts.picture_hits += not chunks
+        self.counts.image_hits += not chunks
 
     @property
     def snapshot(self) -> Snapshot:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence as Rows
 
 from opsin.core.backend import BackendLimits
-from opsin.core.layout import ImageRun, TextRun
+from opsin.core.tokens import ImageChunk, TextChunk
 from opsin.engine.plan import Encode, PrefillImage, Slice, Step, Tokens
 from opsin.engine.policy import Policy
 from opsin.engine.sequence import Sequence, State
@@ -93,14 +93,14 @@ class StepChooser:
         return Tokens(decoding) if decoding else None
 
     def _image(self, sequence: Sequence, running: Rows[Sequence], *, streaming: bool) -> Step:
-        run = sequence.run
-        assert isinstance(run, ImageRun)
+        chunk = sequence.chunk
+        assert isinstance(chunk, ImageChunk)
         if sequence.embedding is None:
-            return Encode(sequence, run, () if streaming else self._beside(sequence, run, running))
-        start = sequence.run_offset
-        stop = start + self._part(run.n_tokens - start, streaming=streaming) if run.causal else run.n_tokens
-        last = stop == run.n_tokens and sequence.run_index == len(sequence.runs) - 1
-        return PrefillImage(sequence, run, start, stop, last)
+            return Encode(sequence, chunk, () if streaming else self._beside(sequence, chunk, running))
+        start = sequence.chunk_offset
+        stop = start + self._part(chunk.n_tokens - start, streaming=streaming) if chunk.causal else chunk.n_tokens
+        last = stop == chunk.n_tokens and sequence.chunk_index == len(sequence.chunks) - 1
+        return PrefillImage(sequence, chunk, start, stop, last)
 
     def _tokens(self, decoding: tuple[Sequence, ...], texts: list[Sequence]) -> Tokens:
         """Everyone's next token, and text of prompts as far as the slice and the ubatch go."""
@@ -109,14 +109,14 @@ class StepChooser:
         return Tokens(decoding, tuple(parts))
 
     def _beside(
-        self, sequence: Sequence, run: ImageRun, running: Rows[Sequence]
-    ) -> tuple[tuple[Sequence, ImageRun], ...]:
+        self, sequence: Sequence, chunk: ImageChunk, running: Rows[Sequence]
+    ) -> tuple[tuple[Sequence, ImageChunk], ...]:
         """Chunks of equal size that are to be encoded soon; nobody may be streaming, as no turn comes in between."""
         if self._limits.encode_batch == 1:
             return ()
         others = (s for s in running if s is not sequence and s.state is State.PREFILL)
         coming = ((s, other) for s in (sequence, *others) for other in s.to_encode)
-        wanted = ((s, other) for s, other in coming if other is not run and other.n_tokens == run.n_tokens)
+        wanted = ((s, other) for s, other in coming if other is not chunk and other.n_tokens == chunk.n_tokens)
         return tuple(itertools.islice(wanted, self._limits.encode_batch - 1))
 
     def _part(self, rows: int, *, streaming: bool) -> int:
@@ -144,17 +144,17 @@ class StepChooser:
 
     @staticmethod
     def _slice(sequence: Sequence, budget: int) -> Slice:
-        run = sequence.run
-        assert isinstance(run, TextRun)
-        start = sequence.run_offset
-        tokens = run.tokens[start : start + budget]
-        last = start + len(tokens) == run.n_tokens and sequence.run_index == len(sequence.runs) - 1
+        chunk = sequence.chunk
+        assert isinstance(chunk, TextChunk)
+        start = sequence.chunk_offset
+        tokens = chunk.tokens[start : start + budget]
+        last = start + len(tokens) == chunk.n_tokens and sequence.chunk_index == len(sequence.chunks) - 1
         return Slice(sequence, tokens, last)
 
 
 def _shares(sequences: list[Sequence], budget: int) -> list[int]:
     """How many tokens each gets of a step: the first most, but half is for the others, so that none waits for it."""
-    wanted = [s.run.n_tokens - s.run_offset for s in sequences if s.run is not None]
+    wanted = [s.chunk.n_tokens - s.chunk_offset for s in sequences if s.chunk is not None]
     if not wanted:
         return []
     least = max(1, budget // (2 * len(wanted) - 2)) if len(wanted) > 1 else 0

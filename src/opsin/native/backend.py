@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 
 from opsin.core.errors import BadInput, BadParameter, DecodeFailed, EngineError, ModelNotFound, OpsinError
 from opsin.core.model_info import ModelInfo
-from opsin.core.parts import TextPart
+from opsin.core.prompt import TextPart
 from opsin.native import logs
 from opsin.native.constraint import Constraints
 from opsin.native.context import Context, token_logprob
 from opsin.native.model import Model
 from opsin.native.sampler import NativeSampler
 from opsin.native.threads import rest
-from opsin.native.tokenize import Stretches, lay_out, lay_out_text
+from opsin.native.tokenize import Stretches, tokenize_prompt, tokenize_text
 from opsin.native.vision import Encoder
 
 if TYPE_CHECKING:
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
     from opsin.core.answer import TokenLogprob
     from opsin.core.backend import Embedding, EmbeddingRows, Sample, TokenBatch
-    from opsin.core.layout import ImageRun, Layout
-    from opsin.core.parts import Part
     from opsin.core.placement import Placement
+    from opsin.core.prompt import Part
     from opsin.core.sampling import SamplingParams
     from opsin.core.settings import EngineSettings
+    from opsin.core.tokens import ImageChunk, TokenizedPrompt
 
 _Sampled: TypeAlias = "tuple[int, TokenLogprob | None] | OpsinError"
 
@@ -91,18 +91,20 @@ class NativeBackend:
                 self._readers -= 1
                 self._gate.notify_all()
 
-    def layout(self, parts: Sequence[Part], *, add_bos: bool, known: Callable[[str], bool] | None = None) -> Layout:
+    def tokenize(
+        self, parts: Sequence[Part], *, add_bos: bool, known: Callable[[str], bool] | None = None
+    ) -> TokenizedPrompt:
         texts = [part for part in parts if isinstance(part, TextPart)]
         with self._reading():
             if len(texts) == len(parts):
-                return lay_out_text(self._model, self._stretches, texts, add_bos=add_bos)
-            return lay_out(self._model, self._vision(), self._stretches, parts, add_bos=add_bos, known=known)
+                return tokenize_text(self._model, self._stretches, texts, add_bos=add_bos)
+            return tokenize_prompt(self._model, self._vision(), self._stretches, parts, add_bos=add_bos, known=known)
 
-    def encode(self, run: ImageRun, between: Callable[[], None] | None = None) -> Embedding:
+    def encode(self, run: ImageChunk, between: Callable[[], None] | None = None) -> Embedding:
         with self._alone():
             return self._vision().encode(run, between)
 
-    def encode_many(self, runs: Sequence[ImageRun]) -> list[Embedding]:
+    def encode_many(self, runs: Sequence[ImageChunk]) -> list[Embedding]:
         with self._alone():
             return self._vision().encode_many(runs)
 
@@ -173,7 +175,7 @@ class NativeBackend:
         rest(self._model.lib)
 
     def placement(self) -> Placement:
-        """Run one encode and one prefill of their own with the probe on, and say where they ran."""
+        """Chunk one encode and one prefill of their own with the probe on, and say where they ran."""
         from opsin.native.probe import probe_placement
 
         with self._alone():

@@ -139,7 +139,7 @@ class Context:
 
     def _check_embeddings(self, rows: EmbeddingRows) -> None:
         data, times, n_embd, n_pos = rows.rows, rows.positions[0], self.limits.n_embd, self._model.n_pos
-        whole = ": this model reads a picture whole, so give a smaller --image-max-tokens or a larger --ubatch"
+        whole = ": this model reads an image whole, so give a smaller --image-max-tokens or a larger --ubatch"
         self._check_count(len(data), "" if rows.causal else whole)
         sound = data.shape[1:] == (n_embd,) and data.dtype == np.float32 and data.flags.c_contiguous
         _require(sound, f"Embedding rows must be contiguous float32 [n, {n_embd}].")

@@ -144,7 +144,7 @@ class EvalHook:
     def observing(self, observer: Observer | None) -> Iterator[None]:
         """Let `observer` look while the one graph of the block runs; raises afterwards what it raised."""
         if self._running:  # a second graph would overwrite the first
-            raise EncodeFailed("The vision encoder is at work already: pictures are encoded one after another.")
+            raise EncodeFailed("The vision encoder is at work already: images are encoded one after another.")
         self._running, self._observer = True, observer
         try:
             yield

@@ -44,7 +44,7 @@ _CHANGES: tuple[dict[str, object], ...] = (
     _SMALLER,
     {**_SMALLER, "kv_type": "q8_0"},
     {**_SMALLER, "parallel": 1},
-    {**_SMALLER, "parallel": 1, "picture_cache_bytes": 0},
+    {**_SMALLER, "parallel": 1, "image_cache_bytes": 0},
     {**_SMALLER, "parallel": 1, "mmproj_device": "none", "device": "none"},
 )
 
@@ -251,7 +251,7 @@ class MemoryPlanner:
         if projector is not None:
             add(self._vision_device, "vision_weights", projector.bytes)
             add(self._vision_device, "vision_compute", _vision_compute(projector, flash=self._vision_flash))
-            add(HOST, "images", settings.picture_cache_bytes)
+            add(HOST, "images", settings.image_cache_bytes)
         add(HOST, "rest", self._rest(plan))
         return {device: Needs(**parts) for device, parts in found.items()}
 

@@ -13,14 +13,14 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from opsin.core.backend import TokenBatch
-from opsin.core.layout import ImageRun
-from opsin.core.parts import PicturePart
 from opsin.core.placement import BackendShare, Placement
+from opsin.core.prompt import ImagePart
+from opsin.core.tokens import ImageChunk
 from opsin.native.context import Context
 from opsin.native.devices import devices
 from opsin.native.ggml import EvalHook, Tensor, op_names
-from opsin.native.tokenize import lay_out
-from opsin.native.trial import drawn_picture
+from opsin.native.tokenize import tokenize_prompt
+from opsin.native.trial import drawn_image
 
 if TYPE_CHECKING:
     from opsin.core.settings import EngineSettings
@@ -112,9 +112,9 @@ def probe_placement(model: Model, encoder: Encoder | None, stretches: Stretches,
         notes.append("An accelerator writes into host memory: some products shown as CPU may be its own.")
     if encoder is not None:
         counter = NodeCounter(model.lib)
-        layout = lay_out(model, encoder, stretches, [PicturePart(drawn_picture())], add_bos=False)
+        layout = tokenize_prompt(model, encoder, stretches, [ImagePart(drawn_image())], add_bos=False)
         try:
-            encoder.observed(next(run for run in layout.runs if isinstance(run, ImageRun)), counter)
+            encoder.observed(next(run for run in layout.chunks if isinstance(run, ImageChunk)), counter)
         finally:
             layout.close()
         encoded = counter.shares()

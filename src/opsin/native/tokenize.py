@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 
 from opsin.core.answer import ImageInfo
-from opsin.core.errors import BadInput, BadPicture, EncodeFailed, NativeMismatch
-from opsin.core.layout import ImageRun, Layout, Run, TextRun
-from opsin.core.parts import PicturePart, TextPart
+from opsin.core.errors import BadImage, BadInput, EncodeFailed, NativeMismatch
+from opsin.core.prompt import ImagePart, TextPart
+from opsin.core.tokens import Chunk, ImageChunk, TextChunk, TokenizedPrompt
 from opsin.native import logs
 from opsin.native.abi import MEND
 from opsin.native.handles import Owned
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from opsin.core.parts import Part
-    from opsin.core.picture import Picture
+    from opsin.core.image import Image
+    from opsin.core.prompt import Part
     from opsin.native.model import Model
     from opsin.native.vision import Encoder
 
@@ -95,19 +95,19 @@ class ChunkHandle:
     def pointer(self) -> int:
         """The native chunk. Raises EncodeFailed after its layout was closed."""
         if self.owner.closed:
-            raise EncodeFailed("The layout of this picture was closed before it was encoded.")
+            raise EncodeFailed("The layout of this image was closed before it was encoded.")
         return self.address
 
 
-def lay_out_text(model: Model, stretches: Stretches, parts: Sequence[TextPart], *, add_bos: bool) -> Layout:
+def tokenize_text(model: Model, stretches: Stretches, parts: Sequence[TextPart], *, add_bos: bool) -> TokenizedPrompt:
     """The layout of a prompt without images."""
     tokens = list(model.begin if add_bos else ())
     for text, special in stretches.pieces(parts):
         tokens.extend(model.tokenize(text, special=special))
-    return Layout((TextRun(tuple(tokens)),) if tokens else (), ())
+    return TokenizedPrompt((TextChunk(tuple(tokens)),) if tokens else (), ())
 
 
-def lay_out(
+def tokenize_prompt(
     model: Model,
     encoder: Encoder,
     stretches: Stretches,
@@ -115,48 +115,50 @@ def lay_out(
     *,
     add_bos: bool,
     known: Callable[[str], bool] | None = None,
-) -> Layout:
+) -> TokenizedPrompt:
     """The layout of a prompt with images; those whose identities are all `known` stay placeholders without pixels.
 
-    mtmd lays placeholders out in no time, with the same tokens and identities. Raises BadPicture, BadInput.
+    mtmd lays placeholders out in no time, with the same tokens and identities. Raises BadImage, BadInput.
     """
     prompt = _Prompt(encoder, model.begin if add_bos else ())
     for is_text, group in groupby(parts, lambda part: isinstance(part, TextPart)):
         if is_text:
             prompt.inputs += stretches.pieces(cast("list[TextPart]", list(group)))
         else:
-            prompt.inputs += [_checked(cast("PicturePart", part).picture) for part in group]
-    everything = frozenset(range(len(prompt.pictures)))
-    layout = prompt.lay_out(everything)
-    unknown = {run.picture for run in layout.runs if isinstance(run, ImageRun) and not (known and known(run.identity))}
+            prompt.inputs += [_checked(cast("ImagePart", part).image) for part in group]
+    everything = frozenset(range(len(prompt.images)))
+    layout = prompt.tokenize_prompt(everything)
+    unknown = {
+        run.image for run in layout.chunks if isinstance(run, ImageChunk) and not (known and known(run.identity))
+    }
     if not unknown:
         return layout
     layout.close()
-    return prompt.lay_out(everything - unknown)
+    return prompt.tokenize_prompt(everything - unknown)
 
 
-def _checked(picture: Picture) -> Picture:
+def _checked(image: Image) -> Image:
     # mtmd copies so many bytes, whatever is there.
-    if len(picture.rgb) != picture.width * picture.height * 3 or not picture.rgb:
-        raise BadPicture(
-            f"A picture of {picture.width}x{picture.height} pixels came with {len(picture.rgb)} bytes of RGB: "
+    if len(image.rgb) != image.width * image.height * 3 or not image.rgb:
+        raise BadImage(
+            f"An image of {image.width}x{image.height} pixels came with {len(image.rgb)} bytes of RGB: "
             "it needs three a pixel."
         )
-    return picture
+    return image
 
 
 class _Prompt:
     """What mtmd is given, texts (with whether they are special) and images, and the chunks that it makes of it."""
 
     def __init__(self, encoder: Encoder, begin: tuple[int, ...]) -> None:
-        self.inputs: list[tuple[str, bool] | Picture] = []
+        self.inputs: list[tuple[str, bool] | Image] = []
         self._encoder, self._begin, self._mtmd = encoder, begin, encoder.lib.mtmd
 
     @property
-    def pictures(self) -> list[Picture]:
+    def images(self) -> list[Image]:
         return [given for given in self.inputs if not isinstance(given, tuple)]
 
-    def lay_out(self, placeholders: AbstractSet[int]) -> Layout:
+    def tokenize_prompt(self, placeholders: AbstractSet[int]) -> TokenizedPrompt:
         """The layout, in which the images with these numbers have no pixels."""
         owned = Owned("layout", self._mtmd.mtmd_input_chunks_init(), self._mtmd.mtmd_input_chunks_free)
         try:
@@ -165,9 +167,9 @@ class _Prompt:
         except BaseException:
             owned.close()
             raise
-        images = [run for run in runs if isinstance(run, ImageRun)]
-        infos = (_info(one, [run for run in images if run.picture == at]) for at, one in enumerate(self.pictures))
-        return Layout(tuple(runs), tuple(infos), owned)
+        images = [run for run in runs if isinstance(run, ImageChunk)]
+        infos = (_info(one, [run for run in images if run.image == at]) for at, one in enumerate(self.images))
+        return TokenizedPrompt(tuple(runs), tuple(infos), owned)
 
     def _tokenize(self, chunks: int, placeholders: AbstractSet[int]) -> None:
         mtmd, parts, numbers = self._mtmd, [], count()
@@ -192,13 +194,13 @@ class _Prompt:
             mark = logs.SINK.mark()
             code = mtmd.mtmd_tokenize_from_parts(self._encoder.pointer, chunks, pointers, len(parts), False)
         if code != 0:
-            raise BadPicture(
-                f"The model's preprocessing refuses a picture ({logs.SINK.cause(mark, most=1) or f'code {code}'}): "
+            raise BadImage(
+                f"The model's preprocessing refuses an image ({logs.SINK.cause(mark, most=1) or f'code {code}'}): "
                 "give one that is less narrow or less small."
             )
 
-    def _runs(self, owned: Owned, placeholders: AbstractSet[int]) -> list[Run]:
-        mtmd, runs, tokens, seen = self._mtmd, list[Run](), list(self._begin), Counter[int]()
+    def _runs(self, owned: Owned, placeholders: AbstractSet[int]) -> list[Chunk]:
+        mtmd, runs, tokens, seen = self._mtmd, list[Chunk](), list(self._begin), Counter[int]()
         for at in range(mtmd.mtmd_input_chunks_size(owned.pointer)):
             chunk = mtmd.mtmd_input_chunks_get(owned.pointer, at)
             kind = mtmd.mtmd_input_chunk_get_type(chunk)
@@ -208,24 +210,24 @@ class _Prompt:
                 tokens += data[: size.value]
                 continue
             if kind != _IMAGE:
-                raise BadInput("The model made sound of a picture: Opsin reads pictures only.")
+                raise BadInput("The model made sound of an image: Opsin reads images only.")
             if tokens:
-                runs.append(TextRun(tuple(tokens)))
+                runs.append(TextChunk(tuple(tokens)))
                 tokens.clear()
             number = int(mtmd.mtmd_input_chunk_get_id(chunk))
             run = self._image_run(owned, chunk, number, seen[number])
             runs.append(replace(run, placeholder=number in placeholders))
             seen[number] += 1
-        return [*runs, TextRun(tuple(tokens))] if tokens else runs
+        return [*runs, TextChunk(tuple(tokens))] if tokens else runs
 
-    def _image_run(self, owned: Owned, chunk: int, number: int, index: int) -> ImageRun:
+    def _image_run(self, owned: Owned, chunk: int, number: int, index: int) -> ImageChunk:
         mtmd, encoder, meta = self._mtmd, self._encoder, _read_meta(self._mtmd, chunk)
         n_tokens = mtmd.mtmd_input_chunk_get_n_tokens(chunk)
         positions = _positions(mtmd, chunk, n_tokens, 0) if encoder.mrope else None
-        name = (self.pictures[number].sha256, index, encoder.fingerprint, encoder.preprocessing, *meta)
-        return ImageRun(
+        name = (self.images[number].sha256, index, encoder.fingerprint, encoder.preprocessing, *meta)
+        return ImageChunk(
             identity=hashlib.sha256(repr(name).encode()).hexdigest(),
-            picture=number,
+            image=number,
             n_tokens=n_tokens,
             n_pos=mtmd.mtmd_input_chunk_get_n_pos(chunk),
             causal=not mtmd.mtmd_decode_use_non_causal(encoder.pointer, chunk),
@@ -243,18 +245,18 @@ def _positions(mtmd: Any, chunk: int, n_tokens: int, first: int) -> NDArray[np.i
     return np.ascontiguousarray(fields[:, [0, 2, 1, 3]].astype(np.int32))
 
 
-def _info(picture: Picture, runs: list[ImageRun]) -> ImageInfo:
+def _info(image: Image, runs: list[ImageChunk]) -> ImageInfo:
     sizes = [size for run in runs for size in run.handle.meta.sizes]
     width, height = sizes[0] if sizes else (0, 0)
     return ImageInfo(
-        sha256=picture.sha256,
-        width=picture.width,
-        height=picture.height,
+        sha256=image.sha256,
+        width=image.width,
+        height=image.height,
         resized_width=width,
         resized_height=height,
         tokens=sum(run.n_tokens for run in runs),
         tiles=len(sizes),
-        orientation=picture.orientation,
+        orientation=image.orientation,
     )
 
 
@@ -266,7 +268,7 @@ def _read_meta(mtmd: Any, chunk: int) -> ChunkMeta:
     try:
         return parse_meta(buffer.raw)
     except (struct.error, ValueError) as error:
-        raise NativeMismatch(f"mtmd describes a picture's chunk in a format Opsin does not know: {MEND}.") from error
+        raise NativeMismatch(f"mtmd describes an image's chunk in a format Opsin does not know: {MEND}.") from error
 
 
 def parse_meta(data: bytes) -> ChunkMeta:

@@ -21,16 +21,16 @@ import numpy as np
 
 from opsin.core.backend import EmbeddingRows, TokenBatch
 from opsin.core.errors import ModelError, ModelUnreadable, OpsinError
-from opsin.core.layout import ImageRun
-from opsin.core.parts import PicturePart, TextPart
-from opsin.core.picture import Picture
+from opsin.core.image import Image
+from opsin.core.prompt import ImagePart, TextPart
 from opsin.core.settings import EngineSettings
+from opsin.core.tokens import ImageChunk
 from opsin.native import logs
 from opsin.native.context import Context
 from opsin.native.devices import devices
 from opsin.native.model import Model
 from opsin.native.records import fingerprint, keep_record, read_record, record_file
-from opsin.native.tokenize import Stretches, lay_out, lay_out_text
+from opsin.native.tokenize import Stretches, tokenize_prompt, tokenize_text
 from opsin.native.vision import Encoder
 
 Stage = Literal["start", "load", "projector", "encode", "prefill", "decode"]
@@ -162,23 +162,25 @@ def _run(llm: Path, mmproj: Path | None, settings: EngineSettings, *, brief: boo
     logs.show(True)
     model = Model(llm, settings)
     stretches, text = Stretches(model), TextPart("What is this?", special=False)
-    layout, embeddings = lay_out_text(model, stretches, [text], add_bos=True), {}
+    layout, embeddings = tokenize_text(model, stretches, [text], add_bos=True), {}
     if mmproj is not None:
         _begin("projector")
         encoder = Encoder(model, mmproj, settings)
         _begin("encode")
-        whole = lay_out(model, encoder, stretches, [PicturePart(drawn_picture()), text], add_bos=True)
-        embeddings = {index: encoder.encode(run) for index, run in enumerate(whole.runs) if isinstance(run, ImageRun)}
+        whole = tokenize_prompt(model, encoder, stretches, [ImagePart(drawn_image()), text], add_bos=True)
+        embeddings = {
+            index: encoder.encode(run) for index, run in enumerate(whole.chunks) if isinstance(run, ImageChunk)
+        }
         layout, other = (layout, whole) if brief else (whole, layout)
         other.close()
-    largest = max((run.n_tokens for run in layout.runs if isinstance(run, ImageRun)), default=0)
+    largest = max((run.n_tokens for run in layout.chunks if isinstance(run, ImageChunk)), default=0)
     small = settings.model_copy(update={"parallel": 1, "ubatch": max(settings.ubatch, largest)})
     context = Context(model, small, ctx=-(-(layout.n_tokens + _ROOM_TOKENS) // 256) * 256)
     _begin("prefill")
     pos = 0
-    for index, run in enumerate(layout.runs):
-        last = index == len(layout.runs) - 1
-        if isinstance(run, ImageRun):
+    for index, run in enumerate(layout.chunks):
+        last = index == len(layout.chunks) - 1
+        if isinstance(run, ImageChunk):
             positions = run.positions_at(pos, 0, run.n_tokens)
             context.decode(EmbeddingRows(embeddings[index], positions, 0, logits=last, causal=run.causal))
         else:
@@ -195,7 +197,7 @@ def _run(llm: Path, mmproj: Path | None, settings: EngineSettings, *, brief: boo
     model.close()
 
 
-def drawn_picture() -> Picture:
+def drawn_image() -> Image:
     """Stripes, always the same."""
     rgb = bytes(range(256)) * (3 * _EDGE**2 // 256)
-    return Picture(rgb, _EDGE, _EDGE, hashlib.sha256(rgb).hexdigest(), "PNG", _EDGE, _EDGE)
+    return Image(rgb, _EDGE, _EDGE, hashlib.sha256(rgb).hexdigest(), "PNG", _EDGE, _EDGE)

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from opsin.core.backend import Embedding
-    from opsin.core.layout import ImageRun
     from opsin.core.settings import EngineSettings
+    from opsin.core.tokens import ImageChunk
     from opsin.native.ggml import Observer
     from opsin.native.model import Model
 
@@ -85,7 +85,7 @@ class Encoder:
         handle = Owned("vision encoder", pointer, self.lib.mtmd.mtmd_free, self._model.handle)
         if not self.lib.mtmd.mtmd_support_vision(pointer):
             handle.close()
-            raise PairMismatch(f"{self.path.name} has no vision encoder: use a projector for pictures.")
+            raise PairMismatch(f"{self.path.name} has no vision encoder: use a projector for images.")
         return handle
 
     @property
@@ -93,11 +93,11 @@ class Encoder:
         """The native mtmd context."""
         return self.handle.pointer
 
-    def encode(self, run: ImageRun, between: Callable[[], None] | None = None) -> Embedding:
+    def encode(self, run: ImageChunk, between: Callable[[], None] | None = None) -> Embedding:
         """float32 [n_tokens, n_embd] of one chunk, owned by the caller; see `Backend.encode`."""
         return self.observed(run, EncodeSteps(self.lib, between) if between is not None else None)
 
-    def observed(self, run: ImageRun, observer: Observer | None) -> Embedding:
+    def observed(self, run: ImageChunk, observer: Observer | None) -> Embedding:
         """Encode while `observer` looks at the nodes; what it raises is raised here and the embedding is lost."""
         chunk, mark = run.handle.pointer, logs.SINK.mark()
         with self._hook.observing(observer):
@@ -105,19 +105,19 @@ class Encoder:
         _require(code == 0, f"returned {code} ({logs.SINK.cause(mark)})")
         return self._copy(self.lib.mtmd.mtmd_get_output_embd(self.pointer), run.n_tokens)
 
-    def encode_many(self, runs: Sequence[ImageRun]) -> list[Embedding]:
+    def encode_many(self, runs: Sequence[ImageChunk]) -> list[Embedding]:
         """Embeddings of several chunks, several at once where the family can; the same order."""
         done: list[Embedding] = []
         while len(done) < len(runs):
             done += self._encode_some(runs[len(done) :])
         return done
 
-    def _encode_some(self, runs: Sequence[ImageRun]) -> list[Embedding]:
+    def _encode_some(self, runs: Sequence[ImageChunk]) -> list[Embedding]:
         """Embeddings of as many of the first chunks as share a batch; mtmd compares token counts, not pixel sizes."""
         mtmd, sizes, mark = self.lib.mtmd, runs[0].handle.meta.sizes, logs.SINK.mark()
         batch = mtmd.mtmd_batch_init(self.pointer)
         try:
-            group: list[ImageRun] = []
+            group: list[ImageChunk] = []
             for run in takewhile(lambda run: run.handle.meta.sizes == sizes, runs):
                 code = mtmd.mtmd_batch_add_chunk(batch, run.handle.pointer)
                 if code in _BATCH_FULL:
@@ -143,7 +143,7 @@ class Encoder:
 
 def _require(holds: bool, otherwise: str) -> None:
     if not holds:
-        raise EncodeFailed(f"The vision encoder {otherwise}: try another picture or --mmproj-device none.")
+        raise EncodeFailed(f"The vision encoder {otherwise}: try another image or --mmproj-device none.")
 
 
 def _device(settings: EngineSettings, lib: Any) -> int | None:

@@ -10,8 +10,8 @@ from itertools import groupby
 from typing import Any, Literal, get_args
 
 from opsin.core.errors import BadPrompt
-from opsin.core.parts import Part, Prompt, TextPart
-from opsin.core.picture import Picture
+from opsin.core.image import Image
+from opsin.core.prompt import Part, Prompt, TextPart
 from opsin.core.reasoning import ReasoningStyle
 from opsin.prompt.builtin import SHIPPED, choose
 from opsin.prompt.placeholders import ControlTokens, Placeholders
@@ -19,7 +19,7 @@ from opsin.prompt.template import ChatTemplate, TemplateSource
 from opsin.prompt.trial import check_template
 
 Role = Literal["system", "user", "assistant", "tool"]
-Content = str | Picture
+Content = str | Image
 
 _ROLES: tuple[str, ...] = get_args(Role)
 _SWITCHES = ("enable_thinking", "thinking")  # the second is Kimi's and DeepSeek's
@@ -55,8 +55,8 @@ class Message:
     def __post_init__(self) -> None:
         if self.role not in _ROLES:
             raise BadPrompt(f"A message's role is {self.role!r}: use one of {', '.join(_ROLES)}.")
-        if not isinstance(self.content, Sequence) or not all(isinstance(part, str | Picture) for part in self.parts):
-            raise BadPrompt("A message's content is neither a text nor a list of texts and pictures.")
+        if not isinstance(self.content, Sequence) or not all(isinstance(part, str | Image) for part in self.parts):
+            raise BadPrompt("A message's content is neither a text nor a list of texts and images.")
 
     @property
     def parts(self) -> tuple[Content, ...]:
@@ -75,7 +75,7 @@ class PromptBuilder:
         text, self._glue = source.template or "", ""
         if not text.strip():
             built_in = choose(source)
-            text, self._glue = built_in.template, built_in.picture_glue
+            text, self._glue = built_in.template, built_in.image_glue
         elif hashlib.sha256(text.encode("utf-8", "replace")).hexdigest() not in SHIPPED:
             check_template(text, bos_token=source.bos_token, eos_token=source.eos_token)
         self._template = ChatTemplate(text, bos_token=source.bos_token, eos_token=source.eos_token)
@@ -149,14 +149,14 @@ class PromptBuilder:
         """The message as the template wants it: strings, or lists of typed parts where images need them."""
         parts, thoughts = self._split_thoughts(message)
         texts = [
-            placeholders.place(part) if isinstance(part, Picture) else placeholders.protect(part)
+            placeholders.place(part) if isinstance(part, Image) else placeholders.protect(part)
             for part in _merge(parts)
         ]
         abilities = self._template.abilities
         as_list = not abilities.strings
         if message.role == "system" and abilities.system is not None:
             as_list = abilities.system == "list"
-        if abilities.lists and any(isinstance(part, Picture) for part in parts):
+        if abilities.lists and any(isinstance(part, Image) for part in parts):
             as_list = True
         content = [{"type": "text", "text": text} for text in texts] if as_list else self._glue.join(texts)
         optional = {
@@ -201,8 +201,8 @@ def find_style(source: TemplateSource, template: str) -> ReasoningStyle | None:
 
 def _merge(parts: Sequence[Content]) -> Iterator[Content]:
     """Join neighbouring texts with a line break, so that two of them cannot form a control token."""
-    for is_picture, group in groupby(parts, lambda part: isinstance(part, Picture)):
-        if is_picture:
+    for is_image, group in groupby(parts, lambda part: isinstance(part, Image)):
+        if is_image:
             yield from group
         else:
             yield "\n".join(str(text) for text in group)

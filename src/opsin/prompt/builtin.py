@@ -9,11 +9,11 @@ from opsin.prompt.template import TemplateSource
 
 @dataclass(frozen=True, slots=True)
 class BuiltIn:
-    """A template, and what separates a picture from the text beside it (LLaVA was trained with a line break)."""
+    """A template, and what separates an image from the text beside it (LLaVA was trained with a line break)."""
 
     name: str
     template: str
-    picture_glue: str = ""
+    image_glue: str = ""
 
 
 # What LLaVA-1.5 was trained with (haotian-liu/LLaVA, llava/conversation.py, conv_llava_v1).

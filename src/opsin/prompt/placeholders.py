@@ -13,13 +13,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from opsin.core.errors import BadPrompt
-from opsin.core.parts import Part, PicturePart, TextPart
-from opsin.core.picture import Picture
+from opsin.core.image import Image
+from opsin.core.prompt import ImagePart, Part, TextPart
 
 _STEM_DIGITS = 32
 _INDEX_DIGITS = 6
 _CUT_APART = (
-    "The model's chat template cuts texts apart, so that pictures cannot be placed: use another file of this model."
+    "The model's chat template cuts texts apart, so that images cannot be placed: use another file of this model."
 )
 
 
@@ -53,13 +53,13 @@ class Placeholders:
     def __init__(self, tokens: ControlTokens) -> None:
         self._stem = "".join(secrets.choice("123456789") for _ in range(_STEM_DIGITS))
         self._tokens = tokens
-        self._originals: list[str | Picture] = []
+        self._originals: list[str | Image] = []
         self._tokens_seen: dict[str, str] = {}
 
-    def place(self, original: str | Picture) -> str:
+    def place(self, original: str | Image) -> str:
         """A new placeholder; images must come in the order of the conversation."""
         if len(self._originals) >= 10**_INDEX_DIGITS:
-            raise BadPrompt(f"The conversation has more than {10**_INDEX_DIGITS:,} pictures and control tokens.")
+            raise BadPrompt(f"The conversation has more than {10**_INDEX_DIGITS:,} images and control tokens.")
         self._originals.append(original)
         return f"{self._stem}{len(self._originals) - 1:0{_INDEX_DIGITS}d}"
 
@@ -96,17 +96,17 @@ class Placeholders:
             if isinstance(original, str):
                 _add_text(parts, original, special=False)
             else:
-                parts.append(PicturePart(original))
+                parts.append(ImagePart(original))
                 found.append(int(piece))
-        wanted = [index for index, original in enumerate(self._originals) if isinstance(original, Picture)]
+        wanted = [index for index, original in enumerate(self._originals) if isinstance(original, Image)]
         for number, index in enumerate(wanted, 1):
             if index not in found:
                 raise BadPrompt(
-                    f"The model's chat template leaves out picture {number} of {len(wanted)}: put pictures into a "
+                    f"The model's chat template leaves out image {number} of {len(wanted)}: put images into a "
                     "user's message."
                 )
         if found != wanted:
-            raise BadPrompt("The model's chat template does not keep each picture once and in order: ask about one.")
+            raise BadPrompt("The model's chat template does not keep each image once and in order: ask about one.")
         return tuple(parts)
 
 

@@ -51,7 +51,7 @@ def _fields(stats: RequestStats) -> dict[str, Any]:
         "refused": stats.refused,
         "model": _short(stats.model),
         "streamed": stats.streamed,
-        "pictures": stats.pictures,
+        "images": stats.images,
         "prompt_tokens": max((usage.prompt_tokens for usage in usages), default=0),
         "cached_tokens": max((usage.cached_tokens for usage in usages), default=0),
         "completion_tokens": sum(usage.completion_tokens for usage in usages),

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import httpx
 
 from opsin.core.errors import BadParameter, FetchFailed
-from opsin.media.fetch import Resolver, system_addresses
+from opsin.images.fetch import Resolver, system_addresses
 
 _WEB_PORTS = frozenset((80, 443))
 _UNICAST_6 = ipaddress.IPv6Network("2000::/3")
@@ -46,7 +46,7 @@ def is_public(address: str) -> bool:
 
 
 class AddressPolicy:
-    """Says which addresses of a host and port may be connected to; see `opsin.media.fetch.Resolver`.
+    """Says which addresses of a host and port may be connected to; see `opsin.images.fetch.Resolver`.
 
     `hosts` are names like `example.org`, `example.org:8443` or `*.example.org` (its subdomains); without any, every
     public host is allowed. Ports other than 80 and 443 must be named. A name never makes an address public. `lookup`

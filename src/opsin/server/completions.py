@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from opsin.core.answer import Answer, Finished, TextDelta, TokenLogprob
-from opsin.core.parts import Prompt, TextPart
+from opsin.core.prompt import Prompt, TextPart
 from opsin.server.context import Context
 from opsin.server.errors import BadField, at_most
 from opsin.server.exchange import Exchange, Job

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from opsin.core.server_settings import ServerSettings
 from opsin.server.fair_queue import FairQueue
+from opsin.server.images import ImageLoader
 from opsin.server.model import ModelManager
-from opsin.server.pictures import PictureGate
 from opsin.server.request_stats import RequestStats, Watcher
 
 
@@ -17,7 +17,7 @@ class Context:
 
     settings: ServerSettings
     model: ModelManager
-    pictures: PictureGate
+    images: ImageLoader
     watchers: tuple[Watcher, ...] = ()
     queue: FairQueue = field(init=False)
 

@@ -11,9 +11,9 @@ import sys
 import threading
 from typing import Any
 
-from opsin.core.errors import BadPicture, OpsinError
-from opsin.core.picture import Picture
-from opsin.core.settings import MediaSettings
+from opsin.core.errors import BadImage, OpsinError
+from opsin.core.image import Image
+from opsin.core.settings import ImageSettings
 from opsin.worker import Channel, Pixels, portable, share, signal_name, start_process
 
 LOW_EDGE = 512
@@ -26,19 +26,19 @@ _START = "import sys; sys.path[:] = filter(None, sys.path); from opsin.server.de
 class Decoder:
     """Decodes in the calling thread; for tests, and inside the processes of `DecoderPool`."""
 
-    def measure(self, data: bytes, limits: MediaSettings) -> int:
-        """How many pixels the file has, from its head alone. Raises BadPicture and its kinds."""
-        from opsin.media import OpenPicture
+    def measure(self, data: bytes, limits: ImageSettings) -> int:
+        """How many pixels the file has, from its head alone. Raises BadImage and its kinds."""
+        from opsin.images import OpenImage
 
-        file = OpenPicture(data, limits)
+        file = OpenImage(data, limits)
         return file.width * file.height
 
-    def decode(self, data: bytes, limits: MediaSettings, detail: str | None) -> Picture:
-        """The image, in memory that a worker can map, shrunk when `detail` is low. Raises BadPicture and its kinds."""
-        from opsin.media import load_picture
+    def decode(self, data: bytes, limits: ImageSettings, detail: str | None) -> Image:
+        """The image, in memory that a worker can map, shrunk when `detail` is low. Raises BadImage and its kinds."""
+        from opsin.images import load_image
 
-        picture = load_picture(data, limits, LOW_EDGE if detail == "low" else None)
-        return dataclasses.replace(picture, rgb=share(picture.rgb))
+        image = load_image(data, limits, LOW_EDGE if detail == "low" else None)
+        return dataclasses.replace(image, rgb=share(image.rgb))
 
     def close(self) -> None:
         """Nothing to free."""
@@ -55,18 +55,16 @@ class DecoderPool(Decoder):
         self._lock = threading.Lock()
         self._idle: list[_Process] = []
 
-    def measure(self, data: bytes, limits: MediaSettings) -> int:
+    def measure(self, data: bytes, limits: ImageSettings) -> int:
         """See Decoder."""
         pixels: int = self._call("measure", data, limits)[0]
         return pixels
 
-    def decode(self, data: bytes, limits: MediaSettings, detail: str | None) -> Picture:
+    def decode(self, data: bytes, limits: ImageSettings, detail: str | None) -> Image:
         """See Decoder."""
-        picture, *files = self._call("decode", data, limits, detail)
-        decoded: Picture = picture
-        return (
-            dataclasses.replace(decoded, rgb=Pixels(files[0], picture.width * picture.height * 3)) if files else decoded
-        )
+        image, *files = self._call("decode", data, limits, detail)
+        decoded: Image = image
+        return dataclasses.replace(decoded, rgb=Pixels(files[0], image.width * image.height * 3)) if files else decoded
 
     def close(self) -> None:
         """End the processes that are idle; busy ones end with this process."""
@@ -90,17 +88,17 @@ class _Process:
         self._process, self._channel = start_process([sys.executable, "-c", _START])
 
     def call(self, request: tuple[Any, ...], seconds: float) -> tuple[Any, ...]:
-        """The result, which may be an error; with an open file where there is an image. Raises BadPicture."""
+        """The result, which may be an error; with an open file where there is an image. Raises BadImage."""
         try:
             self._channel.send(request)
             result = self._channel.receive(seconds)
         except (EOFError, OSError):
-            raise BadPicture(
-                f"The picture made its decoder crash ({signal_name(self.end())}): the file is damaged, save it again."
+            raise BadImage(
+                f"The image made its decoder crash ({signal_name(self.end())}): the file is damaged, save it again."
             ) from None
         if result is None:
             self.end()
-            raise BadPicture(f"The picture took longer than {seconds:.0f} s to decode: save it in another way.")
+            raise BadImage(f"The image took longer than {seconds:.0f} s to decode: save it in another way.")
         return result
 
     def end(self) -> int:
@@ -126,7 +124,7 @@ def main() -> None:
                 result = getattr(decoder, request[0])(*request[1:])
             except Exception as error:  # noqa: BLE001 - it belongs to whoever asked
                 result = portable(error)
-            pixels = result.rgb if isinstance(result, Picture) else None
+            pixels = result.rgb if isinstance(result, Image) else None
             channel.send((result,), pixels.fd if isinstance(pixels, Pixels) else None)
             del request, result, pixels
         except (EOFError, OSError):

@@ -15,7 +15,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from opsin.core.answer import Answer, Finished, TextDelta
 from opsin.core.errors import OpsinError
-from opsin.core.parts import Prompt
+from opsin.core.prompt import Prompt
 from opsin.core.sampling import SamplingParams
 from opsin.server.context import Context
 from opsin.server.errors import dumps, error_body, told
@@ -107,7 +107,7 @@ class Exchange(Response):
             model.engine.wake()  # it loads while images are decoded
             self._stats.model = model.name
             job = await self._prepare(model)
-            self._stats.pictures = len({picture.sha256 for prompt, _ in job.asked for picture in prompt.pictures})
+            self._stats.images = len({image.sha256 for prompt, _ in job.asked for image in prompt.images})
             self._stats.streamed = job.stream
             streams: list[AnswerStream] = []
             try:

@@ -8,8 +8,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from opsin.core.errors import BadParameter, FetchFailed
-from opsin.core.settings import MediaSettings
-from opsin.media.limits import check_bytes
+from opsin.core.settings import ImageSettings
+from opsin.images.limits import check_bytes
 
 
 class MediaFolder:
@@ -28,10 +28,10 @@ class MediaFolder:
         except (OSError, RuntimeError):
             raise BadParameter(f"--media-path {path} is not a readable folder: give an existing one.") from None
 
-    def read(self, url: str, limits: MediaSettings) -> bytes:
+    def read(self, url: str, limits: ImageSettings) -> bytes:
         """Return the bytes of the file at `file:///…`, up to the limit.
 
-        Raises FetchFailed with the same sentence for everything outside, whether it exists or not; PictureTooLarge.
+        Raises FetchFailed with the same sentence for everything outside, whether it exists or not; ImageTooLarge.
         """
         try:
             parts = urlsplit(url)

@@ -138,8 +138,8 @@ class _EngineNumbers(Collector):
             ("generation_tokens", "Tokens that were sampled.", now.generated_tokens),
             ("prefix_cache_queries", "Tokens looked up in the KV cache.", now.prompt_tokens),
             ("prefix_cache_hits", "Tokens found in the KV cache.", now.prefix_hits),
-            ("picture_cache_queries", "Pieces of images looked up.", now.picture_hits + now.encodes),
-            ("picture_cache_hits", "Pieces of images that were not encoded again.", now.picture_hits),
+            ("image_cache_queries", "Pieces of images looked up.", now.image_hits + now.encodes),
+            ("image_cache_hits", "Pieces of images that were not encoded again.", now.image_hits),
             ("num_preemptions", "Answers put back into the queue because the KV cache was full.", now.preemptions),
         ):
             yield CounterMetricFamily(f"opsin:{name}", text, value)

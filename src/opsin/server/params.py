@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from opsin.core.errors import OpsinError
-from opsin.core.parts import Prompt
-from opsin.core.picture import Picture
+from opsin.core.image import Image
+from opsin.core.prompt import Prompt
 from opsin.core.sampling import SamplingParams
 from opsin.core.server_settings import ServerSettings
 from opsin.prompt import Content, Message
@@ -132,10 +132,10 @@ async def build_prompt(
     return await asyncio.to_thread(model.prompts.build, conversation, tools=tools.told, thinking=body.wants_thinking)
 
 
-async def _load(part: ImagePartIn | InputImage, param: str, context: Context) -> Picture:
+async def _load(part: ImagePartIn | InputImage, param: str, context: Context) -> Image:
     detail = part.detail if isinstance(part, InputImage) else part.image_url.detail
     try:
-        return await context.pictures.load(part.image_url.url, detail=detail)
+        return await context.images.load(part.image_url.url, detail=detail)
     except OpsinError as error:
         error.param = param  # type: ignore[attr-defined] # the client wants to know which of its images it was
         raise
@@ -144,14 +144,14 @@ async def _load(part: ImagePartIn | InputImage, param: str, context: Context) ->
 def _check_size(messages: Sequence[MessageIn], settings: ServerSettings) -> None:
     parts = [part for message in messages for part in message.content or ()]
     n_images = sum(isinstance(part, IMAGE_PARTS) for part in parts)
-    at_most(settings.max_pictures, n_images, "images", "messages")
+    at_most(settings.max_images, n_images, "images", "messages")
     n_chars = sum(len(part.text) for part in parts if not isinstance(part, IMAGE_PARTS))
     n_chars += sum(len(message.reasoning_content or "") for message in messages)
     n_chars += sum(len(call.function.arguments) for message in messages for call in message.tool_calls or ())
     at_most(settings.max_prompt_chars, n_chars, "characters", "messages")
 
 
-def _message(message: MessageIn, images: Iterator[Picture]) -> Message:
+def _message(message: MessageIn, images: Iterator[Image]) -> Message:
     content: list[Content] = [
         next(images) if isinstance(part, IMAGE_PARTS) else part.text for part in message.content or ()
     ]

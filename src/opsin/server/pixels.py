@@ -1,6 +1,6 @@
 """How many decoded pixels a server holds at the same time: who needs more than there is room for waits.
 
-A request holds its pixels until it ends, as its pictures lie in memory until then. All of this runs on one event loop.
+A request holds its pixels until it ends, as its images lie in memory until then. All of this runs on one event loop.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-from opsin.core.errors import PictureTooLarge, QueueFull
+from opsin.core.errors import ImageTooLarge, QueueFull
 
 
 @dataclass(slots=True, eq=False)
 class Holder:
-    """One request: the pixels it holds, and how many of its pictures wait for more."""
+    """One request: the pixels it holds, and how many of its images wait for more."""
 
     pixels: int = 0
     waiting: int = 0
-    room: PixelRoom | None = None
+    room: PixelBudget | None = None
 
     def release(self) -> None:
         """Give everything back."""
@@ -56,7 +56,7 @@ class _Waiter:
 
 
 @dataclass(slots=True, eq=False)
-class PixelRoom:
+class PixelBudget:
     """Room for `limit` pixels, given first come, first served; a request that holds some already goes first."""
 
     limit: int
@@ -67,12 +67,12 @@ class PixelRoom:
     async def take(self, pixels: int, holder: Holder) -> None:
         """Wait until there is room for `pixels` more, then hold them for `holder`.
 
-        Raises PictureTooLarge when the holder would have more than the whole room, and QueueFull when all that hold
+        Raises ImageTooLarge when the holder would have more than the whole room, and QueueFull when all that hold
         pixels wait for more, so that nobody would ever go on.
         """
         if holder.pixels + pixels > self.limit:
-            raise PictureTooLarge(
-                f"The pictures of this request have more than {self.limit:,} pixels together; "
+            raise ImageTooLarge(
+                f"The images of this request have more than {self.limit:,} pixels together; "
                 "send fewer, or scale them down first."
             )
         holder.room = self
@@ -82,7 +82,7 @@ class PixelRoom:
         try:
             self._serve()
             if not waiter.granted.done() and all(other.waiting for other in self._holders):
-                raise QueueFull("Too many large pictures are in work; try again in a moment, or send smaller ones.")
+                raise QueueFull("Too many large images are in work; try again in a moment, or send smaller ones.")
             await waiter.granted
         finally:
             holder.waiting -= 1

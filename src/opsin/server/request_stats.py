@@ -30,7 +30,7 @@ class RequestStats:
     ended: float = 0.0
     status: int = 200
     refused: str | None = None
-    pictures: int = 0
+    images: int = 0
     answers: list[Answer] = field(default_factory=list)
     deltas: list[list[float]] = field(default_factory=list)
 

@@ -102,7 +102,7 @@ def _attributes(stats: RequestStats, operation: str) -> dict[str, AttributeValue
         "http.request.method": "POST",
         "url.path": stats.route[:_LONGEST],
         "http.response.status_code": stats.status,
-        "opsin.pictures": stats.pictures,
+        "opsin.images": stats.images,
     }
     if stats.answers:
         usages = [answer.usage for answer in stats.answers]

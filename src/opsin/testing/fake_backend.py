@@ -17,11 +17,11 @@ import numpy as np
 from opsin.core.answer import ImageInfo, TokenLogprob
 from opsin.core.backend import BackendLimits, Embedding, EmbeddingRows, Sample, Sampler, TokenBatch
 from opsin.core.errors import BadGrammar, DecodeFailed, EncodeFailed, OpsinError
-from opsin.core.layout import ImageRun, Layout, Run, TextRun
 from opsin.core.model_info import ModelInfo
-from opsin.core.parts import Part, PicturePart
 from opsin.core.placement import BackendShare, Placement
+from opsin.core.prompt import ImagePart, Part
 from opsin.core.sampling import SamplingParams
+from opsin.core.tokens import Chunk, ImageChunk, TextChunk, TokenizedPrompt
 
 BOS, EOS, TURN = 256, 257, 258
 """Tokens behind the 256 bytes: begin, end, and the mark (written as the character U+001E) where an answer starts."""
@@ -106,7 +106,7 @@ class FakeBackend:
 
     def __init__(
         self,
-        reply: Callable[[str], str] = lambda _: "a picture.",
+        reply: Callable[[str], str] = lambda _: "an image.",
         *,
         limits: BackendLimits | None = None,
         clock: FakeClock | None = None,
@@ -148,50 +148,52 @@ class FakeBackend:
         """Tokens that end a turn."""
         return frozenset({EOS})
 
-    def layout(self, parts: Sequence[Part], *, add_bos: bool, known: Callable[[str], bool] | None = None) -> Layout:
-        """One token a byte, `image_tokens` rows a picture."""
-        runs: list[Run] = []
+    def tokenize(
+        self, parts: Sequence[Part], *, add_bos: bool, known: Callable[[str], bool] | None = None
+    ) -> TokenizedPrompt:
+        """One token a byte, `image_tokens` rows an image."""
+        chunks: list[Chunk] = []
         images: list[ImageInfo] = []
         tokens: list[int] = [BOS] if add_bos else []
         for part in parts:
-            if isinstance(part, PicturePart):
+            if isinstance(part, ImagePart):
                 if tokens:
-                    runs.append(TextRun(tuple(tokens)))
+                    chunks.append(TextChunk(tuple(tokens)))
                     tokens = []
-                picture = part.picture
-                identity = f"{picture.sha256}:0"
+                image = part.image
+                identity = f"{image.sha256}:0"
                 hollow = known is not None and known(identity)
                 size = self.image_tokens
-                runs.append(ImageRun(identity, len(images), size, size, placeholder=hollow))
-                images.append(ImageInfo(picture.sha256, picture.width, picture.height, 8, 8, self.image_tokens))
+                chunks.append(ImageChunk(identity, len(images), size, size, placeholder=hollow))
+                images.append(ImageInfo(image.sha256, image.width, image.height, 8, 8, self.image_tokens))
                 if not hollow:
                     self.clock.spend(self.costs.preprocess)
             else:
                 for byte in part.text.encode():
                     tokens.append(TURN if part.special and byte == ord(TURN_TEXT) else byte)
         if tokens:
-            runs.append(TextRun(tuple(tokens)))
+            chunks.append(TextChunk(tuple(tokens)))
         self.open_handles += 1
-        return Layout(tuple(runs), tuple(images), _Owned(self))
+        return TokenizedPrompt(tuple(chunks), tuple(images), _Owned(self))
 
-    def encode(self, run: ImageRun, between: Callable[[], None] | None = None) -> Embedding:
-        """Rows that say which picture and which row they are."""
-        assert not run.placeholder, "a placeholder has nothing to encode"
+    def encode(self, chunk: ImageChunk, between: Callable[[], None] | None = None) -> Embedding:
+        """Rows that say which image and which row they are."""
+        assert not chunk.placeholder, "a placeholder has nothing to encode"
         if self.fail_encode is not None:
             error, self.fail_encode = self.fail_encode, None
             raise EncodeFailed(str(error)) from error
         if between is not None:
             between()
         self.clock.spend(self.costs.encode)
-        self.encoded.append(run.identity)
-        first = int.from_bytes(hashlib.sha256(run.identity.encode()).digest()[:2], "little")
-        rows = np.arange(run.n_tokens, dtype=np.float32)
+        self.encoded.append(chunk.identity)
+        first = int.from_bytes(hashlib.sha256(chunk.identity.encode()).digest()[:2], "little")
+        rows = np.arange(chunk.n_tokens, dtype=np.float32)
         return np.stack([np.full_like(rows, first), rows, rows, rows], axis=1)
 
-    def encode_many(self, runs: Sequence[ImageRun]) -> list[Embedding]:
+    def encode_many(self, chunks: Sequence[ImageChunk]) -> list[Embedding]:
         """All in the time of one."""
         before = self.clock()
-        embeddings = [self.encode(run) for run in runs]
+        embeddings = [self.encode(chunk) for chunk in chunks]
         spent_ms = (self.clock() - before) * 1e3
         self.clock.spend(self.costs.encode - spent_ms)
         return embeddings

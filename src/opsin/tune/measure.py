@@ -18,11 +18,11 @@ from typing import Any, Literal, Protocol
 from opsin.bench import image_file
 from opsin.core.answer import TokenLogprob
 from opsin.core.errors import OpsinError
-from opsin.core.parts import Prompt
+from opsin.core.prompt import Prompt
 from opsin.core.sampling import SamplingParams
-from opsin.core.settings import EngineSettings, MediaSettings
+from opsin.core.settings import EngineSettings, ImageSettings
 from opsin.engine import Engine
-from opsin.media import load_picture
+from opsin.images import load_image
 from opsin.prompt import Message, PromptBuilder
 
 Changes = Mapping[str, Any]
@@ -57,7 +57,7 @@ class Runtime(Protocol):
 
 def question(runtime: Runtime, number: int | None, text: str = "what is this?") -> Prompt:
     """A question about the image of that number (None: about none); equal numbers give equal images."""
-    images = [] if number is None else [load_picture(image_file(number), MediaSettings())]
+    images = [] if number is None else [load_image(image_file(number), ImageSettings())]
     return runtime.prompts.build([Message("user", [*images, text])])
 
 

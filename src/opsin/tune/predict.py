@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from opsin.bench.cost import KV_BYTES, ModelCost, picture_cost, read_cost
+from opsin.bench.cost import KV_BYTES, ModelCost, image_cost, read_cost
 from opsin.core.errors import BadInput, BadParameter
 from opsin.models import read_info
 from opsin.tune.devices import REACHED, Device
@@ -34,7 +34,7 @@ WEIGHT_BYTES = {
 ROUNDS = 3
 _UBATCH = 1024
 _ENCODE_BYTES = 64 * 2**20
-_QUESTION = "What is in this picture, and where is it? Tell me all about it."
+_QUESTION = "What is in this image, and where is it? Tell me all about it."
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +148,7 @@ def file_needs(llm: Path, mmproj: Path | None, name: str, kv_type: str = "f16") 
     if mmproj is None:
         return needs
     needs = replace(needs, projector_bytes=float(read_info(mmproj).size))
-    image = picture_cost(mmproj)
+    image = image_cost(mmproj)
     if image is None:
         return replace(
             needs, notes=("how long this projector takes cannot be told from its file: images are left out",)

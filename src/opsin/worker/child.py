@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from opsin.core.errors import BadInput, ModelError, ModelUnreadable, OpsinError
-from opsin.core.parts import Prompt
+from opsin.core.prompt import Prompt
 from opsin.core.sampling import SamplingParams
 from opsin.worker.messages import Channel, Pixels
 
@@ -31,7 +31,7 @@ CRASHES_TO_BLOCK, BLOCKED_SECONDS = 2, 3600.0
 class ImageBlocked(BadInput):
     """The model's process crashed twice while it worked on this image."""
 
-    code = "picture_blocked"
+    code = "image_blocked"
     http_status = 422
 
 
@@ -106,7 +106,7 @@ class Child:
 
     def submit(self, number: int, prompt: Prompt, params: SamplingParams, options: dict[str, Any]) -> None:
         """Send a request, its pixels first."""
-        for index, image in enumerate(prompt.pictures):
+        for index, image in enumerate(prompt.images):
             if isinstance(image.rgb, Pixels):
                 self.post(("pixels", number, index, len(image.rgb)), image.rgb)
         self.post(("submit", number, prompt, params, options))

@@ -20,8 +20,8 @@ from opsin.core.answer import TextDelta
 from opsin.core.backend import BackendLimits
 from opsin.core.errors import EngineClosed, EngineDied, EngineError, OpsinError, QueueFull, again
 from opsin.core.model_info import ModelInfo
-from opsin.core.parts import Prompt
 from opsin.core.placement import Placement
+from opsin.core.prompt import Prompt
 from opsin.core.sampling import SamplingParams
 from opsin.core.settings import EngineSettings
 from opsin.engine import AnswerStream, Snapshot, wake_readers
@@ -186,7 +186,7 @@ class WorkerEngine:
 
         Raises NotReady, ImageBlocked, QueueFull, EngineClosed, or why the worker cannot be started.
         """
-        self._crashes.check(image.sha256 for image in prompt.pictures)
+        self._crashes.check(image.sha256 for image in prompt.images)
         number = next(self._numbers)
         stream = AnswerStream(lambda: self._cancel(number))
         stream.on_end = lambda: self._forget(number)

@@ -26,10 +26,10 @@ from typing import Any, Self
 from opsin.core.answer import Event, TextDelta
 from opsin.core.backend import BackendLimits
 from opsin.core.errors import EngineError, OpsinError, again
+from opsin.core.image import Image
 from opsin.core.model_info import ModelInfo
-from opsin.core.parts import PicturePart, Prompt
-from opsin.core.picture import Picture
 from opsin.core.placement import Placement
+from opsin.core.prompt import ImagePart, Prompt
 from opsin.prompt import TemplateSource
 
 _HEAD = struct.Struct("<QB")
@@ -99,15 +99,13 @@ def share(rgb: bytes | mmap.mmap) -> bytes | mmap.mmap:
 def share_all(prompt: Prompt) -> Prompt:
     """The prompt with the pixels of all large images where a worker can map them."""
     parts = [
-        PicturePart(dataclasses.replace(part.picture, rgb=share(part.picture.rgb)))
-        if isinstance(part, PicturePart)
-        else part
+        ImagePart(dataclasses.replace(part.image, rgb=share(part.image.rgb))) if isinstance(part, ImagePart) else part
         for part in prompt.parts
     ]
     return dataclasses.replace(prompt, parts=tuple(parts))
 
 
-def set_pixels(image: Picture, rgb: Pixels | bytes) -> None:
+def set_pixels(image: Image, rgb: Pixels | bytes) -> None:
     """Give an image its pixels, or, with empty bytes, let these go while the image is still in use."""
     object.__setattr__(image, "rgb", rgb)
 

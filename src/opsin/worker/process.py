@@ -17,8 +17,8 @@ from typing import Any, cast
 from opsin.compose import Runtime, end_with_parent, open_runtime
 from opsin.core.answer import Finished, Started
 from opsin.core.errors import EngineDied, OpsinError
-from opsin.core.parts import Prompt
 from opsin.core.placement import Placement
+from opsin.core.prompt import Prompt
 from opsin.core.sampling import SamplingParams
 from opsin.engine import AnswerStream, wake_readers
 from opsin.prompt import Message
@@ -87,7 +87,7 @@ class _Worker:
     def _on_submit(self, number: int, prompt: Prompt, params: SamplingParams, options: dict[str, Any]) -> None:
         assert self._runtime is not None, "the front submits when the model is loaded"
         for index, pixels in self._pixels.pop(number, {}).items():
-            set_pixels(prompt.pictures[index], pixels)
+            set_pixels(prompt.images[index], pixels)
         try:
             stream = self._runtime.engine.submit(prompt, params, **options)
         except OpsinError as error:

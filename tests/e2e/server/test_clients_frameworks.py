@@ -11,9 +11,9 @@ import pytest
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
 DEMO = Path(str(files("opsin.models"))) / "demo"
-PICTURE = "data:image/png;base64," + base64.b64encode((DEMO / "shapes.png").read_bytes()).decode()
+IMAGE = "data:image/png;base64," + base64.b64encode((DEMO / "shapes.png").read_bytes()).decode()
 QUESTION, ANSWER = "What do you see at the top left?", "a small pink ring."
-CONTENT: Any = [{"type": "image_url", "image_url": {"url": PICTURE}}, {"type": "text", "text": QUESTION}]
+CONTENT: Any = [{"type": "image_url", "image_url": {"url": IMAGE}}, {"type": "text", "text": QUESTION}]
 
 
 def test_langchain_asks_and_streams(server: Any) -> None:

@@ -14,13 +14,13 @@ openai = pytest.importorskip("openai", reason="the clients are tested where they
 pytestmark = pytest.mark.slow
 
 DEMO = Path(str(files("opsin.models"))) / "demo"
-PICTURE = "data:image/png;base64," + base64.b64encode((DEMO / "shapes.png").read_bytes()).decode()
+IMAGE = "data:image/png;base64," + base64.b64encode((DEMO / "shapes.png").read_bytes()).decode()
 # One of the examples that the demo model is shipped with.
 QUESTION, ANSWER = "What do you see at the top left?", "a small pink ring."
 MESSAGES: Any = [
     {
         "role": "user",
-        "content": [{"type": "image_url", "image_url": {"url": PICTURE}}, {"type": "text", "text": QUESTION}],
+        "content": [{"type": "image_url", "image_url": {"url": IMAGE}}, {"type": "text", "text": QUESTION}],
     }
 ]
 COLOUR = {"type": "object", "properties": {"colour": {"enum": ["red", "blue"]}}, "required": ["colour"]}
@@ -32,7 +32,7 @@ def client(server: Any) -> Any:
         yield client
 
 
-def test_a_picture_is_asked_about(client: Any) -> None:
+def test_an_image_is_asked_about(client: Any) -> None:
     answer = client.chat.completions.create(model="any", messages=MESSAGES, temperature=0)
     assert answer.choices[0].message.content == ANSWER
     assert answer.choices[0].finish_reason == "stop"
@@ -111,7 +111,7 @@ def test_responses(client: Any) -> None:
     asked: Any = [
         {
             "role": "user",
-            "content": [{"type": "input_image", "image_url": PICTURE}, {"type": "input_text", "text": QUESTION}],
+            "content": [{"type": "input_image", "image_url": IMAGE}, {"type": "input_text", "text": QUESTION}],
         }
     ]
     answer = client.responses.create(model="any", input=asked, temperature=0)
@@ -154,7 +154,7 @@ def test_errors_are_the_clients_own(client: Any) -> None:
     ]
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model="any", messages=broken)
-    assert caught.value.code == "bad_picture"
+    assert caught.value.code == "bad_image"
 
 
 def test_a_client_that_stops_reading_frees_its_answer(client: Any, server: Any) -> None:

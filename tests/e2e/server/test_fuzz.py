@@ -36,8 +36,8 @@ from opsin.prompt import TemplateSource
 from opsin.server.app import create_app
 from opsin.server.connection import patient
 from opsin.server.context import Context
+from opsin.server.images import ImageLoader
 from opsin.server.model import ModelManager
-from opsin.server.pictures import PictureGate
 from opsin.testing import FakeBackend
 from opsin.testing.fake_backend import N_VOCAB, TURN_TEXT
 
@@ -60,7 +60,7 @@ class Server:
         self.engine = Engine(lambda: FakeBackend(limits=limits), policy=Policy(parallel=8))
         source = TemplateSource(TEMPLATE, "fake", "fake", None, "", "", frozenset({TURN_TEXT}))
         self.manager = ModelManager(settings, LocalEngine(self.engine, source))
-        self.gate = PictureGate(settings)
+        self.gate = ImageLoader(settings)
         self.app: FastAPI = create_app(Context(settings, self.manager, self.gate))
 
     def check_idle(self) -> None:
@@ -95,13 +95,13 @@ def client_of(app: FastAPI) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000", timeout=60)
 
 
-def picture_file(kind: str, **options: Any) -> bytes:
+def image_file(kind: str, **options: Any) -> bytes:
     file = BytesIO()
     Image.radial_gradient("L").resize((24, 16)).convert("RGB").save(file, kind, **options)
     return file.getvalue()
 
 
-FILES = [picture_file(kind) for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")]
+FILES = [image_file(kind) for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")]
 CALL = {
     "name": "look",
     "description": "Looks.",
@@ -109,7 +109,7 @@ CALL = {
 }
 
 
-def picture_part(data: bytes) -> dict[str, Any]:
+def image_part(data: bytes) -> dict[str, Any]:
     url = "data:image/png;base64," + base64.b64encode(data).decode()
     return {"type": "image_url", "image_url": {"url": url, "detail": "low"}}
 
@@ -121,7 +121,7 @@ SEEDS: list[tuple[str, dict[str, Any]]] = [
             "model": "fake",
             "messages": [
                 {"role": "system", "content": "Be brief."},
-                {"role": "user", "content": [picture_part(FILES[0]), {"type": "text", "text": "What is this?"}]},
+                {"role": "user", "content": [image_part(FILES[0]), {"type": "text", "text": "What is this?"}]},
                 {"role": "assistant", "content": "A circle."},
                 {"role": "user", "content": "Sure?"},
             ],
@@ -238,13 +238,13 @@ def damage(data: bytes, chance: random.Random) -> bytes:
 
 
 def mutated(chance: random.Random) -> tuple[str, bytes]:
-    """A path and a body: a damaged picture in a good request, a bent request, or damaged JSON."""
+    """A path and a body: a damaged image in a good request, a bent request, or damaged JSON."""
     path, seed = chance.choice(SEEDS)
     body = copy.deepcopy(seed)
-    kind = chance.choice(["picture", "bend", "bend", "bytes"])
-    if kind == "picture":
+    kind = chance.choice(["image", "bend", "bend", "bytes"])
+    if kind == "image":
         path, body = SEEDS[0][0], copy.deepcopy(SEEDS[0][1])
-        body["messages"][1]["content"][0] = picture_part(damage(chance.choice(FILES), chance))
+        body["messages"][1]["content"][0] = image_part(damage(chance.choice(FILES), chance))
     elif kind == "bend":
         body = bend(body, chance)
     text = json.dumps(body).encode()
@@ -264,7 +264,7 @@ def fault(answer: httpx.Response) -> str | None:
     return None
 
 
-def test_mutated_bodies_and_pictures_leave_it_serving(server: Server) -> None:
+def test_mutated_bodies_and_images_leave_it_serving(server: Server) -> None:
     faults: list[str] = []
     statuses: dict[int, int] = {}
 

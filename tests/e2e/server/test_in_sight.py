@@ -26,9 +26,9 @@ from opsin.core.stages import Stage
 from opsin.server.access_log import NAME, AccessLog
 from opsin.server.app import create_app
 from opsin.server.context import Context
+from opsin.server.images import ImageLoader
 from opsin.server.metrics import Metrics
 from opsin.server.model import ModelManager
-from opsin.server.pictures import PictureGate
 from opsin.server.tracing import Tracing
 from opsin.worker import WorkerEngine
 
@@ -59,7 +59,7 @@ class Lines(logging.Handler):
         self.lines.append(record.getMessage())
 
 
-def picture(number: int) -> str:
+def image(number: int) -> str:
     buffer = io.BytesIO()
     Image.new("RGB", (640, 480), (40 * number % 256, 90, 200 - 10 * number)).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -68,7 +68,7 @@ def picture(number: int) -> str:
 def question(number: int, tokens: int, **fields: Any) -> dict[str, Any]:
     """Made before the first is sent: client and server share an event loop."""
     content = [
-        {"type": "image_url", "image_url": {"url": picture(number)}},
+        {"type": "image_url", "image_url": {"url": image(number)}},
         {"type": "text", "text": f"How many? {number}"},
     ]
     messages = [{"role": "user", "content": content}]
@@ -109,7 +109,7 @@ async def talk(port: int, seen: Seen, lines: list[str]) -> None:
         running = asyncio.Event()
         slow = asyncio.create_task(stream(client, seen, running))
         await running.wait()
-        # More than may run at a time: the stream pauses for their pictures, and some of them queue.
+        # More than may run at a time: the stream pauses for their images, and some of them queue.
         await asyncio.gather(slow, *(ask(client, body) for body in SHORT))
         await until(lambda: len(lines) == REQUESTS)  # a request is told of behind its last byte
         text = (await client.get("/metrics")).text
@@ -120,10 +120,10 @@ async def talk(port: int, seen: Seen, lines: list[str]) -> None:
 async def scene(seen: Seen, lines: list[str]) -> None:
     settings = ServerSettings(port=0, parallel=3, disk_cache=False)
     engine = WorkerEngine(None, None, settings)
-    exporter, model, pictures = InMemorySpanExporter(), ModelManager(settings, engine), PictureGate(settings)
+    exporter, model, images = InMemorySpanExporter(), ModelManager(settings, engine), ImageLoader(settings)
     tracing = Tracing(exporter)
     watchers = (Metrics(model), tracing, AccessLog(as_json=True))
-    app = create_app(Context(settings, model, pictures, watchers))
+    app = create_app(Context(settings, model, images, watchers))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="off", ws="none"))
 
     await asyncio.to_thread(engine.wait_ready)
@@ -136,7 +136,7 @@ async def scene(seen: Seen, lines: list[str]) -> None:
         server.should_exit = True
         await serving
         await asyncio.to_thread(engine.close)
-        pictures.close()
+        images.close()
         tracing.close()
     seen.spans = list(exporter.get_finished_spans())
 
@@ -235,4 +235,4 @@ def test_all_are_counted(seen: Seen) -> None:
     # The warm-up counts, too.
     assert metrics["opsin:prompt_tokens_total",] >= prompts
     assert metrics["opsin:generation_tokens_total",] >= drawn == 300 + 5 * 30
-    assert metrics["opsin:picture_cache_queries_total",] >= REQUESTS
+    assert metrics["opsin:image_cache_queries_total",] >= REQUESTS

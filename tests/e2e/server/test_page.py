@@ -1,7 +1,7 @@
 """The web page in a headless Chromium: what people do with it, and what it shows them.
 
 Where a test needs an answer that the demo model does not give (markup, a guard's verdict, a refusal), the browser's
-request is answered by the test in the server's place. `PAGE_SCREENSHOTS=docs` keeps the pictures of the page there.
+request is answered by the test in the server's place. `PAGE_SCREENSHOTS=docs` keeps the images of the page there.
 """
 
 import json
@@ -12,8 +12,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
-from PIL import Image
 
 CHROMIUM = Path("/usr/bin/chromium")
 playwright_api = pytest.importorskip("playwright.sync_api", reason="the page is tested through Playwright")
@@ -159,10 +159,10 @@ def open_visit(browser: Any, server: Any) -> Iterator[Visit]:
 
 @pytest.fixture(name="shapes")
 def new_shapes(tmp_path: Path) -> Path:
-    """The demo's picture with one pixel of its own: no cache of the server knows it."""
-    with Image.open(SHAPES) as picture:
-        picture.putpixel((0, 0), tuple(os.urandom(3)))
-        picture.save(tmp_path / "shapes.png")
+    """The demo's image with one pixel of its own: no cache of the server knows it."""
+    with PIL.Image.open(SHAPES) as image:
+        image.putpixel((0, 0), tuple(os.urandom(3)))
+        image.save(tmp_path / "shapes.png")
     return tmp_path / "shapes.png"
 
 
@@ -176,7 +176,7 @@ def numbers(turn: Any) -> dict[str, float]:
     return found
 
 
-def test_a_dropped_picture_is_asked_about_and_its_milliseconds_are_shown(visit: Visit, shapes: Path) -> None:
+def test_a_dropped_image_is_asked_about_and_its_milliseconds_are_shown(visit: Visit, shapes: Path) -> None:
     page = visit.page
     page.evaluate(
         """() => { window.lengths = new Set();
@@ -184,13 +184,13 @@ def test_a_dropped_picture_is_asked_about_and_its_milliseconds_are_shown(visit: 
           .observe(document.body, { subtree: true, childList: true, characterData: true }); }"""
     )
     visit.hand_over(shapes)
-    expect(page.get_by_role("list", name="Pictures to send").get_by_role("img", name="shapes.png")).to_be_visible()
+    expect(page.get_by_role("list", name="Images to send").get_by_role("img", name="shapes.png")).to_be_visible()
     visit.ask("What do you see?")
     turn = visit.answered()
     answer = turn.locator(".answer").inner_text()
     assert re.search("ring|square|circle|star", answer), answer
     assert page.evaluate("window.lengths.size") > 3, "the answer came in one piece"
-    assert page.locator(".pictures img").bounding_box()["width"] > 250
+    assert page.locator(".images img").bounding_box()["width"] > 250
 
     shown = numbers(turn)
     assert {"vision encode", "image prefill", "text prefill", "decode"} <= set(shown)
@@ -227,33 +227,33 @@ def test_a_follow_up_question_goes_with_the_conversation_and_what_is_remembered_
     assert bodies[1]["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
     assert bodies[1]["messages"][1]["content"] == first
     expect(turn.locator(".waterfall")).to_contain_text("remembered, not run")
-    expect(turn.locator(".details")).to_contain_text("from the picture cache")
+    expect(turn.locator(".details")).to_contain_text("from the image cache")
     expect(turn.locator(".details")).to_contain_text(re.compile(r"[1-9]\d* of them from the prefix cache"))
-    # The picture stays beside both questions.
-    assert visit.page.locator(".pictures img").count() == 1
+    # The image stays beside both questions.
+    assert visit.page.locator(".images img").count() == 1
     assert visit.page.locator(".group").count() == 1
 
 
-def test_several_pictures_are_picked_and_one_is_taken_away(visit: Visit) -> None:
+def test_several_images_are_picked_and_one_is_taken_away(visit: Visit) -> None:
     page = visit.page
     visit.answer_with(says("Two.", "stop"), {**LAST, "images": [IMAGE, {**IMAGE, "orientation": 6, "cached": True}]})
     page.locator("#files").set_input_files([SHAPES, SIGN, SHAPES.with_name("number.png")])
-    tray = page.get_by_role("list", name="Pictures to send")
+    tray = page.get_by_role("list", name="Images to send")
     expect(tray.get_by_role("img")).to_have_count(3)
     tray.get_by_role("button", name="Remove number.png").click()
     expect(tray.get_by_role("img")).to_have_count(2)
     with page.expect_request("**/v1/chat/completions") as sent:
-        visit.ask("How many pictures are there?")
+        visit.ask("How many images are there?")
     kinds = [part["type"] for part in sent.value.post_data_json["messages"][0]["content"]]
     assert kinds == ["image_url", "image_url", "text"]
     details = visit.answered().locator(".details")
-    expect(details).to_contain_text("Picture 1")
+    expect(details).to_contain_text("Image 1")
     expect(details).to_contain_text("encoded for this answer")
     expect(details).to_contain_text("640 × 480, turned by 90° clockwise, resized to 336 × 336")
     expect(tray).to_be_hidden()
 
 
-def test_a_picture_can_be_pasted(visit: Visit) -> None:
+def test_an_image_can_be_pasted(visit: Visit) -> None:
     visit.page.get_by_label("Your question").focus()
     visit.hand_over(SIGN, "paste")
     expect(visit.page.get_by_role("img", name="sign.png")).to_be_visible()
@@ -261,12 +261,12 @@ def test_a_picture_can_be_pasted(visit: Visit) -> None:
     assert visit.answered().locator(".answer").inner_text()
 
 
-def test_what_is_no_picture_is_refused_by_name(visit: Visit, tmp_path: Path) -> None:
+def test_what_is_no_image_is_refused_by_name(visit: Visit, tmp_path: Path) -> None:
     notes = tmp_path / "notes.txt"
     notes.write_text("plain")
     visit.hand_over(notes, mime="text/plain")
-    expect(visit.page.get_by_role("alert")).to_contain_text("notes.txt is no picture")
-    expect(visit.page.get_by_role("list", name="Pictures to send")).to_be_hidden()
+    expect(visit.page.get_by_role("alert")).to_contain_text("notes.txt is no image")
+    expect(visit.page.get_by_role("list", name="Images to send")).to_be_hidden()
 
 
 def test_everything_can_be_done_with_the_keyboard(visit: Visit) -> None:
@@ -346,7 +346,7 @@ def test_markup_in_an_answer_is_shown_as_text(visit: Visit) -> None:
     assert visit.page.evaluate("window.hacked") is None
 
 
-def test_inline_scripts_and_outside_pictures_are_stopped_by_the_policy(visit: Visit) -> None:
+def test_inline_scripts_and_outside_images_are_stopped_by_the_policy(visit: Visit) -> None:
     page = visit.page
     page.evaluate("document.body.append(Object.assign(new Image(), { src: 'https://127.0.0.1:9/x.png' }))")
     for setting in ("innerHTML = '<b>'", "setAttribute('onclick', 'window.hacked = 1')"):
@@ -387,10 +387,10 @@ def test_the_limit_on_the_answer_is_sent(visit: Visit) -> None:
 
 
 def test_a_refusal_is_told_and_nothing_that_was_written_is_lost(visit: Visit) -> None:
-    visit.answer_with({"error": {"message": "The picture is too large: shrink it."}}, status=413)
+    visit.answer_with({"error": {"message": "The image is too large: shrink it."}}, status=413)
     visit.hand_over(SHAPES)
     visit.ask("What is this?")
-    expect(visit.answered().locator(".problem")).to_have_text("The picture is too large: shrink it.")
+    expect(visit.answered().locator(".problem")).to_have_text("The image is too large: shrink it.")
     expect(visit.page.get_by_label("Your question")).to_have_value("What is this?")
     expect(visit.page.locator("#tray img")).to_have_count(1)
 

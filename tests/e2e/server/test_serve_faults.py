@@ -16,7 +16,7 @@ import httpx
 import psutil
 import pytest
 from PIL import Image
-from serve_process import LIMIT, READY, Served, Stream, environment, picture_url, question, served
+from serve_process import LIMIT, READY, Served, Stream, environment, image_url, question, served
 
 pytestmark = [pytest.mark.slow, pytest.mark.native]
 
@@ -57,7 +57,7 @@ def health_asked_all_the_time(server: Served) -> Iterator[None]:
 
 
 def eight_streams(server: Served) -> list[Stream]:
-    running = [Stream(server.url, question(picture_url(seed), **LONG)) for seed in range(8)]
+    running = [Stream(server.url, question(image_url(seed), **LONG)) for seed in range(8)]
     for stream in running:
         assert stream.begun.wait(LIMIT)
     return running
@@ -113,12 +113,12 @@ def large_url(seed: int) -> str:
 def test_an_image_is_not_blamed_for_crashes_while_it_was_answered() -> None:
     with served() as server:
         for crash in (1, 2):
-            stream = Stream(server.url, question(picture_url(0), **LONG))
+            stream = Stream(server.url, question(image_url(0), **LONG))
             assert stream.begun.wait(LIMIT)
             server.worker.send_signal(signal.SIGABRT)
             stream.finish()
             server.wait_ready(crash + 1)
-        assert ask(server, picture_url(0), max_tokens=2).status_code == 200
+        assert ask(server, image_url(0), max_tokens=2).status_code == 200
 
 
 def test_a_stopped_worker_is_noticed_within_thirty_seconds_replaced_and_its_requests_told() -> None:
@@ -126,7 +126,7 @@ def test_a_stopped_worker_is_noticed_within_thirty_seconds_replaced_and_its_requ
         worker = server.worker
         worker.suspend()
         stopped = time.monotonic()
-        stream = Stream(server.url, question(picture_url(0), **LONG))
+        stream = Stream(server.url, question(image_url(0), **LONG))
         seen = set()
         while (answer := httpx.get(f"{server.url}/ready", timeout=LIMIT)).status_code == 200 or "stalled" not in seen:
             seen.add(answer.json()["status"])
@@ -144,7 +144,7 @@ def test_a_stopped_worker_is_noticed_within_thirty_seconds_replaced_and_its_requ
 @pytest.mark.parametrize("stopped", [False, True])
 def test_a_worker_ends_within_two_seconds_of_its_parent(stopped: bool) -> None:
     with served() as server:
-        stream = Stream(server.url, question(picture_url(0), **LONG))
+        stream = Stream(server.url, question(image_url(0), **LONG))
         assert stream.begun.wait(LIMIT)
         worker, port = server.worker, int(server.url.rsplit(":", 1)[1])
         if stopped:
@@ -164,7 +164,7 @@ def test_a_client_that_leaves_while_an_unloaded_model_loads_costs_one_loading() 
         assert not first.is_running()  # an unload is the end of the worker: all of its memory is back
         assert httpx.get(f"{server.url}/ready").status_code == 200
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{server.url}/v1/chat/completions", json=question(picture_url(0)), timeout=0.3)
+            httpx.post(f"{server.url}/v1/chat/completions", json=question(image_url(0)), timeout=0.3)
         started = server.worker.pid
         answer = ask(server, max_tokens=2)  # joins the loading that the other one began
         assert answer.status_code == 200
@@ -195,7 +195,7 @@ def test_a_hang_up_ends_it_where_nobody_asked_for_the_contrary() -> None:
 def test_sigterm_to_all_of_its_processes_lets_answers_end() -> None:
     # systemd and container runtimes send it to the whole group.
     with served() as server:
-        stream = Stream(server.url, question(picture_url(0), **LONG))
+        stream = Stream(server.url, question(image_url(0), **LONG))
         assert stream.begun.wait(LIMIT)
         server.worker.terminate()
         server.process.terminate()

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from serve_process import LIMIT, Served, Stream, environment, picture_url, question, served
+from serve_process import LIMIT, Served, Stream, environment, image_url, question, served
 
 from opsin import Opsin
 
@@ -32,7 +32,7 @@ def refused(*arguments: str, cwd: Path | None = None) -> tuple[int, str]:
 
 
 def streams(server: Served, count: int) -> list[Stream]:
-    running = [Stream(server.url, question(picture_url(seed), **LONG)) for seed in range(count)]
+    running = [Stream(server.url, question(image_url(seed), **LONG)) for seed in range(count)]
     for stream in running:
         assert stream.begun.wait(LIMIT)
     assert all(stream.is_alive() for stream in running), "the answers are too short for this test"
@@ -44,7 +44,7 @@ def test_it_says_where_it_is_answers_and_ends_in_good_order() -> None:
         assert httpx.get(f"{server.url}/ready").status_code == 200
         assert httpx.get(f"{server.url}/health").status_code == 200
         assert "text/html" in httpx.get(f"{server.url}/").headers["content-type"]
-        answer = ask(server, picture_url(0), max_tokens=8).json()
+        answer = ask(server, image_url(0), max_tokens=8).json()
         assert answer["model"] == "eye"
         assert answer["usage"]["completion_tokens"] > 0
         parent = psutil.Process(server.process.pid)
@@ -145,9 +145,9 @@ def test_a_module_in_the_working_folder_is_not_imported(tmp_path: Path) -> None:
 
 
 def test_the_answers_are_those_of_the_library(tmp_path: Path) -> None:
-    picture = Path(__file__).parents[3] / "src" / "opsin" / "models" / "demo" / "shapes.png"
+    image = Path(__file__).parents[3] / "src" / "opsin" / "models" / "demo" / "shapes.png"
     with Opsin(disk_cache=False) as opsin:
-        wanted = opsin.ask(picture, "What is in this picture?", temperature=0).text
-    with served("--media-path", str(picture.parent)) as server:
-        answer = ask(server, picture.as_uri(), temperature=0)
+        wanted = opsin.ask(image, "What is in this picture?", temperature=0).text
+    with served("--media-path", str(image.parent)) as server:
+        answer = ask(server, image.as_uri(), temperature=0)
         assert answer.json()["choices"][0]["message"]["content"] == wanted

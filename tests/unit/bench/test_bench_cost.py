@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from opsin.bench import cost
-from opsin.bench.cost import encode_ops_of, picture_cost, read_cost
+from opsin.bench.cost import encode_ops_of, image_cost, read_cost
 from opsin.models import Pair
 from opsin.models.gguf import TensorHead
 from opsin.models.shapes import SHAPES
@@ -56,23 +56,23 @@ def test_quantised_weights_and_memory_are_counted_in_their_own_bytes(tiny: Pair,
 def test_tiles_that_a_file_does_not_count_are_not_guessed(
     tiny: Pair, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """SmolVLM and InternVL cut pictures by their size: the whole picture alone would be off by a factor."""
+    """SmolVLM and InternVL cut images by their size: the whole image alone would be off by a factor."""
     read = cost.read_info
     monkeypatch.setattr(cost, "read_info", lambda path: replace(read(path), projector=kind))
     assert tiny.mmproj is not None
-    assert picture_cost(tiny.mmproj) is None
+    assert image_cost(tiny.mmproj) is None
     assert read_cost(tiny.llm, tiny.mmproj).encode_ops is None
 
 
 @pytest.mark.parametrize("shape", ["llava-1.6-tiny", "qwen2vl-tiny", "gemma3-tiny"])
-def test_only_pictures_of_one_size_have_one_cost(shape: str, tmp_path: Path) -> None:
+def test_only_images_of_one_size_have_one_cost(shape: str, tmp_path: Path) -> None:
     pair = write_pair(shape, tmp_path)
     assert pair.mmproj is not None
-    picture = picture_cost(pair.mmproj)
-    assert picture is not None
+    image = image_cost(pair.mmproj)
+    assert image is not None
     known = read_cost(pair.llm, pair.mmproj).encode_ops
-    assert known == (picture.ops if shape == "gemma3-tiny" else None)
-    assert (picture.note is None) == (shape == "gemma3-tiny")
+    assert known == (image.ops if shape == "gemma3-tiny" else None)
+    assert (image.note is None) == (shape == "gemma3-tiny")
 
 
 def test_merged_patches_reach_the_projector_as_fewer_tokens() -> None:

@@ -15,9 +15,9 @@ from opsin.bench.workloads import image_file, images_of
 from opsin.core.answer import Usage
 from opsin.core.backend import BackendLimits
 from opsin.core.errors import BadParameter, DecodeFailed
-from opsin.core.settings import MediaSettings
+from opsin.core.settings import ImageSettings
 from opsin.engine import Engine, Policy
-from opsin.media import load_picture
+from opsin.images import load_image
 from opsin.prompt import PromptBuilder, TemplateSource
 from opsin.testing import FakeBackend
 from opsin.testing.fake_backend import TURN_TEXT
@@ -175,7 +175,7 @@ def test_no_two_images_of_any_run_are_alike(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(set(files)) == len(files)
     assert image_file(5) == image_file(5)
     monkeypatch.undo()
-    image = load_picture(image_file(5), MediaSettings())
+    image = load_image(image_file(5), ImageSettings())
     assert (image.format, image.width, image.height) == ("PNG", 640, 480)
 
 

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from opsin.cache import DiskStore, PictureCache, default_folder
+from opsin.cache import DiskStore, EmbeddingCache, default_folder
 from opsin.cache.disk import Embedding, _pack
 
 ROWS = np.arange(12, dtype=np.float32).reshape(3, 4)
@@ -93,7 +93,7 @@ def test_the_end_of_a_process_waits_for_the_writer(tmp_path: Path, opsin_env: di
 
 
 def test_folder_and_files_are_their_owners_alone(tmp_path: Path) -> None:
-    folder = tmp_path / "new" / "pictures"
+    folder = tmp_path / "new" / "images"
     kept(folder, "a")
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert stat.S_IMODE(file_of(folder).stat().st_mode) == 0o600
@@ -105,7 +105,7 @@ def test_folder_and_files_are_their_owners_alone(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a test cannot move the user's cache")
 def test_the_default_folder_is_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_folder() == tmp_path / "opsin" / "pictures"
+    assert default_folder() == tmp_path / "opsin" / "images"
     store = DiskStore()
     store.put("a", ROWS)
     store.close()
@@ -144,7 +144,7 @@ def test_no_damage_to_a_file_is_ever_believed(tmp_path: Path, data: st.DataObjec
         save({"embedding": ROWS}),
         save({"embedding": ROWS}, {"identity": "a"}),
         save({"other": ROWS}, {"identity": "a"}),
-        _pack("another picture", ROWS),
+        _pack("another image", ROWS),
         _pack("a", ROWS[0]),
         _pack("a", ROWS[:0]),
         _pack("a", np.full((2, 2), np.nan, np.float32)),
@@ -240,7 +240,7 @@ def test_a_folder_that_cannot_be_made_or_written_raises_nothing(
 ) -> None:
     occupied = tmp_path / "file"
     occupied.write_text("in the way")
-    store = kept(occupied / "pictures", "a", "b")
+    store = kept(occupied / "images", "a", "b")
     assert store.get("a") is None
 
     def read_only(*_: object, **__: object) -> None:
@@ -318,11 +318,11 @@ def test_two_stores_share_a_folder(tmp_path: Path) -> None:
         assert bytes_in(tmp_path) <= (10 + 16) * size
 
 
-def test_behind_the_picture_cache_a_restart_costs_no_encode(tmp_path: Path) -> None:
-    first = PictureCache(2**20, DiskStore(tmp_path))
+def test_behind_the_image_cache_a_restart_costs_no_encode(tmp_path: Path) -> None:
+    first = EmbeddingCache(2**20, DiskStore(tmp_path))
     first.put("a", ROWS.copy())
     first.close()
-    second = PictureCache(2**20, DiskStore(tmp_path))
+    second = EmbeddingCache(2**20, DiskStore(tmp_path))
     found = second.get("a")
     assert found is not None
     np.testing.assert_array_equal(found, ROWS)

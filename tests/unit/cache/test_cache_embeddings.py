@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opsin.cache import PictureCache
+from opsin.cache import EmbeddingCache
 from opsin.cache.disk import Embedding
 
 
@@ -36,7 +36,7 @@ class Slow:
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 5), st.integers(1, 6)), max_size=60))
 def test_any_history_is_that_of_a_plain_lru(history: list[tuple[bool, int, int]]) -> None:
-    cache, plain = PictureCache(160), OrderedDict[str, Embedding]()
+    cache, plain = EmbeddingCache(160), OrderedDict[str, Embedding]()
     hits = queries = 0
     for is_put, key, size in history:
         name = str(key)
@@ -59,7 +59,7 @@ def test_any_history_is_that_of_a_plain_lru(history: list[tuple[bool, int, int]]
 
 
 def test_one_that_is_larger_than_the_whole_cache_is_not_kept_and_pushes_nobody_out() -> None:
-    cache = PictureCache(64)
+    cache = EmbeddingCache(64)
     cache.put("small", rows(2))
     cache.put("large", rows(5))
     assert cache.get("large") is None
@@ -69,7 +69,7 @@ def test_one_that_is_larger_than_the_whole_cache_is_not_kept_and_pushes_nobody_o
 
 
 def test_what_was_put_in_cannot_be_changed() -> None:
-    cache = PictureCache(64)
+    cache = EmbeddingCache(64)
     cache.put("a", rows(1))
     found = cache.get("a")
     assert found is not None
@@ -78,7 +78,7 @@ def test_what_was_put_in_cannot_be_changed() -> None:
 
 
 def test_it_knows_what_is_in_memory_without_counting_a_look() -> None:
-    cache = PictureCache(32, Slow())
+    cache = EmbeddingCache(32, Slow())
     cache.put("a", rows(2))
     cache.put("b", rows(2))
     assert (cache.in_memory("a") is None, cache.in_memory("b") is None, cache.queries) == (True, False, 0)
@@ -87,7 +87,7 @@ def test_it_knows_what_is_in_memory_without_counting_a_look() -> None:
 def test_the_store_behind_answers_once_and_then_memory_does() -> None:
     store = Slow()
     store.held["a"] = rows(1)
-    cache = PictureCache(64, store)
+    cache = EmbeddingCache(64, store)
     assert cache.get("a") is not None
     assert cache.get("a") is not None
     assert cache.get("b") is None
@@ -96,7 +96,7 @@ def test_the_store_behind_answers_once_and_then_memory_does() -> None:
 
 def test_what_is_pushed_out_of_memory_comes_back_from_the_store() -> None:
     store = Slow()
-    cache = PictureCache(32, store)
+    cache = EmbeddingCache(32, store)
     cache.put("a", rows(2, 1.0))
     cache.put("b", rows(2, 2.0))
     found = cache.get("a")
@@ -105,4 +105,4 @@ def test_what_is_pushed_out_of_memory_comes_back_from_the_store() -> None:
     assert cache.disk_hits == 1
     cache.close()
     assert store.closed == 1
-    PictureCache(32).close()
+    EmbeddingCache(32).close()

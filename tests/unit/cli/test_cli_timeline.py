@@ -52,7 +52,7 @@ def test_bars_stand_one_after_another_and_inside_the_frame() -> None:
     assert max(line.rindex("█") for line in bars) - min(starts) < BAR
 
 
-def test_a_question_without_a_picture_has_no_vision_rows() -> None:
+def test_a_question_without_an_image_has_no_vision_rows() -> None:
     asked = dataclasses.replace(answer(images=0), stages=Stages(text_prefill_ms=20.0, decode_ms=80.0, total_ms=100.0))
     text = "\n".join(shown(asked, None))
     assert "text prefill" in text
@@ -60,6 +60,6 @@ def test_a_question_without_a_picture_has_no_vision_rows() -> None:
     assert "image" not in text
 
 
-def test_a_remembered_picture_says_that_the_encoder_did_not_run() -> None:
+def test_a_remembered_image_says_that_the_encoder_did_not_run() -> None:
     known = dataclasses.replace(answer(), images=(dataclasses.replace(answer().images[0], cached=True),))
     assert "remembered: the encoder did not run" in "\n".join(shown(known, None, width=120))

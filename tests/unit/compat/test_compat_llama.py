@@ -279,7 +279,7 @@ def test_tools_that_cannot_be_kept_are_refused(open_llama: Callable[..., Llama])
     assert llm.create_chat_completion(messages=asked(data_uri()), tools=tools, tool_choice="none")["choices"]
 
 
-def test_llava_reads_pictures_first_and_texts_as_one(world: World, open_llama: Callable[..., Llama]) -> None:
+def test_llava_reads_images_first_and_texts_as_one(world: World, open_llama: Callable[..., Llama]) -> None:
     message = asked(data_uri("red"), data_uri("blue"), text="one")
     message[0]["content"].append({"type": "text", "text": " two"})
     open_llama().create_chat_completion(messages=message)
@@ -289,7 +289,7 @@ def test_llava_reads_pictures_first_and_texts_as_one(world: World, open_llama: C
     assert head.count("<") == 8
 
 
-def test_other_families_read_pictures_where_they_stand(world: World, open_llama: Callable[..., Llama]) -> None:
+def test_other_families_read_images_where_they_stand(world: World, open_llama: Callable[..., Llama]) -> None:
     open_llama(MTMDChatHandler).create_chat_completion(messages=asked(data_uri(), text="first"))
     assert "first<" in world.prompts[0]
 
@@ -309,7 +309,7 @@ def test_moondreams_and_nanollavas_own_formats(world: World, open_llama: Callabl
     )
 
 
-def test_pictures_are_read_from_data_files_and_what_a_subclass_makes_of_an_address(
+def test_images_are_read_from_data_files_and_what_a_subclass_makes_of_an_address(
     open_llama: Callable[..., Llama], tmp_path: Path
 ) -> None:
     path = tmp_path / "a b.png"

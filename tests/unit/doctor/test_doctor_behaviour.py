@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from opsin.cache import PictureCache
+from opsin.cache import EmbeddingCache
 from opsin.core.backend import BackendLimits
 from opsin.doctor.behaviour import MAX_TOKENS, behaviour_checks
 from opsin.doctor.check import Check
@@ -24,7 +24,7 @@ def by_image(prompt: str) -> str:
 def found(reply: Callable[[str], str]) -> dict[str, Check]:
     backend = FakeBackend(reply, limits=LIMITS)
     prompts = PromptBuilder(TemplateSource(TEMPLATE, "llama", "fake", None, "", "", frozenset({TURN_TEXT})))
-    with Engine(lambda: backend, pictures=PictureCache(2**20), now=backend.clock) as engine:
+    with Engine(lambda: backend, images=EmbeddingCache(2**20), now=backend.clock) as engine:
         checks = behaviour_checks(engine, prompts)
     assert all(check.message.endswith(".") and "\n" not in check.message for check in checks)
     return {check.name: check for check in checks}

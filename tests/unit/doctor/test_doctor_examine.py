@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from opsin.cache import PictureCache
+from opsin.cache import EmbeddingCache
 from opsin.core.backend import BackendLimits
 from opsin.core.errors import BadParameter, EncodeFailed
 from opsin.core.placement import BackendShare, Placement
@@ -72,7 +72,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def opener(backend: FakeBackend) -> Callable[[EngineSettings, PairInfo], LoadedPair]:
     def open_pair(_: EngineSettings, _info: PairInfo) -> LoadedPair:
-        engine = Engine(lambda: backend, pictures=PictureCache(2**20), now=backend.clock)
+        engine = Engine(lambda: backend, images=EmbeddingCache(2**20), now=backend.clock)
         return LoadedPair(engine, PromptBuilder(SOURCE), backend, SOURCE, engine.close)  # type: ignore[arg-type]
 
     return open_pair
@@ -107,7 +107,7 @@ def test_the_loaded_pairs_word_stands_and_not_the_headers(pair: Pair) -> None:
 
 
 @pytest.mark.usefixtures("machine")
-def test_a_picture_that_does_not_fit_ends_it_before_one_is_asked_about(pair: Pair) -> None:
+def test_an_image_that_does_not_fit_ends_it_before_one_is_asked_about(pair: Pair) -> None:
     backend = Backend(limits=replace(LIMITS, n_ctx=256), image_tokens=300)
     found = examined(pair, backend)
     assert found["pair.context"].status == "fail"

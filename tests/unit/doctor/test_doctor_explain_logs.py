@@ -157,7 +157,7 @@ def test_a_slow_prompt_on_a_gpu_is_not_laid_to_the_cpu() -> None:
 
 
 @pytest.mark.parametrize(("tokens", "found"), [((600, 600, 610, 600), ["first_image"]), ((2500, 600, 610, 600), [])])
-def test_a_first_picture_is_compared_with_those_of_its_size(tokens: tuple[int, ...], found: list[str]) -> None:
+def test_a_first_image_is_compared_with_those_of_its_size(tokens: tuple[int, ...], found: list[str]) -> None:
     request = (
         "slot launch_slot_: id 0 | task {0} | processing task\nimage slice encoded in {1} ms\n"
         "slot print_timing: id 0 | task {0} | prompt eval time = {2}.00 ms / {3} tokens\n"

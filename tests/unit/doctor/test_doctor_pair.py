@@ -153,7 +153,7 @@ def test_an_all_f32_file_is_told_by_its_header(tmp_path: Path) -> None:
     assert "All of mmproj-tiny-f32.gguf is f32" in check.message
 
 
-def test_a_picture_that_attends_both_ways_must_fit_the_micro_batch(info: PairInfo) -> None:
+def test_an_image_that_attends_both_ways_must_fit_the_ubatch(info: PairInfo) -> None:
     found = checked(info, image_tokens=300, ubatch=256, causal=False)
     assert found["pair.ubatch"].status == "fail"
     assert "must go in one ubatch, which holds 256" in found["pair.ubatch"].message
@@ -161,7 +161,7 @@ def test_a_picture_that_attends_both_ways_must_fit_the_micro_batch(info: PairInf
     assert checked(info, image_tokens=300, ubatch=512, causal=False)["pair.ubatch"].status == "ok"
 
 
-def test_other_pictures_go_in_slices_and_small_ones_warn(info: PairInfo) -> None:
+def test_other_images_go_in_slices_and_small_ones_warn(info: PairInfo) -> None:
     check = checked(info, image_tokens=576, ubatch=256)["pair.ubatch"]
     assert (check.status, check.fix) == ("ok", None)
     assert "3 ubatches of 256" in check.message
@@ -171,7 +171,7 @@ def test_other_pictures_go_in_slices_and_small_ones_warn(info: PairInfo) -> None
     assert parsed(check.fix)[1]["ubatch"] == 768
 
 
-def test_a_picture_that_does_not_fit_the_context_fails(info: PairInfo) -> None:
+def test_an_image_that_does_not_fit_the_context_fails(info: PairInfo) -> None:
     settings = EngineSettings(parallel=2, kv_type="q8_0")
     check = checked(info, image_tokens=576, ctx_seq=512, settings=settings)["pair.context"]
     assert check.status == "fail"
@@ -189,7 +189,7 @@ def test_a_context_that_leaves_no_room_for_the_answer_warns(info: PairInfo) -> N
     assert parsed(check.fix)[1]["ctx"] == 2048
 
 
-def test_a_picture_beyond_the_trained_context_has_no_command(info: PairInfo) -> None:
+def test_an_image_beyond_the_trained_context_has_no_command(info: PairInfo) -> None:
     llm = replace(info.llm, context=512)
     check = checked(replace(info, llm=llm), image_tokens=576, ctx_seq=512)["pair.context"]
     assert (check.status, check.fix) == ("fail", None)

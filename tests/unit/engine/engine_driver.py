@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 
-from opsin.cache import PictureCache, salted
+from opsin.cache import EmbeddingCache, salted
 from opsin.core.answer import Answer, Event, Finished, TextDelta
 from opsin.core.backend import BackendLimits, Embedding, EmbeddingRows, TokenBatch
 from opsin.core.errors import Cancelled, OpsinError
-from opsin.core.layout import ImageRun
-from opsin.core.parts import Part, PicturePart, Prompt, TextPart
+from opsin.core.prompt import ImagePart, Part, Prompt, TextPart
 from opsin.core.sampling import SamplingParams
+from opsin.core.tokens import ImageChunk
 from opsin.engine import Policy
 from opsin.engine.clock import StageClock
 from opsin.engine.loop import Loop
@@ -20,7 +20,7 @@ from opsin.engine.request import AnswerStream, Request
 from opsin.engine.scheduler import Scheduler
 from opsin.engine.sequence import Sequence, State
 from opsin.engine.text import AnswerText
-from opsin.testing import FakeBackend, FakeClock, picture
+from opsin.testing import FakeBackend, FakeClock, image
 from opsin.testing.fake_backend import TURN_TEXT
 
 
@@ -35,8 +35,8 @@ def reply(text: str) -> str:
 
 
 def prompt_of(*parts: str | int) -> Prompt:
-    """Text, and pictures by number."""
-    made: list[Part] = [TextPart(part) if isinstance(part, str) else PicturePart(picture(part)) for part in parts]
+    """Text, and images by number."""
+    made: list[Part] = [TextPart(part) if isinstance(part, str) else ImagePart(image(part)) for part in parts]
     return Prompt((*made, TextPart(TURN_TEXT)))
 
 
@@ -52,7 +52,7 @@ class Backend(FakeBackend):
             return False
         return super().decode(rows)
 
-    def encode(self, run: ImageRun, between=None):  # type: ignore[no-untyped-def]
+    def encode(self, run: ImageChunk, between=None):  # type: ignore[no-untyped-def]
         def layers() -> None:
             for _ in range(self.layers):
                 self.clock.spend(self.costs.encode / self.layers)
@@ -120,7 +120,7 @@ class Driver:
     limits: BackendLimits = field(default_factory=limits)
     policy: Policy = field(default_factory=lambda: Policy(parallel=4))
     backend: Backend = None  # type: ignore[assignment]
-    pictures: PictureCache = field(default_factory=lambda: PictureCache(2**20))
+    images: EmbeddingCache = field(default_factory=lambda: EmbeddingCache(2**20))
     asked: list[Asked] = field(default_factory=list)
     plans: list[Plan] = field(default_factory=list)
     turns: list[Tokens] = field(default_factory=list)
@@ -130,7 +130,7 @@ class Driver:
     def __post_init__(self) -> None:
         if self.backend is None:
             self.backend = Backend(reply, limits=self.limits, clock=FakeClock())
-        self.loop = Loop(lambda: self.backend, self.policy, self.pictures, now=self.backend.clock)
+        self.loop = Loop(lambda: self.backend, self.policy, self.images, now=self.backend.clock)
         self.loop._attach(self.backend)
         scheduler = self.scheduler
         plan, plan_turn = scheduler.plan, scheduler.plan_turn
@@ -172,15 +172,15 @@ class Driver:
         embeddings: dict[str, Embedding] = {}
 
         def known(identity: str) -> bool:
-            embedding = self.pictures.get(salted(identity, salt))
+            embedding = self.images.get(salted(identity, salt))
             if embedding is not None:
                 embeddings[identity] = embedding
             return embedding is not None
 
-        layout = self.backend.layout(prompt.parts, add_bos=True, known=known)
+        layout = self.backend.tokenize(prompt.parts, add_bos=True, known=known)
         assert layout.n_tokens < self.limits.n_ctx, "the façade refuses such a prompt"
         sequence = Sequence(request, stream, StageClock(clock), AnswerText(chosen.stop), layout, embeddings)
-        sequence.cached_images |= {run.picture for run in layout.runs if getattr(run, "placeholder", False)}
+        sequence.cached_images |= {run.image for run in layout.chunks if getattr(run, "placeholder", False)}
         self.asked.append(Asked(sequence, stream))
         self.loop.put(sequence)
         return self.asked[-1]
@@ -236,10 +236,10 @@ class Driver:
 def expected(prompt: Prompt, max_tokens: int, n_ctx: int, image_tokens: int = 4) -> str:
     """The text of an answer, told from its request alone."""
     backend = FakeBackend(reply, limits=limits(n_ctx), image_tokens=image_tokens)
-    layout = backend.layout(prompt.parts, add_bos=True)
+    layout = backend.tokenize(prompt.parts, add_bos=True)
     cells: list[str] = []
-    for run in layout.runs:
-        if isinstance(run, ImageRun):
+    for run in layout.chunks:
+        if isinstance(run, ImageChunk):
             cells += [f"<{int(row[0])}.{int(row[1])}>" for row in backend.encode(run)]
         else:
             cells += [chr(token) if token < 256 else TURN_TEXT if token == 258 else "" for token in run.tokens]

@@ -98,8 +98,8 @@ def test_time_before_the_start_lengthens_the_total(time):
     assert (stages.fetch_ms, stages.other_ms, stages.load_ms, stages.total_ms) == (250.0, 500.0, 0.0, 750.0)
 
 
-def test_pictures_loaded_side_by_side_take_no_more_than_the_wall_time(time):
-    """Two pictures took 400 ms each to fetch and 100 to decode, at the same time, behind 250 of loading the model."""
+def test_images_loaded_side_by_side_take_no_more_than_the_wall_time(time):
+    """Two images took 400 ms each to fetch and 100 to decode, at the same time, behind 250 of loading the model."""
     clock = StageClock(time)
     began = time()
     time.pass_ticks(768)
@@ -128,7 +128,7 @@ def test_time_before_the_start_for_which_nothing_was_added_is_nobodys(time):
     assert clock.intervals()[0].start == began
 
 
-def test_freezing_takes_a_picture_and_the_clock_runs_on(time):
+def test_freezing_takes_an_image_and_the_clock_runs_on(time):
     clock = StageClock(time)
     clock.start()
     with clock.stage(Stage.ENCODE):

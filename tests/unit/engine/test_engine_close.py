@@ -5,10 +5,10 @@ import threading
 
 import pytest
 
-from opsin.cache import PictureCache
+from opsin.cache import EmbeddingCache
 from opsin.core.errors import EngineClosed, EngineDied
-from opsin.core.layout import Layout
-from opsin.core.parts import Prompt, TextPart
+from opsin.core.prompt import Prompt, TextPart
+from opsin.core.tokens import TokenizedPrompt
 from opsin.engine import AnswerStream, Engine
 from opsin.engine.loop import Loop
 from opsin.engine.policy import Policy
@@ -25,9 +25,9 @@ class Slow(FakeBackend):
         super().__init__()
         self.go = threading.Event()
 
-    def layout(self, *args: object, **named: object) -> Layout:
+    def tokenize(self, *args: object, **named: object) -> TokenizedPrompt:
         self.go.wait(60)
-        return super().layout(*args, **named)  # type: ignore[arg-type]
+        return super().tokenize(*args, **named)  # type: ignore[arg-type]
 
 
 def test_closing_tells_those_whose_prompt_no_worker_had_begun_with() -> None:
@@ -54,7 +54,7 @@ def _read(stream: AnswerStream, answers: queue.SimpleQueue[object]) -> None:
         answers.put(error)
 
 
-def test_closing_waits_until_pictures_are_on_disk() -> None:
+def test_closing_waits_until_images_are_on_disk() -> None:
     closed: list[str] = []
 
     class Store:
@@ -66,7 +66,7 @@ def test_closing_waits_until_pictures_are_on_disk() -> None:
         def close(self) -> None:
             closed.append("store")
 
-    with Engine(FakeBackend, pictures=PictureCache(100, Store())):
+    with Engine(FakeBackend, images=EmbeddingCache(100, Store())):
         assert not closed
     assert closed
 
@@ -99,4 +99,4 @@ def test_work_that_was_handed_over_before_a_death_is_not_done_after_it() -> None
 
 
 def test_a_loop_that_was_never_opened_closes() -> None:
-    Loop(FakeBackend, Policy(), PictureCache(0)).close()
+    Loop(FakeBackend, Policy(), EmbeddingCache(0)).close()

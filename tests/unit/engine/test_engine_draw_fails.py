@@ -53,14 +53,14 @@ def test_who_cannot_draw_fails_alone(error: OpsinError) -> None:
     made.close()
 
 
-def test_between_two_layers_of_an_encode_the_picture_is_not_lost() -> None:
+def test_between_two_layers_of_an_encode_the_image_is_not_lost() -> None:
     made = driver()
     bad = made.ask("b", grammar="x")
     made.step()
-    picture = made.ask(prompt_of(1))
+    image = made.ask(prompt_of(1))
     made.run()
     assert made.turns
     assert isinstance(bad.ends[0], BadGrammar)
-    assert picture.answer.text == "x" * 20
+    assert image.answer.text == "x" * 20
     assert len(made.backend.encoded) == 1
     made.close()

@@ -1,10 +1,10 @@
-"""Families that can encode several pictures at once do, as long as nobody waits for a token meanwhile."""
+"""Families that can encode several images at once do, as long as nobody waits for a token meanwhile."""
 
 import dataclasses
 
 from engine_driver import Backend, Driver, limits, prompt_of, reply
 
-from opsin.cache import PictureCache
+from opsin.cache import EmbeddingCache
 from opsin.core.errors import EncodeFailed
 from opsin.engine import Policy
 from opsin.testing import FakeClock
@@ -38,7 +38,7 @@ def calls(made: Driver) -> list[int]:
     return made.backend.calls
 
 
-def test_pictures_of_several_requests_and_of_one_are_encoded_at_once() -> None:
+def test_images_of_several_requests_and_of_one_are_encoded_at_once() -> None:
     made = driver()
     asked = [made.ask(prompt_of(i)) for i in range(3)] + [made.ask(prompt_of(3, 4, 5))]
     made.run()
@@ -54,7 +54,7 @@ def test_pictures_of_several_requests_and_of_one_are_encoded_at_once() -> None:
     made.close()
 
 
-def test_a_picture_is_encoded_once_however_many_have_it() -> None:
+def test_an_image_is_encoded_once_however_many_have_it() -> None:
     made = driver()
     for text in ("a", "b", "c"):
         made.ask(prompt_of(text, 1, 2))
@@ -62,7 +62,7 @@ def test_a_picture_is_encoded_once_however_many_have_it() -> None:
     assert sorted(made.backend.encoded) == sorted(set(made.backend.encoded))
 
 
-def test_while_somebody_streams_pictures_are_encoded_one_by_one() -> None:
+def test_while_somebody_streams_images_are_encoded_one_by_one() -> None:
     made = driver(answer=lambda text: "x" * 200)
     made.ask("talk", max_tokens=150)
     made.step()
@@ -83,9 +83,9 @@ def test_a_failed_batch_fails_who_asked_first_and_is_not_remembered() -> None:
     made.close()
 
 
-def test_without_room_to_remember_them_batched_pictures_are_still_answered() -> None:
+def test_without_room_to_remember_them_batched_images_are_still_answered() -> None:
     size = dataclasses.replace(limits(n_ctx=2000), encode_batch=4)
-    made = Driver(size, Policy(parallel=4), Counting(reply, limits=size, clock=FakeClock()), PictureCache(0))
+    made = Driver(size, Policy(parallel=4), Counting(reply, limits=size, clock=FakeClock()), EmbeddingCache(0))
     asked = [made.ask(prompt_of(i)) for i in range(3)]
     made.run()
     assert all(a.answer.text is not None for a in asked)

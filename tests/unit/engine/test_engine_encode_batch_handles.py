@@ -1,12 +1,12 @@
-"""Pictures encoded beside another's need the layouts they came from."""
+"""Images encoded beside another's need the layouts they came from."""
 
 import dataclasses
 
 from engine_driver import Backend, Driver, limits, prompt_of, reply
 
-from opsin.cache import PictureCache
+from opsin.cache import EmbeddingCache
 from opsin.core.errors import BadGrammar, EncodeFailed
-from opsin.core.layout import ImageRun
+from opsin.core.tokens import ImageChunk
 from opsin.engine import Policy
 from opsin.testing import FakeClock
 
@@ -14,23 +14,23 @@ from opsin.testing import FakeClock
 class Strict(Backend):
     """Its chunks are alive as long as their layouts, as mtmd's are."""
 
-    def layout(self, parts, **options):  # type: ignore[no-untyped-def]
-        made = super().layout(parts, **options)
-        made.runs = tuple(
-            dataclasses.replace(run, handle=made.owned) if isinstance(run, ImageRun) else run for run in made.runs
+    def tokenize(self, parts, **options):  # type: ignore[no-untyped-def]
+        made = super().tokenize(parts, **options)
+        made.chunks = tuple(
+            dataclasses.replace(run, handle=made.owned) if isinstance(run, ImageChunk) else run for run in made.chunks
         )
         return made
 
     def encode(self, run, between=None):  # type: ignore[no-untyped-def]
         if run.handle.closed:
-            raise EncodeFailed("The layout of this picture was closed before it was encoded.")
+            raise EncodeFailed("The layout of this image was closed before it was encoded.")
         return super().encode(run, between)
 
 
-def driver(pictures: PictureCache | None = None) -> Driver:
+def driver(images: EmbeddingCache | None = None) -> Driver:
     size = dataclasses.replace(limits(n_ctx=2000), encode_batch=4)
     backend = Strict(reply, limits=size, clock=FakeClock())
-    return Driver(size, Policy(parallel=4), backend, pictures or PictureCache(2**20))
+    return Driver(size, Policy(parallel=4), backend, images or EmbeddingCache(2**20))
 
 
 def test_a_request_that_ends_before_the_batch_takes_nobody_with_it() -> None:
@@ -49,14 +49,14 @@ def test_a_prompt_that_is_laid_out_again_is_not_encoded_with_the_chunks_it_had()
     first = made.ask(prompt_of(1), max_tokens=1)
     made.run()
     assert first.answer.finish_reason
-    again = made.ask(prompt_of("x", 1, 2))  # the first picture is known, so only the second has pixels
-    made.pictures._held.clear()  # evicted meanwhile
+    again = made.ask(prompt_of("x", 1, 2))  # the first image is known, so only the second has pixels
+    made.images._held.clear()  # evicted meanwhile
     made.run()
     assert again.answer.finish_reason
     made.close()
 
 
-def test_every_picture_of_a_batch_is_counted() -> None:
+def test_every_image_of_a_batch_is_counted() -> None:
     made = driver()
     for number in range(3):
         made.ask(prompt_of(number))

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 import numpy as np
 import pytest
 
-from opsin.cache import PictureCache
+from opsin.cache import EmbeddingCache
 from opsin.core.answer import Answer, Event, Finished, Started, TextDelta
 from opsin.core.backend import BackendLimits, Embedding
 from opsin.core.errors import (
@@ -23,19 +23,19 @@ from opsin.core.errors import (
     EngineDied,
     OpsinError,
 )
-from opsin.core.layout import ImageRun
-from opsin.core.parts import PicturePart, Prompt, TextPart
+from opsin.core.prompt import ImagePart, Prompt, TextPart
 from opsin.core.reasoning import ReasoningStyle
 from opsin.core.sampling import SamplingParams
+from opsin.core.tokens import ImageChunk
 from opsin.engine import AnswerStream, Engine, Policy
-from opsin.testing import FakeBackend, FakeClock, picture
+from opsin.testing import FakeBackend, FakeClock, image
 from opsin.testing.fake_backend import EOS, TURN_TEXT
 
 LIMITS = BackendLimits(n_ctx=512, n_batch=64, n_ubatch=64, n_seq_max=8, n_vocab=259, n_embd=4)
 
 
-def prompt(text: str = "what is this?", pictures: int = 1, **fields: object) -> Prompt:
-    parts = (*(PicturePart(picture(i)) for i in range(pictures)), TextPart(f"{text}{TURN_TEXT}"))
+def prompt(text: str = "what is this?", images: int = 1, **fields: object) -> Prompt:
+    parts = (*(ImagePart(image(i)) for i in range(images)), TextPart(f"{text}{TURN_TEXT}"))
     return Prompt(parts, **fields)  # type: ignore[arg-type]
 
 
@@ -51,29 +51,29 @@ def test_an_answer_is_the_reply_and_everything_is_given_back() -> None:
     assert answer.usage.completion_tokens == len("a red circle.")
     assert answer.usage.image_tokens == 4
     assert answer.usage.prompt_tokens == 1 + 4 + len("what is this?") + 1
-    assert answer.images[0].sha256 == picture(0).sha256
+    assert answer.images[0].sha256 == image(0).sha256
     assert backend.open_handles == 0
     assert backend.closed
 
 
-def test_the_reply_depends_on_the_picture_and_the_whole_prompt() -> None:
+def test_the_reply_depends_on_the_image_and_the_whole_prompt() -> None:
     seen: list[str] = []
 
     def reply(text: str) -> str:
         seen.append(text)
         return "ok"
 
-    ask(FakeBackend(reply), prompt("how many?", pictures=2))
+    ask(FakeBackend(reply), prompt("how many?", images=2))
     assert seen[-1].count("<") == 8
     assert seen[-1].endswith("how many?" + TURN_TEXT)
 
 
-def test_a_long_prompt_goes_in_micro_batches() -> None:
+def test_a_long_prompt_goes_in_ubatches() -> None:
     text = "x" * 300
-    assert ask(FakeBackend(lambda p: str(len(p))), prompt(text, pictures=0)).text == "301"
+    assert ask(FakeBackend(lambda p: str(len(p))), prompt(text, images=0)).text == "301"
 
 
-def test_a_wide_picture_goes_in_micro_batches() -> None:
+def test_a_wide_image_goes_in_ubatches() -> None:
     assert ask(FakeBackend(lambda p: str(p.count("<")), image_tokens=200)).text == "200"
 
 
@@ -100,7 +100,7 @@ def test_a_full_context_ends_the_answer() -> None:
 
 
 def test_a_prompt_that_can_never_fit_is_refused_in_one_sentence() -> None:
-    with pytest.raises(ContextOverflow, match=r"takes 605 tokens, 4 of them for pictures, and the context holds 512"):
+    with pytest.raises(ContextOverflow, match=r"takes 605 tokens, 4 of them for images, and the context holds 512"):
         ask(FakeBackend(), prompt("x" * 599))
 
 
@@ -188,10 +188,10 @@ def test_each_stage_has_its_own_time_also_when_decode_returns_early(asynchronous
 
 
 def test_times_before_the_request_are_part_of_its_total() -> None:
-    shot = dataclasses.replace(picture(0), fetch_ms=11.0, decode_ms=7.0)
+    shot = dataclasses.replace(image(0), fetch_ms=11.0, decode_ms=7.0)
     backend = FakeBackend()
     with Engine(lambda: backend, now=backend.clock) as engine:
-        question = Prompt((PicturePart(shot), TextPart(TURN_TEXT)))
+        question = Prompt((ImagePart(shot), TextPart(TURN_TEXT)))
         stages = engine.submit(question, load_ms=100.0).result().stages
     assert (stages.load_ms, stages.fetch_ms, stages.image_decode_ms) == pytest.approx((100.0, 11.0, 7.0))
     assert stages.total_ms > 118.0
@@ -340,7 +340,7 @@ async def read_async(stream: AnswerStream) -> str:
 
 
 def test_an_answer_that_failed_is_freed_at_once_also_without_garbage_collection() -> None:
-    """A ring of error, frames, stream and pictures waits for a full collection: megabytes under load."""
+    """A ring of error, frames, stream and images waits for a full collection: megabytes under load."""
     backend = FakeBackend(lambda _: "hello", limits=dataclasses.replace(LIMITS, n_ctx=8192))
 
     def ask_all(engine: Engine) -> None:
@@ -419,7 +419,7 @@ def test_eos_is_no_text() -> None:
     assert EOS not in ask(FakeBackend(lambda _: "ab")).tokens
 
 
-def test_a_known_picture_is_neither_preprocessed_nor_encoded_again() -> None:
+def test_a_known_image_is_neither_preprocessed_nor_encoded_again() -> None:
     backend = FakeBackend(lambda _: "fine")
     with Engine(lambda: backend, now=backend.clock) as engine:
         first = engine.submit(prompt("one")).result()
@@ -467,7 +467,7 @@ def test_an_image_known_on_disk_is_read_beside_the_engines_thread() -> None:
         def close(self) -> None: ...
 
     backend = FakeBackend(lambda text: str(text.count("<")))
-    with Engine(lambda: backend, pictures=PictureCache(0, Disk())) as engine:
+    with Engine(lambda: backend, images=EmbeddingCache(0, Disk())) as engine:
         assert engine.submit(prompt("one")).result().text == "4"
     assert not backend.encoded
     assert readers
@@ -500,10 +500,10 @@ def test_an_engine_that_cannot_attach_says_so_instead_of_hanging() -> None:
 
 def test_an_image_that_attends_both_ways_and_does_not_fit_a_batch_is_refused_before_its_encode() -> None:
     class Both(FakeBackend):
-        def layout(self, parts, *, add_bos, known=None):  # type: ignore[no-untyped-def]
-            layout = super().layout(parts, add_bos=add_bos, known=known)
-            runs = [dataclasses.replace(r, causal=False) if isinstance(r, ImageRun) else r for r in layout.runs]
-            layout.runs = tuple(runs)
+        def tokenize(self, parts, *, add_bos, known=None):  # type: ignore[no-untyped-def]
+            layout = super().tokenize(parts, add_bos=add_bos, known=known)
+            runs = [dataclasses.replace(r, causal=False) if isinstance(r, ImageChunk) else r for r in layout.chunks]
+            layout.chunks = tuple(runs)
             return layout
 
     backend = Both(image_tokens=65)

@@ -13,10 +13,10 @@ from engine_driver import Backend, Driver, expected, limits, prompt_of, reply
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from opsin.cache import PictureCache
+from opsin.cache import EmbeddingCache
 from opsin.core.answer import Finished
 from opsin.core.errors import Cancelled, DecodeFailed, EncodeFailed
-from opsin.core.parts import Prompt
+from opsin.core.prompt import Prompt
 from opsin.engine import Policy
 from opsin.testing import FakeClock
 
@@ -49,7 +49,7 @@ class World:
     slice: int
     turn: float
     wait_for: int
-    picture_bytes: int
+    image_bytes: int
     layers: int
     image_tokens: int
 
@@ -75,7 +75,7 @@ worlds = st.builds(
     slice=st.sampled_from([1, 4, 64]),
     turn=st.sampled_from([0.0, 0.01, 0.06]),
     wait_for=st.sampled_from([1, 4, 32]),
-    picture_bytes=st.sampled_from([0, 64, 2**20]),
+    image_bytes=st.sampled_from([0, 64, 2**20]),
     layers=st.sampled_from([1, 3]),
     image_tokens=st.sampled_from([1, 4, 12]),
 )
@@ -102,7 +102,7 @@ def live(world: World, history: list[Ask], mishaps: dict[int, str], *, keep_pref
         wait_for=world.wait_for,
         keep_prefixes=keep_prefixes,
     )
-    driver = Driver(size, policy, backend, PictureCache(world.picture_bytes))
+    driver = Driver(size, policy, backend, EmbeddingCache(world.image_bytes))
     cancels: dict[int, list[int]] = {}
     coming = list(enumerate(history))
     due = coming[0][1].after if coming else 0

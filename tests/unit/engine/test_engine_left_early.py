@@ -5,9 +5,9 @@ import threading
 import pytest
 
 from opsin.core.errors import Cancelled
-from opsin.core.parts import PicturePart, Prompt, TextPart
+from opsin.core.prompt import ImagePart, Prompt, TextPart
 from opsin.engine import Engine, Policy
-from opsin.testing import FakeBackend, picture
+from opsin.testing import FakeBackend, image
 from opsin.testing.fake_backend import TURN_TEXT
 
 
@@ -19,14 +19,14 @@ class Held(FakeBackend):
         self.go = threading.Event()
         self.laid_out = 0
 
-    def layout(self, parts, **options):  # type: ignore[no-untyped-def]
+    def tokenize(self, parts, **options):  # type: ignore[no-untyped-def]
         self.go.wait(5)
         self.laid_out += 1
-        return super().layout(parts, **options)
+        return super().tokenize(parts, **options)
 
 
 def prompt(number: int) -> Prompt:
-    return Prompt((PicturePart(picture(number)), TextPart(f"what?{TURN_TEXT}")))
+    return Prompt((ImagePart(image(number)), TextPart(f"what?{TURN_TEXT}")))
 
 
 def test_a_cancelled_prompt_is_not_laid_out() -> None:

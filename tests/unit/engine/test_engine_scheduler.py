@@ -6,7 +6,7 @@ import itertools
 import pytest
 from engine_driver import Asked, Backend, Driver, expected, limits, prompt_of, reply
 
-from opsin.cache import PictureCache
+from opsin.cache import EmbeddingCache
 from opsin.core.answer import Finished
 from opsin.core.backend import BackendLimits
 from opsin.core.errors import Cancelled, DecodeFailed, EncodeFailed
@@ -96,23 +96,23 @@ def test_a_step_is_full_while_there_is_enough_to_do() -> None:
         assert cells_needed(plan.step) == 16
 
 
-def test_a_small_request_with_a_picture_waits_for_one_picture_of_a_large_one_not_for_all() -> None:
+def test_a_small_request_with_an_image_waits_for_one_image_of_a_large_one_not_for_all() -> None:
     made = driver(parallel=4, size=limits(n_ctx=1000))
     many = made.ask(prompt_of(*range(8)))
     one = made.ask(prompt_of(20))
     made.run()
-    assert made.backend.encoded[1] == one.sequence.layout.runs[1].identity  # type: ignore[union-attr]
+    assert made.backend.encoded[1] == one.sequence.layout.chunks[1].identity  # type: ignore[union-attr]
     assert in_order([many, one], "first_token_at") == [one, many]
 
 
-def test_pictures_of_equal_requests_go_first_come_first_served() -> None:
+def test_images_of_equal_requests_go_first_come_first_served() -> None:
     made = driver(parallel=4)
     asked = [made.ask(prompt_of(i)) for i in range(4)]
     made.run()
     assert in_order(asked, "first_token_at") == asked
 
 
-def test_streams_get_their_token_while_pictures_are_worked_on() -> None:
+def test_streams_get_their_token_while_images_are_worked_on() -> None:
     made = driver(parallel=4, size=limits(n_ctx=2000), answer=long, shortest_wait=0.03, stream_share=1.0)
     made.backend.image_tokens = 64
     made.backend.layers = 10
@@ -232,7 +232,7 @@ def test_a_stream_does_not_wait_for_a_slice_and_a_prompts_text_in_one_go() -> No
     assert any(isinstance(step, Tokens) and step.decode and step.prefill for step in steps)
 
 
-def test_texts_and_pictures_take_turns_while_somebody_answers() -> None:
+def test_texts_and_images_take_turns_while_somebody_answers() -> None:
     made = driver(parallel=4, size=limits(n_ctx=4000), answer=long, shortest_wait=0.0, longest_wait=0.0)
     made.backend.image_tokens = 256
     made.ask("talk", max_tokens=400)
@@ -245,8 +245,8 @@ def test_texts_and_pictures_take_turns_while_somebody_answers() -> None:
     assert text.first_token_at < shot.first_token_at
 
 
-def test_pictures_get_on_also_when_streams_want_every_step() -> None:
-    """A turn of 0 is due at once after every step: pictures were never looked at while anybody answered."""
+def test_images_get_on_also_when_streams_want_every_step() -> None:
+    """A turn of 0 is due at once after every step: images were never looked at while anybody answered."""
     made = driver(parallel=2, size=limits(n_ctx=2000), answer=long, shortest_wait=0.0, longest_wait=0.0)
     made.ask("talk", max_tokens=400)
     made.step()
@@ -295,7 +295,7 @@ def test_the_last_token_of_a_known_prompt_is_decoded_again() -> None:
     assert two.answer.usage.cached_tokens == two.answer.usage.prompt_tokens - 1
 
 
-def test_a_prefix_is_never_cut_inside_a_picture() -> None:
+def test_a_prefix_is_never_cut_inside_an_image() -> None:
     made = driver()
     backend = made.backend
     made.ask(prompt_of("see ", 1))
@@ -303,7 +303,7 @@ def test_a_prefix_is_never_cut_inside_a_picture() -> None:
     other = made.ask(prompt_of("see ", 2))
     made.run()
     assert other.answer.usage.cached_tokens == 1 + len("see ")
-    # A prompt that ends with a picture: all of the picture is decoded again, because its last row needs logits.
+    # A prompt that ends with an image: all of the image is decoded again, because its last row needs logits.
     bare = dataclasses.replace(prompt_of(), parts=prompt_of("see ", 1).parts[:-1])
     again = made.ask(bare)
     made.run()
@@ -311,7 +311,7 @@ def test_a_prefix_is_never_cut_inside_a_picture() -> None:
     assert len(backend.encoded) == 2
 
 
-def test_pictures_of_different_salt_are_encoded_apart() -> None:
+def test_images_of_different_salt_are_encoded_apart() -> None:
     made = driver()
     for salt in ("mine", "yours", "mine", ""):
         made.ask(prompt_of(1, salt), salt=salt)
@@ -329,7 +329,7 @@ def test_prompts_of_different_salt_share_no_prefix() -> None:
     assert not forks(made)
 
 
-def test_one_picture_asked_about_eight_times_at_once_is_encoded_and_prefilled_once() -> None:
+def test_one_image_asked_about_eight_times_at_once_is_encoded_and_prefilled_once() -> None:
     made = driver(parallel=8, size=limits(n_ctx=900, n_seq_max=9))
     made.backend.image_tokens = 60
     asked = [made.ask(prompt_of(1, f"q{i}")) for i in range(8)]
@@ -582,7 +582,7 @@ def test_a_cancel_after_the_end_changes_nothing() -> None:
     made.close()
 
 
-def test_a_picture_whose_asker_went_away_in_its_encode_is_remembered() -> None:
+def test_an_image_whose_asker_went_away_in_its_encode_is_remembered() -> None:
     made = driver()
     asked = made.ask(prompt_of(1))
     stream = made.ask("talk", max_tokens=20)
@@ -615,7 +615,7 @@ def test_a_failed_encode_is_not_remembered_and_streams_go_on() -> None:
     assert len(made.backend.encoded) == 1
 
 
-def test_a_failed_nested_step_fails_the_streams_and_not_the_picture() -> None:
+def test_a_failed_nested_step_fails_the_streams_and_not_the_image() -> None:
     made = driver(answer=long, shortest_wait=0.0, longest_wait=0.0)
     stream = made.ask("talk", max_tokens=30)
     encode = made.backend.encode
@@ -642,7 +642,7 @@ def test_a_deadline_ends_an_answer_with_what_it_has_and_a_waiting_one_with_nothi
     assert made.backend.clock() < 0.25
 
 
-def test_counts_tell_encodes_from_remembered_pictures() -> None:
+def test_counts_tell_encodes_from_remembered_images() -> None:
     made = driver()
     for text in ("a", "b"):
         made.ask(prompt_of(text, 1))
@@ -651,9 +651,9 @@ def test_counts_tell_encodes_from_remembered_pictures() -> None:
     assert [a.answer.images[0].cached for a in made.asked] == [False, True]
 
 
-def test_nothing_is_kept_when_the_picture_cache_is_too_small_and_answers_are_the_same() -> None:
+def test_nothing_is_kept_when_the_image_cache_is_too_small_and_answers_are_the_same() -> None:
     size = limits()
-    made = Driver(size, Policy(parallel=2, keep_prefixes=False), pictures=PictureCache(0))
+    made = Driver(size, Policy(parallel=2, keep_prefixes=False), images=EmbeddingCache(0))
     asked = [made.ask(prompt_of(1, text)) for text in "aab"]
     made.run()
     assert len(made.backend.encoded) == 3

@@ -6,10 +6,10 @@ import itertools
 import pytest
 from engine_driver import Asked, Backend, Driver, limits, prompt_of, reply
 
-from opsin.core.parts import PicturePart, Prompt, TextPart
+from opsin.core.prompt import ImagePart, Prompt, TextPart
 from opsin.core.stages import Interval, Stage
 from opsin.engine import Engine, Policy
-from opsin.testing import FakeBackend, FakeClock, picture
+from opsin.testing import FakeBackend, FakeClock, image
 from opsin.testing.fake_backend import TURN_TEXT
 
 
@@ -82,32 +82,32 @@ def test_counts_of_tokens_and_of_both_caches() -> None:
     made.backend.reply = reply
     first = made.ask(prompt_of("a long beginning", 1), max_tokens=3)
     made.run()
-    again = made.ask(prompt_of("a long beginning", 1), max_tokens=3)  # its prefix is in the KV memory
+    again = made.ask(prompt_of("a long beginning", 1), max_tokens=3)  # its prefix is in the KV cache
     made.run()
-    other = made.ask(prompt_of("another", 1), max_tokens=3)  # only its picture is known
+    other = made.ask(prompt_of("another", 1), max_tokens=3)  # only its image is known
     made.run()
     asked, now = (first, again, other), made.loop.stats.snapshot
     assert now.prompt_tokens == sum(a.answer.usage.prompt_tokens for a in asked)
     assert now.prefix_hits == sum(a.answer.usage.cached_tokens for a in asked) > 0
     drawn = sum(a.answer.usage.completion_tokens + (a.answer.finish_reason == "stop") for a in asked)
     assert now.generated_tokens == drawn
-    assert (now.encodes, now.picture_hits) == (1, 1)
+    assert (now.encodes, now.image_hits) == (1, 1)
 
 
-def test_pictures_encoded_beside_another_are_no_hits() -> None:
+def test_images_encoded_beside_another_are_no_hits() -> None:
     size = limits(n_ctx=2000)
     size = dataclasses.replace(size, encode_batch=4)
     made = Driver(size, Policy(parallel=4), Backend(reply, limits=size, clock=FakeClock()))
     for number in range(3):
         made.ask(prompt_of(number))
     made.run()
-    assert (made.loop.stats.snapshot.encodes, made.loop.stats.snapshot.picture_hits) == (3, 0)
+    assert (made.loop.stats.snapshot.encodes, made.loop.stats.snapshot.image_hits) == (3, 0)
 
 
-def test_the_account_goes_back_to_when_the_caller_began_to_load_its_pictures() -> None:
+def test_the_account_goes_back_to_when_the_caller_began_to_load_its_images() -> None:
     backend = FakeBackend(lambda _: "ok")
-    side_by_side = [dataclasses.replace(picture(i), fetch_ms=30.0, decode_ms=10.0) for i in range(2)]
-    prompt = Prompt((*(PicturePart(one) for one in side_by_side), TextPart(TURN_TEXT)))
+    side_by_side = [dataclasses.replace(image(i), fetch_ms=30.0, decode_ms=10.0) for i in range(2)]
+    prompt = Prompt((*(ImagePart(one) for one in side_by_side), TextPart(TURN_TEXT)))
     with Engine(lambda: backend, now=backend.clock) as engine:
         began = backend.clock()
         backend.clock.spend(40.0)

@@ -80,12 +80,12 @@ def test_a_folder_with_several_models_or_none_is_refused(tiny: Pair, tmp_path: P
 
 def test_an_empty_folder_does_not_hide_a_known_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "llava").mkdir()
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelNotFound, match="opsin pull llava"):
         resolve("llava")
-    with pytest.raises(ModelNotFound, match="pictures holds no language model"):
-        resolve("pictures")
+    with pytest.raises(ModelNotFound, match="images holds no language model"):
+        resolve("images")
 
 
 def test_misfits_are_refused_before_anything_is_loaded(tiny: Pair, wide: Pair, tmp_path: Path):

@@ -2,8 +2,8 @@
 
 import functools
 
-from opsin.core.parts import PicturePart, Prompt, TextPart
-from opsin.core.picture import Picture
+from opsin.core.image import Image
+from opsin.core.prompt import ImagePart, Prompt, TextPart
 from opsin.prompt import PromptBuilder, TemplateSource
 
 CHATML_LISTS = """\
@@ -210,16 +210,16 @@ def bare(
     return PromptBuilder(TemplateSource(template, "llama", "a model", None, bos, eos, frozenset(tokens)))
 
 
-def picture(number: int = 0) -> Picture:
-    return Picture(
+def image(number: int = 0) -> Image:
+    return Image(
         rgb=bytes((number, 0, 0)), width=1, height=1, sha256=f"{number:064x}", format="PNG", source_width=1,
         source_height=1,
     )  # fmt: skip
 
 
 def flat(prompt: Prompt, mark: str = "¤") -> str:
-    """All parts in one text, a picture as `mark`."""
-    return "".join(mark if isinstance(part, PicturePart) else part.text for part in prompt.parts)
+    """All parts in one text, an image as `mark`."""
+    return "".join(mark if isinstance(part, ImagePart) else part.text for part in prompt.parts)
 
 
 def plain_texts(prompt: Prompt) -> list[str]:

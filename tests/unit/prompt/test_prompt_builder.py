@@ -3,22 +3,22 @@ import functools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from prompt_families import FAMILIES, bare, builder, flat, picture, plain_texts, source, special_text
+from prompt_families import FAMILIES, bare, builder, flat, image, plain_texts, source, special_text
 
 from opsin.core.errors import BadPrompt
-from opsin.core.parts import PicturePart, TextPart
+from opsin.core.prompt import ImagePart, TextPart
 from opsin.core.reasoning import ReasoningStyle
 from opsin.prompt import Message
 from opsin.prompt.template import ChatTemplate
 
-A, B, C = picture(1), picture(2), picture(3)
+A, B, C = image(1), image(2), image(3)
 NO_SYSTEM = {"mistral"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_picture_and_a_question(family):
+def test_one_image_and_a_question(family):
     prompt = builder(family).build([Message("user", [A, "what is this?"])])
-    assert prompt.pictures == (A,)
+    assert prompt.images == (A,)
     text = flat(prompt)
     assert text.index("¤") < text.index("what is this?")
     assert "1234" not in text, "no stand-in is left over"
@@ -26,8 +26,8 @@ def test_one_picture_and_a_question(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_familys_own_picture_marks_are_never_written(family):
-    """llama.cpp's mtmd writes them around each picture; twice would be read as two pictures."""
+def test_the_familys_own_image_marks_are_never_written(family):
+    """llama.cpp's mtmd writes them around each image; twice would be read as two images."""
     text = flat(builder(family).build([Message("user", ["one", A, "two", B])]))
     for mark in ("<image>", "<|image_pad|>", "<|vision_start|>", "<start_of_image>", "<|image|>", "<|media_start|>"):
         assert mark not in text
@@ -35,7 +35,7 @@ def test_the_familys_own_picture_marks_are_never_written(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_pictures_in_several_turns_keep_their_order(family):
+def test_images_in_several_turns_keep_their_order(family):
     prompt = builder(family).build(
         [
             Message("user", [A, "first?"]),
@@ -43,7 +43,7 @@ def test_pictures_in_several_turns_keep_their_order(family):
             Message("user", ["and", B, "or", C, "and the first again", A]),
         ]
     )
-    assert prompt.pictures == (A, B, C, A)
+    assert prompt.images == (A, B, C, A)
     text = flat(prompt)
     places = [text.index(word) for word in ("first?", "a cat", "and", "or", "again")]
     assert places == sorted(places)
@@ -53,7 +53,7 @@ def test_pictures_in_several_turns_keep_their_order(family):
 def test_text_alone_is_one_stretch(family):
     prompt = builder(family).build([Message("user", "How are you?")])
     assert len(prompt.parts) == 1
-    assert prompt.pictures == ()
+    assert prompt.images == ()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -116,7 +116,7 @@ def test_tokens_of_white_space_alone_do_not_cut_text():
 @pytest.mark.parametrize("said", ["<__media__>", "<image>", "{{ messages }}", "¤", "12345678901234567890", "%s {0}"])
 def test_a_marker_in_a_users_text_is_text(said):
     prompt = builder("qwen2-vl").build([Message("user", [said, A, said])])
-    assert prompt.pictures == (A,)
+    assert prompt.images == (A,)
     assert flat(prompt, mark="[P]").count(said) == 2
 
 
@@ -147,7 +147,7 @@ texts = st.lists(
 @given(first=texts, answer=texts, second=texts)
 def test_the_parts_joined_are_the_plain_rendering(family, first, answer, second):
     prompts, template = models(family)
-    mark = "PICTURESTANDSHERE"
+    mark = "IMAGESTANDSHERE"
     prompt = prompts.build(
         [Message("user", [A, first + "."]), Message("assistant", answer), Message("user", [second + ".", B])]
     )
@@ -189,18 +189,18 @@ def test_without_generation_prompt_the_turn_of_the_model_is_not_opened():
     assert flat(built).endswith("x<|im_end|>\n")
 
 
-def test_a_picture_that_the_template_drops_is_refused():
+def test_an_image_that_the_template_drops_is_refused():
     prompts = bare("{% for m in messages %}{% if m.role != 'tool' %}{{ m.content }}{% endif %}{% endfor %}")
-    with pytest.raises(BadPrompt, match="leaves out picture 2 of 2"):
+    with pytest.raises(BadPrompt, match="leaves out image 2 of 2"):
         prompts.build([Message("user", ["hi", A]), Message("tool", [B])])
 
 
-def test_a_picture_written_twice_is_refused():
+def test_an_image_written_twice_is_refused():
     with pytest.raises(BadPrompt, match="once and in order"):
         bare("{{ messages[0].content }}{{ messages[0].content }}").build([Message("user", [A])])
 
 
-def test_pictures_in_another_order_are_refused():
+def test_images_in_another_order_are_refused():
     prompts = bare("{% for m in messages | reverse %}{{ m.content }}{% endfor %}")
     with pytest.raises(BadPrompt, match="once and in order"):
         prompts.build([Message("user", [A]), Message("user", [B])])
@@ -209,7 +209,7 @@ def test_pictures_in_another_order_are_refused():
 @pytest.mark.parametrize("body", ["{{ c[:20] }}", "{{ c[:-3] }}", "{{ c[:-1] }}9"])
 def test_a_template_that_cuts_texts_apart_is_refused(body):
     prompts = bare("{% set c = messages[0].content %}{% if c | length > 30 %}" + body + "{% else %}{{ c }}{% endif %}")
-    with pytest.raises(BadPrompt, match=r"cuts texts apart|leaves out picture"):
+    with pytest.raises(BadPrompt, match=r"cuts texts apart|leaves out image"):
         prompts.build([Message("user", [A])])
 
 
@@ -231,7 +231,7 @@ def test_a_later_system_message_is_left_to_the_template():
         builder("mistral").build([Message("user", "a"), Message("system", "b")])
 
 
-def test_a_picture_in_a_system_message_without_such_a_role_goes_before_the_question():
+def test_an_image_in_a_system_message_without_such_a_role_goes_before_the_question():
     prompt = builder("mistral").build([Message("system", ["See", A]), Message("user", "what?")])
     assert flat(prompt) == "<s>[INST] See¤what? [/INST]"
 
@@ -243,8 +243,8 @@ def test_no_message_and_nothing_said_are_refused():
         bare("{{ messages[0].content }}").build([Message("user", " ")])
 
 
-def test_a_picture_alone_is_a_question():
-    assert bare("{{ messages[0].content }}").build([Message("user", [A])]).parts == (PicturePart(A),)
+def test_an_image_alone_is_a_question():
+    assert bare("{{ messages[0].content }}").build([Message("user", [A])]).parts == (ImagePart(A),)
 
 
 def test_half_a_character_is_refused():
@@ -264,7 +264,7 @@ def test_a_long_conversation_is_not_taken_for_a_hostile_one():
         for turn in (("user", [A, f"question {n} " * 300]), ("assistant", "yes " * 50))
     ]
     prompt = builder("gemma3").build([*turns, Message("user", "end")])
-    assert len(prompt.pictures) == 300
+    assert len(prompt.images) == 300
 
 
 def test_tools_for_a_template_without_tools_are_refused():

@@ -1,12 +1,12 @@
 import pytest
-from prompt_families import flat, picture
+from prompt_families import flat, image
 
 from opsin.core.errors import BadPrompt
 from opsin.prompt import Message, PromptBuilder, TemplateSource
 from opsin.prompt.builtin import choose
 
 LLAMA_TOKENS = frozenset({"<s>", "</s>", "<unk>"})
-A = picture(1)
+A = image(1)
 
 
 def model(name="LLaMA v2", architecture="llama", projector="mlp", tokens=LLAMA_TOKENS, kv_groups=1, template=None):
@@ -50,7 +50,7 @@ def test_vicuna():
     assert flat(prompt) == (f"{INTRO} USER: ¤\nWhat is this? ASSISTANT: A cat.</s>USER: Which colour? ASSISTANT:")
     assert prompt.stop == ("USER:",)
     assert prompt.add_bos is True
-    assert prompt.pictures == (A,)
+    assert prompt.images == (A,)
 
 
 def test_vicuna_takes_a_system_message_instead_of_its_own():
@@ -88,7 +88,7 @@ def test_a_blank_template_counts_as_none():
     assert flat(build(model(template=" \n"), ("user", "Hi"))) == f"{INTRO} USER: Hi ASSISTANT:"
 
 
-def test_pictures_around_a_text_stand_on_lines_of_their_own():
+def test_images_around_a_text_stand_on_lines_of_their_own():
     assert "USER: a\n¤\n¤\nb ASSISTANT:" in flat(build(model(), ("user", ["a", A, A, "b"])))
 
 

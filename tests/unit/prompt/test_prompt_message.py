@@ -1,7 +1,7 @@
 import dataclasses
 
 import pytest
-from prompt_families import picture
+from prompt_families import image
 
 from opsin.core.errors import BadPrompt
 from opsin.prompt import Message
@@ -12,7 +12,7 @@ def test_a_bare_text_is_the_only_part():
 
 
 def test_parts_keep_their_order():
-    content = ["a", picture(1), "b"]
+    content = ["a", image(1), "b"]
     assert Message("user", content).parts == tuple(content)
 
 
@@ -24,7 +24,7 @@ def test_an_unknown_role_is_refused(role):
 
 @pytest.mark.parametrize("content", [None, 3, b"bytes", [b"bytes"], [{"type": "text", "text": "hi"}], {"a": 1}])
 def test_content_of_another_kind_is_refused(content):
-    with pytest.raises(BadPrompt, match="texts and pictures"):
+    with pytest.raises(BadPrompt, match="texts and images"):
         Message("user", content)
 
 

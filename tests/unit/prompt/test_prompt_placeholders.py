@@ -3,10 +3,10 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from prompt_families import picture
+from prompt_families import image
 
 from opsin.core.errors import BadPrompt
-from opsin.core.parts import PicturePart, TextPart
+from opsin.core.prompt import ImagePart, TextPart
 from opsin.prompt.placeholders import ControlTokens, Placeholders
 
 TOKENS = ["</s>", "<s>", "<<s>>", "<|a|>", "<|a|><|b|>", "[X]", "▁▁", "\n"]
@@ -48,21 +48,21 @@ def test_keys_and_nested_values_of_json_are_protected():
 
 def test_cutting_gives_back_what_was_put_in():
     placeholders = Placeholders(ControlTokens(["</s>"]))
-    rendered = f"<s>{placeholders.protect('a</s>b')}{placeholders.place(picture(1))}</s>"
+    rendered = f"<s>{placeholders.protect('a</s>b')}{placeholders.place(image(1))}</s>"
     assert placeholders.cut(rendered) == (
         TextPart("<s>a"),
         TextPart("</s>", special=False),
         TextPart("b"),
-        PicturePart(picture(1)),
+        ImagePart(image(1)),
         TextPart("</s>"),
     )
 
 
-def test_equal_pictures_have_placeholders_of_their_own():
+def test_equal_images_have_placeholders_of_their_own():
     placeholders = Placeholders(ControlTokens([]))
-    one, two = placeholders.place(picture(1)), placeholders.place(picture(1))
+    one, two = placeholders.place(image(1)), placeholders.place(image(1))
     assert one != two
-    with pytest.raises(BadPrompt, match="leaves out picture 2 of 2"):
+    with pytest.raises(BadPrompt, match="leaves out image 2 of 2"):
         placeholders.cut(one)
     with pytest.raises(BadPrompt, match="once and in order"):
         placeholders.cut(two + one)
@@ -80,4 +80,4 @@ def test_a_token_that_the_template_dropped_is_no_fault():
 def test_a_spoilt_placeholder_is_noticed(spoil):
     placeholders = Placeholders(ControlTokens([]))
     with pytest.raises(BadPrompt, match="cuts texts apart"):
-        placeholders.cut("a" + spoil(placeholders.place(picture(1))) + "b")
+        placeholders.cut("a" + spoil(placeholders.place(image(1))) + "b")

@@ -22,8 +22,8 @@ from opsin.engine import Engine, Policy
 from opsin.prompt import TemplateSource
 from opsin.server.app import create_app
 from opsin.server.context import Context
+from opsin.server.images import ImageLoader
 from opsin.server.model import ModelManager
-from opsin.server.pictures import PictureGate
 from opsin.server.request_stats import RequestStats
 from opsin.testing import FakeBackend
 from opsin.testing.fake_backend import TURN_TEXT
@@ -39,7 +39,7 @@ CHAT = "/v1/chat/completions"
 
 
 def data_url(colour: str = "red", size: tuple[int, int] = (8, 6)) -> str:
-    """A picture of one colour as an address."""
+    """An image of one colour as an address."""
     file = io.BytesIO()
     Image.new("RGB", size, colour).save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
@@ -148,7 +148,7 @@ async def world(
     chosen = ServerSettings(**settings)
     manager = ModelManager(chosen, engine)
     records: list[RequestStats] = []
-    gate = PictureGate(chosen)
+    gate = ImageLoader(chosen)
     app = create_app(Context(chosen, manager, gate, (Watching(records),)), keys=keys)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000", timeout=LIMIT) as client:

@@ -59,10 +59,10 @@ def test_a_plain_line_tells_where_the_time_went(lines: list[str]) -> None:
 
 def test_json_has_all_of_it(lines: list[str]) -> None:
     looping = dataclasses.replace(ANSWER, finish_reason="length", limit="guard", guard=GuardVerdict("cycle", 20))
-    AccessLog(as_json=True).finished(record(ANSWER, looping, id="abc", streamed=True, pictures=2))
+    AccessLog(as_json=True).finished(record(ANSWER, looping, id="abc", streamed=True, images=2))
     (line,) = lines
     account = json.loads(line)
-    assert (account["id"], account["status"], account["streamed"], account["pictures"]) == ("abc", 200, True, 2)
+    assert (account["id"], account["status"], account["streamed"], account["images"]) == ("abc", 200, True, 2)
     assert (account["prompt_tokens"], account["cached_tokens"], account["completion_tokens"]) == (600, 64, 64)
     assert (account["first_token_s"], account["longest_pause_s"], account["total_s"]) == (0.5, 0.5, 1.25)
     assert [answer["stages"] for answer in account["answers"]] == [ANSWER.stages.as_dict()] * 2
@@ -70,8 +70,8 @@ def test_json_has_all_of_it(lines: list[str]) -> None:
 
 
 def test_a_refused_request_has_a_line_too(lines: list[str]) -> None:
-    AccessLog(as_json=False).finished(record(status=413, refused="picture_too_large"))
-    assert "413 refused=picture_too_large model=demo total=1.250s" in lines[0]
+    AccessLog(as_json=False).finished(record(status=413, refused="image_too_large"))
+    assert "413 refused=image_too_large model=demo total=1.250s" in lines[0]
 
 
 @pytest.mark.parametrize("as_json", [False, True])

@@ -20,7 +20,7 @@ TIMINGS = {
 }  # fmt: skip
 
 
-def picture_part(**more: Any) -> dict[str, Any]:
+def image_part(**more: Any) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": data_url(), **more}}
 
 
@@ -54,7 +54,7 @@ def test_a_whole_answer_has_openais_shape_and_our_extensions() -> None:
     run(work())
 
 
-def test_pictures_stand_where_they_were_put_and_are_told_of() -> None:
+def test_images_stand_where_they_were_put_and_are_told_of() -> None:
     prompts: list[str] = []
 
     def reply(prompt: str) -> str:
@@ -65,19 +65,19 @@ def test_pictures_stand_where_they_were_put_and_are_told_of() -> None:
         async with world(reply) as w:
             text = {"type": "text", "text": "first"}
             bare = {"type": "image_url", "image_url": data_url("blue", (30, 10))}
-            answer = await w.chat(messages=asked(text, picture_part(detail="high"), {**text, "text": "second"}, bare))
+            answer = await w.chat(messages=asked(text, image_part(detail="high"), {**text, "text": "second"}, bare))
             assert re.search(r"user: first(<\d+\.\d>){4}second(<\d+\.\d>){4}\n", prompts[-1])
             assert answer["usage"]["prompt_tokens_details"]["image_tokens"] == 8
             assert [(image["width"], image["height"]) for image in answer["images"]] == [(8, 6), (30, 10)]
             assert [image["cached"] for image in answer["images"]] == [False, False]
-            again = await w.chat(messages=asked(picture_part()))
+            again = await w.chat(messages=asked(image_part()))
             assert [image["cached"] for image in again["images"]] == [True]
-            assert w.records[0].pictures == 2
+            assert w.records[0].images == 2
 
     run(work())
 
 
-def test_low_detail_shrinks_the_picture() -> None:
+def test_low_detail_shrinks_the_image() -> None:
     async def work() -> None:
         async with world() as w:
             big = {"url": data_url("red", (1024, 100)), "detail": "low"}
@@ -123,7 +123,7 @@ def test_usage_is_one_more_event_where_it_is_asked_for() -> None:
 def test_choices_share_the_prompt_and_have_seeds_of_their_own() -> None:
     async def work() -> None:
         async with world() as w:
-            answer = await w.chat(n=3, seed=7, messages=asked(picture_part(), {"type": "text", "text": "?"}))
+            answer = await w.chat(n=3, seed=7, messages=asked(image_part(), {"type": "text", "text": "?"}))
             assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
             assert {choice["message"]["content"] for choice in answer["choices"]} == {"a red circle."}
             assert sorted(params.seed or 0 for params in w.backend.drawn_with) == [7, 8, 9]
@@ -303,8 +303,8 @@ def test_fields_without_effect_are_accepted() -> None:
         ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].role", "'user'"),
         ({"messages": [{"role": "user", "content": "x", "cache": 1}]}, "messages[0].cache", "not supported"),
         ({"messages": asked({"type": "image_url", "image_url": "ftp://x"})}, "messages[0].content[0].image_url", "dat"),
-        ({"messages": asked(picture_part(detail="ultra"))}, "messages[0].content[0].image_url.detail", "'low'"),
-        ({"messages": asked(*[picture_part()] * 3)}, "messages", "3 images"),
+        ({"messages": asked(image_part(detail="ultra"))}, "messages[0].content[0].image_url.detail", "'low'"),
+        ({"messages": asked(*[image_part()] * 3)}, "messages", "3 images"),
         ({"messages": [{"role": "user", "content": "x" * 300}]}, "messages", "300 characters"),
         ({"temperature": 99}, "temperature", "10"),
         ({"temperature": "0.5"}, "temperature", "number"),
@@ -338,7 +338,7 @@ def test_fields_without_effect_are_accepted() -> None:
 def test_what_cannot_be_done_is_refused_by_name(body: Any, param: str | None, word: str, stream: bool) -> None:
     async def work() -> None:
         limits: Any = {
-            "max_pictures": 2, "max_prompt_chars": 250, "max_n": 3, "max_stop": 2, "max_logit_bias": 2,
+            "max_images": 2, "max_prompt_chars": 250, "max_n": 3, "max_stop": 2, "max_logit_bias": 2,
             "max_top_logprobs": 2, "max_schema_bytes": 99,
         }  # fmt: skip
         async with world(**limits) as w:

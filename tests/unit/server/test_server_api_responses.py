@@ -101,8 +101,8 @@ def test_a_conversation_is_sent_back_as_it_came() -> None:
 
     async def work() -> None:
         async with world(reply) as w:
-            picture = {"type": "input_image", "image_url": data_url(), "detail": "auto"}
-            first = {"role": "user", "content": [{"type": "input_text", "text": "this?"}, picture]}
+            image = {"type": "input_image", "image_url": data_url(), "detail": "auto"}
+            first = {"role": "user", "content": [{"type": "input_text", "text": "this?"}, image]}
             body = (await w.post(RESPONSES, input=[first])).json()
             assert body["images"][0]["width"] == 8
             more = [

@@ -9,14 +9,14 @@ from io import BytesIO
 import pytest
 from PIL import Image
 
-from opsin.core.errors import BadPicture, PictureUnsupported
-from opsin.core.settings import MediaSettings
+from opsin.core.errors import BadImage, ImageUnsupported
+from opsin.core.settings import ImageSettings
 from opsin.server import decoder
 from opsin.server.decoder import Decoder, DecoderPool
 
 pytestmark = pytest.mark.slow
 
-LIMITS = MediaSettings()
+LIMITS = ImageSettings()
 # A decoder that aborts on one file and never comes back from another.
 HOSTILE = """
 import os, threading
@@ -53,7 +53,7 @@ def test_a_process_decodes_what_this_one_does(pool: DecoderPool) -> None:
         apart, wanted = pool.decode(file, LIMITS, detail), here.decode(file, LIMITS, detail)
         assert (apart.sha256, apart.width, apart.notes) == (wanted.sha256, wanted.width, wanted.notes)
         assert bytes(apart.rgb) == bytes(wanted.rgb)  # type: ignore[arg-type]
-    with pytest.raises(PictureUnsupported):
+    with pytest.raises(ImageUnsupported):
         pool.decode(b"%PDF-1.7 and more", LIMITS, None)
 
 
@@ -62,7 +62,7 @@ def test_a_file_that_crashes_its_decoder_is_refused_and_the_others_are_decoded(
 ) -> None:
     monkeypatch.setattr(decoder, "_START", HOSTILE)
     assert pool.decode(png(8, 8), LIMITS, None).width == 8
-    with pytest.raises(BadPicture, match="SIGABRT"):
+    with pytest.raises(BadImage, match="SIGABRT"):
         pool.decode(b"crash", LIMITS, None)
     assert pool.decode(png(9, 8), LIMITS, None).width == 9
 
@@ -74,7 +74,7 @@ def test_a_file_that_takes_too_long_is_refused_while_others_are_decoded(monkeypa
     def hanging() -> None:
         try:
             pool.decode(b"hang", LIMITS, None)
-        except BadPicture as error:
+        except BadImage as error:
             told.append(str(error))
 
     thread = threading.Thread(target=hanging)

@@ -14,7 +14,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from opsin.core.errors import QueueFull
-from opsin.core.parts import Prompt
+from opsin.core.prompt import Prompt
 from opsin.core.sampling import SamplingParams
 from opsin.core.server_settings import ServerSettings
 from opsin.server.completions import TextWriter

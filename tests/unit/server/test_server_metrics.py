@@ -15,20 +15,20 @@ from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from opsin.core.answer import Answer, GuardVerdict
-from opsin.core.parts import PicturePart, Prompt, TextPart
+from opsin.core.prompt import ImagePart, Prompt, TextPart
 from opsin.core.sampling import SamplingParams
 from opsin.engine import Engine
 from opsin.server import metrics as room
 from opsin.server.metrics import Metrics
 from opsin.server.request_stats import RequestStats
-from opsin.testing import FakeBackend, picture
+from opsin.testing import FakeBackend, image
 from opsin.testing.fake_backend import TURN_TEXT
 
 ROOT = Path(__file__).parents[3]
 
 
 def ask(engine: Engine, number: int = 0, text: str = "what is this?") -> Answer:
-    prompt = Prompt((PicturePart(picture(number)), TextPart(text + TURN_TEXT)))
+    prompt = Prompt((ImagePart(image(number)), TextPart(text + TURN_TEXT)))
     return engine.submit(prompt, SamplingParams(guard=False)).result()
 
 
@@ -68,7 +68,7 @@ def test_the_engines_counts_are_read_when_asked_for(engine: Engine) -> None:
     assert now["opsin:generation_tokens_total",] == 3 * (len("a red circle.") + 1)
     assert now["opsin:prefix_cache_queries_total",] == now["opsin:prompt_tokens_total",]
     assert now["opsin:prefix_cache_hits_total",] >= again.usage.cached_tokens > first.usage.cached_tokens == 0
-    assert now["opsin:picture_cache_queries_total",] - now["opsin:picture_cache_hits_total",] == 1
+    assert now["opsin:image_cache_queries_total",] - now["opsin:image_cache_hits_total",] == 1
     assert now["opsin:kv_cache_usage_perc",] == engine.stats.cells_used / 512 > 0
 
 
@@ -100,11 +100,11 @@ def test_guard_stops_refusals_and_those_who_left_are_counted_apart(engine: Engin
     metrics = Metrics(life(engine))  # type: ignore[arg-type]
     looping = dataclasses.replace(ask(engine), finish_reason="length", guard=GuardVerdict("cycle", 90))
     metrics.finished(record(looping, looping))
-    metrics.finished(record(status=400, refused="bad_picture"))
+    metrics.finished(record(status=400, refused="bad_image"))
     metrics.finished(record(status=200, refused="cancelled"))
     now = samples(metrics)
     assert now["opsin:guard_stops_total", "cycle"] == now["opsin:request_success_total", "length"] == 2
-    assert now["opsin:requests_refused_total", "bad_picture"] == 1
+    assert now["opsin:requests_refused_total", "bad_image"] == 1
     assert now["opsin:request_success_total", "cancelled"] == 1
     assert ("opsin:requests_refused_total", "cancelled") not in now
     assert now["opsin:e2e_request_latency_seconds_count",] == 1
@@ -127,7 +127,7 @@ def everything(engine: Engine) -> Metrics:
     """Metrics in which every family has a value."""
     metrics = Metrics(life(engine))  # type: ignore[arg-type]
     metrics.finished(record(dataclasses.replace(ask(engine), guard=GuardVerdict("drift", 9))))
-    metrics.finished(record(status=400, refused="bad_picture"))
+    metrics.finished(record(status=400, refused="bad_image"))
     return metrics
 
 

@@ -312,9 +312,9 @@ def test_what_is_remembered_is_kept_apart_for_each_key() -> None:
 
     async def go() -> None:
         async with world(keys=(KEY, OTHER)) as here:
-            picture = {"type": "image_url", "image_url": {"url": data_url()}}
+            image = {"type": "image_url", "image_url": {"url": data_url()}}
             messages = [
-                {"role": "user", "content": [picture, {"type": "text", "text": "is this a secret?"}]},
+                {"role": "user", "content": [image, {"type": "text", "text": "is this a secret?"}]},
                 *QUESTION,
             ]
 

@@ -48,13 +48,13 @@ def test_lists_switches_and_paths_come_out_of_the_environment(tmp_path: Path) ->
     environ = {
         "OPSIN_ALLOWED_HOSTS": "a.example, b.example",
         "OPSIN_FETCH_IMAGES": "true",
-        "OPSIN_MEDIA_PATH": "~/pictures",
+        "OPSIN_MEDIA_PATH": "~/images",
         "OPSIN_CTX": "",
     }
     settings = config(tmp_path, environ=environ).settings
     assert settings.allowed_hosts == ("a.example", "b.example")
     assert settings.fetch_images is True
-    assert settings.media_path == Path.home() / "pictures"
+    assert settings.media_path == Path.home() / "images"
     assert settings.ctx is None
 
 

@@ -25,13 +25,13 @@ from opsin.core.backend import BackendLimits
 from opsin.core.errors import BadParameter, FetchFailed
 from opsin.core.server_settings import ServerSettings
 from opsin.engine import Engine
-from opsin.media.fetch import system_addresses
+from opsin.images.fetch import system_addresses
 from opsin.prompt import TemplateSource
 from opsin.server.addresses import AddressPolicy, is_public
 from opsin.server.app import create_app
 from opsin.server.context import Context
+from opsin.server.images import ImageLoader
 from opsin.server.model import ModelManager
-from opsin.server.pictures import PictureGate
 from opsin.testing import FakeBackend
 from opsin.testing.fake_backend import N_VOCAB, TURN_TEXT
 
@@ -61,11 +61,11 @@ def model() -> Iterator[LocalEngine]:
 
 
 def ask(model: LocalEngine, url: str, resolve: Any = None, **settings: Any) -> httpx.Response:
-    """A question about the picture at `url`, through the whole application."""
+    """A question about the image at `url`, through the whole application."""
 
     async def go() -> httpx.Response:
         asked = ServerSettings(**{"fetch_images": True, **settings})
-        gate = PictureGate(asked, resolve=resolve)
+        gate = ImageLoader(asked, resolve=resolve)
         app = create_app(Context(asked, ModelManager(asked, model), gate))
         part = {"type": "image_url", "image_url": {"url": url}}
         body = {"messages": [{"role": "user", "content": [part]}], "max_tokens": 4}
@@ -233,7 +233,7 @@ def test_a_name_that_changes_between_look_ups_is_connected_to_as_it_was_checked(
 
 
 class Site(BaseHTTPRequestHandler):
-    """`/ok` is a picture, `/to?X` redirects to X."""
+    """`/ok` is an image, `/to?X` redirects to X."""
 
     asked: list[str]
 
@@ -256,14 +256,14 @@ class Running:
     """The site under the one name that the test lets in, beside the real policy for all others."""
 
     def __init__(self, port: int, asked: list[str]) -> None:
-        self.url = f"http://pictures.test:{port}"
+        self.url = f"http://images.test:{port}"
         self.port = port
         self.asked = asked
         self.looked_up: list[str] = []
         self.turning = [[PUBLIC], ["127.0.0.1"]]
 
     def __call__(self, host: str, port: int) -> Sequence[str]:
-        if host == "pictures.test":
+        if host == "images.test":
             return ["127.0.0.1"]
         return AddressPolicy(lookup=self._lookup)(host, port)
 
@@ -310,12 +310,12 @@ def test_an_allowed_host_is_fetched_from_and_redirects_there_are_followed(model:
         "https://192.168.0.1/",
         "http://inner.example/",
         "http://mixed.example/",
-        "http://me:pass@pictures.test:PORT/ok",
-        "http://pictures.test@127.0.0.1/",
+        "http://me:pass@images.test:PORT/ok",
+        "http://images.test@127.0.0.1/",
         "file:///etc/passwd",
         "data:image/png;base64,AAAA",
         "gopher://127.0.0.1/",
-        "ftp://pictures.test/x",
+        "ftp://images.test/x",
         "http://[zz]/",
         "/to?/to?/to?/to?/ok",
     ],
@@ -372,7 +372,7 @@ def test_a_named_host_must_be_public_all_the_same(model: LocalEngine, wire: Wire
 )
 def test_hosts_that_are_none_are_refused_at_start(host: str) -> None:
     with pytest.raises(BadParameter, match="not a host"):
-        PictureGate(ServerSettings(image_hosts=(host,)))
+        ImageLoader(ServerSettings(image_hosts=(host,)))
 
 
 @pytest.mark.parametrize("address", ["8.8.8.8", PUBLIC, "1.1.1.1", "2606:4700::1", "2a00:1450::1", "2001:4860::8888"])
@@ -394,7 +394,7 @@ def test_known_and_unknown_inner_names_are_not_told_apart() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A media folder with pictures, links in and out, and things that are no files; secrets lie around it."""
+    """A media folder with images, links in and out, and things that are no files; secrets lie around it."""
     media = tmp_path / "media"
     (media / "below").mkdir(parents=True)
     (tmp_path / "media-secret").mkdir()
@@ -413,7 +413,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("path", ["media/a.png", "media/below/b%20c.png", "media/within.png", "media/below/../a.png"])
 @pytest.mark.parametrize("start", ["file://", "file://localhost", "FILE://", "file:"])
-def test_pictures_in_the_media_folder_are_read(model: LocalEngine, folder: Path, path: str, start: str) -> None:
+def test_images_in_the_media_folder_are_read(model: LocalEngine, folder: Path, path: str, start: str) -> None:
     answer = ask(model, f"{start}{folder}/{path}", media_path=folder / "media", fetch_images=False)
     assert answer.status_code == 200, answer.text
 
@@ -505,7 +505,7 @@ def test_a_media_folder_that_is_none_is_refused_at_start(tmp_path: Path) -> None
     (tmp_path / "file").write_bytes(b"")
     for name in ("none", "file"):
         with pytest.raises(BadParameter, match="--media-path"):
-            PictureGate(ServerSettings(media_path=tmp_path / name))
+            ImageLoader(ServerSettings(media_path=tmp_path / name))
 
 
 def test_there_are_more_than_sixty_cases() -> None:

@@ -17,13 +17,13 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from opsin.core.answer import Answer
 from opsin.core.errors import BadParameter
-from opsin.core.parts import PicturePart, Prompt, TextPart
+from opsin.core.prompt import ImagePart, Prompt, TextPart
 from opsin.core.stages import Stage
 from opsin.engine import Engine
 from opsin.server import tracing as room
 from opsin.server.request_stats import RequestStats
 from opsin.server.tracing import Tracing
-from opsin.testing import FakeBackend, picture
+from opsin.testing import FakeBackend, image
 from opsin.testing.fake_backend import TURN_TEXT
 
 
@@ -32,7 +32,7 @@ def answer() -> Answer:
     backend = FakeBackend(lambda _: "a red circle.")
     backend.clock.spend(50_000.0)
     with Engine(lambda: backend, now=backend.clock) as engine:
-        return engine.submit(Prompt((PicturePart(picture(1)), TextPart("what?" + TURN_TEXT)))).result()
+        return engine.submit(Prompt((ImagePart(image(1)), TextPart("what?" + TURN_TEXT)))).result()
 
 
 def record(*answers: Answer, **fields: object) -> RequestStats:
@@ -58,7 +58,7 @@ def root(spans: Sequence[ReadableSpan]) -> ReadableSpan:
 
 
 def test_the_request_is_a_span_with_the_names_of_the_conventions(answer: Answer) -> None:
-    span = root(traced(record(answer, id="abc", pictures=1)))
+    span = root(traced(record(answer, id="abc", images=1)))
     attributes = span.attributes
     assert attributes is not None
     assert span.name == "chat demo"
@@ -115,9 +115,9 @@ def test_nothing_is_traced_for_a_caller_who_does_not_sample(answer: Answer) -> N
 
 
 def test_refusals_and_failures() -> None:
-    refused = root(traced(record(status=400, refused="bad_picture")))
+    refused = root(traced(record(status=400, refused="bad_image")))
     assert refused.attributes is not None
-    assert refused.attributes["error.type"] == "bad_picture"
+    assert refused.attributes["error.type"] == "bad_image"
     assert refused.status.status_code is StatusCode.UNSET  # the client's fault, no error of this server
     assert root(traced(record(status=503, refused="engine_died"))).status.status_code is StatusCode.ERROR
 
@@ -166,7 +166,7 @@ def test_spans_go_where_the_environment_says(answer: Answer, monkeypatch: pytest
         serving = threading.Thread(target=server.serve_forever)
         serving.start()
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        monkeypatch.setenv("OTEL_SERVICE_NAME", "pictures")
+        monkeypatch.setenv("OTEL_SERVICE_NAME", "images")
         tracing = Tracing()
         tracing.finished(record(answer))
         tracing.close()
@@ -175,7 +175,7 @@ def test_spans_go_where_the_environment_says(answer: Answer, monkeypatch: pytest
     ((path, body),) = posted
     assert path == "/v1/traces"
     assert b"image_prefill" in body
-    assert b"pictures" in body
+    assert b"images" in body
 
 
 def test_a_collector_that_never_answers_keeps_nobody_for_long(answer: Answer, monkeypatch: pytest.MonkeyPatch) -> None:

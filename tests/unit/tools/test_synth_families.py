@@ -42,7 +42,7 @@ def test_tiles_are_cut_by_the_grids_of_the_file(tmp_path: Path):
     assert fields["clip.vision.mm_patch_merge_type"].contents() == "spatial_unpad"
 
 
-def test_a_window_is_narrower_than_a_picture_so_that_tests_reach_over_it():
+def test_a_window_is_narrower_than_an_image_so_that_tests_reach_over_it():
     shape = SHAPES["gemma3-tiny"]
     assert 0 < shape.text.window < shape.vision.patches // shape.vision.merge**2
 

@@ -7,7 +7,7 @@ must hold. A number in an item makes it a new one: tables and logs live on that.
 
 Retelling: the last sentences are made of old sequences of words to a good part, they resemble earlier sentences in
 their telling words, some of them fully, and they come back in no order. A new word now and then (another word for the
-same thing) does not matter. "Some fully" leaves captions of similar pictures alone, which combine old words anew. "In
+same thing) does not matter. "Some fully" leaves captions of similar images alone, which combine old words anew. "In
 no order" leaves alone what is repetitive by plan: in a song, a contract or a form the sentence that resembles this one
 stands a fixed number of sentences back, in a retelling it stands anywhere.
 

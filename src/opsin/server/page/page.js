@@ -2,7 +2,7 @@
 
 import { Refused, apiKey, ask, get } from "./api.js";
 import { byId, el, share } from "./dom.js";
-import { Tray, dataAddress, shown } from "./pictures.js";
+import { Tray, dataAddress, shown } from "./images.js";
 import { Strip } from "./strip.js";
 import { Turn } from "./turn.js";
 
@@ -11,7 +11,7 @@ const LOOK_AGAIN_MS = 1000;
 const question = byId("question");
 const strip = new Strip();
 const tray = new Tray(byId("tray"), (size) => {
-  question.placeholder = size > 0 ? "What do you want to know?" : "Ask about a picture";
+  question.placeholder = size > 0 ? "What do you want to know?" : "Ask about an image";
 });
 
 let messages = [];
@@ -53,7 +53,7 @@ function complain(text) {
 
 function addFiles(files) {
   const strange = tray.add(files);
-  complain(strange.length ? `${strange.join(", ")} is no picture: add JPEG, PNG, WebP, HEIC or the like.` : "");
+  complain(strange.length ? `${strange.join(", ")} is no image: add JPEG, PNG, WebP, HEIC or the like.` : "");
   question.focus();
 }
 
@@ -74,28 +74,28 @@ async function send() {
     return;
   }
   complain("");
-  const pictures = tray.take();
-  const turn = new Turn(text, pictures.length > 0);
-  place(turn, pictures);
+  const images = tray.take();
+  const turn = new Turn(text, images.length > 0);
+  place(turn, images);
   question.value = "";
   question.focus();
   busy(new AbortController());
-  (pictures.length > 0 ? turn.node.closest(".group") : turn.node).scrollIntoView({ block: "start" });
+  (images.length > 0 ? turn.node.closest(".group") : turn.node).scrollIntoView({ block: "start" });
   try {
-    await converse(turn, text, pictures);
+    await converse(turn, text, images);
   } catch (error) {
-    if (running.signal.aborted) keepStopped(turn, text, pictures);
-    else refuse(error, turn, text, pictures);
+    if (running.signal.aborted) keepStopped(turn, text, images);
+    else refuse(error, turn, text, images);
   } finally {
     busy(null);
   }
 }
 
-/** Turns about the same pictures stand beside them. */
-function place(turn, pictures) {
+/** Turns about the same images stand beside them. */
+function place(turn, images) {
   const turns = byId("turns");
-  if (pictures.length > 0 || turns.lastElementChild === null) {
-    const seen = pictures.length > 0 ? el("div", { class: "pictures" }, ...pictures.map(shown)) : null;
+  if (images.length > 0 || turns.lastElementChild === null) {
+    const seen = images.length > 0 ? el("div", { class: "images" }, ...images.map(shown)) : null;
     turns.append(el("section", { class: seen ? "group seeing" : "group" }, seen, el("div", { class: "column" })));
   }
   turns.lastElementChild.lastElementChild.append(turn.node);
@@ -110,8 +110,8 @@ function withdraw(turn) {
 }
 
 /** Ask with the whole conversation; it grows only by what was answered. */
-async function converse(turn, text, pictures) {
-  const addresses = await Promise.all(pictures.map(dataAddress));
+async function converse(turn, text, images) {
+  const addresses = await Promise.all(images.map(dataAddress));
   const content = [
     ...addresses.map((url) => ({ type: "image_url", image_url: { url } })),
     { type: "text", text },
@@ -134,14 +134,14 @@ async function converse(turn, text, pictures) {
   messages = [...messages, turn.asked, { role: "assistant", content: turn.text }];
 }
 
-function keepStopped(turn, text, pictures) {
+function keepStopped(turn, text, images) {
   turn.stop();
-  if (turn.text === "") giveBack(text, pictures);
+  if (turn.text === "") giveBack(text, images);
   else messages = [...messages, turn.asked, { role: "assistant", content: turn.text }];
 }
 
-function refuse(error, turn, text, pictures) {
-  giveBack(text, pictures);
+function refuse(error, turn, text, images) {
+  giveBack(text, images);
   if (error.status === 401) {
     withdraw(turn);
     askForKey();
@@ -151,10 +151,10 @@ function refuse(error, turn, text, pictures) {
   }
 }
 
-/** Question and pictures return to where they were written, so that nothing is lost. */
-function giveBack(text, pictures) {
+/** Question and images return to where they were written, so that nothing is lost. */
+function giveBack(text, images) {
   if (question.value === "") question.value = text;
-  tray.restore(pictures);
+  tray.restore(images);
 }
 
 function startAfresh() {
@@ -223,7 +223,7 @@ document.addEventListener("drop", (event) => {
   event.preventDefault();
   hovering(0);
   if (event.dataTransfer.files.length > 0) addFiles(event.dataTransfer.files);
-  else complain("Only files can be dropped: save the picture first, or copy and paste it.");
+  else complain("Only files can be dropped: save the image first, or copy and paste it.");
 });
 
 introduce();

@@ -1,4 +1,4 @@
-// The live strip: throughput, queue and KV memory, read from /metrics while the page is looked at.
+// The live strip: throughput, queue and KV cache, read from /metrics while the page is looked at.
 
 import { Refused, get } from "./api.js";
 import { amount, byId, count } from "./dom.js";

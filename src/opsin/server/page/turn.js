@@ -126,7 +126,7 @@ export class Turn {
       timings.predicted_per_second > 0 ? ["tokens a second", amount(timings.predicted_per_second)] : null,
     ].filter(Boolean);
     const details = [
-      ...images.map((image, at) => [images.length > 1 ? `Picture ${at + 1}` : "Picture", pictureSentence(image)]),
+      ...images.map((image, at) => [images.length > 1 ? `Image ${at + 1}` : "Image", imageSentence(image)]),
       ["Prompt", promptSentence(usage)],
       images.length > 0 && account.placement ? ["Encoder", `ran on ${account.placement}`] : null,
       this.#pause > 0 ? ["Stream", `longest pause ${time(this.#pause)}, seen here`] : null,
@@ -145,11 +145,11 @@ export class Turn {
 
 const pair = ([term, text]) => el("div", {}, el("dt", {}, term), el("dd", {}, text));
 
-function pictureSentence(image) {
+function imageSentence(image) {
   const turned = TURNED[image.orientation] ? `, ${TURNED[image.orientation]}` : "";
   const same = image.width === image.resized_width && image.height === image.resized_height;
   const size = same ? "seen at that size" : `resized to ${image.resized_width} × ${image.resized_height}`;
-  const cached = image.cached ? "from the picture cache: the encoder did not run" : "encoded for this answer";
+  const cached = image.cached ? "from the image cache: the encoder did not run" : "encoded for this answer";
   return `${image.width} × ${image.height}${turned}, ${size}, ${several(image.tiles, "tile")}, ${several(image.tokens, "token")}; ${cached}`;
 }
 

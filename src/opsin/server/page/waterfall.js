@@ -3,7 +3,7 @@
 import { count, el, several, share, time } from "./dom.js";
 
 /**
- * Name, label, and what the time was spent on: waiting, seeing the picture, or saying the answer. In the order in which
+ * Name, label, and what the time was spent on: waiting, seeing the image, or saying the answer. In the order in which
  * a server comes to them; the three of each token take turns, and are drawn one after the other.
  */
 const STAGES = [
@@ -87,7 +87,7 @@ function remark(name, { usage = {}, images = [], stages, timings = {} }) {
   }
   if (name === "image_prefill_ms" && cached === 0 && seen > 0) return { text: several(seen, "token") };
   if (name === "text_prefill_ms") {
-    // Which of the cached tokens were of pictures is not told; without image prefill all that was computed is text.
+    // Which of the cached tokens were of images is not told; without image prefill all that was computed is text.
     if (cached === 0) return { text: several(prompt - seen, "token") };
     if (stages.image_prefill_ms < NOTHING_MS) return { text: several(prompt - cached, "token") };
   }

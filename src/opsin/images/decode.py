@@ -1,6 +1,6 @@
 """Bytes of an image file in, upright RGB pixels out, through the one decoder that the first bytes name.
 
-Decoders are called directly, never through `Image.open`: no other plugin gets to see the bytes, and Pillow's own
+Decoders are called directly, never through `PIL.Image.open`: no other plugin gets to see the bytes, and Pillow's own
 process-wide pixel limit does not stand beside ours.
 """
 
@@ -17,18 +17,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from opsin.core.errors import BadPicture, OpsinError, PictureTooLarge, PictureUnsupported
-from opsin.core.picture import Picture
-from opsin.media.colour import flatten
-from opsin.media.limits import check_bytes, check_size, damaged
-from opsin.media.sniff import picture_format
+from opsin.core.errors import BadImage, ImageTooLarge, ImageUnsupported, OpsinError
+from opsin.core.image import Image
+from opsin.images.colour import flatten
+from opsin.images.limits import check_bytes, check_size, damaged
+from opsin.images.sniff import image_format
 
 if TYPE_CHECKING:
-    from PIL import Image
+    import PIL.Image
 
-    from opsin.core.settings import MediaSettings
+    from opsin.core.settings import ImageSettings
 
-logger = logging.getLogger("opsin.media")
+logger = logging.getLogger("opsin.images")
 
 _ORIENTATION_TAG = 0x0112
 _DNG_VERSION_TAG = 0xC612
@@ -53,27 +53,27 @@ _FILLER = b"".join(bytes((*range(200), 0xFF, 0xD0 + number % 8)) for number in r
 _PLUGINS = {"PNG": "Png", "JPEG": "Jpeg", "WEBP": "WebP", "GIF": "Gif", "BMP": "Bmp", "TIFF": "Tiff", "AVIF": "Avif"}
 
 
-class OpenPicture:
+class OpenImage:
     """An image file whose header was read and whose size was checked; no pixel is decoded yet.
 
-    `width` and `height` are the file's, before any turn. `load_picture` takes it as a source, once. Raises
-    PictureUnsupported, PictureTooLarge, or BadPicture for bytes that are damaged.
+    `width` and `height` are the file's, before any turn. `load_image` takes it as a source, once. Raises
+    ImageUnsupported, ImageTooLarge, or BadImage for bytes that are damaged.
     """
 
-    def __init__(self, data: bytes, settings: MediaSettings, name: str = "The picture") -> None:
+    def __init__(self, data: bytes, settings: ImageSettings, name: str = "The image") -> None:
         check_bytes(len(data), name, settings)
         self._data, self._name, self._settings = data, name, settings
-        self._kind = picture_format(data, name)
+        self._kind = image_format(data, name)
         self._jpeg_end = check_jpeg(data, name, settings) if self._kind == "JPEG" else 0
         with _one_sentence(self._kind, name):
             self._image = _open(self._kind, data)
         self.width, self.height = self._image.size
         check_size(self.width, self.height, name, settings, wide=self._image.mode in {"I", "F"})
 
-    def decode(self, longest_edge: int | None = None) -> Picture:
+    def decode(self, longest_edge: int | None = None) -> Image:
         """Decode the whole file, once. Of several frames or pages the first is taken, and a note says so.
 
-        Colour profiles (ICC) are not applied. Raises BadPicture for bytes that are damaged or cut short: grey is
+        Colour profiles (ICC) are not applied. Raises BadImage for bytes that are damaged or cut short: grey is
         never invented for what is missing.
         """
         with _one_sentence(self._kind, self._name):
@@ -84,23 +84,21 @@ class OpenPicture:
             elif self._kind == "BMP":
                 slow = self.width * self.height > _RLE_MAX_PIXELS or len(self._data) > _RLE_MAX_BYTES
                 if slow and self._image.info.get("compression") in {1, 2}:
-                    raise PictureTooLarge(f"{self._name} is too large for a run-length BMP; save it as PNG.")
+                    raise ImageTooLarge(f"{self._name} is too large for a run-length BMP; save it as PNG.")
             elif self._kind == "HEIF":
                 # The container's own turn counts, and libheif has applied it; EXIF beside it is only a copy.
                 boxes = self._data.partition(b"mdat")[0]
                 if b"irot" not in boxes and b"imir" not in boxes:
                     self._image.info["original_orientation"] = 1
-            picture = make_picture(self._image, self._kind, self._name, longest_edge, self._frame_notes())
+            image = make_image(self._image, self._kind, self._name, longest_edge, self._frame_notes())
             if self._kind == "JPEG" and self._is_cut_short():
                 raise damaged(self._kind, self._name)
-            return picture
+            return image
 
     def _check_tiff(self) -> None:
         tags: Any = getattr(self._image, "tag_v2", {})
         if _DNG_VERSION_TAG in tags:
-            raise PictureUnsupported(
-                f"{self._name} is a camera's raw file (DNG), which cannot be read; save it as JPEG."
-            )
+            raise ImageUnsupported(f"{self._name} is a camera's raw file (DNG), which cannot be read; save it as JPEG.")
         # libtiff allocates a whole tile, however small the image is.
         tile = [tags.get(tag, 1) for tag in _TILE_TAGS]
         if all(isinstance(edge, int) and edge > 0 for edge in tile):
@@ -123,7 +121,7 @@ class OpenPicture:
             return (f"the first of several {'frames' if self._kind == 'GIF' else 'pages'} was taken",)
         count = getattr(self._image, "n_frames", 0)
         main = self._kind == "HEIF"
-        return (f"the {'main one' if main else 'first'} of {count} {'pictures' if main else 'frames'} was taken",)
+        return (f"the {'main one' if main else 'first'} of {count} {'images' if main else 'frames'} was taken",)
 
     def _is_cut_short(self) -> bool:
         """Whether libjpeg invented the end of a decoded JPEG.
@@ -142,12 +140,12 @@ class OpenPicture:
         return thumbnails[0] != thumbnails[1]
 
 
-def make_picture(
-    image: Image.Image, kind: str, name: str, longest_edge: int | None, notes: tuple[str, ...] = ()
-) -> Picture:
+def make_image(
+    image: PIL.Image.Image, kind: str, name: str, longest_edge: int | None, notes: tuple[str, ...] = ()
+) -> Image:
     """Load an image whose size was checked, turn it upright, flatten it, and shrink it to `longest_edge` pixels.
 
-    The image is not changed. Raises BadPicture, PictureTooLarge.
+    The image is not changed. Raises BadImage, ImageTooLarge.
     """
     with _one_sentence(kind, name):
         orientation = _orientation(image)
@@ -169,15 +167,15 @@ def make_picture(
             flat = flat.resize((width, height), Resampling.LANCZOS)
             notes = (*notes, f"shrunk to {width} by {height} pixels")
         rgb = flat.tobytes()
-        sha256 = picture_sha256(flat.width, flat.height, rgb)
-        return Picture(rgb, flat.width, flat.height, sha256, kind, *source_size, orientation, notes)
+        sha256 = image_sha256(flat.width, flat.height, rgb)
+        return Image(rgb, flat.width, flat.height, sha256, kind, *source_size, orientation, notes)
 
 
-def check_jpeg(data: bytes, name: str, settings: MediaSettings) -> int:
+def check_jpeg(data: bytes, name: str, settings: ImageSettings) -> int:
     """Walk over the segments without decoding, and return where the compressed pixels end.
 
-    Raises PictureTooLarge for a size beyond the limits and for more than 100 scans, each of which costs a pass over
-    all pixels; BadPicture for more segments than any picture has, and for fewer bytes than its pixels take.
+    Raises ImageTooLarge for a size beyond the limits and for more than 100 scans, each of which costs a pass over
+    all pixels; BadImage for more segments than any image has, and for fewer bytes than its pixels take.
     """
     at, end, first, scans, least_bits = 2, len(data), len(data), 0, 0
     for _ in range(_MAX_SEGMENTS):
@@ -194,32 +192,32 @@ def check_jpeg(data: bytes, name: str, settings: MediaSettings) -> int:
         if marker == _START_OF_SCAN:
             first, scans = min(first, at), scans + 1
             if scans > _MAX_SCANS:
-                raise PictureTooLarge(
+                raise ImageTooLarge(
                     f"{name} is a JPEG of more than {_MAX_SCANS} scans, which takes too long to decode; save it again."
                 )
     else:
-        raise BadPicture(f"{name} has more than {_MAX_SEGMENTS:,} segments, so it is damaged; save it again.")
+        raise BadImage(f"{name} has more than {_MAX_SEGMENTS:,} segments, so it is damaged; save it again.")
     if 8 * max(0, end - first) < least_bits:
         raise damaged("JPEG", name)
     return end
 
 
-def picture_sha256(width: int, height: int, rgb: bytes) -> str:
+def image_sha256(width: int, height: int, rgb: bytes) -> str:
     """Return the identity of RGB pixels: SHA-256 (hex) of width and height (32 bit, little-endian), then the pixels."""
     digest = hashlib.sha256(struct.pack("<II", width, height))
     digest.update(rgb)
     return digest.hexdigest()
 
 
-def _open(kind: str, data: bytes) -> Image.Image:
+def _open(kind: str, data: bytes) -> PIL.Image.Image:
     """Read a file's header with the one plugin for its kind."""
     stem = _PLUGINS.get(kind)
     module = importlib.import_module(f"PIL.{stem}ImagePlugin" if stem else "pillow_heif")
-    image: Image.Image = getattr(module, f"{stem or 'Heif'}ImageFile")(io.BytesIO(data))
+    image: PIL.Image.Image = getattr(module, f"{stem or 'Heif'}ImageFile")(io.BytesIO(data))
     return image
 
 
-def _orientation(image: Image.Image) -> int:
+def _orientation(image: PIL.Image.Image) -> int:
     """EXIF orientation 1 to 8; asked before the pixels are loaded, as Pillow drops it from a TIFF afterwards."""
     try:
         heif = image.format == "HEIF"  # pillow-heif resets the tag
@@ -246,13 +244,13 @@ def _one_sentence(kind: str, name: str) -> Iterator[None]:
     except OpsinError:
         raise
     except (NotImplementedError, ImportError) as error:
-        raise PictureUnsupported(
+        raise ImageUnsupported(
             f"{name} is a kind of {kind} that this machine's Pillow or pillow-heif cannot read; save it as PNG."
         ) from error
     except Exception as error:
         logger.debug("%s cannot be decoded as %s: %r", name, kind, error)
         if isinstance(error, MemoryError) or type(error).__name__ == "DecompressionBombError":
-            raise PictureTooLarge(f"{name} is too large to be decoded; scale it down first.") from None
+            raise ImageTooLarge(f"{name} is too large to be decoded; scale it down first.") from None
         if "MAX_TEXT" in str(error):  # Pillow's limits on text in PNG: 1 MiB each, 64 MiB in all
-            raise BadPicture(f"{name} holds more text beside its pixels than is read; save it without it.") from error
+            raise BadImage(f"{name} holds more text beside its pixels than is read; save it without it.") from error
         raise damaged(kind, name) from error

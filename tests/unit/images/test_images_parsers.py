@@ -6,22 +6,22 @@ import contextlib
 import struct
 from typing import Any
 
-import media_samples as samples
+import image_samples as samples
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from media_samples import encode, scene
+from image_samples import encode, scene
 
-from opsin.core.errors import BadInput, BadPicture, PictureUnsupported
-from opsin.media import load_picture
-from opsin.media.decode import check_jpeg
-from opsin.media.limits import show
-from opsin.media.sniff import picture_format
+from opsin.core.errors import BadImage, BadInput, ImageUnsupported
+from opsin.images import load_image
+from opsin.images.decode import check_jpeg
+from opsin.images.limits import show
+from opsin.images.sniff import image_format
 
 
 @pytest.mark.parametrize(("kind", "options"), samples.EVERY, ids=[f"{k}-{o}" for k, o in samples.EVERY])
 def test_every_format_is_known_by_its_bytes(kind: str, options: dict[str, Any]) -> None:
-    assert picture_format(encode(scene(), kind, **options), "x") == kind
+    assert image_format(encode(scene(), kind, **options), "x") == kind
 
 
 @pytest.mark.parametrize(
@@ -40,10 +40,10 @@ def test_every_format_is_known_by_its_bytes(kind: str, options: dict[str, Any]) 
 def test_brands_of_the_iso_media_family(brands: bytes, expected: str | None) -> None:
     data = struct.pack(">I", 8 + len(brands)) + b"ftyp" + brands + bytes(40)
     if expected is not None:
-        assert picture_format(data, "x") == expected
+        assert image_format(data, "x") == expected
     else:
-        with pytest.raises(PictureUnsupported):
-            picture_format(data, "x")
+        with pytest.raises(ImageUnsupported):
+            image_format(data, "x")
 
 
 @pytest.mark.parametrize(
@@ -53,27 +53,27 @@ def test_brands_of_the_iso_media_family(brands: bytes, expected: str | None) -> 
         (b"\xef\xbb\xbfwords", "a text file"),
         (("a" + "ä" * 4000).encode(), "a text file"),
         (b"BM is how this text begins, and it is long enough to be taken for a bitmap", "a text file"),
-        (b"\x80\x80\x80\x80", "no picture of a known kind"),
-        (b"\x00\x01\x02\x03", "no picture of a known kind"),
-        (b"P6 4 4 255\n" + bytes(48), "a PNM picture"),
+        (b"\x80\x80\x80\x80", "no image of a known kind"),
+        (b"\x00\x01\x02\x03", "no image of a known kind"),
+        (b"P6 4 4 255\n" + bytes(48), "a PNM image"),
         (b"G" * 400, "an MPEG video"),
         (b"II*\x00\x10\x00\x00\x00CR\x02\x00" + bytes(40), "a camera's raw file"),
     ],
 )
 def test_kinds_told_apart(data: bytes, name: str) -> None:
-    with pytest.raises(BadPicture, match=name):
-        picture_format(data, "x")
+    with pytest.raises(BadImage, match=name):
+        image_format(data, "x")
 
 
 @given(st.binary(max_size=600))
 def test_nothing_makes_the_parsers_raise_but_bad_input(data: bytes) -> None:
     with contextlib.suppress(BadInput):
-        picture_format(data, "x")
+        image_format(data, "x")
     with contextlib.suppress(BadInput):
         check_jpeg(b"\xff\xd8\xff" + data, "x", samples.LIMITS)
     for head in (b"RIFF\0\0\0\0WEBP", b"RIFF\0\0\0\0WEBPVP8X", b"\xff\xd8\xff\xc0"):
         with pytest.raises(BadInput):
-            load_picture(head + data, samples.LIMITS)
+            load_image(head + data, samples.LIMITS)
 
 
 @pytest.mark.parametrize(("kind", "code"), [(3, "H"), (4, "I")])
@@ -83,7 +83,7 @@ def test_orientation_in_both_byte_orders(order: str, kind: int, code: str) -> No
     value = struct.pack(order + code, 6).ljust(4, b"\x00")
     block = mark + struct.pack(order + "IHHHI", 8, 1, 0x0112, kind, 1) + value + bytes(4)
     for exif in (block, b"Exif\x00\x00" + block):
-        assert load_picture(encode(scene(), "PNG", exif=exif), samples.LIMITS).orientation == 6
+        assert load_image(encode(scene(), "PNG", exif=exif), samples.LIMITS).orientation == 6
 
 
 def test_imagemagicks_exif_in_png_text_is_obeyed() -> None:
@@ -91,18 +91,18 @@ def test_imagemagicks_exif_in_png_text_is_obeyed() -> None:
     text = b"Raw profile type exif\x00\nexif\n%8d\n" % len(block) + block.hex().encode() + b"\n"
     for body in (text, text + b"zz"):
         file = samples.png(1, 2, 8, 0, b"\x00\x00\x00\xff", samples.chunk(b"tEXt", body))
-        picture = load_picture(file, samples.LIMITS)
-        assert picture.orientation == (1 if body.endswith(b"zz") else 6)
+        image = load_image(file, samples.LIMITS)
+        assert image.orientation == (1 if body.endswith(b"zz") else 6)
 
 
 @pytest.mark.parametrize("kind", ["tiff_lzw", "tiff_adobe_deflate", "packbits", "zstd", "lzma"])
 def test_whole_and_cut_tiffs_print_nothing(kind: str, capfd: pytest.CaptureFixture[str]) -> None:
     """Damaged compressed strips, and cut JPEG tables, make libtiff write a line of its own to file descriptor 2."""
     file = encode(scene(), "TIFF", compression=kind)
-    load_picture(file, samples.LIMITS)
+    load_image(file, samples.LIMITS)
     for part in (50, 90):
         with pytest.raises(BadInput):
-            load_picture(file[: len(file) * part // 100], samples.LIMITS)
+            load_image(file[: len(file) * part // 100], samples.LIMITS)
     assert capfd.readouterr() == ("", "")
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from opsin.core.errors import BadPicture
-from opsin.media.limits import check_size
+from opsin.core.errors import BadImage
+from opsin.images.limits import check_size
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from PIL import Image
 
-    from opsin.core.settings import MediaSettings
+    from opsin.core.settings import ImageSettings
 
 _SHAPES = "(height, width), (height, width, 3) or (height, width, 4), colours last"
 _STRIP = 2**20  # samples that are scaled at a time
@@ -25,7 +25,7 @@ def flatten(image: Image.Image, name: str) -> tuple[Image.Image, tuple[str, ...]
 
     Sixteen-bit samples keep their high byte, as Pillow does for 16-bit colours. Integers and floats of 32 bits have no
     agreed range: floats from 0 to 1 and numbers from 0 to 255 or 65,535 are taken as such, any other range is
-    stretched, and a note says so. Raises BadPicture for samples that are not finite numbers.
+    stretched, and a note says so. Raises BadImage for samples that are not finite numbers.
     """
     from PIL import Image as Pil
 
@@ -44,17 +44,17 @@ def flatten(image: Image.Image, name: str) -> tuple[Image.Image, tuple[str, ...]
     return ground, ()
 
 
-def flatten_array(array: NDArray[Any], name: str, settings: MediaSettings) -> tuple[Image.Image, tuple[str, ...]]:
+def flatten_array(array: NDArray[Any], name: str, settings: ImageSettings) -> tuple[Image.Image, tuple[str, ...]]:
     """Turn an array (h, w), (h, w, 3) or (h, w, 4) into RGB: uint8, uint16 (the high byte counts) or floats 0..1.
 
-    Raises BadPicture for another shape, type or range, PictureTooLarge beyond the limits.
+    Raises BadImage for another shape, type or range, ImageTooLarge beyond the limits.
     """
     import numpy as np
     from PIL import Image as Pil
 
     shape = array.shape
     if len(shape) not in {2, 3} or (len(shape) == 3 and shape[2] not in {3, 4}):
-        raise BadPicture(f"An array of shape {tuple(shape)} is no picture; its shape must be {_SHAPES}.")
+        raise BadImage(f"An array of shape {tuple(shape)} is no image; its shape must be {_SHAPES}.")
     check_size(shape[1], shape[0], name, settings)
     if array.dtype == np.uint8:
         samples = array
@@ -63,12 +63,12 @@ def flatten_array(array: NDArray[Any], name: str, settings: MediaSettings) -> tu
     elif array.dtype.kind == "f":
         # Written so that a NaN fails it too.
         if not (float(array.min()) >= 0 and float(array.max()) <= 1):
-            raise BadPicture(
+            raise BadImage(
                 "An array of floats must hold values from 0 to 1 only; divide it by its largest value, or use uint8."
             )
         samples = np.rint(array.astype(np.float32, copy=False) * 255).astype(np.uint8)
     else:
-        raise BadPicture(f"An array of {array.dtype} is no picture; use uint8, uint16, or floats from 0 to 1.")
+        raise BadImage(f"An array of {array.dtype} is no image; use uint8, uint16, or floats from 0 to 1.")
     return flatten(Pil.fromarray(np.ascontiguousarray(samples)), name)
 
 
@@ -94,7 +94,7 @@ def _grey_of_wide(image: Image.Image, name: str) -> tuple[NDArray[np.uint8], tup
     notes: tuple[str, ...] = ()
     low, high = float(values.min()), float(values.max())
     if not np.isfinite([low, high]).all():  # a NaN makes both a NaN
-        raise BadPicture(f"{name} holds values that are not finite numbers; replace them and save it again.")
+        raise BadImage(f"{name} holds values that are not finite numbers; replace them and save it again.")
     usual = (1, 255, 65_535) if values.dtype.kind == "f" else (255, 65_535)
     black, white = 0.0, next((float(top) for top in usual if high <= top), 0.0)
     if low < 0 or not white:

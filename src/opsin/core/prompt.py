@@ -1,10 +1,10 @@
-"""A prompt in order: spans of text and pictures, ready to be tokenized."""
+"""A prompt in order: spans of text and images, ready to be tokenized."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from opsin.core.picture import Picture
+from opsin.core.image import Image
 from opsin.core.reasoning import ReasoningStyle
 
 
@@ -17,13 +17,13 @@ class TextPart:
 
 
 @dataclass(frozen=True, slots=True)
-class PicturePart:
-    """One picture."""
+class ImagePart:
+    """One image."""
 
-    picture: Picture
+    image: Image
 
 
-Part = TextPart | PicturePart
+Part = TextPart | ImagePart
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,6 @@ class Prompt:
     stop: tuple[str, ...] = ()
 
     @property
-    def pictures(self) -> tuple[Picture, ...]:
-        """The pictures, in order."""
-        return tuple(part.picture for part in self.parts if isinstance(part, PicturePart))
+    def images(self) -> tuple[Image, ...]:
+        """The images, in order."""
+        return tuple(part.image for part in self.parts if isinstance(part, ImagePart))

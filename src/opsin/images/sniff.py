@@ -5,15 +5,15 @@ from __future__ import annotations
 import codecs
 import re
 
-from opsin.core.errors import BadPicture, PictureUnsupported
-from opsin.media.limits import SUPPORTED
+from opsin.core.errors import BadImage, ImageUnsupported
+from opsin.images.limits import SUPPORTED
 
-_PAGES = "turn its pages into pictures first, for example with: pdftoppm -png FILE page"
-_VIDEO = "take still pictures from it first, for example with: ffmpeg -i FILE frame-%04d.png"
-_AUDIO = f"only pictures can be asked about ({SUPPORTED})"
-_UNPACK = "unpack it and give the pictures inside"
+_PAGES = "turn its pages into images first, for example with: pdftoppm -png FILE page"
+_VIDEO = "take still images from it first, for example with: ffmpeg -i FILE frame-%04d.png"
+_AUDIO = f"only images can be asked about ({SUPPORTED})"
+_UNPACK = "unpack it and give the images inside"
 _RENDER = f"save it as PNG first ({SUPPORTED})"
-_OTHER = f"give a picture ({SUPPORTED})"
+_OTHER = f"give an image ({SUPPORTED})"
 
 
 def _begins(pattern: bytes) -> re.Pattern[bytes]:
@@ -44,11 +44,11 @@ _REFUSED = (
     ("a PostScript document", _PAGES, _begins(rb"%!PS")),
     ("a Photoshop file", _RENDER, _begins(rb"8BPS")),
     ("an icon or a cursor", _RENDER, _begins(rb"\0\0[\x01\x02]\0|icns")),
-    ("a JPEG XL picture", _RENDER, _begins(rb"\xff\x0a|\0\0\0\x0cJXL ")),
-    ("a JPEG 2000 picture", _RENDER, _begins(rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51")),
-    ("an OpenEXR or Radiance HDR picture", _RENDER, _begins(rb"\x76\x2f\x31\x01|#\?RADIANCE")),
+    ("a JPEG XL image", _RENDER, _begins(rb"\xff\x0a|\0\0\0\x0cJXL ")),
+    ("a JPEG 2000 image", _RENDER, _begins(rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51")),
+    ("an OpenEXR or Radiance HDR image", _RENDER, _begins(rb"\x76\x2f\x31\x01|#\?RADIANCE")),
     ("a DICOM file", _RENDER, _begins(rb".{128}DICM")),
-    ("a PNM picture", _RENDER, _begins(rb"P[1-7][\s#]+\d")),
+    ("a PNM image", _RENDER, _begins(rb"P[1-7][\s#]+\d")),
     ("a ZIP archive or an Office document", _UNPACK, _begins(rb"PK\x03\x04")),
     ("a tar archive", _UNPACK, _begins(rb".{257}ustar")),
     ("an archive", _UNPACK, _begins(rb"\x1f\x8b|BZh|\xfd7zXZ\0|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd")),
@@ -58,14 +58,14 @@ _REFUSED = (
     ("a program", _OTHER, _begins(rb"\x7fELF|MZ")),
     ("an MP3 or AAC audio file", _AUDIO, _begins(rb"\xff[\xfb\xf3\xf2\xfa\xf1\xf9]")),
     ("an SVG drawing", _RENDER, _begins(rb"(?i:.*<svg[\s>])")),
-    ("a web page", "give the picture itself", _begins(rb"(?i:.*<(!doctype\s+html|html|head|body)\b)")),
+    ("a web page", "give the image itself", _begins(rb"(?i:.*<(!doctype\s+html|html|head|body)\b)")),
 )
 
 
-def picture_format(data: bytes, name: str) -> str:
+def image_format(data: bytes, name: str) -> str:
     """Name the decoder for `data`, looking at its first 4 KiB.
 
-    Raises PictureUnsupported for a kind that is refused by name, BadPicture for text and for bytes of no known kind.
+    Raises ImageUnsupported for a kind that is refused by name, BadImage for text and for bytes of no known kind.
     """
     head = data[:4096]
     for kind, pattern in _FORMATS:
@@ -73,10 +73,10 @@ def picture_format(data: bytes, name: str) -> str:
             return kind
     for what, remedy, pattern in _REFUSED:
         if pattern.match(head):
-            raise PictureUnsupported(f"{name} is {what}, which cannot be read; {remedy}.")
+            raise ImageUnsupported(f"{name} is {what}, which cannot be read; {remedy}.")
     if not _is_text(head):
-        raise BadPicture(f"{name} is no picture of a known kind, or its beginning is damaged; {_OTHER}.")
-    raise BadPicture(f"{name} is a text file, not a picture; {_OTHER}.")
+        raise BadImage(f"{name} is no image of a known kind, or its beginning is damaged; {_OTHER}.")
+    raise BadImage(f"{name} is a text file, not an image; {_OTHER}.")
 
 
 def _is_text(head: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""Hostile and broken files give one sentence or a picture, in bounded memory, and nothing else."""
+"""Hostile and broken files give one sentence or an image, in bounded memory, and nothing else."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import hostile
-import media_samples as samples
+import image_samples as samples
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from media_samples import LIMITS, encode, scene
+from image_samples import LIMITS, encode, scene
 
 import opsin
-from opsin.core.errors import BadInput, BadPicture, PictureTooLarge, PictureUnsupported
-from opsin.core.picture import Picture
-from opsin.core.settings import MediaSettings
-from opsin.media import load_picture
+from opsin.core.errors import BadImage, BadInput, ImageTooLarge, ImageUnsupported
+from opsin.core.image import Image
+from opsin.core.settings import ImageSettings
+from opsin.images import load_image
 
 pytestmark = pytest.mark.slow  # together they take seconds, so `make check` leaves them out
 
@@ -45,8 +45,8 @@ NAMED = {
     "drawing.svg": "SVG",
     "icon.ico": "icon",
     "layers.psd": "Photoshop",
-    "pictures.zip": "ZIP",
-    "pictures.tar": "tar",
+    "images.zip": "ZIP",
+    "images.tar": "tar",
     "new.jxl": "JPEG XL",
     "page.html.png": "web page",
     "model.gguf.png": "GGUF",
@@ -54,7 +54,7 @@ NAMED = {
 READ = {
     "1x20000.png": (1, 20_000),
     "20000x1.png": (20_000, 1),
-    "picture-named.txt": (48, 32),
+    "image-named.txt": (48, 32),
     "jpeg-named.png": (48, 32),
     "65535-frames.gif": (1, 1),
     "looping-directories.tif": (2, 2),
@@ -68,23 +68,23 @@ import json, resource, sys, time
 from pathlib import Path
 import opsin
 from opsin.core.errors import BadInput
-from opsin.core.settings import MediaSettings
-from opsin.media import load_picture
+from opsin.core.settings import ImageSettings
+from opsin.images import load_image
 def peak():
     # ru_maxrss would start at what the parent had when it made this process
     status = Path("/proc/self/status")
     if status.exists():
         return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-limits = MediaSettings()
+limits = ImageSettings()
 for path in sorted(Path(sys.argv[1]).iterdir()):
-    load_picture(path, limits)
+    load_image(path, limits)
 before, rows = peak(), []
 for path in sorted(Path(sys.argv[2]).iterdir()):
     begin = time.process_time()
     try:
-        picture = load_picture(path, limits)
-        told = f"{picture.width} by {picture.height}."
+        image = load_image(path, limits)
+        told = f"{image.width} by {image.height}."
     except BadInput as error:
         told = str(error)
     rows.append((path.name, told, time.process_time() - begin, peak() - before))
@@ -98,14 +98,14 @@ def one_sentence(error: BaseException) -> bool:
     return text.isprintable() and text.endswith(".") and 20 < len(text) < 400 and plain
 
 
-def outcome(data: bytes, limits: MediaSettings) -> Picture | BadInput:
+def outcome(data: bytes, limits: ImageSettings) -> Image | BadInput:
     try:
-        return load_picture(data, limits)
+        return load_image(data, limits)
     except BadInput as error:
         return error
 
 
-def check(result: Picture | BadInput) -> None:
+def check(result: Image | BadInput) -> None:
     if isinstance(result, BadInput):
         assert one_sentence(result), str(result)
         assert result.exit_code == 2
@@ -118,31 +118,31 @@ def test_there_are_forty_files_and_more() -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_hostile_file_gives_one_sentence_or_a_picture(name: str) -> None:
+def test_a_hostile_file_gives_one_sentence_or_an_image(name: str) -> None:
     result = outcome(FILES[name], LIMITS)
     check(result)
     if name in READ:
-        assert isinstance(result, Picture)
+        assert isinstance(result, Image)
         assert (result.width, result.height) == READ[name]
 
 
 @pytest.mark.parametrize("name", NAMED)
 def test_a_kind_that_is_not_read_is_refused_by_its_name(name: str) -> None:
-    with pytest.raises(PictureUnsupported, match=NAMED[name]) as refused:
-        load_picture(FILES[name], LIMITS)
+    with pytest.raises(ImageUnsupported, match=NAMED[name]) as refused:
+        load_image(FILES[name], LIMITS)
     assert refused.value.http_status == 415
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith(("huge", "bomb", "canvas", "upside"))])
 def test_huge_headers_are_refused_before_pixels_are_made(name: str) -> None:
-    with pytest.raises(PictureTooLarge if not name.endswith((".avif", ".heic")) else BadPicture):
-        load_picture(FILES[name], LIMITS)
+    with pytest.raises(ImageTooLarge if not name.endswith((".avif", ".heic")) else BadImage):
+        load_image(FILES[name], LIMITS)
 
 
 def test_a_run_length_bmp_that_would_take_pillow_long_is_refused() -> None:
     """Pillow fills the rest of each line pixel by pixel in Python: 13 KB are worth a quarter of a minute."""
-    with pytest.raises(PictureTooLarge, match="run-length"):
-        load_picture(FILES["slow-run-length.bmp"], LIMITS)
+    with pytest.raises(ImageTooLarge, match="run-length"):
+        load_image(FILES["slow-run-length.bmp"], LIMITS)
 
 
 def test_memory_and_time_stay_bounded_over_all_hostile_files(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_memory_and_time_stay_bounded_over_all_hostile_files(tmp_path: Path) -> 
 
 
 SEEDS = [(kind, encode(scene(24, 16), kind, **options)) for kind, options in samples.EVERY]
-SMALL = MediaSettings(max_pixels=250_000, max_bytes=2**20)
+SMALL = ImageSettings(max_pixels=250_000, max_bytes=2**20)
 
 
 @st.composite
@@ -199,7 +199,7 @@ def mutations(draw: Any) -> bytes:
 def test_mutated_files_raise_nothing_but_bad_input(data: bytes) -> None:
     result = outcome(data, SMALL)
     check(result)
-    if isinstance(result, Picture):
+    if isinstance(result, Image):
         assert result.width * result.height <= SMALL.max_pixels
 
 

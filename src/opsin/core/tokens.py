@@ -1,4 +1,4 @@
-"""A tokenized prompt: runs of tokens and runs of image embeddings, in order."""
+"""A tokenized prompt: chunks of tokens and chunks of image embeddings, in order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from opsin.core.answer import ImageInfo
 
 
 @dataclass(frozen=True, slots=True)
-class TextRun:
+class TextChunk:
     """Tokens that are decoded as tokens. Each takes one position and one cell of the KV cache."""
 
     tokens: tuple[int, ...]
@@ -26,18 +26,18 @@ class TextRun:
 
 
 @dataclass(frozen=True, slots=True)
-class ImageRun:
-    """One chunk of one picture: `n_tokens` embeddings; equal `identity` (by content) means equal embeddings.
+class ImageChunk:
+    """One chunk of one image: `n_tokens` embeddings; equal `identity` (by content) means equal embeddings.
 
     Under M-RoPE `n_pos` is less than `n_tokens`, `positions` is int32 [n_tokens, 4] (time, height, width, one more) for
-    a run that starts at 0, and `moves` of the same shape is 1 where a position counts from the run's first (None:
-    everywhere); else both are None. `causal=False`: the run attends in both directions and must go in one ubatch.
+    a chunk that starts at 0, and `moves` of the same shape is 1 where a position counts from the chunk's first (None:
+    everywhere); else both are None. `causal=False`: the chunk attends in both directions and must go in one ubatch.
     `handle` belongs to the backend and lives until the layout is closed. A `placeholder` has no pixels, because its
     embedding was known already, and cannot be encoded.
     """
 
     identity: str
-    picture: int
+    image: int
     n_tokens: int
     n_pos: int
     causal: bool = True
@@ -48,40 +48,40 @@ class ImageRun:
 
     @property
     def last_pos(self) -> int:
-        """The largest position in time of a row, from the run's first: what the KV cache knows of the run."""
+        """The largest position in time of a row, from the chunk's first: what the KV cache knows of the chunk."""
         return self.n_tokens - 1 if self.positions is None else int(self.positions[:, 0].max())
 
     def positions_at(self, first: int, start: int, stop: int) -> NDArray[np.int32]:
-        """Positions of rows [start, stop) of a run whose first position is `first`: int32 [1, n], or [4, n]."""
+        """Positions of rows [start, stop) of a chunk whose first position is `first`: int32 [1, n], or [4, n]."""
         if self.positions is None:
             return np.arange(first + start, first + stop, dtype=np.int32)[np.newaxis, :]
         moved = np.int32(first) if self.moves is None else self.moves[start:stop] * np.int32(first)
         return np.ascontiguousarray((self.positions[start:stop] + moved).T)
 
 
-Run = TextRun | ImageRun
+Chunk = TextChunk | ImageChunk
 
 
 @dataclass(slots=True)
-class Layout:
-    """All runs of a prompt. The owner closes it when the last picture is encoded, or the request has ended.
+class TokenizedPrompt:
+    """All chunks of a prompt. The owner closes it when the last image is encoded, or the request has ended.
 
-    `owned`, which has a `close()`, must stay alive while an `ImageRun.handle` is used.
+    `owned`, which has a `close()`, must stay alive while an `ImageChunk.handle` is used.
     """
 
-    runs: tuple[Run, ...]
+    chunks: tuple[Chunk, ...]
     images: tuple[ImageInfo, ...]
     owned: Any = field(default=None, repr=False)
 
     @property
     def n_tokens(self) -> int:
         """Cells of the KV cache that the prompt takes."""
-        return sum(run.n_tokens for run in self.runs)
+        return sum(chunk.n_tokens for chunk in self.chunks)
 
     @property
     def n_image_tokens(self) -> int:
         """Cells that image embeddings take."""
-        return sum(run.n_tokens for run in self.runs if isinstance(run, ImageRun))
+        return sum(chunk.n_tokens for chunk in self.chunks if isinstance(chunk, ImageChunk))
 
     def close(self) -> None:
         """Give the backend's handles back; twice does no harm."""

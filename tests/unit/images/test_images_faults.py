@@ -15,17 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
-from media_samples import LIMITS, chunk, encode, grey_tiff, png, rgb_of, scene, tiff
-from PIL import Image, JpegImagePlugin
+from image_samples import LIMITS, chunk, encode, grey_tiff, png, rgb_of, scene, tiff
+from PIL import JpegImagePlugin
 
 import opsin
-from opsin.core.errors import BadInput, BadPicture, PictureTooLarge
-from opsin.core.picture import Picture
-from opsin.core.settings import MediaSettings
-from opsin.media import OpenPicture, load_picture
+from opsin.core.errors import BadImage, BadInput, ImageTooLarge
+from opsin.core.image import Image
+from opsin.core.settings import ImageSettings
+from opsin.images import OpenImage, load_image
 
-NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (224, 320, 3), np.uint8))
+NOISE = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 255, (224, 320, 3), np.uint8))
 
 
 def segment(marker: int, body: bytes) -> bytes:
@@ -58,18 +59,18 @@ def test_exif_directories_that_point_at_themselves_cost_nothing(kind: str, entri
     data = with_exif(kind, cycle(entries))
     if kind == "JPEG" and len(data) > 65_000:
         pytest.skip("does not fit a segment")
-    load_picture(encode(scene(), kind), LIMITS)  # imports the plugin
+    load_image(encode(scene(), kind), LIMITS)  # imports the plugin
     begin = time.thread_time()
-    assert isinstance(load_picture(data, LIMITS), Picture)
+    assert isinstance(load_image(data, LIMITS), Image)
     assert time.thread_time() - begin < 0.1
 
 
 def test_a_tiff_whose_directories_point_at_each_other_costs_nothing() -> None:
     tags = [(256, 4, 1, 2), (257, 4, 1, 2), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (277, 3, 1, 1)]
     tags += [(273, 4, 1, 8), (279, 4, 1, 4)] + [(tag, 4, 1, 8) for tag in (0x8769, 0x8825, 0xA005)] * 100
-    load_picture(encode(scene(), "TIFF"), LIMITS)
+    load_image(encode(scene(), "TIFF"), LIMITS)
     begin = time.thread_time()
-    load_picture(tiff([*tags], following=8), LIMITS)
+    load_image(tiff([*tags], following=8), LIMITS)
     assert time.thread_time() - begin < 0.1
 
 
@@ -94,21 +95,21 @@ def scan_bomb(scans: int, side: int = 10_000) -> bytes:
 def test_a_jpeg_of_very_many_scans_is_refused_at_once(scans: int) -> None:
     data = scan_bomb(scans)
     begin = time.thread_time()
-    with pytest.raises(PictureTooLarge, match="100 scans"):
-        load_picture(data, LIMITS)
+    with pytest.raises(ImageTooLarge, match="100 scans"):
+        load_image(data, LIMITS)
     assert time.thread_time() - begin < 0.2
 
 
 def test_a_jpeg_of_several_scans_is_read() -> None:
-    assert load_picture(scan_bomb(20, side=64), LIMITS).width == 64
-    assert load_picture(encode(NOISE, "JPEG", progressive=True), LIMITS).width == 320
+    assert load_image(scan_bomb(20, side=64), LIMITS).width == 64
+    assert load_image(encode(NOISE, "JPEG", progressive=True), LIMITS).width == 320
 
 
 def test_a_jpeg_of_endless_segments_is_refused_at_once() -> None:
     data = encode(scene(), "JPEG")
     begin = time.thread_time()
-    with pytest.raises(BadPicture, match="segments"):
-        load_picture(data[:2] + segment(0xE5, b"") * 1_000_000 + data[2:], LIMITS)
+    with pytest.raises(BadImage, match="segments"):
+        load_image(data[:2] + segment(0xE5, b"") * 1_000_000 + data[2:], LIMITS)
     assert time.thread_time() - begin < 0.2
 
 
@@ -129,17 +130,17 @@ def test_a_jpeg_cut_short_with_an_end_marker_is_refused(name: str, mode: str, sh
     whole = encode(NOISE.convert(mode), "JPEG", **JPEGS[name])
     start = whole.rindex(b"\xff\xda")
     cut = whole[: start + int((len(whole) - start) * share)] + b"\xff\xd9"
-    assert isinstance(load_picture(whole, LIMITS), Picture)
-    with pytest.raises(BadPicture, match="cut short"):
-        load_picture(cut, LIMITS)
+    assert isinstance(load_image(whole, LIMITS), Image)
+    with pytest.raises(BadImage, match="cut short"):
+        load_image(cut, LIMITS)
 
 
 def test_a_progressive_jpeg_cut_in_its_first_scan_is_refused() -> None:
     whole = encode(NOISE, "JPEG", progressive=True)
     first = whole.index(b"\xff\xda")
     second = whole.index(b"\xff\xc4", first)
-    with pytest.raises(BadPicture, match="cut short"):
-        load_picture(whole[: (first + second) // 2] + b"\xff\xd9", LIMITS)
+    with pytest.raises(BadImage, match="cut short"):
+        load_image(whole[: (first + second) // 2] + b"\xff\xd9", LIMITS)
 
 
 @pytest.mark.parametrize("size", [400, 1000, 10_000])
@@ -148,8 +149,8 @@ def test_a_jpeg_whose_header_claims_more_than_there_is_is_refused(size: int) -> 
     at = whole.index(b"\xff\xc0")
     data = whole[: at + 5] + struct.pack(">HH", size, size) + whole[at + 9 :]
     begin = time.thread_time()
-    with pytest.raises(BadPicture, match="cut short"):
-        load_picture(data, LIMITS)
+    with pytest.raises(BadImage, match="cut short"):
+        load_image(data, LIMITS)
     assert time.thread_time() - begin < 0.5
 
 
@@ -157,46 +158,46 @@ def test_a_jpeg_whose_header_claims_more_than_there_is_is_refused(size: int) -> 
 @pytest.mark.parametrize("level", [120, 128, 136])
 def test_grey_jpegs_that_are_whole_are_read(options: dict[str, Any], level: int) -> None:
     for size in ((8, 8), (200, 133), (1, 1), (900, 700)):
-        data = encode(Image.new("RGB", size, (level,) * 3), "JPEG", **options)
-        assert abs(int(rgb_of(load_picture(data, LIMITS))[-1, -1, 0]) - level) < 9
+        data = encode(PIL.Image.new("RGB", size, (level,) * 3), "JPEG", **options)
+        assert abs(int(rgb_of(load_image(data, LIMITS))[-1, -1, 0]) - level) < 9
     corner = scene()
     corner.paste((128, 128, 128), (20, 10, 48, 32))
-    assert load_picture(encode(corner, "JPEG", **options), LIMITS).width == 48
+    assert load_image(encode(corner, "JPEG", **options), LIMITS).width == 48
 
 
 def test_bytes_behind_the_end_of_a_jpeg_do_no_harm() -> None:
     """Phones put films and gain maps there, with markers of their own."""
-    plain = encode(Image.new("RGB", (64, 64), (128, 128, 128)), "JPEG")
-    assert load_picture(plain + scan_bomb(150, 64), LIMITS).sha256 == load_picture(plain, LIMITS).sha256
-    assert load_picture(plain + bytes(50_000), LIMITS).sha256 == load_picture(plain, LIMITS).sha256
+    plain = encode(PIL.Image.new("RGB", (64, 64), (128, 128, 128)), "JPEG")
+    assert load_image(plain + scan_bomb(150, 64), LIMITS).sha256 == load_image(plain, LIMITS).sha256
+    assert load_image(plain + bytes(50_000), LIMITS).sha256 == load_image(plain, LIMITS).sha256
 
 
 def test_a_text_of_50_mb_in_a_png_is_named() -> None:
     text = b"Comment\0\0" + zlib.compress(bytes(50 * 2**20), 1)
-    with pytest.raises(BadPicture, match="text"):
-        load_picture(png(1, 1, 8, 0, b"\0\x07", chunk(b"zTXt", text)), LIMITS)
+    with pytest.raises(BadImage, match="text"):
+        load_image(png(1, 1, 8, 0, b"\0\x07", chunk(b"zTXt", text)), LIMITS)
 
 
 @pytest.mark.parametrize(("dtype", "sample_format"), [("<f4", 3), ("<i4", 2)])
 def test_wide_samples_have_a_lower_limit_on_pixels(dtype: str, sample_format: int) -> None:
     file = grey_tiff(50, 50, 32, np.zeros((50, 50), dtype).tobytes(), sample_format=sample_format)
-    assert load_picture(file, MediaSettings(max_pixels=10_000)).width == 50
-    with pytest.raises(PictureTooLarge, match="32-bit"):
-        load_picture(file, MediaSettings(max_pixels=9_999))
+    assert load_image(file, ImageSettings(max_pixels=10_000)).width == 50
+    with pytest.raises(ImageTooLarge, match="32-bit"):
+        load_image(file, ImageSettings(max_pixels=9_999))
 
 
 CHILD = """
 import resource, sys
 from opsin.core.errors import BadInput
-from opsin.core.settings import MediaSettings
-from opsin.media import load_picture
+from opsin.core.settings import ImageSettings
+from opsin.images import load_image
 def peak():
     return int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]) * 1024
-load_picture(sys.argv[2], MediaSettings())
+load_image(sys.argv[2], ImageSettings())
 before = peak()
 try:
-    picture = load_picture(sys.argv[1], MediaSettings())
-    pixels = picture.width * picture.height
+    image = load_image(sys.argv[1], ImageSettings())
+    pixels = image.width * image.height
 except BadInput:
     pixels = 25_000_000
 print((peak() - before) / pixels)
@@ -208,11 +209,11 @@ print((peak() - before) / pixels)
 @pytest.mark.parametrize("side", [4999, 9999])
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
 def test_wide_tiffs_take_bounded_memory(tmp_path: Path, side: int, dtype: Any) -> None:
-    """At the limit they take what a colour picture of the limit takes: 12 bytes a pixel of 100 million, or less."""
+    """At the limit they take what a colour image of the limit takes: 12 bytes a pixel of 100 million, or less."""
     values = np.zeros((side, side), dtype)
     values[0, 0], values[1, 1] = -1, 70_000
-    Image.fromarray(values).save(tmp_path / "big.tif", compression="tiff_adobe_deflate")
-    Image.fromarray(values[:50, :50].copy()).save(tmp_path / "small.tif", compression="tiff_adobe_deflate")
+    PIL.Image.fromarray(values).save(tmp_path / "big.tif", compression="tiff_adobe_deflate")
+    PIL.Image.fromarray(values[:50, :50].copy()).save(tmp_path / "small.tif", compression="tiff_adobe_deflate")
     child = subprocess.run(
         [sys.executable, "-c", CHILD, str(tmp_path / "big.tif"), str(tmp_path / "small.tif")],
         capture_output=True,
@@ -225,29 +226,29 @@ def test_wide_tiffs_take_bounded_memory(tmp_path: Path, side: int, dtype: Any) -
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
 def test_a_pipe_that_nobody_writes_to_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opsin.media.load._PIPE_SECONDS", 0.1)
+    monkeypatch.setattr("opsin.images.load._PIPE_SECONDS", 0.1)
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     begin = time.monotonic()
-    with pytest.raises(BadPicture, match="not a regular file"):
-        load_picture(pipe, LIMITS)
+    with pytest.raises(BadImage, match="not a regular file"):
+        load_image(pipe, LIMITS)
     assert time.monotonic() - begin < 5
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
 def test_a_pipe_whose_writer_takes_its_time_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process substitution such as <(curl …) is open from the start and may be slow."""
-    monkeypatch.setattr("opsin.media.load._PIPE_SECONDS", 0.0)
+    monkeypatch.setattr("opsin.images.load._PIPE_SECONDS", 0.0)
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     data = encode(scene(), "PNG")
     descriptor = os.open(pipe, os.O_RDWR)  # there is a writer now, who has written nothing
-    reader: list[Picture | BadInput] = []
+    reader: list[Image | BadInput] = []
     asked = threading.Event()
 
     def read() -> None:
         asked.set()
-        reader.append(load_picture(pipe, LIMITS))
+        reader.append(load_image(pipe, LIMITS))
 
     thread = threading.Thread(target=read)
     thread.start()
@@ -258,34 +259,34 @@ def test_a_pipe_whose_writer_takes_its_time_is_read(tmp_path: Path, monkeypatch:
     os.write(descriptor, data[50:])
     os.close(descriptor)
     thread.join(10)
-    assert isinstance(reader[0], Picture)
+    assert isinstance(reader[0], Image)
 
 
-def test_a_picture_is_returned_as_it_is() -> None:
-    picture = load_picture(encode(scene(), "PNG"), LIMITS)
-    assert load_picture(picture, LIMITS) is picture
+def test_an_image_is_returned_as_it_is() -> None:
+    image = load_image(encode(scene(), "PNG"), LIMITS)
+    assert load_image(image, LIMITS) is image
 
 
 def test_a_file_is_opened_once_and_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encode(NOISE, "JPEG")
     opened, hashed = [], []
-    header, digest = JpegImagePlugin.JpegImageFile._open, opsin.media.decode.picture_sha256  # type: ignore[attr-defined]
+    header, digest = JpegImagePlugin.JpegImageFile._open, opsin.images.decode.image_sha256  # type: ignore[attr-defined]
     monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "_open", lambda pil: opened.append(1) or header(pil))
-    monkeypatch.setattr("opsin.media.decode.picture_sha256", lambda *size: hashed.append(1) or digest(*size))
-    file = OpenPicture(data, LIMITS)
+    monkeypatch.setattr("opsin.images.decode.image_sha256", lambda *size: hashed.append(1) or digest(*size))
+    file = OpenImage(data, LIMITS)
     assert (file.width, file.height) == (320, 224)
-    picture = load_picture(file, LIMITS, 160)
-    assert (picture.width, picture.height, picture.source_width) == (160, 112, 320)
-    assert picture.notes == ("shrunk to 160 by 112 pixels",)
+    image = load_image(file, LIMITS, 160)
+    assert (image.width, image.height, image.source_width) == (160, 112, 320)
+    assert image.notes == ("shrunk to 160 by 112 pixels",)
     assert len(opened) == len(hashed) == 1
-    assert len(picture.rgb) == 160 * 112 * 3
+    assert len(image.rgb) == 160 * 112 * 3
 
 
-def test_a_smaller_picture_is_not_shrunk() -> None:
-    picture = load_picture(encode(scene(), "PNG"), LIMITS, 48)
-    assert (picture.width, picture.height, picture.notes) == (48, 32, ())
+def test_a_smaller_image_is_not_shrunk() -> None:
+    image = load_image(encode(scene(), "PNG"), LIMITS, 48)
+    assert (image.width, image.height, image.notes) == (48, 32, ())
 
 
-def test_a_picture_held_in_memory_counts_too() -> None:
-    image = Image.open(io.BytesIO(encode(NOISE, "JPEG")))
-    assert load_picture(image, LIMITS, 100).width == 100
+def test_an_image_held_in_memory_counts_too() -> None:
+    image = PIL.Image.open(io.BytesIO(encode(NOISE, "JPEG")))
+    assert load_image(image, LIMITS, 100).width == 100

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 import httpx
 
 from opsin.core.errors import FetchFailed
-from opsin.media.limits import check_bytes, show
+from opsin.images.limits import check_bytes, show
 
 if TYPE_CHECKING:
-    from opsin.core.settings import MediaSettings
+    from opsin.core.settings import ImageSettings
 
 Resolver = Callable[[str, int], Sequence[str]]
 """Host and port in, the IP addresses that may be connected to out, best first; raises FetchFailed to refuse them."""
@@ -52,7 +52,7 @@ def show_url(url: str) -> str:
 
 def fetch(
     url: str,
-    settings: MediaSettings,
+    settings: ImageSettings,
     resolve: Resolver = system_addresses,
     *,
     cancelled: Callable[[], bool] = lambda: False,
@@ -61,7 +61,7 @@ def fetch(
 
     `settings.fetch_seconds` covers everything but the look-up of names, which has a limit of its own. `cancelled` is
     asked twice a second. Raises FetchFailed for an address that is not http(s), holds credentials, cannot be reached,
-    answers with anything but 200, takes too long or was cancelled; PictureTooLarge over the limit on bytes.
+    answers with anything but 200, takes too long or was cancelled; ImageTooLarge over the limit on bytes.
     """
     left = threading.Event()
     # A thread of its own, as the caller's may run an event loop already.
@@ -73,14 +73,14 @@ def fetch(
             left.set()
 
 
-async def _bounded(url: str, settings: MediaSettings, resolve: Resolver, cancelled: Callable[[], bool]) -> bytes:
+async def _bounded(url: str, settings: ImageSettings, resolve: Resolver, cancelled: Callable[[], bool]) -> bytes:
     """Fetch until the deadline, or until it is cancelled; no slow drip of bytes lasts longer."""
     work = asyncio.create_task(_follow(url, settings, resolve))
     try:
         async with asyncio.timeout(settings.fetch_seconds):
             while not (await asyncio.wait([work], timeout=_POLL_SECONDS))[0]:
                 if cancelled():
-                    raise FetchFailed("The fetch of the picture was cancelled.")
+                    raise FetchFailed("The fetch of the image was cancelled.")
             return work.result()
     except TimeoutError:
         raise FetchFailed(
@@ -91,7 +91,7 @@ async def _bounded(url: str, settings: MediaSettings, resolve: Resolver, cancell
         work.cancel()
 
 
-async def _follow(url: str, settings: MediaSettings, resolve: Resolver) -> bytes:
+async def _follow(url: str, settings: ImageSettings, resolve: Resolver) -> bytes:
     target = _checked(url)
     for _ in range(settings.fetch_redirects + 1):
         try:
@@ -108,7 +108,7 @@ async def _follow(url: str, settings: MediaSettings, resolve: Resolver) -> bytes
     )
 
 
-async def _get(url: httpx.URL, settings: MediaSettings, resolve: Resolver) -> bytes | str:
+async def _get(url: httpx.URL, settings: ImageSettings, resolve: Resolver) -> bytes | str:
     """One request: the body, or where it is redirected to."""
     name = show_url(str(url))
     # A new one for each request: a connection must not serve another host that has the same address.
@@ -118,7 +118,7 @@ async def _get(url: httpx.URL, settings: MediaSettings, resolve: Resolver) -> by
             return str(answer.headers["location"])
         if answer.status_code != httpx.codes.OK:
             status = f"{answer.status_code} {httpx.codes.get_reason_phrase(answer.status_code)}".rstrip()
-            raise FetchFailed(f"{name} answered {status} instead of a picture; check the address.")
+            raise FetchFailed(f"{name} answered {status} instead of an image; check the address.")
         if answer.headers.get("content-encoding", "identity") != "identity":
             raise FetchFailed(f"{name} answered compressed, which was not asked for; download it and give the file.")
         check_bytes(int(answer.headers.get("content-length", "1")), name, settings)
@@ -149,12 +149,12 @@ async def _connect(transport: httpx.AsyncHTTPTransport, url: httpx.URL, resolve:
 def _checked(url: str, base: httpx.URL | None = None) -> httpx.URL:
     """The address, or where a redirect from `base` leads; raises FetchFailed unless it can be fetched."""
     if len(url) > _MAX_URL_CHARS:
-        raise FetchFailed(f"The address of the picture is longer than {_MAX_URL_CHARS:,} characters; give the file.")
+        raise FetchFailed(f"The address of the image is longer than {_MAX_URL_CHARS:,} characters; give the file.")
     try:
         parsed = base.join(url) if base else httpx.URL(url)
         shown, host = show_url(str(parsed)), parsed.host
     except (httpx.InvalidURL, UnicodeError) as error:  # the second for names that are not IDNA
-        raise FetchFailed("The address of the picture is not valid; check it for typing errors.") from error
+        raise FetchFailed("The address of the image is not valid; check it for typing errors.") from error
     if parsed.scheme not in {"http", "https"} or not host:
         raise FetchFailed(f"The address {shown} is no whole http:// or https:// address; check it, or give a file.")
     if parsed.userinfo:

@@ -1,4 +1,4 @@
-"""A checked picture: upright, opaque RGB pixels and the content identity made of them."""
+"""A checked image: upright, opaque RGB pixels and the content identity made of them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from mmap import mmap
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """One decoded picture: upright, on white, 8 bit RGB.
+class Image:
+    """One decoded image: upright, on white, 8 bit RGB.
 
     `rgb` holds `height * width * 3` bytes, row by row, maybe in memory that other processes map. `sha256` (hex) covers
     width, height and pixels, not the file. `source_width` and `source_height` are the file's, before its EXIF

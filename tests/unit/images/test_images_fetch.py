@@ -11,18 +11,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
-from media_samples import encode, scene
+from image_samples import encode, scene
 
-from opsin.core.errors import BadPicture, FetchFailed, PictureTooLarge, PictureUnsupported
-from opsin.core.settings import MediaSettings
-from opsin.media import load_picture
-from opsin.media.fetch import fetch, show_url, system_addresses
+from opsin.core.errors import BadImage, FetchFailed, ImageTooLarge, ImageUnsupported
+from opsin.core.settings import ImageSettings
+from opsin.images import load_image
+from opsin.images.fetch import fetch, show_url, system_addresses
 
 pytestmark = pytest.mark.slow  # together they take seconds, so `make check` leaves them out
 
 PNG = encode(scene(), "PNG")
-SHA = load_picture(PNG, MediaSettings()).sha256
-LIMITS = MediaSettings(fetch=True, fetch_seconds=10, fetch_redirects=2, max_bytes=50_000)
+SHA = load_image(PNG, ImageSettings()).sha256
+LIMITS = ImageSettings(fetch=True, fetch_seconds=10, fetch_redirects=2, max_bytes=50_000)
 
 
 class Answers(BaseHTTPRequestHandler):
@@ -128,10 +128,10 @@ def site() -> Iterator[Site]:
     thread.join()
 
 
-def test_a_picture_is_fetched_and_timed(site: Site) -> None:
-    picture = load_picture(f"{site.url}/ok?token=1#part", LIMITS)
-    assert picture.sha256 == SHA
-    assert picture.fetch_ms > 0
+def test_an_image_is_fetched_and_timed(site: Site) -> None:
+    image = load_image(f"{site.url}/ok?token=1#part", LIMITS)
+    assert image.sha256 == SHA
+    assert image.fetch_ms > 0
     path, headers = site.seen[0]
     assert path == "/ok?token=1"
     assert headers["Accept-Encoding"] == "identity"
@@ -140,12 +140,12 @@ def test_a_picture_is_fetched_and_timed(site: Site) -> None:
 
 
 def test_redirects_are_followed_up_to_the_limit(site: Site) -> None:
-    assert load_picture(f"{site.url}/hop/2", LIMITS).sha256 == SHA
+    assert load_image(f"{site.url}/hop/2", LIMITS).sha256 == SHA
     with pytest.raises(FetchFailed, match="redirected more than 2 times"):
-        load_picture(f"{site.url}/hop/3", LIMITS)
+        load_image(f"{site.url}/hop/3", LIMITS)
     site.seen.clear()
     with pytest.raises(FetchFailed, match="redirected"):
-        load_picture(f"{site.url}/loop", LIMITS)
+        load_image(f"{site.url}/loop", LIMITS)
     assert len(site.seen) == 3
 
 
@@ -157,22 +157,22 @@ def test_redirects_are_followed_up_to_the_limit(site: Site) -> None:
         ("status/204", FetchFailed, "204"),
         ("status/304", FetchFailed, "304"),
         ("status/599", FetchFailed, "599"),
-        ("status/200", BadPicture, "empty"),
-        ("html", PictureUnsupported, "web page"),
+        ("status/200", BadImage, "empty"),
+        ("html", ImageUnsupported, "web page"),
         ("away/file", FetchFailed, "http"),
         ("away/secret", FetchFailed, "password"),
         ("away/bad", FetchFailed, "not valid"),
         ("away/long", FetchFailed, "longer than 8,192"),
-        ("announced", PictureTooLarge, "50,000"),
-        ("endless", PictureTooLarge, "50,000"),
+        ("announced", ImageTooLarge, "50,000"),
+        ("endless", ImageTooLarge, "50,000"),
         ("gzip", FetchFailed, "compressed"),
         ("short", FetchFailed, "cannot be reached|speak HTTP"),
         ("junk", FetchFailed, "speak HTTP"),
     ],
 )
-def test_answers_that_are_no_picture_give_one_sentence(site: Site, path: str, kind: type, word: str) -> None:
+def test_answers_that_are_no_image_give_one_sentence(site: Site, path: str, kind: type, word: str) -> None:
     with pytest.raises(kind, match=word) as refused:
-        load_picture(f"{site.url}/{path}?token=hidden", LIMITS)
+        load_image(f"{site.url}/{path}?token=hidden", LIMITS)
     text = str(refused.value)
     assert text.isprintable()
     assert text.endswith(".")
@@ -185,7 +185,7 @@ def test_no_slowness_outlives_the_time_limit(site: Site, path: str) -> None:
     """A limit on each wait alone would let a drip go on for ever."""
     begin = time.monotonic()
     with pytest.raises(FetchFailed, match=r"within 0\.4 s"):
-        load_picture(f"{site.url}/{path}", LIMITS.model_copy(update={"fetch_seconds": 0.4}))
+        load_image(f"{site.url}/{path}", LIMITS.model_copy(update={"fetch_seconds": 0.4}))
     assert 0.3 < time.monotonic() - begin < 5
 
 
@@ -211,7 +211,7 @@ def test_a_cancelled_fetch_ends_long_before_its_time_limit(site: Site, path: str
 )  # fmt: skip
 def test_addresses_that_are_wrong_are_refused_unasked(url: str) -> None:
     with pytest.raises(FetchFailed) as refused:
-        load_picture(url, LIMITS)
+        load_image(url, LIMITS)
     assert "pw" not in str(refused.value)
 
 
@@ -220,12 +220,12 @@ def test_a_closed_port_says_so() -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with pytest.raises(FetchFailed, match="refused"):
-        load_picture(f"http://127.0.0.1:{port}/x", LIMITS)
+        load_image(f"http://127.0.0.1:{port}/x", LIMITS)
 
 
 def test_plain_http_behind_https_says_so(site: Site) -> None:
     with pytest.raises(FetchFailed, match="TLS"):
-        load_picture(f"https://127.0.0.1:{site.port}/ok", LIMITS)
+        load_image(f"https://127.0.0.1:{site.port}/ok", LIMITS)
 
 
 def test_the_resolver_decides_where_to_connect(site: Site) -> None:
@@ -236,9 +236,9 @@ def test_the_resolver_decides_where_to_connect(site: Site) -> None:
         asked.append((host, port))
         return ["127.0.0.1"]
 
-    assert fetch(f"http://pictures.invalid:{site.port}/hop/1", LIMITS, resolve) == PNG
-    assert asked == [("pictures.invalid", site.port)] * 2
-    assert site.seen[0][1]["Host"] == f"pictures.invalid:{site.port}"
+    assert fetch(f"http://images.invalid:{site.port}/hop/1", LIMITS, resolve) == PNG
+    assert asked == [("images.invalid", site.port)] * 2
+    assert site.seen[0][1]["Host"] == f"images.invalid:{site.port}"
 
 
 def test_a_resolver_that_refuses_is_heard(site: Site) -> None:
@@ -260,7 +260,7 @@ def test_an_unknown_host_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
     with pytest.raises(FetchFailed, match=r"host nowhere\.invalid is not known"):
-        load_picture("http://nowhere.invalid/x.png", LIMITS)
+        load_image("http://nowhere.invalid/x.png", LIMITS)
 
 
 def test_system_addresses_are_addresses() -> None:

@@ -1,4 +1,4 @@
-"""The door that pictures come in by: `data:` always, http(s) and `file:` only where the settings open it."""
+"""The door that images come in by: `data:` always, http(s) and `file:` only where the settings open it."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
-from opsin.core.errors import BadParameter, BadPicture, FetchFailed
-from opsin.core.picture import Picture
+from opsin.core.errors import BadImage, BadParameter, FetchFailed
+from opsin.core.image import Image
 from opsin.core.server_settings import ServerSettings
-from opsin.core.settings import MediaSettings
-from opsin.media import read_data_url
+from opsin.core.settings import ImageSettings
+from opsin.images import read_data_url
 from opsin.server.addresses import AddressPolicy
 from opsin.server.decoder import Decoder
 from opsin.server.media_folder import MediaFolder
-from opsin.server.pixels import Holder, PixelRoom, current_holder
+from opsin.server.pixels import Holder, PixelBudget, current_holder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from opsin.media.fetch import Resolver
+    from opsin.images.fetch import Resolver
 
 T = TypeVar("T")
 
@@ -33,10 +33,10 @@ _FETCHERS = 16
 _SHOWN_SCHEME = 20
 
 
-class PictureGate:
-    """Turns the addresses in requests into checked pictures, within the limits of the settings.
+class ImageLoader:
+    """Turns the addresses in requests into checked images, within the limits of the settings.
 
-    Addresses are fetched and pictures decoded by threads of its own, and no more pixels are held at the same time than
+    Addresses are fetched and images decoded by threads of its own, and no more pixels are held at the same time than
     `max_pixels_in_flight`: see `opsin.server.pixels`. `resolve` replaces the policy on addresses, for tests;
     `decoder` says where files are decoded (default: in this process). Raises BadParameter when the settings name hosts
     or a folder that cannot be.
@@ -49,25 +49,25 @@ class PictureGate:
         resolve: Resolver | None = None,
         decoder: Decoder | None = None,
     ) -> None:
-        self._limits = MediaSettings(
-            max_bytes=settings.max_picture_bytes, max_pixels=settings.max_pixels, fetch=settings.fetch_images
+        self._limits = ImageSettings(
+            max_bytes=settings.max_image_bytes, max_pixels=settings.max_pixels, fetch=settings.fetch_images
         )
         self._decoder = decoder or Decoder()
         self._resolve = resolve or AddressPolicy(settings.image_hosts)
         self._folder = None if settings.media_path is None else MediaFolder(settings.media_path)
-        self._room = PixelRoom(settings.max_pixels_in_flight)
-        # Apart, so that slow hosts hold up nobody who sends the picture itself.
+        self._room = PixelBudget(settings.max_pixels_in_flight)
+        # Apart, so that slow hosts hold up nobody who sends the image itself.
         self._fetchers = ThreadPoolExecutor(_FETCHERS, "opsin-fetch")
         self._decoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "opsin-decode")
 
-    async def load(self, url: str, *, detail: str | None = None) -> Picture:
-        """Return the picture at `url`, shrunk to 512 pixels when `detail` is low (none, auto and high: as it is).
+    async def load(self, url: str, *, detail: str | None = None) -> Image:
+        """Return the image at `url`, shrunk to 512 pixels when `detail` is low (none, auto and high: as it is).
 
-        Raises BadPicture, PictureTooLarge, PictureUnsupported, FetchFailed, BadParameter for another `detail`, and
+        Raises BadImage, ImageTooLarge, ImageUnsupported, FetchFailed, BadParameter for another `detail`, and
         QueueFull when too many pixels are in work.
         """
         if detail is not None and detail not in DETAILS:
-            raise BadParameter("The detail of a picture is auto, low or high.")
+            raise BadParameter("The detail of an image is auto, low or high.")
         begin = time.perf_counter()
         data = await self._bytes(url)
         fetch_ms = (time.perf_counter() - begin) * 1e3
@@ -75,12 +75,12 @@ class PictureGate:
         holder = current_holder() or Holder()
         try:
             await self._room.take(pixels, holder)
-            picture = await self._in(self._decoders, lambda: self._decoder.decode(data, self._limits, detail))
-            self._room.give_back(holder, pixels - picture.width * picture.height)
+            image = await self._in(self._decoders, lambda: self._decoder.decode(data, self._limits, detail))
+            self._room.give_back(holder, pixels - image.width * image.height)
         finally:
             if holder is not current_holder():
                 holder.release()
-        return dataclasses.replace(picture, fetch_ms=fetch_ms)
+        return dataclasses.replace(image, fetch_ms=fetch_ms)
 
     def close(self) -> None:
         """Let the threads go once they have nothing to do."""
@@ -100,21 +100,21 @@ class PictureGate:
             if (folder := self._folder) is None:
                 raise FetchFailed(
                     "file: addresses are not read here; start the server with --media-path FOLDER, "
-                    "or send the picture as a data: address."
+                    "or send the image as a data: address."
                 )
             return await self._in(self._decoders, lambda: folder.read(url, self._limits))
         raise FetchFailed(
-            "The address of a picture begins with data:, or with http:// or https:// where fetching is switched on; "
+            "The address of an image begins with data:, or with http:// or https:// where fetching is switched on; "
             "give such a one."
         )
 
     async def _fetch(self, url: str) -> bytes:
         if not self._limits.fetch:
             raise FetchFailed(
-                "Pictures are not fetched from addresses here; start the server with --fetch-images, "
-                "or send the picture as a data: address."
+                "Images are not fetched from addresses here; start the server with --fetch-images, "
+                "or send the image as a data: address."
             )
-        from opsin.media.fetch import fetch
+        from opsin.images.fetch import fetch
 
         left = threading.Event()
         try:
@@ -129,8 +129,8 @@ class PictureGate:
         return await asyncio.get_running_loop().run_in_executor(threads, work)
 
 
-def _data(url: str, limits: MediaSettings) -> bytes:
+def _data(url: str, limits: ImageSettings) -> bytes:
     try:
         return read_data_url(url, limits)
     except UnicodeEncodeError:
-        raise BadPicture("The data: address holds characters that no address can; encode the picture again.") from None
+        raise BadImage("The data: address holds characters that no address can; encode the image again.") from None

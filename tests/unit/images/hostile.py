@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from media_samples import LOSSLESS, LOSSY, chunk, encode, grey_tiff, png, scene, tiff
+from image_samples import LOSSLESS, LOSSY, chunk, encode, grey_tiff, png, scene, tiff
 from PIL import Image
 
 _EXTENSIONS = {"JPEG": "jpg", "HEIF": "heic", "TIFF": "tif"}
@@ -174,10 +174,10 @@ def _other_tricks() -> Iterator[tuple[str, bytes]]:
     yield "endless-box.avif", _box(b"ftyp", b"avif\x00\x00\x00\x00avifmif1") + b"\xff\xff\xff\xffmeta"
 
 
-def _no_pictures() -> Iterator[tuple[str, bytes]]:
+def _no_images() -> Iterator[tuple[str, bytes]]:
     yield "empty.png", b""
     yield "one-byte.jpg", b"\xff"
-    yield "text.jpg", "Dear picture, how are you? ä\n".encode() * 200
+    yield "text.jpg", "Dear image, how are you? ä\n".encode() * 200
     yield "text16.png", "words".encode("utf-16")
     yield "page.html.png", b"<!DOCTYPE html><html><body>404</body></html>"
     yield "drawing.svg", b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"><rect/></svg>'
@@ -198,24 +198,24 @@ def _no_pictures() -> Iterator[tuple[str, bytes]]:
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as pack:
         pack.writestr("a.png", encode(scene(), "PNG"))
-    yield "pictures.zip", archive.getvalue()
+    yield "images.zip", archive.getvalue()
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as tar:
         tar.addfile(tarfile.TarInfo("a.png"))
-    yield "pictures.tar", archive.getvalue()
+    yield "images.tar", archive.getvalue()
     yield "icon.ico", b"\x00\x00\x01\x00\x01\x00" + bytes(40)
     yield "layers.psd", b"8BPS\x00\x01" + bytes(40)
     yield "new.jxl", b"\xff\x0a" + bytes(40)
     yield "model.gguf.png", b"GGUF\x03\x00\x00\x00" + bytes(40)
     yield "zeros.jpg", bytes(4096)
     yield "random.png", np.random.default_rng(3).bytes(4096)
-    yield "picture-named.txt", encode(scene(), "PNG")
+    yield "image-named.txt", encode(scene(), "PNG")
     yield "jpeg-named.png", encode(scene(), "JPEG")
 
 
 def hostile_files() -> list[tuple[str, bytes]]:
-    """(file name, contents): each must give one plain sentence or a picture, fast and in little memory."""
-    makers = (_truncated, _huge_headers, _png_tricks, _tiff_tricks, _jpeg_tricks, _other_tricks, _no_pictures)
+    """(file name, contents): each must give one plain sentence or an image, fast and in little memory."""
+    makers = (_truncated, _huge_headers, _png_tricks, _tiff_tricks, _jpeg_tricks, _other_tricks, _no_images)
     return [file for make in makers for file in make()]
 
 

@@ -1,4 +1,4 @@
-"""Small valid pictures in every format, made anew: nothing is shipped, nothing is fetched."""
+"""Small valid images in every format, made anew: nothing is shipped, nothing is fetched."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import zlib
 from typing import Any
 
 import numpy as np
-from PIL import Image
+import PIL.Image
 
-from opsin.core.settings import MediaSettings
+from opsin.core.settings import ImageSettings
 
-LIMITS = MediaSettings()
+LIMITS = ImageSettings()
 LOSSLESS: dict[str, dict[str, Any]] = {
     "PNG": {},
     "BMP": {},
@@ -37,8 +37,8 @@ EVERY: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def scene(width: int = 48, height: int = 32) -> Image.Image:
-    """A picture no turn or mirror leaves alike: four flat corners of different colour, few colours in all."""
+def scene(width: int = 48, height: int = 32) -> PIL.Image.Image:
+    """An image no turn or mirror leaves alike: four flat corners of different colour, few colours in all."""
     pixels = np.empty((height, width, 3), np.uint8)
     half_h, half_w = height // 2, width // 2
     pixels[:half_h, :half_w] = (200, 30, 30)
@@ -46,10 +46,10 @@ def scene(width: int = 48, height: int = 32) -> Image.Image:
     pixels[half_h:, :half_w] = (30, 40, 190)
     pixels[half_h:, half_w:] = (230, 220, 60)
     pixels[: height // 4, : width // 4] = (10, 10, 10)
-    return Image.fromarray(pixels)
+    return PIL.Image.fromarray(pixels)
 
 
-def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
+def encode(image: PIL.Image.Image, kind: str, **options: Any) -> bytes:
     """The bytes of `image` as a file of `kind`."""
     if kind == "HEIF":
         import pillow_heif
@@ -60,9 +60,9 @@ def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
     return out.getvalue()
 
 
-def rgb_of(picture: Any) -> np.ndarray[Any, Any]:
-    """A Picture's pixels as an array (height, width, 3)."""
-    return np.frombuffer(picture.rgb, np.uint8).reshape(picture.height, picture.width, 3)
+def rgb_of(image: Any) -> np.ndarray[Any, Any]:
+    """An image's pixels as an array (height, width, 3)."""
+    return np.frombuffer(image.rgb, np.uint8).reshape(image.height, image.width, 3)
 
 
 def chunk(kind: bytes, body: bytes) -> bytes:

@@ -1,14 +1,14 @@
-"""Positions of picture chunks: counted up, or by time, height and width."""
+"""Positions of image chunks: counted up, or by time, height and width."""
 
 import numpy as np
 
 from opsin.cache import ImageUnit
 from opsin.cache.prefix import last_position_of, unit_of
-from opsin.core.layout import ImageRun
+from opsin.core.tokens import ImageChunk
 
 GRID = np.array([[0, 0, 0, 0], [0, 0, 1, 0], [0, 1, 0, 0], [0, 1, 1, 0]], np.int32)
-PLAIN = ImageRun("a", 0, n_tokens=4, n_pos=4)
-ROPE = ImageRun("b", 0, n_tokens=4, n_pos=2, positions=GRID)
+PLAIN = ImageChunk("a", 0, n_tokens=4, n_pos=4)
+ROPE = ImageChunk("b", 0, n_tokens=4, n_pos=2, positions=GRID)
 
 
 def test_plain_positions_count_up_from_the_first() -> None:
@@ -25,10 +25,10 @@ def test_positions_of_a_grid_go_section_by_section() -> None:
 
 
 def test_only_what_moves_moves() -> None:
-    """HunyuanVL counts rows and columns from the picture's corner, and its fourth number is the picture's."""
+    """HunyuanVL counts rows and columns from the image's corner, and its fourth number is the image's."""
     moves = np.zeros_like(GRID)
     moves[:, 0] = 1
-    run = ImageRun("c", 0, n_tokens=4, n_pos=4, positions=GRID, moves=moves)
+    run = ImageChunk("c", 0, n_tokens=4, n_pos=4, positions=GRID, moves=moves)
     np.testing.assert_array_equal(run.positions_at(10, 0, 4), [[10] * 4, [0, 0, 1, 1], [0, 1, 0, 1], [0] * 4])
 
 

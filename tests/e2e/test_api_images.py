@@ -1,4 +1,4 @@
-"""Pictures through the Python API: read once, asked about more than once."""
+"""Images through the Python API: read once, asked about more than once."""
 
 import asyncio
 import io
@@ -8,17 +8,17 @@ import pytest
 
 from opsin import Opsin
 from opsin.cli.app import main
-from opsin.testing import picture as drawn
+from opsin.testing import image as drawn
 
 pytestmark = pytest.mark.native
 
 
-def test_a_picture_that_was_read_can_be_asked_about() -> None:
+def test_an_image_that_was_read_can_be_asked_about() -> None:
     with Opsin(config=False) as model:
         shot = drawn(1, 120, 90)
-        read = model.picture(shot)
+        read = model.image(shot)
         assert read is shot
-        again = model.picture(model.picture(_bmp(shot)))
+        again = model.image(model.image(_bmp(shot)))
         assert again.sha256 == shot.sha256
         first = model.ask(again, "what is this?", temperature=0, max_tokens=4)
         both = model.ask([again, shot], "what is this?", temperature=0, max_tokens=4)

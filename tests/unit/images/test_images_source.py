@@ -14,24 +14,24 @@ from urllib.parse import quote_from_bytes
 
 import numpy as np
 import pytest
-from media_samples import LIMITS, encode, rgb_of, scene
+from image_samples import LIMITS, encode, rgb_of, scene
 from PIL import Image
 
 import opsin
-from opsin.core.errors import BadInput, BadParameter, BadPicture, FetchFailed, PictureTooLarge
-from opsin.core.settings import MediaSettings
-from opsin.media import load_picture
+from opsin.core.errors import BadImage, BadInput, BadParameter, FetchFailed, ImageTooLarge
+from opsin.core.settings import ImageSettings
+from opsin.images import load_image
 
 PNG = encode(scene(), "PNG")
-SHA = load_picture(PNG, LIMITS).sha256
+SHA = load_image(PNG, LIMITS).sha256
 
 
-def test_paths_and_bytes_of_every_kind_give_the_same_picture(tmp_path: Path) -> None:
+def test_paths_and_bytes_of_every_kind_give_the_same_image(tmp_path: Path) -> None:
     path = tmp_path / "wrong name.jpeg"
     path.write_bytes(PNG)
     for source in (path, str(path), PNG, bytearray(PNG), memoryview(PNG), memoryview(PNG).cast("B")):
-        assert load_picture(source, LIMITS).sha256 == SHA
-    assert load_picture(path, LIMITS).fetch_ms > 0
+        assert load_image(source, LIMITS).sha256 == SHA
+    assert load_image(path, LIMITS).fetch_ms > 0
 
 
 def test_sources_that_cannot_be_read_say_why(tmp_path: Path) -> None:
@@ -50,8 +50,8 @@ def test_sources_that_cannot_be_read_say_why(tmp_path: Path) -> None:
         (b"", "empty"),
     ]
     for source, word in cases:
-        with pytest.raises(BadPicture, match=word) as refused:
-            load_picture(source, LIMITS)
+        with pytest.raises(BadImage, match=word) as refused:
+            load_image(source, LIMITS)
         assert str(refused.value).isprintable()
         assert len(str(refused.value)) < 400
         assert str(refused.value).endswith(".")
@@ -62,8 +62,8 @@ def test_a_file_that_may_not_be_read_says_so(tmp_path: Path) -> None:
     path = tmp_path / "mine.png"
     path.write_bytes(PNG)
     path.chmod(0)
-    with pytest.raises(BadPicture, match="permissions"):
-        load_picture(path, LIMITS)
+    with pytest.raises(BadImage, match="permissions"):
+        load_image(path, LIMITS)
 
 
 def test_a_refused_permission_is_told_whoever_runs_the_test(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -73,13 +73,13 @@ def test_a_refused_permission_is_told_whoever_runs_the_test(monkeypatch: pytest.
     path = tmp_path / "mine.png"
     path.write_bytes(PNG)
     monkeypatch.setattr(os, "open", refuse)
-    with pytest.raises(BadPicture, match="permissions"):
-        load_picture(path, LIMITS)
+    with pytest.raises(BadImage, match="permissions"):
+        load_image(path, LIMITS)
 
 
 def test_a_hostile_name_stays_on_one_line(tmp_path: Path) -> None:
-    with pytest.raises(BadPicture) as refused:
-        load_picture(tmp_path / "a\n\x1b[31mred\x07.png", LIMITS)
+    with pytest.raises(BadImage) as refused:
+        load_image(tmp_path / "a\n\x1b[31mred\x07.png", LIMITS)
     assert str(refused.value).isprintable()
 
 
@@ -89,8 +89,8 @@ def test_a_file_over_the_limit_is_not_read(tmp_path: Path) -> None:
         file.truncate(2**40)
     tracemalloc.start()
     try:
-        with pytest.raises(PictureTooLarge, match="67,108,864"):
-            load_picture(path, LIMITS)
+        with pytest.raises(ImageTooLarge, match="67,108,864"):
+            load_image(path, LIMITS)
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
         tracemalloc.stop()
@@ -110,12 +110,12 @@ def test_a_pipe_is_read_up_to_the_limit(tmp_path: Path, extra: int, fits: bool) 
 
     writer = threading.Thread(target=feed)
     writer.start()
-    limits = MediaSettings(max_bytes=100_000)
+    limits = ImageSettings(max_bytes=100_000)
     if fits:
-        assert load_picture(pipe, limits).sha256 == SHA
+        assert load_image(pipe, limits).sha256 == SHA
     else:
-        with pytest.raises(PictureTooLarge):
-            load_picture(pipe, limits)
+        with pytest.raises(ImageTooLarge):
+            load_image(pipe, limits)
     writer.join()
 
 
@@ -131,7 +131,7 @@ def test_a_pipe_is_read_up_to_the_limit(tmp_path: Path, extra: int, fits: bool) 
     ],
 )
 def test_data_addresses(url: str) -> None:
-    assert load_picture(url, LIMITS).sha256 == SHA
+    assert load_image(url, LIMITS).sha256 == SHA
 
 
 @pytest.mark.parametrize(
@@ -147,37 +147,37 @@ def test_data_addresses(url: str) -> None:
     ],
 )
 def test_broken_data_addresses_say_why(url: str, word: str) -> None:
-    with pytest.raises(BadPicture, match=word):
-        load_picture(url, LIMITS)
+    with pytest.raises(BadImage, match=word):
+        load_image(url, LIMITS)
 
 
 @pytest.mark.parametrize("prefix", ["data:;base64,", "data:,"])
 def test_data_addresses_are_bounded_before_they_are_unpacked(prefix: str) -> None:
-    limits = MediaSettings(max_bytes=1000)
+    limits = ImageSettings(max_bytes=1000)
     for size in (1400, 100_000):
-        with pytest.raises(PictureTooLarge):
-            load_picture(prefix + "A" * size, limits)
+        with pytest.raises(ImageTooLarge):
+            load_image(prefix + "A" * size, limits)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float16, np.float32, np.float64])
-def test_arrays_of_every_type_give_the_same_picture(dtype: Any) -> None:
+def test_arrays_of_every_type_give_the_same_image(dtype: Any) -> None:
     values = np.asarray(scene())
     scale = {"u1": 1, "u2": 257}.get(np.dtype(dtype).str[1:], 1 / 255)
     array = (values.astype(float) * scale).astype(dtype)
-    picture = load_picture(array, LIMITS)
-    assert picture.sha256 == SHA
-    assert picture.format == "array"
+    image = load_image(array, LIMITS)
+    assert image.sha256 == SHA
+    assert image.format == "array"
 
 
 def test_array_shapes() -> None:
     grey = np.arange(12, dtype=np.uint8).reshape(3, 4)
-    picture = load_picture(grey, LIMITS)
-    assert (picture.width, picture.height) == (4, 3)
-    assert np.array_equal(rgb_of(picture), np.repeat(grey[..., None], 3, axis=2))
+    image = load_image(grey, LIMITS)
+    assert (image.width, image.height) == (4, 3)
+    assert np.array_equal(rgb_of(image), np.repeat(grey[..., None], 3, axis=2))
     rgba = np.dstack([np.asarray(scene()), np.full((32, 48), 255, np.uint8)])
-    assert load_picture(rgba, LIMITS).sha256 == SHA
-    assert load_picture(rgba[::-1][::-1], LIMITS).sha256 == SHA
-    assert load_picture(np.asfortranarray(np.asarray(scene())), LIMITS).sha256 == SHA
+    assert load_image(rgba, LIMITS).sha256 == SHA
+    assert load_image(rgba[::-1][::-1], LIMITS).sha256 == SHA
+    assert load_image(np.asfortranarray(np.asarray(scene())), LIMITS).sha256 == SHA
 
 
 @pytest.mark.parametrize(
@@ -196,33 +196,33 @@ def test_array_shapes() -> None:
         (np.full((8, 8), -0.1), "0 to 1"),
     ],
 )
-def test_arrays_that_are_no_picture_say_why(array: Any, word: str) -> None:
-    with pytest.raises(BadPicture, match=word):
-        load_picture(array, LIMITS)
+def test_arrays_that_are_no_image_say_why(array: Any, word: str) -> None:
+    with pytest.raises(BadImage, match=word):
+        load_image(array, LIMITS)
 
 
 @pytest.mark.parametrize("source", [np.zeros((200, 10), np.uint8), Image.new("RGB", (10, 200))])
 def test_arrays_and_images_obey_the_limits(source: Any) -> None:
-    for limits in (MediaSettings(max_edge=199), MediaSettings(max_pixels=1999)):
-        with pytest.raises(PictureTooLarge):
-            load_picture(source, limits)
+    for limits in (ImageSettings(max_edge=199), ImageSettings(max_pixels=1999)):
+        with pytest.raises(ImageTooLarge):
+            load_image(source, limits)
 
 
 @pytest.mark.parametrize("source", [None, 7, [1, 2], object()])
 def test_other_types_are_refused(source: Any) -> None:
     with pytest.raises(BadParameter, match=type(source).__name__):
-        load_picture(source, LIMITS)
+        load_image(source, LIMITS)
 
 
 @pytest.mark.parametrize("url", ["ftp://x/a.png", "file:///a.png", "s3://b/a.png", "HTTP://x/a.png", "https://x/a.png"])
 def test_addresses_that_are_not_read_or_not_allowed(url: str) -> None:
     with pytest.raises(FetchFailed):
-        load_picture(url, LIMITS)
+        load_image(url, LIMITS)
 
 
 def test_importing_the_room_imports_no_heavy_library() -> None:
     code = (
-        "import sys, opsin.media\n"
+        "import sys, opsin.images\n"
         "print([name for name in ('PIL', 'numpy', 'pillow_heif', 'httpx', 'httpcore', 'ssl') if name in sys.modules])"
     )
     source = Path(opsin.__file__).parents[1]
@@ -235,9 +235,9 @@ def test_importing_the_room_imports_no_heavy_library() -> None:
 @pytest.mark.slow
 def test_heif_is_imported_for_heif_only() -> None:
     code = (
-        "import sys, opsin.media\n"
-        "from opsin.core.settings import MediaSettings\n"
-        "opsin.media.load_picture(sys.stdin.buffer.read(), MediaSettings())\n"
+        "import sys, opsin.images\n"
+        "from opsin.core.settings import ImageSettings\n"
+        "opsin.images.load_image(sys.stdin.buffer.read(), ImageSettings())\n"
         "print('pillow_heif' in sys.modules)"
     )
     source = Path(opsin.__file__).parents[1]
@@ -257,4 +257,4 @@ def test_an_image_file_opened_by_the_caller_and_broken_is_bad_input() -> None:
 
     image = Image.open(io.BytesIO(encode(scene(), "PNG")[:80]))
     with pytest.raises(BadInput, match="cut short"):
-        load_picture(image, LIMITS)
+        load_image(image, LIMITS)

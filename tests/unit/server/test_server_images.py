@@ -1,4 +1,4 @@
-"""The pictures' door: what comes out of it, and how much may be inside at the same time."""
+"""The images' door: what comes out of it, and how much may be inside at the same time."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ import pytest
 from PIL import Image
 
 from opsin.core.errors import (
+    BadImage,
     BadInput,
     BadParameter,
-    BadPicture,
     FetchFailed,
+    ImageTooLarge,
+    ImageUnsupported,
     OpsinError,
-    PictureTooLarge,
-    PictureUnsupported,
     QueueFull,
 )
 from opsin.core.server_settings import ServerSettings
-from opsin.media import load_picture
-from opsin.server.pictures import PictureGate
-from opsin.server.pixels import Holder, PixelRoom, holding_pixels
+from opsin.images import load_image
+from opsin.server.images import ImageLoader
+from opsin.server.pixels import Holder, PixelBudget, holding_pixels
 
 T = TypeVar("T")
 
@@ -43,9 +43,9 @@ def data_url(data: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
-def with_gate(work: Callable[[PictureGate], Awaitable[T]], **settings: Any) -> T:
+def with_gate(work: Callable[[ImageLoader], Awaitable[T]], **settings: Any) -> T:
     async def go() -> T:
-        gate = PictureGate(ServerSettings(**settings))
+        gate = ImageLoader(ServerSettings(**settings))
         try:
             return await asyncio.wait_for(work(gate), 30)
         finally:
@@ -55,11 +55,11 @@ def with_gate(work: Callable[[PictureGate], Awaitable[T]], **settings: Any) -> T
 
 
 @pytest.mark.parametrize("detail", [None, "auto", "high", "low"])
-def test_a_small_picture_comes_as_it_is(detail: str | None) -> None:
-    picture = with_gate(lambda gate: gate.load(data_url(png(512, 300)), detail=detail))
-    assert (picture.width, picture.height, picture.notes) == (512, 300, ())
-    assert picture.fetch_ms > 0
-    assert picture.decode_ms > 0
+def test_a_small_image_comes_as_it_is(detail: str | None) -> None:
+    image = with_gate(lambda gate: gate.load(data_url(png(512, 300)), detail=detail))
+    assert (image.width, image.height, image.notes) == (512, 300, ())
+    assert image.fetch_ms > 0
+    assert image.decode_ms > 0
 
 
 @pytest.mark.parametrize(
@@ -86,22 +86,22 @@ def test_another_detail_is_refused() -> None:
     ("url", "kind"),
     [
         ("", FetchFailed),
-        ("data:", BadPicture),
-        ("data:image/png;base64,", BadPicture),
+        ("data:", BadImage),
+        ("data:image/png;base64,", BadImage),
         ("data:,\ud800", BadInput),
         ("data:image/png;base64,\ud800%41", BadInput),
         ("data:image/png;base64,AAAA", BadInput),
-        (data_url(b"%PDF-1.7 and more"), PictureUnsupported),
-        (data_url(png(300, 300)), PictureTooLarge),
-        (data_url(png(8, 6) + bytes(70_000)), PictureTooLarge),
+        (data_url(b"%PDF-1.7 and more"), ImageUnsupported),
+        (data_url(png(300, 300)), ImageTooLarge),
+        (data_url(png(8, 6) + bytes(70_000)), ImageTooLarge),
         ("\ud800:", FetchFailed),
         ("http\ud800://x/", FetchFailed),
         ("x" * 100_000, FetchFailed),
     ],
 )
-def test_what_is_no_picture_gives_one_sentence(url: str, kind: type[OpsinError]) -> None:
+def test_what_is_no_image_gives_one_sentence(url: str, kind: type[OpsinError]) -> None:
     with pytest.raises(kind) as refused:
-        with_gate(lambda gate: gate.load(url), max_pixels=80_000, max_picture_bytes=65_536)
+        with_gate(lambda gate: gate.load(url), max_pixels=80_000, max_image_bytes=65_536)
     assert str(refused.value).endswith(".")
     assert str(refused.value).isprintable()
     assert len(str(refused.value)) < 400
@@ -120,28 +120,28 @@ class Slow:
         self.go, self.full = threading.Event(), threading.Event()
 
         def slow(*args: Any) -> Any:
-            picture = load_picture(*args)
+            image = load_image(*args)
             with self.lock:
-                self.inside += picture.width * picture.height
+                self.inside += image.width * image.height
                 self.most = max(self.most, self.inside)
                 if self.inside >= 200:
                     self.full.set()
             assert self.go.wait(10)
             with self.lock:
-                self.inside -= picture.width * picture.height
-            return picture
+                self.inside -= image.width * image.height
+            return image
 
-        monkeypatch.setattr("opsin.media.load_picture", slow)
+        monkeypatch.setattr("opsin.images.load_image", slow)
 
 
 def test_no_more_pixels_than_allowed_are_decoded_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = Slow(monkeypatch)
 
-    async def work(gate: PictureGate) -> int:
+    async def work(gate: ImageLoader) -> int:
         loads = [asyncio.ensure_future(gate.load(data_url(png(10, 10)))) for _ in range(12)]
         assert await asyncio.to_thread(slow.full.wait, 10)
         slow.go.set()
-        return sum(picture.width for picture in await asyncio.gather(*loads))
+        return sum(image.width for image in await asyncio.gather(*loads))
 
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     assert with_gate(work, max_pixels_in_flight=250) == 120
@@ -149,7 +149,7 @@ def test_no_more_pixels_than_allowed_are_decoded_at_the_same_time(monkeypatch: p
 
 
 def test_a_request_holds_its_pixels_until_its_end() -> None:
-    async def work(gate: PictureGate) -> None:
+    async def work(gate: ImageLoader) -> None:
         ended = asyncio.Event()
 
         async def request() -> None:
@@ -172,12 +172,12 @@ def test_a_request_holds_its_pixels_until_its_end() -> None:
 
 
 def test_a_request_with_more_pixels_than_there_is_room_is_refused() -> None:
-    async def work(gate: PictureGate) -> None:
+    async def work(gate: ImageLoader) -> None:
         with holding_pixels():
             await gate.load(data_url(png(10, 10)))
-            with pytest.raises(PictureTooLarge, match="together"):
+            with pytest.raises(ImageTooLarge, match="together"):
                 await gate.load(data_url(png(20, 10)))
-        with pytest.raises(PictureTooLarge, match="250 pixels"):
+        with pytest.raises(ImageTooLarge, match="250 pixels"):
             await gate.load(data_url(png(20, 20)))
 
     with_gate(work, max_pixels_in_flight=250)
@@ -186,9 +186,9 @@ def test_a_request_with_more_pixels_than_there_is_room_is_refused() -> None:
 def test_what_low_detail_and_failures_leave_is_given_back() -> None:
     broken = png(1000, 500)[:800]
 
-    async def work(gate: PictureGate) -> None:
+    async def work(gate: ImageLoader) -> None:
         for _ in range(3):
-            with pytest.raises(BadPicture):
+            with pytest.raises(BadImage):
                 await gate.load(data_url(broken))
         with holding_pixels():
             for _ in range(3):
@@ -198,8 +198,8 @@ def test_what_low_detail_and_failures_leave_is_given_back() -> None:
     with_gate(work, max_pixels_in_flight=800_000)
 
 
-def room_of(limit: int) -> tuple[PixelRoom, Callable[[Holder, int], asyncio.Task[None]]]:
-    room = PixelRoom(limit)
+def room_of(limit: int) -> tuple[PixelBudget, Callable[[Holder, int], asyncio.Task[None]]]:
+    room = PixelBudget(limit)
     return room, lambda holder, pixels: asyncio.create_task(room.take(pixels, holder))
 
 
@@ -288,8 +288,8 @@ def test_a_fetch_ends_when_nobody_waits_for_it_any_more() -> None:
     async def go() -> None:
         with socket.create_server(("127.0.0.1", 0)) as silent:
             settings = ServerSettings(fetch_images=True)
-            gate = PictureGate(settings, resolve=lambda _host, _port: ["127.0.0.1"])
-            url = f"http://pictures.invalid:{silent.getsockname()[1]}/x.png"
+            gate = ImageLoader(settings, resolve=lambda _host, _port: ["127.0.0.1"])
+            url = f"http://images.invalid:{silent.getsockname()[1]}/x.png"
             load = asyncio.ensure_future(gate.load(url))
             connection, _ = await asyncio.to_thread(silent.accept)
             load.cancel()

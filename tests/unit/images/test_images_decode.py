@@ -7,15 +7,15 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import media_samples as samples
+import image_samples as samples
 import numpy as np
 import pytest
-from media_samples import LIMITS, encode, rgb_of, scene
+from image_samples import LIMITS, encode, rgb_of, scene
 from PIL import Image
 
-from opsin.core.errors import BadInput, BadPicture, PictureTooLarge, PictureUnsupported
-from opsin.core.settings import MediaSettings
-from opsin.media import load_picture, picture_sha256
+from opsin.core.errors import BadImage, BadInput, ImageTooLarge, ImageUnsupported
+from opsin.core.settings import ImageSettings
+from opsin.images import image_sha256, load_image
 
 TURNS = {
     1: None,
@@ -41,43 +41,43 @@ def oriented(kind: str, orientation: int, **options: Any) -> bytes:
     return encode(as_stored(scene(), orientation), kind, exif=exif.tobytes(), **options)
 
 
-def closeness(picture: Any, pil: Image.Image) -> float:
-    assert (picture.width, picture.height) == pil.size
-    return float(np.abs(rgb_of(picture).astype(int) - np.asarray(pil).astype(int)).mean())
+def closeness(image: Any, pil: Image.Image) -> float:
+    assert (image.width, image.height) == pil.size
+    return float(np.abs(rgb_of(image).astype(int) - np.asarray(pil).astype(int)).mean())
 
 
 @pytest.mark.parametrize("kind", samples.LOSSLESS)
 def test_lossless_formats_give_the_exact_pixels_and_one_identity(kind: str) -> None:
-    picture = load_picture(encode(scene(), kind, **samples.LOSSLESS[kind]), LIMITS)
-    assert picture.format == kind
-    assert np.array_equal(rgb_of(picture), np.asarray(scene()))
-    assert picture.sha256 == load_picture(np.asarray(scene()), LIMITS).sha256
-    assert picture.sha256 == picture_sha256(48, 32, picture.rgb)
-    assert (picture.source_width, picture.source_height, picture.orientation, picture.notes) == (48, 32, 1, ())
-    assert picture.decode_ms > 0
+    image = load_image(encode(scene(), kind, **samples.LOSSLESS[kind]), LIMITS)
+    assert image.format == kind
+    assert np.array_equal(rgb_of(image), np.asarray(scene()))
+    assert image.sha256 == load_image(np.asarray(scene()), LIMITS).sha256
+    assert image.sha256 == image_sha256(48, 32, image.rgb)
+    assert (image.source_width, image.source_height, image.orientation, image.notes) == (48, 32, 1, ())
+    assert image.decode_ms > 0
 
 
 @pytest.mark.parametrize("kind", samples.LOSSY)
 def test_lossy_formats_come_close(kind: str) -> None:
-    picture = load_picture(encode(scene(), kind, **samples.LOSSY[kind]), LIMITS)
-    assert picture.format == kind
-    assert closeness(picture, scene()) < 5
+    image = load_image(encode(scene(), kind, **samples.LOSSY[kind]), LIMITS)
+    assert image.format == kind
+    assert closeness(image, scene()) < 5
 
 
 def test_identity_tells_shapes_and_pixels_apart() -> None:
     rgb = bytes(range(36))
-    assert picture_sha256(4, 3, rgb) != picture_sha256(3, 4, rgb)
-    assert picture_sha256(4, 3, rgb) != picture_sha256(4, 3, rgb[::-1])
+    assert image_sha256(4, 3, rgb) != image_sha256(3, 4, rgb)
+    assert image_sha256(4, 3, rgb) != image_sha256(4, 3, rgb[::-1])
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("WEBP", samples.LOSSLESS["WEBP"]), ("TIFF", {})])
 def test_all_eight_orientations_give_the_same_pixels(kind: str, options: dict[str, Any], orientation: int) -> None:
-    picture = load_picture(oriented(kind, orientation, **options), LIMITS)
-    assert np.array_equal(rgb_of(picture), np.asarray(scene()))
-    assert picture.orientation == orientation
+    image = load_image(oriented(kind, orientation, **options), LIMITS)
+    assert np.array_equal(rgb_of(image), np.asarray(scene()))
+    assert image.orientation == orientation
     stored = (32, 48) if orientation >= 5 else (48, 32)
-    assert (picture.source_width, picture.source_height) == stored
+    assert (image.source_width, image.source_height) == stored
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -95,11 +95,11 @@ def test_lossy_and_compressed_orientations_are_turned_exactly_once(
     kind: str, options: dict[str, Any], orientation: int
 ) -> None:
     """HEIC comes turned out of libheif, TIFF out of Pillow: a second turn would show as a large distance."""
-    picture = load_picture(oriented(kind, orientation, **options), LIMITS)
-    assert closeness(picture, scene()) < 3
-    assert picture.orientation == orientation
+    image = load_image(oriented(kind, orientation, **options), LIMITS)
+    assert closeness(image, scene()) < 3
+    assert image.orientation == orientation
     stored = (32, 48) if orientation >= 5 else (48, 32)
-    assert (picture.source_width, picture.source_height) == stored
+    assert (image.source_width, image.source_height) == stored
 
 
 def test_jpeg_orientations_share_one_identity_when_the_stored_blocks_are_flat() -> None:
@@ -110,7 +110,7 @@ def test_jpeg_orientations_share_one_identity_when_the_stored_blocks_are_flat() 
         exif = Image.Exif()
         exif[0x0112] = orientation
         stored = encode(as_stored(blocks, orientation), "JPEG", exif=exif, **samples.LOSSY["JPEG"])
-        identities.add(load_picture(stored, LIMITS).sha256)
+        identities.add(load_image(stored, LIMITS).sha256)
     assert len(identities) == 1
 
 
@@ -118,15 +118,15 @@ def test_jpeg_orientations_share_one_identity_when_the_stored_blocks_are_flat() 
 def test_an_orientation_out_of_range_is_upright(value: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = value
-    picture = load_picture(encode(scene(), "PNG", exif=exif), LIMITS)
-    assert picture.orientation == 1
-    assert np.array_equal(rgb_of(picture), np.asarray(scene()))
+    image = load_image(encode(scene(), "PNG", exif=exif), LIMITS)
+    assert image.orientation == 1
+    assert np.array_equal(rgb_of(image), np.asarray(scene()))
 
 
 @pytest.mark.parametrize("exif", [b"Exif\x00\x00II*\x00\xff\xff\xff\xff", b"Exif\x00\x00garbage", b"", b"MM\x00*\x00"])
-def test_damaged_exif_does_not_unmake_the_picture(exif: bytes) -> None:
-    picture = load_picture(encode(scene(), "PNG", exif=exif), LIMITS)
-    assert np.array_equal(rgb_of(picture), np.asarray(scene()))
+def test_damaged_exif_does_not_unmake_the_image(exif: bytes) -> None:
+    image = load_image(encode(scene(), "PNG", exif=exif), LIMITS)
+    assert np.array_equal(rgb_of(image), np.asarray(scene()))
 
 
 def test_heic_exif_without_a_turn_in_the_container_is_not_believed() -> None:
@@ -136,9 +136,9 @@ def test_heic_exif_without_a_turn_in_the_container_is_not_believed() -> None:
     # handed over as an object, pillow-heif writes the EXIF and no turn
     stray = encode(scene(), "HEIF", exif=exif, **samples.LOSSY["HEIF"])
     assert b"irot" not in stray
-    picture = load_picture(stray, LIMITS)
-    assert closeness(picture, scene()) < 3
-    assert (picture.orientation, picture.source_width) == (1, 48)
+    image = load_image(stray, LIMITS)
+    assert closeness(image, scene()) < 3
+    assert (image.orientation, image.source_width) == (1, 48)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "La", "RGBa"])
@@ -151,7 +151,7 @@ def test_alpha_goes_onto_white(mode: str) -> None:
         image.putalpha(rgba.getchannel("A"))
     else:
         image = {"La": rgba.convert("LA"), "RGBa": rgba}.get(mode, rgba).convert(mode)
-    pixels = rgb_of(load_picture(image, LIMITS))
+    pixels = rgb_of(load_image(image, LIMITS))
     assert (pixels[:8, :8] == 255).all()
     assert (pixels[20, 40] != 255).any()
 
@@ -160,7 +160,7 @@ def test_half_transparent_black_on_white_is_mid_grey_in_files_and_arrays() -> No
     rgba = np.zeros((4, 5, 4), np.uint8)
     rgba[..., 3] = 128
     for source in (rgba, encode(Image.fromarray(rgba), "PNG"), Image.fromarray(rgba)):
-        assert (rgb_of(load_picture(source, LIMITS)) == 127).all()
+        assert (rgb_of(load_image(source, LIMITS)) == 127).all()
 
 
 @pytest.mark.parametrize("transparency", [0, b"\x00\xff\xff"])
@@ -171,7 +171,7 @@ def test_palette_with_transparency_goes_onto_white(transparency: int | bytes) ->
     for kind in ("PNG", "GIF"):
         if kind == "GIF" and isinstance(transparency, bytes):
             continue
-        pixels = rgb_of(load_picture(encode(palette, kind, transparency=transparency), LIMITS))
+        pixels = rgb_of(load_image(encode(palette, kind, transparency=transparency), LIMITS))
         assert pixels[0].tolist() == [[255, 255, 255], [40, 50, 60], [70, 80, 90], [40, 50, 60]]
 
 
@@ -184,27 +184,27 @@ def test_sixteen_bit_grey_keeps_its_high_byte_in_png_tiff_and_arrays() -> None:
     ]
     identities = set()
     for source in (*files, values, Image.fromarray(values)):
-        picture = load_picture(source, LIMITS)
-        assert rgb_of(picture)[0, :, 0].tolist() == expected
-        identities.add(picture.sha256)
+        image = load_image(source, LIMITS)
+        assert rgb_of(image)[0, :, 0].tolist() == expected
+        identities.add(image.sha256)
     assert len(identities) == 1
 
 
 def test_sixteen_bit_grey_with_white_as_zero_is_turned_round() -> None:
     data = np.array([[0, 0xFFFF]], "<u2").tobytes()
-    assert rgb_of(load_picture(samples.grey_tiff(2, 1, 16, data, white_is=0), LIMITS))[0, :, 0].tolist() == [255, 0]
+    assert rgb_of(load_image(samples.grey_tiff(2, 1, 16, data, white_is=0), LIMITS))[0, :, 0].tolist() == [255, 0]
 
 
 def test_twelve_bit_grey_uses_the_whole_range() -> None:
-    assert rgb_of(load_picture(samples.grey_tiff(2, 1, 12, b"\xff\xf0\x00"), LIMITS))[0, :, 0].tolist() == [255, 0]
+    assert rgb_of(load_image(samples.grey_tiff(2, 1, 12, b"\xff\xf0\x00"), LIMITS))[0, :, 0].tolist() == [255, 0]
 
 
 def test_sixteen_bit_colour_and_its_transparent_colour() -> None:
     row = struct.pack(">6H", 0x1234, 0x5678, 0x9ABC, 0xFF00, 0x8000, 0x0100)
     clear = samples.chunk(b"tRNS", struct.pack(">3H", 0x1234, 0x5678, 0x9ABC))
-    plain = load_picture(samples.png(2, 1, 16, 2, b"\x00" + row), LIMITS)
+    plain = load_image(samples.png(2, 1, 16, 2, b"\x00" + row), LIMITS)
     assert rgb_of(plain)[0].tolist() == [[0x12, 0x56, 0x9A], [0xFF, 0x80, 0x01]]
-    keyed = load_picture(samples.png(2, 1, 16, 2, b"\x00" + row, clear), LIMITS)
+    keyed = load_image(samples.png(2, 1, 16, 2, b"\x00" + row, clear), LIMITS)
     assert rgb_of(keyed)[0].tolist() == [[255, 255, 255], [0xFF, 0x80, 0x01]]
 
 
@@ -214,7 +214,7 @@ def test_the_transparent_grey_of_a_png_is_found_at_every_depth(depth: int, row: 
     value = {1: 1, 2: 1, 4: 6, 16: 0x1234}[depth]
     body = row if row is not None else b"\x00" + struct.pack(">3H", 0, 0x1234, 0)
     file = samples.png(3, 1, depth, 0, body, samples.chunk(b"tRNS", struct.pack(">H", value)))
-    pixels = rgb_of(load_picture(file, LIMITS))[0]
+    pixels = rgb_of(load_image(file, LIMITS))[0]
     assert pixels[1].tolist() == [255, 255, 255]
     assert pixels[0].tolist() == [0, 0, 0]
 
@@ -231,26 +231,26 @@ def test_the_transparent_grey_of_a_png_is_found_at_every_depth(depth: int, row: 
 )
 def test_float_tiffs_are_scaled_by_their_range(values: list[float], expected: list[int], noted: bool) -> None:
     file = samples.grey_tiff(3, 1, 32, np.array(values, "<f4").tobytes(), sample_format=3)
-    picture = load_picture(file, LIMITS)
-    assert rgb_of(picture)[0, :, 0].tolist() == expected
-    assert bool(picture.notes) == noted
+    image = load_image(file, LIMITS)
+    assert rgb_of(image)[0, :, 0].tolist() == expected
+    assert bool(image.notes) == noted
 
 
 def test_whole_32_bit_numbers_are_scaled_by_their_range() -> None:
     file = samples.grey_tiff(3, 1, 32, np.array([0, 256, 65535], "<i4").tobytes(), sample_format=2)
-    assert rgb_of(load_picture(file, LIMITS))[0, :, 0].tolist() == [0, 1, 255]
+    assert rgb_of(load_image(file, LIMITS))[0, :, 0].tolist() == [0, 1, 255]
 
 
 def test_floats_that_are_no_numbers_are_refused() -> None:
     file = samples.grey_tiff(2, 1, 32, np.array([0, np.nan], "<f4").tobytes(), sample_format=3)
-    with pytest.raises(BadPicture, match="finite"):
-        load_picture(file, LIMITS)
+    with pytest.raises(BadImage, match="finite"):
+        load_image(file, LIMITS)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
 def test_cmyk_becomes_rgb(kind: str) -> None:
-    picture = load_picture(encode(scene().convert("CMYK"), kind, **({"quality": 97} if kind == "JPEG" else {})), LIMITS)
-    assert closeness(picture, scene()) < 5
+    image = load_image(encode(scene().convert("CMYK"), kind, **({"quality": 97} if kind == "JPEG" else {})), LIMITS)
+    assert closeness(image, scene()) < 5
 
 
 def test_ycck_jpeg_becomes_rgb() -> None:
@@ -264,8 +264,8 @@ def test_ycck_jpeg_becomes_rgb() -> None:
     at = data.index(b"Adobe")
     assert data[at + 11] == 0
     ycck = data[: at + 11] + b"\x02" + data[at + 12 :]
-    picture = load_picture(ycck, LIMITS)
-    red, green, blue = rgb_of(picture)[8, 8].tolist()
+    image = load_image(ycck, LIMITS)
+    red, green, blue = rgb_of(image)[8, 8].tolist()
     assert max(red, green, blue) - min(red, green, blue) <= 2
     assert 50 <= red <= 205
 
@@ -273,8 +273,8 @@ def test_ycck_jpeg_becomes_rgb() -> None:
 @pytest.mark.parametrize("mode", ["1", "L", "P", "YCbCr", "RGBX", "HSV", "LAB"])
 def test_other_modes_of_pillow_images(mode: str) -> None:
     pil = scene().convert(mode)
-    picture = load_picture(pil, LIMITS)
-    assert np.array_equal(rgb_of(picture), np.asarray(pil.convert("RGB")))
+    image = load_image(pil, LIMITS)
+    assert np.array_equal(rgb_of(image), np.asarray(pil.convert("RGB")))
 
 
 def test_a_pillow_image_is_turned_and_not_changed() -> None:
@@ -283,8 +283,8 @@ def test_a_pillow_image_is_turned_and_not_changed() -> None:
     pil = scene()
     pil.info["exif"] = exif.tobytes()
     before = pil.tobytes()
-    picture = load_picture(pil, LIMITS)
-    assert (picture.width, picture.height, picture.orientation) == (32, 48, 6)
+    image = load_image(pil, LIMITS)
+    assert (image.width, image.height, image.orientation) == (32, 48, 6)
     assert pil.tobytes() == before
     assert pil.getexif()[0x0112] == 6
 
@@ -298,46 +298,46 @@ def test_the_first_of_many_is_taken_and_said() -> None:
         ("PNG", {}, "the first of 3 frames was taken"),
         ("WEBP", samples.LOSSLESS["WEBP"], "the first of 3 frames was taken"),
     ):
-        picture = load_picture(encode(scene(), kind, save_all=True, append_images=others, **options), LIMITS)
-        assert picture.notes == (sentence,), kind
-        assert np.array_equal(rgb_of(picture), np.asarray(scene())), kind
+        image = load_image(encode(scene(), kind, save_all=True, append_images=others, **options), LIMITS)
+        assert image.notes == (sentence,), kind
+        assert np.array_equal(rgb_of(image), np.asarray(scene())), kind
     avif = encode(scene(), "AVIF", save_all=True, append_images=others, **samples.LOSSY["AVIF"])
-    picture = load_picture(avif, LIMITS)
-    assert picture.notes == ("the first of 3 frames was taken",)
-    assert closeness(picture, scene()) < 3
+    image = load_image(avif, LIMITS)
+    assert image.notes == ("the first of 3 frames was taken",)
+    assert closeness(image, scene()) < 3
     heic = encode(scene(), "HEIF", save_all=True, append_images=others, **samples.LOSSY["HEIF"])
-    assert load_picture(heic, LIMITS).notes == ("the main one of 3 pictures was taken",)
+    assert load_image(heic, LIMITS).notes == ("the main one of 3 images was taken",)
 
 
-def test_a_thin_picture_within_the_limits_is_read() -> None:
-    picture = load_picture(encode(Image.new("RGB", (1, 20_000)), "PNG"), LIMITS)
-    assert (picture.width, picture.height) == (1, 20_000)
+def test_a_thin_image_within_the_limits_is_read() -> None:
+    image = load_image(encode(Image.new("RGB", (1, 20_000)), "PNG"), LIMITS)
+    assert (image.width, image.height) == (1, 20_000)
 
 
 @pytest.mark.parametrize(("kind", "options"), samples.EVERY, ids=[f"{k}-{o}" for k, o in samples.EVERY])
 def test_limits_hold_for_every_format(kind: str, options: dict[str, Any]) -> None:
     data = encode(scene(), kind, **options)
-    assert load_picture(data, MediaSettings(max_pixels=48 * 32, max_edge=48)).width == 48
+    assert load_image(data, ImageSettings(max_pixels=48 * 32, max_edge=48)).width == 48
     for limits in (
-        MediaSettings(max_pixels=48 * 32 - 1),
-        MediaSettings(max_edge=47),
-        MediaSettings(max_bytes=len(data) - 1),
+        ImageSettings(max_pixels=48 * 32 - 1),
+        ImageSettings(max_edge=47),
+        ImageSettings(max_bytes=len(data) - 1),
     ):
-        with pytest.raises(PictureTooLarge):
-            load_picture(data, limits)
+        with pytest.raises(ImageTooLarge):
+            load_image(data, limits)
 
 
-def test_pictures_over_pillows_own_pixel_limit_are_a_matter_of_our_settings_only() -> None:
+def test_images_over_pillows_own_pixel_limit_are_a_matter_of_our_settings_only() -> None:
     """Pillow warns beyond 89 million pixels and refuses beyond 178 million, whatever the caller allows."""
     rows = b"\x00" * (20_000 // 8 + 1) * 10_000
     data = samples.png(20_000, 10_000, 1, 0, rows)
-    with pytest.raises(PictureTooLarge, match="100,000,000"):
-        load_picture(data, LIMITS)
+    with pytest.raises(ImageTooLarge, match="100,000,000"):
+        load_image(data, LIMITS)
     wide = samples.png(30_000, 6_200, 1, 0, None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(BadPicture, match="cut short"):
-            load_picture(wide, MediaSettings(max_pixels=200_000_000))
+        with pytest.raises(BadImage, match="cut short"):
+            load_image(wide, ImageSettings(max_pixels=200_000_000))
 
 
 @pytest.mark.parametrize(("kind", "options"), samples.EVERY, ids=[f"{k}-{o}" for k, o in samples.EVERY])
@@ -346,23 +346,23 @@ def test_a_file_cut_anywhere_is_refused_or_whole(kind: str, options: dict[str, A
     noise = np.random.default_rng(5).integers(0, 255, (24, 32, 3), np.uint8)
     pil = Image.fromarray(noise).quantize(64).convert("RGB") if kind == "GIF" else Image.fromarray(noise)
     data = encode(pil, kind, **options)
-    whole = load_picture(data, LIMITS).sha256
+    whole = load_image(data, LIMITS).sha256
     refused = 0
     for cut in sorted({*range(0, len(data), max(1, len(data) // 60)), *range(len(data) - 12, len(data))}):
         try:
-            picture = load_picture(data[:cut], LIMITS)
+            image = load_image(data[:cut], LIMITS)
         except BadInput:
             refused += 1
         else:
-            assert picture.sha256 == whole, cut
+            assert image.sha256 == whole, cut
     assert refused >= 40
 
 
 def test_many_threads_decode_alike() -> None:
     files = [encode(scene(), kind, **options) for kind, options in samples.EVERY] * 4
-    expected = [load_picture(file, LIMITS).sha256 for file in files]
+    expected = [load_image(file, LIMITS).sha256 for file in files]
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(lambda file: load_picture(file, LIMITS).sha256, files)) == expected
+        assert list(pool.map(lambda file: load_image(file, LIMITS).sha256, files)) == expected
 
 
 def test_pillows_remarks_never_reach_the_caller() -> None:
@@ -371,12 +371,12 @@ def test_pillows_remarks_never_reach_the_caller() -> None:
     tags += [(273, 4, 1, 8 + 2 + 9 * 12 + 4), (278, 4, 1, 2), (279, 4, 1, 4), (65000, 2, 999, 5000)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        picture = load_picture(samples.tiff([*tags], b"\x01\x02\x03\x04"), LIMITS)
-    assert rgb_of(picture)[..., 0].tolist() == [[1, 2], [3, 4]]
+        image = load_image(samples.tiff([*tags], b"\x01\x02\x03\x04"), LIMITS)
+    assert rgb_of(image)[..., 0].tolist() == [[1, 2], [3, 4]]
 
 
 def test_a_raw_file_that_looks_like_a_tiff_is_refused_rather_than_shown_as_its_thumbnail() -> None:
     tags = [(256, 3, 1, 2), (257, 3, 1, 2), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1)]
     tags += [(273, 4, 1, 8 + 2 + 9 * 12 + 4), (278, 4, 1, 2), (279, 4, 1, 4), (0xC612, 1, 4, 0x0401)]
-    with pytest.raises(PictureUnsupported, match="DNG"):
-        load_picture(samples.tiff([*tags], b"\x01\x02\x03\x04"), LIMITS)
+    with pytest.raises(ImageUnsupported, match="DNG"):
+        load_image(samples.tiff([*tags], b"\x01\x02\x03\x04"), LIMITS)

@@ -1,0 +1,12 @@
+"""Images: bytes from a file, an address or an array in, a checked `Image` out.
+
+This room recognises files by their bytes, bounds them before they are decoded, turns them upright, lays them on white
+and hashes their pixels. It knows no models, prompts or HTTP servers.
+"""
+
+from __future__ import annotations
+
+from opsin.images.decode import OpenImage, image_sha256
+from opsin.images.load import Source, load_image, read_data_url
+
+__all__ = ["OpenImage", "Source", "image_sha256", "load_image", "read_data_url"]

@@ -1,0 +1,86 @@
+// The images that go with the next question.
+
+import { el } from "./dom.js";
+
+const KINDS = /^image\//;
+const NAMES = /\.(avif|bmp|gif|heic|heif|jpe?g|png|tiff?|webp)$/i;
+
+/** A list of thumbnails that can be taken away again; `changed` is called with their number. */
+export class Tray {
+  #images = [];
+
+  constructor(list, changed) {
+    this.list = list;
+    this.changed = changed;
+  }
+
+  get size() {
+    return this.#images.length;
+  }
+
+  /** Take what is an image; the names of what is none come back. */
+  add(files) {
+    const strange = [];
+    for (const file of files) {
+      if (KINDS.test(file.type) || NAMES.test(file.name)) {
+        this.#images.push({ file, name: file.name || "image", url: URL.createObjectURL(file) });
+      } else {
+        strange.push(file.name || file.type || "something");
+      }
+    }
+    this.#draw();
+    return strange;
+  }
+
+  /** Hand the images over and be empty. */
+  take() {
+    const taken = this.#images;
+    this.#images = [];
+    this.#draw();
+    return taken;
+  }
+
+  /** Have images back whose question was not answered. */
+  restore(images) {
+    this.#images = [...images, ...this.#images];
+    this.#draw();
+  }
+
+  #remove(image) {
+    const at = this.#images.indexOf(image);
+    this.#images.splice(at, 1);
+    URL.revokeObjectURL(image.url);
+    this.#draw();
+    const buttons = this.list.querySelectorAll("button");
+    buttons[Math.min(at, buttons.length - 1)]?.focus();
+  }
+
+  #draw() {
+    this.list.replaceChildren(
+      ...this.#images.map((image) => {
+        const remove = el("button", { type: "button", "aria-label": `Remove ${image.name}`, title: "Remove" }, "×");
+        remove.addEventListener("click", () => this.#remove(image));
+        return el("li", {}, shown(image), remove);
+      }),
+    );
+    this.list.hidden = this.size === 0;
+    this.changed(this.size);
+  }
+}
+
+/** The image, or its name where the browser cannot show its kind. */
+export function shown(image) {
+  const image = el("img", { src: image.url, alt: image.name });
+  image.addEventListener("error", () => image.replaceWith(el("span", { class: "unshown" }, image.name)));
+  return image;
+}
+
+/** The file as a `data:` address. */
+export function dataAddress(image) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.addEventListener("load", () => resolve(reader.result));
+    reader.addEventListener("error", () => reject(new Error(`${image.name} cannot be read: add it again.`)));
+    reader.readAsDataURL(image.file);
+  });
+}
