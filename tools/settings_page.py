@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-from opsin.core.config import KEY_VARIABLE, PREFIX, RETIRED
+from opsin.core.config import KEY_VARIABLE, PREFIX
 from opsin.core.server_settings import ServerSettings
-from opsin.core.settings import kind_of
+from opsin.core.settings import RETIRED, kind_of
 
 _HEAD = f"""# Settings of `opsin serve`
 

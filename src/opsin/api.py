@@ -11,14 +11,14 @@ from typing import Any, Self
 
 from opsin.compose import Runtime, open_runtime
 from opsin.core.answer import Answer
-from opsin.core.config import RETIRED, checked, current_folder, drop_retired, read_config
+from opsin.core.config import checked, current_folder, read_config, settle_old
 from opsin.core.errors import BadParameter
 from opsin.core.image import Image
 from opsin.core.model_info import ModelInfo
 from opsin.core.placement import Placement
 from opsin.core.prompt import Prompt
 from opsin.core.sampling import SamplingParams
-from opsin.core.settings import EngineSettings, ImageSettings
+from opsin.core.settings import RENAMED, RETIRED, EngineSettings, ImageSettings
 from opsin.engine import AnswerStream, Engine
 from opsin.images import load_image
 from opsin.models import locate
@@ -41,13 +41,15 @@ class Opsin:
         model: str | Path | None = None,
         mmproj: str | Path | None = None,
         *,
-        media: ImageSettings | None = None,
+        image_settings: ImageSettings | None = None,
         config: bool | str | Path = True,
         isolated: bool = False,
         **options: Any,
     ) -> None:
-        self._media = media or ImageSettings(fetch=True)
-        drop_retired({name: (options.pop(name), "option of Opsin") for name in RETIRED if name in options})
+        self._image_settings = image_settings or ImageSettings(fetch=True)
+        old = {name: (options.pop(name), "option of Opsin") for name in (*RETIRED, *RENAMED) if name in options}
+        settle_old(old)
+        options |= {name: value for name, (value, _) in old.items()}
         settings = checked(EngineSettings, options)
         if config is not False:
             options |= {name: value for name, value in (("model", model), ("mmproj", mmproj)) if value is not None}
@@ -90,7 +92,7 @@ class Opsin:
 
         Raises BadImage or FetchFailed.
         """
-        return source if isinstance(source, Image) else load_image(source, self._media)
+        return source if isinstance(source, Image) else load_image(source, self._image_settings)
 
     def ask(
         self, images: object | Sequence[object], question: str, *, system: str | None = None, **params: Any

@@ -50,7 +50,6 @@ def ask(
         Path | None, typer.Option("--json-schema", help="file with a JSON schema that the answer will fit")
     ] = None,
     system: o.System = None,
-    profile: Annotated[str | None, typer.Option("--profile", hidden=True)] = None,
     **flags: Any,
 ) -> None:
     """Ask one question about each image, or about all of them together.
@@ -63,9 +62,8 @@ def ask(
     *sources, question = arguments
     found = list(_expand(sources, question))
     groups = [found] if together else [[source] for source in found]
-    retired = {} if profile is None else {"profile": profile}
     failed = False
-    with opened(flags, **retired) as opsin:
+    with opened(flags) as opsin:
         for number, group in enumerate(groups):
             if len(groups) > 1 and not as_json:
                 say(f"── {', '.join(group)}")
@@ -84,13 +82,13 @@ def ask(
 
 
 @contextmanager
-def opened(flags: dict[str, Any], **retired: Any) -> Iterator[Opsin]:
+def opened(flags: dict[str, Any]) -> Iterator[Opsin]:
     """The model that the flags name, loaded for one question at a time, after what the user should know about it."""
     with Working("loading the model") as working:
         from opsin.api import Opsin
         from opsin.doctor.build import unused_gpu_hint
 
-        with Opsin(**o.given(EngineSettings, flags), **retired, parallel=1) as opsin:
+        with Opsin(**o.given(EngineSettings, flags), parallel=1) as opsin:
             working.stop()
             if opsin.is_demo:
                 say("This is the demo model for drawn scenes; for photographs get a real one: opsin pull llava-1.5-7b")

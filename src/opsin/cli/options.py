@@ -11,7 +11,7 @@ import typer
 from pydantic import BaseModel
 
 from opsin.core.errors import BadParameter
-from opsin.core.settings import kind_of
+from opsin.core.settings import RENAMED, RETIRED, kind_of
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -33,6 +33,8 @@ def flags_of(model: type[BaseModel], *names: str) -> Callable[[Command], Command
         own = inspect.signature(command, eval_str=True).parameters
         parameters = [parameter for parameter in own.values() if parameter.kind is not parameter.VAR_KEYWORD]
         parameters += [_flag(model, name) for name in names if name not in own]
+        old = [*(old for old, new in RENAMED.items() if new in names), *(RETIRED if "threads" in names else ())]
+        parameters += [_old_flag(name) for name in old if name not in own]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         return command
 
@@ -41,7 +43,8 @@ def flags_of(model: type[BaseModel], *names: str) -> Callable[[Command], Command
 
 def given(model: type[BaseModel], flags: Mapping[str, Any]) -> dict[str, Any]:
     """The flags that the user set and that are fields of the model; all others keep their default in one place."""
-    return {name: value for name, value in flags.items() if name in model.model_fields and value not in (None, [])}
+    known = {*model.model_fields, *RENAMED, *RETIRED}
+    return {name: value for name, value in flags.items() if name in known and value not in (None, [])}
 
 
 def write_out(path: Path | None, text: str) -> None:
@@ -68,5 +71,14 @@ def _flag(model: type[BaseModel], name: str) -> inspect.Parameter:
         shown = {True: "on", False: "off"}.get(field.default) if kind is bool else field.default
         text = f"{text} [default: {shown}]"
     option = typer.Option(flag, help=text, show_default=False)
+    return _keyword(name, shape, option)
+
+
+def _old_flag(name: str) -> inspect.Parameter:
+    """A flag of an earlier version, which `core.config` warns about."""
+    return _keyword(name, str, typer.Option(f"--{name.replace('_', '-')}", hidden=True))
+
+
+def _keyword(name: str, shape: Any, option: Any) -> inspect.Parameter:
     keyword = inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(name, keyword, default=None, annotation=Annotated[shape | None, option])

@@ -21,13 +21,11 @@ from pydantic import ValidationError
 from opsin.core.errors import BadParameter
 from opsin.core.files import expand, read_text
 from opsin.core.server_settings import ServerSettings
-from opsin.core.settings import EngineSettings, kind_of
+from opsin.core.settings import RENAMED, RETIRED, EngineSettings, kind_of
 
 FILE = "opsin.toml"
 PREFIX = "OPSIN_"
 KEY_VARIABLE = "OPSIN_API_KEY"
-RETIRED = ("prefill_rows", "slice_seconds", "turn_share", "longest_turn", "profile")
-"""Settings of earlier versions that have no effect any more: they are accepted, with a warning."""
 TUNED = "tuned"
 TUNED_FROM = "tuned_from"
 """In the table `[tuned]`: the projector that was given, where `mmproj` names one that was made of it."""
@@ -97,7 +95,7 @@ def read_config(
         _from_environment(environ),
         {name: (v, f"flag --{'no-' if v is False else ''}{name.replace('_', '-')}") for name, v in flags.items()},
     ]
-    drop_retired(*sources, measured)
+    settle_old(*sources, measured)
     if tuned and measured and _is_for(measured, sources, locate):
         sources.insert(0, _fitting(measured, sources, parallel))
     found: Values = {}
@@ -135,11 +133,16 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return table, tuned
 
 
-def drop_retired(*sources: Values) -> None:
-    """Take RETIRED settings out, with one warning that names them all and where they are from."""
+def settle_old(*sources: Values) -> None:
+    """Take settings of earlier versions out, or give them their new names, with a warning that names each."""
     found = [f"{name} ({source.pop(name)[1]})" for source in sources for name in RETIRED if name in source]
     if found:
         _log.warning("these settings have no effect any more, please remove them: %s", ", ".join(found))
+    for source in sources:
+        for old in RENAMED.keys() & source.keys():
+            value, origin = source.pop(old)
+            source.setdefault(RENAMED[old], (value, origin))
+            _log.warning("%s (%s) is called %s now; the old name goes with the next version", old, origin, RENAMED[old])
 
 
 def same_file(one: Any, other: Any, locate: Locate = lambda _: None) -> bool:
@@ -198,7 +201,7 @@ def _fitting(measured: Values, sources: list[Values], parallel: int | None) -> V
 
 
 def _from_environment(environ: Mapping[str, str]) -> Values:
-    known = {PREFIX + name.upper(): name for name in (*_FIELDS, *RETIRED)}
+    known = {PREFIX + name.upper(): name for name in (*_FIELDS, *RETIRED, *RENAMED)}
     found: Values = {}
     for variable, text in environ.items():
         if not variable.startswith(PREFIX) or variable == KEY_VARIABLE:
@@ -210,7 +213,7 @@ def _from_environment(environ: Mapping[str, str]) -> Values:
 
 
 def _check_name(name: str, complaint: str, known: Any) -> None:
-    if name not in known and name not in RETIRED:
+    if name not in known and name not in RETIRED and name not in RENAMED:
         near = difflib.get_close_matches(name, known, 1, 0.0)
         raise BadParameter(f"{complaint}; the nearest one is {near[0]} (opsin serve --print-config shows all).")
 

@@ -17,6 +17,15 @@ MAX_ANSWER_TOKENS = 1024
 """How long an answer may become where nobody says it, on every device."""
 _MANY, _THREADS = 2**31 - 1, 1024
 
+RETIRED = ("prefill_rows", "slice_seconds", "turn_share", "longest_turn", "profile")
+"""Settings of earlier versions that have no effect any more: they are accepted for one version, with a warning."""
+RENAMED = {
+    "picture_cache_bytes": "image_cache_bytes",
+    "max_pictures": "max_images",
+    "max_picture_bytes": "max_image_bytes",
+}
+"""Settings that have a new name: the old one is accepted for one version, with a warning."""
+
 
 class EngineSettings(BaseModel):
     """How a pair is loaded and run. Unknown names are refused; a value never changes after it was made."""

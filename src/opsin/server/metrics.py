@@ -140,6 +140,8 @@ class _EngineNumbers(Collector):
             ("prefix_cache_hits", "Tokens found in the KV cache.", now.prefix_hits),
             ("image_cache_queries", "Pieces of images looked up.", now.image_hits + now.encodes),
             ("image_cache_hits", "Pieces of images that were not encoded again.", now.image_hits),
+            ("picture_cache_queries", "Old name of image_cache_queries.", now.image_hits + now.encodes),
+            ("picture_cache_hits", "Old name of image_cache_hits.", now.image_hits),
             ("num_preemptions", "Answers put back into the queue because the KV cache was full.", now.preemptions),
         ):
             yield CounterMetricFamily(f"opsin:{name}", text, value)

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from opsin.core.config import RETIRED, Config, read_config
+from opsin.core.config import Config, read_config
 from opsin.core.errors import BadParameter
 from opsin.core.sampling import MAX_STOP, SamplingParams
 from opsin.core.server_settings import ServerSettings
-from opsin.core.settings import EngineSettings
+from opsin.core.settings import RENAMED, RETIRED, EngineSettings
 
 
 def config(folder: Path, environ: dict[str, str] | None = None, **flags: Any) -> Config:
@@ -56,6 +56,26 @@ def test_the_current_folder_may_be_gone(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(gone)
     gone.rmdir()
     assert read_config({}, {"XDG_CONFIG_HOME": os.devnull}, current_folder()).settings == ServerSettings()
+
+
+@pytest.mark.parametrize("how", ["flag", "environment", "file"])
+def test_renamed_settings_keep_working_with_a_warning_that_names_the_new_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    environ = {"XDG_CONFIG_HOME": str(tmp_path / "none")}
+    flags: dict[str, object] = {}
+    for old in RENAMED:
+        if how == "flag":
+            flags[old] = "77"
+        elif how == "environment":
+            environ[f"OPSIN_{old.upper()}"] = "77"
+    if how == "file":
+        (tmp_path / "opsin.toml").write_text("".join(f"{old} = 77\n" for old in RENAMED))
+    settings = read_config(flags, environ, tmp_path).settings
+    for old, new in RENAMED.items():
+        assert getattr(settings, new) == 77
+        assert f"{old} (" in caplog.text
+        assert f"is called {new} now" in caplog.text
 
 
 def test_retired_settings_are_accepted_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
