@@ -1,7 +1,7 @@
 """Legitimate repetitive texts written after the guard's constants were chosen: no constant was fitted to them.
 
 The first run over them stopped one kind, the shanty: a line sung three times running had counted as out of order. That
-rule was mended; the texts from `cumulative_tale` on were written after it, and none was stopped at the first run.
+rule was fixed; the texts from `cumulative_tale` on were written after it, and none was stopped at the first run.
 """
 
 from __future__ import annotations

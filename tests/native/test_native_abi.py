@@ -1,4 +1,4 @@
-"""Whatever differs from the pinned llama-cpp-python is told in one sentence with the mend, before it can crash."""
+"""Whatever differs from the pinned llama-cpp-python is told in one sentence with the advice, before it can crash."""
 
 import subprocess
 import sys

@@ -252,8 +252,8 @@ def test_a_backend_at_rest_has_no_threads_that_wait_and_computes_the_same_afterw
     first = logits()
     if threads() == before:
         pytest.skip("this build of ggml computes without OpenMP")
-    backend.rest()
+    backend.pause_threads()
     assert threads() == before
-    backend.rest()
+    backend.pause_threads()
     assert np.array_equal(logits(), first)
     backend.close()

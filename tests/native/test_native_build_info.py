@@ -27,11 +27,11 @@ def test_its_instructions_are_told_without_their_values() -> None:
 
 def test_a_library_that_does_not_load_is_told_and_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> None:
-        raise NativeMismatch(f"The installed llama.cpp library lacks llama_decode: {abi.MEND}.")
+        raise NativeMismatch(f"The installed llama.cpp library lacks llama_decode: {abi.ADVICE}.")
 
     monkeypatch.setitem(build_info.__globals__, "library", refuse)
     build = build_info()
-    # What mends it is the doctor's to say: it knows the GPUs that the next build is for.
+    # What fixes it is the doctor's to say: it knows the GPUs that the next build is for.
     assert (build.version, build.error) == (PINNED, "The installed llama.cpp library lacks llama_decode")
     checks = {check.name: check for check in build_checks(build, environment={})}
     assert checks["build.version"].status == "fail"

@@ -128,12 +128,12 @@ def test_an_image_laid_out_without_its_pixels_is_the_same_image(kind: str, pairs
         for size in SIZES:
             parts = [TextPart("look "), ImagePart(shot(*size)), TextPart(" there")]
             whole = backend.tokenize(parts, add_bos=True)
-            hollow = backend.tokenize(parts, add_bos=True, known=lambda _: True)
+            placeholder = backend.tokenize(parts, add_bos=True, known=lambda _: True)
             assert whole.chunks == tuple(
-                replace(run, placeholder=False) if isinstance(run, ImageChunk) else run for run in hollow.chunks
+                replace(run, placeholder=False) if isinstance(run, ImageChunk) else run for run in placeholder.chunks
             )
-            assert whole.images == hollow.images
-            for one, other in zip(whole.chunks, hollow.chunks, strict=True):
+            assert whole.images == placeholder.images
+            for one, other in zip(whole.chunks, placeholder.chunks, strict=True):
                 if isinstance(one, ImageChunk):
                     assert not one.placeholder
                     assert other.placeholder
@@ -141,7 +141,7 @@ def test_an_image_laid_out_without_its_pixels_is_the_same_image(kind: str, pairs
                         one.positions_at(7, 0, one.n_tokens), other.positions_at(7, 0, one.n_tokens)
                     )
             whole.close()
-            hollow.close()
+            placeholder.close()
     finally:
         backend.close()
 

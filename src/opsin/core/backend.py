@@ -162,7 +162,7 @@ class Backend(Protocol):
     def kv_last(self, seq_id: int) -> int:
         """The last position held for a sequence, -1 if there is none."""
 
-    def rest(self) -> None:
+    def pause_threads(self) -> None:
         """Idle for a while: let go what is in the way of others, such as threads that wait."""
 
     def placement(self) -> Placement:

@@ -119,6 +119,6 @@ class Cancelled(OpsinError, exit_code=130, http_status=499):
     """The caller went away, and the answer with it."""
 
 
-def again(error: E) -> E:
+def copy_of(error: E) -> E:
     """A copy of one of our errors: one that was raised holds the frames it went through, with all that is in them."""
     return type(error)(*error.args) if isinstance(error, OpsinError) else error

@@ -77,9 +77,9 @@ def _where(
             return Check(check, "warn", f"{told}, since not all layers are offloaded: see placement.layers.", evidence)
         update = _onto(gpus[0].name, name, placement, settings)
         status: Status = "fail" if gpus[0].type == "gpu" else "warn"
-        mend = f"give {' '.join(as_flags(update))}" if update else "no setting keeps it away, see placement.layers"
+        advice = f"give {' '.join(as_flags(update))}" if update else "no setting keeps it away, see placement.layers"
         fix = serve_command(settings, **update) if update else None
-        return Check(check, status, f"{told} although {gpus[0].name} is here: {mend}.", evidence, fix)
+        return Check(check, status, f"{told} although {gpus[0].name} is here: {advice}.", evidence, fix)
     if _main(graph) == HOST and unused is not None:
         message = f"{told} although a GPU is in this machine: see {unused.name}."
         return Check(check, "fail", message, evidence, unused.fix)
@@ -106,9 +106,9 @@ def _layers(placement: Placement, gpus: list[Device], settings: EngineSettings) 
     if not gpus or done >= of:
         return Check(name, "ok", f"{told}{'' if gpus else '; ggml sees no GPU'}.", evidence)
     update = _onto(gpus[0].name, "language_model", placement, settings)
-    mend = f"give {' '.join(as_flags(update))}" if update else "take a smaller quantisation, since more do not fit"
+    advice = f"give {' '.join(as_flags(update))}" if update else "take a smaller quantisation, since more do not fit"
     fix = serve_command(settings, **update) if update else None
-    return Check(name, "warn", f"{told}, and the others set the pace: {mend}.", evidence, fix)
+    return Check(name, "warn", f"{told}, and the others set the pace: {advice}.", evidence, fix)
 
 
 def _fallback(
@@ -134,8 +134,8 @@ def _fallback(
             update[_FLASH[key]] = False
     if not sentences:
         return Check(name, "ok", "No operation falls back from a GPU to the CPU.", evidence)
-    mend = f"give {' '.join(as_flags(update))}" if update else "update the build, or take another quantisation"
-    message = f"The GPU does not support these operations, which run on the CPU: {'; '.join(sentences)}; {mend}."
+    advice = f"give {' '.join(as_flags(update))}" if update else "update the build, or take another quantisation"
+    message = f"The GPU does not support these operations, which run on the CPU: {'; '.join(sentences)}; {advice}."
     return Check(name, "warn", message, evidence, serve_command(settings, **update) if update else None)
 
 

@@ -52,10 +52,10 @@ def room_checks(
         largest = sorted(parts.items(), key=lambda part: -part[1])[:3]
         told = ", ".join(f"{key.removesuffix('_bytes').replace('_', ' ')} {size_text(value)}" for key, value in largest)
         change = planner.advice()
-        mend = f"{' '.join(as_flags(change))} would fit" if change else "no setting makes it fit, use a smaller model"
+        advice = f"{' '.join(as_flags(change))} would fit" if change else "no setting makes it fit, use a smaller model"
         fix = serve_command(settings, **change) if change else None
         status: Status = "fail" if size > free[name] else "warn"
-        checks.append(Check("room.memory", status, f"{message} ({told}): {mend}.", evidence, fix))
+        checks.append(Check("room.memory", status, f"{message} ({told}): {advice}.", evidence, fix))
     return checks
 
 
@@ -87,8 +87,8 @@ def trial_check(
         last = done.lines[-1] if done.lines else "it said nothing"
         return Check(_NAME, "fail", f"The pair was refused in the stage {done.stage!r}: {last}", evidence)
     what = f"died of {done.signal}" if done.end == "crashed" else f"hung for {done.seconds:.0f} s"
-    mend, change = _advice(info, done, chosen, gpu=any(device.is_gpu for device in here))
-    message = f"llama.cpp {what} in the stage {done.stage!r} with {(mmproj or llm).name}: {mend}."
+    advice, change = _advice(info, done, chosen, gpu=any(device.is_gpu for device in here))
+    message = f"llama.cpp {what} in the stage {done.stage!r} with {(mmproj or llm).name}: {advice}."
     fix = serve_command(chosen, model=llm, mmproj=mmproj, **change) if change else None
     return Check(_NAME, "fail", message, evidence, fix)
 
@@ -96,17 +96,17 @@ def trial_check(
 def _advice(info: PairInfo, done: Trial, settings: EngineSettings, *, gpu: bool) -> tuple[str, dict[str, Any]]:
     """What to try, in words and as a change of settings, by the stage it died in."""
     change: dict[str, Any] = {}
-    mend = "the files may be damaged, download them again or take another quantisation"
+    advice = "the files may be damaged, download them again or take another quantisation"
     if done.signal in _MEANING:
-        mend = _MEANING[done.signal]
+        advice = _MEANING[done.signal]
     elif done.end == "hung":
-        mend = "wait for the disk and try again, or take another quantisation"
+        advice = "wait for the disk and try again, or take another quantisation"
     elif done.stage in {"prefill", "decode"} and settings.flash_attention is not False:
-        mend, change = "try it without flash attention", {"flash_attention": False}
+        advice, change = "try it without flash attention", {"flash_attention": False}
     elif done.stage in {"projector", "encode"} and info.mmproj is not None and info.mmproj.is_all_f32:
-        mend = "all of the projector is f32, use its f16 file or convert it to f16"
+        advice = "all of the projector is f32, use its f16 file or convert it to f16"
     elif done.stage == "encode" and gpu and not means_cpu(settings.mmproj_device):
-        mend, change = "try the encoder on the CPU", {"mmproj_device": "none"}
+        advice, change = "try the encoder on the CPU", {"mmproj_device": "none"}
     elif done.stage in {"projector", "encode"}:
-        mend = "take the projector that was published with the model, in f16"
-    return mend, change
+        advice = "take the projector that was published with the model, in f16"
+    return advice, change

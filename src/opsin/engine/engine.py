@@ -12,7 +12,7 @@ from typing import Self, TypeVar
 
 from opsin.cache import EmbeddingCache
 from opsin.core.backend import Backend, BackendLimits
-from opsin.core.errors import EngineClosed, OpsinError, QueueFull, again
+from opsin.core.errors import EngineClosed, OpsinError, QueueFull, copy_of
 from opsin.core.model_info import ModelInfo
 from opsin.core.placement import Placement
 from opsin.core.prompt import Prompt
@@ -112,7 +112,7 @@ class Engine:
         once when the images' pixels are not needed any more. Raises EngineClosed, EngineDied, or QueueFull.
         """
         if self._loop.error is not None:
-            raise again(self._loop.error)
+            raise copy_of(self._loop.error)
         params = params or SamplingParams()
         request = Request(
             prompt=prompt,

@@ -13,7 +13,7 @@ from typing import TypeVar
 from opsin.cache import EmbeddingCache
 from opsin.core.answer import Finished
 from opsin.core.backend import Backend
-from opsin.core.errors import DecodeFailed, EngineClosed, EngineDied, EngineError, OpsinError, again
+from opsin.core.errors import DecodeFailed, EngineClosed, EngineDied, EngineError, OpsinError, copy_of
 from opsin.core.stages import Stage
 from opsin.core.tokens import ImageChunk
 from opsin.engine.native_calls import Watch, unwatched
@@ -88,7 +88,7 @@ class Loop:
 
         def run() -> None:
             if self._error is not None:  # the inbox is emptied after the end, too
-                future.set_exception(again(self._error))
+                future.set_exception(copy_of(self._error))
                 return
             try:
                 future.set_result(work(self._opened.result()))
@@ -114,7 +114,7 @@ class Loop:
     def _post(self, item: Callable[[], None]) -> None:
         with self._lock:
             if self._error is not None:
-                raise again(self._error)
+                raise copy_of(self._error)
             if self._closing:
                 raise EngineClosed("The engine is closed: open a new one.")
             self._inbox.put(item)
@@ -175,7 +175,7 @@ class Loop:
         try:
             return self._inbox.get(timeout=_IDLE_SECONDS)
         except queue.Empty:
-            self._opened.result().rest()
+            self._opened.result().pause_threads()
             return self._inbox.get()
 
     def _self_check(self) -> None:
@@ -189,7 +189,7 @@ class Loop:
         self._sweep()
         plan = self._scheduler.plan(self._runner.now)
         self._apply(plan.memory)
-        self._set_rest()
+        self._set_idle_stages()
         for sequence in self._scheduler.running:
             if sequence.sampler is None:
                 self._begin(sequence)
@@ -211,17 +211,17 @@ class Loop:
             if sequence.seq_id in failed:
                 self._fail(sequence, failed[sequence.seq_id])
 
-    def _set_rest(self) -> None:
+    def _set_idle_stages(self) -> None:
         """What the time between steps is: waiting for others, or the engine's own work on the next token."""
         running, runner = self._scheduler.running, self._runner
         filling = [s for s in running if s.state is State.PREFILL]
         rest = Stage.QUEUE if len(running) > 1 else Stage.OTHER
-        if rest is not runner.rest:
-            runner.rest = rest
+        if rest is not runner.idle_stage:
+            runner.idle_stage = rest
             for sequence in filling:
                 sequence.clock.switch(rest)
-        runner.group_rest = Stage.QUEUE if filling else Stage.DECODE
-        runner.group.switch(runner.group_rest, runner.now)
+        runner.group_idle = Stage.QUEUE if filling else Stage.DECODE
+        runner.group.switch(runner.group_idle, runner.now)
 
     def _run(self, plan: Plan) -> None:
         step = plan.step
@@ -360,7 +360,7 @@ class Loop:
                     self._finish(sequence)
 
     def _begin(self, sequence: Sequence) -> None:
-        sequence.clock.switch(self._runner.rest)
+        sequence.clock.switch(self._runner.idle_stage)
         coming = sequence.chunks[sequence.chunk_index :]
         known = sum(isinstance(chunk, ImageChunk) and chunk.identity in sequence.embeddings for chunk in coming)
         counts = self.stats.counts
@@ -409,7 +409,7 @@ class Loop:
             if item is not None:
                 item()
         for sequence in (*self._scheduler.running, *self._scheduler.waiting):
-            sequence.stream.fail(again(error))
+            sequence.stream.fail(copy_of(error))
             try:
                 self._release(sequence, keep=False)
             except Exception:  # a backend that just failed may fail again; the waiters come first

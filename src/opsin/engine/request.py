@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from opsin.core.answer import Answer, Event, Finished
-from opsin.core.errors import Cancelled, again
+from opsin.core.errors import Cancelled, copy_of
 from opsin.core.prompt import Prompt
 from opsin.core.sampling import SamplingParams
 
@@ -149,7 +149,7 @@ class AnswerStream:
         if self._error is not None:
             # What is raised holds the frames it went through, and they hold this stream and the reader's images. Kept
             # here, it would close a ring that only a full garbage collection opens, after megabytes of them.
-            error, self._error = self._error, again(self._error)
+            error, self._error = self._error, copy_of(self._error)
             try:
                 raise error
             finally:

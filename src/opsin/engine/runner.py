@@ -31,8 +31,8 @@ class PixelsNeeded(Exception):
 class Runner:
     """Owns the way to the backend; used by the engine's thread alone.
 
-    `group` is the clock of those that decode. `rest` is the stage of the others while nothing is computed for them,
-    `group_rest` that of the group. `now` is when the last stage ended, in seconds of the engine's clock.
+    `group` is the clock of those that decode. While nothing is computed for them `group_idle` is their stage, and
+    `idle_stage` that of all others. `now` is when the last stage ended, in seconds of the engine's clock.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Runner:
         self._clock = clock
         self._watch = watch
         self.group = GroupClock(clock)
-        self.rest = self.group_rest = Stage.OTHER
+        self.idle_stage = self.group_idle = Stage.OTHER
         self.now = clock()
         self.encodes = 0
 
@@ -120,13 +120,13 @@ class Runner:
     def settled(self, step: Step) -> None:
         """The step's output is processed: its stages end, and whoever answers from here on joins the group."""
         self.now = now = self._clock()
-        self.group.switch(self.group_rest, now)
+        self.group.switch(self.group_idle, now)
         others = step.prefill if isinstance(step, Tokens) else (step,)
         for sequence in [part.sequence for part in others]:
             if sequence.state is State.DECODE:
                 sequence.clock.join(self.group)
             else:
-                sequence.clock.switch(self.rest, now)
+                sequence.clock.switch(self.idle_stage, now)
 
     def leave_reasoning(self, sequence: Sequence) -> None:
         """The answer begins: from here on the constraint holds."""
@@ -241,9 +241,9 @@ class Runner:
 
     def _end_stage(self, sequences: Iterable[Sequence]) -> None:
         self.now = now = self._clock()
-        self.group.switch(self.group_rest, now)
+        self.group.switch(self.group_idle, now)
         for sequence in sequences:
-            sequence.clock.switch(self.rest, now)
+            sequence.clock.switch(self.idle_stage, now)
 
 
 def _rows(step: Step) -> list[tuple[Sequence, int]]:

@@ -14,7 +14,7 @@ from opsin.native.ggml import Tensor
 
 VERSION = "0.3.36"
 LIBRARY = "0.5.0-dev"  # what the llama.cpp inside it calls itself
-MEND = f"run: pip install --force-reinstall llama-cpp-python=={VERSION}"
+ADVICE = f"run: pip install --force-reinstall llama-cpp-python=={VERSION}"
 
 # Defaults in the middle and at the end of each struct: any field inserted or removed shifts at least one of them.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -45,7 +45,7 @@ _OBJECT_SIZE = 32  # bytes of the ggml_object in front of each tensor (ggml.c)
 def check(version: str, llama: Any, mtmd: Any, ggml: Any, missing: list[str]) -> None:
     """Compare the bindings, the library behind them and their structs with what this code was written for.
 
-    `missing` are names of ggml functions that were not found. Raises NativeMismatch with the way to mend it.
+    `missing` are names of ggml functions that were not found. Raises NativeMismatch with the way to fix it.
     """
     if version != VERSION:
         wrong = f"llama-cpp-python {version} is installed, but Opsin was built for exactly {VERSION}"
@@ -57,7 +57,7 @@ def check(version: str, llama: Any, mtmd: Any, ggml: Any, missing: list[str]) ->
         wrong = f"Native structs are not laid out as Opsin expects ({', '.join(fields)})"
     else:
         return
-    raise NativeMismatch(f"{wrong}: {MEND}.")
+    raise NativeMismatch(f"{wrong}: {ADVICE}.")
 
 
 def _shifted(llama: Any, mtmd: Any, ggml: Any) -> list[str]:

@@ -16,8 +16,8 @@ from opsin.native.constraint import Constraints
 from opsin.native.context import Context, token_logprob
 from opsin.native.model import Model
 from opsin.native.sampler import NativeSampler
-from opsin.native.threads import rest
-from opsin.native.tokenize import Stretches, tokenize_prompt, tokenize_text
+from opsin.native.threads import pause_threads
+from opsin.native.tokenize import TextSpans, tokenize_prompt, tokenize_text
 from opsin.native.vision import Encoder
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class NativeBackend:
         self.model = self._model = model
         self._context = context
         self._encoder = encoder
-        self._stretches = Stretches(model)
+        self._spans = TextSpans(model)
         self._constraints = Constraints(model)
         self._owner: int | None = None
         self._readers = 0
@@ -97,8 +97,8 @@ class NativeBackend:
         texts = [part for part in parts if isinstance(part, TextPart)]
         with self._reading():
             if len(texts) == len(parts):
-                return tokenize_text(self._model, self._stretches, texts, add_bos=add_bos)
-            return tokenize_prompt(self._model, self._vision(), self._stretches, parts, add_bos=add_bos, known=known)
+                return tokenize_text(self._model, self._spans, texts, add_bos=add_bos)
+            return tokenize_prompt(self._model, self._vision(), self._spans, parts, add_bos=add_bos, known=known)
 
     def encode(self, run: ImageChunk, between: Callable[[], None] | None = None) -> Embedding:
         with self._alone():
@@ -170,16 +170,16 @@ class NativeBackend:
         with self._alone():
             return self._context.kv_last(seq_id)
 
-    def rest(self) -> None:
+    def pause_threads(self) -> None:
         """Let the calling thread's team of OpenMP threads go; the next computation makes another in no time."""
-        rest(self._model.lib)
+        pause_threads(self._model.lib)
 
     def placement(self) -> Placement:
         """Chunk one encode and one prefill of their own with the probe on, and say where they ran."""
         from opsin.native.probe import probe_placement
 
         with self._alone():
-            return probe_placement(self._model, self._encoder, self._stretches, self.settings)
+            return probe_placement(self._model, self._encoder, self._spans, self.settings)
 
     def close(self) -> None:
         """Free everything, children first; twice does no harm. Waits for layouts that are being made."""

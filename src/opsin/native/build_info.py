@@ -51,7 +51,7 @@ def build_info() -> Build:
     try:
         lib = library()
     except NativeMismatch as error:
-        return Build(version=installed, error=str(error).removesuffix(f": {abi.MEND}."))
+        return Build(version=installed, error=str(error).removesuffix(f": {abi.ADVICE}."))
     ggml = lib.ggml
     count = ggml.ggml_backend_reg_count()
     names = [ggml.ggml_backend_reg_name(ggml.ggml_backend_reg_get(index)).decode() for index in range(count)]

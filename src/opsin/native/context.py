@@ -151,9 +151,9 @@ class Context:
             follows = np.array_equal(times, np.arange(first, first + len(data)))
         _require(follows and rows.positions.min() >= 0, f"The positions do not follow on {first - 1}.")
 
-    def _check_count(self, count: int, mend: str = "") -> None:
+    def _check_count(self, count: int, advice: str = "") -> None:
         limit = self.limits.n_ubatch
-        _require(0 < count <= limit, f"A batch of {count} rows does not fit the ubatch of {limit}{mend}.")
+        _require(0 < count <= limit, f"A batch of {count} rows does not fit the ubatch of {limit}{advice}.")
 
     def _check_sequences(self, *seq_ids: int) -> None:
         last = self.limits.n_seq_max - 1

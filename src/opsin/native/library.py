@@ -48,7 +48,7 @@ def _load() -> Library:
         from llama_cpp import mtmd_cpp as mtmd
         from llama_cpp._ctypes_extensions import load_shared_library
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        raise NativeMismatch(f"llama-cpp-python cannot be loaded ({error}): {abi.MEND}.") from error
+        raise NativeMismatch(f"llama-cpp-python cannot be loaded ({error}): {abi.ADVICE}.") from error
     logs.install(llama, mtmd)
     native = llama._lib  # noqa: SLF001 - the loaded library has no public name
     libraries = [native, _ggml.libggml]

@@ -128,9 +128,9 @@ class MemoryPlanner:
             if size > self.free.get(name, size)
         )
         change = self.advice()
-        mend = f"give {' '.join(as_flags(change))}" if change else "use a smaller quantisation or a smaller model"
+        advice = f"give {' '.join(as_flags(change))}" if change else "use a smaller quantisation or a smaller model"
         told = told or f"more than {_MAX_CTX:,} tokens of context"
-        raise BadParameter(f"{self.pair.model.name} with {smallest.ctx:,} tokens of context needs {told}: {mend}.")
+        raise BadParameter(f"{self.pair.model.name} with {smallest.ctx:,} tokens of context needs {told}: {advice}.")
 
     def needed(self) -> MemoryPlan:
         """What the settings need, with the context and the layers of a machine that has enough."""

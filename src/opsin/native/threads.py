@@ -35,7 +35,7 @@ def physical_cores(topology: Path = Path("/sys/devices/system/cpu")) -> int:
         return len(usable)
 
 
-def rest(lib: Library) -> None:
+def pause_threads(lib: Library) -> None:
     """End the OpenMP threads that wait for work of the calling thread, where ggml was built with OpenMP.
 
     Each thread that computes has a team of its own, and libgomp stops spinning as soon as more threads than cores

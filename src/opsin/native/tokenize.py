@@ -19,7 +19,7 @@ from opsin.core.errors import BadImage, BadInput, EncodeFailed, NativeMismatch
 from opsin.core.prompt import ImagePart, TextPart
 from opsin.core.tokens import Chunk, ImageChunk, TextChunk, TokenizedPrompt
 from opsin.native import logs
-from opsin.native.abi import MEND
+from opsin.native.abi import ADVICE
 from opsin.native.handles import Owned
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ _TEXT, _IMAGE = 0, 1  # mtmd_input_chunk_type
 _SERIAL_VERSION = 2  # MTMD_SERIALIZATION_VERSION
 
 
-class Stretches:
+class TextSpans:
     """Cuts spans of text parts at the control tokens that the template wrote."""
 
     def __init__(self, model: Model) -> None:
@@ -99,10 +99,10 @@ class ChunkHandle:
         return self.address
 
 
-def tokenize_text(model: Model, stretches: Stretches, parts: Sequence[TextPart], *, add_bos: bool) -> TokenizedPrompt:
+def tokenize_text(model: Model, spans: TextSpans, parts: Sequence[TextPart], *, add_bos: bool) -> TokenizedPrompt:
     """The layout of a prompt without images."""
     tokens = list(model.begin if add_bos else ())
-    for text, special in stretches.pieces(parts):
+    for text, special in spans.pieces(parts):
         tokens.extend(model.tokenize(text, special=special))
     return TokenizedPrompt((TextChunk(tuple(tokens)),) if tokens else (), ())
 
@@ -110,7 +110,7 @@ def tokenize_text(model: Model, stretches: Stretches, parts: Sequence[TextPart],
 def tokenize_prompt(
     model: Model,
     encoder: Encoder,
-    stretches: Stretches,
+    spans: TextSpans,
     parts: Sequence[Part],
     *,
     add_bos: bool,
@@ -123,7 +123,7 @@ def tokenize_prompt(
     prompt = _Prompt(encoder, model.begin if add_bos else ())
     for is_text, group in groupby(parts, lambda part: isinstance(part, TextPart)):
         if is_text:
-            prompt.inputs += stretches.pieces(cast("list[TextPart]", list(group)))
+            prompt.inputs += spans.pieces(cast("list[TextPart]", list(group)))
         else:
             prompt.inputs += [_checked(cast("ImagePart", part).image) for part in group]
     everything = frozenset(range(len(prompt.images)))
@@ -268,7 +268,7 @@ def _read_meta(mtmd: Any, chunk: int) -> ChunkMeta:
     try:
         return parse_meta(buffer.raw)
     except (struct.error, ValueError) as error:
-        raise NativeMismatch(f"mtmd describes an image's chunk in a format Opsin does not know: {MEND}.") from error
+        raise NativeMismatch(f"mtmd describes an image's chunk in a format Opsin does not know: {ADVICE}.") from error
 
 
 def parse_meta(data: bytes) -> ChunkMeta:

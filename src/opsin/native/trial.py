@@ -30,7 +30,7 @@ from opsin.native.context import Context
 from opsin.native.devices import devices
 from opsin.native.model import Model
 from opsin.native.records import fingerprint, keep_record, read_record, record_file
-from opsin.native.tokenize import Stretches, tokenize_prompt, tokenize_text
+from opsin.native.tokenize import TextSpans, tokenize_prompt, tokenize_text
 from opsin.native.vision import Encoder
 
 Stage = Literal["start", "load", "projector", "encode", "prefill", "decode"]
@@ -127,9 +127,9 @@ def ensure_loadable(
     if done.signal == "SIGKILL":
         raise ModelError(f"The system ended a trial of {model.name}, most likely for lack of memory: free some.")
     blamed = mmproj if mmproj is not None and done.stage in {"projector", "encode"} else model
-    mend = "download it again, or take its f16 file or another quantisation (`opsin doctor` tells more)"
+    advice = "download it again, or take its f16 file or another quantisation (`opsin doctor` tells more)"
     what = f"crashes ({done.signal})" if done.signal else f"hangs (for {done.seconds:.0f} s)"
-    raise ModelUnreadable(f"llama.cpp {what} on {blamed.name} in the stage {done.stage!r} of a trial: {mend}.")
+    raise ModelUnreadable(f"llama.cpp {what} on {blamed.name} in the stage {done.stage!r} of a trial: {advice}.")
 
 
 def main(llm: str, mmproj: str, settings: str, how: str) -> None:
@@ -161,13 +161,13 @@ def _run(llm: Path, mmproj: Path | None, settings: EngineSettings, *, brief: boo
     _begin("load")
     logs.show(True)
     model = Model(llm, settings)
-    stretches, text = Stretches(model), TextPart("What is this?", special=False)
-    layout, embeddings = tokenize_text(model, stretches, [text], add_bos=True), {}
+    spans, text = TextSpans(model), TextPart("What is this?", special=False)
+    layout, embeddings = tokenize_text(model, spans, [text], add_bos=True), {}
     if mmproj is not None:
         _begin("projector")
         encoder = Encoder(model, mmproj, settings)
         _begin("encode")
-        whole = tokenize_prompt(model, encoder, stretches, [ImagePart(drawn_image()), text], add_bos=True)
+        whole = tokenize_prompt(model, encoder, spans, [ImagePart(drawn_image()), text], add_bos=True)
         embeddings = {
             index: encoder.encode(run) for index, run in enumerate(whole.chunks) if isinstance(run, ImageChunk)
         }

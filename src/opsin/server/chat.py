@@ -11,9 +11,9 @@ from starlette.responses import Response
 from opsin.core.answer import Answer, Finished, TextDelta, TokenLogprob
 from opsin.server.context import Context
 from opsin.server.errors import BadField
-from opsin.server.exchange import Exchange, Job
+from opsin.server.handler import CompletionHandler, Job
 from opsin.server.limits import Admission
-from opsin.server.model import LoadedModel
+from opsin.server.model import ServedModel
 from opsin.server.params import build_prompt, check_model, choices, sampling, top_logprobs, wants_usage
 from opsin.server.replies import ChoicesWriter, extensions, finish_reason, token_logprobs
 from opsin.server.schema import ChatRequest, NamedTool
@@ -26,14 +26,14 @@ router = APIRouter(tags=["OpenAI"])
 async def chat(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation of texts and images."""
 
-    async def prepare(model: LoadedModel) -> Job:
+    async def prepare(model: ServedModel) -> Job:
         admission: Admission = request.state.admission
         return await admission.admit(await _job(body, model, request.app.state.context))
 
-    return Exchange(request, prepare)
+    return CompletionHandler(request, prepare)
 
 
-async def _job(body: ChatRequest, model: LoadedModel, context: Context) -> Job:
+async def _job(body: ChatRequest, model: ServedModel, context: Context) -> Job:
     settings = context.settings
     check_model(body.model, model, settings)
     functions = [tool.function for tool in body.tools or ()]

@@ -13,9 +13,9 @@ from opsin.core.answer import Answer, Finished, TextDelta, TokenLogprob
 from opsin.core.prompt import Prompt, TextPart
 from opsin.server.context import Context
 from opsin.server.errors import BadField, at_most
-from opsin.server.exchange import Exchange, Job
+from opsin.server.handler import CompletionHandler, Job
 from opsin.server.limits import Admission
-from opsin.server.model import LoadedModel
+from opsin.server.model import ServedModel
 from opsin.server.params import check_model, choices, sampling, top_logprobs, wants_usage
 from opsin.server.replies import LEAST_LOGPROB, ChoicesWriter, extensions, finish_reason
 from opsin.server.schema import CompletionRequest
@@ -27,14 +27,14 @@ router = APIRouter(tags=["OpenAI"])
 async def completions(body: CompletionRequest, request: Request) -> Response:
     """Continue a text as it is, without a chat template."""
 
-    async def prepare(model: LoadedModel) -> Job:
+    async def prepare(model: ServedModel) -> Job:
         admission: Admission = request.state.admission
         return await admission.admit(_job(body, model, request.app.state.context))
 
-    return Exchange(request, prepare)
+    return CompletionHandler(request, prepare)
 
 
-def _job(body: CompletionRequest, model: LoadedModel, context: Context) -> Job:
+def _job(body: CompletionRequest, model: ServedModel, context: Context) -> Job:
     settings = context.settings
     check_model(body.model, model, settings)
     at_most(settings.max_prompt_chars, sum(map(len, body.prompt)), "characters", "prompt")

@@ -91,7 +91,7 @@ class ErrorResponse(Response):
         await super().__call__(scope, receive, send)
 
 
-def told(error: OpsinError) -> tuple[int, str, str, str | None]:
+def as_tuple(error: OpsinError) -> tuple[int, str, str, str | None]:
     """Status, sentence, code and field of an error of ours. Sentences that may name files only go to the log."""
     if isinstance(error, (ModelError, EngineDied)):
         _LOG.error("%s: %s", error.code, error)
@@ -109,7 +109,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
 async def _ours(_: Request, error: Exception) -> Response:
     assert isinstance(error, OpsinError)
-    status, message, code, param = told(error)
+    status, message, code, param = as_tuple(error)
     retry = {"Retry-After": str(getattr(error, "retry_after", RETRY_SECONDS))} if status in {429, 503} else None
     return ErrorResponse(status, message, code, param, retry)
 

@@ -16,8 +16,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from opsin.core.server_settings import ServerSettings
 from opsin.server.errors import ErrorResponse
-from opsin.server.exchange import Job
 from opsin.server.fair_queue import FairQueue
+from opsin.server.handler import Job
 from opsin.server.pixels import holding_pixels
 
 MAX_KEYS = 10_000

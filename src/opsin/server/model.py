@@ -20,7 +20,7 @@ LAST_WORDS_SECONDS = 3.0
 
 
 @dataclass(frozen=True, slots=True)
-class LoadedModel:
+class ServedModel:
     """The engine, what writes prompts for its model, and the name it is served under."""
 
     engine: WorkerEngine
@@ -39,7 +39,7 @@ class ModelManager:
     def __init__(self, settings: ServerSettings, engine: WorkerEngine) -> None:
         self._served_name = settings.served_name
         self.engine = engine
-        self._model: LoadedModel | None = None
+        self._model: ServedModel | None = None
         self._draining = False
         self._entered = 0
         self._nobody = asyncio.Event()
@@ -61,17 +61,17 @@ class ModelManager:
         return self._entered
 
     @property
-    def loaded(self) -> LoadedModel | None:
+    def loaded(self) -> ServedModel | None:
         """The model, also while it is unloaded; None until it was loaded for the first time. Raises BadPrompt."""
         facts = self.engine.loaded
         if facts is not None and (self._model is None or self._model.facts is not facts):
             name = self._served_name or Path(facts.info.llm_file).stem
             same = self._model is not None and self._model.facts.source == facts.source
             prompts = self._model.prompts if self._model is not None and same else PromptBuilder(facts.source)
-            self._model = LoadedModel(self.engine, prompts, name, facts)
+            self._model = ServedModel(self.engine, prompts, name, facts)
         return self._model
 
-    def model(self) -> LoadedModel:
+    def model(self) -> ServedModel:
         """The model to ask. Raises NotReady before it was loaded for the first time, and when it cannot be."""
         model = self.loaded
         if model is None or self.engine.state == "failed":

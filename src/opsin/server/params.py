@@ -17,7 +17,7 @@ from opsin.core.server_settings import ServerSettings
 from opsin.prompt import Content, Message
 from opsin.server.context import Context
 from opsin.server.errors import BadField, UnknownModel, at_most, field_error
-from opsin.server.model import LoadedModel
+from opsin.server.model import ServedModel
 from opsin.server.schema import (
     IMAGE_PARTS,
     Choices,
@@ -39,7 +39,7 @@ _SAME = {
 }  # fmt: skip
 
 
-def check_model(name: str | None, model: LoadedModel, settings: ServerSettings) -> None:
+def check_model(name: str | None, model: ServedModel, settings: ServerSettings) -> None:
     """Raise UnknownModel if only the served name is accepted: with strict_model, and away from loopback."""
     if name is None or name == model.name or not (settings.strict_model or not is_loopback(settings.host)):
         return
@@ -109,7 +109,7 @@ def top_logprobs(top: int | None, settings: ServerSettings, param: str) -> int |
 
 
 async def build_prompt(
-    body: Conversation, messages: Sequence[MessageIn], tools: ToolPlan, model: LoadedModel, context: Context
+    body: Conversation, messages: Sequence[MessageIn], tools: ToolPlan, model: ServedModel, context: Context
 ) -> Prompt:
     """The prompt of a conversation; its images are loaded side by side.
 

@@ -14,9 +14,9 @@ from opsin.core.answer import Answer, Finished, TextDelta
 from opsin.core.sampling import SamplingParams
 from opsin.server.context import Context
 from opsin.server.errors import BadField, dumps
-from opsin.server.exchange import Exchange, Job
+from opsin.server.handler import CompletionHandler, Job
 from opsin.server.limits import Admission
-from opsin.server.model import LoadedModel
+from opsin.server.model import ServedModel
 from opsin.server.params import build_prompt, check_model, sampling
 from opsin.server.replies import extensions
 from opsin.server.schema import ResponsesRequest
@@ -29,14 +29,14 @@ router = APIRouter(tags=["OpenAI"])
 async def responses(body: ResponsesRequest, request: Request) -> Response:
     """Answer a conversation that is sent whole."""
 
-    async def prepare(model: LoadedModel) -> Job:
+    async def prepare(model: ServedModel) -> Job:
         admission: Admission = request.state.admission
         return await admission.admit(await _job(body, model, request.app.state.context))
 
-    return Exchange(request, prepare)
+    return CompletionHandler(request, prepare)
 
 
-async def _job(body: ResponsesRequest, model: LoadedModel, context: Context) -> Job:
+async def _job(body: ResponsesRequest, model: ServedModel, context: Context) -> Job:
     settings = context.settings
     check_model(body.model, model, settings)
     tools = plan_tools(body.tools or (), body.tool_choice, model.prompts, settings)

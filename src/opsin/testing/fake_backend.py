@@ -162,11 +162,11 @@ class FakeBackend:
                     tokens = []
                 image = part.image
                 identity = f"{image.sha256}:0"
-                hollow = known is not None and known(identity)
+                placeholder = known is not None and known(identity)
                 size = self.image_tokens
-                chunks.append(ImageChunk(identity, len(images), size, size, placeholder=hollow))
+                chunks.append(ImageChunk(identity, len(images), size, size, placeholder=placeholder))
                 images.append(ImageInfo(image.sha256, image.width, image.height, 8, 8, self.image_tokens))
-                if not hollow:
+                if not placeholder:
                     self.clock.spend(self.costs.preprocess)
             else:
                 for byte in part.text.encode():
@@ -226,7 +226,7 @@ class FakeBackend:
     def check(self, params: SamplingParams) -> None:
         """A grammar that is the word "bad" is refused."""
         if params.grammar == "bad":
-            raise BadGrammar("The grammar cannot be read: mend its first rule.")
+            raise BadGrammar("The grammar cannot be read: fix its first rule.")
 
     def sampler(self, params: SamplingParams, seed: int) -> Sampler:  # noqa: ARG002 - the fake draws nothing
         """Follows the reply."""
@@ -287,7 +287,7 @@ class FakeBackend:
         share = {"FAKE0": BackendShare(nodes=2, share_of_ops=1.0, share_of_time=1.0, ops={"MUL_MAT": 2})}
         return Placement(encoder=share, language_model=share, layers_offloaded=1, layers=1)
 
-    def rest(self) -> None:
+    def pause_threads(self) -> None:
         """Nothing to let go."""
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Literal, Self
 
 from opsin.core.answer import TextDelta
 from opsin.core.backend import BackendLimits
-from opsin.core.errors import EngineClosed, EngineDied, EngineError, OpsinError, QueueFull, again
+from opsin.core.errors import EngineClosed, EngineDied, EngineError, OpsinError, QueueFull, copy_of
 from opsin.core.model_info import ModelInfo
 from opsin.core.placement import Placement
 from opsin.core.prompt import Prompt
@@ -161,7 +161,7 @@ class WorkerEngine:
             self._condition.wait_for(lambda: self._loaded is not None or self._error is not None)
             if self._loaded is None:
                 assert self._error is not None
-                raise again(self._error)
+                raise copy_of(self._error)
             return self._loaded
 
     def wake(self) -> None:
@@ -230,7 +230,7 @@ class WorkerEngine:
 
     def _admit(self) -> None:
         if self._error is not None:
-            raise again(self._error)
+            raise copy_of(self._error)
         if self._loaded is None:
             raise NotReady("The model is being loaded: ask again in a moment (GET /ready says when).")
         if self._failures:
@@ -256,7 +256,7 @@ class WorkerEngine:
         """End all requests, or those that a worker had been sent."""
         for request in list(self._requests.values()):
             if request.prompt is None or not sent:
-                request.stream.fail(again(error))
+                request.stream.fail(copy_of(error))
 
     def _set(self, state: State) -> None:
         with self._condition:

@@ -25,7 +25,7 @@ from typing import Any, Self
 
 from opsin.core.answer import Event, TextDelta
 from opsin.core.backend import BackendLimits
-from opsin.core.errors import EngineError, OpsinError, again
+from opsin.core.errors import EngineError, OpsinError, copy_of
 from opsin.core.image import Image
 from opsin.core.model_info import ModelInfo
 from opsin.core.placement import Placement
@@ -181,5 +181,5 @@ def portable(error: BaseException) -> OpsinError:
     """An error that can be pickled and raised again on the other side."""
     if isinstance(error, OpsinError):
         with contextlib.suppress(Exception):
-            return again(error)
+            return copy_of(error)
     return EngineError(f"The engine failed on this request ({type(error).__name__}: {error}).")

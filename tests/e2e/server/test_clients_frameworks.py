@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytest
 
-# Warnings of these packages' own making are not ours to mend.
+# Warnings of these packages' own making are not ours to fix.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
 DEMO = Path(str(files("opsin.models"))) / "demo"

@@ -178,8 +178,8 @@ def test_an_image_that_does_not_fit_the_context_fails(info: PairInfo) -> None:
     assert "576 tokens and a question do not fit the context of 512" in check.message
     options = parsed(check.fix)[1]
     assert (options["ctx"], options["parallel"], options["kv_type"]) == (4096, 2, "q8_0")
-    mended = checked(info, image_tokens=576, ctx_seq=options["ctx"] // options["parallel"])["pair.context"]
-    assert mended.status == "ok"
+    fixed = checked(info, image_tokens=576, ctx_seq=options["ctx"] // options["parallel"])["pair.context"]
+    assert fixed.status == "ok"
 
 
 def test_a_context_that_leaves_no_room_for_the_answer_warns(info: PairInfo) -> None:

@@ -54,8 +54,8 @@ class World:
     image_tokens: int
 
 
-stretch = st.sampled_from(["a", "b", "ab", "abba" * 2, "ab" * 8])
-parts = st.lists(st.one_of(st.integers(0, 1), stretch), max_size=4).map(tuple)
+span = st.sampled_from(["a", "b", "ab", "abba" * 2, "ab" * 8])
+parts = st.lists(st.one_of(st.integers(0, 1), span), max_size=4).map(tuple)
 asks = st.builds(
     Ask,
     after=st.sampled_from([0, 0, 0, 1, 2, 5, 15]),

@@ -18,8 +18,8 @@ from opsin.core.prompt import Prompt
 from opsin.core.sampling import SamplingParams
 from opsin.core.server_settings import ServerSettings
 from opsin.server.completions import TextWriter
-from opsin.server.exchange import Job
 from opsin.server.fair_queue import FairQueue
+from opsin.server.handler import Job
 from opsin.server.limits import Limits
 from opsin.server.pixels import current_holder
 from opsin.testing import FakeClock

@@ -143,7 +143,7 @@ def _kin(sentence: _Sentence, period: int) -> float:
 
 
 class Drift:
-    """Reads an answer's text, in stretches that may end anywhere."""
+    """Reads an answer's text, in spans that may end anywhere."""
 
     def __init__(self) -> None:
         self._segments = Segments()

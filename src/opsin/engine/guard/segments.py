@@ -62,7 +62,7 @@ class _Memory:
 
 
 class Segments:
-    """Cuts streamed text, whose stretches may end anywhere, into segments."""
+    """Cuts streamed text, whose spans may end anywhere, into segments."""
 
     def __init__(self) -> None:
         self._words = _Memory()

@@ -18,8 +18,8 @@ from opsin.core.errors import OpsinError
 from opsin.core.prompt import Prompt
 from opsin.core.sampling import SamplingParams
 from opsin.server.context import Context
-from opsin.server.errors import dumps, error_body, told
-from opsin.server.model import LoadedModel
+from opsin.server.errors import as_tuple, dumps, error_body
+from opsin.server.model import ServedModel
 from opsin.server.pixels import current_holder
 from opsin.server.request_stats import RequestStats
 from opsin.worker import AnswerStream
@@ -70,7 +70,7 @@ class Job:
     """How long it waited for its key's turn before the engine got it."""
 
 
-class Exchange(Response):
+class CompletionHandler(Response):
     """The response to a request for answers: does everything when it is sent, and undoes it however that ends.
 
     `prepare` turns the request into a job for the loaded model. What goes wrong before the first byte is raised, for
@@ -78,7 +78,7 @@ class Exchange(Response):
     at once.
     """
 
-    def __init__(self, request: Request, prepare: Callable[[LoadedModel], Awaitable[Job]]) -> None:
+    def __init__(self, request: Request, prepare: Callable[[ServedModel], Awaitable[Job]]) -> None:
         super().__init__()
         self._prepare = prepare
         self._context: Context = request.app.state.context
@@ -187,7 +187,7 @@ class Exchange(Response):
 
     def _failed(self, writer: Writer, error: Exception) -> bytes:
         if isinstance(error, OpsinError):
-            status, message, code, param = told(error)
+            status, message, code, param = as_tuple(error)
         else:
             _LOG.error("an answer failed", exc_info=error)
             status, code, param = 500, "internal_error", None

@@ -1,0 +1,64 @@
+"""Names that were given up stay away: in code, in help, in the API document and in the docs."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+ROOT = Path(__file__).parents[2]
+RETIRED = re.compile(
+    r"(?i)pictur|\bmicro-?batch|\bkv memor|\babsorb|\bcellbooks\b|\bstretch(es)?\b|\bhollow\b|\bsetup_word\b|\bmends?\b"
+    r"|\bopsin\.media\b|\bdearest\b|\bline_up\b|\bpixelroom\b|\bpicturegate\b|\bloadedmodel\b|\bimagerun\b|\btextrun\b"
+)
+ALLOWED = (
+    "in this picture?",  # what the demo model was trained on
+    "Describe the picture.",
+    '"picture_cache_bytes": "image_cache_bytes"',  # old names that keep working for one version
+    '"max_pictures": "max_images"',
+    '"max_picture_bytes": "max_image_bytes"',
+    '"picture_cache_queries", "Old name of',
+    '"picture_cache_hits", "Old name of',
+)
+FILES = [
+    *ROOT.glob("src/opsin/**/*.py"),
+    *ROOT.glob("src/opsin/server/page/*"),
+    *(path for path in ROOT.glob("docs/*.md") if path.name != "log.md"),
+    ROOT / "README.md",
+    ROOT / "pyproject.toml",
+]
+
+
+def retired(text: str) -> list[str]:
+    for allowed in ALLOWED:
+        text = text.replace(allowed, "")
+    return [line.strip() for line in text.splitlines() if RETIRED.search(line)]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_code_and_docs_use_the_fields_names(path: Path) -> None:
+    if path.suffix not in {".png", ".ico"}:
+        assert retired(path.read_text()) == []
+
+
+def test_help_and_the_api_document_use_them_too() -> None:
+    from opsin.cli.app import app
+    from opsin.core.server_settings import ServerSettings
+    from opsin.server.app import create_app
+    from opsin.server.context import Context
+
+    help_of = [
+        ["--help"],
+        *([name, "--help"] for name in ("ask", "serve", "chat", "doctor", "tune", "bench", "models")),
+    ]
+    for arguments in help_of:
+        assert retired(CliRunner().invoke(app, arguments).output) == []
+    document = create_app.__module__  # importing the routes is what makes the document
+    assert document
+    from opsin.server import chat, completions, responses, schema
+
+    for module in (chat, completions, responses, schema):
+        for thing in vars(module).values():
+            if hasattr(thing, "model_json_schema") and getattr(thing, "__module__", "").startswith("opsin."):
+                assert retired(json.dumps(thing.model_json_schema())) == []
