@@ -27,6 +27,10 @@ _SCHEMAS = frozenset((
     "allOf", "anyOf", "oneOf", "prefixItems", "additionalProperties", "unevaluatedProperties", "items",
     "unevaluatedItems", "contains", "not", "if", "then", "else", "propertyNames",
 ))  # fmt: skip
+_OPENING = frozenset((
+    "additionalProperties", "unevaluatedProperties", "patternProperties", "propertyNames", "minProperties", "allOf",
+    "anyOf", "oneOf", "$ref", "if", "not",
+))  # fmt: skip
 _ANNOTATIONS = frozenset(("title", "description", "$comment", "examples", "default", "deprecated"))
 
 _DATE = (
@@ -65,7 +69,28 @@ def prepare(text: str) -> tuple[Node, Node | None]:
         if sizes[keyword] > most:
             raise _refused(f"its {keyword} have {sizes[keyword]} entries, and {most} are the limit")
     made.pop("x-guidance", None)  # options for llguidance, which could loosen the schema
+    _close(made, definitions='"allOf"' not in text)
     return made, schema if sizes["uniqueItems"] else None
+
+
+def _close(node: Any, *, definitions: bool) -> None:
+    """Objects that list their properties have no others, unless the schema says so: small models never stop adding.
+
+    Every answer still fits the schema. Parts of an `allOf` stay open, as they see each other's properties; so do
+    `definitions` where an `allOf` may refer to them.
+    """
+    if not isinstance(node, dict):
+        return
+    properties = node.get("properties", {})
+    if properties.keys() >= set(node.get("required", ())) and properties and not node.keys() & _OPENING:
+        node["additionalProperties"] = False
+    inner = [*properties.values(), *node.get("prefixItems", ()), node.get("items")]
+    if not properties:
+        inner += [*node.get("anyOf", ()), *node.get("oneOf", ())]
+    if definitions:
+        inner += [*node.get("$defs", {}).values(), *node.get("definitions", {}).values()]
+    for one in inner:
+        _close(one, definitions=definitions)
 
 
 def _refused(reason: str) -> BadGrammar:

@@ -28,7 +28,29 @@ def made(schema: Any) -> Any:
     ],
 )
 def test_what_needs_no_change_passes_unchanged(schema: Any) -> None:
-    assert made(schema) == schema
+    open_to_all = json.loads(json.dumps(schema), object_hook=_opened)
+    assert made(open_to_all) == open_to_all
+
+
+def _opened(node: dict[str, Any]) -> dict[str, Any]:
+    return {**node, "additionalProperties": True} if isinstance(node.get("properties"), dict) else node
+
+
+def test_an_object_that_lists_its_properties_has_no_others() -> None:
+    """Small models never stop adding some; every answer still fits the schema."""
+    listed = {"properties": {"a": {"type": "object", "properties": {"b": {}}}}, "required": ["a"]}
+    closed = made(listed)
+    assert closed["additionalProperties"] is False
+    assert closed["properties"]["a"]["additionalProperties"] is False
+    for more in (
+        {"additionalProperties": True},
+        {"allOf": [{"required": ["c"]}]},
+        {"anyOf": [{}]},
+        {"required": ["z"]},
+    ):
+        assert made({**listed, **more}).get("additionalProperties") is not False
+    parts = made({"allOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]})
+    assert all("additionalProperties" not in part for part in parts["allOf"])
 
 
 def test_true_is_any_json() -> None:
