@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from opsin.engine import Engine
     from opsin.prompt import Message
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Engine", "Message", "Opsin", "__version__", "ask"]
 
 _HOMES = {"Engine": "opsin.engine", "Message": "opsin.prompt", "Opsin": "opsin.api", "ask": "opsin.api"}
