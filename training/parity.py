@@ -2,7 +2,7 @@
 
 Loads the GGUF pair's own weights into `training.model`, answers questions about scenes drawn at the
 model's own input size (so that no resize is involved) and writes token ids and the two best logits
-of every step to training/reference/parity.json, with the pictures beside it.
+of every step to training/reference/parity.json, with the images beside it.
 """
 
 from __future__ import annotations
@@ -145,21 +145,21 @@ def _entry(model: Llava, tokenizer: Tokenizer, index: int, question: Question, n
 
 
 def reference(folder: Path, to: Path, scenes: int, each: int) -> list[dict[str, object]]:
-    """Answers to `each` questions about each of the first scenes, pictures written out beside."""
+    """Answers to `each` questions about each of the first scenes, images written out beside."""
     from PIL import Image
 
     model, tokenizer = load_pair(folder), Tokenizer()
-    pictures = to.parent / "pictures"
-    pictures.mkdir(parents=True, exist_ok=True)
+    images = to.parent / "pictures"
+    images.mkdir(parents=True, exist_ok=True)
     entries: list[dict[str, object]] = []
     index = 0
     while len(entries) < scenes * each:
         scene = make_scene(SPLIT, index)
         if not scene.landscape:
             name = f"{index:03d}.png"
-            Image.fromarray(fit(render(scene, IMAGE_SIZE))).save(pictures / name)
+            Image.fromarray(fit(render(scene, IMAGE_SIZE))).save(images / name)
             asked = questions_about(scene, index)[:each]
-            entries += [_entry(model, tokenizer, index, q, f"pictures/{name}") for q in asked]
+            entries += [_entry(model, tokenizer, index, q, f"images/{name}") for q in asked]
         index += 1
     return entries
 

@@ -11,7 +11,7 @@ import pytest
 
 from opsin.cli.app import main
 
-SAMPLES = Path(__file__).parents[1] / "unit" / "media"
+SAMPLES = Path(__file__).parents[1] / "unit" / "images"
 
 
 def ask(path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str, str]:

@@ -81,7 +81,7 @@ class Kind:
 
     def forced(self, name: str, change: Callable[[ImageChunk], ImageChunk] = lambda run: run) -> list[np.ndarray]:
         """Log probabilities of all tokens at each position of the server's answer, as Opsin's backend has them."""
-        return forced(self.backend, self.layout(name), self.theirs[name]["tokens"], change)
+        return forced(self.backend, self.tokenize(name), self.theirs[name]["tokens"], change)
 
     def off(self, name: str, mine: list[np.ndarray]) -> float:
         """The largest difference to any of the server's 20 likeliest tokens at any position."""
@@ -90,11 +90,11 @@ class Kind:
 
 
 def forced(
-    backend: NativeBackend, layout: TokenizedPrompt, answer: list[int], change: Callable[[ImageChunk], ImageChunk]
+    backend: NativeBackend, tokens: TokenizedPrompt, answer: list[int], change: Callable[[ImageChunk], ImageChunk]
 ) -> list[np.ndarray]:
     backend.kv_remove(0, 0, -1)
     pos, row = 0, 0
-    for run in layout.chunks:
+    for run in tokens.chunks:
         if isinstance(run, ImageChunk):
             changed = change(run)
             positions = changed.positions_at(pos, 0, run.n_tokens)
@@ -104,7 +104,7 @@ def forced(
             assert backend.decode(batch([TokenRow(token, pos + i, 0, i == last) for i, token in enumerate(run.tokens)]))
             row = last
         pos += run.n_pos
-    layout.close()
+    tokens.close()
     rows = [everything(backend, row)]
     for token in answer[:-1]:
         assert backend.decode(batch([TokenRow(token, pos, 0, logits=True)]))
@@ -179,10 +179,10 @@ def is_text(piece: bytes) -> bool:
 def test_the_top_20_agree_with_the_c_server_on_forced_tokens(kind: Kind) -> None:
     worst, same, total = 0.0, 0, 0
     for name, theirs in kind.theirs.items():
-        layout = kind.layout(name)
-        assert layout.n_tokens == theirs["prompt_tokens"], f"{name}: the prompts differ"
+        tokens = kind.tokenize(name)
+        assert tokens.n_tokens == theirs["prompt_tokens"], f"{name}: the prompts differ"
         assert len(theirs["tokens"]) == TOKENS
-        layout.close()
+        tokens.close()
         mine = kind.forced(name)
         worst = max(worst, kind.off(name, mine))
         assert worst < TOLERANCE, name
@@ -198,9 +198,9 @@ def test_the_top_20_agree_with_the_c_server_on_forced_tokens(kind: Kind) -> None
 def test_the_comparison_can_fail(kind: Kind) -> None:
     """A position or a mask that is wrong must show far beyond the tolerance, or the test above proves nothing."""
     wrong: list[Callable[[ImageChunk], ImageChunk]] = []
-    layout = kind.layout("odd")
-    run = next(run for run in layout.chunks if isinstance(run, ImageChunk))
-    layout.close()
+    tokens = kind.tokenize("odd")
+    run = next(run for run in tokens.chunks if isinstance(run, ImageChunk))
+    tokens.close()
     if run.positions is not None:
         wrong.append(lambda run: replace(run, positions=run.positions[:, [0, 2, 1, 3]]))
         wrong.append(lambda run: replace(run, positions=np.zeros_like(run.positions)))
@@ -209,7 +209,7 @@ def test_the_comparison_can_fail(kind: Kind) -> None:
     shown = [kind.off("odd", kind.forced("odd", change)) for change in wrong]
     # Another image's log probabilities at the same tokens.
     shown.append(
-        kind.off("odd", forced(kind.backend, kind.layout("wide"), kind.theirs["odd"]["tokens"], lambda run: run))
+        kind.off("odd", forced(kind.backend, kind.tokenize("wide"), kind.theirs["odd"]["tokens"], lambda run: run))
     )
     print("what mistakes would show:", [round(float(value), 2) for value in shown])
     assert min(shown) > 5 * TOLERANCE

@@ -40,9 +40,9 @@ def forced(backend: Any, row: dict[str, Any]) -> list[int]:
     backend.kv_remove(0, 0, -1)
     image = load_image(REFERENCE / row["image"], ImageSettings())
     before, after = row["prompt"].split("<image>")
-    layout = backend.tokenize([TextPart(before.removeprefix("<s>")), ImagePart(image), TextPart(after)], add_bos=True)
+    tokens = backend.tokenize([TextPart(before.removeprefix("<s>")), ImagePart(image), TextPart(after)], add_bos=True)
     pos, best = 0, -1
-    for run in layout.chunks:
+    for run in tokens.chunks:
         if isinstance(run, ImageChunk):
             positions = np.arange(pos, pos + run.n_tokens, dtype=np.int32)[np.newaxis, :]
             assert backend.decode(EmbeddingRows(backend.encode(run), positions, 0))
@@ -51,7 +51,7 @@ def forced(backend: Any, row: dict[str, Any]) -> list[int]:
             assert backend.decode(batch(rows))
             best = rows[-1].pos - pos
         pos += run.n_pos
-    layout.close()
+    tokens.close()
     greedy = [backend.logprobs(best, 0, 1).top[0][0]]
     answer = row["answer_ids"][:-1]
     if answer:

@@ -11,7 +11,7 @@ import typer
 from pydantic import BaseModel
 
 from opsin.core.errors import BadParameter
-from opsin.core.settings import RENAMED, RETIRED, kind_of
+from opsin.core.settings import RENAMED, RETIRED, EngineSettings, kind_of
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -43,7 +43,7 @@ def flags_of(model: type[BaseModel], *names: str) -> Callable[[Command], Command
 
 def given(model: type[BaseModel], flags: Mapping[str, Any]) -> dict[str, Any]:
     """The flags that the user set and that are fields of the model; all others keep their default in one place."""
-    known = {*model.model_fields, *RENAMED, *RETIRED}
+    known = {*model.model_fields, *((*RENAMED, *RETIRED) if issubclass(model, EngineSettings) else ())}
     return {name: value for name, value in flags.items() if name in known and value not in (None, [])}
 
 
