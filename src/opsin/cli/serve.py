@@ -20,8 +20,8 @@ from opsin.models import locate
 
 if TYPE_CHECKING:
     from opsin.server.connection import HttpServer
+    from opsin.server.handler import Watcher
     from opsin.server.model import ModelManager
-    from opsin.server.request_stats import Watcher
     from opsin.worker import WorkerEngine
 
 # No -m: that would put the working folder before the standard library. The doctor's look at this machine needs the
@@ -74,15 +74,13 @@ class _Front:
 
     async def run(self) -> int:
         """Serve until a signal, or until the model cannot be used; the exit code."""
-        from opsin.server.access_log import AccessLog
         from opsin.server.app import create_app
         from opsin.server.connection import HttpServer
-        from opsin.server.context import Context
         from opsin.server.decoder import DecoderPool
+        from opsin.server.handler import Context
         from opsin.server.images import ImageLoader
-        from opsin.server.metrics import Metrics
         from opsin.server.model import ModelManager
-        from opsin.server.tracing import Tracing
+        from opsin.server.watchers import AccessLog, Metrics, Tracing
         from opsin.worker import WorkerEngine
 
         settings, loop = self._settings, asyncio.get_running_loop()

@@ -1,22 +1,28 @@
-"""The application: routes and doors put together, and the account of each request."""
+"""The application: its middleware, what it tells of itself (models, properties, health), and its web page.
+
+The page loads nothing from elsewhere, no script or style stands in its markup, and text cannot become markup.
+"""
 
 from __future__ import annotations
 
 import time
+from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI, Request
+from starlette.responses import Response
 from starlette.routing import Route
+from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from opsin import __version__
-from opsin.server import chat, completions, metrics, page, responses, routes
-from opsin.server.context import Context
-from opsin.server.errors import RESPONSES, add_error_handlers
+from opsin.server import chat, responses, watchers
+from opsin.server.errors import RESPONSES, UnknownModel, add_error_handlers, dumps
+from opsin.server.handler import Context, RequestStats
 from opsin.server.limits import Limits
-from opsin.server.request_stats import RequestStats
+from opsin.server.model import ModelManager
 from opsin.server.security import SecurityMiddleware
 
-_ROUTES = [route for room in (chat, responses, completions) for route in room.router.routes if isinstance(route, Route)]
+_ROUTES = [route for room in (chat, responses) for route in room.router.routes if isinstance(route, Route)]
 _PATHS = frozenset(route.path for route in _ROUTES)
 
 
@@ -25,18 +31,18 @@ def create_app(context: Context, *, keys: tuple[str, ...] = ()) -> FastAPI:
     # FastAPI's own pages for documentation load scripts from elsewhere.
     app = FastAPI(title="Opsin", version=__version__, docs_url=None, redoc_url=None, responses=RESPONSES)
     app.state.context = context
-    for room in (chat, responses, completions, routes, metrics, page):
-        app.include_router(room.router)
+    for one in (chat.router, responses.router, router, watchers.router):
+        app.include_router(one)
     add_error_handlers(app)
     # The last one added is the outermost.
     app.add_middleware(Limits, settings=context.settings, routes=_ROUTES, queue=context.queue)
     app.add_middleware(SecurityMiddleware, settings=context.settings, keys=keys)
-    app.add_middleware(Accounts, context=context)
+    app.add_middleware(StatsMiddleware, context=context)
     return app
 
 
-class Accounts:
-    """Keeps the stats of each request to the API, also of those that no handler sees."""
+class StatsMiddleware:
+    """Keeps the stats of each request to the API, also of those that no handler sees, and tells the watchers."""
 
     def __init__(self, app: ASGIApp, context: Context) -> None:
         self._app = app
@@ -49,8 +55,8 @@ class Accounts:
             return
         # Any text may stand in a path, also one that would be a line of the log.
         stats = RequestStats(route=scope["path"] if scope["path"] in _PATHS else "other")
-        headers = dict(scope["headers"])
-        stats.traceparent = headers[b"traceparent"].decode("latin-1") if b"traceparent" in headers else None
+        parent = dict(scope["headers"]).get(b"traceparent")
+        stats.traceparent = None if parent is None else parent.decode("latin-1")
         state = scope.setdefault("state", {})
         state["stats"] = stats
 
@@ -68,4 +74,109 @@ class Accounts:
         finally:
             stats.key = state.get("key", "")
             stats.ended = time.perf_counter()
-            self._context.finished(stats)
+            for watcher in self._context.watchers:
+                watcher.finished(stats)
+
+
+_PAGE_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self';"
+        " base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    # An update must not leave a browser with half of the old page; the tag keeps that cheap.
+    "Cache-Control": "no-cache",
+}
+
+router = APIRouter(tags=["server"])
+_page = StaticFiles(packages=[("opsin.server", "page")])
+_demo = StaticFiles(packages=[("opsin.models", "demo")])
+
+
+@router.get("/v1/models")
+async def models(request: Request) -> Response:
+    """The one model that is served."""
+    return _reply({"object": "list", "data": [_card(_facts(request))]})
+
+
+@router.get("/v1/models/{name:path}")
+async def model_by_name(name: str, request: Request) -> Response:
+    """The model, if it is called so."""
+    facts = _facts(request)
+    if name != facts["model_alias"]:
+        raise UnknownModel(name, facts["model_alias"])
+    return _reply(_card(facts))
+
+
+@router.get("/props")
+async def props(request: Request) -> Response:
+    """Sizes and abilities of the model, under llama-server's names where it has them."""
+    return _reply(_facts(request))
+
+
+@router.get("/health")
+async def health(request: Request) -> Response:
+    """Whether the server lives and has a model to serve, now or in a moment."""
+    failed = _manager(request).state == "failed"
+    return _reply({"status": "failed"}, 503) if failed else _reply({"status": "ok"})
+
+
+@router.get("/ready")
+async def ready(request: Request) -> Response:
+    """Whether requests are answered: the model is loaded and warmed up, and its process answers."""
+    manager = _manager(request)
+    return (
+        _reply({"status": "ready"}) if manager.ready else _reply({"status": manager.state}, 503, {"Retry-After": "1"})
+    )
+
+
+def _reply(value: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(dumps(value), status, headers, "application/json")
+
+
+def _manager(request: Request) -> ModelManager:
+    manager: ModelManager = request.app.state.context.model
+    return manager
+
+
+def _facts(request: Request) -> dict[str, Any]:
+    """What is told of the model, also while it is unloaded. Raises NotReady."""
+    model = _manager(request).model()
+    limits, info = model.facts.limits, model.facts.info
+    parallel = request.app.state.context.settings.parallel
+    return {
+        "default_generation_settings": {"n_ctx": limits.n_ctx_seq},
+        "n_ctx": limits.n_ctx,
+        "n_vocab": limits.n_vocab,
+        "total_slots": parallel,
+        "parallel": parallel,
+        "model_alias": model.name,
+        "model": info.as_dict(),
+        "is_demo": model.facts.is_demo,
+        "modalities": {"vision": info.projector is not None, "audio": False},
+        "chat_template": model.prompts.template,
+        "tools": model.prompts.knows_tools,
+        "thinking": model.prompts.reasoning is not None,
+        "build_info": f"opsin {__version__}",
+        "placement": model.facts.placement.as_dict(),
+    }
+
+
+def _card(facts: dict[str, Any]) -> dict[str, Any]:
+    meta = {
+        "n_ctx": facts["default_generation_settings"]["n_ctx"],
+        "n_vocab": facts["n_vocab"],
+        "architecture": facts["model"]["architecture"],
+    }
+    return {"id": facts["model_alias"], "object": "model", "created": 0, "owned_by": "opsin", "meta": meta}
+
+
+@router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+@router.api_route("/page/{name}", methods=["GET", "HEAD"], include_in_schema=False)
+async def page_file(request: Request, name: str = "index.html") -> Response:
+    """A file of the page, or the demo model's image. Raises HTTPException (404) for names outside its folder, too."""
+    folder, file = (_demo, "shapes.png") if name == "example.png" else (_page, name)
+    response = await folder.get_response(file, request.scope)
+    response.headers.update(_PAGE_HEADERS)
+    return response

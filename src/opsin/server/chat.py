@@ -1,23 +1,37 @@
-"""POST /v1/chat/completions."""
+"""POST /v1/chat/completions and /v1/completions: answers that consist of choices."""
 
 from __future__ import annotations
 
+import functools
+import itertools
+import time
+import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from opsin.core.answer import Answer, Finished, TextDelta, TokenLogprob
-from opsin.server.context import Context
-from opsin.server.errors import BadField
-from opsin.server.handler import CompletionHandler, Job
-from opsin.server.limits import Admission
+from opsin.core.prompt import Prompt, TextPart
+from opsin.server.errors import BadField, at_most, dumps
+from opsin.server.handler import CompletionHandler, Context, Job, Writer, extensions
 from opsin.server.model import ServedModel
-from opsin.server.params import build_prompt, check_model, choices, sampling, top_logprobs, wants_usage
-from opsin.server.replies import ChoicesWriter, extensions, finish_reason, token_logprobs
-from opsin.server.schema import ChatRequest, NamedTool
-from opsin.server.tools import ToolPlan, plan_tools, schema_of
+from opsin.server.params import (
+    ToolPlan,
+    build_prompt,
+    check_model,
+    choices,
+    plan_tools,
+    sampling,
+    schema_of,
+    top_logprobs,
+    wants_usage,
+)
+from opsin.server.schema import ChatRequest, CompletionRequest, NamedTool
+
+_LEAST_LOGPROB = -9999.0
+"""Stands for the logarithm of zero, which JSON cannot write."""
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -25,15 +39,16 @@ router = APIRouter(tags=["OpenAI"])
 @router.post("/v1/chat/completions")
 async def chat(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation of texts and images."""
-
-    async def prepare(model: ServedModel) -> Job:
-        admission: Admission = request.state.admission
-        return await admission.admit(await _job(body, model, request.app.state.context))
-
-    return CompletionHandler(request, prepare)
+    return CompletionHandler(request, functools.partial(_chat_job, body))
 
 
-async def _job(body: ChatRequest, model: ServedModel, context: Context) -> Job:
+@router.post("/v1/completions")
+async def completions(body: CompletionRequest, request: Request) -> Response:
+    """Continue a text as it is, without a chat template."""
+    return CompletionHandler(request, functools.partial(_text_job, body))
+
+
+async def _chat_job(body: ChatRequest, model: ServedModel, context: Context) -> Job:
     settings = context.settings
     check_model(body.model, model, settings)
     functions = [tool.function for tool in body.tools or ()]
@@ -58,14 +73,87 @@ async def _job(body: ChatRequest, model: ServedModel, context: Context) -> Job:
     return Job([(prompt, one) for one in each], writer, bool(body.stream))
 
 
-class ChatWriter(ChoicesWriter):
-    """Writes the answers to one request."""
+async def _text_job(body: CompletionRequest, model: ServedModel, context: Context) -> Job:
+    settings = context.settings
+    check_model(body.model, model, settings)
+    at_most(settings.max_prompt_chars, sum(map(len, body.prompt)), "characters", "prompt")
+    at_most(settings.max_n, len(body.prompt) * (body.n or 1), "answers (prompts times n)", "prompt")
+    logprobs = top_logprobs(body.logprobs, settings, "logprobs")
+    params = sampling(body, settings, "max_tokens", body.max_tokens, logprobs=logprobs)
+    each = choices(params, body.n, settings)
+    writer = TextWriter(model.name, logprobs=logprobs is not None, include_usage=wants_usage(body))
+    prompts = [Prompt((TextPart(text),)) for text in body.prompt]
+    return Job([(prompt, one) for prompt in prompts for one in each], writer, bool(body.stream))
 
-    kind, chunk_kind, id_prefix, one_prompt = "chat.completion", "chat.completion.chunk", "chatcmpl", True
+
+class ChoicesWriter(Writer):
+    """Base of the two writers below."""
+
+    kind: ClassVar[str]
+    chunk_kind: ClassVar[str]
+    id_prefix: ClassVar[str]
+
+    def __init__(self, model: str, *, logprobs: bool, include_usage: bool) -> None:
+        self._same = {
+            "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
+            "object": self.chunk_kind,
+            "created": int(time.time()),
+            "model": model,
+        }
+        self._logprobs = logprobs
+        self._include_usage = include_usage
+        self._answers: dict[int, Answer] = {}
+
+    def choice(self, index: int, answer: Answer) -> dict[str, Any]:
+        """One choice of a whole answer."""
+        raise NotImplementedError
+
+    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """The answer as one object. If there are several choices, each has its own extensions as well."""
+        several = len(answers) > 1
+        choices = [self.choice(i, answer) | (extensions(answer) if several else {}) for i, answer in enumerate(answers)]
+        usage = self._usage(answers)
+        return {**self._same, "object": self.kind, "choices": choices, "usage": usage, **extensions(answers[0])}
+
+    def end(self) -> bytes:
+        """The token counts, if they were asked for, and the end mark."""
+        done = b"data: [DONE]\n\n"
+        if not self._include_usage:
+            return done
+        answers = [self._answers[index] for index in sorted(self._answers)]
+        return self._chunk(usage=self._usage(answers), **extensions(answers[0])) + done
+
+    def _chunk(self, *choices: dict[str, Any], **rest: Any) -> bytes:
+        """One server-sent event."""
+        return b"data: " + dumps({**self._same, "choices": choices, **rest}) + b"\n\n"
+
+    def _usage(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        # The choices of a chat have one prompt, which is counted once.
+        prompts = [answer.usage for answer in (answers[:1] if isinstance(self, ChatWriter) else answers)]
+        prompt = sum(usage.prompt_tokens for usage in prompts)
+        completion = sum(answer.usage.completion_tokens for answer in answers)
+        details = {
+            "cached_tokens": sum(usage.cached_tokens for usage in prompts),
+            "image_tokens": prompts[0].image_tokens,
+        }
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": details,
+        }
+
+
+class ChatWriter(ChoicesWriter):
+    """Writes the answers to one request to /v1/chat/completions."""
+
+    kind, chunk_kind, id_prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
     def __init__(self, model: str, n: int, tools: ToolPlan, *, logprobs: bool, include_usage: bool) -> None:
         super().__init__(model, logprobs=logprobs, include_usage=include_usage)
         self._readers = [tools.reader() for _ in range(n)]
+        # All chunks of plain text are the same but for their text, whose empty quotes are the last ones.
+        self._around = [self._delta(index, {"content": ""}).rpartition(b'""') for index in range(n)]
 
     def begin(self) -> bytes:
         """The role of each choice."""
@@ -76,13 +164,15 @@ class ChatWriter(ChoicesWriter):
         """New text, or the end of a choice with its calls."""
         if isinstance(event, Finished):
             return self._finish(index, event.answer)
+        logprobs = self._token_logprobs(event.logprobs) if event.logprobs else None
         if event.reasoning:
-            return self._delta(index, {"reasoning_content": event.text}, event.logprobs)
+            return self._delta(index, {"reasoning_content": event.text}, logprobs)
         reader = self._readers[index]
         text = event.text if reader is None else reader.feed(event.text)
-        if not text and not (self._logprobs and event.logprobs):
-            return b""
-        return self._delta(index, {"content": text}, event.logprobs)
+        if logprobs is not None:
+            return self._delta(index, {"content": text}, logprobs)
+        before, _, after = self._around[index]
+        return before + dumps(text) + after if text else b""
 
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
         """See ChoicesWriter."""
@@ -96,12 +186,9 @@ class ChatWriter(ChoicesWriter):
             message["reasoning_content"] = answer.reasoning
         if calls:
             message["tool_calls"] = calls
-        return {
-            "index": index,
-            "message": message,
-            "logprobs": self._told(answer.logprobs),
-            "finish_reason": "tool_calls" if calls else finish_reason(answer),
-        }
+        reason = "tool_calls" if calls else _finish_reason(answer)
+        logprobs = self._token_logprobs(answer.logprobs)
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
     def _finish(self, index: int, answer: Answer) -> bytes:
         self._answers[index] = answer
@@ -112,21 +199,70 @@ class ChatWriter(ChoicesWriter):
             calls = reader.calls
         for number, call in enumerate(calls):
             frames.append(self._delta(index, {"tool_calls": [{"index": number, **call}]}))
-        reason = "tool_calls" if calls else finish_reason(answer)
+        reason = "tool_calls" if calls else _finish_reason(answer)
         return b"".join((*frames, self._delta(index, {}, reason=reason, **extensions(answer))))
 
     def _delta(
-        self,
-        index: int,
-        delta: dict[str, Any],
-        logprobs: Sequence[TokenLogprob] = (),
-        reason: str | None = None,
-        **rest: Any,
+        self, index: int, delta: dict[str, Any], logprobs: Any = None, reason: str | None = None, **rest: Any
     ) -> bytes:
-        told = self._told(logprobs) if logprobs else None
-        return self._chunk(
-            choices=[{"index": index, "delta": delta, "logprobs": told, "finish_reason": reason}], **rest
-        )
+        return self._chunk({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}, **rest)
 
-    def _told(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-        return {"content": token_logprobs(logprobs), "refusal": None} if self._logprobs else None
+    def _token_logprobs(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        if not self._logprobs:
+            return None
+        content = [
+            {**_token(one.piece, one.logprob), "top_logprobs": [_token(piece, value) for _, piece, value in one.top]}
+            for one in logprobs
+        ]
+        return {"content": content, "refusal": None}
+
+
+class TextWriter(ChoicesWriter):
+    """Writes the answers to one request to /v1/completions."""
+
+    kind, chunk_kind, id_prefix = "text_completion", "text_completion", "cmpl"
+
+    def __init__(self, model: str, *, logprobs: bool, include_usage: bool) -> None:
+        super().__init__(model, logprobs=logprobs, include_usage=include_usage)
+        self._lengths: dict[int, int] = {}
+
+    def event(self, index: int, event: TextDelta | Finished) -> bytes:
+        """New text, or the end of a choice. Reasoning is text like any other here: no template separated it."""
+        if isinstance(event, Finished):
+            self._answers[index] = event.answer
+            last = self._choice(index, "", (), _finish_reason(event.answer))
+            return self._chunk(last, **extensions(event.answer))
+        return self._chunk(self._choice(index, event.text, event.logprobs, None))
+
+    def choice(self, index: int, answer: Answer) -> dict[str, Any]:
+        """See ChoicesWriter."""
+        return self._choice(index, answer.text, answer.logprobs, _finish_reason(answer))
+
+    def _choice(self, index: int, text: str, logprobs: Sequence[TokenLogprob], reason: str | None) -> dict[str, Any]:
+        offset = self._lengths.get(index, 0)
+        self._lengths[index] = offset + len(text)
+        shown = None
+        if self._logprobs and logprobs:
+            pieces = [_text(one.piece) for one in logprobs]
+            shown = {
+                "tokens": pieces,
+                "token_logprobs": [max(one.logprob, _LEAST_LOGPROB) for one in logprobs],
+                "top_logprobs": [
+                    {_text(piece): max(value, _LEAST_LOGPROB) for _, piece, value in one.top} for one in logprobs
+                ],
+                "text_offset": list(itertools.accumulate(map(len, pieces[:-1]), initial=offset)),
+            }
+        return {"index": index, "text": text, "logprobs": shown, "finish_reason": reason}
+
+
+def _finish_reason(answer: Answer) -> str:
+    """OpenAI's word for why an answer ended."""
+    return "length" if answer.finish_reason == "length" else "stop"
+
+
+def _text(piece: bytes) -> str:
+    return piece.decode("utf-8", "replace")
+
+
+def _token(piece: bytes, logprob: float) -> dict[str, Any]:
+    return {"token": _text(piece), "logprob": max(logprob, _LEAST_LOGPROB), "bytes": list(piece)}

@@ -15,14 +15,11 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from opsin.core.errors import BadParameter, EngineDied, ModelError, OpsinError
-from opsin.server.request_stats import RequestStats
 
 _LOG = logging.getLogger("opsin.server")
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _MAX_TEXT = 400
 _NO_OBJECT = frozenset(("missing", "model_attributes_type", "model_type", "dict_type"))
-RETRY_SECONDS = 1
-"""What Retry-After says when nothing better is known."""
 # pydantic's locations also contain the tag that chose the member of a union.
 _TAGS = frozenset((
     "text", "image_url", "input_text", "input_image", "output_text", "message", "function_call",
@@ -47,6 +44,9 @@ class UnknownModel(BadField):
     code = "model_not_found"
     http_status = 404
 
+    def __init__(self, name: str, served: str) -> None:
+        super().__init__(f"The model {name[:100]!r} is not served here: ask for {served!r}.", "model")
+
 
 def at_most(limit: int, count: int, noun: str, param: str) -> None:
     """Raise BadField if a request has more of something than it may have."""
@@ -54,9 +54,12 @@ def at_most(limit: int, count: int, noun: str, param: str) -> None:
         raise BadField(f"{param}: {count:,} {noun}, and {limit:,} are the limit: send less.", param)
 
 
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
 def dumps(value: Any) -> bytes:
     """Compact JSON in UTF-8. Lone surrogates, which a client may have sent in a name, become question marks."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    return _JSON.encode(value).encode("utf-8", "replace")
 
 
 def error_body(status: int, message: str, code: str, param: str | None = None) -> dict[str, Any]:
@@ -85,55 +88,48 @@ class ErrorResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
-        stats: RequestStats | None = scope.get("state", {}).get("stats")
-        if stats is not None:
+        if (stats := scope.get("state", {}).get("stats")) is not None:
             stats.refused = self._code
         await super().__call__(scope, receive, send)
 
 
-def as_tuple(error: OpsinError) -> tuple[int, str, str, str | None]:
-    """Status, sentence, code and field of an error of ours. Sentences that may name files only go to the log."""
+def explain(error: Exception) -> tuple[int, str, str, str | None]:
+    """Status, sentence, code and field of any error. Sentences that may name files only go to the log."""
     if isinstance(error, (ModelError, EngineDied)):
         _LOG.error("%s: %s", error.code, error)
         return error.http_status, "The model cannot be used now: the server's log says why.", error.code, None
-    return error.http_status, str(error), error.code, getattr(error, "param", None)
+    if isinstance(error, OpsinError):
+        return error.http_status, str(error), error.code, getattr(error, "param", None)
+    if isinstance(error, RequestValidationError):
+        message, param = _sentence(error.errors()[0], {})
+        return 400, message, "bad_parameter", param
+    if isinstance(error, HTTPException):
+        return error.status_code, *_http_sentence(error), None
+    _LOG.error("a request failed", exc_info=error)
+    return 500, "The server failed on this request: its log says why.", "internal_error", None
+
+
+def _http_sentence(error: HTTPException) -> tuple[str, str]:
+    if error.status_code == 404:
+        return "There is nothing at this address: /openapi.json lists what there is.", "not_found"
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        return f"This address does not take this method: use {allowed}.", "method_not_allowed"
+    return f"{_short(error.detail)}.", "bad_request"
 
 
 def add_error_handlers(app: FastAPI) -> None:
     """Give every error of `app` the same shape."""
-    app.add_exception_handler(OpsinError, _ours)
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(HTTPException, _http)
-    app.add_exception_handler(Exception, _unexpected)
+    for kind in (OpsinError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, _respond)
 
 
-async def _ours(_: Request, error: Exception) -> Response:
-    assert isinstance(error, OpsinError)
-    status, message, code, param = as_tuple(error)
-    retry = {"Retry-After": str(getattr(error, "retry_after", RETRY_SECONDS))} if status in {429, 503} else None
-    return ErrorResponse(status, message, code, param, retry)
-
-
-async def _invalid(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    message, param = _sentence(error.errors()[0], {})
-    return ErrorResponse(400, message, "bad_parameter", param)
-
-
-async def _http(_: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    if error.status_code == 404:
-        return ErrorResponse(404, "There is nothing at this address: /openapi.json lists what there is.", "not_found")
-    if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "another method")
-        message = f"This address does not take this method: use {allowed}."
-        return ErrorResponse(405, message, "method_not_allowed", headers=error.headers)
-    return ErrorResponse(error.status_code, f"{_short(error.detail)}.", "bad_request", headers=error.headers)
-
-
-async def _unexpected(_: Request, error: Exception) -> Response:
-    _LOG.error("a request failed: %s", type(error).__name__)
-    return ErrorResponse(500, "The server failed on this request: its log says why.", "internal_error")
+async def _respond(_: Request, error: Exception) -> Response:
+    status, message, code, param = explain(error)
+    headers = dict(getattr(error, "headers", None) or {})
+    if status in {429, 503}:
+        headers["Retry-After"] = str(getattr(error, "retry_after", 1))
+    return ErrorResponse(status, message, code, param, headers)
 
 
 def field_error(error: ValidationError, names: Mapping[str, str]) -> BadField:

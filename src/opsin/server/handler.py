@@ -1,12 +1,13 @@
-"""One request to the model, from its entry to the last byte of its answer, in one place that frees everything."""
+"""One request to the model, from its entry to the last byte of its answer: what handles it and what is known of it."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
+import itertools
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from fastapi import Request
@@ -14,49 +15,52 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from opsin.core.answer import Answer, Finished, TextDelta
-from opsin.core.errors import OpsinError
 from opsin.core.prompt import Prompt
 from opsin.core.sampling import SamplingParams
-from opsin.server.context import Context
-from opsin.server.errors import as_tuple, dumps, error_body
-from opsin.server.model import ServedModel
+from opsin.core.server_settings import ServerSettings
+from opsin.server.errors import dumps, error_body, explain
+from opsin.server.images import ImageLoader
+from opsin.server.limits import Admission, FairQueue
+from opsin.server.model import ModelManager, ServedModel
 from opsin.server.pixels import current_holder
-from opsin.server.request_stats import RequestStats
 from opsin.worker import AnswerStream
 
 KEEP_ALIVE_SECONDS = 5.0
 """How long nothing may go out before the first text: then a comment does, which keeps proxies from hanging up."""
 _KEEP_ALIVE = b": the answer is being worked on\n\n"
-_GONE_STATUS = 499
-_LOG = logging.getLogger("opsin.server")
+_STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),
+]
 
 
 class ClientGone(Exception):
     """Nobody reads any more."""
 
 
-class Writer(Protocol):
+class Writer:
     """Writes answers in the shape of one API. Frames are bytes of server-sent events, as many as are due."""
 
     def begin(self) -> bytes:
         """Frames before the first event."""
-        ...
+        return b""
 
     def event(self, index: int, event: TextDelta | Finished) -> bytes:
         """Frames for one event of one choice."""
-        ...
+        raise NotImplementedError
 
     def end(self) -> bytes:
         """Frames after every choice is finished."""
-        ...
+        return b""
 
     def failed(self, body: dict[str, Any]) -> bytes:
-        """The frame that tells of an error in the middle of a stream."""
-        ...
+        """The frame that tells of an error in the middle of a stream; nothing follows it."""
+        return b"data: " + dumps(body) + b"\n\n"
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """The whole answer, one element a choice."""
-        ...
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +70,6 @@ class Job:
     asked: list[tuple[Prompt, SamplingParams]]
     writer: Writer
     stream: bool
-    queue_ms: float = 0.0
-    """How long it waited for its key's turn before the engine got it."""
 
 
 class CompletionHandler(Response):
@@ -78,11 +80,12 @@ class CompletionHandler(Response):
     at once.
     """
 
-    def __init__(self, request: Request, prepare: Callable[[ServedModel], Awaitable[Job]]) -> None:
+    def __init__(self, request: Request, prepare: Callable[[ServedModel, Context], Awaitable[Job]]) -> None:
         super().__init__()
         self._prepare = prepare
         self._context: Context = request.app.state.context
         self._stats: RequestStats = request.state.stats
+        self._admission: Admission = request.state.admission
         self._salt: str = getattr(request.state, "key", "")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - the ASGI signature
@@ -99,29 +102,34 @@ class CompletionHandler(Response):
         except ClientGone:
             whole = False
         if not whole:
-            self._stats.status, self._stats.refused = _GONE_STATUS, "cancelled"
+            self._stats.status, self._stats.refused = 499, "cancelled"
 
     async def _carry_out(self, send: Send) -> None:
+        stats = self._stats
         with self._context.model.entered():
             model = self._context.model.model()
             model.engine.wake()  # it loads while images are decoded
-            self._stats.model = model.name
-            job = await self._prepare(model)
-            self._stats.images = len({image.sha256 for prompt, _ in job.asked for image in prompt.images})
-            self._stats.streamed = job.stream
+            stats.model = model.name
+            job = await self._prepare(model, self._context)
+            stats.images = len({image.sha256 for prompt, _ in job.asked for image in prompt.images})
+            stats.streamed = job.stream
+            max_seconds = job.asked[0][1].max_seconds
+            waited = await self._admission.admit(len(job.asked), max_seconds)
+            # The time spent waiting counts towards the limit.
+            left = {} if max_seconds is None else {"max_seconds": max(max_seconds - waited, 1e-3)}
             streams: list[AnswerStream] = []
             try:
                 for prompt, params in job.asked:
                     streams.append(
                         model.engine.submit(
                             prompt,
-                            params,
-                            queue_ms=job.queue_ms,
-                            waited_since=self._stats.began,
+                            params.model_copy(update=left),
+                            queue_ms=waited * 1e3,
+                            waited_since=stats.began,
                             salt=self._salt,
                         )
                     )
-                    self._stats.deltas.append([])
+                    stats.deltas.append([])
                 del prompt
                 job.asked.clear()  # the pixels belong to the engine now, which frees them as soon as it can
                 await (self._stream if job.stream else self._whole)(job.writer, _Answers(streams), send)
@@ -141,10 +149,13 @@ class CompletionHandler(Response):
         whole = [found[index] for index in range(answers.count)]
         self._stats.answers.extend(whole)
         body = dumps(writer.whole(whole))
+        # The stages for a browser's tools, in milliseconds.
+        stages = whole[0].stages.as_dict().items()
+        timing = ", ".join(f"{name.removesuffix('_ms')};dur={ms}" for name, ms in stages if ms)
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
-            (b"server-timing", server_timing(whole[0])),
+            (b"server-timing", timing.encode()),
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
@@ -167,7 +178,7 @@ class CompletionHandler(Response):
                     if not started:
                         await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
                         started = True
-                    await _send_part(send, head + part)
+                    await send({"type": "http.response.body", "body": head + part, "more_body": True})
                     head, due = b"", now() + KEEP_ALIVE_SECONDS
             last = writer.end()
         except ClientGone:
@@ -175,8 +186,10 @@ class CompletionHandler(Response):
         except Exception as error:
             if not started:
                 raise
-            last = self._failed(writer, error)
-        await _send_part(send, last, more=False)
+            status, message, code, param = explain(error)
+            self._stats.refused = code
+            last = writer.failed(error_body(status, message, code, param))
+        await send({"type": "http.response.body", "body": last})
 
     def _written(self, writer: Writer, index: int, event: TextDelta | Finished) -> bytes:
         if isinstance(event, Finished):
@@ -184,16 +197,6 @@ class CompletionHandler(Response):
         else:
             self._stats.deltas[index].append(time.perf_counter())
         return writer.event(index, event)
-
-    def _failed(self, writer: Writer, error: Exception) -> bytes:
-        if isinstance(error, OpsinError):
-            status, message, code, param = as_tuple(error)
-        else:
-            _LOG.error("an answer failed", exc_info=error)
-            status, code, param = 500, "internal_error", None
-            message = "The server failed on this answer: its log says why."
-        self._stats.refused = code
-        return writer.failed(error_body(status, message, code, param))
 
 
 class _Answers:
@@ -210,13 +213,11 @@ class _Answers:
 
     async def take(self, seconds: float | None = None) -> list[tuple[int, TextDelta | Finished]]:
         """Everything that has come, by stream; nothing when nothing comes in time. Raises a stream's error."""
-        if seconds is None:
-            await self._ready.wait()
-        else:
-            try:
-                await asyncio.wait_for(self._ready.wait(), seconds)
-            except TimeoutError:
-                return []
+        try:
+            async with asyncio.timeout(seconds):
+                await self._ready.wait()
+        except TimeoutError:
+            return []
         self._ready.clear()
         found: list[tuple[int, TextDelta | Finished]] = []
         for index, stream in enumerate(self._streams):
@@ -227,25 +228,11 @@ class _Answers:
             if error is not None:
                 self._ready.set()  # first what came before it
             if shown and self._silent:
-                self._begun(index)
+                self._silent.discard(index)
+                if not self._silent and self._pixels is not None:
+                    self._pixels.release()
             found += shown
         return found
-
-    def _begun(self, index: int) -> None:
-        self._silent.discard(index)
-        if not self._silent and self._pixels is not None:
-            self._pixels.release()
-
-
-_STREAM_HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-store"),
-    (b"x-accel-buffering", b"no"),
-]
-
-
-async def _send_part(send: Send, body: bytes, *, more: bool = True) -> None:
-    await send({"type": "http.response.body", "body": body, "more_body": more})
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> bool:
@@ -269,7 +256,68 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-def server_timing(answer: Answer) -> bytes:
-    """The stages for a browser's tools, in milliseconds; what took no time is left out."""
-    stages = answer.stages.as_dict().items()
-    return ", ".join(f"{name.removesuffix('_ms')};dur={ms}" for name, ms in stages if ms).encode()
+def extensions(answer: Answer) -> dict[str, Any]:
+    """What Opsin adds to OpenAI's fields: llama-server's timings, stages, images, the guard, what cut the answer."""
+    return {
+        "timings": asdict(answer.timings),
+        "stages": answer.stages.as_dict(),
+        "images": [asdict(image) for image in answer.images],
+        "guard": None if answer.guard is None else asdict(answer.guard),
+        "limit": answer.limit,
+    }
+
+
+@dataclass(slots=True)
+class RequestStats:
+    """Filled in while the request runs. Times are `time.perf_counter()`; `began_at` is Unix time.
+
+    `key` is the label of the API key, never the key. `refused` is the error code when there was no complete answer.
+    `deltas` holds the times at which pieces of text went out, one list per choice.
+    """
+
+    route: str
+    key: str = ""
+    model: str = ""
+    streamed: bool = False
+    traceparent: str | None = None
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    began: float = field(default_factory=time.perf_counter)
+    began_at: float = field(default_factory=time.time)
+    ended: float = 0.0
+    status: int = 200
+    refused: str | None = None
+    images: int = 0
+    answers: list[Answer] = field(default_factory=list)
+    deltas: list[list[float]] = field(default_factory=list)
+
+    @property
+    def first_token_s(self) -> float | None:
+        """Seconds from the start of the request to the first piece of text; None if there was none."""
+        first = min((times[0] for times in self.deltas if times), default=None)
+        return None if first is None else first - self.began
+
+    @property
+    def longest_pause_s(self) -> float:
+        """The longest time between two pieces of text of one choice, in seconds."""
+        return max((b - a for times in self.deltas for a, b in itertools.pairwise(times)), default=0.0)
+
+
+class Watcher(Protocol):
+    """Told about each request once, when it has ended."""
+
+    def finished(self, stats: RequestStats) -> None:
+        """Take note. Must be quick and never raise."""
+
+
+@dataclass(slots=True)
+class Context:
+    """The settings, the model, the image loader, those who are told about each request, and the queue."""
+
+    settings: ServerSettings
+    model: ModelManager
+    images: ImageLoader
+    watchers: tuple[Watcher, ...] = ()
+    queue: FairQueue = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.queue = FairQueue(self.settings.parallel, self.settings.max_queue)

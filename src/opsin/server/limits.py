@@ -1,12 +1,12 @@
-"""What one request and one API key may take: bytes and size of a body, requests per minute and at the same time."""
+"""What one request and one API key may take: a body's bytes, requests per minute, and room in the engine in turn."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,10 +14,9 @@ from starlette.datastructures import Headers
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from opsin.core.errors import QueueFull
 from opsin.core.server_settings import ServerSettings
 from opsin.server.errors import ErrorResponse
-from opsin.server.fair_queue import FairQueue
-from opsin.server.handler import Job
 from opsin.server.pixels import holding_pixels
 
 MAX_KEYS = 10_000
@@ -29,6 +28,85 @@ UNFINISHED_BODIES = 4
 """The bytes of all unfinished bodies together, as a multiple of what one body may have."""
 SMALL_BODY = 2**20
 """A body of up to this many bytes is read even if the others take up all of that."""
+
+
+@dataclass(slots=True, eq=False)
+class _Waiter:
+    n: int
+    granted: asyncio.Future[None]
+
+
+class FairQueue:
+    """Lets `parallel` answers run and as many wait in the engine; the others wait here, each key in a line of its own.
+
+    Keys take turns, whatever they ask for. At most `max_queue` answers wait, here and in the engine together. If there
+    are more, the newest request of the key with the most waiting answers is refused, so that a key that asks for much
+    takes no place from a key that asks for little. Used on one event loop.
+    """
+
+    def __init__(self, parallel: int, max_queue: int) -> None:
+        ahead = min(parallel, max_queue)
+        self._room = parallel + ahead
+        self._longest = max_queue - ahead
+        self._used = 0
+        self._lines: dict[str, deque[_Waiter]] = {}
+
+    @property
+    def waiting(self) -> int:
+        """Answers that wait here."""
+        return sum(map(self._length, self._lines))
+
+    async def take(self, key: str, n: int) -> None:
+        """Wait for room for `n` answers, to be given back with `leave`. Raises QueueFull."""
+        waiter = _Waiter(n, asyncio.get_running_loop().create_future())
+        self._lines.setdefault(key, deque()).append(waiter)
+        self._serve()
+        if self.waiting > self._longest:
+            longest = max(self._lines, key=lambda one: (self._length(one), one == key))
+            refused = self._lines[longest][-1]
+            self._drop(longest, refused)
+            if not refused.granted.done():
+                refused.granted.set_exception(QueueFull("Too many requests wait already: try again in a moment."))
+        try:
+            await waiter.granted
+        except asyncio.CancelledError:
+            if waiter.granted.cancelled():
+                self._drop(key, waiter)
+                self._serve()
+            elif waiter.granted.exception() is None:
+                self.leave(n)
+            raise
+
+    def leave(self, n: int) -> None:
+        """Give room for `n` answers back."""
+        self._used -= n
+        self._serve()
+
+    def _length(self, key: str) -> int:
+        return sum(waiter.n for waiter in self._lines[key])
+
+    def _drop(self, key: str, waiter: _Waiter) -> None:
+        line = self._lines.get(key, deque())
+        if waiter in line:
+            line.remove(waiter)
+        if not line:
+            self._lines.pop(key, None)
+
+    def _serve(self) -> None:
+        """Grant room to the keys in turn, as long as it suffices for the key whose turn it is."""
+        while self._lines:
+            key, line = next(iter(self._lines.items()))
+            waiter = line[0]
+            # A request for more than the whole room runs alone.
+            if self._used and self._used + waiter.n > self._room:
+                return
+            del self._lines[key]
+            line.popleft()
+            if line:
+                self._lines[key] = line  # at the end of the turn order
+            if not waiter.granted.done():  # it is done if its request was cancelled just now
+                self._used += waiter.n
+                waiter.granted.set_result(None)
 
 
 @dataclass(slots=True)
@@ -47,36 +125,31 @@ class Admission:
         self._key = key
         self._bucket = bucket
         self._queue = queue
-        self._counted = 1
         self._room = 0
+        self._counted = 0
+        self._count(1)
 
-    async def admit(self, job: Job) -> Job:
-        """Wait until it is the key's turn. The time spent waiting counts towards the job's `max_seconds`.
-
-        Raises QueueFull.
-        """
-        n, seconds = len(job.asked), job.asked[0][1].max_seconds
-        self._bucket.tokens -= n - 1
-        self._bucket.running += n - 1
-        self._counted = n
+    async def admit(self, n: int, max_seconds: float | None) -> float:
+        """Wait until it is the key's turn for `n` answers; return the seconds waited. Raises QueueFull."""
+        self._count(n - 1)
         began = time.perf_counter()
         # When the time is over it goes on without room: the engine ends it at once, and says why.
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(max_seconds):
                 await self._queue.take(self._key, n)
                 self._room = n
-        waited = time.perf_counter() - began
-        asked = job.asked
-        if seconds is not None:
-            left = {"max_seconds": max(seconds - waited, 1e-3)}
-            asked = [(prompt, params.model_copy(update=left)) for prompt, params in asked]
-        return dataclasses.replace(job, asked=asked, queue_ms=waited * 1e3)
+        return time.perf_counter() - began
 
     def release(self) -> None:
         """The request has ended."""
         self._bucket.running -= self._counted
         if self._room:
             self._queue.leave(self._room)
+
+    def _count(self, n: int) -> None:
+        self._counted += n
+        self._bucket.tokens -= n
+        self._bucket.running += n
 
 
 class Limits:
@@ -115,16 +188,13 @@ class Limits:
             return
         state = scope.setdefault("state", {})
         key = state.get("key", "")
-        bucket = self._bucket(key)
-        found = self._wrong_headers(Headers(scope=scope)) or self._over(bucket) or await self._read(receive)
+        found = self._wrong_headers(Headers(scope=scope)) or self._over(self._bucket(key)) or await self._read(receive)
         if isinstance(found, bytes):
             found = _wrong_json(found) or self._over(self._bucket(key)) or found
         if isinstance(found, ErrorResponse):
             await found(scope, receive, send)
             return
-        bucket.running += 1
-        bucket.tokens -= 1
-        admission = state["admission"] = Admission(key, bucket, self._queue)
+        admission = state["admission"] = Admission(key, self._bucket(key), self._queue)
         try:
             with holding_pixels():
                 await self._app(scope, _replayed(found, receive), send)
@@ -145,40 +215,34 @@ class Limits:
 
     async def _read(self, receive: Receive) -> bytes | ErrorResponse:
         """The whole body."""
-        pieces: list[bytes] = []
-        size, more, began = 0, True, self._clock()
+        body, more, began = bytearray(), True, self._clock()
         slow = ErrorResponse(408, "The body came too slowly: send it whole, and faster.", "timeout")
         try:
             while more:
-                left = began + self._patience + size / LEAST_BYTES_PER_SECOND - self._clock()
+                left = began + self._patience + len(body) / LEAST_BYTES_PER_SECOND - self._clock()
                 if left <= 0:
                     return slow
                 async with asyncio.timeout(min(self._patience, left)):
                     message = await receive()
                 if message["type"] == "http.disconnect":
                     return ErrorResponse(499, "The client left before its body was complete.", "cancelled")
-                pieces.append(message.get("body", b""))
-                more = message.get("more_body", False)
-                size += len(pieces[-1])
-                self._unfinished += len(pieces[-1])
-                if size > self._max_body:
+                piece, more = message.get("body", b""), message.get("more_body", False)
+                body += piece
+                self._unfinished += len(piece)
+                if len(body) > self._max_body:
                     return self._too_large()
-                if size > SMALL_BODY and self._unfinished > UNFINISHED_BODIES * self._max_body:
-                    return ErrorResponse(
-                        503, "Too many large bodies arrive at once: try again.", "busy", headers={"Retry-After": "1"}
-                    )
+                if len(body) > SMALL_BODY and self._unfinished > UNFINISHED_BODIES * self._max_body:
+                    wait = {"Retry-After": "1"}
+                    return ErrorResponse(503, "Too many large bodies arrive at once: try again.", "busy", headers=wait)
         except TimeoutError:
             return slow
         finally:
-            self._unfinished -= size
-        return b"".join(pieces)
+            self._unfinished -= len(body)
+        return bytes(body)
 
     def _too_large(self) -> ErrorResponse:
-        return ErrorResponse(
-            413,
-            f"The request is larger than {self._max_body:,} bytes, the limit: send fewer or smaller images.",
-            "too_large",
-        )
+        message = f"The request is larger than {self._max_body:,} bytes, the limit: send fewer or smaller images."
+        return ErrorResponse(413, message, "too_large")
 
     def _bucket(self, key: str) -> RateBucket:
         """A key's bucket, filled up to now."""

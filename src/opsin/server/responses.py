@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import uuid
 from collections.abc import Sequence
@@ -12,15 +13,11 @@ from starlette.responses import Response
 
 from opsin.core.answer import Answer, Finished, TextDelta
 from opsin.core.sampling import SamplingParams
-from opsin.server.context import Context
 from opsin.server.errors import BadField, dumps
-from opsin.server.handler import CompletionHandler, Job
-from opsin.server.limits import Admission
+from opsin.server.handler import CompletionHandler, Context, Job, Writer, extensions
 from opsin.server.model import ServedModel
-from opsin.server.params import build_prompt, check_model, sampling
-from opsin.server.replies import extensions
+from opsin.server.params import ToolPlan, build_prompt, check_model, plan_tools, sampling, schema_of
 from opsin.server.schema import ResponsesRequest
-from opsin.server.tools import ToolPlan, plan_tools, schema_of
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -28,12 +25,7 @@ router = APIRouter(tags=["OpenAI"])
 @router.post("/v1/responses")
 async def responses(body: ResponsesRequest, request: Request) -> Response:
     """Answer a conversation that is sent whole."""
-
-    async def prepare(model: ServedModel) -> Job:
-        admission: Admission = request.state.admission
-        return await admission.admit(await _job(body, model, request.app.state.context))
-
-    return CompletionHandler(request, prepare)
+    return CompletionHandler(request, functools.partial(_job, body))
 
 
 async def _job(body: ResponsesRequest, model: ServedModel, context: Context) -> Job:
@@ -60,7 +52,7 @@ _PREFIXES = {"message": "msg", "reasoning": "rs"}
 _PARTS = {"message": "output_text", "reasoning": "reasoning_text"}
 
 
-class ResponsesWriter:
+class ResponsesWriter(Writer):
     """Writes the answer to one request: one object, or events in OpenAI's order."""
 
     def __init__(self, model: str, body: ResponsesRequest, params: SamplingParams, tools: ToolPlan) -> None:
@@ -73,7 +65,7 @@ class ResponsesWriter:
 
     def begin(self) -> bytes:
         """The response exists, and is in progress."""
-        return b"".join(self._event(f"response.{state}", response=self._base) for state in ("created", "in_progress"))
+        return self._event("created", response=self._base) + self._event("in_progress", response=self._base)
 
     def event(self, index: int, event: TextDelta | Finished) -> bytes:  # noqa: ARG002 - there is one choice
         """New text or reasoning, or the end of the answer."""
@@ -84,15 +76,10 @@ class ResponsesWriter:
         text = event.text if self._reader is None else self._reader.feed(event.text)
         return self._say("message", text) if text else b""
 
-    def end(self) -> bytes:
-        """Nothing: the last event says that it is the last."""
-        return b""
-
     def failed(self, body: dict[str, Any]) -> bytes:
         """The response failed."""
         error = {"code": "server_error", "message": body["error"]["message"]}
-        response = {**self._base, "status": "failed", "error": error, "output": self._output}
-        return self._event("response.failed", response=response)
+        return self._event("failed", response=self._base | {"status": "failed", "error": error, "output": self._output})
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """The answer as one object: the result of a stream's events."""
@@ -104,23 +91,20 @@ class ResponsesWriter:
         return self._ended(answer)
 
     def _finish(self, answer: Answer) -> bytes:
-        frames, calls = [], []
+        frames, calls = b"", []
         if self._reader is not None:
             if rest := self._reader.finish():
-                frames.append(self._say("message", rest))
+                frames += self._say("message", rest)
             calls = self._reader.calls
         if self._open is None and not self._output and not calls:
-            frames.append(self._say("message", ""))
-        cut = answer.finish_reason == "length" and not calls
-        frames.append(self._close("incomplete" if cut else "completed"))
-        frames += map(self._call, calls)
+            frames += self._say("message", "")
+        frames += self._close("incomplete" if answer.finish_reason == "length" and not calls else "completed")
+        frames += b"".join(map(self._call, calls))
         response = self._ended(answer)
-        frames.append(self._event(f"response.{response['status']}", response=response))
-        return b"".join(frames)
+        return frames + self._event(response["status"], response=response)
 
     def _ended(self, answer: Answer) -> dict[str, Any]:
-        cut = answer.finish_reason == "length"
-        usage = answer.usage
+        cut, usage = answer.finish_reason == "length", answer.usage
         return {
             **self._base,
             "status": "incomplete" if cut else "completed",
@@ -138,69 +122,66 @@ class ResponsesWriter:
 
     def _say(self, kind: str, text: str) -> bytes:
         """More text of an item; a new item if another kind is open."""
-        frames = []
+        frames = b""
         if self._open is not None and self._open["type"] != kind:
-            frames.append(self._close("completed"))
+            frames += self._close("completed")
         if self._open is None:
             more: dict[str, Any] = {"role": "assistant"} if kind == "message" else {"summary": []}
             item_id = f"{_PREFIXES[kind]}_{uuid.uuid4().hex}"
             self._open = {"id": item_id, "type": kind, "status": "in_progress", "content": [], **more}
-            frames += [
-                self._event("response.output_item.added", output_index=len(self._output), item=self._open),
-                self._event("response.content_part.added", **self._place(self._open), part=_part(kind, "")),
-            ]
+            frames += self._event("output_item.added", item=self._open)
+            frames += self._event("content_part.added", self._open, part=_part(kind, ""))
         if text:
             self._text.append(text)
-            frames.append(self._text_event("delta", self._open, delta=text))
-        return b"".join(frames)
+            frames += self._event(f"{_PARTS[kind]}.delta", self._open, delta=text, **_no_logprobs(kind))
+        return frames
 
     def _close(self, status: str) -> bytes:
         """The end of the open item, if there is one."""
         item, text = self._open, "".join(self._text)
         if item is None:
             return b""
-        part = _part(item["type"], text)
+        kind = item["type"]
+        part = _part(kind, text)
         whole = {**item, "status": status, "content": [part]}
-        frames = (
-            self._text_event("done", item, text=text),
-            self._event("response.content_part.done", **self._place(item), part=part),
-            self._event("response.output_item.done", output_index=len(self._output), item=whole),
-        )
+        frames = self._event(f"{_PARTS[kind]}.done", item, text=text, **_no_logprobs(kind))
+        frames += self._event("content_part.done", item, part=part)
+        frames += self._event("output_item.done", item=whole)
         self._output.append(whole)
         self._open = None
         self._text.clear()
-        return b"".join(frames)
+        return frames
 
     def _call(self, call: dict[str, Any]) -> bytes:
-        index, name, arguments = len(self._output), call["function"]["name"], call["function"]["arguments"]
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
         item = {"type": "function_call", "id": f"fc_{uuid.uuid4().hex}", "call_id": call["id"], "name": name}
         whole = {**item, "arguments": arguments, "status": "completed"}
+        frames = self._event("output_item.added", item={**item, "arguments": "", "status": "in_progress"})
+        place = {"item_id": item["id"]}
+        frames += self._event("function_call_arguments.delta", **place, delta=arguments)
+        frames += self._event("function_call_arguments.done", **place, name=name, arguments=arguments)
+        frames += self._event("output_item.done", item=whole)
         self._output.append(whole)
-        place = {"item_id": item["id"], "output_index": index}
-        begun = {**item, "arguments": "", "status": "in_progress"}
-        return (
-            self._event("response.output_item.added", output_index=index, item=begun)
-            + self._event("response.function_call_arguments.delta", **place, delta=arguments)
-            + self._event("response.function_call_arguments.done", **place, name=name, arguments=arguments)
-            + self._event("response.output_item.done", output_index=index, item=whole)
-        )
+        return frames
 
-    def _place(self, item: dict[str, Any]) -> dict[str, Any]:
-        return {"item_id": item["id"], "output_index": len(self._output), "content_index": 0}
-
-    def _text_event(self, what: str, item: dict[str, Any], **text: str) -> bytes:
-        more: dict[str, Any] = {"logprobs": []} if item["type"] == "message" else {}
-        return self._event(f"response.{_PARTS[item['type']]}.{what}", **self._place(item), **text, **more)
-
-    def _event(self, kind: str, **rest: Any) -> bytes:
-        value = {"type": kind, "sequence_number": self._number, **rest}
+    def _event(self, kind: str, inside: dict[str, Any] | None = None, **rest: Any) -> bytes:
+        """One server-sent event about the response, its next item, or the text `inside` that item."""
+        value: dict[str, Any] = {"type": f"response.{kind}", "sequence_number": self._number}
+        if "response" not in rest:
+            value["output_index"] = len(self._output)
+        if inside is not None:
+            value |= {"item_id": inside["id"], "content_index": 0}
         self._number += 1
-        return b"event: " + kind.encode() + b"\ndata: " + dumps(value) + b"\n\n"
+        return b"event: response." + kind.encode() + b"\ndata: " + dumps(value | rest) + b"\n\n"
 
 
 def _part(kind: str, text: str) -> dict[str, Any]:
-    more: dict[str, Any] = {"annotations": [], "logprobs": []} if kind == "message" else {}
-    return {"type": _PARTS[kind], "text": text, **more}
+    more: dict[str, Any] = {"annotations": []} if kind == "message" else {}
+    return {"type": _PARTS[kind], "text": text, **more, **_no_logprobs(kind)}
+
+
+def _no_logprobs(kind: str) -> dict[str, Any]:
+    return {"logprobs": []} if kind == "message" else {}
 
 
 def _base(model: str, body: ResponsesRequest, params: SamplingParams) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 NAME = r"^[a-zA-Z0-9_.-]{1,64}$"
 MAX_MESSAGES = MAX_PARTS = 1_000
@@ -50,23 +50,15 @@ class ImageUrl(Strict):
 
 
 class ImagePartIn(Strict):
-    """An image, as chat completions write it."""
+    """An image, as chat completions (`image_url`) or the Responses API (`input_image`) write it."""
 
-    type: Literal["image_url"]
+    type: Literal["image_url", "input_image"]
     image_url: Annotated[ImageUrl, _or_text(lambda url: {"url": url}, ImageUrl | str)]
-
-
-class InputImage(Strict):
-    """An image, as the Responses API writes it."""
-
-    type: Literal["input_image"]
-    image_url: Annotated[ImageUrl, _or_text(lambda url: {"url": url}, str)]
     detail: Literal["auto", "low", "high"] | None = None
     file_id: None = None
 
 
-IMAGE_PARTS = (ImagePartIn, InputImage)
-PartIn = Annotated[TextPartIn | ImagePartIn | InputImage, Field(discriminator="type")]
+PartIn = Annotated[TextPartIn | ImagePartIn, Field(discriminator="type")]
 Parts = Annotated[list[PartIn], Field(max_length=MAX_PARTS)]
 ContentIn = Annotated[Parts, _or_text(lambda text: [{"type": "text", "text": text}], str | Parts)]
 
@@ -262,6 +254,15 @@ class CompletionRequest(Choices):
     logprobs: int | None = None
     echo: Literal[False] | None = None
 
+    @field_validator("prompt")
+    @classmethod
+    def _whole_unicode(cls, prompt: list[str]) -> list[str]:
+        try:
+            "".join(prompt).encode()
+        except UnicodeEncodeError:
+            raise ValueError("half a character (a lone surrogate): send whole Unicode text") from None
+        return prompt
+
 
 class Item(Strict):
     """What an item of an earlier response carries when it is sent back."""
@@ -303,16 +304,10 @@ class InputReasoning(Item):
     encrypted_content: None = None
 
 
-def _kind(value: Any) -> str:
-    return str(value.get("type", "message") if isinstance(value, dict) else getattr(value, "type", "message"))
-
-
 InputItem = Annotated[
-    Annotated[InputMessage, Tag("message")]
-    | Annotated[InputCall, Tag("function_call")]
-    | Annotated[InputCallOutput, Tag("function_call_output")]
-    | Annotated[InputReasoning, Tag("reasoning")],
-    Discriminator(_kind),
+    InputMessage | InputCall | InputCallOutput | InputReasoning,
+    Field(discriminator="type"),
+    BeforeValidator(lambda item: {"type": "message", **item} if isinstance(item, dict) else item),
 ]
 
 
@@ -340,9 +335,9 @@ class ResponsesRequest(Conversation):
 
     def messages(self) -> list[MessageIn]:
         """The conversation as messages of chat completions."""
-        found = (
-            [MessageIn.model_validate({"role": "system", "content": self.instructions})] if self.instructions else []
-        )
+        found: list[MessageIn] = []
+        if self.instructions:
+            found.append(MessageIn.model_validate({"role": "system", "content": self.instructions}))
         for item in self.input:
             if isinstance(item, InputMessage):
                 found.append(item)

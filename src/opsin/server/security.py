@@ -6,7 +6,7 @@ import hashlib
 import hmac
 import ipaddress
 from collections.abc import Mapping
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
@@ -19,7 +19,6 @@ from opsin.server.errors import ErrorResponse
 KEY_VARIABLE = "OPSIN_API_KEY"
 OPEN_PATHS = frozenset(("/", "/health", "/ready", "/favicon.ico"))
 """What needs no key; the page's own files below /page/ need none either."""
-_LABEL_DIGITS = 16
 
 
 class SecurityMiddleware:
@@ -52,9 +51,9 @@ class SecurityMiddleware:
         # A browser asks for leave (OPTIONS) without the key; the answer only says which origins are let in.
         asks_leave = named is not None and scope["method"] == "OPTIONS"
         answer: Response | None = self._wrong_host(scope, headers) or self._wrong_origin(scope, headers)
-        if answer is None:
-            answer = None if asks_leave else self._wrong_key(scope, headers)
-        if answer is None and asks_leave and "access-control-request-method" in headers:
+        if answer is None and not asks_leave:
+            answer = self._wrong_key(scope, headers)
+        elif answer is None and "access-control-request-method" in headers:
             answer = _preflight(headers)
 
         async def sending(message: Message) -> None:
@@ -77,12 +76,8 @@ class SecurityMiddleware:
         local = (scope.get("server") or ("",))[0].removeprefix("::ffff:")
         if name in self._names or is_loopback(name) or (_address(name) and name == local):
             return None
-        return ErrorResponse(
-            421,
-            "This server does not answer to the name in the Host header: "
-            "use its address, or start it with --allowed-hosts NAME.",
-            "wrong_host",
-        )
+        message = "The Host header does not name this server: use its address, or start it with --allowed-hosts NAME."
+        return ErrorResponse(421, message, "wrong_host")
 
     def _wrong_origin(self, scope: Scope, headers: Headers) -> ErrorResponse | None:
         """Refuse what a page elsewhere sends. What it only reads, the browser keeps from it."""
@@ -93,11 +88,8 @@ class SecurityMiddleware:
         own = {f"{scheme}://{headers['host']}" for scheme in ("http", "https")}
         if len(origins) == 1 and origins[0] in self._origins | own:
             return None
-        return ErrorResponse(
-            403,
-            "Web pages from elsewhere may not use this server: start it with --cors-origins ORIGIN to allow one.",
-            "wrong_origin",
-        )
+        message = "Web pages from elsewhere may not use this server: start it with --cors-origins ORIGIN to allow one."
+        return ErrorResponse(403, message, "wrong_origin")
 
     def _wrong_key(self, scope: Scope, headers: Headers) -> ErrorResponse | None:
         given = headers.getlist("authorization")
@@ -106,16 +98,12 @@ class SecurityMiddleware:
         # All are compared, so that the time does not tell which one matched, nor how far.
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         if scheme.lower() == "bearer" and any(matches):
-            scope["state"]["key"] = digest.hex()[:_LABEL_DIGITS]
+            scope["state"]["key"] = digest.hex()[:16]
             return None
         if not self._digests or scope["path"] in OPEN_PATHS or scope["path"].startswith("/page/"):
             return None
-        return ErrorResponse(
-            401,
-            "An API key of this server is needed: send it as Authorization: Bearer KEY.",
-            "invalid_api_key",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
+        message = "An API key of this server is needed: send it as Authorization: Bearer KEY."
+        return ErrorResponse(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
 def read_keys(settings: ServerSettings, environ: Mapping[str, str]) -> tuple[str, ...]:
@@ -127,14 +115,15 @@ def read_keys(settings: ServerSettings, environ: Mapping[str, str]) -> tuple[str
     keys: list[str] = []
     if settings.api_key_file is not None:
         try:
-            lines = settings.api_key_file.read_text(encoding="utf-8").splitlines()
+            text = settings.api_key_file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
-            raise BadParameter(
-                f"The file of API keys, {settings.api_key_file}, cannot be read: check its name and permissions."
-            ) from None
-        keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+            text = ""
+        keys = [line for line in map(str.strip, text.splitlines()) if line and not line.startswith("#")]
         if not keys:
-            raise BadParameter(f"The file of API keys, {settings.api_key_file}, has none: write one per line.")
+            raise BadParameter(
+                f"The file of API keys, {settings.api_key_file}, cannot be read or has none: check its name and "
+                "permissions, and write one key per line."
+            )
     if KEY_VARIABLE in environ:
         keys.append(environ[KEY_VARIABLE].strip())
         if not keys[-1]:
@@ -168,30 +157,23 @@ def _read_host(host: str) -> str:
 
 
 def _read_origin(origin: str) -> str:
-    parts = _split(origin)
-    if parts is None or parts.scheme not in {"http", "https"} or not parts.hostname or "*" in origin:
-        raise BadParameter(f"{origin!r} is not an origin: write https://example.org, with a port if it has one.")
-    if origin != f"{parts.scheme}://{parts.netloc}".lower() or "@" in origin:
-        raise BadParameter(f"{origin!r} is more than an origin: write {parts.scheme}://{parts.hostname} alone.")
+    scheme, _, host = origin.partition("://")
+    if scheme not in {"http", "https"} or not _host_name(host) or "*" in host or host != host.lower():
+        raise BadParameter(
+            f"{origin!r} is not an origin: write https://example.org, in lower case, with a port if it has one, and "
+            "without a path."
+        )
     return origin
-
-
-def _split(url: str) -> SplitResult | None:
-    """The parts of an address; None if it is malformed."""
-    try:
-        parts = urlsplit(url)
-        _ = parts.port  # raises too
-    except ValueError:
-        return None
-    return parts
 
 
 def _host_name(host: str) -> str:
     """The name or address in a Host header, in lower case, without port and last dot; empty if it is malformed."""
-    parts = _split(f"//{host}")
-    if parts is None or parts.netloc != host or "@" in host:
+    try:
+        parts = urlsplit(f"//{host}")
+        _ = parts.port  # raises too
+    except ValueError:
         return ""
-    return (parts.hostname or "").removesuffix(".")
+    return "" if parts.netloc != host or "@" in host else (parts.hostname or "").removesuffix(".")
 
 
 def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
@@ -211,11 +193,9 @@ def _preflight(headers: Headers) -> Response:
     """What a browser wants to know before a page of a named origin may send a request."""
     wanted = [name.strip().lower() for name in headers.get("access-control-request-headers", "").split(",")]
     known = [name for name in wanted if name in {"authorization", "content-type"} or name.startswith("x-stainless-")]
-    return Response(
-        status_code=204,
-        headers={
-            "Access-Control-Allow-Methods": "GET, POST",
-            "Access-Control-Allow-Headers": ", ".join(known) or "authorization, content-type",
-            "Access-Control-Max-Age": "600",
-        },
-    )
+    allowed = {
+        "Access-Control-Allow-Methods": "GET, POST",
+        "Access-Control-Allow-Headers": ", ".join(known) or "authorization, content-type",
+        "Access-Control-Max-Age": "600",
+    }
+    return Response(status_code=204, headers=allowed)

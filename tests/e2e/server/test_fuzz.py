@@ -35,7 +35,7 @@ from opsin.engine import Engine, Policy
 from opsin.prompt import TemplateSource
 from opsin.server.app import create_app
 from opsin.server.connection import patient
-from opsin.server.context import Context
+from opsin.server.handler import Context
 from opsin.server.images import ImageLoader
 from opsin.server.model import ModelManager
 from opsin.testing import FakeBackend

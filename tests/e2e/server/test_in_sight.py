@@ -23,13 +23,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from opsin.core.server_settings import ServerSettings
 from opsin.core.stages import Stage
-from opsin.server.access_log import NAME, AccessLog
 from opsin.server.app import create_app
-from opsin.server.context import Context
+from opsin.server.handler import Context
 from opsin.server.images import ImageLoader
-from opsin.server.metrics import Metrics
 from opsin.server.model import ModelManager
-from opsin.server.tracing import Tracing
+from opsin.server.watchers import NAME, AccessLog, Metrics, Tracing
 from opsin.worker import WorkerEngine
 
 pytestmark = [pytest.mark.slow, pytest.mark.native]

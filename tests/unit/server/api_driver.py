@@ -21,10 +21,9 @@ from opsin.core.server_settings import ServerSettings
 from opsin.engine import Engine, Policy
 from opsin.prompt import TemplateSource
 from opsin.server.app import create_app
-from opsin.server.context import Context
+from opsin.server.handler import Context, RequestStats
 from opsin.server.images import ImageLoader
 from opsin.server.model import ModelManager
-from opsin.server.request_stats import RequestStats
 from opsin.testing import FakeBackend
 from opsin.testing.fake_backend import TURN_TEXT
 

@@ -11,8 +11,8 @@ import pytest
 
 from opsin.core.answer import Answer, GuardVerdict, Timings, Usage
 from opsin.core.stages import Stages
-from opsin.server.access_log import NAME, AccessLog
-from opsin.server.request_stats import RequestStats
+from opsin.server.handler import RequestStats
+from opsin.server.watchers import NAME, AccessLog
 
 ANSWER = Answer(
     text="a secret answer",

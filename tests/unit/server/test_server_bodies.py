@@ -16,8 +16,7 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from opsin.core.server_settings import ServerSettings
-from opsin.server.fair_queue import FairQueue
-from opsin.server.limits import Limits
+from opsin.server.limits import FairQueue, Limits
 from opsin.testing import FakeClock
 
 pytestmark = pytest.mark.slow

@@ -14,13 +14,8 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from opsin.core.errors import QueueFull
-from opsin.core.prompt import Prompt
-from opsin.core.sampling import SamplingParams
 from opsin.core.server_settings import ServerSettings
-from opsin.server.completions import TextWriter
-from opsin.server.fair_queue import FairQueue
-from opsin.server.handler import Job
-from opsin.server.limits import Limits
+from opsin.server.limits import FairQueue, Limits
 from opsin.server.pixels import current_holder
 from opsin.testing import FakeClock
 
@@ -160,8 +155,7 @@ class Taking:
         self.arrived: list[str] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        asked = [(Prompt(()), SamplingParams())] * int(dict(scope["headers"])[b"n"])
-        await scope["state"]["admission"].admit(Job(asked, TextWriter("m", logprobs=False, include_usage=False), False))
+        await scope["state"]["admission"].admit(int(dict(scope["headers"])[b"n"]), None)
         self.arrived.append(scope["state"]["key"])
         await self.go.wait()
         await send({"type": "http.response.start", "status": 200, "headers": []})

