@@ -46,7 +46,7 @@ def test_help_and_the_api_document_use_them_too() -> None:
     from opsin.cli.app import app
     from opsin.core.server_settings import ServerSettings
     from opsin.server.app import create_app
-    from opsin.server.context import Context
+    from opsin.server.handler import Context
 
     commands = ("ask", "serve", "chat", "doctor", "explain", "tune", "predict", "bench", "models", "pull")
     for arguments in ([], *([name] for name in commands)):

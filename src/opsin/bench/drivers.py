@@ -35,11 +35,11 @@ class EngineDriver:
     """Does what a server does with a question, without the network: decode the image, build the prompt, read events."""
 
     def __init__(self, engine: Engine, prompts: PromptBuilder) -> None:
-        self._engine, self._prompts, self._media = engine, prompts, ImageSettings()
+        self._engine, self._prompts, self._image_settings = engine, prompts, ImageSettings()
 
     def ask(self, image: bytes, question: str, max_tokens: int) -> Generator[float, None, Usage]:
         """See `workloads.Driver`. Raises BadInput, EngineError."""
-        prompt = self._prompts.build([Message("user", [load_image(image, self._media), question])])
+        prompt = self._prompts.build([Message("user", [load_image(image, self._image_settings), question])])
         params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, guard=False)
         for event in self._engine.submit(prompt, params):
             if isinstance(event, TextDelta):

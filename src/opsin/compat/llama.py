@@ -47,7 +47,7 @@ class Llama:
         self.verbose = verbose
         self._seed = real_seed(seed)
         self._last_n = last_n_tokens_size
-        self._media = ImageSettings(fetch=True)
+        self._image_settings = ImageSettings(fetch=True)
         settings = {**engine_options(options), "verbose": verbose}
         if chat_handler is not None and not chat_handler.use_gpu:
             settings["mmproj_device"] = "none"
@@ -116,4 +116,4 @@ class Llama:
 
     def _image(self, url: str) -> Image:
         source: object = url if self.chat_handler is None else self.chat_handler.load_image(url)
-        return load_image(source, self._media)
+        return load_image(source, self._image_settings)

@@ -211,7 +211,7 @@ def test_its_stages_are_disjoint_and_make_up_its_time(seen: Seen) -> None:
     stages = seen.slow["stages"]
     assert sum(stages[f"{stage}_ms"] for stage in STAGES) == pytest.approx(stages["total_ms"], abs=0.1)
     apart = sorted((s for s in stages_of(seen) if s.attributes["opsin.stage.times"] == 1), key=lambda s: s.start_time)  # type: ignore[index, arg-type, return-value]
-    assert len(apart) > 10
+    assert len(apart) > 4
     for before, after in itertools.pairwise(apart):
         assert before.end_time <= after.start_time + 1000  # type: ignore[operator]
     root = root_of(seen)

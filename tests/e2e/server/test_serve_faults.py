@@ -100,7 +100,12 @@ def test_32_requests_with_images_of_12_megapixels_run_at_once() -> None:
         for stream in running:
             assert stream.begun.wait(4 * LIMIT)
             assert stream.events, stream.broken
-        assert server.metric("num_requests_running") == 32
+        at_once = server.metric("num_requests_running")
+        # The first may have had time for all their tokens while the last images were read.
+        ended = [stream for stream in running if not stream.is_alive()]
+        assert all(stream.finish_reason == "length" for stream in ended)
+        assert at_once + len(ended) >= 32
+        assert len(ended) < 16
 
 
 def large_url(seed: int) -> str:

@@ -10,7 +10,7 @@ from api_driver import CHAT, PLAIN, QUESTION, Caller, Gate, data_url, run, text_
 
 from opsin.core.errors import DecodeFailed
 from opsin.engine import Engine
-from opsin.server import exchange
+from opsin.server import handler
 
 pytestmark = pytest.mark.slow
 
@@ -395,7 +395,7 @@ def test_thoughts_come_apart_from_the_answer() -> None:
 
 
 def test_a_comment_keeps_the_connection_alive_until_the_first_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange, "KEEP_ALIVE_SECONDS", 0.02)
+    monkeypatch.setattr(handler, "KEEP_ALIVE_SECONDS", 0.02)
     gate = Gate("done", stop_at=0)
 
     async def work() -> None:
@@ -415,7 +415,7 @@ def test_a_comment_keeps_the_connection_alive_until_the_first_token(monkeypatch:
 def test_a_call_that_is_held_back_until_it_is_whole_keeps_the_connection_alive(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(exchange, "KEEP_ALIVE_SECONDS", 0.02)
+    monkeypatch.setattr(handler, "KEEP_ALIVE_SECONDS", 0.02)
     gate = Gate('{"name": "paint", "arguments": {}}', stop_at=9)
     tool = {"type": "function", "function": {"name": "paint"}}
 
