@@ -54,4 +54,4 @@ def test_forty_hostile_files_each_end_in_one_sentence_or_an_answer(
     grown = (process.memory_info().rss - before) / 2**20
     print(f"{refused} of {len(files)} files refused, memory grew by {grown:.1f} MiB")
     assert refused >= 30
-    assert grown < 64
+    assert grown < 160  # one file that is unpacked whole would take more
