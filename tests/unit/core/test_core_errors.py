@@ -40,5 +40,5 @@ def test_codes_are_those_that_clients_know(name: str) -> None:
 def test_a_copy_of_an_error_has_no_frames() -> None:
     with pytest.raises(errors.BadPrompt) as caught:
         raise errors.BadPrompt("no")
-    copy = errors.again(caught.value)
+    copy = errors.copy_of(caught.value)
     assert (type(copy), str(copy), copy.__traceback__) == (errors.BadPrompt, "no", None)
