@@ -47,7 +47,7 @@ class ReasoningSplitter:
     def __init__(self, style: ReasoningStyle = ReasoningStyle(), *, starts_inside: bool = False) -> None:
         self._style = style
         self._dropped = style.dropped
-        self._unwrapped = False  # the answer's wrapper was opened, so its closing tag is dropped
+        self._unwrapped = False  # the answer's wrapper is open, so its closing tag is dropped, and the space before it
         self._state = "reopened" if starts_inside else "before"
         self._held = ""
         self._bare = True  # only space was seen in this state, so it is dropped
@@ -94,23 +94,28 @@ class ReasoningSplitter:
 
     def _unwrap(self) -> None:
         self._drop_space()
-        opening, closing = self._style.wrapper or ("", "")
+        opening = self._style.wrapper[0] if self._style.wrapper else ""
         shown = self._held.lstrip()
         if opening and shown.startswith(opening):
             self._held, self._state = shown[len(opening) :], "text"
-            self._dropped = (*self._dropped, closing)
             self._unwrapped = self._bare = True
         elif not opening or not opening.startswith(shown):
             self._state = "text"
 
     def _answer(self) -> str:
-        self._drop_space()
-        if self._style.wrapper and self._unwrapped:
-            before, closing, after = self._held.partition(self._style.wrapper[1])
-            self._held = before.rstrip() + after if closing else before
         for tag in self._dropped:
             self._held = self._held.replace(tag, "")
-        return self._release(self._dropped, keep_space=self._unwrapped)
+        self._drop_space()
+        if not (self._unwrapped and self._style.wrapper):
+            return self._release(self._dropped, keep_space=False)
+        closing = self._style.wrapper[1]
+        before, found, after = self._held.partition(closing)
+        if not found:
+            return self._release((*self._dropped, closing), keep_space=True)
+        self._held, self._unwrapped, self._dropped = after, False, (*self._dropped, closing)
+        before = before.rstrip()
+        self._bare = self._bare and not before
+        return before + self._answer()
 
     def _drop_space(self) -> None:
         if self._bare:

@@ -70,9 +70,9 @@ export class Tray {
 
 /** The image, or its name where the browser cannot show its kind. */
 export function shown(image) {
-  const image = el("img", { src: image.url, alt: image.name });
-  image.addEventListener("error", () => image.replaceWith(el("span", { class: "unshown" }, image.name)));
-  return image;
+  const node = el("img", { src: image.url, alt: image.name });
+  node.addEventListener("error", () => node.replaceWith(el("span", { class: "unshown" }, image.name)));
+  return node;
 }
 
 /** The file as a `data:` address. */
