@@ -1,7 +1,7 @@
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from prompt_families import source
 
@@ -89,6 +89,7 @@ pieces = st.lists(
     inside=st.booleans(),
     style=st.sampled_from([ReasoningStyle(), GLM]),
 )
+@example(words=["<answer>", "</answer>", " ", "</answer>"], cuts=[17], inside=False, style=GLM)
 def test_where_the_stream_is_cut_changes_nothing(words, cuts, inside, style):
     text = "".join(words)
     edges = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
