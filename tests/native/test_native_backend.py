@@ -253,7 +253,7 @@ def test_a_backend_at_rest_has_no_threads_that_wait_and_computes_the_same_afterw
     if threads() == before:
         pytest.skip("this build of ggml computes without OpenMP")
     backend.pause_threads()
-    assert threads() == before
+    assert threads() <= before  # a thread of an earlier test may end meanwhile
     backend.pause_threads()
     assert np.array_equal(logits(), first)
     backend.close()

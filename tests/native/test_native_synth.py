@@ -31,16 +31,16 @@ def test_a_pair_of_any_type_sees_and_speaks(quantisation: str, mmproj_type: str,
     try:
         embeddings = []
         for seed in (1, 2):
-            layout = backend.tokenize([TextPart("USER: "), ImagePart(draw(seed))], add_bos=True)
-            run = next(run for run in layout.chunks if isinstance(run, ImageChunk))
+            prompt = backend.tokenize([TextPart("USER: "), ImagePart(draw(seed))], add_bos=True)
+            run = next(run for run in prompt.chunks if isinstance(run, ImageChunk))
             embeddings.append(backend.encode(run))
-            layout.close()
+            prompt.close()
         assert [rows.shape for rows in embeddings] == [(16, 64), (16, 64)]
         assert all(0.1 < rows.std() < 10 for rows in embeddings)
         assert np.abs(embeddings[0] - embeddings[1]).mean() > 0.1
-        layout = backend.tokenize([ImagePart(draw()), TextPart("\nWhat is this?\nASSISTANT:")], add_bos=True)
-        position = prefill(backend, layout)
-        layout.close()
+        prompt = backend.tokenize([ImagePart(draw()), TextPart("\nWhat is this?\nASSISTANT:")], add_bos=True)
+        position = prefill(backend, prompt)
+        prompt.close()
         sampler = backend.sampler(SamplingParams(temperature=0, ignore_eos=True), seed=0)
         tokens = generate(backend, sampler, position, 16)
         sampler.close()
@@ -61,8 +61,8 @@ def test_the_vocabulary_is_the_one_that_was_made_up(shared: NativeBackend):
     vocabulary = make_vocabulary(512)
     assert shared.limits.n_vocab == 512
     assert shared.eog_tokens == {2}
-    layout = shared.layout([TextPart("the rest\n\u00fc</s>")], add_bos=True)
-    tokens = list(itertools.chain.from_iterable(run.tokens for run in layout.chunks if isinstance(run, TextChunk)))
+    prompt = shared.tokenize([TextPart("the rest\n\u00fc</s>")], add_bos=True)
+    tokens = list(itertools.chain.from_iterable(run.tokens for run in prompt.chunks if isinstance(run, TextChunk)))
     assert tokens[0] == 1
     assert tokens[-1] == 2
     pieces = [vocabulary.tokens[token] for token in tokens[1:-1]]
@@ -70,7 +70,7 @@ def test_the_vocabulary_is_the_one_that_was_made_up(shared: NativeBackend):
     assert pieces[-2:] == ["<0xC3>", "<0xBC>"]
     assert b"".join(shared.piece(token) for token in tokens[1:-1]) == " the rest\n\u00fc".encode()
     assert len(pieces) < len("the rest") + 3  # and letters are merged to words
-    layout.close()
+    prompt.close()
 
 
 def test_a_pair_without_a_template_loads_too(tmp_path: Path):
