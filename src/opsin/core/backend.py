@@ -1,6 +1,6 @@
 """What the engine needs of a model runtime. The engine never sees a native type.
 
-Threads: `layout` and `check` may be called by any thread, also while the engine's thread computes. All else belongs to
+Threads: `tokenize` and `check` may be called by any thread, also while the engine's thread computes. All else belongs to
 the one thread that owns the backend.
 """
 
@@ -121,7 +121,7 @@ class Backend(Protocol):
         """
 
     def encode(self, run: ImageChunk, between: Callable[[], None] | None = None) -> Embedding:
-        """Chunk the vision encoder on one chunk; float32 [n_tokens, n_embd], owned by the caller. Raises EncodeFailed.
+        """Run the vision encoder on one chunk; float32 [n_tokens, n_embd], owned by the caller. Raises EncodeFailed.
 
         `between` is called between layers; what it raises is raised after the encode, whose embedding is lost.
         """
@@ -166,7 +166,7 @@ class Backend(Protocol):
         """Idle for a while: let go what is in the way of others, such as threads that wait."""
 
     def placement(self) -> Placement:
-        """Chunk one encode and one prefill with the probe on, and say where they ran; it forgets sequences it used."""
+        """Run one encode and one prefill with the probe on, and say where they ran; it forgets sequences it used."""
 
     def close(self) -> None:
         """Free everything, children first; twice does no harm."""

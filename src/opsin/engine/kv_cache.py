@@ -206,7 +206,7 @@ class KVCacheManager:
         self._ops.append(Forget(prefix.seq_id))
 
     def expected_positions(self) -> dict[int, int]:
-        """The last position of each sequence id while nobody chunks: -1 for all but idle prefixes."""
+        """The last position of each sequence id while no sequence runs: -1 for all but idle prefixes."""
         held = {prefix.seq_id: last_position_of(prefix.units) for prefix in self._idle.values()}
         return {seq_id: held.get(seq_id, -1) for seq_id in range(self._limits.n_seq_max)}
 

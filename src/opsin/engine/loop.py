@@ -1,4 +1,4 @@
-"""The one thread that owns the backend: inbox, plan, chunk, process output; and what happens when it dies."""
+"""The one thread that owns the backend: inbox, plan, run, process output; and what happens when it dies."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Loop:
         self._inbox.put(None)
 
     def call(self, work: Callable[[Backend], T]) -> Future[T]:
-        """Chunk `work` on the engine's thread between two steps. Raises EngineClosed or EngineDied."""
+        """Run `work` on the engine's thread between two steps. Raises EngineClosed or EngineDied."""
         future: Future[T] = Future()
 
         def run() -> None:
@@ -99,7 +99,7 @@ class Loop:
         return future
 
     def close(self) -> None:
-        """Fail what still chunks, free the backend, and wait for the thread; twice does no harm."""
+        """Fail what still runs, free the backend, and wait for the thread; twice does no harm."""
         with self._lock:
             self._closing = True
         self._inbox.put(None)

@@ -31,7 +31,7 @@ class Fork:
 
 @dataclass(frozen=True, slots=True)
 class Encode:
-    """Chunk the vision encoder on the image chunk at the sequence's cursor, unless its embedding is known.
+    """Run the vision encoder on the image chunk at the sequence's cursor, unless its embedding is known.
 
     `beside` are chunks that the encoder can take in the same call, with the sequences that have them.
     """

@@ -172,9 +172,9 @@ class Runner:
             self._images.put(salted(chunk.identity, owner.request.salt), embedding)
 
     def _unknown(self, step: Encode) -> list[tuple[Sequence, ImageChunk]]:
-        """Chunks beside that have pixels and are not known, each once.
+        """The chunks beside it that have pixels and no known embedding, each once.
 
-        Since the plan was made an owner may have ended: closed chunks.
+        Since the plan was made an owner may have ended and closed its chunks.
         """
         seen = {salted(step.chunk.identity, step.sequence.request.salt)}
         unknown = []

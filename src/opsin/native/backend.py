@@ -37,7 +37,7 @@ _Sampled: TypeAlias = "tuple[int, TokenLogprob | None] | OpsinError"
 class NativeBackend:
     """A loaded pair.
 
-    `layout`, `check`, `piece` and the attributes may be used by any thread, all else by one at a time: a second one
+    `tokenize`, `check`, `piece` and the attributes may be used by any thread, all else by one at a time: a second one
     inside would corrupt native memory and is refused with an EngineError. `threads` are of decode, prefill and encode.
     """
 
@@ -81,7 +81,7 @@ class NativeBackend:
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """Hold the model against `close` while another thread lays out."""
+        """Hold the model against `close` while another thread tokenizes."""
         with self._gate:
             self._readers += 1
         try:
@@ -175,7 +175,7 @@ class NativeBackend:
         pause_threads(self._model.lib)
 
     def placement(self) -> Placement:
-        """Chunk one encode and one prefill of their own with the probe on, and say where they ran."""
+        """Run one encode and one prefill of their own with the probe on, and say where they ran."""
         from opsin.native.probe import probe_placement
 
         with self._alone():

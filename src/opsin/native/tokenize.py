@@ -1,4 +1,4 @@
-"""Parts of a prompt into runs: tokens of text, chunks of images."""
+"""Parts of a prompt into chunks of tokens and chunks of images."""
 
 from __future__ import annotations
 
