@@ -1,7 +1,7 @@
 """What the engine needs of a model runtime. The engine never sees a native type.
 
-Threads: `tokenize` and `check` may be called by any thread, also while the engine's thread computes. All else belongs to
-the one thread that owns the backend.
+Threads: `tokenize` and `check` may be called by any thread, also while the engine's thread computes. All else belongs
+to the one thread that owns the backend.
 """
 
 from __future__ import annotations

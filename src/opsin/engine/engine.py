@@ -101,15 +101,13 @@ class Engine:
         waited_since: float | None = None,
         priority: int = 0,
         salt: str = "",
-        on_encoded: Callable[[], None] | None = None,
     ) -> AnswerStream:
         """Ask. Never blocks; the stream raises what goes wrong from here on.
 
-        `load_ms` is the loading time to be shown in this answer's account, `queue_ms` how long it waited for its turn
-        before. Who loaded several images side by side
-        says with `waited_since`, a time of the engine's clock, when that began: the account goes back to then. Higher
-        `priority` goes first. Requests of different `salt` share nothing that is remembered. `on_encoded` is called
-        once when the images' pixels are not needed any more. Raises EngineClosed, EngineDied, or QueueFull.
+        `load_ms` is the loading time to be shown in this answer's stages, `queue_ms` how long it waited for its turn
+        before. `waited_since` is when the caller began to load the images side by side, in seconds of the engine's
+        clock: the stages go back to then. Higher `priority` goes first. Requests of different `salt` share nothing
+        that is remembered. Raises EngineClosed, EngineDied, or QueueFull.
         """
         if self._loop.error is not None:
             raise copy_of(self._loop.error)
@@ -134,7 +132,7 @@ class Engine:
             clock.waited_since(waited_since)
         clock.start()
         clock.switch(Stage.QUEUE)
-        stream = AnswerStream(self._loop.wake, self._wake, on_encoded)
+        stream = AnswerStream(self._loop.wake, self._wake)
         self._enter(stream)
         constrained = params.json_schema is not None or params.grammar is not None
         workers = self._compilers if constrained else self._workers

@@ -395,7 +395,6 @@ class Loop:
 
     def _release(self, sequence: Sequence, *, keep: bool = True) -> None:
         self._runner.end(sequence)
-        sequence.stream.encoded()
         self._apply(self._scheduler.release(sequence, keep=keep))
 
     def _fail_all(self, error: OpsinError) -> None:

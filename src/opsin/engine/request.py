@@ -39,18 +39,12 @@ class AnswerStream:
     """The events of one answer, read by one reader: `for` in plain code, `async for` on an event loop.
 
     Delivery never blocks the engine. The stream ends after `Finished`, or raises the request's error. `on_cancel` and
-    `on_end` are called once, when the reader goes away and when the last event is in; `on_encoded` once when the
-    request's pixels are not needed any more. `wake` tells readers of several streams that there is something to read.
+    `on_end` are called once, when the reader goes away and when the last event is in. `wake` tells readers of several
+    streams that there is something to read.
     """
 
-    def __init__(
-        self,
-        on_cancel: Callable[[], None],
-        wake: Wake | None = None,
-        on_encoded: Callable[[], None] | None = None,
-    ) -> None:
+    def __init__(self, on_cancel: Callable[[], None], wake: Wake | None = None) -> None:
         self._on_cancel = on_cancel
-        self._on_encoded = on_encoded
         self.on_end: Callable[[], None] | None = None
         self.cancelled = False
         self._wake = wake or wake_readers
@@ -96,12 +90,6 @@ class AnswerStream:
         self.cancelled = True
         self.fail(Cancelled("The answer was cancelled."))
         self._on_cancel()
-
-    def encoded(self) -> None:
-        """The pixels of the request's images are not needed any more."""
-        on_encoded, self._on_encoded = self._on_encoded, None
-        if on_encoded is not None:
-            on_encoded()
 
     def _end(self, error: BaseException | None) -> None:
         with self._changed:

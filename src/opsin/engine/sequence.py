@@ -180,7 +180,6 @@ class Sequence:
         """All embeddings are known: neither the images nor what was preprocessed of them is needed any more."""
         self.layout.close()
         self.request = replace(self.request, prompt=replace(self.request.prompt, parts=()))
-        self.stream.encoded()
 
     def end(self, reason: FinishReason, limit: Limit | None = None) -> None:
         """The answer ends here; the first reason counts."""
