@@ -44,12 +44,12 @@ def fill(backend: Any, seq_id: int, text: str, shot: int | None = None, chunk: i
     """Prefill a prompt; the row of the last logits."""
     backend.kv_remove(seq_id, 0, -1)
     parts = ([ImagePart(image(shot, 40, 30))] if shot is not None else []) + [TextPart(text + "\x1e")]
-    layout = backend.tokenize(parts, add_bos=True)
+    tokenized = backend.tokenize(parts, add_bos=True)
     pos, row = 0, 0
-    for run in layout.chunks:
+    for run in tokenized.chunks:
         for start in range(0, run.n_tokens, chunk):
             stop = min(run.n_tokens, start + chunk)
-            last = run is layout.chunks[-1] and stop == run.n_tokens
+            last = run is tokenized.chunks[-1] and stop == run.n_tokens
             if isinstance(run, ImageChunk):
                 embedding = backend.encode(run)
                 positions = np.arange(pos + start, pos + stop, dtype=np.int32)[np.newaxis, :]
@@ -63,8 +63,8 @@ def fill(backend: Any, seq_id: int, text: str, shot: int | None = None, chunk: i
             row = stop - start - 1
         pos += run.n_pos
     backend.synchronize()
-    layout.close()
-    layout.close()
+    tokenized.close()
+    tokenized.close()
     assert backend.kv_last(seq_id) == pos - 1
     return row
 
@@ -84,26 +84,26 @@ def greedy(backend: Any, seq_id: int, row: int, count: int = 6) -> list[int]:
 
 def test_layout_keeps_the_order_of_text_and_images(backend: Any) -> None:
     parts = [TextPart("one"), ImagePart(image(1)), TextPart("two"), ImagePart(image(2)), TextPart("three")]
-    layout = backend.tokenize(parts, add_bos=True)
-    kinds = [type(run) for run in layout.chunks if run.n_tokens]
+    tokenized = backend.tokenize(parts, add_bos=True)
+    kinds = [type(run) for run in tokenized.chunks if run.n_tokens]
     assert kinds == [TextChunk, ImageChunk, TextChunk, ImageChunk, TextChunk]
-    assert [run.image for run in layout.chunks if isinstance(run, ImageChunk)] == [0, 1]
-    assert [info.sha256 for info in layout.images] == [image(1).sha256, image(2).sha256]
-    assert layout.n_image_tokens == sum(info.tokens for info in layout.images) > 0
-    layout.close()
+    assert [run.image for run in tokenized.chunks if isinstance(run, ImageChunk)] == [0, 1]
+    assert [info.sha256 for info in tokenized.images] == [image(1).sha256, image(2).sha256]
+    assert tokenized.n_image_tokens == sum(info.tokens for info in tokenized.images) > 0
+    tokenized.close()
 
 
 def test_equal_images_have_equal_identities_and_embeddings(backend: Any) -> None:
-    layouts = [backend.tokenize([ImagePart(image(seed, 40, 30))], add_bos=False) for seed in (1, 1, 2)]
-    runs = [next(run for run in layout.chunks if isinstance(run, ImageChunk)) for layout in layouts]
+    prompts = [backend.tokenize([ImagePart(image(seed, 40, 30))], add_bos=False) for seed in (1, 1, 2)]
+    runs = [next(run for run in tokenized.chunks if isinstance(run, ImageChunk)) for tokenized in prompts]
     assert runs[0].identity == runs[1].identity != runs[2].identity
     rows = [backend.encode(run) for run in runs]
     assert rows[0].shape == (runs[0].n_tokens, backend.limits.n_embd)
     assert rows[0].dtype == np.float32
     np.testing.assert_array_equal(rows[0], rows[1])
     assert not np.allclose(rows[0], rows[2])
-    for layout in layouts:
-        layout.close()
+    for tokenized in prompts:
+        tokenized.close()
 
 
 def test_the_same_prompt_gives_the_same_answer_and_another_image_another(backend: Any) -> None:

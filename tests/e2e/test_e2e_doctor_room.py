@@ -39,9 +39,9 @@ devices()
 process, settings = psutil.Process(), EngineSettings.model_validate(json.loads(sys.argv[1]))
 before = process.memory_info().rss
 backend = open_backend(settings)
-layout = backend.tokenize([ImagePart(image(1, 336, 336))], add_bos=False)
-backend.encode(next(run for run in layout.chunks if isinstance(run, ImageChunk)))
-layout.close()
+tokenized = backend.tokenize([ImagePart(image(1, 336, 336))], add_bos=False)
+backend.encode(next(run for run in tokenized.chunks if isinstance(run, ImageChunk)))
+tokenized.close()
 limits = backend.limits
 for start in range(0, limits.n_ctx, limits.n_ubatch):
     part = range(start, min(start + limits.n_ubatch, limits.n_ctx))

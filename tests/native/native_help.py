@@ -17,11 +17,11 @@ def draw(seed: int = 0, width: int = 64, height: int = 48) -> Image:
     return Image(rgb, width, height, hashlib.sha256(rgb).hexdigest(), "PNG", width, height)
 
 
-def prefill(backend: Any, layout: TokenizedPrompt, seq_id: int = 0) -> int:
-    """Decode a whole layout; the next position."""
+def prefill(backend: Any, tokenized: TokenizedPrompt, seq_id: int = 0) -> int:
+    """Decode a whole tokenized prompt; the next position."""
     pos = 0
-    for run in layout.chunks:
-        last = run is layout.chunks[-1]
+    for run in tokenized.chunks:
+        last = run is tokenized.chunks[-1]
         if isinstance(run, ImageChunk):
             positions = np.arange(pos, pos + run.n_tokens, dtype=np.int32)[np.newaxis, :]
             assert backend.decode(EmbeddingRows(backend.encode(run), positions, seq_id, logits=last))

@@ -42,7 +42,7 @@ def test_closing_frees_children_first_and_only_once(open_pair: Callable[..., Any
 
 def test_a_closed_backend_raises_instead_of_touching_freed_memory(open_pair: Callable[..., Any]) -> None:
     backend = open_pair(ctx=256)
-    layout = backend.tokenize([ImagePart(draw())], add_bos=True)
+    tokenized = backend.tokenize([ImagePart(draw())], add_bos=True)
     sampler = backend.sampler(SamplingParams(), 1)
     backend.close()
     for call in (
@@ -50,7 +50,7 @@ def test_a_closed_backend_raises_instead_of_touching_freed_memory(open_pair: Cal
         lambda: backend.kv_last(0),
         lambda: backend.kv_remove(0, 0, -1),
         backend.synchronize,
-        lambda: backend.encode(layout.chunks[-1]),
+        lambda: backend.encode(tokenized.chunks[-1]),
         lambda: backend.sampler(SamplingParams(), 1),
         lambda: backend.tokenize([ImagePart(draw())], add_bos=True),
         lambda: backend.tokenize([TextPart("hello")], add_bos=True),
@@ -59,7 +59,7 @@ def test_a_closed_backend_raises_instead_of_touching_freed_memory(open_pair: Cal
     ):
         with pytest.raises(EngineClosed, match="closed already"):
             call()
-    layout.close()
+    tokenized.close()
 
 
 def test_a_failed_load_frees_what_it_had(open_pair: Callable[..., Any], pair: Any) -> None:
@@ -85,7 +85,7 @@ def test_no_model_is_a_sentence() -> None:
 
 
 def test_two_threads_at_once_are_refused(backend: Any) -> None:
-    layout = backend.tokenize([ImagePart(draw())], add_bos=False)
+    tokenized = backend.tokenize([ImagePart(draw())], add_bos=False)
     inside, leave = threading.Event(), threading.Event()
     seen: list[BaseException] = []
 
@@ -93,7 +93,7 @@ def test_two_threads_at_once_are_refused(backend: Any) -> None:
         inside.set()
         leave.wait(20)
 
-    thread = threading.Thread(target=lambda: backend.encode(layout.chunks[-1], between=wait))
+    thread = threading.Thread(target=lambda: backend.encode(tokenized.chunks[-1], between=wait))
     thread.start()
     assert inside.wait(20)
     try:
@@ -105,7 +105,7 @@ def test_two_threads_at_once_are_refused(backend: Any) -> None:
         thread.join()
     assert "Two threads" in str(seen[0])
     assert backend.kv_last(0) == -1
-    layout.close()
+    tokenized.close()
 
 
 def test_closing_waits_for_a_layout_that_is_being_made(open_pair: Callable[..., Any]) -> None:
@@ -194,10 +194,10 @@ def test_devices_are_named() -> None:
 
 
 def test_an_image_may_attend_both_ways_and_the_text_behind_it_does_not(backend: Any) -> None:
-    layout = backend.tokenize([ImagePart(draw())], add_bos=False)
-    run = next(run for run in layout.chunks if isinstance(run, ImageChunk))
+    tokenized = backend.tokenize([ImagePart(draw())], add_bos=False)
+    run = next(run for run in tokenized.chunks if isinstance(run, ImageChunk))
     rows = backend.encode(run)
-    layout.close()
+    tokenized.close()
     positions = np.arange(run.n_tokens, dtype=np.int32)[np.newaxis, :]
 
     def after(seq_id: int, *, causal: bool) -> Any:
@@ -215,13 +215,13 @@ def test_200_images_leave_memory_flat(open_pair: Callable[..., Any]) -> None:
     process = psutil.Process()
 
     def ask(seed: int) -> None:
-        layout = backend.tokenize([TextPart("USER: "), ImagePart(draw(seed)), TextPart(" what?")], add_bos=True)
-        pos = prefill(backend, layout)
+        tokenized = backend.tokenize([TextPart("USER: "), ImagePart(draw(seed)), TextPart(" what?")], add_bos=True)
+        pos = prefill(backend, tokenized)
         sampler = backend.sampler(SamplingParams(grammar="root ::= [a-z]+", temperature=1.0), seed)
         generate(backend, sampler, pos, 4)
         backend.logprobs(-1, 5, 5)
         sampler.close()
-        layout.close()
+        tokenized.close()
         backend.kv_remove(0, 0, -1)
 
     for seed in range(20):

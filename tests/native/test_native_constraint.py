@@ -22,10 +22,10 @@ HOT: dict[str, Any] = {"temperature": 2.0, "top_k": 0, "top_p": 1.0, "min_p": 0.
 def answer(backend: Any, params: SamplingParams, seed: int, count: int = 200) -> tuple[str, bool]:
     """The text, and whether it ended by itself."""
     backend.kv_remove(0, 0, -1)
-    layout = backend.tokenize([TextPart("USER: hello ASSISTANT:")], add_bos=True)
+    tokenized = backend.tokenize([TextPart("USER: hello ASSISTANT:")], add_bos=True)
     sampler = backend.sampler(params, seed)
     try:
-        tokens = generate(backend, sampler, prefill(backend, layout), count)
+        tokens = generate(backend, sampler, prefill(backend, tokenized), count)
     finally:
         sampler.close()
     return b"".join(map(backend.piece, tokens)).decode("utf-8", "replace"), tokens[-1] in backend.eog_tokens

@@ -101,9 +101,9 @@ def test_the_same_prompt_twice_gives_the_same_bits(backend: Any) -> None:
     given = []
     for seq_id in (0, 0, 3):
         backend.kv_remove(seq_id, 0, -1)
-        layout = tokenize_prompt(backend)
-        fill(backend, seq_id, layout.chunks)
-        layout.close()
+        tokenized = tokenize_prompt(backend)
+        fill(backend, seq_id, tokenized.chunks)
+        tokenized.close()
         given.append(logits(backend))
     np.testing.assert_array_equal(given[0], given[1])
     np.testing.assert_array_equal(given[0], given[2])
@@ -129,60 +129,60 @@ def test_a_forked_prefix_gives_the_same_bits_as_a_prompt_of_its_own(backend: Any
 
 
 def test_a_fork_lives_on_when_its_source_is_gone(backend: Any) -> None:
-    layout = tokenize_prompt(backend)
-    end = fill(backend, 0, layout.chunks)
+    tokenized = tokenize_prompt(backend)
+    end = fill(backend, 0, tokenized.chunks)
     expected = step(backend, 0, end, 65)
     backend.kv_remove(0, end, -1)
     backend.kv_copy(0, 1, 0, end)
     backend.kv_remove(0, 0, -1)
     assert backend.kv_last(0) == -1
     np.testing.assert_array_equal(expected, step(backend, 1, end, 65))
-    layout.close()
+    tokenized.close()
 
 
 def test_other_batch_shapes_stay_within_the_tolerance(backend: Any) -> None:
-    layout = tokenize_prompt(backend)
-    end = fill(backend, 0, layout.chunks)
+    tokenized = tokenize_prompt(backend)
+    end = fill(backend, 0, tokenized.chunks)
     whole = [logits(backend), step(backend, 0, end, 65)]
     worst = 0.0
     for chunk in (1, 7, 48):
         backend.kv_remove(0, 0, -1)
-        assert fill(backend, 0, layout.chunks, chunk=chunk) == end
+        assert fill(backend, 0, tokenized.chunks, chunk=chunk) == end
         sliced = [logits(backend), step(backend, 0, end, 65)]
         off = max(float(np.abs(a - b).max()) for a, b in zip(whole, sliced, strict=True))
         assert off < TOLERANCE, f"slices of {chunk}: off by {off}"
         worst = max(worst, off)
     # Beside others in one batch.
     backend.kv_remove(0, 0, -1)
-    fill(backend, 0, layout.chunks)
-    assert fill(backend, 1, layout.chunks) == end
+    fill(backend, 0, tokenized.chunks)
+    assert fill(backend, 1, tokenized.chunks) == end
     assert backend.decode(batch([TokenRow(65, end, 0, logits=True), TokenRow(66, end, 1, logits=True)]))
     worst = max(worst, float(np.abs(backend._context.logits(0) - whole[1]).max()))
     assert worst < TOLERANCE
     print(f"{backend.info.name}: other batch shapes are off by {worst:.5f}")
-    layout.close()
+    tokenized.close()
 
 
 def test_another_image_is_not_within_the_tolerance(backend: Any) -> None:
     given = []
     for seed in (0, 1):
         backend.kv_remove(0, 0, -1)
-        layout = tokenize_prompt(backend, image=shot(seed=seed))
-        fill(backend, 0, layout.chunks)
-        layout.close()
+        tokenized = tokenize_prompt(backend, image=shot(seed=seed))
+        fill(backend, 0, tokenized.chunks)
+        tokenized.close()
         given.append(logits(backend))
     assert np.abs(given[0] - given[1]).max() > 5 * TOLERANCE
 
 
 def test_the_memory_knows_the_last_position_of_an_image(backend: Any) -> None:
-    layout = tokenize_prompt(backend)
-    text, *images = layout.chunks[:-1]
+    tokenized = tokenize_prompt(backend)
+    text, *images = tokenized.chunks[:-1]
     pos = fill(backend, 0, [text])
     for run in images:
         fill(backend, 0, [run], pos)
         assert backend.kv_last(0) == pos + run.last_pos
         pos += run.n_pos
-    layout.close()
+    tokenized.close()
 
 
 def test_an_idle_prefix_of_a_sliding_window_stays_whole_while_others_write(open_kind: Callable[..., Any]) -> None:
@@ -240,25 +240,25 @@ def test_a_sliding_window_has_as_many_sequences_as_others(open_kind: Callable[..
 def test_an_image_larger_than_the_ubatch_is_a_sentence(open_kind: Callable[..., Any]) -> None:
     """Read whole or not at all: llama.cpp itself would end the process."""
     backend = open_kind("gemma3-tiny", ubatch=32)
-    layout = tokenize_prompt(backend)
+    tokenized = tokenize_prompt(backend)
     try:
-        run = next(run for run in layout.chunks if isinstance(run, ImageChunk))
+        run = next(run for run in tokenized.chunks if isinstance(run, ImageChunk))
         assert not run.causal
         rows = EmbeddingRows(backend.encode(run), run.positions_at(0, 0, run.n_tokens), 0, causal=False)
         with pytest.raises(DecodeFailed, match=r"64 rows .* ubatch of 32: this model reads an image whole"):
             backend.decode(rows)
         assert backend.kv_last(0) == -1
     finally:
-        layout.close()
+        tokenized.close()
         backend.close()
 
 
 def test_positions_of_m_rope_are_those_that_mtmd_itself_gives(open_kind: Callable[..., Any]) -> None:
     backend = open_kind("qwen2vl-tiny")
-    layout = tokenize_prompt(backend)
+    tokenized = tokenize_prompt(backend)
     try:
-        run = next(run for run in layout.chunks if isinstance(run, ImageChunk))
-        info = layout.images[0]
+        run = next(run for run in tokenized.chunks if isinstance(run, ImageChunk))
+        info = tokenized.images[0]
         columns, rows = info.resized_width // 28, info.resized_height // 28
         assert (run.n_tokens, run.n_pos) == (columns * rows, max(columns, rows))
         time, height, width, fourth = run.positions_at(100, 0, run.n_tokens)
@@ -268,5 +268,5 @@ def test_positions_of_m_rope_are_those_that_mtmd_itself_gives(open_kind: Callabl
         assert set(fourth) == {0}
         np.testing.assert_array_equal(run.positions_at(100, 3, 9), run.positions_at(100, 0, run.n_tokens)[:, 3:9])
     finally:
-        layout.close()
+        tokenized.close()
         backend.close()

@@ -13,9 +13,9 @@ from opsin.core.tokens import ImageChunk, TextChunk
 
 
 def tokens(backend: Any, *parts: TextPart, add_bos: bool = False) -> tuple[int, ...]:
-    layout = backend.tokenize(parts, add_bos=add_bos)
-    assert all(isinstance(run, TextChunk) for run in layout.chunks)
-    return tuple(token for run in layout.chunks for token in run.tokens)
+    tokenized = backend.tokenize(parts, add_bos=add_bos)
+    assert all(isinstance(run, TextChunk) for run in tokenized.chunks)
+    return tuple(token for run in tokenized.chunks for token in run.tokens)
 
 
 def text_of(backend: Any, ids: tuple[int, ...]) -> str:
@@ -60,9 +60,9 @@ def test_empty_parts_are_nothing(backend: Any) -> None:
 def test_the_begin_token_comes_once_and_only_when_asked(backend: Any) -> None:
     begin = backend._model.control_tokens["<s>"]
     assert tokens(backend, TextPart("hello"), add_bos=True) == (begin, *tokens(backend, TextPart("hello")))
-    layout = backend.tokenize([ImagePart(draw()), TextPart("hello")], add_bos=True)
-    assert layout.chunks[0] == TextChunk((begin,))
-    layout.close()
+    tokenized = backend.tokenize([ImagePart(draw()), TextPart("hello")], add_bos=True)
+    assert tokenized.chunks[0] == TextChunk((begin,))
+    tokenized.close()
 
 
 def test_images_stand_where_they_were_put(backend: Any) -> None:
@@ -74,33 +74,33 @@ def test_images_stand_where_they_were_put(backend: Any) -> None:
         ImagePart(draw(1)),
         TextPart("c"),
     ]
-    layout = backend.tokenize(parts, add_bos=True)
-    kinds = [run.image if isinstance(run, ImageChunk) else "text" for run in layout.chunks]
+    tokenized = backend.tokenize(parts, add_bos=True)
+    kinds = [run.image if isinstance(run, ImageChunk) else "text" for run in tokenized.chunks]
     assert kinds == ["text", 0, "text", 1, 2, "text"]
-    assert [image.sha256 for image in layout.images] == [draw(1).sha256, draw(2).sha256, draw(1).sha256]
-    assert layout.n_image_tokens == 48
-    layout.close()
+    assert [image.sha256 for image in tokenized.images] == [draw(1).sha256, draw(2).sha256, draw(1).sha256]
+    assert tokenized.n_image_tokens == 48
+    tokenized.close()
 
 
 def test_an_image_says_what_size_the_encoder_saw(backend: Any) -> None:
-    layout = backend.tokenize([ImagePart(draw(0, 640, 31))], add_bos=False)
-    (info,) = layout.images
+    tokenized = backend.tokenize([ImagePart(draw(0, 640, 31))], add_bos=False)
+    (info,) = tokenized.images
     assert (info.width, info.height, info.resized_width, info.resized_height) == (640, 31, 56, 56)
     assert (info.tokens, info.tiles) == (16, 1)
-    layout.close()
+    tokenized.close()
 
 
 def test_the_marker_of_the_library_is_text_in_a_prompt(backend: Any) -> None:
-    layout = backend.tokenize([TextPart("<__media__> <image> "), ImagePart(draw())], add_bos=False)
-    assert len([run for run in layout.chunks if isinstance(run, ImageChunk)]) == 1
-    assert "<__media__> <image>" in text_of(backend, layout.chunks[0].tokens)
-    layout.close()
+    tokenized = backend.tokenize([TextPart("<__media__> <image> "), ImagePart(draw())], add_bos=False)
+    assert len([run for run in tokenized.chunks if isinstance(run, ImageChunk)]) == 1
+    assert "<__media__> <image>" in text_of(backend, tokenized.chunks[0].tokens)
+    tokenized.close()
 
 
 def identity(backend: Any, image: Image, *before: Any) -> str:
-    layout = backend.tokenize([*before, ImagePart(image)], add_bos=False)
-    layout.close()
-    return str(layout.chunks[-1].identity)
+    tokenized = backend.tokenize([*before, ImagePart(image)], add_bos=False)
+    tokenized.close()
+    return str(tokenized.chunks[-1].identity)
 
 
 def test_an_identity_names_pixels_and_projector_and_nothing_else(
@@ -129,11 +129,11 @@ def test_an_identity_names_pixels_and_projector_and_nothing_else(
 
 
 def test_equal_identities_have_equal_embeddings(backend: Any) -> None:
-    layout = backend.tokenize([ImagePart(draw(1)), TextPart("x"), ImagePart(draw(1))], add_bos=False)
-    first, second = (run for run in layout.chunks if isinstance(run, ImageChunk))
+    tokenized = backend.tokenize([ImagePart(draw(1)), TextPart("x"), ImagePart(draw(1))], add_bos=False)
+    first, second = (run for run in tokenized.chunks if isinstance(run, ImageChunk))
     assert first.identity == second.identity
     assert (backend.encode(first) == backend.encode(second)).all()
-    layout.close()
+    tokenized.close()
 
 
 def test_a_layout_may_be_made_by_any_thread(backend: Any) -> None:
@@ -145,10 +145,10 @@ def test_a_layout_may_be_made_by_any_thread(backend: Any) -> None:
 
 
 def test_a_closed_layout_cannot_be_encoded(backend: Any) -> None:
-    layout = backend.tokenize([ImagePart(draw())], add_bos=False)
-    run = layout.chunks[-1]
-    layout.close()
-    layout.close()
+    tokenized = backend.tokenize([ImagePart(draw())], add_bos=False)
+    run = tokenized.chunks[-1]
+    tokenized.close()
+    tokenized.close()
     with pytest.raises(EncodeFailed, match="closed before"):
         backend.encode(run)
 
@@ -173,9 +173,9 @@ def test_pixels_that_do_not_fit_their_size_are_refused(backend: Any, rgb: bytes)
 
 def test_narrow_images_are_laid_out_or_refused(backend: Any) -> None:
     for width, height in ((1, 1), (1, 4000), (4000, 1)):
-        layout = backend.tokenize([ImagePart(draw(0, width, height))], add_bos=False)
-        assert layout.n_image_tokens == 16
-        layout.close()
+        tokenized = backend.tokenize([ImagePart(draw(0, width, height))], add_bos=False)
+        assert tokenized.n_image_tokens == 16
+        tokenized.close()
 
 
 def test_a_chunk_of_another_format_is_not_guessed_at() -> None:

@@ -10,12 +10,12 @@ from opsin.native import logs
 
 ASK = """
 backend = opened(verbose=VERBOSE)
-layout = backend.tokenize([TextPart("USER: "), ImagePart(draw()), TextPart(" what? ASSISTANT:")], add_bos=True)
-pos = prefill(backend, layout)
+tokenized = backend.tokenize([TextPart("USER: "), ImagePart(draw()), TextPart(" what? ASSISTANT:")], add_bos=True)
+pos = prefill(backend, tokenized)
 sampler = backend.sampler(SamplingParams(seed=1), 1)
 generate(backend, sampler, pos, 4)
 backend.placement()
-sampler.close(); layout.close(); backend.close()
+sampler.close(); tokenized.close(); backend.close()
 print("done")
 """
 

@@ -30,15 +30,15 @@ def test_a_cpu_build_computes_both_on_the_cpu(backend: Any) -> None:
 
 def test_the_probe_leaves_memory_and_embeddings_alone(backend: Any) -> None:
 
-    layout = backend.tokenize([ImagePart(draw())], add_bos=False)
-    before = backend.encode(layout.chunks[-1])
+    tokenized = backend.tokenize([ImagePart(draw())], add_bos=False)
+    before = backend.encode(tokenized.chunks[-1])
     assert backend.decode(batch([TokenRow(5, 0, 0, True)]))
     scores = backend._context.logits(-1).copy()
     backend.placement()
     assert backend.kv_last(0) == 0
     assert (backend._context.logits(-1) == scores).all()
-    assert (backend.encode(layout.chunks[-1]) == before).all()
-    layout.close()
+    assert (backend.encode(tokenized.chunks[-1]) == before).all()
+    tokenized.close()
 
 
 def test_text_only_models_have_no_encoder_to_place(open_pair: Callable[..., Any]) -> None:
@@ -58,10 +58,10 @@ def test_every_node_of_a_graph_is_either_counted_or_computes_nothing(backend: An
             (counted if wanted else ignored).append(op_names(library())[node.op])
             return wanted
 
-    layout = backend.tokenize([ImagePart(draw())], add_bos=False)
+    tokenized = backend.tokenize([ImagePart(draw())], add_bos=False)
     counter = Both(library())
-    backend._encoder.observed(layout.chunks[-1], counter)
-    layout.close()
+    backend._encoder.observed(tokenized.chunks[-1], counter)
+    tokenized.close()
     assert set(ignored) <= {"VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE", "NONE"}
     assert sum(share.nodes for share in counter.shares().values()) == len(counted)
 
@@ -75,9 +75,9 @@ def test_products_are_counted_exactly(backend: Any) -> None:
             if op_names(library())[node.op] == "MUL_MAT":
                 seen.append((tuple(node.ne), flops("MUL_MAT", node)))
 
-    layout = backend.tokenize([ImagePart(draw())], add_bos=False)
-    backend._encoder.observed(layout.chunks[-1], Products(library()))
-    layout.close()
+    tokenized = backend.tokenize([ImagePart(draw())], add_bos=False)
+    backend._encoder.observed(tokenized.chunks[-1], Products(library()))
+    tokenized.close()
     patches, width = 16, 64
     assert seen[0][1] == 2 * (14 * 14 * 3) * width * patches
     assert seen[-1][1] == 2 * width * width * patches

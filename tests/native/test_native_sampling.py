@@ -15,10 +15,10 @@ from opsin.core.sampling import SamplingParams
 
 def answer(backend: Any, params: SamplingParams, seed: int, count: int = 24) -> list[int]:
     backend.kv_remove(0, 0, -1)
-    layout = backend.tokenize([TextPart("USER: hello ASSISTANT:")], add_bos=True)
+    tokenized = backend.tokenize([TextPart("USER: hello ASSISTANT:")], add_bos=True)
     sampler = backend.sampler(params, seed)
     try:
-        return generate(backend, sampler, prefill(backend, layout), count)
+        return generate(backend, sampler, prefill(backend, tokenized), count)
     finally:
         sampler.close()
 

@@ -16,9 +16,9 @@ from opsin.core.sampling import SamplingParams
 
 @pytest.fixture
 def run(backend: Any) -> Any:
-    layout = backend.tokenize([ImagePart(draw())], add_bos=False)
-    yield layout.chunks[-1]
-    layout.close()
+    tokenized = backend.tokenize([ImagePart(draw())], add_bos=False)
+    yield tokenized.chunks[-1]
+    tokenized.close()
 
 
 def test_an_embedding_is_owned_by_the_caller(backend: Any, run: Any) -> None:
@@ -109,12 +109,12 @@ def test_an_encode_inside_an_encode_is_refused(backend: Any, run: Any) -> None:
 
 
 def test_several_chunks_come_back_in_order(backend: Any) -> None:
-    layout = backend.tokenize([ImagePart(draw(seed)) for seed in range(3)], add_bos=False)
-    runs = [run for run in layout.chunks if hasattr(run, "identity")]
+    tokenized = backend.tokenize([ImagePart(draw(seed)) for seed in range(3)], add_bos=False)
+    runs = [run for run in tokenized.chunks if hasattr(run, "identity")]
     together = backend.encode_many(runs)
     for run, rows in zip(runs, together, strict=True):
         assert (backend.encode(run) == rows).all()
-    layout.close()
+    tokenized.close()
 
 
 def test_values_that_are_no_numbers_are_refused(open_pair: Callable[..., Any], pair: Any, tmp_path: Any) -> None:
@@ -127,12 +127,12 @@ def test_values_that_are_no_numbers_are_refused(open_pair: Callable[..., Any], p
     damaged = tmp_path / "damaged.gguf"
     damaged.write_bytes(bytes(data))
     backend = open_pair(mmproj=damaged, ctx=256)
-    layout = backend.tokenize([ImagePart(draw())], add_bos=False)
+    tokenized = backend.tokenize([ImagePart(draw())], add_bos=False)
     try:
         with pytest.raises(EncodeFailed, match="not numbers"):
-            backend.encode(layout.chunks[-1])
+            backend.encode(tokenized.chunks[-1])
     finally:
-        layout.close()
+        tokenized.close()
         backend.close()
 
 

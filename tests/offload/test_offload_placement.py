@@ -50,9 +50,9 @@ def test_the_device_computes_what_the_cpu_computes(opened: Callable[..., Any], p
     embeddings = []
     for where in (DEVICE, "none"):
         backend = opened(pair, mmproj_device=where)
-        layout = backend.tokenize([ImagePart(load_image(rgb, ImageSettings()))], add_bos=False)
-        embeddings.append(np.array(backend.encode(layout.chunks[-1])).ravel())
-        layout.close()
+        tokenized = backend.tokenize([ImagePart(load_image(rgb, ImageSettings()))], add_bos=False)
+        embeddings.append(np.array(backend.encode(tokenized.chunks[-1])).ravel())
+        tokenized.close()
         backend.close()
     there, here = embeddings
     assert there @ here / np.linalg.norm(there) / np.linalg.norm(here) > 0.999

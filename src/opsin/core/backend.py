@@ -97,7 +97,7 @@ Sample = tuple[Sampler, int, int | None]
 class Backend(Protocol):
     """A language model with its KV cache and, where the pair has one, a vision encoder.
 
-    Samplers and layouts are closed before the backend. Ranges of positions exclude their end; -1 is the last.
+    Samplers and tokenized prompts are closed before the backend. Ranges of positions exclude their end; -1 is the last.
     """
 
     @property

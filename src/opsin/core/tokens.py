@@ -32,8 +32,8 @@ class ImageChunk:
     Under M-RoPE `n_pos` is less than `n_tokens`, `positions` is int32 [n_tokens, 4] (time, height, width, one more) for
     a chunk that starts at 0, and `moves` of the same shape is 1 where a position counts from the chunk's first (None:
     everywhere); else both are None. `causal=False`: the chunk attends in both directions and must go in one ubatch.
-    `handle` belongs to the backend and lives until the layout is closed. A `placeholder` has no pixels, because its
-    embedding was known already, and cannot be encoded.
+    `handle` belongs to the backend and lives until its TokenizedPrompt is closed. A `placeholder` has no pixels,
+    because its embedding was known already, and cannot be encoded.
     """
 
     identity: str

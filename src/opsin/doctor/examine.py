@@ -102,9 +102,9 @@ def _loaded_facts(loaded: LoadedPair, facts: LoadedFacts) -> LoadedFacts:
     )
     if not backend.has_vision:
         return facts
-    layout = backend.tokenize([ImagePart(drawn_image())], add_bos=False)
+    tokenized = backend.tokenize([ImagePart(drawn_image())], add_bos=False)
     try:
-        causal = all(run.causal for run in layout.chunks if isinstance(run, ImageChunk))
-        return replace(facts, image_tokens=layout.n_image_tokens, causal=causal)
+        causal = all(run.causal for run in tokenized.chunks if isinstance(run, ImageChunk))
+        return replace(facts, image_tokens=tokenized.n_image_tokens, causal=causal)
     finally:
-        layout.close()
+        tokenized.close()

@@ -209,13 +209,13 @@ class Engine:
         try:
             self._work(self._workers, work, sequence.stream)
         except EngineClosed:
-            sequence.layout.close()
+            sequence.tokenized.close()
 
     def _hand_over(self, sequence: Sequence) -> None:
         try:
             self._loop.put(sequence)
         except OpsinError:
-            sequence.layout.close()
+            sequence.tokenized.close()
             raise
 
 

@@ -15,7 +15,7 @@ from opsin.core.tokens import ImageChunk, TokenizedPrompt
 
 @dataclass(slots=True)
 class _Announced:
-    """What a layout owns; closing it ends the announcement, too."""
+    """What a tokenized prompt owns; closing it ends the announcement, too."""
 
     encodes: InFlightEncodes
     identities: tuple[str, ...]
@@ -59,17 +59,17 @@ class InFlightEncodes:
     def __contains__(self, identity: str) -> bool:
         return self._held[identity] > 0
 
-    def add(self, layout: TokenizedPrompt, salt: str) -> None:
-        """The layout has pixels that will be encoded; until it is closed nobody else of its salt needs them."""
-        pixels = (chunk for chunk in layout.chunks if isinstance(chunk, ImageChunk) and not chunk.placeholder)
+    def add(self, tokenized: TokenizedPrompt, salt: str) -> None:
+        """It has pixels that will be encoded; until it is closed nobody else of its salt needs them."""
+        pixels = (chunk for chunk in tokenized.chunks if isinstance(chunk, ImageChunk) and not chunk.placeholder)
         identities = tuple(salted(chunk.identity, salt) for chunk in pixels)
         if identities:
             with self._guard:
                 self._held.update(identities)
-            layout.owned = _Announced(self, identities, layout.owned)
+            tokenized.owned = _Announced(self, identities, tokenized.owned)
 
     def remove(self, identities: Iterable[str]) -> None:
-        """A layout with these was closed."""
+        """A tokenized prompt with these was closed."""
         with self._guard:
             self._held.subtract(identities)
             self._held += Counter()

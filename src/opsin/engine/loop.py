@@ -330,7 +330,7 @@ class Loop:
     @staticmethod
     def _drop_pixels(sequence: Sequence) -> None:
         """When all images are encoded nobody needs their pixels: with 12 megapixels each they fill the memory."""
-        pixels = any(isinstance(chunk, ImageChunk) and not chunk.placeholder for chunk in sequence.layout.chunks)
+        pixels = any(isinstance(chunk, ImageChunk) and not chunk.placeholder for chunk in sequence.tokenized.chunks)
         if pixels and not sequence.to_encode:
             sequence.drop_pixels()
 
@@ -364,7 +364,7 @@ class Loop:
         coming = sequence.chunks[sequence.chunk_index :]
         known = sum(isinstance(chunk, ImageChunk) and chunk.identity in sequence.embeddings for chunk in coming)
         counts = self.stats.counts
-        counts.prompt_tokens += sequence.layout.n_tokens
+        counts.prompt_tokens += sequence.tokenized.n_tokens
         counts.prefix_hits += sequence.cached
         counts.image_hits += known
         try:

@@ -35,34 +35,34 @@ class Preparer:
             # Here and not where the sampler is made: compiling a schema takes time, and others stream.
             self._backend.check(request.params)
         embeddings: dict[str, Embedding] = {}
-        # Whoever waits here gets a layout without pixels, and is served by the encode of the one that has them.
+        # Whoever waits here gets no pixels, and is served by the encode of the request that has them.
         with self._in_flight.alone(image.sha256 for image in request.prompt.images):
             if stream.done:
                 return None
             with clock.stage(Stage.PREPROCESS):
-                layout = self._layout(request, embeddings)
+                tokenized = self._tokenize(request, embeddings)
         try:
-            _check_fit(layout, self._backend.limits)
-            sequence = Sequence(request, stream, clock, self._text(request), layout, embeddings)
+            _check_fit(tokenized, self._backend.limits)
+            sequence = Sequence(request, stream, clock, self._text(request), tokenized, embeddings)
         except BaseException:
-            layout.close()
+            tokenized.close()
             raise
-        known = [chunk for chunk in layout.chunks if isinstance(chunk, ImageChunk) and chunk.identity in embeddings]
+        known = [chunk for chunk in tokenized.chunks if isinstance(chunk, ImageChunk) and chunk.identity in embeddings]
         sequence.cached_images |= {chunk.image for chunk in known}
-        stream.deliver(Started(layout.images, layout.n_tokens))
+        stream.deliver(Started(tokenized.images, tokenized.n_tokens))
         return sequence
 
     def pixels(self, sequence: Sequence) -> None:
         """Lay a waiting sequence's prompt out again, with pixels. Raises BadInput."""
         with sequence.clock.stage(Stage.PREPROCESS):
-            sequence.adopt(self._layout(sequence.request, sequence.embeddings))
+            sequence.adopt(self._tokenize(sequence.request, sequence.embeddings))
 
     def closing_tokens(self, sequence: Sequence) -> list[int]:
         """The tokens that close a reasoning block."""
         style = sequence.request.prompt.reasoning
         return [] if style is None else self._tokens(style.closing)
 
-    def _layout(self, request: Request, embeddings: dict[str, Embedding]) -> TokenizedPrompt:
+    def _tokenize(self, request: Request, embeddings: dict[str, Embedding]) -> TokenizedPrompt:
         def known(identity: str) -> bool:
             name = salted(identity, request.salt)
             embedding = self._images.get(name)
@@ -72,9 +72,9 @@ class Preparer:
 
         prompt = request.prompt
         with self._watch(tuple(image.sha256 for image in prompt.images)):
-            layout = self._backend.tokenize(prompt.parts, add_bos=prompt.add_bos, known=known)
-        self._in_flight.add(layout, request.salt)
-        return layout
+            tokenized = self._backend.tokenize(prompt.parts, add_bos=prompt.add_bos, known=known)
+        self._in_flight.add(tokenized, request.salt)
+        return tokenized
 
     def _text(self, request: Request) -> AnswerText:
         prompt, params = request.prompt, request.params
@@ -100,27 +100,27 @@ class Preparer:
         return found
 
     def _tokens(self, text: str) -> list[int]:
-        layout = self._backend.tokenize([TextPart(text)], add_bos=False)
-        layout.close()
-        return [token for chunk in layout.chunks if isinstance(chunk, TextChunk) for token in chunk.tokens]
+        tokenized = self._backend.tokenize([TextPart(text)], add_bos=False)
+        tokenized.close()
+        return [token for chunk in tokenized.chunks if isinstance(chunk, TextChunk) for token in chunk.tokens]
 
 
-def _check_fit(layout: TokenizedPrompt, limits: BackendLimits) -> None:
+def _check_fit(tokenized: TokenizedPrompt, limits: BackendLimits) -> None:
     """A prompt needs its cells and one more for the first new token; what attends both ways goes in one ubatch."""
-    if layout.n_tokens == 0:
+    if tokenized.n_tokens == 0:
         raise ContextOverflow("The prompt is empty: ask a question.")
-    if layout.n_tokens >= limits.n_ctx_seq:
+    if tokenized.n_tokens >= limits.n_ctx_seq:
         trained = limits.n_ctx_seq < limits.n_ctx
-        images = f", {layout.n_image_tokens} of them for images" if layout.n_image_tokens else ""
+        images = f", {tokenized.n_image_tokens} of them for images" if tokenized.n_image_tokens else ""
         raise ContextOverflow(
-            f"The prompt takes {layout.n_tokens} tokens{images}, and "
+            f"The prompt takes {tokenized.n_tokens} tokens{images}, and "
             + (
                 f"this model was trained for {limits.n_ctx_seq} at most: shorten it, or give fewer or smaller images."
                 if trained
                 else f"the context holds {limits.n_ctx}: ask for a larger one (--ctx), or for fewer or smaller images."
             )
         )
-    for chunk in layout.chunks:
+    for chunk in tokenized.chunks:
         if isinstance(chunk, ImageChunk) and not chunk.causal and chunk.n_tokens > limits.n_ubatch:
             raise ContextOverflow(
                 f"An image takes {chunk.n_tokens} tokens that this model must read in one batch, and a batch holds "

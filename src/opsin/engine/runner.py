@@ -73,7 +73,7 @@ class Runner:
             sequence.sampler.close()
             sequence.sampler = None
         sequence.embeddings.clear()
-        sequence.layout.close()
+        sequence.tokenized.close()
 
     def run(self, step: Step, between: Callable[[], None] | None = None) -> bool:
         """Compute a step; tokens are sampled apart. False: no room in the KV cache, and nothing changed.
@@ -153,7 +153,7 @@ class Runner:
             return
         if chunk.placeholder:
             raise PixelsNeeded
-        sequence.stream.deliver(Progress(f"reading image {chunk.image + 1} of {len(sequence.layout.images)}"))
+        sequence.stream.deliver(Progress(f"reading image {chunk.image + 1} of {len(sequence.tokenized.images)}"))
         batch = [(sequence, chunk), *self._unknown(step)]
         owners = list({id(owner): owner for owner, _ in batch}.values())
         self._begin_stage(owners, Stage.ENCODE, Stage.QUEUE)
@@ -262,7 +262,7 @@ def _rows(step: Step) -> list[tuple[Sequence, int]]:
 
 
 def _sha256(sequence: Sequence, chunk: ImageChunk) -> str:
-    return sequence.layout.images[chunk.image].sha256
+    return sequence.tokenized.images[chunk.image].sha256
 
 
 def _params(sequence: Sequence) -> SamplingParams:

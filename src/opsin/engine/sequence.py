@@ -38,8 +38,8 @@ class Sequence:
         decoded:    ################   ######################  ###
         cursor:                                    chunk_index=2, chunk_offset=3
 
-    `chunks` are the layout's, and after a preemption the tokens answered so far as one more. `n_pos` is the next free
-    position, `n_cells` the KV cells it sees (they differ under M-RoPE), `cached` those it got from a prefix.
+    `chunks` are those of `tokenized`, and after a preemption the tokens answered so far as one more. `n_pos` is the
+    next free position, `n_cells` the KV cells it sees (they differ under M-RoPE), `cached` those it got from a prefix.
     `last_token` was sampled and not yet decoded. `forced` are tokens to take instead of sampling. `prefix` is its entry
     in the KV cache manager, whose units grow with the cursor. `embeddings` are the known ones of its image chunks,
     by identity; `cached_images` had a chunk whose embedding was remembered, `encoded_images` one that was encoded for
@@ -50,7 +50,7 @@ class Sequence:
     stream: AnswerStream
     clock: StageClock
     output: AnswerText
-    layout: TokenizedPrompt
+    tokenized: TokenizedPrompt
     embeddings: dict[str, Embedding] = field(default_factory=dict, repr=False)
     chunks: list[Chunk] = field(init=False)
     prefix: Prefix = field(init=False)
@@ -75,7 +75,7 @@ class Sequence:
         self._read_chunks()
 
     def _read_chunks(self) -> None:
-        self.chunks = [chunk for chunk in self.layout.chunks if chunk.n_tokens]
+        self.chunks = [chunk for chunk in self.tokenized.chunks if chunk.n_tokens]
         if self.output.tokens:
             self.chunks.append(TextChunk(tuple(self.output.tokens)))
         self.prefix = Prefix(units_of(self.chunks, self.request.salt))
@@ -170,15 +170,15 @@ class Sequence:
         self.state = State.WAITING
         self.preemptions += 1
 
-    def adopt(self, layout: TokenizedPrompt) -> None:
-        """Another layout of the same prompt takes the place of this one, which is closed; for one that waits."""
-        self.layout.close()
-        self.layout = layout
+    def adopt(self, tokenized: TokenizedPrompt) -> None:
+        """Take the same prompt tokenized anew, and close the old one; for a sequence that waits."""
+        self.tokenized.close()
+        self.tokenized = tokenized
         self._read_chunks()
 
     def drop_pixels(self) -> None:
         """All embeddings are known: neither the images nor what was preprocessed of them is needed any more."""
-        self.layout.close()
+        self.tokenized.close()
         self.request = replace(self.request, prompt=replace(self.request.prompt, parts=()))
 
     def end(self, reason: FinishReason, limit: Limit | None = None) -> None:
@@ -191,9 +191,9 @@ class Sequence:
         assert self.finish_reason is not None
         stages = self.clock.freeze()
         usage = Usage(
-            prompt_tokens=self.layout.n_tokens,
+            prompt_tokens=self.tokenized.n_tokens,
             completion_tokens=len(self.output.tokens),
-            image_tokens=self.layout.n_image_tokens,
+            image_tokens=self.tokenized.n_image_tokens,
             cached_tokens=self.cached,
         )
         return Answer(
@@ -210,7 +210,7 @@ class Sequence:
             ),
             images=tuple(
                 replace(image, cached=index in self.cached_images - self.encoded_images)
-                for index, image in enumerate(self.layout.images)
+                for index, image in enumerate(self.tokenized.images)
             ),
             guard=self.output.verdict,
             limit=self.limit,

@@ -182,7 +182,7 @@ class NativeBackend:
             return probe_placement(self._model, self._encoder, self._spans, self.settings)
 
     def close(self) -> None:
-        """Free everything, children first; twice does no harm. Waits for layouts that are being made."""
+        """Free everything, children first; twice does no harm. Waits for tokenized prompts that are being made."""
         with self._alone(), self._gate:
             self._gate.wait_for(lambda: self._readers == 0)
             self._constraints.close()

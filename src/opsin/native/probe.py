@@ -112,11 +112,11 @@ def probe_placement(model: Model, encoder: Encoder | None, spans: TextSpans, set
         notes.append("An accelerator writes into host memory: some products shown as CPU may be its own.")
     if encoder is not None:
         counter = NodeCounter(model.lib)
-        layout = tokenize_prompt(model, encoder, spans, [ImagePart(drawn_image())], add_bos=False)
+        tokenized = tokenize_prompt(model, encoder, spans, [ImagePart(drawn_image())], add_bos=False)
         try:
-            encoder.observed(next(run for run in layout.chunks if isinstance(run, ImageChunk)), counter)
+            encoder.observed(next(run for run in tokenized.chunks if isinstance(run, ImageChunk)), counter)
         finally:
-            layout.close()
+            tokenized.close()
         encoded = counter.shares()
     prefilled = _probe_prefill(model, settings)
     if "unknown" in encoded or "unknown" in prefilled:

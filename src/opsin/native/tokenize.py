@@ -85,7 +85,7 @@ class ChunkMeta(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ChunkHandle:
-    """An image chunk of a layout that may have been closed meanwhile."""
+    """An image chunk of a tokenized prompt that may have been closed meanwhile."""
 
     owner: Owned
     address: int
@@ -93,14 +93,14 @@ class ChunkHandle:
 
     @property
     def pointer(self) -> int:
-        """The native chunk. Raises EncodeFailed after its layout was closed."""
+        """The native chunk. Raises EncodeFailed after its tokenized prompt was closed."""
         if self.owner.closed:
-            raise EncodeFailed("The layout of this image was closed before it was encoded.")
+            raise EncodeFailed("The tokenized prompt of this image was closed before it was encoded.")
         return self.address
 
 
 def tokenize_text(model: Model, spans: TextSpans, parts: Sequence[TextPart], *, add_bos: bool) -> TokenizedPrompt:
-    """The layout of a prompt without images."""
+    """Tokenize a prompt without images."""
     tokens = list(model.begin if add_bos else ())
     for text, special in spans.pieces(parts):
         tokens.extend(model.tokenize(text, special=special))
@@ -116,7 +116,7 @@ def tokenize_prompt(
     add_bos: bool,
     known: Callable[[str], bool] | None = None,
 ) -> TokenizedPrompt:
-    """The layout of a prompt with images; those whose identities are all `known` stay placeholders without pixels.
+    """Tokenize a prompt with images; those whose identities are all `known` stay placeholders without pixels.
 
     mtmd lays placeholders out in no time, with the same tokens and identities. Raises BadImage, BadInput.
     """
@@ -127,13 +127,13 @@ def tokenize_prompt(
         else:
             prompt.inputs += [_checked(cast("ImagePart", part).image) for part in group]
     everything = frozenset(range(len(prompt.images)))
-    layout = prompt.tokenize_prompt(everything)
+    tokenized = prompt.tokenize_prompt(everything)
     unknown = {
-        run.image for run in layout.chunks if isinstance(run, ImageChunk) and not (known and known(run.identity))
+        run.image for run in tokenized.chunks if isinstance(run, ImageChunk) and not (known and known(run.identity))
     }
     if not unknown:
-        return layout
-    layout.close()
+        return tokenized
+    tokenized.close()
     return prompt.tokenize_prompt(everything - unknown)
 
 
@@ -159,7 +159,7 @@ class _Prompt:
         return [given for given in self.inputs if not isinstance(given, tuple)]
 
     def tokenize_prompt(self, placeholders: AbstractSet[int]) -> TokenizedPrompt:
-        """The layout, in which the images with these numbers have no pixels."""
+        """The tokenized prompt, in which the images with these numbers have no pixels."""
         owned = Owned("layout", self._mtmd.mtmd_input_chunks_init(), self._mtmd.mtmd_input_chunks_free)
         try:
             self._tokenize(owned.pointer, placeholders)

@@ -162,7 +162,7 @@ def _run(llm: Path, mmproj: Path | None, settings: EngineSettings, *, brief: boo
     logs.show(True)
     model = Model(llm, settings)
     spans, text = TextSpans(model), TextPart("What is this?", special=False)
-    layout, embeddings = tokenize_text(model, spans, [text], add_bos=True), {}
+    tokenized, embeddings = tokenize_text(model, spans, [text], add_bos=True), {}
     if mmproj is not None:
         _begin("projector")
         encoder = Encoder(model, mmproj, settings)
@@ -171,15 +171,15 @@ def _run(llm: Path, mmproj: Path | None, settings: EngineSettings, *, brief: boo
         embeddings = {
             index: encoder.encode(run) for index, run in enumerate(whole.chunks) if isinstance(run, ImageChunk)
         }
-        layout, other = (layout, whole) if brief else (whole, layout)
+        tokenized, other = (tokenized, whole) if brief else (whole, tokenized)
         other.close()
-    largest = max((run.n_tokens for run in layout.chunks if isinstance(run, ImageChunk)), default=0)
+    largest = max((run.n_tokens for run in tokenized.chunks if isinstance(run, ImageChunk)), default=0)
     small = settings.model_copy(update={"parallel": 1, "ubatch": max(settings.ubatch, largest)})
-    context = Context(model, small, ctx=-(-(layout.n_tokens + _ROOM_TOKENS) // 256) * 256)
+    context = Context(model, small, ctx=-(-(tokenized.n_tokens + _ROOM_TOKENS) // 256) * 256)
     _begin("prefill")
     pos = 0
-    for index, run in enumerate(layout.chunks):
-        last = index == len(layout.chunks) - 1
+    for index, run in enumerate(tokenized.chunks):
+        last = index == len(tokenized.chunks) - 1
         if isinstance(run, ImageChunk):
             positions = run.positions_at(pos, 0, run.n_tokens)
             context.decode(EmbeddingRows(embeddings[index], positions, 0, logits=last, causal=run.causal))
@@ -193,7 +193,7 @@ def _run(llm: Path, mmproj: Path | None, settings: EngineSettings, *, brief: boo
     token = int(np.argmax(context.logits(-1)))
     context.decode(TokenBatch([token], [pos], [0], [0]))
     context.synchronize()
-    layout.close()
+    tokenized.close()
     model.close()
 
 

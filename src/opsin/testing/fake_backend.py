@@ -294,7 +294,7 @@ class FakeBackend:
         """Everything else must be closed by now."""
         if not self.closed:
             self.closed = True
-            assert self.open_handles == 0, f"{self.open_handles} samplers or layouts outlive their backend"
+            assert self.open_handles == 0, f"{self.open_handles} samplers or tokenized prompts outlive their backend"
 
     def pay(self) -> None:
         """Let the time of unfinished work pass."""

@@ -177,10 +177,10 @@ class Driver:
                 embeddings[identity] = embedding
             return embedding is not None
 
-        layout = self.backend.tokenize(prompt.parts, add_bos=True, known=known)
-        assert layout.n_tokens < self.limits.n_ctx, "the façade refuses such a prompt"
-        sequence = Sequence(request, stream, StageClock(clock), AnswerText(chosen.stop), layout, embeddings)
-        sequence.cached_images |= {run.image for run in layout.chunks if getattr(run, "placeholder", False)}
+        tokenized = self.backend.tokenize(prompt.parts, add_bos=True, known=known)
+        assert tokenized.n_tokens < self.limits.n_ctx, "the façade refuses such a prompt"
+        sequence = Sequence(request, stream, StageClock(clock), AnswerText(chosen.stop), tokenized, embeddings)
+        sequence.cached_images |= {run.image for run in tokenized.chunks if getattr(run, "placeholder", False)}
         self.asked.append(Asked(sequence, stream))
         self.loop.put(sequence)
         return self.asked[-1]
@@ -236,14 +236,14 @@ class Driver:
 def expected(prompt: Prompt, max_tokens: int, n_ctx: int, image_tokens: int = 4) -> str:
     """The text of an answer, told from its request alone."""
     backend = FakeBackend(reply, limits=limits(n_ctx), image_tokens=image_tokens)
-    layout = backend.tokenize(prompt.parts, add_bos=True)
+    tokenized = backend.tokenize(prompt.parts, add_bos=True)
     cells: list[str] = []
-    for run in layout.chunks:
+    for run in tokenized.chunks:
         if isinstance(run, ImageChunk):
             cells += [f"<{int(row[0])}.{int(row[1])}>" for row in backend.encode(run)]
         else:
             cells += [chr(token) if token < 256 else TURN_TEXT if token == 258 else "" for token in run.tokens]
-    return reply("".join(cells))[: min(max_tokens, n_ctx - layout.n_tokens + 1)]
+    return reply("".join(cells))[: min(max_tokens, n_ctx - tokenized.n_tokens + 1)]
 
 
 __all__ = ["Asked", "Backend", "Cancelled", "Driver", "OpsinError", "expected", "limits", "prompt_of", "reply"]

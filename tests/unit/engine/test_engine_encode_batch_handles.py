@@ -1,4 +1,4 @@
-"""Images encoded beside another's need the layouts they came from."""
+"""Images encoded beside another's need the tokenized prompts they came from."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from opsin.testing import FakeClock
 
 
 class Strict(Backend):
-    """Its chunks are alive as long as their layouts, as mtmd's are."""
+    """Its chunks are alive as long as their tokenized prompts, as mtmd's are."""
 
     def tokenize(self, parts, **options):  # type: ignore[no-untyped-def]
         made = super().tokenize(parts, **options)
@@ -23,7 +23,7 @@ class Strict(Backend):
 
     def encode(self, run, between=None):  # type: ignore[no-untyped-def]
         if run.handle.closed:
-            raise EncodeFailed("The layout of this image was closed before it was encoded.")
+            raise EncodeFailed("The tokenized prompt of this image was closed before it was encoded.")
         return super().encode(run, between)
 
 

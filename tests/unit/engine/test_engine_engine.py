@@ -521,10 +521,10 @@ def test_an_engine_that_cannot_attach_says_so_instead_of_hanging() -> None:
 def test_an_image_that_attends_both_ways_and_does_not_fit_a_batch_is_refused_before_its_encode() -> None:
     class Both(FakeBackend):
         def tokenize(self, parts, *, add_bos, known=None):  # type: ignore[no-untyped-def]
-            layout = super().tokenize(parts, add_bos=add_bos, known=known)
-            runs = [dataclasses.replace(r, causal=False) if isinstance(r, ImageChunk) else r for r in layout.chunks]
-            layout.chunks = tuple(runs)
-            return layout
+            tokenized = super().tokenize(parts, add_bos=add_bos, known=known)
+            runs = [dataclasses.replace(r, causal=False) if isinstance(r, ImageChunk) else r for r in tokenized.chunks]
+            tokenized.chunks = tuple(runs)
+            return tokenized
 
     backend = Both(image_tokens=65)
     with Engine(lambda: backend) as engine, pytest.raises(ContextOverflow, match="--ubatch 65"):

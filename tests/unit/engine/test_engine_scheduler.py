@@ -101,7 +101,7 @@ def test_a_small_request_with_an_image_waits_for_one_image_of_a_large_one_not_fo
     many = made.ask(prompt_of(*range(8)))
     one = made.ask(prompt_of(20))
     made.run()
-    assert made.backend.encoded[1] == one.sequence.layout.chunks[1].identity  # type: ignore[union-attr]
+    assert made.backend.encoded[1] == one.sequence.tokenized.chunks[1].identity  # type: ignore[union-attr]
     assert in_order([many, one], "first_token_at") == [one, many]
 
 
@@ -565,7 +565,7 @@ def test_a_cancelled_request_is_gone_within_one_step(after: int) -> None:
     made.step()
     assert asked.sequence.state is State.DONE
     assert asked.sequence not in (*made.scheduler.running, *made.scheduler.waiting, *made.last_step())
-    assert asked.sequence.layout.owned is None
+    assert asked.sequence.tokenized.owned is None
     assert isinstance(asked.ends[0], Cancelled)
     made.run()
     assert isinstance(behind.ends[0], Finished)
