@@ -160,7 +160,7 @@ class _Prompt:
 
     def tokenize_prompt(self, placeholders: AbstractSet[int]) -> TokenizedPrompt:
         """The tokenized prompt, in which the images with these numbers have no pixels."""
-        owned = Owned("layout", self._mtmd.mtmd_input_chunks_init(), self._mtmd.mtmd_input_chunks_free)
+        owned = Owned("tokenized prompt", self._mtmd.mtmd_input_chunks_init(), self._mtmd.mtmd_input_chunks_free)
         try:
             self._tokenize(owned.pointer, placeholders)
             runs = self._runs(owned, placeholders)
