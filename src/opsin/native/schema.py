@@ -21,6 +21,8 @@ Node = dict[str, Any]
 MAX_DEPTH = 64
 # Compiling takes time that grows with the square of these (pairs of patterns are compared with each other), or worse.
 _LIMITS = {"properties": 1000, "$defs": 1000, "definitions": 1000, "required": 1000, "patternProperties": 32}
+_LIMITS |= {"unevaluatedProperties": 100, "unevaluatedItems": 100}  # each follows all references below it
+_UNEVALUATED = frozenset(("unevaluatedProperties", "unevaluatedItems"))
 _MAX_MULTIPLE = 10_000
 _MAPS = frozenset(("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies"))
 _SCHEMAS = frozenset((
@@ -65,9 +67,6 @@ def prepare(text: str) -> tuple[Node, Node | None]:
         made = _rewritten(schema, schema, sizes, 0)
     except (AttributeError, TypeError) as error:
         raise _refused(f"something in it has the wrong type ({error})") from error
-    for keyword, most in _LIMITS.items():
-        if sizes[keyword] > most:
-            raise _refused(f"its {keyword} have {sizes[keyword]} entries, and {most} are the limit")
     made.pop("x-guidance", None)  # options for llguidance, which could loosen the schema
     _close(made, definitions='"allOf"' not in text)
     return made, schema if sizes["uniqueItems"] else None
@@ -107,8 +106,10 @@ def _rewritten(node: Any, root: Node, sizes: Counter[str], depth: int) -> Any:
         raise _refused(f"it is nested more than {MAX_DEPTH} deep")
     made: Node = {}
     for keyword, value in node.items():
-        if keyword in _LIMITS and isinstance(value, (dict, list)):
-            sizes[keyword] += len(value)
+        if keyword in _LIMITS:
+            sizes[keyword] += 1 if keyword in _UNEVALUATED else len(value) if isinstance(value, (dict, list)) else 0
+            if sizes[keyword] > _LIMITS[keyword]:
+                raise _refused(f"its {keyword} have {sizes[keyword]} entries or more, and {_LIMITS[keyword]} are the limit")
         if keyword == "uniqueItems":
             sizes[keyword] += value is True
         elif keyword in _MAPS and isinstance(value, dict):
@@ -166,6 +167,8 @@ def _rewrite_property_names(node: Node, root: Node) -> None:
 
 def _rewrite_unevaluated(node: Node, root: Node) -> None:
     """What nothing evaluated are the additional properties and items, unless evaluating has conditions."""
+    if not node.keys() & _UNEVALUATED:
+        return
     parts = related(root, [node], ["allOf"])
     if any(part.keys() & {"anyOf", "oneOf", "if", "not"} for part in parts):
         return

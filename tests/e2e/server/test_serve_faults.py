@@ -100,12 +100,9 @@ def test_32_requests_with_images_of_12_megapixels_run_at_once() -> None:
         for stream in running:
             assert stream.begun.wait(4 * LIMIT)
             assert stream.events, stream.broken
-        at_once = server.metric("num_requests_running")
         # The first may have had time for all their tokens while the last images were read.
-        ended = [stream for stream in running if not stream.is_alive()]
-        assert all(stream.finish_reason == "length" for stream in ended)
-        assert at_once + len(ended) >= 32
-        assert len(ended) < 16
+        assert server.metric("num_requests_running") > 16
+        assert all(stream.is_alive() or stream.finish_reason == "length" for stream in running)
 
 
 def large_url(seed: int) -> str:
