@@ -1,34 +1,45 @@
-"""The KV cache and the computing of ubatches on it.
+"""llama.cpp behind `core.backend.Backend`: the KV cache, ubatches on it, and what is sampled from their logits.
 
 Many mistakes here are not errors in llama.cpp but the end of the process (an assertion in C). Each is checked before
 the call, and raises instead.
 """
 
+# ruff: noqa: D102 - the public methods are described in `core.backend.Backend`
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING, Any
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from opsin.core.answer import TokenLogprob
 from opsin.core.backend import BackendLimits, EmbeddingRows
-from opsin.core.errors import BadParameter, DecodeFailed, ModelError
+from opsin.core.errors import BadInput, BadParameter, DecodeFailed, ModelError, OpsinError
 from opsin.core.ggml_types import KV_TYPES
+from opsin.core.prompt import TextPart
 from opsin.core.settings import CTX_PER_SEQUENCE
 from opsin.native import logs
-from opsin.native.ggml import floats
-from opsin.native.handles import Owned
-from opsin.native.threads import default_threads
+from opsin.native.model import Owned, floats
+from opsin.native.sampler import NativeSampler
+from opsin.native.threads import default_threads, pause_threads
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
-    from opsin.core.backend import TokenBatch
+    from opsin.core.backend import Embedding, Sample, TokenBatch
+    from opsin.core.prompt import Part
+    from opsin.core.sampling import SamplingParams
     from opsin.core.settings import EngineSettings
+    from opsin.core.tokens import ImageChunk, TokenizedPrompt
+    from opsin.native.constraint import Constraints
     from opsin.native.model import Model
+    from opsin.native.vision import Encoder
+
+    _Sampled = tuple[int, TokenLogprob | None] | OpsinError
 
 _MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
 # With a unified cache a sequence id costs nothing, so idle prefixes get ids of their own beside the running answers.
@@ -42,11 +53,27 @@ _NOT_A_NUMBER = (
 
 
 class Context:
-    """One llama_context: the KV cache that all sequences share. All of it belongs to one thread at a time."""
+    """One llama_context over a model, with its vision encoder and constraints where it has them.
 
-    def __init__(self, model: Model, settings: EngineSettings, *, callback: Any = None, ctx: int | None = None) -> None:
-        self.llama = llama = model.lib.llama
-        self._model = model
+    `tokenize`, `check`, `piece` and the attributes may be used by any thread, all else by the one that owns the
+    context. `threads` are of decode, prefill and encode.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        settings: EngineSettings,
+        encoder: Encoder | None = None,
+        *,
+        callback: Any = None,
+        ctx: int | None = None,
+    ) -> None:
+        self.model = model
+        self._llama = llama = model.lib.llama
+        self._encoder = encoder
+        self._constraints: Constraints | None = None
+        self._readers = 0
+        self._gate = threading.Condition()
         params = llama.llama_context_default_params()
         trained = min(model.n_ctx_train or CTX_PER_SEQUENCE, CTX_PER_SEQUENCE)
         params.n_ctx = ctx or settings.ctx or trained * settings.parallel
@@ -78,7 +105,9 @@ class Context:
                 f"({logs.SINK.cause(mark) or 'probably not enough memory'}): give a smaller --ctx or another --kv-type."
             )
         self.handle = Owned("context", pointer, llama.llama_free, model.handle)
-        self.threads: tuple[int, int] = params.n_threads, params.n_threads_batch  # of decode and of prefill
+        encode_threads = params.n_threads_batch if encoder is None else encoder.threads
+        self.threads: tuple[int, int, int] = params.n_threads, params.n_threads_batch, encode_threads
+        self.eog_tokens = model.eog_tokens
         self.limits = BackendLimits(
             n_ctx=llama.llama_n_ctx(pointer),
             n_batch=llama.llama_n_batch(pointer),
@@ -89,6 +118,7 @@ class Context:
             n_ctx_train=model.n_ctx_train,
             forks=not model.whole_states_only,
             tile=_TILE if model.device is None else 1,
+            encode_batch=1 if encoder is None else encoder.batch,
         )
         self._arrays = BatchArrays(llama.llama_batch, self.limits.n_ubatch, model.n_pos, self._keeper)
         self._causal = True
@@ -101,7 +131,41 @@ class Context:
 
     @property
     def _memory(self) -> int:
-        return int(self.llama.llama_get_memory(self.pointer))
+        return int(self._llama.llama_get_memory(self.pointer))
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Hold the model against `close` while another thread tokenizes or compiles."""
+        with self._gate:
+            self._readers += 1
+        try:
+            yield
+        finally:
+            with self._gate:
+                self._readers -= 1
+                self._gate.notify_all()
+
+    def tokenize(
+        self, parts: Sequence[Part], *, add_bos: bool, known: Callable[[str], bool] | None = None
+    ) -> TokenizedPrompt:
+        texts = [part for part in parts if isinstance(part, TextPart)]
+        with self._reading():
+            if len(texts) == len(parts):
+                return self.model.tokenize_parts(texts, add_bos=add_bos)
+            if self._encoder is None:
+                raise BadInput("This model was loaded without a vision encoder: give its projector file with --mmproj.")
+            return self._encoder.tokenize(parts, add_bos=add_bos, known=known)
+
+    def piece(self, token: int) -> bytes:
+        return self.model.piece(token)
+
+    def encode(self, chunk: ImageChunk, between: Callable[[], None] | None = None) -> Embedding:
+        assert self._encoder is not None, "only an encoder makes image chunks"
+        return self._encoder.encode(chunk, between)
+
+    def encode_many(self, chunks: Sequence[ImageChunk]) -> list[Embedding]:
+        assert self._encoder is not None, "only an encoder makes image chunks"
+        return self._encoder.encode_many(chunks)
 
     def decode(self, rows: TokenBatch | EmbeddingRows) -> bool:
         """Run one ubatch. False when the KV cache has no room, and nothing changed. Raises DecodeFailed."""
@@ -114,10 +178,10 @@ class Context:
             self._check_tokens(rows)
             batch, outputs = self._arrays.tokens(rows), rows.outputs
         if causal != self._causal:
-            self.llama.llama_set_causal_attn(pointer, causal)
+            self._llama.llama_set_causal_attn(pointer, causal)
             self._causal = causal
         mark = logs.SINK.mark()
-        code = self.llama.llama_decode(pointer, batch)
+        code = self._llama.llama_decode(pointer, batch)
         if code == 1:
             return False
         self._outputs = {}
@@ -138,7 +202,7 @@ class Context:
         self._check_sequences(min(rows.seq_ids), max(rows.seq_ids))
 
     def _check_embeddings(self, rows: EmbeddingRows) -> None:
-        data, times, n_embd, n_pos = rows.rows, rows.positions[0], self.limits.n_embd, self._model.n_pos
+        data, times, n_embd, n_pos = rows.rows, rows.positions[0], self.limits.n_embd, self.model.n_pos
         whole = ": this model reads an image whole, so give a smaller --image-max-tokens or a larger --ubatch"
         self._check_count(len(data), "" if rows.causal else whole)
         sound = data.shape[1:] == (n_embd,) and data.dtype == np.float32 and data.flags.c_contiguous
@@ -162,7 +226,7 @@ class Context:
 
     def synchronize(self) -> None:
         """Wait until all that was started is done."""
-        self.llama.llama_synchronize(self.pointer)
+        self._llama.llama_synchronize(self.pointer)
 
     def logits(self, row: int) -> NDArray[np.float32]:
         """The raw logits of a batch row of the last decode (-1: the last that has any), float32 [n_vocab].
@@ -172,16 +236,16 @@ class Context:
         pointer = self.pointer
         held = row in self._outputs or (row == -1 and bool(self._outputs))
         _require(held, f"Row {row} of the last batch has no logits.")
-        view = floats(self.llama.llama_get_logits_ith(pointer, row), self.limits.n_vocab)
+        view = floats(self._llama.llama_get_logits_ith(pointer, row), self.limits.n_vocab)
         # One comparison instead of a scan: max() is not-a-number as soon as one logit is. Sorting such logits is
         # undefined in the native samplers.
         _require(not np.isnan(view.max()), _NOT_A_NUMBER)
         return view
 
-    def argmax(self, wanted: Sequence[tuple[int, NDArray[np.intp] | None]]) -> list[int | DecodeFailed]:
+    def _argmax(self, wanted: Sequence[tuple[int, NDArray[np.intp] | None]]) -> list[_Sampled]:
         """The most likely token of each of these rows of the last decode, without the tokens forbidden there."""
         shape = (len(self._outputs), self.limits.n_vocab)
-        logits = floats(self.llama.llama_get_logits(self.pointer), shape[0] * shape[1]).reshape(shape)
+        logits = floats(self._llama.llama_get_logits(self.pointer), shape[0] * shape[1]).reshape(shape)
         places = [self._outputs[row] for row, _ in wanted]
         for place, (_, forbidden) in zip(places, wanted, strict=True):
             if forbidden is not None:
@@ -190,34 +254,79 @@ class Context:
         tokens = logits[places].argmax(axis=1) if few else logits.argmax(axis=1)[places]
         # argmax gives the first value that is not a number where there is one.
         bad = np.isnan(logits[places, tokens])
-        return [DecodeFailed(_NOT_A_NUMBER) if nan else token for nan, token in zip(bad, tokens.tolist(), strict=True)]
+        return [
+            DecodeFailed(_NOT_A_NUMBER) if nan else (token, None)
+            for nan, token in zip(bad, tokens.tolist(), strict=True)
+        ]
 
-    def at(self, row: int) -> tuple[int, int]:
-        """The native context that holds the logits of a batch row of the last decode, and which row they are there."""
-        return self.pointer, row
+    def check(self, params: SamplingParams) -> None:
+        if self._constraints is not None and _constrained(params):
+            with self._reading():
+                self._constraints.compile(params)
+
+    def sampler(self, params: SamplingParams, seed: int) -> NativeSampler:
+        constraint = self._constraints.start(params) if self._constraints and _constrained(params) else None
+        return NativeSampler(self.model, self.handle, self.logits, params, seed, constraint=constraint)
+
+    def sample(self, samples: Sequence[Sample]) -> list[_Sampled]:
+        mine = cast("Sequence[tuple[NativeSampler, int, int | None]]", samples)
+        greedy = [(row, sampler.forbidden) for sampler, row, top in mine if sampler.greedy and top is None]
+        best = iter(self._argmax(greedy) if greedy else ())
+        return [
+            next(best) if sampler.greedy and top is None else self._sample_one(sampler, row, top)
+            for sampler, row, top in mine
+        ]
+
+    def _sample_one(self, sampler: NativeSampler, row: int, top: int | None) -> _Sampled:
+        try:
+            # Log probabilities are those of the model, before a sampler changes the logits.
+            raw = None if top is None else self.logits(row).copy()
+            token = sampler.sample(row)
+        except OpsinError as error:
+            return error
+        return token, None if raw is None else token_logprob(raw, token, top or 0, self.model.piece)
+
+    def logprobs(self, row: int, token: int, top: int) -> TokenLogprob:
+        return token_logprob(self.logits(row), token, top, self.model.piece)
 
     def kv_last(self, seq_id: int) -> int:
         """The last position held for a sequence, -1 when there is none."""
         self._check_sequences(seq_id)
-        return int(self.llama.llama_memory_seq_pos_max(self._memory, seq_id))
+        return int(self._llama.llama_memory_seq_pos_max(self._memory, seq_id))
 
     def kv_remove(self, seq_id: int, start: int, end: int) -> bool:
         """Forget positions [start, end); False when this memory cannot forget a part."""
         self._check_sequences(seq_id)
         if self._keeper:
-            self.llama.llama_memory_seq_rm(self._memory, seq_id + self._keeper, start, end)
-        return bool(self.llama.llama_memory_seq_rm(self._memory, seq_id, start, end))
+            self._llama.llama_memory_seq_rm(self._memory, seq_id + self._keeper, start, end)
+        return bool(self._llama.llama_memory_seq_rm(self._memory, seq_id, start, end))
 
     def kv_copy(self, source: int, target: int, start: int, end: int) -> None:
         """Let `target` share positions [start, end) of `source`. Raises DecodeFailed for a part of a state."""
         self._check_sequences(source, target)
         part = start > 0 or 0 <= end <= self.kv_last(source)
-        _require(not (part and self._model.whole_states_only), "A part of this model's state cannot be copied.")
+        _require(not (part and self.model.whole_states_only), "A part of this model's state cannot be copied.")
         if source == target:
             return
-        self.llama.llama_memory_seq_cp(self._memory, source, target, start, end)
+        self._llama.llama_memory_seq_cp(self._memory, source, target, start, end)
         if self._keeper:
-            self.llama.llama_memory_seq_cp(self._memory, source, target + self._keeper, start, end)
+            self._llama.llama_memory_seq_cp(self._memory, source, target + self._keeper, start, end)
+
+    def pause_threads(self) -> None:
+        """Let the calling thread's team of OpenMP threads go; the next computation makes another in no time."""
+        pause_threads(self.model.lib)
+
+    def close(self) -> None:
+        """Free everything, children first; twice does no harm. Waits for prompts that are being tokenized."""
+        with self._gate:
+            self._gate.wait_for(lambda: self._readers == 0)
+            if self._constraints is not None:
+                self._constraints.close()
+            self.model.close()
+
+
+def _constrained(params: SamplingParams) -> bool:
+    return params.json_schema is not None or params.grammar is not None
 
 
 def _require(holds: bool, otherwise: str) -> None:
