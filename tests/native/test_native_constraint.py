@@ -223,9 +223,28 @@ def test_a_bad_schema_is_refused_with_its_reason(backend: Any, schema: str, says
 
 
 def test_a_bad_grammar_is_refused_before_anything_is_computed(backend: Any) -> None:
-    for gbnf in ("root ::= bar", 'root ::= root "a"', "root ::= [^\\x00-\\U0010FFFF]"):
-        with pytest.raises(BadGrammar, match="The grammar cannot be used: "):
+    for gbnf, says in (
+        ("root ::= bar", "does not define"),
+        ('root ::= root "a"', "no answer fits"),
+        ("root ::= [^\\x00-\\U0010FFFF]", "no answer fits"),
+        ('root ::= ("a"', r"Expected token '\)'"),
+        ('root ::= "a")', "expecting rule, token"),
+        ('root ::= "a"**', "Expected value"),
+        ('root ::= *"a"', "Expected value"),
+        ('"a" root ::= "b"', "expecting rule"),
+        ('root ::= "a"\nroot ::= "b"', "duplicate rule"),
+    ):
+        with pytest.raises(BadGrammar, match=f"^The grammar cannot be used: .*{says}") as refused:
             backend.check(SamplingParams(grammar=gbnf))
+        assert "\n" not in str(refused.value)
+
+
+def test_a_list_of_thousands_of_words_is_a_grammar(backend: Any) -> None:
+    words = [f"w{number:04}" for number in range(4500)]
+    gbnf = "root ::= (" + " | ".join(f'"{word}"' for word in words) + ') "."'
+    text, ended = answer(backend, SamplingParams(grammar=gbnf, **HOT), 1)
+    assert ended
+    assert text.removesuffix(".") in words
 
 
 def test_a_left_recursive_grammar_is_no_fault(backend: Any) -> None:

@@ -185,5 +185,5 @@ def _reason(message: str) -> str:
     """A complaint of llguidance's in one line, without what it shows of the grammar and of its own state."""
     # Of a bad pattern it shows the pattern first, and what is wrong with it last.
     found = re.search(r"^\s*error: (.*)", message, re.MULTILINE) or re.match(r"\s*(.*)", message)
-    reason = re.sub(r"^at \d+\(\d+\): |failed to compile JSON schema: ", "", found[1] if found else "")
+    reason = re.sub(r"^(at )?\d+\(\d+\): |failed to compile JSON schema: ", "", found[1] if found else "")
     return "no answer fits it" if reason.startswith("NoExtension") else reason[:200].rstrip(". ")

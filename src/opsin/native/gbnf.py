@@ -7,6 +7,7 @@ exact. Only literals whose first character nothing else in the grammar can match
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from functools import partial
@@ -33,93 +34,75 @@ _NAMED = {"n": "\n", "r": "\r", "t": "\t"}
 
 
 def to_lark(gbnf: str) -> str:
-    """The grammar in Lark's syntax, with `start` for `root`. Raises BadGrammar."""
+    """The grammar in Lark's syntax, with `start` for `root`. Raises BadGrammar; llguidance checks the structure."""
     tokens = _tokens(gbnf)
-    rules = dict.fromkeys(text for kind, text, _ in tokens if kind == "rule")
+    rules = [text for kind, text in tokens if kind == "rule"]
+    if len(rules) > MAX_RULES:
+        raise _refused(f"it has {len(rules)} rules, and {MAX_RULES} are the limit")
+    if missing := {"root", *(text for kind, text in tokens if kind == "name")} - set(rules):
+        raise _refused(f"it does not define the rule {min(missing)}")
     names = {name: f"r{number}" for number, name in enumerate(rules)} | {"root": "start"}
-    if len(names) > MAX_RULES:
-        raise _refused(f"it has {len(names)} rules, and {MAX_RULES} are the limit")
     whole = _whole(tokens)
-    lines: dict[str, str] = {}
-    groups: list[list[list[str]]] = []  # those that are open, the rule first: alternatives, each a list of parts
-    rule = ""
-    for kind, text, offset in [*tokens, ("end", "", len(gbnf))]:
-        parts = groups[-1][-1] if groups else []
-        match kind:
-            case "rule" | "end" if len(groups) < 2:
-                if groups:
-                    lines[rule] = f"{names[rule]}: {_joined(groups.pop(), whole)}\n"
-                if text in lines:
-                    raise _refused(f"it defines the rule {text} twice")
-                rule, groups = text, [[[]]]
-            case _ if not groups:
-                raise _unexpected(gbnf, offset)
-            case "literal":
-                text = _unescaped(text)
-                one = len(text) < 2 or _quoted(text) in whole
-                parts.append(_quoted(text) if one else f"({' '.join(map(_quoted, text))})")
-            case "set":
-                parts.append(f"/{_as_set(text)}/")
-            case "name" if text in names:
-                parts.append(names[text])
-            case "name":
-                raise _refused(f"it names the rule {text}, which it does not define")
-            case "repeat" if parts and parts[-1][-1] not in "*+?}":
-                parts[-1] += _repetition(text)
-            case "mark" if text == "|":
-                groups[-1].append([])
-            case "mark" if text == "(":
-                if len(groups) > MAX_DEPTH:
-                    raise _refused(f"it is nested more than {MAX_DEPTH} deep")
-                groups.append([[]])
-            case "mark" if len(groups) > 1:
-                closed = _joined(groups.pop(), whole)
-                groups[-1][-1].append(f"({closed})")
-            case _:
-                raise _unexpected(gbnf, offset)
-    if "root" not in lines:
-        raise _refused("it has no rule named root")
-    return "".join(lines.values())
+    lark = [_written(kind, text, names, whole) for kind, text in tokens]
+    marks = "".join(_mark(kind, text, whole) for kind, text in tokens)
+    depths = itertools.accumulate((mark == "(") - (mark == ")") for mark in marks)
+    if max(depths, default=0) > MAX_DEPTH:
+        raise _refused(f"it is nested more than {MAX_DEPTH} deep")
+    # A list of words is one lexeme: llguidance compares each alternative of a rule with all others.
+    for run in reversed(list(re.finditer(r"(?<=[:(|])w(?:\|w)+(?![^:|)])", marks))):
+        words = (re.sub(r"\W", _code_point, _unescaped(text)) for _, text in tokens[run.start() : run.end() : 2])
+        lark[run.start() : run.end()] = [f"/{'|'.join(words)}/"]
+    return " ".join(lark)
 
 
-def _tokens(gbnf: str) -> list[tuple[str, str, int]]:
-    """Kind, text and offset of each token."""
+def _written(kind: str, text: str, names: dict[str, str], whole: set[str]) -> str:
+    match kind:
+        case "rule":
+            return f"\n{names[text]}:"
+        case "name":
+            return names[text]
+        case "set":
+            return f"/{_as_set(text)}/"
+        case "repeat":
+            return _repetition(text)
+        case "literal":
+            literal = _unescaped(text)
+            return _quoted(literal) if len(literal) < 2 or literal in whole else f"({' '.join(map(_quoted, literal))})"
+    return text
+
+
+def _mark(kind: str, text: str, whole: set[str]) -> str:
+    """One character for a token: w for a word, a colon for the beginning of a rule, itself for ( | and )."""
+    if kind == "literal" and _unescaped(text) in whole:
+        return "w"
+    return {"rule": ":", "mark": text}.get(kind, "x")
+
+
+def _tokens(gbnf: str) -> list[tuple[str, str]]:
+    """Kind and text of each token."""
     tokens, offset = [], 0
     while offset < len(gbnf):
         match = _TOKEN.match(gbnf, offset)
         if match is None or match.lastgroup is None:
-            raise _unexpected(gbnf, offset)
+            line, found = gbnf.count("\n", 0, offset) + 1, gbnf[offset : offset + 20].split("\n", 1)[0]
+            raise _refused(f"{found!r} in line {line} is not expected")
         if match.lastgroup != "blank":
-            tokens.append((match.lastgroup, match[match.lastgroup], offset))
+            tokens.append((match.lastgroup, match[match.lastgroup]))
         offset = match.end()
     return tokens
 
 
-def _whole(tokens: list[tuple[str, str, int]]) -> dict[str, str]:
-    """Literals that can stay one lexeme, by the way they are written in Lark."""
-    texts = {_unescaped(text) for kind, text, _ in tokens if kind == "literal"} - {""}
-    sets = {_as_set(text) for kind, text, _ in tokens if kind == "set"}
+def _whole(tokens: list[tuple[str, str]]) -> set[str]:
+    """Literals that can stay one lexeme."""
+    texts = {_unescaped(text) for kind, text in tokens if kind == "literal"} - {""}
+    sets = {_as_set(text) for kind, text in tokens if kind == "set"}
     lengths = {len(text) for text in texts}
     return {
-        _quoted(text): text
+        text
         for text in texts
         if not any(text[:length] in texts for length in lengths if length < len(text))
         and not any(re.match(one, text[0]) for one in sets)
     }
-
-
-def _joined(alternatives: list[list[str]], whole: dict[str, str]) -> str:
-    found = [" ".join(parts) or '""' for parts in alternatives]
-    if len(found) > 1 and all(one in whole for one in found):
-        # A list of words is one lexeme: llguidance compares each alternative of a rule with all others.
-        return "/" + "|".join(re.sub(r"\W", _code_point, whole[one]) for one in found) + "/"
-    return " | ".join(found)
-
-
-def _unexpected(gbnf: str, offset: int) -> BadGrammar:
-    line = gbnf.count("\n", 0, offset) + 1
-    found = gbnf[offset : offset + 20].split("\n", 1)[0]
-    return _refused(f"{found!r} in line {line} is not expected" if found else f"it ends too early, in line {line}")
 
 
 def _repetition(text: str) -> str:
