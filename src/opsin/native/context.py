@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from contextlib import contextmanager
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -26,7 +26,7 @@ from opsin.native.sampler import NativeSampler
 from opsin.native.threads import default_threads, pause_threads
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 _MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
 # With a unified cache a sequence id costs nothing, so idle prefixes get ids of their own beside the running answers.
 _SPARE_SEQUENCES = 32
+_READERS = 16  # threads that may tokenize at once
 _MIN_OUTPUTS = 64  # rows of one ubatch that may have logits
 _TILE = 64  # rows that flash attention takes at once in ggml's CPU kernel; with fewer it is slower than without
 
@@ -72,8 +73,7 @@ class Context:
         self._llama = llama = model.lib.llama
         self._encoder = encoder
         self._constraints: Constraints | None = None
-        self._readers = 0
-        self._gate = threading.Condition()
+        self._readers = threading.Semaphore(_READERS)  # held by who tokenizes or compiles, against `close`
         params = llama.llama_context_default_params()
         trained = min(model.n_ctx_train or CTX_PER_SEQUENCE, CTX_PER_SEQUENCE)
         params.n_ctx = ctx or settings.ctx or trained * settings.parallel
@@ -107,7 +107,7 @@ class Context:
         self.handle = Owned("context", pointer, llama.llama_free, model.handle)
         encode_threads = params.n_threads_batch if encoder is None else encoder.threads
         self.threads: tuple[int, int, int] = params.n_threads, params.n_threads_batch, encode_threads
-        self.eog_tokens = model.eog_tokens
+        self.eog_tokens, self.piece = model.eog_tokens, model.piece
         self.limits = BackendLimits(
             n_ctx=llama.llama_n_ctx(pointer),
             n_batch=llama.llama_n_batch(pointer),
@@ -133,31 +133,15 @@ class Context:
     def _memory(self) -> int:
         return int(self._llama.llama_get_memory(self.pointer))
 
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Hold the model against `close` while another thread tokenizes or compiles."""
-        with self._gate:
-            self._readers += 1
-        try:
-            yield
-        finally:
-            with self._gate:
-                self._readers -= 1
-                self._gate.notify_all()
-
     def tokenize(
         self, parts: Sequence[Part], *, add_bos: bool, known: Callable[[str], bool] | None = None
     ) -> TokenizedPrompt:
-        texts = [part for part in parts if isinstance(part, TextPart)]
-        with self._reading():
-            if len(texts) == len(parts):
-                return self.model.tokenize_parts(texts, add_bos=add_bos)
+        with self._readers:
+            if all(isinstance(part, TextPart) for part in parts):
+                return self.model.tokenize_parts(cast("Sequence[TextPart]", parts), add_bos=add_bos)
             if self._encoder is None:
                 raise BadInput("This model was loaded without a vision encoder: give its projector file with --mmproj.")
             return self._encoder.tokenize(parts, add_bos=add_bos, known=known)
-
-    def piece(self, token: int) -> bytes:
-        return self.model.piece(token)
 
     def encode(self, chunk: ImageChunk, between: Callable[[], None] | None = None) -> Embedding:
         assert self._encoder is not None, "only an encoder makes image chunks"
@@ -168,7 +152,6 @@ class Context:
         return self._encoder.encode_many(chunks)
 
     def decode(self, rows: TokenBatch | EmbeddingRows) -> bool:
-        """Run one ubatch. False when the KV cache has no room, and nothing changed. Raises DecodeFailed."""
         pointer, causal = self.pointer, True
         if isinstance(rows, EmbeddingRows):
             self._check_embeddings(rows)
@@ -225,7 +208,6 @@ class Context:
             _require(0 <= seq_id <= last, f"There is no sequence {seq_id}: ids go from 0 to {last}.")
 
     def synchronize(self) -> None:
-        """Wait until all that was started is done."""
         self._llama.llama_synchronize(self.pointer)
 
     def logits(self, row: int) -> NDArray[np.float32]:
@@ -233,9 +215,8 @@ class Context:
 
         A view of native memory, good until the next decode. Raises DecodeFailed when the row has none.
         """
-        pointer = self.pointer
-        held = row in self._outputs or (row == -1 and bool(self._outputs))
-        _require(held, f"Row {row} of the last batch has no logits.")
+        pointer, outputs = self.pointer, self._outputs
+        _require(row in outputs or (row == -1 and bool(outputs)), f"Row {row} of the last batch has no logits.")
         view = floats(self._llama.llama_get_logits_ith(pointer, row), self.limits.n_vocab)
         # One comparison instead of a scan: max() is not-a-number as soon as one logit is. Sorting such logits is
         # undefined in the native samplers.
@@ -261,7 +242,7 @@ class Context:
 
     def check(self, params: SamplingParams) -> None:
         if self._constraints is not None and _constrained(params):
-            with self._reading():
+            with self._readers:
                 self._constraints.compile(params)
 
     def sampler(self, params: SamplingParams, seed: int) -> NativeSampler:
@@ -284,33 +265,28 @@ class Context:
             token = sampler.sample(row)
         except OpsinError as error:
             return error
-        return token, None if raw is None else token_logprob(raw, token, top or 0, self.model.piece)
+        return token, None if raw is None else token_logprob(raw, token, top or 0, self.piece)
 
     def logprobs(self, row: int, token: int, top: int) -> TokenLogprob:
-        return token_logprob(self.logits(row), token, top, self.model.piece)
+        return token_logprob(self.logits(row), token, top, self.piece)
 
     def kv_last(self, seq_id: int) -> int:
-        """The last position held for a sequence, -1 when there is none."""
         self._check_sequences(seq_id)
         return int(self._llama.llama_memory_seq_pos_max(self._memory, seq_id))
 
     def kv_remove(self, seq_id: int, start: int, end: int) -> bool:
-        """Forget positions [start, end); False when this memory cannot forget a part."""
         self._check_sequences(seq_id)
-        if self._keeper:
-            self._llama.llama_memory_seq_rm(self._memory, seq_id + self._keeper, start, end)
-        return bool(self._llama.llama_memory_seq_rm(self._memory, seq_id, start, end))
+        return all(self._llama.llama_memory_seq_rm(self._memory, one, start, end) for one in self._ids(seq_id))
 
     def kv_copy(self, source: int, target: int, start: int, end: int) -> None:
-        """Let `target` share positions [start, end) of `source`. Raises DecodeFailed for a part of a state."""
         self._check_sequences(source, target)
         part = start > 0 or 0 <= end <= self.kv_last(source)
         _require(not (part and self.model.whole_states_only), "A part of this model's state cannot be copied.")
-        if source == target:
-            return
-        self._llama.llama_memory_seq_cp(self._memory, source, target, start, end)
-        if self._keeper:
-            self._llama.llama_memory_seq_cp(self._memory, source, target + self._keeper, start, end)
+        for one in self._ids(target) if source != target else ():
+            self._llama.llama_memory_seq_cp(self._memory, source, one, start, end)
+
+    def _ids(self, seq_id: int) -> tuple[int, ...]:
+        return (seq_id, seq_id + self._keeper) if self._keeper else (seq_id,)
 
     def pause_threads(self) -> None:
         """Let the calling thread's team of OpenMP threads go; the next computation makes another in no time."""
@@ -318,8 +294,9 @@ class Context:
 
     def close(self) -> None:
         """Free everything, children first; twice does no harm. Waits for prompts that are being tokenized."""
-        with self._gate:
-            self._gate.wait_for(lambda: self._readers == 0)
+        with ExitStack() as alone:
+            for _ in range(_READERS):
+                alone.enter_context(self._readers)
             if self._constraints is not None:
                 self._constraints.close()
             self.model.close()
@@ -357,18 +334,15 @@ class BatchArrays:
         self._n_pos = n_pos
         # Added to a row's sequence: its ids. llama.cpp masks by any one of them: both hold the same cells.
         self._ids = np.array([0, keeper] if keeper else [0], np.int32)
-        self._token = np.zeros(capacity, np.int32)
-        self._pos = np.zeros(capacity * n_pos, np.int32)
+        self._token, self._pos = np.zeros(capacity, np.int32), np.zeros(capacity * n_pos, np.int32)
         self._n_seq_id = np.full(capacity, len(self._ids), np.int32)
         self._seq_id = np.zeros((capacity, len(self._ids)), np.int32)
         self._logits = np.zeros(capacity, np.int8)
         # A row's list of ids is one row of _seq_id.
-        self._seq_ids = self._seq_id.ctypes.data + self._seq_id.strides[0] * np.arange(capacity, dtype=np.uintp)
+        self._rows = self._seq_id.ctypes.data + self._seq_id.strides[0] * np.arange(capacity, dtype=np.uintp)
         self._types = dict(batch_type._fields_)
-        self._batch = batch_type()
-        for field in ("pos", "n_seq_id", "logits"):
-            setattr(self._batch, field, self._pointer(getattr(self, f"_{field}"), field))
-        self._batch.seq_id = self._pointer(self._seq_ids, "seq_id")
+        pointers = {"pos": self._pos, "n_seq_id": self._n_seq_id, "seq_id": self._rows, "logits": self._logits}
+        self._batch = batch_type(**{name: self._pointer(array, name) for name, array in pointers.items()})
         self._tokens = self._pointer(self._token, "token")
 
     def _pointer(self, array: np.ndarray[Any, Any], field: str) -> Any:
@@ -393,8 +367,7 @@ class BatchArrays:
         self._seq_id[:count] = rows.seq_id + self._ids
         self._logits[:count] = 0
         self._logits[count - 1] = rows.logits
-        embeddings = self._pointer(rows.rows, "embd")
-        self._batch.n_tokens, self._batch.token, self._batch.embd = count, None, embeddings
+        self._batch.n_tokens, self._batch.token, self._batch.embd = count, None, self._pointer(rows.rows, "embd")
         return self._batch
 
 
