@@ -23,7 +23,7 @@ from opsin.core.settings import CTX_PER_SEQUENCE
 from opsin.native import logs
 from opsin.native.model import Owned, floats
 from opsin.native.sampler import NativeSampler
-from opsin.native.threads import default_threads, pause_threads
+from opsin.native.threads import default_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -47,6 +47,7 @@ _SPARE_SEQUENCES = 32
 _READERS = 16  # threads that may tokenize at once
 _MIN_OUTPUTS = 64  # rows of one ubatch that may have logits
 _TILE = 64  # rows that flash attention takes at once in ggml's CPU kernel; with fewer it is slower than without
+_PAUSE_SOFT = 1  # omp_pause_soft: what was set stays
 
 _NOT_A_NUMBER = (
     "The language model computed a value that is not a number: the model file may be damaged, so download it again."
@@ -289,8 +290,10 @@ class Context:
         return (seq_id, seq_id + self._keeper) if self._keeper else (seq_id,)
 
     def pause_threads(self) -> None:
-        """Let the calling thread's team of OpenMP threads go; the next computation makes another in no time."""
-        pause_threads(self.model.lib)
+        # Each thread that computes has a team of OpenMP threads of its own, and libgomp stops spinning as soon as more
+        # threads than cores belong to teams: a second engine in a process would make the first half as fast.
+        if self.model.lib.pause is not None:
+            self.model.lib.pause(_PAUSE_SOFT)
 
     def close(self) -> None:
         """Free everything, children first; twice does no harm. Waits for prompts that are being tokenized."""

@@ -21,8 +21,8 @@ Node = dict[str, Any]
 MAX_DEPTH = 64
 # Compiling takes time that grows with the square of these (pairs of patterns are compared with each other), or worse.
 _LIMITS = {"properties": 1000, "$defs": 1000, "definitions": 1000, "required": 1000, "patternProperties": 32}
-_LIMITS |= {"unevaluatedProperties": 100, "unevaluatedItems": 100}  # each follows all references below it
-_UNEVALUATED = frozenset(("unevaluatedProperties", "unevaluatedItems"))
+_UNEVALUATED = {"unevaluatedProperties": 100, "unevaluatedItems": 100}  # each follows all references below it
+_LIMITS |= _UNEVALUATED
 _MAX_MULTIPLE = 10_000
 _MAPS = frozenset(("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies"))
 _SCHEMAS = frozenset((
@@ -169,7 +169,7 @@ def _rewrite_property_names(node: Node, root: Node) -> None:
 
 def _rewrite_unevaluated(node: Node, root: Node) -> None:
     """What nothing evaluated are the additional properties and items, unless evaluating has conditions."""
-    if not node.keys() & _UNEVALUATED:
+    if not node.keys() & _UNEVALUATED.keys():
         return
     parts = related(root, [node], ["allOf"])
     if any(part.keys() & {"anyOf", "oneOf", "if", "not"} for part in parts):
