@@ -178,10 +178,8 @@ class Context:
         return True
 
     def _check_tokens(self, rows: TokenBatch) -> None:
-        """What llama.cpp answers with an abort; positions that do not follow each other it refuses itself."""
+        """What llama.cpp answers with an abort; unknown tokens, and positions with gaps, it refuses itself."""
         self._check_count(len(rows.tokens))
-        known = min(rows.tokens) >= 0 and max(rows.tokens) < self.limits.n_vocab
-        _require(known, f"A token is not in the vocabulary of {self.limits.n_vocab}.")
         _require(len(rows.outputs) <= self._outputs_max, f"More than {self._outputs_max} rows of a batch want logits.")
         self._check_sequences(min(rows.seq_ids), max(rows.seq_ids))
 
@@ -344,8 +342,10 @@ class BatchArrays:
         # A row's list of ids is one row of _seq_id.
         self._rows = self._seq_id.ctypes.data + self._seq_id.strides[0] * np.arange(capacity, dtype=np.uintp)
         self._types = dict(batch_type._fields_)
-        pointers = {"pos": self._pos, "n_seq_id": self._n_seq_id, "seq_id": self._rows, "logits": self._logits}
-        self._batch = batch_type(**{name: self._pointer(array, name) for name, array in pointers.items()})
+        self._batch = batch_type()
+        fields: Any = {"pos": self._pos, "n_seq_id": self._n_seq_id, "seq_id": self._rows, "logits": self._logits}
+        for field, array in fields.items():
+            setattr(self._batch, field, self._pointer(array, field))
         self._tokens = self._pointer(self._token, "token")
 
     def _pointer(self, array: np.ndarray[Any, Any], field: str) -> Any:

@@ -62,7 +62,7 @@ _FUNCTIONS: list[tuple[Any, list[Any], str]] = [
     (_I64, [_P], "gguf_get_n_tensors"),
     (_I64, [_P, _STR], "gguf_find_key"),
     (_BOOL, [_P], "ggml_backend_buft_is_host"),
-    (_STR, [], "ggml_version ggml_commit"),
+    (_STR, [], "ggml_commit"),
     (_STR, [_INT], "ggml_op_name"),
     (_STR, [_P], "ggml_backend_buffer_name ggml_backend_dev_name ggml_backend_dev_description ggml_backend_reg_name"),
     (_STR, [_P, _I64], "gguf_get_val_str"),

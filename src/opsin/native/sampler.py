@@ -47,7 +47,6 @@ class NativeSampler:
         penalties = params.repeat_penalty != 1.0 or bool(params.presence_penalty or params.frequency_penalty)
         self._plain = params.temperature == 0 and not (penalties or biases)
         self._mask_first = penalties  # which remember each token that the chain samples
-        self._keep_logits = params.logprobs is not None
         self._forbidden = np.array([token for token, bias in biases.items() if bias == -np.inf], np.intp)
         self.forbidden = self._forbidden if biases else None
         only_forbids = params.temperature == 0 and not penalties and len(self._forbidden) == len(biases)
@@ -85,14 +84,11 @@ class NativeSampler:
             return self._sampled(logits, row)
         token = -1 if self._mask_first else self._sampled(logits, row)
         if token < 0 or not constraint.permits(token):
-            kept = logits.copy() if self._keep_logits else None
             np.copyto(logits, -np.inf, where=~constraint.mask(self._forbidden))
             while not constraint.keeps_unique(token := self._sampled(logits, row)):
                 logits[token] = -np.inf
                 if logits.max() == -np.inf:
                     raise ConstraintFailed("Every item that may follow is in this array already: it wants them unique.")
-            if kept is not None:
-                logits[:] = kept  # log probabilities are those of the model, before any sampler
         if token not in self._eog_tokens:
             constraint.accept(token)
         return token

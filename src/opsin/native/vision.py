@@ -9,7 +9,7 @@ from collections import Counter
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count, groupby, takewhile
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -57,24 +57,16 @@ _BATCH = 8  # mtmd takes fewer when they have more than its 1,024 tokens
 _BATCH_FULL = frozenset({2, 3})  # too many tokens, another shape
 
 
-class Observer(Protocol):
-    """Looks at a graph while it is computed: `wants` says behind which nodes it shall stop, to show them to `seen`."""
-
-    def wants(self, node: Tensor) -> bool: ...  # noqa: D102
-
-    def seen(self, node: Tensor) -> None: ...  # noqa: D102
-
-
 class EvalHook:
     """A `cb_eval` callback for the whole life of a native context.
 
-    What is raised in it does not stop the encoder, which ends with code 0 and wrong numbers: errors wait until the
-    native call is back.
+    An observer has `wants(node)`, which says whether to stop behind a node, and `seen(node)`, which is called there.
+    What it raises does not stop the encoder, which ends with code 0 and wrong numbers: errors wait until it is back.
     """
 
     def __init__(self, lib: Any) -> None:
         self._running = False
-        self._observer: Observer | None = None
+        self._observer: Any = None
         self._error: BaseException | None = None
         # The library keeps the bare pointer: this object must live longer than what it was given to.
         self.callback: Any = lib.llama.ggml_backend_sched_eval_callback(self._call)
@@ -85,7 +77,7 @@ class EvalHook:
                 return not ask
             node = Tensor.from_address(address)
             if ask:
-                return self._observer.wants(node)
+                return bool(self._observer.wants(node))
             self._observer.seen(node)
         except BaseException as error:  # noqa: BLE001 - kept, and raised by `observing` behind the native call
             self._observer, self._error = None, error
@@ -94,7 +86,7 @@ class EvalHook:
         return True
 
     @contextmanager
-    def observing(self, observer: Observer | None) -> Iterator[None]:
+    def observing(self, observer: Any) -> Iterator[None]:
         """Let `observer` look while the one graph of the block runs; raises afterwards what it raised."""
         if self._running:  # a second graph would overwrite the first
             raise EncodeFailed("The vision encoder is at work already: images are encoded one after another.")
@@ -192,7 +184,7 @@ class Encoder:
         """float32 [n_tokens, n_embd] of one chunk, owned by the caller; see `Backend.encode`."""
         return self.observed(chunk, _EncodeSteps(self._heavy, between) if between is not None else None)
 
-    def observed(self, chunk: ImageChunk, observer: Observer | None) -> Embedding:
+    def observed(self, chunk: ImageChunk, observer: Any) -> Embedding:
         """Encode while `observer` looks at the nodes; what it raises is raised here and the embedding is lost."""
         native, mark = chunk.handle.pointer, logs.SINK.mark()
         with self._hook.observing(observer):
@@ -244,7 +236,7 @@ class Encoder:
         """
         inputs: list[_Input] = []
         for is_text, group in groupby(parts, lambda part: isinstance(part, TextPart)):
-            some = cast("list[Any]", list(group))
+            some: list[Any] = list(group)
             inputs += self._model.spans(some) if is_text else [_checked(part.image) for part in some]
         begin = self._model.begin if add_bos else ()
         everything = frozenset(range(sum(not isinstance(given, tuple) for given in inputs)))
