@@ -20,8 +20,7 @@ import numpy as np
 
 from opsin.core.errors import BadGrammar, ConstraintFailed
 from opsin.native.gbnf import to_lark
-from opsin.native.schema import prepare
-from opsin.native.unique import UniqueItems
+from opsin.native.schema import UniqueItems, prepare
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
