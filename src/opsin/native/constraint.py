@@ -120,8 +120,9 @@ class Constraints:
         return found
 
     def close(self) -> None:
-        """Wait until the model is not needed any more."""
+        """Wait until the model is not needed any more, and forget what was compiled."""
         self._builder.join()
+        self._compiled.cache_clear()
 
     def _compile(self, schema: str | None, gbnf: str | None) -> _Compiled | str:
         """What is remembered, or why the schema or grammar is refused."""
