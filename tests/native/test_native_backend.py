@@ -13,7 +13,7 @@ from native_help import draw, generate, prefill
 from token_rows import TokenRow, batch
 
 from opsin.core.backend import EmbeddingRows
-from opsin.core.errors import EngineClosed, EngineError, ModelNotFound, PairMismatch
+from opsin.core.errors import EngineClosed, ModelNotFound, PairMismatch
 from opsin.core.prompt import ImagePart, TextPart
 from opsin.core.sampling import SamplingParams
 from opsin.core.settings import EngineSettings
@@ -33,7 +33,7 @@ def test_closing_frees_children_first_and_only_once(open_pair: Callable[..., Any
         for child in handle._children.values():
             watch(child)
 
-    watch(backend._model.handle)
+    watch(backend.model.handle)
     backend.close()
     backend.close()
     sampler.close()
@@ -84,36 +84,12 @@ def test_no_model_is_a_sentence() -> None:
         open_backend(EngineSettings())
 
 
-def test_two_threads_at_once_are_refused(backend: Any) -> None:
-    tokenized = backend.tokenize([ImagePart(draw())], add_bos=False)
-    inside, leave = threading.Event(), threading.Event()
-    seen: list[BaseException] = []
-
-    def wait() -> None:
-        inside.set()
-        leave.wait(20)
-
-    thread = threading.Thread(target=lambda: backend.encode(tokenized.chunks[-1], between=wait))
-    thread.start()
-    assert inside.wait(20)
-    try:
-        backend.kv_last(0)
-    except EngineError as error:
-        seen.append(error)
-    finally:
-        leave.set()
-        thread.join()
-    assert "Two threads" in str(seen[0])
-    assert backend.kv_last(0) == -1
-    tokenized.close()
-
-
 def test_closing_waits_for_a_layout_that_is_being_made(open_pair: Callable[..., Any]) -> None:
     """A worker that tokenises while the model is freed reads freed memory."""
     backend = open_pair(ctx=256)
     inside, closed = threading.Event(), threading.Event()
     order: list[str] = []
-    tokenize = backend._model.tokenize
+    tokenize = backend.model.tokenize
 
     def slow(text: str, *, special: bool) -> Any:
         inside.set()
@@ -121,7 +97,7 @@ def test_closing_waits_for_a_layout_that_is_being_made(open_pair: Callable[..., 
         order.append("laid out")
         return tokenize(text, special=special)
 
-    backend._model.tokenize = slow
+    backend.model.tokenize = slow
     worker = threading.Thread(target=lambda: backend.tokenize([TextPart("hello")], add_bos=True))
     worker.start()
     assert inside.wait(20)
@@ -203,7 +179,7 @@ def test_an_image_may_attend_both_ways_and_the_text_behind_it_does_not(backend: 
     def after(seq_id: int, *, causal: bool) -> Any:
         assert backend.decode(EmbeddingRows(rows, positions, seq_id, causal=causal))
         assert backend.decode(batch([TokenRow(5, run.n_tokens, seq_id, True), TokenRow(6, run.n_tokens + 1, seq_id)]))
-        return backend._context.logits(0).copy()
+        return backend.logits(0).copy()
 
     both, forward = after(0, causal=False), after(1, causal=True)
     assert not np.allclose(both, forward)
@@ -247,7 +223,7 @@ def test_a_backend_at_rest_has_no_threads_that_wait_and_computes_the_same_afterw
     def logits() -> Any:
         backend.kv_remove(0, 0, -1)
         assert backend.decode(batch([TokenRow(token, token - 5, 0, logits=token == 24) for token in range(5, 25)]))
-        return np.array(backend._context.logits(-1))
+        return np.array(backend.logits(-1))
 
     first = logits()
     if threads() == before:

@@ -44,7 +44,7 @@ def test_greedy_with_a_grammar_is_the_best_allowed_token(backend: Any) -> None:
     text, _ = answer(backend, params, 1)
     backend.kv_remove(0, 0, -1)
     prefill(backend, backend.tokenize([TextPart("USER: hello ASSISTANT:")], add_bos=True))
-    logits = backend._context.logits(-1)
+    logits = backend.logits(-1)
     allowed = [t for t in range(512) if re.fullmatch(rb"[a-z]", backend.piece(t))]
     assert text.encode() == backend.piece(max(allowed, key=lambda token: logits[token]))
 
@@ -93,7 +93,7 @@ def test_what_is_sampled_is_permitted_and_what_the_chain_samples_from_permitted_
     A chain that samples at random is asked without the mask first, so it may choose another permitted token.
     """
     assert backend.decode(batch([TokenRow(9, 0, 0, True)]))
-    logits, n_vocab, rng = backend._context.logits(-1), backend.limits.n_vocab, np.random.default_rng(7)
+    logits, n_vocab, rng = backend.logits(-1), backend.limits.n_vocab, np.random.default_rng(7)
     params = SamplingParams(**{**asked, **chain})
     same = params.temperature == 0 or params.repeat_penalty != 1.0 or params.top_k == 1
     for seed in range(4):
@@ -120,7 +120,7 @@ def test_what_is_sampled_is_permitted_and_what_the_chain_samples_from_permitted_
 def test_without_cuts_draws_follow_the_permitted_distribution(backend: Any) -> None:
     """Asked first and masked when refused is the masked distribution: 2,000 draws, within five standard deviations."""
     assert backend.decode(batch([TokenRow(9, 0, 0, True)]))
-    logits = backend._context.logits(-1)
+    logits = backend.logits(-1)
     letters = [token for token in range(512) if backend.piece(token) in {b"a", b"b", b"c"}]
     scores = np.full(512, 1.0, np.float32)
     scores[letters] = np.arange(len(letters)) + 1.0
@@ -137,16 +137,17 @@ def test_without_cuts_draws_follow_the_permitted_distribution(backend: Any) -> N
 
 def test_log_probabilities_are_the_models_own_also_under_a_constraint(backend: Any) -> None:
     assert backend.decode(batch([TokenRow(9, 0, 0, True)]))
-    before = backend._context.logits(-1).copy()
+    expected = {token: backend.logprobs(0, token, 5) for token in range(512)}
     sampler = backend.sampler(SamplingParams(grammar='root ::= "abc"', logprobs=5), 1)
-    sampler.sample(-1)
-    assert (backend._context.logits(-1) == before).all()
+    ((token, logprob),) = backend.sample([(sampler, 0, 5)])
+    assert backend.piece(token)[:1] == b"a"
+    assert logprob == expected[token]
     sampler.close()
 
 
 def test_penalties_remember_what_was_drawn_and_not_what_was_refused(backend: Any) -> None:
     assert backend.decode(batch([TokenRow(9, 0, 0, True)]))
-    logits = backend._context.logits(-1)
+    logits = backend.logits(-1)
     pieces = [backend.piece(token) for token in range(512)]
     a, b, c = (pieces.index(letter) for letter in (b"a", b"b", b"c"))
     params = SamplingParams(temperature=0.0, repeat_penalty=10.0, grammar='root ::= "a" [abc]{3}')
@@ -167,7 +168,7 @@ def test_the_end_is_not_taken_before_the_grammar_is_complete(backend: Any) -> No
 
 
 def test_after_the_grammar_is_complete_only_the_end_may_follow(backend: Any) -> None:
-    letter = backend._model.tokenize("b", special=False)[-1]
+    letter = backend.model.tokenize("b", special=False)[-1]
     params = SamplingParams(temperature=0.0, grammar='root ::= "a"', logit_bias={letter: 100.0})
     assert answer(backend, params, 1) == ("a", True)
 
@@ -223,9 +224,28 @@ def test_a_bad_schema_is_refused_with_its_reason(backend: Any, schema: str, says
 
 
 def test_a_bad_grammar_is_refused_before_anything_is_computed(backend: Any) -> None:
-    for gbnf in ("root ::= bar", 'root ::= root "a"', "root ::= [^\\x00-\\U0010FFFF]"):
-        with pytest.raises(BadGrammar, match="The grammar cannot be used: "):
+    for gbnf, says in (
+        ("root ::= bar", "does not define"),
+        ('root ::= root "a"', "no answer fits"),
+        ("root ::= [^\\x00-\\U0010FFFF]", "no answer fits"),
+        ('root ::= ("a"', r"Expected token '\)'"),
+        ('root ::= "a")', "expecting rule, token"),
+        ('root ::= "a"**', "Expected value"),
+        ('root ::= *"a"', "Expected value"),
+        ('"a" root ::= "b"', "expecting rule"),
+        ('root ::= "a"\nroot ::= "b"', "duplicate rule"),
+    ):
+        with pytest.raises(BadGrammar, match=f"^The grammar cannot be used: .*{says}") as refused:
             backend.check(SamplingParams(grammar=gbnf))
+        assert "\n" not in str(refused.value)
+
+
+def test_a_list_of_thousands_of_words_is_a_grammar(backend: Any) -> None:
+    words = [f"w{number:04}" for number in range(4500)]
+    gbnf = "root ::= (" + " | ".join(f'"{word}"' for word in words) + ') "."'
+    text, ended = answer(backend, SamplingParams(grammar=gbnf, **HOT), 1)
+    assert ended
+    assert text.removesuffix(".") in words
 
 
 def test_a_left_recursive_grammar_is_no_fault(backend: Any) -> None:
@@ -255,15 +275,11 @@ def test_a_schema_is_compiled_once_for_all_who_ask_at_the_same_time(
     assert len(compiled) == 1
 
 
-def test_the_oldest_are_forgotten_and_compiled_again_when_asked_for(
-    backend: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    backend._constraints._compiled.clear()
-    monkeypatch.setattr(constraint, "REMEMBERED", 3)
-    for letter in "abcdef":
-        backend.check(SamplingParams(grammar=f'root ::= "{letter}"'))
-    assert len(backend._constraints._compiled) == 3
-    assert answer(backend, SamplingParams(grammar='root ::= "a"'), 1) == ("a", True)
+def test_the_oldest_are_forgotten_and_compiled_again_when_asked_for(backend: Any) -> None:
+    for number in range(constraint.REMEMBERED + 3):
+        backend.check(SamplingParams(grammar=f'root ::= "{number}"'))
+    assert backend._constraints._compiled.cache_info().currsize == constraint.REMEMBERED
+    assert answer(backend, SamplingParams(grammar='root ::= "0"'), 1) == ("0", True)
 
 
 ARRAYS = [
@@ -313,9 +329,9 @@ b.close()
 
 
 def test_a_refused_sampler_leaves_nothing_behind(backend: Any) -> None:
-    before = len(backend._context.handle._children)
+    before = len(backend.handle._children)
     for params in (SamplingParams(grammar="root ::= bar"), SamplingParams(logit_bias={9999: 1.0})):
         with pytest.raises((BadGrammar, BadParameter)):
             backend.sampler(params, 1)
-    assert len(backend._context.handle._children) == before
+    assert len(backend.handle._children) == before
     assert backend.decode(batch([TokenRow(5, 0, 0, True)]))

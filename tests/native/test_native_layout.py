@@ -29,12 +29,12 @@ def test_a_stretch_in_parts_has_the_tokens_of_the_whole(backend: Any) -> None:
 
 
 def test_a_control_token_of_the_template_is_the_token(backend: Any) -> None:
-    end = backend._model.control_tokens["</s>"]
+    end = backend.model.control_tokens["</s>"]
     assert end in tokens(backend, TextPart("one</s>two"))
 
 
 def test_a_control_token_that_a_user_wrote_is_text(backend: Any) -> None:
-    end = backend._model.control_tokens["</s>"]
+    end = backend.model.control_tokens["</s>"]
     parts = (TextPart("USER: say "), TextPart("</s>", special=False), TextPart(" twice</s>USER: "))
     ids = tokens(backend, *parts)
     assert ids.count(end) == 1
@@ -44,7 +44,7 @@ def test_a_control_token_that_a_user_wrote_is_text(backend: Any) -> None:
 def test_plain_text_beside_the_users_costs_no_token_more(backend: Any) -> None:
     """The user's text is tokenised with its plain neighbours up to the next control token, so no space is added."""
     cut = tokens(backend, TextPart("a "), TextPart("</s>", special=False), TextPart(" b"))
-    assert cut == backend._model.tokenize("a </s> b", special=False)
+    assert cut == backend.model.tokenize("a </s> b", special=False)
 
 
 def test_a_plain_part_without_control_text_changes_nothing(backend: Any) -> None:
@@ -58,7 +58,7 @@ def test_empty_parts_are_nothing(backend: Any) -> None:
 
 
 def test_the_begin_token_comes_once_and_only_when_asked(backend: Any) -> None:
-    begin = backend._model.control_tokens["<s>"]
+    begin = backend.model.control_tokens["<s>"]
     assert tokens(backend, TextPart("hello"), add_bos=True) == (begin, *tokens(backend, TextPart("hello")))
     tokenized = backend.tokenize([ImagePart(draw()), TextPart("hello")], add_bos=True)
     assert tokenized.chunks[0] == TextChunk((begin,))
@@ -179,7 +179,7 @@ def test_narrow_images_are_laid_out_or_refused(backend: Any) -> None:
 
 
 def test_a_chunk_of_another_format_is_not_guessed_at() -> None:
-    from opsin.native.tokenize import parse_meta
+    from opsin.native.vision import parse_meta
 
     with pytest.raises(ValueError, match="version 9"):
         parse_meta((9).to_bytes(8, "little") + bytes(200))

@@ -33,10 +33,10 @@ def test_the_probe_leaves_memory_and_embeddings_alone(backend: Any) -> None:
     tokenized = backend.tokenize([ImagePart(draw())], add_bos=False)
     before = backend.encode(tokenized.chunks[-1])
     assert backend.decode(batch([TokenRow(5, 0, 0, True)]))
-    scores = backend._context.logits(-1).copy()
+    scores = backend.logits(-1).copy()
     backend.placement()
     assert backend.kv_last(0) == 0
-    assert (backend._context.logits(-1) == scores).all()
+    assert (backend.logits(-1) == scores).all()
     assert (backend.encode(tokenized.chunks[-1]) == before).all()
     tokenized.close()
 

@@ -24,7 +24,7 @@ def answer(backend: Any, params: SamplingParams, seed: int, count: int = 24) -> 
 
 
 def logits(backend: Any) -> Any:
-    return backend._context.logits(-1).astype(np.float64)
+    return backend.logits(-1).astype(np.float64)
 
 
 HOT = SamplingParams(temperature=1.5, top_k=0, top_p=1.0, min_p=0.0)
@@ -126,7 +126,7 @@ def test_penalties_look_back_over_what_was_drawn(backend: Any) -> None:
 def test_log_probabilities_are_numpys(backend: Any) -> None:
     assert backend.decode(batch([TokenRow(9, 0, 0, True), TokenRow(10, 1, 0), TokenRow(11, 2, 0, True)]))
     for row in (0, 2, -1):
-        scores = backend._context.logits(row).astype(np.float64)
+        scores = backend.logits(row).astype(np.float64)
         expected = scores - (np.log(np.exp(scores - scores.max()).sum()) + scores.max())
         got = backend.logprobs(row, 42, 5)
         assert got.logprob == pytest.approx(expected[42], abs=1e-9)
@@ -149,7 +149,7 @@ def test_log_probabilities_do_not_see_the_sampler(backend: Any) -> None:
 
 def test_logits_that_are_no_numbers_raise_instead_of_sorting(backend: Any) -> None:
     assert backend.decode(batch([TokenRow(9, 0, 0, True)]))
-    backend._context.logits(-1)[17] = np.nan
+    backend.logits(-1)[17] = np.nan
     sampler = backend.sampler(HOT, 1)
     with pytest.raises(DecodeFailed, match="not a number"):
         sampler.sample(-1)
@@ -158,6 +158,6 @@ def test_logits_that_are_no_numbers_raise_instead_of_sorting(backend: Any) -> No
 
 def test_pieces_of_control_tokens_are_empty_and_of_bytes_are_bytes(backend: Any) -> None:
     assert [backend.piece(token) for token in backend.eog_tokens] == [b""]
-    assert backend.piece(backend._model.tokenize("\x07", special=False)[-1]) == b"\x07"
+    assert backend.piece(backend.model.tokenize("\x07", special=False)[-1]) == b"\x07"
     with pytest.raises(ValueError, match="not in the vocabulary"):
         backend.piece(512)

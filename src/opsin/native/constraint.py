@@ -13,14 +13,14 @@ import json
 import re
 import threading
 import time
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from opsin.core.errors import BadGrammar, ConstraintFailed
 from opsin.native.gbnf import to_lark
-from opsin.native.schema import prepare
-from opsin.native.unique import UniqueItems
+from opsin.native.schema import UniqueItems, prepare
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -51,8 +51,7 @@ class Constraint:
         matcher, unique = compiled
         self._matcher = matcher.deep_copy()
         self._unique = None if unique is None else UniqueItems(unique)
-        self._bits = bits
-        self._model = model
+        self._bits, self._model = bits, model
 
     def permits(self, token: int) -> bool:
         """Whether this token may come next; much cheaper than a mask."""
@@ -99,7 +98,7 @@ class Constraints:
         self._model = model
         self._bits = np.zeros((model.n_vocab + 31) // 32, np.int32)
         self._lock = threading.Lock()
-        self._compiled: dict[tuple[str | None, str | None], _Compiled | str] = {}  # or why it is refused
+        self._compiled = lru_cache(REMEMBERED)(self._compile)
         self._tokenizer: LLTokenizer | str = ""  # or why there is none
         # A quarter of a second for 50,000 tokens: neither the first schema nor the engine's thread should wait for it.
         self._builder = threading.Thread(target=self._build_tokenizer, name="opsin-tokenizer", daemon=True)
@@ -107,34 +106,26 @@ class Constraints:
 
     def compile(self, params: SamplingParams) -> None:
         """Make the request's schema or grammar ready for `start`. Raises BadGrammar."""
-        asked = params.json_schema, params.grammar
-        if asked == (None, None):
-            return
         with self._lock:  # so that requests for the same schema wait for one compilation
-            if asked not in self._compiled:
-                self._compiled[asked] = self._compile(*asked)
-                if len(self._compiled) > REMEMBERED:
-                    del self._compiled[next(iter(self._compiled))]
-            self._ready(*asked)
+            self._ready(params)
 
-    def start(self, params: SamplingParams) -> Constraint | None:
-        """A constraint for one answer, None without schema and grammar. Raises BadGrammar."""
-        if params.json_schema is None and params.grammar is None:
-            return None
-        return Constraint(self._ready(params.json_schema, params.grammar), self._bits, self._model)
+    def start(self, params: SamplingParams) -> Constraint:
+        """A constraint for one answer. Raises BadGrammar."""
+        return Constraint(self._ready(params), self._bits, self._model)
 
-    def _ready(self, schema: str | None, gbnf: str | None) -> _Compiled:
-        # Without the lock, so as not to wait for others: what has been pushed out since is compiled again.
-        found = self._compiled.get((schema, gbnf)) or self._compile(schema, gbnf)
+    def _ready(self, params: SamplingParams) -> _Compiled:
+        found = self._compiled(params.json_schema, params.grammar)
         if isinstance(found, str):
             raise BadGrammar(found)
         return found
 
     def close(self) -> None:
-        """Wait until the model is not needed any more."""
+        """Wait until the model is not needed any more, and forget what was compiled."""
         self._builder.join()
+        self._compiled.cache_clear()
 
     def _compile(self, schema: str | None, gbnf: str | None) -> _Compiled | str:
+        """What is remembered, or why the schema or grammar is refused."""
         from llguidance import LLMatcher, LLParserLimits
 
         self._builder.join()
@@ -185,5 +176,5 @@ def _reason(message: str) -> str:
     """A complaint of llguidance's in one line, without what it shows of the grammar and of its own state."""
     # Of a bad pattern it shows the pattern first, and what is wrong with it last.
     found = re.search(r"^\s*error: (.*)", message, re.MULTILINE) or re.match(r"\s*(.*)", message)
-    reason = re.sub(r"^at \d+\(\d+\): |failed to compile JSON schema: ", "", found[1] if found else "")
+    reason = re.sub(r"^(at )?\d+\(\d+\): |failed to compile JSON schema: ", "", found[1] if found else "")
     return "no answer fits it" if reason.startswith("NoExtension") else reason[:200].rstrip(". ")

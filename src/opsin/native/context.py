@@ -1,24 +1,28 @@
-"""The KV cache and the computing of ubatches on it.
+"""llama.cpp behind `core.backend.Backend`: the KV cache, ubatches on it, and what is sampled from their logits.
 
 Many mistakes here are not errors in llama.cpp but the end of the process (an assertion in C). Each is checked before
 the call, and raises instead.
 """
 
+# ruff: noqa: D102 - the public methods are described in `core.backend.Backend`
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING, Any
+import threading
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from opsin.core.answer import TokenLogprob
 from opsin.core.backend import BackendLimits, EmbeddingRows
-from opsin.core.errors import BadParameter, DecodeFailed, ModelError
+from opsin.core.errors import BadInput, BadParameter, DecodeFailed, ModelError, OpsinError
 from opsin.core.ggml_types import KV_TYPES
+from opsin.core.prompt import TextPart
 from opsin.core.settings import CTX_PER_SEQUENCE
 from opsin.native import logs
-from opsin.native.ggml import floats
-from opsin.native.handles import Owned
+from opsin.native.model import Owned, floats
+from opsin.native.sampler import NativeSampler
 from opsin.native.threads import default_threads
 
 if TYPE_CHECKING:
@@ -26,15 +30,24 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from opsin.core.backend import TokenBatch
+    from opsin.core.backend import Embedding, Sample, TokenBatch
+    from opsin.core.prompt import Part
+    from opsin.core.sampling import SamplingParams
     from opsin.core.settings import EngineSettings
+    from opsin.core.tokens import ImageChunk, TokenizedPrompt
+    from opsin.native.constraint import Constraints
     from opsin.native.model import Model
+    from opsin.native.vision import Encoder
+
+    _Sampled = tuple[int, TokenLogprob | None] | OpsinError
 
 _MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
 # With a unified cache a sequence id costs nothing, so idle prefixes get ids of their own beside the running answers.
 _SPARE_SEQUENCES = 32
+_READERS = 16  # threads that may tokenize at once
 _MIN_OUTPUTS = 64  # rows of one ubatch that may have logits
 _TILE = 64  # rows that flash attention takes at once in ggml's CPU kernel; with fewer it is slower than without
+_PAUSE_SOFT = 1  # omp_pause_soft: what was set stays
 
 _NOT_A_NUMBER = (
     "The language model computed a value that is not a number: the model file may be damaged, so download it again."
@@ -42,11 +55,26 @@ _NOT_A_NUMBER = (
 
 
 class Context:
-    """One llama_context: the KV cache that all sequences share. All of it belongs to one thread at a time."""
+    """One llama_context over a model, with its vision encoder and constraints where it has them.
 
-    def __init__(self, model: Model, settings: EngineSettings, *, callback: Any = None, ctx: int | None = None) -> None:
-        self.llama = llama = model.lib.llama
-        self._model = model
+    `tokenize`, `check`, `piece` and the attributes may be used by any thread, all else by the one that owns the
+    context. `threads` are of decode, prefill and encode.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        settings: EngineSettings,
+        encoder: Encoder | None = None,
+        *,
+        callback: Any = None,
+        ctx: int | None = None,
+    ) -> None:
+        self.model = model
+        self._llama = llama = model.lib.llama
+        self._encoder = encoder
+        self._constraints: Constraints | None = None
+        self._readers = threading.Semaphore(_READERS)  # held by who tokenizes or compiles, against `close`
         params = llama.llama_context_default_params()
         trained = min(model.n_ctx_train or CTX_PER_SEQUENCE, CTX_PER_SEQUENCE)
         params.n_ctx = ctx or settings.ctx or trained * settings.parallel
@@ -78,7 +106,9 @@ class Context:
                 f"({logs.SINK.cause(mark) or 'probably not enough memory'}): give a smaller --ctx or another --kv-type."
             )
         self.handle = Owned("context", pointer, llama.llama_free, model.handle)
-        self.threads: tuple[int, int] = params.n_threads, params.n_threads_batch  # of decode and of prefill
+        encode_threads = params.n_threads_batch if encoder is None else encoder.threads
+        self.threads: tuple[int, int, int] = params.n_threads, params.n_threads_batch, encode_threads
+        self.eog_tokens, self.piece = model.eog_tokens, model.piece
         self.limits = BackendLimits(
             n_ctx=llama.llama_n_ctx(pointer),
             n_batch=llama.llama_n_batch(pointer),
@@ -89,6 +119,7 @@ class Context:
             n_ctx_train=model.n_ctx_train,
             forks=not model.whole_states_only,
             tile=_TILE if model.device is None else 1,
+            encode_batch=1 if encoder is None else encoder.batch,
         )
         self._arrays = BatchArrays(llama.llama_batch, self.limits.n_ubatch, model.n_pos, self._keeper)
         self._causal = True
@@ -101,10 +132,27 @@ class Context:
 
     @property
     def _memory(self) -> int:
-        return int(self.llama.llama_get_memory(self.pointer))
+        return int(self._llama.llama_get_memory(self.pointer))
+
+    def tokenize(
+        self, parts: Sequence[Part], *, add_bos: bool, known: Callable[[str], bool] | None = None
+    ) -> TokenizedPrompt:
+        with self._readers:
+            if all(isinstance(part, TextPart) for part in parts):
+                return self.model.tokenize_parts(cast("Sequence[TextPart]", parts), add_bos=add_bos)
+            if self._encoder is None:
+                raise BadInput("This model was loaded without a vision encoder: give its projector file with --mmproj.")
+            return self._encoder.tokenize(parts, add_bos=add_bos, known=known)
+
+    def encode(self, chunk: ImageChunk, between: Callable[[], None] | None = None) -> Embedding:
+        assert self._encoder is not None, "only an encoder makes image chunks"
+        return self._encoder.encode(chunk, between)
+
+    def encode_many(self, chunks: Sequence[ImageChunk]) -> list[Embedding]:
+        assert self._encoder is not None, "only an encoder makes image chunks"
+        return self._encoder.encode_many(chunks)
 
     def decode(self, rows: TokenBatch | EmbeddingRows) -> bool:
-        """Run one ubatch. False when the KV cache has no room, and nothing changed. Raises DecodeFailed."""
         pointer, causal = self.pointer, True
         if isinstance(rows, EmbeddingRows):
             self._check_embeddings(rows)
@@ -114,10 +162,10 @@ class Context:
             self._check_tokens(rows)
             batch, outputs = self._arrays.tokens(rows), rows.outputs
         if causal != self._causal:
-            self.llama.llama_set_causal_attn(pointer, causal)
+            self._llama.llama_set_causal_attn(pointer, causal)
             self._causal = causal
         mark = logs.SINK.mark()
-        code = self.llama.llama_decode(pointer, batch)
+        code = self._llama.llama_decode(pointer, batch)
         if code == 1:
             return False
         self._outputs = {}
@@ -130,15 +178,13 @@ class Context:
         return True
 
     def _check_tokens(self, rows: TokenBatch) -> None:
-        """What llama.cpp answers with an abort; positions that do not follow each other it refuses itself."""
+        """What llama.cpp answers with an abort; unknown tokens, and positions with gaps, it refuses itself."""
         self._check_count(len(rows.tokens))
-        known = min(rows.tokens) >= 0 and max(rows.tokens) < self.limits.n_vocab
-        _require(known, f"A token is not in the vocabulary of {self.limits.n_vocab}.")
         _require(len(rows.outputs) <= self._outputs_max, f"More than {self._outputs_max} rows of a batch want logits.")
         self._check_sequences(min(rows.seq_ids), max(rows.seq_ids))
 
     def _check_embeddings(self, rows: EmbeddingRows) -> None:
-        data, times, n_embd, n_pos = rows.rows, rows.positions[0], self.limits.n_embd, self._model.n_pos
+        data, times, n_embd, n_pos = rows.rows, rows.positions[0], self.limits.n_embd, self.model.n_pos
         whole = ": this model reads an image whole, so give a smaller --image-max-tokens or a larger --ubatch"
         self._check_count(len(data), "" if rows.causal else whole)
         sound = data.shape[1:] == (n_embd,) and data.dtype == np.float32 and data.flags.c_contiguous
@@ -161,27 +207,25 @@ class Context:
             _require(0 <= seq_id <= last, f"There is no sequence {seq_id}: ids go from 0 to {last}.")
 
     def synchronize(self) -> None:
-        """Wait until all that was started is done."""
-        self.llama.llama_synchronize(self.pointer)
+        self._llama.llama_synchronize(self.pointer)
 
     def logits(self, row: int) -> NDArray[np.float32]:
         """The raw logits of a batch row of the last decode (-1: the last that has any), float32 [n_vocab].
 
         A view of native memory, good until the next decode. Raises DecodeFailed when the row has none.
         """
-        pointer = self.pointer
-        held = row in self._outputs or (row == -1 and bool(self._outputs))
-        _require(held, f"Row {row} of the last batch has no logits.")
-        view = floats(self.llama.llama_get_logits_ith(pointer, row), self.limits.n_vocab)
+        pointer, outputs = self.pointer, self._outputs
+        _require(row in outputs or (row == -1 and bool(outputs)), f"Row {row} of the last batch has no logits.")
+        view = floats(self._llama.llama_get_logits_ith(pointer, row), self.limits.n_vocab)
         # One comparison instead of a scan: max() is not-a-number as soon as one logit is. Sorting such logits is
         # undefined in the native samplers.
         _require(not np.isnan(view.max()), _NOT_A_NUMBER)
         return view
 
-    def argmax(self, wanted: Sequence[tuple[int, NDArray[np.intp] | None]]) -> list[int | DecodeFailed]:
+    def _argmax(self, wanted: Sequence[tuple[int, NDArray[np.intp] | None]]) -> list[_Sampled]:
         """The most likely token of each of these rows of the last decode, without the tokens forbidden there."""
         shape = (len(self._outputs), self.limits.n_vocab)
-        logits = floats(self.llama.llama_get_logits(self.pointer), shape[0] * shape[1]).reshape(shape)
+        logits = floats(self._llama.llama_get_logits(self.pointer), shape[0] * shape[1]).reshape(shape)
         places = [self._outputs[row] for row, _ in wanted]
         for place, (_, forbidden) in zip(places, wanted, strict=True):
             if forbidden is not None:
@@ -190,34 +234,77 @@ class Context:
         tokens = logits[places].argmax(axis=1) if few else logits.argmax(axis=1)[places]
         # argmax gives the first value that is not a number where there is one.
         bad = np.isnan(logits[places, tokens])
-        return [DecodeFailed(_NOT_A_NUMBER) if nan else token for nan, token in zip(bad, tokens.tolist(), strict=True)]
+        return [
+            DecodeFailed(_NOT_A_NUMBER) if nan else (token, None)
+            for nan, token in zip(bad, tokens.tolist(), strict=True)
+        ]
 
-    def at(self, row: int) -> tuple[int, int]:
-        """The native context that holds the logits of a batch row of the last decode, and which row they are there."""
-        return self.pointer, row
+    def check(self, params: SamplingParams) -> None:
+        if self._constraints is not None and _constrained(params):
+            with self._readers:
+                self._constraints.compile(params)
+
+    def sampler(self, params: SamplingParams, seed: int) -> NativeSampler:
+        constraint = self._constraints.start(params) if self._constraints and _constrained(params) else None
+        return NativeSampler(self.model, self.handle, self.logits, params, seed, constraint=constraint)
+
+    def sample(self, samples: Sequence[Sample]) -> list[_Sampled]:
+        mine = cast("Sequence[tuple[NativeSampler, int, int | None]]", samples)
+        greedy = [(row, sampler.forbidden) for sampler, row, top in mine if sampler.greedy and top is None]
+        best = iter(self._argmax(greedy) if greedy else ())
+        return [
+            next(best) if sampler.greedy and top is None else self._sample_one(sampler, row, top)
+            for sampler, row, top in mine
+        ]
+
+    def _sample_one(self, sampler: NativeSampler, row: int, top: int | None) -> _Sampled:
+        try:
+            # Log probabilities are those of the model, before a sampler changes the logits.
+            raw = None if top is None else self.logits(row).copy()
+            token = sampler.sample(row)
+        except OpsinError as error:
+            return error
+        return token, None if raw is None else token_logprob(raw, token, top or 0, self.piece)
+
+    def logprobs(self, row: int, token: int, top: int) -> TokenLogprob:
+        return token_logprob(self.logits(row), token, top, self.piece)
 
     def kv_last(self, seq_id: int) -> int:
-        """The last position held for a sequence, -1 when there is none."""
         self._check_sequences(seq_id)
-        return int(self.llama.llama_memory_seq_pos_max(self._memory, seq_id))
+        return int(self._llama.llama_memory_seq_pos_max(self._memory, seq_id))
 
     def kv_remove(self, seq_id: int, start: int, end: int) -> bool:
-        """Forget positions [start, end); False when this memory cannot forget a part."""
         self._check_sequences(seq_id)
-        if self._keeper:
-            self.llama.llama_memory_seq_rm(self._memory, seq_id + self._keeper, start, end)
-        return bool(self.llama.llama_memory_seq_rm(self._memory, seq_id, start, end))
+        return all(self._llama.llama_memory_seq_rm(self._memory, one, start, end) for one in self._ids(seq_id))
 
     def kv_copy(self, source: int, target: int, start: int, end: int) -> None:
-        """Let `target` share positions [start, end) of `source`. Raises DecodeFailed for a part of a state."""
         self._check_sequences(source, target)
         part = start > 0 or 0 <= end <= self.kv_last(source)
-        _require(not (part and self._model.whole_states_only), "A part of this model's state cannot be copied.")
-        if source == target:
-            return
-        self.llama.llama_memory_seq_cp(self._memory, source, target, start, end)
-        if self._keeper:
-            self.llama.llama_memory_seq_cp(self._memory, source, target + self._keeper, start, end)
+        _require(not (part and self.model.whole_states_only), "A part of this model's state cannot be copied.")
+        for one in self._ids(target) if source != target else ():
+            self._llama.llama_memory_seq_cp(self._memory, source, one, start, end)
+
+    def _ids(self, seq_id: int) -> tuple[int, ...]:
+        return (seq_id, seq_id + self._keeper) if self._keeper else (seq_id,)
+
+    def pause_threads(self) -> None:
+        # Each thread that computes has a team of OpenMP threads of its own, and libgomp stops spinning as soon as more
+        # threads than cores belong to teams: a second engine in a process would make the first half as fast.
+        if self.model.lib.pause is not None:
+            self.model.lib.pause(_PAUSE_SOFT)
+
+    def close(self) -> None:
+        """Free everything, children first; twice does no harm. Waits for prompts that are being tokenized."""
+        with ExitStack() as alone:
+            for _ in range(_READERS):
+                alone.enter_context(self._readers)
+            if self._constraints is not None:
+                self._constraints.close()
+            self.model.close()
+
+
+def _constrained(params: SamplingParams) -> bool:
+    return params.json_schema is not None or params.grammar is not None
 
 
 def _require(holds: bool, otherwise: str) -> None:
@@ -248,18 +335,17 @@ class BatchArrays:
         self._n_pos = n_pos
         # Added to a row's sequence: its ids. llama.cpp masks by any one of them: both hold the same cells.
         self._ids = np.array([0, keeper] if keeper else [0], np.int32)
-        self._token = np.zeros(capacity, np.int32)
-        self._pos = np.zeros(capacity * n_pos, np.int32)
+        self._token, self._pos = np.zeros(capacity, np.int32), np.zeros(capacity * n_pos, np.int32)
         self._n_seq_id = np.full(capacity, len(self._ids), np.int32)
         self._seq_id = np.zeros((capacity, len(self._ids)), np.int32)
         self._logits = np.zeros(capacity, np.int8)
         # A row's list of ids is one row of _seq_id.
-        self._seq_ids = self._seq_id.ctypes.data + self._seq_id.strides[0] * np.arange(capacity, dtype=np.uintp)
+        self._rows = self._seq_id.ctypes.data + self._seq_id.strides[0] * np.arange(capacity, dtype=np.uintp)
         self._types = dict(batch_type._fields_)
         self._batch = batch_type()
-        for field in ("pos", "n_seq_id", "logits"):
-            setattr(self._batch, field, self._pointer(getattr(self, f"_{field}"), field))
-        self._batch.seq_id = self._pointer(self._seq_ids, "seq_id")
+        fields: Any = {"pos": self._pos, "n_seq_id": self._n_seq_id, "seq_id": self._rows, "logits": self._logits}
+        for field, array in fields.items():
+            setattr(self._batch, field, self._pointer(array, field))
         self._tokens = self._pointer(self._token, "token")
 
     def _pointer(self, array: np.ndarray[Any, Any], field: str) -> Any:
@@ -284,8 +370,7 @@ class BatchArrays:
         self._seq_id[:count] = rows.seq_id + self._ids
         self._logits[:count] = 0
         self._logits[count - 1] = rows.logits
-        embeddings = self._pointer(rows.rows, "embd")
-        self._batch.n_tokens, self._batch.token, self._batch.embd = count, None, embeddings
+        self._batch.n_tokens, self._batch.token, self._batch.embd = count, None, self._pointer(rows.rows, "embd")
         return self._batch
 
 

@@ -7,6 +7,7 @@ exact. Only literals whose first character nothing else in the grammar can match
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from functools import partial
@@ -33,95 +34,75 @@ _NAMED = {"n": "\n", "r": "\r", "t": "\t"}
 
 
 def to_lark(gbnf: str) -> str:
-    """The grammar in Lark's syntax, with `start` for `root`. Raises BadGrammar."""
-    return _Parser(gbnf).rules()
+    """The grammar in Lark's syntax, with `start` for `root`. Raises BadGrammar; llguidance checks the structure."""
+    tokens = _tokens(gbnf)
+    rules = [text for kind, text in tokens if kind == "rule"]
+    if len(rules) > MAX_RULES:
+        raise _refused(f"it has {len(rules)} rules, and {MAX_RULES} are the limit")
+    if missing := {"root", *(text for kind, text in tokens if kind == "name")} - set(rules):
+        raise _refused(f"it does not define the rule {min(missing)}")
+    names = {name: f"r{number}" for number, name in enumerate(rules)} | {"root": "start"}
+    whole = _whole(tokens)
+    lark = [_written(kind, text, names, whole) for kind, text in tokens]
+    marks = "".join(_mark(kind, text, whole) for kind, text in tokens)
+    depths = itertools.accumulate((mark == "(") - (mark == ")") for mark in marks)
+    if max(depths, default=0) > MAX_DEPTH:
+        raise _refused(f"it is nested more than {MAX_DEPTH} deep")
+    # A list of words is one lexeme: llguidance compares each alternative of a rule with all others.
+    for run in reversed(list(re.finditer(r"(?<=[:(|])w(?:\|w)+(?![^:|)])", marks))):
+        words = (re.sub(r"\W", _code_point, _unescaped(text)) for _, text in tokens[run.start() : run.end() : 2])
+        lark[run.start() : run.end()] = [f"/{'|'.join(words)}/"]
+    return " ".join(lark)
 
 
-class _Parser:
-    """Recursive descent over tokens (kind, text, offset), the next one last, which writes Lark as it goes."""
+def _written(kind: str, text: str, names: dict[str, str], whole: set[str]) -> str:
+    match kind:
+        case "rule":
+            return f"\n{names[text]}:"
+        case "name":
+            return names[text]
+        case "set":
+            return f"/{_as_set(text)}/"
+        case "repeat":
+            return _repetition(text)
+        case "literal":
+            literal = _unescaped(text)
+            return _quoted(literal) if len(literal) < 2 or literal in whole else f"({' '.join(map(_quoted, literal))})"
+    return text
 
-    def __init__(self, gbnf: str) -> None:
-        self._gbnf = gbnf
-        tokens: list[tuple[str, str, int]] = []
-        offset = 0
-        while offset < len(gbnf):
-            match = _TOKEN.match(gbnf, offset)
-            if match is None or match.lastgroup is None:
-                raise self._unexpected(offset)
-            if match.lastgroup != "blank":
-                tokens.append((match.lastgroup, match[match.lastgroup], offset))
-            offset = match.end()
-        names = dict.fromkeys(text for kind, text, _ in tokens if kind == "rule")
-        self._names = {name: f"r{number}" for number, name in enumerate(names)} | {"root": "start"}
-        texts = {_unescaped(text) for kind, text, _ in tokens if kind == "literal"} - {""}
-        sets = {_as_set(text) for kind, text, _ in tokens if kind == "set"}
-        lengths = {len(text) for text in texts}
-        self._whole = {  # literals that can stay one lexeme, by the way they are written in Lark
-            _quoted(text): text
-            for text in texts
-            if not any(text[:length] in texts for length in lengths if length < len(text))
-            and not any(re.match(one, text[0]) for one in sets)
-        }
-        self._tokens = [("end", "", offset), *reversed(tokens)]
 
-    def rules(self) -> str:
-        if len(self._names) > MAX_RULES:
-            raise _refused(f"it has {len(self._names)} rules, and {MAX_RULES} are the limit")
-        lines: dict[str, str] = {}
-        while len(self._tokens) > 1:
-            kind, name, offset = self._tokens.pop()
-            if kind != "rule":
-                raise self._unexpected(offset)
-            if name in lines:
-                raise _refused(f"it defines the rule {name} twice")
-            lines[name] = f"{self._names[name]}: {self._alternatives(0)}\n"
-        if "root" not in lines:
-            raise _refused("it has no rule named root")
-        return "".join(lines.values())
+def _mark(kind: str, text: str, whole: set[str]) -> str:
+    """One character for a token: w for a word, a colon for the beginning of a rule, itself for ( | and )."""
+    if kind == "literal" and _unescaped(text) in whole:
+        return "w"
+    return {"rule": ":", "mark": text}.get(kind, "x")
 
-    def _alternatives(self, depth: int) -> str:
-        if depth > MAX_DEPTH:
-            raise _refused(f"it is nested more than {MAX_DEPTH} deep")
-        found = [self._sequence(depth)]
-        while self._tokens[-1][:2] == ("mark", "|"):
-            self._tokens.pop()
-            found.append(self._sequence(depth))
-        if len(found) > 1 and all(one in self._whole for one in found):
-            # A list of words is one lexeme: llguidance compares each alternative of a rule with all others.
-            return "/" + "|".join(re.sub(r"\W", _code_point, self._whole[one]) for one in found) + "/"
-        return " | ".join(found)
 
-    def _sequence(self, depth: int) -> str:
-        parts: list[str] = []
-        while True:
-            kind, text, offset = self._tokens.pop()
-            match kind:
-                case "literal":
-                    text = _unescaped(text)
-                    whole = len(text) < 2 or _quoted(text) in self._whole
-                    parts.append(_quoted(text) if whole else f"({' '.join(map(_quoted, text))})")
-                case "set":
-                    parts.append(f"/{_as_set(text)}/")
-                case "name" if text in self._names:
-                    parts.append(self._names[text])
-                case "name":
-                    raise _refused(f"it names the rule {text}, which it does not define")
-                case "repeat" if parts and parts[-1][-1] not in "*+?}":
-                    parts[-1] += _repetition(text)
-                case "mark" if text == "(":
-                    parts.append(f"({self._alternatives(depth + 1)})")
-                    if (closing := self._tokens.pop())[1] != ")":
-                        raise self._unexpected(closing[2])
-                case _ if kind == "repeat" or (text == ")" and depth == 0):
-                    raise self._unexpected(offset)
-                case _:
-                    self._tokens.append((kind, text, offset))
-                    return " ".join(parts) or '""'
+def _tokens(gbnf: str) -> list[tuple[str, str]]:
+    """Kind and text of each token."""
+    tokens, offset = [], 0
+    while offset < len(gbnf):
+        match = _TOKEN.match(gbnf, offset)
+        if match is None or match.lastgroup is None:
+            line, found = gbnf.count("\n", 0, offset) + 1, gbnf[offset : offset + 20].split("\n", 1)[0]
+            raise _refused(f"{found!r} in line {line} is not expected")
+        if match.lastgroup != "blank":
+            tokens.append((match.lastgroup, match[match.lastgroup]))
+        offset = match.end()
+    return tokens
 
-    def _unexpected(self, offset: int) -> BadGrammar:
-        line = self._gbnf.count("\n", 0, offset) + 1
-        found = self._gbnf[offset : offset + 20].split("\n", 1)[0]
-        return _refused(f"{found!r} in line {line} is not expected" if found else f"it ends too early, in line {line}")
+
+def _whole(tokens: list[tuple[str, str]]) -> set[str]:
+    """Literals that can stay one lexeme."""
+    texts = {_unescaped(text) for kind, text in tokens if kind == "literal"} - {""}
+    sets = {_as_set(text) for kind, text in tokens if kind == "set"}
+    lengths = {len(text) for text in texts}
+    return {
+        text
+        for text in texts
+        if not any(text[:length] in texts for length in lengths if length < len(text))
+        and not any(re.match(one, text[0]) for one in sets)
+    }
 
 
 def _repetition(text: str) -> str:

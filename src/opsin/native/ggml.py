@@ -1,4 +1,4 @@
-"""The part of ggml's C interface that the bindings leave out, and a look into running graphs.
+"""The part of ggml's C interface that the bindings leave out.
 
 `Tensor` mirrors `struct ggml_tensor` of the pinned version; `opsin.native.abi` compares their sizes.
 """
@@ -6,18 +6,8 @@
 from __future__ import annotations
 
 import ctypes
-from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Protocol
-
-import numpy as np
-
-from opsin.core.errors import Cancelled, EncodeFailed
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from numpy.typing import NDArray
+from typing import Any
 
 _P, _STR, _SIZE, _INT, _BOOL = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_bool
 _I64, _U32 = ctypes.c_int64, ctypes.c_uint32
@@ -72,7 +62,7 @@ _FUNCTIONS: list[tuple[Any, list[Any], str]] = [
     (_I64, [_P], "gguf_get_n_tensors"),
     (_I64, [_P, _STR], "gguf_find_key"),
     (_BOOL, [_P], "ggml_backend_buft_is_host"),
-    (_STR, [], "ggml_version ggml_commit"),
+    (_STR, [], "ggml_commit"),
     (_STR, [_INT], "ggml_op_name"),
     (_STR, [_P], "ggml_backend_buffer_name ggml_backend_dev_name ggml_backend_dev_description ggml_backend_reg_name"),
     (_STR, [_P, _I64], "gguf_get_val_str"),
@@ -101,80 +91,6 @@ def bind(libraries: list[ctypes.CDLL]) -> tuple[SimpleNamespace, list[str]]:
             bound[name] = holder[name]
             bound[name].argtypes, bound[name].restype = arguments, result
     return SimpleNamespace(**bound), missing
-
-
-class Observer(Protocol):
-    """Looks at a graph while it is computed: `wants` says behind which nodes it shall stop, to show them to `seen`."""
-
-    def wants(self, node: Tensor) -> bool: ...  # noqa: D102
-
-    def seen(self, node: Tensor) -> None: ...  # noqa: D102
-
-
-class EvalHook:
-    """A `cb_eval` callback for the whole life of a native context.
-
-    What is raised in it does not stop the encoder, which ends with code 0 and wrong numbers: errors wait until the
-    native call is back.
-    """
-
-    def __init__(self, lib: Any) -> None:
-        self._running = False
-        self._observer: Observer | None = None
-        self._error: BaseException | None = None
-        # The library keeps the bare pointer: this object must live longer than what it was given to.
-        self.callback: Any = lib.llama.ggml_backend_sched_eval_callback(self._call)
-
-    def _call(self, address: int, ask: bool, _user_data: object) -> bool:
-        try:
-            observer = self._observer
-            if observer is None:
-                return not ask
-            node = Tensor.from_address(address)
-            if ask:
-                return observer.wants(node)
-            observer.seen(node)
-        except BaseException as error:  # noqa: BLE001 - kept, and raised by `observing` behind the native call
-            self._observer, self._error = None, error
-            # False ends the graph early. Its numbers are wrong then, which is no harm: the caller never gets them.
-            return not ask and not isinstance(error, Cancelled)
-        return True
-
-    @contextmanager
-    def observing(self, observer: Observer | None) -> Iterator[None]:
-        """Let `observer` look while the one graph of the block runs; raises afterwards what it raised."""
-        if self._running:  # a second graph would overwrite the first
-            raise EncodeFailed("The vision encoder is at work already: images are encoded one after another.")
-        self._running, self._observer = True, observer
-        try:
-            yield
-        finally:
-            error, self._error, self._observer, self._running = self._error, None, None, False
-        if error is not None:
-            raise error
-
-
-class EncodeSteps:
-    """Calls `between` behind every fourth heavy node: about twice a layer, which has six or seven of them."""
-
-    def __init__(self, lib: Any, between: Callable[[], None]) -> None:
-        self._between = between
-        self._heavy = heavy_ops(lib)
-        self._count = 0
-
-    def wants(self, node: Tensor) -> bool:  # noqa: D102
-        self._count += node.op in self._heavy
-        return node.op in self._heavy and self._count % 4 == 0
-
-    def seen(self, _node: Tensor) -> None:  # noqa: D102
-        self._between()
-
-
-def floats(address: Any, count: int) -> NDArray[np.float32]:
-    """A view of native memory, float32 [count], of which `address` is a ctypes pointer."""
-    # Not `np.ctypeslib.as_array`: each call of it leaves a cycle for the garbage collector.
-    memory: Any = (ctypes.c_float * count).from_address(ctypes.addressof(address.contents))
-    return np.frombuffer(memory, np.float32)
 
 
 def op_names(lib: Any) -> dict[int, str]:

@@ -1,21 +1,28 @@
-"""A loaded language model: its file's metadata, its vocabulary, its sizes."""
+"""A loaded language model: its vocabulary, its sizes, its file's metadata, and handles on native memory."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import re
+import threading
 from typing import TYPE_CHECKING, Any
 
-from opsin.core.errors import ModelNotFound, ModelUnreadable, PairMismatch
+import numpy as np
+
+from opsin.core.errors import EngineClosed, ModelNotFound, ModelUnreadable, PairMismatch
+from opsin.core.tokens import TextChunk, TokenizedPrompt
 from opsin.native import logs
 from opsin.native.devices import Device, devices, pick
-from opsin.native.handles import Owned
 from opsin.native.library import Library, library
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from numpy.typing import NDArray
+
+    from opsin.core.prompt import TextPart
     from opsin.core.settings import EngineSettings
 
 # llama_token_attr of llama.h
@@ -23,20 +30,64 @@ _ATTR_UNKNOWN, _ATTR_CONTROL, _ATTR_LSTRIP, _ATTR_RSTRIP = 1 << 0, 1 << 3, 1 << 
 _ROPE_WITH_SECTIONS = frozenset({8, 40})  # GGML_ROPE_TYPE_MROPE, GGML_ROPE_TYPE_IMROPE
 
 
+class Owned:
+    """A native pointer with the function that frees it, and the handles that must be freed before it."""
+
+    def __init__(self, name: str, pointer: int, free: Callable[[int], object], parent: Owned | None = None) -> None:
+        if not pointer:
+            raise ValueError(f"{name}: a null pointer cannot be owned")
+        self.name = name
+        self._pointer: int | None = pointer
+        self._free = free
+        self._parent = parent
+        self._children: dict[int, Owned] = {}
+        self._lock = threading.Lock()
+        if parent is not None:
+            parent.pointer  # noqa: B018 - raises when it is closed already
+            parent._children[id(self)] = self  # noqa: SLF001 - of the same class
+
+    @property
+    def pointer(self) -> int:
+        """The address. Raises EngineClosed after `close`, so that native code never gets freed memory."""
+        pointer = self._pointer
+        if pointer is None:
+            raise EngineClosed(f"The {self.name} was closed already: load the model again.")
+        return pointer
+
+    def close(self) -> None:
+        """Free the children, the youngest first, then this pointer; twice does no harm."""
+        with self._lock:
+            pointer, self._pointer = self._pointer, None
+        if pointer is None:
+            return
+        for child in reversed(list(self._children.values())):
+            child.close()
+        self._free(pointer)
+        if self._parent is not None:
+            self._parent._children.pop(id(self), None)  # noqa: SLF001 - of the same class
+
+
+def floats(address: Any, count: int) -> NDArray[np.float32]:
+    """A view of native memory, float32 [count], of which `address` is a ctypes pointer."""
+    # Not `np.ctypeslib.as_array`: each call of it leaves a cycle for the garbage collector.
+    memory: Any = (ctypes.c_float * count).from_address(ctypes.addressof(address.contents))
+    return np.frombuffer(memory, np.float32)
+
+
 class Model:
-    """A language model in memory. Tokenising and metadata may be used by any thread.
+    """A language model in memory, for any thread.
 
     An embedding row has `n_pos` positions: 4 under M-RoPE, else 1. With `whole_states_only` no part of the KV cache can
     be forgotten or copied. `begin` are the tokens put in front of a text, `bos` and `eos` the texts of such tokens.
+    `eog_tokens` end a turn. `control_tokens` are texts that become a token only with special parsing, longest first.
     """
 
     def __init__(self, path: Path, settings: EngineSettings) -> None:
-        lib = library()
-        self.lib: Library = lib
+        self.lib: Library = library()
         self.path = path
-        self.device, self.n_gpu_layers = _placement(settings, devices(lib))
-        self.handle = _load(lib, path, self.device, settings.device, self.n_gpu_layers)
-        llama, pointer = lib.llama, self.handle.pointer
+        self.device, self.n_gpu_layers = _placement(settings, devices(self.lib))
+        self.handle = _load(self.lib, path, self.device, settings.device, self.n_gpu_layers)
+        llama, pointer = self.lib.llama, self.handle.pointer
         if llama.llama_model_has_encoder(pointer):
             self.handle.close()
             raise ModelUnreadable(f"{path.name} has an encoder for text, which Opsin cannot run: give a decoder model.")
@@ -53,6 +104,13 @@ class Model:
         bos: int = llama.llama_vocab_bos(self._vocab)
         self.begin = (bos,) if llama.llama_vocab_get_add_bos(self._vocab) else ()
         self.bos, self.eos = self.text_of(bos), self.text_of(llama.llama_vocab_eos(self._vocab))
+        tokens, attr = range(self.n_vocab), llama.llama_vocab_get_attr
+        self.eog_tokens = frozenset(token for token in tokens if llama.llama_vocab_is_eog(self._vocab, token))
+        control = [token for token in tokens if attr(self._vocab, token) & (_ATTR_CONTROL | _ATTR_UNKNOWN)]
+        texts = {self.text_of(token): token for token in control}
+        self.control_tokens = dict(sorted(texts.items(), key=lambda item: -len(item[0].encode())))
+        names = "|".join(re.escape(name) for name in self.control_tokens if name)
+        self._control = re.compile(f"({names})" if names else r"((?!))")
         self._pieces: dict[int, bytes] = {}
 
     @property
@@ -80,32 +138,39 @@ class Model:
             filled = _filled(ctypes.c_char, 256, lambda buffer, size: function(pointer, index, buffer, size))
             return bytes(filled).decode("utf-8", "replace")
 
-        return {
-            text(llama.llama_model_meta_key_by_index, index): text(llama.llama_model_meta_val_str_by_index, index)
-            for index in range(llama.llama_model_meta_count(pointer))
-        }
-
-    @functools.cached_property
-    def eog_tokens(self) -> frozenset[int]:
-        """Tokens that end a turn of the conversation."""
-        is_eog, vocab = self.lib.llama.llama_vocab_is_eog, self.vocab
-        return frozenset(token for token in range(self.n_vocab) if is_eog(vocab, token))
-
-    @functools.cached_property
-    def control_tokens(self) -> dict[str, int]:
-        """Texts that become a token only with special parsing, longest first, as llama.cpp looks for them."""
-        attr, vocab, wanted = self.lib.llama.llama_vocab_get_attr, self.vocab, _ATTR_CONTROL | _ATTR_UNKNOWN
-        found = {self.text_of(token): token for token in range(self.n_vocab) if attr(vocab, token) & wanted}
-        return dict(sorted(found.items(), key=lambda item: -len(item[0].encode())))
-
-    def strips(self, token: int) -> tuple[bool, bool]:
-        """Whether white space before, and behind, this control token is dropped."""
-        attr = self.lib.llama.llama_vocab_get_attr(self.vocab, token)
-        return bool(attr & _ATTR_LSTRIP), bool(attr & _ATTR_RSTRIP)
+        keys, values = llama.llama_model_meta_key_by_index, llama.llama_model_meta_val_str_by_index
+        count = llama.llama_model_meta_count(pointer)
+        return {text(keys, index): text(values, index) for index in range(count)}
 
     def text_of(self, token: int) -> str:
         """What the vocabulary calls a token; empty for -1."""
         return "" if token < 0 else self.lib.llama.llama_vocab_get_text(self.vocab, token).decode("utf-8", "replace")
+
+    def spans(self, parts: Sequence[TextPart]) -> list[tuple[str, bool]]:
+        """(text, special parsing) of spans whose tokens, one after another, are those of all the parts.
+
+        llama.cpp itself starts anew behind each control token that the template wrote. Between them parts are joined,
+        since a sentencepiece vocabulary puts a space in front of every text, and names that a user wrote stay text.
+        """
+        texts = [""]  # every second one is a control token
+        for part in parts:
+            first, *others = self._control.split(part.text) if part.special else [part.text]
+            texts[-1] += first
+            texts += others
+        for at in range(1, len(texts), 2):
+            attr = self.lib.llama.llama_vocab_get_attr(self.vocab, self.control_tokens[texts[at]])
+            if attr & _ATTR_LSTRIP:
+                texts[at - 1] = texts[at - 1].rstrip()
+            if attr & _ATTR_RSTRIP:
+                texts[at + 1] = texts[at + 1].lstrip()
+        return [(text, at % 2 == 1) for at, text in enumerate(texts) if text]
+
+    def tokenize_parts(self, parts: Sequence[TextPart], *, add_bos: bool) -> TokenizedPrompt:
+        """Tokenize a prompt without images."""
+        tokens = list(self.begin if add_bos else ())
+        for text, special in self.spans(parts):
+            tokens.extend(self.tokenize(text, special=special))
+        return TokenizedPrompt((TextChunk(tuple(tokens)),) if tokens else (), ())
 
     def tokenize(self, text: str, *, special: bool) -> tuple[int, ...]:
         """Tokens of one text, without begin and end tokens; `special` lets names of control tokens become those."""

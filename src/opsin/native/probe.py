@@ -18,15 +18,14 @@ from opsin.core.prompt import ImagePart
 from opsin.core.tokens import ImageChunk
 from opsin.native.context import Context
 from opsin.native.devices import devices
-from opsin.native.ggml import EvalHook, Tensor, op_names
-from opsin.native.tokenize import tokenize_prompt
+from opsin.native.ggml import Tensor, op_names
 from opsin.native.trial import drawn_image
+from opsin.native.vision import EvalHook
 
 if TYPE_CHECKING:
     from opsin.core.settings import EngineSettings
     from opsin.native.library import Library
     from opsin.native.model import Model
-    from opsin.native.tokenize import TextSpans
     from opsin.native.vision import Encoder
 
 _COMPUTES_NOTHING = frozenset({"NONE", "VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE"})
@@ -105,14 +104,14 @@ def flops(name: str, node: Tensor) -> float:
     return values
 
 
-def probe_placement(model: Model, encoder: Encoder | None, spans: TextSpans, settings: EngineSettings) -> Placement:
+def probe_placement(model: Model, encoder: Encoder | None, settings: EngineSettings) -> Placement:
     """Watch one encode of a drawn image and one short prefill. Raises EncodeFailed, DecodeFailed, ModelError."""
     notes, encoded = [], {}
     if any(device.type == "accel" for device in devices(model.lib)):
         notes.append("An accelerator writes into host memory: some products shown as CPU may be its own.")
     if encoder is not None:
         counter = NodeCounter(model.lib)
-        tokenized = tokenize_prompt(model, encoder, spans, [ImagePart(drawn_image())], add_bos=False)
+        tokenized = encoder.tokenize([ImagePart(drawn_image())], add_bos=False)
         try:
             encoder.observed(next(run for run in tokenized.chunks if isinstance(run, ImageChunk)), counter)
         finally:

@@ -11,47 +11,54 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from opsin.core.errors import BadParameter, ConstraintFailed
-from opsin.native.handles import Owned
+from opsin.native.model import Owned
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
     from opsin.core.sampling import SamplingParams
     from opsin.native.constraint import Constraint
-    from opsin.native.context import Context
     from opsin.native.model import Model
 
 
 class NativeSampler:
     """The sampler of one request, closed before its context. Raises BadParameter.
 
-    `greedy` says that it takes the most likely token that is not in `forbidden` (None: any may come), and nothing else.
+    `logits` gives those of a batch row, as a view. `greedy` says that the sampler takes the most likely token that is
+    not in `forbidden` (None: any may come), and nothing else.
     """
 
     def __init__(
-        self, model: Model, context: Context, params: SamplingParams, seed: int, constraint: Constraint | None
+        self,
+        model: Model,
+        context: Owned,
+        logits: Callable[[int], NDArray[np.float32]],
+        params: SamplingParams,
+        seed: int,
+        *,
+        constraint: Constraint | None,
     ) -> None:
         self._llama = llama = model.lib.llama
-        self._context = context
-        self._constraint = constraint
+        self._context, self._logits, self._constraint = context, logits, constraint
         self._eog_tokens = model.eog_tokens
         biases = _biases(model, params, constrained=constraint is not None)
         penalties = params.repeat_penalty != 1.0 or bool(params.presence_penalty or params.frequency_penalty)
-        only_forbids = all(bias == -np.inf for bias in biases.values())
         self._plain = params.temperature == 0 and not (penalties or biases)
-        self.greedy = params.temperature == 0 and not penalties and only_forbids and constraint is None
         self._mask_first = penalties  # which remember each token that the chain samples
-        self._keep_logits = params.logprobs is not None
         self._forbidden = np.array([token for token, bias in biases.items() if bias == -np.inf], np.intp)
         self.forbidden = self._forbidden if biases else None
+        only_forbids = params.temperature == 0 and not penalties and len(self._forbidden) == len(biases)
+        self.greedy = only_forbids and constraint is None
         chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
-        self._chain = Owned("sampler", chain, llama.llama_sampler_free, context.handle)
+        self._chain = Owned("sampler", chain, llama.llama_sampler_free, context)
         samplers = []
         if biases:
             array = (llama.llama_logit_bias * len(biases))(*biases.items())
             samplers.append(llama.llama_sampler_init_logit_bias(model.n_vocab, len(biases), array))
         if penalties:
-            last = context.limits.n_ctx if params.penalty_last_n < 0 else params.penalty_last_n
+            last = llama.llama_n_ctx(context.pointer) if params.penalty_last_n < 0 else params.penalty_last_n
             strengths = params.repeat_penalty, params.frequency_penalty, params.presence_penalty
             samplers.append(llama.llama_sampler_init_penalties(model.n_vocab, last, *strengths))
         if params.temperature == 0:
@@ -72,19 +79,16 @@ class NativeSampler:
 
         Raises DecodeFailed when the row has no logits, ConstraintFailed when no token can follow.
         """
-        logits, constraint = self._context.logits(row), self._constraint
+        logits, constraint = self._logits(row), self._constraint
         if constraint is None:
             return self._sampled(logits, row)
         token = -1 if self._mask_first else self._sampled(logits, row)
         if token < 0 or not constraint.permits(token):
-            kept = logits.copy() if self._keep_logits else None
             np.copyto(logits, -np.inf, where=~constraint.mask(self._forbidden))
             while not constraint.keeps_unique(token := self._sampled(logits, row)):
                 logits[token] = -np.inf
                 if logits.max() == -np.inf:
                     raise ConstraintFailed("Every item that may follow is in this array already: it wants them unique.")
-            if kept is not None:
-                logits[:] = kept  # log probabilities are those of the model, before any sampler
         if token not in self._eog_tokens:
             constraint.accept(token)
         return token
@@ -92,7 +96,7 @@ class NativeSampler:
     def _sampled(self, logits: NDArray[np.float32], row: int) -> int:
         if self._plain:
             return int(logits.argmax())
-        return int(self._llama.llama_sampler_sample(self._chain.pointer, *self._context.at(row)))
+        return int(self._llama.llama_sampler_sample(self._chain.pointer, self._context.pointer, row))
 
     def close(self) -> None:
         """Free it; twice does no harm."""

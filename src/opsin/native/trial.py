@@ -30,7 +30,6 @@ from opsin.native.context import Context
 from opsin.native.devices import devices
 from opsin.native.model import Model
 from opsin.native.records import fingerprint, keep_record, read_record, record_file
-from opsin.native.tokenize import TextSpans, tokenize_prompt, tokenize_text
 from opsin.native.vision import Encoder
 
 Stage = Literal["start", "load", "projector", "encode", "prefill", "decode"]
@@ -161,13 +160,13 @@ def _run(llm: Path, mmproj: Path | None, settings: EngineSettings, *, brief: boo
     _begin("load")
     logs.show(True)
     model = Model(llm, settings)
-    spans, text = TextSpans(model), TextPart("What is this?", special=False)
-    tokenized, embeddings = tokenize_text(model, spans, [text], add_bos=True), {}
+    text = TextPart("What is this?", special=False)
+    tokenized, embeddings = model.tokenize_parts([text], add_bos=True), {}
     if mmproj is not None:
         _begin("projector")
         encoder = Encoder(model, mmproj, settings)
         _begin("encode")
-        whole = tokenize_prompt(model, encoder, spans, [ImagePart(drawn_image()), text], add_bos=True)
+        whole = encoder.tokenize([ImagePart(drawn_image()), text], add_bos=True)
         embeddings = {
             index: encoder.encode(run) for index, run in enumerate(whole.chunks) if isinstance(run, ImageChunk)
         }

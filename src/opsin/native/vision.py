@@ -1,37 +1,120 @@
-"""The vision encoder: mtmd's context, and images into embeddings."""
+"""The vision encoder: mtmd's context, prompts with images into chunks, and images into embeddings."""
 
 from __future__ import annotations
 
-from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+import ctypes
+import hashlib
+import struct
+from collections import Counter
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import count, groupby, takewhile
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from opsin.core.errors import BadParameter, EncodeFailed, ModelUnreadable, PairMismatch
+from opsin.core.answer import ImageInfo
+from opsin.core.errors import (
+    BadImage,
+    BadInput,
+    BadParameter,
+    Cancelled,
+    EncodeFailed,
+    EngineClosed,
+    ModelUnreadable,
+    NativeMismatch,
+    PairMismatch,
+)
+from opsin.core.prompt import TextPart
+from opsin.core.tokens import Chunk, ImageChunk, TextChunk, TokenizedPrompt
 from opsin.native import logs
+from opsin.native.abi import ADVICE
 from opsin.native.devices import devices, pick
-from opsin.native.ggml import EncodeSteps, EvalHook, floats
-from opsin.native.handles import Owned
+from opsin.native.ggml import Tensor, heavy_ops
+from opsin.native.model import Owned, floats
 from opsin.native.projector import fingerprint, read_projector
 from opsin.native.threads import default_threads
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Set as AbstractSet
     from pathlib import Path
 
+    from numpy.typing import NDArray
+
     from opsin.core.backend import Embedding
+    from opsin.core.image import Image
+    from opsin.core.prompt import Part
     from opsin.core.settings import EngineSettings
-    from opsin.core.tokens import ImageChunk
-    from opsin.native.ggml import Observer
     from opsin.native.model import Model
 
+    _Input = tuple[str, bool] | Image  # a text, with whether names of control tokens are those, or an image
+
+_TEXT, _IMAGE = 0, 1  # mtmd_input_chunk_type
+_SERIAL_VERSION = 2  # MTMD_SERIALIZATION_VERSION
 _BATCHING = frozenset({"gemma4v", "internvl", "deepseekocr", "deepseekocr2"})
 _BATCH = 8  # mtmd takes fewer when they have more than its 1,024 tokens
 _BATCH_FULL = frozenset({2, 3})  # too many tokens, another shape
 
 
+class EvalHook:
+    """A `cb_eval` callback for the whole life of a native context.
+
+    An observer has `wants(node)`, which says whether to stop behind a node, and `seen(node)`, which is called there.
+    What it raises does not stop the encoder, which ends with code 0 and wrong numbers: errors wait until it is back.
+    """
+
+    def __init__(self, lib: Any) -> None:
+        self._running = False
+        self._observer: Any = None
+        self._error: BaseException | None = None
+        # The library keeps the bare pointer: this object must live longer than what it was given to.
+        self.callback: Any = lib.llama.ggml_backend_sched_eval_callback(self._call)
+
+    def _call(self, address: int, ask: bool, _user_data: object) -> bool:
+        try:
+            if self._observer is None:
+                return not ask
+            node = Tensor.from_address(address)
+            if ask:
+                return bool(self._observer.wants(node))
+            self._observer.seen(node)
+        except BaseException as error:  # noqa: BLE001 - kept, and raised by `observing` behind the native call
+            self._observer, self._error = None, error
+            # False ends the graph early. Its numbers are wrong then, which is no harm: the caller never gets them.
+            return not ask and not isinstance(error, Cancelled)
+        return True
+
+    @contextmanager
+    def observing(self, observer: Any) -> Iterator[None]:
+        """Let `observer` look while the one graph of the block runs; raises afterwards what it raised."""
+        if self._running:  # a second graph would overwrite the first
+            raise EncodeFailed("The vision encoder is at work already: images are encoded one after another.")
+        self._running, self._observer = True, observer
+        try:
+            yield
+        finally:
+            error, self._error, self._observer, self._running = self._error, None, None, False
+        if error is not None:
+            raise error
+
+
+class _EncodeSteps:
+    """Calls `between` behind every fourth heavy node: about twice a layer, which has six or seven of them."""
+
+    def __init__(self, heavy: frozenset[int], between: Callable[[], None]) -> None:
+        self._heavy, self._between, self._count = heavy, between, 0
+
+    def wants(self, node: Tensor) -> bool:
+        self._count += node.op in self._heavy
+        return node.op in self._heavy and self._count % 4 == 0
+
+    def seen(self, _node: Tensor) -> None:
+        self._between()
+
+
 class Encoder:
-    """An mtmd context over a language model. Images may be laid out by any thread, and encoded by one."""
+    """An mtmd context over a language model. Prompts may be tokenized by any thread, and images encoded by one."""
 
     def __init__(self, model: Model, path: Path, settings: EngineSettings) -> None:
         self.lib = model.lib
@@ -42,14 +125,18 @@ class Encoder:
                 f"{path.name} is not a projector but a model of the kind {self.file.architecture or 'unknown'}: "
                 "give the language model with --model and its mmproj file with --mmproj."
             )
-        self._model = model
-        self._hook = EvalHook(self.lib)
-        device = _device(settings, self.lib)
         if 0 < (settings.image_max_tokens or 0) < (settings.image_min_tokens or 0):
             raise BadParameter("--image-min-tokens is larger than --image-max-tokens: give a smaller one.")
+        self._model = model
+        self._hook = EvalHook(self.lib)
+        self._heavy = heavy_ops(self.lib)
+        present = devices(self.lib)
         params = self.lib.mtmd.mtmd_context_params_default()
-        params.use_gpu = device is not None
-        params.device = device or None
+        if settings.mmproj_device is None:
+            params.use_gpu = any(device.is_gpu for device in present)  # mtmd takes the first
+        else:
+            device = pick(settings.mmproj_device, "--mmproj-device", present)
+            params.use_gpu, params.device = device is not None, device.handle if device else None
         params.print_timings = False
         params.warmup = False  # mtmd's own computes nothing
         # Nearly all weights of a projector file are of 16 bits.
@@ -61,31 +148,31 @@ class Encoder:
         params.image_max_tokens = settings.image_max_tokens or -1
         params.cb_eval = self._hook.callback
         self.handle = self._open(params)
-        self.fingerprint = fingerprint(path, self.file.header_bytes)
         # What the pixels handed to the encoder depend on besides the image.
-        self.preprocessing = (params.image_min_tokens, params.image_max_tokens)
+        preprocessing = (params.image_min_tokens, params.image_max_tokens)
+        self._identity = fingerprint(path, self.file.header_bytes), preprocessing
         self.batch = _BATCH if self.file.kind in _BATCHING else 1
-        self.mrope: bool = self.lib.mtmd.mtmd_decode_use_mrope(self.pointer)
+        self._mrope: bool = self.lib.mtmd.mtmd_decode_use_mrope(self.pointer)
 
     def _open(self, params: Any) -> Owned:
-        mark = logs.SINK.mark()
-        pointer = self.lib.mtmd.mtmd_init_from_file(str(self.path).encode(), self._model.pointer, params)
+        mtmd, name, mark = self.lib.mtmd, self.path.name, logs.SINK.mark()
+        pointer = mtmd.mtmd_init_from_file(str(self.path).encode(), self._model.pointer, params)
         logs.SINK.raise_interrupt()
         if not pointer:
             cause = logs.SINK.cause(mark)
             if "mismatch between text model" in cause:
                 raise PairMismatch(
-                    f"{self.path.name} was made for another language model than {self._model.path.name} ({cause}): "
+                    f"{name} was made for another language model than {self._model.path.name} ({cause}): "
                     "use the projector that was published with it."
                 )
             raise ModelUnreadable(
-                f"llama.cpp cannot load the projector {self.path.name} ({cause or 'no reason given'}): "
+                f"llama.cpp cannot load the projector {name} ({cause or 'no reason given'}): "
                 "check that the file is whole and its kind is supported."
             )
-        handle = Owned("vision encoder", pointer, self.lib.mtmd.mtmd_free, self._model.handle)
-        if not self.lib.mtmd.mtmd_support_vision(pointer):
+        handle = Owned("vision encoder", pointer, mtmd.mtmd_free, self._model.handle)
+        if not mtmd.mtmd_support_vision(pointer):
             handle.close()
-            raise PairMismatch(f"{self.path.name} has no vision encoder: use a projector for images.")
+            raise PairMismatch(f"{name} has no vision encoder: use a projector for images.")
         return handle
 
     @property
@@ -93,44 +180,44 @@ class Encoder:
         """The native mtmd context."""
         return self.handle.pointer
 
-    def encode(self, run: ImageChunk, between: Callable[[], None] | None = None) -> Embedding:
+    def encode(self, chunk: ImageChunk, between: Callable[[], None] | None = None) -> Embedding:
         """float32 [n_tokens, n_embd] of one chunk, owned by the caller; see `Backend.encode`."""
-        return self.observed(run, EncodeSteps(self.lib, between) if between is not None else None)
+        return self.observed(chunk, _EncodeSteps(self._heavy, between) if between is not None else None)
 
-    def observed(self, run: ImageChunk, observer: Observer | None) -> Embedding:
+    def observed(self, chunk: ImageChunk, observer: Any) -> Embedding:
         """Encode while `observer` looks at the nodes; what it raises is raised here and the embedding is lost."""
-        chunk, mark = run.handle.pointer, logs.SINK.mark()
+        native, mark = chunk.handle.pointer, logs.SINK.mark()
         with self._hook.observing(observer):
-            code = self.lib.mtmd.mtmd_encode_chunk(self.pointer, chunk)
+            code = self.lib.mtmd.mtmd_encode_chunk(self.pointer, native)
         _require(code == 0, f"returned {code} ({logs.SINK.cause(mark)})")
-        return self._copy(self.lib.mtmd.mtmd_get_output_embd(self.pointer), run.n_tokens)
+        return self._copy(self.lib.mtmd.mtmd_get_output_embd(self.pointer), chunk.n_tokens)
 
-    def encode_many(self, runs: Sequence[ImageChunk]) -> list[Embedding]:
+    def encode_many(self, chunks: Sequence[ImageChunk]) -> list[Embedding]:
         """Embeddings of several chunks, several at once where the family can; the same order."""
         done: list[Embedding] = []
-        while len(done) < len(runs):
-            done += self._encode_some(runs[len(done) :])
+        while len(done) < len(chunks):
+            done += self._encode_some(chunks[len(done) :])
         return done
 
-    def _encode_some(self, runs: Sequence[ImageChunk]) -> list[Embedding]:
+    def _encode_some(self, chunks: Sequence[ImageChunk]) -> list[Embedding]:
         """Embeddings of as many of the first chunks as share a batch; mtmd compares token counts, not pixel sizes."""
-        mtmd, sizes, mark = self.lib.mtmd, runs[0].handle.meta.sizes, logs.SINK.mark()
+        mtmd, sizes, mark = self.lib.mtmd, chunks[0].handle.meta.sizes, logs.SINK.mark()
         batch = mtmd.mtmd_batch_init(self.pointer)
         try:
             group: list[ImageChunk] = []
-            for run in takewhile(lambda run: run.handle.meta.sizes == sizes, runs):
-                code = mtmd.mtmd_batch_add_chunk(batch, run.handle.pointer)
+            for chunk in takewhile(lambda chunk: chunk.handle.meta.sizes == sizes, chunks):
+                code = mtmd.mtmd_batch_add_chunk(batch, chunk.handle.pointer)
                 if code in _BATCH_FULL:
                     break
                 _require(code == 0, f"refused an image with {code}")
-                group.append(run)
+                group.append(chunk)
             if len(group) < 2:
-                return [self.encode(runs[0])]
+                return [self.encode(chunks[0])]
             with self._hook.observing(None):
                 code = mtmd.mtmd_batch_encode(batch)
             _require(code == 0, f"returned {code} ({logs.SINK.cause(mark)})")
             output = mtmd.mtmd_batch_get_output_embd
-            return [self._copy(output(batch, run.handle.pointer), run.n_tokens) for run in group]
+            return [self._copy(output(batch, chunk.handle.pointer), chunk.n_tokens) for chunk in group]
         finally:
             mtmd.mtmd_batch_free(batch)
 
@@ -140,16 +227,202 @@ class Encoder:
         _require(bool(np.isfinite(rows).all()), "computed values that are not numbers")
         return rows
 
+    def tokenize(
+        self, parts: Sequence[Part], *, add_bos: bool, known: Callable[[str], bool] | None = None
+    ) -> TokenizedPrompt:
+        """Tokenize a prompt with images; those whose identities are all `known` stay placeholders without pixels.
+
+        mtmd takes no time for placeholders, and gives the same tokens and identities. Raises BadImage, BadInput.
+        """
+        inputs: list[_Input] = []
+        for is_text, group in groupby(parts, lambda part: isinstance(part, TextPart)):
+            some: list[Any] = list(group)
+            inputs += self._model.spans(some) if is_text else [_checked(part.image) for part in some]
+        begin = self._model.begin if add_bos else ()
+        everything = frozenset(range(sum(not isinstance(given, tuple) for given in inputs)))
+        tokenized = self._tokenized(inputs, begin, everything)
+        chunks = (chunk for chunk in tokenized.chunks if isinstance(chunk, ImageChunk))
+        unknown = {chunk.image for chunk in chunks if not (known and known(chunk.identity))}
+        if not unknown:
+            return tokenized
+        tokenized.close()
+        return self._tokenized(inputs, begin, everything - unknown)
+
+    def _tokenized(
+        self, inputs: Sequence[_Input], begin: tuple[int, ...], placeholders: AbstractSet[int]
+    ) -> TokenizedPrompt:
+        """The tokenized prompt, in which the images with the numbers `placeholders` have no pixels."""
+        mtmd, images = self.lib.mtmd, [given for given in inputs if not isinstance(given, tuple)]
+        owned = Owned("tokenized prompt", mtmd.mtmd_input_chunks_init(), mtmd.mtmd_input_chunks_free)
+        try:
+            self._fill(owned.pointer, inputs, placeholders)
+            chunks = list(self._chunks(owned, begin, images, placeholders))
+        except BaseException:
+            owned.close()
+            raise
+        seen = [chunk for chunk in chunks if isinstance(chunk, ImageChunk)]
+        infos = (_info(image, [chunk for chunk in seen if chunk.image == at]) for at, image in enumerate(images))
+        return TokenizedPrompt(tuple(chunks), tuple(infos), owned)
+
+    def _fill(self, chunks: int, inputs: Sequence[_Input], placeholders: AbstractSet[int]) -> None:
+        mtmd, parts, numbers = self.lib.mtmd, [], count()
+        with ExitStack() as bitmaps:
+            for given in inputs:
+                if isinstance(given, tuple):
+                    data = given[0].encode("utf-8", "replace")
+                    text = mtmd.mtmd_input_text(data, len(data), False, given[1])
+                    parts.append(mtmd.mtmd_input_part(ctypes.pointer(text), None))
+                    continue
+                number, pixels = next(numbers), None
+                if number not in placeholders:
+                    rgb = np.frombuffer(given.rgb, np.uint8)  # alive until mtmd has copied it
+                    pixels = ctypes.cast(rgb.ctypes.data, ctypes.POINTER(ctypes.c_uint8))
+                bitmap = mtmd.mtmd_bitmap_init(given.width, given.height, pixels)
+                bitmaps.callback(mtmd.mtmd_bitmap_free, bitmap)
+                # The chunks made of it carry this number back: one image may become many.
+                mtmd.mtmd_bitmap_set_id(bitmap, str(number).encode())
+                parts.append(mtmd.mtmd_input_part(None, bitmap))
+            pointers = (ctypes.POINTER(mtmd.mtmd_input_part) * len(parts))(*map(ctypes.pointer, parts))
+            mark = logs.SINK.mark()
+            code = mtmd.mtmd_tokenize_from_parts(self.pointer, chunks, pointers, len(parts), False)
+        if code != 0:
+            raise BadImage(
+                f"The model's preprocessing refuses an image ({logs.SINK.cause(mark, most=1) or f'code {code}'}): "
+                "give one that is less narrow or less small."
+            )
+
+    def _chunks(
+        self, owned: Owned, begin: tuple[int, ...], images: Sequence[Image], placeholders: AbstractSet[int]
+    ) -> Iterator[Chunk]:
+        mtmd, tokens, seen = self.lib.mtmd, list(begin), Counter[int]()
+        for at in range(mtmd.mtmd_input_chunks_size(owned.pointer)):
+            native = mtmd.mtmd_input_chunks_get(owned.pointer, at)
+            kind = mtmd.mtmd_input_chunk_get_type(native)
+            if kind == _TEXT:
+                size = ctypes.c_size_t(0)
+                data = mtmd.mtmd_input_chunk_get_tokens_text(native, ctypes.byref(size))
+                tokens += data[: size.value]
+                continue
+            if kind != _IMAGE:
+                raise BadInput("The model made sound of an image: Opsin reads images only.")
+            if tokens:
+                yield TextChunk(tuple(tokens))
+                tokens.clear()
+            number = int(mtmd.mtmd_input_chunk_get_id(native))
+            meta, n_tokens = _read_meta(mtmd, native), mtmd.mtmd_input_chunk_get_n_tokens(native)
+            positions = _positions(mtmd, native, n_tokens, 0) if self._mrope else None
+            name = (images[number].sha256, seen[number], *self._identity, *meta)
+            yield ImageChunk(
+                identity=hashlib.sha256(repr(name).encode()).hexdigest(),
+                image=number,
+                n_tokens=n_tokens,
+                n_pos=mtmd.mtmd_input_chunk_get_n_pos(native),
+                causal=not mtmd.mtmd_decode_use_non_causal(self.pointer, native),
+                placeholder=number in placeholders,
+                positions=positions,
+                moves=None if positions is None else _positions(mtmd, native, n_tokens, 1) - positions,
+                handle=ChunkHandle(owned, native, meta),
+            )
+            seen[number] += 1
+        if tokens:
+            yield TextChunk(tuple(tokens))
+
 
 def _require(holds: bool, otherwise: str) -> None:
     if not holds:
         raise EncodeFailed(f"The vision encoder {otherwise}: try another image or --mmproj-device none.")
 
 
-def _device(settings: EngineSettings, lib: Any) -> int | None:
-    """The encoder's device: an address, 0 for "whichever GPU mtmd takes", None for the CPU."""
-    present = devices(lib)
-    if settings.mmproj_device is None:
-        return 0 if any(device.is_gpu for device in present) else None
-    device = pick(settings.mmproj_device, "--mmproj-device", present)
-    return None if device is None else device.handle
+def _checked(image: Image) -> Image:
+    # mtmd copies so many bytes, whatever is there.
+    if len(image.rgb) != image.width * image.height * 3 or not image.rgb:
+        raise BadImage(
+            f"An image of {image.width}x{image.height} pixels came with {len(image.rgb)} bytes of RGB: "
+            "it needs three a pixel."
+        )
+    return image
+
+
+class ChunkMeta(NamedTuple):
+    """What mtmd saves of an image chunk besides its pixels.
+
+    `entries` are the preprocessed images in it, each (view separator, newline, leading padding, width, height).
+    `order` are the fields that place it in the prompt: some families encode the same image differently by them.
+    """
+
+    n_x: int
+    n_y: int
+    order: tuple[int, ...]
+    entries: tuple[tuple[Any, ...], ...]
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Width and height of each preprocessed image."""
+        return tuple((entry[3], entry[4]) for entry in self.entries)
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkHandle:
+    """An image chunk of a tokenized prompt that may have been closed meanwhile."""
+
+    owner: Owned
+    address: int
+    meta: ChunkMeta
+
+    @property
+    def pointer(self) -> int:
+        """The native chunk. Raises EncodeFailed after its tokenized prompt was closed."""
+        try:
+            self.owner.pointer  # noqa: B018 - the check
+        except EngineClosed as error:
+            raise EncodeFailed("The tokenized prompt of this image was closed before it was encoded.") from error
+        return self.address
+
+
+def _positions(mtmd: Any, chunk: int, n_tokens: int, first: int) -> NDArray[np.int32]:
+    """int32 [n_tokens, 4] in llama.cpp's order of sections: time, height, width, one more; of a chunk at `first`."""
+    array = (mtmd.mtmd_decoder_pos * n_tokens)()
+    mtmd.mtmd_helper_image_get_decoder_pos(mtmd.mtmd_input_chunk_get_tokens_image(chunk), first, array)
+    fields = np.frombuffer(array, np.uint32).reshape(n_tokens, 4)  # t, x, y, z
+    return np.ascontiguousarray(fields[:, [0, 2, 1, 3]].astype(np.int32))
+
+
+def _info(image: Image, chunks: list[ImageChunk]) -> ImageInfo:
+    sizes = [size for chunk in chunks for size in chunk.handle.meta.sizes]
+    width, height = sizes[0] if sizes else (0, 0)
+    return ImageInfo(
+        sha256=image.sha256,
+        width=image.width,
+        height=image.height,
+        resized_width=width,
+        resized_height=height,
+        tokens=sum(chunk.n_tokens for chunk in chunks),
+        tiles=len(sizes),
+        orientation=image.orientation,
+    )
+
+
+def _read_meta(mtmd: Any, chunk: int) -> ChunkMeta:
+    size = ctypes.c_size_t(0)
+    mtmd.mtmd_input_chunk_save(chunk, None, 0, ctypes.byref(size))
+    buffer = ctypes.create_string_buffer(size.value)
+    mtmd.mtmd_input_chunk_save(chunk, buffer, size.value, ctypes.byref(size))  # on failure it stays empty
+    try:
+        return parse_meta(buffer.raw)
+    except (struct.error, ValueError) as error:
+        raise NativeMismatch(f"mtmd describes an image's chunk in a format Opsin does not know: {ADVICE}.") from error
+
+
+def parse_meta(data: bytes) -> ChunkMeta:
+    """Read `mtmd_input_chunk_save`'s format, version 2. Raises ValueError or struct.error."""
+    version, _kind, n_text = struct.unpack_from("<QIQ", data)
+    if version != _SERIAL_VERSION:
+        raise ValueError(f"version {version}")
+    at = 20 + 4 * n_text
+    has_image, n_x, n_y, *order, id_bytes = struct.unpack_from("<?5IQ", data, at)
+    at += 29 + id_bytes
+    _audio, count = struct.unpack_from("<?Q", data, at)
+    end = at + 9 + 14 * count
+    if not has_image or end >= len(data):
+        raise ValueError("no image, or cut off")
+    return ChunkMeta(n_x, n_y, tuple(order), tuple(struct.iter_unpack("<??iii", data[at + 9 : end])))

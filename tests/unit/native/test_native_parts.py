@@ -13,10 +13,10 @@ from opsin.core.backend import EmbeddingRows, TokenBatch
 from opsin.core.errors import BadParameter, EngineClosed
 from opsin.native.context import BatchArrays
 from opsin.native.devices import Device, pick
-from opsin.native.handles import Owned
+from opsin.native.model import Owned
 from opsin.native.projector import fingerprint
 from opsin.native.threads import default_threads, physical_cores
-from opsin.native.tokenize import parse_meta
+from opsin.native.vision import parse_meta
 
 
 def test_children_are_freed_before_parents_and_the_youngest_first() -> None:

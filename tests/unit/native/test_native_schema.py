@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from opsin.core.errors import BadGrammar
-from opsin.native.schema import prepare
-from opsin.native.unique import UniqueItems
+from opsin.native.schema import UniqueItems, prepare
 
 
 def made(schema: Any) -> Any:
