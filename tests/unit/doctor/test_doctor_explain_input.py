@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from opsin.core.errors import BadInput
 from opsin.doctor.explain import explain
-from opsin.doctor.explain.parse import go_duration
+from opsin.doctor.explain.patterns import go_duration
 from opsin.doctor.explain.report import as_text
 
 LOGS = Path(__file__).parents[2] / "logs"

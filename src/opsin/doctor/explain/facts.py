@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from opsin.core.stages import Stage
 
@@ -14,11 +14,9 @@ _LEAST_MS = 0.05
 Timer = Literal["print_timings", "perf", "server", "ollama", "opsin", ""]
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """A part of an image's embeddings in the language model: `index` of `count`, tokens (None: not told), ms."""
+class Batch(NamedTuple):
+    """A part of an image's embeddings in the language model, one of `count`: tokens (None: not told), milliseconds."""
 
-    index: int
     count: int
     tokens: int | None
     ms: float
@@ -184,37 +182,40 @@ def _rate(count: int | None, ms: float) -> str:
 class Setup:
     """Placement, build and memory; None and empty where the log is silent.
 
-    `layers` are those on a GPU and all of them. `loads` counts loads of one model, `load_s` the seconds of those that
-    are known. `faults` are major page faults, `cpu_share` the share of one core that the process got.
+    `layers_on` of `layers` are on a GPU. `loads` counts loads of one model, `load_s` the seconds of those that are
+    known. `faults` are major page faults, `cpu_percent` is what the process got of one core.
     """
 
     clip: str | None = None
-    layers: tuple[int, int] | None = None
+    layers_on: int | None = None
+    layers: int = 0
     gpu: bool = False
     no_gpu_build: bool = False
     parked: str | None = None
     unsupported: tuple[str, ...] = ()
     flash: bool | None = None
     flash_failed: bool = False
-    threads: tuple[int, int] | None = None
+    threads: int = 0
+    processors: int = 0
     debug: bool = False
     loads: int = 0
     load_s: tuple[float, ...] = ()
     no_memory: int = 0
-    cut_prompt: tuple[int, int] | None = None
-    faults: int | None = None
-    cpu_share: float | None = None
+    prompt_limit: int = 0
+    prompt_length: int = 0
+    faults: int = 0
+    cpu_percent: int | None = None
     elapsed_s: float | None = None
 
     @property
     def known(self) -> bool:
         """Something that only llama.cpp and its front ends say; any program runs out of memory, or is timed."""
-        return replace(self, no_memory=0, debug=False, faults=None, cpu_share=None, elapsed_s=None) != Setup()
+        return replace(self, no_memory=0, debug=False, faults=0, cpu_percent=None, elapsed_s=None) != Setup()
 
     @property
     def on_gpu(self) -> bool:
         """The language model has a GPU."""
-        return self.gpu or (self.layers is not None and self.layers[0] > 0)
+        return self.gpu or bool(self.layers_on)
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,10 +109,9 @@ def _no_flash(setup: Setup, request: Request) -> _Found:
 
 
 def _no_gpu(setup: Setup) -> _Found:
-    here, all_ = setup.layers or (1, 1)
     if setup.no_gpu_build:
         return {"told": "This build has no GPU backend: --gpu-layers is ignored."}
-    return {"told": f"No layer of {all_} is on a GPU."} if here == 0 else None
+    return {"told": f"No layer of {setup.layers} is on a GPU."} if setup.layers_on == 0 else None
 
 
 def _kv_full(facts: Facts) -> _Found:
@@ -124,9 +123,10 @@ def _kv_full(facts: Facts) -> _Found:
 
 
 def _paging(setup: Setup) -> _Found:
-    faults, share, elapsed = setup.faults or 0, setup.cpu_share, setup.elapsed_s
-    if faults < _MANY_FAULTS or elapsed is None or share is None:
+    faults, percent, elapsed = setup.faults, setup.cpu_percent, setup.elapsed_s
+    if faults < _MANY_FAULTS or elapsed is None or percent is None:
         return None
+    share = percent / 100
     waited = elapsed * max(0.0, 1 - share) * 1e3
     sums = f"{elapsed:,.0f} s × (1 − {share:.2f} of a core) = {waited / 1e3:,.0f} s of waiting, at least"
     return {"ms": waited, "sums": sums, "saves": waited, "faults": faults}
@@ -291,14 +291,13 @@ RULES = (
     Rule("no_gpu", "all", lambda _f, s, _r: _no_gpu(s), "{told}",
          "install a build for this GPU (opsin doctor gives the command), and set -ngl 99 (n_gpu_layers=-1)", _model),
     Rule("partial_offload", "all",
-         lambda _f, s, _r: {"here": s.layers[0], "all": s.layers[1]}
-         if s.layers and 0 < s.layers[0] < s.layers[1] else None,
+         lambda _f, s, _r: 0 < (s.layers_on or 0) < s.layers and {"here": s.layers_on, "all": s.layers},
          "Only {here} of {all} layers are on the GPU: every token waits for the CPU.",
          "use a smaller context, quantisation or KV type (q8_0), so that all layers fit; until then Ollama may keep "
          "the vision projector on the CPU, too", _model),
     Rule("threads", "all",
-         lambda _f, s, _r: {"asked": s.threads[0], "there": s.threads[1]}
-         if s.threads and s.threads[0] > s.threads[1] and not (s.layers and s.layers[0] >= s.layers[1]) else None,
+         lambda _f, s, _r: s.threads > s.processors and (s.layers_on is None or s.layers_on < s.layers)
+         and {"asked": s.threads, "there": s.processors},
          "{asked} threads compete for {there} processors: each waits for the slowest at every operation.",
          "set -t (n_threads) to the number of physical cores, at most {there}", _model),
     Rule("debug_build", "all", lambda _f, s, _r: {} if s.debug else None,
@@ -310,9 +309,9 @@ RULES = (
     Rule("out_of_memory", "all", lambda _f, s, _r: s.no_memory and {"sums": f"{s.no_memory} times in this log"},
          "The device ran out of memory.", "use fewer layers on the GPU, a smaller context, or a smaller image"),
     Rule("prompt_cut", "prefill",
-         lambda _f, s, _r: s.cut_prompt and {
-             "limit": s.cut_prompt[0], "length": s.cut_prompt[1],
-             "sums": "{1:,} − {0:,} = {2:,} tokens lost".format(*s.cut_prompt, s.cut_prompt[1] - s.cut_prompt[0])},
+         lambda _f, s, _r: s.prompt_limit and {
+             "limit": s.prompt_limit, "length": s.prompt_length, "sums": f"{s.prompt_length:,} − {s.prompt_limit:,} = "
+             f"{s.prompt_length - s.prompt_limit:,} tokens lost"},
          "The prompt of {length:,} tokens was cut to {limit:,}: the model did not see all of it.",
          "set num_ctx to more than {length:,}"),
     Rule("paging", "all", lambda _f, s, _r: _paging(s),
