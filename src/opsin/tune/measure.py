@@ -16,6 +16,7 @@ from statistics import fmean, median
 from typing import Any, Literal, Protocol
 
 from opsin.bench import image_file
+from opsin.bench.report import columns
 from opsin.core.answer import TokenLogprob
 from opsin.core.errors import OpsinError
 from opsin.core.prompt import Prompt
@@ -44,15 +45,10 @@ class Runtime(Protocol):
     """An engine with its model loaded, and what writes prompts for it: `opsin.compose.Runtime`."""
 
     @property
-    def engine(self) -> Engine:
-        """Answers questions."""
-
+    def engine(self) -> Engine: ...  # noqa: D102
     @property
-    def prompts(self) -> PromptBuilder:
-        """Writes prompts for the model."""
-
-    def close(self) -> None:
-        """Free everything."""
+    def prompts(self) -> PromptBuilder: ...  # noqa: D102
+    def close(self) -> None: ...  # noqa: D102
 
 
 def question(runtime: Runtime, number: int | None, text: str = "what is this?") -> Prompt:
@@ -122,6 +118,11 @@ class Candidate:
         counted = self.ratios[1:] or self.ratios
         return math.exp(fmean(map(math.log, counted))) if counted else math.inf
 
+    def as_dict(self) -> dict[str, Any]:
+        """A row of `opsin tune --json-out`."""
+        figures = {"ratio": _finite(self.ratio), "drift": _finite(self.drift), "verdict": self.verdict}
+        return {"settings": _plain(self.changes), "ratios": [round(value, 4) for value in self.ratios], **figures}
+
     @property
     def may_win(self) -> bool:
         """Whether it is fast enough to be measured again, and answers as the baseline does."""
@@ -161,23 +162,13 @@ class Report:
 
     def as_document(self) -> dict[str, Any]:
         """Plain JSON values; times in seconds."""
-        rows = [
-            {
-                "settings": _plain(row.changes),
-                "ratios": [round(value, 4) for value in row.ratios],
-                "ratio": _finite(row.ratio),
-                "drift": _finite(row.drift),
-                "verdict": row.verdict,
-            }
-            for row in self.candidates
-        ]
         return {
             "kind": "tune",
             "profile": self.target,
             "at_once": self.at_once,
             "baseline_seconds": [round(value, 5) for value in self.baseline],
             "noise": _finite(self.noise),
-            "candidates": rows,
+            "candidates": [row.as_dict() for row in self.candidates],
             "recommended": self.best and _plain(self.best.changes),
             "ratio": self.best and _finite(self.best.ratio),
             "seconds": round(self.seconds, 1),
@@ -185,22 +176,21 @@ class Report:
 
     def as_text(self) -> str:
         """One table and one recommendation."""
-        width = max(len(shown(row.changes)) for row in (*self.candidates, Candidate({})))
         count = len(self.baseline) + sum(len(row.ratios) for row in self.candidates)
         noise = f"{self.noise:.1%}" if math.isfinite(self.noise) else "unknown"
-        lines = [
-            f"{count} measurements in {self.seconds:.0f} s; noise {noise}",
-            f"baseline: {median(self.baseline):.3f} s per answer, {self.at_once} at once",
-            "",
-            f"  {'settings':<{width}}  x baseline  answers moved by",
+        rows = [
+            [shown(row.changes), *([f"{row.ratio:.3f}", f"{row.drift:.3f}"] if row.ratios else ["", ""]), row.verdict]
+            for row in self.candidates
         ]
-        for row in self.candidates:
-            figures = f"{row.ratio:10.3f}  {row.drift:16.3f}" if row.ratios else " " * 28
-            lines.append(f"  {shown(row.changes):<{width}}  {figures}  {row.verdict}")
         picked = "keep the settings as they are: nothing is faster beyond the noise"
         if self.best is not None:
             picked = f"{shown(self.best.changes)} takes {self.best.ratio:.3f} of the time"
-        return "\n".join([*lines, "", f"recommended for {self.target}: {picked}"])
+        return (
+            f"{count} measurements in {self.seconds:.0f} s; noise {noise}\n"
+            f"baseline: {median(self.baseline):.3f} s per answer, {self.at_once} at once\n\n"
+            f"{columns(('settings', 'x baseline', 'answers moved by', ''), rows)}\n\n"
+            f"recommended for {self.target}: {picked}"
+        )
 
 
 @dataclass
