@@ -117,10 +117,7 @@ def _message(body: str) -> str:
 
 @contextmanager
 def serving(settings: EngineSettings) -> Iterator[tuple[int, str]]:
-    """`opsin serve` as a child process with these settings and no others; its process id and address.
-
-    Raises BadParameter if it does not start.
-    """
+    """`opsin serve` as a child with these settings alone; its process id and address. Raises BadParameter."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command, url = [sys.executable, "-m", "opsin", "serve", f"--port={port}"], f"http://127.0.0.1:{port}"

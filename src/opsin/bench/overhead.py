@@ -117,10 +117,7 @@ def native(backend: Backend, streams: int) -> Overhead:
 
 
 def over_http(settings: EngineSettings, streams: int, *, guard: bool) -> Overhead:
-    """The CPU time of all processes of `opsin serve`, asked by a client in this one.
-
-    Needs /proc. Raises BadParameter if the server does not start, RequestFailed if it does not answer.
-    """
+    """The CPU time of all processes of `opsin serve`. Needs /proc. Raises BadParameter, RequestFailed."""
     with serving(settings) as (pid, url):
         _complete(url, ["warm-up"], guard=guard)
         wall, cpu = time.perf_counter(), cpu_seconds(pid)

@@ -182,10 +182,7 @@ def measure_in_turn(
     runs: int = 3,
     tell: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Result]:
-    """Run a workload `runs` times on each driver, in turn with the same images, every second run backwards.
-
-    A driver whose result is invalid is left out from then on. Raises what a driver raises.
-    """
+    """Run a workload on each driver in turn, every second run backwards; one whose result is invalid is left out."""
     results = {name: Result(workload) for name in drivers}
     for run in range(runs):
         images = images_of(workload, run)

@@ -41,10 +41,8 @@ class Device:
 
     @property
     def usable(self) -> float:
-        """Bytes that models can have: macOS leaves the GPU two thirds up to 36 GiB, above that three quarters.
-
-        Source: `recommendedMaxWorkingSetSize` in llama.cpp's logs. At hand it is what ggml calls the memory.
-        """
+        """Bytes that models can have: macOS leaves the GPU two thirds up to 36 GiB, above that three quarters."""
+        # Source: `recommendedMaxWorkingSetSize` in llama.cpp's logs. At hand ggml tells this part itself.
         if self.group not in {"metal", "ultra"} or self.name == THIS:
             return self.memory
         return self.memory * (2 / 3 if self.memory <= 36 * _GIB else 3 / 4)

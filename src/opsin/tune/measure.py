@@ -1,7 +1,6 @@
-"""Which settings are fastest on this machine: candidates, measured in turn with the baseline.
+"""Which settings are fastest on this machine: candidates, measured in turn with the baseline, because machines drift.
 
-Baseline, candidate, baseline, candidate, and so on, because machines drift: a candidate is compared with the baselines
-right before and after it. Each measurement loads the pair, asks, and closes it, so no two engines share the machine.
+Each measurement loads the pair, asks, and closes it, so no two engines share the machine.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median
@@ -68,7 +67,7 @@ class Timing:
 def measure(runtime: Runtime, at_once: int) -> Timing:
     """Ask `at_once` questions about different new images together, twice; the faster of both counts.
 
-    The first time also warms up, and a machine that is busy for a moment spoils only one. Raises BadInput, EngineError.
+    The first time also warms up. Raises BadInput, EngineError.
     """
     runs = []
     for run in range(2):
@@ -84,9 +83,9 @@ def measure(runtime: Runtime, at_once: int) -> Timing:
 
 
 def drift(before: Sequence[TokenLogprob], after: Sequence[TokenLogprob]) -> float:
-    """The most that the log probability of an answered token changed, in nats, as far as both answers are alike.
+    """The most that the log probability of an answered token changed, in nats, up to where the answers part.
 
-    Where they part, it counts how much less likely the other token was before; infinite if it was not even likely.
+    There it counts how much less likely the other token was before; infinite if it was not even likely.
     """
     worst = 0.0
     for old, new in zip(before, after, strict=False):
@@ -99,10 +98,7 @@ def drift(before: Sequence[TokenLogprob], after: Sequence[TokenLogprob]) -> floa
 
 @dataclass(slots=True)
 class Candidate:
-    """Settings to try, and the result: the ratio to the baseline's time, one for each measurement.
-
-    `drift` is the most that answers changed; `verdict` is one of a few words, or why it could not be measured.
-    """
+    """Settings to try; by measurement the ratio to the baseline's time, the most that answers changed, a verdict."""
 
     changes: Changes
     ratios: list[float] = field(default_factory=list)
@@ -132,10 +128,7 @@ class Candidate:
 def candidates(
     settings: EngineSettings, fixed: Iterable[str], cores: int, projectors: Iterable[Path] = ()
 ) -> list[Candidate]:
-    """What is worth trying: threads, projector type, flash attention and ubatch, one after another.
-
-    `fixed` are settings that the user chose, which stay. `cores` are logical ones.
-    """
+    """What is worth trying, in turn; `fixed` are settings that the user chose, which stay. `cores`: logical ones."""
     half = max(1, cores // 2)
     threads = ((half, half), (half, cores), (cores, cores)) if cores > 1 else ()
     found: list[dict[str, Any]] = [
@@ -195,10 +188,7 @@ class Report:
 
 @dataclass
 class Tuner:
-    """Measures candidates in turn with `settings`, for at most about so many minutes.
-
-    A candidate that cannot be loaded is a row of the table, and none wins that changes answers by `MAX_DRIFT`.
-    """
+    """Measures candidates in turn with `settings` for about so many minutes; none wins that changes answers."""
 
     open_runtime: Callable[[EngineSettings], Runtime]
     settings: EngineSettings
@@ -236,10 +226,7 @@ class Tuner:
 
     @property
     def noise(self) -> float:
-        """How far a baseline measurement is from the mean of the two beside it, as a share; infinite while unknown.
-
-        A candidate that changes nothing has a ratio that is as far from 1.
-        """
+        """How far a baseline is from the mean of the two beside it, as a share; infinite while unknown."""
         logs = [math.log(timing.seconds) for timing in self._baseline]
         apart = [middle - (a + b) / 2 for a, middle, b in zip(logs, logs[1:], logs[2:], strict=False)]
         return max(MIN_NOISE, math.sqrt(fmean(one * one for one in apart))) if apart else math.inf
@@ -264,12 +251,10 @@ class Tuner:
             except OpsinError as error:  # settings that this machine or model cannot have are a finding
                 row.verdict = f"not possible: {error}"
                 continue
-            before = after = self._baseline[-1]
-            try:
-                after = self._measure({})
-                self._baseline.append(after)
-            except OpsinError:  # it worked before: something else took the memory for a moment
-                pass
+            before = self._baseline[-1]
+            with suppress(OpsinError):  # it worked before: something else took the memory for a moment
+                self._baseline.append(self._measure({}))
+            after = self._baseline[-1]
             row.ratios.append(timing.seconds / math.sqrt(before.seconds * after.seconds))
             row.drift = max(row.drift, *map(drift, self._baseline[0].answers, timing.answers))
 

@@ -1,8 +1,4 @@
-"""Expected times of a pair on a device: bytes over bandwidth, operations over rate, and whether it fits.
-
-Encode and prefill multiply matrices, so operations bound them; a decode step reads every weight once, so bandwidth
-does. Devices reach a share of what their data sheets say (`opsin.tune.devices.REACHED`).
-"""
+"""Expected times of a pair on a device: bytes over bandwidth, operations over rate, and whether it fits."""
 
 from __future__ import annotations
 
@@ -200,10 +196,7 @@ def check_fits(prediction: Prediction, needs: Needs) -> None:
 
 
 def measure_pair(runtime: Runtime, needs: Needs, device: Device, request: Request) -> dict[str, Any]:
-    """Ask the pair itself, and compare: milliseconds by stage, predicted for the same prompt and measured.
-
-    Errors are shares of what was measured; positive where the prediction was too long. Raises EngineError, BadInput.
-    """
+    """Ask the pair itself, and compare: milliseconds by stage, and errors as shares. Raises EngineError, BadInput."""
     seen = bool(needs.cost.encode_ops)
     # The first question warms up; a salt of its own keeps what one leaves in the caches from the next.
     prompts = [question(runtime, number if seen else None, _QUESTION) for number in range(ROUNDS + 1)]

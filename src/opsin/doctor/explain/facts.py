@@ -34,10 +34,10 @@ class StageRow:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What one request says of itself; None where the log is silent. Times in milliseconds.
+    """What one request says of itself; None where the log is silent. `line`: where it began.
 
-    `wall_ms` is what the tool's caller measured, the others are its own timers. `prompt_n` and `eval_n` are what the
-    timers counted, `*_tokens` what `usage` says. `kv_full`: how often a batch found no cells. `line`: where it began.
+    `wall_ms` is what the caller measured, other times are the tool's timers. `*_n` are what these counted, `*_tokens`
+    what `usage` says. `kv_full`: how often a batch found no cells.
     """
 
     line: int = 0
@@ -117,10 +117,7 @@ class Request:
 
     @property
     def between(self) -> float:
-        """Milliseconds of the generation that no timer of llama.cpp claims: its caller's work for every token.
-
-        Only where the timers were reset after the prompt, as llama-cpp-python's handlers do.
-        """
+        """Milliseconds of the generation in no timer: the caller's work per token. Only if reset after the prompt."""
         if self.total_ms is None or not self.hidden_prompt or self.timer not in {"print_timings", "perf"}:
             return 0.0
         return max(0.0, self.total_ms - (self.prompt_ms or 0.0) - self.rest)
@@ -155,17 +152,14 @@ class Request:
             rows = [StageRow(_TITLES.get(name, name.replace("_", " ")), ms) for name, ms in times.items()]
             return tuple(row for row in rows if row.ms >= _LEAST_MS)
         batches, images = max((batch.count for batch in self.batches), default=0), len(self.encode_ms)
+        rate = _rate(self.prompt_n, self.prompt_only)
         told = f"{images} image(s) or slices" + (f", {self.image_tokens:,} tokens" if self.image_tokens else "")
         rows = [
             StageRow("load model", self.loading),
             StageRow("before the timer", self.before_timer or 0.0, "image and prompt, by the wall clock", at_most=True),
             StageRow("vision encode", self.encoded, told if images else ""),
             StageRow("image prefill", self.decoded, f"{batches} batches" if batches > 1 else ""),
-            StageRow(
-                "prompt (and images)" if self.counts_encoder else "prompt",
-                self.prompt_only,
-                _rate(self.prompt_n, self.prompt_only),
-            ),
+            StageRow(f"prompt{' (and images)' * self.counts_encoder}", self.prompt_only, rate),
             StageRow("decode", self.eval_ms or 0.0, _rate(self.eval_n, self.eval_ms or 0.0)),
             StageRow("sample", self.sample_ms or 0.0),
         ]
@@ -180,10 +174,9 @@ def _rate(count: int | None, ms: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """Placement, build and memory; None and empty where the log is silent.
+    """Placement, build and memory; None and empty where the log is silent. `faults` are major page faults.
 
-    `layers_on` of `layers` are on a GPU. `loads` counts loads of one model, `load_s` the seconds of those that are
-    known. `faults` are major page faults, `cpu_percent` is what the process got of one core.
+    `layers_on` of `layers` are on a GPU. `loads` counts loads of one model, `load_s` are the seconds that are known.
     """
 
     clip: str | None = None
@@ -220,10 +213,7 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """All that a log holds.
-
-    `requests` are in the log's order (a thousand at most) of `count`; `worst`, the slowest, is the one explained.
-    """
+    """All that a log holds: the first thousand of `count` requests, and the slowest (`worst`), which is explained."""
 
     tool: str
     setup: Setup

@@ -33,6 +33,7 @@ TOOLS = (
 """Names of tools, the surest witness first: Ollama runs llama-server, and llama-server prints llama.cpp's lines."""
 
 _NUMBER = r"[0-9]{1,15}(?:\.[0-9]{1,20})?"
+_ASKS = "(?:api/(?:chat|generate)|v1/(?:chat/)?completions)"
 _GPU = r"CUDA\d|ROCm\d|Vulkan\d|SYCL\d|Metal|MTL\d|CANN\d|OpenCL"
 How = Literal["setup", "put", "once", "event", "closing"]
 
@@ -61,7 +62,7 @@ _ROWS: tuple[tuple[How, str, str, Mapping[str, Any]], ...] = (
     ("setup", "truncating", 'truncating input prompt"? limit={prompt_limit} prompt={prompt_length}', {}),
     ("setup", "page faults", r"Major \(requiring I/O\) page faults: {faults}", {}),
     ("setup", "of CPU", "Percent of CPU this job got: {cpu_percent}%", {}),
-    ("setup", "Elapsed", r"Elapsed \(wall clock\) time \([^)]*\): (?P<elapsed_s>(?:\d{1,9}:){1,2}\d{1,9}(?:\.\d{1,9})?)", {}),
+    ("setup", "Elapsed (wall", r"time \([^)]*\): (?P<elapsed_s>(?:\d{1,9}:){1,2}\d{1,9}(?:\.\d{1,9})?)", {}),
     ("once", "n_tokens = ", r"task\.n_tokens = {prompt_tokens}", {}),
     ("once", "n_prompt_tokens = ", "n_prompt_tokens = {prompt_tokens}", {}),
     ("once", "stop proc", "stop processing: n_(?:tokens|past) = {end_tokens}, truncated = (?:0|(?P<truncated>1))", {}),
@@ -82,8 +83,7 @@ _ROWS: tuple[tuple[How, str, str, Mapping[str, Any]], ...] = (
     ("put", "duration:", r"^eval duration:\s+(?P<eval_ms>\S+)", {"timer": "ollama"}),
     ("put", "eval count:", r"^prompt eval count:\s+{prompt_n}", {}),
     ("put", "eval count:", r"^eval count:\s+{eval_n}", {}),
-    ("closing", "[GIN]", r"\|\s*\d{3}\s*\|\s*(?P<wall_ms>\S+)\s*\|.*/(?:api/(?:chat|generate)|v1/(?:chat/)?completions)",
-     {"timer": "ollama"}),
+    ("closing", "[GIN]", rf"\|\s*\d{{3}}\s*\|\s*(?P<wall_ms>\S+)\s*\|.*/{_ASKS}", {"timer": "ollama"}),
 )
 # fmt: on
 

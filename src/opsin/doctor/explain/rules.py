@@ -1,7 +1,6 @@
 """Why a request was slow: one row a cause, with its thresholds, its arithmetic, and what helps.
 
-A new case is a new row. `find` looks at the facts and gives what the row's sentences need, or None; what costs little
-beside the whole request is dropped by `report.explain`, not here.
+A new case is a new row. What costs little beside the whole request is dropped by `report.explain`, not here.
 """
 
 from __future__ import annotations
@@ -26,10 +25,9 @@ _LONG = 256  # tokens of an answer
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """One cause.
+    """One cause, and the seconds it costs (None: not told) by the sum in `arithmetic`; `at_most`: only bounded.
 
-    `seconds` is what it costs (None: not told), by the sum in `arithmetic`; `at_most`: the log only bounds it. A
-    `symptom` names a slow stage without a reason in the log; it is left out where a cause of that stage is known.
+    A `symptom` names a slow stage without a reason in the log; it is left out where a cause of that stage is known.
     """
 
     name: str
@@ -49,7 +47,7 @@ class Cause:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One row. `find` looks at facts, setup and slowest request, and gives a false value or what fills the sentences.
+    """One row. `find` looks at facts, setup and slowest request, and gives nothing or what fills the sentences.
 
     It also gives `ms`, `sums` and `saves` (ms), or `cost` gives a bound. The cause counts from `least_ms` and `share`.
     """
@@ -235,12 +233,10 @@ def _encode_slow(request: Request) -> _Found:
 
 def _prefill_slow(setup: Setup, request: Request) -> _Found:
     ms, tokens = request.prompt_only, max(request.prompt_n or 0, request.image_tokens or 0)
-    if not ms or not tokens or tokens / ms * 1e3 >= _SLOW_PREFILL:
+    if not ms or not tokens or (rate := tokens / ms * 1e3) >= _SLOW_PREFILL:
         return None
-    rate = tokens / ms * 1e3
-    sums = f"{tokens:,} tokens / {ms / 1e3:.2f} s = {rate:.1f} token/s"
-    if request.counts_encoder:
-        sums += "; the time of the images' encoder, if there were any, is in it"
+    with_images = "; the time of the images' encoder, if there were any, is in it" * request.counts_encoder
+    sums = f"{tokens:,} tokens / {ms / 1e3:.2f} s = {rate:.1f} token/s{with_images}"
     where, help_ = ", as on a CPU", "put layers on a GPU (-ngl 99, n_gpu_layers=-1)"
     if setup.on_gpu:
         where, help_ = "", "prove where image and model run (opsin doctor)"
