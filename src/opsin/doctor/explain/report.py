@@ -92,8 +92,8 @@ def _notes(facts: Facts) -> list[str]:
     again = [max(r.prompt_ms or 0.0, r.image) / 1e3 for r in facts.requests if r.encode_ms][1:]
     if again and facts.tool == "llama-cpp-python" and facts.setup.loads < 2:
         notes.append(
-            f"{len(again) + 1} requests encoded an image each. If they ask about one image, a server that keeps it "
-            f"(opsin serve) saves up to {sum(again):.2f} s."
+            f"{len(again) + 1} requests encoded an image each, and the handler cleared the memory every time. If they "
+            f"ask about one image, a server that keeps it (opsin serve) saves up to {sum(again):.2f} s."
         )
     return notes
 
