@@ -122,7 +122,7 @@ def as_text(targets: Sequence[Target], limits: Limits | None = None) -> str:
                 if limits is not None and target is first:
                     row.append(f"{limits.share(found, stats):.0%} of the ceiling")
             rows.append(row)
-            notes += [f"{target.name} is invalid in {result.workload.name}: {found.invalid}"] if found.invalid else []
+            notes += [f"{target.name} in {result.workload.name} is invalid: {found.invalid}"] if found.invalid else []
         for target in others:
             by = [ratio(result, target.results[number], figure) for figure in COMPARED]
             rows.append(["", f"{first.name} / {target.name}", *("" if x is None else f"{x:.2f} x" for x in by)])

@@ -15,9 +15,9 @@ Timer = Literal["print_timings", "perf", "server", "ollama", "opsin", ""]
 
 
 class Batch(NamedTuple):
-    """A part of an image's embeddings in the language model, one of `count`: tokens (None: not told), milliseconds."""
+    """A part of an image's embeddings in the language model, one `of` several: tokens (None: not told), milliseconds."""
 
-    count: int
+    of: int
     tokens: int | None
     ms: float
 
@@ -90,7 +90,7 @@ class Request:
         """Milliseconds of the image's prefill; batches that were cut out of the log at the mean of the others."""
         if not self.batches:
             return 0.0
-        count = max(len(self.batches), *(batch.count for batch in self.batches))
+        count = max(len(self.batches), *(batch.of for batch in self.batches))
         return sum(batch.ms for batch in self.batches) * count / len(self.batches)
 
     @property
@@ -151,7 +151,7 @@ class Request:
             times = {stage.value: self.stages.get(stage.value, 0.0) for stage in Stage}
             rows = [StageRow(_TITLES.get(name, name.replace("_", " ")), ms) for name, ms in times.items()]
             return tuple(row for row in rows if row.ms >= _LEAST_MS)
-        batches, images = max((batch.count for batch in self.batches), default=0), len(self.encode_ms)
+        batches, images = max((batch.of for batch in self.batches), default=0), len(self.encode_ms)
         rate = _rate(self.prompt_n, self.prompt_only)
         told = f"{images} image(s) or slices" + (f", {self.image_tokens:,} tokens" if self.image_tokens else "")
         rows = [

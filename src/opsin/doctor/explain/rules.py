@@ -178,7 +178,7 @@ def _between(request: Request) -> _Found:
 
 def _small_batches(request: Request) -> _Found:
     ms, size = request.decoded, max((batch.tokens or 0 for batch in request.batches), default=0)
-    count = max((batch.count for batch in request.batches), default=0)
+    count = max((batch.of for batch in request.batches), default=0)
     if count < 3 or not 0 < size <= _SMALL_BATCH:
         return None
     longest = max(batch.ms for batch in request.batches)
