@@ -15,7 +15,7 @@ Timer = Literal["print_timings", "perf", "server", "ollama", "opsin", ""]
 
 
 class Batch(NamedTuple):
-    """A part of an image's embeddings in the language model, one `of` several: tokens (None: not told), milliseconds."""
+    """A part of an image's embeddings in the language model, one `of` several; tokens (None: not told) and time."""
 
     of: int
     tokens: int | None

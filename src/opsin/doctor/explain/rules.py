@@ -1,6 +1,6 @@
 """Why a request was slow: one row a cause, with its thresholds, its arithmetic, and what helps.
 
-A new case is a new row. What costs little beside the whole request is dropped by `report.explain`, not here.
+A new case is a new row. What costs little beside the whole request is dropped by `explain`, not here.
 """
 
 from __future__ import annotations
