@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter
 
 from opsin.core.placement import BackendShare, Placement
 from opsin.core.settings import EngineSettings
@@ -15,28 +17,20 @@ from opsin.native.devices import HOST, Device
 from opsin.native.memory import as_flags
 from opsin.native.records import keep_record, read_record, record_file
 
+_PLACEMENT = TypeAdapter(Placement)
 _FLASH = {"encoder": "vision_flash_attention", "language_model": "flash_attention"}
 
 
 def remembered_placement(setup: str, prove: Callable[[], Placement], folder: Path | None = None) -> Placement:
     """The placement of a setup (a fingerprint), proved now if it was not proved before."""
     file = record_file("placement", setup, folder)
-    try:
-        return _read_placement(read_record(file))
-    except (ValueError, TypeError, KeyError, AttributeError):
-        placement = prove()
+    with suppress(ValueError):
+        placement = _PLACEMENT.validate_python(data := read_record(file))
+        if _PLACEMENT.dump_python(placement, mode="json") == data:  # else an older version wrote it, and knew less
+            return placement
+    placement = prove()
     keep_record(file, asdict(placement))
     return placement
-
-
-def _read_placement(data: Any) -> Placement:
-    fields = BackendShare.__dataclass_fields__
-    encoder, model = (
-        # A file of an older version lacks a field, and is as good as none.
-        {name: BackendShare(**{f: row[f] for f in fields}) for name, row in data[key].items()}
-        for key in ("encoder", "language_model")
-    )
-    return Placement(encoder, model, int(data["layers_offloaded"]), int(data["layers"]), tuple(map(str, data["notes"])))
 
 
 def placement_checks(
