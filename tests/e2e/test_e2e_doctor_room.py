@@ -14,7 +14,7 @@ from opsin import Opsin
 from opsin.compose import open_runtime
 from opsin.core.sampling import SamplingParams
 from opsin.core.settings import EngineSettings
-from opsin.doctor.behaviour import behaviour_checks
+from opsin.doctor.examine import behaviour_checks
 from opsin.doctor.safety import room_checks
 from opsin.models.facts import read_facts
 from opsin.models.shapes import SHAPES

@@ -3,22 +3,14 @@
 Refuses to know llama.cpp and the terminal.
 """
 
-from opsin.bench.cost import Ceiling, ModelCost, read_cost
+from opsin.bench.cost import Ceiling, read_cost
 from opsin.bench.drivers import EngineDriver, HttpDriver, serving
-from opsin.bench.run import Result, Stats, measure_in_turn, warm_up
-from opsin.bench.workloads import WORKLOADS, Ask, Driver, RequestFailed, Workload, choose, image_file
+from opsin.bench.workloads import Workload, choose, image_file, measure_in_turn, warm_up
 
 __all__ = [
-    "WORKLOADS",
-    "Ask",
     "Ceiling",
-    "Driver",
     "EngineDriver",
     "HttpDriver",
-    "ModelCost",
-    "RequestFailed",
-    "Result",
-    "Stats",
     "Workload",
     "choose",
     "image_file",

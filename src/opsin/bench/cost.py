@@ -1,7 +1,6 @@
 """What a model needs at least, by its file's header: bytes read by a decode step, operations of prefill and encode.
 
-An operation is one multiplication or one addition. Norms, activations and sampling are small against the matrices and
-left out. Of a mixture of experts only the experts that a token uses are counted.
+An operation is one multiplication or addition of a matrix product. Of experts only those a token uses are counted.
 """
 
 from __future__ import annotations
@@ -38,9 +37,8 @@ class Ceiling:
 class ModelCost:
     """What a pair needs; `encode_ops` is for one image, None for families whose images differ in size.
 
-    `weights` and `head` are the values a token is multiplied with in the layers and for its logits, `weight_bytes` what
-    a decode step reads of the file, `kv_values` the values of keys and values a token leaves in all layers, and
-    `attention_width` the sum of the layers' attention widths.
+    `weights` and `head`: values a token is multiplied with in the layers and for its logits. `weight_bytes`: read by a
+    decode step. `kv_values` a token leaves in all layers. `attention_width`: the sum over the layers.
     """
 
     weight_bytes: float
@@ -147,14 +145,12 @@ def encode_ops_of(
     """Operations to encode `patches`, of which a square of `merge` × `merge` becomes one token for the projector."""
     # llama.cpp runs all but the last of a LLaVA file's blocks (`tools/mtmd/models/llava.cpp`).
     skipped = "-" if all_layers else f"v.blk.{layers - 1}."
-    ops = 0.0
-    for tensor in tensors:
-        if len(tensor.shape) < 2 or tensor.name.startswith((skipped, "v.position_embd")):
-            continue
-        ops += 2 * math.prod(tensor.shape) * (patches / merge**2 if tensor.name.startswith("mm.") else patches)
-        if tensor.name.startswith("v.blk.") and tensor.name.endswith("attn_out.weight"):
-            ops += 4 * patches**2 * tensor.shape[0]
-    return ops
+    used = [one for one in tensors if len(one.shape) > 1 and not one.name.startswith((skipped, "v.position_embd"))]
+    ops = sum(
+        2 * math.prod(one.shape) * (patches / merge**2 if one.name.startswith("mm.") else patches) for one in used
+    )
+    outs = [one for one in used if one.name.startswith("v.blk.") and one.name.endswith("attn_out.weight")]
+    return ops + sum(4 * patches**2 * one.shape[0] for one in outs)
 
 
 def _bytes(tensor: TensorHead) -> float:

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,11 @@ from opsin.engine import Engine
 from opsin.images import load_image
 from opsin.prompt import Message, PromptBuilder
 
-_TIMEOUT_S = 300.0
-_START_S = 600.0
-_STOP_S = 30.0
+_TIMEOUT_S, _START_S, _STOP_S = 300.0, 600.0, 30.0
 
 
 class EngineDriver:
-    """Does what a server does with a question, without the network: decode the image, build the prompt, read events."""
+    """Does what a server does with a question, without the network."""
 
     def __init__(self, engine: Engine, prompts: PromptBuilder) -> None:
         self._engine, self._prompts, self._image_settings = engine, prompts, ImageSettings()
@@ -72,24 +70,13 @@ class HttpDriver:
         except (ValueError, LookupError, TypeError) as error:
             raise BadParameter(f"{self.url} lists no model: name one with --served-model.") from error
 
-    def close(self) -> None:
-        """Close the connections."""
-        self._client.close()
-
     def ask(self, image: bytes, question: str, max_tokens: int) -> Generator[float, None, Usage]:
         """See `workloads.Driver`. Raises RequestFailed."""
         url = f"data:image/png;base64,{base64.b64encode(image).decode()}"
         content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
-        body = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": content}],
-            "temperature": 0,
-            "max_tokens": max_tokens,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            "ignore_eos": True,
-            "guard": False,
-        }
+        body = {"model": self.model, "messages": [{"role": "user", "content": content}], "max_tokens": max_tokens}
+        body |= {"temperature": 0, "ignore_eos": True, "guard": False}
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
         usage: dict[str, Any] | None = None
         try:
             with self._client.stream("POST", "/v1/chat/completions", json=body) as response:
@@ -116,12 +103,8 @@ class HttpDriver:
         if usage is None:
             raise RequestFailed(f"{self.url} did not say how many tokens it answered with.")
         details = usage.get("prompt_tokens_details") or {}
-        return Usage(
-            prompt_tokens=usage.get("prompt_tokens", 0),
-            completion_tokens=usage.get("completion_tokens", 0),
-            image_tokens=details.get("image_tokens") or 0,
-            cached_tokens=details.get("cached_tokens") or 0,
-        )
+        counts = {name: usage.get(name, 0) for name in ("prompt_tokens", "completion_tokens")}
+        return Usage(**counts, **{name: details.get(name) or 0 for name in ("image_tokens", "cached_tokens")})
 
 
 def _message(body: str) -> str:
@@ -134,10 +117,7 @@ def _message(body: str) -> str:
 
 @contextmanager
 def serving(settings: EngineSettings) -> Iterator[tuple[int, str]]:
-    """`opsin serve` as a child process with these settings and no others; its process id and address.
-
-    Raises BadParameter if it does not start.
-    """
+    """`opsin serve` as a child with these settings alone; its process id and address. Raises BadParameter."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command, url = [sys.executable, "-m", "opsin", "serve", f"--port={port}"], f"http://127.0.0.1:{port}"
@@ -149,12 +129,14 @@ def serving(settings: EngineSettings) -> Iterator[tuple[int, str]]:
     with tempfile.TemporaryDirectory(prefix="opsin-bench-") as folder, (Path(folder) / "log").open("w+b") as log:
         process = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log)  # noqa: S603 - our own command
         try:
-            deadline = time.monotonic() + _START_S
-            while not _is_ready(url):
+            deadline, ready = time.monotonic() + _START_S, False
+            while not ready:
                 if process.poll() is not None or time.monotonic() > deadline:
                     log.seek(0)
                     raise BadParameter(f"opsin serve did not start: {log.read().decode(errors='replace')[-500:]}")
                 time.sleep(0.05)
+                with suppress(httpx.HTTPError):
+                    ready = httpx.get(f"{url}/ready", trust_env=False, timeout=2.0).is_success
             yield process.pid, url
         finally:
             process.terminate()
@@ -163,10 +145,3 @@ def serving(settings: EngineSettings) -> Iterator[tuple[int, str]]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-
-
-def _is_ready(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/ready", trust_env=False, timeout=2.0).status_code == httpx.codes.OK
-    except httpx.HTTPError:
-        return False

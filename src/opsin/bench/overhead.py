@@ -1,7 +1,6 @@
 """What a token costs beside the model: CPU time of whole processes by tokens made, in process and over HTTP.
 
-Meant for a model that takes next to nothing itself, such as the shape `tiny` of `tools/synth.py`: prompts are a few
-tokens long. The model's own share is measured by bare backend calls and shown beside the total.
+Meant for a model that takes next to nothing itself; its share is measured by bare backend calls and shown beside.
 """
 
 from __future__ import annotations
@@ -9,16 +8,16 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from opsin.bench.drivers import serving
+from opsin.bench.report import columns
 from opsin.bench.workloads import RequestFailed
 from opsin.core.backend import Backend, TokenBatch
 from opsin.core.prompt import Prompt, TextPart
@@ -33,10 +32,7 @@ _CLOCK_TICKS = 100  # per second: Linux's USER_HZ, the unit of /proc
 
 @dataclass(frozen=True, slots=True)
 class Overhead:
-    """Greedy answers, all at once. `where` is "process", "http" (the server's processes) or "native" (no engine).
-
-    `cpu_s` is CPU time; `steps` are decode steps, 0 if unknown.
-    """
+    """Greedy answers, all at once. `where` is "process", "http" or "native" (no engine); `steps` is 0 if unknown."""
 
     where: str
     streams: int
@@ -54,10 +50,7 @@ class Overhead:
     def document(self) -> dict[str, Any]:
         """JSON values."""
         return {
-            "where": self.where,
-            "streams": self.streams,
-            "guard": self.guard,
-            "tokens": self.tokens,
+            **{name: getattr(self, name) for name in ("where", "streams", "guard", "tokens")},
             "tokens_s": round(self.tokens / self.wall_s, 1),
             "us_per_token": round(self.us_per_token, 2),
             "us_per_step": round(self.cpu_s / self.steps * 1e6, 2) if self.steps else None,
@@ -74,8 +67,7 @@ def measure_overhead(
 ) -> list[Overhead]:
     """Measure each number of streams in process and natively, and the largest over HTTP: the medians of the runs.
 
-    HTTP is left out without /proc, so everywhere but on Linux. `settings` are those that the two callables open.
-    Raises what they raise, EngineError, and what `over_http` raises.
+    HTTP is left out where there is no /proc. Raises what the callables and `over_http` raise, and EngineError.
     """
     counts = [count for count in STREAMS if count <= settings.parallel]
     rows: list[Overhead] = []
@@ -125,14 +117,11 @@ def native(backend: Backend, streams: int) -> Overhead:
 
 
 def over_http(settings: EngineSettings, streams: int, *, guard: bool) -> Overhead:
-    """The CPU time of all processes of `opsin serve`, asked by a client in yet another process.
-
-    Needs /proc. Raises BadParameter if the server does not start, RequestFailed if it does not answer.
-    """
-    with serving(settings) as (pid, url), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as client:
-        client.submit(_complete, url, ["warm-up"], guard).result()
+    """The CPU time of all processes of `opsin serve`. Needs /proc. Raises BadParameter, RequestFailed."""
+    with serving(settings) as (pid, url):
+        _complete(url, ["warm-up"], guard=guard)
         wall, cpu = time.perf_counter(), cpu_seconds(pid)
-        tokens = client.submit(_complete, url, _prompts(streams), guard).result()
+        tokens = _complete(url, _prompts(streams), guard=guard)
         return Overhead("http", streams, guard, tokens, 0, time.perf_counter() - wall, cpu_seconds(pid) - cpu)
 
 
@@ -149,13 +138,13 @@ def cpu_seconds(pid: int) -> float:
 
 def as_text(rows: Sequence[Overhead]) -> str:
     """A table, and what HTTP adds to a token."""
-    lines = ["CPU time    streams  guard  µs per token  µs per step  token/s"]
+    cells = []
     for row in rows:
-        values = row.document()
+        step = f"{row.cpu_s / row.steps * 1e6:.1f}" if row.steps else ""
         switch = "" if row.where == "native" else "on" if row.guard else "off"
-        step = "" if values["us_per_step"] is None else f"{values['us_per_step']:.1f}"
-        figures = f"{row.us_per_token:12.1f}  {step:>11}  {values['tokens_s']:7.0f}"
-        lines.append(f"{row.where:10}  {row.streams:7}  {switch:>5}  {figures}")
+        rate = f"{row.tokens / row.wall_s:.0f}"
+        cells.append([row.where, f"{row.streams}", switch, f"{row.us_per_token:.1f}", step, rate])
+    lines = [columns(("CPU time", "streams", "guard", "µs per token", "µs per step", "token/s"), cells)]
     for (streams, guard), more in http_extra(rows).items():
         lines.append(f"over HTTP, {streams} streams, guard {'on' if guard else 'off'}: {more:.1f} µs more a token")
     return "\n".join(lines)
@@ -173,8 +162,8 @@ def _prompts(streams: int) -> list[str]:
     return [f"{number} and" for number in range(streams)]
 
 
-def _complete(url: str, prompts: Sequence[str], guard: bool) -> int:
-    """Stream completions of all prompts at once; tokens made. Runs in the client's process. Raises RequestFailed."""
+def _complete(url: str, prompts: Sequence[str], *, guard: bool) -> int:
+    """Stream completions of all prompts at once; tokens made. Raises RequestFailed."""
 
     def complete(prompt: str) -> int:
         body = {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, "guard": guard}

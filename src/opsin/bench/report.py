@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
 from opsin.bench.cost import Ceiling, ModelCost
-from opsin.bench.run import Result, Stats
+from opsin.bench.workloads import Result, Stats
 
 COMPARED = ("total_s", "first_token_ms", "first_token_max_ms", "token_ms", "longest_pause_ms")
 _HEADINGS = ("total", "first token", "slowest", "a token", "pause")
@@ -37,12 +38,10 @@ class Limits:
 
     def document(self) -> dict[str, Any]:
         """JSON values; the least times are those of one sequence without context."""
-        ceiling, encode = self.ceiling, self.cost.encode_ops
-        least = {
-            "decode_step_ms": self.cost.step_seconds(ceiling, [0]) * 1e3,
-            "prefill_token_ms": self.cost.prompt_seconds(ceiling, 1) * 1e3,
-            "encode_ms": None if encode is None else encode / ceiling.matrix_ops_s * 1e3,
-        }
+        ceiling, cost = self.ceiling, self.cost
+        encode_ms = None if cost.encode_ops is None else cost.encode_ops / ceiling.matrix_ops_s * 1e3
+        step_ms, token_ms = cost.step_seconds(ceiling, [0]) * 1e3, cost.prompt_seconds(ceiling, 1) * 1e3
+        least = {"decode_step_ms": step_ms, "prefill_token_ms": token_ms, "encode_ms": encode_ms}
         return {"machine": _rounded(asdict(ceiling)), "least": _rounded(least)}
 
     def text(self) -> str:
@@ -93,31 +92,41 @@ def target_document(target: Target, limits: Limits | None = None) -> dict[str, A
     return {**target.about, "workloads": rows}
 
 
+def columns(headings: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 1) -> str:
+    """A table as text; all columns but the first `words` hold figures."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if number < words else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(file=io.StringIO(), width=500, color_system=None, markup=False, highlight=False, emoji=False)
+    with console.capture() as shown:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in shown.get().splitlines())
+
+
 def as_text(targets: Sequence[Target], limits: Limits | None = None) -> str:
     """A table: each workload's figures of every target, and the first target's by each other's."""
     first, *others = targets
-    width = max(len(f"{first.name} / {target.name}") for target in targets)
-    lines = [_line("", "", width, _HEADINGS)]
+    rows: list[list[str]] = []
+    notes = [f"  {result.workload.name}: {result.workload.title}" for result in first.results]
     for number, result in enumerate(first.results):
-        name = result.workload.name
         for target in targets:
-            stats = target.results[number].median
-            if stats is None:
-                lines.append(f"{name:4} {target.name:{width}} invalid: {target.results[number].invalid}")
-                continue
-            cells = [f"{stats.total_s:.2f} s", *(f"{getattr(stats, figure):.1f} ms" for figure in COMPARED[1:])]
-            lines.append(_line(name, target.name, width, cells))
-            if limits is not None and target is first:
-                lines[-1] += f"  {limits.share(result, stats):.0%} of the ceiling of {limits.ceiling.device}"
+            found = target.results[number]
+            row = [result.workload.name, target.name]
+            if (stats := found.median) is not None:
+                row += [f"{stats.total_s:.2f} s", *(f"{getattr(stats, figure):.1f} ms" for figure in COMPARED[1:])]
+                if limits is not None and target is first:
+                    row.append(f"{limits.share(found, stats):.0%} of the ceiling")
+            rows.append(row)
+            notes += [f"{target.name} in {result.workload.name} is invalid: {found.invalid}"] if found.invalid else []
         for target in others:
-            found = [ratio(result, target.results[number], figure) for figure in COMPARED]
-            cells = ["" if value is None else f"{value:.2f} x" for value in found]
-            lines.append(_line("", f"{first.name} / {target.name}", width, cells))
-    return "\n".join([*lines, *(f"  {result.workload.name}: {result.workload.title}" for result in first.results)])
-
-
-def _line(workload: str, name: str, width: int, cells: Sequence[str]) -> str:
-    return f"{workload:4} {name:{width}} " + " ".join(f"{cell:>11}" for cell in cells)
+            by = [ratio(result, target.results[number], figure) for figure in COMPARED]
+            rows.append(["", f"{first.name} / {target.name}", *("" if x is None else f"{x:.2f} x" for x in by)])
+    return "\n".join([columns(("", "", *_HEADINGS, ""), rows, words=2), *notes])
 
 
 def _rounded(value: Any) -> Any:

@@ -28,7 +28,7 @@ def explain(
     if as_json:
         typer.echo(json.dumps(explanation.as_dict(), indent=2, ensure_ascii=False))
         return
-    from opsin.doctor.explain.report import as_text
+    from opsin.doctor.explain import as_text
 
     _print_table(explanation.stages)
     for line in as_text(explanation):

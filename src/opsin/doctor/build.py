@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from opsin.doctor.check import Check, Status
 from opsin.doctor.host import Gpu, Host, read_host
@@ -32,10 +31,7 @@ def build_checks(
     environment: Mapping[str, str] | None = None,
     threads: int | None = None,
 ) -> list[Check]:
-    """The checks `build.*`; what is not handed in is looked up. `threads` are those that were asked for.
-
-    Checks about a library that cannot be loaded are left out.
-    """
+    """The checks `build.*`; what is not handed in is looked up. `threads` are those that were asked for."""
     build, host = build or build_info(), host or read_host()
     environment = os.environ if environment is None else environment
     checks = [_version(build, host)]
@@ -45,16 +41,10 @@ def build_checks(
 
 
 def unused_gpu_hint(build: Build | None = None, host: Host | None = None) -> str | None:
-    """One sentence, with the command, when a GPU is here that this build has no backend for; else None.
-
-    Without arguments this machine is looked at by files alone, since programs such as `nvidia-smi` take seconds.
-    """
-    host = host or read_host(run=lambda _: "")
+    """One sentence, with the command, when a GPU is here that this build has no backend for; else None."""
+    host = host or read_host(run=lambda _: "")  # by files alone: programs such as `nvidia-smi` take seconds
     gpu = next((gpu for gpu in host.gpus if not gpu.trouble), None)
-    if gpu is None:
-        return None
-    build = build or build_info()
-    if build.error or not _lacks_backend(build, host):
+    if gpu is None or (build := build or build_info()).error or not _lacks_backend(build, host):
         return None
     return f"{_no_backend(gpu)}, so it is not used; install one with: {_install_for(gpu, build, host)[0]}"
 
@@ -81,7 +71,6 @@ def _version(build: Build, host: Host) -> Check:
 
 
 def _assertions(build: Build, host: Host) -> list[Check]:
-    """Debug builds have assertions, and so have optimised ones made without -DNDEBUG."""
     if not build.assertions:
         return []
     message = "llama.cpp was compiled with assertions, as debug builds are: install a release build."
@@ -118,11 +107,8 @@ def _gpu(build: Build, host: Host, environment: Mapping[str, str]) -> Check:
     """The GPUs of this host against those that ggml sees."""
     name, usable = "build.gpu", [gpu for gpu in host.gpus if not gpu.trouble]
     seen = [device for device in build.devices if device.is_gpu and not in_software(device)]
-    evidence: dict[str, Any] = {
-        "here": [gpu.name for gpu in usable],
-        "backends": list(build.backends),
-        "seen": [{"name": device.name, "description": device.description} for device in seen],
-    }
+    told = [{"name": device.name, "description": device.description} for device in seen]
+    evidence = {"here": [gpu.name for gpu in usable], "backends": list(build.backends), "seen": told}
     if not usable:
         message = f"llama.cpp computes on {_names(seen)}." if seen else "No GPU here: everything runs on the CPU."
         if not seen and host.gpus:
@@ -145,22 +131,20 @@ def _gpu(build: Build, host: Host, environment: Mapping[str, str]) -> Check:
     status: Status = "warn" if cards else "fail"
     hiding = [word for word in HIDES if word in environment]
     if hiding:
-        told = ", ".join(f"{word} is {environment[word]!r}" for word in hiding)
+        values = ", ".join(f"{word} is {environment[word]!r}" for word in hiding)
         fix = f"env {' '.join(f'-u {word}' for word in hiding)} opsin doctor"
-        return Check(name, status, f"{start}: {told}; unset it.", evidence, fix)
+        return Check(name, status, f"{start}: {values}; unset it.", evidence, fix)
     message = f"{start}: its driver is too old for this build, or the build is for another card; compile it here."
     return Check(name, status, message, evidence, _install_for(best, build, host)[0])
 
 
 def _threads(host: Host, asked: int | None) -> Check:
-    """May this process use the cores that it would start threads for?"""
     threads, share = asked or host.threads, min(host.allowed, host.quota or host.allowed)
     fit = max(1, int(share))
     evidence = {"cores": host.cores, "allowed_cores": host.allowed, "quota_cores": host.quota, "threads": threads}
-    if threads > fit:
-        message = f"This process gets {share:g} of {host.cores} cores for {threads} threads: give --threads {fit}."
-        return Check("build.threads", "warn", message, evidence)
-    return Check("build.threads", "ok", f"{threads} threads on {share:g} of {host.cores} cores.", evidence)
+    advice = f": give --threads {fit}." if threads > fit else "."
+    message = f"This process has {threads} threads for {share:g} of {host.cores} cores{advice}"
+    return Check("build.threads", "warn" if threads > fit else "ok", message, evidence)
 
 
 def _lacks_backend(build: Build, host: Host) -> bool:
@@ -170,11 +154,9 @@ def _lacks_backend(build: Build, host: Host) -> bool:
 
 def _install_for(gpu: Gpu | None, build: Build, host: Host) -> tuple[str, str]:
     """The command, and what must be said with it."""
-    fresh = not build.version
-    if gpu is None:
-        return install_command(host, build.extra_backends, fresh=fresh), ""
-    missing = missing_tool(host, gpu.kind)
-    command = install_command(host, [*build.extra_backends, gpu.kind], fresh=fresh)
+    kinds = [gpu.kind] if gpu else []
+    missing = missing_tool(host, gpu.kind) if gpu else ""
+    command = install_command(host, [*build.extra_backends, *kinds], fresh=not build.version)
     return command, f", after {missing}, which is not here" if missing else ""
 
 
@@ -182,7 +164,7 @@ def _no_backend(gpu: Gpu) -> str:
     return f"An {gpu.name} is here, but this build has no {gpu.kind} backend"
 
 
-def _names(devices: Any) -> str:
+def _names(devices: Iterable[Device | Gpu]) -> str:
     return ", ".join(device.name for device in devices)
 
 
@@ -193,10 +175,7 @@ def missing_tool(host: Host, backend: str) -> str:
 
 
 def install_command(host: Host, backends: Iterable[str] = (), extra: Sequence[str] = (), *, fresh: bool = False) -> str:
-    """A POSIX shell line that compiles the pinned version with these backends and extra CMake flags.
-
-    `fresh`: nothing is installed yet, so dependencies are installed too.
-    """
+    """A POSIX shell line that compiles the pinned version with these backends; `fresh`: with its dependencies, too."""
     wanted = sorted({name for name in backends if name in RECIPES})
     flags = [*(RECIPES[name][0] for name in wanted), *extra]
     assignments = []
@@ -207,14 +186,10 @@ def install_command(host: Host, backends: Iterable[str] = (), extra: Sequence[st
     if flags:
         assignments.append(f'CMAKE_ARGS="{" ".join(flags)}"')
     first = "" if host.pip or "uv" in host.tools else f"{shlex.quote(host.python)} -m ensurepip && "
-    # A wheel would ignore the flags.
-    words = shlex.join([*_pip(host, fresh=fresh), "--no-binary", PACKAGE])
-    return first + " ".join([*assignments, words, f'"{PACKAGE}=={PINNED}"'])
-
-
-def _pip(host: Host, *, fresh: bool) -> list[str]:
     if not host.pip and "uv" in host.tools:
         again = [] if fresh else ["--reinstall-package", PACKAGE, "--no-deps"]
-        return [host.tools["uv"], "pip", "install", "--python", host.python, *again, "--no-cache"]
-    again = [] if fresh else ["--force-reinstall", "--no-deps"]
-    return [host.python, "-m", "pip", "install", *again, "--no-cache-dir"]
+        words = [host.tools["uv"], "pip", "install", "--python", host.python, *again, "--no-cache"]
+    else:
+        again = [] if fresh else ["--force-reinstall", "--no-deps"]
+        words = [host.python, "-m", "pip", "install", *again, "--no-cache-dir"]
+    return first + " ".join([*assignments, shlex.join([*words, "--no-binary", PACKAGE]), f'"{PACKAGE}=={PINNED}"'])

@@ -16,11 +16,7 @@ Status = Literal["ok", "warn", "fail"]
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One finding.
-
-    `name` is `group.what` and stays the same between versions. `message` is one sentence: what is so, and for warn and
-    fail how to fix it. `evidence` holds plain JSON values. `fix` is a shell command, None where no single one fixes it.
-    """
+    """One finding: a `name` that stays, one sentence, plain JSON values, and the shell command that fixes it."""
 
     name: str
     status: Status
@@ -39,12 +35,10 @@ def worst(checks: Iterable[Check]) -> Status:
 
 
 def serve_command(settings: EngineSettings, *words: object, **update: object) -> str:
-    """`opsin serve` with these settings, some of them changed, and more words, quoted for a shell.
-
-    A changed setting is written out even if it is the default: the environment and opsin.toml may say otherwise.
-    """
+    """`opsin serve` with these settings, some of them changed, and more words, quoted for a shell."""
     settings = settings.model_copy(update=update)
-    asked = {"parallel", *update}  # the server has another default for parallel
+    # The server has another default for parallel, and opsin.toml may have one for what is changed.
+    asked = {"parallel", *update}
     chosen = {
         name: value
         for name, field in EngineSettings.model_fields.items()

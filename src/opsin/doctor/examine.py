@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import PIL.Image
+from PIL import ImageDraw
+
+from opsin.core.answer import Answer
 from opsin.core.errors import OpsinError
+from opsin.core.image import Image
 from opsin.core.prompt import ImagePart
-from opsin.core.settings import EngineSettings
+from opsin.core.sampling import SamplingParams
+from opsin.core.settings import EngineSettings, ImageSettings
 from opsin.core.tokens import ImageChunk
-from opsin.doctor.behaviour import behaviour_checks, drawn_image
 from opsin.doctor.build import build_checks
-from opsin.doctor.check import Check, worst
+from opsin.doctor.check import Check, Status, worst
 from opsin.doctor.pair import LoadedFacts, PairInfo, pair_checks, read_pair
 from opsin.doctor.placement import placement_checks
 from opsin.doctor.safety import room_checks, trial_check
 from opsin.engine import Engine
+from opsin.images import load_image
 from opsin.models import Pair, resolve
 from opsin.native import NativeBackend, build_info, devices
-from opsin.prompt import PromptBuilder, TemplateSource
+from opsin.prompt import Message, PromptBuilder, TemplateSource
+
+QUESTION = "Answer in one short sentence: what is in this image?"
+MAX_TOKENS = 96
+"""Most tokens of an answer here: a short sentence takes a third of it."""
+
+# What the next turn begins with in common templates; in an answer it means that the end was missed.
+_TURNS = ("USER:", "ASSISTANT:", "</s>", "<|im_end|>", "<|im_start|>", "<|eot_id|>", "<end_of_turn>", "[INST]")
+_LOOP = re.compile(r"(.+?)\1{3,}\Z", re.DOTALL)
+_TAIL = 320  # characters in which a loop is looked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +53,9 @@ def examine(
     open_pair: Callable[[EngineSettings, PairInfo], LoadedPair],
     tell: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Check]:
-    """All checks of this machine and of the pair that the settings name, or of the default one.
+    """All checks of this machine and of the pair that the settings name; one that fails or does not fit is not loaded.
 
-    `open_pair` loads a pair whose headers were read; `tell` hears what is done now. The pair is not loaded when it does
-    not fit, or when it crashed a process of its own.
+    `open_pair` loads a pair whose headers were read; `tell` hears what is done now.
     """
     build = build_info()
     built = build_checks(build, threads=settings.threads)
@@ -93,13 +108,8 @@ def _pair(settings: EngineSettings) -> Pair:
 
 def _loaded_facts(loaded: LoadedPair, facts: LoadedFacts) -> LoadedFacts:
     backend, limits = loaded.backend, loaded.engine.limits
-    facts = replace(
-        facts,
-        template=loaded.template,
-        eog_texts=backend.eog_texts,
-        ctx_seq=limits.n_ctx_seq,
-        ubatch=limits.n_ubatch,
-    )
+    facts = replace(facts, template=loaded.template, eog_texts=backend.eog_texts)
+    facts = replace(facts, ctx_seq=limits.n_ctx_seq, ubatch=limits.n_ubatch)
     if not backend.has_vision:
         return facts
     tokenized = backend.tokenize([ImagePart(drawn_image())], add_bos=False)
@@ -108,3 +118,47 @@ def _loaded_facts(loaded: LoadedPair, facts: LoadedFacts) -> LoadedFacts:
         return replace(facts, image_tokens=tokenized.n_image_tokens, causal=causal)
     finally:
         tokenized.close()
+
+
+def behaviour_checks(engine: Engine, prompts: PromptBuilder) -> list[Check]:
+    """Ask the same question about two images and judge the answers. Raises EngineError and BadInput."""
+    params = SamplingParams(temperature=0.0, seed=1, max_tokens=MAX_TOKENS, logprobs=20)
+    built = [prompts.build([Message("user", [drawn_image(colour), QUESTION])]) for colour in ("red", "blue")]
+    answers = [engine.submit(prompt, params).result() for prompt in built]
+    return [_sees(answers), _ends(answers)]
+
+
+def _sees(answers: Sequence[Answer]) -> Check:
+    """Another image must change the probabilities of the first token at least."""
+    first = [answer.logprobs[:1] for answer in answers]
+    evidence = {"texts": [answer.text[:200] for answer in answers]}
+    if first[0] and first[0] == first[1]:
+        message = "A red and a blue square give the same answer, so the model does not see: use its own projector."
+        return Check("behaviour.sees", "fail", message, evidence)
+    return Check("behaviour.sees", "ok", "The answer depends on the image.", evidence)
+
+
+def _ends(answers: Sequence[Answer]) -> Check:
+    """An answer that was cut is a fault where it starts another turn or repeats itself; else it may just be long."""
+    cut = [answer for answer in answers if answer.finish_reason == "length"]
+    evidence = {"cut": len(cut), "max_tokens": MAX_TOKENS, "text": "".join(answer.text[-200:] for answer in cut[:1])}
+    if not cut:
+        return Check("behaviour.ends", "ok", "Answers to short questions end by themselves.", evidence)
+    status: Status = "fail"
+    start = f"{len(cut)} of {len(answers)} answers did not end"
+    turn = next((turn for answer in cut for turn in _TURNS if turn in answer.text), None)
+    if turn is not None:
+        message = f"{start}: another turn follows ({turn!r} in the text); use the template published with the model."
+    elif any(answer.guard is not None or _LOOP.search(answer.text[-_TAIL:]) for answer in cut):
+        message = f"{start}, they repeat themselves: check that template, projector and language model match."
+    else:
+        status = "warn"
+        message = f"{start} within {MAX_TOKENS} tokens: they may be long, else set --max-tokens (or --no-thinking)."
+    return Check("behaviour.ends", status, message, evidence)
+
+
+def drawn_image(colour: str = "red") -> Image:
+    """A square of that colour on white."""
+    image = PIL.Image.new("RGB", (640, 480), "white")
+    ImageDraw.Draw(image).rectangle((180, 100, 460, 380), fill=colour)
+    return replace(load_image(image, ImageSettings()), fetch_ms=0.0, decode_ms=0.0)

@@ -35,10 +35,7 @@ Run = Callable[[list[str]], str]
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A GPU of this machine. `kind` is its backend: CUDA, ROCm or Metal.
-
-    `trouble` says why no program can use it, and how to fix that; `fix` is the command, where there is one.
-    """
+    """A GPU here. `kind` is its backend: CUDA, ROCm or Metal. `trouble` says why no program can use it."""
 
     kind: str
     name: str
@@ -49,10 +46,7 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """A host and the Python that looks at it.
-
-    `allowed` are the cores this process may run on, `quota` is its CPU time in cores (None: no limit).
-    """
+    """A host and the Python that looks at it. `allowed` cores and CPU time (`quota`, in cores) are this process's."""
 
     python: str = "python"
     pip: bool = True
@@ -101,20 +95,15 @@ def read_host(root: Path = Path("/"), run: Run = run_command) -> Host:
 
 def cpu_quota(root: Path) -> float | None:
     """Cores' worth of time that the control groups allow; None: no limit."""
-    return min((limit for group in control_groups(root) for limit in _quota_of(group)), default=None)
-
-
-def _quota_of(group: Path) -> list[float]:
-    words = read(group / "cpu.max").split()
-    return [int(words[0]) / int(words[1])] if len(words) == 2 and all(map(str.isdigit, words)) else []
+    told = [read(group / "cpu.max").split() for group in control_groups(root)]
+    return min((int(w[0]) / int(w[1]) for w in told if len(w) == 2 and all(map(str.isdigit, w))), default=None)
 
 
 def _tools(root: Path) -> dict[str, str]:
     found = {name: path for name in TOOLS if (path := shutil.which(name))}
     # CUDA's own installer leaves its folder out of the search path.
-    if "nvcc" not in found and (root / "usr/local/cuda/bin/nvcc").exists():
-        found["nvcc"] = str(root / "usr/local/cuda/bin/nvcc")
-    return found
+    cuda = root / "usr/local/cuda/bin/nvcc"
+    return {**({"nvcc": str(cuda)} if cuda.exists() else {}), **found}
 
 
 def read_gpus(root: Path, run: Run) -> tuple[Gpu, ...]:
@@ -132,22 +121,19 @@ def _nvidia(root: Path, run: Run) -> list[Gpu]:
     names = re.findall(r"^Model:\s*(.+)", text, re.MULTILINE)
     version = re.search(r"\d{3,}\.[\d.]+", read(root / "proc/driver/nvidia/version"))
     rows = [(name, version[0] if version else "") for name in names]
+    trouble = ""
     if not rows:
         told = run(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"])
         rows = [(name, driver) for name, _, driver in (line.rpartition(", ") for line in told.splitlines()) if name]
-    trouble = _nvidia_nodes(root) if names else ""
-    return [
-        Gpu("CUDA", name if name.startswith("NVIDIA") else f"NVIDIA {name}", driver.strip(), trouble)
-        for name, driver in rows
-    ]
+    elif not (nodes := sorted((root / "dev").glob("nvidia[0-9]*"))) or not (root / "dev/nvidiactl").exists():
+        trouble = "its device files /dev/nvidia* are not here: start the container with --gpus all"
+    elif shut := next((node for node in (root / "dev/nvidiactl", *nodes) if not _opens(node)), None):
+        trouble = f"this user may not open /dev/{shut.name}: ask for the right to it"
+    return [Gpu("CUDA", f"NVIDIA {name.removeprefix('NVIDIA ')}", driver.strip(), trouble) for name, driver in rows]
 
 
-def _nvidia_nodes(root: Path) -> str:
-    nodes = [root / "dev/nvidiactl", *sorted((root / "dev").glob("nvidia[0-9]*"))]
-    if len(nodes) < 2 or not nodes[0].exists():
-        return "its device files /dev/nvidia* are not here: start the container with --gpus all"
-    closed = next((node for node in nodes if not os.access(node, os.R_OK | os.W_OK)), None)
-    return f"this user may not open /dev/{closed.name}: ask for the right to it" if closed else ""
+def _opens(node: Path) -> bool:
+    return os.access(node, os.R_OK | os.W_OK)
 
 
 def _amd(root: Path) -> list[Gpu]:
@@ -161,12 +147,10 @@ def _amd(root: Path) -> list[Gpu]:
         if read(vendor).strip() != AMD or inside:
             continue
         gpu = Gpu("ROCm", f"AMD {read(device / 'product_name').strip().removeprefix('AMD ') or 'GPU'}")
-        nodes = ["kfd", *(f"dri/{node.name}" for node in (device / "drm").glob("renderD*"))]
-        for node in nodes:
-            path = root / "dev" / node
-            if not path.exists():
+        for node in ("kfd", *(f"dri/{node.name}" for node in (device / "drm").glob("renderD*"))):
+            if not (root / "dev" / node).exists():
                 gpu = replace(gpu, trouble=f"/dev/{node} is not here: start the container with --device /dev/{node}")
-            elif not os.access(path, os.R_OK | os.W_OK):
+            elif not _opens(root / "dev" / node):
                 trouble = f"this user may not open /dev/{node}: join the groups render and video, then log in again"
                 gpu = replace(gpu, trouble=trouble, fix='sudo usermod -a -G render,video "$(id -un)"')
         found.append(gpu)

@@ -27,10 +27,7 @@ _UNDER_8_BITS = ("Q2", "Q3", "Q4", "IQ1", "IQ2", "IQ3", "IQ4", "TQ", "MXFP4", "N
 
 @dataclass(frozen=True, slots=True)
 class PairInfo:
-    """All that the headers of a pair say, read once.
-
-    `parts` are the language model's files, `mismatch` why the two do not belong together, `doubt` why they may not.
-    """
+    """All that the headers of a pair say; `mismatch`: why the two do not belong together, `doubt`: why they may not."""
 
     pair: Pair
     llm: GgufInfo
@@ -61,10 +58,7 @@ def read_pair(pair: Pair, settings: EngineSettings | None = None) -> PairInfo:
 
 @dataclass(frozen=True, slots=True)
 class LoadedFacts:
-    """What the headers do not tell; the checks of what is None are left out.
-
-    `causal` is False where an image attends in both directions. `ctx_seq` is what one sequence may hold in tokens.
-    """
+    """What the headers do not tell (checks of what is None are left out). `ctx_seq`: tokens one sequence may hold."""
 
     template: TemplateSource | None = None
     eog_texts: frozenset[str] | None = None
@@ -135,10 +129,7 @@ def _quantisation(mmproj: GgufInfo) -> Check:
     status: Status = "warn"
     message = f"{mmproj.path.name} is {kind}: so few bits blur what the encoder sees; take its q8_0 or f16 file."
     if mmproj.is_all_f32:
-        message = (
-            f"All of {mmproj.path.name} is f32: twice the memory and time of f16 for the same embeddings, and some "
-            "llama.cpp builds crash on it; take the f16 file, or convert the model with --outtype f16."
-        )
+        message = f"All of {mmproj.path.name} is f32, twice the memory and time of f16: convert it with --outtype f16."
     elif not kind.startswith(_UNDER_8_BITS):
         status, message = "ok", f"The projector is {kind}."
     return Check("pair.quantisation", status, message, {"quantisation": kind})
@@ -193,14 +184,10 @@ def _template(info: PairInfo, facts: LoadedFacts) -> list[Check]:
         prompt = builder.build(talk, add_generation_prompt=False)
     except (BadPrompt, ModelUnreadable) as error:
         return [Check("pair.template", "fail", f"{error}", evidence)]
-    status: Status = "ok"
-    message = f"{info.llm.path.name} has a chat template."
-    if missing:
-        which = f"a built-in one called {built_in} is" if built_in else "a built-in one is"
-        status = "warn"
-        message = (
-            f"{info.llm.path.name} ships no chat template, so {which} used: if answers are odd, take a newer file."
-        )
+    status: Status = "warn" if missing else "ok"
+    which = f"a built-in one called {built_in} is" if built_in else "a built-in one is"
+    odd = f"ships no chat template, so {which} used: if answers are odd, take a newer file."
+    message = f"{info.llm.path.name} {odd if missing else 'has a chat template.'}"
     checks = [Check("pair.template", status, message, evidence)]
     # Models that read pages take one bare instruction: nothing is written behind an answer.
     if facts.template is None or facts.eog_texts is None or built_in == "plain":
@@ -212,9 +199,8 @@ def _template(info: PairInfo, facts: LoadedFacts) -> list[Check]:
     if written:
         return [*checks, Check("pair.end", "ok", f"The template ends an answer with {written!r}.", told)]
     message = (
-        f"The template writes {tail!r} behind an answer and none of the tokens that end one "
-        f"({', '.join(ends) or 'the model has none'}), so answers may not end by themselves: take a newer GGUF file; "
-        "until then a smaller --max-tokens bounds them."
+        f"The template writes {tail!r} behind an answer and none of the end tokens ({', '.join(ends) or 'none'}), so "
+        "answers may not end by themselves: take a newer GGUF file, or set --max-tokens."
     )
     fix = facts.command(info, "--max-tokens", _ANSWER_TOKENS)
     return [*checks, Check("pair.end", "warn", message, told, fix)]
@@ -222,15 +208,8 @@ def _template(info: PairInfo, facts: LoadedFacts) -> list[Check]:
 
 def _source_by_header(info: PairInfo) -> TemplateSource:
     """Enough to see whether the file's template can be used."""
-    return TemplateSource(
-        template=info.template,
-        architecture=info.llm.architecture,
-        name=f"{info.llm.name or ''} {info.llm.path.name}",
-        projector=info.mmproj.projector if info.mmproj is not None else None,
-        bos_token="",
-        eos_token="",
-        control_tokens=frozenset(),
-    )
+    name, projector = f"{info.llm.name or ''} {info.llm.path.name}", info.mmproj.projector if info.mmproj else None
+    return TemplateSource(info.template, info.llm.architecture, name, projector, "", "", frozenset())
 
 
 def _padded(tokens: int, step: int) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter
 
 from opsin.core.placement import BackendShare, Placement
 from opsin.core.settings import EngineSettings
@@ -15,40 +17,30 @@ from opsin.native.devices import HOST, Device
 from opsin.native.memory import as_flags
 from opsin.native.records import keep_record, read_record, record_file
 
+_PLACEMENT = TypeAdapter(Placement)
 _FLASH = {"encoder": "vision_flash_attention", "language_model": "flash_attention"}
 
 
 def remembered_placement(setup: str, prove: Callable[[], Placement], folder: Path | None = None) -> Placement:
     """The placement of a setup (a fingerprint), proved now if it was not proved before."""
     file = record_file("placement", setup, folder)
-    try:
-        return _read_placement(read_record(file))
-    except (ValueError, TypeError, KeyError, AttributeError):
-        placement = prove()
+    with suppress(ValueError):
+        placement = _PLACEMENT.validate_python(data := read_record(file))
+        if _PLACEMENT.dump_python(placement, mode="json") == data:  # else an older version wrote it, and knew less
+            return placement
+    placement = prove()
     keep_record(file, asdict(placement))
     return placement
-
-
-def _read_placement(data: Any) -> Placement:
-    fields = BackendShare.__dataclass_fields__
-    encoder, model = (
-        # A file of an older version lacks a field, and is as good as none.
-        {name: BackendShare(**{f: row[f] for f in fields}) for name, row in data[key].items()}
-        for key in ("encoder", "language_model")
-    )
-    return Placement(encoder, model, int(data["layers_offloaded"]), int(data["layers"]), tuple(map(str, data["notes"])))
 
 
 def placement_checks(
     placement: Placement, devices: Sequence[Device], settings: EngineSettings, *, unused: Check | None = None
 ) -> list[Check]:
-    """The checks `placement.*` of one proof, on a machine of which ggml sees `devices`.
-
-    `unused` is the failed check of a GPU that ggml does not see. A GPU made of software counts only where it was used.
-    """
+    """The checks `placement.*` of one proof, with ggml's `devices`; `unused`: the failed check of a GPU it lacks."""
     graphs = {"encoder": placement.encoder, "language_model": placement.language_model}
     graphs = {name: graph for name, graph in graphs.items() if graph}
     used = {name for graph in graphs.values() for name in graph}
+    # A GPU made of software counts only where it was used.
     gpus = [device for device in devices if device.is_gpu and (device.name in used or not in_software(device))]
     gpus.sort(key=lambda device: (device.name not in used, device.type != "gpu"))
     checks = [_where(name, placement, gpus, settings, unused) for name in graphs]
@@ -63,10 +55,7 @@ def _main(graph: Mapping[str, BackendShare]) -> str:
 def _where(
     name: str, placement: Placement, gpus: list[Device], settings: EngineSettings, unused: Check | None
 ) -> Check:
-    """`placement.encoder`, `placement.language_model`: fails where a GPU is here and most ran on the CPU.
-
-    A GPU that shares the CPU's memory may be no faster, so that is only a warning.
-    """
+    """Fails where a GPU is here and most ran on the CPU; one that shares the CPU's memory may be no faster: warns."""
     graph = placement.encoder if name == "encoder" else placement.language_model
     evidence = {"backends": placement.as_dict()[name], "notes": list(placement.notes)}
     check = f"placement.{name}"
@@ -127,9 +116,8 @@ def _fallback(
         if ops:
             evidence[key] = {"ops": ops, "share_of_ops": round(graph[HOST].share_of_ops, 4)}
             named = ", ".join(f"{op} × {count}" for op, count in ops.items())
-            sentences.append(
-                f"the {key.replace('_', ' ')}'s {named} ({graph[HOST].share_of_ops:.1%} of its operations)"
-            )
+            share = f"{graph[HOST].share_of_ops:.1%} of its operations"
+            sentences.append(f"the {key.replace('_', ' ')}'s {named} ({share})")
         if "FLASH_ATTN_EXT" in ops:
             update[_FLASH[key]] = False
     if not sentences:
@@ -144,8 +132,7 @@ def _splits(graphs: Mapping[str, Mapping[str, BackendShare]]) -> Check:
     counts = {name: sum(share.splits for share in graph.values()) for name, graph in graphs.items()}
     evidence = {"splits": counts}
     # Token embeddings on the CPU, layers by device, the output layer: two pieces a backend are ordinary.
-    if all(count <= 2 * len(graphs[name]) for name, count in counts.items()):
-        return Check("placement.splits", "ok", "Graphs run in few pieces.", evidence)
+    few = all(count <= 2 * len(graphs[name]) for name, count in counts.items())
     told = ", ".join(f"{name.replace('_', ' ')} in {count}" for name, count in counts.items())
     message = f"Graphs are cut into many pieces ({told}): placement.fallback and placement.layers name the cause."
-    return Check("placement.splits", "warn", message, evidence)
+    return Check("placement.splits", "ok" if few else "warn", "Graphs run in few pieces." if few else message, evidence)

@@ -67,10 +67,9 @@ def trial_check(
     folder: Path | None = None,
     present: Sequence[Device] | None = None,
 ) -> Check:
-    """`safety.trial`: load, encode, prefill and decode in a child process.
+    """`safety.trial`: load, encode, prefill and decode in a child process. Raises NativeMismatch.
 
-    Success is remembered in `folder` for these files, settings, devices and this library; failure is tried again. A
-    pair that fails must not be loaded in this process. `present` are ggml's devices. Raises NativeMismatch.
+    Success is remembered in `folder`; a pair that fails must not be loaded in this process.
     """
     chosen, here = settings or EngineSettings(), devices() if present is None else present
     llm, mmproj = info.llm.path, info.mmproj.path if info.mmproj else None
@@ -95,18 +94,16 @@ def trial_check(
 
 def _advice(info: PairInfo, done: Trial, settings: EngineSettings, *, gpu: bool) -> tuple[str, dict[str, Any]]:
     """What to try, in words and as a change of settings, by the stage it died in."""
-    change: dict[str, Any] = {}
-    advice = "the files may be damaged, download them again or take another quantisation"
+    f32 = info.mmproj is not None and info.mmproj.is_all_f32
     if done.signal in _MEANING:
-        advice = _MEANING[done.signal]
-    elif done.end == "hung":
-        advice = "wait for the disk and try again, or take another quantisation"
-    elif done.stage in {"prefill", "decode"} and settings.flash_attention is not False:
-        advice, change = "try it without flash attention", {"flash_attention": False}
-    elif done.stage in {"projector", "encode"} and info.mmproj is not None and info.mmproj.is_all_f32:
-        advice = "all of the projector is f32, use its f16 file or convert it to f16"
-    elif done.stage == "encode" and gpu and not means_cpu(settings.mmproj_device):
-        advice, change = "try the encoder on the CPU", {"mmproj_device": "none"}
-    elif done.stage in {"projector", "encode"}:
-        advice = "take the projector that was published with the model, in f16"
-    return advice, change
+        return _MEANING[done.signal], {}
+    if done.end == "hung":
+        return "wait for the disk and try again, or take another quantisation", {}
+    if done.stage in {"prefill", "decode"} and settings.flash_attention is not False:
+        return "try it without flash attention", {"flash_attention": False}
+    if done.stage in {"projector", "encode"}:
+        if done.stage == "encode" and gpu and not means_cpu(settings.mmproj_device) and not f32:
+            return "try the encoder on the CPU", {"mmproj_device": "none"}
+        all_f32 = "all of the projector is f32, use its f16 file or convert it to f16"
+        return all_f32 if f32 else "take the projector that was published with the model, in f16", {}
+    return "the files may be damaged, download them again or take another quantisation", {}

@@ -28,9 +28,8 @@ class Reached:
 class Device:
     """One device. `bandwidth` in bytes a second, `rate` in floating-point operations a second, `memory` in bytes.
 
-    `rate` is what matrices are multiplied with: dense fp16 tensor cores with fp32 accumulation on CUDA, the GPU's
-    fp32 rate on Apple silicon, all cores' fp32 vector rate at base clock on CPUs. `memory` is the largest that is
-    sold; 0 where it is unknown.
+    `rate` is that of dense fp16 tensor cores with fp32 accumulation on CUDA, of the GPU's fp32 on Apple silicon, of all
+    cores' fp32 vectors at base clock on CPUs. `memory` is the largest that is sold; 0 where it is unknown.
     """
 
     name: str
@@ -42,10 +41,8 @@ class Device:
 
     @property
     def usable(self) -> float:
-        """Bytes that models can have: macOS leaves the GPU two thirds up to 36 GiB, above that three quarters.
-
-        Source: `recommendedMaxWorkingSetSize` in llama.cpp's logs. At hand it is what ggml calls the memory.
-        """
+        """Bytes that models can have: macOS leaves the GPU two thirds up to 36 GiB, above that three quarters."""
+        # Source: `recommendedMaxWorkingSetSize` in llama.cpp's logs. At hand ggml tells this part itself.
         if self.group not in {"metal", "ultra"} or self.name == THIS:
             return self.memory
         return self.memory * (2 / 3 if self.memory <= 36 * _GIB else 3 / 4)
@@ -67,8 +64,9 @@ REACHED: dict[Group, Reached] = {
 
 # name, title, group, 10^9 bytes/s, 10^12 operations/s, GiB
 # Sources: NVIDIA's architecture whitepapers and data sheets (dense is half of the sparse rate; the rates of RTX 3060
-# and 4060 are tensor cores x clock, as for their larger siblings). Apple's press releases; the rates of M2 Pro and
-# later are cores x 256 x clock, as Apple publishes none. CPUs: product pages, all channels.
+# and 4060 are 112 and 96 tensor cores x 128 x 1.777 and 2.46 GHz, as the 3090 and 4090 give it; A10: 288 x 256 x 1.695,
+# as the A40 does). Apple's press releases; the rates of M2 Pro and later are cores x 256 x clock, as Apple publishes
+# none. CPUs: product pages, all channels.
 # fmt: off
 _ROWS: tuple[tuple[str, str, Group, float, float, float], ...] = (
     ("rtx-3060", "NVIDIA GeForce RTX 3060", "cuda", 360, 25.5, 12),
@@ -110,16 +108,13 @@ DEVICES: dict[str, Device] = {
 
 def find_device(name: str) -> Device:
     """The device of a name, forgiving about case, dashes, spaces and makers. Raises BadParameter with nearest names."""
-    # Makers are left out; "4090" and "9654" are the whole last word of a name.
     wanted = _plain(name)
-    known = {_plain(word): device for device in DEVICES.values() for word in (device.name, device.title)}
-    ends = [device for device in DEVICES.values() if wanted == device.name.rpartition("-")[2]]
-    if wanted in known or len(ends) == 1:
-        return known.get(wanted) or ends[0]
-    near = difflib.get_close_matches(wanted, map(_plain, DEVICES), 3, 0.3)
-    names = ", ".join(known[word].name for word in near) or "not known"
+    for device in DEVICES.values():  # "4090" and "9654" are the whole last word of a name
+        if wanted in {_plain(device.name), _plain(device.title), device.name.rpartition("-")[2]}:
+            return device
+    near = ", ".join(difflib.get_close_matches(name.lower().replace(" ", "-"), DEVICES, 3, 0.3)) or "not known"
     raise BadParameter(
-        f"There is no device {name!r} in the table: the nearest are {names}; "
+        f"There is no device {name!r} in the table: the nearest are {near}; "
         "`opsin predict --devices` lists all, and `--device this` measures the machine at hand."
     )
 

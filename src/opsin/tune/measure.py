@@ -1,7 +1,6 @@
-"""Which settings are fastest on this machine: candidates, measured in turn with the baseline.
+"""Which settings are fastest on this machine: candidates, measured in turn with the baseline, because machines drift.
 
-Baseline, candidate, baseline, candidate, and so on, because machines drift: a candidate is compared with the baselines
-right before and after it. Each measurement loads the pair, asks, and closes it, so no two engines share the machine.
+Each measurement loads the pair, asks, and closes it, so no two engines share the machine.
 """
 
 from __future__ import annotations
@@ -9,13 +8,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, Literal, Protocol
 
 from opsin.bench import image_file
+from opsin.bench.report import columns
 from opsin.core.answer import TokenLogprob
 from opsin.core.errors import OpsinError
 from opsin.core.prompt import Prompt
@@ -44,15 +44,10 @@ class Runtime(Protocol):
     """An engine with its model loaded, and what writes prompts for it: `opsin.compose.Runtime`."""
 
     @property
-    def engine(self) -> Engine:
-        """Answers questions."""
-
+    def engine(self) -> Engine: ...  # noqa: D102
     @property
-    def prompts(self) -> PromptBuilder:
-        """Writes prompts for the model."""
-
-    def close(self) -> None:
-        """Free everything."""
+    def prompts(self) -> PromptBuilder: ...  # noqa: D102
+    def close(self) -> None: ...  # noqa: D102
 
 
 def question(runtime: Runtime, number: int | None, text: str = "what is this?") -> Prompt:
@@ -72,7 +67,7 @@ class Timing:
 def measure(runtime: Runtime, at_once: int) -> Timing:
     """Ask `at_once` questions about different new images together, twice; the faster of both counts.
 
-    The first time also warms up, and a machine that is busy for a moment spoils only one. Raises BadInput, EngineError.
+    The first time also warms up. Raises BadInput, EngineError.
     """
     runs = []
     for run in range(2):
@@ -88,9 +83,9 @@ def measure(runtime: Runtime, at_once: int) -> Timing:
 
 
 def drift(before: Sequence[TokenLogprob], after: Sequence[TokenLogprob]) -> float:
-    """The most that the log probability of an answered token changed, in nats, as far as both answers are alike.
+    """The most that the log probability of an answered token changed, in nats, up to where the answers part.
 
-    Where they part, it counts how much less likely the other token was before; infinite if it was not even likely.
+    There it counts how much less likely the other token was before; infinite if it was not even likely.
     """
     worst = 0.0
     for old, new in zip(before, after, strict=False):
@@ -103,10 +98,7 @@ def drift(before: Sequence[TokenLogprob], after: Sequence[TokenLogprob]) -> floa
 
 @dataclass(slots=True)
 class Candidate:
-    """Settings to try, and the result: the ratio to the baseline's time, one for each measurement.
-
-    `drift` is the most that answers changed; `verdict` is one of a few words, or why it could not be measured.
-    """
+    """Settings to try; by measurement the ratio to the baseline's time, the most that answers changed, a verdict."""
 
     changes: Changes
     ratios: list[float] = field(default_factory=list)
@@ -122,6 +114,11 @@ class Candidate:
         counted = self.ratios[1:] or self.ratios
         return math.exp(fmean(map(math.log, counted))) if counted else math.inf
 
+    def as_dict(self) -> dict[str, Any]:
+        """A row of `opsin tune --json-out`."""
+        figures = {"ratio": _finite(self.ratio), "drift": _finite(self.drift), "verdict": self.verdict}
+        return {"settings": _plain(self.changes), "ratios": [round(value, 4) for value in self.ratios], **figures}
+
     @property
     def may_win(self) -> bool:
         """Whether it is fast enough to be measured again, and answers as the baseline does."""
@@ -131,10 +128,7 @@ class Candidate:
 def candidates(
     settings: EngineSettings, fixed: Iterable[str], cores: int, projectors: Iterable[Path] = ()
 ) -> list[Candidate]:
-    """What is worth trying: threads, projector type, flash attention and ubatch, one after another.
-
-    `fixed` are settings that the user chose, which stay. `cores` are logical ones.
-    """
+    """What is worth trying, in turn; `fixed` are settings that the user chose, which stay. `cores`: logical ones."""
     half = max(1, cores // 2)
     threads = ((half, half), (half, cores), (cores, cores)) if cores > 1 else ()
     found: list[dict[str, Any]] = [
@@ -161,23 +155,13 @@ class Report:
 
     def as_document(self) -> dict[str, Any]:
         """Plain JSON values; times in seconds."""
-        rows = [
-            {
-                "settings": _plain(row.changes),
-                "ratios": [round(value, 4) for value in row.ratios],
-                "ratio": _finite(row.ratio),
-                "drift": _finite(row.drift),
-                "verdict": row.verdict,
-            }
-            for row in self.candidates
-        ]
         return {
             "kind": "tune",
             "profile": self.target,
             "at_once": self.at_once,
             "baseline_seconds": [round(value, 5) for value in self.baseline],
             "noise": _finite(self.noise),
-            "candidates": rows,
+            "candidates": [row.as_dict() for row in self.candidates],
             "recommended": self.best and _plain(self.best.changes),
             "ratio": self.best and _finite(self.best.ratio),
             "seconds": round(self.seconds, 1),
@@ -185,30 +169,26 @@ class Report:
 
     def as_text(self) -> str:
         """One table and one recommendation."""
-        width = max(len(shown(row.changes)) for row in (*self.candidates, Candidate({})))
         count = len(self.baseline) + sum(len(row.ratios) for row in self.candidates)
         noise = f"{self.noise:.1%}" if math.isfinite(self.noise) else "unknown"
-        lines = [
-            f"{count} measurements in {self.seconds:.0f} s; noise {noise}",
-            f"baseline: {median(self.baseline):.3f} s per answer, {self.at_once} at once",
-            "",
-            f"  {'settings':<{width}}  x baseline  answers moved by",
+        rows = [
+            [shown(row.changes), *([f"{row.ratio:.3f}", f"{row.drift:.3f}"] if row.ratios else ["", ""]), row.verdict]
+            for row in self.candidates
         ]
-        for row in self.candidates:
-            figures = f"{row.ratio:10.3f}  {row.drift:16.3f}" if row.ratios else " " * 28
-            lines.append(f"  {shown(row.changes):<{width}}  {figures}  {row.verdict}")
         picked = "keep the settings as they are: nothing is faster beyond the noise"
         if self.best is not None:
             picked = f"{shown(self.best.changes)} takes {self.best.ratio:.3f} of the time"
-        return "\n".join([*lines, "", f"recommended for {self.target}: {picked}"])
+        return (
+            f"{count} measurements in {self.seconds:.0f} s; noise {noise}\n"
+            f"baseline: {median(self.baseline):.3f} s per answer, {self.at_once} at once\n\n"
+            f"{columns(('settings', 'x baseline', 'answers moved by', ''), rows)}\n\n"
+            f"recommended for {self.target}: {picked}"
+        )
 
 
 @dataclass
 class Tuner:
-    """Measures candidates in turn with `settings`, for at most about so many minutes.
-
-    A candidate that cannot be loaded is a row of the table, and none wins that changes answers by `MAX_DRIFT`.
-    """
+    """Measures candidates in turn with `settings` for about so many minutes; none wins that changes answers."""
 
     open_runtime: Callable[[EngineSettings], Runtime]
     settings: EngineSettings
@@ -246,10 +226,7 @@ class Tuner:
 
     @property
     def noise(self) -> float:
-        """How far a baseline measurement is from the mean of the two beside it, as a share; infinite while unknown.
-
-        A candidate that changes nothing has a ratio that is as far from 1.
-        """
+        """How far a baseline is from the mean of the two beside it, as a share; infinite while unknown."""
         logs = [math.log(timing.seconds) for timing in self._baseline]
         apart = [middle - (a + b) / 2 for a, middle, b in zip(logs, logs[1:], logs[2:], strict=False)]
         return max(MIN_NOISE, math.sqrt(fmean(one * one for one in apart))) if apart else math.inf
@@ -274,12 +251,10 @@ class Tuner:
             except OpsinError as error:  # settings that this machine or model cannot have are a finding
                 row.verdict = f"not possible: {error}"
                 continue
-            before = after = self._baseline[-1]
-            try:
-                after = self._measure({})
-                self._baseline.append(after)
-            except OpsinError:  # it worked before: something else took the memory for a moment
-                pass
+            before = self._baseline[-1]
+            with suppress(OpsinError):  # it worked before: something else took the memory for a moment
+                self._baseline.append(self._measure({}))
+            after = self._baseline[-1]
             row.ratios.append(timing.seconds / math.sqrt(before.seconds * after.seconds))
             row.drift = max(row.drift, *map(drift, self._baseline[0].answers, timing.answers))
 

@@ -28,10 +28,7 @@ def tuned_table(model: Path, mmproj: Path | None, settings: Mapping[str, Any], r
 
 
 def check_target(path: Path, model: Path | None, *, force: bool) -> None:
-    """Check before minutes are spent that the file may be written: it is not there, or an opsin.toml.
-
-    Raises BadParameter for a foreign file, and for one that was tuned for another model, without `force`.
-    """
+    """Raises BadParameter for a foreign file, and for one tuned for another model, unless `force` is given."""
     if not path.exists() or force:
         return
     try:

@@ -1,8 +1,4 @@
-"""Expected times of a pair on a device: bytes over bandwidth, operations over rate, and whether it fits.
-
-Encode and prefill multiply matrices, so operations bound them; a decode step reads every weight once, so bandwidth
-does. Devices reach a share of what their data sheets say (`opsin.tune.devices.REACHED`).
-"""
+"""Expected times of a pair on a device: bytes over bandwidth, operations over rate, and whether it fits."""
 
 from __future__ import annotations
 
@@ -22,15 +18,8 @@ if TYPE_CHECKING:
     from opsin.models.shapes import PairShape
 
 # Bytes of a weight. The "k_m" mixtures by whole files: 4.58 and 5.33 GiB of 8.03 billion weights.
-WEIGHT_BYTES = {
-    "f16": 2.0,
-    "bf16": 2.0,
-    "q8_0": 1.0625,
-    "q6_k": 0.8203,
-    "q5_k_m": 0.713,
-    "q4_k_m": 0.612,
-    "q4_0": 0.5625,
-}
+WEIGHT_BYTES = {"f16": 2.0, "bf16": 2.0, "q8_0": 1.0625, "q6_k": 0.8203, "q5_k_m": 0.713, "q4_k_m": 0.612}
+WEIGHT_BYTES["q4_0"] = 0.5625
 ROUNDS = 3
 _UBATCH = 1024
 _ENCODE_BYTES = 64 * 2**20
@@ -39,10 +28,7 @@ _QUESTION = "What is in this image, and where is it? Tell me all about it."
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a pair needs. Sizes in bytes; `image_tokens` are those of one image, 0 where the files do not say.
-
-    `width` is that of the language model's embeddings.
-    """
+    """What a pair needs, in bytes; `width` of the embeddings, and the tokens of an image (0: the files do not say)."""
 
     name: str
     cost: ModelCost
@@ -122,22 +108,11 @@ def shape_needs(shape: PairShape, weight_type: str, kv_type: str = "f16") -> Nee
     ends = 3 * vision.patch_size**2 * vision.width + vision.width * text.width + text.width**2  # kernel and projector
     # llama.cpp runs all but the last of a file's blocks (`tools/mtmd/models/llava.cpp`).
     ops = 2 * vision.patches * ((vision.layers - 1) * (block + 2 * vision.patches * vision.width) + ends)
-    return Needs(
-        name=f"{shape.name} as {weight_type}",
-        cost=ModelCost(
-            weight_bytes=size * (weights + head),
-            weights=weights,
-            head=head,
-            kv_values=2 * text.kv_width * text.layers,
-            attention_width=text.width * text.layers,
-            encode_ops=ops,
-            kv_value_bytes=_kv_bytes(kv_type),
-        ),
-        model_bytes=size * (weights + 2 * head),
-        projector_bytes=2.0 * (vision.layers * block + ends + vision.patches * vision.width),
-        width=text.width,
-        image_tokens=vision.patches,
-    )
+    kv_values, width = 2 * text.kv_width * text.layers, text.width * text.layers
+    cost = ModelCost(size * (weights + head), weights, head, kv_values, width, ops, _kv_bytes(kv_type))
+    projector = 2.0 * (vision.layers * block + ends + vision.patches * vision.width)
+    name, model = f"{shape.name} as {weight_type}", size * (weights + 2 * head)
+    return Needs(name, cost, model, projector, text.width, vision.patches)
 
 
 def file_needs(llm: Path, mmproj: Path | None, name: str, kv_type: str = "f16") -> Needs:
@@ -150,9 +125,8 @@ def file_needs(llm: Path, mmproj: Path | None, name: str, kv_type: str = "f16") 
     needs = replace(needs, projector_bytes=float(read_info(mmproj).size))
     image = image_cost(mmproj)
     if image is None:
-        return replace(
-            needs, notes=("how long this projector takes cannot be told from its file: images are left out",)
-        )
+        note = "how long this projector takes cannot be told from its file: images are left out"
+        return replace(needs, notes=(note,))
     notes = (image.note,) if image.note else ()
     return replace(needs, cost=replace(cost, encode_ops=image.ops), image_tokens=image.tokens, notes=notes)
 
@@ -222,10 +196,7 @@ def check_fits(prediction: Prediction, needs: Needs) -> None:
 
 
 def measure_pair(runtime: Runtime, needs: Needs, device: Device, request: Request) -> dict[str, Any]:
-    """Ask the pair itself, and compare: milliseconds by stage, predicted for the same prompt and measured.
-
-    Errors are shares of what was measured; positive where the prediction was too long. Raises EngineError, BadInput.
-    """
+    """Ask the pair itself, and compare: milliseconds by stage, and errors as shares. Raises EngineError, BadInput."""
     seen = bool(needs.cost.encode_ops)
     # The first question warms up; a salt of its own keeps what one leaves in the caches from the next.
     prompts = [question(runtime, number if seen else None, _QUESTION) for number in range(ROUNDS + 1)]

@@ -28,10 +28,7 @@ def default_folder() -> Path:
 
 
 def convert_projector(source: Path, kind: ProjectorType, folder: Path) -> Path | None:
-    """`source` with its large matrices as `kind`, named after its state; None where nothing would change.
-
-    Raises ModelUnreadable for a file that is no GGUF, BadInput when it cannot be written.
-    """
+    """`source` with its large matrices as `kind`; None where nothing changes. Raises ModelUnreadable, BadInput."""
     import gguf
 
     try:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from opsin.bench import Ask, HttpDriver, RequestFailed, Workload, measure_in_turn, workloads
+from opsin.bench import HttpDriver, Workload, measure_in_turn, workloads
 from opsin.bench.report import Target, as_text, ratios
-from opsin.bench.run import run_workload
+from opsin.bench.workloads import Ask, RequestFailed, run_workload
 from opsin.cli.bench import app
 from opsin.core.answer import Usage
 from opsin.core.errors import BadParameter
@@ -110,7 +110,6 @@ def test_a_question_goes_out_as_an_image_and_a_text_and_every_piece_is_stamped(
     driver = HttpDriver(stub.url + "/v1/", api_key="secret")
     assert driver.model == "stub-model"
     (first, _) = timings = run_workload(driver, WORKLOAD, [b"one", b"two"])
-    driver.close()
     assert [len(timing.pieces) for timing in timings] == [3, 3]
     assert first.sent < first.pieces[0] <= first.pieces[2] <= first.ended
     assert first.usage == Usage(prompt_tokens=20, completion_tokens=3, cached_tokens=4)

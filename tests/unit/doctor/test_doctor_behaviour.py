@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from opsin.cache import EmbeddingCache
 from opsin.core.backend import BackendLimits
-from opsin.doctor.behaviour import MAX_TOKENS, behaviour_checks
 from opsin.doctor.check import Check
+from opsin.doctor.examine import MAX_TOKENS, behaviour_checks
 from opsin.engine import Engine
 from opsin.prompt import PromptBuilder, TemplateSource
 from opsin.testing import FakeBackend

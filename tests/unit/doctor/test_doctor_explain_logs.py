@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from opsin.core.errors import BadInput
-from opsin.doctor.explain import explain
-from opsin.doctor.explain.report import as_text
+from opsin.doctor.explain import as_text, explain
 
 LOGS = Path(__file__).parents[2] / "logs"
 CASES = json.loads((LOGS / "cases.json").read_text())

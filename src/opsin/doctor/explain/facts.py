@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from opsin.core.stages import Stage
 
@@ -14,12 +14,10 @@ _LEAST_MS = 0.05
 Timer = Literal["print_timings", "perf", "server", "ollama", "opsin", ""]
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """A part of an image's embeddings in the language model: `index` of `count`, tokens (None: not told), ms."""
+class Batch(NamedTuple):
+    """A part of an image's embeddings in the language model, one `of` several; tokens (None: not told) and time."""
 
-    index: int
-    count: int
+    of: int
     tokens: int | None
     ms: float
 
@@ -36,10 +34,10 @@ class StageRow:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What one request says of itself; None where the log is silent. Times in milliseconds.
+    """What one request says of itself; None where the log is silent. `line`: where it began.
 
-    `wall_ms` is what the tool's caller measured, the others are its own timers. `prompt_n` and `eval_n` are what the
-    timers counted, `*_tokens` what `usage` says. `kv_full`: how often a batch found no cells. `line`: where it began.
+    `wall_ms` is what the caller measured, other times are the tool's timers. `*_n` are what these counted, `*_tokens`
+    what `usage` says. `kv_full`: how often a batch found no cells.
     """
 
     line: int = 0
@@ -92,7 +90,7 @@ class Request:
         """Milliseconds of the image's prefill; batches that were cut out of the log at the mean of the others."""
         if not self.batches:
             return 0.0
-        count = max(len(self.batches), *(batch.count for batch in self.batches))
+        count = max(len(self.batches), *(batch.of for batch in self.batches))
         return sum(batch.ms for batch in self.batches) * count / len(self.batches)
 
     @property
@@ -119,10 +117,7 @@ class Request:
 
     @property
     def between(self) -> float:
-        """Milliseconds of the generation that no timer of llama.cpp claims: its caller's work for every token.
-
-        Only where the timers were reset after the prompt, as llama-cpp-python's handlers do.
-        """
+        """Milliseconds of the generation in no timer: the caller's work per token. Only if reset after the prompt."""
         if self.total_ms is None or not self.hidden_prompt or self.timer not in {"print_timings", "perf"}:
             return 0.0
         return max(0.0, self.total_ms - (self.prompt_ms or 0.0) - self.rest)
@@ -156,18 +151,15 @@ class Request:
             times = {stage.value: self.stages.get(stage.value, 0.0) for stage in Stage}
             rows = [StageRow(_TITLES.get(name, name.replace("_", " ")), ms) for name, ms in times.items()]
             return tuple(row for row in rows if row.ms >= _LEAST_MS)
-        batches, images = max((batch.count for batch in self.batches), default=0), len(self.encode_ms)
+        batches, images = max((batch.of for batch in self.batches), default=0), len(self.encode_ms)
+        rate = _rate(self.prompt_n, self.prompt_only)
         told = f"{images} image(s) or slices" + (f", {self.image_tokens:,} tokens" if self.image_tokens else "")
         rows = [
             StageRow("load model", self.loading),
             StageRow("before the timer", self.before_timer or 0.0, "image and prompt, by the wall clock", at_most=True),
             StageRow("vision encode", self.encoded, told if images else ""),
             StageRow("image prefill", self.decoded, f"{batches} batches" if batches > 1 else ""),
-            StageRow(
-                "prompt (and images)" if self.counts_encoder else "prompt",
-                self.prompt_only,
-                _rate(self.prompt_n, self.prompt_only),
-            ),
+            StageRow(f"prompt{' (and images)' * self.counts_encoder}", self.prompt_only, rate),
             StageRow("decode", self.eval_ms or 0.0, _rate(self.eval_n, self.eval_ms or 0.0)),
             StageRow("sample", self.sample_ms or 0.0),
         ]
@@ -182,47 +174,46 @@ def _rate(count: int | None, ms: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """Placement, build and memory; None and empty where the log is silent.
+    """Placement, build and memory; None and empty where the log is silent. `faults` are major page faults.
 
-    `layers` are those on a GPU and all of them. `loads` counts loads of one model, `load_s` the seconds of those that
-    are known. `faults` are major page faults, `cpu_share` the share of one core that the process got.
+    `layers_on` of `layers` are on a GPU. `loads` counts loads of one model, `load_s` are the seconds that are known.
     """
 
     clip: str | None = None
-    layers: tuple[int, int] | None = None
+    layers_on: int | None = None
+    layers: int = 0
     gpu: bool = False
     no_gpu_build: bool = False
     parked: str | None = None
     unsupported: tuple[str, ...] = ()
     flash: bool | None = None
     flash_failed: bool = False
-    threads: tuple[int, int] | None = None
+    threads: int = 0
+    processors: int = 0
     debug: bool = False
     loads: int = 0
     load_s: tuple[float, ...] = ()
     no_memory: int = 0
-    cut_prompt: tuple[int, int] | None = None
-    faults: int | None = None
-    cpu_share: float | None = None
+    prompt_limit: int = 0
+    prompt_length: int = 0
+    faults: int = 0
+    cpu_percent: int | None = None
     elapsed_s: float | None = None
 
     @property
     def known(self) -> bool:
         """Something that only llama.cpp and its front ends say; any program runs out of memory, or is timed."""
-        return replace(self, no_memory=0, debug=False, faults=None, cpu_share=None, elapsed_s=None) != Setup()
+        return replace(self, no_memory=0, debug=False, faults=0, cpu_percent=None, elapsed_s=None) != Setup()
 
     @property
     def on_gpu(self) -> bool:
         """The language model has a GPU."""
-        return self.gpu or (self.layers is not None and self.layers[0] > 0)
+        return self.gpu or bool(self.layers_on)
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """All that a log holds.
-
-    `requests` are in the log's order (a thousand at most) of `count`; `worst`, the slowest, is the one explained.
-    """
+    """All that a log holds: the first thousand of `count` requests, and the slowest (`worst`), which is explained."""
 
     tool: str
     setup: Setup

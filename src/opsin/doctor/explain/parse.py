@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, BinaryIO
 
@@ -26,36 +26,21 @@ _STAGES = frozenset(stage.value for stage in Stage)
 
 def parse(stream: BinaryIO) -> Facts:
     """Read a log to its end, in bounded memory. OSError when it cannot be read; BadInput when it tells nothing."""
-    book = _Book()
-    setup, timings = _SetupReader(), _Timings(book)
-    rank = len(p.TOOLS)
-    for line in _lines(stream):
-        book.line = line.number
-        rank = next((i for i, (_name, mark) in enumerate(p.TOOLS[:rank]) if mark.search(line.text)), rank)
-        setup.feed(line)
-        timings.feed(line)
-        _answer(line.text, book)
+    reader = _Reader()
+    for number, text in _lines(stream):
+        reader.feed(number, text)
+    book, setup = reader.book, Setup(**reader.found)
     book.finish(*book.open)
-    found = Setup(**setup.found)
-    if not book.count and not found.known:
+    if not book.count and not setup.known:
         raise BadInput(
             "this log holds nothing that opsin explain knows: give it the whole output of llama-cpp-python "
             "(verbose=True), llama-server, llama-mtmd-cli, Ollama or Opsin, with its timings"
         )
-    tool = p.TOOLS[rank][0] if rank < len(p.TOOLS) else "llama.cpp"
-    return Facts(tool, found, tuple(book.done), book.count, book.slowest)
+    tool = p.TOOLS[reader.rank][0] if reader.rank < len(p.TOOLS) else "llama.cpp"
+    return Facts(tool, setup, tuple(book.done), book.count, book.slowest)
 
 
-@dataclass(frozen=True, slots=True)
-class _Line:
-    """A line that may hold a fact; `clock` is its time in seconds of any origin, where it has one."""
-
-    number: int
-    text: str
-    clock: float | None
-
-
-def _lines(stream: BinaryIO) -> Iterator[_Line]:
+def _lines(stream: BinaryIO) -> Iterator[tuple[int, str]]:
     """UTF-8, and UTF-16 with a mark; other bytes become replacement signs. Nothing but the line in hand is kept."""
     buffered = stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(io.BytesIO(stream.read()))
     encoding = "utf-16" if buffered.peek(2)[:2] in _BOMS else "utf-8"
@@ -64,22 +49,26 @@ def _lines(stream: BinaryIO) -> Iterator[_Line]:
     while raw := text.readline(_LONGEST):
         number += raw.endswith("\n")
         if p.WORTH.search(raw):
-            line = p.COLOURS.sub("", raw).rstrip()
-            yield _Line(number, line, _clock(line[:_HEAD]))
+            yield number, p.COLOURS.sub("", raw).rstrip()
     text.detach()
 
 
-def _clock(head: str) -> float | None:
+def _clock(text: str) -> float | None:
+    """The time of a line in seconds of any origin, where it has one."""
+    head = text[:_HEAD]
     if found := p.SERVER_CLOCK.search(head):
-        return float(found[1]) * 60 + float(found[2]) + float(f"0.{found[3]}{found[4]}")
+        return float(found[1]) * 60 + float(f"{found[2]}{found[3]}")
     if found := p.DATE.search(head):
         try:
-            day = datetime.fromisoformat(f"{found[1]}T{found[2]}")
+            moment = datetime.fromisoformat(f"{found[1]}T{found[2]}+00:00")
         except ValueError:
             return None
-        midnight = day.toordinal() * 86400.0
-        return midnight + day.hour * 3600 + day.minute * 60 + day.second + float(f"0.{found[3] or 0}")
+        return moment.timestamp() + float(f"0.{found[3] or 0}")
     return None
+
+
+def _tells(value: Any) -> bool:
+    return value is not None and (not isinstance(value, float) or math.isfinite(value))
 
 
 class _Book:
@@ -87,6 +76,7 @@ class _Book:
 
     def __init__(self) -> None:
         self.line = 0
+        self.n_ctx: int | None = None  # the last one seen
         self.done: list[Request] = []
         self.count = 0
         self.slowest = Request()
@@ -113,14 +103,19 @@ class _Book:
             if _tells(value):
                 self._current().setdefault(name, value)
 
+    def closing(self, **values: Any) -> None:
+        """Add the last values of the request in hand."""
+        self.once(**values)
+        self.finish(self._task)
+
     def event(self, **amounts: Any) -> None:
         """Add to counts, and to the end of tuples; what happens after the timers belongs to the next request."""
         if self.has("eval_ms") or self.has("total_ms"):
             self.finish(self._task)
         current = self._current()
         for name, amount in amounts.items():
-            current[name] = current.get(name, type(amount)()) + amount
-            current[name] = current[name][:_MANY] if isinstance(amount, tuple) else current[name]
+            total = current.get(name, type(amount)()) + amount
+            current[name] = total[:_MANY] if isinstance(total, tuple) else total
 
     def stage(self, name: str, ms: float) -> None:
         """Add a stage of Opsin's own account."""
@@ -145,44 +140,80 @@ class _Book:
                 self.slowest = request if request.whole >= self.slowest.whole else self.slowest
 
     def _current(self) -> dict[str, Any]:
-        return self.open.setdefault(self._task, {"line": self.line})
+        current = self.open.setdefault(self._task, {"line": self.line})
+        if self.n_ctx is not None:
+            current.setdefault("n_ctx", self.n_ctx)
+        return current
 
 
-def _tells(value: Any) -> bool:
-    return value is not None and (not isinstance(value, float) or math.isfinite(value))
-
-
-class _SetupReader:
-    """Keeps the fields of a Setup in `found`."""
+class _Reader:
+    """Feeds a book with the requests' lines, and keeps the fields of a Setup in `found`."""
 
     def __init__(self) -> None:
+        self.book = _Book()
         self.found: dict[str, Any] = {}
+        self.rank = len(p.TOOLS)
         self._loading_since: float | None = None
+        self._encoding_since: float | None = None
         self._listing = False
         self._models: dict[str, int] = {}
         self._model = ""
+        self._sizes: dict[tuple[str, str], int] = {}
 
-    def feed(self, line: _Line) -> None:
-        text = line.text[:_LONGEST_FACT]
-        if p.ANY_SETUP.search(text):
-            for name, pattern, value in p.SETUP:
-                if found := pattern.search(text):
-                    told = value(found.groups()) if callable(value) else value
-                    self.found[name] = self.found.get(name, 0) + told if name == "no_memory" else told
+    def feed(self, number: int, line: str) -> None:
+        """One line that may hold a fact."""
+        self.book.line = number
+        self.rank = next((i for i, (_name, mark) in enumerate(p.TOOLS[: self.rank]) if mark.search(line)), self.rank)
+        text = line[:_LONGEST_FACT]
+        if found := p.TASK.search(text):
+            self.book.task(found[1])
+        if ("ctx" in text or "n_ctx" in text) and (found := p.CTX.search(text)):
+            self.book.n_ctx = int(next(filter(None, found.groups())))
+        if " time" in text and (found := p.TIMER.search(text)):
+            self._timer(found, text[: found.start()])
+        for how, part, pattern, told in p.LINES:
+            if part in text and (found := pattern.search(text)):
+                getattr(self if how == "setup" else self.book, how)(**p.values_of(found, told))
+        self._unsupported(text)
+        self._loads(text)
+        if "mtmd" in text or "image" in text:
+            self._image(text)
+        # Before a timer, or of a load, "took 8 s" is no request's.
+        if self.book.has("timer") and (found := p.WALL.search(text)) and "load" not in text.lower():
+            self.book.once(wall_ms=float((found[1] or found[2]).replace(",", "")) * 1e3)
+        if '"' in line or "'" in line:
+            self._answer(line)
+        if "total=" in text and (found := p.ACCESS.search(text)):
+            self._access(found)
+
+    def setup(self, **values: Any) -> None:
+        """Fields of the setup: the last ones count, and those that count add up."""
+        if "no_memory" in values:
+            values["no_memory"] += self.found.get("no_memory", 0)
+        self.found.update(values)
+
+    def _timer(self, found: re.Match[str], head: str) -> None:
+        name = p.TIMERS[found[1]]
+        if self.book.has(f"{name}_ms"):
+            self.book.finish()
+        timer = "print_timings" if "llama_print" in head else "perf" if "perf" in head else "server"
+        counts = {f"{name}_n": int(found[3])} if found[3] and name in {"prompt", "eval"} else {}
+        self.book.put(timer=timer, **{f"{name}_ms": float(found[2])}, **counts)
+
+    def _unsupported(self, text: str) -> None:
         if "unsupported ops" in text or "****" in text:
             self._listing = "unsupported ops" in text
         elif self._listing and (found := p.UNSUPPORTED.search(text)):
             known = self.found.get("unsupported", ())
             self.found["unsupported"] = tuple(dict.fromkeys((*known, found[1])))[:_MANY]
-        self._loads(line, text)
 
-    def _loads(self, line: _Line, text: str) -> None:
+    def _loads(self, text: str) -> None:
         if found := p.LOADING.search(text):
             # One load is told by several voices, and a draft model is another model: the same words count.
             self._model = found.group()
             if self._model in self._models or len(self._models) < _MANY:
                 self._models[self._model] = self._models.get(self._model, 0) + 1
-            self._loading_since = line.clock if self._loading_since is None else self._loading_since
+            self._loading_since = _clock(text) if self._loading_since is None else self._loading_since
         elif self._models.get(self._model) and p.VOCABULARY.search(text):
             # Ollama looks at the vocabulary before it starts a runner, which loads the model.
             self._models[self._model] -= 1
@@ -192,134 +223,53 @@ class _SetupReader:
             self._loaded(float(found[1]))
         elif self._loading_since is not None and p.BEGUN.search(text):
             since, self._loading_since = self._loading_since, None
-            if line.clock is not None and line.clock >= since:
-                self._loaded(line.clock - since)
+            if (now := _clock(text)) is not None and now >= since:
+                self._loaded(now - since)
         if self._models:
             self.found["loads"] = max(self._models.values())
 
     def _loaded(self, seconds: float) -> None:
         self.found["load_s"] = (*self.found.get("load_s", ()), seconds)[:_MANY]
 
-
-class _Timings:
-    """Feeds a book with timers, images and slots from the lines of llama.cpp and its front ends."""
-
-    def __init__(self, book: _Book) -> None:
-        self._book = book
-        self._n_ctx: int | None = None  # the last one seen
-        self._sizes: dict[tuple[int, int], int] = {}
-        self._encoding_since: float | None = None
-
-    def feed(self, line: _Line) -> None:
-        text, book = line.text[:_LONGEST_FACT], self._book
-        if found := p.TASK.search(text):
-            book.task(found[1])
-        if " time" in text and (found := p.TIMER.search(text)):
-            name, counted = p.TIMERS[found[1]]
-            if book.has(name):
-                book.finish()
-            head = text[: found.start()]
-            timer = "print_timings" if "llama_print" in head else "perf" if "perf" in head else "server"
-            counts = {counted: int(found[3])} if found[3] and counted else {}
-            book.put(n_ctx=self._n_ctx, timer=timer, **{name: float(found[2])}, **counts)
-        elif "slot" in text or "n_ctx" in text or "ctx-size" in text:
-            self._slot(text)
-        if "image" in text or "mtmd" in text:
-            self._image(text, line.clock)
-        # Before a timer, or of a load, "took 8 s" is no request's.
-        if book.has("timer") and (found := p.WALL.search(text)) and "load" not in text.lower():
-            book.once(wall_ms=float((found[1] or found[3]).replace(",", "")) * 1e3)
-
-    def _slot(self, text: str) -> None:
-        book = self._book
-        if found := p.CTX.search(text):
-            self._n_ctx = int(next(filter(None, found.groups())))
-        if found := p.PROMPT.search(text):
-            book.once(prompt_tokens=int(found[1]), n_ctx=self._n_ctx)
-        if found := p.STOPPED.search(text):
-            book.once(end_tokens=int(found[1]), truncated=found[2] == "1" or None, n_ctx=self._n_ctx)
-        if "context shift," in text:
-            book.event(shifts=1)
-        if p.KV_FULL.search(text):
-            book.event(kv_full=1)
-        elif "retrying with smaller" in text and book.has("kv_full"):
-            book.event(kv_full=-1)
-        if text.endswith("memory slot for batch of size 1"):
-            # Not a prompt that found no cells, but an answer that ran out of them, token by token.
-            book.once(truncated=True, n_ctx=self._n_ctx)
-        if "forcing full prompt re-processing" in text:
-            book.once(reprocessed=True)
-
-    def _image(self, text: str, clock: float | None) -> None:
-        book = self._book
-        if found := p.ENCODED.search(text):
-            book.event(encode_ms=(float(found[1]),))
-            self._encoding_since = None
-        elif found := p.BATCH_SIZE.search(text):
-            index, count, tokens = map(int, found.groups())
-            self._sizes[index, count] = tokens
+    def _image(self, text: str) -> None:
+        if found := p.BATCH_SIZE.search(text):
+            self._sizes[found[1], found[2]] = int(found[3])
             # llama-server tells no encoder time: it is what passes until the image's first batch begins.
             since, self._encoding_since = self._encoding_since, None
-            if since is not None and clock is not None and clock >= since:
-                book.event(encode_ms=(round((clock - since) * 1e3, 3),))
+            if since is not None and (now := _clock(text)) is not None and now >= since:
+                self.book.event(encode_ms=(round((now - since) * 1e3, 3),))
         elif found := p.BATCH.search(text):
-            index, count = int(found[1]), int(found[2])
-            book.event(batches=(Batch(index, count, self._sizes.pop((index, count), None), float(found[3])),))
-        elif found := p.PROCESSED.search(text):
-            book.put(processed_ms=float(found[1]))
-        elif found := p.EMBEDDING.search(text):
-            book.event(image_tokens=int(found[1] or found[2]))
+            tokens = self._sizes.pop((found[1], found[2]), None)
+            self.book.event(batches=(Batch(int(found[2]), tokens, float(found[3])),))
         elif "encoding mtmd batch" in text:
-            self._encoding_since = clock
+            self._encoding_since = _clock(text)
+        elif "encoded in" in text or "encoding done" in text:
+            self._encoding_since = None
 
-
-def _answer(text: str, book: _Book) -> None:
-    """OpenAI's `usage`, llama-server's `timings`, Ollama's durations, and Opsin's stages and access log."""
-    if '"' in text or "'" in text:
-        pairs = p.PAIR.findall(text)
+    def _answer(self, line: str) -> None:
+        """OpenAI's `usage`, llama-server's `timings`, Ollama's durations, and Opsin's stages."""
+        book, pairs = self.book, p.PAIR.findall(line)
         if book.has("finish") and any(word and name in p.ENDS for name, _number, word in pairs):
             book.finish()
         for name, number, word in pairs:
-            _pair(book, name, number, word)
-    _plain_answer(text[:_LONGEST_FACT], book)
+            if word and name in {*p.ENDS, "limit"}:
+                book.once(finish=word if name in p.ENDS else f"limit:{word}")
+            elif number and name in p.TIMES:
+                field, factor, timer = p.TIMES[name]
+                book.put(timer=timer, **{field: float(number) * factor})
+            elif number and name in p.COUNTS:
+                book.put(**{p.COUNTS[name]: int(float(number))})
+            elif number and (name == "total_ms" or (name.endswith("_ms") and name[:-3] in _STAGES)):
+                book.stage(name[:-3], float(number))
+                book.once(wall_ms=float(number) if name == "total_ms" else None)
 
-
-def _plain_answer(text: str, book: _Book) -> None:
-    if found := p.VERBOSE.search(text):
-        name, value = found[1].replace(" ", "_"), found[2]
-        if name.endswith("duration"):
-            book.put(timer="ollama", **{p.TIMES[name][0]: go_duration(value)})
-        elif value.isdigit():
-            book.put(**{p.COUNTS[name]: int(value)})
-    elif found := p.GIN.search(text):
-        book.once(wall_ms=go_duration(found[1]), timer="ollama")
-        book.finish()
-    elif "total=" in text and (found := p.ACCESS.search(text)):
-        whole = float(found[3]) * 1e3
+    def _access(self, found: re.Match[str]) -> None:
+        """A line of Opsin's access log."""
+        book, whole = self.book, float(found[3]) * 1e3
         book.put(timer="opsin", prompt_tokens=int(found[1]), completion_tokens=int(found[2]), wall_ms=whole)
         book.stage("total", whole)
         for name, value, end in p.ACCESS_FIELD.findall(found[4]):
             if name in _STAGES:
                 book.stage(name, float(value) * 1e3)
             elif end:
-                book.once(finish=f"limit:{end}" if end not in {"stop", "length"} else end)
-
-
-def _pair(book: _Book, name: str, number: str, word: str) -> None:
-    if word and name in {*p.ENDS, "limit"}:
-        book.once(finish=word if name in p.ENDS else f"limit:{word}")
-    elif number and name in p.TIMES:
-        field, factor, timer = p.TIMES[name]
-        book.put(timer=timer, **{field: float(number) * factor})
-    elif number and name in p.COUNTS:
-        book.put(**{p.COUNTS[name]: int(float(number))})
-    elif number and (name == "total_ms" or (name.endswith("_ms") and name[:-3] in _STAGES)):
-        book.stage(name[:-3], float(number))
-        if name == "total_ms":
-            book.once(wall_ms=float(number))
-
-
-def go_duration(text: str) -> float | None:
-    """Milliseconds of a duration as Go prints it ("1m2.5s", "78.93µs"); None if it is none."""
-    parts = p.GO.findall(text)
-    return sum(float(number) * p.GO_MS[unit] for number, unit in parts) if parts else None
+                book.once(finish=end if end in {"stop", "length"} else f"limit:{end}")

@@ -1,7 +1,6 @@
 """Why a request was slow: one row a cause, with its thresholds, its arithmetic, and what helps.
 
-A new case is a new row. `find` looks at the facts and gives what the row's sentences need, or None; what costs little
-beside the whole request is dropped by `report.explain`, not here.
+A new case is a new row. What costs little beside the whole request is dropped by `explain`, not here.
 """
 
 from __future__ import annotations
@@ -26,10 +25,9 @@ _LONG = 256  # tokens of an answer
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """One cause.
+    """One cause, and the seconds it costs (None: not told) by the sum in `arithmetic`; `at_most`: only bounded.
 
-    `seconds` is what it costs (None: not told), by the sum in `arithmetic`; `at_most`: the log only bounds it. A
-    `symptom` names a slow stage without a reason in the log; it is left out where a cause of that stage is known.
+    A `symptom` names a slow stage without a reason in the log; it is left out where a cause of that stage is known.
     """
 
     name: str
@@ -49,7 +47,7 @@ class Cause:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One row. `find` looks at facts, setup and slowest request, and gives a false value or what fills the sentences.
+    """One row. `find` looks at facts, setup and slowest request, and gives nothing or what fills the sentences.
 
     It also gives `ms`, `sums` and `saves` (ms), or `cost` gives a bound. The cause counts from `least_ms` and `share`.
     """
@@ -109,10 +107,9 @@ def _no_flash(setup: Setup, request: Request) -> _Found:
 
 
 def _no_gpu(setup: Setup) -> _Found:
-    here, all_ = setup.layers or (1, 1)
     if setup.no_gpu_build:
         return {"told": "This build has no GPU backend: --gpu-layers is ignored."}
-    return {"told": f"No layer of {all_} is on a GPU."} if here == 0 else None
+    return {"told": f"No layer of {setup.layers} is on a GPU."} if setup.layers_on == 0 else None
 
 
 def _kv_full(facts: Facts) -> _Found:
@@ -124,9 +121,10 @@ def _kv_full(facts: Facts) -> _Found:
 
 
 def _paging(setup: Setup) -> _Found:
-    faults, share, elapsed = setup.faults or 0, setup.cpu_share, setup.elapsed_s
-    if faults < _MANY_FAULTS or elapsed is None or share is None:
+    faults, percent, elapsed = setup.faults, setup.cpu_percent, setup.elapsed_s
+    if faults < _MANY_FAULTS or elapsed is None or percent is None:
         return None
+    share = percent / 100
     waited = elapsed * max(0.0, 1 - share) * 1e3
     sums = f"{elapsed:,.0f} s × (1 − {share:.2f} of a core) = {waited / 1e3:,.0f} s of waiting, at least"
     return {"ms": waited, "sums": sums, "saves": waited, "faults": faults}
@@ -180,7 +178,7 @@ def _between(request: Request) -> _Found:
 
 def _small_batches(request: Request) -> _Found:
     ms, size = request.decoded, max((batch.tokens or 0 for batch in request.batches), default=0)
-    count = max((batch.count for batch in request.batches), default=0)
+    count = max((batch.of for batch in request.batches), default=0)
     if count < 3 or not 0 < size <= _SMALL_BATCH:
         return None
     longest = max(batch.ms for batch in request.batches)
@@ -235,12 +233,10 @@ def _encode_slow(request: Request) -> _Found:
 
 def _prefill_slow(setup: Setup, request: Request) -> _Found:
     ms, tokens = request.prompt_only, max(request.prompt_n or 0, request.image_tokens or 0)
-    if not ms or not tokens or tokens / ms * 1e3 >= _SLOW_PREFILL:
+    if not ms or not tokens or (rate := tokens / ms * 1e3) >= _SLOW_PREFILL:
         return None
-    rate = tokens / ms * 1e3
-    sums = f"{tokens:,} tokens / {ms / 1e3:.2f} s = {rate:.1f} token/s"
-    if request.counts_encoder:
-        sums += "; the time of the images' encoder, if there were any, is in it"
+    with_images = "; the time of the images' encoder, if there were any, is in it" * request.counts_encoder
+    sums = f"{tokens:,} tokens / {ms / 1e3:.2f} s = {rate:.1f} token/s{with_images}"
     where, help_ = ", as on a CPU", "put layers on a GPU (-ngl 99, n_gpu_layers=-1)"
     if setup.on_gpu:
         where, help_ = "", "prove where image and model run (opsin doctor)"
@@ -291,14 +287,13 @@ RULES = (
     Rule("no_gpu", "all", lambda _f, s, _r: _no_gpu(s), "{told}",
          "install a build for this GPU (opsin doctor gives the command), and set -ngl 99 (n_gpu_layers=-1)", _model),
     Rule("partial_offload", "all",
-         lambda _f, s, _r: {"here": s.layers[0], "all": s.layers[1]}
-         if s.layers and 0 < s.layers[0] < s.layers[1] else None,
+         lambda _f, s, _r: 0 < (s.layers_on or 0) < s.layers and {"here": s.layers_on, "all": s.layers},
          "Only {here} of {all} layers are on the GPU: every token waits for the CPU.",
          "use a smaller context, quantisation or KV type (q8_0), so that all layers fit; until then Ollama may keep "
          "the vision projector on the CPU, too", _model),
     Rule("threads", "all",
-         lambda _f, s, _r: {"asked": s.threads[0], "there": s.threads[1]}
-         if s.threads and s.threads[0] > s.threads[1] and not (s.layers and s.layers[0] >= s.layers[1]) else None,
+         lambda _f, s, _r: s.threads > s.processors and (s.layers_on is None or s.layers_on < s.layers)
+         and {"asked": s.threads, "there": s.processors},
          "{asked} threads compete for {there} processors: each waits for the slowest at every operation.",
          "set -t (n_threads) to the number of physical cores, at most {there}", _model),
     Rule("debug_build", "all", lambda _f, s, _r: {} if s.debug else None,
@@ -310,9 +305,9 @@ RULES = (
     Rule("out_of_memory", "all", lambda _f, s, _r: s.no_memory and {"sums": f"{s.no_memory} times in this log"},
          "The device ran out of memory.", "use fewer layers on the GPU, a smaller context, or a smaller image"),
     Rule("prompt_cut", "prefill",
-         lambda _f, s, _r: s.cut_prompt and {
-             "limit": s.cut_prompt[0], "length": s.cut_prompt[1],
-             "sums": "{1:,} − {0:,} = {2:,} tokens lost".format(*s.cut_prompt, s.cut_prompt[1] - s.cut_prompt[0])},
+         lambda _f, s, _r: s.prompt_limit and {
+             "limit": s.prompt_limit, "length": s.prompt_length, "sums": f"{s.prompt_length:,} − {s.prompt_limit:,} = "
+             f"{s.prompt_length - s.prompt_limit:,} tokens lost"},
          "The prompt of {length:,} tokens was cut to {limit:,}: the model did not see all of it.",
          "set num_ctx to more than {length:,}"),
     Rule("paging", "all", lambda _f, s, _r: _paging(s),
