@@ -42,8 +42,8 @@ class Policy:
         On a GPU an image takes 20 to 50 ms and stopping its graph costs more than that is worth, so streams get their
         turn between steps, and half of the time. On a CPU attention looks at idle cells, too: not many are kept.
         """
-        if gpu:
-            return cls(
-                parallel, slice=512, slice_seconds=0.05, stream_share=0.5, decode_in_encode=False, max_queue=max_queue
-            )
-        return cls(parallel, idle_cells=4096, max_queue=max_queue)
+        if not gpu:
+            return cls(parallel, idle_cells=4096, max_queue=max_queue)
+        return cls(
+            parallel, slice=512, slice_seconds=0.05, stream_share=0.5, decode_in_encode=False, max_queue=max_queue
+        )

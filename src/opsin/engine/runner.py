@@ -8,20 +8,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 from opsin.cache import EmbeddingCache, salted
+from opsin.cache.memory import Fork, KVOp
 from opsin.core.answer import Progress, TokenLogprob
 from opsin.core.backend import Backend, EmbeddingRows, Sampler, TokenBatch
 from opsin.core.errors import DecodeFailed, OpsinError
-from opsin.core.sampling import SamplingParams
 from opsin.core.stages import Stage
 from opsin.core.tokens import ImageChunk
 from opsin.engine.clock import GroupClock, Now
-from opsin.engine.native_calls import Watch, unwatched
-from opsin.engine.plan import Encode, Fork, KVOp, PrefillImage, Step, Tokens
-from opsin.engine.sequence import Sequence, State
+from opsin.engine.request import Sequence, State
+from opsin.engine.scheduler import Encode, PrefillImage, Step, Tokens
 
 Sampled = tuple[Sequence, int, TokenLogprob | None]
+
+Watch = Callable[[tuple[str, ...]], AbstractContextManager[None]]
+"""Entered around a native call, with the `sha256` of the images that it works on (none: it works on text). Calls may be
+nested, and come from the engine's thread and from those that preprocess images."""
+
+_NOTHING = nullcontext()
+
+
+def unwatched(_: tuple[str, ...]) -> AbstractContextManager[None]:
+    """Nobody wants to know of native calls."""
+    return _NOTHING
 
 
 class PixelsNeeded(Exception):
@@ -51,10 +62,10 @@ class Runner:
         """Carry KV cache operations out, in order; gives what failed, by the id of the sequence it was for."""
         failed: dict[int, OpsinError] = {}
         for operation in operations:
-            seq_id = operation.target if isinstance(operation, Fork) else operation.seq_id
+            seq_id = operation.seq_id
             try:
                 if isinstance(operation, Fork):
-                    self._backend.kv_copy(operation.source, operation.target, 0, operation.end)
+                    self._backend.kv_copy(operation.source, seq_id, 0, operation.end)
                 elif not self._backend.kv_remove(seq_id, 0, -1):
                     raise DecodeFailed(f"The KV cache cannot forget sequence {seq_id}: load the model again.")
             except OpsinError as error:
@@ -63,8 +74,10 @@ class Runner:
 
     def begin(self, sequence: Sequence) -> None:
         """An admitted sequence gets its sampler, and keeps it over preemptions. Raises BadGrammar."""
-        if sequence.sampler is None:
-            sequence.sampler = self._backend.sampler(_params(sequence), sequence.request.seed)
+        params = sequence.request.params
+        if sequence.output.thinking:  # a schema describes the answer, not the reasoning before it
+            params = params.model_copy(update={"json_schema": None, "grammar": None})
+        sequence.sampler = self._backend.sampler(params, sequence.request.seed)
 
     def end(self, sequence: Sequence) -> None:
         """Give back what an ended sequence holds beside its cells."""
@@ -94,7 +107,7 @@ class Runner:
             return []
         # Those that decoded share the group's clock; the others get their first token.
         first = [s for s, _ in (rows[len(step.decode) :] if isinstance(step, Tokens) else rows)]
-        self._switch(first, Stage.SAMPLE, self.now)
+        self._switch(first, Stage.SAMPLE, Stage.SAMPLE, self.now)
         wanted: list[tuple[Sampler, int, int | None]] = []
         tokens: list[Sampled] = []
         sampling: list[Sequence] = []
@@ -109,20 +122,19 @@ class Runner:
                 sampling.append(sequence)
         for sequence, result in zip(sampling, self._backend.sample(wanted), strict=True):
             if isinstance(result, OpsinError):
-                sequence.error = result
-                sequence.end("cancelled")
+                sequence.end_with(result)
             else:
                 tokens.append((sequence, *result))
         self.now = self._clock()
-        self._switch(first, Stage.DETOKENIZE, self.now)
+        self._switch(first, Stage.DETOKENIZE, Stage.DETOKENIZE, self.now)
         return tokens
 
     def settled(self, step: Step) -> None:
         """The step's output is processed: its stages end, and whoever answers from here on joins the group."""
         self.now = now = self._clock()
         self.group.switch(self.group_idle, now)
-        others = step.prefill if isinstance(step, Tokens) else (step,)
-        for sequence in [part.sequence for part in others]:
+        for part in step.prefill if isinstance(step, Tokens) else (step,):
+            sequence = part.sequence
             if sequence.state is State.DECODE:
                 sequence.clock.join(self.group)
             else:
@@ -135,14 +147,15 @@ class Runner:
             sequence.sampler.close()
             sequence.sampler = self._backend.sampler(params, sequence.request.seed)
 
-    def last_position(self, seq_id: int) -> int:
-        """What the backend itself says of a sequence."""
-        return self._backend.kv_last(seq_id)
+    def _switch(self, sequences: Iterable[Sequence], own: Stage, group: Stage, now: float) -> None:
+        self.group.switch(group, now)
+        for sequence in sequences:
+            sequence.clock.switch(own, now)
 
-    def _switch(self, first: list[Sequence], stage: Stage, now: float) -> None:
-        self.group.switch(stage, now)
-        for sequence in first:
-            sequence.clock.switch(stage, now)
+    def _switch_back(self, sequences: Iterable[Sequence]) -> None:
+        """What was computed for them is there."""
+        self.now = self._clock()
+        self._switch(sequences, self.idle_stage, self.group_idle, self.now)
 
     def _encode(self, step: Encode, between: Callable[[], None] | None) -> None:
         sequence, chunk = step.sequence, step.chunk
@@ -156,7 +169,7 @@ class Runner:
         sequence.stream.deliver(Progress(f"reading image {chunk.image + 1} of {len(sequence.tokenized.images)}"))
         batch = [(sequence, chunk), *self._unknown(step)]
         owners = list({id(owner): owner for owner, _ in batch}.values())
-        self._begin_stage(owners, Stage.ENCODE, Stage.QUEUE)
+        self._switch(owners, Stage.ENCODE, Stage.QUEUE, self._clock())
         try:
             with self._watch(tuple(_sha256(owner, chunk) for owner, chunk in batch)):
                 if len(batch) > 1:
@@ -164,7 +177,7 @@ class Runner:
                 else:
                     embeddings = [self._backend.encode(chunk, between)]
         finally:
-            self._end_stage(owners)
+            self._switch_back(owners)
         for (owner, chunk), embedding in zip(batch, embeddings, strict=True):
             self.encodes += 1
             owner.encoded_images.add(chunk.image)
@@ -223,27 +236,15 @@ class Runner:
         group: Stage,
         images: tuple[str, ...] = (),
     ) -> bool:
-        self._begin_stage(filling, own, group)
+        self._switch(filling, own, group, self._clock())
         try:
             with self._watch(images):
                 done = self._backend.decode(rows)
                 if done:
                     self._backend.synchronize()
         finally:
-            self._end_stage(filling)
+            self._switch_back(filling)
         return done
-
-    def _begin_stage(self, sequences: Iterable[Sequence], own: Stage, group: Stage) -> None:
-        now = self._clock()
-        self.group.switch(group, now)
-        for sequence in sequences:
-            sequence.clock.switch(own, now)
-
-    def _end_stage(self, sequences: Iterable[Sequence]) -> None:
-        self.now = now = self._clock()
-        self.group.switch(self.group_idle, now)
-        for sequence in sequences:
-            sequence.clock.switch(self.idle_stage, now)
 
 
 def _rows(step: Step) -> list[tuple[Sequence, int]]:
@@ -263,11 +264,3 @@ def _rows(step: Step) -> list[tuple[Sequence, int]]:
 
 def _sha256(sequence: Sequence, chunk: ImageChunk) -> str:
     return sequence.tokenized.images[chunk.image].sha256
-
-
-def _params(sequence: Sequence) -> SamplingParams:
-    """A schema describes the answer, not the reasoning before it."""
-    params = sequence.request.params
-    if not sequence.output.thinking:
-        return params
-    return params.model_copy(update={"json_schema": None, "grammar": None})

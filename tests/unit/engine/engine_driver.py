@@ -15,10 +15,8 @@ from opsin.core.tokens import ImageChunk
 from opsin.engine import Policy
 from opsin.engine.clock import StageClock
 from opsin.engine.loop import Loop
-from opsin.engine.plan import Plan, Tokens, members_of
-from opsin.engine.request import AnswerStream, Request
-from opsin.engine.scheduler import Scheduler
-from opsin.engine.sequence import Sequence, State
+from opsin.engine.request import AnswerStream, Request, Sequence, State
+from opsin.engine.scheduler import Plan, Scheduler, Tokens, members_of
 from opsin.engine.text import AnswerText
 from opsin.testing import FakeBackend, FakeClock, image
 from opsin.testing.fake_backend import TURN_TEXT
@@ -77,7 +75,7 @@ class Stream(AnswerStream):
         super().fail(error)
 
     def cancel(self) -> None:
-        late = self._done
+        late = self.done
         super().cancel()
         if late:  # the caller's own word, which nobody hears any more
             self.said.pop()
@@ -130,7 +128,7 @@ class Driver:
     def __post_init__(self) -> None:
         if self.backend is None:
             self.backend = Backend(reply, limits=self.limits, clock=FakeClock())
-        self.loop = Loop(lambda: self.backend, self.policy, self.images, now=self.backend.clock)
+        self.loop = Loop(lambda: self.backend, self.policy, self.images, self._again, self.backend.clock)
         self.loop._attach(self.backend)
         scheduler = self.scheduler
         plan, plan_turn = scheduler.plan, scheduler.plan_turn
@@ -146,6 +144,9 @@ class Driver:
             return step
 
         scheduler.plan, scheduler.plan_turn = noted, noted_turn  # type: ignore[method-assign]
+
+    def _again(self, sequence: Sequence) -> None:
+        raise AssertionError("whoever has no pixels has the embedding")
 
     @property
     def scheduler(self) -> Scheduler:
@@ -200,7 +201,7 @@ class Driver:
 
     def check(self) -> None:
         self.scheduler.check()
-        assert self.backend.cells_used == self.scheduler.kv.used
+        assert self.backend.cells_used == self.scheduler.kv.cells.used
         assert self._fruitless < 3, "steps that get nobody on"
         for asked in self.asked:
             state = asked.sequence.state

@@ -99,4 +99,4 @@ def test_work_that_was_handed_over_before_a_death_is_not_done_after_it() -> None
 
 
 def test_a_loop_that_was_never_opened_closes() -> None:
-    Loop(FakeBackend, Policy(), EmbeddingCache(0)).close()
+    Loop(FakeBackend, Policy(), EmbeddingCache(0), lambda _: None).close()
