@@ -16,8 +16,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from opsin.cache.disk import DiskStore, Embedding
-from opsin.core.backend import BackendLimits
+from opsin.cache.disk import DiskStore
+from opsin.core.backend import BackendLimits, Embedding
 from opsin.core.tokens import Chunk, ImageChunk
 
 BLOCK = 16

@@ -100,43 +100,31 @@ class AnswerStream:
 
     def take(self) -> tuple[list[Event], BaseException | None]:
         """What has come since the last time, without waiting, and the error that the stream has ended with."""
-        events = []
-        while self._events:
-            events.append(self._events.popleft())
-        return events, self._error
+        return [self._events.popleft() for _ in range(len(self._events))], self._error
 
-    def _take(self) -> Event | None:
-        """The next event, None when there is none yet; raises the error, or StopIteration at the end."""
-        if self._events:
-            return self._events.popleft()
-        if not self.done:
-            return None
-        if self._events:  # put in just before the end
-            return self._events.popleft()
-        if self._error is not None:
-            # What is raised holds the frames it went through, and they hold this stream and the reader's images. Kept
-            # here, it would close a ring that only a full garbage collection opens, after megabytes of them.
-            error, self._error = self._error, copy_of(self._error)
-            try:
+    def _raise(self) -> None:
+        """All is read: raise the error, if that is how it ended."""
+        # What is raised holds the frames it went through, and they hold this stream and the reader's images. Kept here,
+        # it would close a ring that only a full garbage collection opens, after megabytes of them.
+        error, self._error = self._error, copy_of(self._error) if self._error is not None else None
+        try:
+            if error is not None:
                 raise error
-            finally:
-                del error
-        raise StopIteration
+        finally:
+            del error
 
     def __iter__(self) -> Iterator[Event]:
         """Events as they come, waiting in this thread."""
         while True:
-            try:
-                event = self._take()
-            except StopIteration:
+            done = self.done  # asked first, so that what was put in just before the end is read
+            while self._events:
+                yield self._events.popleft()
+            if done:
+                self._raise()
                 return
-            if event is not None:
-                yield event
-                continue
             with self._changed:
                 self._waiting = True
-                while not self._events and not self.done:
-                    self._changed.wait()
+                self._changed.wait_for(lambda: self._events or self.done)
                 self._waiting = False
 
     async def __aiter__(self) -> AsyncIterator[Event]:
@@ -146,14 +134,13 @@ class AnswerStream:
         try:
             while True:
                 ready.clear()
-                try:
-                    event = self._take()
-                except StopIteration:
+                done = self.done
+                while self._events:
+                    yield self._events.popleft()
+                if done:
+                    self._raise()
                     return
-                if event is None:
-                    await ready.wait()
-                else:
-                    yield event
+                await ready.wait()
         finally:
             self.reader = None
             if not self.done:
@@ -401,6 +388,7 @@ class Sequence:
         assert self.finish_reason is not None
         stages, output, tokenized = self.clock.freeze(), self.output, self.tokenized
         usage = Usage(tokenized.n_tokens, len(output.tokens), tokenized.n_image_tokens, self.cached)
+        remembered = self.cached_images - self.encoded_images
         return Answer(
             text=output.text,
             reasoning=output.reasoning,
@@ -413,10 +401,7 @@ class Sequence:
                 cached_tokens=usage.cached_tokens,
                 predicted_tokens=usage.completion_tokens,
             ),
-            images=tuple(
-                replace(image, cached=index in self.cached_images - self.encoded_images)
-                for index, image in enumerate(tokenized.images)
-            ),
+            images=tuple(replace(image, cached=i in remembered) for i, image in enumerate(tokenized.images)),
             guard=output.verdict,
             limit=self.limit,
             logprobs=tuple(output.logprobs),

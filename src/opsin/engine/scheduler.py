@@ -106,7 +106,11 @@ class Scheduler:
         self._limits = limits
         self._policy = policy
         self._parallel = min(policy.parallel, limits.n_ubatch)
-        self._steps = StepChooser(limits, policy)
+        self._last_decode = float("-inf")
+        self._step_seconds = self._row_seconds = 0.0
+        self._asked: float | None = None
+        self._text_next = True
+        self._image_last = False
         self._turns = 0
         self.kv = KVCacheManager(limits, keep_prefixes=policy.keep_prefixes)
         self.waiting: list[Sequence] = []
@@ -127,19 +131,22 @@ class Scheduler:
         """Admit who can be admitted, then choose one step."""
         if self.waiting:
             self._admit()
-        step = self._secured(self._steps.choose(self.running, now))
+        step = self._secured(self._choose(now))
         return Plan(self.kv.take_ops(), step)
 
     def plan_turn(self, now: float) -> Tokens | None:
         """A decode step between two layers of an encode: no admission, no fork, no eviction; None if it is not due."""
-        decoding = _decoding(self.running)
-        if not decoding or not self._steps.due_within(now) or len(decoding) > self.kv.room:
+        decoding = self._decoding()
+        if not decoding:
             return None
-        return Tokens(decoding)
+        # Asked again and again in an encode: the next time is as far ahead as the last one is behind.
+        since, self._asked = self._asked, now
+        due = self._due(now, 0.0 if since is None else now - since)
+        return Tokens(decoding) if due and len(decoding) <= self.kv.room else None
 
     def ran(self, step: Step, now: float, seconds: float = 0.0) -> None:
         """A step was carried out: move cursors and counts on. Sampled tokens come through the sequences."""
-        self._steps.ran(step, now, seconds, silent=not _decoding(self.running))
+        self._learn(step, now, seconds)
         if isinstance(step, PrefillImage):
             self._advance(step.sequence, step.stop - step.start)
             if step.stop == step.chunk.n_tokens and not step.sequence.inside_image(step.chunk.image):
@@ -170,9 +177,7 @@ class Scheduler:
 
     def put_back(self, sequence: Sequence) -> tuple[KVOp, ...]:
         """A running sequence gives its cells up and leaves; it comes again by `add`."""
-        self.running.remove(sequence)
-        self.kv.free(sequence.prefix)
-        sequence.preempt()
+        self._leave(sequence)
         return self.kv.take_ops()
 
     def relieve(self) -> tuple[KVOp, ...]:
@@ -188,6 +193,10 @@ class Scheduler:
             assert self.kv.cells.held(sequence.seq_id) == sequence.n_cells, "a sequence's cells differ from the count"
             assert sequence.n_cells <= self._limits.n_ctx_seq, "a sequence holds more than it may"
         assert len(self.running) <= self._parallel
+
+    def _decoding(self) -> tuple[Sequence, ...]:
+        """Those whose answers have begun."""
+        return tuple([s for s in self.running if s.state is State.DECODE])
 
     def _advance(self, sequence: Sequence, tokens: int) -> None:
         self.kv.cells.append(sequence.seq_id, tokens)
@@ -245,45 +254,32 @@ class Scheduler:
         return min(self.running, key=lambda s: (s.request.priority, -s.request.number))
 
     def _preempt(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
-        self.kv.free(sequence.prefix)
-        sequence.preempt()
+        self._leave(sequence)
         self.preemptions += 1
         self.add(sequence)
 
+    def _leave(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.kv.free(sequence.prefix)
+        sequence.preempt()
 
-class StepChooser:
-    """Shares the time between streams, images and the text of prompts.
+    # What a step computes: time is shared between streams, images and the text of prompts. Cells do not matter here.
 
-    It knows what was computed last and how long that took; cells are not its business.
-    """
-
-    def __init__(self, limits: BackendLimits, policy: Policy) -> None:
-        self._limits = limits
-        self._policy = policy
-        self._last_decode = float("-inf")
-        self._step_seconds = self._row_seconds = 0.0
-        self._asked: float | None = None
-        self._crowd = 0
-        self._text_next = True
-        self._image_last = False
-
-    def ran(self, step: Step, now: float, seconds: float, *, silent: bool) -> None:
-        """A step took so long; `silent`: before it nobody's answer had begun."""
-        tokens = isinstance(step, Tokens)
+    def _learn(self, step: Step, now: float, seconds: float) -> None:
+        """A step took so long; nothing was moved on yet."""
         decode, prefill = (step.decode, step.prefill) if isinstance(step, Tokens) else ((), ())
-        self._asked = now if tokens else None
-        self._image_last = not tokens
-        if not tokens or prefill:
-            self._text_next = not tokens
+        self._image_last = not isinstance(step, Tokens)
+        self._asked = None if self._image_last else now
+        if self._image_last or prefill:
+            self._text_next = self._image_last
         if decode and not prefill:
             self._step_seconds = seconds
         if not decode and (rows := cells_needed(step)) >= _FEWEST_ROWS:  # fewer cost nearly as much as so many
             self._row_seconds = seconds / rows
-        if silent or decode:
+        if decode or not self._decoding():
             self._last_decode = now  # a first token counts: its stream has not waited yet
 
-    def due(self, now: float, ahead: float = 0.0) -> bool:
+    def _due(self, now: float, ahead: float = 0.0) -> bool:
         """Whether streams have waited long enough for their next token while others are worked on.
 
         `ahead` is how long the next piece of that work takes: when most of it would come too late, it waits.
@@ -293,21 +289,15 @@ class StepChooser:
         wait = max(policy.shortest_wait, self._crowded(share))
         return now + 0.75 * ahead - self._last_decode >= wait
 
-    def due_within(self, now: float) -> bool:
-        """`due`, asked again and again in an encode: the next time is as far ahead as the last one is behind."""
-        since, self._asked = self._asked, now
-        return self.due(now, 0.0 if since is None else now - since)
-
-    def choose(self, running: list[Sequence], now: float) -> Step | None:
+    def _choose(self, now: float) -> Step | None:
         """The next step; None when nobody has anything to compute."""
-        decoding = _decoding(running)
-        self._crowd = len(running)
-        if len(decoding) == len(running):
+        decoding = self._decoding()
+        if len(decoding) == len(self.running):
             return Tokens(decoding) if decoding else None
-        filling = [s for s in running if s.state is State.PREFILL]
+        filling = [s for s in self.running if s.state is State.PREFILL]
         texts = [s for s in filling if not s.at_image]
         images = [s for s in filling if s.at_image]
-        if decoding and self._image_last and self.due(now):
+        if decoding and self._image_last and self._due(now):
             # Alone: a stream that waited for a slice of an image does not wait for a prompt's text, too.
             return Tokens(decoding)
         if texts and (self._text_next or not images):
@@ -317,26 +307,24 @@ class StepChooser:
             return Tokens(decoding, tuple([_slice(sequence, share) for sequence, share in shares if share]))
         if images:
             # One image after another, not one request after another: a small one does not wait for ten images.
-            return self._image(min(images, key=lambda s: s.turn), running, streaming=bool(decoding))
+            return self._image(min(images, key=lambda s: s.turn), streaming=bool(decoding))
         return Tokens(decoding) if decoding else None
 
-    def _image(self, sequence: Sequence, running: list[Sequence], *, streaming: bool) -> Step:
+    def _image(self, sequence: Sequence, *, streaming: bool) -> Step:
         chunk = sequence.chunk
         assert isinstance(chunk, ImageChunk)
         if sequence.embedding is None:
-            return Encode(sequence, chunk, () if streaming else self._beside(sequence, chunk, running))
+            return Encode(sequence, chunk, () if streaming else self._beside(sequence, chunk))
         start = sequence.chunk_offset
         stop = start + self._part(chunk.n_tokens - start, streaming=streaming) if chunk.causal else chunk.n_tokens
         last = stop == chunk.n_tokens and sequence.chunk_index == len(sequence.chunks) - 1
         return PrefillImage(sequence, chunk, start, stop, last)
 
-    def _beside(
-        self, sequence: Sequence, chunk: ImageChunk, running: list[Sequence]
-    ) -> tuple[tuple[Sequence, ImageChunk], ...]:
+    def _beside(self, sequence: Sequence, chunk: ImageChunk) -> tuple[tuple[Sequence, ImageChunk], ...]:
         """Chunks of equal size that are to be encoded soon; nobody may be streaming, as no turn comes in between."""
         if self._limits.encode_batch == 1:
             return ()
-        others = (s for s in running if s is not sequence and s.state is State.PREFILL)
+        others = (s for s in self.running if s is not sequence and s.state is State.PREFILL)
         coming = ((s, other) for s in (sequence, *others) for other in s.to_encode)
         wanted = ((s, other) for s, other in coming if other is not chunk and other.n_tokens == chunk.n_tokens)
         return tuple(itertools.islice(wanted, self._limits.encode_batch - 1))
@@ -360,13 +348,8 @@ class StepChooser:
 
     def _crowded(self, seconds: float) -> float:
         """How long a stream may be held up, when it is `seconds` while few are served."""
-        crowd = max(1.0, self._crowd / self._policy.few)
+        crowd = max(1.0, len(self.running) / self._policy.few)
         return max(seconds, min(self._policy.crowded_wait, crowd**2 * seconds))
-
-
-def _decoding(running: list[Sequence]) -> tuple[Sequence, ...]:
-    """Those whose answers have begun."""
-    return tuple([s for s in running if s.state is State.DECODE])
 
 
 def _slice(sequence: Sequence, budget: int) -> Slice:
