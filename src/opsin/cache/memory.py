@@ -311,7 +311,7 @@ class KVCacheManager:
         self._keeps = keep_prefixes and limits.forks
         self._ops: list[KVOp] = []
         self._free_ids = list(range(limits.n_seq_max - 1, -1, -1))
-        self._index = PrefixIndex()
+        self.index = PrefixIndex()
         self.idle: dict[int, Prefix] = {}
         self.cells = CellBook()
 
@@ -324,10 +324,6 @@ class KVCacheManager:
         """What has to be done on the backend since the last call, in order."""
         ops, self._ops = tuple(self._ops), []
         return ops
-
-    def match(self, wanted: Prefix) -> Match | None:
-        """Who holds, or is about to fill, the longest beginning of this prompt."""
-        return self._index.match(wanted) if self._keeps else None
 
     def make_room(self, cells: int, keep: Prefix | None = None) -> bool:
         """Evict idle prefixes until an id and so many cells are free; False when only `keep` is left to evict."""
@@ -346,7 +342,7 @@ class KVCacheManager:
             if source.idle:
                 self.idle[source.seq_id] = self.idle.pop(source.seq_id)
         if self._keeps:
-            self._index.add(prefix)
+            self.index.add(prefix)
 
     def retire(self, prefix: Prefix) -> None:
         """A sequence ended: keep its cells, unless part of an image is among them, which is no unit."""
@@ -354,11 +350,11 @@ class KVCacheManager:
         if not (self._keeps and cells and self.cells.held(prefix.seq_id) == cells):
             self.free(prefix)
             return
-        self._index.remove(prefix)
+        self.index.remove(prefix)
         prefix.retire()
-        self._index.add(prefix)
+        self.index.add(prefix)
         self.idle[prefix.seq_id] = prefix
-        for other in self._index.contained_in(prefix):
+        for other in self.index.contained_in(prefix):
             self.free(other)
 
     def evict_oldest(self, keep: Prefix | None = None) -> bool:
@@ -371,7 +367,7 @@ class KVCacheManager:
     def free(self, prefix: Prefix) -> None:
         """Forget what a sequence or an idle prefix holds."""
         self.idle.pop(prefix.seq_id, None)
-        self._index.remove(prefix)
+        self.index.remove(prefix)
         self.cells.drop(prefix.seq_id)
         self._free_ids.append(prefix.seq_id)
         self._ops.append(Forget(prefix.seq_id))

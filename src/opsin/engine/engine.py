@@ -27,9 +27,9 @@ from opsin.core.tokens import ImageChunk, TextChunk, TokenizedPrompt
 from opsin.engine.clock import StageClock
 from opsin.engine.guard import Guard
 from opsin.engine.loop import Loop, Snapshot
-from opsin.engine.policy import Policy
 from opsin.engine.request import AnswerStream, Request, Sequence, Wake, wake_readers
 from opsin.engine.runner import Watch, unwatched
+from opsin.engine.scheduler import Policy
 from opsin.engine.text import AnswerText
 
 T = TypeVar("T")

@@ -12,16 +12,14 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from opsin.cache import EmbeddingCache
-from opsin.cache.memory import KVOp
 from opsin.core.answer import Finished
 from opsin.core.backend import Backend
 from opsin.core.errors import DecodeFailed, EngineClosed, EngineDied, EngineError, OpsinError, copy_of
 from opsin.core.stages import Stage
 from opsin.engine.output import OutputProcessor, check_deadline
-from opsin.engine.policy import Policy
 from opsin.engine.request import AnswerStream, Sequence, State, Wake, wake_readers
 from opsin.engine.runner import PixelsNeeded, Runner, Watch, unwatched
-from opsin.engine.scheduler import Encode, PrefillImage, Scheduler, Step, Tokens, members_of
+from opsin.engine.scheduler import Encode, Policy, PrefillImage, Scheduler, Step, Tokens, members_of
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -209,14 +207,14 @@ class Loop:
 
     def _step(self) -> None:
         self._sweep()
-        plan = self._scheduler.plan(self._runner.now)
-        self._apply(plan.memory)
+        step = self._scheduler.plan(self._runner.now)
+        self._apply()
         self._set_idle_stages()
         for sequence in [s for s in self._scheduler.running if s.sampler is None]:
             self._begin(sequence)
         self._sweep_done()
-        if plan.step is not None and all(s.state is not State.DONE for s in members_of(plan.step)):
-            self._run(plan.step)
+        if step is not None and all(s.state is not State.DONE for s in members_of(step)):
+            self._run(step)
         self._flush()
 
     def _flush(self) -> None:
@@ -225,10 +223,10 @@ class Loop:
             touched, self._touched = self._touched, []
             self._wake(touched)
 
-    def _apply(self, operations: tuple[KVOp, ...]) -> None:
+    def _apply(self) -> None:
         """Carry KV cache operations out; one that fails ends its own sequence."""
-        failed = self._runner.apply_kv_ops(operations) if operations else {}
-        if failed:
+        operations = self._scheduler.kv.take_ops()
+        if operations and (failed := self._runner.apply_kv_ops(operations)):
             for sequence in [s for s in self._scheduler.running if s.seq_id in failed]:
                 self._fail(sequence, failed[sequence.seq_id])
 
@@ -276,29 +274,24 @@ class Loop:
         """What runs between two layers of an encode: everyone's next token; nothing while nobody answers."""
         if not isinstance(step, Encode) or not self._policy.decode_in_encode:
             return None
-        if not any(s.state is State.DECODE for s in self._scheduler.running):
-            return None
-        return lambda: self._turn(step.sequence)
+        streaming = any(s.state is State.DECODE for s in self._scheduler.running)
+        return (lambda: self._turn(step.sequence)) if streaming else None
 
     def _turn(self, encoding: Sequence) -> None:
         """A nested decode step: it only decodes and samples. Who ends in it is freed after the encode."""
         started = self._now()
         step = self._scheduler.plan_turn(started)
-        if step is not None:
-            with encoding.clock.stage(Stage.QUEUE):  # its encode stands still for the others
-                self._nested(step, started)
-            self._flush()
-
-    def _nested(self, step: Tokens, started: float) -> None:
-        try:
-            room = self._runner.run(step)
-        except EngineError as error:
-            # The image being encoded is not at fault: its encode goes on.
-            for sequence in step.decode:
-                sequence.end_with(error)
+        if step is None:
             return
-        if room:
-            self._ran(step, self._runner.now - started, alone=False)
+        with encoding.clock.stage(Stage.QUEUE):  # its encode stands still for the others
+            try:
+                if self._runner.run(step):
+                    self._ran(step, self._runner.now - started, alone=False)
+            except EngineError as error:
+                # The image being encoded is not at fault: its encode goes on.
+                for sequence in step.decode:
+                    sequence.end_with(error)
+        self._flush()
 
     def _ran(self, step: Tokens | PrefillImage, seconds: float, *, alone: bool) -> None:
         """A step of the language model is done, `alone` or within an encode: count it, and sample what follows."""
@@ -329,49 +322,44 @@ class Loop:
 
     def _give_up_something(self, step: Step) -> None:
         """The backend had no room although the counts said so: evict or preempt, or fail who cannot be helped."""
-        operations = self._scheduler.relieve()
-        if operations:
-            self._apply(operations)
+        if self._scheduler.relieve():
+            self._apply()
             return
         for sequence in members_of(step):
-            self._fail(
-                sequence,
-                DecodeFailed(
-                    f"The KV cache is full at {sequence.n_cells} tokens: ask for a larger context (--ctx), "
-                    "or for shorter answers."
-                ),
-            )
+            full = f"The KV cache is full at {sequence.n_cells} tokens"
+            self._fail(sequence, DecodeFailed(f"{full}: ask for a larger context (--ctx), or for shorter answers."))
 
     def _put_back(self, sequence: Sequence) -> None:
         """It needs its pixels again, which are prepared beside the engine; then it comes again."""
-        self._apply(self._scheduler.put_back(sequence))
+        self._scheduler.put_back(sequence)
+        self._apply()
         sequence.clock.switch(Stage.QUEUE)
         self._on_pixels_needed(sequence)
 
     def _sweep(self) -> None:
-        """Drop who went away, and end who is out of time."""
+        """End who went away or is out of time, and free and answer all that ended."""
         now = self._runner.now = self._now()
-        ended = False
         for sequence in (*self._scheduler.running, *self._scheduler.waiting):
             if sequence.stream.done:
                 sequence.end("cancelled")
-                self._release(sequence, keep=sequence.error is None)
             elif sequence.request.deadline is not None:
                 check_deadline(sequence, now)
-                ended |= sequence.state is State.DONE
-        if ended:
-            self._sweep_done()
+            if sequence.state is State.DONE:
+                self._end(sequence)
 
     def _sweep_done(self) -> None:
         """Free and answer all that ended."""
         for sequence in (*self._scheduler.running, *self._scheduler.waiting):
             if sequence.state is State.DONE:
-                if sequence.error is not None:
-                    self._fail(sequence, sequence.error)
-                elif sequence.stream.done:
-                    self._release(sequence)
-                else:
-                    self._finish(sequence)
+                self._end(sequence)
+
+    def _end(self, sequence: Sequence) -> None:
+        if sequence.error is not None:
+            self._fail(sequence, sequence.error)
+        elif sequence.stream.done:
+            self._release(sequence)
+        else:
+            self._finish(sequence)
 
     def _begin(self, sequence: Sequence) -> None:
         sequence.clock.switch(self._runner.idle_stage)
@@ -407,16 +395,14 @@ class Loop:
 
     def _release(self, sequence: Sequence, *, keep: bool = True) -> None:
         self._runner.end(sequence)
-        self._apply(self._scheduler.release(sequence, keep=keep))
+        self._scheduler.release(sequence, keep=keep)
+        self._apply()
 
     def _fail_all(self, error: OpsinError) -> None:
         with self._lock:
             self.error = error
-        while True:
-            try:
-                item = self._inbox.get_nowait()
-            except queue.Empty:
-                break
+        while not self._inbox.empty():
+            item = self._inbox.get()
             if item is not None:
                 item()
         for sequence in (*self._scheduler.running, *self._scheduler.waiting):

@@ -281,11 +281,6 @@ class Sequence:
         return self.chunks[self.chunk_index] if self.chunk_index < len(self.chunks) else None
 
     @property
-    def at_image(self) -> bool:
-        """Whether the chunk at the cursor is an image chunk."""
-        return isinstance(self.chunk, ImageChunk)
-
-    @property
     def embedding(self) -> Embedding | None:
         """The embedding of the image chunk at the cursor, when it is known."""
         chunk = self.chunk
@@ -305,10 +300,6 @@ class Sequence:
     def to_encode(self) -> list[ImageChunk]:
         """Image chunks from the cursor on whose embeddings are not known."""
         return [chunk for chunk in self.images_ahead if chunk.identity not in self.embeddings]
-
-    def inside_image(self, image: int) -> bool:
-        """Whether chunks of this image are still to come."""
-        return any(chunk.image == image for chunk in self.images_ahead)
 
     def start(self) -> None:
         """Begin behind the units of the prompt that are in the KV cache already."""

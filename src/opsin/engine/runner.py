@@ -7,8 +7,8 @@ of prefill and decode would be found in whichever call reads the logits next.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from opsin.cache import EmbeddingCache, salted
 from opsin.cache.memory import Fork, KVOp
@@ -100,7 +100,7 @@ class Runner:
         self._encode(step, between)
         return True
 
-    def sample(self, step: Step) -> list[Sampled]:
+    def sample(self, step: Tokens | PrefillImage) -> list[Sampled]:
         """Sample a token for everyone whose logits the step computed. Who fails ends alone, with its error."""
         rows = _rows(step)
         if not rows:
@@ -129,7 +129,7 @@ class Runner:
         self._switch(first, Stage.DETOKENIZE, Stage.DETOKENIZE, self.now)
         return tokens
 
-    def settled(self, step: Step) -> None:
+    def settled(self, step: Tokens | PrefillImage) -> None:
         """The step's output is processed: its stages end, and whoever answers from here on joins the group."""
         self.now = now = self._clock()
         self.group.switch(self.group_idle, now)
@@ -152,67 +152,55 @@ class Runner:
         for sequence in sequences:
             sequence.clock.switch(own, now)
 
-    def _switch_back(self, sequences: Iterable[Sequence]) -> None:
-        """What was computed for them is there."""
-        self.now = self._clock()
-        self._switch(sequences, self.idle_stage, self.group_idle, self.now)
+    @contextmanager
+    def _native(self, sequences: list[Sequence], own: Stage, group: Stage, images: tuple[str, ...]) -> Iterator[None]:
+        """A native call is the stage `own` of these sequences, and `group` of those that decode."""
+        self._switch(sequences, own, group, self._clock())
+        try:
+            with self._watch(images):
+                yield
+        finally:
+            self.now = self._clock()
+            self._switch(sequences, self.idle_stage, self.group_idle, self.now)
 
     def _encode(self, step: Encode, between: Callable[[], None] | None) -> None:
         sequence, chunk = step.sequence, step.chunk
-        embedding = self._images.in_memory(salted(chunk.identity, sequence.request.salt))
-        if embedding is not None:
-            sequence.embeddings[chunk.identity] = embedding
+        name = salted(chunk.identity, sequence.request.salt)
+        known = self._images.in_memory(name)
+        if known is not None:
+            sequence.embeddings[chunk.identity] = known
             sequence.cached_images.add(chunk.image)
             return
         if chunk.placeholder:
             raise PixelsNeeded
         sequence.stream.deliver(Progress(f"reading image {chunk.image + 1} of {len(sequence.tokenized.images)}"))
-        batch = [(sequence, chunk), *self._unknown(step)]
-        owners = list({id(owner): owner for owner, _ in batch}.values())
-        self._switch(owners, Stage.ENCODE, Stage.QUEUE, self._clock())
-        try:
-            with self._watch(tuple(_sha256(owner, chunk) for owner, chunk in batch)):
-                if len(batch) > 1:
-                    embeddings = self._backend.encode_many([chunk for _, chunk in batch])
-                else:
-                    embeddings = [self._backend.encode(chunk, between)]
-        finally:
-            self._switch_back(owners)
-        for (owner, chunk), embedding in zip(batch, embeddings, strict=True):
+        batch = {name: (sequence, chunk)}
+        for owner, other in step.beside:
+            name = salted(other.identity, owner.request.salt)
+            # Since the plan was made an owner may have ended and closed its chunks.
+            ended = owner.state is State.DONE or owner.stream.done
+            if not ended and not other.placeholder and self._images.in_memory(name) is None:
+                batch.setdefault(name, (owner, other))
+        owners = list({id(owner): owner for owner, _ in batch.values()}.values())
+        with self._native(owners, Stage.ENCODE, Stage.QUEUE, tuple(_sha256(*pair) for pair in batch.values())):
+            if len(batch) > 1:
+                embeddings = self._backend.encode_many([other for _, other in batch.values()])
+            else:
+                embeddings = [self._backend.encode(chunk, between)]
+        for (name, (owner, encoded)), embedding in zip(batch.items(), embeddings, strict=True):
             self.encodes += 1
-            owner.encoded_images.add(chunk.image)
-            owner.embeddings[chunk.identity] = embedding
-            self._images.put(salted(chunk.identity, owner.request.salt), embedding)
-
-    def _unknown(self, step: Encode) -> list[tuple[Sequence, ImageChunk]]:
-        """The chunks beside it that have pixels and no known embedding, each once.
-
-        Since the plan was made an owner may have ended and closed its chunks.
-        """
-        seen = {salted(step.chunk.identity, step.sequence.request.salt)}
-        unknown = []
-        for owner, chunk in step.beside:
-            identity = salted(chunk.identity, owner.request.salt)
-            if owner.state is State.DONE or owner.stream.done or chunk.placeholder or identity in seen:
-                continue
-            if self._images.in_memory(identity) is None:
-                seen.add(identity)
-                unknown.append((owner, chunk))
-        return unknown
+            owner.encoded_images.add(encoded.image)
+            owner.embeddings[encoded.identity] = embedding
+            self._images.put(name, embedding)
 
     def _prefill_image(self, step: PrefillImage) -> bool:
-        sequence = step.sequence
+        sequence, chunk = step.sequence, step.chunk
         embedding = sequence.embedding
         assert embedding is not None, "an image is encoded before it is prefilled"
-        rows = EmbeddingRows(
-            rows=embedding[step.start : step.stop],
-            positions=step.chunk.positions_at(sequence.n_pos, step.start, step.stop),
-            seq_id=sequence.seq_id,
-            logits=step.last,
-            causal=step.chunk.causal,
-        )
-        images = (_sha256(sequence, step.chunk),)
-        return self._decode(rows, [sequence], Stage.IMAGE_PREFILL, Stage.QUEUE, images)
+        positions = chunk.positions_at(sequence.n_pos, step.start, step.stop)
+        rows = EmbeddingRows(embedding[step.start : step.stop], positions, sequence.seq_id, step.last, chunk.causal)
+        with self._native([sequence], Stage.IMAGE_PREFILL, Stage.QUEUE, (_sha256(sequence, chunk),)):
+            return self._decode(rows)
 
     def _tokens(self, step: Tokens) -> bool:
         decode = step.decode
@@ -222,37 +210,23 @@ class Runner:
             [s.prefix.seq_id for s in decode],
             list(range(len(decode))),
         )
-        for part in step.prefill:
-            sequence = part.sequence
-            batch.append(part.tokens, sequence.n_pos, sequence.seq_id, logits=part.last)
         filling = [part.sequence for part in step.prefill]
-        return self._decode(batch, filling, Stage.TEXT_PREFILL, Stage.DECODE if decode else Stage.QUEUE)
+        for part in step.prefill:
+            batch.append(part.tokens, part.sequence.n_pos, part.sequence.seq_id, logits=part.last)
+        with self._native(filling, Stage.TEXT_PREFILL, Stage.DECODE if decode else Stage.QUEUE, ()):
+            return self._decode(batch)
 
-    def _decode(
-        self,
-        rows: TokenBatch | EmbeddingRows,
-        filling: list[Sequence],
-        own: Stage,
-        group: Stage,
-        images: tuple[str, ...] = (),
-    ) -> bool:
-        self._switch(filling, own, group, self._clock())
-        try:
-            with self._watch(images):
-                done = self._backend.decode(rows)
-                if done:
-                    self._backend.synchronize()
-        finally:
-            self._switch_back(filling)
+    def _decode(self, rows: TokenBatch | EmbeddingRows) -> bool:
+        done = self._backend.decode(rows)
+        if done:
+            self._backend.synchronize()
         return done
 
 
-def _rows(step: Step) -> list[tuple[Sequence, int]]:
+def _rows(step: Tokens | PrefillImage) -> list[tuple[Sequence, int]]:
     """Who gets a token from the logits that the step computed, and from which row of its batch."""
-    if isinstance(step, PrefillImage):
-        return [(step.sequence, step.stop - step.start - 1)] if step.last else []
     if not isinstance(step, Tokens):
-        return []
+        return [(step.sequence, step.stop - step.start - 1)] if step.last else []
     rows = [(sequence, row) for row, sequence in enumerate(step.decode)]
     row = len(step.decode) - 1
     for part in step.prefill:

@@ -1,7 +1,8 @@
 """Who is admitted, whose cells go, and what the next step computes.
 
-Functions of their state and the clock that is handed in: they touch no backend, read no time, and the same history
-gives the same plans. What is planned counts as done when `ran` is called with it. A step is one ubatch.
+A function of its state and the clock that is handed in: it touches no backend, reads no time, and the same history
+gives the same steps. What has to be done in the KV cache before a step collects in `Scheduler.kv`. A step is one
+ubatch, and counts as done when `ran` is called with it.
 """
 
 from __future__ import annotations
@@ -9,14 +10,57 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-from opsin.cache.memory import KVCacheManager, KVOp, Prefix
+from opsin.cache.memory import KVCacheManager, Prefix
 from opsin.core.backend import BackendLimits
 from opsin.core.tokens import ImageChunk, TextChunk
-from opsin.engine.policy import Policy
 from opsin.engine.request import Sequence, State
 
 _FEWEST_ROWS = 16
 """Rows of a prefill step that reads all weights once; fewer would hardly be quicker."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The numbers the scheduler decides by; times in seconds, sizes in tokens.
+
+    While an answer streams, a prefill step takes about `slice_seconds`, which bounds the pause of that stream, and has
+    `slice` rows until the time of a row is known. While images are worked on, streams wait for their next token so
+    long that their steps take `stream_share` of the time, but at least `shortest_wait` and at most `longest_wait`. When
+    more than `few` are served, waits and slices grow with the square of that, up to `crowded_wait`: the more streams
+    there are, the more a step of theirs costs, and the cheaper it is to decode all of them together afterwards.
+    With `decode_in_encode` streams get their tokens between two layers of an encode, too.
+
+    `wait_for` is how many more tokens a prefix that is being filled must share than one that is ready, for a request
+    to wait for it. At most `idle_cells` cells of ended sequences are kept for their prefixes (None: until the room is
+    needed). `max_queue` requests may wait.
+    """
+
+    parallel: int = 1
+    slice: int = 64
+    slice_seconds: float = 0.27
+    shortest_wait: float = 0.03
+    longest_wait: float = 0.25
+    crowded_wait: float = 0.8
+    few: int = 4
+    stream_share: float = 0.05
+    decode_in_encode: bool = True
+    wait_for: int = 32
+    idle_cells: int | None = None
+    max_queue: int = 256
+    keep_prefixes: bool = True
+
+    @classmethod
+    def for_device(cls, *, gpu: bool, parallel: int, max_queue: int) -> Policy:
+        """What suits the device that the language model is on.
+
+        On a GPU an image takes 20 to 50 ms and stopping its graph costs more than that is worth, so streams get their
+        turn between steps, and half of the time. On a CPU attention looks at idle cells, too: not many are kept.
+        """
+        if not gpu:
+            return cls(parallel, idle_cells=4096, max_queue=max_queue)
+        return cls(
+            parallel, slice=512, slice_seconds=0.05, stream_share=0.5, decode_in_encode=False, max_queue=max_queue
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +104,6 @@ class Tokens:
 
 
 Step = Encode | PrefillImage | Tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """KV cache operations, in order, then a step; None when there is nothing to compute."""
-
-    memory: tuple[KVOp, ...] = ()
-    step: Step | None = None
 
 
 def cells_needed(step: Step) -> int:
@@ -127,12 +163,11 @@ class Scheduler:
         self.waiting.append(sequence)
         self.waiting.sort(key=lambda s: (-s.request.priority, s.request.number))
 
-    def plan(self, now: float) -> Plan:
-        """Admit who can be admitted, then choose one step."""
+    def plan(self, now: float) -> Step | None:
+        """Admit who can be admitted, then choose one step; None when there is nothing to compute."""
         if self.waiting:
             self._admit()
-        step = self._secured(self._choose(now))
-        return Plan(self.kv.take_ops(), step)
+        return self._secured(self._choose(now))
 
     def plan_turn(self, now: float) -> Tokens | None:
         """A decode step between two layers of an encode: no admission, no fork, no eviction; None if it is not due."""
@@ -149,7 +184,7 @@ class Scheduler:
         self._learn(step, now, seconds)
         if isinstance(step, PrefillImage):
             self._advance(step.sequence, step.stop - step.start)
-            if step.stop == step.chunk.n_tokens and not step.sequence.inside_image(step.chunk.image):
+            if all(chunk.image != step.chunk.image for chunk in step.sequence.images_ahead):
                 self._to_end_of_line(step.sequence)
         elif isinstance(step, Tokens):
             append = self.kv.cells.append
@@ -159,7 +194,7 @@ class Scheduler:
             for part in step.prefill:
                 self._advance(part.sequence, len(part.tokens))
 
-    def release(self, sequence: Sequence, *, keep: bool) -> tuple[KVOp, ...]:
+    def release(self, sequence: Sequence, *, keep: bool) -> None:
         """A sequence ended: its cells stay as an idle prefix (`keep`), or are free."""
         if sequence in self.waiting:
             self.waiting.remove(sequence)
@@ -173,18 +208,21 @@ class Scheduler:
                     self.kv.evict_oldest()
             else:
                 self.kv.free(sequence.prefix)
-        return self.kv.take_ops()
 
-    def put_back(self, sequence: Sequence) -> tuple[KVOp, ...]:
+    def put_back(self, sequence: Sequence) -> None:
         """A running sequence gives its cells up and leaves; it comes again by `add`."""
-        self._leave(sequence)
-        return self.kv.take_ops()
+        self.running.remove(sequence)
+        self.kv.free(sequence.prefix)
+        sequence.preempt()
 
-    def relieve(self) -> tuple[KVOp, ...]:
-        """The backend had no room although the counts said so: give something up. Empty when nothing is left."""
-        if not self.kv.evict_oldest() and len(self.running) > 1:
-            self._preempt(self._last_in_line())
-        return self.kv.take_ops()
+    def relieve(self) -> bool:
+        """The backend had no room although the counts said so: give something up. False when nothing is left."""
+        if self.kv.evict_oldest():
+            return True
+        if len(self.running) < 2:
+            return False
+        self._preempt(self._last_in_line())
+        return True
 
     def check(self) -> None:
         """The counts agree with each other. Raises AssertionError."""
@@ -212,7 +250,7 @@ class Scheduler:
             if len(self.running) >= self._parallel:
                 return
             prefix = sequence.prefix
-            match, source, ready = self.kv.match(prefix), None, 0
+            match, source, ready = self.kv.index.match(prefix), None, 0
             if match is not None:
                 if prefix.cells(match.coming) - prefix.cells(match.ready) >= self._policy.wait_for:
                     continue  # somebody fills what this one needs: forking it later is cheaper than filling it twice
@@ -254,14 +292,9 @@ class Scheduler:
         return min(self.running, key=lambda s: (s.request.priority, -s.request.number))
 
     def _preempt(self, sequence: Sequence) -> None:
-        self._leave(sequence)
+        self.put_back(sequence)
         self.preemptions += 1
         self.add(sequence)
-
-    def _leave(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
-        self.kv.free(sequence.prefix)
-        sequence.preempt()
 
     # What a step computes: time is shared between streams, images and the text of prompts. Cells do not matter here.
 
@@ -295,8 +328,8 @@ class Scheduler:
         if len(decoding) == len(self.running):
             return Tokens(decoding) if decoding else None
         filling = [s for s in self.running if s.state is State.PREFILL]
-        texts = [s for s in filling if not s.at_image]
-        images = [s for s in filling if s.at_image]
+        texts = [s for s in filling if isinstance(s.chunk, TextChunk)]
+        images = [s for s in filling if isinstance(s.chunk, ImageChunk)]
         if decoding and self._image_last and self._due(now):
             # Alone: a stream that waited for a slice of an image does not wait for a prompt's text, too.
             return Tokens(decoding)

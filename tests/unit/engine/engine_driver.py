@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from opsin.cache import EmbeddingCache, salted
+from opsin.cache.memory import KVOp
 from opsin.core.answer import Answer, Event, Finished, TextDelta
 from opsin.core.backend import BackendLimits, Embedding, EmbeddingRows, TokenBatch
 from opsin.core.errors import Cancelled, OpsinError
@@ -16,7 +18,7 @@ from opsin.engine import Policy
 from opsin.engine.clock import StageClock
 from opsin.engine.loop import Loop
 from opsin.engine.request import AnswerStream, Request, Sequence, State
-from opsin.engine.scheduler import Plan, Scheduler, Tokens, members_of
+from opsin.engine.scheduler import Scheduler, Step, Tokens, members_of
 from opsin.engine.text import AnswerText
 from opsin.testing import FakeBackend, FakeClock, image
 from opsin.testing.fake_backend import TURN_TEXT
@@ -111,6 +113,13 @@ class Asked:
         return "".join(event.text for event in self.said if isinstance(event, TextDelta))
 
 
+class Plan(NamedTuple):
+    """What a step of the loop begins with."""
+
+    memory: tuple[KVOp, ...]
+    step: Step | None
+
+
 @dataclass
 class Driver:
     """Give it requests, then let it step."""
@@ -133,9 +142,10 @@ class Driver:
         scheduler = self.scheduler
         plan, plan_turn = scheduler.plan, scheduler.plan_turn
 
-        def noted(now: float) -> Plan:
-            self.plans.append(plan(now))
-            return self.plans[-1]
+        def noted(now: float) -> Step | None:
+            step = plan(now)
+            self.plans.append(Plan(tuple(scheduler.kv._ops), step))
+            return step
 
         def noted_turn(now: float) -> Tokens | None:
             step = plan_turn(now)

@@ -9,9 +9,8 @@ from opsin.cache import EmbeddingCache
 from opsin.core.errors import EngineClosed, EngineDied
 from opsin.core.prompt import Prompt, TextPart
 from opsin.core.tokens import TokenizedPrompt
-from opsin.engine import AnswerStream, Engine
+from opsin.engine import AnswerStream, Engine, Policy
 from opsin.engine.loop import Loop
-from opsin.engine.policy import Policy
 from opsin.testing import FakeBackend
 from opsin.testing.fake_backend import TURN_TEXT
 

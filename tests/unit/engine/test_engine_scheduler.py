@@ -147,7 +147,7 @@ def talking() -> tuple[Driver, Tokens]:
     made.ask("talk", max_tokens=50)
     made.step()
     made.step()
-    decode = made.scheduler.plan(made.backend.clock()).step
+    decode = made.scheduler.plan(made.backend.clock())
     assert isinstance(decode, Tokens)
     return made, decode
 
@@ -173,7 +173,7 @@ def test_streams_wait_longer_while_many_wait_for_a_first_token(waiting: int, wai
     made.ask("talk", max_tokens=50)
     made.step()
     made.step()
-    decode = made.scheduler.plan(made.backend.clock()).step
+    decode = made.scheduler.plan(made.backend.clock())
     assert isinstance(decode, Tokens)
     for i in range(waiting):
         made.ask(prompt_of(i), max_tokens=1)
