@@ -525,7 +525,7 @@ def test_before_the_model_is_there_and_while_the_server_drains_others_are_told_t
 def test_a_full_queue_is_no_fault_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     async def work() -> None:
         async with world() as w:
-            monkeypatch.setattr(Engine, "_enter", lambda *_: (_ for _ in ()).throw(_full()))
+            monkeypatch.setattr(Engine, "submit", lambda *_, **__: (_ for _ in ()).throw(_full()))
             reply = await w.post(messages=QUESTION)
             assert reply.status_code == 429
             assert reply.json()["error"]["type"] == "rate_limit_error"
