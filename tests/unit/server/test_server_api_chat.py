@@ -585,18 +585,18 @@ def test_forty_requests_of_eight_choices_leave_room_for_another_key() -> None:
 
 def test_choices_that_were_begun_are_ended_when_a_later_one_finds_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate(stop_at=0)
-    enter = Engine._enter
+    submit = Engine.submit
     entered: list[int] = []
 
-    def only_once(engine: Engine, stream: Any) -> None:
+    def only_once(engine: Engine, *args: Any, **named: Any) -> Any:
         if entered:
             raise _full()
         entered.append(1)
-        enter(engine, stream)
+        return submit(engine, *args, **named)
 
     async def work() -> None:
         async with world(gate) as w:
-            monkeypatch.setattr(Engine, "_enter", only_once)
+            monkeypatch.setattr(Engine, "submit", only_once)
             assert (await w.post(messages=QUESTION, n=2)).status_code == 429
             gate.open.set()
             await until(lambda: w.engine.stats.running == 0)
