@@ -1,14 +1,12 @@
-"""What is worth remembering: image embeddings, and which sequence holds which beginning of a prompt.
+"""What is worth remembering: image embeddings, and which sequence holds which cells of the KV cache.
 
 Pure Python. Refuses to know any model runtime, and to decide when something is used: the engine does.
 """
 
 from opsin.cache.disk import DiskStore, default_folder
-from opsin.cache.embeddings import EmbeddingCache, salted
-from opsin.cache.prefix import BlockHashes, ImageUnit, Prefix, PrefixIndex, Unit, units_of
+from opsin.cache.memory import EmbeddingCache, ImageUnit, Prefix, PrefixIndex, Unit, salted, units_of
 
 __all__ = [
-    "BlockHashes",
     "DiskStore",
     "EmbeddingCache",
     "ImageUnit",

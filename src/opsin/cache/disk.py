@@ -13,14 +13,13 @@ import os
 import threading
 import time
 import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
+from opsin.core.backend import Embedding
 from opsin.core.files import write_whole
-
-Embedding = NDArray[np.float32]
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +40,8 @@ def default_folder() -> Path:
 class DiskStore:
     """A folder of at most `max_bytes`, for its owner alone; several processes may share it, each with its own store.
 
-    A thread writes, as long as there is something to write; a normal end of the process waits for it. The file that
-    was used longest ago goes first; use is kept in the file's time.
+    A thread writes; a normal end of the process waits for it. The file that was used longest ago goes first; use is
+    kept in the file's time.
     """
 
     def __init__(self, folder: Path | None = None, max_bytes: int = MAX_BYTES) -> None:
@@ -50,7 +49,8 @@ class DiskStore:
         self._max_bytes = max_bytes
         self._pending: dict[str, Embedding] = {}
         self._lock = threading.Lock()
-        self._writer: threading.Thread | None = None
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="opsin-images")
+        self._last: Future[None] | None = None
         self._complained = False
 
     def get(self, identity: str) -> Embedding | None:
@@ -60,9 +60,10 @@ class DiskStore:
         path = self._path(identity)
         try:
             embedding = _read(path, identity, self._max_bytes)
+        except FileNotFoundError:
+            return None
         except OSError as error:
-            if not isinstance(error, FileNotFoundError):
-                self._complain(error)
+            self._complain(error)
             return None
         except Exception as error:  # noqa: BLE001 - a file can be bad in more ways than can be named
             log.info("a remembered image is dropped: %s", error)
@@ -78,20 +79,17 @@ class DiskStore:
             waiting = sum(other.nbytes for other in self._pending.values())
             if embedding.nbytes > self._max_bytes or waiting + embedding.nbytes > _MAX_PENDING:
                 return
-            self._pending[identity] = embedding
-            if self._writer is None:
-                self._writer = threading.Thread(target=self._write_pending, name="opsin-images", daemon=False)
-                try:
-                    self._writer.start()
-                except RuntimeError as error:  # no threads are left, or the interpreter is ending
-                    self._writer = None
-                    self._pending.clear()
-                    self._complain(error)
+            try:
+                self._last = self._writer.submit(self._write_pending, identity)
+            except RuntimeError as error:  # no threads are left, or the interpreter is ending
+                self._complain(error)
+            else:
+                self._pending[identity] = embedding
 
     def close(self) -> None:
         """Wait until all that was put is written; the store can be used again, and twice does no harm."""
-        if (writer := self._writer) is not None:
-            writer.join()
+        if self._last is not None:
+            self._last.result()
 
     def _path(self, identity: str) -> Path:
         return self._folder / (hashlib.sha256(identity.encode()).hexdigest() + _SUFFIX)
@@ -101,19 +99,17 @@ class DiskStore:
             self._complained = True
             log.warning("images cannot be remembered in %s (%s): they are encoded again", self._folder, error)
 
-    def _write_pending(self) -> None:
-        while True:
-            with self._lock:
-                if not self._pending:
-                    self._writer = None
-                    return
-                identity, embedding = next(iter(self._pending.items()))
-            try:
-                self._write(identity, embedding)
-            except Exception as error:  # noqa: BLE001 - what cannot be kept is no reason to end anything
-                self._complain(error)
-            with self._lock:
-                del self._pending[identity]
+    def _write_pending(self, identity: str) -> None:
+        with self._lock:
+            embedding = self._pending.get(identity)
+        if embedding is None:
+            return  # put twice, and written already
+        try:
+            self._write(identity, embedding)
+        except Exception as error:  # noqa: BLE001 - what cannot be kept is no reason to end anything
+            self._complain(error)
+        with self._lock:
+            del self._pending[identity]
 
     def _write(self, identity: str, embedding: Embedding) -> None:
         data = _pack(identity, embedding)
@@ -143,11 +139,10 @@ class DiskStore:
             total -= size
 
 
-def _pack(identity: str, embedding: Embedding) -> bytes:
+def _pack(identity: str, rows: Embedding) -> bytes:
     from safetensors.numpy import save
 
-    rows = np.ascontiguousarray(embedding, dtype=np.float32)
-    return save({_NAME: rows}, {"identity": identity, "crc32": _checksum(identity, rows)})
+    return save({_NAME: np.ascontiguousarray(rows)}, {"identity": identity, "crc32": _checksum(identity, rows)})
 
 
 def _read(path: Path, identity: str, max_bytes: int) -> Embedding:
@@ -158,12 +153,12 @@ def _read(path: Path, identity: str, max_bytes: int) -> Embedding:
 
     with safe_open(path, framework="numpy") as file:
         metadata = file.metadata() or {}
-        embedding: Embedding = file.get_tensor(_NAME)
-    fits = embedding.dtype == np.float32 and embedding.ndim == 2 and embedding.size and np.isfinite(embedding).all()
+        rows: Embedding = file.get_tensor(_NAME)
+    fits = rows.dtype == np.float32 and rows.ndim == 2 and rows.size and np.isfinite(rows).all()
     # This finds chance damage, not an attack: the folder is its owner's.
-    if not fits or metadata != {"identity": identity, "crc32": _checksum(identity, embedding)}:
+    if not fits or metadata != {"identity": identity, "crc32": _checksum(identity, rows)}:
         raise ValueError("it is damaged, or belongs to another image")
-    return embedding
+    return rows
 
 
 def _checksum(identity: str, rows: Embedding) -> str:

@@ -1,4 +1,4 @@
-"""The façade: submit a prompt, read a stream of events."""
+"""The façade: submit a prompt, read a stream of events; and what a prompt needs before the engine's thread sees it."""
 
 from __future__ import annotations
 
@@ -6,41 +6,47 @@ import itertools
 import secrets
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from typing import Self, TypeVar
+from weakref import WeakValueDictionary
 
-from opsin.cache import EmbeddingCache
-from opsin.core.backend import Backend, BackendLimits
-from opsin.core.errors import EngineClosed, OpsinError, QueueFull, copy_of
+from opsin.cache import EmbeddingCache, salted
+from opsin.core.answer import Started
+from opsin.core.backend import Backend, BackendLimits, Embedding
+from opsin.core.errors import ContextOverflow, EngineClosed, OpsinError, QueueFull, copy_of
 from opsin.core.model_info import ModelInfo
 from opsin.core.placement import Placement
-from opsin.core.prompt import Prompt
+from opsin.core.prompt import Prompt, TextPart
+from opsin.core.reasoning import ReasoningStyle
 from opsin.core.sampling import SamplingParams
 from opsin.core.stages import Stage
+from opsin.core.tokens import ImageChunk, TextChunk, TokenizedPrompt
 from opsin.engine.clock import StageClock
-from opsin.engine.loop import Loop
-from opsin.engine.native_calls import Watch, unwatched
-from opsin.engine.policy import Policy
-from opsin.engine.request import AnswerStream, Request, Wake, wake_readers
-from opsin.engine.sequence import Sequence
-from opsin.engine.stats import Snapshot
+from opsin.engine.guard import Guard
+from opsin.engine.loop import Loop, Snapshot
+from opsin.engine.request import AnswerStream, Request, Sequence, Wake, wake_readers
+from opsin.engine.runner import Watch, unwatched
+from opsin.engine.scheduler import Policy
+from opsin.engine.text import AnswerText
 
 T = TypeVar("T")
 
 PREPARE_WORKERS = 2
-COMPILE_WORKERS = 1
 IMAGE_BYTES = 512 * 2**20
 """Embeddings kept in memory: about 200 images of a 7B LLaVA, in bytes."""
+_CLOSED = "The engine was closed before the answer was complete."
 
 
 class Engine:
     """A running model. Opening it loads the model; it is closed once, or used in a `with` block.
 
-    Tokenising and preprocessing happen in `PREPARE_WORKERS` threads, for requests with a schema or grammar in
-    `COMPILE_WORKERS` others, all else in one thread that owns the backend. `wake` is called on that thread with the
-    streams that got events in a step; by default it wakes their readers. `watch` is told of native calls. Raises what
-    `open_backend` raises.
+    Tokenizing and preprocessing happen in `PREPARE_WORKERS` threads, for requests with a schema or grammar in one of
+    its own, all else in one thread that owns the backend. `wake` is called on that thread with the streams that got
+    events in a step; by default it wakes their readers. `watch` is told of native calls. Raises what `open_backend`
+    raises.
     """
 
     def __init__(
@@ -55,20 +61,20 @@ class Engine:
         watch: Watch = unwatched,
     ) -> None:
         started = now()
+        policy = policy or Policy()
         self._now = now
         self._max_tokens = max_tokens
-        self._policy = policy or Policy()
         self._numbers = itertools.count()
-        self._queued = 0
-        self._lock = threading.Lock()
+        self._most = policy.parallel + policy.max_queue
+        self._room = threading.Semaphore(self._most)
         self._wake = wake
         self.images = images or EmbeddingCache(IMAGE_BYTES)
-        self._loop = Loop(open_backend, self._policy, self.images, now, wake=wake, watch=watch)
+        self._loop = Loop(open_backend, policy, self.images, self._prepare_pixels, now, wake=wake, watch=watch)
         self._backend = self._loop.start()
-        self._loop.on_pixels_needed = self._prepare_pixels
+        self._preparer = Preparer(self._backend, self.images, watch)
         self._workers = ThreadPoolExecutor(PREPARE_WORKERS, thread_name_prefix="opsin-prepare")
         # A schema may take long to compile: prompts without one do not wait for it.
-        self._compilers = ThreadPoolExecutor(COMPILE_WORKERS, thread_name_prefix="opsin-compile")
+        self._compilers = ThreadPoolExecutor(1, thread_name_prefix="opsin-compile")
         self.load_ms = (now() - started) * 1e3
 
     @property
@@ -89,7 +95,7 @@ class Engine:
     @property
     def stats(self) -> Snapshot:
         """Counters since the start, and what is so now."""
-        return self._loop.stats.snapshot
+        return self._loop.snapshot()
 
     def submit(
         self,
@@ -132,8 +138,10 @@ class Engine:
             clock.waited_since(waited_since)
         clock.start()
         clock.switch(Stage.QUEUE)
+        if not self._room.acquire(blocking=False):
+            raise QueueFull(f"{self._most} requests are running or waiting already: try again in a moment.")
         stream = AnswerStream(self._loop.wake, self._wake)
-        self._enter(stream)
+        stream.on_end = self._room.release
         constrained = params.json_schema is not None or params.grammar is not None
         workers = self._compilers if constrained else self._workers
         self._work(workers, lambda: self._prepare(request, stream, clock), stream)
@@ -143,32 +151,17 @@ class Engine:
     def _work(workers: ThreadPoolExecutor, work: Callable[[], None], stream: AnswerStream) -> None:
         """Do it in a worker; whatever goes wrong ends the stream. Raises EngineClosed."""
 
-        def run() -> None:
-            try:
-                work()
-            except BaseException as error:  # noqa: BLE001 - the stream's reader gets it, a worker has no other
+        def done(future: Future[None]) -> None:
+            # `close` drops what no worker has begun with; whoever waits for it must hear of that.
+            error = EngineClosed(_CLOSED) if future.cancelled() else future.exception()
+            if error is not None:
                 stream.fail(error)
 
         try:
-            future = workers.submit(run)
+            workers.submit(work).add_done_callback(done)
         except RuntimeError as error:
-            stream.fail(_closed())
+            stream.fail(EngineClosed(_CLOSED))
             raise EngineClosed("The engine is closed: open a new one.") from error
-        # `close` drops what no worker has begun with; whoever waits for it must hear of that.
-        future.add_done_callback(lambda f: stream.fail(_closed()) if f.cancelled() else None)
-
-    def _enter(self, stream: AnswerStream) -> None:
-        """Count a request until its stream ends. Raises QueueFull."""
-        with self._lock:
-            limit = self._policy.parallel + self._policy.max_queue
-            if self._queued >= limit:
-                raise QueueFull(f"{self._queued} requests are running or waiting already: try again in a moment.")
-            self._queued += 1
-        stream.on_end = self._leave
-
-    def _leave(self) -> None:
-        with self._lock:
-            self._queued -= 1
 
     def placement(self) -> Placement:
         """Prove where encoder and language model run, by running them once; not while answers are timed."""
@@ -192,7 +185,7 @@ class Engine:
         self.close()
 
     def _prepare(self, request: Request, stream: AnswerStream, clock: StageClock) -> None:
-        sequence = self._loop.prepare.sequence(request, stream, clock)
+        sequence = self._preparer.sequence(request, stream, clock)
         if sequence is not None:
             self._hand_over(sequence)
 
@@ -201,7 +194,7 @@ class Engine:
 
         def work() -> None:
             try:
-                self._loop.prepare.pixels(sequence)
+                self._preparer.pixels(sequence)
             except BaseException as error:  # noqa: BLE001 - the stream's reader gets it
                 sequence.stream.fail(error)
             self._hand_over(sequence)  # also when that failed: the engine's thread frees what it holds
@@ -219,5 +212,141 @@ class Engine:
             raise
 
 
-def _closed() -> EngineClosed:
-    return EngineClosed("The engine was closed before the answer was complete.")
+class InFlightEncodes:
+    """Images whose pixels a request has that is on its way: they will be encoded for all. Used by any thread.
+
+    One request preprocesses an image; others that ask about it at the same time wait for that, and need no pixels.
+    """
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._locks: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
+        self._held: Counter[str] = Counter()
+
+    @contextmanager
+    def alone(self, images: Iterable[str]) -> Iterator[None]:
+        """Hold these images (SHA-256 of their pixels) against others who would preprocess them at the same time."""
+        with ExitStack() as stack:
+            with self._guard:
+                # In one order for all, so that nobody waits for somebody who waits for him.
+                locks = [self._locks.setdefault(image, threading.Lock()) for image in sorted(set(images))]
+            for lock in locks:
+                stack.enter_context(lock)
+            yield
+
+    def __contains__(self, identity: str) -> bool:
+        return self._held[identity] > 0
+
+    def add(self, tokenized: TokenizedPrompt, salt: str) -> None:
+        """It has pixels that will be encoded; until it is closed nobody else of its salt needs them."""
+        pixels = (chunk for chunk in tokenized.chunks if isinstance(chunk, ImageChunk) and not chunk.placeholder)
+        identities = Counter(salted(chunk.identity, salt) for chunk in pixels)
+        if identities:
+            owned = ExitStack()
+            if tokenized.owned is not None:
+                owned.callback(tokenized.owned.close)
+            owned.callback(self._remove, identities)
+            with self._guard:
+                self._held += identities
+            tokenized.owned = owned
+
+    def _remove(self, identities: Counter[str]) -> None:
+        with self._guard:
+            self._held -= identities
+
+
+class Preparer:
+    """Makes a sequence of a request: constraint, remembered images, tokens, pixels. Any thread."""
+
+    def __init__(self, backend: Backend, images: EmbeddingCache, watch: Watch = unwatched) -> None:
+        self._backend = backend
+        self._images = images
+        self._watch = watch
+        self._in_flight = InFlightEncodes()
+        self._styles: dict[ReasoningStyle, tuple[dict[int, bytes], tuple[int, ...]]] = {}
+
+    def sequence(self, request: Request, stream: AnswerStream, clock: StageClock) -> Sequence | None:
+        """The sequence of a request; None when its reader went away. Raises BadInput."""
+        with clock.stage(Stage.OTHER):
+            # Here and not where the sampler is made: compiling a schema takes time, and others stream.
+            self._backend.check(request.params)
+        embeddings: dict[str, Embedding] = {}
+        # Whoever waits here gets no pixels, and is served by the encode of the request that has them.
+        with self._in_flight.alone(image.sha256 for image in request.prompt.images):
+            if stream.done:
+                return None
+            with clock.stage(Stage.PREPROCESS):
+                tokenized = self._tokenize(request, embeddings)
+        try:
+            _check_fit(tokenized, self._backend.limits)
+            text, closing = self._text(request)
+            sequence = Sequence(request, stream, clock, text, tokenized, embeddings, closing)
+        except BaseException:
+            tokenized.close()
+            raise
+        known = [chunk for chunk in tokenized.chunks if isinstance(chunk, ImageChunk) and chunk.identity in embeddings]
+        sequence.cached_images |= {chunk.image for chunk in known}
+        stream.deliver(Started(tokenized.images, tokenized.n_tokens))
+        return sequence
+
+    def pixels(self, sequence: Sequence) -> None:
+        """Tokenize a waiting sequence's prompt again, with pixels. Raises BadInput."""
+        with sequence.clock.stage(Stage.PREPROCESS):
+            sequence.adopt(self._tokenize(sequence.request, sequence.embeddings))
+
+    def _tokenize(self, request: Request, embeddings: dict[str, Embedding]) -> TokenizedPrompt:
+        def known(identity: str) -> bool:
+            name = salted(identity, request.salt)
+            embedding = self._images.get(name)
+            if embedding is not None:
+                embeddings[identity] = embedding
+            return identity in embeddings or name in self._in_flight
+
+        prompt = request.prompt
+        with self._watch(tuple(image.sha256 for image in prompt.images)):
+            tokenized = self._backend.tokenize(prompt.parts, add_bos=prompt.add_bos, known=known)
+        self._in_flight.add(tokenized, request.salt)
+        return tokenized
+
+    def _text(self, request: Request) -> tuple[AnswerText, tuple[int, ...]]:
+        """Its answer's text, and the tokens that close a reasoning block."""
+        prompt, params = request.prompt, request.params
+        style = prompt.reasoning
+        if style is not None and style not in self._styles:
+            tokens = {tag: self._tokens(tag) for tag in style.tags}
+            # The control tokens among the tags, with the text they stand for.
+            control = (tag for tag in style.tags if len(tokens[tag]) == 1 and not self._backend.piece(tokens[tag][0]))
+            self._styles[style] = {tokens[tag][0]: tag.encode() for tag in control}, tokens[style.closing]
+        tags, closing = ({}, ()) if style is None else self._styles[style]
+        prompt_texts = [part.text for part in prompt.parts if isinstance(part, TextPart)]
+        text = AnswerText(
+            stop=(*params.stop, *prompt.stop),
+            splitter=None if style is None else style.splitter(starts_inside=prompt.thinking),
+            guard=Guard("".join(prompt_texts)) if params.guard else None,
+            tags=tags,
+        )
+        return text, closing
+
+    def _tokens(self, text: str) -> tuple[int, ...]:
+        tokenized = self._backend.tokenize([TextPart(text)], add_bos=False)
+        tokenized.close()
+        return tuple(token for chunk in tokenized.chunks if isinstance(chunk, TextChunk) for token in chunk.tokens)
+
+
+def _check_fit(tokenized: TokenizedPrompt, limits: BackendLimits) -> None:
+    """A prompt needs its cells and one more for the first new token; what attends both ways goes in one ubatch."""
+    if tokenized.n_tokens == 0:
+        raise ContextOverflow("The prompt is empty: ask a question.")
+    if tokenized.n_tokens >= limits.n_ctx_seq:
+        images = f", {tokenized.n_image_tokens} of them for images" if tokenized.n_image_tokens else ""
+        if limits.n_ctx_seq < limits.n_ctx:
+            fix = f"this model was trained for {limits.n_ctx_seq} at most: shorten it, or give fewer or smaller images."
+        else:
+            fix = f"the context holds {limits.n_ctx}: ask for a larger one (--ctx), or for fewer or smaller images."
+        raise ContextOverflow(f"The prompt takes {tokenized.n_tokens} tokens{images}, and {fix}")
+    for chunk in tokenized.chunks:
+        if isinstance(chunk, ImageChunk) and not chunk.causal and chunk.n_tokens > limits.n_ubatch:
+            raise ContextOverflow(
+                f"An image takes {chunk.n_tokens} tokens that this model must read in one batch, and a batch holds "
+                f"{limits.n_ubatch}: give --ubatch {chunk.n_tokens} or more, or a smaller --image-max-tokens."
+            )

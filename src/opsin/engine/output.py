@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from opsin.core.answer import TokenLogprob
-from opsin.engine.sequence import Sequence
+from opsin.engine.request import Sequence
 
 
 class OutputProcessor:

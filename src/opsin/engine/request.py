@@ -1,38 +1,29 @@
-"""What a caller hands in, and the stream handed back."""
+"""One request: what its caller reads, where its prompt stands, what it answered, and why it ended."""
 
 from __future__ import annotations
 
 import asyncio
+import enum
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
-from opsin.core.answer import Answer, Event, Finished
-from opsin.core.errors import Cancelled, copy_of
+from opsin.cache import Prefix, units_of
+from opsin.core.answer import Answer, Event, Finished, Usage
+from opsin.core.backend import Embedding, Sampler
+from opsin.core.errors import Cancelled, OpsinError, copy_of
 from opsin.core.prompt import Prompt
-from opsin.core.sampling import SamplingParams
+from opsin.core.sampling import FinishReason, SamplingParams
+from opsin.core.tokens import Chunk, ImageChunk, TextChunk, TokenizedPrompt
+from opsin.engine.clock import StageClock, timings
+from opsin.engine.text import AnswerText
 
 MAX_UNREAD = 8192
 """Events that may wait for their reader."""
 
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One question.
-
-    `max_tokens` is the limit in force, `deadline` the end of its time in seconds of the engine's clock. Higher
-    `priority` goes first; within one, first come. Requests of different `salt` share nothing that is remembered.
-    """
-
-    prompt: Prompt
-    params: SamplingParams
-    max_tokens: int
-    seed: int
-    deadline: float | None = None
-    priority: int = 0
-    salt: str = ""
-    number: int = 0
+Limit = Literal["tokens", "seconds", "context", "guard"]
 
 
 class AnswerStream:
@@ -40,35 +31,29 @@ class AnswerStream:
 
     Delivery never blocks the engine. The stream ends after `Finished`, or raises the request's error. `on_cancel` and
     `on_end` are called once, when the reader goes away and when the last event is in. `wake` tells readers of several
-    streams that there is something to read.
+    streams that there is something to read. `done` is True once the last event or the error is in.
     """
 
     def __init__(self, on_cancel: Callable[[], None], wake: Wake | None = None) -> None:
         self._on_cancel = on_cancel
-        self.on_end: Callable[[], None] | None = None
-        self.cancelled = False
         self._wake = wake or wake_readers
         self._events: deque[Event] = deque()
         self._changed = threading.Condition()
         self._error: BaseException | None = None
-        self._done = False
         self._waiting = False
-        self._only_end = False
+        self.on_end: Callable[[], None] | None = None
+        self.done = self.cancelled = False
+        self.only_end = False  # its reader waits for the whole answer
         self.reader: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
-
-    @property
-    def done(self) -> bool:
-        """True once the last event or the error is in."""
-        return self._done
 
     def add(self, event: Event) -> None:
         """Put an event in without waking the reader: the engine wakes the readers of a whole step at once."""
-        if self._done:
+        if self.done:
             return
         if isinstance(event, Finished):
             self._events.append(event)
             self._end(None)
-        elif not self._only_end:
+        elif not self.only_end:
             self._events.append(event)
             if len(self._events) > MAX_UNREAD:
                 # Nobody reads: the answer ends here, and its memory is for others.
@@ -93,9 +78,9 @@ class AnswerStream:
 
     def _end(self, error: BaseException | None) -> None:
         with self._changed:
-            if self._done:
+            if self.done:
                 return
-            self._error, self._done = error, True
+            self._error, self.done = error, True
             on_end, self.on_end = self.on_end, None
         if on_end is not None:
             on_end()
@@ -103,61 +88,43 @@ class AnswerStream:
     def notify(self) -> None:
         """Wake a reader that waits in a thread."""
         # The reader sets the flag before it looks for events a last time, so none is missed.
-        if self._waiting and (self._done or not self._only_end):
+        if self._waiting and (self.done or not self.only_end):
             with self._changed:
                 self._changed.notify_all()
-
-    def left(self) -> None:
-        """The reader's event loop was closed under it: that is leaving, and no fault of the thread that delivers."""
-        self.reader, self.cancelled = None, True
-        self._end(Cancelled("The event loop of the answer's reader was closed."))
-        self.notify()
 
     def read_with(self, loop: asyncio.AbstractEventLoop, ready: asyncio.Event) -> None:
         """From now on `ready` is set, in that loop, whenever something can be taken: for a reader of many streams."""
         self.reader = (loop, ready)
-        if self._events or self._done:
+        if self._events or self.done:
             ready.set()
 
     def take(self) -> tuple[list[Event], BaseException | None]:
         """What has come since the last time, without waiting, and the error that the stream has ended with."""
-        events = []
-        while self._events:
-            events.append(self._events.popleft())
-        return events, self._error
+        return [self._events.popleft() for _ in range(len(self._events))], self._error
 
-    def _take(self) -> Event | None:
-        """The next event, None when there is none yet; raises the error, or StopIteration at the end."""
-        if self._events:
-            return self._events.popleft()
-        if not self._done:
-            return None
-        if self._events:  # put in just before the end
-            return self._events.popleft()
-        if self._error is not None:
-            # What is raised holds the frames it went through, and they hold this stream and the reader's images. Kept
-            # here, it would close a ring that only a full garbage collection opens, after megabytes of them.
-            error, self._error = self._error, copy_of(self._error)
-            try:
+    def _raise(self) -> None:
+        """All is read: raise the error, if that is how it ended."""
+        # What is raised holds the frames it went through, and they hold this stream and the reader's images. Kept here,
+        # it would close a ring that only a full garbage collection opens, after megabytes of them.
+        error, self._error = self._error, copy_of(self._error) if self._error is not None else None
+        try:
+            if error is not None:
                 raise error
-            finally:
-                del error
-        raise StopIteration
+        finally:
+            del error
 
     def __iter__(self) -> Iterator[Event]:
         """Events as they come, waiting in this thread."""
         while True:
-            try:
-                event = self._take()
-            except StopIteration:
+            done = self.done  # asked first, so that what was put in just before the end is read
+            while self._events:
+                yield self._events.popleft()
+            if done:
+                self._raise()
                 return
-            if event is not None:
-                yield event
-                continue
             with self._changed:
                 self._waiting = True
-                while not self._events and not self._done:
-                    self._changed.wait()
+                self._changed.wait_for(lambda: self._events or self.done)
                 self._waiting = False
 
     async def __aiter__(self) -> AsyncIterator[Event]:
@@ -167,22 +134,21 @@ class AnswerStream:
         try:
             while True:
                 ready.clear()
-                try:
-                    event = self._take()
-                except StopIteration:
+                done = self.done
+                while self._events:
+                    yield self._events.popleft()
+                if done:
+                    self._raise()
                     return
-                if event is None:
-                    await ready.wait()
-                else:
-                    yield event
+                await ready.wait()
         finally:
             self.reader = None
-            if not self._done:
+            if not self.done:
                 self.cancel()
 
     def result(self) -> Answer:
         """Wait for the whole answer. Raises the request's error."""
-        self._only_end = True
+        self.only_end = True
         for event in self:
             if isinstance(event, Finished):
                 return event.answer
@@ -190,39 +156,247 @@ class AnswerStream:
 
     async def answer(self) -> Answer:
         """Wait for the whole answer without blocking the loop. Raises the request's error."""
-        self._only_end = True
+        self.only_end = True
         async for event in self:
             if isinstance(event, Finished):
                 return event.answer
         raise Cancelled("The answer was already read.")
 
-    @property
-    def wants_waking(self) -> bool:
-        """Whether what is there now is worth waking the reader for."""
-        return self._done or not self._only_end
 
-
-Wake = Callable[[Sequence[AnswerStream]], None]
+Wake = Callable[[Iterable[AnswerStream]], None]
 """Called once a step with the streams that got events."""
 
 
-def wake_readers(streams: Sequence[AnswerStream]) -> None:
+def wake_readers(streams: Iterable[AnswerStream]) -> None:
     """Tell the readers of these streams that there is something to read, each event loop once."""
     by_loop: dict[asyncio.AbstractEventLoop, list[AnswerStream]] = {}
     for stream in streams:
         if stream.reader is None:
             stream.notify()
-        elif stream.wants_waking:
+        elif stream.done or not stream.only_end:
             by_loop.setdefault(stream.reader[0], []).append(stream)
     for loop, readers in by_loop.items():
         try:
             loop.call_soon_threadsafe(_set_all, readers)
-        except RuntimeError:
+        except RuntimeError:  # the loop was closed under its readers: that is leaving, and not this thread's fault
             for stream in readers:
-                stream.left()
+                stream.reader, stream.cancelled = None, True
+                stream.fail(Cancelled("The event loop of the answer's reader was closed."))
 
 
-def _set_all(streams: Sequence[AnswerStream]) -> None:
+def _set_all(streams: Iterable[AnswerStream]) -> None:
     for stream in streams:
         if stream.reader is not None:
             stream.reader[1].set()
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One question.
+
+    `max_tokens` is the limit in force, `deadline` the end of its time in seconds of the engine's clock. Higher
+    `priority` goes first; within one, first come. Requests of different `salt` share nothing that is remembered.
+    """
+
+    prompt: Prompt
+    params: SamplingParams
+    max_tokens: int
+    seed: int
+    deadline: float | None = None
+    priority: int = 0
+    salt: str = ""
+    number: int = 0
+
+
+class State(enum.Enum):
+    """A sequence goes down this list, may go from any line to the last, and from the middle back to the first."""
+
+    WAITING = "waiting"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    DONE = "done"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """The state of one request; changed by the engine's thread alone once it was handed over.
+
+    The prompt is read at a cursor: `chunk_index` names the chunk, `chunk_offset` the next token or row in it.
+
+        chunks:      [ text 0 ........ ][ image 1 ........... ][ text 2 ... ]
+        decoded:    ################   ######################  ###
+        cursor:                                    chunk_index=2, chunk_offset=3
+
+    `chunks` are those of `tokenized`, and after a preemption the tokens answered so far as one more. `n_pos` is the
+    next free position, `n_cells` the KV cells it sees (they differ under M-RoPE), `cached` those it got from a prefix.
+    `last_token` was sampled and not yet decoded. `forced` are tokens to take instead of sampling, `closing` those that
+    close a reasoning block. `prefix` is its entry in the KV cache manager. `embeddings` are the known ones of its image
+    chunks, by identity; `cached_images` had a chunk whose embedding was remembered, `encoded_images` one that was
+    encoded for this request. `turn` orders who works on an image next.
+    """
+
+    request: Request
+    stream: AnswerStream
+    clock: StageClock
+    output: AnswerText
+    tokenized: TokenizedPrompt
+    embeddings: dict[str, Embedding] = field(default_factory=dict, repr=False)
+    closing: tuple[int, ...] = ()
+    chunks: list[Chunk] = field(init=False)
+    prefix: Prefix = field(init=False)
+    state: State = State.WAITING
+    sampler: Sampler | None = None
+    chunk_index: int = 0
+    chunk_offset: int = 0
+    n_pos: int = 0
+    n_cells: int = 0
+    cached: int = 0
+    preemptions: int = 0
+    last_token: int = -1
+    forced: list[int] = field(default_factory=list)
+    cached_images: set[int] = field(default_factory=set)
+    encoded_images: set[int] = field(default_factory=set)
+    turn: int = 0
+    finish_reason: FinishReason | None = None
+    limit: Limit | None = None
+    error: OpsinError | None = None
+
+    def __post_init__(self) -> None:
+        self._read_chunks()
+
+    def _read_chunks(self) -> None:
+        self.chunks = [chunk for chunk in self.tokenized.chunks if chunk.n_tokens]
+        if self.output.tokens:
+            self.chunks.append(TextChunk(tuple(self.output.tokens)))
+        self.prefix = Prefix(units_of(self.chunks, self.request.salt))
+
+    @property
+    def seq_id(self) -> int:
+        """The id of its cells in the KV cache, -1 for none."""
+        return self.prefix.seq_id
+
+    @property
+    def chunk(self) -> Chunk | None:
+        """The chunk at the cursor; None behind the last."""
+        return self.chunks[self.chunk_index] if self.chunk_index < len(self.chunks) else None
+
+    @property
+    def embedding(self) -> Embedding | None:
+        """The embedding of the image chunk at the cursor, when it is known."""
+        chunk = self.chunk
+        return self.embeddings.get(chunk.identity) if isinstance(chunk, ImageChunk) else None
+
+    @property
+    def to_fill(self) -> int:
+        """Cells that the rest of the prompt will take."""
+        return sum(chunk.n_tokens for chunk in self.chunks[self.chunk_index :]) - self.chunk_offset
+
+    @property
+    def images_ahead(self) -> list[ImageChunk]:
+        """Image chunks from the cursor on."""
+        return [chunk for chunk in self.chunks[self.chunk_index :] if isinstance(chunk, ImageChunk)]
+
+    @property
+    def to_encode(self) -> list[ImageChunk]:
+        """Image chunks from the cursor on whose embeddings are not known."""
+        return [chunk for chunk in self.images_ahead if chunk.identity not in self.embeddings]
+
+    def start(self) -> None:
+        """Begin behind the units of the prompt that are in the KV cache already."""
+        ready = self.prefix.ready
+        self.n_cells, self.n_pos = self.prefix.cells(ready), self.prefix.positions(ready)
+        self.chunk_index, self.chunk_offset = 0, self.n_cells
+        while self.chunk_offset >= self.chunks[self.chunk_index].n_tokens:  # at least one unit is left to be decoded
+            self.chunk_offset -= self.chunks[self.chunk_index].n_tokens
+            self.chunk_index += 1
+        self.state = State.PREFILL
+        if self.preemptions == 0:
+            self.cached = self.n_cells
+            before = self.chunks[: self.chunk_index]
+            self.cached_images |= {chunk.image for chunk in before if isinstance(chunk, ImageChunk)}
+
+    def advance(self, tokens: int) -> None:
+        """`tokens` more of the chunk at the cursor were decoded."""
+        chunk = self.chunk
+        assert chunk is not None
+        self.chunk_offset += tokens
+        self.n_cells += tokens
+        whole = self.chunk_offset == chunk.n_tokens
+        assert self.chunk_offset <= chunk.n_tokens, "the cursor left its chunk"
+        if isinstance(chunk, TextChunk):
+            self.prefix.ready += tokens
+            self.n_pos += tokens
+        elif whole:  # one unit: an image counts when it is whole
+            self.prefix.ready += 1
+            self.n_pos += chunk.n_pos
+        if whole:
+            self.chunk_index += 1
+            self.chunk_offset = 0
+            if self.chunk_index == len(self.chunks):
+                self.state = State.DECODE
+
+    def decoded(self) -> None:
+        """The last token sampled is in the KV cache now."""
+        prefix = self.prefix
+        prefix.units.append(self.last_token)
+        prefix.ready += 1
+        self.n_pos += 1
+        self.n_cells += 1
+
+    def preempt(self) -> None:
+        """Its cells are needed elsewhere: it waits again, with what it answered so far as a part of its prompt."""
+        self.clock.leave()
+        self._read_chunks()
+        self.chunk_index = self.chunk_offset = 0
+        self.state = State.WAITING
+        self.preemptions += 1
+
+    def adopt(self, tokenized: TokenizedPrompt) -> None:
+        """Take the same prompt tokenized anew, and close the old one; for a sequence that waits."""
+        self.tokenized.close()
+        self.tokenized = tokenized
+        self._read_chunks()
+
+    def drop_pixels(self) -> None:
+        """When all images are encoded nobody needs their pixels: with 12 megapixels each they fill the memory."""
+        pixels = any(isinstance(chunk, ImageChunk) and not chunk.placeholder for chunk in self.tokenized.chunks)
+        if pixels and not self.to_encode:
+            self.tokenized.close()
+            self.request = replace(self.request, prompt=replace(self.request.prompt, parts=()))
+
+    def end(self, reason: FinishReason, limit: Limit | None = None) -> None:
+        """The answer ends here; the first reason counts."""
+        if self.state is not State.DONE:
+            self.state, self.finish_reason, self.limit = State.DONE, reason, limit
+
+    def end_with(self, error: OpsinError) -> None:
+        """It failed by itself, in the middle of a step: it is freed behind that, and its reader told."""
+        self.error = error
+        self.end("cancelled")
+
+    def answer(self) -> Answer:
+        """The whole answer, with the account of its time; called once, at the end."""
+        assert self.finish_reason is not None
+        stages, output, tokenized = self.clock.freeze(), self.output, self.tokenized
+        usage = Usage(tokenized.n_tokens, len(output.tokens), tokenized.n_image_tokens, self.cached)
+        remembered = self.cached_images - self.encoded_images
+        return Answer(
+            text=output.text,
+            reasoning=output.reasoning,
+            finish_reason=self.finish_reason,
+            usage=usage,
+            stages=stages,
+            timings=timings(
+                stages,
+                prompt_tokens=usage.prompt_tokens,
+                cached_tokens=usage.cached_tokens,
+                predicted_tokens=usage.completion_tokens,
+            ),
+            images=tuple(replace(image, cached=i in remembered) for i, image in enumerate(tokenized.images)),
+            guard=output.verdict,
+            limit=self.limit,
+            logprobs=tuple(output.logprobs),
+            tokens=tuple(output.tokens),
+            max_tokens=self.request.max_tokens,
+            intervals=self.clock.intervals(),
+        )

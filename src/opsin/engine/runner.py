@@ -7,21 +7,32 @@ of prefill and decode would be found in whichever call reads the logits next.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from opsin.cache import EmbeddingCache, salted
+from opsin.cache.memory import Fork, KVOp
 from opsin.core.answer import Progress, TokenLogprob
 from opsin.core.backend import Backend, EmbeddingRows, Sampler, TokenBatch
 from opsin.core.errors import DecodeFailed, OpsinError
-from opsin.core.sampling import SamplingParams
 from opsin.core.stages import Stage
 from opsin.core.tokens import ImageChunk
 from opsin.engine.clock import GroupClock, Now
-from opsin.engine.native_calls import Watch, unwatched
-from opsin.engine.plan import Encode, Fork, KVOp, PrefillImage, Step, Tokens
-from opsin.engine.sequence import Sequence, State
+from opsin.engine.request import Sequence, State
+from opsin.engine.scheduler import Encode, PrefillImage, Step, Tokens
 
 Sampled = tuple[Sequence, int, TokenLogprob | None]
+
+Watch = Callable[[tuple[str, ...]], AbstractContextManager[None]]
+"""Entered around a native call, with the `sha256` of the images that it works on (none: it works on text). Calls may be
+nested, and come from the engine's thread and from those that preprocess images."""
+
+_NOTHING = nullcontext()
+
+
+def unwatched(_: tuple[str, ...]) -> AbstractContextManager[None]:
+    """Nobody wants to know of native calls."""
+    return _NOTHING
 
 
 class PixelsNeeded(Exception):
@@ -51,10 +62,10 @@ class Runner:
         """Carry KV cache operations out, in order; gives what failed, by the id of the sequence it was for."""
         failed: dict[int, OpsinError] = {}
         for operation in operations:
-            seq_id = operation.target if isinstance(operation, Fork) else operation.seq_id
+            seq_id = operation.seq_id
             try:
                 if isinstance(operation, Fork):
-                    self._backend.kv_copy(operation.source, operation.target, 0, operation.end)
+                    self._backend.kv_copy(operation.source, seq_id, 0, operation.end)
                 elif not self._backend.kv_remove(seq_id, 0, -1):
                     raise DecodeFailed(f"The KV cache cannot forget sequence {seq_id}: load the model again.")
             except OpsinError as error:
@@ -63,8 +74,10 @@ class Runner:
 
     def begin(self, sequence: Sequence) -> None:
         """An admitted sequence gets its sampler, and keeps it over preemptions. Raises BadGrammar."""
-        if sequence.sampler is None:
-            sequence.sampler = self._backend.sampler(_params(sequence), sequence.request.seed)
+        params = sequence.request.params
+        if sequence.output.thinking:  # a schema describes the answer, not the reasoning before it
+            params = params.model_copy(update={"json_schema": None, "grammar": None})
+        sequence.sampler = self._backend.sampler(params, sequence.request.seed)
 
     def end(self, sequence: Sequence) -> None:
         """Give back what an ended sequence holds beside its cells."""
@@ -87,14 +100,14 @@ class Runner:
         self._encode(step, between)
         return True
 
-    def sample(self, step: Step) -> list[Sampled]:
+    def sample(self, step: Tokens | PrefillImage) -> list[Sampled]:
         """Sample a token for everyone whose logits the step computed. Who fails ends alone, with its error."""
         rows = _rows(step)
         if not rows:
             return []
         # Those that decoded share the group's clock; the others get their first token.
         first = [s for s, _ in (rows[len(step.decode) :] if isinstance(step, Tokens) else rows)]
-        self._switch(first, Stage.SAMPLE, self.now)
+        self._switch(first, Stage.SAMPLE, Stage.SAMPLE, self.now)
         wanted: list[tuple[Sampler, int, int | None]] = []
         tokens: list[Sampled] = []
         sampling: list[Sequence] = []
@@ -109,20 +122,19 @@ class Runner:
                 sampling.append(sequence)
         for sequence, result in zip(sampling, self._backend.sample(wanted), strict=True):
             if isinstance(result, OpsinError):
-                sequence.error = result
-                sequence.end("cancelled")
+                sequence.end_with(result)
             else:
                 tokens.append((sequence, *result))
         self.now = self._clock()
-        self._switch(first, Stage.DETOKENIZE, self.now)
+        self._switch(first, Stage.DETOKENIZE, Stage.DETOKENIZE, self.now)
         return tokens
 
-    def settled(self, step: Step) -> None:
+    def settled(self, step: Tokens | PrefillImage) -> None:
         """The step's output is processed: its stages end, and whoever answers from here on joins the group."""
         self.now = now = self._clock()
         self.group.switch(self.group_idle, now)
-        others = step.prefill if isinstance(step, Tokens) else (step,)
-        for sequence in [part.sequence for part in others]:
+        for part in step.prefill if isinstance(step, Tokens) else (step,):
+            sequence = part.sequence
             if sequence.state is State.DECODE:
                 sequence.clock.join(self.group)
             else:
@@ -135,71 +147,60 @@ class Runner:
             sequence.sampler.close()
             sequence.sampler = self._backend.sampler(params, sequence.request.seed)
 
-    def last_position(self, seq_id: int) -> int:
-        """What the backend itself says of a sequence."""
-        return self._backend.kv_last(seq_id)
+    def _switch(self, sequences: Iterable[Sequence], own: Stage, group: Stage, now: float) -> None:
+        self.group.switch(group, now)
+        for sequence in sequences:
+            sequence.clock.switch(own, now)
 
-    def _switch(self, first: list[Sequence], stage: Stage, now: float) -> None:
-        self.group.switch(stage, now)
-        for sequence in first:
-            sequence.clock.switch(stage, now)
+    @contextmanager
+    def _native(self, sequences: list[Sequence], own: Stage, group: Stage, images: tuple[str, ...]) -> Iterator[None]:
+        """A native call is the stage `own` of these sequences, and `group` of those that decode."""
+        self._switch(sequences, own, group, self._clock())
+        try:
+            with self._watch(images):
+                yield
+        finally:
+            self.now = self._clock()
+            self._switch(sequences, self.idle_stage, self.group_idle, self.now)
 
     def _encode(self, step: Encode, between: Callable[[], None] | None) -> None:
         sequence, chunk = step.sequence, step.chunk
-        embedding = self._images.in_memory(salted(chunk.identity, sequence.request.salt))
-        if embedding is not None:
-            sequence.embeddings[chunk.identity] = embedding
+        name = salted(chunk.identity, sequence.request.salt)
+        known = self._images.in_memory(name)
+        if known is not None:
+            sequence.embeddings[chunk.identity] = known
             sequence.cached_images.add(chunk.image)
             return
         if chunk.placeholder:
             raise PixelsNeeded
         sequence.stream.deliver(Progress(f"reading image {chunk.image + 1} of {len(sequence.tokenized.images)}"))
-        batch = [(sequence, chunk), *self._unknown(step)]
-        owners = list({id(owner): owner for owner, _ in batch}.values())
-        self._begin_stage(owners, Stage.ENCODE, Stage.QUEUE)
-        try:
-            with self._watch(tuple(_sha256(owner, chunk) for owner, chunk in batch)):
-                if len(batch) > 1:
-                    embeddings = self._backend.encode_many([chunk for _, chunk in batch])
-                else:
-                    embeddings = [self._backend.encode(chunk, between)]
-        finally:
-            self._end_stage(owners)
-        for (owner, chunk), embedding in zip(batch, embeddings, strict=True):
+        batch = {name: (sequence, chunk)}
+        for owner, other in step.beside:
+            name = salted(other.identity, owner.request.salt)
+            # Since the plan was made an owner may have ended and closed its chunks.
+            ended = owner.state is State.DONE or owner.stream.done
+            if not ended and not other.placeholder and self._images.in_memory(name) is None:
+                batch.setdefault(name, (owner, other))
+        owners = list({id(owner): owner for owner, _ in batch.values()}.values())
+        with self._native(owners, Stage.ENCODE, Stage.QUEUE, tuple(_sha256(*pair) for pair in batch.values())):
+            if len(batch) > 1:
+                embeddings = self._backend.encode_many([other for _, other in batch.values()])
+            else:
+                embeddings = [self._backend.encode(chunk, between)]
+        for (name, (owner, encoded)), embedding in zip(batch.items(), embeddings, strict=True):
             self.encodes += 1
-            owner.encoded_images.add(chunk.image)
-            owner.embeddings[chunk.identity] = embedding
-            self._images.put(salted(chunk.identity, owner.request.salt), embedding)
-
-    def _unknown(self, step: Encode) -> list[tuple[Sequence, ImageChunk]]:
-        """The chunks beside it that have pixels and no known embedding, each once.
-
-        Since the plan was made an owner may have ended and closed its chunks.
-        """
-        seen = {salted(step.chunk.identity, step.sequence.request.salt)}
-        unknown = []
-        for owner, chunk in step.beside:
-            identity = salted(chunk.identity, owner.request.salt)
-            if owner.state is State.DONE or owner.stream.done or chunk.placeholder or identity in seen:
-                continue
-            if self._images.in_memory(identity) is None:
-                seen.add(identity)
-                unknown.append((owner, chunk))
-        return unknown
+            owner.encoded_images.add(encoded.image)
+            owner.embeddings[encoded.identity] = embedding
+            self._images.put(name, embedding)
 
     def _prefill_image(self, step: PrefillImage) -> bool:
-        sequence = step.sequence
+        sequence, chunk = step.sequence, step.chunk
         embedding = sequence.embedding
         assert embedding is not None, "an image is encoded before it is prefilled"
-        rows = EmbeddingRows(
-            rows=embedding[step.start : step.stop],
-            positions=step.chunk.positions_at(sequence.n_pos, step.start, step.stop),
-            seq_id=sequence.seq_id,
-            logits=step.last,
-            causal=step.chunk.causal,
-        )
-        images = (_sha256(sequence, step.chunk),)
-        return self._decode(rows, [sequence], Stage.IMAGE_PREFILL, Stage.QUEUE, images)
+        positions = chunk.positions_at(sequence.n_pos, step.start, step.stop)
+        rows = EmbeddingRows(embedding[step.start : step.stop], positions, sequence.seq_id, step.last, chunk.causal)
+        with self._native([sequence], Stage.IMAGE_PREFILL, Stage.QUEUE, (_sha256(sequence, chunk),)):
+            return self._decode(rows)
 
     def _tokens(self, step: Tokens) -> bool:
         decode = step.decode
@@ -209,49 +210,23 @@ class Runner:
             [s.prefix.seq_id for s in decode],
             list(range(len(decode))),
         )
-        for part in step.prefill:
-            sequence = part.sequence
-            batch.append(part.tokens, sequence.n_pos, sequence.seq_id, logits=part.last)
         filling = [part.sequence for part in step.prefill]
-        return self._decode(batch, filling, Stage.TEXT_PREFILL, Stage.DECODE if decode else Stage.QUEUE)
+        for part in step.prefill:
+            batch.append(part.tokens, part.sequence.n_pos, part.sequence.seq_id, logits=part.last)
+        with self._native(filling, Stage.TEXT_PREFILL, Stage.DECODE if decode else Stage.QUEUE, ()):
+            return self._decode(batch)
 
-    def _decode(
-        self,
-        rows: TokenBatch | EmbeddingRows,
-        filling: list[Sequence],
-        own: Stage,
-        group: Stage,
-        images: tuple[str, ...] = (),
-    ) -> bool:
-        self._begin_stage(filling, own, group)
-        try:
-            with self._watch(images):
-                done = self._backend.decode(rows)
-                if done:
-                    self._backend.synchronize()
-        finally:
-            self._end_stage(filling)
+    def _decode(self, rows: TokenBatch | EmbeddingRows) -> bool:
+        done = self._backend.decode(rows)
+        if done:
+            self._backend.synchronize()
         return done
 
-    def _begin_stage(self, sequences: Iterable[Sequence], own: Stage, group: Stage) -> None:
-        now = self._clock()
-        self.group.switch(group, now)
-        for sequence in sequences:
-            sequence.clock.switch(own, now)
 
-    def _end_stage(self, sequences: Iterable[Sequence]) -> None:
-        self.now = now = self._clock()
-        self.group.switch(self.group_idle, now)
-        for sequence in sequences:
-            sequence.clock.switch(self.idle_stage, now)
-
-
-def _rows(step: Step) -> list[tuple[Sequence, int]]:
+def _rows(step: Tokens | PrefillImage) -> list[tuple[Sequence, int]]:
     """Who gets a token from the logits that the step computed, and from which row of its batch."""
-    if isinstance(step, PrefillImage):
-        return [(step.sequence, step.stop - step.start - 1)] if step.last else []
     if not isinstance(step, Tokens):
-        return []
+        return [(step.sequence, step.stop - step.start - 1)] if step.last else []
     rows = [(sequence, row) for row, sequence in enumerate(step.decode)]
     row = len(step.decode) - 1
     for part in step.prefill:
@@ -263,11 +238,3 @@ def _rows(step: Step) -> list[tuple[Sequence, int]]:
 
 def _sha256(sequence: Sequence, chunk: ImageChunk) -> str:
     return sequence.tokenized.images[chunk.image].sha256
-
-
-def _params(sequence: Sequence) -> SamplingParams:
-    """A schema describes the answer, not the reasoning before it."""
-    params = sequence.request.params
-    if not sequence.output.thinking:
-        return params
-    return params.model_copy(update={"json_schema": None, "grammar": None})

@@ -1,18 +1,132 @@
-"""Who is admitted, and whose cells go; `steps` says what the next step computes.
+"""Who is admitted, whose cells go, and what the next step computes.
 
 A function of its state and the clock that is handed in: it touches no backend, reads no time, and the same history
-gives the same plans. What it plans counts as done when `ran` is called with it.
+gives the same steps. What has to be done in the KV cache before a step collects in `Scheduler.kv`. A step is one
+ubatch, and counts as done when `ran` is called with it.
 """
 
 from __future__ import annotations
 
-from opsin.cache import Prefix
+import itertools
+from dataclasses import dataclass
+
+from opsin.cache.memory import KVCacheManager, Prefix
 from opsin.core.backend import BackendLimits
-from opsin.engine.kv_cache import KVCacheManager
-from opsin.engine.plan import KVOp, Plan, PrefillImage, Step, Tokens, cells_needed, without
-from opsin.engine.policy import Policy
-from opsin.engine.sequence import Sequence
-from opsin.engine.steps import StepChooser
+from opsin.core.tokens import ImageChunk, TextChunk
+from opsin.engine.request import Sequence, State
+
+_FEWEST_ROWS = 16
+"""Rows of a prefill step that reads all weights once; fewer would hardly be quicker."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The numbers the scheduler decides by; times in seconds, sizes in tokens.
+
+    While an answer streams, a prefill step takes about `slice_seconds`, which bounds the pause of that stream, and has
+    `slice` rows until the time of a row is known. While images are worked on, streams wait for their next token so
+    long that their steps take `stream_share` of the time, but at least `shortest_wait` and at most `longest_wait`. When
+    more than `few` are served, waits and slices grow with the square of that, up to `crowded_wait`: the more streams
+    there are, the more a step of theirs costs, and the cheaper it is to decode all of them together afterwards.
+    With `decode_in_encode` streams get their tokens between two layers of an encode, too.
+
+    `wait_for` is how many more tokens a prefix that is being filled must share than one that is ready, for a request
+    to wait for it. At most `idle_cells` cells of ended sequences are kept for their prefixes (None: until the room is
+    needed). `max_queue` requests may wait.
+    """
+
+    parallel: int = 1
+    slice: int = 64
+    slice_seconds: float = 0.27
+    shortest_wait: float = 0.03
+    longest_wait: float = 0.25
+    crowded_wait: float = 0.8
+    few: int = 4
+    stream_share: float = 0.05
+    decode_in_encode: bool = True
+    wait_for: int = 32
+    idle_cells: int | None = None
+    max_queue: int = 256
+    keep_prefixes: bool = True
+
+    @classmethod
+    def for_device(cls, *, gpu: bool, parallel: int, max_queue: int) -> Policy:
+        """What suits the device that the language model is on.
+
+        On a GPU an image takes 20 to 50 ms and stopping its graph costs more than that is worth, so streams get their
+        turn between steps, and half of the time. On a CPU attention looks at idle cells, too: not many are kept.
+        """
+        if not gpu:
+            return cls(parallel, idle_cells=4096, max_queue=max_queue)
+        return cls(
+            parallel, slice=512, slice_seconds=0.05, stream_share=0.5, decode_in_encode=False, max_queue=max_queue
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Encode:
+    """Run the vision encoder on the image chunk at the sequence's cursor, unless its embedding is known.
+
+    `beside` are chunks that the encoder can take in the same call, with the sequences that have them.
+    """
+
+    sequence: Sequence
+    chunk: ImageChunk
+    beside: tuple[tuple[Sequence, ImageChunk], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillImage:
+    """Decode embedding rows [start, stop) of the image chunk at the cursor; `last` asks for logits."""
+
+    sequence: Sequence
+    chunk: ImageChunk
+    start: int
+    stop: int
+    last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Some tokens of one sequence, at its next positions; `last` asks for the last one's logits."""
+
+    sequence: Sequence
+    tokens: tuple[int, ...]
+    last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """One new token for each sequence that answers, and slices of prompts, all in one ubatch."""
+
+    decode: tuple[Sequence, ...]
+    prefill: tuple[Slice, ...] = ()
+
+
+Step = Encode | PrefillImage | Tokens
+
+
+def cells_needed(step: Step) -> int:
+    """KV cells that a step takes."""
+    if isinstance(step, Tokens):
+        return len(step.decode) + sum(len(part.tokens) for part in step.prefill)
+    return step.stop - step.start if isinstance(step, PrefillImage) else 0
+
+
+def members_of(step: Step) -> tuple[Sequence, ...]:
+    """All sequences that a step computes for."""
+    if isinstance(step, Tokens):
+        return (*step.decode, *(part.sequence for part in step.prefill))
+    return (step.sequence,)
+
+
+def _without(step: Step, sequence: Sequence) -> Step | None:
+    """What is left of a step when one sequence is not part of it any more."""
+    if not isinstance(step, Tokens):
+        return None if step.sequence is sequence else step
+    decode = tuple(s for s in step.decode if s is not sequence)
+    prefill = tuple(part for part in step.prefill if part.sequence is not sequence)
+    return Tokens(decode, prefill) if decode or prefill else None
 
 
 class Scheduler:
@@ -20,61 +134,57 @@ class Scheduler:
 
     No more run than a ubatch has rows, so that each of them gets on in every step of their kind. When there is too
     little room, idle prefixes go first, then the youngest running sequence of the lowest priority is put back into the
-    queue instead of failing anybody.
+    queue instead of failing anybody. `waiting` is in the order of admission, `running` has those that hold cells,
+    oldest first.
     """
 
     def __init__(self, limits: BackendLimits, policy: Policy) -> None:
         self._limits = limits
         self._policy = policy
         self._parallel = min(policy.parallel, limits.n_ubatch)
-        self.kv = KVCacheManager(limits, keep_prefixes=policy.keep_prefixes)
-        self._waiting: list[Sequence] = []
-        self._running: list[Sequence] = []
-        self._steps = StepChooser(limits, policy)
+        self._last_decode = float("-inf")
+        self._step_seconds = self._row_seconds = 0.0
+        self._asked: float | None = None
+        self._text_next = True
+        self._image_last = False
         self._turns = 0
+        self.kv = KVCacheManager(limits, keep_prefixes=policy.keep_prefixes)
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
         self.preemptions = 0
 
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not self._waiting and not self._running
-
-    @property
-    def waiting(self) -> tuple[Sequence, ...]:
-        """Those that wait for admission, in order."""
-        return tuple(self._waiting)
-
-    @property
-    def running(self) -> tuple[Sequence, ...]:
-        """Those that hold cells, oldest first."""
-        return tuple(self._running)
+        return not self.waiting and not self.running
 
     def add(self, sequence: Sequence) -> None:
         """Let a sequence wait for its turn."""
-        self._waiting.append(sequence)
-        self._waiting.sort(key=lambda s: (-s.request.priority, s.request.number))
+        self.waiting.append(sequence)
+        self.waiting.sort(key=lambda s: (-s.request.priority, s.request.number))
 
-    def plan(self, now: float) -> Plan:
-        """Admit who can be admitted, then choose one step."""
-        if self._waiting:
+    def plan(self, now: float) -> Step | None:
+        """Admit who can be admitted, then choose one step; None when there is nothing to compute."""
+        if self.waiting:
             self._admit()
-        step = self._secured(self._steps.choose(self._running, now))
-        return Plan(self.kv.take_ops(), step)
+        return self._secured(self._choose(now))
 
     def plan_turn(self, now: float) -> Tokens | None:
         """A decode step between two layers of an encode: no admission, no fork, no eviction; None if it is not due."""
-        decoding = self._steps.decoding(self._running)
-        if not decoding or not self._steps.due_within(now) or len(decoding) > self.kv.room:
+        decoding = self._decoding()
+        if not decoding:
             return None
-        return Tokens(decoding)
+        # Asked again and again in an encode: the next time is as far ahead as the last one is behind.
+        since, self._asked = self._asked, now
+        due = self._due(now, 0.0 if since is None else now - since)
+        return Tokens(decoding) if due and len(decoding) <= self.kv.room else None
 
     def ran(self, step: Step, now: float, seconds: float = 0.0) -> None:
         """A step was carried out: move cursors and counts on. Sampled tokens come through the sequences."""
-        silent = not self._steps.decoding(self._running)
-        self._steps.ran(step, now, seconds, silent=silent)
+        self._learn(step, now, seconds)
         if isinstance(step, PrefillImage):
             self._advance(step.sequence, step.stop - step.start)
-            if step.stop == step.chunk.n_tokens and not step.sequence.inside_image(step.chunk.image):
+            if all(chunk.image != step.chunk.image for chunk in step.sequence.images_ahead):
                 self._to_end_of_line(step.sequence)
         elif isinstance(step, Tokens):
             append = self.kv.cells.append
@@ -84,39 +194,47 @@ class Scheduler:
             for part in step.prefill:
                 self._advance(part.sequence, len(part.tokens))
 
-    def release(self, sequence: Sequence, *, keep: bool) -> tuple[KVOp, ...]:
+    def release(self, sequence: Sequence, *, keep: bool) -> None:
         """A sequence ended: its cells stay as an idle prefix (`keep`), or are free."""
-        if sequence in self._waiting:
-            self._waiting.remove(sequence)
-        elif sequence in self._running:
-            self._running.remove(sequence)
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+        elif sequence in self.running:
+            self.running.remove(sequence)
             if keep:
                 self.kv.retire(sequence.prefix)
-                self._shed_idle_cells()
+                # Where attention looks at idle cells, too, each costs time.
+                most = self._policy.idle_cells
+                while most is not None and self.kv.cells.held_by(self.kv.idle) > most:
+                    self.kv.evict_oldest()
             else:
                 self.kv.free(sequence.prefix)
-        return self.kv.take_ops()
 
-    def put_back(self, sequence: Sequence) -> tuple[KVOp, ...]:
+    def put_back(self, sequence: Sequence) -> None:
         """A running sequence gives its cells up and leaves; it comes again by `add`."""
-        self._running.remove(sequence)
+        self.running.remove(sequence)
         self.kv.free(sequence.prefix)
         sequence.preempt()
-        return self.kv.take_ops()
 
-    def relieve(self) -> tuple[KVOp, ...]:
-        """The backend had no room although the counts said so: give something up. Empty when nothing is left."""
-        if not self.kv.evict_oldest() and len(self._running) > 1:
-            self._preempt(self._last_in_line())
-        return self.kv.take_ops()
+    def relieve(self) -> bool:
+        """The backend had no room although the counts said so: give something up. False when nothing is left."""
+        if self.kv.evict_oldest():
+            return True
+        if len(self.running) < 2:
+            return False
+        self._preempt(self._last_in_line())
+        return True
 
     def check(self) -> None:
         """The counts agree with each other. Raises AssertionError."""
-        self.kv.check(s.seq_id for s in self._running)
-        for sequence in self._running:
+        self.kv.check(s.seq_id for s in self.running)
+        for sequence in self.running:
             assert self.kv.cells.held(sequence.seq_id) == sequence.n_cells, "a sequence's cells differ from the count"
             assert sequence.n_cells <= self._limits.n_ctx_seq, "a sequence holds more than it may"
-        assert len(self._running) <= self._parallel
+        assert len(self.running) <= self._parallel
+
+    def _decoding(self) -> tuple[Sequence, ...]:
+        """Those whose answers have begun."""
+        return tuple([s for s in self.running if s.state is State.DECODE])
 
     def _advance(self, sequence: Sequence, tokens: int) -> None:
         self.kv.cells.append(sequence.seq_id, tokens)
@@ -127,44 +245,34 @@ class Scheduler:
         self._turns += 1
         sequence.turn = self._turns
 
-    # Admission ----------------------------------------------------------------------------------------------------
-
     def _admit(self) -> None:
-        for sequence in list(self._waiting):
-            if len(self._running) >= self._parallel:
+        for sequence in list(self.waiting):
+            if len(self.running) >= self._parallel:
                 return
             prefix = sequence.prefix
-            match, source, ready = self.kv.match(prefix), None, 0
+            match, source, ready = self.kv.index.match(prefix), None, 0
             if match is not None:
-                coming = prefix.planned_cells(match.coming) - prefix.planned_cells(match.ready)
-                if coming >= self._policy.wait_for:
+                if prefix.cells(match.coming) - prefix.cells(match.ready) >= self._policy.wait_for:
                     continue  # somebody fills what this one needs: forking it later is cheaper than filling it twice
                 # The last token is always decoded again, so that there are logits.
-                source, ready = match.prefix, min(match.ready, len(prefix.planned) - 1)
+                source, ready = match.prefix, min(match.ready, len(prefix.units) - 1)
             if not self._has_room(prefix, source, ready):
-                if self._running:
+                if self.running:
                     return  # cells come back when somebody ends
                 # Only the source itself is left: without it, a prompt that fits the context fits now.
                 source, ready = None, 0
                 self._has_room(prefix, source, ready)
-            self._waiting.remove(sequence)
-            self._running.append(sequence)
+            self.waiting.remove(sequence)
+            self.running.append(sequence)
             self.kv.start(prefix, source, ready)
             sequence.start()
             self._to_end_of_line(sequence)
 
     def _has_room(self, prefix: Prefix, source: Prefix | None, ready: int) -> bool:
         """Evict idle prefixes until the prompt fits beside all that the running ones still need."""
-        promised = sum(s.to_fill + 1 for s in self._running)
-        return self.kv.make_room(prefix.planned_cells() - prefix.planned_cells(ready) + 1 + promised, keep=source)
-
-    # Cells --------------------------------------------------------------------------------------------------------
-
-    def _shed_idle_cells(self) -> None:
-        """Keep no more idle cells than the policy says: where attention looks at them, too, each costs time."""
-        most = self._policy.idle_cells
-        while most is not None and self.kv.idle_cells > most:
-            self.kv.evict_oldest()
+        promised = sum(s.to_fill + 1 for s in self.running)
+        new = prefix.cells(len(prefix.units)) - prefix.cells(ready)
+        return self.kv.make_room(new + 1 + promised, keep=source)
 
     def _secured(self, step: Step | None) -> Step | None:
         """Make room for a step; what is left of it when some of its own sequences had to go."""
@@ -172,20 +280,130 @@ class Scheduler:
             if self.kv.evict_oldest():
                 continue
             last = self._last_in_line()
-            if len(self._running) == 1:
+            if len(self.running) == 1:
                 last.end("length", "context")
                 return None
             self._preempt(last)
-            step = without(step, last)
+            step = _without(step, last)
         return step
 
     def _last_in_line(self) -> Sequence:
         """Whoever goes first when there is too little room. The first in line never does, so somebody gets on."""
-        return min(self._running, key=lambda s: (s.request.priority, -s.request.number))
+        return min(self.running, key=lambda s: (s.request.priority, -s.request.number))
 
     def _preempt(self, sequence: Sequence) -> None:
-        self._running.remove(sequence)
-        self.kv.free(sequence.prefix)
-        sequence.preempt()
+        self.put_back(sequence)
         self.preemptions += 1
         self.add(sequence)
+
+    # What a step computes: time is shared between streams, images and the text of prompts. Cells do not matter here.
+
+    def _learn(self, step: Step, now: float, seconds: float) -> None:
+        """A step took so long; nothing was moved on yet."""
+        decode, prefill = (step.decode, step.prefill) if isinstance(step, Tokens) else ((), ())
+        self._image_last = not isinstance(step, Tokens)
+        self._asked = None if self._image_last else now
+        if self._image_last or prefill:
+            self._text_next = self._image_last
+        if decode and not prefill:
+            self._step_seconds = seconds
+        if not decode and (rows := cells_needed(step)) >= _FEWEST_ROWS:  # fewer cost nearly as much as so many
+            self._row_seconds = seconds / rows
+        if decode or not self._decoding():
+            self._last_decode = now  # a first token counts: its stream has not waited yet
+
+    def _due(self, now: float, ahead: float = 0.0) -> bool:
+        """Whether streams have waited long enough for their next token while others are worked on.
+
+        `ahead` is how long the next piece of that work takes: when most of it would come too late, it waits.
+        """
+        policy = self._policy
+        share = min(policy.longest_wait, self._step_seconds / policy.stream_share)
+        wait = max(policy.shortest_wait, self._crowded(share))
+        return now + 0.75 * ahead - self._last_decode >= wait
+
+    def _choose(self, now: float) -> Step | None:
+        """The next step; None when nobody has anything to compute."""
+        decoding = self._decoding()
+        if len(decoding) == len(self.running):
+            return Tokens(decoding) if decoding else None
+        filling = [s for s in self.running if s.state is State.PREFILL]
+        texts = [s for s in filling if isinstance(s.chunk, TextChunk)]
+        images = [s for s in filling if isinstance(s.chunk, ImageChunk)]
+        if decoding and self._image_last and self._due(now):
+            # Alone: a stream that waited for a slice of an image does not wait for a prompt's text, too.
+            return Tokens(decoding)
+        if texts and (self._text_next or not images):
+            # Everyone's next token, and text of prompts as far as the slice and the ubatch go.
+            budget = min(self._limits.n_ubatch - len(decoding), self._rows(streaming=bool(decoding)))
+            shares = zip(texts, _shares(texts, budget), strict=True)
+            return Tokens(decoding, tuple([_slice(sequence, share) for sequence, share in shares if share]))
+        if images:
+            # One image after another, not one request after another: a small one does not wait for ten images.
+            return self._image(min(images, key=lambda s: s.turn), streaming=bool(decoding))
+        return Tokens(decoding) if decoding else None
+
+    def _image(self, sequence: Sequence, *, streaming: bool) -> Step:
+        chunk = sequence.chunk
+        assert isinstance(chunk, ImageChunk)
+        if sequence.embedding is None:
+            return Encode(sequence, chunk, () if streaming else self._beside(sequence, chunk))
+        start = sequence.chunk_offset
+        stop = start + self._part(chunk.n_tokens - start, streaming=streaming) if chunk.causal else chunk.n_tokens
+        last = stop == chunk.n_tokens and sequence.chunk_index == len(sequence.chunks) - 1
+        return PrefillImage(sequence, chunk, start, stop, last)
+
+    def _beside(self, sequence: Sequence, chunk: ImageChunk) -> tuple[tuple[Sequence, ImageChunk], ...]:
+        """Chunks of equal size that are to be encoded soon; nobody may be streaming, as no turn comes in between."""
+        if self._limits.encode_batch == 1:
+            return ()
+        others = (s for s in self.running if s is not sequence and s.state is State.PREFILL)
+        coming = ((s, other) for s in (sequence, *others) for other in s.to_encode)
+        wanted = ((s, other) for s, other in coming if other is not chunk and other.n_tokens == chunk.n_tokens)
+        return tuple(itertools.islice(wanted, self._limits.encode_batch - 1))
+
+    def _part(self, rows: int, *, streaming: bool) -> int:
+        """How many of so many rows a step takes: equal parts, as the last step would cost as much as a whole one."""
+        most, tile = self._rows(streaming=streaming), self._limits.tile
+        even = -(-rows // -(-rows // most))
+        if most >= tile:
+            even = min(most // tile, -(-even // tile)) * tile
+        return min(rows, even)
+
+    def _rows(self, *, streaming: bool) -> int:
+        """The most rows of a prefill step."""
+        most = self._limits.n_ubatch
+        if streaming:
+            most = self._policy.slice
+            if self._row_seconds > 0:
+                most = max(min(most, _FEWEST_ROWS), int(self._crowded(self._policy.slice_seconds) / self._row_seconds))
+        return max(1, min(most, self._limits.n_ubatch))
+
+    def _crowded(self, seconds: float) -> float:
+        """How long a stream may be held up, when it is `seconds` while few are served."""
+        crowd = max(1.0, len(self.running) / self._policy.few)
+        return max(seconds, min(self._policy.crowded_wait, crowd**2 * seconds))
+
+
+def _slice(sequence: Sequence, budget: int) -> Slice:
+    chunk = sequence.chunk
+    assert isinstance(chunk, TextChunk)
+    start = sequence.chunk_offset
+    tokens = chunk.tokens[start : start + budget]
+    last = start + len(tokens) == chunk.n_tokens and sequence.chunk_index == len(sequence.chunks) - 1
+    return Slice(sequence, tokens, last)
+
+
+def _shares(sequences: list[Sequence], budget: int) -> list[int]:
+    """How many tokens each gets of a step: the first most, but half is for the others, so that none waits for it."""
+    wanted = [s.chunk.n_tokens - s.chunk_offset for s in sequences if s.chunk is not None]
+    least = max(1, budget // (2 * len(wanted) - 2)) if len(wanted) > 1 else 0
+    shares, left = [1], budget - 1
+    for want in wanted[1:]:
+        shares.append(min(want, least, left))
+        left -= shares[-1]
+    for place, want in enumerate(wanted):
+        more = min(want - shares[place], left)
+        shares[place] += more
+        left -= more
+    return shares

@@ -4,7 +4,7 @@ For: whoever must outlive llama.cpp (the server, batch jobs, `Opsin(isolated=Tru
 and `client` import nothing native, so that the process in front stays small.
 """
 
-from opsin.engine.request import AnswerStream
+from opsin.engine import AnswerStream
 from opsin.worker.child import ImageBlocked, signal_name, start_process
 from opsin.worker.client import IsolatedRuntime, NotReady, WorkerEngine
 from opsin.worker.messages import Channel, Loaded, Pixels, portable, share

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opsin.cache import ImageUnit, Prefix, PrefixIndex, Unit
-from opsin.cache.prefix import BLOCK, cells_of, last_position_of, positions_of
+from opsin.cache.memory import BLOCK
 
 IMAGE = ImageUnit("a:0", 4, 4)
 # Repeated, so that prompts are longer than a block.
@@ -23,7 +23,8 @@ def shared(one: tuple[Unit, ...], other: tuple[Unit, ...]) -> int:
 
 
 def prefix(seq_id: int, planned: tuple[Unit, ...], ready: int | None = None, *, idle: bool = False) -> Prefix:
-    made = Prefix(planned, seq_id, list(planned[: len(planned) if ready is None else ready]))
+    made = Prefix(planned)
+    made.seq_id, made.ready = seq_id, len(planned) if ready is None else ready
     if idle:
         made.retire()
     return made
@@ -39,9 +40,9 @@ def test_the_index_finds_what_looking_at_everything_finds(
         units = (salt, *planned[1:])
         made = prefix(seq_id, units, max(1, round(part * len(units))), idle=idle)
         index.add(made)
-        coming = shared(made.planned, wanted)
+        coming = shared(tuple(made.units), wanted)
         if coming > 1:
-            best = max(best, (coming, shared(tuple(made.units), wanted)))
+            best = max(best, (coming, min(coming, made.ready)))
     match = index.match(prefix(99, wanted, 0))
     if best == (1, 0):
         assert match is None
@@ -55,12 +56,11 @@ def test_the_index_finds_what_looking_at_everything_finds(
 def test_cells_of_a_beginning_are_counted_without_looking_at_all_of_it(units: tuple[Unit, ...], count: int) -> None:
     made = prefix(0, units)
     count = min(count, len(units))
-    assert made.planned_cells(count) == cells_of(units[:count])
-    assert made.planned_cells() == cells_of(units)
+    assert made.cells(count) == sum(u.n_tokens if isinstance(u, ImageUnit) else u != "" for u in units[:count])
 
 
 def test_a_lookup_looks_at_one_block_of_a_long_prompt() -> None:
-    class Counted(tuple[Unit, ...]):
+    class Counted(list[Unit]):
         __slots__ = ()
         looked_at = 0
 
@@ -72,7 +72,8 @@ def test_a_lookup_looks_at_one_block_of_a_long_prompt() -> None:
     index = PrefixIndex()
     for seq_id in range(8):
         index.add(prefix(seq_id, ("", *range(6000), seq_id), idle=True))
-    wanted = prefix(99, Counted(("", *range(6000), 77)), 0)
+    wanted = prefix(99, ("", *range(6000), 77), 0)
+    wanted.units = Counted(wanted.units)
     Counted.looked_at = 0
     match = index.match(wanted)
     assert match is not None
@@ -109,6 +110,7 @@ def test_an_ended_sequences_answer_matches_too() -> None:
     running = prefix(0, ("", 1, 2))
     index.add(running)
     running.units += range(40)
+    running.ready += 40
     index.remove(running)
     running.retire()
     index.add(running)
@@ -140,7 +142,9 @@ def test_ended_ones_that_a_longer_one_begins_with_are_found(length: int) -> None
 
 
 def test_an_image_is_one_unit_with_its_cells_and_positions() -> None:
-    units = ("salt", 1, ImageUnit("a:0", 6, 3, 2), 2)
-    assert (cells_of(units), positions_of(units), last_position_of(units)) == (8, 5, 4)
-    assert last_position_of(units[:-1]) == 3
-    assert last_position_of(("salt",)) == -1
+    made = prefix(0, ("salt", 1, ImageUnit("a:0", 6, 3, 2), 2))
+    assert (made.cells(4), made.positions(4), made.last_position) == (8, 5, 4)
+    made.ready = 3
+    assert made.last_position == 3
+    made.ready = 1
+    assert made.last_position == -1

@@ -2,9 +2,8 @@
 
 import numpy as np
 
-from opsin.cache import ImageUnit
-from opsin.cache.prefix import last_position_of, unit_of
-from opsin.core.tokens import ImageChunk
+from opsin.cache import Prefix, units_of
+from opsin.core.tokens import Chunk, ImageChunk, TextChunk
 
 GRID = np.array([[0, 0, 0, 0], [0, 0, 1, 0], [0, 1, 0, 0], [0, 1, 1, 0]], np.int32)
 PLAIN = ImageChunk("a", 0, n_tokens=4, n_pos=4)
@@ -33,10 +32,14 @@ def test_only_what_moves_moves() -> None:
 
 
 def test_the_memory_ends_where_the_last_cell_is() -> None:
-    text = ("salt", 1, 2, 3)
-    assert last_position_of(()) == last_position_of(("salt",)) == -1
-    assert last_position_of(text) == 2
-    assert last_position_of((*text, unit_of(PLAIN))) == 6
-    assert last_position_of((*text, unit_of(ROPE))) == 3
-    assert last_position_of((*text, unit_of(ROPE), 4)) == 5
-    assert unit_of(ROPE) == ImageUnit("b", 4, 2)
+    def last(*chunks: Chunk) -> int:
+        prefix = Prefix(units_of(chunks, "salt"))
+        prefix.ready = len(prefix.units)
+        return prefix.last_position
+
+    text = TextChunk((1, 2, 3))
+    assert last() == -1
+    assert last(text) == 2
+    assert last(text, PLAIN) == 6
+    assert last(text, ROPE) == 3
+    assert last(text, ROPE, TextChunk((4,))) == 5

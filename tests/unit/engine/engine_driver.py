@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from opsin.cache import EmbeddingCache, salted
+from opsin.cache.memory import KVOp
 from opsin.core.answer import Answer, Event, Finished, TextDelta
 from opsin.core.backend import BackendLimits, Embedding, EmbeddingRows, TokenBatch
 from opsin.core.errors import Cancelled, OpsinError
@@ -15,10 +17,8 @@ from opsin.core.tokens import ImageChunk
 from opsin.engine import Policy
 from opsin.engine.clock import StageClock
 from opsin.engine.loop import Loop
-from opsin.engine.plan import Plan, Tokens, members_of
-from opsin.engine.request import AnswerStream, Request
-from opsin.engine.scheduler import Scheduler
-from opsin.engine.sequence import Sequence, State
+from opsin.engine.request import AnswerStream, Request, Sequence, State
+from opsin.engine.scheduler import Scheduler, Step, Tokens, members_of
 from opsin.engine.text import AnswerText
 from opsin.testing import FakeBackend, FakeClock, image
 from opsin.testing.fake_backend import TURN_TEXT
@@ -77,7 +77,7 @@ class Stream(AnswerStream):
         super().fail(error)
 
     def cancel(self) -> None:
-        late = self._done
+        late = self.done
         super().cancel()
         if late:  # the caller's own word, which nobody hears any more
             self.said.pop()
@@ -113,6 +113,13 @@ class Asked:
         return "".join(event.text for event in self.said if isinstance(event, TextDelta))
 
 
+class Plan(NamedTuple):
+    """What a step of the loop begins with."""
+
+    memory: tuple[KVOp, ...]
+    step: Step | None
+
+
 @dataclass
 class Driver:
     """Give it requests, then let it step."""
@@ -130,14 +137,15 @@ class Driver:
     def __post_init__(self) -> None:
         if self.backend is None:
             self.backend = Backend(reply, limits=self.limits, clock=FakeClock())
-        self.loop = Loop(lambda: self.backend, self.policy, self.images, now=self.backend.clock)
+        self.loop = Loop(lambda: self.backend, self.policy, self.images, self._again, self.backend.clock)
         self.loop._attach(self.backend)
         scheduler = self.scheduler
         plan, plan_turn = scheduler.plan, scheduler.plan_turn
 
-        def noted(now: float) -> Plan:
-            self.plans.append(plan(now))
-            return self.plans[-1]
+        def noted(now: float) -> Step | None:
+            step = plan(now)
+            self.plans.append(Plan(tuple(scheduler.kv._ops), step))
+            return step
 
         def noted_turn(now: float) -> Tokens | None:
             step = plan_turn(now)
@@ -146,6 +154,9 @@ class Driver:
             return step
 
         scheduler.plan, scheduler.plan_turn = noted, noted_turn  # type: ignore[method-assign]
+
+    def _again(self, sequence: Sequence) -> None:
+        raise AssertionError("whoever has no pixels has the embedding")
 
     @property
     def scheduler(self) -> Scheduler:
@@ -200,7 +211,7 @@ class Driver:
 
     def check(self) -> None:
         self.scheduler.check()
-        assert self.backend.cells_used == self.scheduler.kv.used
+        assert self.backend.cells_used == self.scheduler.kv.cells.used
         assert self._fruitless < 3, "steps that get nobody on"
         for asked in self.asked:
             state = asked.sequence.state

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opsin.engine.kv_cache import CellBook
+from opsin.cache.memory import CellBook
 
 ids = st.integers(0, 4)
 calls = st.one_of(
@@ -26,7 +26,7 @@ def test_any_history_counts_as_real_cells_would(history: list[tuple[Any, ...]]) 
             plain[seq_id] += [object() for _ in range(rest[0])]
         elif name == "fork" and not plain[rest[0]] and seq_id != rest[0]:
             cells = round(rest[1] * len(plain[seq_id]))
-            if cells or plain[seq_id]:
+            if cells:
                 book.fork(seq_id, rest[0], cells)
                 plain[rest[0]] = plain[seq_id][:cells]
         elif name == "drop":

@@ -9,9 +9,8 @@ from opsin.cache import EmbeddingCache
 from opsin.core.errors import EngineClosed, EngineDied
 from opsin.core.prompt import Prompt, TextPart
 from opsin.core.tokens import TokenizedPrompt
-from opsin.engine import AnswerStream, Engine
+from opsin.engine import AnswerStream, Engine, Policy
 from opsin.engine.loop import Loop
-from opsin.engine.policy import Policy
 from opsin.testing import FakeBackend
 from opsin.testing.fake_backend import TURN_TEXT
 
@@ -99,4 +98,4 @@ def test_work_that_was_handed_over_before_a_death_is_not_done_after_it() -> None
 
 
 def test_a_loop_that_was_never_opened_closes() -> None:
-    Loop(FakeBackend, Policy(), EmbeddingCache(0)).close()
+    Loop(FakeBackend, Policy(), EmbeddingCache(0), lambda _: None).close()

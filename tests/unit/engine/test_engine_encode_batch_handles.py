@@ -61,5 +61,5 @@ def test_every_image_of_a_batch_is_counted() -> None:
     for number in range(3):
         made.ask(prompt_of(number))
     made.run()
-    assert made.loop.stats.snapshot.encodes == len(made.backend.encoded) == 3
+    assert made.loop.snapshot().encodes == len(made.backend.encoded) == 3
     made.close()

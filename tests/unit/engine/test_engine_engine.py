@@ -371,12 +371,12 @@ def test_a_dead_engine_holds_nobody_who_asks_it() -> None:
     backend = FakeBackend(lambda _: "hello", limits=LIMITS)
     with Engine(lambda: backend) as engine:
         error = EngineDied("It died.")
-        engine._loop._error = error
+        engine._loop.error = error
         for _ in range(2):
             with pytest.raises(EngineDied, match=r"It died\."):
                 engine.submit(prompt())
         assert error.__traceback__ is None
-        engine._loop._error = None
+        engine._loop.error = None
 
 
 def test_a_reader_whose_event_loop_was_closed_hurts_nobody() -> None:
@@ -402,7 +402,7 @@ def test_a_reader_whose_event_loop_was_closed_hurts_nobody() -> None:
         quick.reader = (loop, asyncio.Event())
         quick.cancel()
         assert engine.submit(prompt("quick")).result().text == "short"
-    assert engine._queued == 0
+    assert engine._room._value == engine._most
 
 
 def test_a_request_costs_little_of_our_own() -> None:

@@ -152,7 +152,7 @@ def check_answers(world: World, history: list[Ask], mishaps: dict[int, str], dri
             else:
                 assert isinstance(end, (EncodeFailed, DecodeFailed))
                 assert mishaps
-    snapshot = driver.loop.stats.snapshot
+    snapshot = driver.loop.snapshot()
     assert snapshot.encodes == len(driver.backend.encoded)
 
 

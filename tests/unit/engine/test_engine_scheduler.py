@@ -7,12 +7,13 @@ import pytest
 from engine_driver import Asked, Backend, Driver, expected, limits, prompt_of, reply
 
 from opsin.cache import EmbeddingCache
+from opsin.cache.memory import Fork
 from opsin.core.answer import Finished
 from opsin.core.backend import BackendLimits
 from opsin.core.errors import Cancelled, DecodeFailed, EncodeFailed
 from opsin.engine import Policy
-from opsin.engine.plan import Fork, PrefillImage, Tokens, cells_needed
-from opsin.engine.sequence import State
+from opsin.engine.request import State
+from opsin.engine.scheduler import PrefillImage, Tokens, cells_needed
 from opsin.testing import FakeClock
 
 
@@ -146,7 +147,7 @@ def talking() -> tuple[Driver, Tokens]:
     made.ask("talk", max_tokens=50)
     made.step()
     made.step()
-    decode = made.scheduler.plan(made.backend.clock()).step
+    decode = made.scheduler.plan(made.backend.clock())
     assert isinstance(decode, Tokens)
     return made, decode
 
@@ -172,7 +173,7 @@ def test_streams_wait_longer_while_many_wait_for_a_first_token(waiting: int, wai
     made.ask("talk", max_tokens=50)
     made.step()
     made.step()
-    decode = made.scheduler.plan(made.backend.clock()).step
+    decode = made.scheduler.plan(made.backend.clock())
     assert isinstance(decode, Tokens)
     for i in range(waiting):
         made.ask(prompt_of(i), max_tokens=1)
@@ -383,7 +384,7 @@ def test_memories_that_cannot_fork_keep_nothing() -> None:
         made.ask("same")
         made.run()
     assert not forks(made)
-    assert made.scheduler.kv.used == 0
+    assert made.scheduler.kv.cells.used == 0
 
 
 # Budgets ------------------------------------------------------------------------------------------------------------
@@ -396,7 +397,7 @@ def test_idle_prefixes_go_when_room_is_needed_least_recently_used_first() -> Non
         made.run()
     made.ask("a" * 50 + "?")  # used again: now b is the oldest
     made.run()
-    assert len(made.scheduler.kv.idle_ids) == 4
+    assert len(made.scheduler.kv.idle) == 4
     made.ask("d" * 60)
     made.run()
     cached = []
@@ -412,7 +413,7 @@ def test_ids_are_a_budget_too() -> None:
     asked = [made.ask(f"{i}") for i in range(10)]
     made.run()
     assert [a.answer.text for a in asked] == [expected(prompt_of(f"{i}"), 20, 2000) for i in range(10)]
-    assert len(made.scheduler.kv.idle_ids) <= 3
+    assert len(made.scheduler.kv.idle) <= 3
 
 
 def test_more_sequences_than_ids_wait_for_one() -> None:
@@ -502,7 +503,7 @@ def test_no_room_although_the_books_say_so_costs_idle_prefixes_then_the_youngest
     made.step()
     made.backend.out_of_room = 1
     made.step()
-    assert not made.scheduler.kv.idle_ids
+    assert not made.scheduler.kv.idle
     made.backend.out_of_room = 1
     made.step()
     assert (one.sequence.preemptions, two.sequence.preemptions) == (0, 1)
@@ -520,7 +521,7 @@ def test_no_more_idle_cells_are_kept_than_the_policy_says() -> None:
     for name in "abc":
         made.ask(name * 200, max_tokens=2)
         made.run()
-        assert made.scheduler.kv.idle_cells <= 450
+        assert made.scheduler.kv.cells.held_by(made.scheduler.kv.idle) <= 450
     cached = [made.ask(name * 200 + "!", max_tokens=1) for name in "cb"]
     made.run()
     assert [asked.answer.usage.cached_tokens > 200 for asked in cached] == [True, False]
@@ -647,7 +648,7 @@ def test_counts_tell_encodes_from_remembered_images() -> None:
     for text in ("a", "b"):
         made.ask(prompt_of(text, 1))
         made.run()
-    assert made.loop.stats.snapshot.encodes == 1
+    assert made.loop.snapshot().encodes == 1
     assert [a.answer.images[0].cached for a in made.asked] == [False, True]
 
 

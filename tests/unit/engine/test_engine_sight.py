@@ -86,7 +86,7 @@ def test_counts_of_tokens_and_of_both_caches() -> None:
     made.run()
     other = made.ask(prompt_of("another", 1), max_tokens=3)  # only its image is known
     made.run()
-    asked, now = (first, again, other), made.loop.stats.snapshot
+    asked, now = (first, again, other), made.loop.snapshot()
     assert now.prompt_tokens == sum(a.answer.usage.prompt_tokens for a in asked)
     assert now.prefix_hits == sum(a.answer.usage.cached_tokens for a in asked) > 0
     drawn = sum(a.answer.usage.completion_tokens + (a.answer.finish_reason == "stop") for a in asked)
@@ -101,7 +101,7 @@ def test_images_encoded_beside_another_are_no_hits() -> None:
     for number in range(3):
         made.ask(prompt_of(number))
     made.run()
-    assert (made.loop.stats.snapshot.encodes, made.loop.stats.snapshot.image_hits) == (3, 0)
+    assert (made.loop.snapshot().encodes, made.loop.snapshot().image_hits) == (3, 0)
 
 
 def test_the_account_goes_back_to_when_the_caller_began_to_load_its_images() -> None:
