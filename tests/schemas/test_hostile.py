@@ -12,7 +12,7 @@ import pytest
 
 from opsin import Message, Opsin
 from opsin.core.errors import BadGrammar, ConstraintFailed
-from opsin.core.sampling import SamplingParams
+from opsin.core.request import SamplingParams
 from opsin.native.constraint import STEP_SECONDS
 
 
@@ -80,7 +80,8 @@ HOSTILE: dict[str, dict[str, str]] = {
         "json_schema": json.dumps(
             {
                 "$defs": {
-                    f"x{i}": {"allOf": [{"$ref": f"#/$defs/x{i + 1}"}], "unevaluatedProperties": False} for i in range(999)
+                    f"x{i}": {"allOf": [{"$ref": f"#/$defs/x{i + 1}"}], "unevaluatedProperties": False}
+                    for i in range(999)
                 }
                 | {"x999": {"type": "object"}},
                 "$ref": "#/$defs/x0",

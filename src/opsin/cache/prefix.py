@@ -12,7 +12,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from opsin.core.tokens import Chunk, ImageChunk
+from opsin.core.request import Chunk, ImageChunk
 
 BLOCK = 16
 """Tokens of a block."""

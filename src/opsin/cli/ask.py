@@ -18,13 +18,13 @@ from opsin.cli.console import Printer, Working, say
 from opsin.core.answer import Finished, Progress, TextDelta
 from opsin.core.errors import BadImage, BadInput, BadParameter, ImageTooLarge
 from opsin.core.files import read_text
-from opsin.core.sampling import MAX_SCHEMA, SamplingParams
-from opsin.core.settings import EngineSettings, ImageSettings
+from opsin.core.request import SamplingParams
+from opsin.core.settings import MAX_SCHEMA, EngineSettings, ImageSettings
 
 if TYPE_CHECKING:
     from opsin.api import Opsin
     from opsin.core.answer import Answer
-    from opsin.core.image import Image
+    from opsin.core.request import Image
 
 IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".heic", ".heif", ".bmp", ".tif", ".tiff", ".gif"}
 _NOT_IN_JSON = {"tiles", "cached", "orientation"}

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from opsin.core.answer import Answer
-from opsin.core.image import Image
-from opsin.core.sampling import SamplingParams
+from opsin.core.request import Image, SamplingParams
 from opsin.core.settings import ImageSettings
 from opsin.doctor.check import Check
 from opsin.engine import Engine

@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from opsin.core.errors import OpsinError
-from opsin.core.prompt import ImagePart
+from opsin.core.request import ImageChunk, ImagePart
 from opsin.core.settings import EngineSettings
-from opsin.core.tokens import ImageChunk
 from opsin.doctor.behaviour import behaviour_checks, drawn_image
 from opsin.doctor.build import build_checks
 from opsin.doctor.check import Check, worst

@@ -10,8 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from opsin.core.answer import Timings
-from opsin.core.stages import Interval, Stage, Stages
+from opsin.core.answer import Interval, Stage, Stages, Timings
 
 Now = Callable[[], float]
 

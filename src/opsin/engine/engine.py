@@ -11,13 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Self, TypeVar
 
 from opsin.cache import EmbeddingCache
+from opsin.core.answer import Stage
 from opsin.core.backend import Backend, BackendLimits
 from opsin.core.errors import EngineClosed, OpsinError, QueueFull, copy_of
 from opsin.core.model_info import ModelInfo
 from opsin.core.placement import Placement
-from opsin.core.prompt import Prompt
-from opsin.core.sampling import SamplingParams
-from opsin.core.stages import Stage
+from opsin.core.request import Prompt, SamplingParams
 from opsin.engine.clock import StageClock
 from opsin.engine.loop import Loop
 from opsin.engine.native_calls import Watch, unwatched

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opsin.cache import salted
-from opsin.core.tokens import ImageChunk, TokenizedPrompt
+from opsin.core.request import ImageChunk, TokenizedPrompt
 
 
 @dataclass(slots=True)

@@ -11,11 +11,10 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 from opsin.cache import EmbeddingCache
-from opsin.core.answer import Finished
+from opsin.core.answer import Finished, Stage
 from opsin.core.backend import Backend
 from opsin.core.errors import DecodeFailed, EngineClosed, EngineDied, EngineError, OpsinError, copy_of
-from opsin.core.stages import Stage
-from opsin.core.tokens import ImageChunk
+from opsin.core.request import ImageChunk
 from opsin.engine.native_calls import Watch, unwatched
 from opsin.engine.output import OutputProcessor, check_deadline
 from opsin.engine.plan import Encode, KVOp, Plan, Step, Tokens, members_of

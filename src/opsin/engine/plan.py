@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from opsin.core.tokens import ImageChunk
+    from opsin.core.request import ImageChunk
     from opsin.engine.sequence import Sequence
 
 

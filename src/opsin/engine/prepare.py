@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from opsin.cache import EmbeddingCache, salted
-from opsin.core.answer import Started
-from opsin.core.backend import Backend, BackendLimits, Embedding
+from opsin.core.answer import Stage, Started
+from opsin.core.backend import Backend, BackendLimits
 from opsin.core.errors import ContextOverflow
-from opsin.core.prompt import TextPart
 from opsin.core.reasoning import ReasoningStyle
-from opsin.core.stages import Stage
-from opsin.core.tokens import ImageChunk, TextChunk, TokenizedPrompt
+from opsin.core.request import Embedding, ImageChunk, TextChunk, TextPart, TokenizedPrompt
 from opsin.engine.clock import StageClock
 from opsin.engine.guard import Guard
 from opsin.engine.inflight import InFlightEncodes
 from opsin.engine.native_calls import Watch, unwatched
+from opsin.engine.output import AnswerText
 from opsin.engine.request import AnswerStream, Request
 from opsin.engine.sequence import Sequence
-from opsin.engine.text import AnswerText
 
 
 class Preparer:

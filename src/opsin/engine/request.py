@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 from opsin.core.answer import Answer, Event, Finished
 from opsin.core.errors import Cancelled, copy_of
-from opsin.core.prompt import Prompt
-from opsin.core.sampling import SamplingParams
+from opsin.core.request import Prompt, SamplingParams
 
 MAX_UNREAD = 8192
 """Events that may wait for their reader."""

@@ -10,12 +10,10 @@ import time
 from collections.abc import Callable, Iterable
 
 from opsin.cache import EmbeddingCache, salted
-from opsin.core.answer import Progress, TokenLogprob
-from opsin.core.backend import Backend, EmbeddingRows, Sampler, TokenBatch
+from opsin.core.answer import Progress, Stage, TokenLogprob
+from opsin.core.backend import Backend, Sampler
 from opsin.core.errors import DecodeFailed, OpsinError
-from opsin.core.sampling import SamplingParams
-from opsin.core.stages import Stage
-from opsin.core.tokens import ImageChunk
+from opsin.core.request import EmbeddingRows, ImageChunk, SamplingParams, TokenBatch
 from opsin.engine.clock import GroupClock, Now
 from opsin.engine.native_calls import Watch, unwatched
 from opsin.engine.plan import Encode, Fork, KVOp, PrefillImage, Step, Tokens

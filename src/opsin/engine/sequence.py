@@ -7,14 +7,13 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from opsin.cache.prefix import Prefix, cells_of, positions_of, unit_of, units_of
-from opsin.core.answer import Answer, Usage
-from opsin.core.backend import Embedding, Sampler
+from opsin.core.answer import Answer, FinishReason, Usage
+from opsin.core.backend import Sampler
 from opsin.core.errors import OpsinError
-from opsin.core.sampling import FinishReason
-from opsin.core.tokens import Chunk, ImageChunk, TextChunk, TokenizedPrompt
+from opsin.core.request import Chunk, Embedding, ImageChunk, TextChunk, TokenizedPrompt
 from opsin.engine.clock import StageClock, timings
+from opsin.engine.output import AnswerText
 from opsin.engine.request import AnswerStream, Request
-from opsin.engine.text import AnswerText
 
 Limit = Literal["tokens", "seconds", "context", "guard"]
 

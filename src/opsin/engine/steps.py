@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence as Rows
 
 from opsin.core.backend import BackendLimits
-from opsin.core.tokens import ImageChunk, TextChunk
+from opsin.core.request import ImageChunk, TextChunk
 from opsin.engine.plan import Encode, PrefillImage, Slice, Step, Tokens
 from opsin.engine.policy import Policy
 from opsin.engine.sequence import Sequence, State

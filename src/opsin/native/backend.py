@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 
 from opsin.core.errors import BadInput, BadParameter, DecodeFailed, EngineError, ModelNotFound, OpsinError
 from opsin.core.model_info import ModelInfo
-from opsin.core.prompt import TextPart
+from opsin.core.request import TextPart
 from opsin.native import logs
 from opsin.native.constraint import Constraints
 from opsin.native.context import Context, token_logprob
@@ -24,12 +24,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from opsin.core.answer import TokenLogprob
-    from opsin.core.backend import Embedding, EmbeddingRows, Sample, TokenBatch
+    from opsin.core.backend import Sample
     from opsin.core.placement import Placement
-    from opsin.core.prompt import Part
-    from opsin.core.sampling import SamplingParams
+    from opsin.core.request import (
+        Embedding,
+        EmbeddingRows,
+        ImageChunk,
+        Part,
+        SamplingParams,
+        TokenBatch,
+        TokenizedPrompt,
+    )
     from opsin.core.settings import EngineSettings
-    from opsin.core.tokens import ImageChunk, TokenizedPrompt
 
 _Sampled: TypeAlias = "tuple[int, TokenLogprob | None] | OpsinError"
 

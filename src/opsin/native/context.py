@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from opsin.core.answer import TokenLogprob
-from opsin.core.backend import BackendLimits, EmbeddingRows
+from opsin.core.backend import BackendLimits
 from opsin.core.errors import BadParameter, DecodeFailed, ModelError
 from opsin.core.ggml_types import KV_TYPES
+from opsin.core.request import EmbeddingRows
 from opsin.core.settings import CTX_PER_SEQUENCE
 from opsin.native import logs
 from opsin.native.ggml import floats
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from opsin.core.backend import TokenBatch
+    from opsin.core.request import TokenBatch
     from opsin.core.settings import EngineSettings
     from opsin.native.model import Model
 
@@ -79,14 +80,15 @@ class Context:
             )
         self.handle = Owned("context", pointer, llama.llama_free, model.handle)
         self.threads: tuple[int, int] = params.n_threads, params.n_threads_batch  # of decode and of prefill
+        n_ctx = llama.llama_n_ctx(pointer)
         self.limits = BackendLimits(
-            n_ctx=llama.llama_n_ctx(pointer),
+            n_ctx=n_ctx,
             n_batch=llama.llama_n_batch(pointer),
             n_ubatch=llama.llama_n_ubatch(pointer),
             n_seq_max=llama.llama_n_seq_max(pointer) - self._keeper,
             n_vocab=model.n_vocab,
             n_embd=model.n_embd,
-            n_ctx_train=model.n_ctx_train,
+            n_ctx_seq=min(n_ctx, model.n_ctx_train or n_ctx),
             forks=not model.whole_states_only,
             tile=_TILE if model.device is None else 1,
         )

@@ -16,7 +16,7 @@ from opsin.native.handles import Owned
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from opsin.core.sampling import SamplingParams
+    from opsin.core.request import SamplingParams
     from opsin.native.constraint import Constraint
     from opsin.native.context import Context
     from opsin.native.model import Model

@@ -109,7 +109,9 @@ def _rewritten(node: Any, root: Node, sizes: Counter[str], depth: int) -> Any:
         if keyword in _LIMITS:
             sizes[keyword] += 1 if keyword in _UNEVALUATED else len(value) if isinstance(value, (dict, list)) else 0
             if sizes[keyword] > _LIMITS[keyword]:
-                raise _refused(f"its {keyword} have {sizes[keyword]} entries or more, and {_LIMITS[keyword]} are the limit")
+                raise _refused(
+                    f"its {keyword} have {sizes[keyword]} entries or more, and {_LIMITS[keyword]} are the limit"
+                )
         if keyword == "uniqueItems":
             sizes[keyword] += value is True
         elif keyword in _MAPS and isinstance(value, dict):

@@ -16,8 +16,7 @@ import numpy as np
 
 from opsin.core.answer import ImageInfo
 from opsin.core.errors import BadImage, BadInput, EncodeFailed, NativeMismatch
-from opsin.core.prompt import ImagePart, TextPart
-from opsin.core.tokens import Chunk, ImageChunk, TextChunk, TokenizedPrompt
+from opsin.core.request import Chunk, ImageChunk, ImagePart, TextChunk, TextPart, TokenizedPrompt
 from opsin.native import logs
 from opsin.native.abi import ADVICE
 from opsin.native.handles import Owned
@@ -28,8 +27,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from opsin.core.image import Image
-    from opsin.core.prompt import Part
+    from opsin.core.request import Image, Part
     from opsin.native.model import Model
     from opsin.native.vision import Encoder
 

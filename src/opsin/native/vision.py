@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from opsin.core.backend import Embedding
+    from opsin.core.request import Embedding, ImageChunk
     from opsin.core.settings import EngineSettings
-    from opsin.core.tokens import ImageChunk
     from opsin.native.ggml import Observer
     from opsin.native.model import Model
 

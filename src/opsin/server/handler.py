@@ -15,9 +15,8 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from opsin.core.answer import Answer, Finished, TextDelta
-from opsin.core.prompt import Prompt
-from opsin.core.sampling import SamplingParams
-from opsin.core.server_settings import ServerSettings
+from opsin.core.request import Prompt, SamplingParams
+from opsin.core.settings import ServerSettings
 from opsin.server.errors import dumps, error_body, explain
 from opsin.server.images import ImageLoader
 from opsin.server.limits import Admission, FairQueue

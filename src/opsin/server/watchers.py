@@ -22,9 +22,8 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_late
 from prometheus_client.registry import Collector
 
 from opsin import __version__
-from opsin.core.answer import Answer
+from opsin.core.answer import Answer, Stage
 from opsin.core.errors import BadParameter
-from opsin.core.stages import Stage
 from opsin.engine import Snapshot
 from opsin.server.handler import Context, RequestStats
 from opsin.server.model import ModelManager

@@ -4,7 +4,7 @@ import numpy as np
 
 from opsin.cache import ImageUnit
 from opsin.cache.prefix import last_position_of, unit_of
-from opsin.core.tokens import ImageChunk
+from opsin.core.request import ImageChunk
 
 GRID = np.array([[0, 0, 0, 0], [0, 0, 1, 0], [0, 1, 0, 0], [0, 1, 1, 0]], np.int32)
 PLAIN = ImageChunk("a", 0, n_tokens=4, n_pos=4)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opsin.core.stages import Stage, Stages
+from opsin.core.answer import Stage, Stages
 from opsin.engine.clock import StageClock, timings
 
 

@@ -113,7 +113,9 @@ def test_a_list_in_json_is_left_to_the_limit():
 
 
 def test_segments_are_items_sentences_and_rows():
-    segments = list(Segments().read("The big dog runs. 1. red car\n2. blue car\na, b, c\nTotal 3.50 EUR\nx = f(1)\nend\n"))
+    segments = list(
+        Segments().read("The big dog runs. 1. red car\n2. blue car\na, b, c\nTotal 3.50 EUR\nx = f(1)\nend\n")
+    )
     assert [segment.words for segment in segments] == [
         ("the", "big", "dog", "runs"),
         ("red", "car"),

@@ -6,8 +6,8 @@ import itertools
 import pytest
 from engine_driver import Asked, Backend, Driver, limits, prompt_of, reply
 
-from opsin.core.prompt import ImagePart, Prompt, TextPart
-from opsin.core.stages import Interval, Stage
+from opsin.core.answer import Interval, Stage
+from opsin.core.request import ImagePart, Prompt, TextPart
 from opsin.engine import Engine, Policy
 from opsin.testing import FakeBackend, FakeClock, image
 from opsin.testing.fake_backend import TURN_TEXT

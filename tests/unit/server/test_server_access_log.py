@@ -9,8 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from opsin.core.answer import Answer, GuardVerdict, Timings, Usage
-from opsin.core.stages import Stages
+from opsin.core.answer import Answer, GuardVerdict, Stages, Timings, Usage
 from opsin.server.handler import RequestStats
 from opsin.server.watchers import NAME, AccessLog
 

@@ -15,8 +15,7 @@ from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from opsin.core.answer import Answer, GuardVerdict
-from opsin.core.prompt import ImagePart, Prompt, TextPart
-from opsin.core.sampling import SamplingParams
+from opsin.core.request import ImagePart, Prompt, SamplingParams, TextPart
 from opsin.engine import Engine
 from opsin.server import watchers as room
 from opsin.server.handler import RequestStats
