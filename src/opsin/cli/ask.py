@@ -195,6 +195,6 @@ def _as_json(answer: Answer, images: list[Image]) -> dict[str, Any]:
         {name: value for name, value in info.items() if name not in _NOT_IN_JSON} | {"notes": image.notes}
         for info, image in zip(row["images"], images, strict=True)
     ]
-    timings = {name: round(value, 3) for name, value in row["timings"].items()}
+    times = {key: {name: round(value, 3) for name, value in row[key].items()} for key in ("stages", "timings")}
     same = {name: row[name] for name in ("text", "reasoning", "finish_reason", "usage", "guard")}
-    return {**same, "images": told, "stages": answer.stages.as_dict(), "timings": timings}
+    return {**same, "images": told, **times}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -60,10 +60,6 @@ class Stages:
     detokenize_ms: float = 0.0
     other_ms: float = 0.0
     total_ms: float = 0.0
-
-    def as_dict(self) -> dict[str, float]:
-        """Plain numbers in milliseconds, rounded to the microsecond."""
-        return {name: round(value, 3) for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True, slots=True)

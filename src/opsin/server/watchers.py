@@ -25,6 +25,7 @@ from opsin import __version__
 from opsin.core.answer import Answer, Stage
 from opsin.core.errors import BadParameter
 from opsin.engine import Snapshot
+from opsin.engine.clock import stage_row
 from opsin.server.handler import Context, RequestStats
 from opsin.server.model import ModelManager
 
@@ -194,7 +195,7 @@ def _fields(stats: RequestStats) -> dict[str, Any]:
                 "finish_reason": answer.finish_reason,
                 "limit": answer.limit,
                 "guard": None if answer.guard is None else asdict(answer.guard),
-                "stages": answer.stages.as_dict(),
+                "stages": stage_row(answer.stages),
             }
             for answer in stats.answers
         ],
