@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from opsin.core.answer import GuardVerdict, TextDelta, TokenLogprob
 from opsin.core.reasoning import ReasoningSplitter
@@ -170,9 +170,6 @@ class Answering(Protocol):
         """The answer ends here; the first reason counts."""
 
 
-S = TypeVar("S", bound=Answering)
-
-
 class OutputProcessor:
     """The rules for ends; used by the engine's thread alone.
 
@@ -192,7 +189,7 @@ class OutputProcessor:
         self._n_ctx = n_ctx
         self._close_reasoning = close_reasoning
 
-    def process_output(self, sampled: Iterable[tuple[S, int, TokenLogprob | None]]) -> None:
+    def process_output(self, sampled: Iterable[tuple[Answering, int, TokenLogprob | None]]) -> None:
         """Take the tokens of a step in, put what they show into the streams, and end answers where a rule says so."""
         eog_tokens, piece, n_ctx = self._eog_tokens, self._piece, self._n_ctx
         for sequence, token, logprob in sampled:
