@@ -26,7 +26,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "src"))
 from opsin.compose import Runtime, open_runtime
 from opsin.core.answer import Answer, Finished, TextDelta
 from opsin.core.errors import BadInput, BadParameter, OpsinError
-from opsin.core.sampling import SamplingParams
+from opsin.core.request import SamplingParams
 from opsin.core.settings import EngineSettings
 from opsin.engine import AnswerStream, Engine, Snapshot
 from opsin.prompt import Message

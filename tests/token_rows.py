@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from opsin.core.backend import TokenBatch
+from opsin.core.request import TokenBatch
 
 
 class TokenRow(NamedTuple):

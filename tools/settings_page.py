@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from opsin.core.config import KEY_VARIABLE, PREFIX
-from opsin.core.server_settings import ServerSettings
-from opsin.core.settings import RETIRED, kind_of
+from opsin.core.settings import RETIRED, ServerSettings, kind_of
 
 _HEAD = f"""# Settings of `opsin serve`
 

@@ -13,11 +13,9 @@ from opsin.compose import Runtime, open_runtime
 from opsin.core.answer import Answer
 from opsin.core.config import checked, current_folder, read_config, settle_old
 from opsin.core.errors import BadParameter
-from opsin.core.image import Image
 from opsin.core.model_info import ModelInfo
 from opsin.core.placement import Placement
-from opsin.core.prompt import Prompt
-from opsin.core.sampling import SamplingParams
+from opsin.core.request import Image, Prompt, SamplingParams
 from opsin.core.settings import RENAMED, RETIRED, EngineSettings, ImageSettings
 from opsin.engine import AnswerStream, Engine
 from opsin.images import load_image

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from opsin.cache import DiskStore, EmbeddingCache, default_folder
-from opsin.core.model_facts import PairFacts
+from opsin.core.model_info import PairFacts
 from opsin.core.settings import MAX_ANSWER_TOKENS, EngineSettings
 from opsin.engine import Engine, Policy, Wake, Watch, unwatched, wake_readers
 from opsin.models import Pair, resolve

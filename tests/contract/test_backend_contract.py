@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 from token_rows import TokenRow, batch
 
-from opsin.core.backend import BackendLimits, EmbeddingRows
+from opsin.core.backend import BackendLimits
 from opsin.core.errors import BadGrammar
-from opsin.core.prompt import ImagePart, TextPart
-from opsin.core.sampling import SamplingParams
+from opsin.core.request import EmbeddingRows, ImageChunk, ImagePart, SamplingParams, TextChunk, TextPart
 from opsin.core.settings import EngineSettings
-from opsin.core.tokens import ImageChunk, TextChunk
 from opsin.testing import FakeBackend, image
 
 
@@ -28,7 +26,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(scope="module", params=["fake", "native"])
 def backend(request: pytest.FixtureRequest) -> Iterator[Any]:
     if request.param == "fake":
-        limits = BackendLimits(n_ctx=512, n_batch=64, n_ubatch=64, n_seq_max=4, n_vocab=259, n_embd=4)
+        limits = BackendLimits(n_ctx=512, n_batch=64, n_ubatch=64, n_seq_max=4, n_vocab=259, n_embd=4, n_ctx_seq=512)
         made: Any = FakeBackend(lambda text: f"{len(text)} things", limits=limits)
     else:
         from opsin.native import open_backend

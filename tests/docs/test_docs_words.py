@@ -46,7 +46,7 @@ def test_code_and_docs_use_the_fields_names(path: Path) -> None:
 
 def test_help_and_the_api_document_use_them_too() -> None:
     from opsin.cli.app import app
-    from opsin.core.server_settings import ServerSettings
+    from opsin.core.settings import ServerSettings
     from opsin.server.app import create_app
     from opsin.server.handler import Context
 

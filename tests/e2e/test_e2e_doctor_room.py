@@ -12,7 +12,7 @@ import pytest
 
 from opsin import Opsin
 from opsin.compose import open_runtime
-from opsin.core.sampling import SamplingParams
+from opsin.core.request import SamplingParams
 from opsin.core.settings import EngineSettings
 from opsin.doctor.examine import behaviour_checks
 from opsin.doctor.safety import room_checks
@@ -30,8 +30,8 @@ import json, sys
 import psutil
 from pathlib import Path
 from token_rows import TokenRow, batch
-from opsin.core.tokens import ImageChunk
-from opsin.core.prompt import ImagePart
+from opsin.core.request import ImageChunk
+from opsin.core.request import ImagePart
 from opsin.core.settings import EngineSettings
 from opsin.native import devices, open_backend
 from opsin.testing import image

@@ -60,9 +60,9 @@ sys.path[:0] = [{here!r}, {tests!r}, {tools!r}]
 import numpy as np
 from native_help import draw, generate, prefill
 from token_rows import TokenRow, batch
-from opsin.core.backend import EmbeddingRows
-from opsin.core.prompt import ImagePart, TextPart
-from opsin.core.sampling import SamplingParams
+from opsin.core.request import EmbeddingRows
+from opsin.core.request import ImagePart, TextPart
+from opsin.core.request import SamplingParams
 from opsin.core.settings import EngineSettings
 from opsin.native import open_backend
 LLM, MMPROJ = Path({llm!r}), Path({mmproj!r})

@@ -7,9 +7,7 @@ from typing import Any
 import numpy as np
 from token_rows import TokenRow, batch
 
-from opsin.core.backend import EmbeddingRows
-from opsin.core.image import Image
-from opsin.core.tokens import ImageChunk, TokenizedPrompt
+from opsin.core.request import EmbeddingRows, Image, ImageChunk, TokenizedPrompt
 
 
 def draw(seed: int = 0, width: int = 64, height: int = 48) -> Image:

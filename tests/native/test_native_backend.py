@@ -12,12 +12,9 @@ import pytest
 from native_help import draw, generate, prefill
 from token_rows import TokenRow, batch
 
-from opsin.core.backend import EmbeddingRows
 from opsin.core.errors import EngineClosed, ModelNotFound, PairMismatch
-from opsin.core.prompt import ImagePart, TextPart
-from opsin.core.sampling import SamplingParams
+from opsin.core.request import EmbeddingRows, ImageChunk, ImagePart, SamplingParams, TextPart
 from opsin.core.settings import EngineSettings
-from opsin.core.tokens import ImageChunk
 from opsin.native import Device, devices, open_backend
 from opsin.native.model import _placement
 

@@ -12,8 +12,7 @@ from native_help import generate, prefill
 from token_rows import TokenRow, batch
 
 from opsin.core.errors import BadGrammar, BadParameter, ConstraintFailed
-from opsin.core.prompt import TextPart
-from opsin.core.sampling import SamplingParams
+from opsin.core.request import SamplingParams, TextPart
 from opsin.native import constraint
 
 HOT: dict[str, Any] = {"temperature": 2.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}

@@ -13,12 +13,9 @@ import numpy as np
 import pytest
 from token_rows import TokenRow, batch
 
-from opsin.core.backend import EmbeddingRows
 from opsin.core.errors import DecodeFailed
-from opsin.core.image import Image
-from opsin.core.prompt import ImagePart, TextPart
+from opsin.core.request import Chunk, EmbeddingRows, Image, ImageChunk, ImagePart, TextPart, TokenizedPrompt
 from opsin.core.settings import EngineSettings
-from opsin.core.tokens import Chunk, ImageChunk, TokenizedPrompt
 
 KINDS = ("tiny", "llava-1.6-tiny", "qwen2vl-tiny", "gemma3-tiny")
 TOLERANCE = 0.02

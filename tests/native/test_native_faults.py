@@ -13,8 +13,7 @@ from native_help import assert_undisturbed, draw
 from opsin.cache import DiskStore, EmbeddingCache
 from opsin.core.answer import TextDelta
 from opsin.core.errors import Cancelled, EncodeFailed
-from opsin.core.prompt import ImagePart, Prompt, TextPart
-from opsin.core.sampling import SamplingParams
+from opsin.core.request import ImagePart, Prompt, SamplingParams, TextPart
 from opsin.engine import Engine, Policy
 from opsin.models import Pair
 from synth import write_pair

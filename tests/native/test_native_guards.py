@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from token_rows import TokenRow, batch
 
-from opsin.core.backend import EmbeddingRows, TokenBatch
 from opsin.core.errors import BadParameter, DecodeFailed
+from opsin.core.request import EmbeddingRows, TokenBatch
 
 RAW = {
     "more tokens than a batch holds": """
@@ -165,7 +165,7 @@ def test_a_full_memory_is_told_and_leaves_everything_as_it_was(backend: Any) -> 
 
 
 def test_a_row_without_logits_cannot_be_sampled(backend: Any) -> None:
-    from opsin.core.sampling import SamplingParams
+    from opsin.core.request import SamplingParams
 
     assert backend.decode(batch([TokenRow(5, 0, 0), TokenRow(6, 1, 0, True), TokenRow(7, 2, 0)]))
     sampler = backend.sampler(SamplingParams(temperature=0), 1)

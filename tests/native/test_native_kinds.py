@@ -11,13 +11,9 @@ import numpy as np
 import pytest
 
 from opsin.core.answer import Answer
-from opsin.core.backend import EmbeddingRows
 from opsin.core.errors import Cancelled, OpsinError
-from opsin.core.image import Image
-from opsin.core.prompt import ImagePart, Prompt, TextPart
-from opsin.core.sampling import SamplingParams
+from opsin.core.request import EmbeddingRows, Image, ImageChunk, ImagePart, Prompt, SamplingParams, TextPart
 from opsin.core.settings import EngineSettings
-from opsin.core.tokens import ImageChunk
 from opsin.engine import Engine, Policy
 
 KINDS = ("tiny", "llava-1.6-tiny", "qwen2vl-tiny", "gemma3-tiny")

@@ -7,9 +7,7 @@ import pytest
 from native_help import draw
 
 from opsin.core.errors import BadImage, BadInput, EncodeFailed
-from opsin.core.image import Image
-from opsin.core.prompt import ImagePart, TextPart
-from opsin.core.tokens import ImageChunk, TextChunk
+from opsin.core.request import Image, ImageChunk, ImagePart, TextChunk, TextPart
 
 
 def tokens(backend: Any, *parts: TextPart, add_bos: bool = False) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ import pytest
 from native_help import draw
 from token_rows import TokenRow, batch
 
-from opsin.core.prompt import ImagePart
+from opsin.core.request import ImagePart
 from opsin.native.ggml import InitParams, Tensor, heavy_ops, op_names
 from opsin.native.library import library
 from opsin.native.probe import NodeCounter, flops

@@ -9,8 +9,7 @@ from native_help import generate, prefill
 from token_rows import TokenRow, batch
 
 from opsin.core.errors import BadParameter, DecodeFailed
-from opsin.core.prompt import TextPart
-from opsin.core.sampling import SamplingParams
+from opsin.core.request import SamplingParams, TextPart
 
 
 def answer(backend: Any, params: SamplingParams, seed: int, count: int = 24) -> list[int]:

@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 from native_help import draw, generate, prefill
 
-from opsin.core.prompt import ImagePart, TextPart
-from opsin.core.sampling import SamplingParams
+from opsin.core.request import ImageChunk, ImagePart, SamplingParams, TextChunk, TextPart
 from opsin.core.settings import EngineSettings
-from opsin.core.tokens import ImageChunk, TextChunk
 from opsin.models import Pair, read_info
 from opsin.native import NativeBackend, open_backend
 from synth import write_pair

@@ -10,8 +10,7 @@ from native_help import draw, generate, prefill
 from token_rows import TokenRow, batch
 
 from opsin.core.errors import BadParameter, Cancelled, EncodeFailed, ModelNotFound, ModelUnreadable, PairMismatch
-from opsin.core.prompt import ImagePart, TextPart
-from opsin.core.sampling import SamplingParams
+from opsin.core.request import ImagePart, SamplingParams, TextPart
 
 
 @pytest.fixture

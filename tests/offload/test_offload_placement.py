@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from opsin.core.prompt import ImagePart
+from opsin.core.request import ImagePart
 from opsin.core.settings import EngineSettings, ImageSettings
 from opsin.doctor.placement import placement_checks
 from opsin.images import load_image

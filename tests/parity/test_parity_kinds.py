@@ -18,9 +18,8 @@ from PIL import Image
 from token_rows import TokenRow, batch
 
 from opsin.compose import template_source
-from opsin.core.backend import EmbeddingRows
+from opsin.core.request import EmbeddingRows, ImageChunk, TokenizedPrompt
 from opsin.core.settings import EngineSettings, ImageSettings
-from opsin.core.tokens import ImageChunk, TokenizedPrompt
 from opsin.images import load_image
 from opsin.models import Pair
 from opsin.native import NativeBackend, open_backend

@@ -13,10 +13,8 @@ import numpy as np
 import pytest
 from token_rows import TokenRow, batch
 
-from opsin.core.backend import EmbeddingRows
-from opsin.core.prompt import ImagePart, TextPart
+from opsin.core.request import EmbeddingRows, ImageChunk, ImagePart, TextPart
 from opsin.core.settings import EngineSettings, ImageSettings
-from opsin.core.tokens import ImageChunk
 from opsin.images import load_image
 from opsin.models import demo_pair
 

@@ -12,7 +12,7 @@ import pytest
 
 from opsin import Message, Opsin
 from opsin.core.errors import BadGrammar, ConstraintFailed
-from opsin.core.sampling import SamplingParams
+from opsin.core.request import SamplingParams
 from opsin.native.constraint import STEP_SECONDS
 
 

@@ -8,10 +8,9 @@ import pytest
 
 from opsin import Message, Opsin
 from opsin.core.errors import BadInput
-from opsin.core.prompt import Prompt, TextPart
 from opsin.core.reasoning import ReasoningStyle
-from opsin.core.sampling import SamplingParams
-from opsin.core.server_settings import ServerSettings
+from opsin.core.request import Prompt, SamplingParams, TextPart
+from opsin.core.settings import ServerSettings
 from opsin.server.params import plan_tools
 from opsin.server.schema import NamedFunction, ToolIn
 

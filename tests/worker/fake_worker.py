@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from opsin.compose import Runtime
-from opsin.core.backend import BackendLimits, Embedding, EmbeddingRows, TokenBatch
+from opsin.core.backend import BackendLimits
 from opsin.core.errors import ModelNotFound
-from opsin.core.prompt import ImagePart, Part
+from opsin.core.request import Embedding, EmbeddingRows, ImageChunk, ImagePart, Part, TokenBatch, TokenizedPrompt
 from opsin.core.settings import EngineSettings
-from opsin.core.tokens import ImageChunk, TokenizedPrompt
 from opsin.engine import Engine, Policy
 from opsin.prompt import PromptBuilder, TemplateSource
 from opsin.testing import FakeBackend
@@ -31,7 +30,9 @@ class Backend(FakeBackend):
     """Its answers are long; a step takes 10 ms."""
 
     def __init__(self) -> None:
-        limits = BackendLimits(n_ctx=4096, n_batch=64, n_ubatch=64, n_seq_max=8, n_vocab=N_VOCAB, n_embd=4)
+        limits = BackendLimits(
+            n_ctx=4096, n_batch=64, n_ubatch=64, n_seq_max=8, n_vocab=N_VOCAB, n_embd=4, n_ctx_seq=4096
+        )
         super().__init__(lambda _: "ab" * 100, limits=limits)
         self._widths: dict[str, int] = {}
         self._encoding = 0

@@ -20,9 +20,7 @@ from fake_worker import CRASHES_IN_ENCODE, CRASHES_IN_PREFILL, HANGS_IN_ENCODE, 
 
 from opsin.core.answer import Answer, TextDelta
 from opsin.core.errors import Cancelled, EngineClosed, EngineDied, ModelNotFound, ModelUnreadable, QueueFull
-from opsin.core.image import Image
-from opsin.core.prompt import ImagePart, Prompt, TextPart
-from opsin.core.sampling import SamplingParams
+from opsin.core.request import Image, ImagePart, Prompt, SamplingParams, TextPart
 from opsin.core.settings import EngineSettings
 from opsin.testing import image
 from opsin.testing.fake_backend import TURN_TEXT

@@ -20,7 +20,7 @@ import httpx
 from opsin.bench.workloads import RequestFailed
 from opsin.core.answer import Finished, TextDelta, Usage
 from opsin.core.errors import BadParameter, Cancelled
-from opsin.core.sampling import SamplingParams
+from opsin.core.request import SamplingParams
 from opsin.core.settings import EngineSettings, ImageSettings
 from opsin.engine import Engine
 from opsin.images import load_image

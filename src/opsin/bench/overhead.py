@@ -19,9 +19,8 @@ import httpx
 from opsin.bench.drivers import serving
 from opsin.bench.report import columns
 from opsin.bench.workloads import RequestFailed
-from opsin.core.backend import Backend, TokenBatch
-from opsin.core.prompt import Prompt, TextPart
-from opsin.core.sampling import SamplingParams
+from opsin.core.backend import Backend
+from opsin.core.request import Prompt, SamplingParams, TextPart, TokenBatch
 from opsin.core.settings import EngineSettings
 from opsin.engine import Engine
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from opsin.core.backend import Embedding
 from opsin.core.files import write_whole
+from opsin.core.request import Embedding
 
 log = logging.getLogger(__name__)
 

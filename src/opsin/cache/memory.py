@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from opsin.cache.disk import DiskStore
-from opsin.core.backend import BackendLimits, Embedding
-from opsin.core.tokens import Chunk, ImageChunk
+from opsin.core.backend import BackendLimits
+from opsin.core.request import Chunk, Embedding, ImageChunk
 
 BLOCK = 16
 """Tokens of a block."""

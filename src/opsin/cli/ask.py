@@ -18,13 +18,13 @@ from opsin.cli.console import Printer, Working, say
 from opsin.core.answer import Finished, Progress, TextDelta
 from opsin.core.errors import BadImage, BadInput, BadParameter, ImageTooLarge
 from opsin.core.files import read_text
-from opsin.core.sampling import MAX_SCHEMA, SamplingParams
-from opsin.core.settings import EngineSettings, ImageSettings
+from opsin.core.request import SamplingParams
+from opsin.core.settings import MAX_SCHEMA, EngineSettings, ImageSettings
 
 if TYPE_CHECKING:
     from opsin.api import Opsin
     from opsin.core.answer import Answer
-    from opsin.core.image import Image
+    from opsin.core.request import Image
 
 IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".heic", ".heif", ".bmp", ".tif", ".tiff", ".gif"}
 _NOT_IN_JSON = {"tiles", "cached", "orientation"}
@@ -195,6 +195,6 @@ def _as_json(answer: Answer, images: list[Image]) -> dict[str, Any]:
         {name: value for name, value in info.items() if name not in _NOT_IN_JSON} | {"notes": image.notes}
         for info, image in zip(row["images"], images, strict=True)
     ]
-    timings = {name: round(value, 3) for name, value in row["timings"].items()}
+    times = {key: {name: round(value, 3) for name, value in row[key].items()} for key in ("stages", "timings")}
     same = {name: row[name] for name in ("text", "reasoning", "finish_reason", "usage", "guard")}
-    return {**same, "images": told, "stages": answer.stages.as_dict(), "timings": timings}
+    return {**same, "images": told, **times}

@@ -11,7 +11,7 @@ from opsin.cli import options as o
 from opsin.cli.ask import follow, opened, show_limits
 from opsin.cli.console import Working, say
 from opsin.core.errors import BadInput
-from opsin.core.sampling import SamplingParams
+from opsin.core.request import SamplingParams
 from opsin.core.settings import EngineSettings
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import typer
 from opsin.cli.console import say
 from opsin.cli.options import flags_of, given
 from opsin.core.config import current_folder, read_config
-from opsin.core.server_settings import ServerSettings
+from opsin.core.settings import ServerSettings
 from opsin.models import locate
 
 if TYPE_CHECKING:

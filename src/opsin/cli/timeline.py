@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -23,7 +24,7 @@ OF_TEXT = {"text_prefill", "decode"}
 
 def timeline(answer: Answer, placement: Placement | None) -> Table:
     """One row for each stage that took time; bars start where the stage began, if stages ran one after another."""
-    stages = answer.stages.as_dict()
+    stages = asdict(answer.stages)
     total = max(stages["total_ms"], 1e-9)
     always = OF_TEXT | (OF_IMAGES if answer.images else set())
     notes = _notes(answer, placement)

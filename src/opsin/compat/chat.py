@@ -11,7 +11,7 @@ from typing import Any
 from opsin.compat.handlers import MTMDChatHandler
 from opsin.core.answer import Answer, Finished, TextDelta, TokenLogprob
 from opsin.core.errors import BadParameter, BadPrompt
-from opsin.core.image import Image
+from opsin.core.request import Image
 from opsin.engine import AnswerStream
 from opsin.prompt import Content, Message
 

@@ -13,8 +13,7 @@ from opsin.compat.options import engine_options, real_seed, sampling_options
 from opsin.compose import open_runtime
 from opsin.core.config import checked
 from opsin.core.errors import BadParameter
-from opsin.core.image import Image
-from opsin.core.sampling import SamplingParams
+from opsin.core.request import Image, SamplingParams
 from opsin.core.settings import EngineSettings, ImageSettings
 from opsin.images import load_image
 

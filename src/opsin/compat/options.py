@@ -16,7 +16,7 @@ from typing import Any
 from opsin.core.errors import BadGrammar, BadParameter
 from opsin.core.files import read_text
 from opsin.core.ggml_types import KV_TYPES
-from opsin.core.sampling import MAX_SCHEMA
+from opsin.core.settings import MAX_SCHEMA
 
 # Options of `Llama` with a setting: name -> (its name here, the value that leaves the choice to Opsin).
 _ENGINE = {

@@ -7,30 +7,24 @@ to the one thread that owns the backend.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
-
-import numpy as np
-from numpy.typing import NDArray
 
 from opsin.core.answer import TokenLogprob
 from opsin.core.errors import OpsinError
 from opsin.core.model_info import ModelInfo
 from opsin.core.placement import Placement
-from opsin.core.prompt import Part
-from opsin.core.sampling import SamplingParams
-from opsin.core.tokens import ImageChunk, TokenizedPrompt
-
-Embedding = NDArray[np.float32]
+from opsin.core.request import Embedding, EmbeddingRows, ImageChunk, Part, SamplingParams, TokenBatch, TokenizedPrompt
 
 
 @dataclass(frozen=True, slots=True)
 class BackendLimits:
     """Sizes that plans must keep to: tokens or sequences, and `n_embd`, the width of an embedding row.
 
-    All sequences share one KV cache of `n_ctx` cells, as forks share cells; one sequence holds at most `n_ctx_train`
-    tokens (0: unknown). `forks=False`: one state for each sequence, which cannot be shared or forgotten in part. Image
-    rows are prefilled fastest in multiples of `tile`; `encode_batch` image chunks may be encoded at once.
+    All sequences share one KV cache of `n_ctx` cells, as forks share cells; one holds at most `n_ctx_seq` tokens, which
+    is less where the model was trained for less. `forks=False`: one state for each sequence, which cannot be shared or
+    forgotten in part. Image rows are prefilled fastest in multiples of `tile`; `encode_batch` image chunks may be
+    encoded at once.
     """
 
     n_ctx: int
@@ -39,48 +33,10 @@ class BackendLimits:
     n_seq_max: int
     n_vocab: int
     n_embd: int
-    n_ctx_train: int = 0
+    n_ctx_seq: int
     forks: bool = True
     tile: int = 1
     encode_batch: int = 1
-
-    @property
-    def n_ctx_seq(self) -> int:
-        """Tokens that one sequence may hold."""
-        return min(self.n_ctx, self.n_ctx_train or self.n_ctx)
-
-
-@dataclass(slots=True)
-class TokenBatch:
-    """Tokens of one ubatch, row by row: the token, its position, its sequence; `outputs` are rows that want logits."""
-
-    tokens: list[int] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    seq_ids: list[int] = field(default_factory=list)
-    outputs: list[int] = field(default_factory=list)
-
-    def append(self, tokens: Sequence[int], start: int, seq_id: int, *, logits: bool) -> None:
-        """Tokens of one sequence from position `start` on; with `logits` the last one's are wanted."""
-        self.tokens.extend(tokens)
-        self.positions.extend(range(start, start + len(tokens)))
-        self.seq_ids.extend([seq_id] * len(tokens))
-        if logits:
-            self.outputs.append(len(self.tokens) - 1)
-
-
-@dataclass(frozen=True, slots=True)
-class EmbeddingRows:
-    """A slice of an image's embedding for one sequence: `rows` is float32 [n, n_embd], contiguous.
-
-    `positions` is absolute, int32 [4, n] (section-major) under M-RoPE, else [1, n]. With `logits` the last row's are
-    kept. `causal=False` asks for attention in both directions.
-    """
-
-    rows: Embedding
-    positions: NDArray[np.int32]
-    seq_id: int
-    logits: bool = False
-    causal: bool = True
 
 
 class Sampler(Protocol):

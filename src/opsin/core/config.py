@@ -20,8 +20,7 @@ from pydantic import ValidationError
 
 from opsin.core.errors import BadParameter
 from opsin.core.files import expand, read_text
-from opsin.core.server_settings import ServerSettings
-from opsin.core.settings import RENAMED, RETIRED, EngineSettings, kind_of
+from opsin.core.settings import RENAMED, RETIRED, EngineSettings, ServerSettings, kind_of
 
 FILE = "opsin.toml"
 PREFIX = "OPSIN_"

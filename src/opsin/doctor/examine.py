@@ -11,11 +11,8 @@ from PIL import ImageDraw
 
 from opsin.core.answer import Answer
 from opsin.core.errors import OpsinError
-from opsin.core.image import Image
-from opsin.core.prompt import ImagePart
-from opsin.core.sampling import SamplingParams
+from opsin.core.request import Image, ImageChunk, ImagePart, SamplingParams
 from opsin.core.settings import EngineSettings, ImageSettings
-from opsin.core.tokens import ImageChunk
 from opsin.doctor.build import build_checks
 from opsin.doctor.check import Check, Status, worst
 from opsin.doctor.pair import LoadedFacts, PairInfo, pair_checks, read_pair

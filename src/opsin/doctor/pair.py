@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from opsin.core.errors import BadPrompt, ModelError, ModelUnreadable, PairMismatch
-from opsin.core.model_facts import PairFacts
-from opsin.core.prompt import TextPart
+from opsin.core.model_info import PairFacts
+from opsin.core.request import TextPart
 from opsin.core.settings import EngineSettings
 from opsin.doctor.check import Check, Status, serve_command, worst
 from opsin.models import GgufInfo, Pair, check_pair, family_warning, find_projector, info_of

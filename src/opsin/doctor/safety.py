@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from opsin.core.errors import BadParameter
-from opsin.core.model_facts import PairFacts
+from opsin.core.model_info import PairFacts
 from opsin.core.settings import EngineSettings
 from opsin.doctor.check import Check, Status, means_cpu, serve_command
 from opsin.doctor.pair import PairInfo

@@ -9,9 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 
-from opsin.core.answer import Timings
-from opsin.core.stages import Interval, Stage, Stages
+from opsin.core.answer import Interval, Stage, Stages, Timings
 
 Now = Callable[[], float]
 
@@ -153,6 +153,11 @@ class StageClock:
             self._ran[stage] = Interval(stage, ran.start, end, ran.seconds + seconds, ran.count + more)
 
 
+def stage_row(stages: Stages) -> dict[str, float]:
+    """Milliseconds by stage as plain numbers, rounded to the microsecond."""
+    return {name: round(value, 3) for name, value in asdict(stages).items()}
+
+
 def timings(stages: Stages, *, prompt_tokens: int, cached_tokens: int, predicted_tokens: int) -> Timings:
     """llama-server's `timings` of one request, from its stages and counts.
 
@@ -167,14 +172,10 @@ def timings(stages: Stages, *, prompt_tokens: int, cached_tokens: int, predicted
         cache_n=cached_tokens,
         prompt_n=prompt_n,
         prompt_ms=prompt_ms,
-        prompt_per_token_ms=_ratio(prompt_ms, prompt_n),
-        prompt_per_second=_ratio(prompt_n * 1e3, prompt_ms),
+        prompt_per_token_ms=prompt_ms / prompt_n if prompt_n else 0.0,
+        prompt_per_second=prompt_n * 1e3 / prompt_ms if prompt_ms > 0 else 0.0,
         predicted_n=predicted_tokens,
         predicted_ms=predicted_ms,
-        predicted_per_token_ms=_ratio(predicted_ms, predicted_tokens),
-        predicted_per_second=_ratio(predicted_tokens * 1e3, predicted_ms),
+        predicted_per_token_ms=predicted_ms / predicted_tokens if predicted_tokens else 0.0,
+        predicted_per_second=predicted_tokens * 1e3 / predicted_ms if predicted_ms > 0 else 0.0,
     )
-
-
-def _ratio(value: float, by: float) -> float:
-    return value / by if by > 0 else 0.0

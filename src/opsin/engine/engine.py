@@ -14,23 +14,20 @@ from typing import Self, TypeVar
 from weakref import WeakValueDictionary
 
 from opsin.cache import EmbeddingCache, salted
-from opsin.core.answer import Started
-from opsin.core.backend import Backend, BackendLimits, Embedding
+from opsin.core.answer import Stage, Started
+from opsin.core.backend import Backend, BackendLimits
 from opsin.core.errors import ContextOverflow, EngineClosed, OpsinError, QueueFull, copy_of
 from opsin.core.model_info import ModelInfo
 from opsin.core.placement import Placement
-from opsin.core.prompt import Prompt, TextPart
 from opsin.core.reasoning import ReasoningStyle
-from opsin.core.sampling import SamplingParams
-from opsin.core.stages import Stage
-from opsin.core.tokens import ImageChunk, TextChunk, TokenizedPrompt
+from opsin.core.request import Embedding, ImageChunk, Prompt, SamplingParams, TextChunk, TextPart, TokenizedPrompt
 from opsin.engine.clock import StageClock
 from opsin.engine.guard import Guard
 from opsin.engine.loop import Loop, Snapshot
+from opsin.engine.output import AnswerText
 from opsin.engine.request import AnswerStream, Request, Sequence, Wake, wake_readers
 from opsin.engine.runner import Watch, unwatched
 from opsin.engine.scheduler import Policy
-from opsin.engine.text import AnswerText
 
 T = TypeVar("T")
 

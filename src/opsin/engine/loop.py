@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from opsin.cache import EmbeddingCache
-from opsin.core.answer import Finished
+from opsin.core.answer import Finished, Stage
 from opsin.core.backend import Backend
 from opsin.core.errors import DecodeFailed, EngineClosed, EngineDied, EngineError, OpsinError, copy_of
-from opsin.core.stages import Stage
 from opsin.engine.output import OutputProcessor, check_deadline
 from opsin.engine.request import AnswerStream, Sequence, State, Wake, wake_readers
 from opsin.engine.runner import PixelsNeeded, Runner, Watch, unwatched

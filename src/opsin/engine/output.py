@@ -1,11 +1,172 @@
-"""What the tokens of a step mean for their answers: text for the caller, or one of the ends an answer can have."""
+"""From tokens to the text a caller sees: whole characters, reasoning apart, no stop strings; and where an answer ends.
+
+The readers are incremental: however the input is cut, the pieces they give join to what reading it whole would give.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import codecs
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
-from opsin.core.answer import TokenLogprob
-from opsin.engine.request import Sequence
+from opsin.core.answer import GuardVerdict, TextDelta, TokenLogprob
+from opsin.core.reasoning import ReasoningSplitter
+from opsin.engine.guard import Guard
+
+
+class StopStrings:
+    """Cuts streamed text before the first stop string.
+
+    First is the one that is complete first; when two end at the same character, the longer one. So an answer ends at
+    the earliest moment at which its text contains a stop string, whatever the borders of its tokens.
+    """
+
+    def __init__(self, stops: Iterable[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.met = False
+
+    def feed(self, text: str) -> str:
+        """Text that can be shown now; nothing any more once a stop string was `met`.
+
+        The longest end of the text that may still become a stop string is held back, no more.
+        """
+        if self.met or not self._stops:
+            return "" if self.met else text
+        # What is held back is shorter than any stop string that it begins, so every hit ends in the new text.
+        whole, self._held = self._held + text, ""
+        hits = [(at + len(stop), at) for stop in self._stops if (at := whole.find(stop)) >= 0]
+        if hits:
+            self.met = True
+            return whole[: min(hits)[1]]
+        shown = len(whole) - max(_overlap(whole, stop) for stop in self._stops)
+        self._held = whole[shown:]
+        return whole[:shown]
+
+    def flush(self) -> str:
+        """What was held back, now that no more text comes."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a proper beginning of `stop`."""
+    start = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+    while start >= 0:
+        if stop.startswith(text[start:]):
+            return len(text) - start
+        start = text.find(stop[0], start + 1)
+    return 0
+
+
+class AnswerText:
+    """The growing answer of one request; knows no backend and no clock.
+
+    `stopped` turns True at a stop string, `verdict` is set when the guard speaks. Stop strings are looked for in the
+    answer only, never in the reasoning; white space at the answer's start is the template's, and left out. `tags` gives
+    bytes to control tokens that mark reasoning: as tokens they have no text, and the splitter would not see them.
+    """
+
+    def __init__(
+        self,
+        stop: Sequence[str] = (),
+        splitter: ReasoningSplitter | None = None,
+        guard: Guard | None = None,
+        tags: Mapping[int, bytes] | None = None,
+    ) -> None:
+        self.verdict: GuardVerdict | None = None
+        self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.reasoning_tokens = 0
+        self._splitter = splitter
+        self._guard = guard
+        self._tags = tags or {}
+        self._cut = b""  # the beginning of a character whose other bytes have not come yet
+        self._stops = StopStrings(stop)
+        self._plain = splitter is None and not stop
+        self._text: list[str] = []
+        self._reasoning: list[str] = []
+        self._pending: list[TokenLogprob] = []
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was met."""
+        return self._stops.met
+
+    @property
+    def thinking(self) -> bool:
+        """Whether the answer is inside a reasoning block now."""
+        return self._splitter is not None and self._splitter.inside
+
+    @property
+    def text(self) -> str:
+        """The answer so far, without reasoning."""
+        return "".join(self._text)
+
+    @property
+    def reasoning(self) -> str | None:
+        """The reasoning so far; None when the model did none."""
+        return "".join(self._reasoning) or None
+
+    def feed(self, token: int, piece: bytes, logprob: TokenLogprob | None = None) -> list[TextDelta]:
+        """Take one token in; give what may be shown now. Bytes that can be no character become U+FFFD."""
+        self.tokens.append(token)
+        if logprob is not None:
+            self.logprobs.append(logprob)
+            self._pending.append(logprob)
+        data = self._cut + (piece or self._tags.get(token, b""))
+        text, used = codecs.utf_8_decode(data, "replace")
+        self._cut = data[used:]
+        if self._guard is not None and self.verdict is None:
+            self.verdict = self._guard.feed(token, text)
+        if self._plain:
+            return self._show(text) if text else []
+        if self.thinking:
+            self.reasoning_tokens += 1
+        return self._split(text)
+
+    def finish(self) -> list[TextDelta]:
+        """Give what was held back; called once, at the end."""
+        deltas = self._split(self._cut.decode("utf-8", "replace"))
+        if self._splitter is not None:
+            deltas += self._deltas(*self._splitter.finish())
+        return deltas + self._show(self._stops.flush())
+
+    def _split(self, text: str) -> list[TextDelta]:
+        return self._deltas("", text) if self._splitter is None else self._deltas(*self._splitter.feed(text))
+
+    def _deltas(self, reasoning: str, text: str) -> list[TextDelta]:
+        deltas: list[TextDelta] = []
+        if reasoning:
+            self._reasoning.append(reasoning)
+            deltas.append(TextDelta(reasoning, reasoning=True, logprobs=self._taken()))
+        return deltas + self._show(self._stops.feed(text)) if text else deltas
+
+    def _show(self, text: str) -> list[TextDelta]:
+        if not self._text:
+            text = text.lstrip()
+        if not text:
+            return []
+        self._text.append(text)
+        return [TextDelta(text, logprobs=self._taken() if self._pending else ())]
+
+    def _taken(self) -> tuple[TokenLogprob, ...]:
+        pending, self._pending = tuple(self._pending), []
+        return pending
+
+
+class Answering(Protocol):
+    """What is needed of the sequence that an answer belongs to, which imports this file for its AnswerText."""
+
+    request: Any
+    stream: Any
+    output: AnswerText
+    n_cells: int
+    last_token: int
+    forced: list[int]
+
+    def end(self, reason: Any, limit: Any = None) -> None:
+        """The answer ends here; the first reason counts."""
 
 
 class OutputProcessor:
@@ -20,14 +181,14 @@ class OutputProcessor:
         piece: Callable[[int], bytes],
         eog_tokens: frozenset[int],
         n_ctx: int,
-        close_reasoning: Callable[[Sequence], list[int]],
+        close_reasoning: Callable[[Any], list[int]],
     ) -> None:
         self._piece = piece
         self._eog_tokens = eog_tokens
         self._n_ctx = n_ctx
         self._close_reasoning = close_reasoning
 
-    def process_output(self, sampled: Iterable[tuple[Sequence, int, TokenLogprob | None]]) -> None:
+    def process_output(self, sampled: Iterable[tuple[Answering, int, TokenLogprob | None]]) -> None:
         """Take the tokens of a step in, put what they show into the streams, and end answers where a rule says so."""
         eog_tokens, piece, n_ctx = self._eog_tokens, self._piece, self._n_ctx
         for sequence, token, logprob in sampled:
@@ -49,14 +210,14 @@ class OutputProcessor:
             elif request.params.max_thinking_tokens is not None:
                 self.limit_reasoning(sequence)
 
-    def limit_reasoning(self, sequence: Sequence) -> None:
+    def limit_reasoning(self, sequence: Answering) -> None:
         """Close a reasoning block whose budget is spent; a budget of 0 closes one that the prompt opened."""
         budget, output = sequence.request.params.max_thinking_tokens, sequence.output
         if budget is not None and output.thinking and output.reasoning_tokens == budget:
             sequence.forced = self._close_reasoning(sequence)
 
 
-def check_deadline(sequence: Sequence, now: float) -> None:
+def check_deadline(sequence: Answering, now: float) -> None:
     """End an answer whose time is over; what it has so far is kept."""
     deadline = sequence.request.deadline
     if deadline is not None and now >= deadline:

@@ -11,14 +11,12 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from opsin.cache import Prefix, units_of
-from opsin.core.answer import Answer, Event, Finished, Usage
-from opsin.core.backend import Embedding, Sampler
+from opsin.core.answer import Answer, Event, Finished, FinishReason, Usage
+from opsin.core.backend import Sampler
 from opsin.core.errors import Cancelled, OpsinError, copy_of
-from opsin.core.prompt import Prompt
-from opsin.core.sampling import FinishReason, SamplingParams
-from opsin.core.tokens import Chunk, ImageChunk, TextChunk, TokenizedPrompt
+from opsin.core.request import Chunk, Embedding, ImageChunk, Prompt, SamplingParams, TextChunk, TokenizedPrompt
 from opsin.engine.clock import StageClock, timings
-from opsin.engine.text import AnswerText
+from opsin.engine.output import AnswerText
 
 MAX_UNREAD = 8192
 """Events that may wait for their reader."""

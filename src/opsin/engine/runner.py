@@ -12,11 +12,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from opsin.cache import EmbeddingCache, salted
 from opsin.cache.memory import Fork, KVOp
-from opsin.core.answer import Progress, TokenLogprob
-from opsin.core.backend import Backend, EmbeddingRows, Sampler, TokenBatch
+from opsin.core.answer import Progress, Stage, TokenLogprob
+from opsin.core.backend import Backend, Sampler
 from opsin.core.errors import DecodeFailed, OpsinError
-from opsin.core.stages import Stage
-from opsin.core.tokens import ImageChunk
+from opsin.core.request import EmbeddingRows, ImageChunk, TokenBatch
 from opsin.engine.clock import GroupClock, Now
 from opsin.engine.request import Sequence, State
 from opsin.engine.scheduler import Encode, PrefillImage, Step, Tokens

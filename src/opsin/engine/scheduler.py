@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from opsin.cache.memory import KVCacheManager, Prefix
 from opsin.core.backend import BackendLimits
-from opsin.core.tokens import ImageChunk, TextChunk
+from opsin.core.request import ImageChunk, TextChunk
 from opsin.engine.request import Sequence, State
 
 _FEWEST_ROWS = 16

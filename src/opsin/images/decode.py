@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from opsin.core.errors import BadImage, ImageTooLarge, ImageUnsupported, OpsinError
-from opsin.core.image import Image
+from opsin.core.request import Image
 from opsin.images.colour import flatten
 from opsin.images.limits import check_bytes, check_size, damaged
 from opsin.images.sniff import image_format

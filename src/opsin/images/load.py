@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import unquote_to_bytes
 
 from opsin.core.errors import BadImage, BadParameter, FetchFailed
-from opsin.core.image import Image
+from opsin.core.request import Image
 from opsin.images.colour import flatten_array
 from opsin.images.decode import OpenImage, make_image
 from opsin.images.limits import check_bytes, check_size, show

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from opsin.core.ggml_types import TENSOR_TYPES
-from opsin.core.model_facts import LayerFacts, ModelFacts, PairFacts, ProjectorFacts
+from opsin.core.model_info import LayerFacts, ModelFacts, PairFacts, ProjectorFacts
 from opsin.models.gguf import GgufHeader, TensorHead, read_header
 from opsin.models.naming import parts_of
 

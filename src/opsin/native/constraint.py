@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
     from numpy.typing import NDArray
 
-    from opsin.core.sampling import SamplingParams
+    from opsin.core.request import SamplingParams
     from opsin.native.model import Model
 
     _Compiled = tuple[LLMatcher, dict[str, Any] | None]  # a matcher at its start, and the schema if it has unique items

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from opsin.core.answer import TokenLogprob
-from opsin.core.backend import BackendLimits, EmbeddingRows
+from opsin.core.backend import BackendLimits
 from opsin.core.errors import BadInput, BadParameter, DecodeFailed, ModelError, OpsinError
 from opsin.core.ggml_types import KV_TYPES
-from opsin.core.prompt import TextPart
+from opsin.core.request import EmbeddingRows, TextPart
 from opsin.core.settings import CTX_PER_SEQUENCE
 from opsin.native import logs
 from opsin.native.model import Owned, floats
@@ -30,11 +30,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from opsin.core.backend import Embedding, Sample, TokenBatch
-    from opsin.core.prompt import Part
-    from opsin.core.sampling import SamplingParams
+    from opsin.core.backend import Sample
+    from opsin.core.request import Embedding, ImageChunk, Part, SamplingParams, TokenBatch, TokenizedPrompt
     from opsin.core.settings import EngineSettings
-    from opsin.core.tokens import ImageChunk, TokenizedPrompt
     from opsin.native.constraint import Constraints
     from opsin.native.model import Model
     from opsin.native.vision import Encoder
@@ -110,13 +108,13 @@ class Context:
         self.threads: tuple[int, int, int] = params.n_threads, params.n_threads_batch, encode_threads
         self.eog_tokens, self.piece = model.eog_tokens, model.piece
         self.limits = BackendLimits(
-            n_ctx=llama.llama_n_ctx(pointer),
+            n_ctx=(n_ctx := llama.llama_n_ctx(pointer)),
             n_batch=llama.llama_n_batch(pointer),
             n_ubatch=llama.llama_n_ubatch(pointer),
             n_seq_max=llama.llama_n_seq_max(pointer) - self._keeper,
             n_vocab=model.n_vocab,
             n_embd=model.n_embd,
-            n_ctx_train=model.n_ctx_train,
+            n_ctx_seq=min(n_ctx, model.n_ctx_train or n_ctx),
             forks=not model.whole_states_only,
             tile=_TILE if model.device is None else 1,
             encode_batch=1 if encoder is None else encoder.batch,

@@ -13,7 +13,7 @@ from dataclasses import astuple, dataclass, replace
 from itertools import accumulate
 
 from opsin.core.errors import BadParameter
-from opsin.core.model_facts import PairFacts, ProjectorFacts
+from opsin.core.model_info import PairFacts, ProjectorFacts
 from opsin.core.settings import CTX_PER_SEQUENCE, EngineSettings
 from opsin.native.devices import HOST, Device, pick
 

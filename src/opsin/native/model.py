@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from opsin.core.errors import EngineClosed, ModelNotFound, ModelUnreadable, PairMismatch
-from opsin.core.tokens import TextChunk, TokenizedPrompt
+from opsin.core.request import TextChunk, TokenizedPrompt
 from opsin.native import logs
 from opsin.native.devices import Device, devices, pick
 from opsin.native.library import Library, library
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from opsin.core.prompt import TextPart
+    from opsin.core.request import TextPart
     from opsin.core.settings import EngineSettings
 
 # llama_token_attr of llama.h

@@ -12,10 +12,8 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from opsin.core.backend import TokenBatch
 from opsin.core.placement import BackendShare, Placement
-from opsin.core.prompt import ImagePart
-from opsin.core.tokens import ImageChunk
+from opsin.core.request import ImageChunk, ImagePart, TokenBatch
 from opsin.native.context import Context
 from opsin.native.devices import devices
 from opsin.native.ggml import Tensor, op_names

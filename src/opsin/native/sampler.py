@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from opsin.core.sampling import SamplingParams
+    from opsin.core.request import SamplingParams
     from opsin.native.constraint import Constraint
     from opsin.native.model import Model
 

@@ -19,12 +19,9 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from opsin.core.backend import EmbeddingRows, TokenBatch
 from opsin.core.errors import ModelError, ModelUnreadable, OpsinError
-from opsin.core.image import Image
-from opsin.core.prompt import ImagePart, TextPart
+from opsin.core.request import EmbeddingRows, Image, ImageChunk, ImagePart, TextPart, TokenBatch
 from opsin.core.settings import EngineSettings
-from opsin.core.tokens import ImageChunk
 from opsin.native import logs
 from opsin.native.context import Context
 from opsin.native.devices import devices

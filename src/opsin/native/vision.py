@@ -25,8 +25,7 @@ from opsin.core.errors import (
     NativeMismatch,
     PairMismatch,
 )
-from opsin.core.prompt import TextPart
-from opsin.core.tokens import Chunk, ImageChunk, TextChunk, TokenizedPrompt
+from opsin.core.request import Chunk, ImageChunk, TextChunk, TextPart, TokenizedPrompt
 from opsin.native import logs
 from opsin.native.abi import ADVICE
 from opsin.native.devices import devices, pick
@@ -42,9 +41,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from opsin.core.backend import Embedding
-    from opsin.core.image import Image
-    from opsin.core.prompt import Part
+    from opsin.core.request import Embedding, Image, Part
     from opsin.core.settings import EngineSettings
     from opsin.native.model import Model
 

@@ -10,9 +10,8 @@ from itertools import groupby
 from typing import Any, Literal, get_args
 
 from opsin.core.errors import BadPrompt
-from opsin.core.image import Image
-from opsin.core.prompt import Part, Prompt, TextPart
 from opsin.core.reasoning import ReasoningStyle
+from opsin.core.request import Image, Part, Prompt, TextPart
 from opsin.prompt.builtin import SHIPPED, choose
 from opsin.prompt.placeholders import ControlTokens, Placeholders
 from opsin.prompt.template import ChatTemplate, TemplateSource

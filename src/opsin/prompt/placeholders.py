@@ -13,8 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from opsin.core.errors import BadPrompt
-from opsin.core.image import Image
-from opsin.core.prompt import ImagePart, Part, TextPart
+from opsin.core.request import Image, ImagePart, Part, TextPart
 
 _STEM_DIGITS = 32
 _INDEX_DIGITS = 6

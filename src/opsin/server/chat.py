@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from opsin.core.answer import Answer, Finished, TextDelta, TokenLogprob
-from opsin.core.prompt import Prompt, TextPart
+from opsin.core.request import Prompt, TextPart
 from opsin.server.errors import BadField, at_most, dumps
 from opsin.server.handler import CompletionHandler, Context, Job, Writer, extensions
 from opsin.server.model import ServedModel

@@ -12,7 +12,7 @@ import threading
 from typing import Any
 
 from opsin.core.errors import BadImage, OpsinError
-from opsin.core.image import Image
+from opsin.core.request import Image
 from opsin.core.settings import ImageSettings
 from opsin.worker import Channel, Pixels, portable, share, signal_name, start_process
 

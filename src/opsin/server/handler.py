@@ -15,9 +15,9 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from opsin.core.answer import Answer, Finished, TextDelta
-from opsin.core.prompt import Prompt
-from opsin.core.sampling import SamplingParams
-from opsin.core.server_settings import ServerSettings
+from opsin.core.request import Prompt, SamplingParams
+from opsin.core.settings import ServerSettings
+from opsin.engine.clock import stage_row
 from opsin.server.errors import dumps, error_body, explain
 from opsin.server.images import ImageLoader
 from opsin.server.limits import Admission, FairQueue
@@ -150,7 +150,7 @@ class CompletionHandler(Response):
         self._stats.answers.extend(whole)
         body = dumps(writer.whole(whole))
         # The stages for a browser's tools, in milliseconds.
-        stages = whole[0].stages.as_dict().items()
+        stages = stage_row(whole[0].stages).items()
         timing = ", ".join(f"{name.removesuffix('_ms')};dur={ms}" for name, ms in stages if ms)
         headers = [
             (b"content-type", b"application/json"),
@@ -260,7 +260,7 @@ def extensions(answer: Answer) -> dict[str, Any]:
     """What Opsin adds to OpenAI's fields: llama-server's timings, stages, images, the guard, what cut the answer."""
     return {
         "timings": asdict(answer.timings),
-        "stages": answer.stages.as_dict(),
+        "stages": stage_row(answer.stages),
         "images": [asdict(image) for image in answer.images],
         "guard": None if answer.guard is None else asdict(answer.guard),
         "limit": answer.limit,

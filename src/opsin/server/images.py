@@ -19,9 +19,8 @@ from urllib.parse import unquote, urlsplit
 import httpx
 
 from opsin.core.errors import BadImage, BadParameter, FetchFailed
-from opsin.core.image import Image
-from opsin.core.server_settings import ServerSettings
-from opsin.core.settings import ImageSettings
+from opsin.core.request import Image
+from opsin.core.settings import ImageSettings, ServerSettings
 from opsin.images import read_data_url
 from opsin.images.fetch import Resolver, fetch, system_addresses
 from opsin.images.limits import check_bytes

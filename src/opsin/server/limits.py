@@ -15,7 +15,7 @@ from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from opsin.core.errors import QueueFull
-from opsin.core.server_settings import ServerSettings
+from opsin.core.settings import ServerSettings
 from opsin.server.errors import ErrorResponse
 from opsin.server.pixels import holding_pixels
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from opsin.core.server_settings import ServerSettings
+from opsin.core.settings import ServerSettings
 from opsin.prompt import PromptBuilder
 from opsin.worker import Loaded, NotReady, WorkerEngine
 

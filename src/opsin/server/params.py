@@ -13,10 +13,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from opsin.core.errors import OpsinError
-from opsin.core.image import Image
-from opsin.core.prompt import Prompt
-from opsin.core.sampling import SamplingParams
-from opsin.core.server_settings import ServerSettings
+from opsin.core.request import Image, Prompt, SamplingParams
+from opsin.core.settings import ServerSettings
 from opsin.prompt import Content, Message, PromptBuilder
 from opsin.server.errors import BadField, UnknownModel, at_most, field_error
 from opsin.server.handler import Context

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from opsin.core.answer import Answer, Finished, TextDelta
-from opsin.core.sampling import SamplingParams
+from opsin.core.request import SamplingParams
 from opsin.server.errors import BadField, dumps
 from opsin.server.handler import CompletionHandler, Context, Job, Writer, extensions
 from opsin.server.model import ServedModel

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from opsin.core.errors import BadParameter
-from opsin.core.server_settings import ServerSettings
+from opsin.core.settings import ServerSettings
 from opsin.server.errors import ErrorResponse
 
 KEY_VARIABLE = "OPSIN_API_KEY"

@@ -22,10 +22,10 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_late
 from prometheus_client.registry import Collector
 
 from opsin import __version__
-from opsin.core.answer import Answer
+from opsin.core.answer import Answer, Stage
 from opsin.core.errors import BadParameter
-from opsin.core.stages import Stage
 from opsin.engine import Snapshot
+from opsin.engine.clock import stage_row
 from opsin.server.handler import Context, RequestStats
 from opsin.server.model import ModelManager
 
@@ -195,7 +195,7 @@ def _fields(stats: RequestStats) -> dict[str, Any]:
                 "finish_reason": answer.finish_reason,
                 "limit": answer.limit,
                 "guard": None if answer.guard is None else asdict(answer.guard),
-                "stages": answer.stages.as_dict(),
+                "stages": stage_row(answer.stages),
             }
             for answer in stats.answers
         ],

@@ -15,13 +15,22 @@ from typing import cast
 import numpy as np
 
 from opsin.core.answer import ImageInfo, TokenLogprob
-from opsin.core.backend import BackendLimits, Embedding, EmbeddingRows, Sample, Sampler, TokenBatch
+from opsin.core.backend import BackendLimits, Sample, Sampler
 from opsin.core.errors import BadGrammar, DecodeFailed, EncodeFailed, OpsinError
 from opsin.core.model_info import ModelInfo
 from opsin.core.placement import BackendShare, Placement
-from opsin.core.prompt import ImagePart, Part
-from opsin.core.sampling import SamplingParams
-from opsin.core.tokens import Chunk, ImageChunk, TextChunk, TokenizedPrompt
+from opsin.core.request import (
+    Chunk,
+    Embedding,
+    EmbeddingRows,
+    ImageChunk,
+    ImagePart,
+    Part,
+    SamplingParams,
+    TextChunk,
+    TokenBatch,
+    TokenizedPrompt,
+)
 
 BOS, EOS, TURN = 256, 257, 258
 """Tokens behind the 256 bytes: begin, end, and the mark (written as the character U+001E) where an answer starts."""
@@ -116,7 +125,7 @@ class FakeBackend:
     ) -> None:
         self.reply = reply
         self._limits = limits or BackendLimits(
-            n_ctx=512, n_batch=64, n_ubatch=64, n_seq_max=8, n_vocab=N_VOCAB, n_embd=4
+            n_ctx=512, n_batch=64, n_ubatch=64, n_seq_max=8, n_vocab=N_VOCAB, n_embd=4, n_ctx_seq=512
         )
         self.clock = clock or FakeClock()
         self.costs = costs or Costs()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-from opsin.core.image import Image
+from opsin.core.request import Image
 
 
 def image(seed: int = 0, width: int = 8, height: int = 6) -> Image:

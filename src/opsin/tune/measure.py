@@ -18,8 +18,7 @@ from opsin.bench import image_file
 from opsin.bench.report import columns
 from opsin.core.answer import TokenLogprob
 from opsin.core.errors import OpsinError
-from opsin.core.prompt import Prompt
-from opsin.core.sampling import SamplingParams
+from opsin.core.request import Prompt, SamplingParams
 from opsin.core.settings import EngineSettings, ImageSettings
 from opsin.engine import Engine
 from opsin.images import load_image

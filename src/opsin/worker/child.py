@@ -16,8 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from opsin.core.errors import BadInput, ModelError, ModelUnreadable, OpsinError
-from opsin.core.prompt import Prompt
-from opsin.core.sampling import SamplingParams
+from opsin.core.request import Prompt, SamplingParams
 from opsin.worker.messages import Channel, Pixels
 
 # No -m: that would put the working folder before the standard library.

@@ -21,8 +21,7 @@ from opsin.core.backend import BackendLimits
 from opsin.core.errors import EngineClosed, EngineDied, EngineError, OpsinError, QueueFull, copy_of
 from opsin.core.model_info import ModelInfo
 from opsin.core.placement import Placement
-from opsin.core.prompt import Prompt
-from opsin.core.sampling import SamplingParams
+from opsin.core.request import Prompt, SamplingParams
 from opsin.core.settings import EngineSettings
 from opsin.engine import AnswerStream, Snapshot, wake_readers
 from opsin.prompt import PromptBuilder

@@ -26,10 +26,9 @@ from typing import Any, Self
 from opsin.core.answer import Event, TextDelta
 from opsin.core.backend import BackendLimits
 from opsin.core.errors import EngineError, OpsinError, copy_of
-from opsin.core.image import Image
 from opsin.core.model_info import ModelInfo
 from opsin.core.placement import Placement
-from opsin.core.prompt import ImagePart, Prompt
+from opsin.core.request import Image, ImagePart, Prompt
 from opsin.prompt import TemplateSource
 
 _HEAD = struct.Struct("<QB")

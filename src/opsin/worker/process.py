@@ -18,8 +18,7 @@ from opsin.compose import Runtime, end_with_parent, open_runtime
 from opsin.core.answer import Finished, Started
 from opsin.core.errors import EngineDied, OpsinError
 from opsin.core.placement import Placement
-from opsin.core.prompt import Prompt
-from opsin.core.sampling import SamplingParams
+from opsin.core.request import Prompt, SamplingParams
 from opsin.engine import AnswerStream, wake_readers
 from opsin.prompt import Message
 from opsin.worker.messages import Channel, Loaded, Packed, Pixels, pack, portable, set_pixels

@@ -21,8 +21,8 @@ from opentelemetry.trace import SpanKind
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
-from opsin.core.server_settings import ServerSettings
-from opsin.core.stages import Stage
+from opsin.core.answer import Stage
+from opsin.core.settings import ServerSettings
 from opsin.server.app import create_app
 from opsin.server.handler import Context
 from opsin.server.images import ImageLoader

@@ -36,7 +36,7 @@ from opsin.testing.fake_backend import TURN_TEXT
 
 pytestmark = pytest.mark.slow  # together they take seconds, so `make check` leaves them out
 
-LIMITS = BackendLimits(n_ctx=4096, n_batch=256, n_ubatch=256, n_seq_max=24, n_vocab=259, n_embd=4)
+LIMITS = BackendLimits(n_ctx=4096, n_batch=256, n_ubatch=256, n_seq_max=24, n_vocab=259, n_embd=4, n_ctx_seq=4096)
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}" + TURN_TEXT
 CEILING = Ceiling("CPU", read_bytes_s=1e10, matrix_ops_s=1e11)
 COST = ModelCost(
@@ -159,7 +159,7 @@ def test_a_run_of_another_length_is_invalid_and_has_no_figures(driver: Scripted,
 
 
 def test_an_answer_that_ends_early_on_the_engine_makes_the_run_invalid() -> None:
-    running = Running(FakeBackend(lambda _: "x" * 200, limits=replace(LIMITS, n_ctx=64)))
+    running = Running(FakeBackend(lambda _: "x" * 200, limits=replace(LIMITS, n_ctx=64, n_ctx_seq=64)))
     with running.engine:
         result = measured(running.driver, Workload("X", "", (Ask(0, max_tokens=60),)))
     assert "instead of 60" in (result.invalid or "")

@@ -19,7 +19,7 @@ from safetensors.numpy import save
 
 from opsin.cache import DiskStore, EmbeddingCache, default_folder
 from opsin.cache.disk import _pack
-from opsin.core.backend import Embedding
+from opsin.core.request import Embedding
 
 ROWS = np.arange(12, dtype=np.float32).reshape(3, 4)
 

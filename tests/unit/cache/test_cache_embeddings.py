@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opsin.cache import EmbeddingCache
-from opsin.core.backend import Embedding
+from opsin.core.request import Embedding
 
 
 def rows(n: int, value: float = 1.0) -> Embedding:

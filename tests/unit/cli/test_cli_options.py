@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from opsin.cli.console import new_app
 from opsin.cli.options import flags_of, given
-from opsin.core.sampling import SamplingParams
+from opsin.core.request import SamplingParams
 from opsin.core.settings import EngineSettings
 
 

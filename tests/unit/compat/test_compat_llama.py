@@ -23,7 +23,7 @@ from opsin.compat import (
 from opsin.compose import Runtime
 from opsin.core.backend import BackendLimits
 from opsin.core.errors import BadParameter, BadPrompt, ModelNotFound
-from opsin.core.sampling import SamplingParams
+from opsin.core.request import SamplingParams
 from opsin.core.settings import EngineSettings
 from opsin.engine import Engine
 from opsin.prompt import PromptBuilder, TemplateSource
@@ -61,7 +61,9 @@ class World:
 
     def open(self, model: Any, mmproj: Any, settings: EngineSettings, *, template: str | None = None) -> Runtime:
         self.settings, self.opened = settings, (model, mmproj)
-        backend = FakeBackend(self.reply, limits=BackendLimits(settings.ctx or 512, 64, 64, 8, 259, 4))
+        backend = FakeBackend(
+            self.reply, limits=BackendLimits(settings.ctx or 512, 64, 64, 8, 259, 4, settings.ctx or 512)
+        )
         self.backends.append(backend)
         sampler = backend.sampler
 

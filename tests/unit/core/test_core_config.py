@@ -9,9 +9,8 @@ import pytest
 
 from opsin.core.config import Config, read_config
 from opsin.core.errors import BadParameter
-from opsin.core.sampling import MAX_STOP, SamplingParams
-from opsin.core.server_settings import ServerSettings
-from opsin.core.settings import RENAMED, RETIRED, EngineSettings
+from opsin.core.request import SamplingParams
+from opsin.core.settings import MAX_STOP, RENAMED, RETIRED, EngineSettings, ServerSettings
 
 
 def config(folder: Path, environ: dict[str, str] | None = None, **flags: Any) -> Config:

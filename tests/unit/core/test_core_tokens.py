@@ -3,7 +3,7 @@
 import numpy as np
 
 from opsin.cache import Prefix, units_of
-from opsin.core.tokens import Chunk, ImageChunk, TextChunk
+from opsin.core.request import Chunk, ImageChunk, TextChunk
 
 GRID = np.array([[0, 0, 0, 0], [0, 0, 1, 0], [0, 1, 0, 0], [0, 1, 1, 0]], np.int32)
 PLAIN = ImageChunk("a", 0, n_tokens=4, n_pos=4)

@@ -9,23 +9,31 @@ from typing import NamedTuple
 from opsin.cache import EmbeddingCache, salted
 from opsin.cache.memory import KVOp
 from opsin.core.answer import Answer, Event, Finished, TextDelta
-from opsin.core.backend import BackendLimits, Embedding, EmbeddingRows, TokenBatch
+from opsin.core.backend import BackendLimits
 from opsin.core.errors import Cancelled, OpsinError
-from opsin.core.prompt import ImagePart, Part, Prompt, TextPart
-from opsin.core.sampling import SamplingParams
-from opsin.core.tokens import ImageChunk
+from opsin.core.request import (
+    Embedding,
+    EmbeddingRows,
+    ImageChunk,
+    ImagePart,
+    Part,
+    Prompt,
+    SamplingParams,
+    TextPart,
+    TokenBatch,
+)
 from opsin.engine import Policy
 from opsin.engine.clock import StageClock
 from opsin.engine.loop import Loop
+from opsin.engine.output import AnswerText
 from opsin.engine.request import AnswerStream, Request, Sequence, State
 from opsin.engine.scheduler import Scheduler, Step, Tokens, members_of
-from opsin.engine.text import AnswerText
 from opsin.testing import FakeBackend, FakeClock, image
 from opsin.testing.fake_backend import TURN_TEXT
 
 
 def limits(n_ctx: int = 256, n_ubatch: int = 16, n_seq_max: int = 6) -> BackendLimits:
-    return BackendLimits(n_ctx, n_ubatch, n_ubatch, n_seq_max, n_vocab=259, n_embd=4)
+    return BackendLimits(n_ctx, n_ubatch, n_ubatch, n_seq_max, n_vocab=259, n_embd=4, n_ctx_seq=n_ctx)
 
 
 def reply(text: str) -> str:

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opsin.core.stages import Stage, Stages
-from opsin.engine.clock import StageClock, timings
+from opsin.core.answer import Stage, Stages
+from opsin.engine.clock import StageClock, stage_row, timings
 
 
 class FakeTime:
@@ -33,7 +33,7 @@ def ticks(ms):
 
 
 def parts(stages):
-    return {name: value for name, value in stages.as_dict().items() if name != "total_ms" and value}
+    return {name: value for name, value in stage_row(stages).items() if name != "total_ms" and value}
 
 
 def sum_of(stages):

@@ -7,8 +7,7 @@ import pytest
 
 from opsin.cache import EmbeddingCache
 from opsin.core.errors import EngineClosed, EngineDied
-from opsin.core.prompt import Prompt, TextPart
-from opsin.core.tokens import TokenizedPrompt
+from opsin.core.request import Prompt, TextPart, TokenizedPrompt
 from opsin.engine import AnswerStream, Engine, Policy
 from opsin.engine.loop import Loop
 from opsin.testing import FakeBackend

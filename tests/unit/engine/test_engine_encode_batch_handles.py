@@ -6,7 +6,7 @@ from engine_driver import Backend, Driver, limits, prompt_of, reply
 
 from opsin.cache import EmbeddingCache
 from opsin.core.errors import BadGrammar, EncodeFailed
-from opsin.core.tokens import ImageChunk
+from opsin.core.request import ImageChunk
 from opsin.engine import Policy
 from opsin.testing import FakeClock
 

@@ -14,7 +14,7 @@ import pytest
 
 from opsin.cache import EmbeddingCache
 from opsin.core.answer import Answer, Event, Finished, Started, TextDelta
-from opsin.core.backend import BackendLimits, Embedding, EmbeddingRows, TokenBatch
+from opsin.core.backend import BackendLimits
 from opsin.core.errors import (
     BadGrammar,
     Cancelled,
@@ -25,15 +25,23 @@ from opsin.core.errors import (
     EngineDied,
     OpsinError,
 )
-from opsin.core.prompt import ImagePart, Prompt, TextPart
 from opsin.core.reasoning import ReasoningStyle
-from opsin.core.sampling import SamplingParams
-from opsin.core.tokens import ImageChunk
+from opsin.core.request import (
+    Embedding,
+    EmbeddingRows,
+    ImageChunk,
+    ImagePart,
+    Prompt,
+    SamplingParams,
+    TextPart,
+    TokenBatch,
+)
 from opsin.engine import AnswerStream, Engine, Policy
+from opsin.engine.clock import stage_row
 from opsin.testing import FakeBackend, FakeClock, image
 from opsin.testing.fake_backend import EOS, TURN_TEXT
 
-LIMITS = BackendLimits(n_ctx=512, n_batch=64, n_ubatch=64, n_seq_max=8, n_vocab=259, n_embd=4)
+LIMITS = BackendLimits(n_ctx=512, n_batch=64, n_ubatch=64, n_seq_max=8, n_vocab=259, n_embd=4, n_ctx_seq=512)
 
 
 def prompt(text: str = "what is this?", images: int = 1, **fields: object) -> Prompt:
@@ -94,7 +102,7 @@ def test_the_profile_limit_holds_when_none_is_asked_for() -> None:
 
 
 def test_a_full_context_ends_the_answer() -> None:
-    backend = FakeBackend(lambda _: "x" * 1000, limits=dataclasses.replace(LIMITS, n_ctx=64))
+    backend = FakeBackend(lambda _: "x" * 1000, limits=dataclasses.replace(LIMITS, n_ctx=64, n_ctx_seq=64))
     answer = ask(backend, max_tokens=1000, guard=False)
     assert (answer.finish_reason, answer.limit) == ("length", "context")
     # The last token drawn needs no cell: it is never decoded.
@@ -118,7 +126,7 @@ def test_the_guard_ends_a_loop_and_off_means_off() -> None:
     def reply(_: str) -> str:
         return "the chair, the table, " * 200
 
-    clock_limits = dataclasses.replace(LIMITS, n_ctx=8192)
+    clock_limits = dataclasses.replace(LIMITS, n_ctx=8192, n_ctx_seq=8192)
     guarded = ask(FakeBackend(reply, limits=clock_limits), max_tokens=3000)
     assert (guarded.finish_reason, guarded.limit) == ("length", "guard")
     assert guarded.guard is not None
@@ -185,7 +193,7 @@ def test_each_stage_has_its_own_time_also_when_decode_returns_early(asynchronous
     assert stages.text_prefill_ms == pytest.approx(0.25 * (1 + len("what is this?") + 1))
     assert stages.decode_ms == pytest.approx(4 * 8.0)
     assert stages.sample_ms == 0.0
-    parts = [value for name, value in stages.as_dict().items() if name != "total_ms"]
+    parts = [value for name, value in stage_row(stages).items() if name != "total_ms"]
     assert sum(parts) == pytest.approx(stages.total_ms)
 
 
@@ -277,7 +285,7 @@ def test_a_dead_engine_tells_everyone_and_refuses_new_work() -> None:
 
 
 def test_closing_ends_running_answers_and_refuses_new_ones() -> None:
-    backend = FakeBackend(lambda _: "x" * 400, limits=dataclasses.replace(LIMITS, n_ctx=1 << 16))
+    backend = FakeBackend(lambda _: "x" * 400, limits=dataclasses.replace(LIMITS, n_ctx=1 << 16, n_ctx_seq=1 << 16))
     engine = Engine(lambda: backend, max_tokens=60_000)
     stream = engine.submit(prompt(), SamplingParams(ignore_eos=True, guard=False))
     assert isinstance(next(iter(stream)), Started)
@@ -292,7 +300,8 @@ def test_closing_ends_running_answers_and_refuses_new_ones() -> None:
 
 def test_cancelling_frees_the_sequence_for_the_next() -> None:
     backend = FakeBackend(
-        lambda p: "x" * 400 if "long" in p else "short", limits=dataclasses.replace(LIMITS, n_ctx=1 << 16)
+        lambda p: "x" * 400 if "long" in p else "short",
+        limits=dataclasses.replace(LIMITS, n_ctx=1 << 16, n_ctx_seq=1 << 16),
     )
     with Engine(lambda: backend, max_tokens=60_000) as engine:
         long = engine.submit(prompt("long"), SamplingParams(ignore_eos=True, guard=False))
@@ -304,7 +313,7 @@ def test_cancelling_frees_the_sequence_for_the_next() -> None:
 
 
 def test_the_stream_is_also_asynchronous_and_leaving_it_cancels() -> None:
-    backend = FakeBackend(lambda _: "hello", limits=dataclasses.replace(LIMITS, n_ctx=1 << 16))
+    backend = FakeBackend(lambda _: "hello", limits=dataclasses.replace(LIMITS, n_ctx=1 << 16, n_ctx_seq=1 << 16))
 
     async def read(engine: Engine) -> tuple[str, bool]:
         answer = await engine.submit(prompt()).answer()
@@ -343,7 +352,7 @@ async def read_async(stream: AnswerStream) -> str:
 
 def test_an_answer_that_failed_is_freed_at_once_also_without_garbage_collection() -> None:
     """A ring of error, frames, stream and images waits for a full collection: megabytes under load."""
-    backend = FakeBackend(lambda _: "hello", limits=dataclasses.replace(LIMITS, n_ctx=8192))
+    backend = FakeBackend(lambda _: "hello", limits=dataclasses.replace(LIMITS, n_ctx=8192, n_ctx_seq=8192))
 
     def ask_all(engine: Engine) -> None:
         for reading in (read, lambda stream: asyncio.run(read_async(stream))):
@@ -381,7 +390,8 @@ def test_a_dead_engine_holds_nobody_who_asks_it() -> None:
 
 def test_a_reader_whose_event_loop_was_closed_hurts_nobody() -> None:
     backend = FakeBackend(
-        lambda p: "x" * 50_000 if "long" in p else "short", limits=dataclasses.replace(LIMITS, n_ctx=1 << 16)
+        lambda p: "x" * 50_000 if "long" in p else "short",
+        limits=dataclasses.replace(LIMITS, n_ctx=1 << 16, n_ctx_seq=1 << 16),
     )
 
     async def first(events: AsyncIterator[Event]) -> Event:
@@ -407,7 +417,7 @@ def test_a_reader_whose_event_loop_was_closed_hurts_nobody() -> None:
 
 def test_a_request_costs_little_of_our_own() -> None:
     """Python's share of a token, in CPU time: 2,000 tokens through plan, run and absorb, without any model."""
-    backend = FakeBackend(lambda _: "x" * 4000, limits=dataclasses.replace(LIMITS, n_ctx=1 << 16))
+    backend = FakeBackend(lambda _: "x" * 4000, limits=dataclasses.replace(LIMITS, n_ctx=1 << 16, n_ctx_seq=1 << 16))
     backend.next_token = lambda row: ord("x")  # type: ignore[method-assign]
     with Engine(lambda: backend, max_tokens=2000) as engine:
         start = time.process_time()
@@ -495,7 +505,7 @@ def test_pixels_of_32_requests_are_given_back_as_each_is_encoded() -> None:
         held.add(rgb)
         return Prompt((ImagePart(dataclasses.replace(image(seed), rgb=rgb)), TextPart("what?" + TURN_TEXT)))
 
-    limits = dataclasses.replace(LIMITS, n_ctx=16384, n_seq_max=32)
+    limits = dataclasses.replace(LIMITS, n_ctx=16384, n_ctx_seq=16384, n_seq_max=32)
     backend = Backend(lambda _: "x" * 400, limits=limits)
     with Engine(lambda: backend, policy=Policy(parallel=32)) as engine:
         prompts = [asked(seed) for seed in range(32)]

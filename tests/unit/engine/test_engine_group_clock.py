@@ -7,7 +7,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opsin.core.stages import Stage
+from opsin.core.answer import Stage
 from opsin.engine.clock import GroupClock, StageClock
 
 GROUP_STAGES = [Stage.DECODE, Stage.SAMPLE, Stage.QUEUE, Stage.DETOKENIZE]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from opsin.cache import EmbeddingCache
 from opsin.core.answer import Finished
 from opsin.core.errors import Cancelled, DecodeFailed, EncodeFailed
-from opsin.core.prompt import Prompt
+from opsin.core.request import Prompt
 from opsin.engine import Policy
 from opsin.testing import FakeClock
 

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from opsin.core.errors import Cancelled
-from opsin.core.prompt import ImagePart, Prompt, TextPart
+from opsin.core.request import ImagePart, Prompt, TextPart
 from opsin.engine import Engine, Policy
 from opsin.testing import FakeBackend, image
 from opsin.testing.fake_backend import TURN_TEXT

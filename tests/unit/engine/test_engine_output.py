@@ -2,7 +2,7 @@
 
 from opsin.core.answer import TextDelta, TokenLogprob
 from opsin.core.reasoning import ReasoningStyle
-from opsin.engine.text import AnswerText
+from opsin.engine.output import AnswerText
 
 STYLE = ReasoningStyle("<think>", "</think>")
 

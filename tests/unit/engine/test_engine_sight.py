@@ -6,9 +6,10 @@ import itertools
 import pytest
 from engine_driver import Asked, Backend, Driver, limits, prompt_of, reply
 
-from opsin.core.prompt import ImagePart, Prompt, TextPart
-from opsin.core.stages import Interval, Stage
+from opsin.core.answer import Interval, Stage
+from opsin.core.request import ImagePart, Prompt, TextPart
 from opsin.engine import Engine, Policy
+from opsin.engine.clock import stage_row
 from opsin.testing import FakeBackend, FakeClock, image
 from opsin.testing.fake_backend import TURN_TEXT
 
@@ -33,7 +34,7 @@ def check(asked: Asked) -> None:
     for stage in Stage:
         ms = 1e3 * sum(interval.seconds for interval in answer.intervals if interval.stage is stage)
         assert ms == pytest.approx(getattr(answer.stages, f"{stage.value}_ms"), abs=1e-6)
-    parts = sum(value for name, value in answer.stages.as_dict().items() if name != "total_ms")
+    parts = sum(value for name, value in stage_row(answer.stages).items() if name != "total_ms")
     assert parts == pytest.approx(answer.stages.total_ms, abs=0.01)
 
 

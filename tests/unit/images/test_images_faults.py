@@ -22,7 +22,7 @@ from PIL import JpegImagePlugin
 
 import opsin
 from opsin.core.errors import BadImage, BadInput, ImageTooLarge
-from opsin.core.image import Image
+from opsin.core.request import Image
 from opsin.core.settings import ImageSettings
 from opsin.images import OpenImage, load_image
 

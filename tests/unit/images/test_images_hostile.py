@@ -17,7 +17,7 @@ from image_samples import LIMITS, encode, scene
 
 import opsin
 from opsin.core.errors import BadImage, BadInput, ImageTooLarge, ImageUnsupported
-from opsin.core.image import Image
+from opsin.core.request import Image
 from opsin.core.settings import ImageSettings
 from opsin.images import load_image
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from opsin.cli.app import app
 from opsin.core.errors import BadParameter
-from opsin.core.model_facts import LayerFacts, ModelFacts, PairFacts, ProjectorFacts
+from opsin.core.model_info import LayerFacts, ModelFacts, PairFacts, ProjectorFacts
 from opsin.core.settings import EngineSettings
 from opsin.native.devices import HOST, Device, free_memory
 from opsin.native.memory import MemoryPlan, MemoryPlanner

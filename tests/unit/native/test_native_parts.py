@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from opsin.core.backend import EmbeddingRows, TokenBatch
 from opsin.core.errors import BadParameter, EngineClosed
+from opsin.core.request import EmbeddingRows, TokenBatch
 from opsin.native.context import BatchArrays
 from opsin.native.devices import Device, pick
 from opsin.native.model import Owned

@@ -2,8 +2,7 @@
 
 import functools
 
-from opsin.core.image import Image
-from opsin.core.prompt import ImagePart, Prompt, TextPart
+from opsin.core.request import Image, ImagePart, Prompt, TextPart
 from opsin.prompt import PromptBuilder, TemplateSource
 
 CHATML_LISTS = """\

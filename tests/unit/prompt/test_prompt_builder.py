@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from prompt_families import FAMILIES, bare, builder, flat, image, plain_texts, source, special_text
 
 from opsin.core.errors import BadPrompt
-from opsin.core.prompt import ImagePart, TextPart
 from opsin.core.reasoning import ReasoningStyle
+from opsin.core.request import ImagePart, TextPart
 from opsin.prompt import Message
 from opsin.prompt.template import ChatTemplate
 

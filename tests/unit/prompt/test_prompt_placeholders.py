@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from prompt_families import image
 
 from opsin.core.errors import BadPrompt
-from opsin.core.prompt import ImagePart, TextPart
+from opsin.core.request import ImagePart, TextPart
 from opsin.prompt.placeholders import ControlTokens, Placeholders
 
 TOKENS = ["</s>", "<s>", "<<s>>", "<|a|>", "<|a|><|b|>", "[X]", "▁▁", "\n"]

@@ -16,8 +16,8 @@ from local_engine import LocalEngine
 from PIL import Image
 
 from opsin.core.backend import Sampler
-from opsin.core.sampling import SamplingParams
-from opsin.core.server_settings import ServerSettings
+from opsin.core.request import SamplingParams
+from opsin.core.settings import ServerSettings
 from opsin.engine import Engine, Policy
 from opsin.prompt import TemplateSource
 from opsin.server.app import create_app

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from opsin.core.answer import Answer, GuardVerdict, Timings, Usage
-from opsin.core.stages import Stages
+from opsin.core.answer import Answer, GuardVerdict, Stages, Timings, Usage
+from opsin.engine.clock import stage_row
 from opsin.server.handler import RequestStats
 from opsin.server.watchers import NAME, AccessLog
 
@@ -65,7 +65,7 @@ def test_json_has_all_of_it(lines: list[str]) -> None:
     assert (account["id"], account["status"], account["streamed"], account["images"]) == ("abc", 200, True, 2)
     assert (account["prompt_tokens"], account["cached_tokens"], account["completion_tokens"]) == (600, 64, 64)
     assert (account["first_token_s"], account["longest_pause_s"], account["total_s"]) == (0.5, 0.5, 1.25)
-    assert [answer["stages"] for answer in account["answers"]] == [ANSWER.stages.as_dict()] * 2
+    assert [answer["stages"] for answer in account["answers"]] == [stage_row(ANSWER.stages)] * 2
     assert account["answers"][1]["guard"] == {"reason": "cycle", "at_token": 20}
 
 

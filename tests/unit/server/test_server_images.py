@@ -25,7 +25,7 @@ from opsin.core.errors import (
     OpsinError,
     QueueFull,
 )
-from opsin.core.server_settings import ServerSettings
+from opsin.core.settings import ServerSettings
 from opsin.images import load_image
 from opsin.server.images import ImageLoader
 from opsin.server.pixels import Holder, PixelBudget, holding_pixels

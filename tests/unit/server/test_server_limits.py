@@ -14,7 +14,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from opsin.core.errors import QueueFull
-from opsin.core.server_settings import ServerSettings
+from opsin.core.settings import ServerSettings
 from opsin.server.limits import FairQueue, Limits
 from opsin.server.pixels import current_holder
 from opsin.testing import FakeClock

@@ -15,9 +15,9 @@ from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from opsin.core.answer import Answer, GuardVerdict
-from opsin.core.prompt import ImagePart, Prompt, TextPart
-from opsin.core.sampling import SamplingParams
+from opsin.core.request import ImagePart, Prompt, SamplingParams, TextPart
 from opsin.engine import Engine
+from opsin.engine.clock import stage_row
 from opsin.server import watchers as room
 from opsin.server.handler import RequestStats
 from opsin.server.watchers import Metrics
@@ -87,7 +87,7 @@ def test_a_request_is_noted_in_every_histogram(engine: Engine) -> None:
     assert now["opsin:longest_pause_seconds_sum",] == pytest.approx(0.9)
     assert now["opsin:time_per_output_token_seconds_sum",] == pytest.approx(1.0 / 12)
     assert now["opsin:request_queue_time_seconds_sum",] == pytest.approx(answer.stages.queue_ms / 1e3)
-    for name, ms in answer.stages.as_dict().items():
+    for name, ms in stage_row(answer.stages).items():
         stage = name.removesuffix("_ms")
         if stage != "total" and ms:
             assert now["opsin:stage_seconds_sum", stage] == pytest.approx(ms / 1e3, abs=1e-6)

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 import opsin.server
-from opsin.core.stages import Stages
+from opsin.core.answer import Stages
 from opsin.server.app import router
 
 TEXTS = {path.name: path.read_text() for path in (Path(opsin.server.__path__[0]) / "page").iterdir()}

@@ -15,7 +15,7 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from opsin.core.errors import BadParameter
-from opsin.core.server_settings import ServerSettings
+from opsin.core.settings import ServerSettings
 from opsin.server.security import SecurityMiddleware, check_binding, read_keys
 
 pytestmark = pytest.mark.slow

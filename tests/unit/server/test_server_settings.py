@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from opsin.cli.app import app
 from opsin.core.config import Config, read_config
 from opsin.core.errors import BadParameter
-from opsin.core.server_settings import ServerSettings
+from opsin.core.settings import ServerSettings
 
 
 def config(folder: Path, text: str | None = None, environ: dict[str, str] | None = None, **flags: Any) -> Config:

@@ -15,10 +15,9 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from opsin.core.answer import Answer
+from opsin.core.answer import Answer, Stage
 from opsin.core.errors import BadParameter
-from opsin.core.prompt import ImagePart, Prompt, TextPart
-from opsin.core.stages import Stage
+from opsin.core.request import ImagePart, Prompt, TextPart
 from opsin.engine import Engine
 from opsin.server import watchers as room
 from opsin.server.handler import RequestStats

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
-from opsin.core.stages import Stage
+from opsin.core.answer import Stage
 
 _FEW = 3  # stages that make an account of Opsin; any program may print one "total_ms"
 _TITLES = {"load": "load model", "fetch": "fetch image", "encode": "vision encode"}

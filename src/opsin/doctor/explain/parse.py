@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import Any, BinaryIO
 
+from opsin.core.answer import Stage
 from opsin.core.errors import BadInput
-from opsin.core.stages import Stage
 from opsin.doctor.explain import patterns as p
 from opsin.doctor.explain.facts import Batch, Facts, Request, Setup
 
