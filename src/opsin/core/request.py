@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from mmap import mmap
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from opsin.core.answer import ImageInfo
 from opsin.core.reasoning import ReasoningStyle
 from opsin.core.settings import GUARD_HELP, MAX_LOGIT_BIAS, MAX_SCHEMA, MAX_SECONDS_HELP, MAX_STOP, MAX_TOKENS_HELP
 
-Embedding = NDArray[np.float32]
+if TYPE_CHECKING:  # images are decoded in processes that need no numpy
+    import numpy as np
+    from numpy.typing import NDArray
+
+Embedding: TypeAlias = "NDArray[np.float32]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +158,8 @@ class ImageChunk:
 
     def positions_at(self, first: int, start: int, stop: int) -> NDArray[np.int32]:
         """Positions of rows [start, stop) of a chunk whose first position is `first`: int32 [1, n], or [4, n]."""
+        import numpy as np
+
         if self.positions is None:
             return np.arange(first + start, first + stop, dtype=np.int32)[np.newaxis, :]
         moved = np.int32(first) if self.moves is None else self.moves[start:stop] * np.int32(first)

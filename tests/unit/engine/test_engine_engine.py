@@ -471,7 +471,7 @@ def test_an_image_known_on_disk_is_read_beside_the_engines_thread() -> None:
     readers = []
 
     class Disk:
-        def get(self, identity: str) -> Embedding | None:
+        def get(self, identity: str) -> "Embedding | None":
             readers.append(threading.current_thread().name)
             return np.zeros((4, 4), np.float32)
 
