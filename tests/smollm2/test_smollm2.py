@@ -12,8 +12,8 @@ from opsin.core.prompt import Prompt, TextPart
 from opsin.core.reasoning import ReasoningStyle
 from opsin.core.sampling import SamplingParams
 from opsin.core.server_settings import ServerSettings
-from opsin.server.params import plan_tools
 from opsin.server.schema import NamedFunction, ToolIn
+from opsin.server.tools import plan_tools
 
 
 def ask(opsin: Opsin, question: str, **params: Any) -> Any:

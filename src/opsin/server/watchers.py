@@ -15,10 +15,9 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
-from fastapi import APIRouter, Request, Response
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
 from opsin import __version__
@@ -26,8 +25,7 @@ from opsin.core.answer import Answer
 from opsin.core.errors import BadParameter
 from opsin.core.stages import Stage
 from opsin.engine import Snapshot
-from opsin.server.handler import Context, RequestStats
-from opsin.server.model import ModelManager
+from opsin.server.handler import ModelManager, RequestStats
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
@@ -46,19 +44,6 @@ PART: Final = (*FIRST_TOKEN, 20.48, 40.96, 81.92)
 NAME = "opsin.access"
 _SHARE = 0.01
 """The plain line leaves out stages with a smaller share of the time."""
-
-router = APIRouter()
-
-
-@router.get("/metrics", include_in_schema=False)
-def show_metrics(request: Request) -> Response:
-    """All metrics as text, for Prometheus."""
-    context: Context = request.app.state.context
-    for watcher in context.watchers:
-        if isinstance(watcher, Metrics):
-            body = watcher.render(context.queue.waiting)
-            return Response(body, headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
-    return Response("This server keeps no metrics.\n", status_code=404, media_type="text/plain")
 
 
 class Metrics(Collector):

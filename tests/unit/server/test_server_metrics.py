@@ -18,7 +18,7 @@ from opsin.core.answer import Answer, GuardVerdict
 from opsin.core.prompt import ImagePart, Prompt, TextPart
 from opsin.core.sampling import SamplingParams
 from opsin.engine import Engine
-from opsin.server import watchers as room
+from opsin.server import app as room
 from opsin.server.handler import RequestStats
 from opsin.server.watchers import Metrics
 from opsin.testing import FakeBackend, image

@@ -28,9 +28,9 @@ from opsin.engine import Engine
 from opsin.images.fetch import system_addresses
 from opsin.prompt import TemplateSource
 from opsin.server.app import create_app
-from opsin.server.handler import Context
-from opsin.server.images import AddressPolicy, ImageLoader, is_public
-from opsin.server.model import ModelManager
+from opsin.server.handler import Context, ModelManager
+from opsin.server.images import ImageLoader
+from opsin.server.sources import AddressPolicy, is_public
 from opsin.testing import FakeBackend
 from opsin.testing.fake_backend import N_VOCAB, TURN_TEXT
 
