@@ -28,6 +28,8 @@ from opsin.worker import Pixels, signal_name, start_process
 T = TypeVar("T")
 
 _FETCHERS = 16
+MAX_ADDRESS = 8_192
+"""Characters of an image's address. `data:` addresses are bounded by the size of the body."""
 DECODE_SECONDS = 60.0
 """What one file may take."""
 _START = "import sys; sys.path[:] = filter(None, sys.path); from opsin.server.decoder import main; main()"
@@ -153,6 +155,8 @@ class ImageLoader:
         kind = scheme.strip().lower() if colon else ""
         if kind == "data":
             return url.lstrip()
+        if len(url) > MAX_ADDRESS:
+            raise FetchFailed(f"The address of the image has more than {MAX_ADDRESS:,} characters: {INSTEAD[3:]}")
         if kind == "file":
             if self._folder is None:
                 raise FetchFailed(
@@ -221,7 +225,7 @@ class RequestImages:
 
     async def _decode(self, one: Wanted, file: bytes | str, _: int, fetch_ms: float) -> Image:
         with _about(one):
-            image = await self._loader.call("decode", file, self._loader.limits, one.detail)
+            image: Image = await self._loader.call("decode", file, self._loader.limits, one.detail)
             return dataclasses.replace(image, fetch_ms=fetch_ms)
 
 

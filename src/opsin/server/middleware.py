@@ -351,13 +351,12 @@ class Limits:
 
     async def _read(self, receive: Receive) -> bytes | ErrorResponse:
         """The whole body."""
-        slow = ErrorResponse(408, "The body came too slowly: send it whole, and faster.", "timeout")
         body, more, began = bytearray(), True, self._clock()
         try:
             while more:
                 left = began + self._patience + len(body) / LEAST_BYTES_PER_SECOND - self._clock()
                 if left <= 0:
-                    return slow
+                    return _too_slow()
                 async with asyncio.timeout(min(self._patience, left)):
                     message = await receive()
                 if message["type"] == "http.disconnect":
@@ -371,7 +370,7 @@ class Limits:
                     wait = {"Retry-After": "1"}
                     return ErrorResponse(503, "Too many large bodies arrive at once: try again.", "busy", headers=wait)
         except TimeoutError:
-            return slow
+            return _too_slow()
         finally:
             self._unfinished -= len(body)
         return bytes(body)
@@ -399,6 +398,10 @@ class Limits:
         else:
             return None
         return ErrorResponse(429, message, "rate_limit_exceeded", headers={"Retry-After": str(seconds)})
+
+
+def _too_slow() -> ErrorResponse:
+    return ErrorResponse(408, "The body came too slowly: send it whole, and faster.", "timeout")
 
 
 def _wrong_json(body: bytes) -> ErrorResponse | None:

@@ -15,8 +15,6 @@ from opsin.server.errors import BadField, field_error
 NAME = r"^[a-zA-Z0-9_.-]{1,64}$"
 MAX_MESSAGES = MAX_PARTS = 1_000
 MAX_DEPTH = 64
-MAX_ADDRESS = 8_192
-"""Characters of an image's address. `data:` addresses are bounded by the size of the body."""
 
 
 class Strict(BaseModel):
@@ -46,13 +44,6 @@ class ImageUrl(Strict):
 
     url: str = Field(min_length=1)
     detail: Literal["auto", "low", "high"] | None = None
-
-    @field_validator("url")
-    @classmethod
-    def _short_address(cls, url: str) -> str:
-        if len(url) > MAX_ADDRESS and url[:16].strip()[:5].lower() != "data:":
-            raise ValueError(f"the address has {len(url):,} characters, the limit is {MAX_ADDRESS:,}")
-        return url
 
 
 class ImagePartIn(Strict):
@@ -221,7 +212,7 @@ class Choices(Common):
     stop: Annotated[list[str] | None, or_text(lambda text: [text], str | list[str] | None)] = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[Annotated[int, Field(strict=False)], float] | None = None
     max_tokens: int | None = None
     stream_options: StreamOptions | None = None
 
@@ -265,7 +256,7 @@ def at_most(limit: int, count: int, noun: str, param: str) -> None:
 _SEEDS = 2**32 - 1
 _SAME = {
     "temperature", "top_p", "top_k", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty", "ignore_eos",
-    "guard", "max_seconds", "grammar", "max_thinking_tokens",
+    "guard", "max_seconds", "grammar", "max_thinking_tokens", "logit_bias",
 }  # fmt: skip
 
 
@@ -283,8 +274,9 @@ def sampling(
     # Any number is a seed; -1 chooses one at random, as with llama-server.
     values["seed"] = None if body.seed is None or body.seed == -1 else body.seed % _SEEDS
     if isinstance(body, Choices):
-        values |= {"stop": tuple(body.stop or ()), "logit_bias": _bias(body, settings)}
+        values["stop"] = tuple(body.stop or ())
         at_most(settings.max_stop, len(values["stop"]), "strings", "stop")
+        at_most(settings.max_logit_bias, len(body.logit_bias or ()), "tokens", "logit_bias")
     if settings.max_seconds is not None:
         values["max_seconds"] = min(settings.max_seconds, values.get("max_seconds", settings.max_seconds))
     if (grammar := values.get("grammar")) is not None:
@@ -295,15 +287,6 @@ def sampling(
         return SamplingParams(**values)
     except ValidationError as error:
         raise field_error(error, {"max_tokens": limit_name, "logprobs": "top_logprobs"}) from None
-
-
-def _bias(body: Choices, settings: ServerSettings) -> dict[int, float]:
-    bias = body.logit_bias or {}
-    at_most(settings.max_logit_bias, len(bias), "tokens", "logit_bias")
-    try:
-        return {int(token): value for token, value in bias.items()}
-    except ValueError:
-        raise BadField("logit_bias names a token that is not a number: use token ids.", "logit_bias") from None
 
 
 def choices(params: SamplingParams, n: int | None, settings: ServerSettings) -> list[SamplingParams]:
