@@ -15,7 +15,7 @@ from starlette.staticfiles import StaticFiles
 
 from opsin import __version__
 from opsin.server import chat, responses
-from opsin.server.errors import RESPONSES, UnknownModel, add_error_handlers
+from opsin.server.errors import HANDLERS, RESPONSES, UnknownModel
 from opsin.server.handler import Context, ModelManager, StatsMiddleware
 from opsin.server.middleware import Limits, SecurityMiddleware
 from opsin.server.schema import dumps
@@ -28,11 +28,17 @@ _PATHS = frozenset(route.path for route in _ROUTES)
 def create_app(context: Context, *, keys: tuple[str, ...] = ()) -> FastAPI:
     """The whole server as an ASGI application; `keys` are the API keys that are let in, none lets everybody in."""
     # FastAPI's own pages for documentation load scripts from elsewhere.
-    app = FastAPI(title="Opsin", version=__version__, docs_url=None, redoc_url=None, responses=RESPONSES)
+    app = FastAPI(
+        title="Opsin",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        responses=RESPONSES,
+        exception_handlers=HANDLERS,
+    )
     app.state.context = context
     for one in (chat.router, responses.router, router):
         app.include_router(one)
-    add_error_handlers(app)
     # The last one added is the outermost.
     app.add_middleware(Limits, settings=context.settings, routes=_ROUTES, queue=context.queue)
     app.add_middleware(SecurityMiddleware, settings=context.settings, keys=keys)
@@ -97,10 +103,9 @@ async def ready(request: Request) -> Response:
 def show_metrics(request: Request) -> Response:
     """All metrics as text, for Prometheus."""
     context: Context = request.app.state.context
-    for watcher in context.watchers:
-        if isinstance(watcher, Metrics):
-            body = watcher.render(context.queue.waiting)
-            return Response(body, headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
+    metrics = next((watcher for watcher in context.watchers if isinstance(watcher, Metrics)), None)
+    if metrics is not None:
+        return Response(metrics.render(context.queue.waiting), headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
     return Response("This server keeps no metrics.\n", status_code=404, media_type="text/plain")
 
 

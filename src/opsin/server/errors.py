@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
@@ -106,18 +106,16 @@ def _http_sentence(error: HTTPException) -> tuple[str, str]:
     return f"{_short(error.detail)}.", "bad_request"
 
 
-def add_error_handlers(app: FastAPI) -> None:
-    """Give every error of `app` the same shape."""
-    for kind in (OpsinError, RequestValidationError, HTTPException, Exception):
-        app.add_exception_handler(kind, _respond)
-
-
 async def _respond(_: Request, error: Exception) -> Response:
     status, message, code, param = explain(error)
     headers = dict(getattr(error, "headers", None) or {})
     if status in {429, 503}:
         headers["Retry-After"] = str(getattr(error, "retry_after", 1))
     return ErrorResponse(status, message, code, param, headers)
+
+
+HANDLERS: Any = dict.fromkeys((OpsinError, RequestValidationError, HTTPException, Exception), _respond)
+"""Give every error of an application the same shape."""
 
 
 def field_error(error: ValidationError, names: Mapping[str, str]) -> BadField:
