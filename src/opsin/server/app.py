@@ -86,8 +86,7 @@ async def props(request: Request) -> Response:
 @router.get("/health")
 async def health(request: Request) -> Response:
     """Whether the server lives and has a model to serve, now or in a moment."""
-    failed = _manager(request).state == "failed"
-    return _reply({"status": "failed"}, 503) if failed else _reply({"status": "ok"})
+    return _reply({"status": "failed"}, 503) if _manager(request).state == "failed" else _reply({"status": "ok"})
 
 
 @router.get("/ready")

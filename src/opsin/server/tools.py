@@ -53,9 +53,7 @@ def plan_tools(
     """How a request's tools are handled. Raises BadField."""
     by_name = {function.name: function for function in functions}
     if not by_name:
-        if choice not in (None, "none", "auto"):
-            raise BadField("tool_choice asks for a call, but there are no tools: give some.", "tool_choice")
-        return ToolPlan()
+        raise BadField("tool_choice asks for a call, but there are no tools: give some.", "tool_choice")
     check_depth([function.parameters for function in functions], "tools")
     shown = {
         name: function.model_dump(exclude_none=True, exclude={"strict", "type"}) for name, function in by_name.items()

@@ -61,14 +61,10 @@ class Metrics(Collector):
         def counter(name: str, text: str, label: str) -> Counter:
             return Counter(f"opsin:{name}", text, [label], registry=self._registry)
 
-        text = "From the request's arrival to its first piece of text."
-        self._first_token = histogram("time_to_first_token_seconds", text, FIRST_TOKEN)
-        text = "Time of an answer behind its first token, by token."
-        self._per_token = histogram("time_per_output_token_seconds", text, PER_TOKEN)
-        text = "From the request's arrival to its last byte."
-        self._duration = histogram("e2e_request_latency_seconds", text, DURATION)
-        text = "Time of an answer that the engine spent on others."
-        self._queue = histogram("request_queue_time_seconds", text, PART)
+        self._first_token = histogram("time_to_first_token_seconds", "From arrival to the first text.", FIRST_TOKEN)
+        self._per_token = histogram("time_per_output_token_seconds", "Time by token after the first.", PER_TOKEN)
+        self._duration = histogram("e2e_request_latency_seconds", "From arrival to the last byte.", DURATION)
+        self._queue = histogram("request_queue_time_seconds", "Time of an answer spent on others.", PART)
         self._pause = histogram("longest_pause_seconds", "The longest time between two pieces of a stream.", PART)
         self._stages = histogram("stage_seconds", "Time of an answer in a stage it went through.", PART, "stage")
         self._success = counter("request_success", "Answers, by why they ended.", "finished_reason")
