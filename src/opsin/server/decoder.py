@@ -1,6 +1,6 @@
 """Decoding one image file, usually in a process of its own: a file that crashes it, or keeps it, harms nobody else.
 
-A file is its bytes, or its `data:` address.
+What comes as a `data:` address is measured as such, and decoded as the bytes it holds.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import os
 import signal
 import socket
 import sys
-import time
 
 from opsin.core.errors import BadImage
 from opsin.core.image import Image
@@ -21,31 +20,24 @@ LOW_EDGE = 512
 """Pixels of the longer edge that `detail: low` shrinks an image to."""
 
 
-def measure(file: bytes | str, limits: ImageSettings) -> int:
-    """How many pixels the file has, from its head alone. Raises BadImage and its kinds."""
-    from opsin.images import OpenImage
+def measure(file: bytes | str, limits: ImageSettings) -> tuple[int, bytes | None]:
+    """How many pixels the file has, from its head alone, and what its `data:` address holds. Raises BadImage."""
+    from opsin.images import OpenImage, read_data_url
 
-    opened = OpenImage(_bytes(file, limits), limits)
-    return opened.width * opened.height
+    try:
+        data = read_data_url(file, limits) if isinstance(file, str) else file
+    except UnicodeEncodeError:
+        raise BadImage("The data: address has characters that no address can: encode the image again.") from None
+    opened = OpenImage(data, limits)
+    return opened.width * opened.height, data if isinstance(file, str) else None
 
 
-def decode(file: bytes | str, limits: ImageSettings, detail: str | None) -> Image:
+def decode(data: bytes, limits: ImageSettings, detail: str | None) -> Image:
     """The image, in memory that a worker can map, shrunk when `detail` is low. Raises BadImage and its kinds."""
     from opsin.images import load_image
 
-    began = time.perf_counter()
-    image = load_image(_bytes(file, limits), limits, LOW_EDGE if detail == "low" else None)
-    rgb = share(image.rgb)
-    return dataclasses.replace(image, rgb=rgb, decode_ms=(time.perf_counter() - began) * 1e3)
-
-
-def _bytes(file: bytes | str, limits: ImageSettings) -> bytes:
-    from opsin.images import read_data_url
-
-    try:
-        return read_data_url(file, limits) if isinstance(file, str) else file
-    except UnicodeEncodeError:
-        raise BadImage("The data: address has characters that no address can: encode the image again.") from None
+    image = load_image(data, limits, LOW_EDGE if detail == "low" else None)
+    return dataclasses.replace(image, rgb=share(image.rgb))
 
 
 def main() -> None:

@@ -195,7 +195,7 @@ class RequestImages:
         if not wanted:
             return []
         files = await _all(self._open(one) for one in wanted)
-        pixels = sum(pixels for _, pixels, _ in files)
+        pixels = sum(pixels for pixels, _, _ in files)
         if pixels > self._loader.max_pixels:
             raise ImageTooLarge(
                 f"The images of this request have more than {self._loader.max_pixels:,} pixels together; "
@@ -215,15 +215,15 @@ class RequestImages:
         self._loader.room.leave(self._pixels - pixels)
         self._pixels = pixels
 
-    async def _open(self, one: Wanted) -> tuple[bytes | str, int, float]:
-        """The file, how many pixels it has, and the milliseconds that it took to get it."""
+    async def _open(self, one: Wanted) -> tuple[int, bytes, float]:
+        """How many pixels it has, its file, and the milliseconds that it took to get these."""
         begin = time.perf_counter()
         with _about(one):
             file = await self._loader.file(one.url)
-            fetch_ms = (time.perf_counter() - begin) * 1e3
-            return file, await self._loader.call("measure", file, self._loader.limits), fetch_ms
+            pixels, data = await self._loader.call("measure", file, self._loader.limits)
+            return pixels, data or file, (time.perf_counter() - begin) * 1e3
 
-    async def _decode(self, one: Wanted, file: bytes | str, _: int, fetch_ms: float) -> Image:
+    async def _decode(self, one: Wanted, _: int, file: bytes, fetch_ms: float) -> Image:
         with _about(one):
             image: Image = await self._loader.call("decode", file, self._loader.limits, one.detail)
             return dataclasses.replace(image, fetch_ms=fetch_ms)

@@ -48,7 +48,7 @@ def pool() -> Iterator[DecoderPool]:
 
 def test_a_process_decodes_what_this_one_does(pool: DecoderPool) -> None:
     data = png(1024, 600)
-    assert pool.call("measure", data, LIMITS) == 1024 * 600
+    assert pool.call("measure", data, LIMITS) == (1024 * 600, None)
     for file, detail in ((data, None), (data, "low"), (png(2000, 1000), None)):
         apart, wanted = pool.call("decode", file, LIMITS, detail), decoder.decode(file, LIMITS, detail)
         assert (apart.sha256, apart.width, apart.notes) == (wanted.sha256, wanted.width, wanted.notes)
