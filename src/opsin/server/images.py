@@ -215,7 +215,7 @@ class RequestImages:
         self._loader.room.leave(self._pixels - pixels)
         self._pixels = pixels
 
-    async def _open(self, one: Wanted) -> tuple[int, bytes, float]:
+    async def _open(self, one: Wanted) -> tuple[int, bytes | str, float]:
         """How many pixels it has, its file, and the milliseconds that it took to get these."""
         begin = time.perf_counter()
         with _about(one):
@@ -223,7 +223,7 @@ class RequestImages:
             pixels, data = await self._loader.call("measure", file, self._loader.limits)
             return pixels, data or file, (time.perf_counter() - begin) * 1e3
 
-    async def _decode(self, one: Wanted, _: int, file: bytes, fetch_ms: float) -> Image:
+    async def _decode(self, one: Wanted, _: int, file: bytes | str, fetch_ms: float) -> Image:
         with _about(one):
             image: Image = await self._loader.call("decode", file, self._loader.limits, one.detail)
             return dataclasses.replace(image, fetch_ms=fetch_ms)
