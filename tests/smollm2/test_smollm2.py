@@ -11,8 +11,8 @@ from opsin.core.errors import BadInput
 from opsin.core.reasoning import ReasoningStyle
 from opsin.core.request import Prompt, SamplingParams, TextPart
 from opsin.core.settings import ServerSettings
-from opsin.server.params import plan_tools
 from opsin.server.schema import NamedFunction, ToolIn
+from opsin.server.tools import plan_tools
 
 
 def ask(opsin: Opsin, question: str, **params: Any) -> Any:

@@ -19,9 +19,8 @@ from opsin.core.settings import ServerSettings
 from opsin.models import locate
 
 if TYPE_CHECKING:
-    from opsin.server.connection import HttpServer
-    from opsin.server.handler import Watcher
-    from opsin.server.model import ModelManager
+    from opsin.server.handler import ModelManager, Watcher
+    from opsin.server.listener import HttpServer
     from opsin.worker import WorkerEngine
 
 # No -m: that would put the working folder before the standard library. The doctor's look at this machine needs the
@@ -49,8 +48,7 @@ def serve(
     if print_config:
         sys.stdout.write(config.as_toml())
         return
-    from opsin.server.connection import bind
-    from opsin.server.security import check_binding, read_keys
+    from opsin.server.listener import bind, check_binding, read_keys
 
     settings = config.settings
     keys = read_keys(settings, os.environ)
@@ -75,17 +73,15 @@ class _Front:
     async def run(self) -> int:
         """Serve until a signal, or until the model cannot be used; the exit code."""
         from opsin.server.app import create_app
-        from opsin.server.connection import HttpServer
-        from opsin.server.decoder import DecoderPool
-        from opsin.server.handler import Context
-        from opsin.server.images import ImageLoader
-        from opsin.server.model import ModelManager
+        from opsin.server.handler import Context, ModelManager
+        from opsin.server.images import DecoderPool, ImageLoader
+        from opsin.server.listener import HttpServer
         from opsin.server.watchers import AccessLog, Metrics, Tracing
         from opsin.worker import WorkerEngine
 
         settings, loop = self._settings, asyncio.get_running_loop()
         self._listen_to_signals(loop)
-        images = ImageLoader(settings, decoder=DecoderPool())
+        images = ImageLoader(settings, pool=DecoderPool())
         tracing = Tracing() if settings.otel else None
         engine = WorkerEngine(
             settings.model,
@@ -131,7 +127,7 @@ class _Front:
         return 4 if error is None else error.exit_code
 
     def _say_ready(self, model: ModelManager) -> None:
-        from opsin.server.connection import address_of
+        from opsin.server.listener import address_of
 
         loaded = model.loaded
         assert loaded is not None, "it is ready"

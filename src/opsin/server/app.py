@@ -5,22 +5,21 @@ The page loads nothing from elsewhere, no script or style stands in its markup, 
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from opsin import __version__
-from opsin.server import chat, responses, watchers
-from opsin.server.errors import RESPONSES, UnknownModel, add_error_handlers, dumps
-from opsin.server.handler import Context, RequestStats
-from opsin.server.limits import Limits
-from opsin.server.model import ModelManager
-from opsin.server.security import SecurityMiddleware
+from opsin.server import chat, responses
+from opsin.server.errors import HANDLERS, RESPONSES, UnknownModel
+from opsin.server.handler import Context, ModelManager, StatsMiddleware
+from opsin.server.middleware import Limits, SecurityMiddleware
+from opsin.server.schema import dumps
+from opsin.server.watchers import Metrics
 
 _ROUTES = [route for room in (chat, responses) for route in room.router.routes if isinstance(route, Route)]
 _PATHS = frozenset(route.path for route in _ROUTES)
@@ -29,53 +28,22 @@ _PATHS = frozenset(route.path for route in _ROUTES)
 def create_app(context: Context, *, keys: tuple[str, ...] = ()) -> FastAPI:
     """The whole server as an ASGI application; `keys` are the API keys that are let in, none lets everybody in."""
     # FastAPI's own pages for documentation load scripts from elsewhere.
-    app = FastAPI(title="Opsin", version=__version__, docs_url=None, redoc_url=None, responses=RESPONSES)
+    app = FastAPI(
+        title="Opsin",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        responses=RESPONSES,
+        exception_handlers=HANDLERS,
+    )
     app.state.context = context
-    for one in (chat.router, responses.router, router, watchers.router):
+    for one in (chat.router, responses.router, router):
         app.include_router(one)
-    add_error_handlers(app)
     # The last one added is the outermost.
     app.add_middleware(Limits, settings=context.settings, routes=_ROUTES, queue=context.queue)
     app.add_middleware(SecurityMiddleware, settings=context.settings, keys=keys)
-    app.add_middleware(StatsMiddleware, context=context)
+    app.add_middleware(StatsMiddleware, watchers=context.watchers, paths=_PATHS)
     return app
-
-
-class StatsMiddleware:
-    """Keeps the stats of each request to the API, also of those that no handler sees, and tells the watchers."""
-
-    def __init__(self, app: ASGIApp, context: Context) -> None:
-        self._app = app
-        self._context = context
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, and tell the watchers when its last byte is out."""
-        if scope["type"] != "http" or scope["method"] != "POST":
-            await self._app(scope, receive, send)
-            return
-        # Any text may stand in a path, also one that would be a line of the log.
-        stats = RequestStats(route=scope["path"] if scope["path"] in _PATHS else "other")
-        parent = dict(scope["headers"]).get(b"traceparent")
-        stats.traceparent = None if parent is None else parent.decode("latin-1")
-        state = scope.setdefault("state", {})
-        state["stats"] = stats
-
-        async def noting(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                stats.status = message["status"]
-                message.setdefault("headers", []).append((b"x-request-id", stats.id.encode()))
-            await send(message)
-
-        try:
-            await self._app(scope, receive, noting)
-        except Exception:
-            stats.status, stats.refused = 500, "internal_error"
-            raise
-        finally:
-            stats.key = state.get("key", "")
-            stats.ended = time.perf_counter()
-            for watcher in self._context.watchers:
-                watcher.finished(stats)
 
 
 _PAGE_HEADERS = {
@@ -118,8 +86,7 @@ async def props(request: Request) -> Response:
 @router.get("/health")
 async def health(request: Request) -> Response:
     """Whether the server lives and has a model to serve, now or in a moment."""
-    failed = _manager(request).state == "failed"
-    return _reply({"status": "failed"}, 503) if failed else _reply({"status": "ok"})
+    return _reply({"status": "failed"}, 503) if _manager(request).state == "failed" else _reply({"status": "ok"})
 
 
 @router.get("/ready")
@@ -129,6 +96,16 @@ async def ready(request: Request) -> Response:
     return (
         _reply({"status": "ready"}) if manager.ready else _reply({"status": manager.state}, 503, {"Retry-After": "1"})
     )
+
+
+@router.get("/metrics", include_in_schema=False)
+def show_metrics(request: Request) -> Response:
+    """All metrics as text, for Prometheus."""
+    context: Context = request.app.state.context
+    metrics = next((watcher for watcher in context.watchers if isinstance(watcher, Metrics)), None)
+    if metrics is not None:
+        return Response(metrics.render(context.queue.waiting), headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
+    return Response("This server keeps no metrics.\n", status_code=404, media_type="text/plain")
 
 
 def _reply(value: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:

@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import itertools
+import json
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from opsin.core.answer import Answer, Finished, TextDelta, TokenLogprob
-from opsin.core.request import Prompt, TextPart
-from opsin.server.errors import BadField, at_most, dumps
-from opsin.server.handler import CompletionHandler, Context, Job, Writer, extensions
-from opsin.server.model import ServedModel
-from opsin.server.params import (
-    ToolPlan,
-    build_prompt,
-    check_model,
+from opsin.core.request import Image, Prompt, TextPart
+from opsin.prompt import Content, Message
+from opsin.server.errors import BadField
+from opsin.server.handler import CompletionHandler, Job, ServedModel, Writer, extensions
+from opsin.server.images import RequestImages, Wanted
+from opsin.server.schema import (
+    ChatRequest,
+    CompletionRequest,
+    Conversation,
+    FunctionIn,
+    ImagePartIn,
+    MessageIn,
+    NamedFunction,
+    NamedTool,
+    at_most,
     choices,
-    plan_tools,
+    dumps,
+    is_deep,
     sampling,
     schema_of,
     top_logprobs,
     wants_usage,
 )
-from opsin.server.schema import ChatRequest, CompletionRequest, NamedTool
+from opsin.server.tools import ToolPlan, plan_tools
 
 _LEAST_LOGPROB = -9999.0
 """Stands for the logarithm of zero, which JSON cannot write."""
@@ -48,12 +58,13 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     return CompletionHandler(request, functools.partial(_text_job, body))
 
 
-async def _chat_job(body: ChatRequest, model: ServedModel, context: Context) -> Job:
-    settings = context.settings
-    check_model(body.model, model, settings)
+async def _chat_job(body: ChatRequest, model: ServedModel, images: RequestImages) -> Job:
+    settings = model.settings
+    model.check(body.model)
     functions = [tool.function for tool in body.tools or ()]
-    choice = body.tool_choice.function if isinstance(body.tool_choice, NamedTool) else body.tool_choice
-    tools = plan_tools(functions, choice, model.prompts, settings)
+    tools = plan(
+        functions, body.tool_choice.function if isinstance(body.tool_choice, NamedTool) else body.tool_choice, model
+    )
     top = top_logprobs(body.top_logprobs, settings, "top_logprobs")
     if top and not body.logprobs:
         raise BadField("top_logprobs needs logprobs: set it to true.", "top_logprobs")
@@ -64,18 +75,18 @@ async def _chat_job(body: ChatRequest, model: ServedModel, context: Context) -> 
         "max_completion_tokens" if newer else "max_tokens",
         body.max_completion_tokens if newer else body.max_tokens,
         logprobs=(top or 0) if body.logprobs else None,
-        json_schema=tools.schema or schema_of(body.response_format, settings.max_schema_bytes),
+        json_schema=(tools and tools.schema) or schema_of(body.response_format, settings.max_schema_bytes),
         thinking=body.wants_thinking,
     )
     each = choices(params, body.n, settings)
     writer = ChatWriter(model.name, len(each), tools, logprobs=bool(body.logprobs), include_usage=wants_usage(body))
-    prompt = await build_prompt(body, body.messages, tools, model, context)
+    prompt = await build_prompt(body, body.messages, tools, model, images)
     return Job([(prompt, one) for one in each], writer, bool(body.stream))
 
 
-async def _text_job(body: CompletionRequest, model: ServedModel, context: Context) -> Job:
-    settings = context.settings
-    check_model(body.model, model, settings)
+async def _text_job(body: CompletionRequest, model: ServedModel, _: RequestImages) -> Job:
+    settings = model.settings
+    model.check(body.model)
     at_most(settings.max_prompt_chars, sum(map(len, body.prompt)), "characters", "prompt")
     at_most(settings.max_n, len(body.prompt) * (body.n or 1), "answers (prompts times n)", "prompt")
     logprobs = top_logprobs(body.logprobs, settings, "logprobs")
@@ -84,6 +95,70 @@ async def _text_job(body: CompletionRequest, model: ServedModel, context: Contex
     writer = TextWriter(model.name, logprobs=logprobs is not None, include_usage=wants_usage(body))
     prompts = [Prompt((TextPart(text),)) for text in body.prompt]
     return Job([(prompt, one) for prompt in prompts for one in each], writer, bool(body.stream))
+
+
+def plan(functions: Sequence[FunctionIn], choice: str | NamedFunction | None, model: ServedModel) -> ToolPlan | None:
+    """How tools are handled; None without any. Raises BadField."""
+    if not functions and choice in (None, "none", "auto"):
+        return None
+    return plan_tools(functions, choice, model.prompts, model.settings)
+
+
+async def build_prompt(
+    body: Conversation,
+    messages: Sequence[MessageIn],
+    tools: ToolPlan | None,
+    model: ServedModel,
+    images: RequestImages,
+) -> Prompt:
+    """The prompt of a conversation; its images are loaded side by side.
+
+    Raises BadField for too many images or too much text, BadPrompt, and what loading an image raises.
+    """
+    wanted, characters = [], 0
+    for i, message in enumerate(messages):
+        for j, part in enumerate(message.content or ()):
+            if isinstance(part, ImagePartIn):
+                param = f"messages[{i}].content[{j}].image_url"
+                wanted.append(Wanted(part.image_url.url, part.detail or part.image_url.detail, param))
+            else:
+                characters += len(part.text)
+        characters += len(message.reasoning_content or "")
+        characters += sum(len(call.function.arguments) for call in message.tool_calls or ())
+    at_most(model.settings.max_images, len(wanted), "images", "messages")
+    at_most(model.settings.max_prompt_chars, characters, "characters", "messages")
+    loaded = iter(await images.load(wanted))
+    conversation = [_message(message, loaded) for message in messages]
+    told = None
+    if tools is not None:
+        conversation, told = tools.messages(conversation), tools.told
+    # In a thread: the template of an unknown model may take its time.
+    return await asyncio.to_thread(model.prompts.build, conversation, tools=told, thinking=body.wants_thinking)
+
+
+def _message(message: MessageIn, images: Iterator[Image]) -> Message:
+    content: list[Content] = [
+        next(images) if isinstance(part, ImagePartIn) else part.text for part in message.content or ()
+    ]
+    calls = []
+    for call in message.tool_calls or ():
+        arguments: Any = call.function.arguments
+        try:  # templates want an object
+            parsed = json.loads(arguments)
+        except (ValueError, RecursionError):
+            parsed = None
+        if isinstance(parsed, dict) and not is_deep(parsed):
+            arguments = parsed
+        function = {"name": call.function.name, "arguments": arguments}
+        calls.append({"id": call.id, "type": "function", "function": function})
+    return Message(
+        "system" if message.role == "developer" else message.role,
+        content[0] if len(content) == 1 and isinstance(content[0], str) else content or "",
+        reasoning=message.reasoning_content,
+        tool_calls=calls or None,
+        tool_call_id=message.tool_call_id,
+        name=message.name,
+    )
 
 
 class ChoicesWriter(Writer):
@@ -149,9 +224,9 @@ class ChatWriter(ChoicesWriter):
 
     kind, chunk_kind, id_prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
-    def __init__(self, model: str, n: int, tools: ToolPlan, *, logprobs: bool, include_usage: bool) -> None:
+    def __init__(self, model: str, n: int, tools: ToolPlan | None, *, logprobs: bool, include_usage: bool) -> None:
         super().__init__(model, logprobs=logprobs, include_usage=include_usage)
-        self._readers = [tools.reader() for _ in range(n)]
+        self._readers = [None if tools is None else tools.reader() for _ in range(n)]
         # All chunks of plain text are the same but for their text, whose empty quotes are the last ones.
         self._around = [self._delta(index, {"content": ""}).rpartition(b'""') for index in range(n)]
 

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
@@ -48,20 +48,6 @@ class UnknownModel(BadField):
         super().__init__(f"The model {name[:100]!r} is not served here: ask for {served!r}.", "model")
 
 
-def at_most(limit: int, count: int, noun: str, param: str) -> None:
-    """Raise BadField if a request has more of something than it may have."""
-    if count > limit:
-        raise BadField(f"{param}: {count:,} {noun}, and {limit:,} are the limit: send less.", param)
-
-
-_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
-
-
-def dumps(value: Any) -> bytes:
-    """Compact JSON in UTF-8. Lone surrogates, which a client may have sent in a name, become question marks."""
-    return _JSON.encode(value).encode("utf-8", "replace")
-
-
 def error_body(status: int, message: str, code: str, param: str | None = None) -> dict[str, Any]:
     """The error object; its `type` follows from the status."""
     kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
@@ -83,7 +69,9 @@ class ErrorResponse(Response):
     def __init__(
         self, status: int, message: str, code: str, param: str | None = None, headers: Mapping[str, str] | None = None
     ) -> None:
-        super().__init__(dumps(error_body(status, message, code, param)), status, headers)
+        body = json.dumps(error_body(status, message, code, param), ensure_ascii=False)
+        # Lone surrogates, which a client may have sent in a name, become question marks.
+        super().__init__(body.encode("utf-8", "replace"), status, headers)
         self._code = code
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -118,18 +106,16 @@ def _http_sentence(error: HTTPException) -> tuple[str, str]:
     return f"{_short(error.detail)}.", "bad_request"
 
 
-def add_error_handlers(app: FastAPI) -> None:
-    """Give every error of `app` the same shape."""
-    for kind in (OpsinError, RequestValidationError, HTTPException, Exception):
-        app.add_exception_handler(kind, _respond)
-
-
 async def _respond(_: Request, error: Exception) -> Response:
     status, message, code, param = explain(error)
     headers = dict(getattr(error, "headers", None) or {})
     if status in {429, 503}:
         headers["Retry-After"] = str(getattr(error, "retry_after", 1))
     return ErrorResponse(status, message, code, param, headers)
+
+
+HANDLERS: Any = dict.fromkeys((OpsinError, RequestValidationError, HTTPException, Exception), _respond)
+"""Give every error of an application the same shape."""
 
 
 def field_error(error: ValidationError, names: Mapping[str, str]) -> BadField:

@@ -1,32 +1,38 @@
-"""One request to the model, from its entry to the last byte of its answer: what handles it and what is known of it."""
+"""One request to the model, from its arrival to its last byte: what handles it, and what is known of it."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
+import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from fastapi import Request
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from opsin.core.answer import Answer, Finished, TextDelta
 from opsin.core.request import Prompt, SamplingParams
 from opsin.core.settings import ServerSettings
 from opsin.engine.clock import stage_row
-from opsin.server.errors import dumps, error_body, explain
-from opsin.server.images import ImageLoader
-from opsin.server.limits import Admission, FairQueue
-from opsin.server.model import ModelManager, ServedModel
-from opsin.server.pixels import current_holder
-from opsin.worker import AnswerStream
+from opsin.prompt import PromptBuilder
+from opsin.server.errors import UnknownModel, error_body, explain
+from opsin.server.images import FairQueue, ImageLoader, RequestImages
+from opsin.server.middleware import Admission, is_loopback
+from opsin.server.schema import dumps
+from opsin.worker import AnswerStream, Loaded, NotReady, WorkerEngine
 
+_LOG = logging.getLogger("opsin.server")
 KEEP_ALIVE_SECONDS = 5.0
 """How long nothing may go out before the first text: then a comment does, which keeps proxies from hanging up."""
+LAST_WORDS_SECONDS = 3.0
+"""How long handlers may take to tell their clients that the time for running answers is over."""
 _KEEP_ALIVE = b": the answer is being worked on\n\n"
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -80,13 +86,13 @@ class CompletionHandler(Response):
     at once.
     """
 
-    def __init__(self, request: Request, prepare: Callable[[ServedModel, Context], Awaitable[Job]]) -> None:
+    def __init__(self, request: Request, prepare: Callable[[ServedModel, RequestImages], Awaitable[Job]]) -> None:
         super().__init__()
         self._prepare = prepare
         self._context: Context = request.app.state.context
         self._stats: RequestStats = request.state.stats
         self._admission: Admission = request.state.admission
-        self._salt: str = getattr(request.state, "key", "")
+        self._salt: str = request.state.key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - the ASGI signature
         """Carry it out."""
@@ -97,20 +103,19 @@ class CompletionHandler(Response):
             except OSError as error:
                 raise ClientGone from error
 
-        try:
-            whole = await unless_gone(receive, self._carry_out(sending))
-        except ClientGone:
-            whole = False
-        if not whole:
-            self._stats.status, self._stats.refused = 499, "cancelled"
+        with contextlib.suppress(ClientGone):
+            if await unless_gone(receive, self._carry_out(sending)):
+                return
+        self._stats.status, self._stats.refused = 499, "cancelled"
 
     async def _carry_out(self, send: Send) -> None:
         stats = self._stats
-        with self._context.model.entered():
+        images = RequestImages(self._context.images, self._salt)
+        with contextlib.closing(images), self._context.model.entered():
             model = self._context.model.model()
             model.engine.wake()  # it loads while images are decoded
             stats.model = model.name
-            job = await self._prepare(model, self._context)
+            job = await self._prepare(model, images)
             stats.images = len({image.sha256 for prompt, _ in job.asked for image in prompt.images})
             stats.streamed = job.stream
             max_seconds = job.asked[0][1].max_seconds
@@ -120,19 +125,16 @@ class CompletionHandler(Response):
             streams: list[AnswerStream] = []
             try:
                 for prompt, params in job.asked:
+                    limited = params.model_copy(update=left)
                     streams.append(
                         model.engine.submit(
-                            prompt,
-                            params.model_copy(update=left),
-                            queue_ms=waited * 1e3,
-                            waited_since=stats.began,
-                            salt=self._salt,
+                            prompt, limited, queue_ms=waited * 1e3, waited_since=stats.began, salt=self._salt
                         )
                     )
                     stats.deltas.append([])
                 del prompt
                 job.asked.clear()  # the pixels belong to the engine now, which frees them as soon as it can
-                await (self._stream if job.stream else self._whole)(job.writer, _Answers(streams), send)
+                await (self._stream if job.stream else self._whole)(job.writer, _Answers(streams, images), send)
             finally:
                 for stream in streams:
                     if not stream.done:
@@ -202,11 +204,11 @@ class CompletionHandler(Response):
 class _Answers:
     """The streams of one request, read together. The images' share of memory is given back once all have begun."""
 
-    def __init__(self, streams: Sequence[AnswerStream]) -> None:
+    def __init__(self, streams: Sequence[AnswerStream], images: RequestImages) -> None:
         self.count = len(streams)
         self._streams = streams
         self._silent = set(range(len(streams)))
-        self._pixels = current_holder()
+        self._images = images
         self._ready = asyncio.Event()
         for stream in streams:
             stream.read_with(asyncio.get_running_loop(), self._ready)
@@ -229,16 +231,20 @@ class _Answers:
                 self._ready.set()  # first what came before it
             if shown and self._silent:
                 self._silent.discard(index)
-                if not self._silent and self._pixels is not None:
-                    self._pixels.release()
+                if not self._silent:
+                    self._images.close()
             found += shown
         return found
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> bool:
     """Do the work; end it when the client goes away before it is done, and return False. Raises what it raises."""
-    doing = asyncio.ensure_future(work)
-    going = asyncio.ensure_future(_gone(receive))
+
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    doing, going = asyncio.ensure_future(work), asyncio.ensure_future(gone())
     try:
         await asyncio.wait({doing, going}, return_when=asyncio.FIRST_COMPLETED)
         if not doing.done():
@@ -249,11 +255,6 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> bool
         for task in (doing, going):
             task.cancel()
         await asyncio.gather(doing, going, return_exceptions=True)
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def extensions(answer: Answer) -> dict[str, Any]:
@@ -320,4 +321,130 @@ class Context:
     queue: FairQueue = field(init=False)
 
     def __post_init__(self) -> None:
-        self.queue = FairQueue(self.settings.parallel, self.settings.max_queue)
+        # As many as run may be ready in the engine; the others wait here.
+        ahead = min(self.settings.parallel, self.settings.max_queue)
+        self.queue = FairQueue(self.settings.parallel + ahead, self.settings.max_queue - ahead)
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """The engine, what writes prompts for its model, and the name it is served under."""
+
+    engine: WorkerEngine
+    prompts: PromptBuilder
+    name: str
+    facts: Loaded
+    settings: ServerSettings
+
+    def check(self, name: str | None) -> None:
+        """Raise UnknownModel if only the served name is accepted: with strict_model, and away from loopback."""
+        any_will_do = is_loopback(self.settings.host) and not self.settings.strict_model
+        if name not in {None, self.name} and not any_will_do:
+            raise UnknownModel(str(name), self.name)
+
+
+class ModelManager:
+    """The one model of a server; used on its event loop alone.
+
+    A handler first enters (`with manager.entered():`), then takes the model (`manager.model()`), and stays entered
+    until its answer is complete: a drain waits for whoever has entered and lets nobody in.
+    """
+
+    def __init__(self, settings: ServerSettings, engine: WorkerEngine) -> None:
+        self._settings = settings
+        self.engine = engine
+        self._model: ServedModel | None = None
+        self._draining = False
+        self._entered = 0
+        self._nobody = asyncio.Event()
+        self._nobody.set()
+
+    @property
+    def state(self) -> str:
+        """The engine's state, or `draining`."""
+        return "draining" if self._draining else self.engine.state
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are answered; an unloaded model is loaded again by the next one."""
+        return self.state in {"ready", "unloaded", "reloading"}
+
+    @property
+    def loaded(self) -> ServedModel | None:
+        """The model, also while it is unloaded; None until it was loaded for the first time. Raises BadPrompt."""
+        facts, known = self.engine.loaded, self._model
+        if facts is not None and (known is None or known.facts is not facts):
+            name = self._settings.served_name or Path(facts.info.llm_file).stem
+            same = known is not None and known.facts.source == facts.source
+            prompts = known.prompts if known is not None and same else PromptBuilder(facts.source)
+            self._model = ServedModel(self.engine, prompts, name, facts, self._settings)
+        return self._model
+
+    def model(self) -> ServedModel:
+        """The model to ask. Raises NotReady before it was loaded for the first time, and when it cannot be."""
+        model = self.loaded
+        if model is None or self.engine.state == "failed":
+            raise NotReady("The model is being loaded: ask again in a moment (GET /ready says when).")
+        return model
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Around each request that is to be answered by the model. Raises NotReady while the server drains."""
+        if self._draining:
+            raise NotReady("The server is about to end and takes no new requests: ask again in a moment.")
+        self._entered += 1
+        self._nobody.clear()
+        try:
+            yield
+        finally:
+            self._entered -= 1
+            if not self._entered:
+                self._nobody.set()
+
+    async def drain(self, seconds: float) -> bool:
+        """Let nobody in, wait for running answers, then end what still runs; True when none was cut off."""
+        self._draining = True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._nobody.wait(), seconds)
+        whole = not self._entered
+        if not whole:
+            _LOG.warning("%d answers still ran after %g s and are cut off", self._entered, seconds)
+        await asyncio.to_thread(self.engine.close)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._nobody.wait(), LAST_WORDS_SECONDS)
+        return whole
+
+
+class StatsMiddleware:
+    """Keeps the stats of each request to the API, also of those that no handler sees, and tells the watchers."""
+
+    def __init__(self, app: ASGIApp, watchers: Sequence[Watcher], paths: frozenset[str]) -> None:
+        self._app, self._watchers, self._paths = app, watchers, paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, and tell the watchers when its last byte is out."""
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        # Any text may stand in a path, also one that would be a line of the log.
+        parent = dict(scope["headers"]).get(b"traceparent", b"").decode("latin-1") or None
+        stats = RequestStats(scope["path"] if scope["path"] in self._paths else "other", traceparent=parent)
+        state = scope.setdefault("state", {})
+        state["stats"] = stats
+
+        async def noting(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                stats.status = message["status"]
+                message.setdefault("headers", []).append((b"x-request-id", stats.id.encode()))
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting)
+        except Exception:
+            stats.status, stats.refused = 500, "internal_error"
+            raise
+        finally:
+            stats.key = state.get("key", "")
+            stats.ended = time.perf_counter()
+            for watcher in self._watchers:
+                watcher.finished(stats)

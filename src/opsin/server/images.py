@@ -3,260 +3,313 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
-import ipaddress
+import math
 import os
-import re
-import stat
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import TypeVar
-from urllib.parse import unquote, urlsplit
+from typing import Any, NamedTuple, TypeVar
 
-import httpx
-
-from opsin.core.errors import BadImage, BadParameter, FetchFailed
+from opsin.core.errors import BadImage, FetchFailed, ImageTooLarge, OpsinError, QueueFull
 from opsin.core.request import Image
 from opsin.core.settings import ImageSettings, ServerSettings
-from opsin.images import read_data_url
-from opsin.images.fetch import Resolver, fetch, system_addresses
-from opsin.images.limits import check_bytes
-from opsin.server.decoder import Decoder
-from opsin.server.pixels import Holder, PixelBudget, current_holder
+from opsin.images.fetch import Resolver, fetch
+from opsin.server import decoder
+from opsin.server.sources import INSTEAD, AddressPolicy, ImageFolder
+from opsin.worker import Pixels, signal_name, start_process
 
 T = TypeVar("T")
 
 _FETCHERS = 16
-_INSTEAD = "or send the image as a data: address."
+MAX_ADDRESS = 8_192
+"""Characters of an image's address. `data:` addresses are bounded by the size of the body."""
+DECODE_SECONDS = 60.0
+"""What one file may take."""
+_START = "import sys; sys.path[:] = filter(None, sys.path); from opsin.server.decoder import main; main()"
+
+
+class FairQueue:
+    """Room for so many of something; who must wait stands in the line of its key, and keys take turns.
+
+    At most `longest` wait. If there are more, the newest request of the key with the most waiting is refused, so that
+    a key that asks for much takes no place from a key that asks for little. Used on one event loop.
+    """
+
+    def __init__(self, room: int, longest: float = math.inf) -> None:
+        self._room = room
+        self._longest = longest
+        self._used = 0
+        self._lines: dict[str, deque[tuple[int, asyncio.Future[None]]]] = {}
+
+    @property
+    def waiting(self) -> int:
+        """How many wait here."""
+        return sum(map(self._length, self._lines))
+
+    async def take(self, key: str, n: int) -> None:
+        """Wait for room for `n`, to be given back with `leave`. Raises QueueFull."""
+        waiter = n, asyncio.get_running_loop().create_future()
+        granted = waiter[1]
+        self._lines.setdefault(key, deque()).append(waiter)
+        self._serve()
+        if self.waiting > self._longest:
+            longest = max(self._lines, key=lambda one: (self._length(one), one == key))
+            refused = self._lines[longest][-1]
+            self._drop(longest, refused)
+            if not refused[1].done():
+                refused[1].set_exception(QueueFull("Too many requests wait already: try again in a moment."))
+        try:
+            await granted
+        except asyncio.CancelledError:
+            if granted.cancelled():
+                self._drop(key, waiter)
+                self._serve()
+            elif granted.exception() is None:
+                self.leave(n)
+            raise
+
+    def leave(self, n: int) -> None:
+        """Give room for `n` back."""
+        self._used -= n
+        self._serve()
+
+    def _length(self, key: str) -> int:
+        return sum(n for n, _ in self._lines[key])
+
+    def _drop(self, key: str, waiter: tuple[int, asyncio.Future[None]]) -> None:
+        line = self._lines.get(key, deque())
+        if waiter in line:
+            line.remove(waiter)
+        if not line:
+            self._lines.pop(key, None)
+
+    def _serve(self) -> None:
+        """Grant room to the keys in turn, as long as it suffices for the key whose turn it is."""
+        while self._lines:
+            key, line = next(iter(self._lines.items()))
+            n, granted = line[0]
+            # A request for more than the whole room runs alone.
+            if self._used and self._used + n > self._room:
+                return
+            del self._lines[key]
+            line.popleft()
+            if line:
+                self._lines[key] = line  # at the end of the turn order
+            if not granted.done():  # it is done if its request was cancelled just now
+                self._used += n
+                granted.set_result(None)
+
+
+class Wanted(NamedTuple):
+    """An image of a request: its address, `low` to have it shrunk to 512 pixels, and the field that names it."""
+
+    url: str
+    detail: str | None = None
+    param: str | None = None
 
 
 class ImageLoader:
     """Turns the addresses in requests into checked images, within the limits of the settings.
 
-    Threads of its own fetch and decode, and no more pixels are held at the same time than `max_pixels_in_flight`: see
-    `opsin.server.pixels`. `resolve` replaces the policy on addresses, for tests; `decoder` says where files are decoded
-    (default: in this process). Raises BadParameter when the settings name hosts or a folder that cannot be.
+    Threads of its own fetch and decode, and no more pixels are held at the same time than `max_pixels_in_flight`.
+    `resolve` replaces the policy on addresses, for tests; `pool` are the processes that decode (default: this one).
+    Raises BadParameter when the settings name hosts or a folder that cannot be.
     """
 
     def __init__(
-        self, settings: ServerSettings, *, resolve: Resolver | None = None, decoder: Decoder | None = None
+        self, settings: ServerSettings, *, resolve: Resolver | None = None, pool: DecoderPool | None = None
     ) -> None:
-        self._limits = ImageSettings(
+        self.limits = ImageSettings(
             max_bytes=settings.max_image_bytes, max_pixels=settings.max_pixels, fetch=settings.fetch_images
         )
-        self._decoder = decoder or Decoder()
+        self.max_pixels = settings.max_pixels_in_flight
+        self.room = FairQueue(self.max_pixels)
+        self._pool = pool
         self._resolve = resolve or AddressPolicy(settings.image_hosts)
         self._folder = None if settings.media_path is None else ImageFolder(settings.media_path)
-        self._room = PixelBudget(settings.max_pixels_in_flight)
         # Apart, so that slow hosts hold up nobody who sends the image itself.
         self._fetchers = ThreadPoolExecutor(_FETCHERS, "opsin-fetch")
         self._decoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "opsin-decode")
 
-    async def load(self, url: str, *, detail: str | None = None) -> Image:
-        """Return the image at `url`, shrunk to 512 pixels when `detail` is low (None, auto and high: as it is).
-
-        Raises BadImage, ImageTooLarge, ImageUnsupported, FetchFailed, BadParameter for another `detail`, and
-        QueueFull when too many pixels are in work.
-        """
-        if detail not in {None, "auto", "low", "high"}:
-            raise BadParameter("The detail of an image is auto, low or high.")
-        begin = time.perf_counter()
-        data = await self._bytes(url)
-        fetch_ms = (time.perf_counter() - begin) * 1e3
-        pixels = await _in(self._decoders, lambda: self._decoder.measure(data, self._limits))
-        holder = current_holder() or Holder()
-        try:
-            await self._room.take(pixels, holder)
-            image = await _in(self._decoders, lambda: self._decoder.decode(data, self._limits, detail))
-            self._room.give_back(holder, pixels - image.width * image.height)
-        finally:
-            if holder is not current_holder():
-                holder.release()
-        return dataclasses.replace(image, fetch_ms=fetch_ms)
-
     def close(self) -> None:
-        """Let the threads go once they have nothing to do."""
+        """Let the threads and processes go once they have nothing to do."""
         self._fetchers.shutdown(wait=False, cancel_futures=True)
         self._decoders.shutdown(wait=False, cancel_futures=True)
-        self._decoder.close()
+        if self._pool is not None:
+            self._pool.close()
 
-    async def _bytes(self, url: str) -> bytes:
+    async def call(self, work: str, *request: Any) -> Any:
+        """What the function `work` of `opsin.server.decoder` returns. Raises BadImage and its kinds."""
+        return await _in(self._decoders, self._pool.call if self._pool else _here, work, *request)
+
+    async def file(self, url: str) -> bytes | str:
+        """The bytes of the file; a `data:` address is left to the decoder. Raises FetchFailed and ImageTooLarge."""
         scheme, colon, _ = url[:20].partition(":")
         kind = scheme.strip().lower() if colon else ""
         if kind == "data":
-            return await _in(self._decoders, lambda: _data(url.lstrip(), self._limits))
+            return url.lstrip()
+        if len(url) > MAX_ADDRESS:
+            raise FetchFailed(f"The address of the image has more than {MAX_ADDRESS:,} characters: {INSTEAD[3:]}")
         if kind == "file":
-            if (folder := self._folder) is None:
+            if self._folder is None:
                 raise FetchFailed(
-                    f"file: addresses are not read here: start the server with --media-path FOLDER, {_INSTEAD}"
+                    f"file: addresses are not read here: start the server with --media-path FOLDER, {INSTEAD}"
                 )
-            return await _in(self._decoders, lambda: folder.read(url, self._limits))
+            return await _in(self._decoders, self._folder.read, url, self.limits)
         if kind not in {"http", "https"}:
             raise FetchFailed(
                 "The address of an image starts with data:, or with http:// or https:// where fetching is switched on: "
                 "give one like that."
             )
-        if not self._limits.fetch:
+        if not self.limits.fetch:
             raise FetchFailed(
-                f"Images are not fetched from addresses here: start the server with --fetch-images, {_INSTEAD}"
+                f"Images are not fetched from addresses here: start the server with --fetch-images, {INSTEAD}"
             )
         left = threading.Event()
         try:
-            return await _in(self._fetchers, lambda: fetch(url, self._limits, self._resolve, cancelled=left.is_set))
+            return await _in(self._fetchers, lambda: fetch(url, self.limits, self._resolve, cancelled=left.is_set))
         finally:
             left.set()
 
 
-async def _in(threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
-    return await asyncio.get_running_loop().run_in_executor(threads, work)
+class RequestImages:
+    """Loads the images of one request of `key`, and holds their pixels until it is closed."""
 
+    def __init__(self, loader: ImageLoader, key: str) -> None:
+        self._loader = loader
+        self._key = key
+        self._pixels = 0
 
-def _data(url: str, limits: ImageSettings) -> bytes:
-    try:
-        return read_data_url(url, limits)
-    except UnicodeEncodeError:
-        raise BadImage("The data: address has characters that no address can: encode the image again.") from None
+    async def load(self, wanted: Sequence[Wanted]) -> list[Image]:
+        """The images, loaded side by side. Waits until there is room for the pixels of all; call it once.
 
-
-class ImageFolder:
-    """Reads files in a folder and below, and nothing else, wherever links lead and whatever is moved meanwhile.
-
-    Links are resolved first; then the file is opened from the folder's descriptor downwards, name by name, and links
-    are no longer followed. Raises BadParameter if the path is not a folder or the system cannot open files like this.
-    """
-
-    def __init__(self, path: Path) -> None:
-        if os.open not in os.supports_dir_fd:
-            raise BadParameter("--media-path does not work on this system: send images as data: addresses.")
-        try:
-            self._root = path.resolve(strict=True)
-            os.close(self._open(Path()))
-        except (OSError, RuntimeError):
-            raise BadParameter(f"--media-path {path} is not a readable folder: give an existing one.") from None
-
-    def read(self, url: str, limits: ImageSettings) -> bytes:
-        """Return the bytes of the file at `file:///…`, up to the limit.
-
-        Raises FetchFailed with the same sentence for everything outside, whether it exists or not; ImageTooLarge.
+        Raises BadImage, ImageTooLarge, ImageUnsupported and FetchFailed; `param` names the field then.
         """
+        if not wanted:
+            return []
+        files = await _all(self._open(one) for one in wanted)
+        pixels = sum(pixels for pixels, _, _ in files)
+        if pixels > self._loader.max_pixels:
+            raise ImageTooLarge(
+                f"The images of this request have more than {self._loader.max_pixels:,} pixels together; "
+                "send fewer, or scale them down first."
+            )
+        await self._loader.room.take(self._key, pixels)
+        self._pixels = pixels
+        images = await _all(self._decode(one, *found) for one, found in zip(wanted, files, strict=True))
+        self._keep(sum(image.width * image.height for image in images))
+        return images
+
+    def close(self) -> None:
+        """Give all pixels back."""
+        self._keep(0)
+
+    def _keep(self, pixels: int) -> None:
+        self._loader.room.leave(self._pixels - pixels)
+        self._pixels = pixels
+
+    async def _open(self, one: Wanted) -> tuple[int, bytes | str, float]:
+        """How many pixels it has, its file, and the milliseconds that it took to get these."""
+        begin = time.perf_counter()
+        with _about(one):
+            file = await self._loader.file(one.url)
+            pixels, data = await self._loader.call("measure", file, self._loader.limits)
+            return pixels, data or file, (time.perf_counter() - begin) * 1e3
+
+    async def _decode(self, one: Wanted, _: int, file: bytes | str, fetch_ms: float) -> Image:
+        with _about(one):
+            image: Image = await self._loader.call("decode", file, self._loader.limits, one.detail)
+            return dataclasses.replace(image, fetch_ms=fetch_ms)
+
+
+@contextlib.contextmanager
+def _about(one: Wanted) -> Iterator[None]:
+    """The client wants to know which of its images it was."""
+    try:
+        yield
+    except OpsinError as error:
+        error.param = one.param  # type: ignore[attr-defined]
+        raise
+
+
+async def _all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Do it all side by side; the first failure ends the others."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def _in(threads: ThreadPoolExecutor, work: Callable[..., T], *args: Any) -> T:
+    return await asyncio.get_running_loop().run_in_executor(threads, work, *args)
+
+
+def _here(work: str, *request: Any) -> Any:
+    return getattr(decoder, work)(*request)
+
+
+class DecoderPool:
+    """Decodes in other processes, one for each thread that calls at the same time; they stay for the next file.
+
+    A file may take `seconds`.
+    """
+
+    def __init__(self, seconds: float = DECODE_SECONDS) -> None:
+        self._seconds = seconds
+        self._lock = threading.Lock()
+        self._idle: list[_Process] = []
+
+    def call(self, *request: Any) -> Any:
+        """What `measure` or `decode`, called with the rest of the request, returns. Raises BadImage and its kinds."""
+        with self._lock:
+            process = self._idle.pop() if self._idle else None
+        process = process or _Process()
+        result, *files = process.call(request, self._seconds)  # one that crashed or was killed is left out from now on
+        with self._lock:
+            self._idle.append(process)
+        if isinstance(result, OpsinError):
+            raise result
+        if files:  # the pixels came apart
+            return dataclasses.replace(result, rgb=Pixels(files[0], result.width * result.height * 3))
+        return result
+
+    def close(self) -> None:
+        """End the processes that are idle; busy ones end with this process."""
+        while self._idle:
+            self._idle.pop().end()
+
+
+class _Process:
+    def __init__(self) -> None:
+        self._process, self._channel = start_process([sys.executable, "-c", _START])
+
+    def call(self, request: tuple[Any, ...], seconds: float) -> tuple[Any, ...]:
+        """The result, which may be an error; with an open file where there is an image. Raises BadImage."""
         try:
-            parts = urlsplit(url)
-            path = unquote(parts.path, errors="strict")
-            if parts.netloc.lower() not in {"", "localhost"} or parts.query or parts.fragment or path[:1] != "/":
-                raise FetchFailed("A file: address has the form file:///folder/image.png: write it like this.")
-            descriptor = self._open(Path(os.path.realpath(path)).relative_to(self._root))
-        except (OSError, ValueError):
-            raise FetchFailed(
-                "There is no such image in the folder that file: addresses may name (--media-path): "
-                f"check the address, {_INSTEAD}"
+            self._channel.send(request)
+            result = self._channel.receive(seconds)
+        except (EOFError, OSError):
+            raise BadImage(
+                f"The image made its decoder crash ({signal_name(self.end())}): the file is damaged, save it again."
             ) from None
-        info = os.fstat(descriptor)
-        if not stat.S_ISREG(info.st_mode):
-            os.close(descriptor)
-            raise FetchFailed("The file: address names a folder or a device, not an image: give a file.")
-        with os.fdopen(descriptor, "rb") as file:
-            check_bytes(info.st_size, "The image", limits)
-            data = file.read(limits.max_bytes + 1)
-        check_bytes(len(data), "The image", limits)
-        return data
+        if result is None:
+            self.end()
+            raise BadImage(f"The image took longer than {seconds:.0f} s to decode: save it in another way.")
+        return result
 
-    def _open(self, below: Path) -> int:
-        """Open what `below` leads to from the folder: a file, or a folder too."""
-        here = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        # A link is not followed, and a pipe that nobody writes to is not waited for.
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        for name in below.parts:
-            try:
-                inner = os.open(name, flags, dir_fd=here)
-            finally:
-                os.close(here)
-            here = inner
-        return here
-
-
-_WEB_PORTS = frozenset((80, 443))
-_UNICAST_6 = ipaddress.IPv6Network("2000::/3")
-# Routed like public ones, but they lead back inside: metadata of clouds, and gateways between IPv4 and IPv6.
-_INSIDE = tuple(map(ipaddress.ip_network, (
-    "192.0.0.0/24",  # protocol assignments, among them Oracle's metadata
-    "192.88.99.0/24",  # 6to4 relays
-    "168.63.129.16/32",  # Azure's own services
-    "2001::/23",  # protocol assignments: Teredo, ORCHID, benchmarks
-    "2001:db8::/32",  # documentation
-    "2002::/16",  # 6to4: contains any IPv4 address
-    "3fff::/20",  # documentation
-)))  # fmt: skip
-_NAME = re.compile(r"[a-z0-9_.-]+|[0-9a-f:.]+")
-_ISATAP = frozenset((0x0000_5EFE, 0x0200_5EFE))
-
-
-def is_public(address: str) -> bool:
-    """Whether `address` belongs to one machine on the public internet; False for text that is not an address.
-
-    IPv6 addresses that contain an IPv4 one (mapped, 6to4, NAT64, Teredo, ISATAP) are not public, whichever it is.
-    """
-    try:
-        ip = ipaddress.ip_address(address)
-    except ValueError:
-        return False
-    if ip.version == 6 and (ip not in _UNICAST_6 or int(ip) >> 32 & 0xFFFF_FFFF in _ISATAP):
-        return False
-    return ip.is_global and not ip.is_multicast and not any(ip in network for network in _INSIDE)
-
-
-class AddressPolicy:
-    """Says which addresses of a host and port may be connected to; see `opsin.images.fetch.Resolver`.
-
-    A name is looked up once, all of its addresses must be public, and exactly these are connected to: so it makes no
-    difference how an address is written, nor what a name leads to a moment later. `hosts` are names like
-    `example.org`, `example.org:8443` or `*.example.org` (its subdomains); without any, every public host is allowed on
-    ports 80 and 443. `lookup` is for tests. Raises BadParameter for a host that is written in another way.
-    """
-
-    def __init__(self, hosts: Sequence[str] = (), *, lookup: Resolver = system_addresses) -> None:
-        self._hosts = frozenset(pair for host in hosts for pair in _read_host(host))
-        self._lookup = lookup
-
-    def __call__(self, host: str, port: int) -> Sequence[str]:
-        """The host's addresses; raises FetchFailed unless it is allowed and all of them are public."""
-        name = host.lower().rstrip(".")
-        if not self._hosts and port not in _WEB_PORTS:
-            raise FetchFailed("Images are fetched from the ports 80 and 443 only: give an address there.")
-        if self._hosts and not self._is_named(name, port):
-            raise FetchFailed(
-                f"Images are not fetched from this host and port: use one that --image-hosts names, {_INSTEAD}"
-            )
+    def end(self) -> int:
+        """End it; the exit code."""
+        self._channel.close()
         try:
-            addresses = self._lookup(host, port)
-        except FetchFailed:
-            addresses = ()
-        if not addresses or not all(map(is_public, addresses)):
-            # One sentence for both cases: which names an inner network knows is nobody's business.
-            raise FetchFailed(
-                "The host of the image's address is not known or not public, so nothing is fetched from it: "
-                f"check the address, {_INSTEAD}"
-            )
-        return addresses
-
-    def _is_named(self, name: str, port: int) -> bool:
-        parents = ("*." + name.split(".", cut)[cut] for cut in range(1, name.count(".") + 1))
-        return any((known, port) in self._hosts for known in (name, *parents))
-
-
-def _read_host(host: str) -> list[tuple[str, int]]:
-    """The name and the ports of an entry of --image-hosts."""
-    star, bare = ("*.", host[2:]) if host.startswith("*.") else ("", host)
-    try:
-        url = httpx.URL(f"ftp://{bare}")  # a scheme whose usual port nobody means
-    except httpx.InvalidURL:
-        url = httpx.URL()
-    name = url.raw_host.decode("ascii").lower().rstrip(".")
-    if not _NAME.fullmatch(name) or url.userinfo or url.raw_path not in {b"", b"/"} or url.fragment or "?" in bare:
-        raise BadParameter(
-            f"{host!r} is not a host that images can be fetched from: write example.org, example.org:8443 "
-            "or *.example.org."
-        )
-    return [(star + name, port) for port in ((url.port,) if url.port is not None else _WEB_PORTS)]
+            return self._process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()

@@ -6,20 +6,142 @@ import functools
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
+from pydantic import BeforeValidator, Field
 from starlette.responses import Response
 
 from opsin.core.answer import Answer, Finished, TextDelta
 from opsin.core.request import SamplingParams
-from opsin.server.errors import BadField, dumps
-from opsin.server.handler import CompletionHandler, Context, Job, Writer, extensions
-from opsin.server.model import ServedModel
-from opsin.server.params import ToolPlan, build_prompt, check_model, plan_tools, sampling, schema_of
-from opsin.server.schema import ResponsesRequest
+from opsin.server.chat import build_prompt, plan
+from opsin.server.errors import BadField
+from opsin.server.handler import CompletionHandler, Job, ServedModel, Writer, extensions
+from opsin.server.images import RequestImages
+from opsin.server.schema import (
+    MAX_MESSAGES,
+    CalledFunction,
+    ContentIn,
+    Conversation,
+    FunctionIn,
+    JsonSchema,
+    MessageIn,
+    NamedFunction,
+    ObjectFormat,
+    Strict,
+    TextFormat,
+    Tool,
+    ToolCallIn,
+    dumps,
+    or_text,
+    sampling,
+    schema_of,
+)
+from opsin.server.tools import ToolPlan
 
 router = APIRouter(tags=["OpenAI"])
+
+
+class FlatTool(FunctionIn, Tool):
+    """A function that the model may call, as the Responses API writes it."""
+
+
+class FlatNamedTool(NamedFunction, Tool):
+    """The function that must be called, as the Responses API writes it."""
+
+
+class FlatSchemaFormat(JsonSchema):
+    """JSON that keeps to a schema, as the Responses API writes it."""
+
+    type: Literal["json_schema"]
+
+
+class Item(Strict):
+    """What an item of an earlier response carries when it is sent back."""
+
+    id: str | None = None
+    status: str | None = None
+
+
+class InputMessage(MessageIn, Item):
+    """A message; earlier answers may be sent back as they came."""
+
+    type: Literal["message"] = "message"
+    content: ContentIn
+
+
+class InputCall(Item):
+    """A call that the model made earlier."""
+
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+
+
+class InputCallOutput(Item):
+    """What a function returned."""
+
+    type: Literal["function_call_output"]
+    call_id: str
+    output: ContentIn
+
+
+class InputReasoning(Item):
+    """The reasoning before an earlier answer. Chat templates leave it out, so it is accepted and not used."""
+
+    type: Literal["reasoning"]
+    summary: list[Any] | None = Field(None, max_length=0)
+    content: list[dict[str, Any]] | None = None
+    encrypted_content: None = None
+
+
+InputItem = Annotated[
+    InputMessage | InputCall | InputCallOutput | InputReasoning,
+    Field(discriminator="type"),
+    BeforeValidator(lambda item: {"type": "message", **item} if isinstance(item, dict) else item),
+]
+
+
+class TextOptions(Strict):
+    """The format of the text."""
+
+    format: Annotated[TextFormat | ObjectFormat | FlatSchemaFormat, Field(discriminator="type")] | None = None
+
+
+class ResponsesRequest(Conversation):
+    """POST /v1/responses. Nothing is stored: a conversation is sent whole each time."""
+
+    input: Annotated[
+        list[InputItem], or_text(lambda text: [{"role": "user", "content": text}], str | list[InputItem])
+    ] = Field(min_length=1, max_length=MAX_MESSAGES)
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    text: TextOptions | None = None
+    tools: list[FlatTool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | FlatNamedTool | None = None
+    truncation: Literal["disabled"] | None = None
+    previous_response_id: None = None
+    background: Literal[False] | None = None
+    include: list[Any] | None = Field(None, max_length=0)
+
+    def messages(self) -> list[MessageIn]:
+        """The conversation as messages of chat completions."""
+        found: list[MessageIn] = []
+        if self.instructions:
+            found.append(MessageIn.model_validate({"role": "system", "content": self.instructions}))
+        for item in self.input:
+            if isinstance(item, InputMessage):
+                found.append(item)
+            elif isinstance(item, InputCallOutput):
+                found.append(MessageIn(role="tool", content=item.output, tool_call_id=item.call_id))
+            elif isinstance(item, InputCall):
+                call = ToolCallIn(id=item.call_id, function=CalledFunction(name=item.name, arguments=item.arguments))
+                if found and found[-1].role == "assistant":
+                    found[-1].tool_calls = [*(found[-1].tool_calls or ()), call]
+                else:
+                    found.append(MessageIn(role="assistant", tool_calls=[call]))
+        return found
 
 
 @router.post("/v1/responses")
@@ -28,23 +150,22 @@ async def responses(body: ResponsesRequest, request: Request) -> Response:
     return CompletionHandler(request, functools.partial(_job, body))
 
 
-async def _job(body: ResponsesRequest, model: ServedModel, context: Context) -> Job:
-    settings = context.settings
-    check_model(body.model, model, settings)
-    tools = plan_tools(body.tools or (), body.tool_choice, model.prompts, settings)
+async def _job(body: ResponsesRequest, model: ServedModel, images: RequestImages) -> Job:
+    model.check(body.model)
+    tools = plan(body.tools or (), body.tool_choice, model)
     wanted = None if body.text is None else body.text.format
     params = sampling(
         body,
-        settings,
+        model.settings,
         "max_output_tokens",
         body.max_output_tokens,
-        json_schema=tools.schema or schema_of(wanted, settings.max_schema_bytes),
+        json_schema=(tools and tools.schema) or schema_of(wanted, model.settings.max_schema_bytes),
         thinking=body.wants_thinking,
     )
     messages = body.messages()
     if not messages:
         raise BadField("input has no message: ask something.", "input")
-    prompt = await build_prompt(body, messages, tools, model, context)
+    prompt = await build_prompt(body, messages, tools, model, images)
     return Job([(prompt, params)], ResponsesWriter(model.name, body, params, tools), bool(body.stream))
 
 
@@ -55,9 +176,9 @@ _PARTS = {"message": "output_text", "reasoning": "reasoning_text"}
 class ResponsesWriter(Writer):
     """Writes the answer to one request: one object, or events in OpenAI's order."""
 
-    def __init__(self, model: str, body: ResponsesRequest, params: SamplingParams, tools: ToolPlan) -> None:
+    def __init__(self, model: str, body: ResponsesRequest, params: SamplingParams, tools: ToolPlan | None) -> None:
         self._base = _base(model, body, params)
-        self._reader = tools.reader()
+        self._reader = None if tools is None else tools.reader()
         self._number = 0
         self._output: list[dict[str, Any]] = []
         self._open: dict[str, Any] | None = None

@@ -1,16 +1,20 @@
-"""What a request to each of the three APIs may contain. Other fields are refused by name."""
+"""What a request to chat completions and completions may contain, and the parameters that it becomes."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+
+from opsin.core.request import SamplingParams
+from opsin.core.settings import ServerSettings
+from opsin.server.errors import BadField, field_error
 
 NAME = r"^[a-zA-Z0-9_.-]{1,64}$"
 MAX_MESSAGES = MAX_PARTS = 1_000
-MAX_ADDRESS = 8_192
-"""Characters of an image's address. `data:` addresses are bounded by the size of the body."""
+MAX_DEPTH = 64
 
 
 class Strict(BaseModel):
@@ -19,7 +23,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True, protected_namespaces=())
 
 
-def _or_text(make: Callable[[str], Any], accepted: Any) -> BeforeValidator:
+def or_text(make: Callable[[str], Any], accepted: Any) -> BeforeValidator:
     """Plain text is short for what `make` makes of it; `accepted` is what the API document shows."""
     return BeforeValidator(
         lambda value: make(value) if isinstance(value, str) else value, json_schema_input_type=accepted
@@ -41,26 +45,19 @@ class ImageUrl(Strict):
     url: str = Field(min_length=1)
     detail: Literal["auto", "low", "high"] | None = None
 
-    @field_validator("url")
-    @classmethod
-    def _short_address(cls, url: str) -> str:
-        if len(url) > MAX_ADDRESS and url[:16].strip()[:5].lower() != "data:":
-            raise ValueError(f"the address has {len(url):,} characters, the limit is {MAX_ADDRESS:,}")
-        return url
-
 
 class ImagePartIn(Strict):
     """An image, as chat completions (`image_url`) or the Responses API (`input_image`) write it."""
 
     type: Literal["image_url", "input_image"]
-    image_url: Annotated[ImageUrl, _or_text(lambda url: {"url": url}, ImageUrl | str)]
+    image_url: Annotated[ImageUrl, or_text(lambda url: {"url": url}, ImageUrl | str)]
     detail: Literal["auto", "low", "high"] | None = None
     file_id: None = None
 
 
 PartIn = Annotated[TextPartIn | ImagePartIn, Field(discriminator="type")]
 Parts = Annotated[list[PartIn], Field(max_length=MAX_PARTS)]
-ContentIn = Annotated[Parts, _or_text(lambda text: [{"type": "text", "text": text}], str | Parts)]
+ContentIn = Annotated[Parts, or_text(lambda text: [{"type": "text", "text": text}], str | Parts)]
 
 
 class CalledFunction(Strict):
@@ -114,10 +111,6 @@ class ToolIn(Tool):
     function: FunctionIn
 
 
-class FlatTool(FunctionIn, Tool):
-    """A function that the model may call, as the Responses API writes it."""
-
-
 class NamedFunction(Strict):
     """A function by its name."""
 
@@ -128,10 +121,6 @@ class NamedTool(Tool):
     """The function that must be called, as chat completions write it."""
 
     function: NamedFunction
-
-
-class FlatNamedTool(NamedFunction, Tool):
-    """The function that must be called, as the Responses API writes it."""
 
 
 class JsonSchema(Strict):
@@ -163,12 +152,6 @@ class SchemaFormat(Strict):
     json_schema: JsonSchema
 
 
-class FlatSchemaFormat(JsonSchema):
-    """JSON that keeps to a schema, as the Responses API writes it."""
-
-    type: Literal["json_schema"]
-
-
 class StreamOptions(Strict):
     """`include_usage` asks for one more event with the token counts; `include_obfuscation` has nothing to hide."""
 
@@ -191,7 +174,7 @@ class Common(Strict):
     temperature: float | None = None
     top_p: float | None = None
 
-    top_k: int | None = None
+    top_k: Annotated[int, Field(le=2**31 - 1)] | None = None
     min_p: float | None = None
     repeat_penalty: float | None = None
     ignore_eos: bool | None = None
@@ -226,10 +209,10 @@ class Choices(Common):
     """Fields that chat completions and completions share."""
 
     n: int | None = Field(None, ge=1)
-    stop: Annotated[list[str] | None, _or_text(lambda text: [text], str | list[str] | None)] = None
+    stop: Annotated[list[str] | None, or_text(lambda text: [text], str | list[str] | None)] = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[Annotated[int, Field(strict=False)], float] | None = None
     max_tokens: int | None = None
     stream_options: StreamOptions | None = None
 
@@ -250,7 +233,7 @@ class ChatRequest(Choices, Conversation):
 class CompletionRequest(Choices):
     """POST /v1/completions: the text as it is, without the chat template; names of control tokens in it count."""
 
-    prompt: Annotated[list[str], _or_text(lambda text: [text], str | list[str])] = Field(min_length=1)
+    prompt: Annotated[list[str], or_text(lambda text: [text], str | list[str])] = Field(min_length=1)
     logprobs: int | None = None
     echo: Literal[False] | None = None
 
@@ -264,89 +247,100 @@ class CompletionRequest(Choices):
         return prompt
 
 
-class Item(Strict):
-    """What an item of an earlier response carries when it is sent back."""
-
-    id: str | None = None
-    status: str | None = None
-
-
-class InputMessage(MessageIn, Item):
-    """A message; earlier answers may be sent back as they came."""
-
-    type: Literal["message"] = "message"
-    content: ContentIn
+def at_most(limit: int, count: int, noun: str, param: str) -> None:
+    """Raise BadField if a request has more of something than it may have."""
+    if count > limit:
+        raise BadField(f"{param}: {count:,} {noun}, and {limit:,} are the limit: send less.", param)
 
 
-class InputCall(Item):
-    """A call that the model made earlier."""
-
-    type: Literal["function_call"]
-    call_id: str
-    name: str
-    arguments: str
+_SEEDS = 2**32 - 1
+_SAME = {
+    "temperature", "top_p", "top_k", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty", "ignore_eos",
+    "guard", "max_seconds", "grammar", "max_thinking_tokens", "logit_bias",
+}  # fmt: skip
 
 
-class InputCallOutput(Item):
-    """What a function returned."""
+def sampling(
+    body: Common, settings: ServerSettings, limit_name: str, max_tokens: int | None, **more: Any
+) -> SamplingParams:
+    """The parameters of a request; `more` are fields of SamplingParams that the caller made itself.
 
-    type: Literal["function_call_output"]
-    call_id: str
-    output: ContentIn
+    What a request leaves out comes from the settings, then from SamplingParams. `limit_name` is the request's name for
+    the limit on tokens. Raises BadField.
+    """
+    values = {"guard": settings.guard} | body.model_dump(include=_SAME, exclude_none=True)
+    values |= {name: value for name, value in more.items() if value is not None}
+    values["max_tokens"] = settings.max_tokens if max_tokens is None else max_tokens
+    # Any number is a seed; -1 chooses one at random, as with llama-server.
+    values["seed"] = None if body.seed is None or body.seed == -1 else body.seed % _SEEDS
+    if isinstance(body, Choices):
+        values["stop"] = tuple(body.stop or ())
+        at_most(settings.max_stop, len(values["stop"]), "strings", "stop")
+        at_most(settings.max_logit_bias, len(body.logit_bias or ()), "tokens", "logit_bias")
+    if settings.max_seconds is not None:
+        values["max_seconds"] = min(settings.max_seconds, values.get("max_seconds", settings.max_seconds))
+    if (grammar := values.get("grammar")) is not None:
+        at_most(settings.max_schema_bytes, len(grammar.encode("utf-8", "replace")), "bytes", "grammar")
+        if values.get("json_schema") is not None:
+            raise BadField("grammar cannot be used with response_format or a forced tool: leave one out.", "grammar")
+    try:
+        return SamplingParams(**values)
+    except ValidationError as error:
+        raise field_error(error, {"max_tokens": limit_name, "logprobs": "top_logprobs"}) from None
 
 
-class InputReasoning(Item):
-    """The reasoning before an earlier answer. Chat templates leave it out, so it is accepted and not used."""
-
-    type: Literal["reasoning"]
-    summary: list[Any] | None = Field(None, max_length=0)
-    content: list[dict[str, Any]] | None = None
-    encrypted_content: None = None
-
-
-InputItem = Annotated[
-    InputMessage | InputCall | InputCallOutput | InputReasoning,
-    Field(discriminator="type"),
-    BeforeValidator(lambda item: {"type": "message", **item} if isinstance(item, dict) else item),
-]
+def choices(params: SamplingParams, n: int | None, settings: ServerSettings) -> list[SamplingParams]:
+    """The parameters of each of `n` choices: the same, but with seeds of their own. Raises BadField."""
+    n = n or 1
+    at_most(settings.max_n, n, "choices", "n")
+    if params.seed is None:
+        return [params] * n
+    return [params.model_copy(update={"seed": (params.seed + i) % _SEEDS}) for i in range(n)]
 
 
-class TextOptions(Strict):
-    """The format of the text."""
+def wants_usage(body: Choices) -> bool:
+    """Whether a stream ends with the token counts. Raises BadField if there is no stream."""
+    if body.stream_options is not None and not body.stream:
+        raise BadField("stream_options needs stream: set it to true, or leave stream_options out.", "stream_options")
+    return body.stream_options is not None and bool(body.stream_options.include_usage)
 
-    format: Annotated[TextFormat | ObjectFormat | FlatSchemaFormat, Field(discriminator="type")] | None = None
+
+def top_logprobs(top: int | None, settings: ServerSettings, param: str) -> int | None:
+    """How many alternatives are shown for each token. Raises BadField over the limit."""
+    if top is not None and not 0 <= top <= settings.max_top_logprobs:
+        raise BadField(f"{param} is {top}: 0 to {settings.max_top_logprobs} are possible here.", param)
+    return top
 
 
-class ResponsesRequest(Conversation):
-    """POST /v1/responses. Nothing is stored: a conversation is sent whole each time."""
+def schema_of(wanted: TextFormat | ObjectFormat | SchemaFormat | JsonSchema | None, limit: int) -> str | None:
+    """The JSON schema that a response format asks for, of at most `limit` bytes. Raises BadField."""
+    if wanted is None or isinstance(wanted, TextFormat):
+        return None
+    schema = wanted.json_schema.schema_ if isinstance(wanted, SchemaFormat) else wanted.schema_
+    check_depth(schema, "response_format")
+    text = json.dumps(schema or {"type": "object"})
+    at_most(limit, len(text), "bytes", "response_format")
+    return text
 
-    input: Annotated[
-        list[InputItem], _or_text(lambda text: [{"role": "user", "content": text}], str | list[InputItem])
-    ] = Field(min_length=1, max_length=MAX_MESSAGES)
-    instructions: str | None = None
-    max_output_tokens: int | None = None
-    text: TextOptions | None = None
-    tools: list[FlatTool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | FlatNamedTool | None = None
-    truncation: Literal["disabled"] | None = None
-    previous_response_id: None = None
-    background: Literal[False] | None = None
-    include: list[Any] | None = Field(None, max_length=0)
 
-    def messages(self) -> list[MessageIn]:
-        """The conversation as messages of chat completions."""
-        found: list[MessageIn] = []
-        if self.instructions:
-            found.append(MessageIn.model_validate({"role": "system", "content": self.instructions}))
-        for item in self.input:
-            if isinstance(item, InputMessage):
-                found.append(item)
-            elif isinstance(item, InputCallOutput):
-                found.append(MessageIn(role="tool", content=item.output, tool_call_id=item.call_id))
-            elif isinstance(item, InputCall):
-                call = ToolCallIn(id=item.call_id, function=CalledFunction(name=item.name, arguments=item.arguments))
-                if found and found[-1].role == "assistant":
-                    found[-1].tool_calls = [*(found[-1].tool_calls or ()), call]
-                else:
-                    found.append(MessageIn(role="assistant", tool_calls=[call]))
-        return found
+def is_deep(value: Any) -> bool:
+    """Whether JSON is nested so deeply that code which walks through it might hit the recursion limit."""
+    level, depth = [value], 0
+    while level and depth <= MAX_DEPTH:
+        inner = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list))]
+        level, depth = [item for items in inner for item in items], depth + 1
+    return bool(level)
+
+
+def check_depth(value: Any, param: str) -> None:
+    """Raise BadField if it is nested too deeply."""
+    if is_deep(value):
+        raise BadField(f"{param} is nested more than {MAX_DEPTH} deep: make it flatter.", param)
+
+
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
+def dumps(value: Any) -> bytes:
+    """Compact JSON in UTF-8. Lone surrogates, which a client may have sent in a name, become question marks."""
+    return _JSON.encode(value).encode("utf-8", "replace")

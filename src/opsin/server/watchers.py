@@ -15,10 +15,9 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
-from fastapi import APIRouter, Request, Response
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
 from opsin import __version__
@@ -26,8 +25,7 @@ from opsin.core.answer import Answer, Stage
 from opsin.core.errors import BadParameter
 from opsin.engine import Snapshot
 from opsin.engine.clock import stage_row
-from opsin.server.handler import Context, RequestStats
-from opsin.server.model import ModelManager
+from opsin.server.handler import ModelManager, RequestStats
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
@@ -47,19 +45,6 @@ NAME = "opsin.access"
 _SHARE = 0.01
 """The plain line leaves out stages with a smaller share of the time."""
 
-router = APIRouter()
-
-
-@router.get("/metrics", include_in_schema=False)
-def show_metrics(request: Request) -> Response:
-    """All metrics as text, for Prometheus."""
-    context: Context = request.app.state.context
-    for watcher in context.watchers:
-        if isinstance(watcher, Metrics):
-            body = watcher.render(context.queue.waiting)
-            return Response(body, headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
-    return Response("This server keeps no metrics.\n", status_code=404, media_type="text/plain")
-
 
 class Metrics(Collector):
     """A watcher with a registry of its own, so that several servers in one process do not mix."""
@@ -76,14 +61,10 @@ class Metrics(Collector):
         def counter(name: str, text: str, label: str) -> Counter:
             return Counter(f"opsin:{name}", text, [label], registry=self._registry)
 
-        text = "From the request's arrival to its first piece of text."
-        self._first_token = histogram("time_to_first_token_seconds", text, FIRST_TOKEN)
-        text = "Time of an answer behind its first token, by token."
-        self._per_token = histogram("time_per_output_token_seconds", text, PER_TOKEN)
-        text = "From the request's arrival to its last byte."
-        self._duration = histogram("e2e_request_latency_seconds", text, DURATION)
-        text = "Time of an answer that the engine spent on others."
-        self._queue = histogram("request_queue_time_seconds", text, PART)
+        self._first_token = histogram("time_to_first_token_seconds", "From arrival to the first text.", FIRST_TOKEN)
+        self._per_token = histogram("time_per_output_token_seconds", "Time by token after the first.", PER_TOKEN)
+        self._duration = histogram("e2e_request_latency_seconds", "From arrival to the last byte.", DURATION)
+        self._queue = histogram("request_queue_time_seconds", "Time of an answer spent on others.", PART)
         self._pause = histogram("longest_pause_seconds", "The longest time between two pieces of a stream.", PART)
         self._stages = histogram("stage_seconds", "Time of an answer in a stage it went through.", PART, "stage")
         self._success = counter("request_success", "Answers, by why they ended.", "finished_reason")

@@ -14,12 +14,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
-from opsin.compose import Runtime, end_with_parent, open_runtime
+from opsin.compose import Runtime, open_runtime
 from opsin.core.answer import Finished, Started
 from opsin.core.errors import EngineDied, OpsinError
 from opsin.core.placement import Placement
 from opsin.core.request import Prompt, SamplingParams
 from opsin.engine import AnswerStream, wake_readers
+from opsin.native.parent import end_with_parent
 from opsin.prompt import Message
 from opsin.worker.messages import Channel, Loaded, Packed, Pixels, pack, portable, set_pixels
 

@@ -34,10 +34,9 @@ from opsin.core.settings import ServerSettings
 from opsin.engine import Engine, Policy
 from opsin.prompt import TemplateSource
 from opsin.server.app import create_app
-from opsin.server.connection import patient
-from opsin.server.handler import Context
+from opsin.server.handler import Context, ModelManager
 from opsin.server.images import ImageLoader
-from opsin.server.model import ModelManager
+from opsin.server.listener import patient
 from opsin.testing import FakeBackend
 from opsin.testing.fake_backend import N_VOCAB, TURN_TEXT
 
@@ -68,11 +67,11 @@ class Server:
     def check_idle(self) -> None:
         """Nothing is stuck, and the next request is answered."""
         end = time.monotonic() + 5  # cancelled ones are freed by the engine's next step
-        while ((stats := self.engine.stats).running or self.manager.running) and time.monotonic() < end:
+        while ((stats := self.engine.stats).running or self.manager._entered) and time.monotonic() < end:
             time.sleep(0.01)
         assert (stats.running, stats.waiting) == (0, 0), stats
         assert self.gate._room.used == 0
-        assert self.manager.running == 0
+        assert self.manager._entered == 0
         assert self.engine.error is None
 
         async def go() -> None:

@@ -24,9 +24,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from opsin.core.answer import Stage
 from opsin.core.settings import ServerSettings
 from opsin.server.app import create_app
-from opsin.server.handler import Context
+from opsin.server.handler import Context, ModelManager
 from opsin.server.images import ImageLoader
-from opsin.server.model import ModelManager
 from opsin.server.watchers import NAME, AccessLog, Metrics, Tracing
 from opsin.worker import WorkerEngine
 

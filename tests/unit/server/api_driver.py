@@ -21,9 +21,8 @@ from opsin.core.settings import ServerSettings
 from opsin.engine import Engine, Policy
 from opsin.prompt import TemplateSource
 from opsin.server.app import create_app
-from opsin.server.handler import Context, RequestStats
+from opsin.server.handler import Context, ModelManager, RequestStats
 from opsin.server.images import ImageLoader
-from opsin.server.model import ModelManager
 from opsin.testing import FakeBackend
 from opsin.testing.fake_backend import TURN_TEXT
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from api_driver import QUESTION, WITH_TOOLS, run, text_of, world
 
-from opsin.server.params import CallReader
+from opsin.server.tools import CallReader
 
 pytestmark = pytest.mark.slow
 

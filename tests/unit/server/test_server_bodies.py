@@ -16,7 +16,8 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from opsin.core.settings import ServerSettings
-from opsin.server.limits import FairQueue, Limits
+from opsin.server.images import FairQueue
+from opsin.server.middleware import Limits
 from opsin.testing import FakeClock
 
 pytestmark = pytest.mark.slow
@@ -37,7 +38,11 @@ async def inside(scope: Scope, receive: Receive, send: Send) -> None:
 
 def limits_of(app: Any = inside, clock: Any = time.monotonic, **settings: Any) -> Limits:
     return Limits(
-        app, ServerSettings(**settings), [Route(CHAT, lambda _: Response(), methods=["POST"])], FairQueue(8, 256), clock
+        app,
+        ServerSettings(**settings),
+        [Route(CHAT, lambda _: Response(), methods=["POST"])],
+        FairQueue(16, 248),
+        clock,
     )
 
 

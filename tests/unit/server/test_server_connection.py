@@ -12,7 +12,7 @@ import pytest
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from opsin.server.connection import patient
+from opsin.server.listener import patient
 
 PATIENCE = 0.05
 LIMIT = 10.0

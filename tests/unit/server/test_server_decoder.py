@@ -11,8 +11,8 @@ from PIL import Image
 
 from opsin.core.errors import BadImage, ImageUnsupported
 from opsin.core.settings import ImageSettings
-from opsin.server import decoder
-from opsin.server.decoder import Decoder, DecoderPool
+from opsin.server import decoder, images
+from opsin.server.images import DecoderPool
 
 pytestmark = pytest.mark.slow
 
@@ -21,14 +21,14 @@ LIMITS = ImageSettings()
 HOSTILE = """
 import os, threading
 from opsin.server import decoder
-honest = decoder.Decoder.decode
-def decode(self, data, *more):
+honest = decoder.decode
+def decode(data, *more):
     if data == b"crash":
         os.abort()
     if data == b"hang":
         threading.Event().wait()
-    return honest(self, data, *more)
-decoder.Decoder.decode = decode
+    return honest(data, *more)
+decoder.decode = decode
 decoder.main()
 """
 
@@ -47,39 +47,39 @@ def pool() -> Iterator[DecoderPool]:
 
 
 def test_a_process_decodes_what_this_one_does(pool: DecoderPool) -> None:
-    data, here = png(1024, 600), Decoder()
-    assert pool.measure(data, LIMITS) == 1024 * 600
+    data = png(1024, 600)
+    assert pool.call("measure", data, LIMITS) == (1024 * 600, None)
     for file, detail in ((data, None), (data, "low"), (png(2000, 1000), None)):
-        apart, wanted = pool.decode(file, LIMITS, detail), here.decode(file, LIMITS, detail)
+        apart, wanted = pool.call("decode", file, LIMITS, detail), decoder.decode(file, LIMITS, detail)
         assert (apart.sha256, apart.width, apart.notes) == (wanted.sha256, wanted.width, wanted.notes)
         assert bytes(apart.rgb) == bytes(wanted.rgb)  # type: ignore[arg-type]
     with pytest.raises(ImageUnsupported):
-        pool.decode(b"%PDF-1.7 and more", LIMITS, None)
+        pool.call("decode", b"%PDF-1.7 and more", LIMITS, None)
 
 
 def test_a_file_that_crashes_its_decoder_is_refused_and_the_others_are_decoded(
     pool: DecoderPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoder, "_START", HOSTILE)
-    assert pool.decode(png(8, 8), LIMITS, None).width == 8
+    monkeypatch.setattr(images, "_START", HOSTILE)
+    assert pool.call("decode", png(8, 8), LIMITS, None).width == 8
     with pytest.raises(BadImage, match="SIGABRT"):
-        pool.decode(b"crash", LIMITS, None)
-    assert pool.decode(png(9, 8), LIMITS, None).width == 9
+        pool.call("decode", b"crash", LIMITS, None)
+    assert pool.call("decode", png(9, 8), LIMITS, None).width == 9
 
 
 def test_a_file_that_takes_too_long_is_refused_while_others_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoder, "_START", HOSTILE)
+    monkeypatch.setattr(images, "_START", HOSTILE)
     pool, told = DecoderPool(seconds=8.0), []
 
     def hanging() -> None:
         try:
-            pool.decode(b"hang", LIMITS, None)
+            pool.call("decode", b"hang", LIMITS, None)
         except BadImage as error:
             told.append(str(error))
 
     thread = threading.Thread(target=hanging)
     thread.start()
-    assert pool.decode(png(9, 8), LIMITS, None).width == 9
+    assert pool.call("decode", png(9, 8), LIMITS, None).width == 9
     thread.join(60)
     assert len(told) == 1
     assert "longer than 8 s" in told[0]

@@ -15,8 +15,8 @@ from starlette.types import Receive, Scope, Send
 
 from opsin.core.errors import QueueFull
 from opsin.core.settings import ServerSettings
-from opsin.server.limits import FairQueue, Limits
-from opsin.server.pixels import current_holder
+from opsin.server.images import FairQueue
+from opsin.server.middleware import Limits
 from opsin.testing import FakeClock
 
 
@@ -53,7 +53,7 @@ class Inside:
 
 def limits_of(app: Any, clock: Any = time.monotonic, **settings: Any) -> Limits:
     return Limits(
-        app, ServerSettings(**settings), [Route("/", lambda _: Response(), methods=["POST"])], FairQueue(8, 256), clock
+        app, ServerSettings(**settings), [Route("/", lambda _: Response(), methods=["POST"])], FairQueue(16, 248), clock
     )
 
 
@@ -129,24 +129,6 @@ def test_a_failing_handler_makes_room_and_is_heard() -> None:
     asyncio.run(go())
 
 
-def test_each_request_holds_its_own_pixels() -> None:
-    holders: list[object] = []
-
-    async def looking(scope: Scope, receive: Receive, send: Send) -> None:
-        holders.append(current_holder())
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b""})
-
-    async def go() -> None:
-        async with client_of(limits_of(looking)) as client:
-            await asyncio.gather(client.post("/"), client.post("/"))
-        assert current_holder() is None
-
-    asyncio.run(go())
-    assert None not in holders
-    assert len(set(map(id, holders))) == 2
-
-
 class Taking:
     """Takes room for as many answers as the header `n` says, and keeps it until it is let go."""
 
@@ -187,7 +169,7 @@ def test_each_choice_counts() -> None:
 
 def test_a_greedy_key_takes_no_place_from_another() -> None:
     async def go() -> None:
-        inside, queue = Taking(), FairQueue(8, 256)
+        inside, queue = Taking(), FairQueue(16, 248)
         limits = Limits(inside, ServerSettings(), [Route("/", lambda _: Response(), methods=["POST"])], queue)
         asked: list[asyncio.Task[int]] = []
 
@@ -215,7 +197,7 @@ def test_a_greedy_key_takes_no_place_from_another() -> None:
 
 def test_who_leaves_gives_room_back() -> None:
     async def go() -> None:
-        queue = FairQueue(1, 3)
+        queue = FairQueue(2, 2)
         await queue.take("a", 2)
         waiting = [asyncio.create_task(queue.take(key, 1)) for key in "aab"]
         await asyncio.sleep(0)

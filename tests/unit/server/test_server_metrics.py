@@ -18,7 +18,7 @@ from opsin.core.answer import Answer, GuardVerdict
 from opsin.core.request import ImagePart, Prompt, SamplingParams, TextPart
 from opsin.engine import Engine
 from opsin.engine.clock import stage_row
-from opsin.server import watchers as room
+from opsin.server import app as room
 from opsin.server.handler import RequestStats
 from opsin.server.watchers import Metrics
 from opsin.testing import FakeBackend, image

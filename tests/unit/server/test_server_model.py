@@ -9,7 +9,7 @@ from api_driver import LIMIT, QUESTION, Gate, World, run, until, world
 
 from opsin.core.errors import EngineClosed, ModelUnreadable
 from opsin.prompt import Message
-from opsin.server.model import ModelManager
+from opsin.server.handler import ModelManager
 from opsin.worker import NotReady
 
 
@@ -74,7 +74,7 @@ def test_a_draining_server_is_alive_not_ready_and_takes_nothing_new() -> None:
 
 
 def test_who_takes_longer_than_the_drain_is_told_and_not_left_hanging(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opsin.server.model.LAST_WORDS_SECONDS", 5.0)
+    monkeypatch.setattr("opsin.server.handler.LAST_WORDS_SECONDS", 5.0)
     gate = Gate()
 
     async def work(w: World) -> None:

@@ -16,7 +16,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from opsin.core.errors import BadParameter
 from opsin.core.settings import ServerSettings
-from opsin.server.security import SecurityMiddleware, check_binding, read_keys
+from opsin.server.listener import check_binding, read_keys
+from opsin.server.middleware import SecurityMiddleware
 
 pytestmark = pytest.mark.slow
 

@@ -28,9 +28,9 @@ from opsin.engine import Engine
 from opsin.images.fetch import system_addresses
 from opsin.prompt import TemplateSource
 from opsin.server.app import create_app
-from opsin.server.handler import Context
-from opsin.server.images import AddressPolicy, ImageLoader, is_public
-from opsin.server.model import ModelManager
+from opsin.server.handler import Context, ModelManager
+from opsin.server.images import ImageLoader
+from opsin.server.sources import AddressPolicy, is_public
 from opsin.testing import FakeBackend
 from opsin.testing.fake_backend import N_VOCAB, TURN_TEXT
 
@@ -212,7 +212,7 @@ def test_long_addresses_are_refused_before_anything_is_done_with_them(model: Loc
     began = time.process_time()
     answer = ask(model, url)
     assert answer.status_code == 400
-    assert answer.json()["error"]["param"] == "messages[0].content[0].image_url.url"
+    assert answer.json()["error"]["param"] == "messages[0].content[0].image_url"
     assert time.process_time() - began < 0.5
 
 

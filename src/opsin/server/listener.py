@@ -1,0 +1,121 @@
+"""What a server needs once, at its start: API keys, a check of who could reach it, a socket, and uvicorn."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import ipaddress
+import socket
+from collections.abc import Iterator, Mapping
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from opsin.core.errors import BadParameter
+from opsin.core.settings import ServerSettings
+from opsin.server.middleware import Connection, is_loopback, read_host, read_origin
+
+BACKLOG = 2048
+LAST_BYTES_SECONDS = 5
+"""How long open connections may take to read what was answered when the server ends."""
+KEEP_ALIVE_SECONDS = 75
+"""Idle connections stay open longer than clients keep them (httpx, and with it OpenAI's client, 5 s): the client must
+be the first to close, or a request crosses the close on its way and is lost."""
+KEY_VARIABLE = "OPSIN_API_KEY"
+
+
+def patient(seconds: float) -> type[Connection]:
+    """Connections with that patience, for uvicorn."""
+    return type("Connection", (Connection,), {"patience": seconds})
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn with patient connections. It leaves signals alone: running answers end before the HTTP server does."""
+
+    def __init__(self, app: ASGIApp, slow_reader_seconds: float) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                ws="none",
+                http=patient(slow_reader_seconds),
+                proxy_headers=False,
+                server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=LAST_BYTES_SECONDS,
+            )
+        )
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Nothing is captured."""
+        yield
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that listens there. Raises BadParameter."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
+    except (OSError, UnicodeError) as error:  # the second for names that no host can have
+        number = getattr(error, "errno", None)
+        if number == errno.EADDRINUSE:
+            raise BadParameter(
+                f"Port {port} of {host} is in use by another program: give another (--port; 0 takes a free one)."
+            ) from None
+        if number == errno.EACCES:
+            raise BadParameter(f"Port {port} needs more rights than you have: give one above 1023 (--port).") from None
+        raise BadParameter(f"{host} is no address of this machine to listen on: give another (--host).") from None
+
+
+def address_of(listener: socket.socket) -> str:
+    """`HOST:PORT` of a listening socket, IPv6 in brackets; loopback where it listens on all addresses."""
+    host, port = listener.getsockname()[:2]
+    if ipaddress.ip_address(host).is_unspecified:
+        host = "127.0.0.1" if listener.family == socket.AF_INET else "::1"
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def read_keys(settings: ServerSettings, environ: Mapping[str, str]) -> tuple[str, ...]:
+    """The API keys: one per line of the file (empty lines and lines starting with # are skipped), and the variable.
+
+    Raises BadParameter if the file cannot be read or has none, if a key has characters that no header can carry, or
+    if OPSIN_API_KEY is set but empty. The message never contains a key.
+    """
+    keys: list[str] = []
+    if settings.api_key_file is not None:
+        try:
+            text = settings.api_key_file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            text = ""
+        keys = [line for line in map(str.strip, text.splitlines()) if line and not line.startswith("#")]
+        if not keys:
+            raise BadParameter(
+                f"The file of API keys, {settings.api_key_file}, cannot be read or has none: check its name and "
+                "permissions, and write one key per line."
+            )
+    if KEY_VARIABLE in environ:
+        keys.append(environ[KEY_VARIABLE].strip())
+        if not keys[-1]:
+            raise BadParameter(f"{KEY_VARIABLE} is set but empty, which protects nothing: give it a key or unset it.")
+    if not all(key.isascii() and key.isprintable() and " " not in key for key in keys):
+        raise BadParameter("An API key has a space or a character that is not ASCII: use letters, digits and signs.")
+    return tuple(dict.fromkeys(keys))
+
+
+def check_binding(settings: ServerSettings, keys: tuple[str, ...]) -> None:
+    """Raise BadParameter for settings that would let in more than was asked for, before anything listens.
+
+    These are an address that others can reach without an API key, and malformed hosts and origins.
+    """
+    for host in (*settings.allowed_hosts, settings.host):
+        read_host(host)
+    for origin in settings.cors_origins:
+        read_origin(origin)
+    if not keys and not is_loopback(settings.host):
+        raise BadParameter(
+            f"Others can reach {settings.host!r}, so an API key is needed: give --api-key-file FILE or set "
+            f"{KEY_VARIABLE}, or listen on 127.0.0.1."
+        )
