@@ -5,9 +5,8 @@ and `client` import nothing native, so that the process in front stays small.
 """
 
 from opsin.engine.request import AnswerStream
-from opsin.worker.child import ImageBlocked, signal_name, start_process
-from opsin.worker.client import IsolatedRuntime, NotReady, WorkerEngine
-from opsin.worker.messages import Channel, Loaded, Pixels, portable, share
+from opsin.worker.client import ImageBlocked, IsolatedRuntime, NotReady, WorkerEngine
+from opsin.worker.messages import Channel, Loaded, Pixels, portable, share, signal_name, start_process
 
 __all__ = [
     "AnswerStream",
