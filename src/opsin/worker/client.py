@@ -12,7 +12,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -71,31 +71,6 @@ class ImageBlocked(BadInput):
     http_status = 422
 
 
-class CrashTracker:
-    """Counts the crashes at which an image was in native code itself. Images that merely waited are not blamed."""
-
-    def __init__(self) -> None:
-        self.now = time.monotonic
-        self._crashes: dict[str, tuple[int, float]] = {}  # how many, and until when they count
-
-    def crashed(self, images: Iterable[str]) -> None:
-        """A worker crashed while it encoded, prefilled or preprocessed these."""
-        now = self.now()
-        self._crashes = {image: found for image, found in self._crashes.items() if found[1] > now}
-        for image in images:
-            self._crashes[image] = self._crashes.get(image, (0, 0.0))[0] + 1, now + BLOCKED_SECONDS
-
-    def check(self, images: Iterable[str]) -> None:
-        """Raises ImageBlocked for an image that crashed two workers within the last hour."""
-        for image in images:
-            count, until = self._crashes.get(image, (0, 0.0))
-            if count >= CRASHES_TO_BLOCK and until > self.now():
-                raise ImageBlocked(
-                    "The model's process crashed twice while it worked on an image of this request, so the image is "
-                    "refused for an hour: send another one, or the same one in another size."
-                )
-
-
 @dataclass(slots=True)
 class _Request:
     """One request until its stream ends; `prompt` is None once the worker has it."""
@@ -139,7 +114,8 @@ class WorkerEngine:
         self._condition = threading.Condition(threading.RLock())
         self._numbers = itertools.count()
         self._requests: dict[int, _Request] = {}
-        self._crashes = CrashTracker()
+        # When an image was in native code as a worker crashed; images that merely waited are not blamed.
+        self._crashes: dict[str, list[float]] = {}
         self._child: Child | None = None
         self._closing = self._woken = False
         self._state: State = "loading"
@@ -222,7 +198,13 @@ class WorkerEngine:
 
         Raises NotReady, ImageBlocked, QueueFull, EngineClosed, or why the worker cannot be started.
         """
-        self._crashes.check(image.sha256 for image in prompt.images)
+        for image in prompt.images:
+            crashes = self._crashes.get(image.sha256, [])
+            if len(crashes) >= CRASHES_TO_BLOCK and time.monotonic() - crashes[-1] < BLOCKED_SECONDS:
+                raise ImageBlocked(
+                    "The model's process crashed twice while it worked on an image of this request, so the image is "
+                    "refused for an hour: send another one, or the same one in another size."
+                )
         number = next(self._numbers)
         stream = AnswerStream(lambda: None)
         stream.on_end = lambda: self._ended(number, stream)
@@ -293,35 +275,32 @@ class WorkerEngine:
         self._changed(state)
 
     def _own(self) -> None:
+        """Start one worker after another until none is needed any more."""
+        delay = FIRST_DELAY
         try:
-            self._keep()
+            while self._wait_for_work():
+                child = Child(self._command, self._open)
+                with self._condition:
+                    self._child = child
+                    self._silent = self._call_seconds = 0.0
+                    if self._closing:
+                        child.end()
+                try:
+                    self._watch(child)
+                finally:
+                    code = child.reap()
+                if self._after(child, code):
+                    healthy = child.ready_at is not None and time.monotonic() - child.ready_at >= HEALTHY_SECONDS
+                    delay = FIRST_DELAY if healthy else delay
+                    log.error("the worker %s; it is started again in %g s", child.reason, delay)
+                    with self._condition:
+                        self._condition.wait_for(lambda: self._closing, delay)
+                    delay = min(delay * 2, LONGEST_DELAY)
         except BaseException as error:
             log.exception("the thread that owns the worker failed")
             self.error = EngineDied(f"The worker's owner failed ({type(error).__name__}: {error}): open a new engine.")
             self._fail_all(self.error)
         self._set("closed" if self._closing else "failed")
-
-    def _keep(self) -> None:
-        """Start one worker after another until none is needed any more."""
-        delay = FIRST_DELAY
-        while self._wait_for_work():
-            child = Child(self._command, self._open)
-            with self._condition:
-                self._child = child
-                self._silent = self._call_seconds = 0.0
-                if self._closing:
-                    child.end()
-            try:
-                self._watch(child)
-            finally:
-                code = child.reap()
-            if self._after(child, code):
-                if child.ready_at is not None and time.monotonic() - child.ready_at >= HEALTHY_SECONDS:
-                    delay = FIRST_DELAY
-                log.error("the worker %s; it is started again in %g s", child.reason, delay)
-                with self._condition:
-                    self._condition.wait_for(lambda: self._closing, delay)
-                delay = min(delay * 2, LONGEST_DELAY)
 
     def _wait_for_work(self) -> bool:
         """Wait while nobody needs a worker; False when none is needed any more."""
@@ -380,7 +359,10 @@ class WorkerEngine:
             died = EngineDied("The model's process ended before the answer was complete: ask again in a moment.")
             self._fail_all(died, sent=True)
             if child.error is None:
-                self._crashes.crashed(+child.images)
+                now = time.monotonic()
+                for image in +child.images:
+                    recent = [at for at in self._crashes.get(image, ()) if now - at < BLOCKED_SECONDS]
+                    self._crashes[image] = [*recent, now]
             elif self._state == "reloading":
                 self._fail_all(child.error)  # the next request tries again
                 self._set("unloaded")

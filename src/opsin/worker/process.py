@@ -159,12 +159,12 @@ class _Worker:
                 if number is None:
                     continue
                 events, error = stream.take()
-                packed = [pack(event) for event in events]
-                if error is not None:
-                    packed.append(pack(error))
-                batch.append((number, packed))
+                happened = events if error is None else [*events, error]
+                if not happened:
+                    continue
+                batch.append((number, [pack(one) for one in happened]))
                 milestone |= stream not in self._speaking
-                if error is not None or (events and isinstance(events[-1], Finished)):
+                if isinstance(happened[-1], (Finished, BaseException)):
                     milestone = True
                     self._speaking.discard(stream)
                     del self._streams[number], self._numbers[stream]
