@@ -34,26 +34,19 @@ log = logging.getLogger(__name__)
 State = Literal["loading", "warming", "ready", "stalled", "restarting", "unloaded", "reloading", "failed", "closed"]
 
 # No -m: that would put the working folder before the standard library.
-COMMAND = (
-    sys.executable,
-    "-c",
-    "import sys; sys.path[:] = filter(None, sys.path); from opsin.worker.process import main; main()",
-)
-FIRST_DELAY, LONGEST_DELAY = 0.1, 30.0
-"""Seconds before a worker that crashed is started again; they double with each crash."""
-HEALTHY_SECONDS = 60.0
-"""A worker that was ready for so long has proved itself: after its crash the delays begin anew."""
-MOST_STARTS = 5
-"""So many workers in a row that never became ready are enough."""
+_START = "import sys; sys.path[:] = filter(None, sys.path); from opsin.worker.process import main; main()"
+COMMAND = (sys.executable, "-c", _START)
+# A worker that crashed is started again after these seconds, doubled with each crash until one was healthy for so long.
+FIRST_DELAY, LONGEST_DELAY, HEALTHY_SECONDS = 0.1, 30.0, 60.0
+MOST_STARTS = 5  # workers in a row that never became ready
 PING_SECONDS = 1.0
+# One that says nothing for so long while somebody waits is shown as stalled, and then ended.
 STALLED_SECONDS, SILENT_SECONDS = 5.0, 20.0
-"""A worker that says nothing for so long while somebody waits is shown as stalled, and then ended."""
+# A native call is endless when it takes so many times as long as the longest that came back, and at least so long; it
+# is shown as stalled after that share of the time.
 LEAST_CALL_SECONDS, CALL_FACTOR, STALLED_SHARE = 60.0, 10.0, 0.4
-"""A native call is endless when it takes so many times as long as the longest that came back, and at least so long;
-it is shown as stalled after that share of the time."""
 CRASHES_TO_BLOCK, BLOCKED_SECONDS = 2, 3600.0
-_NOW = frozenset({"running", "waiting", "idle_prefixes", "cells_used"})
-"""What of a snapshot is true now; all else counts."""
+_NOW = frozenset({"running", "waiting", "idle_prefixes", "cells_used"})  # true now; all else of a snapshot counts
 
 
 class NotReady(EngineError):
@@ -143,21 +136,21 @@ class WorkerEngine:
 
     @property
     def info(self) -> ModelInfo:
-        """Names of the loaded pair. Waits for the first loading."""
+        """Names of the loaded pair. This and the next three wait for the first loading."""
         return self.wait_ready().info
 
     @property
     def limits(self) -> BackendLimits:
-        """Sizes of the loaded pair. Waits for the first loading."""
+        """Sizes of the loaded pair."""
         return self.wait_ready().limits
 
     @property
     def load_ms(self) -> float:
-        """Milliseconds that loading took. Waits for it."""
+        """Milliseconds that loading took."""
         return self.wait_ready().load_ms
 
     def placement(self) -> Placement:
-        """Where encoder and language model ran in the warm-up. Waits for the first loading."""
+        """Where encoder and language model ran in the warm-up."""
         return self.wait_ready().placement
 
     @property
@@ -318,27 +311,25 @@ class WorkerEngine:
                 message = child.channel.receive(self._tick)
             except EOFError:
                 return
+            waits = message is None and self._requests and child.ready_at is not None
+            # Not by the clock: the front itself may have been stopped.
+            self._silent = self._silent + self._tick if waits else 0.0
             if message is not None:
-                self._silent = 0.0
                 getattr(self, f"_on_{message[0]}")(child, *message[1:])
-            elif self._requests and child.ready_at is not None:
-                self._silent += self._tick  # not by the clock: the front itself may have been stopped
+            elif waits:
                 child.post(("ping",))
-            else:
-                self._silent = 0.0
             self._tend(child)
 
     def _tend(self, child: Child) -> None:
         """End a worker that hangs, and one that nobody has needed for long."""
         now = time.monotonic()
-        if child.kill_at is not None:
-            if now >= child.kill_at:
-                child.kill("did not end and was killed")
+        if child.kill_at is not None and now >= child.kill_at:
+            child.kill("did not end and was killed")
         elif self._silent > SILENT_SECONDS:
             child.kill(f"did not answer for {self._silent:.0f} s and was killed")
         elif self._call_seconds > self._call_limit:
             child.kill(f"was killed, {self._call_seconds:.0f} s into one native call")
-        elif self._idle_seconds is not None and child.ready_at is not None:
+        elif self._idle_seconds is not None and child.ready_at is not None and child.kill_at is None:
             with self._condition:
                 if not self._requests and now - self._used >= self._idle_seconds:
                     child.end()
@@ -380,7 +371,7 @@ class WorkerEngine:
             return True
 
     def _on_loading(self, child: Child, files: Sequence[Path | None]) -> None:
-        child.files = [str(file) for file in files if file is not None]
+        child.files = " with ".join(str(file) for file in files if file is not None)
 
     def _on_warming(self, _child: Child) -> None:
         if self._state == "loading":

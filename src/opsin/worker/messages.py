@@ -34,12 +34,10 @@ from opsin.core.placement import Placement
 from opsin.core.prompt import ImagePart, Prompt
 from opsin.prompt import TemplateSource
 
-SHARED_BYTES = 4 * 2**20
-"""Images from this size on are shared: smaller ones are copied faster, and each shared one takes open files."""
-GRACE_SECONDS = 15.0
-"""What a worker may take to end before it is killed."""
-MOST_SHARED = 250
-"""Images of one request that may be shared; the kernel sends 253 open files with a message."""
+# Images from this size on are shared: smaller ones are copied faster, and each shared one takes open files, of which
+# the kernel sends at most 253 with a message.
+SHARED_BYTES, MOST_SHARED = 4 * 2**20, 250
+GRACE_SECONDS = 15.0  # what a worker may take to end before it is killed
 _HEAD = struct.Struct("<QB")
 _READ = 1 << 18
 
@@ -205,11 +203,9 @@ def signal_name(code: int) -> str:
     """An exit code in words; negative ones are signals."""
     if code >= 0:
         return f"exit code {code}"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        return f"signal {-code}"
-    return f"{name} (out of memory, or killed by hand)" if name == "SIGKILL" else name
+    if code == -signal.SIGKILL:
+        return "SIGKILL (out of memory, or killed by hand)"
+    return signal.Signals(-code).name if -code in list(signal.Signals) else f"signal {-code}"
 
 
 class Child:
@@ -222,7 +218,7 @@ class Child:
     def __init__(self, command: Sequence[str], first: tuple[Any, ...]) -> None:
         self._process, self.channel = start_process(command)
         self.pid = self._process.pid
-        self.files: list[str] = []
+        self.files = "the model"
         self.images: Counter[str] = Counter()
         self.error: OpsinError | None = None
         self.ready_at: float | None = None
@@ -265,14 +261,13 @@ class Child:
 
     def load_error(self, code: int) -> OpsinError:
         """What a crash before it was ready says about the model."""
-        files = " with ".join(self.files) or "the model"
         if code == -signal.SIGKILL:
             return ModelError(
-                f"The process that loaded {files} was killed, probably because memory ran out: "
+                f"The process that loaded {self.files} was killed, probably because memory ran out: "
                 "give a smaller context (--ctx), fewer layers on the GPU (--gpu-layers), or a smaller model."
             )
         return ModelUnreadable(
-            f"llama.cpp crashed ({signal_name(code)}) on {files}: a file is damaged or of a kind that it does not "
+            f"llama.cpp crashed ({signal_name(code)}) on {self.files}: a file is damaged or of a kind that it does not "
             "support; download it again, or use another model."
         )
 

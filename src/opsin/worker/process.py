@@ -16,7 +16,6 @@ from typing import Any
 from opsin.compose import Runtime, end_with_parent, open_runtime
 from opsin.core.answer import Finished, TextDelta
 from opsin.core.errors import EngineDied, OpsinError
-from opsin.core.placement import Placement
 from opsin.core.prompt import Prompt
 from opsin.core.sampling import SamplingParams
 from opsin.engine import AnswerStream, wake_readers
@@ -25,13 +24,11 @@ from opsin.worker.messages import Channel, Loaded, Packed, Pixels, pack, portabl
 
 log = logging.getLogger(__name__)
 
-_LOOK_SECONDS = 1.0
-"""How often a worker with nothing to read looks whether its engine still lives."""
-_STATS_SECONDS = 0.25
-"""How old counters may be while tokens flow."""
+_LOOK_SECONDS = 1.0  # how often a worker with nothing to read looks whether its engine still lives
+_STATS_SECONDS = 0.25  # how old counters may be while tokens flow
+# What streams that have begun say within so long goes out together: a write to each client costs more than a token of
+# a small model, and nobody tells 50 pieces a second apart. A first text and an end go out at once.
 _GATHER_SECONDS = 0.02
-"""What streams that have begun say within so long goes out together: a write to each client costs more than a token of
-a small model, and nobody reads 50 pieces a second apart. A first text and an end go out at once."""
 
 Open = Callable[..., Runtime]
 
@@ -190,7 +187,11 @@ class _Worker:
                 resolved=lambda *files: self._channel.send(("loading", files)),
             )
             self._channel.send(("warming",))
-            placement = _warm_up(runtime)
+            # An encode past all caches proves where the encoder runs; a few tokens bring weights into memory.
+            placement = runtime.engine.placement()
+            params = SamplingParams(max_tokens=4, ignore_eos=True, guard=False)
+            hello = runtime.prompts.build([Message("user", "Hello.")])
+            runtime.engine.submit(hello, params, salt="warm-up").result()
             assert runtime.template is not None, "a runtime of a model knows its template"
             loaded = Loaded(
                 info=runtime.engine.info,
@@ -210,19 +211,6 @@ class _Worker:
             with contextlib.suppress(OSError):
                 self._channel.send(("failed", portable(error)))
             _leave(getattr(error, "exit_code", EngineDied.exit_code))
-
-
-def _warm_up(runtime: Runtime) -> Placement:
-    """Encode an image and generate a few tokens, so that weights are in memory and graphs are built.
-
-    The encode is the one that proves where the encoder runs: it goes past the caches, so it is a real one at every
-    start, and nothing of it is remembered.
-    """
-    placement = runtime.engine.placement()
-    prompt = runtime.prompts.build([Message("user", "Hello.")])
-    params = SamplingParams(max_tokens=4, ignore_eos=True, guard=False)
-    runtime.engine.submit(prompt, params, salt="warm-up").result()
-    return placement
 
 
 class CallWatch:
