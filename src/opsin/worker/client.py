@@ -300,9 +300,12 @@ class WorkerEngine:
         with self._condition:
             if self._state == "unloaded":
                 self._condition.wait_for(lambda: self._closing or self._woken or self._requests)
-                self._set("reloading")
             self._woken = False
-            return not self._closing and self.error is None
+            if self._closing or self.error is not None:
+                return False
+            if self._state == "unloaded":
+                self._set("reloading")
+            return True
 
     def _watch(self, child: Child) -> None:
         """Read what a worker says until it is gone."""
