@@ -201,7 +201,7 @@ class WorkerEngine:
         number = next(self._numbers)
         stream = AnswerStream(lambda: None)
         stream.on_end = lambda: self._ended(number, stream)
-        options = {"load_ms": load_ms, "queue_ms": queue_ms, "waited_since": waited_since}
+        options: dict[str, Any] = {"load_ms": load_ms, "queue_ms": queue_ms, "waited_since": waited_since}
         options |= {"priority": priority, "salt": salt}
         request = _Request(stream, share_all(prompt), params or SamplingParams(), options, time.perf_counter())
         with self._condition:
