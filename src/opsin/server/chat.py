@@ -227,8 +227,7 @@ class ChatWriter(ChoicesWriter):
     def __init__(self, model: str, n: int, tools: ToolPlan | None, *, logprobs: bool, include_usage: bool) -> None:
         super().__init__(model, logprobs=logprobs, include_usage=include_usage)
         self._readers = [None if tools is None else tools.reader() for _ in range(n)]
-        # All chunks of plain text are the same but for their text, whose empty quotes are the last ones.
-        self._around = [self._delta(index, {"content": ""}).rpartition(b'""') for index in range(n)]
+        self._around = [_around(self._delta(index, {"content": ""})) for index in range(n)]
 
     def begin(self) -> bytes:
         """The role of each choice."""
@@ -246,7 +245,7 @@ class ChatWriter(ChoicesWriter):
         text = event.text if reader is None else reader.feed(event.text)
         if logprobs is not None:
             return self._delta(index, {"content": text}, logprobs)
-        before, _, after = self._around[index]
+        before, after = self._around[index]
         return before + dumps(text) + after if text else b""
 
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
@@ -300,6 +299,7 @@ class TextWriter(ChoicesWriter):
     def __init__(self, model: str, *, logprobs: bool, include_usage: bool) -> None:
         super().__init__(model, logprobs=logprobs, include_usage=include_usage)
         self._lengths: dict[int, int] = {}
+        self._around: dict[int, tuple[bytes, bytes]] = {}
 
     def event(self, index: int, event: TextDelta | Finished) -> bytes:
         """New text, or the end of a choice. Reasoning is text like any other here: no template separated it."""
@@ -307,7 +307,12 @@ class TextWriter(ChoicesWriter):
             self._answers[index] = event.answer
             last = self._choice(index, "", (), _finish_reason(event.answer))
             return self._chunk(last, **extensions(event.answer))
-        return self._chunk(self._choice(index, event.text, event.logprobs, None))
+        if self._logprobs:
+            return self._chunk(self._choice(index, event.text, event.logprobs, None))
+        if index not in self._around:
+            self._around[index] = _around(self._chunk(self._choice(index, "", (), None)))
+        before, after = self._around[index]
+        return before + dumps(event.text) + after
 
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
         """See ChoicesWriter."""
@@ -328,6 +333,12 @@ class TextWriter(ChoicesWriter):
                 "text_offset": list(itertools.accumulate(map(len, pieces[:-1]), initial=offset)),
             }
         return {"index": index, "text": text, "logprobs": shown, "finish_reason": reason}
+
+
+def _around(chunk: bytes) -> tuple[bytes, bytes]:
+    """What stands before and after the text of a chunk that has none: all of plain text are the same but for it."""
+    before, _, after = chunk.rpartition(b'""')
+    return before, after
 
 
 def _finish_reason(answer: Answer) -> str:

@@ -54,7 +54,7 @@ def main() -> None:
             except Exception as error:  # noqa: BLE001 - it belongs to whoever asked
                 result = portable(error)
             pixels = result.rgb if isinstance(result, Image) else None
-            channel.send((result,), pixels.fd if isinstance(pixels, Pixels) else None)
+            channel.send((result,), *[pixels.fd] if isinstance(pixels, Pixels) else ())
             del request, result, pixels
         except (EOFError, OSError):
             os._exit(0)

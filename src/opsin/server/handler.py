@@ -215,11 +215,14 @@ class _Answers:
 
     async def take(self, seconds: float | None = None) -> list[tuple[int, TextDelta | Finished]]:
         """Everything that has come, by stream; nothing when nothing comes in time. Raises a stream's error."""
-        try:
-            async with asyncio.timeout(seconds):
-                await self._ready.wait()
-        except TimeoutError:
-            return []
+        if seconds is None:
+            await self._ready.wait()
+        else:
+            try:
+                async with asyncio.timeout(seconds):
+                    await self._ready.wait()
+            except TimeoutError:
+                return []
         self._ready.clear()
         found: list[tuple[int, TextDelta | Finished]] = []
         for index, stream in enumerate(self._streams):

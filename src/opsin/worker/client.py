@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,34 +19,33 @@ from typing import Any, Literal, Self
 
 from opsin.core.answer import TextDelta
 from opsin.core.backend import BackendLimits
-from opsin.core.errors import EngineClosed, EngineDied, EngineError, OpsinError, QueueFull, copy_of
+from opsin.core.errors import BadInput, EngineClosed, EngineDied, EngineError, OpsinError, QueueFull, copy_of
 from opsin.core.model_info import ModelInfo
 from opsin.core.placement import Placement
 from opsin.core.request import Prompt, SamplingParams
 from opsin.core.settings import EngineSettings
 from opsin.engine import AnswerStream, Snapshot, wake_readers
 from opsin.prompt import PromptBuilder
-from opsin.worker.child import COMMAND, Child, CrashTracker
-from opsin.worker.messages import Loaded, Packed, share_all
+from opsin.worker.messages import Child, Loaded, Packed, Pixels, share_all
 
 log = logging.getLogger(__name__)
 
 State = Literal["loading", "warming", "ready", "stalled", "restarting", "unloaded", "reloading", "failed", "closed"]
 
-FIRST_DELAY, LONGEST_DELAY = 0.1, 30.0
-"""Seconds before a worker that crashed is started again; they double with each crash."""
-HEALTHY_SECONDS = 60.0
-"""A worker that was ready for so long has proved itself: after its crash the delays begin anew."""
-MOST_STARTS = 5
-"""So many workers in a row that never became ready are enough."""
+# No -m: that would put the working folder before the standard library.
+_START = "import sys; sys.path[:] = filter(None, sys.path); from opsin.worker.process import main; main()"
+COMMAND = (sys.executable, "-c", _START)
+# A worker that crashed is started again after these seconds, doubled with each crash until one was healthy for so long.
+FIRST_DELAY, LONGEST_DELAY, HEALTHY_SECONDS = 0.1, 30.0, 60.0
+MOST_STARTS = 5  # workers in a row that never became ready
 PING_SECONDS = 1.0
+# One that says nothing for so long while somebody waits is shown as stalled, and then ended.
 STALLED_SECONDS, SILENT_SECONDS = 5.0, 20.0
-"""A worker that says nothing for so long while somebody waits is shown as stalled, and then ended."""
+# A native call is endless when it takes so many times as long as the longest that came back, and at least so long; it
+# is shown as stalled after that share of the time.
 LEAST_CALL_SECONDS, CALL_FACTOR, STALLED_SHARE = 60.0, 10.0, 0.4
-"""A native call is endless when it takes so many times as long as the longest that came back, and at least so long;
-it is shown as stalled after that share of the time."""
-_NOW = frozenset({"running", "waiting", "idle_prefixes", "cells_used"})
-"""What of a snapshot is true now; all else counts."""
+CRASHES_TO_BLOCK, BLOCKED_SECONDS = 2, 3600.0
+_NOW = frozenset({"running", "waiting", "idle_prefixes", "cells_used"})  # true now; all else of a snapshot counts
 
 
 class NotReady(EngineError):
@@ -54,6 +54,13 @@ class NotReady(EngineError):
     code = "not_ready"
     http_status = 503
     retry_after = 2
+
+
+class ImageBlocked(BadInput):
+    """The model's process crashed twice while it worked on this image."""
+
+    code = "image_blocked"
+    http_status = 422
 
 
 @dataclass(slots=True)
@@ -74,6 +81,9 @@ class WorkerEngine:
     proved its placement and generated a few tokens. After `idle_seconds` without a request it is ended, which gives all
     memory back; the next request starts it again and waits for it. `changed` is called with each new state, in the
     owner's thread. `command` starts the worker.
+
+    `loaded` is the model, also while it is unloaded, and None before it was loaded for the first time; `error` says why
+    nothing can be asked any more; `restarts` counts workers that crashed or hung and were replaced.
     """
 
     def __init__(
@@ -87,8 +97,7 @@ class WorkerEngine:
         changed: Callable[[State], object] = lambda _: None,
         command: Sequence[str] = COMMAND,
     ) -> None:
-        options = {"model": model, "mmproj": mmproj, "settings": settings, "max_queue": max_queue}
-        self._open = ("open", options)
+        self._open = ("open", {"model": model, "mmproj": mmproj, "settings": settings, "max_queue": max_queue})
         self._command = command
         self._most = settings.parallel + max_queue
         self._idle_seconds = idle_seconds
@@ -97,18 +106,18 @@ class WorkerEngine:
         self._condition = threading.Condition(threading.RLock())
         self._numbers = itertools.count()
         self._requests: dict[int, _Request] = {}
-        self._crashes = CrashTracker()
+        # When an image was in native code as a worker crashed; images that merely waited are not blamed.
+        self._crashes: dict[str, list[float]] = {}
         self._child: Child | None = None
         self._closing = self._woken = False
         self._state: State = "loading"
-        self._error: OpsinError | None = None
-        self._loaded: Loaded | None = None
+        self.loaded: Loaded | None = None
+        self.error: OpsinError | None = None
+        self.restarts = 0
         self._before, self._latest = Snapshot(), Snapshot()
         self._used = time.monotonic()
         self._silent = self._call_seconds = self._longest = 0.0
         self._failures = 0  # starts in a row without a ready worker
-        self.restarts = 0
-        """How often a worker that crashed or hung was replaced."""
         self._owner = threading.Thread(target=self._own, name="opsin-worker", daemon=True)
         self._owner.start()
 
@@ -125,43 +134,39 @@ class WorkerEngine:
         return None if child is None else child.pid
 
     @property
-    def loaded(self) -> Loaded | None:
-        """The model, also while it is unloaded; None before it was loaded for the first time."""
-        return self._loaded
-
-    @property
     def info(self) -> ModelInfo:
-        """Names of the loaded pair. Waits for the first loading."""
+        """Names of the loaded pair. This and the next three wait for the first loading."""
         return self.wait_ready().info
 
     @property
     def limits(self) -> BackendLimits:
-        """Sizes of the loaded pair. Waits for the first loading."""
+        """Sizes of the loaded pair."""
         return self.wait_ready().limits
 
     @property
     def load_ms(self) -> float:
-        """Milliseconds that loading took. Waits for it."""
+        """Milliseconds that loading took."""
         return self.wait_ready().load_ms
 
-    @property
-    def error(self) -> OpsinError | None:
-        """Why nothing can be asked any more; None while a worker lives or can be started."""
-        return self._error
+    def placement(self) -> Placement:
+        """Where encoder and language model ran in the warm-up."""
+        return self.wait_ready().placement
 
     @property
     def stats(self) -> Snapshot:
         """Counters over all workers so far, and what is so now."""
-        return _sum(self._before, self._latest)
+        before, now = self._before, self._latest
+        names = [field.name for field in dataclasses.fields(Snapshot)]
+        return Snapshot(**{name: getattr(now, name) + (name not in _NOW and getattr(before, name)) for name in names})
 
     def wait_ready(self) -> Loaded:
         """Wait until the model was loaded. Raises the error with which that failed, or EngineClosed."""
         with self._condition:
-            self._condition.wait_for(lambda: self._loaded is not None or self._error is not None)
-            if self._loaded is None:
-                assert self._error is not None
-                raise copy_of(self._error)
-            return self._loaded
+            self._condition.wait_for(lambda: self.loaded is not None or self.error is not None)
+            if self.loaded is None:
+                assert self.error is not None
+                raise copy_of(self.error)
+            return self.loaded
 
     def wake(self) -> None:
         """Start an unloaded worker for a request that is about to come; the loading goes on if it does not."""
@@ -185,35 +190,41 @@ class WorkerEngine:
 
         Raises NotReady, ImageBlocked, QueueFull, EngineClosed, or why the worker cannot be started.
         """
-        self._crashes.check(image.sha256 for image in prompt.images)
+        for image in prompt.images:
+            crashes = self._crashes.get(image.sha256, [])
+            if len(crashes) >= CRASHES_TO_BLOCK and time.monotonic() - crashes[-1] < BLOCKED_SECONDS:
+                raise ImageBlocked(
+                    "The model's process crashed twice while it worked on an image of this request, so the image is "
+                    "refused for an hour: send another one, or the same one in another size."
+                )
         number = next(self._numbers)
-        stream = AnswerStream(lambda: self._cancel(number))
-        stream.on_end = lambda: self._forget(number)
-        options = {
-            "load_ms": load_ms,
-            "queue_ms": queue_ms,
-            "waited_since": waited_since,
-            "priority": priority,
-            "salt": salt,
-        }
+        stream = AnswerStream(lambda: None)
+        stream.on_end = lambda: self._ended(number, stream)
+        options: dict[str, Any] = {"load_ms": load_ms, "queue_ms": queue_ms, "waited_since": waited_since}
+        options |= {"priority": priority, "salt": salt}
         request = _Request(stream, share_all(prompt), params or SamplingParams(), options, time.perf_counter())
         with self._condition:
-            self._admit()
+            if self.error is not None:
+                raise copy_of(self.error)
+            if self.loaded is None:
+                raise NotReady("The model is being loaded: ask again in a moment (GET /ready says when).")
+            if self._failures:
+                raise NotReady("The model's process crashed and has trouble to start again: ask again in a moment.")
+            if len(self._requests) >= self._most:
+                raise QueueFull(
+                    f"{len(self._requests)} requests are running or waiting already: try again in a moment."
+                )
             self._requests[number] = request
             if self._state == "ready" and self._child is not None:
                 self._hand_over(self._child, number, request)
             self._condition.notify_all()
         return stream
 
-    def placement(self) -> Placement:
-        """Where encoder and language model ran in the warm-up. Waits for the first loading."""
-        return self.wait_ready().placement
-
     def close(self) -> None:
         """End the worker: running answers fail with EngineClosed. Twice does no harm."""
         with self._condition:
             self._closing = True
-            self._error = self._error or EngineClosed("The engine is closed: open a new one.")
+            self.error = self.error or EngineClosed("The engine is closed: open a new one.")
             if self._child is not None:
                 self._child.end()
             self._fail_all(EngineClosed("The engine was closed before the answer was complete."))
@@ -227,29 +238,19 @@ class WorkerEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _admit(self) -> None:
-        if self._error is not None:
-            raise copy_of(self._error)
-        if self._loaded is None:
-            raise NotReady("The model is being loaded: ask again in a moment (GET /ready says when).")
-        if self._failures:
-            raise NotReady("The model's process crashed and has trouble to start again: ask again in a moment.")
-        if len(self._requests) >= self._most:
-            raise QueueFull(f"{len(self._requests)} requests are running or waiting already: try again in a moment.")
-
     def _hand_over(self, child: Child, number: int, request: _Request) -> None:
         assert request.prompt is not None, "a request is handed over once"
-        child.submit(number, request.prompt, request.params, request.options)
+        shared = [image.rgb for image in request.prompt.images if isinstance(image.rgb, Pixels)]
+        child.post(("submit", number, request.prompt, request.params, request.options), shared)
         request.prompt = None  # its pixels are the worker's from now on
 
-    def _cancel(self, number: int) -> None:
-        child = self._child
-        if child is not None:
-            child.post(("cancel", number))
-
-    def _forget(self, number: int) -> None:
+    def _ended(self, number: int, stream: AnswerStream) -> None:
+        """A stream is over; the worker does not know yet when it is its reader who has left."""
         self._requests.pop(number, None)
         self._used = time.monotonic()
+        child = self._child
+        if stream.cancelled and child is not None:
+            child.post(("cancel", number))
 
     def _fail_all(self, error: OpsinError, *, sent: bool = False) -> None:
         """End all requests, or those that a worker had been sent."""
@@ -257,58 +258,53 @@ class WorkerEngine:
             if request.prompt is None or not sent:
                 request.stream.fail(copy_of(error))
 
+    # Everything below runs in the owner's thread.
+
     def _set(self, state: State) -> None:
         with self._condition:
             self._state = state
             self._condition.notify_all()
         self._changed(state)
 
-    # Everything below runs in the owner's thread.
-
     def _own(self) -> None:
-        try:
-            self._keep()
-        except BaseException as error:
-            log.exception("the thread that owns the worker failed")
-            self._error = EngineDied(f"The worker's owner failed ({type(error).__name__}: {error}): open a new engine.")
-            self._fail_all(self._error)
-        self._set("closed" if self._closing else "failed")
-
-    def _keep(self) -> None:
         """Start one worker after another until none is needed any more."""
         delay = FIRST_DELAY
-        while self._wait_for_work():
-            began = time.monotonic()
-            child = Child(self._command, self._open)
-            with self._condition:
-                self._child = child
-                self._silent = self._call_seconds = 0.0
-                if self._closing:
-                    child.end()
-            try:
-                self._watch(child)
-            finally:
-                code = child.reap()
-            if self._after(child, code):
-                if child.ready_at is not None and time.monotonic() - child.ready_at >= HEALTHY_SECONDS:
-                    delay = FIRST_DELAY
-                lived = time.monotonic() - began
-                log.error("the worker %s after %.1f s; it is started again in %g s", child.end_of(code), lived, delay)
+        try:
+            while self._wait_for_work():
+                child = Child(self._command, self._open)
                 with self._condition:
-                    self._condition.wait_for(lambda: self._closing, delay)
-                delay = min(delay * 2, LONGEST_DELAY)
+                    self._child = child
+                    self._silent = self._call_seconds = 0.0
+                    if self._closing:
+                        child.end()
+                try:
+                    self._watch(child)
+                finally:
+                    code = child.reap()
+                if self._after(child, code):
+                    healthy = child.ready_at is not None and time.monotonic() - child.ready_at >= HEALTHY_SECONDS
+                    delay = FIRST_DELAY if healthy else delay
+                    log.error("the worker %s; it is started again in %g s", child.reason, delay)
+                    with self._condition:
+                        self._condition.wait_for(lambda: self._closing, delay)
+                    delay = min(delay * 2, LONGEST_DELAY)
+        except BaseException as error:
+            log.exception("the thread that owns the worker failed")
+            self.error = EngineDied(f"The worker's owner failed ({type(error).__name__}: {error}): open a new engine.")
+            self._fail_all(self.error)
+        self._set("closed" if self._closing else "failed")
 
     def _wait_for_work(self) -> bool:
         """Wait while nobody needs a worker; False when none is needed any more."""
         with self._condition:
-            while self._state == "unloaded" and not (self._closing or self._woken or self._requests):
-                self._condition.wait()
+            if self._state == "unloaded":
+                self._condition.wait_for(lambda: self._closing or self._woken or self._requests)
             self._woken = False
-            if self._closing or self._error is not None:
+            if self._closing or self.error is not None:
                 return False
-        if self._state == "unloaded":
-            self._set("reloading")
-        return True
+            if self._state == "unloaded":
+                self._set("reloading")
+            return True
 
     def _watch(self, child: Child) -> None:
         """Read what a worker says until it is gone."""
@@ -317,33 +313,30 @@ class WorkerEngine:
                 message = child.channel.receive(self._tick)
             except EOFError:
                 return
+            waits = message is None and self._requests and child.ready_at is not None
+            # Not by the clock: the front itself may have been stopped.
+            self._silent = self._silent + self._tick if waits else 0.0
             if message is not None:
-                self._silent = 0.0
                 getattr(self, f"_on_{message[0]}")(child, *message[1:])
-            elif self._requests and child.ready_at is not None:
-                self._silent += self._tick  # not by the clock: the front itself may have been stopped
+            elif waits:
                 child.post(("ping",))
-            else:
-                self._silent = 0.0
             self._tend(child)
 
     def _tend(self, child: Child) -> None:
         """End a worker that hangs, and one that nobody has needed for long."""
-        if child.ending:
-            child.kill_if_late()
+        now = time.monotonic()
+        if child.kill_at is not None and now >= child.kill_at:
+            child.kill("did not end and was killed")
         elif self._silent > SILENT_SECONDS:
             child.kill(f"did not answer for {self._silent:.0f} s and was killed")
         elif self._call_seconds > self._call_limit:
             child.kill(f"was killed, {self._call_seconds:.0f} s into one native call")
-        elif self._idle_seconds is not None and child.ready_at is not None:
+        elif self._idle_seconds is not None and child.ready_at is not None and child.kill_at is None:
             with self._condition:
-                idle = not self._requests and time.monotonic() - self._used >= self._idle_seconds
-                if idle and not self._closing:
+                if not self._requests and now - self._used >= self._idle_seconds:
                     child.end()
-                    self._state = "unloaded"
-            if idle:
-                self._changed("unloaded")
-                log.info("model unloaded: nobody asked for a while; the next request loads it again")
+                    self._set("unloaded")
+                    log.info("model unloaded: nobody asked for a while; the next request loads it again")
 
     @property
     def _call_limit(self) -> float:
@@ -353,32 +346,34 @@ class WorkerEngine:
         """Settle what a worker leaves behind; whether it crashed and another one is to be started."""
         with self._condition:
             self._child = None
-            self._before, self._latest = self.stats, Snapshot()
-            self._before = dataclasses.replace(self._before, **dict.fromkeys(_NOW, 0))
-            if self._closing or child.ending:
+            self._before, self._latest = dataclasses.replace(self.stats, **dict.fromkeys(_NOW, 0)), Snapshot()
+            if self._closing or child.kill_at is not None:
                 return False
             died = EngineDied("The model's process ended before the answer was complete: ask again in a moment.")
             self._fail_all(died, sent=True)
             if child.error is None:
-                self._crashes.crashed(+child.images)
-            self._failures = self._failures + 1 if child.ready_at is None else 0
-            error = child.error or child.load_error(code)
-            if child.error is not None and self._state == "reloading":
-                self._failures = 0
-                self._fail_all(error)  # the next request tries again
-                self._state = "unloaded"
+                now = time.monotonic()
+                for image in +child.images:
+                    recent = [at for at in self._crashes.get(image, ()) if now - at < BLOCKED_SECONDS]
+                    self._crashes[image] = [*recent, now]
+            elif self._state == "reloading":
+                self._fail_all(child.error)  # the next request tries again
+                self._set("unloaded")
                 return False
-            if child.error is None and self._loaded is not None and self._failures < MOST_STARTS:
-                self.restarts += 1
-            else:
-                self._error = error if self._loaded is None or child.error else died
-                self._fail_all(self._error)
-        if self._error is None:
+            self._failures = self._failures + 1 if child.ready_at is None else 0
+            if child.error is not None or self.loaded is None:
+                self.error = child.error or child.load_error(code)
+            elif self._failures >= MOST_STARTS:
+                self.error = died
+            if self.error is not None:
+                self._fail_all(self.error)
+                return False
+            self.restarts += 1
             self._set("restarting")
-        return self._error is None
+            return True
 
     def _on_loading(self, child: Child, files: Sequence[Path | None]) -> None:
-        child.files = [str(file) for file in files if file is not None]
+        child.files = " with ".join(str(file) for file in files if file is not None)
 
     def _on_warming(self, _child: Child) -> None:
         if self._state == "loading":
@@ -390,31 +385,29 @@ class WorkerEngine:
     def _on_ready(self, child: Child, loaded: Loaded, longest: float, stats: Snapshot) -> None:
         with self._condition:
             child.ready_at = self._used = time.monotonic()
-            self._loaded, self._longest, self._latest, self._failures = loaded, longest, stats, 0
-            self._state = "ready"
+            self.loaded, self._longest, self._latest, self._failures = loaded, longest, stats, 0
             now = time.perf_counter()
             for number, request in self._requests.items():
                 request.options["load_ms"] += (now - request.asked) * 1e3
                 self._hand_over(child, number, request)
-        self._set("ready")
+            self._set("ready")
 
     def _on_events(self, _child: Child, batch: list[Packed], stats: Snapshot | None) -> None:
         self._call_seconds = 0.0
         if stats is not None:
             self._latest = stats
         touched: list[AnswerStream] = []
-        for number, event in batch:
+        for number, events in batch:
             request = self._requests.get(number)
             if request is None:
                 continue  # its client has left
             stream = request.stream
-            if isinstance(event, BaseException):
-                stream.fail(event)
-                continue
-            stream.add(TextDelta(event) if isinstance(event, str) else event)
             touched.append(stream)
-            if stream.cancelled:
-                self._cancel(number)  # nobody reads it
+            for event in events:
+                if isinstance(event, BaseException):
+                    stream.fail(event)
+                else:
+                    stream.add(TextDelta(event) if isinstance(event, str) else event)
         wake_readers(touched)
 
     def _on_images(self, child: Child, images: Sequence[str], change: int) -> None:
@@ -441,8 +434,3 @@ class IsolatedRuntime:
     def close(self) -> None:
         """Free everything; twice does no harm."""
         self.engine.close()
-
-
-def _sum(before: Snapshot, now: Snapshot) -> Snapshot:
-    fields = Snapshot.__dataclass_fields__
-    return Snapshot(**{name: getattr(now, name) + (0 if name in _NOW else getattr(before, name)) for name in fields})

@@ -1,9 +1,7 @@
-"""What front and worker send each other: pickled tuples over a local socket, and pixels in memory that both can map.
+"""What front and worker send each other, pickled tuples over a local socket, and the worker's process itself.
 
-Front to worker: `open` (settings), `pixels` (a large image of the request that follows), `submit`, `cancel`, `ping`,
-`close`. Worker to front: `loading`, `warming`, `ready`, `failed`, `events` (everything that happened since
-the last message, usually one engine step), `images` (those in native code now), `pong`.
-
+Front to worker: `open` (settings), `submit`, `cancel`, `ping`, `close`. Worker to front: `loading`, `warming`, `ready`,
+`failed`, `events` (what happened to each request since the last message), `images` (those in native code now), `pong`.
 The worker is our own child, which makes unpickling what it sends as safe as running it.
 """
 
@@ -14,27 +12,34 @@ import dataclasses
 import mmap
 import os
 import pickle
+import queue
 import select
+import signal
 import socket
 import struct
+import subprocess
 import tempfile
 import threading
-from collections import deque
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 from opsin.core.answer import Event, TextDelta
 from opsin.core.backend import BackendLimits
-from opsin.core.errors import EngineError, OpsinError, copy_of
+from opsin.core.errors import EngineError, ModelError, ModelUnreadable, OpsinError, copy_of
 from opsin.core.model_info import ModelInfo
 from opsin.core.placement import Placement
-from opsin.core.request import Image, ImagePart, Prompt
+from opsin.core.request import ImagePart, Prompt
 from opsin.prompt import TemplateSource
 
+# Images from this size on are shared: smaller ones are copied faster, and each shared one takes open files, of which
+# the kernel sends at most 253 with a message.
+SHARED_BYTES, MOST_SHARED = 4 * 2**20, 250
+GRACE_SECONDS = 15.0  # what a worker may take to end before it is killed
 _HEAD = struct.Struct("<QB")
 _READ = 1 << 18
-SHARED_BYTES = 4 * 2**20
-"""Images from this size on are shared: smaller ones are copied faster, and each shared one takes open files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,21 +79,18 @@ class Pixels(mmap.mmap):
         os.close(self.fd)
 
 
-def _nameless_file() -> int:
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("opsin-pixels")
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
-
-
 def share(rgb: bytes | mmap.mmap) -> bytes | mmap.mmap:
-    """The pixels where a worker can map them, if there are many."""
+    """The pixels where a worker can map them, if there are many. Raises OSError."""
     if isinstance(rgb, Pixels) or len(rgb) < SHARED_BYTES:
         return rgb
-    fd, left = _nameless_file(), memoryview(rgb)
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create("opsin-pixels")
+    else:
+        with tempfile.TemporaryFile() as nameless:
+            fd = os.dup(nameless.fileno())
     try:
-        while left:
-            left = left[os.write(fd, left) :]
+        with open(fd, "wb", closefd=False) as file:
+            file.write(rgb)
         return Pixels(fd, len(rgb))
     except BaseException:
         os.close(fd)
@@ -96,17 +98,12 @@ def share(rgb: bytes | mmap.mmap) -> bytes | mmap.mmap:
 
 
 def share_all(prompt: Prompt) -> Prompt:
-    """The prompt with the pixels of all large images where a worker can map them."""
-    parts = [
-        ImagePart(dataclasses.replace(part.image, rgb=share(part.image.rgb))) if isinstance(part, ImagePart) else part
-        for part in prompt.parts
-    ]
+    """The prompt with the pixels of its large images where a worker can map them."""
+    parts = list(prompt.parts)
+    images = [(index, part.image) for index, part in enumerate(parts) if isinstance(part, ImagePart)]
+    for index, image in images[:MOST_SHARED]:
+        parts[index] = ImagePart(dataclasses.replace(image, rgb=share(image.rgb)))
     return dataclasses.replace(prompt, parts=tuple(parts))
-
-
-def set_pixels(image: Image, rgb: Pixels | bytes) -> None:
-    """Give an image its pixels, or, with empty bytes, let these go while the image is still in use."""
-    object.__setattr__(image, "rgb", rgb)
 
 
 class Channel:
@@ -120,16 +117,16 @@ class Channel:
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
 
-    def send(self, message: tuple[Any, ...], fd: int | None = None) -> None:
-        """Send a message, and with it an open file. Waits while the other side does not read. Raises OSError."""
+    def send(self, message: tuple[Any, ...], *fds: int) -> None:
+        """Send a message, and with it open files. Waits while the other side does not read. Raises OSError."""
         body = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
-        data = _HEAD.pack(len(body), fd is not None) + body
+        data = _HEAD.pack(len(body), len(fds)) + body
         with self._sending:
-            sent = 0 if fd is None else socket.send_fds(self._sock, [data], [fd])
+            sent = socket.send_fds(self._sock, [data], fds) if fds else 0
             self._sock.sendall(data[sent:] if sent else data)
 
     def receive(self, seconds: float | None = None) -> tuple[Any, ...] | None:
-        """The next message, an open file that came with it as its last element; None when none came in time.
+        """The next message, open files that came with it as its last elements; None when none came in time.
 
         Raises EOFError when the other side is gone.
         """
@@ -137,7 +134,7 @@ class Channel:
             if not self._poll.poll(None if seconds is None else seconds * 1e3):
                 return None
             try:
-                data, files, _, _ = socket.recv_fds(self._sock, _READ, 8)
+                data, files, _, _ = socket.recv_fds(self._sock, _READ, MOST_SHARED)
             except ConnectionError as error:
                 raise EOFError from error
             if not data:
@@ -155,25 +152,26 @@ class Channel:
     def _next(self) -> tuple[Any, ...] | None:
         if len(self._buffer) < _HEAD.size:
             return None
-        length, has_file = _HEAD.unpack_from(self._buffer)
+        length, count = _HEAD.unpack_from(self._buffer)
         end = _HEAD.size + length
         if len(self._buffer) < end:
             return None
         with memoryview(self._buffer)[_HEAD.size : end] as body:
             message: tuple[Any, ...] = pickle.loads(body)  # noqa: S301 - see the module
         del self._buffer[:end]
-        return (*message, self._files.popleft()) if has_file else message
+        return (*message, *(self._files.popleft() for _ in range(count)))
 
 
-# A delta is by far the most frequent event, and a dataclass is slow to pickle: its text goes as a plain tuple.
-Packed = tuple[int, str] | tuple[int, Event | BaseException]
+# A delta is by far the most frequent event, and a dataclass is slow to pickle: its text goes as a plain string.
+Packed = tuple[int, list["str | Event | BaseException"]]
+"""A request's number, and what happened to it."""
 
 
-def pack(number: int, event: Event | BaseException) -> Packed:
-    """An event of the request with this number, small."""
+def pack(event: Event | BaseException) -> str | Event | BaseException:
+    """An event as it is sent."""
     if isinstance(event, TextDelta) and not event.reasoning and not event.logprobs:
-        return number, event.text
-    return number, portable(event) if isinstance(event, BaseException) else event
+        return event.text
+    return portable(event) if isinstance(event, BaseException) else event
 
 
 def portable(error: BaseException) -> OpsinError:
@@ -182,3 +180,100 @@ def portable(error: BaseException) -> OpsinError:
         with contextlib.suppress(Exception):
             return copy_of(error)
     return EngineError(f"The engine failed on this request ({type(error).__name__}: {error}).")
+
+
+def start_process(command: Sequence[str]) -> tuple[subprocess.Popen[bytes], Channel]:
+    """Start a child with a connection to it: it gets the descriptor of its end, and the id of this process."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = subprocess.Popen(  # noqa: S603 - our own interpreter and modules
+            [*command, str(theirs.fileno()), str(os.getpid())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            # A session of its own: what the terminal sends reaches the front alone.
+            start_new_session=True,
+            # ggml would start a debugger to print where it aborts.
+            env={**os.environ, "GGML_NO_BACKTRACE": "1"},
+        )
+    return process, Channel(ours)
+
+
+def signal_name(code: int) -> str:
+    """An exit code in words; negative ones are signals."""
+    if code >= 0:
+        return f"exit code {code}"
+    if code == -signal.SIGKILL:
+        return "SIGKILL (out of memory, or killed by hand)"
+    return signal.Signals(-code).name if -code in list(signal.Signals) else f"signal {-code}"
+
+
+class Child:
+    """A worker process, the connection to it, and a thread that sends so that nobody else waits for a full socket.
+
+    `ready_at` is since when it can be asked (`time.monotonic`), `images` counts what it has in native code, `error` is
+    why it could not load the model, `kill_at` when it is killed if it does not end, `reason` completes "the worker …".
+    """
+
+    def __init__(self, command: Sequence[str], first: tuple[Any, ...]) -> None:
+        self._process, self.channel = start_process(command)
+        self.pid = self._process.pid
+        self.files = "the model"
+        self.images: Counter[str] = Counter()
+        self.error: OpsinError | None = None
+        self.ready_at: float | None = None
+        self.kill_at: float | None = None
+        self.reason = ""
+        self._outgoing: queue.SimpleQueue[tuple[tuple[Any, ...], Sequence[Pixels]] | None] = queue.SimpleQueue()
+        self._sender = threading.Thread(target=self._send, name="opsin-worker-send", daemon=True)
+        self._sender.start()
+        self.post(first)
+
+    def post(self, message: tuple[Any, ...], pixels: Sequence[Pixels] = ()) -> None:
+        """Send a message soon; a worker that is gone gets nothing."""
+        self._outgoing.put((message, pixels))
+
+    def end(self) -> None:
+        """Tell it to end; twice does no harm. One that is not ready has nothing to put in order."""
+        if self.ready_at is None:
+            self._process.kill()
+        elif self.kill_at is None:
+            self.post(("close",))
+        self.kill_at = self.kill_at or time.monotonic() + GRACE_SECONDS
+
+    def kill(self, reason: str) -> None:
+        """Kill it for what it did, said as the end of "the worker …"."""
+        self.reason = self.reason or reason
+        self._process.kill()
+
+    def reap(self) -> int:
+        """Wait for its end, and close the connection; the exit code, negative for a signal."""
+        try:
+            code = self._process.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            code = self._process.wait()
+        self._outgoing.put(None)
+        self._sender.join()
+        self.channel.close()
+        self.reason = self.reason or f"ended by {signal_name(code)}"
+        return code
+
+    def load_error(self, code: int) -> OpsinError:
+        """What a crash before it was ready says about the model."""
+        if code == -signal.SIGKILL:
+            return ModelError(
+                f"The process that loaded {self.files} was killed, probably because memory ran out: "
+                "give a smaller context (--ctx), fewer layers on the GPU (--gpu-layers), or a smaller model."
+            )
+        return ModelUnreadable(
+            f"llama.cpp crashed ({signal_name(code)}) on {self.files}: a file is damaged or of a kind that it does not "
+            "support; download it again, or use another model."
+        )
+
+    def _send(self) -> None:
+        with contextlib.suppress(OSError):
+            while (item := self._outgoing.get()) is not None:
+                message, pixels = item
+                self.channel.send(message, *[one.fd for one in pixels])
+                del item, message, pixels  # the pixels are the worker's now

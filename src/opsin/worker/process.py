@@ -5,31 +5,29 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import queue
 import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
-from opsin.compose import Runtime, open_runtime
-from opsin.core.answer import Finished, Started
+from opsin.compose import Runtime, end_with_parent, open_runtime
+from opsin.core.answer import Finished, TextDelta
 from opsin.core.errors import EngineDied, OpsinError
-from opsin.core.placement import Placement
 from opsin.core.request import Prompt, SamplingParams
 from opsin.engine import AnswerStream, wake_readers
-from opsin.native.parent import end_with_parent
 from opsin.prompt import Message
-from opsin.worker.messages import Channel, Loaded, Packed, Pixels, pack, portable, set_pixels
+from opsin.worker.messages import Channel, Loaded, Packed, Pixels, pack, portable
 
 log = logging.getLogger(__name__)
 
-_LOOK_SECONDS = 1.0
-"""How often a worker with nothing to read looks whether its engine still lives."""
-_STATS_SECONDS = 0.25
-"""How old counters may be while tokens flow."""
+_LOOK_SECONDS = 1.0  # how often a worker with nothing to read looks whether its engine still lives
+_STATS_SECONDS = 0.25  # how old counters may be while tokens flow
+# What streams that have begun say within so long goes out together: a write to each client costs more than a token of
+# a small model, and nobody tells 50 pieces a second apart. A first text and an end go out at once.
+_GATHER_SECONDS = 0.02
 
 Open = Callable[..., Runtime]
 
@@ -51,17 +49,25 @@ def main(*, notice: Callable[[], str | None] = lambda: None, open_model: Open = 
 
 
 class _Worker:
+    """Three threads: `run` reads messages and never computes, the engine computes, one sends what happened."""
+
     def __init__(self, channel: Channel, notice: Callable[[], str | None], open_model: Open) -> None:
         self._channel = channel
         self._notice = notice
         self._open_model = open_model
         self._runtime: Runtime | None = None
         self._watch = CallWatch(lambda images, change: channel.send(("images", images, change)))
-        self._outbox = _Outbox(channel, lambda: None if self._runtime is None else self._runtime.engine.stats)
-        self._pixels: dict[int, dict[int, Pixels]] = {}  # by request and place
+        self._numbers: dict[AnswerStream, int] = {}
+        self._streams: dict[int, AnswerStream] = {}
+        self._speaking: set[AnswerStream] = set()  # those of which text was sent
+        self._touched: set[AnswerStream] = set()
+        self._touching, self._sending = threading.Lock(), threading.Lock()
+        self._waiting, self._urgent = threading.Event(), threading.Event()
+        self._sent_at = self._stats_at = 0.0
+        threading.Thread(target=self._send_events, name="opsin-events", daemon=True).start()
 
     def run(self) -> None:
-        """Read messages; this thread never computes, so it answers whatever the engine does."""
+        """Read messages; never returns. This thread answers whatever the engine does."""
         while True:
             try:
                 message = self._channel.receive(_LOOK_SECONDS)
@@ -74,32 +80,38 @@ class _Worker:
                 log.exception("the worker failed on a message")
                 _leave(EngineDied.exit_code)
             if self._runtime is not None and isinstance(self._runtime.engine.error, EngineDied):
-                self._outbox.flush()
+                self._send()
                 _leave(EngineDied.exit_code)
 
     def _on_open(self, options: dict[str, Any]) -> None:
-        _log_to_stderr(verbose=options["settings"].verbose)
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+        logging.getLogger("opsin").setLevel(logging.DEBUG if options["settings"].verbose else logging.INFO)
+        # llama.cpp's own log has its own handler where --verbose asks for it.
+        logging.getLogger("opsin.native").propagate = False
         threading.Thread(target=self._load, args=(options,), name="opsin-load", daemon=True).start()
 
-    def _on_pixels(self, number: int, index: int, size: int, fd: int) -> None:
-        self._pixels.setdefault(number, {})[index] = Pixels(fd, size)
-
-    def _on_submit(self, number: int, prompt: Prompt, params: SamplingParams, options: dict[str, Any]) -> None:
+    def _on_submit(
+        self, number: int, prompt: Prompt, params: SamplingParams, options: dict[str, Any], *fds: int
+    ) -> None:
         assert self._runtime is not None, "the front submits when the model is loaded"
-        for index, pixels in self._pixels.pop(number, {}).items():
-            set_pixels(prompt.images[index], pixels)
+        for image, fd in zip([image for image in prompt.images if not image.rgb], fds, strict=True):
+            object.__setattr__(image, "rgb", Pixels(fd, image.width * image.height * 3))
         try:
             stream = self._runtime.engine.submit(prompt, params, **options)
         except OpsinError as error:
-            self._outbox.refuse(number, error)
+            self._channel.send(("events", [(number, [pack(error)])], None))
             return
-        self._outbox.follow(number, stream)
+        self._streams[number], self._numbers[stream] = stream, number
+        self._wake((stream,))  # for what came before
 
     def _on_cancel(self, number: int) -> None:
-        self._outbox.cancel(number)
+        stream = self._streams.get(number)
+        if stream is not None:
+            stream.cancel()
 
     def _on_ping(self) -> None:
-        self._channel.send(("pong", self._watch.running, self._watch.longest, self._outbox.stats()))
+        stats = None if self._runtime is None else self._runtime.engine.stats
+        self._channel.send(("pong", self._watch.running, self._watch.longest, stats))
 
     def _on_close(self) -> None:
         def close() -> None:
@@ -109,6 +121,60 @@ class _Worker:
 
         threading.Thread(target=close, name="opsin-close", daemon=True).start()
 
+    def _wake(self, streams: Sequence[AnswerStream]) -> None:
+        """These streams got events: called by the engine once a step, and by whoever ends a stream."""
+        followed = [stream for stream in streams if stream in self._numbers]
+        if len(followed) < len(streams):
+            wake_readers([stream for stream in streams if stream not in self._numbers])  # the warm-up is read here
+        with self._touching:
+            self._touched.update(followed)
+        if not self._urgent.is_set() and any(one.done or one not in self._speaking for one in followed):
+            self._urgent.set()
+        if followed and not self._waiting.is_set():
+            self._waiting.set()
+
+    def _send_events(self) -> None:
+        while True:
+            self._waiting.wait()
+            if (left := self._sent_at + _GATHER_SECONDS - time.monotonic()) > 0:
+                self._urgent.wait(left)
+            self._waiting.clear()
+            self._urgent.clear()
+            self._send()
+
+    def _send(self) -> None:
+        """Send all that is there, in one message; counters go with what changes them visibly, and now and then."""
+        with self._sending:
+            with self._touching:
+                touched, self._touched = self._touched, set()
+            batch: list[Packed] = []
+            now = time.monotonic()
+            milestone = now - self._stats_at >= _STATS_SECONDS
+            for stream in touched:
+                number = self._numbers.get(stream)
+                if number is None:
+                    continue
+                events, error = stream.take()
+                happened = events if error is None else [*events, error]
+                if not happened:
+                    continue
+                batch.append((number, [pack(one) for one in happened]))
+                milestone |= stream not in self._speaking
+                if isinstance(happened[-1], (Finished, BaseException)):
+                    milestone = True
+                    self._speaking.discard(stream)
+                    del self._streams[number], self._numbers[stream]
+                elif any(isinstance(event, TextDelta) for event in events):
+                    self._speaking.add(stream)
+            if not batch:
+                return
+            stats = None
+            if milestone and self._runtime is not None:
+                self._stats_at, stats = now, self._runtime.engine.stats
+            self._sent_at = now
+            with contextlib.suppress(OSError):  # the front is gone: the thread that reads ends this process
+                self._channel.send(("events", batch, stats))
+
     def _load(self, options: dict[str, Any]) -> None:
         """Load the model and say what it is, or why it cannot be used."""
         try:
@@ -116,11 +182,15 @@ class _Worker:
                 **options,
                 trial=False,  # a crash ends this process alone
                 watch=self._watch,
-                wake=self._outbox.wake,
+                wake=self._wake,
                 resolved=lambda *files: self._channel.send(("loading", files)),
             )
             self._channel.send(("warming",))
-            placement = _warm_up(runtime)
+            # An encode past all caches proves where the encoder runs; a few tokens bring weights into memory.
+            placement = runtime.engine.placement()
+            params = SamplingParams(max_tokens=4, ignore_eos=True, guard=False)
+            hello = runtime.prompts.build([Message("user", "Hello.")])
+            runtime.engine.submit(hello, params, salt="warm-up").result()
             assert runtime.template is not None, "a runtime of a model knows its template"
             loaded = Loaded(
                 info=runtime.engine.info,
@@ -140,19 +210,6 @@ class _Worker:
             with contextlib.suppress(OSError):
                 self._channel.send(("failed", portable(error)))
             _leave(getattr(error, "exit_code", EngineDied.exit_code))
-
-
-def _warm_up(runtime: Runtime) -> Placement:
-    """Encode an image and generate a few tokens, so that weights are in memory and graphs are built.
-
-    The encode is the one that proves where the encoder runs: it goes past the caches, so it is a real one at every
-    start, and nothing of it is remembered.
-    """
-    placement = runtime.engine.placement()
-    prompt = runtime.prompts.build([Message("user", "Hello.")])
-    params = SamplingParams(max_tokens=4, ignore_eos=True, guard=False)
-    runtime.engine.submit(prompt, params, salt="warm-up").result()
-    return placement
 
 
 class CallWatch:
@@ -188,92 +245,7 @@ class CallWatch:
         return max((now - calls[-1] for calls in list(self._calls.values()) if calls), default=0.0)
 
 
-class _Outbox:
-    """Sends what happens to requests: one message for all that an engine step brought."""
-
-    def __init__(self, channel: Channel, stats: Callable[[], Any]) -> None:
-        self._channel = channel
-        self.stats = stats
-        self._numbers: dict[AnswerStream, int] = {}
-        self._streams: dict[int, AnswerStream] = {}
-        self._woken: queue.SimpleQueue[Sequence[AnswerStream] | Packed] = queue.SimpleQueue()
-        self._sending = threading.Lock()
-        self._stats_at = 0.0
-        threading.Thread(target=self._run, name="opsin-events", daemon=True).start()
-
-    def wake(self, streams: Sequence[AnswerStream]) -> None:
-        """These streams got events: called by the engine once a step."""
-        self._woken.put(streams)
-        wake_readers([stream for stream in streams if stream not in self._numbers])  # the warm-up is read here
-
-    def follow(self, number: int, stream: AnswerStream) -> None:
-        """Send the events of this stream from now on."""
-        self._streams[number], self._numbers[stream] = stream, number
-        self._woken.put((stream,))  # for what came before
-
-    def refuse(self, number: int, error: OpsinError) -> None:
-        """Send that the request failed before it began."""
-        self._woken.put(pack(number, error))
-
-    def cancel(self, number: int) -> None:
-        """End an answer that nobody waits for any more."""
-        stream = self._streams.get(number)
-        if stream is not None:
-            stream.cancel()
-
-    def flush(self) -> None:
-        """Send what is there now."""
-        with self._sending:
-            self._send([])
-
-    def _run(self) -> None:
-        while True:
-            first = self._woken.get()
-            with self._sending:
-                self._send([first])
-
-    def _send(self, woken: list[Sequence[AnswerStream] | Packed]) -> None:
-        while not self._woken.empty():
-            woken.append(self._woken.get())
-        batch: list[Packed] = []
-        milestone = False  # counters travel with what changes them visibly, not with every token
-        for one in woken:
-            if isinstance(one[0], int):
-                batch.append(cast("Packed", one))
-                continue
-            for stream in cast("Sequence[AnswerStream]", one):
-                number = self._numbers.get(stream)
-                if number is not None:
-                    milestone |= self._take(number, stream, batch)
-        now = time.monotonic()
-        if milestone or now - self._stats_at >= _STATS_SECONDS:
-            self._stats_at, stats = now, self.stats()
-        else:
-            stats = None
-        if batch:
-            with contextlib.suppress(OSError):  # the front is gone: the message thread ends this process
-                self._channel.send(("events", batch, stats))
-
-    def _take(self, number: int, stream: AnswerStream, batch: list[Packed]) -> bool:
-        """Put a stream's events into the batch; whether the request began or ended."""
-        events, error = stream.take()
-        batch += [pack(number, event) for event in events]
-        if error is not None:
-            batch.append(pack(number, error))
-        ended = error is not None or any(isinstance(event, Finished) for event in events)
-        if ended:
-            del self._streams[number], self._numbers[stream]
-        return ended or any(isinstance(event, Started) for event in events)
-
-
 def _leave(code: int) -> None:
     """End now: an orderly end of the interpreter would wait for threads that may be loading a model."""
     sys.stderr.flush()
     os._exit(code)
-
-
-def _log_to_stderr(*, verbose: bool) -> None:
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    logging.getLogger("opsin").setLevel(logging.DEBUG if verbose else logging.INFO)
-    # llama.cpp's own log has its own handler where --verbose asks for it.
-    logging.getLogger("opsin.native").propagate = False
