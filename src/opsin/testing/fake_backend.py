@@ -27,7 +27,6 @@ from opsin.core.tokens import Chunk, ImageChunk, TextChunk, TokenizedPrompt
 
 BOS, EOS, TURN = 256, 257, 258
 """Tokens behind the 256 bytes: begin, end, and the mark (written as the character U+001E) where an answer starts."""
-
 TURN_TEXT, N_VOCAB = "\x1e", 259
 
 
@@ -97,6 +96,9 @@ class _Cell:
 class FakeBackend:
     """See the module. `reply` gets the prompt as text, with `<identity>` for each image row, and gives the answer."""
 
+    info = ModelInfo("fake", "fake", "fake", "fake.gguf", "mmproj-fake.gguf", "f16")
+    eog_tokens = frozenset({EOS})
+
     def __init__(
         self,
         reply: Callable[[str], str] = lambda _: "an image.",
@@ -109,8 +111,6 @@ class FakeBackend:
     ) -> None:
         self.reply = reply
         self.limits = limits or BackendLimits(512, 64, 64, n_seq_max=8, n_vocab=N_VOCAB, n_embd=4)
-        self.info = ModelInfo("fake", "fake", "fake", "fake.gguf", "mmproj-fake.gguf", "f16")
-        self.eog_tokens = frozenset({EOS})
         self.clock = clock or FakeClock()
         self.costs = costs or Costs()
         self.asynchronous = asynchronous
@@ -121,7 +121,7 @@ class FakeBackend:
         self.open_handles = 0
         self.closed = False
         self._sequences: defaultdict[int, list[_Cell]] = defaultdict(list)
-        self._rows: list[tuple[int, int]] = []
+        self._rows: list[tuple[int, int]] = []  # sequence and length of each
         self._debt_ms = 0.0
         self.cells_used = 0  # shared ones count once
 
