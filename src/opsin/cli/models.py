@@ -49,8 +49,7 @@ def use(
 ) -> None:
     """Make a model the default."""
     from opsin.core.errors import PairMismatch
-    from opsin.models.resolve import resolve
-    from opsin.models.store import write_default
+    from opsin.models.resolve import resolve, write_default
 
     pair = resolve(name, mmproj)
     if pair.mmproj is None:
