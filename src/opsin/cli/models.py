@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from opsin.cli.console import escaped, new_app
+from opsin.cli.options import AsJson
 
 app = new_app("Show which models are here, and choose the default.")
 
@@ -18,11 +19,10 @@ app = new_app("Show which models are here, and choose the default.")
 def models(
     context: typer.Context,
     *,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON array")] = False,
+    as_json: AsJson = False,
     known: Annotated[bool, typer.Option("--known", help="list the names that `opsin pull` knows")] = False,
     folder: Annotated[
-        list[Path] | None,
-        typer.Option("--folder", metavar="DIR", help="folder to look into as well; may be given several times"),
+        list[Path] | None, typer.Option(help="look into this as well; may be given several times")
     ] = None,
 ) -> None:
     """Show which models are here, and choose the default."""
