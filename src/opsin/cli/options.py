@@ -25,16 +25,17 @@ JsonOut = Annotated[Path | None, typer.Option("--json-out", help="also write the
 System = Annotated[str | None, typer.Option("--system", help="system message before the question")]
 
 
-def flags_of(model: type[BaseModel], *names: str) -> Callable[[Command], Command]:
-    """Give a command a flag for each of these fields that it has not itself.
+def flags_of(model: type[BaseModel], *names: str, **defaults: str) -> Callable[[Command], Command]:
+    """Give a command a flag for each of these fields that it has not itself; `defaults` are fields with one of its own.
 
     It gets their values as its `**flags`, None where the user set none.
     """
+    names = (*names, *defaults)
 
     def decorate(command: Command) -> Command:
         own = inspect.signature(command, eval_str=True).parameters
         parameters = [parameter for parameter in own.values() if parameter.kind is not parameter.VAR_KEYWORD]
-        parameters += [_flag(model, name) for name in names if name not in own]
+        parameters += [_flag(model, name, defaults.get(name)) for name in names if name not in own]
         old = [*(old for old, new in RENAMED.items() if new in names), *(RETIRED if "threads" in names else ())]
         # Flags of earlier versions, which `core.config` warns about.
         parameters += [_keyword(name, str, typer.Option(_flag_name(name), hidden=True)) for name in old]
@@ -59,7 +60,7 @@ def write_out(path: Path | None, document: dict[str, Any]) -> None:
         raise BadParameter(f"{path} cannot be written: {error.strerror or error}.") from error
 
 
-def _flag(model: type[BaseModel], name: str) -> inspect.Parameter:
+def _flag(model: type[BaseModel], name: str, default: str | None) -> inspect.Parameter:
     field = model.model_fields[name]
     kind, text, flag = kind_of(field), field.description or "", _flag_name(name)
     shape: Any = kind if kind in {bool, int, float} else str
@@ -69,8 +70,8 @@ def _flag(model: type[BaseModel], name: str) -> inspect.Parameter:
         shape, text = list[str], f"{text}; may be given several times"
     elif get_origin(kind) is Literal:
         text = f"{text}: {', '.join(get_args(kind))}"
-    if field.default not in (None, ()):
-        shown = {True: "on", False: "off"}.get(field.default) if kind is bool else field.default
+    if default is not None or field.default not in (None, ()):
+        shown = default or ({True: "on", False: "off"}.get(field.default) if kind is bool else field.default)
         text = f"{text} [default: {shown}]"
     option = typer.Option(flag, help=text, show_default=False)
     return _keyword(name, shape, option)
