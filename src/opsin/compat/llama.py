@@ -236,7 +236,7 @@ class _Writer:
         return self._object("chat.completion.chunk", "delta", delta, logprobs, answer)
 
     def _object(self, kind: str, name: str, said: Any, logprobs: Logprobs, answer: Answer | None) -> dict[str, Any]:
-        reason = answer and answer.finish_reason
+        reason: str | None = answer.finish_reason if answer else None
         if self.tool is not None and reason == "stop":  # arguments that were cut are no call
             reason = "tool_calls"
         told = (
