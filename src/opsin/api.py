@@ -23,15 +23,22 @@ from opsin.models import locate
 from opsin.prompt import Message
 from opsin.worker import IsolatedRuntime, WorkerEngine
 
+Images = object | Sequence[object]
+Tools = list[dict[str, Any]] | None
+
 
 class Opsin:
     """A loaded pair of language model and projector.
 
     `model` is a GGUF file, a folder that holds a pair, or a known name; without one the default model is used, or the
-    demo model that is shipped. `options` are the fields of EngineSettings; what is not given comes from the environment
-    and from opsin.toml (of the current folder, or else the user's), or from the file that `config` names; with False
-    from neither. With `isolated` the model runs in a process of its own: when llama.cpp crashes, requests fail with
+    demo model. `options` are the fields of EngineSettings; what is not given comes from the environment and from
+    opsin.toml (of the current folder, or else the user's), or from the file that `config` names; with False from
+    neither. With `isolated` the model runs in a process of its own: when llama.cpp crashes, requests fail with
     EngineDied and a new process is started. Raises ModelError, BadParameter.
+
+    `engine` takes `Prompt`s of one's own, and is closed with this object. `info` names the pair, `load_ms` is what
+    loading took, and `is_demo` says that this is the demo model, which knows drawn scenes only. `setup` names files,
+    settings and library in one word: what was proved for it holds for it.
     """
 
     def __init__(
@@ -56,34 +63,14 @@ class Opsin:
             settings = found.engine()
             model, mmproj = settings.model, settings.mmproj
         opener = IsolatedRuntime if isolated else open_runtime
-        self._runtime: Runtime | IsolatedRuntime = opener(model, mmproj, settings)
+        runtime: Runtime | IsolatedRuntime = opener(model, mmproj, settings)
+        self._runtime = runtime
+        self.engine: Engine | WorkerEngine = runtime.engine
+        self.info: ModelInfo = runtime.engine.info
+        self.load_ms: float = runtime.engine.load_ms
+        self.is_demo, self.setup = runtime.is_demo, runtime.setup
         # An engine that still computes while the process ends would end it with an abort.
         atexit.register(self._runtime.close)
-
-    @property
-    def info(self) -> ModelInfo:
-        """Names of the loaded pair."""
-        return self._runtime.engine.info
-
-    @property
-    def is_demo(self) -> bool:
-        """Whether this is the shipped demo model, which knows drawn scenes only."""
-        return self._runtime.is_demo
-
-    @property
-    def load_ms(self) -> float:
-        """Milliseconds that loading took."""
-        return self._runtime.engine.load_ms
-
-    @property
-    def engine(self) -> Engine | WorkerEngine:
-        """The running engine, for `Prompt`s of one's own; closed with this object."""
-        return self._runtime.engine
-
-    @property
-    def setup(self) -> str:
-        """Names the files, the settings and the library in one word: what was proved for it holds for it."""
-        return self._runtime.setup
 
     def image(self, source: object) -> Image:
         """Read and check an image: path, address, bytes, PIL image or array; an image is returned as it is.
@@ -92,9 +79,7 @@ class Opsin:
         """
         return source if isinstance(source, Image) else load_image(source, self._image_settings)
 
-    def ask(
-        self, images: object | Sequence[object], question: str, *, system: str | None = None, **params: Any
-    ) -> Answer:
+    def ask(self, images: Images, question: str, *, system: str | None = None, **params: Any) -> Answer:
         """Ask one question about one image, or about several together, and wait for the whole answer.
 
         `params` are the fields of SamplingParams. Raises BadInput, EngineError.
@@ -102,9 +87,7 @@ class Opsin:
         loaded = [self.image(source) for source in _listed(images)]
         return self.submit(question_about(loaded, question, system), **params).result()
 
-    async def ask_async(
-        self, images: object | Sequence[object], question: str, *, system: str | None = None, **params: Any
-    ) -> Answer:
+    async def ask_async(self, images: Images, question: str, *, system: str | None = None, **params: Any) -> Answer:
         """`ask` for an event loop: images are read in a thread, and nothing blocks. Cancelling it ends the answer.
 
         Raises BadInput, EngineError.
@@ -113,12 +96,7 @@ class Opsin:
         return await self.submit(question_about(loaded, question, system), **params).answer()
 
     def submit(
-        self,
-        messages: Sequence[Message],
-        *,
-        tools: list[dict[str, Any]] | None = None,
-        load_ms: float = 0.0,
-        **params: Any,
+        self, messages: Sequence[Message], *, tools: Tools = None, load_ms: float = 0.0, **params: Any
     ) -> AnswerStream:
         """Ask with a whole conversation, and read the answer as it comes: with `for`, or with `async for`.
 
@@ -126,21 +104,15 @@ class Opsin:
         """
         sampling = checked(SamplingParams, params)
         prompt = self.prompt(messages, tools=tools, thinking=sampling.thinking)
-        return self._runtime.engine.submit(prompt, sampling, load_ms=load_ms)
+        return self.engine.submit(prompt, sampling, load_ms=load_ms)
 
-    def prompt(
-        self,
-        messages: Sequence[Message],
-        *,
-        tools: list[dict[str, Any]] | None = None,
-        thinking: bool | None = None,
-    ) -> Prompt:
+    def prompt(self, messages: Sequence[Message], *, tools: Tools = None, thinking: bool | None = None) -> Prompt:
         """A conversation as the model's template writes it, ready for `engine.submit`. Raises BadPrompt."""
         return self._runtime.prompts.build(messages, tools=tools, thinking=thinking)
 
     def placement(self) -> Placement:
         """Prove where encoder and language model run, by running each once."""
-        return self._runtime.engine.placement()
+        return self.engine.placement()
 
     def close(self) -> None:
         """Free everything; twice does no harm. Without it everything is freed when the process ends."""
@@ -154,7 +126,7 @@ class Opsin:
         self.close()
 
 
-def ask(images: object | Sequence[object], question: str, **params: Any) -> Answer:
+def ask(images: Images, question: str, **params: Any) -> Answer:
     """Open the default model, ask once, close it. For more than one question keep an `Opsin`."""
     with Opsin() as opsin:
         return opsin.ask(images, question, **params)

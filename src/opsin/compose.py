@@ -21,16 +21,15 @@ from opsin.native.records import fingerprint
 from opsin.native.trial import ensure_loadable
 from opsin.prompt import PromptBuilder, TemplateSource
 
-__all__ = ["Runtime", "end_with_parent", "gpu_names", "open_runtime", "template_source"]
+__all__ = ["Runtime", "end_with_parent", "gpu_names", "open_backend", "open_runtime", "template_source"]
 
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """An engine with its model loaded, and what writes prompts for that model.
+    """An engine with its model loaded, and what writes prompts for that model, by `template`.
 
     `setup` names files, settings, library and machine in one word: what was proved for it holds for it. `backend`
-    is the engine's, for measurements while it is idle; None where an engine was made of something else. `template` is
-    what the prompts are written by.
+    is the engine's, for measurements while it is idle.
     """
 
     engine: Engine
@@ -66,13 +65,12 @@ def open_runtime(
 
     Raises ModelError when the pair cannot be used, BadParameter when a setting does not fit this machine.
     """
-    pair = known[0] if known else resolve(*(None if path is None else str(path) for path in (model, mmproj)))
+    pair = known[0] if known else resolve(model, mmproj)
     resolved(pair.llm, pair.mmproj)
-    settings = settings.model_copy(update={"model": pair.llm, "mmproj": pair.mmproj})
-    facts = known[1] if known else read_facts(pair.llm, pair.mmproj, settings.image_max_tokens)
+    asked = settings.model_copy(update={"model": pair.llm, "mmproj": pair.mmproj})
+    facts = known[1] if known else read_facts(pair.llm, pair.mmproj, asked.image_max_tokens)
     present = devices()
-    plan = MemoryPlanner(facts, present, settings, free_memory(present), cpu_features()).plan()
-    asked, settings = settings, plan.applied(settings)
+    settings = MemoryPlanner(facts, present, asked, free_memory(present), cpu_features()).plan().applied(asked)
     if trial and not pair.is_demo:
         ensure_loadable(pair.llm, pair.mmproj, settings)
     opened: list[NativeBackend] = []
@@ -82,9 +80,10 @@ def open_runtime(
         return opened[0]
 
     store = DiskStore(default_folder(), settings.disk_cache_bytes) if settings.disk_cache else None
+    on_gpu = bool(gpu_names()) and settings.gpu_layers != 0 and (settings.device or "").lower() not in {"none", "cpu"}
     engine = Engine(
         open_native,
-        policy=_policy(settings, max_queue),
+        policy=Policy.for_device(gpu=on_gpu, parallel=settings.parallel, max_queue=max_queue),
         images=EmbeddingCache(settings.image_cache_bytes, store),
         max_tokens=MAX_ANSWER_TOKENS,
         watch=watch,
@@ -93,22 +92,11 @@ def open_runtime(
     try:
         source = template_source(opened[0], pair)
         source = source if template is None else replace(source, template=template)
-        prompts = PromptBuilder(source)
         setup = fingerprint([pair.llm, pair.mmproj], asked, present)
+        return Runtime(engine, PromptBuilder(source), pair.is_demo, setup, opened[0], source)
     except BaseException:
         engine.close()
         raise
-    return Runtime(engine, prompts, pair.is_demo, setup, opened[0], source)
-
-
-def open_model(settings: EngineSettings) -> NativeBackend:
-    """The bare backend of a pair that `settings` name, to measure it without an engine. Raises as `open_runtime`."""
-    return open_backend(settings)
-
-
-def _policy(settings: EngineSettings, max_queue: int) -> Policy:
-    on_gpu = bool(gpu_names()) and settings.gpu_layers != 0 and (settings.device or "").lower() not in {"none", "cpu"}
-    return Policy.for_device(gpu=on_gpu, parallel=settings.parallel, max_queue=max_queue)
 
 
 def gpu_names() -> tuple[str, ...]:
@@ -118,9 +106,9 @@ def gpu_names() -> tuple[str, ...]:
 
 def template_source(backend: NativeBackend, pair: Pair) -> TemplateSource:
     """What the prompt room needs to know of a loaded pair."""
-    model, metadata, info = backend.model, backend.model.metadata, backend.info
-    heads = int(metadata.get(f"{info.architecture}.attention.head_count", "1") or 1)
-    kv_heads = int(metadata.get(f"{info.architecture}.attention.head_count_kv", str(heads)) or heads)
+    model, info = backend.model, backend.info
+    heads = int(model.metadata.get(f"{info.architecture}.attention.head_count") or 1)
+    kv_heads = int(model.metadata.get(f"{info.architecture}.attention.head_count_kv") or heads)
     return TemplateSource(
         template=model.chat_template,
         architecture=info.architecture,
@@ -135,6 +123,5 @@ def template_source(backend: NativeBackend, pair: Pair) -> TemplateSource:
 
 def measured_device() -> tuple[Device, DeviceRate]:
     """The device that models go to, a GPU where there is one, and the rates that it reaches. Takes a second."""
-    present = devices()
-    device = next((one for one in present if one.is_gpu), None) or next(one for one in present if one.type == "cpu")
-    return device, measure_device(device)
+    found = sorted(devices(), key=lambda device: (not device.is_gpu, device.type != "cpu"))
+    return found[0], measure_device(found[0])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from opsin.models import Pair
-from opsin.models.store import write_default
+from opsin.models.resolve import write_default
 from synth import write_pair
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "python.md"

@@ -13,8 +13,7 @@ from pathlib import Path
 from opsin.bench.workloads import Workload
 from opsin.core.answer import Usage
 from opsin.core.ggml_types import KV_TYPES, bytes_per_value
-from opsin.models.gguf import TensorHead, read_header, read_info
-from opsin.models.naming import parts_of
+from opsin.models.gguf import TensorHead, parts_of, read_header, read_info
 
 KV_BYTES = {name: bytes_per_value(name) for name in KV_TYPES}
 IMAGE = (640, 480)  # pixels, for families whose image tokens depend on the image's size

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import os
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -12,7 +14,7 @@ from typer.core import TyperGroup
 
 from opsin import __version__
 from opsin.cli.console import new_app, open_standard_streams, say
-from opsin.core.errors import OpsinError
+from opsin.core.errors import BadParameter, OpsinError
 
 COMMANDS = {
     "ask": "Ask a question about images.",
@@ -27,6 +29,8 @@ COMMANDS = {
     "predict": "Expected stage times of a model on a device.",
     "synth": "Write a random-weight pair of a model's shape, to measure speed without a download.",
 }
+_FILES = {"explain": "doctor"}
+_SYNTH = Path(__file__).parents[3] / "tools" / "synth.py"
 
 
 class LazyGroup(TyperGroup):
@@ -38,9 +42,9 @@ class LazyGroup(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The command of that name; None when there is none."""
-        if cmd_name not in COMMANDS:
+        if cmd_name in self.commands or cmd_name not in COMMANDS:
             return super().get_command(ctx, cmd_name)
-        module = importlib.import_module(f"opsin.cli.{cmd_name}")
+        module = importlib.import_module(f"opsin.cli.{_FILES.get(cmd_name, cmd_name)}")
         sub = getattr(module, "app", None)
         if sub is None:
             sub = new_app()
@@ -71,6 +75,18 @@ def opsin(*, version: bool = typer.Option(False, "--version", help="Print the ve
     if version:
         typer.echo(__version__)
         raise typer.Exit
+
+
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def synth(context: typer.Context) -> None:
+    """Run the repository's `tools/synth.py`, which no wheel contains."""
+    if not _SYNTH.is_file():
+        raise BadParameter(
+            "opsin synth needs a checkout of the repository, and this is an installed package: "
+            "clone it and run `python tools/synth.py` there."
+        )
+    command = [sys.executable, str(_SYNTH), *context.args]
+    raise typer.Exit(subprocess.run(command, check=False).returncode)  # noqa: S603 - the user's own arguments
 
 
 def main() -> None:

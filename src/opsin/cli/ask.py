@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from opsin.cli import options as o
-from opsin.cli.console import Printer, Working, say
+from opsin.cli.console import DEMO, Printer, say, working
 from opsin.core.answer import Finished, Progress, TextDelta
 from opsin.core.errors import BadImage, BadInput, BadParameter, ImageTooLarge
 from opsin.core.files import read_text
@@ -22,12 +22,23 @@ from opsin.core.request import SamplingParams
 from opsin.core.settings import MAX_SCHEMA, EngineSettings, ImageSettings
 
 if TYPE_CHECKING:
+    from rich.status import Status
+    from rich.table import Table
+
     from opsin.api import Opsin
     from opsin.core.answer import Answer
+    from opsin.core.placement import BackendShare, Placement
     from opsin.core.request import Image
 
 IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".heic", ".heif", ".bmp", ".tif", ".tiff", ".gif"}
+BAR = 32
 _NOT_IN_JSON = {"tiles", "cached", "orientation"}
+_STAGES = (
+    "load", "queue", "fetch", "image_decode", "preprocess", "encode", "image_prefill", "text_prefill", "decode",
+    "sample", "detokenize", "other",
+)  # fmt: skip
+_OF_IMAGES = {"image_decode", "preprocess", "encode", "image_prefill"}
+_LABELS = {"load": "load model", "encode": "vision encode"}
 _CUTS = {
     "tokens": "(cut after {0.max_tokens} tokens; --max-tokens N lifts the limit)",
     "seconds": "(cut by --max-seconds)",
@@ -46,9 +57,7 @@ def ask(
     *,
     together: Annotated[bool, typer.Option("--together", help="ask one question about all images together")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object for each image, one a line")] = False,
-    json_schema: Annotated[
-        Path | None, typer.Option("--json-schema", help="file with a JSON schema that the answer will fit")
-    ] = None,
+    json_schema: Annotated[Path | None, typer.Option(help="file with a JSON schema that the answer will fit")] = None,
     system: o.System = None,
     **flags: Any,
 ) -> None:
@@ -84,28 +93,27 @@ def ask(
 @contextmanager
 def opened(flags: dict[str, Any]) -> Iterator[Opsin]:
     """The model that the flags name, loaded for one question at a time, after what the user should know about it."""
-    with Working("loading the model") as working:
+    with working("loading the model"):
         from opsin.api import Opsin
         from opsin.doctor.build import unused_gpu_hint
 
-        with Opsin(**o.given(EngineSettings, flags), parallel=1) as opsin:
-            working.stop()
-            if opsin.is_demo:
-                say("This is the demo model for drawn scenes; for photographs get a real one: opsin pull llava-1.5-7b")
-            hint = unused_gpu_hint()
-            if hint:
-                say(hint)
-            yield opsin
+        opsin = Opsin(**o.given(EngineSettings, flags), parallel=1)
+    with opsin:
+        if opsin.is_demo:
+            say(DEMO)
+        if hint := unused_gpu_hint():
+            say(hint)
+        yield opsin
 
 
-def follow(stream: Iterable[object], working: Working, *, quiet: bool = False) -> Answer:
-    """Print an answer as it comes, and what cut it (or nothing, when `quiet`); give it back whole."""
+def follow(stream: Iterable[object], line: Status, *, quiet: bool = False) -> Answer:
+    """Print an answer as it comes (nothing when `quiet`); give it back whole."""
     printer = Printer()
     for event in stream:
         if isinstance(event, Progress):
-            working.update(event.text)
+            line.update(event.text)
         elif isinstance(event, TextDelta) and not quiet:
-            working.stop()
+            line.stop()
             printer.write(event.text, reasoning=event.reasoning)
         elif isinstance(event, Finished):
             if not quiet:
@@ -127,10 +135,10 @@ def _ask_about(
     from opsin.api import question_about
     from opsin.doctor.placement import remembered_placement
 
-    with Working("reading the image") as working:
+    with working("reading the image") as line:
         images = [_read_image(opsin, source) for source in group]
         stream = opsin.submit(question_about(images, question, system), **params)
-        answer = follow(stream, working, quiet=as_json)
+        answer = follow(stream, line, quiet=as_json)
     placement = remembered_placement(opsin.setup, opsin.placement)
     if as_json:
         about = {"placement": placement.as_dict(), "model": opsin.info.as_dict()}
@@ -141,8 +149,6 @@ def _ask_about(
             say(f"({note})")
     show_limits(answer)
     from rich.console import Console
-
-    from opsin.cli.timeline import timeline
 
     Console(stderr=True).print("", timeline(answer, placement), sep="\n")
 
@@ -198,3 +204,54 @@ def _as_json(answer: Answer, images: list[Image]) -> dict[str, Any]:
     times = {key: {name: round(value, 3) for name, value in row[key].items()} for key in ("stages", "timings")}
     same = {name: row[name] for name in ("text", "reasoning", "finish_reason", "usage", "guard")}
     return {**same, "images": told, **times}
+
+
+def timeline(answer: Answer, placement: Placement | None) -> Table:
+    """One row for each stage that took time; bars start where the stage began, if stages ran one after another."""
+    from rich.table import Table
+    from rich.text import Text
+
+    stages = asdict(answer.stages)
+    total, before, notes = max(stages["total_ms"], 1e-9), 0.0, _notes(answer, placement)
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    table.add_column("stage", style="bold", no_wrap=True)
+    table.add_column("ms", justify="right", no_wrap=True)
+    table.add_column("", width=BAR, no_wrap=True)
+    table.add_column("", overflow="fold")
+    for name in _STAGES:
+        ms = stages[f"{name}_ms"]
+        if ms >= 0.05 or name in {"text_prefill", "decode"} or (answer.images and name in _OF_IMAGES):
+            length = max(1, round(ms / total * BAR))
+            start = min(round(before / total * BAR), BAR - length)
+            bar = Text(" " * start + "█" * length, style="cyan")
+            label = _LABELS.get(name, name.replace("_", " "))
+            table.add_row(label, f"{ms:,.1f}", bar, Text(notes.get(name, "")))
+        before += ms
+    counts = f"{answer.usage.prompt_tokens} prompt + {answer.usage.completion_tokens} answer tokens"
+    table.add_row("total", f"{total:,.1f}", "", Text(counts))
+    return table
+
+
+def _notes(answer: Answer, placement: Placement | None) -> dict[str, str]:
+    usage, stages = answer.usage, answer.stages
+    encoder, language_model = (placement.encoder, placement.language_model) if placement else ({}, {})
+    known = answer.images and all(image.cached for image in answer.images)
+    where = ", remembered: the encoder did not run" if known else _where(encoder)
+    sizes = {f"{i.width}×{i.height} → {i.resized_width}×{i.resized_height}" for i in answer.images}
+    return {
+        "preprocess": ", ".join(sorted(sizes)),
+        "encode": f"{usage.image_tokens} image tokens{where}",
+        "image_prefill": _rate(usage.image_tokens, stages.image_prefill_ms),
+        "text_prefill": _rate(usage.prompt_tokens - usage.image_tokens, stages.text_prefill_ms),
+        "decode": _rate(usage.completion_tokens, answer.timings.predicted_ms) + _where(language_model),
+    }
+
+
+def _rate(tokens: int, ms: float) -> str:
+    rate = f", {tokens / ms * 1e3:,.0f} token/s" if ms > 0 else ""
+    return f"{tokens} tokens{rate}" if tokens else ""
+
+
+def _where(shares: dict[str, BackendShare]) -> str:
+    parts = [f"{share.share_of_ops:.0%} {name}" for name, share in shares.items() if share.share_of_ops >= 0.005]
+    return f", ran on {', '.join(parts)}" if parts else ""

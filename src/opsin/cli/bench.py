@@ -34,34 +34,22 @@ app = new_app("Measure the engine against the limits of this machine, and agains
 
 
 @app.command()
-@o.flags_of(EngineSettings, *o.ENGINE)
+@o.flags_of(EngineSettings, *o.ENGINE, parallel="8; with --overhead 32")
 def engine(
     *,
-    ctx: Annotated[
-        int | None, typer.Option("--ctx", help="context size in tokens [default: 8192; --overhead: 16384]")
-    ] = None,
-    parallel: Annotated[
-        int | None, typer.Option("--parallel", help="parallel sequences (slots) [default: 8; --overhead: 32]")
-    ] = None,
     workloads: Workloads = None,
     runs: Runs = 3,
-    against: Annotated[
-        list[str] | None, typer.Option("--against", help="measure in turn: NAME=URL, or opsin-http for opsin serve")
-    ] = None,
-    overhead: Annotated[
-        bool, typer.Option("--overhead", help="measure CPU time per token at 1, 8 and 32 streams instead of workloads")
-    ] = False,
+    against: Annotated[list[str] | None, typer.Option(help="NAME=URL, or opsin-http for opsin serve, in turn")] = None,
+    overhead: Annotated[bool, typer.Option("--overhead", help="measure CPU time per token instead")] = False,
     json_out: o.JsonOut = None,
-    settings_file: Annotated[
-        Path | None, typer.Option("--settings", help="read this opsin.toml instead of the folder's or the user's")
-    ] = None,
+    settings_file: Annotated[Path | None, typer.Option("--settings", help="read this opsin.toml, no other")] = None,
     config: Annotated[bool, typer.Option("--config/--no-config", help="read opsin.toml and OPSIN_ variables")] = True,
     **flags: Any,
 ) -> None:
     """Measure the machine, then five workloads on the engine in this process.
 
-    Options can also be set in opsin.toml or OPSIN_* environment variables. The last line of standard output is one
-    JSON document.
+    Options can also be set in opsin.toml or OPSIN_* environment variables; the context is 8192 (with --overhead 16384)
+    unless it is set. The last line of standard output is one JSON document.
     """
     from opsin.bench import EngineDriver, choose, serving
     from opsin.bench.report import as_text, ratios, target_document
@@ -72,8 +60,7 @@ def engine(
     if settings_file is not None and not config:
         raise BadParameter("--settings names a file to read, and --no-config says to read none: give one of them.")
     chosen = choose(None if workloads is None else workloads.split(","))
-    given = o.given(EngineSettings, {**flags, "ctx": ctx, "parallel": parallel})
-    settings = _settings(given, settings_file, config=config, overhead=overhead)
+    settings = _settings(o.given(EngineSettings, flags), settings_file, config=config, overhead=overhead)
     if overhead:
         _overhead(settings, runs, json_out)
         return
@@ -99,10 +86,8 @@ def engine(
 def http_servers(
     urls: Annotated[list[str], typer.Argument(help="URL or NAME=URL of OpenAI-compatible vision servers")],
     *,
-    served_model: Annotated[
-        str | None, typer.Option("--served-model", help="the model's name there (default: the first it lists)")
-    ] = None,
-    api_key_file: Annotated[Path | None, typer.Option("--api-key-file", help="file with the servers' key")] = None,
+    served_model: Annotated[str | None, typer.Option(help="the model's name there (default: the first listed)")] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="file with the servers' key")] = None,
     workloads: Workloads = None,
     runs: Runs = 3,
     json_out: o.JsonOut = None,
@@ -148,7 +133,7 @@ def _settings(flags: dict[str, Any], file: Path | None, *, config: bool, overhea
     environ, folder = (os.environ, Path.cwd()) if config else (nowhere, Path(os.devnull))
     defaults = {"ctx": 16_384, "parallel": 32} if overhead else {"ctx": 8192, "parallel": 8}
     settings = read_config(flags, environ, folder, file=file, locate=locate).engine(**defaults)
-    pair = resolve(*(None if path is None else str(path) for path in (settings.model, settings.mmproj)))
+    pair = resolve(settings.model, settings.mmproj)
     mmproj = settings.mmproj if pair.mmproj is None else pair.mmproj.resolve()
     # Embeddings on disk would make the next run's images known.
     return settings.model_copy(update={"model": pair.llm.resolve(), "mmproj": mmproj, "disk_cache": False})
@@ -194,23 +179,23 @@ def _measure(drivers: dict[str, Any], chosen: tuple[Workload, ...], runs: int) -
     for driver in drivers.values():
         warm_up(driver, chosen[0])
     found = [measure_in_turn(drivers, workload, runs=runs, tell=say) for workload in chosen]
-    return [Target(name, _server_facts(d), [results[name] for results in found]) for name, d in drivers.items()]
+    about = {name: _about_server(driver) for name, driver in drivers.items()}
+    return [Target(name, about[name], [results[name] for results in found]) for name in drivers]
 
 
-def _server_facts(driver: Any) -> dict[str, str]:
+def _about_server(driver: Any) -> dict[str, str]:
     from opsin.bench import HttpDriver
 
     if not isinstance(driver, HttpDriver):
         return {}
     # llama-server names its model by the whole path of its file, which does not belong in a shared result.
-    model = Path(driver.model).name if Path(driver.model).is_absolute() else driver.model
-    return {"url": driver.url, "model": model}
+    return {"url": driver.url, "model": Path(driver.model).name if Path(driver.model).is_absolute() else driver.model}
 
 
 def _overhead(settings: EngineSettings, runs: int, json_out: Path | None) -> None:
     """CPU time per token in this process, by bare backend calls, and of `opsin serve`."""
     from opsin.bench import overhead as room
-    from opsin.compose import open_model, open_runtime
+    from opsin.compose import open_backend, open_runtime
 
     def open_engine() -> Engine:
         runtime = open_runtime(settings.model, settings.mmproj, settings)
@@ -218,7 +203,7 @@ def _overhead(settings: EngineSettings, runs: int, json_out: Path | None) -> Non
         return runtime.engine
 
     about: dict[str, Any] = {}
-    rows = room.measure_overhead(open_engine, lambda: open_model(settings), settings, runs=runs, tell=say)
+    rows = room.measure_overhead(open_engine, lambda: open_backend(settings), settings, runs=runs, tell=say)
     extra = [
         {"streams": streams, "guard": guard, "more_us_per_token": round(more, 2)}
         for (streams, guard), more in room.http_extra(rows).items()
@@ -228,7 +213,7 @@ def _overhead(settings: EngineSettings, runs: int, json_out: Path | None) -> Non
 
 def _print(text: str, document: dict[str, Any], json_out: Path | None, targets: Sequence[Target] = ()) -> None:
     """Text, then the document in one line; ends with 1 if a result is invalid."""
-    o.write_out(json_out, json.dumps(document, indent=2) + "\n")
+    o.write_out(json_out, document)
     typer.echo(text)
     typer.echo(json.dumps(document))
     if any(result.invalid is not None for target in targets for result in target.results):

@@ -9,7 +9,7 @@ import typer
 
 from opsin.cli import options as o
 from opsin.cli.ask import follow, opened, show_limits
-from opsin.cli.console import Working, say
+from opsin.cli.console import say, working
 from opsin.core.errors import BadInput
 from opsin.core.request import SamplingParams
 from opsin.core.settings import EngineSettings
@@ -72,10 +72,10 @@ class _Conversation:
 
         messages = self._messages or ([Message("system", self._system)] if self._system else [])
         turn = Message("user", [*self._next, question])
-        with Working("thinking") as working:
+        with working("thinking") as line:
             stream = self._opsin.submit([*messages, turn], **self._params)
             try:
-                answer = follow(stream, working)
+                answer = follow(stream, line)
             except KeyboardInterrupt:
                 stream.cancel()
                 say("(stopped)")
@@ -86,10 +86,8 @@ class _Conversation:
 
 
 def _read_line() -> str | None:
-    if sys.stdin is None:
-        return None
     try:
-        line = input("> " if sys.stdin.isatty() else "").strip()
-    except (EOFError, KeyboardInterrupt):
+        line = input("> " if sys.stdin and sys.stdin.isatty() else "").strip()
+    except (EOFError, KeyboardInterrupt, RuntimeError):  # the last where standard input was closed
         return None
     return None if line == "/bye" else line

@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import sys
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -26,6 +26,7 @@ _UNFINISHED = re.compile(rf"(?:\x1b|\x9b)[ -/]*\Z|(?:\x1b\[|\x9b)[0-?]*[ -/]*\Z|
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
+DEMO = "This is the demo model for drawn scenes; for photographs get a real one: opsin pull llava-1.5-7b"
 MAX_HELD = 4096
 """A sequence that is not complete after this many characters never will be; what it hid is dropped."""
 
@@ -86,62 +87,33 @@ def open_standard_streams() -> None:
             stream.reconfigure(errors="replace")
 
 
-class Working:
-    """A progress line on standard error until the first token; silent where nobody watches."""
+def working(text: str) -> Status:
+    """A line on standard error that says what is done, until it is stopped; nothing where nobody watches."""
+    from rich.console import Console
 
-    def __init__(self, text: str) -> None:
-        self._text = text
-        self._status: Status | None = None
-
-    def __enter__(self) -> Self:
-        if sys.stderr.isatty():
-            from rich.console import Console
-
-            self._status = Console(stderr=True).status(self._text)
-            self._status.start()
-        return self
-
-    def update(self, text: str) -> None:
-        """Show what is done now."""
-        if self._status is not None:
-            self._status.update(text)
-
-    def stop(self) -> None:
-        """Clear the line; twice does no harm."""
-        status, self._status = self._status, None
-        if status is not None:
-            status.stop()
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
+    return Console(stderr=True).status(text)
 
 
 class Printer:
     """Writes an answer to standard output as it comes, without control sequences; reasoning is dimmed."""
 
     def __init__(self) -> None:
-        self._stripper = {False: ControlStripper(), True: ControlStripper()}
+        self._strippers = {False: ControlStripper(), True: ControlStripper()}
         self._reasoning = False
-        self._colour = sys.stdout.isatty()
+        self._dim, self._normal = ("\x1b[2m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
         self._last = "\n"
 
     def write(self, text: str, *, reasoning: bool = False) -> None:
         """Show a piece of text."""
-        self._switch(reasoning)
-        text = self._stripper[reasoning].feed(text)
-        if text:
-            sys.stdout.write(text)
-            sys.stdout.flush()
-            self._last = text[-1]
+        if reasoning != self._reasoning:
+            sys.stdout.write(self._dim if reasoning else f"{self._normal}\n\n")
+            self._reasoning = reasoning
+        text = self._strippers[reasoning].feed(text)
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        self._last = text[-1:] or self._last
 
     def end(self) -> None:
         """Finish the line."""
-        self._switch(False)
-        sys.stdout.write("" if self._last == "\n" else "\n")
-        sys.stdout.flush()
-
-    def _switch(self, reasoning: bool) -> None:
-        if reasoning != self._reasoning:
-            dim, normal = ("\x1b[2m", "\x1b[0m") if self._colour else ("", "")
-            sys.stdout.write(dim if reasoning else f"{normal}\n\n")
-            self._reasoning = reasoning
+        self.write("")
+        self.write("" if self._last == "\n" else "\n")

@@ -1,4 +1,4 @@
-"""`opsin doctor`: look at this machine, this build and this pair; say what is wrong and how to fix it."""
+"""`opsin doctor` looks at this machine, this build and this pair; `opsin explain` at a log. Both say what to mend."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import json
 import os
 import sys
 import textwrap
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from opsin.cli import options as o
-from opsin.cli.console import Working, printable
+from opsin.cli.console import printable, working
 from opsin.core.settings import EngineSettings
 
 if TYPE_CHECKING:
     from opsin.doctor.check import Check
     from opsin.doctor.examine import LoadedPair
+    from opsin.doctor.explain import Explanation
     from opsin.doctor.pair import PairInfo
 
 _COLOURS = {"ok": "\x1b[32m", "warn": "\x1b[33m", "fail": "\x1b[31m"}
@@ -24,11 +26,7 @@ _WIDTH, _NAME = 110, 26
 
 
 @o.flags_of(EngineSettings, *EngineSettings.model_fields)
-def doctor(
-    *,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object, with the evidence")] = False,
-    **flags: Any,
-) -> None:
+def doctor(*, as_json: o.AsJson = False, **flags: Any) -> None:
     """Check the build, the pair and how it runs, and prove where the vision encoder runs.
 
     Without --model the default model is looked at. Settings come from the flags, the environment and opsin.toml, as for
@@ -41,17 +39,17 @@ def doctor(
 
     settings = read_config(o.given(EngineSettings, flags), os.environ, current_folder(), locate=locate).engine()
     checks: list[Check] = []
-    with Working("looking at this machine") as working:
-        for check in examine(settings, _open, working.update):
+    with working("looking at this machine") as line:
+        for check in examine(settings, _open, line.update):
             checks.append(check)
             if not as_json:
-                working.stop()
+                line.stop()
                 _print(check)
     status = worst(checks)
     if as_json:
         typer.echo(json.dumps({"status": status, "checks": [check.as_dict() for check in checks]}, indent=2))
     else:
-        counts = {name: sum(check.status == name for check in checks) for name in ("ok", "warn", "fail")}
+        counts = {name: sum(check.status == name for check in checks) for name in _COLOURS}
         typer.echo("\n" + ", ".join(f"{count} {name}" for name, count in counts.items()))
     if status == "fail":
         raise typer.Exit(1)
@@ -71,9 +69,47 @@ def _open(settings: EngineSettings, info: PairInfo) -> LoadedPair:
 
 def _print(check: Check) -> None:
     colour, end = (_COLOURS[check.status], "\x1b[0m") if sys.stdout.isatty() else ("", "")
-    first, *more = textwrap.wrap(printable(check.message), _WIDTH - _NAME - 7)
-    typer.echo(f"{colour}{check.status:<5}{end} {check.name:<{_NAME}} {first}")
-    for line in more:
-        typer.echo(" " * (_NAME + 7) + line)
+    indent = " " * (_NAME + 7)
+    text = textwrap.fill(printable(check.message), _WIDTH, initial_indent=indent, subsequent_indent=indent)
+    typer.echo(f"{colour}{check.status:<5}{end} {check.name:<{_NAME}} {text.lstrip()}")
     if check.fix is not None:
-        typer.echo(" " * (_NAME + 7) + f"fix:  {printable(check.fix)}")
+        typer.echo(f"{indent}fix:  {printable(check.fix)}")
+
+
+def explain(
+    log: Annotated[
+        str, typer.Argument(metavar="LOG|-", help="a log file, or - for standard input", show_default=False)
+    ],
+    *,
+    as_json: o.AsJson = False,
+) -> None:
+    """Say why a request was slow, from a log of llama-cpp-python, llama-server, llama-mtmd-cli, Ollama or Opsin."""
+    explanation = _read(log)
+    if as_json:
+        typer.echo(json.dumps(explanation.as_dict(), indent=2, ensure_ascii=False))
+        return
+    from opsin.doctor.explain import as_text
+
+    total = sum(row.ms for row in explanation.stages)
+    for row in explanation.stages:
+        ms = f"{'≤' if row.at_most else ''}{row.ms:,.1f}"
+        typer.echo(f"{row.name:<22}{ms:>14} ms  {row.ms / total:>6.1%}  {row.note}".rstrip())
+    if explanation.stages:
+        typer.echo(f"{'total':<22}{total:>14,.1f} ms\n")
+    for line in as_text(explanation):
+        typer.echo(printable(line))
+
+
+def _read(log: str) -> Explanation:
+    from opsin.core.errors import BadInput
+    from opsin.doctor.explain import explain as read
+
+    try:
+        if log == "-":
+            return read(sys.stdin.buffer)
+        with Path(log).open("rb") as stream:
+            return read(stream)
+    except (OSError, ValueError) as error:
+        # ValueError: a path with a null character, or a standard input that is closed.
+        reason = getattr(error, "strerror", None) or str(error)
+        raise BadInput(f"{log} cannot be read ({reason}): give the path of a log file, or - and a pipe") from error

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from opsin.cli.console import escaped, new_app
+from opsin.cli.options import AsJson
 
 app = new_app("Show which models are here, and choose the default.")
 
@@ -18,11 +19,10 @@ app = new_app("Show which models are here, and choose the default.")
 def models(
     context: typer.Context,
     *,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON array")] = False,
+    as_json: AsJson = False,
     known: Annotated[bool, typer.Option("--known", help="list the names that `opsin pull` knows")] = False,
     folder: Annotated[
-        list[Path] | None,
-        typer.Option("--folder", metavar="DIR", help="folder to look into as well; may be given several times"),
+        list[Path] | None, typer.Option(help="look into this as well; may be given several times")
     ] = None,
 ) -> None:
     """Show which models are here, and choose the default."""
@@ -49,8 +49,7 @@ def use(
 ) -> None:
     """Make a model the default."""
     from opsin.core.errors import PairMismatch
-    from opsin.models.resolve import resolve
-    from opsin.models.store import write_default
+    from opsin.models.resolve import resolve, write_default
 
     pair = resolve(name, mmproj)
     if pair.mmproj is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -19,22 +20,25 @@ PAIR = ("model", "mmproj", "ctx", "gpu_layers", "device", "mmproj_device", "kv_t
 ENGINE = (*PAIR, "threads", "threads_batch")
 ANSWER = ("max_tokens", "max_seconds", "temperature", "seed", "guard", "thinking", "max_thinking_tokens")
 
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
 JsonOut = Annotated[Path | None, typer.Option("--json-out", help="also write the JSON document to this file")]
 System = Annotated[str | None, typer.Option("--system", help="system message before the question")]
 
 
-def flags_of(model: type[BaseModel], *names: str) -> Callable[[Command], Command]:
-    """Give a command a flag for each of these fields that it has not itself.
+def flags_of(model: type[BaseModel], *names: str, **defaults: str) -> Callable[[Command], Command]:
+    """Give a command a flag for each of these fields that it has not itself; `defaults` are fields with one of its own.
 
     It gets their values as its `**flags`, None where the user set none.
     """
+    names = (*names, *defaults)
 
     def decorate(command: Command) -> Command:
         own = inspect.signature(command, eval_str=True).parameters
         parameters = [parameter for parameter in own.values() if parameter.kind is not parameter.VAR_KEYWORD]
-        parameters += [_flag(model, name) for name in names if name not in own]
+        parameters += [_flag(model, name, defaults.get(name)) for name in names if name not in own]
         old = [*(old for old, new in RENAMED.items() if new in names), *(RETIRED if "threads" in names else ())]
-        parameters += [_old_flag(name) for name in old if name not in own]
+        # Flags of earlier versions, which `core.config` warns about.
+        parameters += [_keyword(name, str, typer.Option(_flag_name(name), hidden=True)) for name in old]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         return command
 
@@ -47,19 +51,18 @@ def given(model: type[BaseModel], flags: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if name in known and value not in (None, [])}
 
 
-def write_out(path: Path | None, text: str) -> None:
-    """Write the file that a flag names, if it does. Raises BadParameter."""
+def write_out(path: Path | None, document: dict[str, Any]) -> None:
+    """Write a JSON document to the file that a flag names, if it does. Raises BadParameter."""
     try:
         if path is not None:
-            path.write_text(text, encoding="utf-8")
+            path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise BadParameter(f"{path} cannot be written: {error.strerror or error}.") from error
 
 
-def _flag(model: type[BaseModel], name: str) -> inspect.Parameter:
+def _flag(model: type[BaseModel], name: str, default: str | None) -> inspect.Parameter:
     field = model.model_fields[name]
-    kind, text = kind_of(field), field.description or ""
-    flag = f"--{name.replace('_', '-')}"
+    kind, text, flag = kind_of(field), field.description or "", _flag_name(name)
     shape: Any = kind if kind in {bool, int, float} else str
     if kind is bool:
         flag = f"{flag}/--no-{flag[2:]}"
@@ -67,16 +70,15 @@ def _flag(model: type[BaseModel], name: str) -> inspect.Parameter:
         shape, text = list[str], f"{text}; may be given several times"
     elif get_origin(kind) is Literal:
         text = f"{text}: {', '.join(get_args(kind))}"
-    if field.default not in (None, ()):
-        shown = {True: "on", False: "off"}.get(field.default) if kind is bool else field.default
+    if default is not None or field.default not in (None, ()):
+        shown = default or ({True: "on", False: "off"}.get(field.default) if kind is bool else field.default)
         text = f"{text} [default: {shown}]"
     option = typer.Option(flag, help=text, show_default=False)
     return _keyword(name, shape, option)
 
 
-def _old_flag(name: str) -> inspect.Parameter:
-    """A flag of an earlier version, which `core.config` warns about."""
-    return _keyword(name, str, typer.Option(f"--{name.replace('_', '-')}", hidden=True))
+def _flag_name(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _keyword(name: str, shape: Any, option: Any) -> inspect.Parameter:

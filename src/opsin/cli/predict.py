@@ -23,26 +23,16 @@ if TYPE_CHECKING:
 @o.flags_of(EngineSettings, "mmproj", "kv_type")
 def predict(
     *,
-    model: Annotated[
-        str | None, typer.Option("--model", help="a GGUF file, a folder, a known name, or a shape such as llava-1.5-7b")
-    ] = None,
-    weights: Annotated[
-        str | None, typer.Option("--type", help="weights of a shape, such as q4_0 or q4_k_m [default: q8_0]")
-    ] = None,
-    device: Annotated[
-        str, typer.Option("--device", help="a device of the table, or `this`: the machine at hand, measured first")
-    ] = THIS,
+    model: Annotated[str | None, typer.Option(help="GGUF file, folder, known name, or a shape as llava-1.5-7b")] = None,
+    weights: Annotated[str | None, typer.Option("--type", help="weights of a shape, as q4_k_m [default: q8_0]")] = None,
+    device: Annotated[str, typer.Option(help="one of the table, or `this`: the machine at hand, measured")] = THIS,
     devices: Annotated[bool, typer.Option("--devices", help="list the table of devices and exit")] = False,
-    ctx: Annotated[int, typer.Option("--ctx", min=64, help="context in tokens that memory is kept for")] = 4096,
-    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="tokens of text beside the image")] = 64,
-    answer_tokens: Annotated[int, typer.Option("--answer-tokens", min=1, help="tokens of the answer")] = 128,
-    memory: Annotated[
-        float | None, typer.Option("--memory", min=0.01, help="memory of the device in GiB, where the table is wrong")
-    ] = None,
-    measure: Annotated[
-        bool, typer.Option("--measure", help="then load the pair on this machine, measure it, and show the error")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    ctx: Annotated[int, typer.Option(min=64, help="context in tokens that memory is kept for")] = 4096,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="tokens of text beside the image")] = 64,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="tokens of the answer")] = 128,
+    memory: Annotated[float | None, typer.Option(min=0.01, help="GiB of the device, where the table is wrong")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="then run the pair here, and show the error")] = False,
+    as_json: o.AsJson = False,
     json_out: o.JsonOut = None,
     **flags: Any,
 ) -> None:
@@ -67,7 +57,7 @@ def predict(
     check_fits(prediction, needs)
     check = _measure(pair, prediction, needs, kv_type) if measure and pair is not None else None
     document = {"kind": "predict", "opsin": __version__, "prediction": prediction.as_dict(), "check": check}
-    o.write_out(json_out, json.dumps(document, indent=2) + "\n")
+    o.write_out(json_out, document)
     typer.echo(json.dumps(document) if as_json else _text(prediction, check))
 
 

@@ -18,26 +18,21 @@ def pull(
 
     An interrupted download continues where it stopped. Files go to the Hugging Face cache, which llama.cpp shares.
     """
-    from rich import progress as rich_progress
     from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import DownloadColumn, Progress, TaskID, TransferSpeedColumn
 
-    from opsin.models.gguf import read_info
+    from opsin.models import read_info
     from opsin.models.hub import pull as download
 
-    columns = (
-        rich_progress.TextColumn("{task.description}", markup=False),
-        rich_progress.BarColumn(),
-        rich_progress.DownloadColumn(),
-        rich_progress.TransferSpeedColumn(),
-        rich_progress.TimeRemainingColumn(),
-    )
-    tasks: dict[str, rich_progress.TaskID] = {}
-    bars = rich_progress.Progress(*columns, console=Console(stderr=True))
+    tasks: dict[str, TaskID] = {}
+    columns = (*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
+    bars = Progress(*columns, console=Console(stderr=True))
 
     def show(file: str, done: int, total: int) -> None:
         bars.start()  # not before: a name that is wrong has no progress to show
         if file not in tasks:
-            tasks[file] = bars.add_task(file, total=total)
+            tasks[file] = bars.add_task(escape(file), total=total)
         bars.update(tasks[file], completed=done)
 
     try:

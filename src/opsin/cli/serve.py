@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from opsin.cli.console import say
+from opsin.cli.console import DEMO, say
 from opsin.cli.options import flags_of, given
 from opsin.core.config import current_folder, read_config
 from opsin.core.settings import ServerSettings
@@ -132,7 +132,7 @@ class _Front:
         loaded = model.loaded
         assert loaded is not None, "it is ready"
         if loaded.facts.is_demo:
-            say("This is the demo model for drawn scenes; for photographs get a real one: opsin pull llava-1.5-7b")
+            say(DEMO)
         if loaded.facts.notice:
             say(loaded.facts.notice)
         address = address_of(self._listener)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -22,29 +21,23 @@ if TYPE_CHECKING:
     from opsin.tune.measure import Report, Runtime, Target
 
 PARALLEL = 8
-_PROFILE_HELP = (
-    "make fast: interactive (one question alone) or throughput (many at once) "
-    "[default: throughput on CUDA, else interactive]"
-)
 
 
-@o.flags_of(EngineSettings, *o.PAIR)
+@o.flags_of(EngineSettings, *o.PAIR, parallel="8")
 def tune(
     *,
-    profile: Annotated[str | None, typer.Option("--profile", help=_PROFILE_HELP)] = None,
-    minutes: Annotated[float, typer.Option("--minutes", min=0.1, help="stop measuring after this many minutes")] = 10.0,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="file to write [default: the opsin.toml in force, or a new one here]")
-    ] = None,
+    profile: Annotated[str | None, typer.Option(help="interactive (one question alone) or throughput (many)")] = None,
+    minutes: Annotated[float, typer.Option(min=0.1, help="stop measuring after this many minutes")] = 10.0,
+    out: Annotated[Path | None, typer.Option(help="file to write [default: the opsin.toml in force]")] = None,
     force: Annotated[bool, typer.Option("--force", help="overwrite a foreign file, or another model's")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be written, and write nothing")] = False,
     json_out: o.JsonOut = None,
-    parallel: Annotated[int | None, typer.Option("--parallel", help="parallel sequences (slots) [default: 8]")] = None,
     **flags: Any,
 ) -> None:
     """Measure settings on this machine, and write those that are faster to opsin.toml.
 
-    Settings that a flag, the environment or the file itself gives are left alone.
+    Settings that a flag, the environment or the file itself gives are left alone. Without --profile it is throughput on
+    CUDA, else interactive.
     """
     from opsin.core.config import FILE, config_path
     from opsin.tune.opsin_toml import check_target
@@ -52,7 +45,7 @@ def tune(
 
     target = _target(profile)
     out = out or config_path(os.environ, Path.cwd()) or Path(FILE)
-    chosen = o.given(EngineSettings, {**flags, "parallel": parallel})
+    chosen = o.given(EngineSettings, flags)
     settings, fixed = _untuned(chosen, out)
     pair = _pair(settings)
     if not dry_run:
@@ -62,7 +55,7 @@ def tune(
     try:
         report = _measured(settings, fixed, target, folder, minutes)
         typer.echo(report.as_text())
-        o.write_out(json_out, json.dumps(report.as_document(), indent=2) + "\n")
+        o.write_out(json_out, report.as_document())
         # What shaped the measurement belongs to what was measured.
         shaped = {name: chosen[name] for name in sorted(chosen.keys() - {"model", "mmproj", "verbose"})}
         _save(report, pair, {"parallel": settings.parallel, **shaped}, out, dry_run=dry_run)
@@ -96,7 +89,7 @@ def _untuned(flags: dict[str, Any], out: Path) -> tuple[EngineSettings, set[str]
 def _pair(settings: EngineSettings) -> Pair:
     from opsin.models import resolve
 
-    pair = resolve(*(None if path is None else str(path) for path in (settings.model, settings.mmproj)))
+    pair = resolve(settings.model, settings.mmproj)
     if pair.mmproj is None:
         raise BadParameter("There is no vision encoder to tune: give the model's projector with --mmproj.")
     # Links are kept: behind them are names (of a split model's parts, too) that mean nothing.

@@ -1,8 +1,7 @@
 """The chat handlers' names: each has its projector file, and knows how its family writes a conversation.
 
 Where a model file ships its own template, or its family's is built into Opsin, that one is used: `template` is None.
-llama-cpp-python's own formats drop line breaks behind tags, so that LLaVA-1.5's turns run into each other. Prompts here
-are those the models were trained with, and answers may differ for the better.
+llama-cpp-python's own formats drop line breaks behind tags; prompts here are those the models were trained with.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ from opsin.core.errors import BadParameter, ModelNotFound
 class MTMDChatHandler:
     """A projector file, and the model's own template with images where the messages have them.
 
-    `use_gpu` False keeps the vision encoder on the CPU. `verbose` is taken and changes nothing: `Llama` decides
-    whether llama.cpp's log is shown. Raises ModelNotFound.
+    `use_gpu` False keeps the vision encoder on the CPU; `verbose` changes nothing. Raises ModelNotFound.
     """
 
     template: ClassVar[str | None] = None
@@ -53,8 +51,7 @@ class MTMDChatHandler:
     @classmethod
     def from_pretrained(cls, repo_id: str, filename: str | None, **kwargs: Any) -> Self:
         """Download the projector of a repository, as `download` does. Raises ModelNotFound, DownloadFailed."""
-        path = download(repo_id, filename, kwargs)
-        return cls(clip_model_path=path, **kwargs)
+        return cls(clip_model_path=download(repo_id, filename, kwargs), **kwargs)
 
 
 class Gemma4ChatHandler(MTMDChatHandler):
@@ -136,22 +133,19 @@ def download(repo_id: str, filename: str | None, options: dict[str, Any]) -> Pat
     """
     from opsin.models.hub import Hub
 
-    additional = options.pop("additional_files", None) or ()
-    cache: str | os.PathLike[str] | None = options.pop("cache_dir", None)
-    links = options.pop("local_dir_use_symlinks", "auto")
+    patterns = (filename, *(options.pop("additional_files", None) or ()))
+    cache, links = options.pop("cache_dir", None), options.pop("local_dir_use_symlinks", "auto")
     if options.pop("local_dir", None) is not None or links != "auto":
         raise BadParameter(
-            "local_dir is not supported: downloads go to the Hugging Face cache, which cache_dir or HF_HUB_CACHE moves."
+            "local_dir is not supported: downloads go to the cache that cache_dir or HF_HUB_CACHE names."
         )
     if not filename:
         raise BadParameter('filename is missing: give a name or a pattern, such as "*Q4_K_M.gguf".')
     hub = Hub.from_environment()
-    if cache is not None:
-        hub = replace(hub, cache=Path(cache))
-    repo = hub.list_files(repo_id)
-    wanted = []
-    for pattern in (filename, *additional):
-        fitting = [file for file in repo.files if fnmatch(file.path, pattern)]
+    hub = hub if cache is None else replace(hub, cache=Path(cache))
+    repo, wanted = hub.list_files(repo_id), []
+    for pattern in patterns:
+        fitting = [file for file in repo.files if fnmatch(file.path, str(pattern))]
         if len(fitting) != 1:
             there = ", ".join(sorted(file.path for file in fitting or repo.files)[:12])
             found = f"{len(fitting)} files" if fitting else "No file"

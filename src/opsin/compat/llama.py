@@ -1,21 +1,30 @@
-"""`Llama` as llama-cpp-python's programs know it, for images."""
+"""`Llama` as llama-cpp-python's programs know it, for images: messages, tools and answers in OpenAI's shape."""
 
 from __future__ import annotations
 
 import os
+import time
+import uuid
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from opsin.compat.chat import Objects, Writer, read_message, read_tools
 from opsin.compat.handlers import MTMDChatHandler, download
 from opsin.compat.options import engine_options, real_seed, sampling_options
 from opsin.compose import open_runtime
+from opsin.core.answer import Answer, Finished, TextDelta, TokenLogprob
 from opsin.core.config import checked
-from opsin.core.errors import BadParameter
+from opsin.core.errors import BadParameter, BadPrompt
 from opsin.core.request import Image, SamplingParams
 from opsin.core.settings import EngineSettings, ImageSettings
+from opsin.engine import AnswerStream
 from opsin.images import load_image
+from opsin.prompt import Content, Message
+
+Objects = Sequence[Mapping[str, Any]]
+Logprobs = Sequence[TokenLogprob]
+_EXTRAS = ("tool_calls", "tool_call_id", "name")
 
 
 class Llama:
@@ -50,12 +59,8 @@ class Llama:
         settings = {**engine_options(options), "verbose": verbose}
         if chat_handler is not None and not chat_handler.use_gpu:
             settings["mmproj_device"] = "none"
-        self._runtime = open_runtime(
-            self.model_path,
-            None if chat_handler is None else chat_handler.clip_model_path,
-            checked(EngineSettings, settings),
-            template=None if chat_handler is None else chat_handler.template,
-        )
+        projector, template = (chat_handler.clip_model_path, chat_handler.template) if chat_handler else (None, None)
+        self._runtime = open_runtime(self.model_path, projector, checked(EngineSettings, settings), template=template)
         # At the end of the program, too: native memory is not left to the order in which modules go.
         self._close = weakref.finalize(self, self._runtime.close)
 
@@ -65,8 +70,7 @@ class Llama:
 
         Raises ModelNotFound, DownloadFailed, BadParameter, and what loading raises.
         """
-        path = download(repo_id, filename, kwargs)
-        return cls(model_path=path, **kwargs)
+        return cls(model_path=download(repo_id, filename, kwargs), **kwargs)
 
     def create_chat_completion(
         self,
@@ -85,16 +89,16 @@ class Llama:
         A `tool_choice` that names a function makes the answer that function's arguments. Raises BadInput (an option,
         a message, an image that cannot be used), EngineError.
         """
-        offered, tool = read_tools(tools, tool_choice, functions, function_call)
+        offered, tool = _read_tools(tools, tool_choice, functions, function_call)
         if tool is not None:
             # The answer is the function's arguments, whatever shape was asked for besides.
             schema = tool.get("parameters") or {"type": "object"}
             options |= {"response_format": {"type": "json_object", "schema": schema}, "grammar": None}
         sampling = checked(SamplingParams, sampling_options(options, seed=self._seed, last_n=self._last_n))
-        conversation = [read_message(message, self.chat_handler, self._image) for message in messages]
+        conversation = [_read_message(message, self.chat_handler, self._image) for message in messages]
         events = self._runtime.engine.submit(self._runtime.prompts.build(conversation, tools=offered), sampling)
         name = None if tool is None else str(tool["name"])
-        writer = Writer(model or self.model_path, name, logprobs=sampling.logprobs is not None)
+        writer = _Writer(model or self.model_path, name, logprobs=sampling.logprobs is not None)
         return writer.chunks(events) if stream else writer.whole(events)
 
     def n_ctx(self) -> int:
@@ -116,3 +120,134 @@ class Llama:
     def _image(self, url: str) -> Image:
         source: object = url if self.chat_handler is None else self.chat_handler.load_image(url)
         return load_image(source, self._image_settings)
+
+
+def _read_message(message: Mapping[str, Any], handler: MTMDChatHandler | None, load: Callable[[str], Image]) -> Message:
+    """A message with its images loaded, in the order that the handler's family wants. Raises BadPrompt."""
+    if not isinstance(message, Mapping):
+        raise BadPrompt(f"A message is a {type(message).__name__}: give a dict with role and content.")
+    role: Any = message.get("role")
+    content = message.get("content") or []
+    parts = [content] if isinstance(content, str) else [_part(part, load) for part in content]
+    if handler is not None and role == "user" and handler.images_first:
+        images: list[Content] = [part for part in parts if isinstance(part, Image)]
+        text = "".join(part for part in parts if isinstance(part, str))
+        between = handler.between if images else handler.between.lstrip()
+        parts = [*images, between + text]
+    return Message(role, parts or "", **{name: message[name] for name in _EXTRAS if message.get(name) is not None})
+
+
+def _part(part: Any, load: Callable[[str], Image]) -> Content:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text":
+        return str(part.get("text", ""))
+    if kind != "image_url":
+        raise BadPrompt(f"A part of a message has the type {kind!r}: use text or image_url.")
+    image = part.get("image_url")
+    url = image.get("url") if isinstance(image, Mapping) else image
+    if not isinstance(url, str):
+        raise BadPrompt("An image_url part has no address: give {'image_url': {'url': …}}.")
+    return load(url)
+
+
+def _read_tools(
+    tools: Objects | None,
+    choice: str | Mapping[str, Any] | None,
+    functions: Objects | None,
+    call: str | Mapping[str, Any] | None,
+) -> tuple[list[dict[str, Any]] | None, Mapping[str, Any] | None]:
+    """The tools to offer, and the one function that must be called; also from OpenAI's older form. Raises BadParameter.
+
+    At most one of the two: a function that must be called is not offered besides.
+    """
+    if functions is not None:
+        tools = [{"type": "function", "function": dict(function)} for function in functions]
+    if call is not None:
+        choice = call if isinstance(call, str) else {"function": call}
+    if choice == "required":
+        raise BadParameter('tool_choice="required" is not supported: name the function that is to be called.')
+    if not isinstance(choice, Mapping):
+        return None if tools is None or choice == "none" else [dict(tool) for tool in tools], None
+    name = choice.get("function", {}).get("name")
+    named = [tool["function"] for tool in tools or () if tool.get("function", {}).get("name") == name]
+    if not named:
+        raise BadParameter(f"tool_choice names the function {name!r}, which is not among the tools.")
+    return None, named[0]
+
+
+class Choice(dict[str, Any]):
+    """One choice. `choice["text"]` gives the message's text: an example of llama-cpp-python's README asks for it so."""
+
+    def __missing__(self, key: str) -> Any:
+        if key == "text":
+            return self["message"]["content"]
+        raise KeyError(key)
+
+
+@dataclass(frozen=True, slots=True)
+class _Writer:
+    """Writes one answer. `tool` is the function that the answer is the arguments of, None for text."""
+
+    model: str
+    tool: str | None = None
+    logprobs: bool = False
+    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4()}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def whole(self, stream: AnswerStream) -> dict[str, Any]:
+        """Wait for the answer. Raises its error."""
+        answer = stream.result()
+        message: dict[str, Any] = {"role": "assistant", **self._content(answer.text)}
+        if answer.reasoning is not None and self.tool is None:
+            message["reasoning_content"] = answer.reasoning
+        counts = {"prompt_tokens": answer.usage.prompt_tokens, "completion_tokens": answer.usage.completion_tokens}
+        usage = {**counts, "total_tokens": sum(counts.values())}
+        return {**self._object("chat.completion", "message", message, answer.logprobs, answer), "usage": usage}
+
+    def chunks(self, stream: AnswerStream) -> Iterator[dict[str, Any]]:
+        """The answer as it comes; leaving early cancels it. Raises its error."""
+        try:
+            yield self._chunk({"role": "assistant"} if self.tool is None else {"role": "assistant", "content": None})
+            for event in stream:
+                if isinstance(event, TextDelta):
+                    yield self._chunk(self._delta(event), event.logprobs)
+                elif isinstance(event, Finished):
+                    yield self._chunk({}, answer=event.answer)
+        finally:
+            if not stream.done:
+                stream.cancel()
+
+    def _delta(self, event: TextDelta) -> dict[str, Any]:
+        if event.reasoning:
+            return {"reasoning_content": event.text}
+        role = {} if self.tool is None else {"role": None}
+        return {**role, **self._content(event.text, index=0)}
+
+    def _content(self, text: str, **extra: Any) -> dict[str, Any]:
+        """Text, or a call of the tool in OpenAI's newer and older form."""
+        if self.tool is None:
+            return {"content": text}
+        call = {"name": self.tool, "arguments": text}
+        tool_call = {**extra, "id": f"call__0_{self.tool}_{self.id}", "type": "function", "function": dict(call)}
+        return {"content": None, "function_call": call, "tool_calls": [tool_call]}
+
+    def _chunk(self, delta: Any, logprobs: Logprobs = (), answer: Answer | None = None) -> dict[str, Any]:
+        return self._object("chat.completion.chunk", "delta", delta, logprobs, answer)
+
+    def _object(self, kind: str, name: str, said: Any, logprobs: Logprobs, answer: Answer | None) -> dict[str, Any]:
+        reason: str | None = answer.finish_reason if answer else None
+        if self.tool is not None and reason == "stop":  # arguments that were cut are no call
+            reason = "tool_calls"
+        told = (
+            {"content": [_token_of(one) for one in logprobs], "refusal": None} if self.logprobs and logprobs else None
+        )
+        choice = Choice({"index": 0, name: said, "logprobs": told, "finish_reason": reason})
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": [choice]}
+
+
+def _token_of(one: TokenLogprob) -> dict[str, Any]:
+    return {**_token(one.piece, one.logprob), "top_logprobs": [_token(piece, value) for _, piece, value in one.top]}
+
+
+def _token(piece: bytes, logprob: float) -> dict[str, Any]:
+    return {"token": piece.decode("utf-8", "replace"), "bytes": None, "logprob": logprob}

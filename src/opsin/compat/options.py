@@ -1,8 +1,7 @@
-"""llama-cpp-python's options in Opsin's words.
+"""llama-cpp-python's options in Opsin's words: some have a setting of the same meaning.
 
-Three kinds: those with a setting of the same meaning; those that change no answer (threads, memory mapping, logs),
-which are accepted; and those that would change an answer or where it is computed, which are refused by name unless they
-have their default.
+Those that change no answer (threads, memory mapping, logs) are accepted; those that would change one, or where it is
+computed, are refused by name unless they have their default.
 """
 
 from __future__ import annotations
@@ -30,29 +29,19 @@ _ENGINE = {
 _HARMLESS = frozenset((
     "n_batch", "use_mmap", "use_mlock", "numa", "no_perf", "logits_all", "offload_kqv", "op_offload", "swa_full",
 ))  # fmt: skip
-# What to do instead -> options that would change answers or placement, with the default that is accepted.
-_REFUSED: dict[str, dict[str, Any]] = {
-    "llama.cpp's default split is used": {"split_mode": 1},
-    "choose the devices with CUDA_VISIBLE_DEVICES": {"main_gpu": 0, "tensor_split": None},
-    "leave it out": {"vocab_only": False, "draft_model": None, "spm_infill": False},
-    "write the values into the GGUF file": {"kv_overrides": None},
-    "Opsin makes no text embeddings": {"pooling_type": -1, "embedding": False},
-    "merge the adapter into the model file": {"lora_base": None, "lora_scale": 1.0, "lora_path": None},
-    "the model's own template is used; a chat_handler chooses another": {"chat_format": None},
-    "the model file's own value is used": {
-        "tokenizer": None, "attention_type": -1, "rope_freq_base": 0.0, "rope_freq_scale": 0.0, "rope_scaling_type": -1,
-        "yarn_ext_factor": -1.0, "yarn_attn_factor": 1.0, "yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0,
-        "yarn_orig_ctx": 0,
-    },
+# Options that would change answers or placement, with the default that is accepted.
+_REFUSED: dict[str, Any] = {
+    "attention_type": -1, "chat_format": None, "draft_model": None, "embedding": False, "kv_overrides": None,
+    "lora_base": None, "lora_path": None, "lora_scale": 1.0, "main_gpu": 0, "pooling_type": -1, "rope_freq_base": 0.0,
+    "rope_freq_scale": 0.0, "rope_scaling_type": -1, "spm_infill": False, "split_mode": 1, "tensor_split": None,
+    "tokenizer": None, "vocab_only": False, "yarn_attn_factor": 1.0, "yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0,
+    "yarn_ext_factor": -1.0, "yarn_orig_ctx": 0,
 }  # fmt: skip
 
 _SAMPLING = (
     "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repeat_penalty", "guard",
 )  # fmt: skip
-_REFUSED_IN_CALLS: dict[str, dict[str, Any]] = {
-    "use top_p or min_p": {"typical_p": 1.0, "tfs_z": 1.0, "mirostat_mode": 0},
-    "use logit_bias, grammar or response_format": {"logits_processor": None},
-}
+_REFUSED_IN_CALLS = {"typical_p": 1.0, "tfs_z": 1.0, "mirostat_mode": 0, "logits_processor": None}
 _MIROSTAT = frozenset(("mirostat_tau", "mirostat_eta"))  # without a mode they change nothing
 
 
@@ -86,14 +75,12 @@ def engine_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of EngineSettings for what was given to `Llama`; what was left out is what fits. Raises BadParameter."""
     made = {ours: options[name] for name, (ours, auto) in _ENGINE.items() if options.get(name) not in (None, auto)}
     rest = {name: value for name, value in options.items() if name not in _ENGINE}
-    kinds = [rest.pop(name, None) for name in ("type_k", "type_v")]
-    if kinds != [None, None]:
-        wanted = {1 if kind is None else kind for kind in kinds}
-        names = [name for name, number in KV_TYPES.items() if wanted == {number}]
-        if not names:
-            known = ", ".join(f"{number} ({name})" for name, number in KV_TYPES.items())
-            raise BadParameter(f"type_k={kinds[0]} and type_v={kinds[1]}: give both the same type, one of {known}.")
-        made["kv_type"] = names[0]
+    kinds = {1 if (kind := rest.pop(name, None)) is None else kind for name in ("type_k", "type_v")}
+    names = [name for name, number in KV_TYPES.items() if kinds == {number}]
+    if not names:
+        known = ", ".join(f"{number} ({name})" for name, number in KV_TYPES.items())
+        raise BadParameter(f"type_k and type_v must be the same type, one of {known}.")
+    made["kv_type"] = names[0]
     _refuse(rest, _REFUSED, _HARMLESS, "Llama")
     return made
 
@@ -144,12 +131,11 @@ def _shape(response_format: Mapping[str, Any] | None, grammar: Any) -> dict[str,
     return {"grammar": text}
 
 
-def _refuse(rest: Mapping[str, Any], refused: Mapping[str, dict[str, Any]], taken: frozenset[str], where: str) -> None:
-    for name, value in rest.items():
-        if name in taken:
-            continue
-        reason = next((reason for reason, defaults in refused.items() if name in defaults), None)
-        if reason is None:
+def _refuse(rest: Mapping[str, Any], refused: Mapping[str, Any], taken: frozenset[str], where: str) -> None:
+    for name in rest.keys() - taken:
+        if name not in refused:
             raise BadParameter(f"{where} has no option {name!r} that Opsin knows: leave it out.")
-        if value is not None and value != refused[reason][name]:
-            raise BadParameter(f"{name}={value!r} is not supported by Opsin: {reason}.")
+        if rest[name] not in (None, refused[name]):
+            raise BadParameter(
+                f"{name}={rest[name]!r} would change answers, and Opsin does not support it: leave it out."
+            )

@@ -12,8 +12,7 @@ from opsin.core.settings import EngineSettings
 from opsin.doctor.check import Check, Status, serve_command, worst
 from opsin.models import GgufInfo, Pair, check_pair, family_warning, find_projector, info_of
 from opsin.models.facts import pair_facts
-from opsin.models.gguf import read_header
-from opsin.models.naming import parts_of, stem
+from opsin.models.gguf import parts_of, read_header, stem
 from opsin.models.registry import is_known, look_up
 from opsin.prompt import Message, PromptBuilder, TemplateSource
 from opsin.prompt.builtin import choose

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from opsin.core.ggml_types import TENSOR_TYPES
 from opsin.core.model_info import LayerFacts, ModelFacts, PairFacts, ProjectorFacts
-from opsin.models.gguf import GgufHeader, TensorHead, read_header
-from opsin.models.naming import parts_of
+from opsin.models.gguf import GgufHeader, TensorHead, parts_of, read_header
 
-_TYPES = {name: (values, size) for name, values, size in TENSOR_TYPES.values()}
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 _LOOKED_UP = ("token_embd", "position_embd", "token_types", "per_layer_token_embd")
 _ALIGNMENT = 32
@@ -55,7 +51,7 @@ def _model_facts(headers: list[GgufHeader]) -> ModelFacts:
     return ModelFacts(
         name=header.path.name,
         layers=tuple(_layer(groups[index], queries) for index in sorted(filter(str.isdigit, groups), key=int)),
-        input_bytes=sum(map(_bytes_of, groups["input"])),
+        input_bytes=sum(tensor.size for tensor in groups["input"]),
         output=_layer(groups["output"], queries),
         tied=tied,
         width=width,
@@ -71,13 +67,13 @@ def _layer(tensors: list[TensorHead], queries: int) -> LayerFacts:
     matrices: Counter[str] = Counter()
     kv = 0
     for tensor in (tensor for tensor in tensors if len(tensor.shape) > 1):
-        matrices[tensor.type or "unknown"] += _bytes_of(tensor)
+        matrices[tensor.type or "unknown"] += tensor.size
         kind = tensor.name.split(".", 2)[-1]
         if kind in {"attn_k.weight", "attn_v.weight", "attn_kv_a_mqa.weight"}:
             kv += tensor.shape[1]
         elif kind == "attn_qkv.weight":
             kv += max(0, tensor.shape[1] - queries)
-    return LayerFacts(sum(map(_bytes_of, tensors)), dict(matrices), kv)
+    return LayerFacts(sum(tensor.size for tensor in tensors), dict(matrices), kv)
 
 
 def _projector_facts(header: GgufHeader, model_width: int, image_max_tokens: int | None) -> ProjectorFacts:
@@ -95,7 +91,7 @@ def _projector_facts(header: GgufHeader, model_width: int, image_max_tokens: int
     width = header.integer("clip.vision.embedding_length") or 1024
     return ProjectorFacts(
         name=header.path.name,
-        bytes=sum(-(-_bytes_of(tensor) // _ALIGNMENT) * _ALIGNMENT for tensor in header.tensors),
+        bytes=sum(-(-tensor.size // _ALIGNMENT) * _ALIGNMENT for tensor in header.tensors),
         patches=patches,
         patch_values=3 * patch**2,
         tokens=patches // merge**2 if known else None,
@@ -104,9 +100,3 @@ def _projector_facts(header: GgufHeader, model_width: int, image_max_tokens: int
         feed_forward=header.integer("clip.vision.feed_forward_length") or 4 * width,
         causal=kind not in _BOTH_DIRECTIONS or (kind == "gemma4v" and model_width in _CAUSAL_GEMMA4),
     )
-
-
-def _bytes_of(tensor: TensorHead) -> int:
-    """Bytes of a tensor's data, 0 for an unknown type."""
-    values, size = _TYPES.get(tensor.type or "", (1, 0))
-    return math.prod(tensor.shape) // values * size

@@ -1,21 +1,24 @@
-"""What a GGUF file says of itself: its header, read without a weight, and the facts in it that a user needs.
+"""GGUF files: what their names tell, and what their headers say, read without a weight.
 
-Arrays (the vocabulary is one) are skipped, so reading takes a few milliseconds, also where a file lies about its
-counts or lengths. Source of the format: llama.cpp's `ggml/src/gguf.cpp`.
+The rules for names are those of llama.cpp's `common/download.cpp`, so that both agree on the files of a repository;
+names are paths with forward slashes, relative to a repository or a folder. Of the header (llama.cpp's
+`ggml/src/gguf.cpp`) arrays are skipped, so reading takes a few milliseconds, also where a file lies about its counts.
 """
 
 from __future__ import annotations
 
 import mmap
+import re
 import struct
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 from opsin.core.errors import ModelNotFound, ModelUnreadable
 from opsin.core.ggml_types import FILE_TYPES, TENSOR_TYPES
-from opsin.models.naming import parts_of
 
 Scalar = int | float | bool | str
 
@@ -27,8 +30,7 @@ MAX_STRINGS_OF_ARRAY = 4 * 2**20
 
 _CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _SCALARS = {kind: struct.Struct("<" + code) for kind, code in _CODES.items()}
-_U32, _U64 = _SCALARS[4], _SCALARS[10]
-_STRING, _ARRAY = 8, 9
+_U32, _STRING, _ARRAY, _U64 = 4, 8, 9, 10
 
 _WEB_PAGE = "is a web page, not a model: the download went wrong, fetch it again"
 _FOREIGN = {
@@ -38,6 +40,11 @@ _FOREIGN = {
     b"<html": _WEB_PAGE,
     **dict.fromkeys((b"lmgg", b"tjgg", b"fmgg"), "is an old GGML file: get the model as GGUF"),
 }
+
+_NAME = re.compile(r"(?P<prefix>.+?)(?:-(?P<part>\d{5})-of-(?P<parts>\d{5}))?\.gguf", re.DOTALL)
+_TAG = re.compile(r"[-.]([A-Za-z0-9_]+)$")
+_NOT_MODELS = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")
+_PREFERRED_TAGS = ("Q4_K_M", "Q8_0")
 
 # (tensor, which of its dimensions is the width handed to the language model) -> projector types.
 # Source: `clip_n_mmproj_embd` and the tensor names in llama.cpp's `tools/mtmd/clip.cpp`. A type that is not listed
@@ -59,14 +66,95 @@ _TYPES_BY_WIDTH = {
 _WIDTHS = {kind: width for width, kinds in _TYPES_BY_WIDTH.items() for kind in kinds.split()}
 
 
+class GgufName(NamedTuple):
+    """A file name taken apart: `prefix` is the path without part numbers, `tag` the last word of it in capitals."""
+
+    prefix: str
+    tag: str
+    part: int
+    parts: int
+
+
+def take_apart(path: str) -> GgufName | None:
+    """The pieces of a GGUF file's name; None when it is no GGUF file."""
+    found = _NAME.fullmatch(path)
+    if found is None:
+        return None
+    tag = _TAG.search(found["prefix"])
+    return GgufName(found["prefix"], tag[1].upper() if tag else "", int(found["part"] or 1), int(found["parts"] or 1))
+
+
+def stem(path: str) -> str:
+    """The name without its tag and part numbers, in small letters: what the quantisations of one model share."""
+    name = take_apart(path)
+    return name.prefix.lower().removesuffix(name.tag.lower()).rstrip("-.") if name else path.lower()
+
+
+def is_model(path: str) -> bool:
+    """Whether a file is a language model by its name, and the first part of it."""
+    name, file = take_apart(path), path.rpartition("/")[2]
+    return name is not None and name.part == 1 and not any(word in file for word in _NOT_MODELS)
+
+
+def is_projector(path: str) -> bool:
+    """Whether a file is a projector by its name."""
+    return path.endswith(".gguf") and "mmproj" in path.rpartition("/")[2]
+
+
+def best_model(paths: Iterable[str], tag: str = "") -> str | None:
+    """The language model meant by a quantisation tag; without one Q4_K_M, else Q8_0, else the first."""
+    models = [path for path in paths if is_model(path)]
+    for wanted in [tag] if tag else _PREFERRED_TAGS:
+        pattern = re.compile(re.escape(wanted) + "[.-]", re.IGNORECASE)
+        if found := next(filter(pattern.search, models), None):
+            return found
+    return models[0] if models and not tag else None
+
+
+def best_projectors(paths: Iterable[str], model: str) -> list[str]:
+    """Projectors that may belong to a model: the nearest folder (its own or above) first, then the nearest bits."""
+    folders = model.split("/")[:-1]
+    beside = [path for path in paths if is_projector(path) and path.split("/")[:-1] == folders[: path.count("/")]]
+    return sorted(beside, key=lambda path: (-path.count("/"), abs(_bits(path) - _bits(model))))
+
+
+def _bits(path: str) -> int:
+    """4 for Q4_K_M, 16 for F16; 0 when the tag has no number."""
+    number = re.search(r"\d+", name.tag) if (name := take_apart(path)) else None
+    return int(number[0]) if number else 0
+
+
+def part_names(path: str) -> Sequence[str]:
+    """The names of all parts of a model, in order; the file alone when it is whole."""
+    name = take_apart(path)
+    if name is None or name.parts == 1:
+        return [path]
+    return [f"{name.prefix}-{index:05d}-of-{name.parts:05d}.gguf" for index in range(1, name.parts + 1)]
+
+
+def parts_of(path: Path) -> Sequence[Path]:
+    """All files of a model on disk, in order. Raises ModelNotFound when a part is missing or `path` is a later one."""
+    parts = [path.with_name(name) for name in part_names(path.name)]
+    if path.name != parts[0].name:
+        raise ModelNotFound(f"{path.name} is a later part of a split model: give {parts[0].name}")
+    missing = [part.name for part in parts[1:] if not part.exists()]
+    if missing:
+        raise ModelNotFound(f"{path} is one of {len(parts)} parts and {missing[0]} is missing: download all parts")
+    return parts
+
+
 @dataclass(frozen=True, slots=True)
 class TensorHead:
-    """A tensor's shape (row length first), type, and where its data ends in the file; both None for unknown types."""
+    """A tensor's shape (row length first), type, where its data ends in the file, and its bytes.
+
+    Of an unknown type `type` and `end` are None and `size` is 0.
+    """
 
     name: str
     shape: tuple[int, ...]
     type: str | None
     end: int | None
+    size: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +170,7 @@ class GgufHeader:
     def integer(self, key: str) -> int | None:
         """A metadata value, when it is there and a whole number."""
         value = self.metadata.get(key)
-        return value if isinstance(value, int) and not isinstance(value, bool) else None
+        return value if type(value) is int else None
 
     def text(self, key: str) -> str | None:
         """A metadata value, when it is there and a string."""
@@ -92,10 +180,9 @@ class GgufHeader:
 
 @dataclass(frozen=True, slots=True)
 class GgufInfo:
-    """One GGUF file, or all parts of a split one; what the file does not say is None.
+    """One GGUF file, or all parts of a split one: `context` in tokens, `size` in bytes; None where it does not say.
 
-    Widths are in values, `context` in tokens, `size` in bytes. `width` is what the language model takes in for an image
-    token (with deepstack more than its embedding).
+    `width` is what the language model takes in for an image token (with deepstack more than its embedding).
     """
 
     path: Path
@@ -192,9 +279,7 @@ def read_header(path: Path) -> GgufHeader:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
                 return _Cursor(view).header(path)
     except FileNotFoundError as error:
-        raise ModelNotFound(
-            f"there is no file {path}: check the path, or see what is here with `opsin models`"
-        ) from error
+        raise ModelNotFound(f"there is no file {path}: check it, or see what is here with `opsin models`") from error
     except OSError as error:
         raise ModelUnreadable(f"{path} cannot be read: {error.strerror or error}") from error
     except struct.error as error:
@@ -237,7 +322,7 @@ class _Cursor:
             if kind == _ARRAY:
                 lengths[key] = self._skip_array()
             elif kind == _STRING or kind in _SCALARS:
-                metadata[key] = self._string() if kind == _STRING else self._number(_SCALARS[kind])
+                metadata[key] = self._string() if kind == _STRING else self._number(kind)
             else:
                 raise _Damaged(f"a value of the unknown kind {kind}")
         heads = [self._tensor() for _ in range(tensor_count)]
@@ -245,18 +330,17 @@ class _Cursor:
         if not isinstance(alignment, int) or alignment <= 0:
             raise _Damaged(f"a data alignment of {alignment!r}")
         data = -(-self._at // alignment) * alignment
-        tensors = tuple(head if head.end is None else replace(head, end=data + head.end) for head in heads)
-        return GgufHeader(path, len(self._view), metadata, lengths, tensors)
+        tensors = (
+            TensorHead(name, shape, kind, data + offset + size if kind else None, size)
+            for name, shape, kind, offset, size in heads
+        )
+        return GgufHeader(path, len(self._view), metadata, lengths, tuple(tensors))
 
-    def _number(self, code: struct.Struct) -> int:
+    def _number(self, kind: int) -> int:
+        code = _SCALARS[kind]
         value: int = code.unpack_from(self._view, self._at)[0]
         self._at += code.size
         return value
-
-    def _skip(self, length: int) -> None:
-        self._at += length
-        if self._at > len(self._view):
-            raise struct.error
 
     def _check_count(self, count: int, most: int, bytes_each: int, what: str) -> None:
         """A count that the file cannot hold is that of a cut file, one above `most` that of a damaged one."""
@@ -274,26 +358,25 @@ class _Cursor:
     def _skip_array(self) -> int:
         kind, count = self._number(_U32), self._number(_U64)
         if kind in _SCALARS:
-            self._skip(count * _SCALARS[kind].size)
+            self._at += count * _SCALARS[kind].size
         elif kind == _STRING:
             self._check_count(count, MAX_STRINGS_OF_ARRAY, 8, "texts in a list")
-            view, at, read = self._view, self._at, _U64.unpack_from
+            view, at, read = self._view, self._at, _SCALARS[_U64].unpack_from
             for _ in range(count):  # the largest part of the work, so without calls
                 at += 8 + read(view, at)[0]
             self._at = at
-            self._skip(0)
         else:
             raise _Damaged("an array of a kind llama.cpp does not read")
+        if self._at > len(self._view):
+            raise struct.error
         return count
 
-    def _tensor(self) -> TensorHead:
-        """One tensor; its `end` counts from the end of the header."""
+    def _tensor(self) -> tuple[str, tuple[int, ...], str | None, int, int]:
+        """Name, shape, type, offset behind the header, and bytes."""
         name, dimensions = self._string(), self._number(_U32)
         if dimensions > 4:
             raise _Damaged(f"the tensor {name[:64]!r} of {dimensions} dimensions")
         shape = tuple(self._number(_U64) for _ in range(dimensions))
         kind, offset = self._number(_U32), self._number(_U64)
-        if kind not in TENSOR_TYPES:
-            return TensorHead(name, shape, None, None)
-        type_name, values, size = TENSOR_TYPES[kind]
-        return TensorHead(name, shape, type_name, offset + prod(shape) // values * size)
+        type_name, values, size = TENSOR_TYPES.get(kind, (None, 1, 0))
+        return name, shape, type_name, offset, prod(shape) // values * size

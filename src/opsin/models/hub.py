@@ -22,19 +22,15 @@ from filelock import FileLock
 
 from opsin.core.errors import DownloadFailed, ModelNotFound
 from opsin.core.files import write_whole
-from opsin.models.naming import is_model, part_names, take_apart
+from opsin.models.gguf import is_model, part_names, take_apart
 from opsin.models.pairing import Pair, check_pair
 from opsin.models.registry import Wanted, look_up
-from opsin.models.store import hub_cache, hub_home, write_default
+from opsin.models.resolve import hub_cache, hub_home, write_default
 
 Progress = Callable[[str, int, int], None]
 """Takes a file's name, its bytes here, and its bytes in all."""
 
 _SPARE_BYTES = 256 * 2**20  # left free on the disk
-
-
-class _BrokenOff(Exception):
-    """The transfer ended early in a way that may be better the next time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,28 +66,32 @@ class Hub:
         """As HF_ENDPOINT, HF_HUB_CACHE, HF_HOME and HF_TOKEN say. Raises DownloadFailed under HF_HUB_OFFLINE."""
         if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
             raise DownloadFailed("HF_HUB_OFFLINE is set, so nothing is downloaded: unset it and try again")
+        try:
+            saved = (hub_home() / "token").read_text(encoding="utf-8")  # by `hf auth login`
+        except (OSError, UnicodeDecodeError):
+            saved = ""
+        token = os.environ.get("HF_TOKEN", "").strip() or saved.strip() or None
         endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-        return cls(endpoint.rstrip("/"), hub_cache(), _token())
+        return cls(endpoint.rstrip("/"), hub_cache(), token)
 
     def list_files(self, repo: str) -> HubRepo:
         """What a repository holds. Raises ModelNotFound and DownloadFailed."""
         try:
             with self._client() as client:
                 answer = client.get(f"{self.endpoint}/api/models/{repo}/revision/main?blobs=true")
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise DownloadFailed(
-                f"{self.endpoint} cannot be reached ({_reason(error)}): check the network or HF_ENDPOINT"
-            ) from error
-        if answer.status_code in {401, 403, 404}:
-            raise ModelNotFound(
-                f"{self.endpoint} has no repository {repo}, or it is private: check the name, and for a private one log"
-                " in with `hf auth login` or set HF_TOKEN"
-            )
-        try:
+            if answer.status_code in {401, 403, 404}:
+                raise ModelNotFound(
+                    f"{self.endpoint} has no repository {repo}, or it is private: check the name, and for a private"
+                    " one log in with `hf auth login` or set HF_TOKEN"
+                )
             return _read_listing(repo, answer.raise_for_status().json())
+        except (httpx.TransportError, httpx.InvalidURL) as error:
+            raise DownloadFailed(
+                f"{self.endpoint} cannot be reached ({error!r}): check the network or HF_ENDPOINT"
+            ) from error
         except (httpx.HTTPError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DownloadFailed(
-                f"{self.endpoint} did not list {repo} (status {answer.status_code}): check HF_ENDPOINT or try later"
+                f"{self.endpoint} did not list {repo} ({error!r}): check HF_ENDPOINT or try later"
             ) from error
 
     def fetch(self, repo: HubRepo, files: list[HubFile], progress: Progress = lambda *_: None) -> list[Path]:
@@ -103,7 +103,7 @@ class Hub:
         try:
             for needed in (locks, folder / "blobs"):
                 needed.mkdir(parents=True, exist_ok=True)
-            missing = sum(file.size - _size(_part_of(blob)) for blob, file in blobs if not blob.exists())
+            missing = sum(file.size - _size(_part(blob)) for blob, file in blobs if not blob.exists())
             free = shutil.disk_usage(self.cache).free
             if missing > 0 and free < missing + _SPARE_BYTES:
                 raise DownloadFailed(
@@ -115,7 +115,10 @@ class Hub:
                     if not blob.exists():
                         self._download(repo, file, blob, progress)
                 progress(file.path, file.size, file.size)
-                _link(blob, snapshot / file.path)
+                link = snapshot / file.path
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.unlink(missing_ok=True)
+                link.symlink_to(os.path.relpath(blob, link.parent))
             write_whole(folder / "refs" / "main", repo.commit, mode=0o644)
         except OSError as error:
             raise DownloadFailed(f"{self.cache} cannot be written to: {error.strerror or error}") from error
@@ -123,25 +126,24 @@ class Hub:
 
     def _download(self, repo: HubRepo, file: HubFile, blob: Path, progress: Progress) -> None:
         """Make `blob` that file, checked; what broke off waits in a file `.incomplete` beside it."""
-        part = _part_of(blob)
+        part = _part(blob)
         failures, best = 0, _size(part)
-        while True:
+        while _size(part) != file.size or not part.exists():
             try:
                 self._append(repo, file, part, progress)
-                break
-            except (_BrokenOff, httpx.HTTPError) as error:
+            except httpx.HTTPError as error:
                 if _size(part) > best:  # bytes arrived: this is a bad line, not a dead one
                     failures, best = 0, _size(part)
                 if failures == self.retries:
                     raise DownloadFailed(
                         f"{file.path} broke off at {_size(part) / 1e6:,.0f} of {file.size / 1e6:,.0f} MB"
-                        f" ({_reason(error)}): run the same command again, it goes on from there"
+                        f" ({error!r}): run the same command again, it goes on from there"
                     ) from error
                 time.sleep(self.pause * 2**failures)
                 failures += 1
         with part.open("rb") as content:
             digest = hashlib.file_digest(content, "sha256").hexdigest()
-        if _size(part) != file.size or digest != (file.sha256 or digest):
+        if digest != (file.sha256 or digest):
             part.unlink()
             raise DownloadFailed(
                 f"{file.path} arrived damaged (its checksum is wrong) and was removed: run the same command again"
@@ -149,36 +151,30 @@ class Hub:
         part.replace(blob)
 
     def _append(self, repo: HubRepo, file: HubFile, part: Path, progress: Progress) -> None:
-        """Fetch what `part` lacks. Raises _BrokenOff and httpx.HTTPError for what is worth another try."""
+        """Fetch what `part` lacks. Raises httpx.HTTPError for what is worth another try."""
         if _size(part) > file.size:
             part.unlink()
         done = _size(part)
-        if done == file.size > 0:
-            return
         url = f"{self.endpoint}/{repo.repo}/resolve/{repo.commit}/{quote(file.path)}"
         headers = {"Range": f"bytes={done}-"} if done else {}
         with self._client() as client, client.stream("GET", url, headers=headers) as answer:
-            status = answer.status_code
-            if status in {401, 403}:
+            if answer.status_code in {401, 403}:
                 raise DownloadFailed(
                     f"{repo.repo} asks for permission: accept its terms at {self.endpoint}/{repo.repo}, then log in"
                     " with `hf auth login` or set HF_TOKEN, and pull again"
                 )
-            if status == 429 or status >= 500:
-                raise _BrokenOff(f"the server answered {status}")
-            if status not in {200, 206}:
-                raise DownloadFailed(f"{file.path} cannot be downloaded: the server answered {status}; pull again")
-            if done and status != 206:
+            answer.raise_for_status()
+            if done and answer.status_code != 206:
                 part.unlink()  # the server sends it from the beginning
-                raise _BrokenOff("the server cannot resume")
+                raise httpx.RemoteProtocolError("the server cannot resume")
             with part.open("ab") as content:
                 # Without a chunk size bytes come as they arrive, so that a break loses none of them.
                 for chunk in answer.iter_bytes():
                     content.write(chunk)
                     done += len(chunk)
                     progress(file.path, done, file.size)
-        if done < file.size:
-            raise _BrokenOff("the connection was closed")
+        if done != file.size:
+            raise httpx.RemoteProtocolError("the connection was closed")
 
     def _client(self) -> httpx.Client:
         from opsin import __version__
@@ -241,32 +237,9 @@ def _read_listing(repo: str, answer: Any) -> HubRepo:
     return HubRepo(repo, commit, tuple(files))
 
 
-def _token() -> str | None:
-    """The user's token: HF_TOKEN, or what `hf auth login` saved."""
-    try:
-        saved = (hub_home() / "token").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        saved = ""
-    return os.environ.get("HF_TOKEN", "").strip() or saved.strip() or None
-
-
-def _part_of(blob: Path) -> Path:
-    return blob.with_name(blob.name + ".incomplete")
-
-
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _link(blob: Path, path: Path) -> None:
-    """Make `path` stand for the blob: a relative link where the system has them, else a copy."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    try:
-        path.symlink_to(os.path.relpath(blob, path.parent))
-    except OSError:  # Windows without the right to make links
-        shutil.copyfile(blob, path)
-
-
-def _reason(error: Exception) -> str:
-    return str(error) or type(error).__name__
+def _part(blob: Path) -> Path:
+    return blob.with_name(blob.name + ".incomplete")

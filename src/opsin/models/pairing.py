@@ -7,21 +7,18 @@ from difflib import SequenceMatcher
 from pathlib import Path
 
 from opsin.core.errors import ModelError, PairMismatch
-from opsin.models.gguf import GgufInfo, read_info
-from opsin.models.naming import best_projectors, is_projector, stem
+from opsin.models.gguf import GgufInfo, best_projectors, is_projector, read_info, stem
 
 # Projector types and the only architectures they are published with (llama.cpp's `convert_hf_to_gguf.py`). Types that
 # many architectures share (mlp, internvl, pixtral, …) are not listed: nothing can be said of them.
-_ARCHITECTURES: dict[str, frozenset[str]] = {
-    "gemma3": frozenset({"gemma3"}),
-    "gemma3nv": frozenset({"gemma3n"}),
-    "gemma4v": frozenset({"gemma4"}),
-    "qwen2vl_merger": frozenset({"qwen2vl"}),
-    "qwen2.5vl_merger": frozenset({"qwen2vl"}),
-    "qwen3vl_merger": frozenset({"qwen3vl", "qwen3vlmoe", "qwen35", "qwen35moe"}),
+_ARCHITECTURES = {
+    "gemma3": {"gemma3"},
+    "gemma3nv": {"gemma3n"},
+    "gemma4v": {"gemma4"},
+    "qwen2vl_merger": {"qwen2vl"},
+    "qwen2.5vl_merger": {"qwen2vl"},
+    "qwen3vl_merger": {"qwen3vl", "qwen3vlmoe", "qwen35", "qwen35moe"},
 }
-
-
 _NO_LLM = ": give the language model as --model"
 
 
@@ -42,8 +39,7 @@ class Pair:
 def check_pair(llm: Path | GgufInfo, mmproj: Path | GgufInfo) -> tuple[GgufInfo, GgufInfo]:
     """Make sure that two files belong together, and give back what they say; paths are read.
 
-    Raises what `read_info` does, and PairMismatch, with the file beside it that would fit, where they do not belong
-    together.
+    Raises what `read_info` does, and PairMismatch, which names a file beside the model that would fit.
     """
     text, vision = (read_info(one) if isinstance(one, Path) else one for one in (llm, mmproj))
     llm, mmproj = text.path, vision.path
@@ -96,11 +92,9 @@ def find_projector(llm: Path) -> Path | None:
     if text.is_projector:
         raise PairMismatch(f"{llm.name} is a projector, not a language model{_NO_LLM}")
     ranked = sorted(best_projectors(names, llm.name), key=lambda name: -_likeness(llm.name, name))
-    fitting = (llm.with_name(name) for name in ranked if _could_fit(text, llm.with_name(name)))
-    if found := next(fitting, None):
-        return found
-    check_pair(llm, llm.with_name(ranked[0]))  # says why, in a PairMismatch
-    return None
+    paths = [llm.with_name(name) for name in ranked]
+    # Where none fits, the check of the likest says why.
+    return next((path for path in paths if _could_fit(text, path)), None) or check_pair(llm, paths[0])[1].path
 
 
 def _fits(text: GgufInfo, vision: GgufInfo) -> bool:

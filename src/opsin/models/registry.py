@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from opsin.core.errors import ModelNotFound
-from opsin.models.naming import best_model, best_projectors
+from opsin.models.gguf import best_model, best_projectors
 
 
 @dataclass(frozen=True, slots=True)
 class KnownModel:
-    """One model by the name users know.
+    """One model by the name users know. The files are named where a repository holds several models.
 
-    `quantisation` is the tag looked for when the user gives none; empty means llama.cpp's order (Q4_K_M, Q8_0, the
-    first). `llm_file` and `mmproj_file` name files where a repository holds several models.
+    `quantisation` is the tag looked for when the user gives none; empty means llama.cpp's order.
     """
 
     name: str
@@ -92,13 +91,11 @@ class Wanted:
         """Language model and projector that are meant among the repository's files; None for one that is not there."""
         row = self.known
         if row and row.llm_file and not self.tag:
-            return (
-                row.llm_file if row.llm_file in files else None,
-                row.mmproj_file if row.mmproj_file in files else None,
-            )
-        llm = best_model(files, self.tag or (row.quantisation if row else ""))
-        if llm is None and not self.tag:
-            llm = best_model(files)
+            llm, mmproj = (name if name in files else None for name in (row.llm_file, row.mmproj_file))
+            return llm, mmproj
+        llm = best_model(files, self.tag or (row.quantisation if row else "")) or (
+            None if self.tag else best_model(files)
+        )
         return llm, next(iter(best_projectors(files, llm)), None) if llm else None
 
 
@@ -127,7 +124,7 @@ def look_up(text: str) -> Wanted:
     if _REPO.fullmatch(base):
         raise ModelNotFound(f"there is no file or known model {base!r}: for a repository write hf:{text}")
     near = get_close_matches(_normal(base), _NAMES, n=3, cutoff=0.5)
-    names = sorted({_NAMES[name].name for name in near}) or ["llava-1.5-7b", "smolvlm2-2.2b", "qwen3-vl-4b"]
+    names = sorted({_NAMES[name].name for name in near}) or ["llava-1.5-7b", "qwen3-vl-4b"]
     raise ModelNotFound(
         f"there is no file or known model {base!r}: did you mean {' or '.join(names)}?"
         " `opsin models --known` lists all names, and hf:OWNER/NAME takes any repository"

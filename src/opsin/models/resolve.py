@@ -1,26 +1,32 @@
-"""From what a user gave to the two files that are meant; and the list of all pairs on this machine."""
+"""From what a user gave to the two files that are meant; the list of all pairs on this machine, and the default.
+
+Downloads lie in the Hugging Face cache, which llama.cpp shares: `models--OWNER--NAME/snapshots/COMMIT/FILE`, as
+huggingface_hub and llama.cpp's `common/hf-cache.cpp` write it. The default is one small file in the user's data folder.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from platformdirs import user_data_path
+
 from opsin.core.errors import BadParameter, ModelError, ModelNotFound, OpsinError, PairMismatch
-from opsin.core.files import expand
-from opsin.models.gguf import read_info
-from opsin.models.naming import best_model, is_model, stem, take_apart
+from opsin.core.files import expand, write_whole
+from opsin.models.gguf import best_model, is_model, read_info, stem, take_apart
 from opsin.models.pairing import Pair, check_pair, family_warning, find_projector
 from opsin.models.registry import KNOWN_MODELS, Wanted, is_known, look_up
-from opsin.models.store import CachedRepo, cached_repos, read_default
 
 DEMO_NAME = "demo"
 _log = logging.getLogger(__name__)
 
 
-def resolve(model: str | None = None, mmproj: str | None = None) -> Pair:
+def resolve(model: str | Path | None = None, mmproj: str | Path | None = None) -> Pair:
     """The pair meant by `--model` and `--mmproj`.
 
     `model` is a GGUF file, a folder that holds a pair, a known name, hf:OWNER/NAME[:QUANT], "demo", or None for the
@@ -34,7 +40,7 @@ def resolve(model: str | None = None, mmproj: str | None = None) -> Pair:
             raise BadParameter("--mmproj was given without --model: give the language model it belongs to as well")
         return _default()
     try:
-        pair = _meant(model, find=mmproj is None)
+        pair = _meant(str(model), find=mmproj is None)
         if mmproj is not None:
             projector = expand(mmproj)
             if not projector.is_file():
@@ -42,14 +48,12 @@ def resolve(model: str | None = None, mmproj: str | None = None) -> Pair:
             pair = Pair(pair.llm, projector, pair.name, pair.is_demo and projector == pair.mmproj)
         f"{pair.llm}{pair.mmproj}".encode()
     except UnicodeEncodeError:
-        raise ModelNotFound(f"the file name {model!a} is not valid UTF-8: rename the file") from None
+        raise ModelNotFound(f"the file name {str(model)!a} is not valid UTF-8: rename the file") from None
     except (OSError, ValueError) as error:  # a name that is too long, a folder that may not be read, a null byte
         reason = getattr(error, "strerror", None) or error
         raise ModelNotFound(f"the model cannot be looked for ({reason}): check the path given") from error
-    if pair.mmproj is not None and not pair.is_demo:
-        warning = family_warning(*check_pair(pair.llm, pair.mmproj))
-        if warning:
-            _log.warning("%s", warning)
+    if pair.mmproj is not None and not pair.is_demo and (warning := family_warning(*check_pair(pair.llm, pair.mmproj))):
+        _log.warning("%s", warning)
     return pair
 
 
@@ -76,12 +80,12 @@ def _default() -> Pair:
     pair = read_default()
     if pair is None:
         return demo_pair()
-    gone = [path for path in (pair.llm, pair.mmproj) if path is not None and not path.is_file()]
-    if gone:
-        raise ModelNotFound(
-            f"the default model {pair.name} is gone from {gone[0]}: pull it again, or choose another with"
-            " `opsin models use NAME` (demo for the demo model)"
-        )
+    for path in (pair.llm, pair.mmproj):
+        if path is not None and not path.is_file():
+            raise ModelNotFound(
+                f"the default model {pair.name} is gone from {path}: pull it again, or choose another with"
+                " `opsin models use NAME` (demo for the demo model)"
+            )
     return pair
 
 
@@ -193,3 +197,84 @@ def _describe(pair: Pair, is_default: bool) -> ListedModel:
         problem = str(error)
     mmproj = None if pair.mmproj is None else str(pair.mmproj)
     return ListedModel(pair.name, *about, str(pair.llm), mmproj, is_default, problem)
+
+
+@dataclass(frozen=True, slots=True)
+class CachedRepo:
+    """A repository that was downloaded, in part or whole: `files` are GGUF paths relative to `folder`, sorted."""
+
+    repo: str
+    folder: Path
+    files: tuple[str, ...]
+
+
+def hub_home() -> Path:
+    """The folder of everything Hugging Face: HF_HOME, else the user's cache folder."""
+    return expand(os.environ.get("HF_HOME") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface")
+
+
+def hub_cache() -> Path:
+    """The folder of downloads: HF_HUB_CACHE, else `hub` in `hub_home`."""
+    return expand(os.environ.get("HF_HUB_CACHE") or hub_home() / "hub")
+
+
+def cached_repos() -> list[CachedRepo]:
+    """Every downloaded repository that has a GGUF file, by name; LLAMA_CACHE first, as llama.cpp does."""
+    llama = os.environ.get("LLAMA_CACHE")
+    found: dict[str, CachedRepo] = {}
+    for root in [*([expand(llama)] if llama else []), hub_cache()]:
+        for folder in root.glob("models--*"):
+            repo = folder.name.removeprefix("models--").replace("--", "/", 1)
+            snapshot = _snapshot(folder)
+            # A link to a download that was removed is no file.
+            paths = [path for path in snapshot.rglob("*.gguf") if path.is_file()] if snapshot else []
+            if snapshot and paths and repo not in found:
+                files = sorted(path.relative_to(snapshot).as_posix() for path in paths)
+                found[repo] = CachedRepo(repo, snapshot, tuple(files))
+    return [found[repo] for repo in sorted(found)]
+
+
+def _snapshot(folder: Path) -> Path | None:
+    """The commit `main` points at, else the newest."""
+    try:
+        commit = (folder / "refs" / "main").read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        commit = ""
+    snapshots = [path for path in (folder / "snapshots").glob("*") if path.is_dir()]
+    return max(snapshots, key=lambda path: (path.name == commit, path.stat().st_mtime), default=None)
+
+
+def state_file() -> Path:
+    """`$XDG_DATA_HOME/opsin/models.json`, or its like on macOS and Windows."""
+    return user_data_path("opsin", appauthor=False) / "models.json"
+
+
+def read_default() -> Pair | None:
+    """The pair chosen as default, which may be gone; None when none was. Raises ModelNotFound for a damaged state."""
+    path = state_file()
+    try:
+        default = json.loads(path.read_text(encoding="utf-8"))["default"]
+        if default is None:
+            return None
+        mmproj = default["mmproj"]
+        return Pair(Path(default["llm"]), Path(mmproj) if mmproj else None, str(default["name"]))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ModelNotFound(
+            f"{path} cannot be read or is damaged: delete it, then choose the default again with `opsin models use`"
+        ) from error
+
+
+def write_default(pair: Pair | None) -> None:
+    """Make a pair the default; None makes it the demo model again. Raises ModelNotFound when that cannot be saved."""
+    path = state_file()
+    default = pair and {
+        "name": pair.name,
+        "llm": str(pair.llm.absolute()),
+        "mmproj": str(pair.mmproj.absolute()) if pair.mmproj else None,
+    }
+    try:
+        write_whole(path, json.dumps({"version": 1, "default": default}, indent=2))
+    except OSError as error:
+        raise ModelNotFound(f"the default model cannot be saved to {path}: {error.strerror or error}") from error

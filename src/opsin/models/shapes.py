@@ -17,10 +17,9 @@ WeightType = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
 
 @dataclass(frozen=True, slots=True)
 class VisionShape:
-    """A CLIP-like vision transformer. `image_size` and `patch_size` are pixels, the rest widths and counts.
+    """A CLIP-like vision transformer, in pixels, widths and counts; `merge` × `merge` patches become one image token.
 
-    A square of `merge` × `merge` patches becomes one image token. `grids` are the sizes in pixels that a large image is
-    resized to before it is cut into tiles of `image_size`; without grids an image is one tile.
+    A large image is resized to one of `grids` (pixels) and cut into tiles of `image_size`; without grids it is one.
     """
 
     image_size: int
@@ -40,10 +39,9 @@ class VisionShape:
 
 @dataclass(frozen=True, slots=True)
 class TextShape:
-    """A language model. `context` is the trained length in tokens; the rest are widths and counts.
+    """A language model, in widths and counts. `context` and `window` (of every other layer; 0 for none) are tokens.
 
-    `sections` are the pairs of a head's values that rotate by time, height, width and one more (M-RoPE). `window` is
-    the sliding window of every other layer in tokens; 0 means none.
+    `sections` are the pairs of a head's values that rotate by time, height, width and one more (M-RoPE).
     """
 
     width: int
@@ -66,8 +64,7 @@ class TextShape:
 class PairShape:
     """A vision encoder, a projector and a language model, joined as `family` joins them.
 
-    `contrast` widens the random weights behind attention scores and logits. At 1 a random model attends to all
-    positions almost equally, so a wrong position would hardly show; comparisons need more.
+    `contrast` widens the random weights behind attention scores and logits: at 1 a wrong position would hardly show.
     """
 
     name: str

@@ -3,7 +3,6 @@
 Refuses to know llama.cpp and every room but core.
 """
 
-from opsin.testing.fake_backend import FakeBackend, FakeClock
-from opsin.testing.images import image
+from opsin.testing.fake_backend import FakeBackend, FakeClock, image
 
 __all__ = ["FakeBackend", "FakeClock", "image"]

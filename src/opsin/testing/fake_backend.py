@@ -8,8 +8,9 @@ returns at once, and the time is paid by `synchronize` or by whoever reads the l
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
@@ -23,6 +24,7 @@ from opsin.core.request import (
     Chunk,
     Embedding,
     EmbeddingRows,
+    Image,
     ImageChunk,
     ImagePart,
     Part,
@@ -34,9 +36,14 @@ from opsin.core.request import (
 
 BOS, EOS, TURN = 256, 257, 258
 """Tokens behind the 256 bytes: begin, end, and the mark (written as the character U+001E) where an answer starts."""
+TURN_TEXT, N_VOCAB = "\x1e", 259
 
-TURN_TEXT = "\x1e"
-N_VOCAB = 259
+
+def image(seed: int = 0, width: int = 8, height: int = 6) -> Image:
+    """An image of one colour, chosen by `seed`; equal arguments give equal images."""
+    rgb = hashlib.sha256(str(seed).encode()).digest()[:3] * (width * height)
+    digest = hashlib.sha256(width.to_bytes(4, "little") + height.to_bytes(4, "little") + rgb).hexdigest()
+    return Image(rgb, width, height, digest, "PNG", width, height)
 
 
 class FakeClock:
@@ -66,28 +73,20 @@ class Costs:
 
 
 @dataclass(slots=True)
-class _Sampler:
+class _Handle:
+    """A sampler, or what a tokenized prompt keeps: the backend counts those that are open."""
+
     backend: FakeBackend
-    params: SamplingParams
+    ignore_eos: bool = False
     closed: bool = False
+
+    def __post_init__(self) -> None:
+        self.backend.open_handles += 1
 
     def sample(self, row: int) -> int:
         self.backend.pay()
         token = self.backend.next_token(row)
-        if token == EOS and self.params.ignore_eos:
-            return ord(".")
-        return token
-
-    def close(self) -> None:
-        if not self.closed:
-            self.closed = True
-            self.backend.open_handles -= 1
-
-
-@dataclass(slots=True)
-class _Owned:
-    backend: FakeBackend
-    closed: bool = False
+        return ord(".") if token == EOS and self.ignore_eos else token
 
     def close(self) -> None:
         if not self.closed:
@@ -103,15 +102,11 @@ class _Cell:
     holders: int = 1
 
 
-@dataclass(slots=True)
-class _Cells:
-    """What a sequence remembers."""
-
-    entries: list[_Cell] = field(default_factory=list)
-
-
 class FakeBackend:
     """See the module. `reply` gets the prompt as text, with `<identity>` for each image row, and gives the answer."""
+
+    info = ModelInfo("fake", "fake", "fake", "fake.gguf", "mmproj-fake.gguf", "f16")
+    eog_tokens = frozenset({EOS})
 
     def __init__(
         self,
@@ -124,9 +119,7 @@ class FakeBackend:
         image_tokens: int = 4,
     ) -> None:
         self.reply = reply
-        self._limits = limits or BackendLimits(
-            n_ctx=512, n_batch=64, n_ubatch=64, n_seq_max=8, n_vocab=N_VOCAB, n_embd=4, n_ctx_seq=512
-        )
+        self.limits = limits or BackendLimits(512, 64, 64, n_seq_max=8, n_vocab=N_VOCAB, n_embd=4, n_ctx_seq=512)
         self.clock = clock or FakeClock()
         self.costs = costs or Costs()
         self.asynchronous = asynchronous
@@ -136,26 +129,10 @@ class FakeBackend:
         self.fail_decode: Exception | None = None
         self.open_handles = 0
         self.closed = False
-        self._sequences: dict[int, _Cells] = {}
-        self._rows: list[tuple[int, int]] = []
+        self._sequences: defaultdict[int, list[_Cell]] = defaultdict(list)
+        self._rows: list[tuple[int, int]] = []  # sequence and length of each
         self._debt_ms = 0.0
-        self.cells_used = 0
-        """KV cells in use; shared ones count once."""
-
-    @property
-    def limits(self) -> BackendLimits:
-        """Sizes that plans must keep to."""
-        return self._limits
-
-    @property
-    def info(self) -> ModelInfo:
-        """Names of the pair."""
-        return ModelInfo("fake", "fake", "fake", "fake.gguf", "mmproj-fake.gguf", "f16")
-
-    @property
-    def eog_tokens(self) -> frozenset[int]:
-        """Tokens that end a turn."""
-        return frozenset({EOS})
+        self.cells_used = 0  # shared ones count once
 
     def tokenize(
         self, parts: Sequence[Part], *, add_bos: bool, known: Callable[[str], bool] | None = None
@@ -165,31 +142,28 @@ class FakeBackend:
         images: list[ImageInfo] = []
         tokens: list[int] = [BOS] if add_bos else []
         for part in parts:
-            if isinstance(part, ImagePart):
-                if tokens:
-                    chunks.append(TextChunk(tuple(tokens)))
-                    tokens = []
-                image = part.image
-                identity = f"{image.sha256}:0"
-                placeholder = known is not None and known(identity)
-                size = self.image_tokens
-                chunks.append(ImageChunk(identity, len(images), size, size, placeholder=placeholder))
-                images.append(ImageInfo(image.sha256, image.width, image.height, 8, 8, self.image_tokens))
-                if not placeholder:
-                    self.clock.spend(self.costs.preprocess)
-            else:
-                for byte in part.text.encode():
-                    tokens.append(TURN if part.special and byte == ord(TURN_TEXT) else byte)
+            if not isinstance(part, ImagePart):
+                tokens += (TURN if part.special and byte == ord(TURN_TEXT) else byte for byte in part.text.encode())
+                continue
+            if tokens:
+                chunks.append(TextChunk(tuple(tokens)))
+                tokens = []
+            image, size = part.image, self.image_tokens
+            identity = f"{image.sha256}:0"
+            placeholder = known is not None and known(identity)
+            chunks.append(ImageChunk(identity, len(images), size, size, placeholder=placeholder))
+            images.append(ImageInfo(image.sha256, image.width, image.height, 8, 8, size))
+            if not placeholder:
+                self.clock.spend(self.costs.preprocess)
         if tokens:
             chunks.append(TextChunk(tuple(tokens)))
-        self.open_handles += 1
-        return TokenizedPrompt(tuple(chunks), tuple(images), _Owned(self))
+        return TokenizedPrompt(tuple(chunks), tuple(images), _Handle(self))
 
     def encode(self, chunk: ImageChunk, between: Callable[[], None] | None = None) -> Embedding:
         """Rows that say which image and which row they are."""
         assert not chunk.placeholder, "a placeholder has nothing to encode"
-        if self.fail_encode is not None:
-            error, self.fail_encode = self.fail_encode, None
+        error, self.fail_encode = self.fail_encode, None
+        if error is not None:
             raise EncodeFailed(str(error)) from error
         if between is not None:
             between()
@@ -201,30 +175,30 @@ class FakeBackend:
 
     def encode_many(self, chunks: Sequence[ImageChunk]) -> list[Embedding]:
         """All in the time of one."""
-        before = self.clock()
         embeddings = [self.encode(chunk) for chunk in chunks]
-        spent_ms = (self.clock() - before) * 1e3
-        self.clock.spend(self.costs.encode - spent_ms)
+        self.clock.spend(-self.costs.encode * (len(chunks) - 1))
         return embeddings
 
     def decode(self, rows: TokenBatch | EmbeddingRows) -> bool:
         """Append to the sequences' cells, checking what llama.cpp would abort on."""
-        if self.fail_decode is not None:
-            error, self.fail_decode = self.fail_decode, None
+        error, self.fail_decode = self.fail_decode, None
+        if error is not None:
             raise DecodeFailed(str(error)) from error
         count = len(rows.rows) if isinstance(rows, EmbeddingRows) else len(rows.tokens)
-        assert 0 < count <= self._limits.n_ubatch, "a ubatch holds 1 to n_ubatch rows"
-        if self.cells_used + count > self._limits.n_ctx:
+        assert 0 < count <= self.limits.n_ubatch, "a ubatch holds 1 to n_ubatch rows"
+        if self.cells_used + count > self.limits.n_ctx:
             return False
         self.pay()
         self._rows = []
         if isinstance(rows, EmbeddingRows):
-            self._append_image(rows)
+            for row, pos in zip(rows.rows, rows.positions[0], strict=True):
+                self._append(rows.seq_id, int(pos), f"<{int(row[0])}.{int(row[1])}>")
+            self._rows = [(rows.seq_id, len(self._sequences[rows.seq_id]))] * count
             self._owe(self.costs.image_token * count)
         else:
             for token, pos, seq_id in zip(rows.tokens, rows.positions, rows.seq_ids, strict=True):
                 self._append(seq_id, pos, token)
-                self._rows.append((seq_id, len(self._sequences[seq_id].entries)))
+                self._rows.append((seq_id, len(self._sequences[seq_id])))
             self._owe(self.costs.decode if len(rows.outputs) == count else self.costs.text_token * count)
         return True
 
@@ -240,15 +214,14 @@ class FakeBackend:
     def sampler(self, params: SamplingParams, seed: int) -> Sampler:  # noqa: ARG002 - the fake draws nothing
         """Follows the reply."""
         self.check(params)
-        self.open_handles += 1
-        return _Sampler(self, params)
+        return _Handle(self, params.ignore_eos)
 
     def sample(self, samples: Sequence[Sample]) -> list[tuple[int, TokenLogprob | None] | OpsinError]:
         """Each follows its reply."""
         results: list[tuple[int, TokenLogprob | None] | OpsinError] = []
         for sampler, row, top in samples:
             try:
-                token = cast(_Sampler, sampler).sample(row)
+                token = cast(_Handle, sampler).sample(row)
                 results.append((token, None if top is None else self.logprobs(row, token, top)))
             except OpsinError as error:
                 results.append(error)
@@ -267,29 +240,28 @@ class FakeBackend:
 
     def kv_remove(self, seq_id: int, start: int, end: int) -> bool:
         """Cut a sequence's cells."""
-        cells = self._sequences.setdefault(seq_id, _Cells())
-        gone = slice(start, len(cells.entries) if end < 0 else end)
-        for cell in cells.entries[gone]:
+        cells = self._sequences[seq_id]
+        gone = slice(start, len(cells) if end < 0 else end)
+        for cell in cells[gone]:
             cell.holders -= 1
             self.cells_used -= cell.holders == 0
-        del cells.entries[gone]
-        if not cells.entries:
+        del cells[gone]
+        if not cells:
             del self._sequences[seq_id]
         return True
 
     def kv_copy(self, source: int, target: int, start: int, end: int) -> None:
         """Copy cells to the end of another sequence."""
-        entries = self._sequences.setdefault(source, _Cells()).entries
-        held = self._sequences.setdefault(target, _Cells()).entries
+        cells, held = self._sequences[source], self._sequences[target]
         assert len(held) == start, "a copy continues where the target ends"
-        shared = entries[start : len(entries) if end < 0 else end]
+        shared = cells[start : len(cells) if end < 0 else end]
         for cell in shared:
             cell.holders += 1
         held.extend(shared)
 
     def kv_last(self, seq_id: int) -> int:
         """The last position held, -1 for none."""
-        return len(self._sequences.get(seq_id, _Cells()).entries) - 1
+        return len(self._sequences.get(seq_id, ())) - 1
 
     def placement(self) -> Placement:
         """All on one made-up device."""
@@ -313,7 +285,7 @@ class FakeBackend:
     def next_token(self, row: int) -> int:
         """The reply's next byte for the sequence of a batch row; EOS behind its end."""
         seq_id, length = self._rows[row]
-        entries = [cell.entry for cell in self._sequences[seq_id].entries[:length]]
+        entries = [cell.entry for cell in self._sequences[seq_id][:length]]
         turn = max((i for i, entry in enumerate(entries) if entry == TURN), default=-1)
         prompt = "".join(_text(entry) for entry in entries[: turn + 1])
         answer = self.reply(prompt).encode()
@@ -326,17 +298,11 @@ class FakeBackend:
             self.pay()
 
     def _append(self, seq_id: int, pos: int, entry: int | str) -> None:
-        assert 0 <= seq_id < self._limits.n_seq_max, "a sequence id is below n_seq_max"
-        cells = self._sequences.setdefault(seq_id, _Cells())
-        assert pos == len(cells.entries), f"position {pos} follows {len(cells.entries) - 1}"
-        cells.entries.append(_Cell(entry))
+        assert 0 <= seq_id < self.limits.n_seq_max, "a sequence id is below n_seq_max"
+        cells = self._sequences[seq_id]
+        assert pos == len(cells), f"position {pos} follows {len(cells) - 1}"
+        cells.append(_Cell(entry))
         self.cells_used += 1
-
-    def _append_image(self, rows: EmbeddingRows) -> None:
-        for row, pos in zip(rows.rows, rows.positions[0], strict=True):
-            self._append(rows.seq_id, int(pos), f"<{int(row[0])}.{int(row[1])}>")
-        length = len(self._sequences[rows.seq_id].entries)
-        self._rows = [(rows.seq_id, length)] * len(rows.rows)
 
 
 def _text(entry: int | str) -> str:

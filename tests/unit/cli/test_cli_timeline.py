@@ -5,7 +5,7 @@ import io
 
 from rich.console import Console
 
-from opsin.cli.timeline import BAR, timeline
+from opsin.cli.ask import BAR, timeline
 from opsin.core.answer import Answer, ImageInfo, Stages, Timings, Usage
 from opsin.core.placement import BackendShare, Placement
 

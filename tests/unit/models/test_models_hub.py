@@ -17,7 +17,7 @@ from opsin.core.errors import DownloadFailed, ModelNotFound, PairMismatch
 from opsin.models import Pair, resolve
 from opsin.models.hub import Hub, HubFile, HubRepo, choose, pull
 from opsin.models.registry import Wanted, look_up
-from opsin.models.store import read_default
+from opsin.models.resolve import read_default
 
 pytestmark = pytest.mark.slow  # together they take seconds, so `make check` leaves them out
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from opsin.models.naming import best_model, best_projectors, is_model, is_projector, part_names, stem, take_apart
+from opsin.models.gguf import best_model, best_projectors, is_model, is_projector, part_names, stem, take_apart
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 
 from opsin.core.errors import BadParameter, ModelNotFound, ModelUnreadable, OpsinError, PairMismatch
 from opsin.models import Pair, demo_pair, list_models, locate, resolve
-from opsin.models.store import cached_repos, hub_cache, read_default, state_file, write_default
+from opsin.models.resolve import cached_repos, hub_cache, read_default, state_file, write_default
 
 
 def put(cache: Path, repo: str, files: dict[str, Path], commit: str = "c" * 40) -> Path:
