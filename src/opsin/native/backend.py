@@ -14,9 +14,9 @@ from opsin.core.prompt import TextPart
 from opsin.native import logs
 from opsin.native.constraint import Constraints
 from opsin.native.context import Context, token_logprob
+from opsin.native.devices import pause_threads
 from opsin.native.model import Model
 from opsin.native.sampler import NativeSampler
-from opsin.native.threads import pause_threads
 from opsin.native.tokenize import TextSpans, tokenize_prompt, tokenize_text
 from opsin.native.vision import Encoder
 

@@ -19,8 +19,8 @@ from opsin.core.errors import BadImage, BadInput, EncodeFailed, NativeMismatch
 from opsin.core.prompt import ImagePart, TextPart
 from opsin.core.tokens import Chunk, ImageChunk, TextChunk, TokenizedPrompt
 from opsin.native import logs
-from opsin.native.abi import ADVICE
 from opsin.native.handles import Owned
+from opsin.native.library import ADVICE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -191,7 +191,7 @@ class _Prompt:
                 mtmd.mtmd_bitmap_set_id(bitmap, str(number).encode())
                 parts.append(mtmd.mtmd_input_part(None, bitmap))
             pointers = (ctypes.POINTER(mtmd.mtmd_input_part) * len(parts))(*map(ctypes.pointer, parts))
-            mark = logs.SINK.mark()
+            mark = logs.SINK.mark
             code = mtmd.mtmd_tokenize_from_parts(self._encoder.pointer, chunks, pointers, len(parts), False)
         if code != 0:
             raise BadImage(

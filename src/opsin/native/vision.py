@@ -9,11 +9,10 @@ import numpy as np
 
 from opsin.core.errors import BadParameter, EncodeFailed, ModelUnreadable, PairMismatch
 from opsin.native import logs
-from opsin.native.devices import devices, pick
+from opsin.native.devices import default_threads, devices, pick
 from opsin.native.ggml import EncodeSteps, EvalHook, floats
 from opsin.native.handles import Owned
 from opsin.native.projector import fingerprint, read_projector
-from opsin.native.threads import default_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -68,7 +67,7 @@ class Encoder:
         self.mrope: bool = self.lib.mtmd.mtmd_decode_use_mrope(self.pointer)
 
     def _open(self, params: Any) -> Owned:
-        mark = logs.SINK.mark()
+        mark = logs.SINK.mark
         pointer = self.lib.mtmd.mtmd_init_from_file(str(self.path).encode(), self._model.pointer, params)
         logs.SINK.raise_interrupt()
         if not pointer:
@@ -99,7 +98,7 @@ class Encoder:
 
     def observed(self, run: ImageChunk, observer: Observer | None) -> Embedding:
         """Encode while `observer` looks at the nodes; what it raises is raised here and the embedding is lost."""
-        chunk, mark = run.handle.pointer, logs.SINK.mark()
+        chunk, mark = run.handle.pointer, logs.SINK.mark
         with self._hook.observing(observer):
             code = self.lib.mtmd.mtmd_encode_chunk(self.pointer, chunk)
         _require(code == 0, f"returned {code} ({logs.SINK.cause(mark)})")
@@ -114,7 +113,7 @@ class Encoder:
 
     def _encode_some(self, runs: Sequence[ImageChunk]) -> list[Embedding]:
         """Embeddings of as many of the first chunks as share a batch; mtmd compares token counts, not pixel sizes."""
-        mtmd, sizes, mark = self.lib.mtmd, runs[0].handle.meta.sizes, logs.SINK.mark()
+        mtmd, sizes, mark = self.lib.mtmd, runs[0].handle.meta.sizes, logs.SINK.mark
         batch = mtmd.mtmd_batch_init(self.pointer)
         try:
             group: list[ImageChunk] = []

@@ -12,10 +12,9 @@ import pytest
 from opsin.core.backend import EmbeddingRows, TokenBatch
 from opsin.core.errors import BadParameter, EngineClosed
 from opsin.native.context import BatchArrays
-from opsin.native.devices import Device, pick
+from opsin.native.devices import Device, default_threads, physical_cores, pick
 from opsin.native.handles import Owned
 from opsin.native.projector import fingerprint
-from opsin.native.threads import default_threads, physical_cores
 from opsin.native.tokenize import parse_meta
 
 
