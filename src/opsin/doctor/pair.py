@@ -16,7 +16,7 @@ from opsin.models.gguf import read_header
 from opsin.models.naming import parts_of, stem
 from opsin.models.registry import is_known, look_up
 from opsin.prompt import Message, PromptBuilder, TemplateSource
-from opsin.prompt.builtin import choose
+from opsin.prompt.template import choose
 
 # Tokens of a prompt beside its image (system sentence, markers, a question), and of an answer.
 _TEXT_TOKENS, _ANSWER_TOKENS = 64, 256
