@@ -24,7 +24,7 @@ from opsin.core.server_settings import ServerSettings
 from opsin.core.settings import ImageSettings
 from opsin.images import read_data_url
 from opsin.images.fetch import Resolver, fetch, system_addresses
-from opsin.images.limits import check_bytes
+from opsin.images.source import check_bytes
 from opsin.server.decoder import Decoder
 from opsin.server.pixels import Holder, PixelBudget, current_holder
 
