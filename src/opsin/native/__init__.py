@@ -7,16 +7,7 @@ Refuses to know: requests, schedules, prompts and templates, files other than th
 """
 
 from opsin.native.backend import NativeBackend, open_backend
-from opsin.native.devices import (
-    COMMIT,
-    PACKAGE,
-    PINNED,
-    Build,
-    Device,
-    build_info,
-    cpu_features,
-    devices,
-)
+from opsin.native.devices import COMMIT, PACKAGE, PINNED, Build, Device, build_info, cpu_features, devices
 
 __all__ = [
     "COMMIT",

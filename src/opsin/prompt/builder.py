@@ -184,7 +184,7 @@ class PromptBuilder:
             as_list = able.system == "list"
         if able.lists and any(isinstance(part, Image) for part in parts):
             as_list = True
-        texts = []
+        texts: list[str] = []
         for is_image, group in groupby(parts, lambda part: isinstance(part, Image)):
             if is_image:
                 texts += map(placeholders.place, group)
