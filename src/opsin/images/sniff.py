@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import re
 
 from opsin.core.errors import BadImage, ImageUnsupported
@@ -76,10 +77,9 @@ def image_format(data: bytes, name: str) -> str:
     for what, remedy, pattern in _REFUSED:
         if pattern.match(head):
             raise ImageUnsupported(f"{name} is {what}, which cannot be read; {remedy}.")
-    # Text holds no control characters, and is UTF-8, of which the last character may be cut in two.
-    try:
+    what = "no image of a known kind, or its beginning is damaged"
+    with contextlib.suppress(UnicodeDecodeError):
+        # UTF-8 without control characters is text; the last character may be cut in two.
         codecs.getincrementaldecoder("utf-8")().decode(head)
-        what = "no image of a known kind" if _CONTROL.search(head) else "a text file, not an image"
-    except UnicodeDecodeError:
-        what = "no image of a known kind, or its beginning is damaged"
+        what = what if _CONTROL.search(head) else "a text file, not an image"
     raise BadImage(f"{name} is {what}; {_OTHER}.")
