@@ -113,6 +113,7 @@ class PromptBuilder:
             self._stop += ("USER:",)
         self.reasoning = find_style(source, text)
         """How this model marks its thoughts; None where it has none."""
+        _ = self._template.abilities, self._thinks_apart  # found out by rendering: now, not at the first request
 
     def build(
         self,
