@@ -13,12 +13,9 @@ from opsin.engine import Engine, Policy, Wake, Watch, unwatched, wake_readers
 from opsin.models import Pair, resolve
 from opsin.models.facts import read_facts
 from opsin.native import Device, NativeBackend, cpu_features, devices, open_backend
-from opsin.native.device_rate import DeviceRate, measure_device
-from opsin.native.devices import free_memory
+from opsin.native.devices import DeviceRate, free_memory, measure_device
 from opsin.native.memory import MemoryPlanner
-from opsin.native.parent import end_with_parent
-from opsin.native.records import fingerprint
-from opsin.native.trial import ensure_loadable
+from opsin.native.trial import end_with_parent, ensure_loadable, fingerprint
 from opsin.prompt import PromptBuilder, TemplateSource
 
 __all__ = ["Runtime", "end_with_parent", "gpu_names", "open_backend", "open_runtime", "template_source"]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from opsin.core.errors import NativeMismatch
-from opsin.native import abi
+from opsin.native import library as abi
 from opsin.native.library import library
 
 ALTERED = [(struct, field) for struct, fields in abi.DEFAULTS.items() for field in fields]

@@ -6,7 +6,8 @@ import pytest
 
 from opsin.core.errors import NativeMismatch
 from opsin.doctor.build import build_checks
-from opsin.native import COMMIT, PINNED, abi, build_info
+from opsin.native import COMMIT, PINNED, build_info
+from opsin.native.library import ADVICE
 
 
 def test_the_installed_library_tells_versions_backends_and_devices() -> None:
@@ -27,7 +28,7 @@ def test_its_instructions_are_told_without_their_values() -> None:
 
 def test_a_library_that_does_not_load_is_told_and_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> None:
-        raise NativeMismatch(f"The installed llama.cpp library lacks llama_decode: {abi.ADVICE}.")
+        raise NativeMismatch(f"The installed llama.cpp library lacks llama_decode: {ADVICE}.")
 
     monkeypatch.setitem(build_info.__globals__, "library", refuse)
     build = build_info()

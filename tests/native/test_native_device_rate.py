@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from opsin.core.errors import ModelError
-from opsin.native import device_rate, devices
-from opsin.native.device_rate import measure_device
-from opsin.native.devices import Device
+from opsin.native import devices
+from opsin.native.devices import Device, measure_device
 
 
 class Ggml:
@@ -54,7 +53,7 @@ def measured(
     monkeypatch: pytest.MonkeyPatch, kind: str, seconds: Callable[[int], float], free: int = 0, **answers: int
 ) -> tuple[Any, Ggml]:
     clock = [0.0]
-    monkeypatch.setattr(device_rate, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setitem(measure_device.__globals__, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     ggml = Ggml(clock, seconds, **answers)
     device = Device("DEV0", "a device", kind, free, free, 7)
     try:
@@ -109,7 +108,7 @@ def test_a_device_that_fails_is_told_in_a_sentence(
 
 
 def test_the_devices_of_this_machine_have_rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_rate, "_SECONDS", 0.05)
+    monkeypatch.setitem(measure_device.__globals__, "_SECONDS", 0.05)
     found = [device for device in devices() if device.type in {"cpu", "gpu", "igpu"}]
     assert any(device.type == "cpu" for device in found)
     for device in found:

@@ -74,7 +74,7 @@ def test_a_character_may_arrive_broken() -> None:
 def test_the_cause_prefers_errors_and_starts_at_the_mark() -> None:
     sink = logs.LogSink(logging.getLogger("opsin.native.test"))
     sink.write(4, b"old error\n")
-    mark = sink.mark()
+    mark = sink.mark
     sink.write(3, b"a warning\n")
     assert sink.cause(mark) == "a warning"
     sink.write(4, b"new error\n")

@@ -30,7 +30,7 @@ def test_a_header_is_read_whole(tmp_path: Path) -> None:
     data = header(PAIRS, 3, TENSOR, 1)
     path.write_bytes(data.ljust(-(-len(data) // 32) * 32, b"\0") + bytes(64 * 64 * 2))
     file = read_projector(path)
-    assert (file.architecture, file.kind, file.all_f32) == ("clip", "mlp", False)
+    assert (file.architecture, file.kind) == ("clip", "mlp")
     assert file.header_bytes == -(-len(data) // 32) * 32
 
 

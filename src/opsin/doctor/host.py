@@ -13,9 +13,8 @@ from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from opsin.native.devices import control_groups
+from opsin.native.devices import control_groups, physical_cores
 from opsin.native.devices import read_system_file as read
-from opsin.native.threads import physical_cores
 
 AMD = "0x1002"
 TOOLS = ("nvcc", "hipconfig", "glslc", "uv")

@@ -15,7 +15,7 @@ from opsin.models.facts import pair_facts
 from opsin.models.gguf import parts_of, read_header, stem
 from opsin.models.registry import is_known, look_up
 from opsin.prompt import Message, PromptBuilder, TemplateSource
-from opsin.prompt.builtin import choose
+from opsin.prompt.template import choose
 
 # Tokens of a prompt beside its image (system sentence, markers, a question), and of an answer.
 _TEXT_TOKENS, _ANSWER_TOKENS = 64, 256

@@ -15,7 +15,7 @@ from opsin.doctor.build import in_software
 from opsin.doctor.check import Check, Status, means_cpu, serve_command
 from opsin.native.devices import HOST, Device
 from opsin.native.memory import as_flags
-from opsin.native.records import keep_record, read_record, record_file
+from opsin.native.trial import keep_record, read_record, record_file
 
 _PLACEMENT = TypeAdapter(Placement)
 _FLASH = {"encoder": "vision_flash_attention", "language_model": "flash_attention"}

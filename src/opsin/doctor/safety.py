@@ -15,8 +15,7 @@ from opsin.doctor.pair import PairInfo
 from opsin.native import Device, devices
 from opsin.native.devices import free_memory
 from opsin.native.memory import FULL, MemoryPlanner, as_flags, needed_by_device, size_text
-from opsin.native.records import fingerprint, keep_record, read_record, record_file
-from opsin.native.trial import Trial, try_pair
+from opsin.native.trial import Trial, fingerprint, keep_record, read_record, record_file, try_pair
 
 _NAME = "safety.trial"
 _MEANING = {

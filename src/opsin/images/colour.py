@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from opsin.core.errors import BadImage
-from opsin.images.limits import check_size
+from opsin.images.source import check_size
 
 if TYPE_CHECKING:
     import numpy as np

@@ -1,4 +1,4 @@
-"""Bytes of an image file in, upright RGB pixels out, through the one decoder that the first bytes name.
+"""Whatever the caller has in, an upright RGB image out, through the one decoder that the first bytes name.
 
 Decoders are called directly, never through `PIL.Image.open`: no other plugin gets to see the bytes, and Pillow's own
 process-wide pixel limit does not stand beside ours.
@@ -6,22 +6,26 @@ process-wide pixel limit does not stand beside ours.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib
 import io
 import logging
+import os
 import re
 import struct
+import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from opsin.core.errors import BadImage, ImageTooLarge, ImageUnsupported, OpsinError
+from opsin.core.errors import BadImage, BadParameter, FetchFailed, ImageTooLarge, ImageUnsupported, OpsinError
 from opsin.core.request import Image
-from opsin.images.colour import flatten
-from opsin.images.limits import check_bytes, check_size, damaged
+from opsin.images.colour import flatten, flatten_array
 from opsin.images.sniff import image_format
+from opsin.images.source import check_bytes, check_size, damaged, read_data_url, read_file, show
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -30,6 +34,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("opsin.images")
 
+_NAME = "The image"
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 _ORIENTATION_TAG = 0x0112
 _DNG_VERSION_TAG = 0xC612
 _TILE_TAGS = (0x0142, 0x0143)
@@ -60,7 +66,7 @@ class OpenImage:
     ImageUnsupported, ImageTooLarge, or BadImage for bytes that are damaged.
     """
 
-    def __init__(self, data: bytes, settings: ImageSettings, name: str = "The image") -> None:
+    def __init__(self, data: bytes, settings: ImageSettings, name: str = _NAME) -> None:
         check_bytes(len(data), name, settings)
         self._data, self._name, self._settings = data, name, settings
         self._kind = image_format(data, name)
@@ -138,6 +144,76 @@ class OpenImage:
             image.draft(None, (max(1, self.width // 8), max(1, self.height // 8)))
             thumbnails.append(image.tobytes())
         return thumbnails[0] != thumbnails[1]
+
+
+# Pillow images and NumPy arrays count too, but naming them here would import both.
+Source: TypeAlias = str | os.PathLike[str] | bytes | bytearray | memoryview | Image | OpenImage | Any
+
+
+def load_image(source: Source, settings: ImageSettings, longest_edge: int | None = None) -> Image:
+    """Turn `source` into a checked image: decoded, upright, opaque on white, within limits, with its identity.
+
+    `source` is a path, the bytes of a file, a Pillow image (its current frame), a NumPy array ((h, w), (h, w, 3) or
+    (h, w, 4); uint8, uint16 or floats 0..1), a `data:` address, with `settings.fetch` an http(s) address, an
+    OpenImage, or an image, which is returned as it is; it is never changed. EXIF orientation is applied; colour
+    profiles (ICC) are not. An image larger than `longest_edge` pixels is shrunk. May be called from any thread.
+
+    `fetch_ms` is the time to get the bytes, `decode_ms` all the rest, both wall time in milliseconds. Raises
+    BadImage, ImageTooLarge, ImageUnsupported, FetchFailed, or BadParameter for a source of another type.
+    """
+    if isinstance(source, Image):
+        return source
+    begin = time.perf_counter()
+    name, opened = _read(source, settings)
+    fetched = time.perf_counter()
+    if isinstance(opened, bytes):
+        opened = OpenImage(opened, settings, name)
+    # Neither Pillow nor NumPy is imported for a source that is neither.
+    pil, numpy = sys.modules.get("PIL.Image"), sys.modules.get("numpy")
+    if isinstance(opened, OpenImage):
+        image = opened.decode(longest_edge)
+    elif pil is not None and isinstance(opened, pil.Image):
+        check_size(opened.width, opened.height, _NAME, settings)
+        image = make_image(opened, opened.format or "PIL", _NAME, longest_edge)
+    elif numpy is not None and isinstance(opened, numpy.ndarray):
+        flat, notes = flatten_array(opened, "The array", settings)
+        image = make_image(flat, "array", _NAME, longest_edge, notes)
+    else:
+        raise BadParameter(
+            f"A {type(source).__name__} is no image: give a path, bytes, a Pillow image, a NumPy array or an address."
+        )
+    decoded = time.perf_counter()
+    return dataclasses.replace(image, fetch_ms=(fetched - begin) * 1e3, decode_ms=(decoded - fetched) * 1e3)
+
+
+def _read(source: Source, settings: ImageSettings) -> tuple[str, Any]:
+    """A name for error sentences, and the bytes of a file; a source that is open already comes back as it is."""
+    if isinstance(source, bytes | bytearray | memoryview):
+        check_bytes(memoryview(source).nbytes, _NAME, settings)
+        return _NAME, bytes(source)
+    if isinstance(source, os.PathLike):
+        return show(source), read_file(source, settings)
+    if not isinstance(source, str):
+        return _NAME, source
+    if source[:5].lower() == "data:":
+        return "The data: address", read_data_url(source, settings)
+    scheme = _SCHEME.match(source)
+    if scheme is None:
+        if not source:
+            raise BadImage("The path of the image is empty; give a file.")
+        return show(source), read_file(source, settings)
+    if scheme[1].lower() not in {"http", "https"}:
+        raise FetchFailed(
+            f"Addresses that begin with {show(scheme[0])} are not read; use http:// or https://, or give a file's path."
+        )
+    if not settings.fetch:
+        raise FetchFailed(
+            "Images are not fetched from addresses unless ImageSettings.fetch or --fetch-images says so; "
+            "switch it on, or give the file itself."
+        )
+    from opsin.images.fetch import fetch, show_url
+
+    return show_url(source), fetch(source, settings)
 
 
 def make_image(

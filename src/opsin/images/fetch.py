@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import httpx
 
 from opsin.core.errors import FetchFailed
-from opsin.images.limits import check_bytes, show
+from opsin.images.source import check_bytes, show
 
 if TYPE_CHECKING:
     from opsin.core.settings import ImageSettings

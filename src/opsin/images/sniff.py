@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import re
 
 from opsin.core.errors import BadImage, ImageUnsupported
-from opsin.images.limits import SUPPORTED
 
+SUPPORTED = "PNG, JPEG, WebP, AVIF, HEIC, BMP, TIFF and GIF are read"
 _PAGES = "turn its pages into images first, for example with: pdftoppm -png FILE page"
 _VIDEO = "take still images from it first, for example with: ffmpeg -i FILE frame-%04d.png"
 _AUDIO = f"only images can be asked about ({SUPPORTED})"
 _UNPACK = "unpack it and give the images inside"
 _RENDER = f"save it as PNG first ({SUPPORTED})"
 _OTHER = f"give an image ({SUPPORTED})"
+
+
+_CONTROL = re.compile(rb"[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f]")
 
 
 def _begins(pattern: bytes) -> re.Pattern[bytes]:
@@ -36,23 +40,22 @@ _REFUSED = (
     ("a camera's raw file", _RENDER, _begins(rb"II\*\0|MM\0\*|.{4}ftypcrx |FUJIFILMCCD-RAW")),
     ("an audio file", _AUDIO, _begins(rb".{4}ftyp(M4[ABP]|F4[AB]) |.{8}(WAVE|AIFF)|ID3|fLaC|MThd")),
     ("an MPEG-4 or QuickTime video", _VIDEO, _begins(rb".{4}(ftyp|moov|mdat)")),
-    ("a Matroska or WebM video", _VIDEO, _begins(rb"\x1a\x45\xdf\xa3")),
-    ("an AVI video", _VIDEO, _begins(rb".{8}AVI ")),
+    ("a Matroska, WebM or AVI video", _VIDEO, _begins(rb"\x1a\x45\xdf\xa3|.{8}AVI ")),
     ("an MPEG video", _VIDEO, _begins(rb"\0\0\x01[\xba\xb3]|G.{187}G.{187}(G|\Z)")),
     ("an Ogg audio or video file", _AUDIO, _begins(rb"OggS")),
-    ("a PDF document", _PAGES, _begins(rb".{0,1020}%PDF-")),
-    ("a PostScript document", _PAGES, _begins(rb"%!PS")),
+    ("a PDF or PostScript document", _PAGES, _begins(rb".{0,1020}%PDF-|%!PS")),
     ("a Photoshop file", _RENDER, _begins(rb"8BPS")),
     ("an icon or a cursor", _RENDER, _begins(rb"\0\0[\x01\x02]\0|icns")),
-    ("a JPEG XL image", _RENDER, _begins(rb"\xff\x0a|\0\0\0\x0cJXL ")),
-    ("a JPEG 2000 image", _RENDER, _begins(rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51")),
+    ("a JPEG XL or JPEG 2000 image", _RENDER, _begins(rb"\xff\x0a|\0\0\0\x0c(JXL |jP  )|\xff\x4f\xff\x51")),
     ("an OpenEXR or Radiance HDR image", _RENDER, _begins(rb"\x76\x2f\x31\x01|#\?RADIANCE")),
     ("a DICOM file", _RENDER, _begins(rb".{128}DICM")),
     ("a PNM image", _RENDER, _begins(rb"P[1-7][\s#]+\d")),
-    ("a ZIP archive or an Office document", _UNPACK, _begins(rb"PK\x03\x04")),
-    ("a tar archive", _UNPACK, _begins(rb".{257}ustar")),
-    ("an archive", _UNPACK, _begins(rb"\x1f\x8b|BZh|\xfd7zXZ\0|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd")),
-    ("an Office document", _RENDER, _begins(rb"\xd0\xcf\x11\xe0")),
+    ("a ZIP archive or an Office document", _UNPACK, _begins(rb"PK\x03\x04|\xd0\xcf\x11\xe0")),
+    (
+        "a tar archive or a packed file",
+        _UNPACK,
+        _begins(rb".{257}ustar|\x1f\x8b|BZh|\xfd7zXZ\0|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd"),
+    ),
     ("a GGUF model file", _OTHER, _begins(rb"GGUF")),
     ("a NumPy file", "load it and hand over the array", _begins(rb"\x93NUMPY")),
     ("a program", _OTHER, _begins(rb"\x7fELF|MZ")),
@@ -74,17 +77,9 @@ def image_format(data: bytes, name: str) -> str:
     for what, remedy, pattern in _REFUSED:
         if pattern.match(head):
             raise ImageUnsupported(f"{name} is {what}, which cannot be read; {remedy}.")
-    if not _is_text(head):
-        raise BadImage(f"{name} is no image of a known kind, or its beginning is damaged; {_OTHER}.")
-    raise BadImage(f"{name} is a text file, not an image; {_OTHER}.")
-
-
-def _is_text(head: bytes) -> bool:
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return True
-    try:
-        # Not final: the last character may be cut in two.
-        text = codecs.getincrementaldecoder("utf-8-sig")().decode(head)
-    except UnicodeDecodeError:
-        return False
-    return not any(ord(char) < 32 and char not in "\t\n\r\f\x1b" for char in text)
+    what = "no image of a known kind, or its beginning is damaged"
+    with contextlib.suppress(UnicodeDecodeError):
+        # UTF-8 without control characters is text; the last character may be cut in two.
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+        what = what if _CONTROL.search(head) else "a text file, not an image"
+    raise BadImage(f"{name} is {what}; {_OTHER}.")

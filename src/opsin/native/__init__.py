@@ -7,8 +7,7 @@ Refuses to know: requests, schedules, prompts and templates, files other than th
 """
 
 from opsin.native.backend import NativeBackend, open_backend
-from opsin.native.build_info import COMMIT, PACKAGE, PINNED, Build, build_info, cpu_features, features_of
-from opsin.native.devices import Device, devices
+from opsin.native.devices import COMMIT, PACKAGE, PINNED, Build, Device, build_info, cpu_features, devices
 
 __all__ = [
     "COMMIT",
@@ -20,6 +19,5 @@ __all__ = [
     "build_info",
     "cpu_features",
     "devices",
-    "features_of",
     "open_backend",
 ]

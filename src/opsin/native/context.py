@@ -21,9 +21,9 @@ from opsin.core.ggml_types import KV_TYPES
 from opsin.core.request import EmbeddingRows, TextPart
 from opsin.core.settings import CTX_PER_SEQUENCE
 from opsin.native import logs
+from opsin.native.devices import default_threads
 from opsin.native.model import Owned, floats
 from opsin.native.sampler import NativeSampler
-from opsin.native.threads import default_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -95,7 +95,7 @@ class Context:
         params.swa_full = True
         if callback is not None:
             params.cb_eval = callback
-        mark = logs.SINK.mark()
+        mark = logs.SINK.mark
         pointer = llama.llama_init_from_model(model.pointer, params)
         logs.SINK.raise_interrupt()
         if not pointer:
@@ -162,7 +162,7 @@ class Context:
         if causal != self._causal:
             self._llama.llama_set_causal_attn(pointer, causal)
             self._causal = causal
-        mark = logs.SINK.mark()
+        mark = logs.SINK.mark
         code = self._llama.llama_decode(pointer, batch)
         if code == 1:
             return False

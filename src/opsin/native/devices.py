@@ -1,20 +1,48 @@
-"""The devices that this build of ggml can compute on."""
+"""What the installed llama.cpp can compute on: its build, its devices, their free memory and rates, and CPU cores."""
 
 from __future__ import annotations
 
 import ctypes
+import math
+import os
 import re
+import subprocess
+import sys
+import time
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-from opsin.core.errors import BadParameter
-from opsin.native.library import Library, library
+from opsin.core.errors import BadParameter, ModelError, NativeMismatch
+from opsin.native.ggml import InitParams
+from opsin.native.library import ADVICE, VERSION, Library, library
 
-_TYPES = {0: "cpu", 1: "gpu", 2: "igpu", 3: "accel", 4: "meta"}
+PACKAGE = "llama-cpp-python"
+PINNED = VERSION
+COMMIT = "0c1e57098"  # the llama.cpp that the pinned version carries, by its change log
 CPU_NAMES = frozenset({"none", "cpu"})
 HOST = "CPU"
 """The name under which the memory of the host is counted."""
+
+_TYPES = {0: "cpu", 1: "gpu", 2: "igpu", 3: "accel", 4: "meta"}
+# What `assert` calls on Linux and macOS: with -DNDEBUG, as in a release build, nothing does.
+_ASSERTS = (b"__assert_fail", b"__assert_rtn")
+# Below this, threads wait for each other longer than they compute: measured with the 4 M demo model on 2 cores, a
+# decode step takes 0.25 ms with one thread and 0.36 with two, and 9 ms with two when other programs use the cores.
+_SMALL_PARAMETERS = 20_000_000
+_PAUSE_SOFT = 1  # omp_pause_soft: what was set stays
+
+_F32, _F16 = 0, 1  # ggml_type
+_MATRICES = 4
+_SECONDS = 0.3  # of measuring for each product
+# [width, rows, columns]; a GPU that finishes the first at once gets the second, 256 times the work.
+_SIZES = ((1024, 1024, 128), (4096, 4096, 2048))
+_VECTOR_WIDTH = 8192
+_VECTOR_BYTES = 256 * 2**20  # larger than the caches of what is in use
+_FILL = 0x11  # bytes of a small normal number in f16 and f32: denormal numbers are slow on some CPUs
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +60,78 @@ class Device:
     def is_gpu(self) -> bool:
         """Whether layers can be offloaded to it."""
         return self.type in {"gpu", "igpu"}
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """The library as it is installed. `error` says why it cannot be used.
+
+    `version` is llama-cpp-python's, `commit` is ggml's. `backends` are the compiled-in ones by the names that users
+    know (CUDA, ROCm, Metal, Vulkan, CPU); `cpu_features` are the CPU backend's instructions in ggml's names.
+    """
+
+    version: str = ""
+    llama: str = ""
+    commit: str = ""
+    backends: tuple[str, ...] = ()
+    cpu_features: frozenset[str] = frozenset()
+    devices: tuple[Device, ...] = ()
+    assertions: bool = False
+    error: str = ""
+
+    @property
+    def extra_backends(self) -> list[str]:
+        """The backends that a new build must have too."""
+        return [name for name in self.backends if name != "CPU"]
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRate:
+    """Floating-point operations (f16 weights, f32 values) and bytes read, a second."""
+
+    ops_s: float
+    bytes_s: float
+
+
+def build_info() -> Build:
+    """What is installed here; never raises."""
+    try:
+        installed = version(PACKAGE)
+    except PackageNotFoundError:
+        return Build(error=f"{PACKAGE} is not installed")
+    try:
+        lib = library()
+    except NativeMismatch as error:
+        return Build(version=installed, error=str(error).removesuffix(f": {ADVICE}."))
+    ggml = lib.ggml
+    count = ggml.ggml_backend_reg_count()
+    names = [ggml.ggml_backend_reg_name(ggml.ggml_backend_reg_get(index)).decode() for index in range(count)]
+    return Build(
+        version=installed,
+        llama=lib.llama.llama_version().decode(),
+        commit=ggml.ggml_commit().decode(),
+        backends=tuple("Metal" if name == "MTL" else name for name in names),
+        cpu_features=cpu_features(),
+        devices=devices(lib),
+        assertions=has_assertions(lib.path.parent),
+    )
+
+
+def cpu_features() -> frozenset[str]:
+    """The instructions that the CPU backend uses, in ggml's names. Raises NativeMismatch."""
+    return features_of(library().llama.llama_print_system_info().decode())
+
+
+def features_of(system_info: str) -> frozenset[str]:
+    """The CPU backend's features that are on, from llama.cpp's "CUDA : ARCHS = 860 | CPU : AVX2 = 1 | FMA = 0"."""
+    pairs = re.findall(r"(\w+) = (\S+)", system_info.rpartition("CPU : ")[2])
+    return frozenset(name for name, value in pairs if value != "0")
+
+
+def has_assertions(folder: Path) -> bool:
+    """Whether ggml's base library in a folder calls the C library's assert, as debug builds do."""
+    files = [path for path in folder.glob("*ggml-base*") if path.is_file()]
+    return any(name in path.read_bytes() for path in files[:1] for name in _ASSERTS)
 
 
 def devices(lib: Library | None = None) -> tuple[Device, ...]:
@@ -57,10 +157,8 @@ def pick(name: str, option: str, present: tuple[Device, ...]) -> Device | None:
         if device.name.lower() == wanted:
             return device
     here = ", ".join(device.name for device in present if device.is_gpu)
-    raise BadParameter(
-        f"There is no device {name!r} for {option}: "
-        + (f"this build sees {here}, or give none for the CPU." if here else "this build of llama.cpp sees no GPU.")
-    )
+    advice = f"this build sees {here}, or give none for the CPU" if here else "this build of llama.cpp sees no GPU"
+    raise BadParameter(f"There is no device {name!r} for {option}: {advice}.")
 
 
 def free_memory(present: Iterable[Device], root: Path = Path("/")) -> dict[str, int]:
@@ -103,3 +201,92 @@ def control_groups(root: Path) -> Iterator[Path]:
         # In a container the path may be the host's: what counts then lies at the mount itself.
         folder = mount / found[1].strip("/")
         yield from (level for level in (folder, *folder.parents) if level.is_relative_to(mount))
+
+
+def default_threads(parameters: int) -> int:
+    """Threads for a model of that many parameters: one for a small one, else one for each physical core."""
+    return 1 if parameters < _SMALL_PARAMETERS else physical_cores()
+
+
+def physical_cores(topology: Path = Path("/sys/devices/system/cpu")) -> int:
+    """Physical cores, counted by sibling sets on Linux and asked of the kernel on macOS; else the logical count."""
+    if sys.platform == "darwin":
+        # Performance cores, where there are such: work split evenly over fast and slow cores waits for the slow ones.
+        command = ("/usr/sbin/sysctl", "-n", "hw.perflevel0.physicalcpu", "hw.physicalcpu")
+        counts = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()  # noqa: S603
+        return int(counts[0]) if counts else os.cpu_count() or 1
+    if sys.platform == "win32":
+        return os.cpu_count() or 1
+    usable = os.sched_getaffinity(0)
+    siblings = [read_system_file(topology / f"cpu{cpu}/topology/thread_siblings_list") for cpu in usable]
+    return len(set(siblings)) if all(siblings) else len(usable)
+
+
+def pause_threads(lib: Library) -> None:
+    """End the OpenMP threads that wait for work of the calling thread, where ggml was built with OpenMP.
+
+    Each thread that computes has a team of its own, and libgomp stops spinning as soon as more threads than cores
+    belong to teams: a second engine in a process would make the first half as fast while it does nothing.
+    """
+    if lib.pause is not None:
+        lib.pause(_PAUSE_SOFT)
+
+
+def measure_device(device: Device, threads: int | None = None, lib: Library | None = None) -> DeviceRate:
+    """Measure one device for about a second, with at most 300 MiB or a quarter of what is free there.
+
+    `threads` are those of a CPU (default: one per physical core). Raises ModelError when it has no room or fails.
+    """
+    ggml: Any = (lib or library()).ggml
+    size = min(_VECTOR_BYTES, device.memory_free // 4 or _VECTOR_BYTES)
+    vector = (_VECTOR_WIDTH, max(32, size // (2 * _VECTOR_WIDTH * _MATRICES)), 1)
+    with ExitStack() as stack:
+        backend = _made(device, ggml.ggml_backend_dev_init(device.handle, None), "it cannot be opened")
+        stack.callback(ggml.ggml_backend_free, backend)
+        if device.type == "cpu":
+            registry = ggml.ggml_backend_dev_backend_reg(device.handle)
+            address = ggml.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_set_n_threads")
+            _made(device, address, "its threads cannot be set")
+            ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int)(address)(backend, threads or physical_cores())
+        product, seconds = _SIZES[0], _fastest(ggml, device, backend, _SIZES[0])
+        # The second size takes more memory than the vectors, and is left out where even those had to shrink.
+        if device.is_gpu and seconds < 0.0003 and size == _VECTOR_BYTES:
+            product, seconds = _SIZES[1], _fastest(ggml, device, backend, _SIZES[1])
+        ops_s = 2.0 * math.prod(product) / seconds
+        return DeviceRate(ops_s, 2.0 * math.prod(vector) / _fastest(ggml, device, backend, vector))
+
+
+def _fastest(ggml: Any, device: Device, backend: int, sizes: tuple[int, int, int]) -> float:
+    """Seconds of one product of f16 [width, rows] with f32 [width, columns]: the best of all that fit into the time."""
+    width, rows, columns = sizes
+    # A GPU gets all products in one graph, since a launch takes as long as a short product.
+    count = 1 if device.is_gpu else _MATRICES
+    with ExitStack() as stack:
+        memory = count * ggml.ggml_graph_overhead() + 4 * _MATRICES * ggml.ggml_tensor_overhead()
+        context = ggml.ggml_init(InitParams(memory, None, True))
+        stack.callback(ggml.ggml_free, context)
+        right = ggml.ggml_new_tensor_4d(context, _F32, width, columns, 1, 1)
+        graphs = [ggml.ggml_new_graph(context) for _ in range(count)]
+        for graph in graphs * (_MATRICES // count):
+            left = ggml.ggml_new_tensor_4d(context, _F16, width, rows, 1, 1)
+            ggml.ggml_build_forward_expand(graph, ggml.ggml_mul_mat(context, left, right))
+        buffer = _made(device, ggml.ggml_backend_alloc_ctx_tensors(context, backend), "it has no room")
+        stack.callback(ggml.ggml_backend_buffer_free, buffer)
+        ggml.ggml_backend_buffer_clear(buffer, _FILL)
+        best, until, run = float("inf"), time.perf_counter() + _SECONDS, 0
+        # The first runs warm up: they compile kernels and start threads. At least one more is measured.
+        while run <= count or time.perf_counter() < until:
+            started = time.perf_counter()
+            failed = ggml.ggml_backend_graph_compute(backend, graphs[run % count])
+            ggml.ggml_backend_synchronize(backend)
+            _made(device, not failed, "its computing failed")
+            if run >= count:
+                best = min(best, time.perf_counter() - started)
+            run += 1
+        return best * count / _MATRICES
+
+
+def _made(device: Device, made: int, why: str) -> int:
+    if not made:
+        raise ModelError(f"The rate of {device.name} cannot be measured, since {why}: close other programs that use it")
+    return made

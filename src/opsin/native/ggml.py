@@ -1,6 +1,6 @@
 """The part of ggml's C interface that the bindings leave out.
 
-`Tensor` mirrors `struct ggml_tensor` of the pinned version; `opsin.native.abi` compares their sizes.
+`Tensor` mirrors `struct ggml_tensor` of the pinned version; `opsin.native.library` compares their sizes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,13 @@
-"""The native libraries, loaded once: log first, then the ABI check, then the backends."""
+"""The native libraries, loaded once and compared with what this code was written for.
+
+The ctypes mirror of llama-cpp-python changes between patch releases, and a struct that lost or gained a field is not an
+error but a crash later. Importing the bindings fails where the library lacks a function; the rest is compared here.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import threading
 from dataclasses import dataclass
@@ -11,7 +16,37 @@ from pathlib import Path
 from typing import Any
 
 from opsin.core.errors import NativeMismatch
-from opsin.native import abi, ggml, logs
+from opsin.native import logs
+from opsin.native.ggml import Tensor, bind
+
+VERSION = "0.3.36"
+LIBRARY = "0.5.0-dev"  # what the llama.cpp inside it calls itself
+ADVICE = f"run: pip install --force-reinstall llama-cpp-python=={VERSION}"
+
+# Defaults in the middle and at the end of each struct: any field inserted or removed shifts at least one of them.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama_model_default_params": {"n_gpu_layers": -1, "split_mode": 1, "use_extra_bufts": True, "load_mtp": False},
+    "llama_context_default_params": {
+        "n_ctx": 512,
+        "n_batch": 2048,
+        "n_threads_batch": 4,
+        "yarn_beta_slow": -1.0,
+        "type_v": 1,
+        "op_offload": True,
+        "swa_full": True,
+        "ctx_other": None,
+    },
+    "llama_sampler_chain_default_params": {"no_perf": True},
+    "mtmd_context_params_default": {
+        "n_threads": 4,
+        "media_marker": b"<__media__>",
+        "flash_attn_type": -1,
+        "image_max_tokens": -1,
+        "batch_max_tokens": 1024,
+        "progress_callback_user_data": None,
+    },
+}
+_OBJECT_SIZE = 32  # bytes of the ggml_object in front of each tensor (ggml.c)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +83,44 @@ def _load() -> Library:
         from llama_cpp import mtmd_cpp as mtmd
         from llama_cpp._ctypes_extensions import load_shared_library
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        raise NativeMismatch(f"llama-cpp-python cannot be loaded ({error}): {abi.ADVICE}.") from error
+        raise NativeMismatch(f"llama-cpp-python cannot be loaded ({error}): {ADVICE}.") from error
     logs.install(llama, mtmd)
     native = llama._lib  # noqa: SLF001 - the loaded library has no public name
     libraries = [native, _ggml.libggml]
     # A static build has everything in the two above; a symbol that is missing is told by the check below.
     with contextlib.suppress(FileNotFoundError, RuntimeError):
         libraries.append(load_shared_library("ggml-base", _ggml.libggml_base_path))
-    functions, missing = ggml.bind(libraries)
-    abi.check(llama_cpp.__version__, llama, mtmd, functions, missing)
+    functions, missing = bind(libraries)
+    check(llama_cpp.__version__, llama, mtmd, functions, missing)
     llama.llama_backend_init()
     # Looked for in what the library was linked with, too: a wheel's OpenMP has a name of its own.
     pause = next((found for one in libraries if (found := getattr(one, "omp_pause_resource_all", None))), None)
     return Library(llama, mtmd, functions, Path(native._name), pause)  # noqa: SLF001 - as above
+
+
+def check(version: str, llama: Any, mtmd: Any, ggml: Any, missing: list[str]) -> None:
+    """Compare the bindings, the library behind them and their structs with what this code was written for.
+
+    `missing` are names of ggml functions that were not found. Raises NativeMismatch with the way to fix it.
+    """
+    if version != VERSION:
+        wrong = f"llama-cpp-python {version} is installed, but Opsin was built for exactly {VERSION}"
+    elif missing:
+        wrong = f"The installed llama.cpp library lacks {missing[0]}, which Opsin needs"
+    elif (library := llama.llama_version().decode()) != LIBRARY:
+        wrong = f"The llama.cpp library calls itself {library}, not {LIBRARY} (is LLAMA_CPP_LIB_PATH set?)"
+    elif fields := _shifted(llama, mtmd, ggml):
+        wrong = f"Native structs are not laid out as Opsin expects ({', '.join(fields)})"
+    else:
+        return
+    raise NativeMismatch(f"{wrong}: {ADVICE}.")
+
+
+def _shifted(llama: Any, mtmd: Any, ggml: Any) -> list[str]:
+    found = []
+    for maker, fields in DEFAULTS.items():
+        struct = getattr(mtmd if maker.startswith("mtmd") else llama, maker)()
+        found += [f"{maker}: {name}" for name, value in fields.items() if getattr(struct, name, "none") != value]
+    if ggml.ggml_tensor_overhead() != _OBJECT_SIZE + ctypes.sizeof(Tensor):
+        found.append("ggml_tensor")
+    return found

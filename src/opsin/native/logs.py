@@ -26,14 +26,15 @@ _KEPT_LINES = 256
 class LogSink:
     """Joins fragments into lines, keeps the last lines, and passes them to `logging`.
 
-    `write` may be called by any thread, also from inside native code: it never raises.
+    `write` may be called by any thread, also from inside native code: it never raises. `mark` counts the lines so far:
+    a point in the log, for `since` and `cause`.
     """
 
     def __init__(self, logger: logging.Logger = LOGGER, kept: int = _KEPT_LINES) -> None:
+        self.mark = 0
         self._logger = logger
         self._lines: deque[tuple[int, int, str]] = deque(maxlen=kept)
         self._lock = threading.RLock()
-        self._count = 0
         self._level = logging.INFO
         self._partial = ""
         self._interrupt: BaseException | None = None
@@ -55,17 +56,13 @@ class LogSink:
 
     def _emit(self, line: str) -> None:
         if line:
-            self._count += 1
-            self._lines.append((self._count, self._level, line))
+            self.mark += 1
+            self._lines.append((self.mark, self._level, line))
             self._logger.log(self._level, "%s", line)
 
     def _flush(self) -> None:
         line, self._partial = self._partial, ""
         self._emit(line.rstrip())
-
-    def mark(self) -> int:
-        """A point in the log, for `since` and `cause`."""
-        return self._count
 
     def since(self, mark: int, level: int = logging.DEBUG) -> list[str]:
         """The kept lines after `mark` of at least `level`."""
@@ -103,8 +100,7 @@ def install(llama: Any, mtmd: Any) -> None:
         function(callback, None)
 
 
-_shown = logging.StreamHandler()  # to standard error
-_shown.setFormatter(logging.Formatter("%(message)s"))
+_shown = logging.StreamHandler()  # to standard error, one line a record
 
 
 def show(verbose: bool) -> None:
@@ -112,7 +108,8 @@ def show(verbose: bool) -> None:
     if verbose:
         _shown.setStream(sys.stderr)
         LOGGER.addHandler(_shown)
-        LOGGER.setLevel(logging.DEBUG)
     elif _shown in LOGGER.handlers:
         LOGGER.removeHandler(_shown)
-        LOGGER.setLevel(logging.NOTSET)
+    else:
+        return
+    LOGGER.setLevel(logging.DEBUG if verbose else logging.NOTSET)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from itertools import accumulate
@@ -225,11 +226,10 @@ class MemoryPlanner:
 
     def _needs(self, plan: MemoryPlan) -> dict[str, Needs]:
         settings, model, projector, layers = self.settings, self.pair.model, self.pair.projector, plan.layers
-        found: dict[str, dict[str, int]] = {HOST: {}}
+        found: dict[str, Counter[str]] = {HOST: Counter()}
 
         def add(device: str, part: str, size: float) -> None:
-            parts = found.setdefault(device, {})
-            parts[part] = parts.get(part, 0) + round(size)
+            found.setdefault(device, Counter())[part] += round(size)
 
         repacked = set[str]()
         if not self._gpus:  # beside a GPU the weights on the host stay as they are

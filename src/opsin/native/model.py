@@ -221,7 +221,7 @@ def _load(lib: Library, path: Path, device: Device | None, asked: str | None, la
     chosen = (ctypes.c_void_p * 2)(device.handle if device else None, None)
     if asked is not None:
         params.devices = ctypes.cast(chosen, ctypes.c_void_p)
-    mark = logs.SINK.mark()
+    mark = logs.SINK.mark
     pointer = lib.llama.llama_model_load_from_file(str(path).encode(), params)
     logs.SINK.raise_interrupt()
     if not pointer:

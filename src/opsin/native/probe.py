@@ -104,33 +104,27 @@ def flops(name: str, node: Tensor) -> float:
 
 def probe_placement(model: Model, encoder: Encoder | None, settings: EngineSettings) -> Placement:
     """Watch one encode of a drawn image and one short prefill. Raises EncodeFailed, DecodeFailed, ModelError."""
-    notes, encoded = [], {}
+    notes = []
     if any(device.type == "accel" for device in devices(model.lib)):
         notes.append("An accelerator writes into host memory: some products shown as CPU may be its own.")
+    encode, prefill, hook = NodeCounter(model.lib), NodeCounter(model.lib), EvalHook(model.lib)
     if encoder is not None:
-        counter = NodeCounter(model.lib)
         tokenized = encoder.tokenize([ImagePart(drawn_image())], add_bos=False)
         try:
-            encoder.observed(next(run for run in tokenized.chunks if isinstance(run, ImageChunk)), counter)
+            encoder.observed(next(run for run in tokenized.chunks if isinstance(run, ImageChunk)), encode)
         finally:
             tokenized.close()
-        encoded = counter.shares()
-    prefilled = _probe_prefill(model, settings)
-    if "unknown" in encoded or "unknown" in prefilled:
-        notes.append("Some nodes have no buffer of their own, so their backend cannot be told.")
-    return Placement(encoded, prefilled, model.layers_offloaded, model.n_layer, tuple(notes))
-
-
-def _probe_prefill(model: Model, settings: EngineSettings) -> dict[str, BackendShare]:
-    hook, counter = EvalHook(model.lib), NodeCounter(model.lib)
     small = settings.model_copy(update={"parallel": 1, "ubatch": 32})
     context = Context(model, small, callback=hook.callback, ctx=_PROBE_CTX)
     try:
         rows = TokenBatch()
         rows.append([index % model.n_vocab for index in range(_PREFILL_TOKENS)], 0, 0, logits=True)
-        with hook.observing(counter):
+        with hook.observing(prefill):
             context.decode(rows)
             context.synchronize()
     finally:
         context.handle.close()
-    return counter.shares()
+    encoded, prefilled = encode.shares(), prefill.shares()
+    if "unknown" in encoded or "unknown" in prefilled:
+        notes.append("Some nodes have no buffer of their own, so their backend cannot be told.")
+    return Placement(encoded, prefilled, model.layers_offloaded, model.n_layer, tuple(notes))

@@ -1,36 +1,42 @@
 """A pair that was never loaded here is tried in a child process first: if llama.cpp crashes on it, the child ends.
 
 Damaged files make llama.cpp abort or crash in many ways, which only trying tells. The child prints each stage that it
-begins; the last one is where it ended.
+begins; the last one is where it ended. What was found out is kept as JSON in the user's cache.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
+import json
 import os
+import platform
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from opsin.core.errors import ModelError, ModelUnreadable, OpsinError
+from opsin.core.files import write_whole
 from opsin.core.request import EmbeddingRows, Image, ImageChunk, ImagePart, TextPart, TokenBatch
 from opsin.core.settings import EngineSettings
 from opsin.native import logs
 from opsin.native.context import Context
-from opsin.native.devices import devices
+from opsin.native.devices import Device, devices
+from opsin.native.library import library
 from opsin.native.model import Model
-from opsin.native.records import fingerprint, keep_record, read_record, record_file
 from opsin.native.vision import Encoder
 
+End = Literal["done", "refused", "crashed", "hung"]
 Stage = Literal["start", "load", "projector", "encode", "prefill", "decode"]
-STAGES: tuple[Stage, ...] = get_args(Stage)
 
 _SECONDS = 120.0
 _BYTES_A_SECOND = 50e6  # a slow disk; a first load reads the whole files
@@ -41,6 +47,8 @@ _EDGE = 336
 _CODE = "import sys; sys.path[:] = filter(None, sys.path); from opsin.native.trial import main; main(*sys.argv[1:])"
 # Settings that decide whether a file loads.
 _DECISIVE = ("device", "mmproj_device", "gpu_layers", "flash_attention", "vision_flash_attention")
+_HEAD_BYTES = 2**20  # of a file, from its start: metadata and tensor list, or most of them
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +58,7 @@ class Trial:
     `end` is done, refused (an orderly error), crashed (`signal` names by what) or hung (over the time limit).
     """
 
-    end: Literal["done", "refused", "crashed", "hung"]
+    end: End
     stage: Stage
     signal: str | None
     lines: tuple[str, ...]
@@ -64,7 +72,7 @@ def try_pair(
     *,
     brief: bool = False,
     seconds: float | None = None,
-    command: Sequence[str] | None = None,
+    command: Sequence[str] = (sys.executable, "-c", _CODE),
 ) -> Trial:
     """Load the pair in a child, encode an image, prefill it with a question, and decode a token.
 
@@ -77,7 +85,7 @@ def try_pair(
     started = time.perf_counter()
     try:
         child = subprocess.run(  # noqa: S603 - our own code, with two paths
-            [*(command or (sys.executable, "-c", _CODE)), *given, "brief" if brief else "whole"],
+            [*command, *given, "brief" if brief else "whole"],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=limit,
@@ -86,36 +94,30 @@ def try_pair(
             env={**os.environ, "GGML_NO_BACKTRACE": "1"},
         )
         out, err, code = child.stdout, child.stderr, child.returncode
-        end: Literal["done", "refused", "crashed", "hung"] = "crashed" if code < 0 else "refused" if code else "done"
+        end: End = "crashed" if code < 0 else "refused" if code else "done"
     except subprocess.TimeoutExpired as late:
         out, err, code, end = late.stdout or b"", late.stderr or b"", 0, "hung"
     said, lines = (text.decode("utf-8", "replace").splitlines() for text in (out, err))
     cause = next((known.name for known in signal.Signals if known == -code), f"signal {-code}") if code < 0 else None
-    stage: Stage = next((stage for stage in reversed(STAGES) if f"stage {stage}" in said), "start")
+    stage: Stage = next((stage for stage in reversed(get_args(Stage)) if f"stage {stage}" in said), "start")
     told = tuple(line.strip()[:_LINE_CHARS] for line in lines if line.strip())[-_LINES:]
     return Trial(end, stage, cause, told, time.perf_counter() - started)
 
 
 def ensure_loadable(
-    model: Path,
-    mmproj: Path | None,
-    settings: EngineSettings,
-    *,
-    folder: Path | None = None,
-    seconds: float | None = None,
-    command: Sequence[str] | None = None,
+    model: Path, mmproj: Path | None, settings: EngineSettings, *, folder: Path | None = None, **options: Any
 ) -> None:
     """Try files that were never loaded here in a child process, and remember in `folder` that they can be.
 
-    An orderly error is left for the load itself, which words it better. `seconds` and `command` are as in `try_pair`.
-    Raises ModelUnreadable, which names the file, when the child crashes or hangs, ModelError when the system ended it,
+    An orderly error is left for the load itself, which words it better. `options` are `try_pair`'s. Raises
+    ModelUnreadable, which names the file, when the child crashes or hangs, ModelError when the system ended it,
     NativeMismatch, and OSError for files that are not there.
     """
     asked = EngineSettings(**{name: getattr(settings, name) for name in _DECISIVE})
     record = record_file("loads", fingerprint([model, mmproj], asked, devices()), folder)
     if read_record(record) is not None:
         return
-    done = try_pair(model, mmproj, asked, brief=True, seconds=seconds, command=command)
+    done = try_pair(model, mmproj, asked, brief=True, **options)
     if done.end == "done":
         keep_record(record, {"seconds": round(done.seconds, 3)})
     if done.end in {"done", "refused"}:
@@ -128,6 +130,55 @@ def ensure_loadable(
     raise ModelUnreadable(f"llama.cpp {what} on {blamed.name} in the stage {done.stage!r} of a trial: {advice}.")
 
 
+def end_with_parent(parent: int) -> None:
+    """Let the kernel kill this process as soon as the process with this id, its parent, has ended.
+
+    Linux alone can do that; elsewhere whoever reads from the parent has to notice. On Linux it also helps a process
+    that was stopped, or that native code keeps from running any Python.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it ended before that
+        os._exit(0)
+
+
+def fingerprint(files: Sequence[Path | None], settings: EngineSettings, present: Sequence[Device]) -> str:
+    """Names files, settings, devices, library and machine in 32 hex digits.
+
+    A library that was built anew keeps its version, so its files and features count; several machines may share a
+    cache. Raises NativeMismatch, and OSError for files that are not there.
+    """
+    lib, models = library(), [path for path in files if path is not None]
+    built = {path for name in ("*llama*", "*ggml*") for path in lib.path.parent.glob(name)}
+    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in (*models, *sorted(built))]
+    said = (version("llama-cpp-python"), lib.llama.llama_print_system_info(), platform.node())
+    names = [device.name for device in present]
+    digest = hashlib.sha256(repr((stats, settings.model_dump_json(), names, said)).encode())
+    for path in models:
+        with path.open("rb") as file:
+            digest.update(file.read(_HEAD_BYTES))
+    return digest.hexdigest()[:32]
+
+
+def record_file(kind: str, name: str, folder: Path | None = None) -> Path:
+    """Where a finding is kept: in `folder` (None: in the user's cache)."""
+    from platformdirs import user_cache_path
+
+    return (folder or user_cache_path("opsin") / kind) / f"{name}.json"
+
+
+def read_record(file: Path) -> Any:
+    """What was kept there, None for nothing."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        return json.loads(file.read_text(encoding="utf-8"))
+
+
+def keep_record(file: Path, finding: object) -> None:
+    """Write it whole, or not at all: it will be found out again."""
+    with contextlib.suppress(OSError):
+        write_whole(file, json.dumps(finding))
+
+
 def main(llm: str, mmproj: str, settings: str, how: str) -> None:
     """The child: an error that is told is one sentence on standard error, and an exit code."""
     if sys.platform != "win32":
@@ -136,15 +187,10 @@ def main(llm: str, mmproj: str, settings: str, how: str) -> None:
         # A crash is expected here, and its core file would be as large as the model.
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     try:
-        _run(
-            Path(llm),
-            Path(mmproj) if mmproj else None,
-            EngineSettings.model_validate_json(settings),
-            brief=how == "brief",
-        )
+        given = EngineSettings.model_validate_json(settings)
+        _run(Path(llm), Path(mmproj) if mmproj else None, given, brief=how == "brief")
     except OpsinError as error:
         sys.stderr.write(f"{error}\n")
-        sys.stderr.flush()
         raise SystemExit(error.exit_code) from None
 
 
@@ -167,8 +213,7 @@ def _run(llm: Path, mmproj: Path | None, settings: EngineSettings, *, brief: boo
         embeddings = {
             index: encoder.encode(run) for index, run in enumerate(whole.chunks) if isinstance(run, ImageChunk)
         }
-        tokenized, other = (tokenized, whole) if brief else (whole, tokenized)
-        other.close()
+        tokenized = tokenized if brief else whole
     largest = max((run.n_tokens for run in tokenized.chunks if isinstance(run, ImageChunk)), default=0)
     small = settings.model_copy(update={"parallel": 1, "ubatch": max(settings.ubatch, largest)})
     context = Context(model, small, ctx=-(-(tokenized.n_tokens + _ROOM_TOKENS) // 256) * 256)
@@ -186,10 +231,8 @@ def _run(llm: Path, mmproj: Path | None, settings: EngineSettings, *, brief: boo
         context.synchronize()
         pos += run.n_pos
     _begin("decode")
-    token = int(np.argmax(context.logits(-1)))
-    context.decode(TokenBatch([token], [pos], [0], [0]))
+    context.decode(TokenBatch([int(np.argmax(context.logits(-1)))], [pos], [0], [0]))
     context.synchronize()
-    tokenized.close()
     model.close()
 
 

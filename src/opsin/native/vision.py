@@ -27,12 +27,11 @@ from opsin.core.errors import (
 )
 from opsin.core.request import Chunk, ImageChunk, TextChunk, TextPart, TokenizedPrompt
 from opsin.native import logs
-from opsin.native.abi import ADVICE
-from opsin.native.devices import devices, pick
+from opsin.native.devices import default_threads, devices, pick
 from opsin.native.ggml import Tensor, heavy_ops
+from opsin.native.library import ADVICE
 from opsin.native.model import Owned, floats
 from opsin.native.projector import fingerprint, read_projector
-from opsin.native.threads import default_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -152,7 +151,7 @@ class Encoder:
         self._mrope: bool = self.lib.mtmd.mtmd_decode_use_mrope(self.pointer)
 
     def _open(self, params: Any) -> Owned:
-        mtmd, name, mark = self.lib.mtmd, self.path.name, logs.SINK.mark()
+        mtmd, name, mark = self.lib.mtmd, self.path.name, logs.SINK.mark
         pointer = mtmd.mtmd_init_from_file(str(self.path).encode(), self._model.pointer, params)
         logs.SINK.raise_interrupt()
         if not pointer:
@@ -183,7 +182,7 @@ class Encoder:
 
     def observed(self, chunk: ImageChunk, observer: Any) -> Embedding:
         """Encode while `observer` looks at the nodes; what it raises is raised here and the embedding is lost."""
-        native, mark = chunk.handle.pointer, logs.SINK.mark()
+        native, mark = chunk.handle.pointer, logs.SINK.mark
         with self._hook.observing(observer):
             code = self.lib.mtmd.mtmd_encode_chunk(self.pointer, native)
         _require(code == 0, f"returned {code} ({logs.SINK.cause(mark)})")
@@ -198,7 +197,7 @@ class Encoder:
 
     def _encode_some(self, chunks: Sequence[ImageChunk]) -> list[Embedding]:
         """Embeddings of as many of the first chunks as share a batch; mtmd compares token counts, not pixel sizes."""
-        mtmd, sizes, mark = self.lib.mtmd, chunks[0].handle.meta.sizes, logs.SINK.mark()
+        mtmd, sizes, mark = self.lib.mtmd, chunks[0].handle.meta.sizes, logs.SINK.mark
         batch = mtmd.mtmd_batch_init(self.pointer)
         try:
             group: list[ImageChunk] = []
@@ -280,7 +279,7 @@ class Encoder:
                 mtmd.mtmd_bitmap_set_id(bitmap, str(number).encode())
                 parts.append(mtmd.mtmd_input_part(None, bitmap))
             pointers = (ctypes.POINTER(mtmd.mtmd_input_part) * len(parts))(*map(ctypes.pointer, parts))
-            mark = logs.SINK.mark()
+            mark = logs.SINK.mark
             code = mtmd.mtmd_tokenize_from_parts(self.pointer, chunks, pointers, len(parts), False)
         if code != 0:
             raise BadImage(

@@ -1,31 +1,40 @@
-"""From a conversation to a prompt: contents in the template's own shape, rendered, cut into parts."""
+"""From a conversation to the parts of a prompt: contents in the template's own shape, rendered, cut at placeholders.
+
+A placeholder, random for each prompt, stands for an image, or for a control token's text in what a user wrote. It is a
+run of decimal digits: nothing a template does to text (trim, upper case, JSON) changes it, and nobody can guess it. So
+a control token in a message never reaches the tokenizer as one, wherever the template moved the text around it.
+"""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import json
+import re
+import secrets
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
+
+from jinja2 import TemplateSyntaxError
+from jinja2.meta import find_undeclared_variables
 
 from opsin.core.errors import BadPrompt
 from opsin.core.reasoning import ReasoningStyle
-from opsin.core.request import Image, Part, Prompt, TextPart
-from opsin.prompt.builtin import SHIPPED, choose
-from opsin.prompt.placeholders import ControlTokens, Placeholders
-from opsin.prompt.template import ChatTemplate, TemplateSource
-from opsin.prompt.trial import check_template
+from opsin.core.request import Image, ImagePart, Part, Prompt, TextPart
+from opsin.prompt.template import TemplateSource, TooCostly, check_template, choose, environment, one_line
 
 Role = Literal["system", "user", "assistant", "tool"]
 Content = str | Image
+Json = Mapping[str, Any]
+Shape = Literal["string", "list"]
 
 _ROLES: tuple[str, ...] = get_args(Role)
 _SWITCHES = ("enable_thinking", "thinking")  # the second is Kimi's and DeepSeek's
 # Markers that begin or end a turn. Where the vocabulary has no token for one, the model writes it as plain text.
 _TURN_MARKERS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<end_of_utterance>", "<|end|>", "[INST]")
-
-
 _TAGS = (
     ("◁think▷", "◁/think▷"),  # Kimi-VL
     ("<|channel>thought", "<channel|>"),  # Gemma 4
@@ -33,6 +42,18 @@ _TAGS = (
     ("<think>", "</think>"),  # Qwen, GLM-4V, Kimi K2.5, MiMo, InternVL 3.5, …
 )
 _BOX = ("<|begin_of_box|>", "<|end_of_box|>")
+
+_MAX_TEMPLATE_CHARS = 65_536  # the longest in use have about 17,000
+_MAX_INPUT_CHARS = 2_000_000
+_MAX_OUTPUT_CHARS = 4_000_000
+_OUTPUT_PER_INPUT = 32  # a template may write each character of the messages this often
+_MAX_SECONDS = 2.0  # CPU time of one rendering; honest ones take milliseconds
+
+_STEM_DIGITS = 32
+_INDEX_DIGITS = 6
+_CUT_APART = (
+    "The model's chat template cuts texts apart, so that images cannot be placed: use another file of this model."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +68,7 @@ class Message:
     role: Role
     content: str | Sequence[Content]
     reasoning: str | None = None
-    tool_calls: Sequence[Mapping[str, Any]] | None = None
+    tool_calls: Sequence[Json] | None = None
     tool_call_id: str | None = None
     name: str | None = None
 
@@ -66,41 +87,38 @@ class Message:
 class PromptBuilder:
     """Builds prompts for one model. Threads may share it.
 
-    A model file's own template is tried in a child process first; see `opsin.prompt.trial`. Raises ModelUnreadable
-    when it cannot be used.
+    A model file's own template is tried in a child process first. Raises ModelUnreadable when it cannot be used.
     """
 
     def __init__(self, source: TemplateSource) -> None:
         text, self._glue = source.template or "", ""
-        if not text.strip():
+        if text.strip():
+            check_template(text, bos_token=source.bos_token, eos_token=source.eos_token)
+        else:
             built_in = choose(source)
             text, self._glue = built_in.template, built_in.image_glue
-        elif hashlib.sha256(text.encode("utf-8", "replace")).hexdigest() not in SHIPPED:
-            check_template(text, bos_token=source.bos_token, eos_token=source.eos_token)
+        self.template = text
+        """The chat template's text: the model's own, or the built-in one that stands in for it."""
         self._template = ChatTemplate(text, bos_token=source.bos_token, eos_token=source.eos_token)
+        # Names that the template reads from outside.
+        self._variables = find_undeclared_variables(environment().parse(text))
+        self.knows_tools = "tools" in self._variables
+        """Whether the template has a place for `tools`."""
         self._bos = source.bos_token
         self._tokens = ControlTokens({*source.control_tokens, source.bos_token, source.eos_token})
         written = [marker for marker in _TURN_MARKERS if marker in text]
         self._stop = tuple(marker for marker in written if marker not in source.control_tokens | {source.eos_token})
         if "USER:" in text and "ASSISTANT:" in text:
             self._stop += ("USER:",)
-        self.reasoning: ReasoningStyle | None = find_style(source, text)
-
-    @property
-    def template(self) -> str:
-        """The chat template's text: the model's own, or the built-in one that stands in for it."""
-        return self._template.text
-
-    @property
-    def knows_tools(self) -> bool:
-        """Whether the template has a place for `tools`."""
-        return "tools" in self._template.variables
+        self.reasoning = find_style(source, text)
+        """How this model marks its thoughts; None where it has none."""
+        _ = self._template.abilities, self._thinks_apart  # found out by rendering: now, not at the first request
 
     def build(
         self,
         messages: Sequence[Message],
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Json] | None = None,
         thinking: bool | None = None,
         add_generation_prompt: bool = True,
     ) -> Prompt:
@@ -112,7 +130,8 @@ class PromptBuilder:
         """
         if not messages:
             raise BadPrompt("There is no message: ask something.")
-        if thinking and self.reasoning is None and not self._template.variables.intersection(_SWITCHES):
+        style = self.reasoning
+        if thinking and style is None and not self._variables.intersection(_SWITCHES):
             raise BadPrompt("This model does not think before it answers: leave `thinking` out.")
         if tools and not self.knows_tools:
             raise BadPrompt("This model's chat template knows no tools: leave them out.")
@@ -123,12 +142,17 @@ class PromptBuilder:
             add_generation_prompt=add_generation_prompt,
             switches=None if thinking is None else dict.fromkeys(_SWITCHES, thinking),
         )
-        style = self.reasoning
         opened = style is not None and add_generation_prompt and rendered.rstrip().endswith(style.opening)
         if style is not None and opened and thinking is False:
             rendered, opened = f"{rendered.rstrip()}\n\n{style.closing}\n\n", False
         parts = placeholders.cut(rendered)
-        _check_text(parts)
+        texts = [part.text for part in parts if isinstance(part, TextPart)]
+        if len(texts) == len(parts) and not any(text.strip() for text in texts):
+            raise BadPrompt("The messages are empty: ask something.")
+        try:
+            "".join(texts).encode()
+        except UnicodeEncodeError:
+            raise BadPrompt("A message has half a character (a lone surrogate): send whole Unicode text.") from None
         add_bos = not (self._bos and rendered.startswith(self._bos))
         return Prompt(parts=parts, add_bos=add_bos, thinking=opened, reasoning=style, stop=self._stop)
 
@@ -144,20 +168,28 @@ class PromptBuilder:
             head[-1] += "\n"
         return [replace(others[0], content=[*head, *others[0].parts]), *others[1:]]
 
-    def _shape(self, message: Message, placeholders: Placeholders) -> dict[str, Any]:
+    def _shape(self, message: Message, placeholders: Placeholders) -> Json:
         """The message as the template wants it: strings, or lists of typed parts where images need them."""
-        parts, thoughts = self._split_thoughts(message)
-        texts = [
-            placeholders.place(part) if isinstance(part, Image) else placeholders.protect(part)
-            for part in _merge(parts)
-        ]
-        abilities = self._template.abilities
-        as_list = not abilities.strings
-        if message.role == "system" and abilities.system is not None:
-            as_list = abilities.system == "list"
-        if abilities.lists and any(isinstance(part, Image) for part in parts):
+        parts, thoughts = message.parts, message.reasoning
+        # Templates drop older thoughts by looking for the closing tag in the text. It may be a control token, which
+        # user text must not smuggle in; so the block is taken out here, before the text is protected. A template that
+        # would write the block as text gets it as text.
+        text, style = "".join(part for part in parts if isinstance(part, str)), self.reasoning
+        if message.role == "assistant" and parts == (text,) and style is not None and self._thinks_apart:
+            found, answer = style.split(text)
+            parts, thoughts = (answer,), thoughts if found is None else found
+        able = self._template.abilities
+        as_list = not able.strings
+        if message.role == "system" and able.system is not None:
+            as_list = able.system == "list"
+        if able.lists and any(isinstance(part, Image) for part in parts):
             as_list = True
-        content = [{"type": "text", "text": text} for text in texts] if as_list else self._glue.join(texts)
+        texts: list[str] = []
+        for is_image, group in groupby(parts, lambda part: isinstance(part, Image)):
+            if is_image:
+                texts += map(placeholders.place, group)
+            else:  # joined with a line break, so that two of them cannot form a control token
+                texts.append(placeholders.protect("\n".join(map(str, group))))
         optional = {
             "reasoning_content": thoughts,
             "tool_calls": message.tool_calls,
@@ -165,27 +197,15 @@ class PromptBuilder:
             "name": message.name,
         }
         given = {name: placeholders.protect(value) for name, value in optional.items() if value is not None}
+        content = [{"type": "text", "text": text} for text in texts] if as_list else self._glue.join(texts)
         return {"role": message.role, "content": content, **given}
 
-    def _split_thoughts(self, message: Message) -> tuple[Sequence[Content], str | None]:
-        """An older answer without its block of thoughts, and those thoughts.
-
-        Templates drop older thoughts by looking for the closing tag in the text. That tag may be a control token,
-        which user text must not smuggle in; so the block is taken out here, before the text is protected. A template
-        that would write the block as text gets it as text.
-        """
-        parts = message.parts
-        if message.role != "assistant" or len(parts) != 1 or not isinstance(parts[0], str):
-            return parts, message.reasoning
-        if self.reasoning is None or self._keeps_thoughts:
-            return parts, message.reasoning
-        thoughts, answer = self.reasoning.split(parts[0])
-        return (answer,), message.reasoning if thoughts is None else thoughts
-
     @cached_property
-    def _keeps_thoughts(self) -> bool:
-        style = self.reasoning or ReasoningStyle()
-        return "reasoning_content" not in self.template and self._template.keeps_thoughts(style.opening, style.closing)
+    def _thinks_apart(self) -> bool:
+        style = self.reasoning
+        if style is None or "reasoning_content" in self.template:
+            return style is not None
+        return not self._template.keeps_thoughts(style.opening, style.closing)
 
 
 def find_style(source: TemplateSource, template: str) -> ReasoningStyle | None:
@@ -198,20 +218,192 @@ def find_style(source: TemplateSource, template: str) -> ReasoningStyle | None:
     return None
 
 
-def _merge(parts: Sequence[Content]) -> Iterator[Content]:
-    """Join neighbouring texts with a line break, so that two of them cannot form a control token."""
-    for is_image, group in groupby(parts, lambda part: isinstance(part, Image)):
-        if is_image:
-            yield from group
-        else:
-            yield "\n".join(str(text) for text in group)
+class Abilities(NamedTuple):
+    """Whether a user's content may be a string, or a list of typed parts; the shape of a system message, if any."""
+
+    strings: bool
+    lists: bool
+    system: Shape | None
 
 
-def _check_text(parts: tuple[Part, ...]) -> None:
-    texts = [part.text for part in parts if isinstance(part, TextPart)]
-    if len(texts) == len(parts) and not any(text.strip() for text in texts):
-        raise BadPrompt("The messages are empty: ask something.")
+class ChatTemplate:
+    """A Jinja chat template with the conventions of the models' publishers; threads may share it.
+
+    Raises BadPrompt when the text is not a template that can be used.
+    """
+
+    def __init__(self, text: str, *, bos_token: str, eos_token: str) -> None:
+        if len(text) > _MAX_TEMPLATE_CHARS:
+            raise TooCostly(f"has {len(text):,} characters, more than the {_MAX_TEMPLATE_CHARS:,} that are read")
+        self._given = {"bos_token": bos_token, "eos_token": eos_token}
+        with _one_sentence():
+            self._template = environment().from_string(text)
+
+    def render(
+        self,
+        messages: Sequence[Json],
+        *,
+        tools: Sequence[Json] | None = None,
+        add_generation_prompt: bool = True,
+        switches: Json | None = None,
+    ) -> str:
+        """The prompt's text. Raises BadPrompt when the template refuses the messages, fails, or costs too much."""
+        given = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        deadline = time.thread_time() + _MAX_SECONDS
+        pieces = []
+        with _one_sentence():
+            size = len(json.dumps(given, ensure_ascii=False, default=str))
+            if size > _MAX_INPUT_CHARS:
+                raise BadPrompt(f"The messages have {size:,} characters: at most {_MAX_INPUT_CHARS:,} are taken.")
+            left = _MAX_OUTPUT_CHARS + _OUTPUT_PER_INPUT * size
+            for piece in self._template.generate({**self._given, **(switches or {}), **given}):
+                pieces.append(piece)
+                left -= len(piece)
+                if left < 0:
+                    raise TooCostly("writes too much text")
+                if time.thread_time() > deadline:
+                    raise TooCostly("runs too long")
+        return "".join(pieces)
+
+    @cached_property
+    def abilities(self) -> Abilities:
+        """What the template understands; a template that fails at every try is taken to want plain strings."""
+        lists = self._shows("opsinuser", _message("user", "opsinuser", "list"))
+        strings = self._shows("opsinuser", _message("user", "opsinuser", "string")) or not lists
+        shapes: tuple[Shape, ...] = ("string", "list") if strings else ("list", "string")
+        question = _message("user", "opsinuser", shapes[0])
+        systems = (
+            one for one in shapes if self._shows("opsinsystem", _message("system", "opsinsystem", one), question)
+        )
+        return Abilities(strings, lists, next(systems, None))
+
+    def keeps_thoughts(self, opening: str, closing: str) -> bool:
+        """Whether a block of thoughts in an older answer comes out as text."""
+        shape: Shape = "string" if self.abilities.strings else "list"
+        question = _message("user", "opsinuser", shape)
+        answer = _message("assistant", f"{opening}\nopsinthought\n{closing}\n\nopsinanswer", shape)
+        return self._shows("opsinthought", question, answer, question)
+
+    def _shows(self, word: str, *messages: Json) -> bool:
+        try:
+            text = self.render(messages)
+        except BadPrompt:
+            return False
+        # A list that the template prints as Python or JSON writes one is not understood.
+        return word in text and not any(f"{quote}{word}{quote}" in text for quote in "'\"")
+
+
+def _message(role: str, text: str, shape: Shape) -> Json:
+    return {"role": role, "content": text if shape == "string" else [{"type": "text", "text": text}]}
+
+
+@contextmanager
+def _one_sentence() -> Iterator[None]:
+    """Turn whatever a template can raise into one sentence."""
     try:
-        "".join(texts).encode()
-    except UnicodeEncodeError:
-        raise BadPrompt("A message has half a character (a lone surrogate): send whole Unicode text.") from None
+        yield
+    except BadPrompt:
+        raise
+    except (MemoryError, OverflowError):
+        raise TooCostly("takes too much memory") from None
+    except TemplateSyntaxError as error:
+        raise BadPrompt(f"The model's chat template has a mistake in line {error.lineno}: {one_line(error)}") from None
+    except Exception as error:  # noqa: BLE001 - a template is a stranger's program and may raise anything
+        what = f"{type(error).__name__}: {one_line(error)}"
+        raise BadPrompt(f"The model's chat template failed on these messages with a {what}") from None
+
+
+class ControlTokens:
+    """Finds control tokens in a text, longest first. Built once per model; threads may share it."""
+
+    def __init__(self, tokens: Iterable[str]) -> None:
+        # A token of spaces alone reads the same whether special or not, and templates trim it.
+        self._tokens = frozenset(token for token in tokens if token.strip())
+        self._lengths: dict[str, list[int]] = {}
+        for length, first in sorted({(len(token), token[0]) for token in self._tokens}, reverse=True):
+            self._lengths.setdefault(first, []).append(length)
+        self._firsts = re.compile("[" + re.escape("".join(self._lengths)) + "]") if self._tokens else None
+
+    def split(self, text: str) -> list[str]:
+        """Pieces of the text, plain and token alternating, plain first; joined they are the text."""
+        pieces, end = [], 0
+        # Not one pattern of all tokens: a vocabulary may have 6,000 that begin alike.
+        for match in self._firsts.finditer(text) if self._firsts else ():
+            start = match.start()
+            candidates = (text[start : start + length] for length in self._lengths[match[0]])
+            token = next((token for token in candidates if token in self._tokens), "")
+            if token and start >= end:
+                pieces += [text[end:start], token]
+                end = start + len(token)
+        return [*pieces, text[end:]]
+
+
+class Placeholders:
+    """The placeholders of one prompt."""
+
+    def __init__(self, tokens: ControlTokens) -> None:
+        self._stem = "".join(secrets.choice("123456789") for _ in range(_STEM_DIGITS))
+        self._tokens = tokens
+        self._originals: list[str | Image] = []
+        self._tokens_seen: dict[str, str] = {}
+
+    def place(self, original: str | Image) -> str:
+        """A new placeholder; images must come in the order of the conversation."""
+        if len(self._originals) >= 10**_INDEX_DIGITS:
+            raise BadPrompt(f"The conversation has more than {10**_INDEX_DIGITS:,} images and control tokens.")
+        self._originals.append(original)
+        return f"{self._stem}{len(self._originals) - 1:0{_INDEX_DIGITS}d}"
+
+    def protect(self, value: Any) -> Any:
+        """A text, or a JSON value of texts (keys too), with each control token replaced by a placeholder."""
+        if isinstance(value, Mapping):
+            return {self.protect(key): self.protect(each) for key, each in value.items()}
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            return [self.protect(each) for each in value]
+        if not isinstance(value, str):
+            return value
+        pieces = self._tokens.split(value)
+        for at, token in list(enumerate(pieces))[1::2]:
+            if token not in self._tokens_seen:
+                self._tokens_seen[token] = self.place(token)
+            pieces[at] = self._tokens_seen[token]
+        return "".join(pieces)
+
+    def cut(self, rendered: str) -> tuple[Part, ...]:
+        """The parts: what the template wrote as special text, the users' control tokens as plain text, images.
+
+        Raises BadPrompt when an image is missing, doubled or out of order.
+        """
+        parts: list[Part] = []
+        found: list[int] = []
+        for at, piece in enumerate(re.split(f"{self._stem}([0-9]{{{_INDEX_DIGITS}}})", rendered)):
+            if at % 2 == 0:
+                if self._stem[: _STEM_DIGITS // 2] in piece:
+                    raise BadPrompt(_CUT_APART)
+                _add_text(parts, piece, special=True)
+                continue
+            if int(piece) >= len(self._originals):
+                raise BadPrompt(_CUT_APART)
+            original = self._originals[int(piece)]
+            if isinstance(original, str):
+                _add_text(parts, original, special=False)
+            else:
+                parts.append(ImagePart(original))
+                found.append(int(piece))
+        wanted = [index for index, original in enumerate(self._originals) if isinstance(original, Image)]
+        lost = next((number for number, index in enumerate(wanted, 1) if index not in found), None)
+        if lost is not None:
+            raise BadPrompt(
+                f"The model's chat template leaves out image {lost} of {len(wanted)}: put images into a user's message."
+            )
+        if found != wanted:
+            raise BadPrompt("The model's chat template does not keep each image once and in order: ask about one.")
+        return tuple(parts)
+
+
+def _add_text(parts: list[Part], text: str, *, special: bool) -> None:
+    """Append a text, joined with the one before it if that is of the same kind."""
+    if text and parts and isinstance(parts[-1], TextPart) and parts[-1].special == special:
+        parts[-1] = TextPart(parts[-1].text + text, special)
+    elif text:
+        parts.append(TextPart(text, special))

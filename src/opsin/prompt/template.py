@@ -1,36 +1,31 @@
-"""One chat template: compiled once in Jinja's sandbox, rendered on bounded input, and asked what it understands.
+"""What a model's file says about its prompts: its chat template, or the built-in one that stands in for it.
 
-The sandbox keeps a template away from Python, but not from working for ever: `opsin.prompt.trial` finds out about
-that, in a process of its own, before a stranger's template is rendered here.
+Jinja's sandbox keeps a template away from Python, but not from working for ever: a stranger's template is tried once in
+a process of its own, which the operating system can end.
 """
 
 from __future__ import annotations
 
 import datetime as dt
+import hashlib
 import json
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import dataclass
-from functools import cache, cached_property
-from typing import Any, Literal, NoReturn
+from functools import cache
+from typing import Any, NoReturn
 
-from jinja2 import Template, TemplateSyntaxError, nodes
+from jinja2 import nodes
 from jinja2.ext import Extension
-from jinja2.meta import find_undeclared_variables
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from opsin.core.errors import BadPrompt
+from opsin.core.errors import BadPrompt, ModelUnreadable
 
-_MAX_TEMPLATE_CHARS = 65_536  # the longest in use have about 17,000
-_MAX_INPUT_CHARS = 2_000_000
-_MAX_OUTPUT_CHARS = 4_000_000
-_OUTPUT_PER_INPUT = 32  # a template may write each character of the messages this often
-_MAX_SECONDS = 2.0  # CPU time of one rendering; honest ones take milliseconds
-
-Json = Mapping[str, Any]
-Shape = Literal["string", "list"]
+# For a machine so busy that a second of CPU time takes long; the only limit on Windows.
+_WALL_SECONDS = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +47,6 @@ class TemplateSource:
     kv_groups: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Abilities:
-    """Whether a user's content may be a string, or a list of typed parts; the shape of a system message, if any."""
-
-    strings: bool
-    lists: bool
-    system: Shape | None
-
-
 class TooCostly(BadPrompt):
     """A rendering went over a limit; `what` says what the template does."""
 
@@ -78,8 +64,14 @@ class _Generation(Extension):
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=lineno)
 
 
+def one_line(message: object) -> str:
+    """The beginning of a text on one line, with a full stop."""
+    text = "".join(letter if letter.isprintable() else " " for letter in str(message)[:300])
+    return " ".join(text.split()).rstrip(".") + "."
+
+
 def _raise_exception(message: object = "") -> NoReturn:
-    raise BadPrompt(f"The model's chat template refuses these messages: {_one_line(message)}")
+    raise BadPrompt(f"The model's chat template refuses these messages: {one_line(message)}")
 
 
 def _strftime_now(text: str) -> str:
@@ -92,110 +84,139 @@ def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
 
 
 @cache
-def _environment() -> ImmutableSandboxedEnvironment:
+def environment() -> ImmutableSandboxedEnvironment:
     """The environment of all templates and threads, with the conventions of `transformers`."""
-    environment = ImmutableSandboxedEnvironment(
+    made = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
-    del environment.globals["lipsum"]
-    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
-    environment.filters["tojson"] = _tojson
-    return environment
+    del made.globals["lipsum"]
+    made.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+    made.filters["tojson"] = _tojson
+    return made
 
 
-class ChatTemplate:
-    """A Jinja chat template with the conventions of the models' publishers; threads may share it.
-
-    Raises BadPrompt when the text is not a template that can be used.
-    """
-
-    def __init__(self, text: str, *, bos_token: str, eos_token: str) -> None:
-        if len(text) > _MAX_TEMPLATE_CHARS:
-            raise TooCostly(f"has {len(text):,} characters, more than the {_MAX_TEMPLATE_CHARS:,} that are read")
-        self.text = text
-        self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
-        with _one_sentence():
-            self._template: Template = _environment().from_string(text)
-
-    def render(
-        self,
-        messages: Sequence[Json],
-        *,
-        tools: Sequence[Json] | None = None,
-        add_generation_prompt: bool = True,
-        switches: Json | None = None,
-    ) -> str:
-        """The prompt's text. Raises BadPrompt when the template refuses the messages, fails, or costs too much."""
-        given = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
-        deadline = time.thread_time() + _MAX_SECONDS
-        pieces = []
-        with _one_sentence():
-            size = len(json.dumps(given, ensure_ascii=False, default=str))
-            if size > _MAX_INPUT_CHARS:
-                raise BadPrompt(f"The messages have {size:,} characters: at most {_MAX_INPUT_CHARS:,} are taken.")
-            left = _MAX_OUTPUT_CHARS + _OUTPUT_PER_INPUT * size
-            for piece in self._template.generate({**self._tokens, **(switches or {}), **given}):
-                pieces.append(piece)
-                left -= len(piece)
-                if left < 0:
-                    raise TooCostly("writes too much text")
-                if time.thread_time() > deadline:
-                    raise TooCostly("runs too long")
-        return "".join(pieces)
-
-    @cached_property
-    def variables(self) -> frozenset[str]:
-        """Names the template reads from outside, such as `enable_thinking`."""
-        return frozenset(find_undeclared_variables(_environment().parse(self.text)))
-
-    @cached_property
-    def abilities(self) -> Abilities:
-        """What the template understands; a template that fails at every try is taken to want plain strings."""
-        lists = self._shows("opsinuser", _message("user", "opsinuser", "list"))
-        strings = self._shows("opsinuser", _message("user", "opsinuser", "string")) or not lists
-        shapes: tuple[Shape, ...] = ("string", "list") if strings else ("list", "string")
-        question = _message("user", "opsinuser", shapes[0])
-        for shape in shapes:
-            if self._shows("opsinsystem", _message("system", "opsinsystem", shape), question):
-                return Abilities(strings, lists, shape)
-        return Abilities(strings, lists, None)
-
-    def keeps_thoughts(self, opening: str, closing: str) -> bool:
-        """Whether a block of thoughts in an older answer comes out as text."""
-        shape: Shape = "string" if self.abilities.strings else "list"
-        question = _message("user", "opsinuser", shape)
-        answer = _message("assistant", f"{opening}\nopsinthought\n{closing}\n\nopsinanswer", shape)
-        return self._shows("opsinthought", question, answer, question)
-
-    def _shows(self, word: str, *messages: Json) -> bool:
-        try:
-            text = self.render(messages)
-        except BadPrompt:
-            return False
-        # A list that the template prints as Python or JSON writes one is not understood.
-        return word in text and not any(f"{quote}{word}{quote}" in text for quote in "'\"")
-
-
-def _message(role: str, text: str, shape: Shape) -> Json:
-    return {"role": role, "content": text if shape == "string" else [{"type": "text", "text": text}]}
-
-
-@contextmanager
-def _one_sentence() -> Iterator[None]:
-    """Turn whatever a template can raise into one sentence."""
+@cache
+def check_template(text: str, *, bos_token: str, eos_token: str) -> None:
+    """Raise ModelUnreadable unless the template compiles and renders a long conversation within the limits."""
+    if hashlib.sha256(text.encode("utf-8", "replace")).hexdigest() in SHIPPED:
+        return
     try:
-        yield
-    except BadPrompt:
-        raise
-    except (MemoryError, OverflowError):
-        raise TooCostly("takes too much memory") from None
-    except TemplateSyntaxError as error:
-        raise BadPrompt(f"The model's chat template has a mistake in line {error.lineno}: {_one_line(error)}") from None
-    except Exception as error:  # noqa: BLE001 - a template is a stranger's program and may raise anything
-        what = f"{type(error).__name__}: {_one_line(error)}"
-        raise BadPrompt(f"The model's chat template failed on these messages with a {what}") from None
+        child = subprocess.run(
+            [sys.executable, "-P", "-c", "from opsin.prompt.trial import main; main()"],
+            input=json.dumps([text, bos_token, eos_token]).encode(),
+            capture_output=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)},
+            timeout=_WALL_SECONDS,
+            check=False,
+        )
+        late = sys.platform != "win32" and child.returncode == -signal.SIGPROF
+    except subprocess.TimeoutExpired:
+        late = True
+    except OSError as error:
+        why = error.strerror or error
+        raise ModelUnreadable(f"The model's chat template cannot be tried in a process of its own: {why}.") from None
+    if late or child.returncode != 0:
+        raise ModelUnreadable(str(TooCostly("runs too long" if late else "ends the process that renders it")))
+    if child.stdout:
+        raise ModelUnreadable(child.stdout.decode())
 
 
-def _one_line(message: object) -> str:
-    text = "".join(letter if letter.isprintable() else " " for letter in str(message)[:300])
-    return " ".join(text.split()).rstrip(".") + "."
+@dataclass(frozen=True, slots=True)
+class BuiltIn:
+    """A template, and what separates an image from the text beside it (LLaVA was trained with a line break)."""
+
+    name: str
+    template: str
+    image_glue: str = ""
+
+
+# What LLaVA-1.5 was trained with (haotian-liu/LLaVA, llava/conversation.py, conv_llava_v1).
+_VICUNA = BuiltIn(
+    "vicuna",
+    """\
+{%- if messages[0].role == 'system' -%}
+    {{- messages[0].content | trim -}}
+    {%- set turns = messages[1:] -%}
+{%- else -%}
+    {{- 'A chat between a curious human and an artificial intelligence assistant. ' -}}
+    {{- "The assistant gives helpful, detailed, and polite answers to the human's questions." -}}
+    {%- set turns = messages -%}
+{%- endif -%}
+{%- for turn in turns -%}
+    {%- if turn.role == 'assistant' -%}
+        {{- ' ASSISTANT: ' + turn.content + eos_token -}}
+    {%- elif turn.role == 'user' -%}
+        {{- (' ' if loop.first or turns[loop.index0 - 1].role != 'assistant' else '') + 'USER: ' + turn.content -}}
+    {%- else -%}
+        {{- raise_exception('this model knows users and assistants, and a system message at the start') -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- ' ASSISTANT:' -}}{%- endif -%}
+""",
+    "\n",
+)
+
+# LLaVA-1.6 on Mistral-7B-Instruct; it has no system role, so that goes before the first question.
+_MISTRAL = BuiltIn(
+    "mistral",
+    """\
+{%- set ns = namespace(system='') -%}
+{%- for turn in messages -%}
+    {%- if turn.role == 'assistant' -%}
+        {{- ' ' + turn.content + eos_token -}}
+    {%- elif turn.role == 'user' -%}
+        {{- '[INST] ' + ns.system + turn.content + ' [/INST]' -}}
+        {%- set ns.system = '' -%}
+    {%- elif turn.role == 'system' and loop.first -%}
+        {%- set ns.system = (turn.content | trim) + '\n\n' -%}
+    {%- else -%}
+        {{- raise_exception('this model knows users and assistants, and a system message at the start') -}}
+    {%- endif -%}
+{%- endfor -%}
+""",
+    "\n",
+)
+
+# haotian-liu/LLaVA, conv_chatml_direct: no line break after a turn's end.
+_LLAVA_CHATML = BuiltIn(
+    "llava-chatml",
+    """\
+{%- if messages[0].role != 'system' -%}{{- '<|im_start|>system\nAnswer the questions.<|im_end|>' -}}{%- endif -%}
+{%- for turn in messages -%}
+    {{- '<|im_start|>' + turn.role + '\n' + turn.content + '<|im_end|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
+""",
+    "\n",
+)
+
+_CHATML = BuiltIn(
+    "chatml",
+    "{% for turn in messages %}<|im_start|>{{ turn.role ~ '\\n' ~ turn.content }}<|im_end|>{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
+)
+
+# Models that read pages take a bare instruction.
+_PLAIN = BuiltIn("plain", "{%- for turn in messages -%}{{- turn.content -}}{%- endfor -%}")
+
+# SHA-256 of the template in the demo model that is shipped; as ours it needs no trial.
+SHIPPED = frozenset({"4714f8508613f80a22b94f62c73d02d4497a770de779fd568ced7b397445eb68"})
+
+_LLAVA_PROJECTORS = ("mlp", "mlp_norm", "ldp", "ldpv2")
+
+
+def choose(source: TemplateSource) -> BuiltIn:
+    """The template for a model that ships none.
+
+    LLaVA-1.6-34B is known by its control tokens, Mistral by its name or its attention heads; any other LLaVA, and an
+    unknown `llama`, gets Vicuna's.
+    """
+    name = source.name.lower()
+    if (source.projector or "").startswith("deepseekocr") or "deepseek-ocr" in name:
+        return _PLAIN
+    if "<|im_start|>" in source.control_tokens:
+        return _LLAVA_CHATML if source.architecture == "llama" else _CHATML
+    if source.architecture == "llama" or source.projector in _LLAVA_PROJECTORS:
+        grouped = source.kv_groups > 1 and "vicuna" not in name and ("1.6" in name or "v1.6" in name)
+        return _MISTRAL if "mistral" in name or "bakllava" in name or grouped else _VICUNA
+    return _CHATML

@@ -1,8 +1,6 @@
-"""A trial of a stranger's chat template in a child process with limits, before this process renders it.
+"""The child process in which a stranger's chat template is tried, on long conversations of awkward texts.
 
-Jinja's sandbox keeps a template away from Python, but any template can loop for ever or repeat a string until memory
-is full, and no thread can be stopped. So it is compiled and rendered once, on a long conversation of awkward texts,
-where the operating system can end it.
+Any template can loop for ever or repeat a string until memory is full, and no thread can be stopped.
 """
 
 from __future__ import annotations
@@ -10,21 +8,17 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 import signal
-import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from opsin.core.errors import BadPrompt, ModelUnreadable
-from opsin.prompt.template import ChatTemplate, TooCostly
+from opsin.core.errors import BadPrompt
+from opsin.prompt.builder import ChatTemplate
+from opsin.prompt.template import TooCostly
 
 _CPU_SECONDS = 1.0
 _MEMORY_BYTES = 128 * 2**20
-# For a machine so busy that a second of CPU time takes long; the only limit on Windows.
-_WALL_SECONDS = 60
 _TURNS = 50
 _TEXTS = (
     "What do you see?", "", " " * 4000, "\n" * 2000, "a b " * 1000, "<" * 2000, "</think>" * 300, "7" * 5000,
@@ -32,30 +26,6 @@ _TEXTS = (
 )  # fmt: skip
 _CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": {"at": "</s>" * 100}}}
 _TOOLS = [{"type": "function", "function": {"name": f"look{n}", "parameters": {"type": "object"}}} for n in range(20)]
-
-
-@cache
-def check_template(text: str, *, bos_token: str, eos_token: str) -> None:
-    """Raise ModelUnreadable unless the template compiles and renders a long conversation within the limits."""
-    try:
-        child = subprocess.run(
-            [sys.executable, "-P", "-c", "from opsin.prompt.trial import main; main()"],
-            input=json.dumps([text, bos_token, eos_token]).encode(),
-            capture_output=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)},
-            timeout=_WALL_SECONDS,
-            check=False,
-        )
-        late = sys.platform != "win32" and child.returncode == -signal.SIGPROF
-    except subprocess.TimeoutExpired:
-        late = True
-    except OSError as error:
-        why = error.strerror or error
-        raise ModelUnreadable(f"The model's chat template cannot be tried in a process of its own: {why}.") from None
-    if late or child.returncode != 0:
-        raise ModelUnreadable(str(TooCostly("runs too long" if late else "ends the process that renders it")))
-    if child.stdout:
-        raise ModelUnreadable(child.stdout.decode())
 
 
 def main() -> None:
@@ -84,8 +54,8 @@ def _limit() -> None:
 
 def _render_all(template: ChatTemplate) -> None:
     """Render conversations as the builder would; the template may refuse them, but it may not cost too much."""
-    abilities = template.abilities
-    shapes = [lists for lists, able in ((False, abilities.strings), (True, abilities.lists)) if able]
+    able = template.abilities
+    shapes = [lists for lists in (False, True) if (able.lists if lists else able.strings)]
     for lists, full, thinking in itertools.product(shapes, (False, True), (None, True, False)):
         messages = _conversation(lists=lists, full=full)
         switches = {} if thinking is None else {"enable_thinking": thinking}
@@ -106,11 +76,9 @@ def _conversation(*, lists: bool, full: bool) -> list[dict[str, Any]]:
 
     messages = [said("system", _TEXTS[0])] if full else []
     for turn in range(_TURNS):
-        question, answer = _TEXTS[turn % len(_TEXTS)], _TEXTS[(turn + 1) % (len(_TEXTS) - 1)]
-        messages.append(said("user", question))
+        answer = _TEXTS[(turn + 1) % (len(_TEXTS) - 1)]
+        thought = {"reasoning_content": answer, "tool_calls": [_CALL]} if full else {}
+        messages += [said("user", _TEXTS[turn % len(_TEXTS)]), said("assistant", answer, **thought)]
         if full:
-            messages.append(said("assistant", answer, reasoning_content=answer, tool_calls=[_CALL]))
             messages.append(said("tool", answer, tool_call_id="1", name="look"))
-        else:
-            messages.append(said("assistant", answer))
     return [*messages, said("user", _TEXTS[0])]

@@ -15,7 +15,7 @@ import httpx
 from opsin.core.errors import BadParameter, FetchFailed
 from opsin.core.settings import ImageSettings
 from opsin.images.fetch import Resolver, system_addresses
-from opsin.images.limits import check_bytes
+from opsin.images.source import check_bytes
 
 INSTEAD = "or send the image as a data: address."
 

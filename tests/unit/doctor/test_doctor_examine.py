@@ -19,8 +19,7 @@ from opsin.doctor.pair import PairInfo
 from opsin.engine import Engine
 from opsin.models.gguf import read_header
 from opsin.models.pairing import Pair
-from opsin.native.build_info import Build
-from opsin.native.devices import Device
+from opsin.native.devices import Build, Device
 from opsin.prompt import PromptBuilder, TemplateSource
 from opsin.testing import FakeBackend
 from opsin.testing.fake_backend import N_VOCAB, TURN_TEXT

@@ -44,7 +44,7 @@ def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         (folder / name).write_bytes(b"code")
     words = SimpleNamespace(llama_print_system_info=lambda: b"CPU : AVX2 = 1")
     found = SimpleNamespace(path=folder / "libllama.so", llama=words)
-    monkeypatch.setattr("opsin.native.records.library", lambda: found)
+    monkeypatch.setattr("opsin.native.trial.library", lambda: found)
     return found
 
 

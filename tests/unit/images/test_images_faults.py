@@ -226,7 +226,7 @@ def test_wide_tiffs_take_bounded_memory(tmp_path: Path, side: int, dtype: Any) -
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
 def test_a_pipe_that_nobody_writes_to_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opsin.images.load._PIPE_SECONDS", 0.1)
+    monkeypatch.setattr("opsin.images.source._PIPE_SECONDS", 0.1)
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     begin = time.monotonic()
@@ -238,7 +238,7 @@ def test_a_pipe_that_nobody_writes_to_is_refused(tmp_path: Path, monkeypatch: py
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
 def test_a_pipe_whose_writer_takes_its_time_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process substitution such as <(curl …) is open from the start and may be slow."""
-    monkeypatch.setattr("opsin.images.load._PIPE_SECONDS", 0.0)
+    monkeypatch.setattr("opsin.images.source._PIPE_SECONDS", 0.0)
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     data = encode(scene(), "PNG")

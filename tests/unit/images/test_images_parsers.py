@@ -15,8 +15,8 @@ from image_samples import encode, scene
 from opsin.core.errors import BadImage, BadInput, ImageUnsupported
 from opsin.images import load_image
 from opsin.images.decode import check_jpeg
-from opsin.images.limits import show
 from opsin.images.sniff import image_format
+from opsin.images.source import show
 
 
 @pytest.mark.parametrize(("kind", "options"), samples.EVERY, ids=[f"{k}-{o}" for k, o in samples.EVERY])

@@ -12,10 +12,9 @@ import pytest
 from opsin.core.errors import BadParameter, EngineClosed
 from opsin.core.request import EmbeddingRows, TokenBatch
 from opsin.native.context import BatchArrays
-from opsin.native.devices import Device, pick
+from opsin.native.devices import Device, default_threads, physical_cores, pick
 from opsin.native.model import Owned
 from opsin.native.projector import fingerprint
-from opsin.native.threads import default_threads, physical_cores
 from opsin.native.vision import parse_meta
 
 

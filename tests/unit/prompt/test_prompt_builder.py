@@ -9,7 +9,7 @@ from opsin.core.errors import BadPrompt
 from opsin.core.reasoning import ReasoningStyle
 from opsin.core.request import ImagePart, TextPart
 from opsin.prompt import Message
-from opsin.prompt.template import ChatTemplate
+from opsin.prompt.builder import ChatTemplate
 
 A, B, C = image(1), image(2), image(3)
 NO_SYSTEM = {"mistral"}

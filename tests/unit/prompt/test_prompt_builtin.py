@@ -3,7 +3,7 @@ from prompt_families import flat, image
 
 from opsin.core.errors import BadPrompt
 from opsin.prompt import Message, PromptBuilder, TemplateSource
-from opsin.prompt.builtin import choose
+from opsin.prompt.template import choose
 
 LLAMA_TOKENS = frozenset({"<s>", "</s>", "<unk>"})
 A = image(1)

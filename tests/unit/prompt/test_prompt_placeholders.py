@@ -7,7 +7,7 @@ from prompt_families import image
 
 from opsin.core.errors import BadPrompt
 from opsin.core.request import ImagePart, TextPart
-from opsin.prompt.placeholders import ControlTokens, Placeholders
+from opsin.prompt.builder import ControlTokens, Placeholders
 
 TOKENS = ["</s>", "<s>", "<<s>>", "<|a|>", "<|a|><|b|>", "[X]", "▁▁", "\n"]
 SPLIT = ControlTokens(TOKENS)

@@ -4,7 +4,7 @@ import pytest
 from prompt_families import FAMILIES
 
 from opsin.core.errors import BadPrompt
-from opsin.prompt.template import Abilities, ChatTemplate
+from opsin.prompt.builder import Abilities, ChatTemplate
 
 
 def render(text, messages=(), **others):

@@ -10,10 +10,9 @@ from prompt_families import FAMILIES, bare
 from opsin.core.errors import BadPrompt, ModelUnreadable
 from opsin.models import resolve
 from opsin.prompt import Message
-from opsin.prompt import trial as trial_module
-from opsin.prompt.builtin import SHIPPED
-from opsin.prompt.template import ChatTemplate
-from opsin.prompt.trial import check_template
+from opsin.prompt import template as trial_module
+from opsin.prompt.builder import ChatTemplate
+from opsin.prompt.template import SHIPPED, check_template
 
 GROW = "{% set ns = namespace(x=START) %}{% for i in range(200) %}{% set ns.x = STEP %}{% endfor %}{{ ns.x }}"
 
