@@ -215,14 +215,11 @@ class _Answers:
 
     async def take(self, seconds: float | None = None) -> list[tuple[int, TextDelta | Finished]]:
         """Everything that has come, by stream; nothing when nothing comes in time. Raises a stream's error."""
-        if seconds is None:
-            await self._ready.wait()
-        else:
-            try:
-                async with asyncio.timeout(seconds):
-                    await self._ready.wait()
-            except TimeoutError:
-                return []
+        try:
+            # Without a limit there is no timer to make and to cancel for each step.
+            await (self._ready.wait() if seconds is None else asyncio.wait_for(self._ready.wait(), seconds))
+        except TimeoutError:
+            return []
         self._ready.clear()
         found: list[tuple[int, TextDelta | Finished]] = []
         for index, stream in enumerate(self._streams):

@@ -1,5 +1,7 @@
 """Embeddings in memory: least recently used first out, bounded in bytes, with a slower memory behind."""
 
+from __future__ import annotations
+
 from collections import OrderedDict
 
 import numpy as np
