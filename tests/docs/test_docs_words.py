@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 ROOT = Path(__file__).parents[2]
 RETIRED = re.compile(
     r"(?i)pictur|\bmicro-?batch|\bkv memor|\babsorb|\bcellbooks\b|\bstretch(es)?\b|\bhollow\b|\bsetup_word\b|\bmends?\b"
-    r"|\bopsin\.media\b|\bdearest\b|\bline_up\b|\bpixelroom\b|\bpicturegate\b|\bloadedmodel\b|\bimagerun\b|\btextrun\b"
+    r"|\bopsin\.media\b|\bdearest\b|\bline_up\b|\bpixelroom\b|\bpicturegate\b|\bloadedmodel\b|\bimagerun\b|\btextrun\b|\blayouts?\b"
 )
 ALLOWED = (
     "in this picture?",  # what the demo model was trained on

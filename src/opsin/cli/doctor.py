@@ -1,4 +1,4 @@
-"""`opsin doctor` looks at this machine, this build and this pair; `opsin explain` at a log. Both say what to mend."""
+"""`opsin doctor` looks at this machine, this build and this pair; `opsin explain` at a log. Both say what to fix."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ class Server:
         while ((stats := self.engine.stats).running or self.manager._entered) and time.monotonic() < end:
             time.sleep(0.01)
         assert (stats.running, stats.waiting) == (0, 0), stats
-        assert self.gate._room.used == 0
+        assert self.gate.room._used == 0
         assert self.manager._entered == 0
         assert self.engine.error is None
 

@@ -31,8 +31,8 @@ def refused(*arguments: str, cwd: Path | None = None) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
-def streams(server: Served, count: int) -> list[Stream]:
-    running = [Stream(server.url, question(image_url(seed), **LONG)) for seed in range(count)]
+def streams(server: Served, count: int, **fields: object) -> list[Stream]:
+    running = [Stream(server.url, question(image_url(seed), **{**LONG, **fields})) for seed in range(count)]
     for stream in running:
         assert stream.begun.wait(LIMIT)
     assert all(stream.is_alive() for stream in running), "the answers are too short for this test"
@@ -89,7 +89,7 @@ def test_sigterm_amid_streams_loses_none_and_refuses_new_ones() -> None:
 
 def test_what_outlasts_the_drain_is_told_so() -> None:
     with served("--drain-seconds", "0.1") as server:
-        running = streams(server, 2)
+        running = streams(server, 2, max_tokens=7000)
         assert server.end() == 0
         for stream in running:
             stream.finish()

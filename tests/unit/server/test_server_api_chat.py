@@ -525,7 +525,7 @@ def test_before_the_model_is_there_and_while_the_server_drains_others_are_told_t
 def test_a_full_queue_is_no_fault_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     async def work() -> None:
         async with world() as w:
-            monkeypatch.setattr(Engine, "_enter", lambda *_: (_ for _ in ()).throw(_full()))
+            monkeypatch.setattr(Engine, "submit", lambda *_, **__: (_ for _ in ()).throw(_full()))
             reply = await w.post(messages=QUESTION)
             assert reply.status_code == 429
             assert reply.json()["error"]["type"] == "rate_limit_error"
@@ -585,18 +585,18 @@ def test_forty_requests_of_eight_choices_leave_room_for_another_key() -> None:
 
 def test_choices_that_were_begun_are_ended_when_a_later_one_finds_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate(stop_at=0)
-    enter = Engine._enter
+    submit = Engine.submit
     entered: list[int] = []
 
-    def only_once(engine: Engine, stream: Any) -> None:
+    def only_once(engine: Engine, *args: Any, **named: Any) -> Any:
         if entered:
             raise _full()
         entered.append(1)
-        enter(engine, stream)
+        return submit(engine, *args, **named)
 
     async def work() -> None:
         async with world(gate) as w:
-            monkeypatch.setattr(Engine, "_enter", only_once)
+            monkeypatch.setattr(Engine, "submit", only_once)
             assert (await w.post(messages=QUESTION, n=2)).status_code == 429
             gate.open.set()
             await until(lambda: w.engine.stats.running == 0)
