@@ -1,6 +1,7 @@
 """Broken and hostile files through the whole command: exit code 2 or an answer, one sentence, no growth."""
 
 import contextlib
+import ctypes
 import importlib
 import io
 import sys
@@ -51,7 +52,8 @@ def test_forty_hostile_files_each_end_in_one_sentence_or_an_answer(
             assert out == ""
         if number == 4:  # the model's own memory is there by now
             before = process.memory_info().rss
+    ctypes.CDLL(None).malloc_trim(0)  # what is free but kept by the allocator is not held by Opsin
     grown = (process.memory_info().rss - before) / 2**20
     print(f"{refused} of {len(files)} files refused, memory grew by {grown:.1f} MiB")
     assert refused >= 30
-    assert grown < 160  # one file that is unpacked whole would take more
+    assert grown < 100  # one file that is unpacked whole would take more
