@@ -29,6 +29,12 @@ def ask(path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str, str]:
     return code, out.getvalue(), err.getvalue()
 
 
+def held(process: psutil.Process) -> int:
+    """Resident bytes, without what is free and only kept by the allocator."""
+    ctypes.CDLL(None).malloc_trim(0)
+    return process.memory_info().rss
+
+
 def test_forty_hostile_files_each_end_in_one_sentence_or_an_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -51,9 +57,8 @@ def test_forty_hostile_files_each_end_in_one_sentence_or_an_answer(
             assert sentences[0].endswith("."), f"{name}: {sentences[0]}"
             assert out == ""
         if number == 4:  # the model's own memory is there by now
-            before = process.memory_info().rss
-    ctypes.CDLL(None).malloc_trim(0)  # what is free but kept by the allocator is not held by Opsin
-    grown = (process.memory_info().rss - before) / 2**20
+            before = held(process)
+    grown = (held(process) - before) / 2**20
     print(f"{refused} of {len(files)} files refused, memory grew by {grown:.1f} MiB")
     assert refused >= 30
     assert grown < 100  # one file that is unpacked whole would take more
