@@ -4,7 +4,8 @@ Pure Python. Refuses to know any model runtime, and to decide when something is 
 """
 
 from opsin.cache.disk import DiskStore, default_folder
-from opsin.cache.memory import EmbeddingCache, ImageUnit, Prefix, PrefixIndex, Unit, salted, units_of
+from opsin.cache.embeddings import EmbeddingCache, salted
+from opsin.cache.kv_cache import ImageUnit, Prefix, PrefixIndex, Unit, units_of
 
 __all__ = [
     "DiskStore",

@@ -15,7 +15,6 @@ from opsin.cache import EmbeddingCache
 from opsin.core.answer import Finished, Stage
 from opsin.core.backend import Backend
 from opsin.core.errors import DecodeFailed, EngineClosed, EngineDied, EngineError, OpsinError, copy_of
-from opsin.engine.output import OutputProcessor, check_deadline
 from opsin.engine.request import AnswerStream, Sequence, State, Wake, wake_readers
 from opsin.engine.runner import PixelsNeeded, Runner, Watch, unwatched
 from opsin.engine.scheduler import Encode, Policy, PrefillImage, Scheduler, Step, Tokens, members_of
@@ -87,7 +86,6 @@ class Loop:
         self._backend: Backend
         self._scheduler: Scheduler
         self._runner: Runner
-        self._outputs: OutputProcessor
         self._touched: list[AnswerStream] = []
         self._counts = Snapshot()
         self.error: OpsinError | None = None
@@ -173,11 +171,10 @@ class Loop:
             backend.close()
 
     def _attach(self, backend: Backend) -> None:
-        limits = backend.limits
         self._backend = backend
+        self._piece, self._eog_tokens, self._n_ctx = backend.piece, backend.eog_tokens, backend.limits.n_ctx_seq
         self._runner = Runner(backend, self._images, self._now, self._watch)
-        self._scheduler = Scheduler(limits, self._policy)
-        self._outputs = OutputProcessor(backend.piece, backend.eog_tokens, limits.n_ctx_seq, lambda s: list(s.closing))
+        self._scheduler = Scheduler(backend.limits, self._policy)
 
     def _receive(self) -> bool:
         """Take the inbox in, waiting while there is nothing else to do; False when the loop shall end."""
@@ -308,7 +305,9 @@ class Loop:
         if not sampled:
             return
         thinking = [s for s, _, _ in sampled if s.output.thinking]
-        self._outputs.process_output(sampled)
+        piece, eog_tokens, n_ctx = self._piece, self._eog_tokens, self._n_ctx
+        for sequence, token, logprob in sampled:
+            sequence.process_output(token, piece(token), logprob, ends_turn=token in eog_tokens, n_ctx=n_ctx)
         counts.generated_tokens += len(sampled)
         for sequence in thinking:
             if not sequence.output.thinking and sequence.state is not State.DONE:
@@ -341,8 +340,8 @@ class Loop:
         for sequence in (*self._scheduler.running, *self._scheduler.waiting):
             if sequence.stream.done:
                 sequence.end("cancelled")
-            elif sequence.request.deadline is not None:
-                check_deadline(sequence, now)
+            else:
+                sequence.check_deadline(now)
             if sequence.state is State.DONE:
                 self._end(sequence)
 
@@ -371,7 +370,7 @@ class Loop:
         except OpsinError as error:
             self._fail(sequence, error)
             return
-        self._outputs.limit_reasoning(sequence)
+        sequence.limit_reasoning()
         sequence.drop_pixels()
 
     def _finish(self, sequence: Sequence) -> None:

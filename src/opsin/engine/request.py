@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from opsin.cache import Prefix, units_of
-from opsin.core.answer import Answer, Event, Finished, FinishReason, Usage
+from opsin.core.answer import Answer, Event, Finished, FinishReason, TokenLogprob, Usage
 from opsin.core.backend import Sampler
 from opsin.core.errors import Cancelled, OpsinError, copy_of
 from opsin.core.request import Chunk, Embedding, ImageChunk, Prompt, SamplingParams, TextChunk, TokenizedPrompt
@@ -340,6 +340,42 @@ class Sequence:
         prefix.ready += 1
         self.n_pos += 1
         self.n_cells += 1
+
+    def process_output(
+        self, token: int, piece: bytes, logprob: TokenLogprob | None, *, ends_turn: bool, n_ctx: int
+    ) -> None:
+        """Take a sampled token in: put what it shows into the stream, and end the answer where a rule says so.
+
+        `piece` are the token's bytes, `n_ctx` the cells that the KV cache holds of a sequence.
+        """
+        request, output = self.request, self.output
+        self.last_token = token
+        if ends_turn and not request.params.ignore_eos:
+            self.end("stop")
+            return
+        for delta in output.feed(token, piece, logprob):
+            self.stream.add(delta)
+        if output.stopped:
+            self.end("stop")
+        elif output.verdict is not None:
+            self.end("length", "guard")
+        elif len(output.tokens) >= request.max_tokens:
+            self.end("length", "tokens")
+        elif self.n_cells >= n_ctx:
+            self.end("length", "context")
+        else:
+            self.limit_reasoning()
+
+    def limit_reasoning(self) -> None:
+        """Close a reasoning block whose budget is spent; a budget of 0 closes one that the prompt opened."""
+        budget, output = self.request.params.max_thinking_tokens, self.output
+        if budget is not None and output.thinking and output.reasoning_tokens == budget:
+            self.forced = list(self.closing)
+
+    def check_deadline(self, now: float) -> None:
+        """End an answer whose time is over; what it has so far is kept."""
+        if self.request.deadline is not None and now >= self.request.deadline:
+            self.end("length", "seconds")
 
     def preempt(self) -> None:
         """Its cells are needed elsewhere: it waits again, with what it answered so far as a part of its prompt."""

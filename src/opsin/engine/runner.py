@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from opsin.cache import EmbeddingCache, salted
-from opsin.cache.memory import Fork, KVOp
+from opsin.cache.kv_cache import Fork, KVOp
 from opsin.core.answer import Progress, Stage, TokenLogprob
 from opsin.core.backend import Backend, Sampler
 from opsin.core.errors import DecodeFailed, OpsinError

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-from opsin.cache.memory import KVCacheManager, Prefix
+from opsin.cache.kv_cache import KVCacheManager, Prefix
 from opsin.core.backend import BackendLimits
 from opsin.core.request import ImageChunk, TextChunk
 from opsin.engine.request import Sequence, State

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opsin.cache import ImageUnit, Prefix, PrefixIndex, Unit
-from opsin.cache.memory import BLOCK
+from opsin.cache.kv_cache import BLOCK
 
 IMAGE = ImageUnit("a:0", 4, 4)
 # Repeated, so that prompts are longer than a block.

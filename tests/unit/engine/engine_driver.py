@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from opsin.cache import EmbeddingCache, salted
-from opsin.cache.memory import KVOp
+from opsin.cache.kv_cache import KVOp
 from opsin.core.answer import Answer, Event, Finished, TextDelta
 from opsin.core.backend import BackendLimits
 from opsin.core.errors import Cancelled, OpsinError

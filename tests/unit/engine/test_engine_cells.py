@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opsin.cache.memory import CellBook
+from opsin.cache.kv_cache import CellBook
 
 ids = st.integers(0, 4)
 calls = st.one_of(

@@ -7,7 +7,7 @@ import pytest
 from engine_driver import Asked, Backend, Driver, expected, limits, prompt_of, reply
 
 from opsin.cache import EmbeddingCache
-from opsin.cache.memory import Fork
+from opsin.cache.kv_cache import Fork
 from opsin.core.answer import Finished
 from opsin.core.backend import BackendLimits
 from opsin.core.errors import Cancelled, DecodeFailed, EncodeFailed
