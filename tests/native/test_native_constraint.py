@@ -281,6 +281,19 @@ def test_the_oldest_are_forgotten_and_compiled_again_when_asked_for(backend: Any
     assert answer(backend, SamplingParams(grammar='root ::= "0"'), 1) == ("0", True)
 
 
+def test_what_a_request_waits_with_is_never_compiled_where_its_answer_starts(
+    backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is the engine's thread; more may wait than are remembered."""
+    params = SamplingParams(grammar='root ::= "waits"')
+    held = backend.check(params)
+    for number in range(constraint.REMEMBERED + 3):
+        backend.check(SamplingParams(grammar=f'root ::= "{number} others"'))
+    monkeypatch.setattr(constraint, "to_lark", lambda _: pytest.fail("compiled again"))
+    assert answer(backend, params, 5) == ("waits", True)
+    assert held is not None
+
+
 ARRAYS = [
     ({"minItems": 2, "maxItems": 3}, {2, 3}),
     ({"maxItems": 2}, {0, 1, 2}),

@@ -94,8 +94,11 @@ class Backend(Protocol):
     def synchronize(self) -> None:
         """Wait until all that was started is done; a stage ends after this."""
 
-    def check(self, params: SamplingParams) -> None:
-        """Compile the request's schema or grammar for `sampler`, maybe for seconds. Any thread. Raises BadGrammar."""
+    def check(self, params: SamplingParams) -> object:
+        """Compile the request's schema or grammar, maybe for seconds. Any thread. Raises BadGrammar.
+
+        `sampler` does not compile it again while the result is kept.
+        """
 
     def sampler(self, params: SamplingParams, seed: int) -> Sampler:
         """A sampler for one request. Raises BadGrammar."""

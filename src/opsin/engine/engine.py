@@ -266,7 +266,7 @@ class Preparer:
         """The sequence of a request; None when its reader went away. Raises BadInput."""
         with clock.stage(Stage.OTHER):
             # Here and not where the sampler is made: compiling a schema takes time, and others stream.
-            self._backend.check(request.params)
+            compiled = self._backend.check(request.params)
         embeddings: dict[str, Embedding] = {}
         # Whoever waits here gets no pixels, and is served by the encode of the request that has them.
         with self._in_flight.alone(image.sha256 for image in request.prompt.images):
@@ -277,7 +277,7 @@ class Preparer:
         try:
             _check_fit(tokenized, self._backend.limits)
             text, closing = self._text(request)
-            sequence = Sequence(request, stream, clock, text, tokenized, embeddings, closing)
+            sequence = Sequence(request, stream, clock, text, tokenized, embeddings, closing, compiled)
         except BaseException:
             tokenized.close()
             raise

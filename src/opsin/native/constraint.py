@@ -15,6 +15,7 @@ import threading
 import time
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from opsin.core.request import SamplingParams
     from opsin.native.model import Model
 
-    _Compiled = tuple[LLMatcher, dict[str, Any] | None]  # a matcher at its start, and the schema if it has unique items
-
 REMEMBERED = 128  # compiled schemas and grammars of a model, and refusals: the oldest go first
 STEP_SECONDS = 0.05  # of CPU time that one step of one answer may take in llguidance
 # llguidance compares each item of a row with all others, and a lexer state takes 1 to 2 kB.
@@ -43,14 +42,20 @@ _SPACING = {"whitespace_flexible": False, "item_separator": ", ?", "key_separato
 _JSON_OPTIONS = {**_SPACING, "coerce_one_of": True, "lenient": False}
 
 
+class _Compiled:
+    """A matcher at its start, and the schema if it has unique items."""
+
+    def __init__(self, matcher: LLMatcher, unique: dict[str, Any] | None) -> None:
+        self.matcher, self.unique = matcher, unique
+
+
 class Constraint:
     """The schema or grammar of one answer. Not for two threads at once."""
 
     def __init__(self, compiled: _Compiled, bits: NDArray[np.int32], model: Model) -> None:
         """`bits` is room for the mask, int32 [n_vocab / 32], which answers of one thread may share."""
-        matcher, unique = compiled
-        self._matcher = matcher.deep_copy()
-        self._unique = None if unique is None else UniqueItems(unique)
+        self._matcher = compiled.matcher.deep_copy()
+        self._unique = None if compiled.unique is None else UniqueItems(compiled.unique)
         self._bits, self._model = bits, model
 
     def permits(self, token: int) -> bool:
@@ -99,22 +104,27 @@ class Constraints:
         self._bits = np.zeros((model.n_vocab + 31) // 32, np.int32)
         self._lock = threading.Lock()
         self._compiled = lru_cache(REMEMBERED)(self._compile)
+        # What somebody waits with: it must not be compiled anew where its answer starts, on the engine's thread.
+        self._wanted: WeakValueDictionary[tuple[str | None, str | None], _Compiled] = WeakValueDictionary()
         self._tokenizer: LLTokenizer | str = ""  # or why there is none
         # A quarter of a second for 50,000 tokens: neither the first schema nor the engine's thread should wait for it.
         self._builder = threading.Thread(target=self._build_tokenizer, name="opsin-tokenizer", daemon=True)
         self._builder.start()
 
-    def compile(self, params: SamplingParams) -> None:
-        """Make the request's schema or grammar ready for `start`. Raises BadGrammar."""
+    def compile(self, params: SamplingParams) -> object:
+        """Make the request's schema or grammar ready for `start`, as long as the result is kept. Raises BadGrammar."""
         with self._lock:  # so that requests for the same schema wait for one compilation
-            self._ready(params)
+            found = self._ready(params)
+            self._wanted[params.json_schema, params.grammar] = found
+            return found
 
     def start(self, params: SamplingParams) -> Constraint:
         """A constraint for one answer. Raises BadGrammar."""
         return Constraint(self._ready(params), self._bits, self._model)
 
     def _ready(self, params: SamplingParams) -> _Compiled:
-        found = self._compiled(params.json_schema, params.grammar)
+        asked = params.json_schema, params.grammar
+        found = self._wanted.get(asked) or self._compiled(*asked)
         if isinstance(found, str):
             raise BadGrammar(found)
         return found
@@ -147,7 +157,7 @@ class Constraints:
         mask = b"" if matcher.is_error() else matcher.compute_bitmask()
         if matcher.is_error() or not any(mask):
             return f"The {what} cannot be used: {_reason(matcher.get_error()) or 'no answer fits it'}."
-        return matcher, unique
+        return _Compiled(matcher, unique)
 
     def _build_tokenizer(self) -> None:
         from llguidance import LLTokenizer

@@ -237,10 +237,11 @@ class Context:
             for nan, token in zip(bad, tokens.tolist(), strict=True)
         ]
 
-    def check(self, params: SamplingParams) -> None:
-        if self._constraints is not None and _constrained(params):
-            with self._readers:
-                self._constraints.compile(params)
+    def check(self, params: SamplingParams) -> object:
+        if self._constraints is None or not _constrained(params):
+            return None
+        with self._readers:
+            return self._constraints.compile(params)
 
     def sampler(self, params: SamplingParams, seed: int) -> NativeSampler:
         constraint = self._constraints.start(params) if self._constraints and _constrained(params) else None
