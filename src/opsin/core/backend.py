@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from opsin.core.answer import TokenLogprob
 from opsin.core.errors import OpsinError
@@ -117,6 +117,12 @@ class Backend(Protocol):
 
     def kv_copy(self, source: int, target: int, start: int, end: int) -> None:
         """Let `target`, which ends at `start`, share positions [start, end) of `source`. Raises DecodeFailed."""
+
+    def kv_save(self, seq_id: int) -> object:
+        """A copy of all that a sequence holds, in main memory; only `kv_load` of the same backend understands it."""
+
+    def kv_load(self, seq_id: int, saved: Any) -> None:
+        """Give an empty sequence what `kv_save` gave. Raises DecodeFailed, and the sequence is empty then."""
 
     def kv_last(self, seq_id: int) -> int:
         """The last position held for a sequence, -1 if there is none."""

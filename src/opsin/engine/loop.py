@@ -134,7 +134,7 @@ class Loop:
             self._counts,
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
-            idle_prefixes=len(scheduler.kv.idle),
+            idle_prefixes=len(scheduler.kv.idle) + len(scheduler.kv.swapped),
             cells_used=scheduler.kv.cells.used,
             preemptions=scheduler.preemptions,
         )

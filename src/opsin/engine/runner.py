@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from opsin.cache import EmbeddingCache, salted
-from opsin.cache.kv_cache import Fork, KVOp
+from opsin.cache.kv_cache import Fork, KVOp, SwapIn, SwapOut
 from opsin.core.answer import Progress, Stage, TokenLogprob
 from opsin.core.backend import Backend, Sampler
 from opsin.core.errors import DecodeFailed, OpsinError
@@ -65,11 +65,20 @@ class Runner:
             try:
                 if isinstance(operation, Fork):
                     self._backend.kv_copy(operation.source, seq_id, 0, operation.end)
-                elif not self._backend.kv_remove(seq_id, 0, -1):
-                    raise DecodeFailed(f"The KV cache cannot forget sequence {seq_id}: load the model again.")
+                elif isinstance(operation, SwapIn):
+                    self._backend.kv_load(seq_id, operation.source.saved)
+                    self._forget(seq_id, operation.end)
+                else:
+                    if isinstance(operation, SwapOut):
+                        operation.prefix.saved = self._backend.kv_save(seq_id)
+                    self._forget(seq_id, 0)
             except OpsinError as error:
                 failed[seq_id] = error
         return failed
+
+    def _forget(self, seq_id: int, start: int) -> None:
+        if not self._backend.kv_remove(seq_id, start, -1):
+            raise DecodeFailed(f"The KV cache cannot forget sequence {seq_id}: load the model again.")
 
     def begin(self, sequence: Sequence) -> None:
         """An admitted sequence gets its sampler, and keeps it over preemptions. Raises BadGrammar."""

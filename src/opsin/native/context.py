@@ -283,6 +283,20 @@ class Context:
         for one in self._ids(target) if source != target else ():
             self._llama.llama_memory_seq_cp(self._memory, source, one, start, end)
 
+    def kv_save(self, seq_id: int) -> NDArray[np.uint8]:
+        self._check_sequences(seq_id)
+        state = np.empty(self._llama.llama_state_seq_get_size(self.pointer, seq_id), np.uint8)
+        self._llama.llama_state_seq_get_data(self.pointer, _bytes(state), len(state), seq_id)
+        return state
+
+    def kv_load(self, seq_id: int, saved: NDArray[np.uint8]) -> None:
+        self._check_sequences(seq_id)
+        mark = logs.SINK.mark
+        if not self._llama.llama_state_seq_set_data(self.pointer, _bytes(saved), len(saved), seq_id):
+            raise DecodeFailed(f"The KV cache does not take back what was swapped out ({logs.SINK.cause(mark)}).")
+        for other in self._ids(seq_id)[1:]:
+            self._llama.llama_memory_seq_cp(self._memory, seq_id, other, 0, -1)
+
     def _ids(self, seq_id: int) -> tuple[int, ...]:
         return (seq_id, seq_id + self._keeper) if self._keeper else (seq_id,)
 
@@ -300,6 +314,10 @@ class Context:
             if self._constraints is not None:
                 self._constraints.close()
             self.model.close()
+
+
+def _bytes(array: NDArray[np.uint8]) -> Any:
+    return ctypes.cast(array.ctypes.data, ctypes.POINTER(ctypes.c_uint8))
 
 
 def _constrained(params: SamplingParams) -> bool:

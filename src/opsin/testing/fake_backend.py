@@ -259,6 +259,16 @@ class FakeBackend:
             cell.holders += 1
         held.extend(shared)
 
+    def kv_save(self, seq_id: int) -> list[int | str]:
+        """The entries of its cells."""
+        return [cell.entry for cell in self._sequences[seq_id]]
+
+    def kv_load(self, seq_id: int, saved: list[int | str]) -> None:
+        """Cells of its own."""
+        assert self.kv_last(seq_id) < 0, "only an empty sequence can be loaded"
+        for pos, entry in enumerate(saved):
+            self._append(seq_id, pos, entry)
+
     def kv_last(self, seq_id: int) -> int:
         """The last position held, -1 for none."""
         return len(self._sequences.get(seq_id, ())) - 1
