@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +25,12 @@ TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}" +
 SLOW, CRASHES_IN_ENCODE, HANGS_IN_ENCODE, CRASHES_IN_PREFILL = 11, 13, 17, 19
 """Widths of images."""
 SLOW_SECONDS = 0.5
+
+
+def hang(library: ctypes.CDLL) -> None:
+    """Never come back from native code; a `PyDLL` keeps the interpreter lock, too."""
+    print("the worker hangs", file=sys.stderr, flush=True)
+    library.pause()
 
 
 class Backend(FakeBackend):
@@ -53,7 +60,7 @@ class Backend(FakeBackend):
         if width == CRASHES_IN_ENCODE:
             os.abort()
         if width == HANGS_IN_ENCODE:
-            ctypes.CDLL(None).pause()
+            hang(ctypes.CDLL(None))
         return super().encode(run, between)
 
     def decode(self, rows: TokenBatch | EmbeddingRows) -> bool:
@@ -72,6 +79,8 @@ def open_model(
         raise ModelNotFound("there is no file missing")
     if model == "aborts":
         os.abort()
+    if model == "hangs":
+        hang(ctypes.PyDLL(None))
     engine = Engine(Backend, policy=Policy(parallel=settings.parallel, max_queue=max_queue), watch=watch, wake=wake)
     source = TemplateSource(TEMPLATE, "llama", "fake", None, "", "", frozenset({TURN_TEXT}))
     return Runtime(engine, PromptBuilder(source), False, "fake", None, source)

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -136,7 +137,11 @@ def test_an_image_that_crashes_two_workers_is_refused_for_an_hour_and_others_are
         assert refused.value.http_status == 422
         for other in (waiting, answered):
             assert engine.submit(prompt(other), PARAMS).result().text
-        monkeypatch.setattr(client, "BLOCKED_SECONDS", 0.0)
+        clock = time.monotonic
+        monkeypatch.setattr(client.time, "monotonic", lambda: clock() + 3500)
+        with pytest.raises(ImageBlocked):
+            engine.submit(prompt(bad), PARAMS)
+        monkeypatch.setattr(client.time, "monotonic", lambda: clock() + 3700)
         crash(engine, bad)
 
 
@@ -312,3 +317,62 @@ def test_pixels_are_what_was_put_in_and_travel_without_a_name() -> None:
     again = Pixels(os.dup(pixels.fd), size)
     again[0:1] = b"R"
     assert pixels[0:1] == b"R"
+
+
+def test_a_step_is_one_message_however_many_stream() -> None:
+    class Counted(WorkerEngine):
+        messages = 0
+
+        def _on_events(self, *said: Any) -> None:
+            self.messages += 1
+            super()._on_events(*said)
+
+    with Counted(None, None, EngineSettings(parallel=8), command=COMMAND) as engine:
+        engine.wait_ready()
+        before, steps = engine.messages, engine.stats.decode_steps
+        streams = [engine.submit(prompt(text=str(number)), PARAMS) for number in range(8)]
+        tokens = sum(stream.result().usage.completion_tokens for stream in streams)
+        assert tokens == 8 * 200
+        # A first text and an end go out at once, and are not the same step's for all.
+        assert 0 < engine.messages - before <= engine.stats.decode_steps - steps + 2 * 8
+
+
+def test_who_left_does_not_count_as_running() -> None:
+    """The last counters to come were those from before their end, and nobody asked for others."""
+    with worker() as engine:
+        engine.wait_ready()
+        begun(stream := engine.submit(prompt(), PARAMS))
+        wait_until(lambda: engine.stats.running == 1)
+        stream.cancel()
+        wait_until(lambda: engine.stats.running == 0)
+
+
+PARENT = """
+import sys, time
+from fake_worker import HANGS_IN_ENCODE
+from test_worker import EngineSettings, WorkerEngine, COMMAND, image, prompt
+engine = WorkerEngine(sys.argv[1] or None, None, EngineSettings(parallel=8), command=COMMAND)
+if not sys.argv[1]:
+    engine.wait_ready()
+    engine.submit(prompt(image(1, width=HANGS_IN_ENCODE)))
+while engine.pid is None:
+    time.sleep(0.01)
+print(engine.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="elsewhere a process in native code cannot be ended by its parent's"
+)
+@pytest.mark.parametrize("model", ["", "hangs"], ids=["in an encode", "while it loads, with the interpreter lock"])
+def test_a_worker_in_an_endless_native_call_ends_with_its_parent(model: str) -> None:
+    command = [sys.executable, "-c", PARENT, model]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        assert parent.stderr is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        assert "the worker hangs\n" in iter(parent.stderr.readline, "")
+        parent.kill()
+        _, alive = psutil.wait_procs([child], timeout=2)
+        assert not alive

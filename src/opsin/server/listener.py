@@ -15,7 +15,8 @@ from opsin.core.errors import BadParameter
 from opsin.core.settings import ServerSettings
 from opsin.server.middleware import Connection, is_loopback, read_host, read_origin
 
-BACKLOG = 2048
+BACKLOG = 128
+"""Connections that may wait. asyncio takes as many at once before it counts them: too many would use up all files."""
 LAST_BYTES_SECONDS = 5
 """How long open connections may take to read what was answered when the server ends."""
 KEEP_ALIVE_SECONDS = 75
@@ -43,6 +44,7 @@ class HttpServer(uvicorn.Server):
                 http=patient(slow_reader_seconds),
                 proxy_headers=False,
                 server_header=False,
+                backlog=BACKLOG,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=LAST_BYTES_SECONDS,
             )

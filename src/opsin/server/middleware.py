@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -36,15 +37,19 @@ UNFINISHED_BODIES = 4
 """The bytes of all unfinished bodies together, as a multiple of what one body may have."""
 SMALL_BODY = 2**20
 """A body of up to this many bytes is read even if the others take up all of that."""
+MOST_CONNECTIONS = 512
+"""Half of the files that Linux lets a process open; the rest is for images and the model."""
+FIRST_BYTE_SECONDS = 10.0
 _LOG = logging.getLogger("opsin.server")
 
 
 class Connection(H11Protocol):
-    """uvicorn's connection with two limits more.
+    """uvicorn's connection with three limits more.
 
     A head that takes longer than `patience` seconds ends the connection, as does a client that takes nothing of its
     answer for so long; the answer then ends as after any hang-up. Before its first request an idle connection ends
-    with uvicorn's keep-alive time, after one at most `patience` later, also when the end of the answer lies unread.
+    after ten seconds, after one at most `patience` behind uvicorn's keep-alive time, also when the end of the answer
+    lies unread. Of too many connections the idle one that would end next goes at once.
     """
 
     patience: float
@@ -55,7 +60,17 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's own
         """Wait for the first request."""
         super().connection_made(transport)
-        self._await_request(self.timeout_keep_alive)
+        self._await_request(min(FIRST_BYTE_SECONDS, self.timeout_keep_alive))
+        if len(self.connections) > MOST_CONNECTIONS:
+            connections = cast("set[Connection]", self.connections)
+            min(connections, key=lambda one: one.idle_until).transport.abort()
+
+    @property
+    def idle_until(self) -> float:
+        """When it ends unless a request comes, by the loop's clock; one that is answered or ending has no such time."""
+        if self._request is None or self._answering() or self.transport.is_closing():
+            return math.inf
+        return self._request.when()
 
     def data_received(self, data: bytes) -> None:
         """Wait for the rest of a head."""

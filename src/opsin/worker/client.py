@@ -313,12 +313,13 @@ class WorkerEngine:
                 message = child.channel.receive(self._tick)
             except EOFError:
                 return
-            waits = message is None and self._requests and child.ready_at is not None
+            quiet = message is None and child.ready_at is not None
+            waits = quiet and self._requests
             # Not by the clock: the front itself may have been stopped.
             self._silent = self._silent + self._tick if waits else 0.0
             if message is not None:
                 getattr(self, f"_on_{message[0]}")(child, *message[1:])
-            elif waits:
+            elif waits or (quiet and self._latest.running):  # whose clients left: the count is from before their end
                 child.post(("ping",))
             self._tend(child)
 

@@ -4,6 +4,8 @@ import base64
 import contextlib
 import io
 import os
+import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -191,6 +193,35 @@ def test_it_survives_its_terminal_under_nohup() -> None:
             server.process.send_signal(number)
         assert ask(server, max_tokens=2).status_code == 200
         assert server.end() == 0
+
+
+@pytest.mark.skipif(shutil.which("setsid") is None, reason="needs setsid of util-linux")
+def test_it_survives_a_terminal_that_closes_for_real(tmp_path: Path) -> None:
+    """The kernel sends SIGHUP to the server and to all else that runs in the terminal."""
+    ours, theirs = pty.openpty()
+    serve = [sys.executable, "-m", "opsin", "serve", "--port", "0", "--no-disk-cache"]
+    shell = subprocess.Popen(
+        ["setsid", "--ctty", "sh", "-c", 'nohup "$@" & wait', "sh", *serve],
+        stdin=theirs, stdout=theirs, stderr=theirs, cwd=tmp_path, env=environment(),
+    )  # fmt: skip
+    os.close(theirs)
+    said = tmp_path / "nohup.out"
+    until = time.monotonic() + LIMIT
+    while not (said.exists() and (ready := READY.search(said.read_text()))):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    server, *_ = psutil.Process(shell.pid).children()
+    worker, *_ = [child for child in server.children() if "opsin.worker.process" in " ".join(child.cmdline())]
+    try:
+        os.close(ours)
+        assert shell.wait(LIMIT) == -signal.SIGHUP
+        body = question(max_tokens=2)
+        assert httpx.post(f"{ready[1]}/v1/chat/completions", json=body, timeout=LIMIT).status_code == 200
+        assert worker.is_running()
+    finally:
+        server.terminate()
+        _, alive = psutil.wait_procs([server], timeout=LIMIT)
+        assert not alive
 
 
 def test_a_hang_up_ends_it_where_nobody_asked_for_the_contrary() -> None:
