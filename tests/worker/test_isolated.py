@@ -8,7 +8,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from typer.testing import CliRunner
 
 from opsin import Opsin
 from opsin.core.errors import EngineDied, ModelNotFound
@@ -37,14 +36,23 @@ def test_the_answers_are_the_same_and_a_crash_costs_no_more_than_its_requests() 
         os.kill(pid, 0)
 
 
-def test_the_class_and_ask_stay_in_process_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    from opsin.cli.app import app
-
-    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
-    with Opsin(config=False, disk_cache=False) as inside:
-        assert inside.ask(SHAPES, QUESTION, temperature=0, max_tokens=2).text
-    asked = CliRunner().invoke(app, ["ask", str(SHAPES), QUESTION, "--max-tokens", "2"], catch_exceptions=False)
-    assert asked.exit_code == 0, asked.output
+@pytest.mark.parametrize("start", ["Opsin(config=False).ask(IMAGE, QUESTION)", "run(['ask', IMAGE, QUESTION])"])
+def test_the_class_and_ask_stay_in_process_by_default(opsin_env: dict[str, str], start: str) -> None:
+    code = f"""
+import subprocess, sys
+def Popen(*_, **__):
+    raise SystemExit("a process was started")
+subprocess.Popen = Popen
+from opsin import Opsin
+from opsin.__main__ import main
+def run(arguments):
+    sys.argv[1:] = arguments
+    main()
+IMAGE, QUESTION = {str(SHAPES)!r}, {QUESTION!r}
+{start}
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=opsin_env, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr.decode()
 
 
 @pytest.mark.parametrize("gpus", [(), ("CUDA0",)])

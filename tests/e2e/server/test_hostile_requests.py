@@ -100,8 +100,8 @@ def test_max_seconds_and_hanging_up_end_a_grammar(server: Served, name: str) -> 
     with client_of(server) as client, suppress(httpx.ReadTimeout):
         client.post(CHAT, json={**body, "max_seconds": None, "max_tokens": 500}, timeout=0.05)
     began = time.monotonic()
-    while server.metric("num_requests_running"):
-        assert time.monotonic() - began < ANSWER_SECONDS
+    while server.metric("num_requests_running"):  # counters come once a second
+        assert time.monotonic() - began < 3 * ANSWER_SECONDS
 
 
 def test_choices_of_one_grammar_and_ten_different_ones_hold_nobody(server: Served) -> None:
