@@ -255,6 +255,25 @@ def test_a_retired_option_is_accepted_with_a_warning(opsin_env: dict[str, str]) 
     assert "OPSIN_SLICE_SECONDS" in done.stderr.decode()
 
 
+def test_the_limit_on_reasoning_reaches_the_engine(opsin_env: dict[str, str]) -> None:
+    """No flag did."""
+    code = f"""
+import sys
+from opsin.__main__ import main
+from opsin.engine import Engine
+submit = Engine.submit
+def noted(engine, prompt, params, **options):
+    print(f"<{{params.max_thinking_tokens}}>")
+    return submit(engine, prompt, params, **options)
+Engine.submit = noted
+sys.argv[1:] = ["ask", {IMAGE!r}, "what is this?", "--max-thinking-tokens", "0"]
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=opsin_env, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"<0>" in done.stdout
+
+
 def test_help_is_quick(opsin_env: dict[str, str]) -> None:
     times = []
     for _ in range(5):

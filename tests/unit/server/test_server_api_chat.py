@@ -3,13 +3,15 @@
 import asyncio
 import json
 import re
+import threading
 from typing import Any
 
 import pytest
-from api_driver import CHAT, PLAIN, QUESTION, Caller, Gate, data_url, run, text_of, until, world
+from api_driver import CHAT, LIMIT, PLAIN, QUESTION, Caller, Gate, data_url, run, text_of, until, world
 
 from opsin.core.errors import DecodeFailed
 from opsin.engine import Engine
+from opsin.prompt import PromptBuilder
 from opsin.server import handler
 
 pytestmark = pytest.mark.slow
@@ -553,6 +555,29 @@ def test_a_hundred_streams_leave_the_loop_responsive() -> None:
             assert not streams.done()
             gate.open.set()
             assert all(text_of(chunks) == "abcdefgh" * 8 for chunks in await streams)
+
+    run(work())
+
+
+def test_a_template_is_rendered_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    rendering, done, threads = threading.Event(), threading.Event(), []
+    build = PromptBuilder.build
+
+    def slow(builder: PromptBuilder, *args: Any, **options: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        rendering.set()
+        assert done.wait(LIMIT)
+        return build(builder, *args, **options)
+
+    async def work() -> None:
+        async with world() as w:
+            monkeypatch.setattr(PromptBuilder, "build", slow)
+            asked = asyncio.ensure_future(w.chat())
+            await until(rendering.is_set)
+            assert (await w.client.get("/health")).status_code == 200
+            done.set()
+            assert (await asked)["usage"]["completion_tokens"]
+        assert not any("opsin-engine" in name for name in threads)
 
     run(work())
 
