@@ -41,7 +41,7 @@ class Policy:
     slice_seconds: float = 0.27
     shortest_wait: float = 0.03
     longest_wait: float = 0.25
-    crowded_wait: float = 0.8
+    crowded_wait: float = 0.4
     few: int = 4
     stream_share: float = 0.05
     decode_in_encode: bool = True
@@ -332,7 +332,7 @@ class Scheduler:
         filling = [s for s in self.running if s.state is State.PREFILL]
         texts = [s for s in filling if isinstance(s.chunk, TextChunk)]
         images = [s for s in filling if isinstance(s.chunk, ImageChunk)]
-        if decoding and self._image_last and self._due(now):
+        if decoding and self._image_last and self._due(now, self._row_seconds * self._rows(streaming=True)):
             # Alone: a stream that waited for a slice of an image does not wait for a prompt's text, too.
             return Tokens(decoding)
         if texts and (self._text_next or not images):
