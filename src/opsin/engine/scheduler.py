@@ -150,7 +150,9 @@ class Scheduler:
         self._text_next = True
         self._image_last = False
         self._turns = 0
-        self.kv = KVCacheManager(limits, keep_prefixes=policy.keep_prefixes, swap_cells=policy.swap_cells)
+        # More than twice the cache would hardly be asked for again, however small a cell is.
+        swap_cells = min(policy.swap_cells, 2 * limits.n_ctx)
+        self.kv = KVCacheManager(limits, keep_prefixes=policy.keep_prefixes, swap_cells=swap_cells)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
