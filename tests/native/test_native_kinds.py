@@ -79,6 +79,19 @@ def test_many_at_once_and_remembered_answer_as_one_alone_does(kind: str, pairs: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_what_was_swapped_out_answers_as_it_did(kind: str, pairs: Callable[..., Any]) -> None:
+    asked = [prompt(" Who is there?", shot(*size, seed)) for seed, size in enumerate(SIZES[:3])]
+    with Engine(lambda: pairs(kind), policy=Policy(parallel=2, swap_cells=4096)) as engine:
+        rounds = [[engine.submit(each, PARAMS).result() for each in asked] for _ in range(2)]
+        used, swaps = engine.stats.cells_used, engine.limits.swaps
+    if swaps:
+        assert used < rounds[1][2].usage.prompt_tokens + 8, "the others are in main memory"
+    for first, again in zip(*rounds, strict=True):
+        assert agree(first, again)
+        assert again.usage.cached_tokens == again.usage.prompt_tokens - 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_one_that_goes_away_behind_its_image_leaves_the_books_right(kind: str, pairs: Callable[..., Any]) -> None:
     """Under M-RoPE an image's cells share one position, so a prefix that ends in one ends before its next position."""
     backend = pairs(kind)

@@ -268,7 +268,7 @@ class KVCacheManager:
     def __init__(self, limits: BackendLimits, *, keep_prefixes: bool, swap_cells: int = 0) -> None:
         self._limits = limits
         self._keeps = keep_prefixes and limits.forks
-        self._swap_cells = swap_cells
+        self._swap_cells = swap_cells if limits.swaps else 0
         self._ops: list[KVOp] = []
         self._free_ids = list(range(limits.n_seq_max - 1, -1, -1))
         self.index = PrefixIndex()

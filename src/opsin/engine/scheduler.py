@@ -31,9 +31,8 @@ class Policy:
     With `decode_in_encode` streams get their tokens between two layers of an encode, too.
 
     `wait_for` is how many more tokens a prefix that is being filled must share than one that is ready, for a request
-    to wait for it. With `swap_cells` the prefixes of ended sequences go into main memory as soon as somebody else
-    begins, so many cells at most; else they stay in the KV cache until the room is needed. `max_queue` requests may
-    wait.
+    to wait for it. The prefixes of ended sequences go into main memory as soon as somebody else begins, `swap_cells` of
+    them; at most `idle_cells` stay in the KV cache (None: until the room is needed). `max_queue` requests may wait.
     """
 
     parallel: int = 1
@@ -46,6 +45,7 @@ class Policy:
     stream_share: float = 0.05
     decode_in_encode: bool = True
     wait_for: int = 32
+    idle_cells: int | None = None
     swap_cells: int = 0
     max_queue: int = 256
     keep_prefixes: bool = True
@@ -59,7 +59,7 @@ class Policy:
         copying them: 4,000 of them make the prefill of an image half as long again.
         """
         if not gpu:
-            return cls(parallel, swap_cells=swap_cells, max_queue=max_queue)
+            return cls(parallel, idle_cells=4096, swap_cells=swap_cells, max_queue=max_queue)
         return cls(
             parallel, slice=512, slice_seconds=0.05, stream_share=0.5, decode_in_encode=False, max_queue=max_queue
         )
@@ -206,6 +206,9 @@ class Scheduler:
             self.running.remove(sequence)
             if keep:
                 self.kv.retire(sequence.prefix)
+                most = self._policy.idle_cells
+                while most is not None and self.kv.cells.held_by(self.kv.idle) > most:
+                    self.kv.evict_oldest()
             else:
                 self.kv.free(sequence.prefix)
 

@@ -553,6 +553,17 @@ def test_what_main_memory_has_no_room_for_stays_in_the_cache() -> None:
     assert again.answer.usage.cached_tokens > 200
 
 
+def test_no_more_idle_cells_stay_in_the_cache_than_the_policy_says() -> None:
+    made = driver(parallel=1, size=limits(n_ctx=2000), answer=lambda _: "", idle_cells=450)
+    for name in "abc":
+        made.ask(name * 200, max_tokens=2)
+        made.run()
+        assert made.scheduler.kv.cells.held_by(made.scheduler.kv.idle) <= 450
+    cached = [made.ask(name * 200 + "!", max_tokens=1) for name in "cb"]
+    made.run()
+    assert [asked.answer.usage.cached_tokens > 200 for asked in cached] == [True, False]
+
+
 def test_a_kv_operation_that_fails_ends_its_own_sequence_alone() -> None:
     """It was outside of the error scope, and every request died with the engine."""
     made = driver(answer=long)
