@@ -79,16 +79,22 @@ def test_many_at_once_and_remembered_answer_as_one_alone_does(kind: str, pairs: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_was_swapped_out_answers_as_it_did(kind: str, pairs: Callable[..., Any]) -> None:
-    asked = [prompt(" Who is there?", shot(*size, seed)) for seed, size in enumerate(SIZES[:3])]
+def test_what_was_swapped_out_answers_as_it_did_and_answers_other_questions(
+    kind: str, pairs: Callable[..., Any]
+) -> None:
+    def ask(engine: Engine, question: str) -> list[Answer]:
+        prompts = [prompt(question, shot(*size, seed)) for seed, size in enumerate(SIZES[:3])]
+        return [engine.submit(each, PARAMS).result() for each in prompts]
+
+    with Engine(lambda: pairs(kind), policy=Policy(keep_prefixes=False)) as engine:
+        others = ask(engine, " How many?")
     with Engine(lambda: pairs(kind), policy=Policy(parallel=2, swap_cells=4096)) as engine:
-        rounds = [[engine.submit(each, PARAMS).result() for each in asked] for _ in range(2)]
-        used, swaps = engine.stats.cells_used, engine.limits.swaps
-    if swaps:
-        assert used < rounds[1][2].usage.prompt_tokens + 8, "the others are in main memory"
-    for first, again in zip(*rounds, strict=True):
-        assert agree(first, again)
-        assert again.usage.cached_tokens == again.usage.prompt_tokens - 1
+        first, again, more = ask(engine, " Who is there?"), ask(engine, " Who is there?"), ask(engine, " How many?")
+        if engine.limits.swaps:
+            assert engine.stats.cells_used < 2 * more[2].usage.prompt_tokens, "the others are in main memory"
+    assert all(answer.usage.cached_tokens == answer.usage.prompt_tokens - 1 for answer in again)
+    assert all(answer.usage.cached_tokens > answer.usage.image_tokens for answer in more)
+    assert all(agree(*pair) for pair in (*zip(first, again, strict=True), *zip(others, more, strict=True)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
