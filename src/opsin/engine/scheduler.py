@@ -212,12 +212,6 @@ class Scheduler:
             else:
                 self.kv.free(sequence.prefix)
 
-    def put_back(self, sequence: Sequence) -> None:
-        """A running sequence gives its cells up and leaves; it comes again by `add`."""
-        self.running.remove(sequence)
-        self.kv.free(sequence.prefix)
-        sequence.preempt()
-
     def relieve(self) -> bool:
         """The backend had no room although the counts said so: give something up. False when nothing is left."""
         if self.kv.evict_oldest():
@@ -299,7 +293,9 @@ class Scheduler:
         return min(self.running, key=lambda s: (s.request.priority, -s.request.number))
 
     def _preempt(self, sequence: Sequence) -> None:
-        self.put_back(sequence)
+        self.running.remove(sequence)
+        self.kv.free(sequence.prefix)
+        sequence.preempt()
         self.preemptions += 1
         self.add(sequence)
 
