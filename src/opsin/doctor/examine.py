@@ -83,17 +83,15 @@ def _pair(settings: EngineSettings) -> Pair:
     llm, mmproj = settings.model, settings.mmproj
     if llm is not None and mmproj is not None and llm.is_file() and mmproj.is_file():
         return Pair(llm, mmproj, name=llm.stem)
-    return resolve(*(None if path is None else str(path) for path in (llm, mmproj)))
+    return resolve(llm, mmproj)
 
 
 def _loaded_facts(runtime: Runtime) -> LoadedFacts:
-    backend, source, limits, tokens = runtime.backend, runtime.template, runtime.engine.limits, 0
+    backend, source, limits = runtime.backend, runtime.template, runtime.engine.limits
     assert backend is not None, "a runtime of a model has one"
     assert source is not None, "a runtime of a model knows its template"
-    if backend.has_vision:
-        with closing(backend.tokenize([ImagePart(drawn_image())], add_bos=False)) as tokenized:
-            tokens = tokenized.n_image_tokens
-    return LoadedFacts(source, backend.eog_texts, tokens, limits.n_ubatch, limits.n_ctx_seq)
+    with closing(backend.tokenize([ImagePart(drawn_image())], add_bos=False)) as tokenized:
+        return LoadedFacts(source, backend.eog_texts, tokenized.n_image_tokens, limits.n_ubatch, limits.n_ctx_seq)
 
 
 def behaviour_checks(engine: Engine, prompts: PromptBuilder) -> list[Check]:

@@ -62,7 +62,7 @@ def read_pair(pair: Pair, image_max_tokens: int | None = None) -> PairInfo:
 
 @dataclass(frozen=True, slots=True)
 class LoadedFacts:
-    """What a loaded pair tells. `image_tokens` of a common image, 0 without a projector; `ctx_seq` of one sequence."""
+    """What a loaded pair tells: tokens of a common image, of a ubatch, and of the context of one sequence."""
 
     source: TemplateSource
     eog_texts: frozenset[str]
@@ -72,7 +72,7 @@ class LoadedFacts:
 
 
 def header_checks(info: PairInfo, settings: EngineSettings) -> list[Check]:
-    """The checks `pair.*` that the headers allow; `settings` name the pair, as in all that follows."""
+    """The checks `pair.*` that the headers allow; `settings` name the pair's files."""
     checks = _projector(info, settings)
     if info.mmproj is not None and worst(checks) != "fail":
         checks.append(_quantisation(info.mmproj))
@@ -81,8 +81,7 @@ def header_checks(info: PairInfo, settings: EngineSettings) -> list[Check]:
 
 def loaded_checks(info: PairInfo, loaded: LoadedFacts, settings: EngineSettings) -> list[Check]:
     """The checks `pair.*` that need a loaded pair. Raises BadPrompt."""
-    checks = [_ubatch(loaded, settings), _context(info, loaded, settings)] if loaded.image_tokens else []
-    return [*checks, _end(loaded, settings)]
+    return [_ubatch(loaded, settings), _context(info, loaded, settings), _end(loaded, settings)]
 
 
 def _projector(info: PairInfo, settings: EngineSettings) -> list[Check]:
