@@ -174,7 +174,7 @@ def _template(info: PairInfo, facts: LoadedFacts) -> list[Check]:
     source = facts.template or _source_by_header(info)
     missing = not (source.template or "").strip()
     # Which one stands in depends on the control tokens, which only the loaded model tells.
-    built_in = choose(source).name if missing and facts.template is not None else None
+    built_in = choose(source) if missing and facts.template is not None else None
     evidence = {"characters": len(source.template or ""), "built_in": built_in}
     try:
         builder = PromptBuilder(source)

@@ -19,7 +19,7 @@ from opsin.core.backend import Backend, BackendLimits
 from opsin.core.errors import ContextOverflow, EngineClosed, OpsinError, QueueFull, copy_of
 from opsin.core.model_info import ModelInfo
 from opsin.core.placement import Placement
-from opsin.core.reasoning import ReasoningStyle
+from opsin.core.reasoning import ReasoningSplitter, ReasoningStyle
 from opsin.core.request import Embedding, ImageChunk, Prompt, SamplingParams, TextChunk, TextPart, TokenizedPrompt
 from opsin.engine.clock import StageClock
 from opsin.engine.guard import Guard
@@ -318,7 +318,7 @@ class Preparer:
         prompt_texts = [part.text for part in prompt.parts if isinstance(part, TextPart)]
         text = AnswerText(
             stop=(*params.stop, *prompt.stop),
-            splitter=None if style is None else style.splitter(starts_inside=prompt.thinking),
+            splitter=None if style is None else ReasoningSplitter(style, starts_inside=prompt.thinking),
             guard=Guard("".join(prompt_texts)) if params.guard else None,
             tags=tags,
         )

@@ -9,7 +9,7 @@ import codecs
 from collections.abc import Iterable, Mapping, Sequence
 
 from opsin.core.answer import GuardVerdict, TextDelta, TokenLogprob
-from opsin.core.reasoning import ReasoningSplitter
+from opsin.core.reasoning import ReasoningSplitter, overlap
 from opsin.engine.guard import Guard
 
 
@@ -38,7 +38,7 @@ class StopStrings:
         if hits:
             self.met = True
             return whole[: min(hits)[1]]
-        shown = len(whole) - max(_overlap(whole, stop) for stop in self._stops)
+        shown = len(whole) - max(overlap(whole, stop) for stop in self._stops)
         self._held = whole[shown:]
         return whole[:shown]
 
@@ -46,16 +46,6 @@ class StopStrings:
         """What was held back, now that no more text comes."""
         held, self._held = self._held, ""
         return held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a proper beginning of `stop`."""
-    start = text.find(stop[0], max(0, len(text) - len(stop) + 1))
-    while start >= 0:
-        if stop.startswith(text[start:]):
-            return len(text) - start
-        start = text.find(stop[0], start + 1)
-    return 0
 
 
 class AnswerText:
