@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from platformdirs import user_cache_path
 
 from opsin.core.files import replacing
 from opsin.core.request import Embedding
@@ -27,8 +28,6 @@ _MAX_PENDING = 256 * 2**20  # bytes that may wait for the writer; what comes on 
 
 def default_folder() -> Path:
     """Where embeddings lie when nobody says otherwise: `$XDG_CACHE_HOME/opsin/images`, or the system's like."""
-    from platformdirs import user_cache_path
-
     return user_cache_path("opsin", appauthor=False) / "images"
 
 

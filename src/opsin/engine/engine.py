@@ -14,17 +14,17 @@ from typing import Self, TypeVar
 from weakref import WeakValueDictionary
 
 from opsin.cache import EmbeddingCache, salted
-from opsin.core.answer import Stage, Started
+from opsin.core.answer import Stage
 from opsin.core.backend import Backend, BackendLimits
 from opsin.core.errors import ContextOverflow, EngineClosed, OpsinError, QueueFull, copy_of
 from opsin.core.model_info import ModelInfo
 from opsin.core.placement import Placement
-from opsin.core.reasoning import ReasoningSplitter, ReasoningStyle
+from opsin.core.reasoning import ReasoningStyle
 from opsin.core.request import Embedding, ImageChunk, Prompt, SamplingParams, TextChunk, TextPart, TokenizedPrompt
 from opsin.engine.clock import StageClock
 from opsin.engine.guard import Guard
 from opsin.engine.loop import Loop, Snapshot
-from opsin.engine.output import AnswerText
+from opsin.engine.output import AnswerText, ReasoningSplitter
 from opsin.engine.request import AnswerStream, Request, Sequence, Wake, wake_readers
 from opsin.engine.runner import Watch, unwatched
 from opsin.engine.scheduler import Policy
@@ -283,7 +283,6 @@ class Preparer:
             raise
         known = [chunk for chunk in tokenized.chunks if isinstance(chunk, ImageChunk) and chunk.identity in embeddings]
         sequence.cached_images |= {chunk.image for chunk in known}
-        stream.deliver(Started(tokenized.images, tokenized.n_tokens))
         return sequence
 
     def pixels(self, sequence: Sequence) -> None:

@@ -75,11 +75,10 @@ def _grey(image: Image.Image, name: str) -> tuple[NDArray[np.uint8], tuple[str, 
     import numpy as np
 
     values, tags = np.asarray(image), getattr(image, "tag_v2", {})
-    notes: tuple[str, ...] = ()
     if image.mode in {"I", "F"}:
         grey, notes = _grey_of_wide(values, name)
     else:
-        grey = (values >> (4 if tags.get(_BITS_PER_SAMPLE) == (12,) else 8)).astype(np.uint8)
+        grey, notes = (values >> (4 if tags.get(_BITS_PER_SAMPLE) == (12,) else 8)).astype(np.uint8), ()
     if tags.get(_PHOTOMETRIC) == 0:  # 0 is white, which Pillow leaves to us beyond 8 bits
         np.subtract(255, grey, out=grey)
     clear = image.info.get("transparency")

@@ -36,7 +36,7 @@ logger = logging.getLogger("opsin.images")
 
 _NAME = "The image"
 _OF_SEVERAL = "only one of the file's frames or pages was taken, the first or the main one"
-_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _ORIENTATION_TAG = 0x0112
 _DNG_VERSION_TAG = 0xC612
 _TILE_TAGS = (0x0142, 0x0143)
@@ -183,15 +183,10 @@ def _read(source: object, settings: ImageSettings) -> tuple[str, Any]:
         return _NAME, source
     if source[:5].lower() == "data:":
         return "The data: address", read_data_url(source, settings)
-    scheme = _SCHEME.match(source)
-    if scheme is None:
+    if not _SCHEME.match(source):
         if not source:
             raise BadImage("The path of the image is empty; give a file.")
         return show(source), read_file(source, settings)
-    if scheme[1].lower() not in {"http", "https"}:
-        raise FetchFailed(
-            f"Addresses that begin with {show(scheme[0])} are not read; use http:// or https://, or give a file's path."
-        )
     if not settings.fetch:
         raise FetchFailed(
             "Images are not fetched from addresses unless ImageSettings.fetch or --fetch-images says so; "

@@ -56,37 +56,32 @@ async def fetch(url: str, settings: ImageSettings, resolve: Resolver = system_ad
     is not http(s), holds credentials, cannot be reached, answers with anything but 200, or takes too long;
     ImageTooLarge over the limit on bytes.
     """
+    target = _checked(url)
     try:
         async with asyncio.timeout(settings.fetch_seconds):  # no slow drip of bytes lasts longer
-            return await _follow(url, settings, resolve)
+            for _ in range(settings.fetch_redirects + 1):
+                answer = await _get(target, settings, resolve)
+                if isinstance(answer, bytes):
+                    return answer
+                target = _checked(answer, target)
     except TimeoutError:
         raise FetchFailed(
             f"{show_url(url)} did not answer whole within {settings.fetch_seconds:g} s; try again, or download it "
             "and give the file."
         ) from None
+    except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+        raise FetchFailed(
+            f"{show_url(str(target))} cannot be reached ({_reason(error)}); check the address and the network."
+        ) from error
+    raise FetchFailed(
+        f"{show_url(url)} was redirected more than {settings.fetch_redirects} times; give the address it leads to."
+    )
 
 
 def fetch_and_wait(url: str, settings: ImageSettings) -> bytes:
     """`fetch` in a thread of its own, as the caller's may run an event loop already; Ctrl-C ends it."""
     with start_blocking_portal() as portal:
         return portal.call(fetch, url, settings)
-
-
-async def _follow(url: str, settings: ImageSettings, resolve: Resolver) -> bytes:
-    target = _checked(url)
-    for _ in range(settings.fetch_redirects + 1):
-        try:
-            answer = await _get(target, settings, resolve)
-        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-            raise FetchFailed(
-                f"{show_url(str(target))} cannot be reached ({_reason(error)}); check the address and the network."
-            ) from error
-        if isinstance(answer, bytes):
-            return answer
-        target = _checked(answer, target)
-    raise FetchFailed(
-        f"{show_url(url)} was redirected more than {settings.fetch_redirects} times; give the address it leads to."
-    )
 
 
 async def _get(url: httpx.URL, settings: ImageSettings, resolve: Resolver) -> bytes | str:

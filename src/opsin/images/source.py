@@ -54,8 +54,7 @@ def check_size(width: int, height: int, name: str, settings: ImageSettings, *, w
 
 def damaged(kind: str, name: str) -> BadImage:
     """The error for a file that cannot be decoded whole."""
-    label = {"WEBP": "WebP", "HEIF": "HEIC"}.get(kind, kind)
-    return BadImage(f"{name} is cut short or damaged ({label}); get a whole copy, or save it again.")
+    return BadImage(f"{name} is cut short or damaged ({kind}); get a whole copy, or save it again.")
 
 
 def read_file(path: str | os.PathLike[str], settings: ImageSettings) -> bytes:

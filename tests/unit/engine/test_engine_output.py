@@ -1,8 +1,8 @@
 """From tokens to what a caller sees."""
 
 from opsin.core.answer import TextDelta, TokenLogprob
-from opsin.core.reasoning import ReasoningSplitter, ReasoningStyle
-from opsin.engine.output import AnswerText
+from opsin.core.reasoning import ReasoningStyle
+from opsin.engine.output import AnswerText, ReasoningSplitter
 
 STYLE = ReasoningStyle("<think>", "</think>")
 
