@@ -26,7 +26,7 @@ PARAMS = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, guard=Fals
 
 def shot(width: int, height: int, seed: int = 0) -> Image:
     rgb = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8).tobytes()
-    return Image(rgb, width, height, hashlib.sha256(rgb).hexdigest(), "PNG", width, height)
+    return Image(rgb, width, height, hashlib.sha256(rgb).hexdigest(), "PNG")
 
 
 def prompt(question: str, *images: Image) -> Prompt:

@@ -183,7 +183,7 @@ def _template(info: PairInfo) -> Check:
 def _end(loaded: LoadedFacts, settings: EngineSettings) -> Check:
     """Does the template end an answer as the model does?"""
     if not (loaded.source.template or "").strip():
-        built_in = choose(loaded.source).name
+        built_in = choose(loaded.source)
         return Check("pair.end", "ok", f"The built-in template called {built_in} stands in.", {"built_in": built_in})
     prompt = PromptBuilder(loaded.source).build(_TALK, add_generation_prompt=False)
     rendered = "".join(part.text for part in prompt.parts if isinstance(part, TextPart))

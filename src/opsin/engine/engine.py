@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Self, TypeVar
 
 from opsin.cache import EmbeddingCache, salted
-from opsin.core.answer import Stage, Started
+from opsin.core.answer import Stage
 from opsin.core.backend import Backend, BackendLimits
 from opsin.core.errors import ContextOverflow, EngineClosed, OpsinError, QueueFull, copy_of
 from opsin.core.model_info import ModelInfo
@@ -21,7 +21,7 @@ from opsin.core.request import Embedding, ImageChunk, Prompt, SamplingParams, Te
 from opsin.engine.clock import StageClock
 from opsin.engine.guard import Guard
 from opsin.engine.loop import Loop, Snapshot
-from opsin.engine.output import AnswerText
+from opsin.engine.output import AnswerText, ReasoningSplitter
 from opsin.engine.request import AnswerStream, Request, Sequence, Wake, wake_readers
 from opsin.engine.runner import Watch, unwatched
 from opsin.engine.scheduler import Policy
@@ -219,7 +219,6 @@ class Preparer:
             raise
         known = [chunk for chunk in tokenized.chunks if isinstance(chunk, ImageChunk) and chunk.identity in embeddings]
         sequence.cached_images |= {chunk.image for chunk in known}
-        stream.deliver(Started(tokenized.images, tokenized.n_tokens))
         return sequence
 
     def _tokenize(self, request: Request, embeddings: dict[str, Embedding]) -> TokenizedPrompt:
@@ -246,7 +245,7 @@ class Preparer:
         prompt_texts = [part.text for part in prompt.parts if isinstance(part, TextPart)]
         text = AnswerText(
             stop=(*params.stop, *prompt.stop),
-            splitter=None if style is None else style.splitter(starts_inside=prompt.thinking),
+            splitter=None if style is None else ReasoningSplitter(style, starts_inside=prompt.thinking),
             guard=Guard("".join(prompt_texts)) if params.guard else None,
             tags=tags,
         )
