@@ -12,7 +12,7 @@ from opsin.core.request import EmbeddingRows, Image, ImageChunk, TokenizedPrompt
 
 def draw(seed: int = 0, width: int = 64, height: int = 48) -> Image:
     rgb = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8).tobytes()
-    return Image(rgb, width, height, hashlib.sha256(rgb).hexdigest(), "PNG", width, height)
+    return Image(rgb, width, height, hashlib.sha256(rgb).hexdigest(), "PNG")
 
 
 def prefill(backend: Any, tokenized: TokenizedPrompt, seq_id: int = 0) -> int:

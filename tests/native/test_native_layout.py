@@ -166,7 +166,7 @@ def test_an_image_needs_a_vision_encoder(open_pair: Callable[..., Any]) -> None:
 def test_pixels_that_do_not_fit_their_size_are_refused(backend: Any, rgb: bytes) -> None:
     """mtmd copies width * height * 3 bytes, whatever is there."""
     with pytest.raises(BadImage, match="needs three a pixel"):
-        backend.tokenize([ImagePart(Image(rgb, 64, 48, "x", "PNG", 64, 48))], add_bos=False)
+        backend.tokenize([ImagePart(Image(rgb, 64, 48, "x", "PNG"))], add_bos=False)
 
 
 def test_narrow_images_are_laid_out_or_refused(backend: Any) -> None:

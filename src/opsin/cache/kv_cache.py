@@ -53,17 +53,16 @@ class Prefix:
     """What a sequence holds in the KV cache, or will hold once its prompt is filled.
 
     The first `ready` of its `units` are there; they grow with the answer. `hashes[i]` names all units up to `ends[i]`,
-    the end of a block. `idle` once its sequence has ended, `swapped` once what it holds is to lie in main memory
-    instead, where `saved` is the backend's copy.
+    the end of a block. `swapped` once what it holds is to lie in main memory instead, as the backend's `saved`.
     """
 
-    __slots__ = ("_images", "ends", "hashes", "idle", "ready", "saved", "seq_id", "swapped", "units")
+    __slots__ = ("_images", "ends", "hashes", "ready", "saved", "seq_id", "swapped", "units")
 
     def __init__(self, units: Iterable[Unit] = ("",)) -> None:
         self.units = list(units)
         self.ready = 0
         self.seq_id = -1
-        self.idle = self.swapped = False
+        self.swapped = False
         self.saved: object = None
         self.ends: list[int] = []
         self.hashes: list[bytes] = []
@@ -104,10 +103,9 @@ class Prefix:
         keep = bisect_right(self.ends, self.ready)
         del self.ends[keep:], self.hashes[keep:]
         self._hash()
-        self.idle = True
 
     def begins_with(self, other: Prefix) -> bool:
-        """Whether all that `other` holds is the beginning of this one; both are idle."""
+        """Whether all that `other` holds is the beginning of this one; both have ended."""
         count, end = len(other.ends), other.ends[-1]
         same = self.hashes[count - 1 : count] == other.hashes[-1:]
         return same and self.units[end : len(other.units)] == other.units[end:]
@@ -158,11 +156,6 @@ class PrefixIndex:
             held = self._holders.get(name)
             if held is not None and held.pop(id(prefix), None) is not None and not held:
                 del self._holders[name]
-
-    def contained_in(self, prefix: Prefix) -> list[Prefix]:
-        """Other idle prefixes that this idle one begins with: it serves whoever would ask for them."""
-        alike = self._holders.get(prefix.hashes[0], {}).values()
-        return [other for other in alike if other.idle and other is not prefix and prefix.begins_with(other)]
 
 
 class CellBook:
@@ -268,7 +261,7 @@ class KVCacheManager:
     def __init__(self, limits: BackendLimits, *, keep_prefixes: bool, swap_cells: int = 0) -> None:
         self._limits = limits
         self._keeps = keep_prefixes and limits.forks
-        self._swap_cells = swap_cells
+        self._swap_cells = swap_cells if limits.swaps else 0
         self._ops: list[KVOp] = []
         self._free_ids = list(range(limits.n_seq_max - 1, -1, -1))
         self.index = PrefixIndex()
@@ -313,7 +306,7 @@ class KVCacheManager:
             return
         self._ops.append(Fork(prefix.seq_id, source.seq_id, end))
         self.cells.fork(source.seq_id, prefix.seq_id, cells)
-        if source.idle:
+        if source.seq_id in self.idle:
             self.idle[source.seq_id] = self.idle.pop(source.seq_id)
 
     def retire(self, prefix: Prefix) -> None:
@@ -325,9 +318,10 @@ class KVCacheManager:
         self.index.remove(prefix)
         prefix.retire()
         self.index.add(prefix)
-        self.idle[prefix.seq_id] = prefix
-        for other in self.index.contained_in(prefix):
+        # It serves whoever would ask for one that it begins with.
+        for other in list(filter(prefix.begins_with, (*self.idle.values(), *self.swapped))):
             self.free(other)
+        self.idle[prefix.seq_id] = prefix
 
     def evict_oldest(self, keep: Prefix | None = None) -> bool:
         """Evict the idle prefix that was used longest ago, but not `keep`; False when there is none."""

@@ -23,8 +23,8 @@ class BackendLimits:
 
     All sequences share one KV cache of `n_ctx` cells, as forks share cells; one holds at most `n_ctx_seq` tokens, which
     is less where the model was trained for less. `forks=False`: one state for each sequence, which cannot be shared or
-    forgotten in part. Image rows are prefilled fastest in multiples of `tile`; `encode_batch` image chunks may be
-    encoded at once.
+    forgotten in part. `swaps=False`: `kv_save` does not give all. Image rows are prefilled fastest in multiples of
+    `tile`; `encode_batch` image chunks may be encoded at once.
     """
 
     n_ctx: int
@@ -35,6 +35,7 @@ class BackendLimits:
     n_embd: int
     n_ctx_seq: int
     forks: bool = True
+    swaps: bool = True
     tile: int = 1
     encode_batch: int = 1
 

@@ -387,16 +387,9 @@ class Sequence:
         self.state = State.WAITING
         self.preemptions += 1
 
-    def adopt(self, tokenized: TokenizedPrompt) -> None:
-        """Take the same prompt tokenized anew, and close the old one; for a sequence that waits."""
-        self.tokenized.close()
-        self.tokenized = tokenized
-        self._read_chunks()
-
     def drop_pixels(self) -> None:
         """When all images are encoded nobody needs their pixels: with 12 megapixels each they fill the memory."""
-        pixels = any(isinstance(chunk, ImageChunk) and not chunk.placeholder for chunk in self.tokenized.chunks)
-        if pixels and not self.to_encode:
+        if self.request.prompt.parts and not self.to_encode:
             self.tokenized.close()
             self.request = replace(self.request, prompt=replace(self.request.prompt, parts=()))
 

@@ -34,10 +34,6 @@ def unwatched(_: tuple[str, ...]) -> AbstractContextManager[None]:
     return _NOTHING
 
 
-class PixelsNeeded(Exception):
-    """An image was left without pixels since another request was to encode it, and that one did not."""
-
-
 class Runner:
     """Owns the way to the backend; used by the engine's thread alone.
 
@@ -99,7 +95,7 @@ class Runner:
     def run(self, step: Step, between: Callable[[], None] | None = None) -> bool:
         """Compute a step; tokens are sampled apart. False: no room in the KV cache, and nothing changed.
 
-        `between` is called while an image is encoded. Raises EncodeFailed, DecodeFailed or PixelsNeeded.
+        `between` is called while an image is encoded. Raises EncodeFailed or DecodeFailed.
         """
         if isinstance(step, Tokens):
             return self._tokens(step)
@@ -179,15 +175,13 @@ class Runner:
             sequence.embeddings[chunk.identity] = known
             sequence.cached_images.add(chunk.image)
             return
-        if chunk.placeholder:
-            raise PixelsNeeded
         sequence.stream.deliver(Progress(f"reading image {chunk.image + 1} of {len(sequence.tokenized.images)}"))
         batch = {name: (sequence, chunk)}
         for owner, other in step.beside:
             name = salted(other.identity, owner.request.salt)
             # Since the plan was made an owner may have ended and closed its chunks.
             ended = owner.state is State.DONE or owner.stream.done
-            if not ended and not other.placeholder and self._images.in_memory(name) is None:
+            if not ended and self._images.in_memory(name) is None:
                 batch.setdefault(name, (owner, other))
         owners = list({id(owner): owner for owner, _ in batch.values()}.values())
         with self._native(owners, Stage.ENCODE, Stage.QUEUE, tuple(_sha256(*pair) for pair in batch.values())):

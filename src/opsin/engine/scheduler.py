@@ -31,9 +31,8 @@ class Policy:
     With `decode_in_encode` streams get their tokens between two layers of an encode, too.
 
     `wait_for` is how many more tokens a prefix that is being filled must share than one that is ready, for a request
-    to wait for it. With `swap_cells` the prefixes of ended sequences go into main memory as soon as somebody else
-    begins, so many cells at most; else they stay in the KV cache until the room is needed. `max_queue` requests may
-    wait.
+    to wait for it. The prefixes of ended sequences go into main memory as soon as somebody else begins, `swap_cells` of
+    them; at most `idle_cells` stay in the KV cache (None: until the room is needed). `max_queue` requests may wait.
     """
 
     parallel: int = 1
@@ -41,11 +40,12 @@ class Policy:
     slice_seconds: float = 0.27
     shortest_wait: float = 0.03
     longest_wait: float = 0.25
-    crowded_wait: float = 0.8
+    crowded_wait: float = 0.4
     few: int = 4
     stream_share: float = 0.05
     decode_in_encode: bool = True
     wait_for: int = 32
+    idle_cells: int | None = None
     swap_cells: int = 0
     max_queue: int = 256
     keep_prefixes: bool = True
@@ -59,7 +59,7 @@ class Policy:
         copying them: 4,000 of them make the prefill of an image half as long again.
         """
         if not gpu:
-            return cls(parallel, swap_cells=swap_cells, max_queue=max_queue)
+            return cls(parallel, idle_cells=4096, swap_cells=swap_cells, max_queue=max_queue)
         return cls(
             parallel, slice=512, slice_seconds=0.05, stream_share=0.5, decode_in_encode=False, max_queue=max_queue
         )
@@ -150,7 +150,9 @@ class Scheduler:
         self._text_next = True
         self._image_last = False
         self._turns = 0
-        self.kv = KVCacheManager(limits, keep_prefixes=policy.keep_prefixes, swap_cells=policy.swap_cells)
+        # More than twice the cache would hardly be asked for again, however small a cell is.
+        swap_cells = min(policy.swap_cells, 2 * limits.n_ctx)
+        self.kv = KVCacheManager(limits, keep_prefixes=policy.keep_prefixes, swap_cells=swap_cells)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -204,14 +206,11 @@ class Scheduler:
             self.running.remove(sequence)
             if keep:
                 self.kv.retire(sequence.prefix)
+                most = self._policy.idle_cells
+                while most is not None and self.kv.cells.held_by(self.kv.idle) > most:
+                    self.kv.evict_oldest()
             else:
                 self.kv.free(sequence.prefix)
-
-    def put_back(self, sequence: Sequence) -> None:
-        """A running sequence gives its cells up and leaves; it comes again by `add`."""
-        self.running.remove(sequence)
-        self.kv.free(sequence.prefix)
-        sequence.preempt()
 
     def relieve(self) -> bool:
         """The backend had no room although the counts said so: give something up. False when nothing is left."""
@@ -294,7 +293,9 @@ class Scheduler:
         return min(self.running, key=lambda s: (s.request.priority, -s.request.number))
 
     def _preempt(self, sequence: Sequence) -> None:
-        self.put_back(sequence)
+        self.running.remove(sequence)
+        self.kv.free(sequence.prefix)
+        sequence.preempt()
         self.preemptions += 1
         self.add(sequence)
 
@@ -332,7 +333,7 @@ class Scheduler:
         filling = [s for s in self.running if s.state is State.PREFILL]
         texts = [s for s in filling if isinstance(s.chunk, TextChunk)]
         images = [s for s in filling if isinstance(s.chunk, ImageChunk)]
-        if decoding and self._image_last and self._due(now):
+        if decoding and self._image_last and self._due(now, self._row_seconds * self._rows(streaming=True)):
             # Alone: a stream that waited for a slice of an image does not wait for a prompt's text, too.
             return Tokens(decoding)
         if texts and (self._text_next or not images):

@@ -116,6 +116,7 @@ class Context:
             n_embd=model.n_embd,
             n_ctx_seq=min(n_ctx, model.n_ctx_train or n_ctx),
             forks=not model.whole_states_only,
+            swaps=not slides,  # llama.cpp saves no cells behind the window, which a shorter prefix would need
             tile=_TILE if model.device is None else 1,
             encode_batch=1 if encoder is None else encoder.batch,
         )
@@ -294,8 +295,6 @@ class Context:
         mark = logs.SINK.mark
         if not self._llama.llama_state_seq_set_data(self.pointer, _bytes(saved), len(saved), seq_id):
             raise DecodeFailed(f"The KV cache does not take back what was swapped out ({logs.SINK.cause(mark)}).")
-        for other in self._ids(seq_id)[1:]:
-            self._llama.llama_memory_seq_cp(self._memory, seq_id, other, 0, -1)
 
     def _ids(self, seq_id: int) -> tuple[int, ...]:
         return (seq_id, seq_id + self._keeper) if self._keeper else (seq_id,)

@@ -239,4 +239,4 @@ def _run(llm: Path, mmproj: Path | None, settings: EngineSettings, *, brief: boo
 def drawn_image() -> Image:
     """Stripes, always the same."""
     rgb = bytes(range(256)) * (3 * _EDGE**2 // 256)
-    return Image(rgb, _EDGE, _EDGE, hashlib.sha256(rgb).hexdigest(), "PNG", _EDGE, _EDGE)
+    return Image(rgb, _EDGE, _EDGE, hashlib.sha256(rgb).hexdigest(), "PNG")

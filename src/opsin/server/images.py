@@ -26,7 +26,7 @@ from opsin.worker import Pixels, signal_name, start_process
 
 T = TypeVar("T")
 
-_FETCHERS = 16
+_FETCHES = 16
 MAX_ADDRESS = 8_192
 """Characters of an image's address. `data:` addresses are bounded by the size of the body."""
 DECODE_SECONDS = 60.0
@@ -117,7 +117,7 @@ class Wanted(NamedTuple):
 class ImageLoader:
     """Turns the addresses in requests into checked images, within the limits of the settings.
 
-    Threads of its own fetch and decode, and no more pixels are held at the same time than `max_pixels_in_flight`.
+    Threads of its own decode, and no more pixels are held at the same time than `max_pixels_in_flight`.
     `resolve` replaces the policy on addresses, for tests; `pool` are the processes that decode (default: this one).
     Raises BadParameter when the settings name hosts or a folder that cannot be.
     """
@@ -133,13 +133,11 @@ class ImageLoader:
         self._pool = pool
         self._resolve = resolve or AddressPolicy(settings.image_hosts)
         self._folder = None if settings.media_path is None else ImageFolder(settings.media_path)
-        # Apart, so that slow hosts hold up nobody who sends the image itself.
-        self._fetchers = ThreadPoolExecutor(_FETCHERS, "opsin-fetch")
+        self._fetching = asyncio.Semaphore(_FETCHES)
         self._decoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "opsin-decode")
 
     def close(self) -> None:
         """Let the threads and processes go once they have nothing to do."""
-        self._fetchers.shutdown(wait=False, cancel_futures=True)
         self._decoders.shutdown(wait=False, cancel_futures=True)
         if self._pool is not None:
             self._pool.close()
@@ -171,11 +169,8 @@ class ImageLoader:
             raise FetchFailed(
                 f"Images are not fetched from addresses here: start the server with --fetch-images, {INSTEAD}"
             )
-        left = threading.Event()
-        try:
-            return await _in(self._fetchers, lambda: fetch(url, self.limits, self._resolve, cancelled=left.is_set))
-        finally:
-            left.set()
+        async with self._fetching:
+            return await fetch(url, self.limits, self._resolve)
 
 
 class RequestImages:

@@ -43,7 +43,7 @@ def image(seed: int = 0, width: int = 8, height: int = 6) -> Image:
     """An image of one colour, chosen by `seed`; equal arguments give equal images."""
     rgb = hashlib.sha256(str(seed).encode()).digest()[:3] * (width * height)
     digest = hashlib.sha256(width.to_bytes(4, "little") + height.to_bytes(4, "little") + rgb).hexdigest()
-    return Image(rgb, width, height, digest, "PNG", width, height)
+    return Image(rgb, width, height, digest, "PNG")
 
 
 class FakeClock:

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from opsin.bench import Ceiling, EngineDriver, Workload, choose, measure_in_turn
 from opsin.bench import workloads as workloads_file
-from opsin.bench.cost import ModelCost
+from opsin.bench.cost import Ceiling, ModelCost
+from opsin.bench.drivers import EngineDriver
 from opsin.bench.report import Limits, Target, as_text, ratio, target_document
 from opsin.bench.workloads import (
     WORKLOADS,
@@ -17,9 +17,12 @@ from opsin.bench.workloads import (
     Result,
     Stats,
     Timing,
+    Workload,
+    choose,
     image_file,
     images_of,
     invalid_reason,
+    measure_in_turn,
     run_workload,
     stats_of,
     warm_up,

@@ -145,7 +145,7 @@ class Driver:
     def __post_init__(self) -> None:
         if self.backend is None:
             self.backend = Backend(reply, limits=self.limits, clock=FakeClock())
-        self.loop = Loop(lambda: self.backend, self.policy, self.images, self._again, self.backend.clock)
+        self.loop = Loop(lambda: self.backend, self.policy, self.images, self.backend.clock)
         self.loop._attach(self.backend)
         scheduler = self.scheduler
         plan, plan_turn = scheduler.plan, scheduler.plan_turn
@@ -162,9 +162,6 @@ class Driver:
             return step
 
         scheduler.plan, scheduler.plan_turn = noted, noted_turn  # type: ignore[method-assign]
-
-    def _again(self, sequence: Sequence) -> None:
-        raise AssertionError("whoever has no pixels has the embedding")
 
     @property
     def scheduler(self) -> Scheduler:

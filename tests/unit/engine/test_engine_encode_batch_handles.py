@@ -44,7 +44,7 @@ def test_a_request_that_ends_before_the_batch_takes_nobody_with_it() -> None:
     made.close()
 
 
-def test_a_prompt_that_is_laid_out_again_is_not_encoded_with_the_chunks_it_had() -> None:
+def test_an_embedding_that_was_evicted_meanwhile_is_still_the_requests_own() -> None:
     made = driver()
     first = made.ask(prompt_of(1), max_tokens=1)
     made.run()

@@ -167,7 +167,7 @@ def test_a_turn_comes_early_when_the_next_question_would_come_late() -> None:
     assert made.scheduler.plan_turn(100.0 + 0.25 * 0.8) is not None, "the next one would be at 1.1"
 
 
-@pytest.mark.parametrize(("waiting", "wait"), [(1, 0.25), (3, 0.25), (5, 0.25 * 2.25), (15, 0.8)])
+@pytest.mark.parametrize(("waiting", "wait"), [(1, 0.25), (3, 0.25), (5, 0.4), (15, 0.4)])
 def test_streams_wait_longer_while_many_wait_for_a_first_token(waiting: int, wait: float) -> None:
     made = driver(parallel=16, size=limits(n_ctx=8000, n_seq_max=20), answer=long)
     made.ask("talk", max_tokens=50)
@@ -551,6 +551,17 @@ def test_what_main_memory_has_no_room_for_stays_in_the_cache() -> None:
     again = made.ask("a" * 200 + "!")
     made.run()
     assert again.answer.usage.cached_tokens > 200
+
+
+def test_no_more_idle_cells_stay_in_the_cache_than_the_policy_says() -> None:
+    made = driver(parallel=1, size=limits(n_ctx=2000), answer=lambda _: "", idle_cells=450)
+    for name in "abc":
+        made.ask(name * 200, max_tokens=2)
+        made.run()
+        assert made.scheduler.kv.cells.held_by(made.scheduler.kv.idle) <= 450
+    cached = [made.ask(name * 200 + "!", max_tokens=1) for name in "cb"]
+    made.run()
+    assert [asked.answer.usage.cached_tokens > 200 for asked in cached] == [True, False]
 
 
 def test_a_kv_operation_that_fails_ends_its_own_sequence_alone() -> None:
