@@ -133,7 +133,7 @@ class ImageLoader:
         self._pool = pool
         self._resolve = resolve or AddressPolicy(settings.image_hosts)
         self._folder = None if settings.media_path is None else ImageFolder(settings.media_path)
-        self._fetching = asyncio.Semaphore(_FETCHES)
+        self._fetching = FairQueue(_FETCHES)
         self._decoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "opsin-decode")
 
     def close(self) -> None:
@@ -146,8 +146,11 @@ class ImageLoader:
         """What the function `work` of `opsin.server.decoder` returns. Raises BadImage and its kinds."""
         return await _in(self._decoders, self._pool.call if self._pool else _here, work, *request)
 
-    async def file(self, url: str) -> bytes | str:
-        """The bytes of the file; a `data:` address is left to the decoder. Raises FetchFailed and ImageTooLarge."""
+    async def file(self, url: str, key: str) -> bytes | str:
+        """The bytes of the file; a `data:` address is left to the decoder. Raises FetchFailed and ImageTooLarge.
+
+        Fetches wait for each other, and keys take turns.
+        """
         scheme, colon, _ = url[:20].partition(":")
         kind = scheme.strip().lower() if colon else ""
         if kind == "data":
@@ -169,8 +172,11 @@ class ImageLoader:
             raise FetchFailed(
                 f"Images are not fetched from addresses here: start the server with --fetch-images, {INSTEAD}"
             )
-        async with self._fetching:
+        await self._fetching.take(key, 1)
+        try:
             return await fetch(url, self.limits, self._resolve)
+        finally:
+            self._fetching.leave(1)
 
 
 class RequestImages:
@@ -213,7 +219,7 @@ class RequestImages:
         """How many pixels it has, its file, and the milliseconds that it took to get these."""
         begin = time.perf_counter()
         with _about(one):
-            file = await self._loader.file(one.url)
+            file = await self._loader.file(one.url, self._key)
             pixels, data = await self._loader.call("measure", file, self._loader.limits)
             return pixels, data or file, (time.perf_counter() - begin) * 1e3
 

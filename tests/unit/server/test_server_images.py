@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from io import BytesIO
 from typing import Any, TypeVar
 
@@ -227,13 +228,47 @@ def test_a_fetch_ends_when_nobody_waits_for_it_any_more() -> None:
             url = f"http://images.invalid:{silent.getsockname()[1]}/x.png"
             loading = asyncio.ensure_future(load(gate, url))
             connection, _ = await asyncio.to_thread(silent.accept)
+            assert await asyncio.to_thread(connection.recv, 1 << 16), "it asks"
             loading.cancel()
             begin = time.monotonic()
             await asyncio.wait([loading])
-            assert await asyncio.to_thread(connection.recv, 1 << 16), "it had asked"
             assert await asyncio.to_thread(connection.recv, 1) == b"", "and hung up"
             assert time.monotonic() - begin < 5
             connection.close()
+            gate.close()
+
+    asyncio.run(go())
+
+
+def test_keys_take_turns_at_fetching() -> None:
+    """Many images of one key, from a host that takes its time, stood before the first of another key."""
+
+    async def go() -> None:
+        settings, loop = ServerSettings(fetch_images=True), asyncio.get_running_loop()
+        gate = ImageLoader(settings, resolve=lambda _host, _port: ["127.0.0.1"])
+        with socket.create_server(("127.0.0.1", 0), backlog=64) as silent, ExitStack() as open_ones:
+            silent.setblocking(False)
+
+            def ask(key: str) -> asyncio.Task[Any]:
+                url = f"http://images.invalid:{silent.getsockname()[1]}/{key}.png"
+                return asyncio.ensure_future(RequestImages(gate, key).load([Wanted(url)]))
+
+            async def asked_for() -> bytes:
+                connection, _ = await asyncio.wait_for(loop.sock_accept(silent), 10)
+                open_ones.enter_context(connection)
+                return await loop.sock_recv(connection, 1 << 16)
+
+            tasks = [ask("greedy") for _ in range(40)]
+            for _ in range(16):
+                assert b"/greedy.png" in await asked_for()
+            tasks.append(ask("modest"))
+            await asyncio.sleep(0)
+            tasks[0].cancel()
+            tasks[1].cancel()
+            assert any([b"/modest.png" in await asked_for() for _ in range(2)])
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             gate.close()
 
     asyncio.run(go())
