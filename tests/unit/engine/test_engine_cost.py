@@ -64,8 +64,8 @@ def test_a_plan_costs_the_same_however_long_the_prompts_are() -> None:
     """From 0.06 to 2.6 ms before, in every step while somebody waited."""
 
     def cost(length: int) -> float:
-        size = dataclasses.replace(limits(n_ctx=100_000, n_seq_max=4), n_batch=8192, n_ubatch=8192)
-        made = Driver(size, Policy(parallel=1), Backend(lambda _: "ab" * 100, limits=size, clock=FakeClock()))
+        size = dataclasses.replace(limits(n_ctx=length + length // 2, n_seq_max=4), n_batch=8192, n_ubatch=8192)
+        made = Driver(size, Policy(parallel=2), Backend(lambda _: "ab" * 100, limits=size, clock=FakeClock()))
         plan, spent = made.scheduler.plan, []
 
         def timed(now: float) -> Any:
@@ -76,7 +76,7 @@ def test_a_plan_costs_the_same_however_long_the_prompts_are() -> None:
 
         made.scheduler.plan = timed  # type: ignore[method-assign]
         first = made.ask("x" * length, max_tokens=40)
-        made.ask("x" * length + "and more", max_tokens=2)
+        made.ask("x" + "y" * length, max_tokens=2)  # there is no room for it, as each plan finds anew
         while not first.ends:
             made.step()
         return min(spent[-30:-5])
