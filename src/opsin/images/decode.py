@@ -211,9 +211,12 @@ def _read(source: Source, settings: ImageSettings) -> tuple[str, Any]:
             "Images are not fetched from addresses unless ImageSettings.fetch or --fetch-images says so; "
             "switch it on, or give the file itself."
         )
+    from anyio.from_thread import start_blocking_portal
+
     from opsin.images.fetch import fetch, show_url
 
-    return show_url(source), fetch(source, settings)
+    with start_blocking_portal() as portal:  # a loop in a thread of its own, as the caller may be inside one already
+        return show_url(source), portal.call(fetch, source, settings)
 
 
 def make_image(

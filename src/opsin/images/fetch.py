@@ -10,12 +10,11 @@ import functools
 import os
 import socket
 import ssl
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import httpx
+from anyio import to_thread
 
 from opsin.core.errors import FetchFailed
 from opsin.images.source import check_bytes, show
@@ -27,7 +26,6 @@ Resolver = Callable[[str, int], Sequence[str]]
 """Host and port in, the IP addresses that may be connected to out, best first; raises FetchFailed to refuse them."""
 
 _MAX_URL_CHARS = 8192
-_POLL_SECONDS = 0.5
 _HEADERS = {"User-Agent": "opsin", "Accept": "image/*", "Accept-Encoding": "identity"}
 
 
@@ -50,45 +48,21 @@ def show_url(url: str) -> str:
     return show(parsed.copy_with(query=None, fragment=None, userinfo=b""))
 
 
-def fetch(
-    url: str,
-    settings: ImageSettings,
-    resolve: Resolver = system_addresses,
-    *,
-    cancelled: Callable[[], bool] = lambda: False,
-) -> bytes:
+async def fetch(url: str, settings: ImageSettings, resolve: Resolver = system_addresses) -> bytes:
     """Return the body at `url`, following at most `settings.fetch_redirects` redirects.
 
-    `settings.fetch_seconds` covers everything but the look-up of names, which has a limit of its own. `cancelled` is
-    asked twice a second. Raises FetchFailed for an address that is not http(s), holds credentials, cannot be reached,
-    answers with anything but 200, takes too long or was cancelled; ImageTooLarge over the limit on bytes.
+    `settings.fetch_seconds` covers everything but the look-up of names, which has a limit of its own.
+    Raises FetchFailed for an address that is not http(s), holds credentials, cannot be reached, answers with anything
+    but 200 or takes too long; ImageTooLarge over the limit on bytes.
     """
-    left = threading.Event()
-    # A thread of its own, as the caller's may run an event loop already.
-    with ThreadPoolExecutor(1) as pool:
-        work = _bounded(url, settings, resolve, lambda: left.is_set() or cancelled())
-        try:
-            return pool.submit(asyncio.run, work).result()
-        finally:
-            left.set()
-
-
-async def _bounded(url: str, settings: ImageSettings, resolve: Resolver, cancelled: Callable[[], bool]) -> bytes:
-    """Fetch until the deadline, or until it is cancelled; no slow drip of bytes lasts longer."""
-    work = asyncio.create_task(_follow(url, settings, resolve))
     try:
-        async with asyncio.timeout(settings.fetch_seconds):
-            while not (await asyncio.wait([work], timeout=_POLL_SECONDS))[0]:
-                if cancelled():
-                    raise FetchFailed("The fetch of the image was cancelled.")
-            return work.result()
+        async with asyncio.timeout(settings.fetch_seconds):  # no slow drip of bytes lasts longer
+            return await _follow(url, settings, resolve)
     except TimeoutError:
         raise FetchFailed(
             f"{show_url(url)} did not answer whole within {settings.fetch_seconds:g} s; try again, or download it "
             "and give the file."
         ) from None
-    finally:
-        work.cancel()
 
 
 async def _follow(url: str, settings: ImageSettings, resolve: Resolver) -> bytes:
@@ -136,7 +110,7 @@ async def _connect(transport: httpx.AsyncHTTPTransport, url: httpx.URL, resolve:
     headers = {**_HEADERS, "Host": url.netloc.decode("ascii")}
     port = url.port if url.port is not None else {"http": 80, "https": 443}[url.scheme]
     failure = httpx.ConnectError("no address")
-    for address in resolve(host, port):
+    for address in await to_thread.run_sync(resolve, host, port):
         # The certificate is checked against the host, not against the address.
         request = httpx.Request("GET", url.copy_with(host=address), headers=headers, extensions={"sni_hostname": host})
         try:

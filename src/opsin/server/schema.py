@@ -6,11 +6,12 @@ import json
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from fastapi.exceptions import RequestValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from opsin.core.request import SamplingParams
 from opsin.core.settings import ServerSettings
-from opsin.server.errors import BadField, field_error
+from opsin.server.errors import BadField
 
 NAME = r"^[a-zA-Z0-9_.-]{1,64}$"
 MAX_MESSAGES = MAX_PARTS = 1_000
@@ -28,6 +29,28 @@ def or_text(make: Callable[[str], Any], accepted: Any) -> BeforeValidator:
     return BeforeValidator(
         lambda value: make(value) if isinstance(value, str) else value, json_schema_input_type=accepted
     )
+
+
+def is_deep(value: Any) -> bool:
+    """Whether JSON is nested so deeply that code which walks through it might hit the recursion limit."""
+    level, depth = [value], 0
+    while level and depth <= MAX_DEPTH:
+        inner = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list))]
+        level, depth = [item for items in inner for item in items], depth + 1
+    return bool(level)
+
+
+def _shallow(schema: dict[str, Any]) -> dict[str, Any]:
+    if is_deep(schema):
+        raise ValueError(f"nested more than {MAX_DEPTH} deep: make it flatter")
+    return schema
+
+
+Schema = Annotated[dict[str, Any], AfterValidator(_shallow)]
+
+
+# Where pydantic has to check a text, it refuses halves of characters (lone surrogates), too.
+WholeText = Annotated[str, Field(min_length=0)]
 
 
 class TextPartIn(Strict):
@@ -95,7 +118,7 @@ class FunctionIn(Strict):
 
     name: str = Field(pattern=NAME)
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Schema | None = None
     strict: bool | None = None
 
 
@@ -111,24 +134,12 @@ class ToolIn(Tool):
     function: FunctionIn
 
 
-class NamedFunction(Strict):
-    """A function by its name."""
-
-    name: str
-
-
-class NamedTool(Tool):
-    """The function that must be called, as chat completions write it."""
-
-    function: NamedFunction
-
-
 class JsonSchema(Strict):
     """A named JSON schema. Answers always keep to it, `strict` or not."""
 
     name: str = Field("answer", pattern=NAME)
     description: str | None = None
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    schema_: Schema | None = Field(None, alias="schema")
     strict: bool | None = None
 
 
@@ -142,7 +153,7 @@ class ObjectFormat(Strict):
     """Any JSON object, or one that keeps to `schema`, as llama-server takes it."""
 
     type: Literal["json_object"]
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    schema_: Schema | None = Field(None, alias="schema")
 
 
 class SchemaFormat(Strict):
@@ -213,7 +224,7 @@ class Choices(Common):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[Annotated[int, Field(strict=False)], float] | None = None
-    max_tokens: int | None = None
+    max_tokens: int | None = Field(None, ge=1)
     stream_options: StreamOptions | None = None
 
 
@@ -221,30 +232,21 @@ class ChatRequest(Choices, Conversation):
     """POST /v1/chat/completions."""
 
     messages: list[MessageIn] = Field(min_length=1, max_length=MAX_MESSAGES)
-    max_completion_tokens: int | None = None
+    max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: int | None = Field(None, ge=0)
     response_format: Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")] | None = None
     tools: list[ToolIn] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolIn | None = None
     modalities: list[Literal["text"]] | None = None
 
 
 class CompletionRequest(Choices):
     """POST /v1/completions: the text as it is, without the chat template; names of control tokens in it count."""
 
-    prompt: Annotated[list[str], or_text(lambda text: [text], str | list[str])] = Field(min_length=1)
-    logprobs: int | None = None
+    prompt: Annotated[list[WholeText], or_text(lambda text: [text], str | list[str])] = Field(min_length=1)
+    logprobs: int | None = Field(None, ge=0)
     echo: Literal[False] | None = None
-
-    @field_validator("prompt")
-    @classmethod
-    def _whole_unicode(cls, prompt: list[str]) -> list[str]:
-        try:
-            "".join(prompt).encode()
-        except UnicodeEncodeError:
-            raise ValueError("half a character (a lone surrogate): send whole Unicode text") from None
-        return prompt
 
 
 def at_most(limit: int, count: int, noun: str, param: str) -> None:
@@ -254,19 +256,15 @@ def at_most(limit: int, count: int, noun: str, param: str) -> None:
 
 
 _SEEDS = 2**32 - 1
-_SAME = {
-    "temperature", "top_p", "top_k", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty", "ignore_eos",
-    "guard", "max_seconds", "grammar", "max_thinking_tokens", "logit_bias",
-}  # fmt: skip
+# What a request says in the same words; the rest is made below.
+_SAME = set(SamplingParams.model_fields) - {"logprobs", "max_tokens", "seed", "stop"}
 
 
-def sampling(
-    body: Common, settings: ServerSettings, limit_name: str, max_tokens: int | None, **more: Any
-) -> SamplingParams:
+def sampling(body: Common, settings: ServerSettings, max_tokens: int | None, **more: Any) -> SamplingParams:
     """The parameters of a request; `more` are fields of SamplingParams that the caller made itself.
 
-    What a request leaves out comes from the settings, then from SamplingParams. `limit_name` is the request's name for
-    the limit on tokens. Raises BadField.
+    What a request leaves out comes from the settings, then from SamplingParams. Raises BadField and
+    RequestValidationError.
     """
     values = {"guard": settings.guard} | body.model_dump(include=_SAME, exclude_none=True)
     values |= {name: value for name, value in more.items() if value is not None}
@@ -286,7 +284,7 @@ def sampling(
     try:
         return SamplingParams(**values)
     except ValidationError as error:
-        raise field_error(error, {"max_tokens": limit_name, "logprobs": "top_logprobs"}) from None
+        raise RequestValidationError(error.errors()) from None
 
 
 def choices(params: SamplingParams, n: int | None, settings: ServerSettings) -> list[SamplingParams]:
@@ -298,49 +296,11 @@ def choices(params: SamplingParams, n: int | None, settings: ServerSettings) -> 
     return [params.model_copy(update={"seed": (params.seed + i) % _SEEDS}) for i in range(n)]
 
 
-def wants_usage(body: Choices) -> bool:
-    """Whether a stream ends with the token counts. Raises BadField if there is no stream."""
-    if body.stream_options is not None and not body.stream:
-        raise BadField("stream_options needs stream: set it to true, or leave stream_options out.", "stream_options")
-    return body.stream_options is not None and bool(body.stream_options.include_usage)
-
-
-def top_logprobs(top: int | None, settings: ServerSettings, param: str) -> int | None:
-    """How many alternatives are shown for each token. Raises BadField over the limit."""
-    if top is not None and not 0 <= top <= settings.max_top_logprobs:
-        raise BadField(f"{param} is {top}: 0 to {settings.max_top_logprobs} are possible here.", param)
-    return top
-
-
 def schema_of(wanted: TextFormat | ObjectFormat | SchemaFormat | JsonSchema | None, limit: int) -> str | None:
     """The JSON schema that a response format asks for, of at most `limit` bytes. Raises BadField."""
     if wanted is None or isinstance(wanted, TextFormat):
         return None
     schema = wanted.json_schema.schema_ if isinstance(wanted, SchemaFormat) else wanted.schema_
-    check_depth(schema, "response_format")
     text = json.dumps(schema or {"type": "object"})
     at_most(limit, len(text), "bytes", "response_format")
     return text
-
-
-def is_deep(value: Any) -> bool:
-    """Whether JSON is nested so deeply that code which walks through it might hit the recursion limit."""
-    level, depth = [value], 0
-    while level and depth <= MAX_DEPTH:
-        inner = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list))]
-        level, depth = [item for items in inner for item in items], depth + 1
-    return bool(level)
-
-
-def check_depth(value: Any, param: str) -> None:
-    """Raise BadField if it is nested too deeply."""
-    if is_deep(value):
-        raise BadField(f"{param} is nested more than {MAX_DEPTH} deep: make it flatter.", param)
-
-
-_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
-
-
-def dumps(value: Any) -> bytes:
-    """Compact JSON in UTF-8. Lone surrogates, which a client may have sent in a name, become question marks."""
-    return _JSON.encode(value).encode("utf-8", "replace")

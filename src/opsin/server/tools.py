@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from opsin.core.settings import ServerSettings
-from opsin.prompt import Message, PromptBuilder
+from opsin.prompt import Message
 from opsin.server.errors import BadField
-from opsin.server.schema import FunctionIn, NamedFunction, at_most, check_depth
+from opsin.server.handler import ModelManager
+from opsin.server.schema import FunctionIn, at_most
 
 _OPENERS = ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>")
 _CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)|(?:\[TOOL_CALLS\]|<\|python_tag\|>)(.*)", re.DOTALL)
@@ -20,7 +20,7 @@ _CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)|(?:\[TOOL_CALLS\]|<\|py
 
 @dataclass(frozen=True, slots=True)
 class ToolPlan:
-    """How a request's tools reach the model.
+    """How a request's tools reach the model; without any, or where none may be called, nothing is changed.
 
     `told` goes to the chat template; `instructions` go into the system message if the template has no place for tools;
     the whole answer keeps to `schema`. `names` are the functions that may be called; if empty, no call is looked for.
@@ -39,48 +39,43 @@ class ToolPlan:
             return [Message("system", [*messages[0].parts, self.instructions]), *messages[1:]]
         return [Message("system", self.instructions), *messages]
 
-    def reader(self) -> CallReader | None:
-        """A reader for one answer; None if no call is looked for."""
-        return CallReader(self.names, whole=self.schema is not None) if self.names else None
+    def reader(self) -> CallReader:
+        """A reader for one answer."""
+        return CallReader(self.names, whole=self.schema is not None)
 
 
-def plan_tools(
-    functions: Sequence[FunctionIn],
-    choice: str | NamedFunction | None,
-    prompts: PromptBuilder,
-    settings: ServerSettings,
-) -> ToolPlan:
+def plan_tools(functions: Sequence[FunctionIn], choice: str | FunctionIn | None, model: ModelManager) -> ToolPlan:
     """How a request's tools are handled. Raises BadField."""
+    if choice == "none" or (choice in (None, "auto") and not functions):
+        return ToolPlan()
     by_name = {function.name: function for function in functions}
     if not by_name:
         raise BadField("tool_choice asks for a call, but there are no tools: give some.", "tool_choice")
-    check_depth([function.parameters for function in functions], "tools")
     shown = {
         name: function.model_dump(exclude_none=True, exclude={"strict", "type"}) for name, function in by_name.items()
     }
     told = [{"type": "function", "function": function} for function in shown.values()]
-    at_most(settings.max_schema_bytes, len(json.dumps(told)), "bytes", "tools")
-    if choice == "none":
-        return ToolPlan()
+    at_most(model.settings.max_schema_bytes, len(json.dumps(told)), "bytes", "tools")
+    knows_tools = model.prompts.knows_tools
     if choice in (None, "auto"):
-        if not prompts.knows_tools:
+        if not knows_tools:
             raise BadField(
                 "This model's chat template has no place for tools, so the model cannot decide by itself whether to "
                 'call one: set tool_choice to "required" or name a function, or leave tools out.',
                 "tools",
             )
         return ToolPlan(told=told, names=frozenset(by_name))
-    if isinstance(choice, NamedFunction):
+    if isinstance(choice, FunctionIn):
         if choice.name not in by_name:
             raise BadField(f"tool_choice names {choice.name[:64]!r}, which is not among tools.", "tool_choice")
         by_name = {choice.name: by_name[choice.name]}
-    plan = ToolPlan(told=told, schema=_call_schema(list(by_name.values())), names=frozenset(by_name))
-    if prompts.knows_tools:
-        return plan
+    schema, names = _call_schema(list(by_name.values())), frozenset(by_name)
+    if knows_tools:
+        return ToolPlan(told=told, schema=schema, names=names)
     lines = [json.dumps(shown[name], ensure_ascii=False) for name in by_name]
     shape = '{"name": the function\'s name, "arguments": an object with its arguments}'
     instructions = "\n".join(("Call one of these functions. Answer with JSON alone:", shape, *lines))
-    return ToolPlan(instructions=instructions, schema=plan.schema, names=plan.names)
+    return ToolPlan(instructions=instructions, schema=schema, names=names)
 
 
 def _call_schema(functions: Sequence[FunctionIn]) -> str:
@@ -106,10 +101,10 @@ def _call_schema(functions: Sequence[FunctionIn]) -> str:
 class CallReader:
     """Takes an answer piece by piece and separates its text from its calls.
 
-    With `whole` the answer is one JSON object and nothing else. Otherwise calls are looked for in the forms that
-    models are trained on: JSON inside <tool_call> tags, a list after [TOOL_CALLS], and an answer that is a JSON object
-    with the name of a known function. What turns out not to be a call is text. From the first sign of a call on,
-    everything is held back until the end.
+    Without `names` all is text. With `whole` the answer is one JSON object and nothing else. Otherwise calls are looked
+    for in the forms that models are trained on: JSON inside <tool_call> tags, a list after [TOOL_CALLS], and an answer
+    that is a JSON object with the name of a known function. What turns out not to be a call is text. From the first
+    sign of a call on, everything is held back until the end.
     """
 
     def __init__(self, names: frozenset[str], *, whole: bool = False) -> None:
@@ -122,6 +117,8 @@ class CallReader:
 
     def feed(self, text: str) -> str:
         """Take text; return what is certainly not part of a call."""
+        if not self._names:
+            return text
         self._held += text
         if self._holds or (not self._said and self._held.lstrip()[:1] in {"", "{"}):
             return ""
