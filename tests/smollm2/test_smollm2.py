@@ -2,7 +2,6 @@
 
 import json
 import re
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +11,8 @@ from opsin.core.errors import BadInput
 from opsin.core.reasoning import ReasoningStyle
 from opsin.core.request import Prompt, SamplingParams, TextPart
 from opsin.core.settings import ServerSettings
-from opsin.server.schema import FunctionIn, ToolIn
-from opsin.server.tools import plan_tools
+from opsin.server.chat import CallReader
+from opsin.server.schema import FunctionIn, ToolIn, plan_tools
 
 
 def ask(opsin: Opsin, question: str, **params: Any) -> Any:
@@ -105,11 +104,10 @@ TOOLS = [
 def test_a_call_that_must_come_comes(smollm2: Opsin, choice: Any) -> None:
     functions = [ToolIn.model_validate(tool).function for tool in TOOLS]
     wanted = FunctionIn.model_validate(choice["function"]) if isinstance(choice, dict) else choice
-    model = SimpleNamespace(prompts=smollm2._runtime.prompts, settings=ServerSettings())
-    plan = plan_tools(functions, wanted, model)  # type: ignore[arg-type]
+    plan = plan_tools(functions, wanted, smollm2._runtime.prompts, ServerSettings())
     messages = plan.messages([Message("user", "What is the weather in Paris?")])
     stream = smollm2.submit(messages, json_schema=plan.schema, temperature=0.0, max_tokens=80)
-    reader = plan.reader()
+    reader = CallReader(plan)
     reader.feed(stream.result().text)
     reader.finish()
     assert len(reader.calls) == 1

@@ -16,10 +16,11 @@ from starlette.staticfiles import StaticFiles
 
 from opsin import __version__
 from opsin.server import chat, responses
-from opsin.server.errors import HANDLERS, RESPONSES, UnknownModel, dumps
+from opsin.server.errors import HANDLERS, RESPONSES, UnknownModel
 from opsin.server.handler import ModelManager, StatsMiddleware, Watcher
 from opsin.server.images import FairQueue, ImageLoader
 from opsin.server.middleware import Limits, SecurityMiddleware
+from opsin.server.schema import dumps
 from opsin.server.watchers import Metrics
 
 _ROUTES = [route for room in (chat, responses) for route in room.router.routes if isinstance(route, Route)]

@@ -6,10 +6,11 @@ import asyncio
 import contextlib
 import itertools
 import json
+import re
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -19,11 +20,12 @@ from opsin.core.answer import Answer, Finished, TextDelta, TokenLogprob
 from opsin.core.request import Image, Prompt, TextPart
 from opsin.prompt import Content, Message
 from opsin.server import schema
-from opsin.server.errors import BadField, dumps
+from opsin.server.errors import BadField
 from opsin.server.handler import Asked, CompletionHandler, ModelManager, Writer, extensions
 from opsin.server.images import RequestImages, Wanted
-from opsin.server.tools import CallReader, ToolPlan, plan_tools
 
+_OPENERS = ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>")
+_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)|(?:\[TOOL_CALLS\]|<\|python_tag\|>)(.*)", re.DOTALL)
 _LEAST_LOGPROB = -9999.0
 """Stands for the logarithm of zero, which JSON cannot write."""
 
@@ -45,7 +47,8 @@ async def completions(body: schema.CompletionRequest, request: Request) -> Respo
 async def _prepare_chat(body: schema.ChatRequest, model: ModelManager, images: RequestImages) -> tuple[Asked, Writer]:
     settings, choice = model.settings, body.tool_choice
     functions = [tool.function for tool in body.tools or ()]
-    tools = plan_tools(functions, choice.function if isinstance(choice, schema.ToolIn) else choice, model)
+    called = choice.function if isinstance(choice, schema.ToolIn) else choice
+    tools = schema.plan_tools(functions, called, model.prompts, settings)
     top = body.top_logprobs or 0
     schema.at_most(settings.max_top_logprobs, top, "alternatives", "top_logprobs")
     if top and not body.logprobs:
@@ -59,7 +62,7 @@ async def _prepare_chat(body: schema.ChatRequest, model: ModelManager, images: R
         thinking=body.wants_thinking,
     )
     each = schema.choices(params, body.n, settings)
-    writer = _ChatWriter(model.name, body, [tools.reader() for _ in each])
+    writer = _ChatWriter(model.name, body, [CallReader(tools) for _ in each])
     prompt = await build_prompt(body, body.messages, tools, model, images)
     return [(prompt, one) for one in each], writer
 
@@ -78,7 +81,7 @@ async def _prepare_text(body: schema.CompletionRequest, model: ModelManager, _: 
 async def build_prompt(
     body: schema.Conversation,
     messages: Sequence[schema.MessageIn],
-    tools: ToolPlan,
+    tools: schema.ToolPlan,
     model: ModelManager,
     images: RequestImages,
 ) -> Prompt:
@@ -124,6 +127,73 @@ def _message(message: schema.MessageIn, images: Iterator[Image]) -> Message:
     )
 
 
+class CallReader:
+    """Takes an answer piece by piece and separates its text from its calls.
+
+    Without tools all is text, and with a forced call the answer is one JSON object. Otherwise calls are looked for in
+    the forms that models are trained on: JSON inside <tool_call> tags, a list after [TOOL_CALLS], and an answer that is
+    a JSON object with the name of a known function. What turns out not to be a call is text. From the first sign of a
+    call on, everything is held back until the end.
+    """
+
+    def __init__(self, tools: schema.ToolPlan) -> None:
+        self._names = tools.names
+        self._holds = tools.schema is not None
+        self._held = ""
+        self._said = False
+        self.calls: list[dict[str, Any]] = []
+        """The calls that were found, as chat completions write them."""
+
+    def feed(self, text: str) -> str:
+        """Take text; return what is certainly not part of a call."""
+        if not self._names:
+            return text
+        self._held += text
+        if self._holds or (not self._said and self._held.lstrip()[:1] in {"", "{"}):
+            return ""
+        start = min((at for tag in _OPENERS if (at := self._held.find(tag)) >= 0), default=-1)
+        self._holds = start >= 0
+        if not self._holds:
+            start = len(self._held) - _tail(self._held)
+        text, self._held = self._held[:start], self._held[start:]
+        self._said = self._said or bool(text.strip())
+        return text
+
+    def finish(self) -> str:
+        """The answer is over: return what was held back and is not a call."""
+        held, self._held = self._held, ""
+        if not self._said and self._read(held):
+            return ""
+        text = _CALL.sub(lambda found: "" if self._read(found[1] or found[2] or "") else found[0], held)
+        return text if text.strip() or not self.calls else ""
+
+    def _read(self, text: str) -> bool:
+        """Read calls from JSON text; False if it holds none, or anything else."""
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            return False
+        items = value if isinstance(value, list) else [value]
+        if not items or not all(
+            isinstance(item, Mapping) and isinstance(item.get("name"), str) and item["name"] in self._names
+            for item in items
+        ):
+            return False
+        for item in items:
+            arguments = item.get("arguments", item.get("parameters", {}))
+            if not isinstance(arguments, str):
+                arguments = json.dumps(arguments, ensure_ascii=False)
+            function = {"name": item["name"], "arguments": arguments}
+            self.calls.append({"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function})
+        return True
+
+
+def _tail(text: str) -> int:
+    """How many characters at the end may be the start of a tag."""
+    lengths = range(min(max(map(len, _OPENERS)) - 1, len(text)), 0, -1)
+    return next((n for n in lengths if any(tag.startswith(text[-n:]) for tag in _OPENERS)), 0)
+
+
 class _ChoicesWriter(Writer):
     def __init__(self, model: str, body: schema.Choices, prefix: str, kind: str, chunk_kind: str) -> None:
         self._kind = kind
@@ -162,7 +232,7 @@ class _ChoicesWriter(Writer):
 
     def _chunk(self, *choices: dict[str, Any], **rest: Any) -> bytes:
         """One server-sent event."""
-        return b"data: " + dumps({**self._same, "choices": choices, **rest}) + b"\n\n"
+        return b"data: " + schema.dumps({**self._same, "choices": choices, **rest}) + b"\n\n"
 
     def _plain(self, index: int, text: str) -> bytes:
         """What `content` writes, but faster: the events of a choice differ in their text alone."""
@@ -170,7 +240,7 @@ class _ChoicesWriter(Writer):
             before, _, after = self.content(index, "").rpartition(b'""')
             self._around[index] = before, after
         before, after = self._around[index]
-        return before + dumps(text) + after
+        return before + schema.dumps(text) + after
 
     def _usage(self, answers: Sequence[Answer]) -> dict[str, Any]:
         # The choices of a chat have one prompt, which is counted once.

@@ -23,12 +23,6 @@ _TAGS = frozenset((
     "text", "image_url", "input_text", "input_image", "output_text", "message", "function_call",
     "function_call_output", "reasoning",
 ))  # fmt: skip
-_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
-
-
-def dumps(value: Any) -> bytes:
-    """Compact JSON in UTF-8. Lone surrogates, which a client may have sent in a name, become question marks."""
-    return _JSON.encode(value).encode("utf-8", "replace")
 
 
 class BadField(BadParameter):
@@ -70,7 +64,9 @@ class ErrorResponse(Response):
     def __init__(
         self, status: int, message: str, code: str, param: str | None = None, headers: Mapping[str, str] | None = None
     ) -> None:
-        super().__init__(dumps(error_body(status, message, code, param)), status, headers)
+        body = json.dumps(error_body(status, message, code, param), ensure_ascii=False)
+        # Lone surrogates, which a client may have sent in a name, become question marks.
+        super().__init__(body.encode("utf-8", "replace"), status, headers)
         self._code = code
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -23,10 +23,10 @@ from opsin.core.request import Prompt, SamplingParams
 from opsin.core.settings import ServerSettings
 from opsin.engine.clock import stage_row
 from opsin.prompt import PromptBuilder
-from opsin.server.errors import UnknownModel, dumps, error_body, explain
+from opsin.server.errors import UnknownModel, error_body, explain
 from opsin.server.images import FairQueue, RequestImages
 from opsin.server.middleware import RateBucket, is_loopback
-from opsin.server.schema import Common
+from opsin.server.schema import Common, dumps
 from opsin.worker import AnswerStream, Loaded, NotReady, WorkerEngine
 
 _LOG = logging.getLogger("opsin.server")

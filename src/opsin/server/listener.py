@@ -2,88 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import ipaddress
-import logging
 import socket
 from collections.abc import Mapping
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from opsin.core.errors import BadParameter
 from opsin.core.settings import ServerSettings
-from opsin.server.middleware import is_loopback, read_host, read_origin
+from opsin.server.middleware import Connection, is_loopback, read_host, read_origin
 
-_LOG = logging.getLogger("opsin.server")
 LAST_BYTES_SECONDS = 5
 """How long open connections may take to read what was answered when the server ends."""
 KEEP_ALIVE_SECONDS = 75
 """Idle connections stay open longer than clients keep them (httpx, and with it OpenAI's client, 5 s): the client must
 be the first to close, or a request crosses the close on its way and is lost."""
 KEY_VARIABLE = "OPSIN_API_KEY"
-
-
-class _Connection(H11Protocol):
-    """uvicorn's connection with two limits more.
-
-    A head that takes longer than `patience` seconds ends the connection, as does a client that takes nothing of its
-    answer for so long; the answer then ends as after any hang-up. Before its first request an idle connection ends
-    with uvicorn's keep-alive time, after one at most `patience` later, also when the end of the answer lies unread.
-    """
-
-    patience: float
-    _in_head = False
-    _timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's own
-        super().connection_made(transport)
-        self._end_in(self.timeout_keep_alive)
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self._answering():
-            if not self.flow.write_paused:
-                self._end_in(None)  # it takes the time it takes, while it is read
-        elif not self._in_head:
-            self._in_head = True
-            self._end_in(self.patience)
-
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        if not self._answering():
-            self._in_head = bool(self.conn.trailing_data[0])
-            self._end_in(self.patience + (0 if self._in_head else self.timeout_keep_alive))
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._end_in(self.patience)
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        if self._answering():
-            self._end_in(None)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        self._end_in(None)
-
-    def _answering(self) -> bool:
-        return self.cycle is not None and not self.cycle.response_complete
-
-    def _end_in(self, seconds: float | None) -> None:
-        """End the connection then, unless this is called again; None: wait as long as it takes."""
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = None if seconds is None else self.loop.call_later(seconds, self._end)
-
-    def _end(self) -> None:
-        if self.flow.write_paused:
-            _LOG.warning("an answer was ended: its client read nothing for %g s", self.patience)
-        self.transport.abort()
 
 
 def http_server(app: ASGIApp, slow_reader_seconds: float) -> uvicorn.Server:
@@ -94,7 +31,7 @@ def http_server(app: ASGIApp, slow_reader_seconds: float) -> uvicorn.Server:
         access_log=False,
         lifespan="off",
         ws="none",
-        http=type("Connection", (_Connection,), {"patience": slow_reader_seconds}),
+        http=type("Connection", (Connection,), {"patience": slow_reader_seconds}),
         proxy_headers=False,
         server_header=False,
         headers=[("X-Content-Type-Options", "nosniff")],

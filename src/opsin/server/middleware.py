@@ -7,21 +7,26 @@ import contextlib
 import hashlib
 import hmac
 import ipaddress
+import logging
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import httpx
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from opsin.core.errors import BadParameter
 from opsin.core.settings import ServerSettings
 from opsin.server.errors import ErrorResponse
-from opsin.server.sources import parse_host
 
+_LOG = logging.getLogger("opsin.server")
+_NAME = re.compile(r"[a-z0-9_.-]+|[0-9a-f:.]+")
 OPEN_PATHS = frozenset(("/", "/health", "/ready", "/favicon.ico"))
 """What needs no key; the page's own files below /page/ need none either."""
 MAX_KEYS = 10_000
@@ -33,6 +38,71 @@ UNFINISHED_BODIES = 4
 """The bytes of all unfinished bodies together, as a multiple of what one body may have."""
 SMALL_BODY = 2**20
 """A body of up to this many bytes is read even if the others take up all of that."""
+
+
+class Connection(H11Protocol):
+    """uvicorn's connection with two limits more.
+
+    A head that takes longer than `patience` seconds ends the connection, as does a client that takes nothing of its
+    answer for so long; the answer then ends as after any hang-up. Before its first request an idle connection ends
+    with uvicorn's keep-alive time, after one at most `patience` later, also when the end of the answer lies unread.
+    """
+
+    patience: float
+    _in_head = False
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's own
+        """Wait for the first request."""
+        super().connection_made(transport)
+        self._end_in(self.timeout_keep_alive)
+
+    def data_received(self, data: bytes) -> None:
+        """Wait for the rest of a head."""
+        super().data_received(data)
+        if self._answering():
+            if not self.flow.write_paused:
+                self._end_in(None)  # it takes the time it takes, while it is read
+        elif not self._in_head:
+            self._in_head = True
+            self._end_in(self.patience)
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request."""
+        super().on_response_complete()
+        if not self._answering():
+            self._in_head = bool(self.conn.trailing_data[0])
+            self._end_in(self.patience + (0 if self._in_head else self.timeout_keep_alive))
+
+    def pause_writing(self) -> None:
+        """The client reads slower than is written."""
+        super().pause_writing()
+        self._end_in(self.patience)
+
+    def resume_writing(self) -> None:
+        """The client has read."""
+        super().resume_writing()
+        if self._answering():
+            self._end_in(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The end."""
+        super().connection_lost(exc)
+        self._end_in(None)
+
+    def _answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _end_in(self, seconds: float | None) -> None:
+        """End the connection then, unless this is called again; None: wait as long as it takes."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None if seconds is None else self.loop.call_later(seconds, self._end)
+
+    def _end(self) -> None:
+        if self.flow.write_paused:
+            _LOG.warning("an answer was ended: its client read nothing for %g s", self.patience)
+        self.transport.abort()
 
 
 class SecurityMiddleware:
@@ -120,6 +190,21 @@ def read_origin(origin: str) -> str:
             "without a path."
         )
     return origin
+
+
+def parse_host(text: str) -> tuple[str, int | None]:
+    """The name or address in `name:port`, in lower case and without its last dot, and the port if there is one.
+
+    As in a Host header: IPv6 addresses stand in brackets. The name is empty if the text is malformed.
+    """
+    try:
+        url = httpx.URL(f"ftp://{text}")  # a scheme whose usual port nobody means
+    except httpx.InvalidURL:
+        return "", None
+    name = url.raw_host.decode("ascii").lower().rstrip(".")
+    if not _NAME.fullmatch(name) or any(sign in text for sign in "/?#@"):
+        return "", None
+    return name, url.port
 
 
 def is_loopback(name: str) -> bool:

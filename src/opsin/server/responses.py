@@ -14,11 +14,10 @@ from starlette.responses import Response
 from opsin.core.answer import Answer, Finished, TextDelta
 from opsin.core.request import SamplingParams
 from opsin.server import schema
-from opsin.server.chat import build_prompt
-from opsin.server.errors import BadField, dumps
+from opsin.server.chat import CallReader, build_prompt
+from opsin.server.errors import BadField
 from opsin.server.handler import Asked, CompletionHandler, ModelManager, Writer, extensions
 from opsin.server.images import RequestImages
-from opsin.server.tools import CallReader, plan_tools
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -130,7 +129,7 @@ async def responses(body: ResponsesRequest, request: Request) -> Response:
 
 
 async def _prepare(body: ResponsesRequest, model: ModelManager, images: RequestImages) -> tuple[Asked, Writer]:
-    tools = plan_tools(body.tools or (), body.tool_choice, model)
+    tools = schema.plan_tools(body.tools or (), body.tool_choice, model.prompts, model.settings)
     wanted = None if body.text is None else body.text.format
     params = schema.sampling(
         body,
@@ -143,7 +142,7 @@ async def _prepare(body: ResponsesRequest, model: ModelManager, images: RequestI
     if not messages:
         raise BadField("input has no message: ask something.", "input")
     prompt = await build_prompt(body, messages, tools, model, images)
-    return [(prompt, params)], _ResponsesWriter(model.name, body, params, tools.reader())
+    return [(prompt, params)], _ResponsesWriter(model.name, body, params, CallReader(tools))
 
 
 # What kinds of items have in their ids, in events about their text, and in their only part.
@@ -270,7 +269,7 @@ class _ResponsesWriter(Writer):
         if inside is not None:
             value |= {"item_id": inside["id"], "content_index": 0}
         self._number += 1
-        return b"event: response." + kind.encode() + b"\ndata: " + dumps(value | rest) + b"\n\n"
+        return b"event: response." + kind.encode() + b"\ndata: " + schema.dumps(value | rest) + b"\n\n"
 
 
 def _base(model: str, body: ResponsesRequest, params: SamplingParams) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""What a request to chat completions and completions may contain, and the parameters that it becomes."""
+"""What a request to chat completions and completions may contain, and what it becomes: parameters, and tools."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi.exceptions import RequestValidationError
@@ -11,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from opsin.core.request import SamplingParams
 from opsin.core.settings import ServerSettings
+from opsin.prompt import Message, PromptBuilder
 from opsin.server.errors import BadField
 
 NAME = r"^[a-zA-Z0-9_.-]{1,64}$"
@@ -304,3 +306,88 @@ def schema_of(wanted: TextFormat | ObjectFormat | SchemaFormat | JsonSchema | No
     text = json.dumps(schema or {"type": "object"})
     at_most(limit, len(text), "bytes", "response_format")
     return text
+
+
+@dataclass(frozen=True, slots=True)
+class ToolPlan:
+    """How a request's tools reach the model; without any, or where none may be called, nothing is changed.
+
+    `told` goes to the chat template; `instructions` go into the system message if the template has no place for tools;
+    the whole answer keeps to `schema`. `names` are the functions that may be called; if empty, no call is looked for.
+    """
+
+    told: list[dict[str, Any]] | None = None
+    instructions: str | None = None
+    schema: str | None = None
+    names: frozenset[str] = frozenset()
+
+    def messages(self, messages: list[Message]) -> list[Message]:
+        """The conversation, with the instructions about tools in its system message."""
+        if self.instructions is None:
+            return messages
+        if messages[0].role == "system":
+            return [Message("system", [*messages[0].parts, self.instructions]), *messages[1:]]
+        return [Message("system", self.instructions), *messages]
+
+
+def plan_tools(
+    functions: Sequence[FunctionIn], choice: str | FunctionIn | None, prompts: PromptBuilder, settings: ServerSettings
+) -> ToolPlan:
+    """How a request's tools are handled. Raises BadField."""
+    if choice == "none" or (choice in (None, "auto") and not functions):
+        return ToolPlan()
+    by_name = {function.name: function for function in functions}
+    if not by_name:
+        raise BadField("tool_choice asks for a call, but there are no tools: give some.", "tool_choice")
+    shown = {
+        name: function.model_dump(exclude_none=True, exclude={"strict", "type"}) for name, function in by_name.items()
+    }
+    told = [{"type": "function", "function": function} for function in shown.values()]
+    at_most(settings.max_schema_bytes, len(json.dumps(told)), "bytes", "tools")
+    if choice in (None, "auto"):
+        if not prompts.knows_tools:
+            raise BadField(
+                "This model's chat template has no place for tools, so the model cannot decide by itself whether to "
+                'call one: set tool_choice to "required" or name a function, or leave tools out.',
+                "tools",
+            )
+        return ToolPlan(told=told, names=frozenset(by_name))
+    if isinstance(choice, FunctionIn):
+        if choice.name not in by_name:
+            raise BadField(f"tool_choice names {choice.name[:64]!r}, which is not among tools.", "tool_choice")
+        by_name = {choice.name: by_name[choice.name]}
+    schema, names = _call_schema(list(by_name.values())), frozenset(by_name)
+    if prompts.knows_tools:
+        return ToolPlan(told=told, schema=schema, names=names)
+    lines = [json.dumps(shown[name], ensure_ascii=False) for name in by_name]
+    shape = '{"name": the function\'s name, "arguments": an object with its arguments}'
+    instructions = "\n".join(("Call one of these functions. Answer with JSON alone:", shape, *lines))
+    return ToolPlan(instructions=instructions, schema=schema, names=names)
+
+
+def _call_schema(functions: Sequence[FunctionIn]) -> str:
+    """The JSON schema of a call of one of the functions."""
+    calls, shared = [], {}
+    for i, function in enumerate(functions):
+        arguments = function.parameters or {"type": "object"}
+        text = json.dumps(arguments)
+        if '"$ref"' in text:
+            # References count from the root, which moves when the schema becomes a part of another.
+            shared[f"f{i}"] = json.loads(text.replace('"$ref": "#', f'"$ref": "#/$defs/f{i}'))
+            arguments = {"$ref": f"#/$defs/f{i}"}
+        calls.append({
+            "type": "object",
+            "properties": {"name": {"const": function.name}, "arguments": arguments},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        })  # fmt: skip
+    schema: dict[str, Any] = calls[0] if len(calls) == 1 else {"anyOf": calls}
+    return json.dumps({**schema, "$defs": shared} if shared else schema)
+
+
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
+def dumps(value: Any) -> bytes:
+    """Compact JSON in UTF-8. Lone surrogates, which a client may have sent in a name, become question marks."""
+    return _JSON.encode(value).encode("utf-8", "replace")

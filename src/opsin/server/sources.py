@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import re
 import stat
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-import httpx
-
 from opsin.core.errors import BadParameter, FetchFailed
 from opsin.core.settings import ImageSettings
 from opsin.images.fetch import Resolver, system_addresses
 from opsin.images.source import check_bytes
+from opsin.server.middleware import parse_host
 
 INSTEAD = "or send the image as a data: address."
 
@@ -83,7 +81,6 @@ _INSIDE = tuple(map(ipaddress.ip_network, (
     "2002::/16",  # 6to4: contains any IPv4 address
     "3fff::/20",  # documentation
 )))  # fmt: skip
-_NAME = re.compile(r"[a-z0-9_.-]+|[0-9a-f:.]+")
 _ISATAP = frozenset((0x0000_5EFE, 0x0200_5EFE))
 
 
@@ -147,18 +144,3 @@ def _read_host(host: str) -> list[tuple[str, int]]:
         )
     star = "*." if host.startswith("*.") else ""
     return [(star + name, one) for one in (_WEB_PORTS if port is None else (port,))]
-
-
-def parse_host(text: str) -> tuple[str, int | None]:
-    """The name or address in `name:port`, in lower case and without its last dot, and the port if there is one.
-
-    As in a Host header: IPv6 addresses stand in brackets. The name is empty if the text is malformed.
-    """
-    try:
-        url = httpx.URL(f"ftp://{text}")  # a scheme whose usual port nobody means
-    except httpx.InvalidURL:
-        return "", None
-    name = url.raw_host.decode("ascii").lower().rstrip(".")
-    if not _NAME.fullmatch(name) or any(sign in text for sign in "/?#@"):
-        return "", None
-    return name, url.port
