@@ -7,18 +7,8 @@ from difflib import SequenceMatcher
 from pathlib import Path
 
 from opsin.core.errors import ModelError, PairMismatch
-from opsin.models.gguf import GgufInfo, best_projectors, is_projector, read_info, stem
+from opsin.models.gguf import PROJECTOR_TYPES, GgufInfo, ProjectorType, best_projectors, is_projector, read_info, stem
 
-# Projector types and the only architectures they are published with (llama.cpp's `convert_hf_to_gguf.py`). Types that
-# many architectures share (mlp, internvl, pixtral, …) are not listed: nothing can be said of them.
-_ARCHITECTURES = {
-    "gemma3": {"gemma3"},
-    "gemma3nv": {"gemma3n"},
-    "gemma4v": {"gemma4"},
-    "qwen2vl_merger": {"qwen2vl"},
-    "qwen2.5vl_merger": {"qwen2vl"},
-    "qwen3vl_merger": {"qwen3vl", "qwen3vlmoe", "qwen35", "qwen35moe"},
-}
 _NO_LLM = ": give the language model as --model"
 
 
@@ -68,10 +58,10 @@ def check_pair(llm: Path | GgufInfo, mmproj: Path | GgufInfo) -> tuple[GgufInfo,
 def family_warning(text: GgufInfo, vision: GgufInfo) -> str | None:
     """A sentence where widths fit by chance and the families differ, so that answers would be nonsense; else None."""
     kind = vision.projector or ""
-    expected = _ARCHITECTURES.get(kind)
+    expected = PROJECTOR_TYPES.get(kind, ProjectorType()).architectures
     # Architectures made for vision have projectors of their own, too.
-    own = {name for name, architectures in _ARCHITECTURES.items() if text.architecture in architectures}
-    if (expected is None or text.architecture in expected) and (not own or kind in own):
+    own = {name for name, one in PROJECTOR_TYPES.items() if text.architecture in one.architectures}
+    if (not expected or text.architecture in expected) and (not own or kind in own):
         return None
     return (
         f"{vision.path.name} is a projector of the kind {kind or 'unknown'}, and {text.path.name} is a"
