@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from native_help import draw, generate, prefill
+from native_help import draw, generate, held, prefill
 from token_rows import TokenRow, batch
 
 from opsin.core.errors import EngineClosed, ModelNotFound, PairMismatch
@@ -22,7 +22,7 @@ from opsin.native.model import _placement
 def test_closing_frees_children_first_and_only_once(open_pair: Callable[..., Any]) -> None:
     backend = open_pair(ctx=256)
     freed: list[str] = []
-    sampler = backend.sampler(SamplingParams(grammar='root ::= "a"'), 1)
+    sampler = held(backend, SamplingParams(grammar='root ::= "a"'), 1)
 
     def watch(handle: Any) -> None:
         free = handle._free
@@ -190,7 +190,7 @@ def test_200_images_leave_memory_flat(open_pair: Callable[..., Any]) -> None:
     def ask(seed: int) -> None:
         tokenized = backend.tokenize([TextPart("USER: "), ImagePart(draw(seed)), TextPart(" what?")], add_bos=True)
         pos = prefill(backend, tokenized)
-        sampler = backend.sampler(SamplingParams(grammar="root ::= [a-z]+", temperature=1.0), seed)
+        sampler = held(backend, SamplingParams(grammar="root ::= [a-z]+", temperature=1.0), seed)
         generate(backend, sampler, pos, 4)
         backend.logprobs(-1, 5, 5)
         sampler.close()

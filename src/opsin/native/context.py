@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from opsin.core.backend import Sample
     from opsin.core.request import Embedding, ImageChunk, Part, SamplingParams, TokenBatch, TokenizedPrompt
     from opsin.core.settings import EngineSettings
-    from opsin.native.constraint import Constraints
+    from opsin.native.constraint import Compiled, Constraints
     from opsin.native.model import Model
     from opsin.native.vision import Encoder
 
@@ -237,14 +237,16 @@ class Context:
             for nan, token in zip(bad, tokens.tolist(), strict=True)
         ]
 
-    def check(self, params: SamplingParams) -> object:
-        if self._constraints is None or not _constrained(params):
+    def check(self, params: SamplingParams) -> Compiled | None:
+        if self._constraints is None or (params.json_schema is None and params.grammar is None):
             return None
         with self._readers:
             return self._constraints.compile(params)
 
-    def sampler(self, params: SamplingParams, seed: int) -> NativeSampler:
-        constraint = self._constraints.start(params) if self._constraints and _constrained(params) else None
+    def sampler(self, params: SamplingParams, seed: int, compiled: object = None) -> NativeSampler:
+        constraint = None
+        if self._constraints is not None and compiled is not None:
+            constraint = self._constraints.start(cast("Compiled", compiled))
         return NativeSampler(self.model, self.handle, self.logits, params, seed, constraint=constraint)
 
     def sample(self, samples: Sequence[Sample]) -> list[_Sampled]:
@@ -300,10 +302,6 @@ class Context:
             if self._constraints is not None:
                 self._constraints.close()
             self.model.close()
-
-
-def _constrained(params: SamplingParams) -> bool:
-    return params.json_schema is not None or params.grammar is not None
 
 
 def _require(holds: bool, otherwise: str) -> None:
