@@ -155,17 +155,11 @@ class MemoryPlanner:
 
     @property
     def _gpus(self) -> list[Device]:
-        if self.settings.device is None:
-            return [one for one in self.devices if one.is_gpu]
-        chosen = pick(self.settings.device, "--device", tuple(self.devices))
-        return [chosen] if chosen else []
+        return pick(self.settings.device, "--device", self.devices)
 
     @property
     def _vision_device(self) -> str:
-        if self.settings.mmproj_device is None:
-            return next((one.name for one in self.devices if one.is_gpu), HOST)
-        named = pick(self.settings.mmproj_device, "--mmproj-device", tuple(self.devices))
-        return named.name if named else HOST
+        return next((one.name for one in pick(self.settings.mmproj_device, "--mmproj-device", self.devices)), HOST)
 
     def plans(self) -> Iterator[MemoryPlan]:
         """All layers with a shrinking context, then fewer layers, then a context that is uncomfortable."""

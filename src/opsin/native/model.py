@@ -205,9 +205,7 @@ def _filled(kind: Any, size: int, call: Callable[[Any, int], int]) -> Any:
 
 def _placement(settings: EngineSettings, present: tuple[Device, ...]) -> tuple[Device | None, int]:
     """The device for the layers and how many of them (-1: all)."""
-    device = next((one for one in present if one.is_gpu), None)
-    if settings.device is not None:
-        device = pick(settings.device, "--device", present)
+    device = next(iter(pick(settings.device, "--device", present)), None)
     layers = -1 if settings.gpu_layers is None else settings.gpu_layers
     return device, 0 if device is None else layers
 

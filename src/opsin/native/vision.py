@@ -126,13 +126,11 @@ class Encoder:
         self._model = model
         self._hook = EvalHook(self.lib)
         self._heavy = heavy_ops(self.lib)
-        present = devices(self.lib)
+        picked = pick(settings.mmproj_device, "--mmproj-device", devices(self.lib))
         params = self.lib.mtmd.mtmd_context_params_default()
-        if settings.mmproj_device is None:
-            params.use_gpu = any(device.is_gpu for device in present)  # mtmd takes the first
-        else:
-            device = pick(settings.mmproj_device, "--mmproj-device", present)
-            params.use_gpu, params.device = device is not None, device.handle if device else None
+        params.use_gpu = bool(picked)
+        if picked and settings.mmproj_device is not None:  # else mtmd takes the first
+            params.device = picked[0].handle
         params.print_timings = False
         params.warmup = False  # mtmd's own computes nothing
         # Nearly all weights of a projector file are of 16 bits.
