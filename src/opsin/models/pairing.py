@@ -9,8 +9,6 @@ from pathlib import Path
 from opsin.core.errors import ModelError, PairMismatch
 from opsin.models.gguf import PROJECTOR_TYPES, GgufInfo, ProjectorType, best_projectors, is_projector, read_info, stem
 
-_NO_LLM = ": give the language model as --model"
-
 
 @dataclass(frozen=True, slots=True)
 class Pair:
@@ -34,8 +32,9 @@ def check_pair(llm: Path | GgufInfo, mmproj: Path | GgufInfo) -> tuple[GgufInfo,
     text, vision = (read_info(one) if isinstance(one, Path) else one for one in (llm, mmproj))
     llm, mmproj = text.path, vision.path
     if text.is_projector:
-        swapped = "" if vision.is_projector else f", and {mmproj.name} is one: swap --model and --mmproj"
-        raise PairMismatch(f"{llm.name} is a projector, not a language model{swapped or _NO_LLM}")
+        swapped = f", and {mmproj.name} is one: swap --model and --mmproj"
+        advice = ": give the language model as --model" if vision.is_projector else swapped
+        raise PairMismatch(f"{llm.name} is a projector, not a language model{advice}")
     if not vision.is_projector:
         wrong = "is a language model, not a projector"
     elif not vision.has_vision:
@@ -79,8 +78,6 @@ def find_projector(llm: Path) -> Path | None:
     if not names:
         return None
     text = read_info(llm)
-    if text.is_projector:
-        raise PairMismatch(f"{llm.name} is a projector, not a language model{_NO_LLM}")
     ranked = sorted(best_projectors(names, llm.name), key=lambda name: -_likeness(llm.name, name))
     paths = [llm.with_name(name) for name in ranked]
     # Where none fits, the check of the likest says why.
