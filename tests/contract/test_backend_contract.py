@@ -26,7 +26,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(scope="module", params=["fake", "native"])
 def backend(request: pytest.FixtureRequest) -> Iterator[Any]:
     if request.param == "fake":
-        limits = BackendLimits(n_ctx=512, n_batch=64, n_ubatch=64, n_seq_max=4, n_vocab=259, n_embd=4, n_ctx_seq=512)
+        limits = BackendLimits(n_ctx=512, n_ubatch=64, n_seq_max=4, n_vocab=259, n_embd=4, n_ctx_seq=512)
         made: Any = FakeBackend(lambda text: f"{len(text)} things", limits=limits)
     else:
         from opsin.native import open_backend

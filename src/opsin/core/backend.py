@@ -28,7 +28,6 @@ class BackendLimits:
     """
 
     n_ctx: int
-    n_batch: int
     n_ubatch: int
     n_seq_max: int
     n_vocab: int

@@ -119,7 +119,7 @@ class FakeBackend:
         image_tokens: int = 4,
     ) -> None:
         self.reply = reply
-        self.limits = limits or BackendLimits(512, 64, 64, n_seq_max=8, n_vocab=N_VOCAB, n_embd=4, n_ctx_seq=512)
+        self.limits = limits or BackendLimits(512, 64, n_seq_max=8, n_vocab=N_VOCAB, n_embd=4, n_ctx_seq=512)
         self.clock = clock or FakeClock()
         self.costs = costs or Costs()
         self.asynchronous = asynchronous
