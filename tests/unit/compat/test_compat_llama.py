@@ -61,9 +61,7 @@ class World:
 
     def open(self, model: Any, mmproj: Any, settings: EngineSettings, *, template: str | None = None) -> Runtime:
         self.settings, self.opened = settings, (model, mmproj)
-        backend = FakeBackend(
-            self.reply, limits=BackendLimits(settings.ctx or 512, 64, 8, 259, 4, settings.ctx or 512)
-        )
+        backend = FakeBackend(self.reply, limits=BackendLimits(settings.ctx or 512, 64, 8, 259, 4, settings.ctx or 512))
         self.backends.append(backend)
         sampler = backend.sampler
 
