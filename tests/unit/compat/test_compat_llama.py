@@ -65,9 +65,9 @@ class World:
         self.backends.append(backend)
         sampler = backend.sampler
 
-        def spy(params: SamplingParams, seed: int) -> Any:
+        def spy(params: SamplingParams, seed: int, compiled: object = None) -> Any:
             self.params.append(params)
-            return sampler(params, seed)
+            return sampler(params, seed, compiled)
 
         backend.sampler = spy  # type: ignore[method-assign]
         text = (template or PLAIN) + f"{{{{- '{TURN_TEXT}' -}}}}"
