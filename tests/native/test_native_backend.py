@@ -215,6 +215,7 @@ def test_a_backend_at_rest_has_no_threads_that_wait_and_computes_the_same_afterw
         return len(list(Path("/proc/self/task").iterdir()))
 
     backend = open_pair(threads=2, threads_batch=2)
+    backend.pause_threads()  # those of earlier tests
     before = threads()
 
     def logits() -> Any:

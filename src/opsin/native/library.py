@@ -26,9 +26,9 @@ ADVICE = f"run: pip install --force-reinstall llama-cpp-python=={VERSION}"
 # Defaults in the middle and at the end of each struct: any field inserted or removed shifts at least one of them.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama_model_default_params": {"n_gpu_layers": -1, "split_mode": 1, "use_extra_bufts": True, "load_mtp": False},
-    "llama_context_default_params": {"n_batch": 2048, "yarn_beta_slow": -1.0, "type_v": 1, "swa_full": True},
+    "llama_context_default_params": {"n_batch": 2048, "yarn_beta_slow": -1.0, "swa_full": True, "ctx_other": None},
     "llama_sampler_chain_default_params": {"no_perf": True},
-    "mtmd_context_params_default": {"media_marker": b"<__media__>", "image_max_tokens": -1, "batch_max_tokens": 1024},
+    "mtmd_context_params_default": {"n_threads": 4, "batch_max_tokens": 1024, "progress_callback_user_data": None},
 }
 _OBJECT_SIZE = 32  # bytes of the ggml_object in front of each tensor (ggml.c)
 
