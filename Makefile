@@ -34,7 +34,7 @@ browser:
 	  >/dev/null; } || echo "no chromium: the tests of the web page will be skipped"
 
 test: setup-dev browser
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # What takes many minutes: every schema on two models with three seeds, and forty answers under the guard.
 test-full: setup-dev

@@ -168,7 +168,7 @@ def program_rate(
     options |= {} if flash is None else {"-fa": "on" if flash else "off"}
     command = [str(program), *(str(word) for option in options.items() for word in option), "--kv-unified"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PROGRAM_SECONDS)  # noqa: S603
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PROGRAM_SECONDS)
     except OSError as error:
         raise BadParameter(f"{program} cannot be run: {error.strerror or error}.") from error
     except subprocess.SubprocessError as error:

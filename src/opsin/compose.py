@@ -7,18 +7,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from opsin.cache import DiskStore, EmbeddingCache, default_folder
+from opsin.core.ggml_types import bytes_per_value
 from opsin.core.model_info import PairFacts
 from opsin.core.settings import MAX_ANSWER_TOKENS, EngineSettings
 from opsin.engine import Engine, Policy, Wake, Watch, unwatched, wake_readers
 from opsin.models import Pair, resolve
 from opsin.models.facts import read_facts
 from opsin.native import Device, NativeBackend, cpu_features, devices, open_backend
-from opsin.native.devices import DeviceRate, free_memory, measure_device
+from opsin.native.devices import HOST, DeviceRate, free_memory, measure_device
 from opsin.native.memory import MemoryPlanner
 from opsin.native.trial import end_with_parent, ensure_loadable, fingerprint
 from opsin.prompt import PromptBuilder, TemplateSource
 
 __all__ = ["Runtime", "end_with_parent", "gpu_names", "open_backend", "open_runtime", "template_source"]
+
+SWAP_BYTES = 2**30
+"""Main memory for prefixes that were swapped out of the KV cache, at most; no more than an eighth of what is free."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +71,8 @@ def open_runtime(
     asked = settings.model_copy(update={"model": pair.llm, "mmproj": pair.mmproj})
     facts = known[1] if known else read_facts(pair.llm, pair.mmproj, asked.image_max_tokens)
     present = devices()
-    settings = MemoryPlanner(facts, present, asked, free_memory(present), cpu_features()).plan().applied(asked)
+    free = free_memory(present)
+    settings = MemoryPlanner(facts, present, asked, free, cpu_features()).plan().applied(asked)
     if trial and not pair.is_demo:
         ensure_loadable(pair.llm, pair.mmproj, settings)
     opened: list[NativeBackend] = []
@@ -78,9 +83,16 @@ def open_runtime(
 
     store = DiskStore(default_folder(), settings.disk_cache_bytes) if settings.disk_cache else None
     on_gpu = bool(gpu_names()) and settings.gpu_layers != 0 and (settings.device or "").lower() not in {"none", "cpu"}
+    cell_bytes = sum(layer.kv_values for layer in facts.model.layers) * bytes_per_value(settings.kv_type)
+    swap_bytes = min(SWAP_BYTES, free.get(HOST, 0) // 8)
     engine = Engine(
         open_native,
-        policy=Policy.for_device(gpu=on_gpu, parallel=settings.parallel, max_queue=max_queue),
+        policy=Policy.for_device(
+            gpu=on_gpu,
+            parallel=settings.parallel,
+            max_queue=max_queue,
+            swap_cells=int(swap_bytes / max(1.0, cell_bytes)),
+        ),
         images=EmbeddingCache(settings.image_cache_bytes, store),
         max_tokens=MAX_ANSWER_TOKENS,
         watch=watch,

@@ -26,7 +26,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(scope="module", params=["fake", "native"])
 def backend(request: pytest.FixtureRequest) -> Iterator[Any]:
     if request.param == "fake":
-        limits = BackendLimits(n_ctx=512, n_batch=64, n_ubatch=64, n_seq_max=4, n_vocab=259, n_embd=4, n_ctx_seq=512)
+        limits = BackendLimits(n_ctx=512, n_ubatch=64, n_seq_max=4, n_vocab=259, n_embd=4, n_ctx_seq=512)
         made: Any = FakeBackend(lambda text: f"{len(text)} things", limits=limits)
     else:
         from opsin.native import open_backend
@@ -129,6 +129,24 @@ def test_a_fork_shares_what_was_filled(backend: Any) -> None:
     backend.kv_remove(2, 0, -1)
 
 
+def test_a_sequence_that_was_swapped_out_goes_on_as_if_nothing_had_happened(backend: Any) -> None:
+    row = fill(backend, 0, "a question", 3)
+    length = backend.kv_last(0) + 1
+    backend.kv_remove(2, 0, -1)
+    backend.kv_copy(0, 2, 0, length)  # shared cells belong to both
+    saved = backend.kv_save(2)
+    backend.kv_remove(2, 0, -1)
+    expected = greedy(backend, 0, row)
+    backend.kv_remove(0, 0, -1)
+    fill(backend, 1, "another one", 1)
+    backend.kv_load(0, saved)
+    assert backend.kv_last(0) == length - 1
+    assert backend.decode(batch([TokenRow(expected[0], length, 0, logits=True)]))
+    assert greedy(backend, 0, 0, 5) == expected[1:]
+    backend.kv_remove(1, 0, -1)
+    backend.kv_remove(0, 0, -1)
+
+
 def test_no_room_is_false_and_changes_nothing(backend: Any) -> None:
     for seq_id in range(4):
         backend.kv_remove(seq_id, 0, -1)
@@ -142,8 +160,6 @@ def test_no_room_is_false_and_changes_nothing(backend: Any) -> None:
 
 
 def test_a_bad_grammar_is_refused(backend: Any) -> None:
-    with pytest.raises(BadGrammar):
-        backend.sampler(SamplingParams(grammar="bad"), 1).close()
     with pytest.raises(BadGrammar):
         backend.check(SamplingParams(grammar="bad"))
     backend.check(SamplingParams())

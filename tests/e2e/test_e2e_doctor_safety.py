@@ -14,6 +14,7 @@ from opsin.core.settings import EngineSettings
 from opsin.doctor.pair import read_pair
 from opsin.doctor.safety import trial_check
 from opsin.models.pairing import Pair
+from opsin.native import devices
 from opsin.native.trial import try_pair
 from synth import write_pair
 
@@ -49,7 +50,7 @@ def test_a_projector_on_which_llama_cpp_aborts_is_a_finding(
     pair: Pair, tmp_path: Path, key: str, old: int, new: int
 ) -> None:
     bad = damaged(pair, tmp_path, key, old, new)
-    check = trial_check(read_pair(replace(pair, mmproj=bad)), ON_CPU, folder=tmp_path / "trials")
+    check = trial_check(read_pair(replace(pair, mmproj=bad)), ON_CPU, devices(), folder=tmp_path / "trials")
     assert check.status == "fail"
     assert "died of SIGABRT in the stage 'encode' with mmproj-damaged.gguf" in check.message
     assert (check.evidence["end"], check.evidence["stage"], check.evidence["signal"]) == (
@@ -64,9 +65,9 @@ def test_a_projector_on_which_llama_cpp_aborts_is_a_finding(
 def test_a_sound_pair_is_tried_once_and_then_loads_here(pair: Pair, tmp_path: Path) -> None:
     from opsin.native import open_backend
 
-    first = trial_check(read_pair(pair), ON_CPU, folder=tmp_path)
+    first = trial_check(read_pair(pair), ON_CPU, devices(), folder=tmp_path)
     assert (first.status, first.evidence["stage"], first.evidence["end"]) == ("ok", "decode", "done")
-    assert trial_check(read_pair(pair), ON_CPU, folder=tmp_path).evidence == {"remembered": True}
+    assert trial_check(read_pair(pair), ON_CPU, devices(), folder=tmp_path).evidence == {"remembered": True}
     settings = ON_CPU.model_copy(update={"model": pair.llm, "mmproj": pair.mmproj, "ctx": 256})
     open_backend(settings).close()
 
@@ -84,7 +85,7 @@ def test_an_all_f32_projector_is_judged_by_what_this_build_does(tmp_path: Path) 
     """Some builds crash on it; whichever this is, the finding tells the truth and this process lives."""
     wide = write_pair("tiny", tmp_path, mmproj_type="f32")
     done = try_pair(wide.llm, wide.mmproj, ON_CPU)
-    check = trial_check(read_pair(wide), ON_CPU, folder=tmp_path / "trials")
+    check = trial_check(read_pair(wide), ON_CPU, devices(), folder=tmp_path / "trials")
     assert (check.status, check.evidence["end"]) == (("ok", "done") if done.end == "done" else ("fail", "crashed"))
 
 
@@ -106,7 +107,8 @@ def test_the_fix_of_a_crash_is_a_command_that_runs(pair: Pair, tmp_path: Path) -
 
     gpu = Device("CUDA0", "a GPU", "gpu", 2**33, 2**34, 0)
     crash = Trial("crashed", "encode", "SIGSEGV", (), 1.0)
-    check = trial_check(read_pair(pair), trial=lambda *_: crash, folder=tmp_path, present=[gpu])
+    settings = EngineSettings(model=pair.llm, mmproj=pair.mmproj)
+    check = trial_check(read_pair(pair), settings, [gpu], trial=lambda *_: crash, folder=tmp_path)
     assert check.fix is not None
     words = [sys.executable, "-m", *shlex.split(check.fix), "--print-config"]
     root = Path(__file__).parents[2]

@@ -34,7 +34,7 @@ def test_a_library_that_does_not_load_is_told_and_not_raised(monkeypatch: pytest
     build = build_info()
     # What fixes it is the doctor's to say: it knows the GPUs that the next build is for.
     assert (build.version, build.error) == (PINNED, "The installed llama.cpp library lacks llama_decode")
-    checks = {check.name: check for check in build_checks(build, environment={})}
+    checks = {check.name: check for check in build_checks(build)}
     assert checks["build.version"].status == "fail"
     assert "lacks llama_decode" in checks["build.version"].message
     assert "build.gpu" not in checks
@@ -52,6 +52,6 @@ def test_no_library_at_all_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_checks_of_this_machine_name_the_version() -> None:
-    (version,) = (check for check in build_checks() if check.name == "build.version")
+    (version,) = (check for check in build_checks(build_info()) if check.name == "build.version")
     assert version.status == "ok"
     assert PINNED in version.message

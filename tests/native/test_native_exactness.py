@@ -58,7 +58,7 @@ def backend(shared: Any) -> Any:
 
 def shot(width: int = 240, height: int = 90, seed: int = 0) -> Image:
     rgb = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8).tobytes()
-    return Image(rgb, width, height, hashlib.sha256(rgb).hexdigest(), "PNG", width, height)
+    return Image(rgb, width, height, hashlib.sha256(rgb).hexdigest(), "PNG")
 
 
 def tokenize_prompt(backend: Any, question: str = QUESTION, image: Image | None = None) -> TokenizedPrompt:

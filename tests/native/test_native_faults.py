@@ -74,7 +74,7 @@ def rig(open_pair: Callable[..., Any], exact_pair: Pair, tmp_path: Path) -> Any:
 def kept(folder: Path, count: int) -> int:
     """How many images are on disk, once there are `count`: they are written one after another, behind the answers."""
     end = time.monotonic() + 20
-    while (found := len(list(folder.rglob("*.safetensors")))) < count and time.monotonic() < end:
+    while (found := len(list(folder.rglob("*.npz")))) < count and time.monotonic() < end:
         time.sleep(0.01)
     return found
 

@@ -26,7 +26,7 @@ PARAMS = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, guard=Fals
 
 def shot(width: int, height: int, seed: int = 0) -> Image:
     rgb = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8).tobytes()
-    return Image(rgb, width, height, hashlib.sha256(rgb).hexdigest(), "PNG", width, height)
+    return Image(rgb, width, height, hashlib.sha256(rgb).hexdigest(), "PNG")
 
 
 def prompt(question: str, *images: Image) -> Prompt:
@@ -76,6 +76,25 @@ def test_many_at_once_and_remembered_answer_as_one_alone_does(kind: str, pairs: 
         # The second time round everything but the last token is in the memory.
         assert all(answer.usage.cached_tokens == answer.usage.prompt_tokens - 1 for answer in together)
         assert engine.error is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_swapped_out_answers_as_it_did_and_answers_other_questions(
+    kind: str, pairs: Callable[..., Any]
+) -> None:
+    def ask(engine: Engine, question: str) -> list[Answer]:
+        prompts = [prompt(question, shot(*size, seed)) for seed, size in enumerate(SIZES[:3])]
+        return [engine.submit(each, PARAMS).result() for each in prompts]
+
+    with Engine(lambda: pairs(kind), policy=Policy(keep_prefixes=False)) as engine:
+        others = ask(engine, " How many?")
+    with Engine(lambda: pairs(kind), policy=Policy(parallel=2, swap_cells=4096)) as engine:
+        first, again, more = ask(engine, " Who is there?"), ask(engine, " Who is there?"), ask(engine, " How many?")
+        if engine.limits.swaps:
+            assert engine.stats.cells_used < 2 * more[2].usage.prompt_tokens, "the others are in main memory"
+    assert all(answer.usage.cached_tokens == answer.usage.prompt_tokens - 1 for answer in again)
+    assert all(answer.usage.cached_tokens > answer.usage.image_tokens for answer in more)
+    assert all(agree(*pair) for pair in (*zip(first, again, strict=True), *zip(others, more, strict=True)))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from opsin.core.settings import EngineSettings
 from opsin.doctor.pair import read_pair
 from opsin.doctor.safety import trial_check
+from opsin.native import devices
 
 DEVICE = "Vulkan0"
 SCRIPT = Path(__file__).parents[2] / "scripts" / "gpu" / "measure.sh"
@@ -41,7 +43,7 @@ def test_doctor_fails_an_encoder_on_the_cpu(pair: Any, tmp_path: Path) -> None:
 
 def test_a_device_that_dies_is_a_finding_with_a_setting_to_try(pair: Any, tmp_path: Path) -> None:
     """Mesa 22.3's llvmpipe dies; a later Mesa may not."""
-    check = trial_check(read_pair(pair), folder=tmp_path)
+    check = trial_check(read_pair(pair), EngineSettings(), devices(), folder=tmp_path)
     print(check.message)
     if check.status == "fail":
         assert "died of SIG" in check.message

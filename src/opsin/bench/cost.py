@@ -12,10 +12,9 @@ from pathlib import Path
 
 from opsin.bench.workloads import Workload
 from opsin.core.answer import Usage
-from opsin.core.ggml_types import KV_TYPES, bytes_per_value
+from opsin.core.ggml_types import bytes_per_value
 from opsin.models.gguf import TensorHead, parts_of, read_header, read_info
 
-KV_BYTES = {name: bytes_per_value(name) for name in KV_TYPES}
 IMAGE = (640, 480)  # pixels, for families whose image tokens depend on the image's size
 TILES = 5  # LLaVA-1.6 cuts most images into four tiles, beside the whole
 # Side of the square of patches that becomes one image token, if the file does not say; source: llama.cpp's `clip.cpp`.
@@ -88,10 +87,13 @@ class ModelCost:
 
 @dataclass(frozen=True, slots=True)
 class ImageCost:
-    """Tokens and operations of one image; `note` says what is assumed for families whose images differ in size."""
+    """Tokens and operations of one image; `note` says what is assumed for families whose images differ in size.
+
+    Without operations, and with no tokens, where the projector's file does not tell them.
+    """
 
     tokens: int
-    ops: float
+    ops: float | None
     note: str | None = None
 
 
@@ -110,22 +112,22 @@ def read_cost(llm: Path, mmproj: Path | None, kv_type: str = "f16") -> ModelCost
     head = tensors.get("output.weight") or tensors.get("token_embd.weight")
     image = None if mmproj is None else image_cost(mmproj)
     return ModelCost(
-        weight_bytes=sum(_bytes(tensor) * part for _, tensor, part in layers) + (_bytes(head) if head else 0.0),
+        weight_bytes=sum(tensor.size * part for _, tensor, part in layers) + (head.size if head else 0.0),
         weights=sum(math.prod(tensor.shape) * part for _, tensor, part in layers),
         head=math.prod(head.shape) if head else 0,
         kv_values=sum(tensor.shape[1] for kind, tensor, _ in layers if kind in {"attn_k.weight", "attn_v.weight"}),
         attention_width=sum(tensor.shape[0] for kind, tensor, _ in layers if kind == "attn_output.weight"),
         encode_ops=image.ops if image and not image.note else None,
-        kv_value_bytes=KV_BYTES[kv_type],
+        kv_value_bytes=bytes_per_value(kv_type),
     )
 
 
-def image_cost(mmproj: Path) -> ImageCost | None:
-    """What a projector does with one image; None if its file does not say. Raises like `read_cost`."""
+def image_cost(mmproj: Path) -> ImageCost:
+    """What a projector does with one image. Raises like `read_cost`."""
     kind, header = read_info(mmproj).projector or "", read_header(mmproj)
     edge, patch, layers = (header.integer(f"clip.vision.{key}") for key in ("image_size", "patch_size", "block_count"))
     if kind not in _MERGE or not patch or not edge:
-        return None
+        return ImageCost(0, None, "how long this projector takes cannot be told from its file: images are left out")
     keys = ("clip.vision.spatial_merge_size", "clip.vision.projector.scale_factor")
     merge = next((found for key in keys if (found := header.integer(key))), _MERGE[kind])
     patches, pieces, note = (edge // patch) ** 2, 1, None
@@ -150,8 +152,3 @@ def encode_ops_of(
     )
     outs = [one for one in used if one.name.startswith("v.blk.") and one.name.endswith("attn_out.weight")]
     return ops + sum(4 * patches**2 * one.shape[0] for one in outs)
-
-
-def _bytes(tensor: TensorHead) -> float:
-    """Bytes of a tensor in a file; an unknown type is counted as f32."""
-    return math.prod(tensor.shape) * (bytes_per_value(tensor.type) if tensor.type else 4)

@@ -55,14 +55,7 @@ class HttpDriver:
         self.url = url.rstrip("/").removesuffix("/v1")
         if not self.url.startswith(("http://", "https://")):
             raise BadParameter(f"{url!r} is not a server address: it must begin with http:// or https://.")
-        self._client = httpx.Client(
-            base_url=self.url,
-            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-            timeout=_TIMEOUT_S,
-            trust_env=False,
-            # One connection per question: a server may close an idle one just when it is used again.
-            limits=httpx.Limits(max_keepalive_connections=0),
-        )
+        self._client = open_client(self.url, api_key)
         try:
             self.model = model or str(self._client.get("/v1/models").raise_for_status().json()["data"][0]["id"])
         except httpx.HTTPError as error:
@@ -75,36 +68,45 @@ class HttpDriver:
         url = f"data:image/png;base64,{base64.b64encode(image).decode()}"
         content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
         body = {"model": self.model, "messages": [{"role": "user", "content": content}], "max_tokens": max_tokens}
-        body |= {"temperature": 0, "ignore_eos": True, "guard": False}
-        body |= {"stream": True, "stream_options": {"include_usage": True}}
         usage: dict[str, Any] | None = None
-        try:
-            with self._client.stream("POST", "/v1/chat/completions", json=body) as response:
-                if response.status_code != httpx.codes.OK:
-                    text = response.read().decode(errors="replace")
-                    raise RequestFailed(f"status {response.status_code}: {_message(text)}")
-                for line in response.iter_lines():
-                    if not line.startswith("data:") or line.endswith("[DONE]"):
-                        continue
-                    arrived, data = time.perf_counter(), line.removeprefix("data:")
-                    chunk = json.loads(data)
-                    if "error" in chunk:
-                        raise RequestFailed(_message(data))
-                    usage = chunk.get("usage") or usage
-                    for choice in chunk.get("choices") or ():
-                        delta = choice.get("delta") or {}
-                        if choice.get("finish_reason") == "length" and usage is None:
-                            # Some servers send no counts; an answer cut by its limit has as many tokens as the limit.
-                            usage = {"completion_tokens": max_tokens}
-                        if delta.get("content") or delta.get("reasoning_content"):
-                            yield arrived
-        except (httpx.HTTPError, ValueError) as error:
-            raise RequestFailed(f"{self.url} broke off: {error or type(error).__name__}.") from error
+        for arrived, event in streamed(self._client, "/v1/chat/completions", {**body, "guard": False}):
+            usage = event.get("usage") or usage
+            for choice in event.get("choices") or ():
+                delta = choice.get("delta") or {}
+                if delta.get("content") or delta.get("reasoning_content"):
+                    yield arrived
         if usage is None:
             raise RequestFailed(f"{self.url} did not say how many tokens it answered with.")
         details = usage.get("prompt_tokens_details") or {}
         counts = {name: usage.get(name, 0) for name in ("prompt_tokens", "completion_tokens")}
         return Usage(**counts, **{name: details.get(name) or 0 for name in ("image_tokens", "cached_tokens")})
+
+
+def open_client(url: str, api_key: str | None = None) -> httpx.Client:
+    """Who asks a server. One connection per question: a server may close an idle one just when it is used again."""
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    limits = httpx.Limits(max_keepalive_connections=0)
+    return httpx.Client(base_url=url, headers=headers, timeout=_TIMEOUT_S, trust_env=False, limits=limits)
+
+
+def streamed(client: httpx.Client, path: str, body: dict[str, Any]) -> Iterator[tuple[float, dict[str, Any]]]:
+    """Ask for a greedy answer; its events, each with the `time.perf_counter()` of its coming. Raises RequestFailed."""
+    body = {**body, "temperature": 0, "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
+    try:
+        with client.stream("POST", path, json=body) as response:
+            if response.status_code != httpx.codes.OK:
+                text = response.read().decode(errors="replace")
+                raise RequestFailed(f"status {response.status_code}: {_message(text)}")
+            for line in response.iter_lines():
+                arrived, data = time.perf_counter(), line.removeprefix("data:").strip()
+                if not line.startswith("data:") or data == "[DONE]":
+                    continue
+                event = json.loads(data)
+                if "error" in event:
+                    raise RequestFailed(_message(data))
+                yield arrived, event
+    except (httpx.HTTPError, ValueError) as error:
+        raise RequestFailed(f"{client.base_url} broke off: {error or type(error).__name__}.") from error
 
 
 def _message(body: str) -> str:

@@ -5,7 +5,6 @@ Meant for a model that takes next to nothing itself; its share is measured by ba
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
-
-from opsin.bench.drivers import serving
+from opsin.bench.drivers import open_client, serving, streamed
 from opsin.bench.report import columns
 from opsin.bench.workloads import RequestFailed
 from opsin.core.backend import Backend
@@ -165,13 +162,11 @@ def _complete(url: str, prompts: Sequence[str], *, guard: bool) -> int:
     """Stream completions of all prompts at once; tokens made. Raises RequestFailed."""
 
     def complete(prompt: str) -> int:
-        body = {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, "guard": guard}
-        body |= {"stream": True, "stream_options": {"include_usage": True}}
-        with client.stream("POST", f"{url}/v1/completions", json=body) as response:
-            counts = [json.loads(line[6:]).get("usage") for line in response.iter_lines() if line.startswith("data: {")]
+        body = {"prompt": prompt, "max_tokens": TOKENS, "guard": guard}
+        counts = [event.get("usage") for _, event in streamed(client, "/v1/completions", body)]
         if not counts or counts[-1] is None:
-            raise RequestFailed(f"opsin serve ended an answer with status {response.status_code} and no token count.")
+            raise RequestFailed("opsin serve ended an answer without a token count.")
         return int(counts[-1]["completion_tokens"])
 
-    with httpx.Client(trust_env=False, timeout=None) as client, ThreadPoolExecutor(len(prompts)) as pool:  # noqa: S113 - the server ends
+    with open_client(url) as client, ThreadPoolExecutor(len(prompts)) as pool:
         return sum(pool.map(complete, prompts))

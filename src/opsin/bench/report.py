@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
@@ -42,7 +42,7 @@ class Limits:
         encode_ms = None if cost.encode_ops is None else cost.encode_ops / ceiling.matrix_ops_s * 1e3
         step_ms, token_ms = cost.step_seconds(ceiling, [0]) * 1e3, cost.prompt_seconds(ceiling, 1) * 1e3
         least = {"decode_step_ms": step_ms, "prefill_token_ms": token_ms, "encode_ms": encode_ms}
-        return {"machine": _rounded(asdict(ceiling)), "least": _rounded(least)}
+        return {"machine": rounded(asdict(ceiling)), "least": rounded(least)}
 
     def text(self) -> str:
         """The same in two lines."""
@@ -82,10 +82,10 @@ def target_document(target: Target, limits: Limits | None = None) -> dict[str, A
     for result in target.results:
         row: dict[str, Any] = {"title": result.workload.title, "invalid": result.invalid, "failed": result.failed}
         if (stats := result.median) is not None:
-            row |= _rounded(asdict(stats))
+            row |= rounded(asdict(stats))
             for name in ("prompt_tokens", "completion_tokens", "cached_tokens"):
                 row[name] = [getattr(usage, name) for usage in result.usages]
-            row["runs"] = [_rounded(asdict(run)) for run in result.runs]
+            row["runs"] = [rounded(asdict(run)) for run in result.runs]
             if limits is not None:
                 row["share_of_ceiling"] = round(limits.share(result, stats), 4)
         rows[result.workload.name] = row
@@ -129,6 +129,7 @@ def as_text(targets: Sequence[Target], limits: Limits | None = None) -> str:
     return "\n".join([columns(("", "", *_HEADINGS, ""), rows, words=2), *notes])
 
 
-def _rounded(value: Any) -> Any:
-    """The same JSON values with four digits behind the point."""
-    return json.loads(json.dumps(value), parse_float=lambda text: round(float(text), 4))
+def rounded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same JSON values with four digits behind the point; null for what is infinite."""
+    text = json.dumps(values)
+    return dict(json.loads(text, parse_float=lambda number: round(float(number), 4), parse_constant=lambda _: None))

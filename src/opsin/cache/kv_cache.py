@@ -53,16 +53,17 @@ class Prefix:
     """What a sequence holds in the KV cache, or will hold once its prompt is filled.
 
     The first `ready` of its `units` are there; they grow with the answer. `hashes[i]` names all units up to `ends[i]`,
-    the end of a block. `idle` once its sequence has ended.
+    the end of a block. `swapped` once what it holds is to lie in main memory instead, as the backend's `saved`.
     """
 
-    __slots__ = ("_images", "ends", "hashes", "idle", "ready", "seq_id", "units")
+    __slots__ = ("_images", "ends", "hashes", "ready", "saved", "seq_id", "swapped", "units")
 
     def __init__(self, units: Iterable[Unit] = ("",)) -> None:
         self.units = list(units)
         self.ready = 0
         self.seq_id = -1
-        self.idle = False
+        self.swapped = False
+        self.saved: object = None
         self.ends: list[int] = []
         self.hashes: list[bytes] = []
         self._images = [(index, unit) for index, unit in enumerate(self.units) if isinstance(unit, ImageUnit)]
@@ -102,10 +103,9 @@ class Prefix:
         keep = bisect_right(self.ends, self.ready)
         del self.ends[keep:], self.hashes[keep:]
         self._hash()
-        self.idle = True
 
     def begins_with(self, other: Prefix) -> bool:
-        """Whether all that `other` holds is the beginning of this one; both are idle."""
+        """Whether all that `other` holds is the beginning of this one; both have ended."""
         count, end = len(other.ends), other.ends[-1]
         same = self.hashes[count - 1 : count] == other.hashes[-1:]
         return same and self.units[end : len(other.units)] == other.units[end:]
@@ -126,7 +126,10 @@ class PrefixIndex:
         self._holders: dict[bytes, dict[int, Prefix]] = {}
 
     def match(self, wanted: Prefix) -> Match | None:
-        """Who shares the longest beginning, at least one unit behind the salt; ties go to who has more ready."""
+        """Who shares the longest beginning, at least one unit behind the salt.
+
+        Ties go to who has more ready, then to who is in the cache.
+        """
         hashes, holders = wanted.hashes, self._holders
         # A block's hash covers everything before it, so known blocks are the first ones.
         known = bisect_left(range(len(hashes)), True, key=lambda index: hashes[index] not in holders)
@@ -139,7 +142,7 @@ class PrefixIndex:
             pairs = zip(behind, prefix.units[start : start + BLOCK], strict=False)
             coming = start + sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
             matches.append(Match(prefix, min(coming, prefix.ready), coming))
-        best = max(matches, key=lambda match: (match.coming, match.ready))
+        best = max(matches, key=lambda match: (match.coming, match.ready, not match.prefix.swapped))
         return best if best.coming > 1 else None
 
     def add(self, prefix: Prefix) -> None:
@@ -153,11 +156,6 @@ class PrefixIndex:
             held = self._holders.get(name)
             if held is not None and held.pop(id(prefix), None) is not None and not held:
                 del self._holders[name]
-
-    def contained_in(self, prefix: Prefix) -> list[Prefix]:
-        """Other idle prefixes that this idle one begins with: it serves whoever would ask for them."""
-        alike = self._holders.get(prefix.hashes[0], {}).values()
-        return [other for other in alike if other.idle and other is not prefix and prefix.begins_with(other)]
 
 
 class CellBook:
@@ -232,23 +230,43 @@ class Fork:
     end: int
 
 
-KVOp = Forget | Fork
+@dataclass(frozen=True, slots=True)
+class SwapOut:
+    """Copy all that `seq_id` holds into `prefix.saved`, and free its cells."""
+
+    seq_id: int
+    prefix: Prefix
+
+
+@dataclass(frozen=True, slots=True)
+class SwapIn:
+    """Give `seq_id`, which is empty, positions [0, end) of what was swapped out of `source`."""
+
+    seq_id: int
+    source: Prefix
+    end: int
+
+
+KVOp = Forget | Fork | SwapOut | SwapIn
 
 
 class KVCacheManager:
     """Sequence ids and cells as budgets. It touches no backend: what is to be done there collects in `take_ops`.
 
-    A sequence that ends leaves its cells as an idle prefix, least recently used first to go. Without `keep_prefixes`,
-    or where the model keeps one state a sequence (`limits.forks` is False), nothing is kept or shared.
+    A sequence that ends leaves its cells as an idle prefix, least recently used first to go: into main memory, where
+    `swap_cells` of the latest that went find room, or for ever. Without `keep_prefixes`, or where the model keeps one
+    state a sequence (`limits.forks` is False), nothing is kept or shared.
     """
 
-    def __init__(self, limits: BackendLimits, *, keep_prefixes: bool) -> None:
+    def __init__(self, limits: BackendLimits, *, keep_prefixes: bool, swap_cells: int = 0) -> None:
         self._limits = limits
         self._keeps = keep_prefixes and limits.forks
+        self._swap_cells = swap_cells if limits.swaps else 0
         self._ops: list[KVOp] = []
         self._free_ids = list(range(limits.n_seq_max - 1, -1, -1))
         self.index = PrefixIndex()
         self.idle: dict[int, Prefix] = {}
+        self.swapped: list[Prefix] = []
         self.cells = CellBook()
 
     @property
@@ -273,12 +291,23 @@ class KVCacheManager:
         prefix.seq_id, prefix.ready = self._free_ids.pop(), 1  # the salt, which takes no cell
         if source is not None and ready > 1:
             prefix.ready = ready
-            self._ops.append(Fork(prefix.seq_id, source.seq_id, prefix.positions(ready)))
-            self.cells.fork(source.seq_id, prefix.seq_id, prefix.cells(ready))
-            if source.idle:
-                self.idle[source.seq_id] = self.idle.pop(source.seq_id)
+            self._take_from(source, prefix)
         if self._keeps:
             self.index.add(prefix)
+
+    def _take_from(self, source: Prefix, prefix: Prefix) -> None:
+        cells, end = prefix.cells(prefix.ready), prefix.positions(prefix.ready)
+        if source.swapped:
+            self._ops.append(SwapIn(prefix.seq_id, source, end))
+            self.cells.append(prefix.seq_id, cells)
+            if source in self.swapped:  # what was swapped out meanwhile may have taken its place
+                self.swapped.remove(source)
+                self.swapped.append(source)
+            return
+        self._ops.append(Fork(prefix.seq_id, source.seq_id, end))
+        self.cells.fork(source.seq_id, prefix.seq_id, cells)
+        if source.seq_id in self.idle:
+            self.idle[source.seq_id] = self.idle.pop(source.seq_id)
 
     def retire(self, prefix: Prefix) -> None:
         """A sequence ended: keep its cells, unless part of an image is among them, which is no unit."""
@@ -289,24 +318,61 @@ class KVCacheManager:
         self.index.remove(prefix)
         prefix.retire()
         self.index.add(prefix)
-        self.idle[prefix.seq_id] = prefix
-        for other in self.index.contained_in(prefix):
+        # It serves whoever would ask for one that it begins with.
+        for other in list(filter(prefix.begins_with, (*self.idle.values(), *self.swapped))):
             self.free(other)
+        self.idle[prefix.seq_id] = prefix
 
     def evict_oldest(self, keep: Prefix | None = None) -> bool:
-        """Forget the idle prefix that was used longest ago, but not `keep`; False when there is none."""
+        """Evict the idle prefix that was used longest ago, but not `keep`; False when there is none."""
         victim = next((prefix for prefix in self.idle.values() if prefix is not keep), None)
         if victim is not None:
-            self.free(victim)
+            self._evict(victim)
         return victim is not None
+
+    def find(self, wanted: Prefix) -> Match | None:
+        """Who shares the longest beginning. Idle prefixes that are of little use to it are swapped out before."""
+        match = self.index.match(wanted)
+        for prefix in list(self.idle.values()):
+            cells = prefix.cells(prefix.ready)
+            used = match is not None and match.prefix is prefix and 2 * prefix.cells(match.ready) >= cells
+            if not used and cells <= self._swap_cells:
+                self._evict(prefix)
+                match = self.index.match(wanted)
+        return match
+
+    def _evict(self, prefix: Prefix) -> None:
+        cells, seq_id = prefix.cells(prefix.ready), prefix.seq_id
+        if cells > self._swap_cells or self._mostly_held_elsewhere(prefix):
+            self.free(prefix)
+            return
+        while sum(other.cells(other.ready) for other in self.swapped) + cells > self._swap_cells:
+            self.free(self.swapped[0])
+        self._ops.append(SwapOut(seq_id, prefix))
+        self._give_back(seq_id)
+        prefix.swapped, prefix.seq_id = True, -1
+        self.swapped.append(prefix)
+
+    def _mostly_held_elsewhere(self, prefix: Prefix) -> bool:
+        """Whether another prefix holds three quarters of it: questions about one image differ in their ends only."""
+        self.index.remove(prefix)
+        match = self.index.match(prefix)
+        self.index.add(prefix)
+        return match is not None and 4 * prefix.cells(match.ready) >= 3 * prefix.cells(prefix.ready)
 
     def free(self, prefix: Prefix) -> None:
         """Forget what a sequence or an idle prefix holds."""
-        self.idle.pop(prefix.seq_id, None)
         self.index.remove(prefix)
-        self.cells.drop(prefix.seq_id)
-        self._free_ids.append(prefix.seq_id)
+        if prefix.swapped:
+            self.swapped.remove(prefix)
+            return
         self._ops.append(Forget(prefix.seq_id))
+        self._give_back(prefix.seq_id)
+
+    def _give_back(self, seq_id: int) -> None:
+        self.idle.pop(seq_id, None)
+        self.cells.drop(seq_id)
+        self._free_ids.append(seq_id)
 
     def expected_positions(self) -> dict[int, int]:
         """The last position of each sequence id while no sequence runs: -1 for all but idle prefixes."""

@@ -19,8 +19,9 @@ from opsin.core.settings import EngineSettings
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from opsin.bench import HttpDriver, Workload
+    from opsin.bench.drivers import HttpDriver
     from opsin.bench.report import Limits, Target
+    from opsin.bench.workloads import Workload
     from opsin.compose import Runtime
     from opsin.engine import Engine
 
@@ -51,8 +52,9 @@ def engine(
     Options can also be set in opsin.toml or OPSIN_* environment variables; the context is 8192 (with --overhead 16384)
     unless it is set. The last line of standard output is one JSON document.
     """
-    from opsin.bench import EngineDriver, choose, serving
+    from opsin.bench.drivers import EngineDriver, serving
     from opsin.bench.report import as_text, ratios, target_document
+    from opsin.bench.workloads import choose
     from opsin.compose import open_runtime
 
     if overhead and (workloads or against):
@@ -97,8 +99,8 @@ def http_servers(
     The last line of standard output is one JSON document. If a server's answers fail or differ in length from what was
     asked for, its figures are left out and the command ends with 1.
     """
-    from opsin.bench import choose
     from opsin.bench.report import as_text, ratios, target_document
+    from opsin.bench.workloads import choose
 
     chosen = choose(None if workloads is None else workloads.split(","))
     key = None if api_key_file is None else read_text(api_key_file, 4096).strip()
@@ -109,7 +111,7 @@ def http_servers(
 
 def _servers(given: list[str], *, named: bool = False, **options: Any) -> dict[str, HttpDriver]:
     """By name: NAME=URL, or a URL which is then its own name (unless `named`)."""
-    from opsin.bench import HttpDriver
+    from opsin.bench.drivers import HttpDriver
 
     servers: dict[str, HttpDriver] = {}
     for text in given:
@@ -140,7 +142,7 @@ def _settings(flags: dict[str, Any], file: Path | None, *, config: bool, overhea
 
 
 def _limits(settings: EngineSettings) -> Limits:
-    from opsin.bench import Ceiling, read_cost
+    from opsin.bench.cost import Ceiling, read_cost
     from opsin.bench.report import Limits
     from opsin.compose import measured_device
 
@@ -172,8 +174,8 @@ def _about(runtime: Runtime, settings: EngineSettings) -> dict[str, Any]:
 
 def _measure(drivers: dict[str, Any], chosen: tuple[Workload, ...], runs: int) -> list[Target]:
     """Every workload on every driver in turn, after a warm-up of each."""
-    from opsin.bench import measure_in_turn, warm_up
     from opsin.bench.report import Target
+    from opsin.bench.workloads import measure_in_turn, warm_up
 
     say("warming up")
     for driver in drivers.values():
@@ -184,7 +186,7 @@ def _measure(drivers: dict[str, Any], chosen: tuple[Workload, ...], runs: int) -
 
 
 def _about_server(driver: Any) -> dict[str, str]:
-    from opsin.bench import HttpDriver
+    from opsin.bench.drivers import HttpDriver
 
     if not isinstance(driver, HttpDriver):
         return {}

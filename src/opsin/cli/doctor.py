@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import textwrap
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,9 +18,7 @@ from opsin.core.settings import EngineSettings
 
 if TYPE_CHECKING:
     from opsin.doctor.check import Check
-    from opsin.doctor.examine import LoadedPair
     from opsin.doctor.explain import Explanation
-    from opsin.doctor.pair import PairInfo
 
 _COLOURS = {"ok": "\x1b[32m", "warn": "\x1b[33m", "fail": "\x1b[31m"}
 _WIDTH, _NAME = 110, 26
@@ -40,31 +39,19 @@ def doctor(*, as_json: o.AsJson = False, **flags: Any) -> None:
     settings = read_config(o.given(EngineSettings, flags), os.environ, current_folder(), locate=locate).engine()
     checks: list[Check] = []
     with working("looking at this machine") as line:
-        for check in examine(settings, _open, line.update):
+        for check in examine(settings, line.update):
             checks.append(check)
             if not as_json:
                 line.stop()
                 _print(check)
     status = worst(checks)
     if as_json:
-        typer.echo(json.dumps({"status": status, "checks": [check.as_dict() for check in checks]}, indent=2))
+        typer.echo(json.dumps({"status": status, "checks": [asdict(check) for check in checks]}, indent=2))
     else:
         counts = {name: sum(check.status == name for check in checks) for name in _COLOURS}
         typer.echo("\n" + ", ".join(f"{count} {name}" for name, count in counts.items()))
     if status == "fail":
         raise typer.Exit(1)
-
-
-def _open(settings: EngineSettings, info: PairInfo) -> LoadedPair:
-    from opsin.compose import open_runtime
-    from opsin.doctor.examine import LoadedPair
-
-    # The images drawn for it are of no use later.
-    settings = settings.model_copy(update={"disk_cache": False})
-    runtime = open_runtime(settings.model, settings.mmproj, settings, trial=False, known=(info.pair, info.facts))
-    assert runtime.backend is not None
-    assert runtime.template is not None
-    return LoadedPair(runtime.engine, runtime.prompts, runtime.backend, runtime.template, runtime.close)
 
 
 def _print(check: Check) -> None:

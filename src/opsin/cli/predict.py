@@ -38,6 +38,7 @@ def predict(
 ) -> None:
     """Predict encode, prefill and decode times of a pair on a device, and whether it fits there."""
     from opsin import __version__
+    from opsin.core.config import checked
     from opsin.tune.predict import Request, check_fits
     from opsin.tune.predict import predict as predicted
 
@@ -46,8 +47,9 @@ def predict(
         return
     if measure and device != THIS:
         raise BadParameter("--measure needs the machine at hand: leave it out, or give --device this.")
-    kv_type = flags["kv_type"] or "f16"
-    needs, pair = _needs(model, flags["mmproj"], weights, kv_type)
+    asked = {**o.given(EngineSettings, flags), "ctx": ctx, "parallel": 1, "disk_cache": False}
+    settings = checked(EngineSettings, asked)
+    needs, pair = _needs(model, flags["mmproj"], weights, settings.kv_type)
     if measure and pair is None:
         raise BadParameter(f"--measure needs files, and {model} is a shape: give --model and --mmproj.")
     found = _this_machine() if device == THIS else find_device(device)
@@ -55,7 +57,7 @@ def predict(
         found = replace(found, memory=memory * 2**30)
     prediction = predicted(needs, found, Request(prompt_tokens, answer_tokens, ctx))
     check_fits(prediction, needs)
-    check = _measure(pair, prediction, needs, kv_type) if measure and pair is not None else None
+    check = _measure(pair, prediction, needs, settings) if measure and pair is not None else None
     document = {"kind": "predict", "opsin": __version__, "prediction": prediction.as_dict(), "check": check}
     o.write_out(json_out, document)
     typer.echo(json.dumps(document) if as_json else _text(prediction, check))
@@ -92,14 +94,12 @@ def _this_machine() -> Device:
     return Device(THIS, f"this machine ({device.description})", group, rate.bytes_s, rate.ops_s, device.memory_total)
 
 
-def _measure(pair: Pair, prediction: Prediction, needs: Needs, kv_type: str) -> dict[str, Any]:
+def _measure(pair: Pair, prediction: Prediction, needs: Needs, settings: EngineSettings) -> dict[str, Any]:
     from opsin.compose import open_runtime
-    from opsin.core.config import checked
     from opsin.tune.predict import measure_pair
 
     say(f"measuring {needs.name}")
-    options = {"ctx": prediction.request.ctx, "parallel": 1, "disk_cache": False, "kv_type": kv_type}
-    with closing(open_runtime(pair.llm, pair.mmproj, checked(EngineSettings, options))) as runtime:
+    with closing(open_runtime(pair.llm, pair.mmproj, settings)) as runtime:
         return measure_pair(runtime, needs, prediction.device, prediction.request)
 
 

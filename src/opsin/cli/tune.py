@@ -17,8 +17,9 @@ from opsin.core.errors import BadParameter, OpsinError
 from opsin.core.settings import EngineSettings
 
 if TYPE_CHECKING:
+    from opsin.compose import Runtime
     from opsin.models import Pair
-    from opsin.tune.measure import Report, Runtime, Target
+    from opsin.tune.measure import Report, Target
 
 PARALLEL = 8
 

@@ -155,14 +155,6 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class Started:
-    """The prompt is tokenized: counts are known, the answer has not begun."""
-
-    images: tuple[ImageInfo, ...]
-    prompt_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
 class TextDelta:
     """New text of the answer, or of its reasoning."""
 
@@ -178,4 +170,4 @@ class Finished:
     answer: Answer
 
 
-Event = Progress | Started | TextDelta | Finished
+Event = Progress | TextDelta | Finished

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from opsin.core.answer import TokenLogprob
 from opsin.core.errors import OpsinError
@@ -23,18 +23,18 @@ class BackendLimits:
 
     All sequences share one KV cache of `n_ctx` cells, as forks share cells; one holds at most `n_ctx_seq` tokens, which
     is less where the model was trained for less. `forks=False`: one state for each sequence, which cannot be shared or
-    forgotten in part. Image rows are prefilled fastest in multiples of `tile`; `encode_batch` image chunks may be
-    encoded at once.
+    forgotten in part. `swaps=False`: `kv_save` does not give all. Image rows are prefilled fastest in multiples of
+    `tile`; `encode_batch` image chunks may be encoded at once.
     """
 
     n_ctx: int
-    n_batch: int
     n_ubatch: int
     n_seq_max: int
     n_vocab: int
     n_embd: int
     n_ctx_seq: int
     forks: bool = True
+    swaps: bool = True
     tile: int = 1
     encode_batch: int = 1
 
@@ -95,13 +95,10 @@ class Backend(Protocol):
         """Wait until all that was started is done; a stage ends after this."""
 
     def check(self, params: SamplingParams) -> object:
-        """Compile the request's schema or grammar, maybe for seconds. Any thread. Raises BadGrammar.
+        """Compile the request's schema or grammar, maybe for seconds, for `sampler`. Any thread. Raises BadGrammar."""
 
-        `sampler` does not compile it again while the result is kept.
-        """
-
-    def sampler(self, params: SamplingParams, seed: int) -> Sampler:
-        """A sampler for one request. Raises BadGrammar."""
+    def sampler(self, params: SamplingParams, seed: int, compiled: object = None) -> Sampler:
+        """A sampler for one request, held to what `check` compiled (None: to nothing)."""
 
     def sample(self, samples: Sequence[Sample]) -> list[tuple[int, TokenLogprob | None] | OpsinError]:
         """Sample a token for each of these rows of the last decode; what goes wrong with one is its own result."""
@@ -117,6 +114,12 @@ class Backend(Protocol):
 
     def kv_copy(self, source: int, target: int, start: int, end: int) -> None:
         """Let `target`, which ends at `start`, share positions [start, end) of `source`. Raises DecodeFailed."""
+
+    def kv_save(self, seq_id: int) -> object:
+        """A copy of all that a sequence holds, in main memory; only `kv_load` of the same backend understands it."""
+
+    def kv_load(self, seq_id: int, saved: Any) -> None:
+        """Give an empty sequence what `kv_save` gave. Raises DecodeFailed, and the sequence is empty then."""
 
     def kv_last(self, seq_id: int) -> int:
         """The last position held for a sequence, -1 if there is none."""

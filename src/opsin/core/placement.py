@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import TypeAdapter
+
 
 @dataclass(frozen=True, slots=True)
 class BackendShare:
@@ -20,13 +22,6 @@ class BackendShare:
     ops: dict[str, int] = field(default_factory=dict)
     splits: int = 0
 
-    def as_dict(self) -> dict[str, Any]:
-        """The shape of `--json`: time, operations and splits only where they are known."""
-        row: dict[str, Any] = {"nodes": self.nodes, "share_of_ops": round(self.share_of_ops, 4)}
-        if self.share_of_time is not None:
-            row["share_of_time"] = round(self.share_of_time, 4)
-        return row | ({"ops": dict(self.ops)} if self.ops else {}) | ({"splits": self.splits} if self.splits else {})
-
 
 @dataclass(frozen=True, slots=True)
 class Placement:
@@ -39,11 +34,6 @@ class Placement:
     notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """The shape of `--json`."""
-        return {
-            "encoder": {name: share.as_dict() for name, share in self.encoder.items()},
-            "language_model": {name: share.as_dict() for name, share in self.language_model.items()},
-            "layers_offloaded": self.layers_offloaded,
-            "layers": self.layers,
-            **({"notes": list(self.notes)} if self.notes else {}),
-        }
+        """The shape of `--json`: time, operations, splits and notes only where there are any."""
+        plain: dict[str, Any] = TypeAdapter(Placement).dump_python(self, mode="json", exclude_defaults=True)
+        return plain

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from opsin.doctor.check import Check, Status
 from opsin.doctor.host import Gpu, Host, read_host
@@ -25,18 +25,12 @@ RECIPES = {
 _ANY_GPU = frozenset({"Vulkan", "SYCL", "OpenCL"})  # backends that serve cards of several makers
 
 
-def build_checks(
-    build: Build | None = None,
-    host: Host | None = None,
-    environment: Mapping[str, str] | None = None,
-    threads: int | None = None,
-) -> list[Check]:
-    """The checks `build.*`; what is not handed in is looked up. `threads` are those that were asked for."""
-    build, host = build or build_info(), host or read_host()
-    environment = os.environ if environment is None else environment
+def build_checks(build: Build, host: Host | None = None, threads: int | None = None) -> list[Check]:
+    """The checks `build.*` on this host. `threads` are those that were asked for."""
+    host = host or read_host()
     checks = [_version(build, host)]
     if not build.error:
-        checks += [*_assertions(build, host), _cpu(build, host), *_driver(host), _gpu(build, host, environment)]
+        checks += [*_assertions(build, host), _cpu(build, host), *_driver(host), _gpu(build, host)]
     return [*checks, _threads(host, threads)]
 
 
@@ -103,7 +97,7 @@ def _driver(host: Host) -> list[Check]:
     return [Check("build.driver", "fail" if alone else "warn", message, evidence, lost.fix)]
 
 
-def _gpu(build: Build, host: Host, environment: Mapping[str, str]) -> Check:
+def _gpu(build: Build, host: Host) -> Check:
     """The GPUs of this host against those that ggml sees."""
     name, usable = "build.gpu", [gpu for gpu in host.gpus if not gpu.trouble]
     seen = [device for device in build.devices if device.is_gpu and not in_software(device)]
@@ -129,9 +123,9 @@ def _gpu(build: Build, host: Host, environment: Mapping[str, str]) -> Check:
         return Check(name, "ok", f"llama.cpp computes on {_names(seen)}.", evidence)
     start = f"{expected} GPUs are here ({best.name}), and llama.cpp sees {len(cards)} of them"
     status: Status = "warn" if cards else "fail"
-    hiding = [word for word in HIDES if word in environment]
+    hiding = [word for word in HIDES if word in os.environ]
     if hiding:
-        values = ", ".join(f"{word} is {environment[word]!r}" for word in hiding)
+        values = ", ".join(f"{word} is {os.environ[word]!r}" for word in hiding)
         fix = f"env {' '.join(f'-u {word}' for word in hiding)} opsin doctor"
         return Check(name, status, f"{start}: {values}; unset it.", evidence, fix)
     message = f"{start}: its driver is too old for this build, or the build is for another card; compile it here."
@@ -155,9 +149,9 @@ def _lacks_backend(build: Build, host: Host) -> bool:
 def _install_for(gpu: Gpu | None, build: Build, host: Host) -> tuple[str, str]:
     """The command, and what must be said with it."""
     kinds = [gpu.kind] if gpu else []
-    missing = missing_tool(host, gpu.kind) if gpu else ""
     command = install_command(host, [*build.extra_backends, *kinds], fresh=not build.version)
-    return command, f", after {missing}, which is not here" if missing else ""
+    _, tool, source = RECIPES[gpu.kind] if gpu else ("", "", "")
+    return command, f", after {tool} of {source}, which is not here" if tool and tool not in host.tools else ""
 
 
 def _no_backend(gpu: Gpu) -> str:
@@ -166,12 +160,6 @@ def _no_backend(gpu: Gpu) -> str:
 
 def _names(devices: Iterable[Device | Gpu]) -> str:
     return ", ".join(device.name for device in devices)
-
-
-def missing_tool(host: Host, backend: str) -> str:
-    """What must be installed before that backend can be compiled; empty if nothing is missing."""
-    _, tool, source = RECIPES.get(backend, ("", "", ""))
-    return f"{tool} of {source}" if tool and tool not in host.tools else ""
 
 
 def install_command(host: Host, backends: Iterable[str] = (), extra: Sequence[str] = (), *, fresh: bool = False) -> str:

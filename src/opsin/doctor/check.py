@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from opsin.core.settings import EngineSettings
@@ -23,10 +23,6 @@ class Check:
     message: str
     evidence: Mapping[str, Any] = field(default_factory=dict)
     fix: str | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """The row of `opsin doctor --json`."""
-        return asdict(self)
 
 
 def worst(checks: Iterable[Check]) -> Status:

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import closing
 
 import PIL.Image
 from PIL import ImageDraw
 
+from opsin.compose import Runtime, open_runtime
 from opsin.core.answer import Answer
 from opsin.core.errors import OpsinError
-from opsin.core.request import Image, ImageChunk, ImagePart, SamplingParams
+from opsin.core.request import Image, ImagePart, SamplingParams
 from opsin.core.settings import EngineSettings, ImageSettings
 from opsin.doctor.build import build_checks
 from opsin.doctor.check import Check, Status, worst
-from opsin.doctor.pair import LoadedFacts, PairInfo, pair_checks, read_pair
+from opsin.doctor.pair import LoadedFacts, header_checks, loaded_checks, read_pair
 from opsin.doctor.placement import placement_checks
 from opsin.doctor.safety import room_checks, trial_check
 from opsin.engine import Engine
 from opsin.images import load_image
 from opsin.models import Pair, resolve
-from opsin.native import NativeBackend, build_info, devices
-from opsin.prompt import Message, PromptBuilder, TemplateSource
+from opsin.native import build_info, devices
+from opsin.prompt import Message, PromptBuilder
 
 QUESTION = "Answer in one short sentence: what is in this image?"
 MAX_TOKENS = 96
@@ -34,64 +35,46 @@ _LOOP = re.compile(r"(.+?)\1{3,}\Z", re.DOTALL)
 _TAIL = 320  # characters in which a loop is looked for
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedPair:
-    """A loaded pair; `close` frees it."""
-
-    engine: Engine
-    prompts: PromptBuilder
-    backend: NativeBackend
-    template: TemplateSource
-    close: Callable[[], None]
-
-
-def examine(
-    settings: EngineSettings,
-    open_pair: Callable[[EngineSettings, PairInfo], LoadedPair],
-    tell: Callable[[str], None] = lambda _: None,
-) -> Iterator[Check]:
+def examine(settings: EngineSettings, tell: Callable[[str], None] = lambda _: None) -> Iterator[Check]:
     """All checks of this machine and of the pair that the settings name; one that fails or does not fit is not loaded.
 
-    `open_pair` loads a pair whose headers were read; `tell` hears what is done now.
+    `tell` hears what is done now.
     """
     build = build_info()
     built = build_checks(build, threads=settings.threads)
     yield from built
     if build.error:
         return
-    headers: list[Check] = []
     try:
-        info = read_pair(_pair(settings), settings)
+        info = read_pair(_pair(settings), settings.image_max_tokens)
         settings = settings.model_copy(update={"model": info.pair.llm, "mmproj": info.pair.mmproj})
-        present = devices()
-        facts = LoadedFacts(ubatch=settings.ubatch, settings=settings)
-        headers = pair_checks(info, facts)
-        safe = []
-        if worst(headers) != "fail":
-            safe += room_checks(info.facts, present, settings, build.cpu_features)
-            yield from safe
-            if worst(safe) != "fail":
-                tell("trying the pair in a process of its own")
-                safe.append(trial_check(info, settings))
-                yield safe[-1]
-        if safe and worst(safe) != "fail":
-            tell("loading the model")
-            loaded = open_pair(settings, info)
-            try:
-                headers = pair_checks(info, _loaded_facts(loaded, facts))  # which say more than before
-                if worst(headers) != "fail":
-                    yield from headers
-                    headers = []
-                    tell("asking about drawn images")
-                    yield from behaviour_checks(loaded.engine, loaded.prompts)
-                    tell("proving where it runs")
-                    unused = next((one for one in built if one.name == "build.gpu" and one.status == "fail"), None)
-                    yield from placement_checks(loaded.engine.placement(), present, settings, unused=unused)
-            finally:
-                loaded.close()
+        headers, present = header_checks(info, settings), devices()
         yield from headers
+        if worst(headers) == "fail":
+            return
+        rooms = room_checks(info.facts, present, settings, build.cpu_features)
+        yield from rooms
+        if worst(rooms) == "fail":
+            return
+        tell("trying the pair in a process of its own")
+        trial = trial_check(info, settings, present)
+        yield trial
+        if trial.status == "fail":
+            return
+        tell("loading the model")
+        # The images drawn for it are of no use later.
+        quiet, known = settings.model_copy(update={"disk_cache": False}), (info.pair, info.facts)
+        with closing(open_runtime(settings.model, settings.mmproj, quiet, trial=False, known=known)) as runtime:
+            loaded = loaded_checks(info, _loaded_facts(runtime), settings)
+            yield from loaded
+            if worst(loaded) == "fail":
+                return
+            tell("asking about drawn images")
+            yield from behaviour_checks(runtime.engine, runtime.prompts)
+            tell("proving where it runs")
+            unused = next((one for one in built if one.name == "build.gpu" and one.status == "fail"), None)
+            yield from placement_checks(runtime.engine.placement(), present, settings, unused=unused)
     except OpsinError as error:
-        yield from headers
         yield Check("pair.usable", "fail", f"{error}".rstrip(".") + ".", {"model": str(settings.model)})
 
 
@@ -100,21 +83,15 @@ def _pair(settings: EngineSettings) -> Pair:
     llm, mmproj = settings.model, settings.mmproj
     if llm is not None and mmproj is not None and llm.is_file() and mmproj.is_file():
         return Pair(llm, mmproj, name=llm.stem)
-    return resolve(*(None if path is None else str(path) for path in (llm, mmproj)))
+    return resolve(llm, mmproj)
 
 
-def _loaded_facts(loaded: LoadedPair, facts: LoadedFacts) -> LoadedFacts:
-    backend, limits = loaded.backend, loaded.engine.limits
-    facts = replace(facts, template=loaded.template, eog_texts=backend.eog_texts)
-    facts = replace(facts, ctx_seq=limits.n_ctx_seq, ubatch=limits.n_ubatch)
-    if not backend.has_vision:
-        return facts
-    tokenized = backend.tokenize([ImagePart(drawn_image())], add_bos=False)
-    try:
-        causal = all(run.causal for run in tokenized.chunks if isinstance(run, ImageChunk))
-        return replace(facts, image_tokens=tokenized.n_image_tokens, causal=causal)
-    finally:
-        tokenized.close()
+def _loaded_facts(runtime: Runtime) -> LoadedFacts:
+    backend, source, limits = runtime.backend, runtime.template, runtime.engine.limits
+    assert backend is not None, "a runtime of a model has one"
+    assert source is not None, "a runtime of a model knows its template"
+    with closing(backend.tokenize([ImagePart(drawn_image())], add_bos=False)) as tokenized:
+        return LoadedFacts(source, backend.eog_texts, tokenized.n_image_tokens, limits.n_ubatch, limits.n_ctx_seq)
 
 
 def behaviour_checks(engine: Engine, prompts: PromptBuilder) -> list[Check]:
@@ -158,4 +135,4 @@ def drawn_image(colour: str = "red") -> Image:
     """A square of that colour on white."""
     image = PIL.Image.new("RGB", (640, 480), "white")
     ImageDraw.Draw(image).rectangle((180, 100, 460, 380), fill=colour)
-    return replace(load_image(image, ImageSettings()), fetch_ms=0.0, decode_ms=0.0)
+    return load_image(image, ImageSettings())

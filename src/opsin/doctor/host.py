@@ -9,26 +9,22 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from opsin.native.devices import control_groups, physical_cores
 from opsin.native.devices import read_system_file as read
 
 AMD = "0x1002"
+_AMD_RIGHTS = ("join the groups render and video, then log in again", 'sudo usermod -a -G render,video "$(id -un)"')
 TOOLS = ("nvcc", "hipconfig", "glslc", "uv")
 
 # Instructions as /proc/cpuinfo (x86-64 and ARM) names them, and as ggml does.
-_FEATURES = {
-    **{name.lower(): name for name in ("AVX", "AVX2", "FMA", "F16C", "BMI2", "AVX_VNNI", "AVX512_BF16")},
-    "avx512_vnni": "AVX512_VNNI",
-    "amx_int8": "AMX_INT8",
-    "avx512f": "AVX512",
-    "asimd": "NEON",
-    "asimddp": "DOTPROD",
-    "i8mm": "MATMUL_INT8",
-}
+_SAME = ("AVX", "AVX2", "FMA", "F16C", "BMI2", "AVX_VNNI", "AVX512_VNNI", "AVX512_BF16", "AMX_INT8")
+_FEATURES = {"avx512f": "AVX512", "asimd": "NEON", "asimddp": "DOTPROD", "i8mm": "MATMUL_INT8"}
+_FEATURES |= {name.lower(): name for name in _SAME}
 Run = Callable[[list[str]], str]
 
 
@@ -61,12 +57,9 @@ class Host:
 
 def run_command(arguments: list[str]) -> str:
     """What a command prints; empty where it is missing, fails, or takes more than 20 s."""
-    program = shutil.which(arguments[0])
-    if program is None:
-        return ""
     try:
         done = subprocess.run(  # noqa: S603 - fixed command lines of this file
-            [program, *arguments[1:]], stdin=subprocess.DEVNULL, capture_output=True, timeout=20, check=True
+            arguments, stdin=subprocess.DEVNULL, capture_output=True, timeout=20, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return ""
@@ -120,19 +113,14 @@ def _nvidia(root: Path, run: Run) -> list[Gpu]:
     names = re.findall(r"^Model:\s*(.+)", text, re.MULTILINE)
     version = re.search(r"\d{3,}\.[\d.]+", read(root / "proc/driver/nvidia/version"))
     rows = [(name, version[0] if version else "") for name in names]
-    trouble = ""
-    if not rows:
+    trouble: dict[str, Any] = {}
+    if rows:
+        cards = sorted(node.name for node in (root / "dev").glob("nvidia[0-9]*")) or ["nvidia0"]
+        trouble = _trouble(root / "dev", ["nvidiactl", *cards], "--gpus all", "ask for the right to it")
+    else:
         told = run(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"])
         rows = [(name, driver) for name, _, driver in (line.rpartition(", ") for line in told.splitlines()) if name]
-    elif not (nodes := sorted((root / "dev").glob("nvidia[0-9]*"))) or not (root / "dev/nvidiactl").exists():
-        trouble = "its device files /dev/nvidia* are not here: start the container with --gpus all"
-    elif shut := next((node for node in (root / "dev/nvidiactl", *nodes) if not _opens(node)), None):
-        trouble = f"this user may not open /dev/{shut.name}: ask for the right to it"
-    return [Gpu("CUDA", f"NVIDIA {name.removeprefix('NVIDIA ')}", driver.strip(), trouble) for name, driver in rows]
-
-
-def _opens(node: Path) -> bool:
-    return os.access(node, os.R_OK | os.W_OK)
+    return [Gpu("CUDA", f"NVIDIA {name.removeprefix('NVIDIA ')}", driver.strip(), **trouble) for name, driver in rows]
 
 
 def _amd(root: Path) -> list[Gpu]:
@@ -145,12 +133,18 @@ def _amd(root: Path) -> list[Gpu]:
         inside = read(device / "mem_info_vram_vendor").strip() in {"", "unknown"} and memory < 8 * 2**30
         if read(vendor).strip() != AMD or inside:
             continue
-        gpu = Gpu("ROCm", f"AMD {read(device / 'product_name').strip().removeprefix('AMD ') or 'GPU'}")
-        for node in ("kfd", *(f"dri/{node.name}" for node in (device / "drm").glob("renderD*"))):
-            if not (root / "dev" / node).exists():
-                gpu = replace(gpu, trouble=f"/dev/{node} is not here: start the container with --device /dev/{node}")
-            elif not _opens(root / "dev" / node):
-                trouble = f"this user may not open /dev/{node}: join the groups render and video, then log in again"
-                gpu = replace(gpu, trouble=trouble, fix='sudo usermod -a -G render,video "$(id -un)"')
-        found.append(gpu)
+        name = read(device / "product_name").strip().removeprefix("AMD ") or "GPU"
+        nodes = ["kfd", *(f"dri/{node.name}" for node in (device / "drm").glob("renderD*"))]
+        trouble = _trouble(root / "dev", nodes, "--device /dev/kfd --device /dev/dri", *_AMD_RIGHTS)
+        found.append(Gpu("ROCm", f"AMD {name}", **trouble))
     return found
+
+
+def _trouble(folder: Path, nodes: list[str], option: str, advice: str, fix: str | None = None) -> dict[str, Any]:
+    """What keeps programs from these device files, as fields of a Gpu; none where all can be opened."""
+    for node in nodes:
+        if not (folder / node).exists():
+            return {"trouble": f"/dev/{node} is not here: start the container with {option}"}
+        if not os.access(folder / node, os.R_OK | os.W_OK):
+            return {"trouble": f"this user may not open /dev/{node}: {advice}", "fix": fix}
+    return {}

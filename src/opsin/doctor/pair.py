@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from opsin.core.errors import BadPrompt, ModelError, ModelUnreadable, PairMismatch
@@ -21,75 +21,73 @@ from opsin.prompt.template import choose
 _TEXT_TOKENS, _ANSWER_TOKENS = 64, 256
 _SMALL_UBATCH = 256
 _ANSWER = "It is a red kite."
+_TALK = [Message("user", "What is this?"), Message("assistant", _ANSWER)]
 _UNDER_8_BITS = ("Q2", "Q3", "Q4", "IQ1", "IQ2", "IQ3", "IQ4", "TQ", "MXFP4", "NVFP4", "Q1")
 
 
 @dataclass(frozen=True, slots=True)
 class PairInfo:
-    """All that the headers of a pair say; `mismatch`: why the two do not belong together, `doubt`: why they may not."""
+    """All that the headers of a pair say; `mismatch`: why the two do not belong together, `doubt`: why they may not.
+
+    `source` is enough to see whether the file's template can be used; its tokens are told by the loaded model alone.
+    """
 
     pair: Pair
     llm: GgufInfo
     mmproj: GgufInfo | None
     parts: tuple[Path, ...]
-    template: str | None
+    source: TemplateSource
     facts: PairFacts
     mismatch: str | None = None
     doubt: str | None = None
 
 
-def read_pair(pair: Pair, settings: EngineSettings | None = None) -> PairInfo:
+def read_pair(pair: Pair, image_max_tokens: int | None = None) -> PairInfo:
     """Read both files' headers. Raises ModelNotFound and ModelUnreadable."""
     parts = tuple(parts_of(pair.llm))
     headers = [read_header(part) for part in parts]
-    llm, template = info_of(headers), headers[0].text("tokenizer.chat_template")
-    image_max_tokens = settings.image_max_tokens if settings else None
-    if pair.mmproj is None:
-        return PairInfo(pair, llm, None, parts, template, pair_facts(headers, None, image_max_tokens))
-    vision = read_header(pair.mmproj)
-    mmproj, facts, mismatch = info_of([vision]), pair_facts(headers, vision, image_max_tokens), None
-    try:
-        check_pair(llm, mmproj)
-    except PairMismatch as error:
-        mismatch = f"{error}".rstrip(".") + "."
-    return PairInfo(pair, llm, mmproj, parts, template, facts, mismatch, family_warning(llm, mmproj))
+    vision = None if pair.mmproj is None else read_header(pair.mmproj)
+    llm, mmproj = info_of(headers), None if vision is None else info_of([vision])
+    mismatch = doubt = None
+    if mmproj is not None:
+        doubt = family_warning(llm, mmproj)
+        try:
+            check_pair(llm, mmproj)
+        except PairMismatch as error:
+            mismatch = f"{error}".rstrip(".") + "."
+    template, name = headers[0].text("tokenizer.chat_template"), f"{llm.name or ''} {llm.path.name}"
+    source = TemplateSource(template, llm.architecture, name, mmproj.projector if mmproj else None, "", "", frozenset())
+    return PairInfo(pair, llm, mmproj, parts, source, pair_facts(headers, vision, image_max_tokens), mismatch, doubt)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedFacts:
-    """What the headers do not tell (checks of what is None are left out). `ctx_seq`: tokens one sequence may hold."""
+    """What a loaded pair tells: tokens of a common image, of a ubatch, and of the context of one sequence."""
 
-    template: TemplateSource | None = None
-    eog_texts: frozenset[str] | None = None
-    image_tokens: int | None = None
-    causal: bool = True
-    ubatch: int = EngineSettings.model_fields["ubatch"].default
-    ctx_seq: int | None = None
-    settings: EngineSettings = field(default_factory=EngineSettings)
-
-    def command(self, info: PairInfo, *words: object, **update: object) -> str:
-        """`opsin serve` with the pair, these settings and some changes."""
-        files = {"model": info.llm.path, "mmproj": info.mmproj.path if info.mmproj else None}
-        return serve_command(self.settings, *words, **{**files, **update})
+    source: TemplateSource
+    eog_texts: frozenset[str]
+    image_tokens: int
+    ubatch: int
+    ctx_seq: int
 
 
-def pair_checks(info: PairInfo, facts: LoadedFacts | None = None) -> list[Check]:
-    """The checks `pair.*` of a pair's headers and of what else is known of it."""
-    facts = facts or LoadedFacts()
-    checks = _projector(info, facts)
-    projector = info.facts.projector
-    tokens = facts.image_tokens or (projector.tokens if projector else None)
+def header_checks(info: PairInfo, settings: EngineSettings) -> list[Check]:
+    """The checks `pair.*` that the headers allow; `settings` name the pair's files."""
+    checks = _projector(info, settings)
     if info.mmproj is not None and worst(checks) != "fail":
         checks.append(_quantisation(info.mmproj))
-        checks += [_ubatch(info, facts, tokens)] if tokens else []
-        checks += [_context(info, facts, tokens, facts.ctx_seq)] if tokens and facts.ctx_seq else []
-    return checks + _template(info, facts)
+    return [*checks, _template(info)]
 
 
-def _projector(info: PairInfo, facts: LoadedFacts) -> list[Check]:
+def loaded_checks(info: PairInfo, loaded: LoadedFacts, settings: EngineSettings) -> list[Check]:
+    """The checks `pair.*` that need a loaded pair. Raises BadPrompt."""
+    return [_ubatch(loaded, settings), _context(info, loaded, settings), _end(loaded, settings)]
+
+
+def _projector(info: PairInfo, settings: EngineSettings) -> list[Check]:
     """`pair.projector`: is it one, and one for images; `pair.width`: does it produce what the model takes in."""
     llm, mmproj, wrong = info.llm, info.mmproj, info.mismatch
-    fix = _get_projector(info, facts) if mmproj is None or wrong is not None else None
+    fix = _get_projector(info.llm, settings) if mmproj is None or wrong is not None else None
     if mmproj is None:
         wrong = f"{llm.path.name} has no projector, so it reads text only: give the mmproj published with it."
         return [Check("pair.projector", "fail", wrong, {"model": str(llm.path)}, fix)]
@@ -107,9 +105,8 @@ def _projector(info: PairInfo, facts: LoadedFacts) -> list[Check]:
     ]
 
 
-def _get_projector(info: PairInfo, facts: LoadedFacts) -> str | None:
+def _get_projector(llm: GgufInfo, settings: EngineSettings) -> str | None:
     """The command with the fitting projector that lies beside the model, or the one that downloads the pair."""
-    llm = info.llm
     if llm.is_projector:
         return None
     try:
@@ -117,10 +114,9 @@ def _get_projector(info: PairInfo, facts: LoadedFacts) -> str | None:
     except (ModelError, OSError):  # none that fits, or a folder that cannot be listed
         beside = None
     if beside is not None:
-        return facts.command(info, mmproj=beside)
+        return serve_command(settings, mmproj=beside)
     known = next((name for name in (llm.name, stem(llm.path.name)) if name and is_known(name)), None)
-    row = look_up(known).known if known else None
-    return f"opsin pull {row.name}" if row else None
+    return f"opsin pull {look_up(known).name}" if known else None
 
 
 def _quantisation(mmproj: GgufInfo) -> Check:
@@ -134,24 +130,23 @@ def _quantisation(mmproj: GgufInfo) -> Check:
     return Check("pair.quantisation", status, message, {"quantisation": kind})
 
 
-def _ubatch(info: PairInfo, facts: LoadedFacts, tokens: int) -> Check:
-    """An image that attends in both directions must go in one ubatch; small ones read all weights many times."""
-    evidence = {"image_tokens": tokens, "ubatch_tokens": facts.ubatch, "causal": facts.causal}
-    slices, larger = -(-tokens // facts.ubatch), _padded(tokens, 256)
-    message = f"An image's {tokens} tokens go in {slices} ubatches of {facts.ubatch}"
-    if slices == 1 or (facts.causal and facts.ubatch >= _SMALL_UBATCH):
+def _ubatch(loaded: LoadedFacts, settings: EngineSettings) -> Check:
+    """Small ubatches read all weights many times; for images that must go in one, loading takes a larger ubatch."""
+    tokens, ubatch = loaded.image_tokens, loaded.ubatch
+    evidence = {"image_tokens": tokens, "ubatch_tokens": ubatch}
+    slices, larger = -(-tokens // ubatch), -(-tokens // 256) * 256
+    message = f"An image's {tokens} tokens go in {slices} ubatches of {ubatch}"
+    if slices == 1 or ubatch >= _SMALL_UBATCH:
         return Check("pair.ubatch", "ok", f"{message}.", evidence)
-    if not facts.causal:
-        message = f"An image's {tokens} tokens must go in one ubatch, which holds {facts.ubatch}"
-    fix = facts.command(info, ubatch=larger)
-    status: Status = "warn" if facts.causal else "fail"
-    return Check("pair.ubatch", status, f"{message}: give --ubatch {larger}.", evidence, fix)
+    fix = serve_command(settings, ubatch=larger)
+    return Check("pair.ubatch", "warn", f"{message}: give --ubatch {larger}.", evidence, fix)
 
 
-def _context(info: PairInfo, facts: LoadedFacts, tokens: int, ctx: int) -> Check:
-    name, trained, least = "pair.context", info.llm.context, tokens + _TEXT_TOKENS
+def _context(info: PairInfo, loaded: LoadedFacts, settings: EngineSettings) -> Check:
+    tokens, ctx, trained = loaded.image_tokens, loaded.ctx_seq, info.llm.context
+    name, least = "pair.context", tokens + _TEXT_TOKENS
     evidence = {"image_tokens": tokens, "context_tokens": ctx, "trained_context_tokens": trained}
-    need = _padded(least + 4 * _ANSWER_TOKENS, 1024)
+    need = -(-(least + 4 * _ANSWER_TOKENS) // 1024) * 1024
     status: Status = "warn"
     if trained is not None and trained < least:
         message = f"One image's {tokens} tokens exceed what the model was trained on: give fewer --image-max-tokens."
@@ -165,51 +160,40 @@ def _context(info: PairInfo, facts: LoadedFacts, tokens: int, ctx: int) -> Check
         need = trained
     else:
         return Check(name, "ok", f"The context of {ctx} tokens holds an image, a question and an answer.", evidence)
-    total = min(need, trained or need) * facts.settings.parallel
-    return Check(name, status, f"{message}; give --ctx {total}.", evidence, facts.command(info, ctx=total))
+    total = min(need, trained or need) * settings.parallel
+    return Check(name, status, f"{message}; give --ctx {total}.", evidence, serve_command(settings, ctx=total))
 
 
-def _template(info: PairInfo, facts: LoadedFacts) -> list[Check]:
-    """`pair.template`: is there one that can be used; `pair.end`: does it end an answer as the model does."""
-    source = facts.template or _source_by_header(info)
-    missing = not (source.template or "").strip()
-    # Which one stands in depends on the control tokens, which only the loaded model tells.
-    built_in = choose(source).name if missing and facts.template is not None else None
-    evidence = {"characters": len(source.template or ""), "built_in": built_in}
+def _template(info: PairInfo) -> Check:
+    """Is there a template that can be used?"""
+    text = (info.source.template or "").strip()
+    evidence = {"characters": len(text)}
     try:
-        builder = PromptBuilder(source)
-        talk = [Message("user", "What is this?"), Message("assistant", _ANSWER)]
-        builder.build(talk[:1])
-        prompt = builder.build(talk, add_generation_prompt=False)
+        builder = PromptBuilder(info.source)
+        builder.build(_TALK[:1])
+        builder.build(_TALK, add_generation_prompt=False)
     except (BadPrompt, ModelUnreadable) as error:
-        return [Check("pair.template", "fail", f"{error}", evidence)]
-    status: Status = "warn" if missing else "ok"
-    which = f"a built-in one called {built_in} is" if built_in else "a built-in one is"
-    odd = f"ships no chat template, so {which} used: if answers are odd, take a newer file."
-    message = f"{info.llm.path.name} {odd if missing else 'has a chat template.'}"
-    checks = [Check("pair.template", status, message, evidence)]
-    # Models that read pages take one bare instruction: nothing is written behind an answer.
-    if facts.template is None or facts.eog_texts is None or built_in == "plain":
-        return checks
+        return Check("pair.template", "fail", f"{error}", evidence)
+    if text:
+        return Check("pair.template", "ok", f"{info.llm.path.name} has a chat template.", evidence)
+    odd = "ships no chat template, so a built-in one is used: if answers are odd, take a newer file."
+    return Check("pair.template", "warn", f"{info.llm.path.name} {odd}", evidence)
+
+
+def _end(loaded: LoadedFacts, settings: EngineSettings) -> Check:
+    """Does the template end an answer as the model does?"""
+    if not (loaded.source.template or "").strip():
+        built_in = choose(loaded.source)
+        return Check("pair.end", "ok", f"The built-in template called {built_in} stands in.", {"built_in": built_in})
+    prompt = PromptBuilder(loaded.source).build(_TALK, add_generation_prompt=False)
     rendered = "".join(part.text for part in prompt.parts if isinstance(part, TextPart))
-    tail, ends = rendered.partition(_ANSWER)[2], sorted(text for text in facts.eog_texts if text)
+    tail, ends = rendered.partition(_ANSWER)[2], sorted(text for text in loaded.eog_texts if text)
     written = next((text for text in (*ends, *prompt.stop) if text in tail), None)
     told = {"after_answer": tail, "end_tokens": ends, "stop_strings": list(prompt.stop)}
     if written:
-        return [*checks, Check("pair.end", "ok", f"The template ends an answer with {written!r}.", told)]
+        return Check("pair.end", "ok", f"The template ends an answer with {written!r}.", told)
     message = (
         f"The template writes {tail!r} behind an answer and none of the end tokens ({', '.join(ends) or 'none'}), so "
         "answers may not end by themselves: take a newer GGUF file, or set --max-tokens."
     )
-    fix = facts.command(info, "--max-tokens", _ANSWER_TOKENS)
-    return [*checks, Check("pair.end", "warn", message, told, fix)]
-
-
-def _source_by_header(info: PairInfo) -> TemplateSource:
-    """Enough to see whether the file's template can be used."""
-    name, projector = f"{info.llm.name or ''} {info.llm.path.name}", info.mmproj.projector if info.mmproj else None
-    return TemplateSource(info.template, info.llm.architecture, name, projector, "", "", frozenset())
-
-
-def _padded(tokens: int, step: int) -> int:
-    return -(-tokens // step) * step
+    return Check("pair.end", "warn", message, told, serve_command(settings, "--max-tokens", _ANSWER_TOKENS))

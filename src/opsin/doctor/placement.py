@@ -17,6 +17,7 @@ from opsin.native.devices import HOST, Device
 from opsin.native.memory import as_flags
 from opsin.native.trial import keep_record, read_record, record_file
 
+_Graphs = Mapping[str, Mapping[str, BackendShare]]
 _PLACEMENT = TypeAdapter(Placement)
 _FLASH = {"encoder": "vision_flash_attention", "language_model": "flash_attention"}
 
@@ -100,9 +101,7 @@ def _layers(placement: Placement, gpus: list[Device], settings: EngineSettings) 
     return Check(name, "warn", f"{told}, and the others set the pace: {advice}.", evidence, fix)
 
 
-def _fallback(
-    graphs: Mapping[str, Mapping[str, BackendShare]], placement: Placement, settings: EngineSettings
-) -> Check:
+def _fallback(graphs: _Graphs, placement: Placement, settings: EngineSettings) -> Check:
     """Operations on the CPU in a graph that is mostly on a GPU: those that its backend does not support."""
     name, sentences, evidence, update = "placement.fallback", [], {}, {}
     for key, graph in graphs.items():
@@ -127,7 +126,7 @@ def _fallback(
     return Check(name, "warn", message, evidence, serve_command(settings, **update) if update else None)
 
 
-def _splits(graphs: Mapping[str, Mapping[str, BackendShare]]) -> Check:
+def _splits(graphs: _Graphs) -> Check:
     """Pieces a graph is cut into: between two, values are copied and a device waits."""
     counts = {name: sum(share.splits for share in graph.values()) for name, graph in graphs.items()}
     evidence = {"splits": counts}

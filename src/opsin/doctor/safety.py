@@ -12,8 +12,7 @@ from opsin.core.model_info import PairFacts
 from opsin.core.settings import EngineSettings
 from opsin.doctor.check import Check, Status, means_cpu, serve_command
 from opsin.doctor.pair import PairInfo
-from opsin.native import Device, devices
-from opsin.native.devices import free_memory
+from opsin.native.devices import Device, free_memory
 from opsin.native.memory import FULL, MemoryPlanner, as_flags, needed_by_device, size_text
 from opsin.native.trial import Trial, fingerprint, keep_record, read_record, record_file, try_pair
 
@@ -60,23 +59,21 @@ def room_checks(
 
 def trial_check(
     info: PairInfo,
-    settings: EngineSettings | None = None,
+    settings: EngineSettings,
+    present: Sequence[Device],
     *,
     trial: Callable[..., Trial] = try_pair,
     folder: Path | None = None,
-    present: Sequence[Device] | None = None,
 ) -> Check:
     """`safety.trial`: load, encode, prefill and decode in a child process. Raises NativeMismatch.
 
     Success is remembered in `folder`; a pair that fails must not be loaded in this process.
     """
-    chosen, here = settings or EngineSettings(), devices() if present is None else present
     llm, mmproj = info.llm.path, info.mmproj.path if info.mmproj else None
-    file = record_file("trials", fingerprint([*info.parts, mmproj], chosen, here), folder)
-    known = read_record(file)
-    if isinstance(known, dict) and known.get("end") == "done":
+    file = record_file("trials", fingerprint([*info.parts, mmproj], settings, present), folder)
+    if read_record(file) is not None:
         return Check(_NAME, "ok", f"{llm.name} ran here before.", {"remembered": True})
-    done = trial(llm, mmproj, chosen)
+    done = trial(llm, mmproj, settings)
     evidence = {"remembered": False, **asdict(done), "seconds": round(done.seconds, 3), "lines": list(done.lines)}
     if done.end == "done":
         keep_record(file, evidence)
@@ -85,9 +82,9 @@ def trial_check(
         last = done.lines[-1] if done.lines else "it said nothing"
         return Check(_NAME, "fail", f"The pair was refused in the stage {done.stage!r}: {last}", evidence)
     what = f"died of {done.signal}" if done.end == "crashed" else f"hung for {done.seconds:.0f} s"
-    advice, change = _advice(info, done, chosen, gpu=any(device.is_gpu for device in here))
+    advice, change = _advice(info, done, settings, gpu=any(device.is_gpu for device in present))
     message = f"llama.cpp {what} in the stage {done.stage!r} with {(mmproj or llm).name}: {advice}."
-    fix = serve_command(chosen, model=llm, mmproj=mmproj, **change) if change else None
+    fix = serve_command(settings, **change) if change else None
     return Check(_NAME, "fail", message, evidence, fix)
 
 

@@ -6,15 +6,12 @@ import itertools
 import secrets
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
 from typing import Self, TypeVar
-from weakref import WeakValueDictionary
 
 from opsin.cache import EmbeddingCache, salted
-from opsin.core.answer import Stage, Started
+from opsin.core.answer import Stage
 from opsin.core.backend import Backend, BackendLimits
 from opsin.core.errors import ContextOverflow, EngineClosed, OpsinError, QueueFull, copy_of
 from opsin.core.model_info import ModelInfo
@@ -24,7 +21,7 @@ from opsin.core.request import Embedding, ImageChunk, Prompt, SamplingParams, Te
 from opsin.engine.clock import StageClock
 from opsin.engine.guard import Guard
 from opsin.engine.loop import Loop, Snapshot
-from opsin.engine.output import AnswerText
+from opsin.engine.output import AnswerText, ReasoningSplitter
 from opsin.engine.request import AnswerStream, Request, Sequence, Wake, wake_readers
 from opsin.engine.runner import Watch, unwatched
 from opsin.engine.scheduler import Policy
@@ -66,7 +63,7 @@ class Engine:
         self._room = threading.Semaphore(self._most)
         self._wake = wake
         self.images = images or EmbeddingCache(IMAGE_BYTES)
-        self._loop = Loop(open_backend, policy, self.images, self._prepare_pixels, now, wake=wake, watch=watch)
+        self._loop = Loop(open_backend, policy, self.images, now, wake=wake, watch=watch)
         self._backend = self._loop.start()
         self._preparer = Preparer(self._backend, self.images, watch)
         self._workers = ThreadPoolExecutor(PREPARE_WORKERS, thread_name_prefix="opsin-prepare")
@@ -186,70 +183,12 @@ class Engine:
         if sequence is not None:
             self._hand_over(sequence)
 
-    def _prepare_pixels(self, sequence: Sequence) -> None:
-        """On the engine's thread: prepare an image that nobody encoded; its sequence comes again."""
-
-        def work() -> None:
-            try:
-                self._preparer.pixels(sequence)
-            except BaseException as error:  # noqa: BLE001 - the stream's reader gets it
-                sequence.stream.fail(error)
-            self._hand_over(sequence)  # also when that failed: the engine's thread frees what it holds
-
-        try:
-            self._work(self._workers, work, sequence.stream)
-        except EngineClosed:
-            sequence.tokenized.close()
-
     def _hand_over(self, sequence: Sequence) -> None:
         try:
             self._loop.put(sequence)
         except OpsinError:
             sequence.tokenized.close()
             raise
-
-
-class InFlightEncodes:
-    """Images whose pixels a request has that is on its way: they will be encoded for all. Used by any thread.
-
-    One request preprocesses an image; others that ask about it at the same time wait for that, and need no pixels.
-    """
-
-    def __init__(self) -> None:
-        self._guard = threading.Lock()
-        self._locks: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
-        self._held: Counter[str] = Counter()
-
-    @contextmanager
-    def alone(self, images: Iterable[str]) -> Iterator[None]:
-        """Hold these images (SHA-256 of their pixels) against others who would preprocess them at the same time."""
-        with ExitStack() as stack:
-            with self._guard:
-                # In one order for all, so that nobody waits for somebody who waits for him.
-                locks = [self._locks.setdefault(image, threading.Lock()) for image in sorted(set(images))]
-            for lock in locks:
-                stack.enter_context(lock)
-            yield
-
-    def __contains__(self, identity: str) -> bool:
-        return self._held[identity] > 0
-
-    def add(self, tokenized: TokenizedPrompt, salt: str) -> None:
-        """It has pixels that will be encoded; until it is closed nobody else of its salt needs them."""
-        pixels = (chunk for chunk in tokenized.chunks if isinstance(chunk, ImageChunk) and not chunk.placeholder)
-        identities = Counter(salted(chunk.identity, salt) for chunk in pixels)
-        if identities:
-            owned = ExitStack()
-            if tokenized.owned is not None:
-                owned.callback(tokenized.owned.close)
-            owned.callback(self._remove, identities)
-            with self._guard:
-                self._held += identities
-            tokenized.owned = owned
-
-    def _remove(self, identities: Counter[str]) -> None:
-        with self._guard:
-            self._held -= identities
 
 
 class Preparer:
@@ -259,7 +198,6 @@ class Preparer:
         self._backend = backend
         self._images = images
         self._watch = watch
-        self._in_flight = InFlightEncodes()
         self._styles: dict[ReasoningStyle, tuple[dict[int, bytes], tuple[int, ...]]] = {}
 
     def sequence(self, request: Request, stream: AnswerStream, clock: StageClock) -> Sequence | None:
@@ -268,12 +206,10 @@ class Preparer:
             # Here and not where the sampler is made: compiling a schema takes time, and others stream.
             compiled = self._backend.check(request.params)
         embeddings: dict[str, Embedding] = {}
-        # Whoever waits here gets no pixels, and is served by the encode of the request that has them.
-        with self._in_flight.alone(image.sha256 for image in request.prompt.images):
-            if stream.done:
-                return None
-            with clock.stage(Stage.PREPROCESS):
-                tokenized = self._tokenize(request, embeddings)
+        if stream.done:
+            return None
+        with clock.stage(Stage.PREPROCESS):
+            tokenized = self._tokenize(request, embeddings)
         try:
             _check_fit(tokenized, self._backend.limits)
             text, closing = self._text(request)
@@ -283,27 +219,18 @@ class Preparer:
             raise
         known = [chunk for chunk in tokenized.chunks if isinstance(chunk, ImageChunk) and chunk.identity in embeddings]
         sequence.cached_images |= {chunk.image for chunk in known}
-        stream.deliver(Started(tokenized.images, tokenized.n_tokens))
         return sequence
-
-    def pixels(self, sequence: Sequence) -> None:
-        """Tokenize a waiting sequence's prompt again, with pixels. Raises BadInput."""
-        with sequence.clock.stage(Stage.PREPROCESS):
-            sequence.adopt(self._tokenize(sequence.request, sequence.embeddings))
 
     def _tokenize(self, request: Request, embeddings: dict[str, Embedding]) -> TokenizedPrompt:
         def known(identity: str) -> bool:
-            name = salted(identity, request.salt)
-            embedding = self._images.get(name)
+            embedding = self._images.get(salted(identity, request.salt))
             if embedding is not None:
                 embeddings[identity] = embedding
-            return identity in embeddings or name in self._in_flight
+            return embedding is not None
 
         prompt = request.prompt
         with self._watch(tuple(image.sha256 for image in prompt.images)):
-            tokenized = self._backend.tokenize(prompt.parts, add_bos=prompt.add_bos, known=known)
-        self._in_flight.add(tokenized, request.salt)
-        return tokenized
+            return self._backend.tokenize(prompt.parts, add_bos=prompt.add_bos, known=known)
 
     def _text(self, request: Request) -> tuple[AnswerText, tuple[int, ...]]:
         """Its answer's text, and the tokens that close a reasoning block."""
@@ -318,7 +245,7 @@ class Preparer:
         prompt_texts = [part.text for part in prompt.parts if isinstance(part, TextPart)]
         text = AnswerText(
             stop=(*params.stop, *prompt.stop),
-            splitter=None if style is None else style.splitter(starts_inside=prompt.thinking),
+            splitter=None if style is None else ReasoningSplitter(style, starts_inside=prompt.thinking),
             guard=Guard("".join(prompt_texts)) if params.guard else None,
             tags=tags,
         )

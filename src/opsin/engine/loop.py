@@ -16,7 +16,7 @@ from opsin.core.answer import Finished, Stage
 from opsin.core.backend import Backend
 from opsin.core.errors import DecodeFailed, EngineClosed, EngineDied, EngineError, OpsinError, copy_of
 from opsin.engine.request import AnswerStream, Sequence, State, Wake, wake_readers
-from opsin.engine.runner import PixelsNeeded, Runner, Watch, unwatched
+from opsin.engine.runner import Runner, Watch, unwatched
 from opsin.engine.scheduler import Encode, Policy, PrefillImage, Scheduler, Step, Tokens, members_of
 
 log = logging.getLogger(__name__)
@@ -56,8 +56,7 @@ class Loop:
     """Runs `open_backend` and all that follows in a thread of its own.
 
     Any thread may call the public methods. When the thread dies, everybody who waits is told, and every later call
-    raises EngineDied: `error` says why. `wake` is called once a step with the streams that got events;
-    `on_pixels_needed` gets a sequence whose images must be prepared again, and hands it over again by `put`.
+    raises EngineDied: `error` says why. `wake` is called once a step with the streams that got events.
     """
 
     def __init__(
@@ -65,7 +64,6 @@ class Loop:
         open_backend: Callable[[], Backend],
         policy: Policy,
         images: EmbeddingCache,
-        on_pixels_needed: Callable[[Sequence], None],
         now: Callable[[], float] = time.perf_counter,
         *,
         wake: Wake = wake_readers,
@@ -74,7 +72,6 @@ class Loop:
         self._open_backend = open_backend
         self._policy = policy
         self._images = images
-        self._on_pixels_needed = on_pixels_needed
         self._now = now
         self._wake = wake
         self._watch = watch
@@ -134,7 +131,7 @@ class Loop:
             self._counts,
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
-            idle_prefixes=len(scheduler.kv.idle),
+            idle_prefixes=len(scheduler.kv.idle) + len(scheduler.kv.swapped),
             cells_used=scheduler.kv.cells.used,
             preemptions=scheduler.preemptions,
         )
@@ -243,9 +240,6 @@ class Loop:
         encodes = self._runner.encodes
         try:
             room = self._runner.run(step, self._between(step))
-        except PixelsNeeded:
-            self._put_back(members_of(step)[0])
-            return
         except OpsinError as error:
             for sequence in members_of(step):
                 self._fail(sequence, error)
@@ -326,13 +320,6 @@ class Loop:
         for sequence in members_of(step):
             full = f"The KV cache is full at {sequence.n_cells} tokens"
             self._fail(sequence, DecodeFailed(f"{full}: ask for a larger context (--ctx), or for shorter answers."))
-
-    def _put_back(self, sequence: Sequence) -> None:
-        """It needs its pixels again, which are prepared beside the engine; then it comes again."""
-        self._scheduler.put_back(sequence)
-        self._apply()
-        sequence.clock.switch(Stage.QUEUE)
-        self._on_pixels_needed(sequence)
 
     def _sweep(self) -> None:
         """End who went away or is out of time, and free and answer all that ended."""

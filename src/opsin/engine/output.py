@@ -6,10 +6,11 @@ The readers are incremental: however the input is cut, the pieces they give join
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from opsin.core.answer import GuardVerdict, TextDelta, TokenLogprob
-from opsin.core.reasoning import ReasoningSplitter
+from opsin.core.reasoning import ReasoningStyle
 from opsin.engine.guard import Guard
 
 
@@ -48,14 +49,78 @@ class StopStrings:
         return held
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a proper beginning of `stop`."""
-    start = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+def _overlap(text: str, mark: str) -> int:
+    """Length of the longest end of `text` that is a proper beginning of `mark`."""
+    start = text.find(mark[0], max(0, len(text) - len(mark) + 1))
     while start >= 0:
-        if stop.startswith(text[start:]):
+        if mark.startswith(text[start:]):
             return len(text) - start
-        start = text.find(stop[0], start + 1)
+        start = text.find(mark[0], start + 1)
     return 0
+
+
+class ReasoningSplitter:
+    """Takes an answer piece by piece and returns each piece as thoughts or as text; a tag may come in pieces.
+
+    Only a block at the start of the answer counts: later tags are text. Space around the tags is dropped. What might
+    be the beginning of a tag, and space before the end of the thoughts, is held back until the next piece.
+    `starts_inside`: the prompt opened the block. `inside`: what comes next is thoughts, as far as is known.
+    """
+
+    def __init__(self, style: ReasoningStyle, *, starts_inside: bool) -> None:
+        self.inside = starts_inside
+        self._style = style
+        self._dropped = re.compile("|".join(map(re.escape, style.dropped)) or "(?!)")  # the last fits nowhere
+        self._may_open = True
+        self._bare = starts_inside  # only space was seen since the last tag: it is dropped
+        self._held = ""
+
+    def feed(self, delta: str) -> tuple[str, str]:
+        """The new thoughts and the new text that are certain so far; either may be empty."""
+        self._held += delta
+        if self._may_open and not self._open():
+            return "", ""
+        thoughts = self._think() if self.inside else ""
+        text = "" if self.inside else self._answer()
+        return thoughts, text
+
+    def finish(self) -> tuple[str, str]:
+        """What was held back, when the answer is over."""
+        held, self._held = self._shown(self._held), ""
+        return (held.rstrip(), "") if self.inside else ("", held)
+
+    def _open(self) -> bool:
+        """Take the opening tag off where it comes first; False while there is too little to tell."""
+        start, opening = self._held.lstrip(), self._style.opening
+        if start.startswith(opening):
+            self._held, self.inside, self._bare = start.removeprefix(opening), True, True
+        elif opening.startswith(start):
+            return False
+        self._may_open = False
+        return True
+
+    def _think(self) -> str:
+        closing = self._style.closing
+        thoughts, found, rest = self._held.partition(closing)
+        if not found:
+            certain = thoughts[: len(thoughts) - _overlap(thoughts, closing)].rstrip()
+            self._held = thoughts[len(certain) :]
+            return self._shown(certain)
+        shown = self._shown(thoughts.rstrip())
+        self._held, self.inside, self._bare = rest, False, True
+        return shown
+
+    def _answer(self) -> str:
+        *certain, rest = self._dropped.split(self._held)
+        end = len(rest) - max((_overlap(rest, tag) for tag in self._style.dropped), default=0)
+        self._held = rest[end:]
+        return self._shown("".join(certain) + rest[:end])
+
+    def _shown(self, text: str) -> str:
+        if self._bare:
+            text = text.lstrip()
+            self._bare = not text
+        return text
 
 
 class AnswerText:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from opsin.cache import EmbeddingCache, salted
-from opsin.cache.kv_cache import Fork, KVOp
+from opsin.cache.kv_cache import Fork, KVOp, SwapIn, SwapOut
 from opsin.core.answer import Progress, Stage, TokenLogprob
 from opsin.core.backend import Backend, Sampler
 from opsin.core.errors import DecodeFailed, OpsinError
@@ -32,10 +32,6 @@ _NOTHING = nullcontext()
 def unwatched(_: tuple[str, ...]) -> AbstractContextManager[None]:
     """Nobody wants to know of native calls."""
     return _NOTHING
-
-
-class PixelsNeeded(Exception):
-    """An image was left without pixels since another request was to encode it, and that one did not."""
 
 
 class Runner:
@@ -65,18 +61,27 @@ class Runner:
             try:
                 if isinstance(operation, Fork):
                     self._backend.kv_copy(operation.source, seq_id, 0, operation.end)
-                elif not self._backend.kv_remove(seq_id, 0, -1):
-                    raise DecodeFailed(f"The KV cache cannot forget sequence {seq_id}: load the model again.")
+                elif isinstance(operation, SwapIn):
+                    self._backend.kv_load(seq_id, operation.source.saved)
+                    self._forget(seq_id, operation.end)
+                else:
+                    if isinstance(operation, SwapOut):
+                        operation.prefix.saved = self._backend.kv_save(seq_id)
+                    self._forget(seq_id, 0)
             except OpsinError as error:
                 failed[seq_id] = error
         return failed
 
+    def _forget(self, seq_id: int, start: int) -> None:
+        if not self._backend.kv_remove(seq_id, start, -1):
+            raise DecodeFailed(f"The KV cache cannot forget sequence {seq_id}: load the model again.")
+
     def begin(self, sequence: Sequence) -> None:
-        """An admitted sequence gets its sampler, and keeps it over preemptions. Raises BadGrammar."""
-        params = sequence.request.params
-        if sequence.output.thinking:  # a schema describes the answer, not the reasoning before it
-            params = params.model_copy(update={"json_schema": None, "grammar": None})
-        sequence.sampler = self._backend.sampler(params, sequence.request.seed)
+        """An admitted sequence gets its sampler, and keeps it over preemptions."""
+        request = sequence.request
+        # A schema describes the answer, not the reasoning before it.
+        compiled = None if sequence.output.thinking else sequence.compiled
+        sequence.sampler = self._backend.sampler(request.params, request.seed, compiled)
 
     def end(self, sequence: Sequence) -> None:
         """Give back what an ended sequence holds beside its cells."""
@@ -90,7 +95,7 @@ class Runner:
     def run(self, step: Step, between: Callable[[], None] | None = None) -> bool:
         """Compute a step; tokens are sampled apart. False: no room in the KV cache, and nothing changed.
 
-        `between` is called while an image is encoded. Raises EncodeFailed, DecodeFailed or PixelsNeeded.
+        `between` is called while an image is encoded. Raises EncodeFailed or DecodeFailed.
         """
         if isinstance(step, Tokens):
             return self._tokens(step)
@@ -141,10 +146,9 @@ class Runner:
 
     def leave_reasoning(self, sequence: Sequence) -> None:
         """The answer begins: from here on the constraint holds."""
-        params = sequence.request.params
-        if sequence.sampler is not None and (params.grammar or params.json_schema):
+        if sequence.sampler is not None and sequence.compiled is not None:
             sequence.sampler.close()
-            sequence.sampler = self._backend.sampler(params, sequence.request.seed)
+            sequence.sampler = self._backend.sampler(sequence.request.params, sequence.request.seed, sequence.compiled)
 
     def _switch(self, sequences: Iterable[Sequence], own: Stage, group: Stage, now: float) -> None:
         self.group.switch(group, now)
@@ -170,15 +174,13 @@ class Runner:
             sequence.embeddings[chunk.identity] = known
             sequence.cached_images.add(chunk.image)
             return
-        if chunk.placeholder:
-            raise PixelsNeeded
         sequence.stream.deliver(Progress(f"reading image {chunk.image + 1} of {len(sequence.tokenized.images)}"))
         batch = {name: (sequence, chunk)}
         for owner, other in step.beside:
             name = salted(other.identity, owner.request.salt)
             # Since the plan was made an owner may have ended and closed its chunks.
             ended = owner.state is State.DONE or owner.stream.done
-            if not ended and not other.placeholder and self._images.in_memory(name) is None:
+            if not ended and self._images.in_memory(name) is None:
                 batch.setdefault(name, (owner, other))
         owners = list({id(owner): owner for owner, _ in batch.values()}.values())
         with self._native(owners, Stage.ENCODE, Stage.QUEUE, tuple(_sha256(*pair) for pair in batch.values())):

@@ -29,10 +29,8 @@ def flatten(image: Image.Image, name: str) -> tuple[Image.Image, tuple[str, ...]
     """
     from PIL import Image as Pil
 
-    if image.mode.startswith("I;16"):
-        return Pil.fromarray(_grey_of_sixteen_bits(image)).convert("RGB"), ()
-    if image.mode in {"I", "F"}:
-        grey, notes = _grey_of_wide(image, name)
+    if image.mode in {"I", "F"} or image.mode.startswith("I;16"):
+        grey, notes = _grey(image, name)
         return Pil.fromarray(grey).convert("RGB"), notes
     if not image.has_transparency_data:
         return (image if image.mode == "RGB" else image.convert("RGB")), ()
@@ -72,25 +70,27 @@ def flatten_array(array: NDArray[Any], name: str, settings: ImageSettings) -> tu
     return flatten(Pil.fromarray(np.ascontiguousarray(samples)), name)
 
 
-def _grey_of_sixteen_bits(image: Image.Image) -> NDArray[np.uint8]:
+def _grey(image: Image.Image, name: str) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
+    """Samples of more than 8 bits as uint8 [height, width], with notes for the user."""
     import numpy as np
 
-    values = np.asarray(image).astype(np.uint16, copy=False)
-    tags = getattr(image, "tag_v2", {})
-    grey = (values >> (4 if tags.get(_BITS_PER_SAMPLE) == (12,) else 8)).astype(np.uint8)
+    values, tags = np.asarray(image), getattr(image, "tag_v2", {})
+    if image.mode in {"I", "F"}:
+        grey, notes = _grey_of_wide(values, name)
+    else:
+        grey, notes = (values >> (4 if tags.get(_BITS_PER_SAMPLE) == (12,) else 8)).astype(np.uint8), ()
     if tags.get(_PHOTOMETRIC) == 0:  # 0 is white, which Pillow leaves to us beyond 8 bits
-        grey = 255 - grey
+        np.subtract(255, grey, out=grey)
     clear = image.info.get("transparency")
     if isinstance(clear, int):
         grey[values == clear] = 255
-    return grey
+    return grey, notes
 
 
-def _grey_of_wide(image: Image.Image, name: str) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
-    """Samples of 32 bits as uint8 [height, width], and a note where their range does not tell what they mean."""
+def _grey_of_wide(values: NDArray[Any], name: str) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
+    """Samples of 32 bits as 8, and a note where their range does not tell what they mean."""
     import numpy as np
 
-    values = np.asarray(image)
     notes: tuple[str, ...] = ()
     low, high = float(values.min()), float(values.max())
     if not np.isfinite([low, high]).all():  # a NaN makes both a NaN
@@ -106,6 +106,4 @@ def _grey_of_wide(image: Image.Image, name: str) -> tuple[NDArray[np.uint8], tup
         grey[top : top + rows] = np.rint(
             (values[top : top + rows].astype(np.float64) - black) * (255 / (white - black))
         )
-    if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0:
-        np.subtract(255, grey, out=grey)
     return grey, notes

@@ -19,7 +19,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from opsin.core.errors import BadImage, BadParameter, FetchFailed, ImageTooLarge, ImageUnsupported, OpsinError
 from opsin.core.request import Image
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("opsin.images")
 
 _NAME = "The image"
-_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
+_OF_SEVERAL = "only one of the file's frames or pages was taken, the first or the main one"
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _ORIENTATION_TAG = 0x0112
 _DNG_VERSION_TAG = 0xC612
 _TILE_TAGS = (0x0142, 0x0143)
@@ -62,8 +63,8 @@ _PLUGINS = {"PNG": "Png", "JPEG": "Jpeg", "WEBP": "WebP", "GIF": "Gif", "BMP": "
 class OpenImage:
     """An image file whose header was read and whose size was checked; no pixel is decoded yet.
 
-    `width` and `height` are the file's, before any turn. `load_image` takes it as a source, once. Raises
-    ImageUnsupported, ImageTooLarge, or BadImage for bytes that are damaged.
+    `width` and `height` are the file's, before any turn. Raises ImageUnsupported, ImageTooLarge, or BadImage for bytes
+    that are damaged.
     """
 
     def __init__(self, data: bytes, settings: ImageSettings, name: str = _NAME) -> None:
@@ -96,7 +97,8 @@ class OpenImage:
                 boxes = self._data.partition(b"mdat")[0]
                 if b"irot" not in boxes and b"imir" not in boxes:
                     self._image.info["original_orientation"] = 1
-            image = make_image(self._image, self._kind, self._name, longest_edge, self._frame_notes())
+            notes = (_OF_SEVERAL,) if getattr(self._image, "is_animated", False) else ()
+            image = make_image(self._image, self._kind, self._name, longest_edge, notes)
             if self._kind == "JPEG" and self._is_cut_short():
                 raise damaged(self._kind, self._name)
             return image
@@ -119,16 +121,6 @@ class OpenImage:
         elif clear is not None and mode == "L" and depth in {2, 4}:
             info["transparency"] = clear * (255 // (2**depth - 1))
 
-    def _frame_notes(self) -> tuple[str, ...]:
-        """One sentence when the file holds more images than the one taken."""
-        if not getattr(self._image, "is_animated", False):
-            return ()
-        if self._kind in {"GIF", "TIFF"}:  # counting theirs means walking through the whole file
-            return (f"the first of several {'frames' if self._kind == 'GIF' else 'pages'} was taken",)
-        count = getattr(self._image, "n_frames", 0)
-        main = self._kind == "HEIF"
-        return (f"the {'main one' if main else 'first'} of {count} {'images' if main else 'frames'} was taken",)
-
     def _is_cut_short(self) -> bool:
         """Whether libjpeg invented the end of a decoded JPEG.
 
@@ -146,17 +138,13 @@ class OpenImage:
         return thumbnails[0] != thumbnails[1]
 
 
-# Pillow images and NumPy arrays count too, but naming them here would import both.
-Source: TypeAlias = str | os.PathLike[str] | bytes | bytearray | memoryview | Image | OpenImage | Any
-
-
-def load_image(source: Source, settings: ImageSettings, longest_edge: int | None = None) -> Image:
+def load_image(source: object, settings: ImageSettings, longest_edge: int | None = None) -> Image:
     """Turn `source` into a checked image: decoded, upright, opaque on white, within limits, with its identity.
 
     `source` is a path, the bytes of a file, a Pillow image (its current frame), a NumPy array ((h, w), (h, w, 3) or
-    (h, w, 4); uint8, uint16 or floats 0..1), a `data:` address, with `settings.fetch` an http(s) address, an
-    OpenImage, or an image, which is returned as it is; it is never changed. EXIF orientation is applied; colour
-    profiles (ICC) are not. An image larger than `longest_edge` pixels is shrunk. May be called from any thread.
+    (h, w, 4); uint8, uint16 or floats 0..1), a `data:` address, with `settings.fetch` an http(s) address, or an image,
+    which is returned as it is; it is never changed. EXIF orientation is applied; colour profiles (ICC) are not. An
+    image larger than `longest_edge` pixels is shrunk. May be called from any thread.
 
     `fetch_ms` is the time to get the bytes, `decode_ms` all the rest, both wall time in milliseconds. Raises
     BadImage, ImageTooLarge, ImageUnsupported, FetchFailed, or BadParameter for a source of another type.
@@ -164,19 +152,17 @@ def load_image(source: Source, settings: ImageSettings, longest_edge: int | None
     if isinstance(source, Image):
         return source
     begin = time.perf_counter()
-    name, opened = _read(source, settings)
+    name, found = _read(source, settings)
     fetched = time.perf_counter()
-    if isinstance(opened, bytes):
-        opened = OpenImage(opened, settings, name)
     # Neither Pillow nor NumPy is imported for a source that is neither.
     pil, numpy = sys.modules.get("PIL.Image"), sys.modules.get("numpy")
-    if isinstance(opened, OpenImage):
-        image = opened.decode(longest_edge)
-    elif pil is not None and isinstance(opened, pil.Image):
-        check_size(opened.width, opened.height, _NAME, settings)
-        image = make_image(opened, opened.format or "PIL", _NAME, longest_edge)
-    elif numpy is not None and isinstance(opened, numpy.ndarray):
-        flat, notes = flatten_array(opened, "The array", settings)
+    if isinstance(found, bytes):
+        image = OpenImage(found, settings, name).decode(longest_edge)
+    elif pil is not None and isinstance(found, pil.Image):
+        check_size(found.width, found.height, _NAME, settings)
+        image = make_image(found, found.format or "PIL", _NAME, longest_edge)
+    elif numpy is not None and isinstance(found, numpy.ndarray):
+        flat, notes = flatten_array(found, "The array", settings)
         image = make_image(flat, "array", _NAME, longest_edge, notes)
     else:
         raise BadParameter(
@@ -186,7 +172,7 @@ def load_image(source: Source, settings: ImageSettings, longest_edge: int | None
     return dataclasses.replace(image, fetch_ms=(fetched - begin) * 1e3, decode_ms=(decoded - fetched) * 1e3)
 
 
-def _read(source: Source, settings: ImageSettings) -> tuple[str, Any]:
+def _read(source: object, settings: ImageSettings) -> tuple[str, Any]:
     """A name for error sentences, and the bytes of a file; a source that is open already comes back as it is."""
     if isinstance(source, bytes | bytearray | memoryview):
         check_bytes(memoryview(source).nbytes, _NAME, settings)
@@ -197,26 +183,18 @@ def _read(source: Source, settings: ImageSettings) -> tuple[str, Any]:
         return _NAME, source
     if source[:5].lower() == "data:":
         return "The data: address", read_data_url(source, settings)
-    scheme = _SCHEME.match(source)
-    if scheme is None:
+    if not _SCHEME.match(source):
         if not source:
             raise BadImage("The path of the image is empty; give a file.")
         return show(source), read_file(source, settings)
-    if scheme[1].lower() not in {"http", "https"}:
-        raise FetchFailed(
-            f"Addresses that begin with {show(scheme[0])} are not read; use http:// or https://, or give a file's path."
-        )
     if not settings.fetch:
         raise FetchFailed(
             "Images are not fetched from addresses unless ImageSettings.fetch or --fetch-images says so; "
             "switch it on, or give the file itself."
         )
-    from anyio.from_thread import start_blocking_portal
+    from opsin.images.fetch import fetch_and_wait, show_url
 
-    from opsin.images.fetch import fetch, show_url
-
-    with start_blocking_portal() as portal:  # a loop in a thread of its own, as the caller may be inside one already
-        return show_url(source), portal.call(fetch, source, settings)
+    return show_url(source), fetch_and_wait(source, settings)
 
 
 def make_image(
@@ -237,7 +215,6 @@ def make_image(
             upright = ImageOps.exif_transpose(image)
         flat, more = flatten(upright, name)
         notes = (*notes, *more)
-        source_size = flat.size if orientation < 5 else flat.size[::-1]
         longer = max(flat.size)
         if longest_edge is not None and longer > longest_edge:
             from PIL.Image import Resampling
@@ -247,7 +224,7 @@ def make_image(
             notes = (*notes, f"shrunk to {width} by {height} pixels")
         rgb = flat.tobytes()
         sha256 = image_sha256(flat.width, flat.height, rgb)
-        return Image(rgb, flat.width, flat.height, sha256, kind, *source_size, orientation, notes)
+        return Image(rgb, flat.width, flat.height, sha256, kind, orientation, notes)
 
 
 def check_jpeg(data: bytes, name: str, settings: ImageSettings) -> int:

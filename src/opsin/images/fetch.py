@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import httpx
-from anyio import to_thread
+from anyio.from_thread import start_blocking_portal
+from anyio.to_thread import run_sync
 
 from opsin.core.errors import FetchFailed
 from opsin.images.source import check_bytes, show
@@ -51,42 +52,43 @@ def show_url(url: str) -> str:
 async def fetch(url: str, settings: ImageSettings, resolve: Resolver = system_addresses) -> bytes:
     """Return the body at `url`, following at most `settings.fetch_redirects` redirects.
 
-    `settings.fetch_seconds` covers everything but the look-up of names, which has a limit of its own.
-    Raises FetchFailed for an address that is not http(s), holds credentials, cannot be reached, answers with anything
-    but 200 or takes too long; ImageTooLarge over the limit on bytes.
+    `settings.fetch_seconds` covers everything; `resolve` is called in a thread. Raises FetchFailed for an address that
+    is not http(s), holds credentials, cannot be reached, answers with anything but 200, or takes too long;
+    ImageTooLarge over the limit on bytes.
     """
+    target = _checked(url)
     try:
         async with asyncio.timeout(settings.fetch_seconds):  # no slow drip of bytes lasts longer
-            return await _follow(url, settings, resolve)
+            for _ in range(settings.fetch_redirects + 1):
+                answer = await _get(target, settings, resolve)
+                if isinstance(answer, bytes):
+                    return answer
+                target = _checked(answer, target)
     except TimeoutError:
         raise FetchFailed(
             f"{show_url(url)} did not answer whole within {settings.fetch_seconds:g} s; try again, or download it "
             "and give the file."
         ) from None
-
-
-async def _follow(url: str, settings: ImageSettings, resolve: Resolver) -> bytes:
-    target = _checked(url)
-    for _ in range(settings.fetch_redirects + 1):
-        try:
-            answer = await _get(target, settings, resolve)
-        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-            raise FetchFailed(
-                f"{show_url(str(target))} cannot be reached ({_reason(error)}); check the address and the network."
-            ) from error
-        if isinstance(answer, bytes):
-            return answer
-        target = _checked(answer, target)
+    except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+        raise FetchFailed(
+            f"{show_url(str(target))} cannot be reached ({_reason(error)}); check the address and the network."
+        ) from error
     raise FetchFailed(
         f"{show_url(url)} was redirected more than {settings.fetch_redirects} times; give the address it leads to."
     )
+
+
+def fetch_and_wait(url: str, settings: ImageSettings) -> bytes:
+    """`fetch` in a thread of its own, as the caller's may run an event loop already; Ctrl-C ends it."""
+    with start_blocking_portal() as portal:
+        return portal.call(fetch, url, settings)
 
 
 async def _get(url: httpx.URL, settings: ImageSettings, resolve: Resolver) -> bytes | str:
     """One request: the body, or where it is redirected to."""
     name = show_url(str(url))
     # A new one for each request: a connection must not serve another host that has the same address.
-    async with httpx.AsyncHTTPTransport(verify=_tls(), trust_env=False) as transport:
+    async with httpx.AsyncHTTPTransport(verify=await run_sync(_tls), trust_env=False) as transport:
         answer = await _connect(transport, url, resolve)
         if answer.has_redirect_location:
             return str(answer.headers["location"])
@@ -110,7 +112,7 @@ async def _connect(transport: httpx.AsyncHTTPTransport, url: httpx.URL, resolve:
     headers = {**_HEADERS, "Host": url.netloc.decode("ascii")}
     port = url.port if url.port is not None else {"http": 80, "https": 443}[url.scheme]
     failure = httpx.ConnectError("no address")
-    for address in await to_thread.run_sync(resolve, host, port):
+    for address in await run_sync(resolve, host, port, abandon_on_cancel=True):
         # The certificate is checked against the host, not against the address.
         request = httpx.Request("GET", url.copy_with(host=address), headers=headers, extensions={"sni_hostname": host})
         try:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import os
+import select
 import stat
-import time
 from typing import TYPE_CHECKING
 from urllib.parse import unquote_to_bytes
 
@@ -53,8 +54,7 @@ def check_size(width: int, height: int, name: str, settings: ImageSettings, *, w
 
 def damaged(kind: str, name: str) -> BadImage:
     """The error for a file that cannot be decoded whole."""
-    label = {"WEBP": "WebP", "HEIF": "HEIC"}.get(kind, kind)
-    return BadImage(f"{name} is cut short or damaged ({label}); get a whole copy, or save it again.")
+    return BadImage(f"{name} is cut short or damaged ({kind}); get a whole copy, or save it again.")
 
 
 def read_file(path: str | os.PathLike[str], settings: ImageSettings) -> bytes:
@@ -67,14 +67,14 @@ def read_file(path: str | os.PathLike[str], settings: ImageSettings) -> bytes:
     try:
         # Without waiting: opening a pipe that nobody writes to would block for ever.
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
-            info, begin = os.fstat(file.fileno()), b""
+            info = os.fstat(file.fileno())
             if stat.S_ISFIFO(info.st_mode):
-                begin = _wait_for_writer(file.fileno(), name)
+                _wait_for_writer(file.fileno(), name)
             elif stat.S_ISREG(info.st_mode):
                 check_bytes(info.st_size, name, settings)
             else:
                 raise BadImage(f"{name} is a device, not a file; give an image file.")
-            data = begin + file.read(settings.max_bytes + 1)
+            data = file.read(settings.max_bytes + 1)
     except ValueError:
         raise BadImage(f"The path {name} holds a character that no path can; check it.") from None
     except IsADirectoryError:
@@ -88,18 +88,13 @@ def read_file(path: str | os.PathLike[str], settings: ImageSettings) -> bytes:
     return data
 
 
-def _wait_for_writer(descriptor: int, name: str) -> bytes:
-    """The first bytes from a pipe, which blocks from then on. Raises BadImage when nobody writes in time."""
-    deadline, begin = time.monotonic() + _PIPE_SECONDS, b""
-    try:
-        while not (begin := os.read(descriptor, 65_536)):
-            if time.monotonic() > deadline:
-                raise BadImage(f"{name} is a pipe that nobody writes to, not a regular file; give an image file.")
-            time.sleep(0.02)
-    except BlockingIOError:
-        pass  # somebody has opened it, and may take their time
+def _wait_for_writer(descriptor: int, name: str) -> None:
+    """Wait until a pipe has a writer; reading blocks from then on. Raises BadImage when nobody comes in time."""
+    if not select.select([descriptor], [], [], _PIPE_SECONDS)[0]:
+        with contextlib.suppress(BlockingIOError):  # somebody has opened it, and may take their time
+            os.read(descriptor, 1)
+            raise BadImage(f"{name} is a pipe that nobody writes to, not a regular file; give an image file.")
     os.set_blocking(descriptor, True)
-    return begin
 
 
 def read_data_url(url: str, settings: ImageSettings) -> bytes:

@@ -11,10 +11,9 @@ import json
 import signal
 import sys
 from pathlib import Path
-from typing import Any
 
 from opsin.core.errors import BadPrompt
-from opsin.prompt.builder import ChatTemplate
+from opsin.prompt.builder import ChatTemplate, Json, Shape, message_of
 from opsin.prompt.template import TooCostly
 
 _CPU_SECONDS = 1.0
@@ -54,10 +53,8 @@ def _limit() -> None:
 
 def _render_all(template: ChatTemplate) -> None:
     """Render conversations as the builder would; the template may refuse them, but it may not cost too much."""
-    able = template.abilities
-    shapes = [lists for lists in (False, True) if (able.lists if lists else able.strings)]
-    for lists, full, thinking in itertools.product(shapes, (False, True), (None, True, False)):
-        messages = _conversation(lists=lists, full=full)
+    for shape, full, thinking in itertools.product(template.abilities.user, (False, True), (None, True, False)):
+        messages = _conversation(shape, full=full)
         switches = {} if thinking is None else {"enable_thinking": thinking}
         for some in (messages[-1:], messages):
             try:
@@ -68,17 +65,14 @@ def _render_all(template: ChatTemplate) -> None:
                 continue
 
 
-def _conversation(*, lists: bool, full: bool) -> list[dict[str, Any]]:
+def _conversation(shape: Shape, *, full: bool) -> list[Json]:
     """Turns in order, with every text; with `full` also a system message, thoughts and tool calls."""
-
-    def said(role: str, text: str, **more: Any) -> dict[str, Any]:
-        return {"role": role, "content": [{"type": "text", "text": text}] if lists else text, **more}
-
-    messages = [said("system", _TEXTS[0])] if full else []
+    messages = [message_of("system", _TEXTS[0], shape)] if full else []
     for turn in range(_TURNS):
         answer = _TEXTS[(turn + 1) % (len(_TEXTS) - 1)]
         thought = {"reasoning_content": answer, "tool_calls": [_CALL]} if full else {}
-        messages += [said("user", _TEXTS[turn % len(_TEXTS)]), said("assistant", answer, **thought)]
+        messages.append(message_of("user", _TEXTS[turn % len(_TEXTS)], shape))
+        messages.append({**message_of("assistant", answer, shape), **thought})
         if full:
-            messages.append(said("tool", answer, tool_call_id="1", name="look"))
-    return [*messages, said("user", _TEXTS[0])]
+            messages.append({**message_of("tool", answer, shape), "tool_call_id": "1", "name": "look"})
+    return [*messages, message_of("user", _TEXTS[0], shape)]

@@ -43,7 +43,7 @@ def image(seed: int = 0, width: int = 8, height: int = 6) -> Image:
     """An image of one colour, chosen by `seed`; equal arguments give equal images."""
     rgb = hashlib.sha256(str(seed).encode()).digest()[:3] * (width * height)
     digest = hashlib.sha256(width.to_bytes(4, "little") + height.to_bytes(4, "little") + rgb).hexdigest()
-    return Image(rgb, width, height, digest, "PNG", width, height)
+    return Image(rgb, width, height, digest, "PNG")
 
 
 class FakeClock:
@@ -119,7 +119,7 @@ class FakeBackend:
         image_tokens: int = 4,
     ) -> None:
         self.reply = reply
-        self.limits = limits or BackendLimits(512, 64, 64, n_seq_max=8, n_vocab=N_VOCAB, n_embd=4, n_ctx_seq=512)
+        self.limits = limits or BackendLimits(512, 64, n_seq_max=8, n_vocab=N_VOCAB, n_embd=4, n_ctx_seq=512)
         self.clock = clock or FakeClock()
         self.costs = costs or Costs()
         self.asynchronous = asynchronous
@@ -206,14 +206,14 @@ class FakeBackend:
         """Pay for what was started."""
         self.pay()
 
-    def check(self, params: SamplingParams) -> None:
+    def check(self, params: SamplingParams) -> object:
         """A grammar that is the word "bad" is refused."""
         if params.grammar == "bad":
             raise BadGrammar("The grammar cannot be read: fix its first rule.")
+        return params.json_schema or params.grammar
 
-    def sampler(self, params: SamplingParams, seed: int) -> Sampler:  # noqa: ARG002 - the fake draws nothing
+    def sampler(self, params: SamplingParams, seed: int, compiled: object = None) -> Sampler:  # noqa: ARG002 - draws nothing
         """Follows the reply."""
-        self.check(params)
         return _Handle(self, params.ignore_eos)
 
     def sample(self, samples: Sequence[Sample]) -> list[tuple[int, TokenLogprob | None] | OpsinError]:
@@ -258,6 +258,16 @@ class FakeBackend:
         for cell in shared:
             cell.holders += 1
         held.extend(shared)
+
+    def kv_save(self, seq_id: int) -> list[int | str]:
+        """The entries of its cells."""
+        return [cell.entry for cell in self._sequences[seq_id]]
+
+    def kv_load(self, seq_id: int, saved: list[int | str]) -> None:
+        """Cells of its own."""
+        assert self.kv_last(seq_id) < 0, "only an empty sequence can be loaded"
+        for pos, entry in enumerate(saved):
+            self._append(seq_id, pos, entry)
 
     def kv_last(self, seq_id: int) -> int:
         """The last position held, -1 for none."""

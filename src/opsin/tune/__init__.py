@@ -1,3 +1,1 @@
 """Settings measured on this machine, and times predicted for others. Refuses to know llama.cpp and the terminal."""
-
-__all__: list[str] = []

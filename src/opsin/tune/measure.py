@@ -11,18 +11,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, median
-from typing import Any, Literal, Protocol
+from statistics import fmean, geometric_mean, median
+from typing import TYPE_CHECKING, Any, Literal
 
-from opsin.bench import image_file
-from opsin.bench.report import columns
+from opsin.bench.report import columns, rounded
+from opsin.bench.workloads import image_file
 from opsin.core.answer import TokenLogprob
 from opsin.core.errors import OpsinError
 from opsin.core.request import Prompt, SamplingParams
 from opsin.core.settings import EngineSettings, ImageSettings
-from opsin.engine import Engine
 from opsin.images import load_image
-from opsin.prompt import Message, PromptBuilder
+from opsin.prompt import Message
+
+if TYPE_CHECKING:
+    from opsin.compose import Runtime
 
 Changes = Mapping[str, Any]
 """Settings that differ from the baseline's."""
@@ -35,18 +37,9 @@ FINALISTS = 2
 MIN_NOISE = 0.003
 MAX_DRIFT = 0.05  # how much the log probability (natural) of an answered token may change: 5 % of its probability
 AT_ONCE = 8
+_FIGURES = ("ratios", "ratio", "drift", "verdict")
 ANSWER = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, guard=False)
 _CHECKED = ANSWER.model_copy(update={"max_tokens": 12, "logprobs": 10})
-
-
-class Runtime(Protocol):
-    """An engine with its model loaded, and what writes prompts for it: `opsin.compose.Runtime`."""
-
-    @property
-    def engine(self) -> Engine: ...  # noqa: D102
-    @property
-    def prompts(self) -> PromptBuilder: ...  # noqa: D102
-    def close(self) -> None: ...  # noqa: D102
 
 
 def question(runtime: Runtime, number: int | None, text: str = "what is this?") -> Prompt:
@@ -111,12 +104,7 @@ class Candidate:
         The first one decides which candidates are measured again, so luck flatters it: then only the others count.
         """
         counted = self.ratios[1:] or self.ratios
-        return math.exp(fmean(map(math.log, counted))) if counted else math.inf
-
-    def as_dict(self) -> dict[str, Any]:
-        """A row of `opsin tune --json-out`."""
-        figures = {"ratio": _finite(self.ratio), "drift": _finite(self.drift), "verdict": self.verdict}
-        return {"settings": _plain(self.changes), "ratios": [round(value, 4) for value in self.ratios], **figures}
+        return geometric_mean(counted) if counted else math.inf
 
     @property
     def may_win(self) -> bool:
@@ -154,17 +142,23 @@ class Report:
 
     def as_document(self) -> dict[str, Any]:
         """Plain JSON values; times in seconds."""
-        return {
-            "kind": "tune",
-            "profile": self.target,
-            "at_once": self.at_once,
-            "baseline_seconds": [round(value, 5) for value in self.baseline],
-            "noise": _finite(self.noise),
-            "candidates": [row.as_dict() for row in self.candidates],
-            "recommended": self.best and _plain(self.best.changes),
-            "ratio": self.best and _finite(self.best.ratio),
-            "seconds": round(self.seconds, 1),
-        }
+        tried = [
+            {"settings": _plain(row.changes), **{name: getattr(row, name) for name in _FIGURES}}
+            for row in self.candidates
+        ]
+        return rounded(
+            {
+                "kind": "tune",
+                "profile": self.target,
+                "at_once": self.at_once,
+                "baseline_seconds": self.baseline,
+                "noise": self.noise,
+                "candidates": tried,
+                "recommended": self.best and _plain(self.best.changes),
+                "ratio": self.best and self.best.ratio,
+                "seconds": self.seconds,
+            }
+        )
 
     def as_text(self) -> str:
         """One table and one recommendation."""
@@ -254,7 +248,7 @@ class Tuner:
             with suppress(OpsinError):  # it worked before: something else took the memory for a moment
                 self._baseline.append(self._measure({}))
             after = self._baseline[-1]
-            row.ratios.append(timing.seconds / math.sqrt(before.seconds * after.seconds))
+            row.ratios.append(timing.seconds / geometric_mean([before.seconds, after.seconds]))
             row.drift = max(row.drift, *map(drift, self._baseline[0].answers, timing.answers))
 
     def _wins(self, row: Candidate) -> bool:
@@ -269,7 +263,3 @@ def shown(changes: Changes) -> str:
 
 def _plain(changes: Changes) -> dict[str, Any]:
     return {name: value.name if isinstance(value, Path) else value for name, value in changes.items()}
-
-
-def _finite(value: float) -> float | None:
-    return round(value, 4) if math.isfinite(value) else None

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from opsin.bench.cost import KV_BYTES, ModelCost, image_cost, read_cost
+from opsin.bench.cost import Ceiling, ModelCost, image_cost, read_cost
+from opsin.bench.report import rounded
 from opsin.core.errors import BadInput, BadParameter
+from opsin.core.ggml_types import bytes_per_value
 from opsin.models import read_info
+from opsin.models.shapes import PairShape
 from opsin.tune.devices import REACHED, Device
-from opsin.tune.measure import ANSWER, Runtime, question
+from opsin.tune.measure import ANSWER, question
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from opsin.compose import Runtime
 
-    from opsin.models.shapes import PairShape
-
-# Bytes of a weight. The "k_m" mixtures by whole files: 4.58 and 5.33 GiB of 8.03 billion weights.
-WEIGHT_BYTES = {"f16": 2.0, "bf16": 2.0, "q8_0": 1.0625, "q6_k": 0.8203, "q5_k_m": 0.713, "q4_k_m": 0.612}
-WEIGHT_BYTES["q4_0"] = 0.5625
+# Bytes of a weight, largest first. The "k_m" mixtures by whole files: 4.58 and 5.33 GiB of 8.03 billion weights.
+WEIGHT_BYTES = {"f16": 2, "bf16": 2, "q8_0": 1.0625, "q6_k": 0.8203, "q5_k_m": 0.713, "q4_k_m": 0.612, "q4_0": 0.5625}
 ROUNDS = 3
 _UBATCH = 1024
 _ENCODE_BYTES = 64 * 2**20
@@ -109,7 +110,7 @@ def shape_needs(shape: PairShape, weight_type: str, kv_type: str = "f16") -> Nee
     # llama.cpp runs all but the last of a file's blocks (`tools/mtmd/models/llava.cpp`).
     ops = 2 * vision.patches * ((vision.layers - 1) * (block + 2 * vision.patches * vision.width) + ends)
     kv_values, width = 2 * text.kv_width * text.layers, text.width * text.layers
-    cost = ModelCost(size * (weights + head), weights, head, kv_values, width, ops, _kv_bytes(kv_type))
+    cost = ModelCost(size * (weights + head), weights, head, kv_values, width, ops, bytes_per_value(kv_type))
     projector = 2.0 * (vision.layers * block + ends + vision.patches * vision.width)
     name, model = f"{shape.name} as {weight_type}", size * (weights + 2 * head)
     return Needs(name, cost, model, projector, text.width, vision.patches)
@@ -117,25 +118,12 @@ def shape_needs(shape: PairShape, weight_type: str, kv_type: str = "f16") -> Nee
 
 def file_needs(llm: Path, mmproj: Path | None, name: str, kv_type: str = "f16") -> Needs:
     """The needs of a pair of files, by their headers. Raises ModelNotFound, ModelUnreadable and BadParameter."""
-    _kv_bytes(kv_type)
     info, cost = read_info(llm), read_cost(llm, None, kv_type)
-    needs = Needs(name, cost, float(info.size), 0.0, info.width or 0, 0)
     if mmproj is None:
-        return needs
-    needs = replace(needs, projector_bytes=float(read_info(mmproj).size))
+        return Needs(name, cost, info.size, 0, info.width or 0, 0)
     image = image_cost(mmproj)
-    if image is None:
-        note = "how long this projector takes cannot be told from its file: images are left out"
-        return replace(needs, notes=(note,))
-    notes = (image.note,) if image.note else ()
-    return replace(needs, cost=replace(cost, encode_ops=image.ops), image_tokens=image.tokens, notes=notes)
-
-
-def memory_needed(needs: Needs, ctx: int) -> dict[str, float]:
-    """Bytes for `ctx` tokens by a rule of thumb; `opsin doctor` plans the memory of this machine."""
-    kv = ctx * needs.cost.kv_values * needs.cost.kv_value_bytes
-    compute = 4.0 * 10 * needs.width * _UBATCH + (_ENCODE_BYTES if needs.projector_bytes else 0)
-    return {"model": needs.model_bytes, "projector": needs.projector_bytes, "kv": kv, "compute": compute}
+    cost, notes = replace(cost, encode_ops=image.ops), (image.note,) if image.note else ()
+    return Needs(name, cost, info.size, read_info(mmproj).size, info.width or 0, image.tokens, notes)
 
 
 def predict(needs: Needs, device: Device, request: Request) -> Prediction:
@@ -147,16 +135,17 @@ def predict(needs: Needs, device: Device, request: Request) -> Prediction:
             f"The request takes {total} tokens ({image} of the image) and --ctx is {request.ctx}: give a larger --ctx."
         )
     reached = REACHED[device.group]
-    bandwidth, rate = device.bandwidth * reached.decode, device.rate * reached.prefill
+    ceiling = Ceiling(device.name, device.bandwidth * reached["decode"], device.rate * reached["prefill"])
 
     def prefill_ms(tokens: int, before: int) -> float:
         """A prefill of few tokens is bound by reading the weights, as a decode step is."""
-        if not tokens:
-            return 0.0
-        ops = tokens * cost.prefill_ops(before + tokens // 2)
-        return 1e3 * max(ops / rate, cost.decode_bytes([before]) / bandwidth)
+        least = cost.decode_bytes([before]) / ceiling.read_bytes_s if tokens else 0.0
+        return 1e3 * max(cost.prompt_seconds(ceiling, tokens, before), least)
 
     context = image + text + request.answer_tokens // 2
+    # By a rule of thumb: `opsin doctor` plans the memory of this machine.
+    compute = 4.0 * 10 * needs.width * _UBATCH + (_ENCODE_BYTES if needs.projector_bytes else 0)
+    kv = request.ctx * cost.kv_values * cost.kv_value_bytes
     notes = needs.notes
     if device.usable < device.memory:
         gib = f"{device.usable / 2**30:.0f} of {device.memory / 2**30:.0f} GiB"
@@ -166,11 +155,11 @@ def predict(needs: Needs, device: Device, request: Request) -> Prediction:
         device=device,
         request=request,
         image_tokens=image,
-        encode_ms=1e3 * (cost.encode_ops or 0.0) / (device.rate * reached.encode),
+        encode_ms=1e3 * (cost.encode_ops or 0.0) / (device.rate * reached["encode"]),
         image_prefill_ms=prefill_ms(image, 0),
         text_prefill_ms=prefill_ms(text, image),
-        decode_token_ms=1e3 * max(cost.decode_bytes([context]) / bandwidth, cost.decode_ops(context) / rate),
-        memory=memory_needed(needs, request.ctx),
+        decode_token_ms=1e3 * cost.step_seconds(ceiling, [context]),
+        memory={"model": needs.model_bytes, "projector": needs.projector_bytes, "kv": kv, "compute": compute},
         notes=notes,
     )
 
@@ -181,11 +170,9 @@ def check_fits(prediction: Prediction, needs: Needs) -> None:
     if not there or needed <= there:
         return
     weight = needs.cost.weight_bytes / (needs.cost.weights + needs.cost.head)
-    ways: list[str] = []
-    for kind, size in WEIGHT_BYTES.items():
-        smaller = needed - needs.model_bytes * (1 - size / weight)
-        if size < weight and smaller <= there and not ways:
-            ways.append(f"the model as {kind} ({smaller / 1e9:.1f} GB)")
+    smaller = {kind: needed - needs.model_bytes * (1 - size / weight) for kind, size in WEIGHT_BYTES.items()}
+    fitting = [f"the model as {kind} ({size / 1e9:.1f} GB)" for kind, size in smaller.items() if size <= there]
+    ways = fitting[:1]
     halved = needed - prediction.memory["kv"] / 2
     if halved <= there:
         ways.append(f"--ctx {ctx // 2} ({halved / 1e9:.1f} GB)")
@@ -214,13 +201,7 @@ def measure_pair(runtime: Runtime, needs: Needs, device: Device, request: Reques
     return {
         "image_tokens": image,
         "text_tokens": text,
-        "predicted_ms": {name: round(value, 3) for name, value in predicted.items()},
-        "measured_ms": {name: round(value, 3) for name, value in measured.items()},
-        "errors": {name: round(predicted[name] / value - 1, 4) for name, value in measured.items() if value},
+        "predicted_ms": rounded(predicted),
+        "measured_ms": rounded(measured),
+        "errors": rounded({name: predicted[name] / value - 1 for name, value in measured.items() if value}),
     }
-
-
-def _kv_bytes(kv_type: str) -> float:
-    if kv_type not in KV_BYTES:
-        raise BadParameter(f"--kv-type cannot be {kv_type!r}: choose one of {', '.join(KV_BYTES)}.")
-    return KV_BYTES[kv_type]

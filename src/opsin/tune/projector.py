@@ -18,7 +18,6 @@ TYPES: tuple[ProjectorType, ...] = ("q8_0", "bf16")
 # Matrices that are only ever multiplied with. Kernels, positions, norms and biases are added or read in other ways,
 # for which llama.cpp wants f32 or f16; gemma3's input_projection is transposed at each encode.
 _MATRIX = re.compile(r"v\.blk\.\d+\.(attn_(q|k|v|qkv|out)|ffn_(up|down|gate))\.weight|mm\.\d+\.weight")
-_FILE_TYPES = {"bf16": 32, "q8_0": 7}  # llama.cpp's `llama_ftype`
 _BLOCK = 32
 
 
@@ -65,26 +64,21 @@ def _converts(tensor: Any, kind: ProjectorType) -> bool:
 
 def _write(reader: Any, chosen: set[str], kind: ProjectorType, path: Path) -> None:
     import gguf
-    import numpy as np
     from gguf.quants import dequantize, quantize
 
-    wanted = gguf.GGMLQuantizationType[kind.upper()]
-    writer = gguf.GGUFWriter(path, "clip", endianess=reader.endianess)
+    writer = gguf.GGUFWriter(path, "clip")
     for field in reader.fields.values():
         if field.name not in {"general.architecture", "general.file_type"} and not field.name.startswith("GGUF."):
             sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
             writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=sub_type)
-    writer.add_file_type(_FILE_TYPES[kind])
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"])
     for tensor in reader.tensors:
-        of_type = wanted if tensor.name in chosen else tensor.tensor_type
-        block, size = gguf.GGML_QUANT_SIZES[of_type]
-        rows = [int(length) for length in reversed(tensor.shape)]
-        # The writer takes shapes of values where the data are said to be such.
-        writer.add_tensor_info(tensor.name, rows, np.dtype(np.float32), int(tensor.n_elements) // block * size, of_type)
+        data, of_type = tensor.data, tensor.tensor_type
+        if tensor.name in chosen:
+            wanted = gguf.GGMLQuantizationType[kind.upper()]
+            data, of_type = quantize(dequantize(data, of_type), wanted), wanted
+        writer.add_tensor(tensor.name, data, raw_dtype=of_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for tensor in reader.tensors:
-        values = dequantize(tensor.data, tensor.tensor_type) if tensor.name in chosen else None
-        writer.write_tensor_data(tensor.data if values is None else quantize(values, wanted))
+    writer.write_tensors_to_file()
     writer.close()

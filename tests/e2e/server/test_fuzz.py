@@ -54,9 +54,7 @@ class Server:
     """The application over a fake backend."""
 
     def __init__(self, settings: ServerSettings = LIMITED) -> None:
-        limits = BackendLimits(
-            n_ctx=1024, n_batch=256, n_ubatch=256, n_seq_max=8, n_vocab=N_VOCAB, n_embd=4, n_ctx_seq=1024
-        )
+        limits = BackendLimits(n_ctx=1024, n_ubatch=256, n_seq_max=8, n_vocab=N_VOCAB, n_embd=4, n_ctx_seq=1024)
         self.engine = Engine(lambda: FakeBackend(limits=limits), policy=Policy(parallel=8))
         source = TemplateSource(TEMPLATE, "fake", "fake", None, "", "", frozenset({TURN_TEXT}))
         self.manager = ModelManager(settings, LocalEngine(self.engine, source))

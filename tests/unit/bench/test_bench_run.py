@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from opsin.bench import Ceiling, EngineDriver, Workload, choose, measure_in_turn
 from opsin.bench import workloads as workloads_file
-from opsin.bench.cost import ModelCost
+from opsin.bench.cost import Ceiling, ModelCost
+from opsin.bench.drivers import EngineDriver
 from opsin.bench.report import Limits, Target, as_text, ratio, target_document
 from opsin.bench.workloads import (
     WORKLOADS,
@@ -17,9 +17,12 @@ from opsin.bench.workloads import (
     Result,
     Stats,
     Timing,
+    Workload,
+    choose,
     image_file,
     images_of,
     invalid_reason,
+    measure_in_turn,
     run_workload,
     stats_of,
     warm_up,
@@ -36,7 +39,7 @@ from opsin.testing.fake_backend import TURN_TEXT
 
 pytestmark = pytest.mark.slow  # together they take seconds, so `make check` leaves them out
 
-LIMITS = BackendLimits(n_ctx=4096, n_batch=256, n_ubatch=256, n_seq_max=24, n_vocab=259, n_embd=4, n_ctx_seq=4096)
+LIMITS = BackendLimits(n_ctx=4096, n_ubatch=256, n_seq_max=24, n_vocab=259, n_embd=4, n_ctx_seq=4096)
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}" + TURN_TEXT
 CEILING = Ceiling("CPU", read_bytes_s=1e10, matrix_ops_s=1e11)
 COST = ModelCost(

@@ -1,5 +1,6 @@
 """Embeddings on disk: nothing that can be wrong with a file or a disk reaches the engine."""
 
+import io
 import logging
 import os
 import signal
@@ -9,19 +10,23 @@ import sys
 import tempfile
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import save
 
 from opsin.cache import DiskStore, EmbeddingCache, default_folder
-from opsin.cache.disk import _pack
-from opsin.core.request import Embedding
 
 ROWS = np.arange(12, dtype=np.float32).reshape(3, 4)
+
+
+def packed(**arrays: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
 
 
 def kept(folder: Path, *names: str, max_bytes: int = 2**20) -> DiskStore:
@@ -33,12 +38,12 @@ def kept(folder: Path, *names: str, max_bytes: int = 2**20) -> DiskStore:
 
 
 def file_of(folder: Path) -> Path:
-    (path,) = folder.glob("*.safetensors")
+    (path,) = folder.glob("*.npz")
     return path
 
 
 def bytes_in(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return sum(path.stat().st_size for path in folder.glob("*.npz"))
 
 
 def test_what_was_put_is_there_after_a_restart(tmp_path: Path) -> None:
@@ -50,16 +55,6 @@ def test_what_was_put_is_there_after_a_restart(tmp_path: Path) -> None:
     assert DiskStore(tmp_path).get("b") is None
 
 
-def test_it_is_there_at_once_also_while_it_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store, go = DiskStore(tmp_path), threading.Event()
-    monkeypatch.setattr(store, "_write", lambda *_: go.wait(60))
-    store.put("a", ROWS)
-    assert store.get("a") is ROWS
-    go.set()
-    store.close()
-    assert store.get("a") is None
-
-
 def test_putting_does_not_wait_for_the_disk_and_holds_a_bounded_amount(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -67,11 +62,12 @@ def test_putting_does_not_wait_for_the_disk_and_holds_a_bounded_amount(
     store, go = DiskStore(tmp_path), threading.Event()
     written: list[str] = []
 
-    def slow(identity: str, _: Embedding) -> None:
+    def slow(identity: str) -> Path:
         go.wait(60)
         written.append(identity)
+        return tmp_path / identity
 
-    monkeypatch.setattr(store, "_write", slow)
+    monkeypatch.setattr(store, "_path", slow)
     for name in "abcde":
         store.put(name, ROWS)  # would wait for ever if it waited
     go.set()
@@ -107,7 +103,7 @@ def test_folder_and_files_are_their_owners_alone(tmp_path: Path) -> None:
 def test_the_default_folder_is_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_folder() == tmp_path / "opsin" / "images"
-    store = DiskStore()
+    store = DiskStore(default_folder())
     store.put("a", ROWS)
     store.close()
     assert bytes_in(default_folder())
@@ -119,7 +115,7 @@ def test_the_default_folder_is_the_users_cache(tmp_path: Path, monkeypatch: pyte
 )
 @given(st.data())
 def test_no_damage_to_a_file_is_ever_believed(tmp_path: Path, data: st.DataObject) -> None:
-    good = _pack("a", ROWS)
+    good = packed(embedding=ROWS)
     damaged = bytearray(good)
     if data.draw(st.booleans(), "cut off"):
         del damaged[data.draw(st.integers(0, len(good) - 1), "at") :]
@@ -131,44 +127,34 @@ def test_no_damage_to_a_file_is_ever_believed(tmp_path: Path, data: st.DataObjec
     path.write_bytes(damaged)
     found = store.get("a")
     if found is not None:
-        np.testing.assert_array_equal(found, ROWS)  # white space of the header may change
+        np.testing.assert_array_equal(found, ROWS)  # what the archive says beside the data may change
     else:
         assert not path.exists()
+
+
+def zipped(data: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("embedding.npy", data)
+    return file.getvalue()
 
 
 @pytest.mark.parametrize(
     "content",
     [
         b"",
-        b"not a safetensors file at all",
+        b"not an archive at all",
         b"\xff" * 64,
-        save({"embedding": ROWS}),
-        save({"embedding": ROWS}, {"identity": "a"}),
-        save({"other": ROWS}, {"identity": "a"}),
-        _pack("another image", ROWS),
-        _pack("a", ROWS[0]),
-        _pack("a", ROWS[:0]),
-        _pack("a", np.full((2, 2), np.nan, np.float32)),
-        save({"embedding": ROWS.astype(np.float64)}, {"identity": "a"}),
-        bytes(2**16 + 1),
+        packed(other=ROWS),
+        zipped(b"no array"),
+        packed(embedding=np.array([{"a": "pickle"}])),
+        packed(embedding=ROWS)[:-30],
+        packed(embedding=ROWS).replace(ROWS.tobytes(), bytes(ROWS.nbytes)),
     ],
-    ids=[
-        "empty",
-        "text",
-        "noise",
-        "no identity",
-        "no checksum",
-        "no tensor",
-        "other identity",
-        "vector",
-        "no rows",
-        "not finite",
-        "other type",
-        "too large",
-    ],
+    ids=["empty", "text", "noise", "another array", "no array", "pickle", "cut short", "zeros"],
 )
 def test_a_bad_entry_is_dropped_and_can_be_written_again(tmp_path: Path, content: bytes) -> None:
-    store = kept(tmp_path, "a", max_bytes=2**16)
+    store = kept(tmp_path, "a")
     path = file_of(tmp_path)
     path.write_bytes(content)
     assert store.get("a") is None
@@ -178,18 +164,17 @@ def test_a_bad_entry_is_dropped_and_can_be_written_again(tmp_path: Path, content
     assert store.get("a") is not None
 
 
-def test_a_crash_in_the_middle_of_a_write_leaves_no_entry_and_its_rest_is_removed_later(tmp_path: Path) -> None:
-    kept(tmp_path, "a")
-    half = tmp_path / "tmphalf.tmp"
-    half.write_bytes(_pack("b", ROWS)[:50])
-    store = kept(tmp_path, "c")
+def test_a_crash_in_the_middle_of_a_write_leaves_no_entry_and_its_rest_goes_as_others_do(tmp_path: Path) -> None:
+    size = len(packed(embedding=ROWS))
+    half = tmp_path / "half.tmp"
+    half.write_bytes(packed(embedding=ROWS)[:50])
+    store = kept(tmp_path, "a", max_bytes=2 * size)
     assert half.exists(), "somebody may be writing it now"
-    assert store.get("b") is None
-    long_ago = time.time() - 7200
-    os.utime(half, (long_ago, long_ago))
-    kept(tmp_path, "d")
+    os.utime(half, (1000, 1000))
+    store.put("b", ROWS)
+    store.close()
     assert not half.exists()
-    assert all(store.get(name) is not None for name in "acd")
+    assert all(store.get(name) is not None for name in "ab")
 
 
 @pytest.mark.slow
@@ -203,18 +188,18 @@ def test_a_killed_writer_leaves_only_whole_entries(tmp_path: Path, opsin_env: di
     child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=opsin_env)
     try:
         end = time.monotonic() + 120
-        while len(list(tmp_path.glob("*.safetensors"))) < 3 and time.monotonic() < end:
+        while len(list(tmp_path.glob("*.npz"))) < 3 and time.monotonic() < end:
             time.sleep(0.01)
     finally:
         child.kill()
         child.wait()
-    before = sorted(tmp_path.glob("*.safetensors"))
+    before = sorted(tmp_path.glob("*.npz"))
     assert len(before) >= 3
     store = DiskStore(tmp_path)
     for i in range(50):
         found = store.get(str(i))
         assert found is None or (found == i).all()
-    assert sorted(tmp_path.glob("*.safetensors")) == before, "a half-written entry was found and dropped"
+    assert sorted(tmp_path.glob("*.npz")) == before, "a half-written entry was found and dropped"
 
 
 def test_a_failing_replace_leaves_no_temporary_file(
@@ -273,7 +258,7 @@ def test_a_file_that_cannot_be_read_is_a_miss_and_stays(tmp_path: Path, monkeypa
 
 
 def test_the_folder_stays_in_its_bound_and_forgets_what_was_used_longest_ago(tmp_path: Path) -> None:
-    size = len(_pack("0", ROWS))
+    size = len(packed(embedding=ROWS))
     store = DiskStore(tmp_path, 3 * size)
     for i in range(3):
         store.put(str(i), ROWS)
@@ -291,7 +276,7 @@ def test_the_folder_stays_in_its_bound_and_forgets_what_was_used_longest_ago(tmp
 
 def test_a_smaller_bound_holds_from_the_first_write_and_too_large_ones_are_not_kept(tmp_path: Path) -> None:
     kept(tmp_path, *"abcdefgh")
-    size = len(_pack("a", ROWS))
+    size = len(packed(embedding=ROWS))
     store = kept(tmp_path, "z", max_bytes=2 * size)
     assert bytes_in(tmp_path) <= 2 * size
     assert store.get("z") is not None
@@ -301,7 +286,7 @@ def test_a_smaller_bound_holds_from_the_first_write_and_too_large_ones_are_not_k
 
 
 def test_two_stores_share_a_folder(tmp_path: Path) -> None:
-    size = len(_pack("00", ROWS))
+    size = len(packed(embedding=ROWS))
     one, other = DiskStore(tmp_path, 10 * size), DiskStore(tmp_path, 10 * size)
     for i in range(10, 60):
         for number, store in enumerate((one, other)):

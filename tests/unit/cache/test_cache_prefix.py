@@ -130,15 +130,12 @@ def test_a_removed_prefix_is_not_found_and_leaves_nothing_behind() -> None:
 
 
 @pytest.mark.parametrize("length", [1, BLOCK - 1, BLOCK, 3 * BLOCK])
-def test_ended_ones_that_a_longer_one_begins_with_are_found(length: int) -> None:
-    index = PrefixIndex()
+def test_a_longer_one_begins_with_a_shorter_one_that_ended(length: int) -> None:
     beginning = ("", *range(length))
     prompts = [beginning, ("", 77), (*beginning, 5)]
     short, other, long = (prefix(i, units, idle=True) for i, units in enumerate(prompts))
-    for each in (short, other, long):
-        index.add(each)
-    assert index.contained_in(long) == [short]
-    assert index.contained_in(short) == []
+    assert [long.begins_with(each) for each in (short, other, long)] == [True, False, True]
+    assert not short.begins_with(long)
 
 
 def test_an_image_is_one_unit_with_its_cells_and_positions() -> None:

@@ -1,8 +1,9 @@
 """Each check of the build: once where it fails for the reason it names, once where it passes."""
 
+import json
 import shlex
 import subprocess
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,19 @@ CUDA = replace(GOOD, backends=("CUDA", "CPU"), devices=(CUDA0, CPU))
 HOST = Host(cpu="AMD EPYC", cpu_features=frozenset({"AVX", "AVX2", "FMA", "F16C"}), cores=8, allowed=8, threads=4)
 
 
-def check(name: str, build: Build = GOOD, machine: Host = HOST, environment: dict[str, str] | None = None) -> Check:
-    (found,) = (check for check in build_checks(build, machine, environment or {}) if check.name == f"build.{name}")
+@pytest.fixture(autouse=True)
+def _nothing_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in room.HIDES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def check(name: str, build: Build = GOOD, machine: Host = HOST) -> Check:
+    (found,) = (check for check in build_checks(build, machine) if check.name == f"build.{name}")
     return found
 
 
 def names(build: Build = GOOD, machine: Host = HOST) -> list[str]:
-    return [check.name.removeprefix("build.") for check in build_checks(build, machine, {})]
+    return [check.name.removeprefix("build.") for check in build_checks(build, machine)]
 
 
 def flags_of(found: Check) -> str:
@@ -50,7 +57,7 @@ def flags_of(found: Check) -> str:
 
 
 def test_a_good_build_on_its_machine_passes_everything() -> None:
-    checks = build_checks(CUDA, replace(HOST, gpus=(RTX,)), {})
+    checks = build_checks(CUDA, replace(HOST, gpus=(RTX,)))
     assert worst(checks) == "ok"
     assert all(found.fix is None and found.message for found in checks)
     assert [found.name.removeprefix("build.") for found in checks] == [*("version", "cpu", "driver", "gpu", "threads")]
@@ -195,9 +202,10 @@ def test_what_is_missing_to_compile_is_said() -> None:
     assert "not here" not in ready.message
 
 
-def test_a_gpu_that_the_environment_hides_is_found_out(tmp_path: Path) -> None:
+def test_a_gpu_that_the_environment_hides_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blind = replace(CUDA, devices=(CPU,))
-    found = check("gpu", blind, replace(HOST, gpus=(RTX,)), {"CUDA_VISIBLE_DEVICES": "-1"})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    found = check("gpu", blind, replace(HOST, gpus=(RTX,)))
     assert found.status == "fail"
     assert "CUDA_VISIBLE_DEVICES is '-1'" in found.message
     program = tmp_path / "opsin"
@@ -208,9 +216,10 @@ def test_a_gpu_that_the_environment_hides_is_found_out(tmp_path: Path) -> None:
     assert done.stdout == b"doctor unset\n"
 
 
-def test_some_of_the_gpus_missing_is_a_warning() -> None:
+def test_some_of_the_gpus_missing_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = replace(HOST, gpus=(RTX, RTX))
-    found = check("gpu", CUDA, machine, {"CUDA_VISIBLE_DEVICES": "0"})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    found = check("gpu", CUDA, machine)
     assert (found.status, found.fix) == ("warn", "env -u CUDA_VISIBLE_DEVICES opsin doctor")
     assert "and llama.cpp sees 1" in found.message
     both = replace(CUDA, devices=(CUDA0, replace(CUDA0, name="CUDA1"), CPU))
@@ -258,9 +267,9 @@ def test_a_quota_below_the_threads_is_told_with_its_numbers() -> None:
 
 def test_the_threads_that_were_asked_for_are_judged() -> None:
     machine = replace(HOST, quota=2.5)
-    statuses = [build_checks(GOOD, machine, {}, threads=asked)[-1].status for asked in (None, 1, 2, 3)]
+    statuses = [build_checks(GOOD, machine, threads=asked)[-1].status for asked in (None, 1, 2, 3)]
     assert statuses == ["warn", "ok", "ok", "warn"]
-    assert build_checks(GOOD, replace(HOST, quota=0.5), {}, threads=1)[-1].status == "ok"
+    assert build_checks(GOOD, replace(HOST, quota=0.5), threads=1)[-1].status == "ok"
 
 
 def test_an_affinity_below_the_cores_warns_of_threads_beyond_it_only() -> None:
@@ -268,7 +277,7 @@ def test_an_affinity_below_the_cores_warns_of_threads_beyond_it_only() -> None:
     machine = replace(HOST, allowed=2, threads=2)
     found = check("threads", machine=machine)
     assert (found.status, "2 of 8 cores" in found.message) == ("ok", True)
-    more = build_checks(GOOD, machine, {}, threads=8)[-1]
+    more = build_checks(GOOD, machine, threads=8)[-1]
     assert (more.status, "--threads 2" in more.message) == ("warn", True)
 
 
@@ -278,16 +287,13 @@ def test_enough_cores_pass(quota: float | None) -> None:
 
 
 def test_every_row_is_plain_json() -> None:
-    import json
-
-    for found in build_checks(GOOD, replace(HOST, gpus=(RTX,)), {}):
-        assert json.loads(json.dumps(found.as_dict()))["name"] == found.name
+    for found in build_checks(GOOD, replace(HOST, gpus=(RTX,))):
+        assert json.loads(json.dumps(asdict(found)))["name"] == found.name
 
 
-def test_without_arguments_this_machine_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "build_info", lambda: GOOD)
+def test_without_a_host_this_one_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "read_host", lambda *_: replace(HOST, gpus=(RTX,)))
-    assert {found.name: found.status for found in build_checks()}["build.gpu"] == "fail"
+    assert {found.name: found.status for found in build_checks(GOOD)}["build.gpu"] == "fail"
 
 
 def hint(*gpus: Gpu, build: Build = GOOD, **facts: Any) -> str | None:

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from opsin.cache import EmbeddingCache
+from opsin.compose import Runtime
 from opsin.core.backend import BackendLimits
 from opsin.core.errors import BadParameter, EncodeFailed
 from opsin.core.placement import BackendShare, Placement
 from opsin.core.settings import EngineSettings
 from opsin.doctor import examine as room
 from opsin.doctor.check import Check
-from opsin.doctor.examine import LoadedPair, examine
-from opsin.doctor.pair import PairInfo
+from opsin.doctor.examine import examine
 from opsin.engine import Engine
 from opsin.models.gguf import read_header
 from opsin.models.pairing import Pair
@@ -27,7 +27,7 @@ from synth import write_pair
 
 TEMPLATE = "{% for m in messages %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endfor %}" + TURN_TEXT
 SOURCE = TemplateSource(TEMPLATE, "llama", "fake", None, "", "", frozenset({TURN_TEXT}))
-LIMITS = BackendLimits(n_ctx=2048, n_batch=64, n_ubatch=64, n_seq_max=8, n_vocab=N_VOCAB, n_embd=4, n_ctx_seq=2048)
+LIMITS = BackendLimits(n_ctx=2048, n_ubatch=64, n_seq_max=8, n_vocab=N_VOCAB, n_embd=4, n_ctx_seq=2048)
 CPU = Device("CPU", "a CPU", "cpu", 2**33, 2**34, 1)
 CARDS = tuple(Device(f"CUDA{index}", "a GPU", "gpu", 2**33, 2**34, 2 + index) for index in range(2))
 ON_GPU = {"CUDA0": BackendShare(90, 1.0)}
@@ -54,32 +54,36 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return write_pair("tiny", tmp_path_factory.mktemp("pair"))
 
 
+def opener(backend: FakeBackend) -> Callable[[], Runtime]:
+    def open_runtime() -> Runtime:
+        engine = Engine(lambda: backend, images=EmbeddingCache(2**20), now=backend.clock)
+        return Runtime(engine, PromptBuilder(SOURCE), False, "setup", backend, SOURCE)  # type: ignore[arg-type]
+
+    return open_runtime
+
+
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """What the native parts say."""
-    said = SimpleNamespace(build=OK, room=replace(OK, name="room.memory"), devices=(CPU, *CARDS))
+    """What the native parts say, and how a pair is opened."""
+    backend = Backend(limits=LIMITS)
+    room_said = replace(OK, name="room.memory")
+    said = SimpleNamespace(
+        build=OK, room=room_said, devices=(CPU, *CARDS), backend=backend, open_runtime=opener(backend)
+    )
     for name, value in {
         "build_info": Build,
         "build_checks": lambda *_, **__: [said.build],
         "room_checks": lambda *_: [said.room],
         "trial_check": lambda *_: replace(OK, name="safety.trial"),
         "devices": lambda: said.devices,
+        "open_runtime": lambda *_, **__: said.open_runtime(),
     }.items():
         monkeypatch.setattr(room, name, value)
     return said
 
 
-def opener(backend: FakeBackend) -> Callable[[EngineSettings, PairInfo], LoadedPair]:
-    def open_pair(_: EngineSettings, _info: PairInfo) -> LoadedPair:
-        engine = Engine(lambda: backend, images=EmbeddingCache(2**20), now=backend.clock)
-        return LoadedPair(engine, PromptBuilder(SOURCE), backend, SOURCE, engine.close)  # type: ignore[arg-type]
-
-    return open_pair
-
-
-def examined(pair: Pair, backend: FakeBackend | None = None, **settings: Any) -> dict[str, Check]:
-    backend = backend or Backend(limits=LIMITS)
-    found = list(examine(EngineSettings(model=pair.llm, mmproj=pair.mmproj, **settings), opener(backend)))
+def examined(pair: Pair, **settings: Any) -> dict[str, Check]:
+    found = list(examine(EngineSettings(model=pair.llm, mmproj=pair.mmproj, **settings)))
     by_name = {check.name: check for check in found}
     assert len(by_name) == len(found), "nothing is told twice"
     return by_name
@@ -89,13 +93,11 @@ def groups(found: dict[str, Check]) -> set[str]:
     return {name.partition(".")[0] for name in found}
 
 
-@pytest.mark.usefixtures("machine")
-def test_a_sound_pair_is_looked_at_from_all_sides(pair: Pair) -> None:
-    backend = Backend(limits=LIMITS)
-    found = examined(pair, backend)
+def test_a_sound_pair_is_looked_at_from_all_sides(pair: Pair, machine: SimpleNamespace) -> None:
+    found = examined(pair)
     assert groups(found) == {"build", "room", "safety", "pair", "behaviour", "placement"}
     assert "fail" not in {check.status for check in found.values()}
-    assert backend.closed
+    assert machine.backend.closed
 
 
 @pytest.mark.usefixtures("machine")
@@ -105,31 +107,29 @@ def test_the_loaded_pairs_word_stands_and_not_the_headers(pair: Pair) -> None:
     assert found["pair.ubatch"].evidence["image_tokens"] == 4, "what the backend lays out"
 
 
-@pytest.mark.usefixtures("machine")
-def test_an_image_that_does_not_fit_ends_it_before_one_is_asked_about(pair: Pair) -> None:
+def test_an_image_that_does_not_fit_ends_it_before_one_is_asked_about(pair: Pair, machine: SimpleNamespace) -> None:
     backend = Backend(limits=replace(LIMITS, n_ctx=256, n_ctx_seq=256), image_tokens=300)
-    found = examined(pair, backend)
+    machine.open_runtime = opener(backend)
+    found = examined(pair)
     assert found["pair.context"].status == "fail"
     assert groups(found) == {"build", "room", "safety", "pair"}
     assert backend.closed
 
 
-@pytest.mark.usefixtures("machine")
-def test_an_answer_that_fails_is_a_finding_behind_the_others(pair: Pair) -> None:
-    backend = Backend(limits=LIMITS)
-    backend.fail_encode = EncodeFailed("no memory")
-    found = examined(pair, backend)
+def test_an_answer_that_fails_is_a_finding_behind_the_others(pair: Pair, machine: SimpleNamespace) -> None:
+    machine.backend.fail_encode = EncodeFailed("no memory")
+    found = examined(pair)
     assert list(found)[-1] == "pair.usable"
     assert "no memory" in found["pair.usable"].message
     assert "pair.context" in found
 
 
-@pytest.mark.usefixtures("machine")
-def test_a_setting_that_loading_refuses_is_a_finding_behind_the_headers(pair: Pair) -> None:
-    def refuse(_: EngineSettings, _info: PairInfo) -> LoadedPair:
+def test_a_setting_that_loading_refuses_is_a_finding_behind_the_headers(pair: Pair, machine: SimpleNamespace) -> None:
+    def refuse() -> Runtime:
         raise BadParameter("--ctx is too small: give more.")
 
-    found = list(examine(EngineSettings(model=pair.llm, mmproj=pair.mmproj), refuse))
+    machine.open_runtime = refuse
+    found = list(examined(pair).values())
     assert (found[-1].name, found[-1].status) == ("pair.usable", "fail")
     assert found[-1].message == "--ctx is too small: give more."
     assert "pair.width" in {check.name for check in found}
@@ -137,22 +137,24 @@ def test_a_setting_that_loading_refuses_is_a_finding_behind_the_headers(pair: Pa
 
 def test_a_pair_without_room_is_not_loaded_and_its_headers_are_told(pair: Pair, machine: SimpleNamespace) -> None:
     machine.room = replace(machine.room, status="fail")
-    found = list(examine(EngineSettings(model=pair.llm, mmproj=pair.mmproj), lambda *_: pytest.fail("it was loaded")))
-    names = [check.name for check in found]
-    assert "pair.width" in names
-    assert "safety.trial" not in names
+    machine.open_runtime = lambda: pytest.fail("it was loaded")
+    found = examined(pair)
+    assert "pair.width" in found
+    assert "safety.trial" not in found
 
 
 def test_a_gpu_that_the_build_cannot_use_is_told_by_its_check(pair: Pair, machine: SimpleNamespace) -> None:
-    backend = Backend(limits=LIMITS)
-    backend.proof = Placement(ON_CPU, ON_CPU, 0, 1)
+    def on_cpu() -> Check:
+        backend = Backend(limits=LIMITS)
+        backend.proof = Placement(ON_CPU, ON_CPU, 0, 1)
+        machine.open_runtime = opener(backend)
+        return examined(pair)["placement.encoder"]
+
     machine.devices = (CPU,)
     machine.build = replace(OK, status="warn", fix="pip install something")
-    assert examined(pair, backend)["placement.encoder"].status == "ok", "a warning is no fault of the pair"
-    backend = Backend(limits=LIMITS)
-    backend.proof = Placement(ON_CPU, ON_CPU, 0, 1)
+    assert on_cpu().status == "ok", "a warning is no fault of the pair"
     machine.build = replace(OK, status="fail", fix="env -u CUDA_VISIBLE_DEVICES opsin doctor")
-    check = examined(pair, backend)["placement.encoder"]
+    check = on_cpu()
     assert (check.status, check.fix) == ("fail", "env -u CUDA_VISIBLE_DEVICES opsin doctor")
     assert "see build.gpu" in check.message
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from opsin.core.errors import BadInput
 from opsin.doctor.explain import as_text, explain
-from opsin.doctor.explain.patterns import go_duration
+from opsin.doctor.explain.parse import go_duration
 
 LOGS = Path(__file__).parents[2] / "logs"
 FOUNDING = (LOGS / "lcp-0.2.56-founding.log").read_bytes()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-from opsin.doctor.build import RECIPES, install_command, missing_tool
+from opsin.doctor.build import RECIPES, install_command
 from opsin.doctor.host import Host
 from opsin.native import PINNED
 
@@ -114,10 +114,3 @@ def test_an_environment_without_pip_uses_uv_or_makes_one(tmp_path: Path) -> None
     (tmp_path / "words").unlink()
     words, _ = run_line(install_command(a_machine(python, pip=False), ["CUDA"]), python)
     assert words[:5] == ["-m", "ensurepip", "-m", "pip", "install"]
-
-
-def test_what_is_missing_to_compile_is_told() -> None:
-    assert "nvcc" in missing_tool(a_machine("python"), "CUDA")
-    assert missing_tool(a_machine("python", tools={"nvcc": "/usr/bin/nvcc"}), "CUDA") == ""
-    assert missing_tool(a_machine("python"), "Metal") == ""
-    assert missing_tool(a_machine("python"), "CPU") == ""

@@ -10,11 +10,10 @@ from pair_fixes import parsed
 
 from opsin.core.settings import EngineSettings
 from opsin.doctor.check import Check
-from opsin.doctor.pair import LoadedFacts, PairInfo, pair_checks, read_pair
+from opsin.doctor.pair import LoadedFacts, PairInfo, header_checks, loaded_checks, read_pair
 from opsin.models.pairing import Pair
-from opsin.models.shapes import SHAPES
 from opsin.prompt import TemplateSource
-from synth import write_pair, write_shape
+from synth import SHAPES, write_pair, write_shape
 
 TOKENS = frozenset({"<s>", "</s>", "<unk>"})
 TURNS = "{% for m in messages %}[{{ m.role }}] {{ m.content }}END{% endfor %}"
@@ -32,7 +31,7 @@ def info(pair: Pair) -> PairInfo:
 
 
 def of(llm: Path, mmproj: Path | None) -> dict[str, Check]:
-    return by_name(pair_checks(read_pair(Pair(llm, mmproj, llm.stem))))
+    return checked(read_pair(Pair(llm, mmproj, llm.stem)))
 
 
 def template(end: str, **more: Any) -> TemplateSource:
@@ -47,31 +46,33 @@ def by_name(checks: list[Check]) -> dict[str, Check]:
     return {check.name: check for check in checks}
 
 
-def checked(info: PairInfo, **facts: Any) -> dict[str, Check]:
-    return by_name(pair_checks(info, LoadedFacts(**facts)))
+def settings_of(info: PairInfo, **settings: Any) -> EngineSettings:
+    return EngineSettings(model=info.pair.llm, mmproj=info.pair.mmproj, **settings)
+
+
+def checked(info: PairInfo) -> dict[str, Check]:
+    return by_name(header_checks(info, settings_of(info)))
+
+
+def loaded(
+    info: PairInfo,
+    *,
+    source: TemplateSource | None = None,
+    image_tokens: int = 16,
+    ubatch: int = 1024,
+    ctx: int = 4096,
+    **settings: Any,
+) -> dict[str, Check]:
+    facts = LoadedFacts(source or template("</s>"), frozenset({"</s>"}), image_tokens, ubatch, ctx)
+    return by_name(loaded_checks(info, facts, settings_of(info, **settings)))
 
 
 def test_a_sound_pair_passes_all(info: PairInfo) -> None:
-    found = checked(info, template=template("</s>"), eog_texts=frozenset({"</s>"}), ctx_seq=4096)
-    assert {name: check.status for name, check in found.items()} == dict.fromkeys(
-        (
-            "pair.projector",
-            "pair.width",
-            "pair.quantisation",
-            "pair.ubatch",
-            "pair.context",
-            "pair.template",
-            "pair.end",
-        ),
-        "ok",
-    )
-    assert found["pair.ubatch"].evidence["image_tokens"] == 16
-
-
-def test_headers_alone_tell_much(info: PairInfo) -> None:
-    found = by_name(pair_checks(info))
-    assert set(found) == {"pair.projector", "pair.width", "pair.quantisation", "pair.ubatch", "pair.template"}
-    assert {check.status for check in found.values()} == {"ok"}
+    found = checked(info)
+    assert set(found) == {"pair.projector", "pair.width", "pair.quantisation", "pair.template"}
+    then = loaded(info)
+    assert set(then) == {"pair.ubatch", "pair.context", "pair.end"}
+    assert {check.status for check in (*found.values(), *then.values())} == {"ok"}
 
 
 def test_a_missing_projector_fails_with_the_one_beside_the_model(info: PairInfo) -> None:
@@ -118,12 +119,12 @@ def test_a_projector_of_another_width_fails_before_loading(pair: Pair, info: Pai
 
 
 def test_a_pair_of_two_families_is_doubted(info: PairInfo) -> None:
-    check = by_name(pair_checks(replace(info, doubt="they are of different families")))["pair.width"]
+    check = checked(replace(info, doubt="they are of different families"))["pair.width"]
     assert (check.status, check.message) == ("warn", "they are of different families.")
 
 
 def test_a_width_that_the_file_does_not_tell_is_left_to_llama_cpp(info: PairInfo) -> None:
-    found = by_name(pair_checks(replace(info, mmproj=replace(info.mmproj, projector_width=None))))
+    found = checked(replace(info, mmproj=replace(info.mmproj, projector_width=None)))
     assert found["pair.width"].status == "ok"
     assert "cannot be told" in found["pair.width"].message
 
@@ -140,7 +141,7 @@ def test_a_width_that_the_file_does_not_tell_is_left_to_llama_cpp(info: PairInfo
 )
 def test_the_projectors_quantisation(info: PairInfo, kind: str, types: dict[str, int], status: str, said: str) -> None:
     mmproj = replace(info.mmproj, quantisation=kind, tensor_types=types)
-    check = by_name(pair_checks(replace(info, mmproj=mmproj)))["pair.quantisation"]
+    check = checked(replace(info, mmproj=mmproj))["pair.quantisation"]
     assert check.status == status
     assert said in check.message
 
@@ -153,37 +154,28 @@ def test_an_all_f32_file_is_told_by_its_header(tmp_path: Path) -> None:
     assert "All of mmproj-tiny-f32.gguf is f32" in check.message
 
 
-def test_an_image_that_attends_both_ways_must_fit_the_ubatch(info: PairInfo) -> None:
-    found = checked(info, image_tokens=300, ubatch=256, causal=False)
-    assert found["pair.ubatch"].status == "fail"
-    assert "must go in one ubatch, which holds 256" in found["pair.ubatch"].message
-    assert parsed(found["pair.ubatch"].fix)[1]["ubatch"] == 512
-    assert checked(info, image_tokens=300, ubatch=512, causal=False)["pair.ubatch"].status == "ok"
-
-
-def test_other_images_go_in_slices_and_small_ones_warn(info: PairInfo) -> None:
-    check = checked(info, image_tokens=576, ubatch=256)["pair.ubatch"]
+def test_images_go_in_slices_and_small_ones_warn(info: PairInfo) -> None:
+    check = loaded(info, image_tokens=576, ubatch=256)["pair.ubatch"]
     assert (check.status, check.fix) == ("ok", None)
     assert "3 ubatches of 256" in check.message
-    check = checked(info, image_tokens=576, ubatch=64)["pair.ubatch"]
+    check = loaded(info, image_tokens=576, ubatch=64)["pair.ubatch"]
     assert check.status == "warn"
     assert "9 ubatches of 64" in check.message
     assert parsed(check.fix)[1]["ubatch"] == 768
 
 
 def test_an_image_that_does_not_fit_the_context_fails(info: PairInfo) -> None:
-    settings = EngineSettings(parallel=2, kv_type="q8_0")
-    check = checked(info, image_tokens=576, ctx_seq=512, settings=settings)["pair.context"]
+    check = loaded(info, image_tokens=576, ctx=512, parallel=2, kv_type="q8_0")["pair.context"]
     assert check.status == "fail"
     assert "576 tokens and a question do not fit the context of 512" in check.message
     options = parsed(check.fix)[1]
     assert (options["ctx"], options["parallel"], options["kv_type"]) == (4096, 2, "q8_0")
-    fixed = checked(info, image_tokens=576, ctx_seq=options["ctx"] // options["parallel"])["pair.context"]
+    fixed = loaded(info, image_tokens=576, ctx=options["ctx"] // options["parallel"])["pair.context"]
     assert fixed.status == "ok"
 
 
 def test_a_context_that_leaves_no_room_for_the_answer_warns(info: PairInfo) -> None:
-    check = checked(info, image_tokens=576, ctx_seq=768)["pair.context"]
+    check = loaded(info, image_tokens=576, ctx=768)["pair.context"]
     assert check.status == "warn"
     assert "leaves 128 of 768 for the answer" in check.message
     assert parsed(check.fix)[1]["ctx"] == 2048
@@ -191,30 +183,30 @@ def test_a_context_that_leaves_no_room_for_the_answer_warns(info: PairInfo) -> N
 
 def test_an_image_beyond_the_trained_context_has_no_command(info: PairInfo) -> None:
     llm = replace(info.llm, context=512)
-    check = checked(replace(info, llm=llm), image_tokens=576, ctx_seq=512)["pair.context"]
+    check = loaded(replace(info, llm=llm), image_tokens=576, ctx=512)["pair.context"]
     assert (check.status, check.fix) == ("fail", None)
     assert "--image-max-tokens" in check.message
 
 
 def test_a_context_longer_than_the_trained_one_warns(info: PairInfo) -> None:
-    check = checked(info, ctx_seq=8192, settings=EngineSettings(parallel=2))["pair.context"]
+    check = loaded(info, ctx=8192, parallel=2)["pair.context"]
     assert check.status == "warn"
     assert "8192 tokens is longer than the trained 4096" in check.message
     assert parsed(check.fix)[1]["ctx"] == 8192, "4,096 for each of two"
-    assert checked(info, ctx_seq=4096)["pair.context"].status == "ok"
+    assert loaded(info, ctx=4096)["pair.context"].status == "ok"
 
 
-def test_a_missing_template_warns_and_names_the_one_that_stands_in(info: PairInfo, tmp_path: Path) -> None:
-    source = replace(template(""), template=None)
-    found = checked(info, template=source, eog_texts=frozenset({"</s>"}))
-    assert found["pair.template"].status == "warn"
-    assert "vicuna" in found["pair.template"].message
-    assert found["pair.end"].status == "ok", "the built-in one ends answers"
+def test_a_missing_template_warns_and_the_one_that_stands_in_is_named(info: PairInfo, tmp_path: Path) -> None:
     bare = write_pair("tiny", tmp_path, template=False)
     assert bare.mmproj is not None
     check = of(bare.llm, bare.mmproj)["pair.template"]
     assert check.status == "warn"
     assert "a built-in one is used" in check.message
+    end = loaded(info, source=replace(template(""), template=None))["pair.end"]
+    assert (end.status, "vicuna" in end.message) == ("ok", True)
+    pages = template("", architecture="deepseek2-ocr", projector="deepseekocr")
+    end = loaded(info, source=replace(pages, template=None))["pair.end"]
+    assert (end.status, "called plain" in end.message) == ("ok", True), "it has no turns to end"
 
 
 def test_a_template_that_cannot_be_used_is_seen_by_the_header(info: PairInfo, tmp_path: Path) -> None:
@@ -227,24 +219,16 @@ def test_a_template_that_cannot_be_used_is_seen_by_the_header(info: PairInfo, tm
     assert "has a mistake in line 1" in found["pair.template"].message
 
 
-def test_a_model_that_reads_pages_has_no_turns_to_end(info: PairInfo) -> None:
-    source = replace(template("", architecture="deepseek2-ocr", projector="deepseekocr"), template=None)
-    found = checked(info, template=source, eog_texts=frozenset({"</s>"}))
-    assert "called plain" in found["pair.template"].message
-    assert "pair.end" not in found
-
-
 @pytest.mark.parametrize("text", ["{% for %}", "{{ raise_exception('no') }}"])
 def test_a_template_that_cannot_be_used_fails(info: PairInfo, text: str) -> None:
-    found = checked(info, template=replace(template(""), template=text), eog_texts=frozenset({"</s>"}))
+    found = checked(replace(info, source=replace(info.source, template=text)))
     assert found["pair.template"].status == "fail"
     assert "chat template" in found["pair.template"].message
-    assert "pair.end" not in found
 
 
 @pytest.mark.parametrize("end", ["", "</s >", " | "])
 def test_an_end_token_that_the_template_never_writes_warns(info: PairInfo, end: str) -> None:
-    check = checked(info, template=template(end), eog_texts=frozenset({"</s>"}))["pair.end"]
+    check = loaded(info, source=template(end))["pair.end"]
     assert check.status == "warn"
     assert "may not end by themselves" in check.message
     assert "</s>" in check.message
@@ -253,10 +237,10 @@ def test_an_end_token_that_the_template_never_writes_warns(info: PairInfo, end: 
 
 def test_an_end_token_before_the_answer_does_not_count(info: PairInfo) -> None:
     source = replace(template(""), template="{% for m in messages %}</s>[{{ m.role }}] {{ m.content }}{% endfor %}")
-    assert checked(info, template=source, eog_texts=frozenset({"</s>"}))["pair.end"].status == "warn"
+    assert loaded(info, source=source)["pair.end"].status == "warn"
 
 
 def test_a_turn_marker_without_a_token_ends_answers_as_a_stop_string(info: PairInfo) -> None:
-    check = checked(info, template=template("<|im_end|>"), eog_texts=frozenset({"</s>"}))["pair.end"]
+    check = loaded(info, source=template("<|im_end|>"))["pair.end"]
     assert check.status == "ok"
     assert "'<|im_end|>'" in check.message

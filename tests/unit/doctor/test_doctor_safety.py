@@ -99,12 +99,11 @@ def test_a_child_is_given_the_pair_the_settings_and_the_last_stage(pair: Pair) -
         pair.llm,
         None,
         EngineSettings(kv_type="q8_0"),
-        brief=True,
         command=shell('for word in "$@"; do echo "$word" >&2; done; echo "$GGML_NO_BACKTRACE" >&2'),
     )
     assert done.lines[0] == str(pair.llm)
     assert '"kv_type":"q8_0"' in done.lines[1]
-    assert done.lines[2:] == ("brief", "1"), "an empty projector is an empty line"
+    assert done.lines[2:] == ("1",), "an empty projector is an empty line"
     assert done.stage == "start"
 
 
@@ -115,7 +114,7 @@ def test_lines_are_few_and_short(pair: Pair) -> None:
 
 
 def checked(pair: Pair, folder: Path, done: Trial, **more: Any) -> Check:
-    return trial_check(read_pair(pair), trial=lambda *_, **_more: done, folder=folder, **{"present": [], **more})
+    return trial_check(read_pair(pair), EngineSettings(), [], trial=lambda *_: done, folder=folder, **more)
 
 
 def ended(end: Any = "crashed", stage: Any = "encode", name: str | None = "SIGSEGV") -> Trial:
@@ -130,7 +129,7 @@ def test_what_went_well_is_not_tried_again_until_something_changes(pair: Pair, t
         return ended("done", "decode", None)
 
     def check(present: Any = (), settings: EngineSettings | None = None) -> Check:
-        return trial_check(read_pair(pair), settings, trial=trial, folder=tmp_path, present=present)
+        return trial_check(read_pair(pair), settings or EngineSettings(), present, trial=trial, folder=tmp_path)
 
     assert check().evidence["remembered"] is False
     assert check().evidence == {"remembered": True}
@@ -143,7 +142,7 @@ def test_what_went_well_is_not_tried_again_until_something_changes(pair: Pair, t
     check()
     assert len(calls) == 4
     for file in tmp_path.glob("*.json"):
-        file.write_text("[]")
+        file.write_text("[")
     check()
     assert len(calls) == 5
 
@@ -176,7 +175,7 @@ def test_a_crash_is_tried_again_and_a_folder_that_cannot_be_written_loses_nothin
 def test_a_crash_names_what_to_try_by_its_stage(pair: Pair, tmp_path: Path) -> None:
     def fix(stage: str, **settings: Any) -> tuple[str | None, str]:
         info, chosen = read_pair(pair), EngineSettings(**settings)
-        check = trial_check(info, chosen, trial=lambda *_: ended(stage=stage), folder=tmp_path, present=[GPU])
+        check = trial_check(info, chosen, [GPU], trial=lambda *_: ended(stage=stage), folder=tmp_path)
         return check.fix, check.message
 
     assert parsed(fix("encode", ctx=2048)[0])[1].items() >= {"mmproj_device": "none", "ctx": 2048}.items()
@@ -201,7 +200,6 @@ def test_signals_with_a_meaning_tell_it(pair: Pair, tmp_path: Path, name: str, s
 
 def test_a_text_model_and_a_file_that_is_not_there(pair: Pair, tmp_path: Path) -> None:
     done = ended("done", "decode", None)
-    alone = read_pair(replace(pair, mmproj=None))
-    assert trial_check(alone, trial=lambda *_, **_more: done, folder=tmp_path, present=[]).status == "ok"
+    assert checked(replace(pair, mmproj=None), tmp_path, done).status == "ok"
     with pytest.raises(ModelNotFound):
         read_pair(replace(pair, llm=tmp_path / "no.gguf"))

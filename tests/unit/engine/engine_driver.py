@@ -33,7 +33,7 @@ from opsin.testing.fake_backend import TURN_TEXT
 
 
 def limits(n_ctx: int = 256, n_ubatch: int = 16, n_seq_max: int = 6) -> BackendLimits:
-    return BackendLimits(n_ctx, n_ubatch, n_ubatch, n_seq_max, n_vocab=259, n_embd=4, n_ctx_seq=n_ctx)
+    return BackendLimits(n_ctx, n_ubatch, n_seq_max, n_vocab=259, n_embd=4, n_ctx_seq=n_ctx)
 
 
 def reply(text: str) -> str:
@@ -145,7 +145,7 @@ class Driver:
     def __post_init__(self) -> None:
         if self.backend is None:
             self.backend = Backend(reply, limits=self.limits, clock=FakeClock())
-        self.loop = Loop(lambda: self.backend, self.policy, self.images, self._again, self.backend.clock)
+        self.loop = Loop(lambda: self.backend, self.policy, self.images, self.backend.clock)
         self.loop._attach(self.backend)
         scheduler = self.scheduler
         plan, plan_turn = scheduler.plan, scheduler.plan_turn
@@ -162,9 +162,6 @@ class Driver:
             return step
 
         scheduler.plan, scheduler.plan_turn = noted, noted_turn  # type: ignore[method-assign]
-
-    def _again(self, sequence: Sequence) -> None:
-        raise AssertionError("whoever has no pixels has the embedding")
 
     @property
     def scheduler(self) -> Scheduler:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from opsin.cache import EmbeddingCache
-from opsin.core.answer import Answer, Event, Finished, Started, TextDelta
+from opsin.core.answer import Answer, Event, Finished, Progress, TextDelta
 from opsin.core.backend import BackendLimits
 from opsin.core.errors import (
     BadGrammar,
@@ -41,7 +41,7 @@ from opsin.engine.clock import stage_row
 from opsin.testing import FakeBackend, FakeClock, image
 from opsin.testing.fake_backend import EOS, TURN_TEXT
 
-LIMITS = BackendLimits(n_ctx=512, n_batch=64, n_ubatch=64, n_seq_max=8, n_vocab=259, n_embd=4, n_ctx_seq=512)
+LIMITS = BackendLimits(n_ctx=512, n_ubatch=64, n_seq_max=8, n_vocab=259, n_embd=4, n_ctx_seq=512)
 
 
 def prompt(text: str = "what is this?", images: int = 1, **fields: object) -> Prompt:
@@ -146,7 +146,6 @@ def test_text_streams_in_whole_characters() -> None:
     backend = FakeBackend(lambda _: "größe 🙂 ok")
     with Engine(lambda: backend) as engine:
         events = list(engine.submit(prompt()))
-    assert isinstance(events[0], Started)
     assert isinstance(events[-1], Finished)
     pieces = [event.text for event in events if isinstance(event, TextDelta)]
     assert "".join(pieces) == "größe 🙂 ok"
@@ -288,7 +287,7 @@ def test_closing_ends_running_answers_and_refuses_new_ones() -> None:
     backend = FakeBackend(lambda _: "x" * 400, limits=dataclasses.replace(LIMITS, n_ctx=1 << 16, n_ctx_seq=1 << 16))
     engine = Engine(lambda: backend, max_tokens=60_000)
     stream = engine.submit(prompt(), SamplingParams(ignore_eos=True, guard=False))
-    assert isinstance(next(iter(stream)), Started)
+    assert isinstance(next(iter(stream)), Progress)
     engine.close()
     engine.close()
     with pytest.raises(EngineClosed):
@@ -305,7 +304,7 @@ def test_cancelling_frees_the_sequence_for_the_next() -> None:
     )
     with Engine(lambda: backend, max_tokens=60_000) as engine:
         long = engine.submit(prompt("long"), SamplingParams(ignore_eos=True, guard=False))
-        assert isinstance(next(iter(long)), Started)
+        assert isinstance(next(iter(long)), Progress)
         long.cancel()
         with pytest.raises(Cancelled):
             long.result()
@@ -401,7 +400,7 @@ def test_a_reader_whose_event_loop_was_closed_hurts_nobody() -> None:
         stream = engine.submit(prompt("long"), SamplingParams(guard=False))
         loop = asyncio.new_event_loop()
         events = stream.__aiter__()
-        assert isinstance(loop.run_until_complete(first(events)), Started)
+        assert isinstance(loop.run_until_complete(first(events)), Progress)
         loop.close()  # without a word to the reader that waits in it
         with pytest.raises(Cancelled):
             list(stream)
@@ -446,19 +445,23 @@ def test_a_known_image_is_neither_preprocessed_nor_encoded_again() -> None:
 def test_one_that_relied_on_anothers_encode_gets_its_own_when_that_one_fails() -> None:
     """Two ask about one image at once: the second has no pixels, and the encode that was to serve it fails."""
     backend = FakeBackend(lambda text: str(text.count("<")))
-    laid_out = threading.Event()
-    encode = backend.encode
+    prepared = threading.Semaphore(0)
+    tokenize, encode = backend.tokenize, backend.encode
+
+    def tokenizes(*args, **options):  # type: ignore[no-untyped-def]
+        tokenized = tokenize(*args, **options)
+        prepared.release()
+        return tokenized
 
     def fails(run, between=None):  # type: ignore[no-untyped-def]
-        assert laid_out.wait(10)
+        for _prompt in range(2):
+            assert prepared.acquire(timeout=10)
         backend.encode = encode  # type: ignore[method-assign]
         raise EncodeFailed("boom")
 
-    backend.encode = fails  # type: ignore[method-assign]
+    backend.tokenize, backend.encode = tokenizes, fails  # type: ignore[method-assign]
     with Engine(lambda: backend, policy=Policy(parallel=2)) as engine:
         first, second = engine.submit(prompt("one")), engine.submit(prompt("two"))
-        assert isinstance(next(iter(second)), Started)
-        laid_out.set()
         with pytest.raises(EncodeFailed):
             first.result()
         assert second.result().text == "4"

@@ -49,6 +49,7 @@ class World:
     slice: int
     turn: float
     wait_for: int
+    swap_cells: int
     image_bytes: int
     layers: int
     image_tokens: int
@@ -75,6 +76,7 @@ worlds = st.builds(
     slice=st.sampled_from([1, 4, 64]),
     turn=st.sampled_from([0.0, 0.01, 0.06]),
     wait_for=st.sampled_from([1, 4, 32]),
+    swap_cells=st.sampled_from([0, 0, 12, 60, 1000]),
     image_bytes=st.sampled_from([0, 64, 2**20]),
     layers=st.sampled_from([1, 3]),
     image_tokens=st.sampled_from([1, 4, 12]),
@@ -100,6 +102,7 @@ def live(world: World, history: list[Ask], mishaps: dict[int, str], *, keep_pref
         longest_wait=world.turn,
         slice_seconds=world.slice / 1000,
         wait_for=world.wait_for,
+        swap_cells=world.swap_cells,
         keep_prefixes=keep_prefixes,
     )
     driver = Driver(size, policy, backend, EmbeddingCache(world.image_bytes))

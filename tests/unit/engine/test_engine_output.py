@@ -2,7 +2,7 @@
 
 from opsin.core.answer import TextDelta, TokenLogprob
 from opsin.core.reasoning import ReasoningStyle
-from opsin.engine.output import AnswerText
+from opsin.engine.output import AnswerText, ReasoningSplitter
 
 STYLE = ReasoningStyle("<think>", "</think>")
 
@@ -13,7 +13,7 @@ def read(output: AnswerText, pieces: list[tuple[int, bytes]]) -> list[TextDelta]
 
 
 def test_tags_that_are_control_tokens_have_no_bytes_and_still_split() -> None:
-    output = AnswerText((), STYLE.splitter(starts_inside=False), None, tags={1: b"<think>", 2: b"</think>"})
+    output = AnswerText((), ReasoningSplitter(STYLE, starts_inside=False), None, tags={1: b"<think>", 2: b"</think>"})
     deltas = read(output, [(1, b""), (7, b"hm"), (2, b""), (8, b" blue")])
     assert (output.reasoning, output.text) == ("hm", "blue")
     assert [(delta.text, delta.reasoning) for delta in deltas] == [("hm", True), ("blue", False)]
@@ -21,7 +21,7 @@ def test_tags_that_are_control_tokens_have_no_bytes_and_still_split() -> None:
 
 
 def test_stop_strings_end_the_answer_but_not_the_reasoning() -> None:
-    output = AnswerText(("stop",), STYLE.splitter(starts_inside=True), None)
+    output = AnswerText(("stop",), ReasoningSplitter(STYLE, starts_inside=True), None)
     read(output, [(1, b"don't stop "), (2, b"</think>"), (3, b"go st"), (4, b"op now")])
     assert (output.reasoning, output.text, output.stopped) == ("don't stop", "go ", True)
 

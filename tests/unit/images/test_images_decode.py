@@ -53,7 +53,7 @@ def test_lossless_formats_give_the_exact_pixels_and_one_identity(kind: str) -> N
     assert np.array_equal(rgb_of(image), np.asarray(scene()))
     assert image.sha256 == load_image(np.asarray(scene()), LIMITS).sha256
     assert image.sha256 == image_sha256(48, 32, image.rgb)
-    assert (image.source_width, image.source_height, image.orientation, image.notes) == (48, 32, 1, ())
+    assert (image.orientation, image.notes) == (1, ())
     assert image.decode_ms > 0
 
 
@@ -76,8 +76,6 @@ def test_all_eight_orientations_give_the_same_pixels(kind: str, options: dict[st
     image = load_image(oriented(kind, orientation, **options), LIMITS)
     assert np.array_equal(rgb_of(image), np.asarray(scene()))
     assert image.orientation == orientation
-    stored = (32, 48) if orientation >= 5 else (48, 32)
-    assert (image.source_width, image.source_height) == stored
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -98,8 +96,6 @@ def test_lossy_and_compressed_orientations_are_turned_exactly_once(
     image = load_image(oriented(kind, orientation, **options), LIMITS)
     assert closeness(image, scene()) < 3
     assert image.orientation == orientation
-    stored = (32, 48) if orientation >= 5 else (48, 32)
-    assert (image.source_width, image.source_height) == stored
 
 
 def test_jpeg_orientations_share_one_identity_when_the_stored_blocks_are_flat() -> None:
@@ -138,7 +134,7 @@ def test_heic_exif_without_a_turn_in_the_container_is_not_believed() -> None:
     assert b"irot" not in stray
     image = load_image(stray, LIMITS)
     assert closeness(image, scene()) < 3
-    assert (image.orientation, image.source_width) == (1, 48)
+    assert image.orientation == 1
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "La", "RGBa"])
@@ -291,22 +287,19 @@ def test_a_pillow_image_is_turned_and_not_changed() -> None:
 
 def test_the_first_of_many_is_taken_and_said() -> None:
     others = [Image.new("RGB", (48, 32), (index, 0, 0)) for index in (1, 2)]
-    for kind, options, sentence in (
-        ("GIF", {}, "the first of several frames was taken"),
-        ("TIFF", {}, "the first of several pages was taken"),
-        ("TIFF", {"big_tiff": True}, "the first of several pages was taken"),
-        ("PNG", {}, "the first of 3 frames was taken"),
-        ("WEBP", samples.LOSSLESS["WEBP"], "the first of 3 frames was taken"),
+    for kind, options, closest in (
+        ("GIF", {}, 0),
+        ("TIFF", {}, 0),
+        ("TIFF", {"big_tiff": True}, 0),
+        ("PNG", {}, 0),
+        ("WEBP", samples.LOSSLESS["WEBP"], 0),
+        ("AVIF", samples.LOSSY["AVIF"], 3),
+        ("HEIF", samples.LOSSY["HEIF"], 3),
     ):
         image = load_image(encode(scene(), kind, save_all=True, append_images=others, **options), LIMITS)
-        assert image.notes == (sentence,), kind
-        assert np.array_equal(rgb_of(image), np.asarray(scene())), kind
-    avif = encode(scene(), "AVIF", save_all=True, append_images=others, **samples.LOSSY["AVIF"])
-    image = load_image(avif, LIMITS)
-    assert image.notes == ("the first of 3 frames was taken",)
-    assert closeness(image, scene()) < 3
-    heic = encode(scene(), "HEIF", save_all=True, append_images=others, **samples.LOSSY["HEIF"])
-    assert load_image(heic, LIMITS).notes == ("the main one of 3 images was taken",)
+        assert len(image.notes) == 1, kind
+        assert "one of the file's frames or pages" in image.notes[0], kind
+        assert closeness(image, scene()) <= closest, kind
 
 
 def test_a_thin_image_within_the_limits_is_read() -> None:

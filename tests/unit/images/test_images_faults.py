@@ -24,7 +24,7 @@ import opsin
 from opsin.core.errors import BadImage, BadInput, ImageTooLarge
 from opsin.core.request import Image
 from opsin.core.settings import ImageSettings
-from opsin.images import OpenImage, load_image
+from opsin.images import load_image
 
 NOISE = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 255, (224, 320, 3), np.uint8))
 
@@ -273,10 +273,8 @@ def test_a_file_is_opened_once_and_hashed_once(monkeypatch: pytest.MonkeyPatch) 
     header, digest = JpegImagePlugin.JpegImageFile._open, opsin.images.decode.image_sha256  # type: ignore[attr-defined]
     monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "_open", lambda pil: opened.append(1) or header(pil))
     monkeypatch.setattr("opsin.images.decode.image_sha256", lambda *size: hashed.append(1) or digest(*size))
-    file = OpenImage(data, LIMITS)
-    assert (file.width, file.height) == (320, 224)
-    image = load_image(file, LIMITS, 160)
-    assert (image.width, image.height, image.source_width) == (160, 112, 320)
+    image = load_image(data, LIMITS, 160)
+    assert (image.width, image.height) == (160, 112)
     assert image.notes == ("shrunk to 160 by 112 pixels",)
     assert len(opened) == len(hashed) == 1
     assert len(image.rgb) == 160 * 112 * 3

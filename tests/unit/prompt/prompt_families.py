@@ -210,10 +210,7 @@ def bare(
 
 
 def image(number: int = 0) -> Image:
-    return Image(
-        rgb=bytes((number, 0, 0)), width=1, height=1, sha256=f"{number:064x}", format="PNG", source_width=1,
-        source_height=1,
-    )  # fmt: skip
+    return Image(rgb=bytes((number, 0, 0)), width=1, height=1, sha256=f"{number:064x}", format="PNG")
 
 
 def flat(prompt: Prompt, mark: str = "¤") -> str:

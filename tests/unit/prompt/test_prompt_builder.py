@@ -151,7 +151,7 @@ def test_the_parts_joined_are_the_plain_rendering(family, first, answer, second)
     prompt = prompts.build(
         [Message("user", [A, first + "."]), Message("assistant", answer), Message("user", [second + ".", B])]
     )
-    wants_list = template.abilities.lists
+    wants_list = "list" in template.abilities.user
 
     def content(*parts):
         return [{"type": "text", "text": part} for part in parts] if wants_list else "".join(parts)
@@ -191,7 +191,7 @@ def test_without_generation_prompt_the_turn_of_the_model_is_not_opened():
 
 def test_an_image_that_the_template_drops_is_refused():
     prompts = bare("{% for m in messages %}{% if m.role != 'tool' %}{{ m.content }}{% endif %}{% endfor %}")
-    with pytest.raises(BadPrompt, match="leaves out image 2 of 2"):
+    with pytest.raises(BadPrompt, match="once and in order"):
         prompts.build([Message("user", ["hi", A]), Message("tool", [B])])
 
 
@@ -209,7 +209,7 @@ def test_images_in_another_order_are_refused():
 @pytest.mark.parametrize("body", ["{{ c[:20] }}", "{{ c[:-3] }}", "{{ c[:-1] }}9"])
 def test_a_template_that_cuts_texts_apart_is_refused(body):
     prompts = bare("{% set c = messages[0].content %}{% if c | length > 30 %}" + body + "{% else %}{{ c }}{% endif %}")
-    with pytest.raises(BadPrompt, match=r"cuts texts apart|leaves out image"):
+    with pytest.raises(BadPrompt, match=r"cuts texts apart|once and in order"):
         prompts.build([Message("user", [A])])
 
 

@@ -43,7 +43,7 @@ def test_keys_and_nested_values_of_json_are_protected():
     placeholders = Placeholders(ControlTokens(["</s>"]))
     value = placeholders.protect({"a</s>": ["</s>", {"b": "x"}, 3, None, True, 1.5]})
     assert "</s>" not in str(value)
-    assert value[placeholders.protect("a</s>")][1:] == [{"b": "x"}, 3, None, True, 1.5]
+    assert next(iter(value.values()))[1:] == [{"b": "x"}, 3, None, True, 1.5]
 
 
 def test_cutting_gives_back_what_was_put_in():
@@ -62,7 +62,7 @@ def test_equal_images_have_placeholders_of_their_own():
     placeholders = Placeholders(ControlTokens([]))
     one, two = placeholders.place(image(1)), placeholders.place(image(1))
     assert one != two
-    with pytest.raises(BadPrompt, match="leaves out image 2 of 2"):
+    with pytest.raises(BadPrompt, match="once and in order"):
         placeholders.cut(one)
     with pytest.raises(BadPrompt, match="once and in order"):
         placeholders.cut(two + one)

@@ -5,11 +5,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from prompt_families import source
 
-from opsin.core.reasoning import ReasoningSplitter, ReasoningStyle
+from opsin.core.reasoning import ReasoningStyle
+from opsin.engine.output import ReasoningSplitter
 from opsin.prompt import TemplateSource
 from opsin.prompt.builder import find_style
 
-GLM = ReasoningStyle(wrapper=("<answer>", "</answer>"), dropped=("<|begin_of_box|>", "<|end_of_box|>"))
+THINK = ReasoningStyle()
+GLM = ReasoningStyle(dropped=("<answer>", "</answer>", "<|begin_of_box|>", "<|end_of_box|>"))
 
 
 def run(splitter, *deltas):
@@ -41,24 +43,23 @@ def run(splitter, *deltas):
     ],
 )
 def test_whole_and_letter_by_letter_agree(text, inside, expected):
-    assert run(ReasoningSplitter(starts_inside=inside), text) == expected
-    assert run(ReasoningSplitter(starts_inside=inside), *text) == expected
+    assert run(ReasoningSplitter(THINK, starts_inside=inside), text) == expected
+    assert run(ReasoningSplitter(THINK, starts_inside=inside), *text) == expected
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("<think>why</think><answer>It is <|begin_of_box|>42<|end_of_box|>.</answer>", ("why", "It is 42.")),
-        ("<think>why</think>\n<answer>\n42 \n</answer>\n", ("why", "42\n")),
+        ("<think>why</think>\n<answer>\n42 \n</answer>\n", ("why", "42 \n\n")),
         ("<think>why</think>It is <|begin_of_box|>42<|end_of_box|>.", ("why", "It is 42.")),
-        ("<think>why</think>The tags <answer> and </answer>", ("why", "The tags <answer> and </answer>")),
         ("<answer>42</answer>", ("", "42")),
         ("no tags at all <an", ("", "no tags at all <an")),
     ],
 )
 def test_the_wrapping_of_glm_is_left_out(text, expected):
-    assert run(GLM.splitter(starts_inside=False), text) == expected
-    assert run(GLM.splitter(starts_inside=False), *text) == expected
+    assert run(ReasoningSplitter(GLM, starts_inside=False), text) == expected
+    assert run(ReasoningSplitter(GLM, starts_inside=False), *text) == expected
 
 
 pieces = st.lists(
@@ -87,25 +88,27 @@ pieces = st.lists(
     words=pieces,
     cuts=st.lists(st.integers(0, 60), max_size=8),
     inside=st.booleans(),
-    style=st.sampled_from([ReasoningStyle(), GLM]),
+    style=st.sampled_from([THINK, GLM]),
 )
 @example(words=["<answer>", "</answer>", " ", "</answer>"], cuts=[17], inside=False, style=GLM)
 def test_where_the_stream_is_cut_changes_nothing(words, cuts, inside, style):
     text = "".join(words)
     edges = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
     deltas = [text[a:b] for a, b in itertools.pairwise(edges)]
-    assert run(style.splitter(starts_inside=inside), *deltas) == run(style.splitter(starts_inside=inside), text)
+    assert run(ReasoningSplitter(style, starts_inside=inside), *deltas) == run(
+        ReasoningSplitter(style, starts_inside=inside), text
+    )
 
 
 @given(words=pieces)
 def test_without_tags_nothing_is_lost(words):
     text = "".join(words).replace("<think>", "").replace("</think>", "")
     if not text.lstrip().startswith("<think>"):
-        assert run(ReasoningSplitter(), *text) == ("", text)
+        assert run(ReasoningSplitter(THINK, starts_inside=False), *text) == ("", text)
 
 
 def test_text_is_given_out_as_soon_as_it_is_certain():
-    splitter = ReasoningSplitter()
+    splitter = ReasoningSplitter(THINK, starts_inside=False)
     assert splitter.feed("<think>") == ("", "")
     assert splitter.inside is True
     assert splitter.feed("first, ") == ("first,", "")
@@ -143,4 +146,4 @@ def test_glm_is_known_by_its_box():
     of = source("glm4v")
     style = find_style(of, of.template or "")
     assert style is not None
-    assert style.wrapper == ("<answer>", "</answer>")
+    assert "<answer>" in style.dropped

@@ -95,31 +95,31 @@ def test_a_mistake_in_the_template_names_its_line():
 
 
 @pytest.mark.parametrize(
-    ("family", "strings", "lists", "system"),
+    ("family", "user", "system"),
     [
-        ("qwen2-vl", True, True, "string"),
-        ("gemma3", True, True, "string"),
-        ("llama3.2", True, True, "string"),
-        ("smolvlm", False, True, "list"),
-        ("internvl", True, False, "string"),
-        ("minicpm", True, False, "string"),
-        ("glm4v", True, True, "string"),
-        ("kimi", True, True, "string"),
-        ("vicuna", True, False, "string"),
-        ("mistral", True, False, None),
-        ("lists-only", False, True, "list"),
+        ("qwen2-vl", ("string", "list"), "string"),
+        ("gemma3", ("string", "list"), "string"),
+        ("llama3.2", ("string", "list"), "string"),
+        ("smolvlm", ("list",), "list"),
+        ("internvl", ("string",), "string"),
+        ("minicpm", ("string",), "string"),
+        ("glm4v", ("string", "list"), "string"),
+        ("kimi", ("string", "list"), "string"),
+        ("vicuna", ("string",), "string"),
+        ("mistral", ("string",), None),
+        ("lists-only", ("list",), "list"),
     ],
 )
-def test_what_each_family_understands(family, strings, lists, system):
+def test_what_each_family_understands(family, user, system):
     template, bos, eos, _ = FAMILIES[family]
     found = ChatTemplate(template, bos_token=bos, eos_token=eos).abilities
-    assert found == Abilities(strings, lists, system)
+    assert found == Abilities(user, system)
 
 
 @pytest.mark.parametrize("body", ["{{ m.content }}", "{{ m.content | tojson }}", "{{ m.content | string | trim }}"])
 def test_a_list_printed_as_it_is_does_not_count_as_understood(body):
     found = ChatTemplate("{% for m in messages %}" + body + "{% endfor %}", bos_token="", eos_token="").abilities
-    assert (found.strings, found.lists) == (True, False)
+    assert found.user == ("string",)
 
 
 def test_a_system_message_may_want_another_shape_than_the_users():
@@ -127,6 +127,4 @@ def test_a_system_message_may_want_another_shape_than_the_users():
         "{% for m in messages %}{% if m.role == 'system' %}{{ m.content + '|' }}"
         "{% else %}{% for c in m.content %}{{ c.text }}{% endfor %}{% endif %}{% endfor %}"
     )
-    assert ChatTemplate(text, bos_token="", eos_token="").abilities == Abilities(
-        strings=False, lists=True, system="string"
-    )
+    assert ChatTemplate(text, bos_token="", eos_token="").abilities == Abilities(("list",), "string")

@@ -50,9 +50,9 @@ class Backend(FakeBackend):
         super().__init__(reply, **options)
         self.drawn_with: list[SamplingParams] = []
 
-    def sampler(self, params: SamplingParams, seed: int) -> Sampler:
+    def sampler(self, params: SamplingParams, seed: int, compiled: object = None) -> Sampler:
         self.drawn_with.append(params.model_copy(update={"seed": seed}))
-        return super().sampler(params, seed)
+        return super().sampler(params, seed, compiled)
 
 
 class Gate:

@@ -53,7 +53,7 @@ DATA_URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
 
 @pytest.fixture(scope="module")
 def model() -> Iterator[LocalEngine]:
-    limits = BackendLimits(n_ctx=512, n_batch=64, n_ubatch=64, n_seq_max=8, n_vocab=N_VOCAB, n_embd=4, n_ctx_seq=512)
+    limits = BackendLimits(n_ctx=512, n_ubatch=64, n_seq_max=8, n_vocab=N_VOCAB, n_embd=4, n_ctx_seq=512)
     engine = Engine(lambda: FakeBackend(limits=limits))
     yield LocalEngine(engine, TemplateSource(TEMPLATE, "fake", "fake", None, "", "", frozenset({TURN_TEXT})))
     engine.close()

@@ -21,7 +21,8 @@ def test_every_device_has_rates_and_shares_that_can_be(device):
     assert 1e11 < device.rate < 1e16
     assert (device.memory == 0) == (device.group == "cpu")
     reached = REACHED[device.group]
-    assert all(0 < share < 1 for share in (reached.encode, reached.prefill, reached.decode))
+    assert set(reached) == {"encode", "prefill", "decode"}
+    assert all(0 < share < 1 for share in reached.values())
 
 
 # Llama 2 7B with llama.cpp: decode of 128 tokens, prefill of 512; tokens a second. Sources: opsin.tune.devices.
@@ -126,8 +127,6 @@ def test_files_need_what_their_headers_say():
     assert needs.cost.encode_ops == cost.read_cost(pair.llm, pair.mmproj).encode_ops
     text = file_needs(pair.llm, None, "text")
     assert (text.image_tokens, text.projector_bytes, text.cost.encode_ops) == (0, 0.0, None)
-    with pytest.raises(BadParameter, match="--kv-type cannot be 'q5'"):
-        file_needs(pair.llm, None, "text", "q5")
 
 
 def test_an_unknown_projector_leaves_images_out_and_says_so(monkeypatch):
@@ -143,7 +142,7 @@ def test_an_unknown_projector_leaves_images_out_and_says_so(monkeypatch):
 def test_decode_is_bytes_by_bandwidth_and_share():
     found = predict(SEVEN, CARD, Request(text_tokens=24, answer_tokens=100))
     read = SEVEN.cost.decode_bytes([576 + 24 + 50])
-    assert found.decode_token_ms == pytest.approx(read / (CARD.bandwidth * REACHED["cuda"].decode) * 1e3)
+    assert found.decode_token_ms == pytest.approx(read / (CARD.bandwidth * REACHED["cuda"]["decode"]) * 1e3)
     assert found.first_token_ms == pytest.approx(found.encode_ms + found.prefill_ms)
     assert found.answer_ms == pytest.approx(found.first_token_ms + 99 * found.decode_token_ms)
     row = found.as_dict()

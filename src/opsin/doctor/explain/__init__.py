@@ -43,7 +43,7 @@ class Explanation:
             "verdict": self.verdict,
             "request": {"line": facts.worst.line, "position": facts.position, "count": facts.count, "total_s": whole},
             "stages": [{**asdict(row), "ms": round(row.ms, 3)} for row in self.stages],
-            "causes": [cause.as_dict() for cause in self.causes],
+            "causes": [asdict(cause) for cause in self.causes],
             "notes": list(self.notes),
         }
 

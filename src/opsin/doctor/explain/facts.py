@@ -90,8 +90,13 @@ class Request:
         """Milliseconds of the image's prefill; batches that were cut out of the log at the mean of the others."""
         if not self.batches:
             return 0.0
-        count = max(len(self.batches), *(batch.of for batch in self.batches))
+        count = max(len(self.batches), self.batch_count)
         return sum(batch.ms for batch in self.batches) * count / len(self.batches)
+
+    @property
+    def batch_count(self) -> int:
+        """Batches that an image's prefill was cut into, also those that were cut out of the log."""
+        return max((batch.of for batch in self.batches), default=0)
 
     @property
     def image(self) -> float:
@@ -151,7 +156,7 @@ class Request:
             times = {stage.value: self.stages.get(stage.value, 0.0) for stage in Stage}
             rows = [StageRow(_TITLES.get(name, name.replace("_", " ")), ms) for name, ms in times.items()]
             return tuple(row for row in rows if row.ms >= _LEAST_MS)
-        batches, images = max((batch.of for batch in self.batches), default=0), len(self.encode_ms)
+        batches, images = self.batch_count, len(self.encode_ms)
         rate = _rate(self.prompt_n, self.prompt_only)
         told = f"{images} image(s) or slices" + (f", {self.image_tokens:,} tokens" if self.image_tokens else "")
         rows = [
@@ -193,7 +198,7 @@ class Setup:
     debug: bool = False
     loads: int = 0
     load_s: tuple[float, ...] = ()
-    no_memory: int = 0
+    no_memory: bool = False
     prompt_limit: int = 0
     prompt_length: int = 0
     faults: int = 0
@@ -203,7 +208,7 @@ class Setup:
     @property
     def known(self) -> bool:
         """Something that only llama.cpp and its front ends say; any program runs out of memory, or is timed."""
-        return replace(self, no_memory=0, debug=False, faults=0, cpu_percent=None, elapsed_s=None) != Setup()
+        return replace(self, no_memory=False, debug=False, faults=0, cpu_percent=None, elapsed_s=None) != Setup()
 
     @property
     def on_gpu(self) -> bool:

@@ -1,17 +1,20 @@
-"""A log in, facts out: which tool wrote it, what it ran on, and its requests. The lines are known by `patterns`."""
+"""A log in, facts out: which tool wrote it, what it ran on, and its requests. `lines.toml` knows most of the lines."""
 
 from __future__ import annotations
 
 import io
 import math
 import re
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from datetime import datetime
+from functools import reduce
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from opsin.core.answer import Stage
 from opsin.core.errors import BadInput
-from opsin.doctor.explain import patterns as p
 from opsin.doctor.explain.facts import Batch, Facts, Request, Setup
 
 KEPT = 1000
@@ -19,9 +22,37 @@ KEPT = 1000
 _MANY = 256  # images and batches kept of one request, and loads of a log
 _LONGEST = 1 << 20  # characters of a piece: a longer line (a logged image) comes in several
 _LONGEST_FACT = 2000  # characters of a line in which facts are looked for; only answers, in JSON, are longer
-_HEAD = 120  # where a time stamp is looked for: prefixes of containers and journals stand before it
 _BOMS = (b"\xff\xfe", b"\xfe\xff")
 _STAGES = frozenset(stage.value for stage in Stage)
+_COUNT, _NUMBER = "[0-9]{1,9}", r"[0-9]{1,15}(?:\.[0-9]{1,20})?"
+
+_COLOURS = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
+_SERVER_CLOCK = re.compile(r"(?<!\S)(\d{1,9})\.(\d\d\.\d{3})\.(\d{3}) [A-Z] ")
+_DATE = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,]\d{1,9})?", re.ASCII)
+# Values of answers are found by their names, so that a pretty-printed answer, a Python dictionary and an answer inside
+# another log line all serve.
+_PAIR = re.compile(
+    r"""(?<!\\)["']([a-z_]{4,24})(?<!\\)["']\s*:\s*(?:(\d{1,18}(?:\.\d{1,18})?)|["']([^"'\\]{1,40})["'])"""
+)
+_ENDS = frozenset({"finish_reason", "done_reason"})
+_GO = re.compile(r"(\d{1,12}(?:\.\d{1,12})?)(h|ms|m|µs|us|μs|ns|s)")
+_GO_MS = {"h": 3.6e6, "m": 6e4, "s": 1e3, "ms": 1.0, "µs": 1e-3, "μs": 1e-3, "us": 1e-3, "ns": 1e-6}
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """A pattern of the table: `{name}` stands for a number."""
+
+    def group(name: re.Match[str]) -> str:
+        return f"(?P<{name[1]}>{_NUMBER if name[1].endswith(('_ms', '_s')) else _COUNT})"
+
+    return re.compile(re.sub(r"\{([a-z_]+)\}", group, pattern))
+
+
+_TABLE = tomllib.loads(Path(__file__).with_name("lines.toml").read_text(encoding="utf-8"))
+_TOOLS = [(name, re.compile(pattern)) for name, pattern in _TABLE["tools"].items()]
+_LINES = [(how, _compiled(row["like"]), row.get("says", {})) for how, rows in _TABLE["lines"].items() for row in rows]
+_PATTERNS = {name: _compiled(pattern) for name, pattern in _TABLE["patterns"].items()}
+_TIMERS, _TIMES, _COUNTS = _TABLE["timers"], _TABLE["times"], _TABLE["counts"]
 
 
 def parse(stream: BinaryIO) -> Facts:
@@ -36,7 +67,7 @@ def parse(stream: BinaryIO) -> Facts:
             "this log holds nothing that opsin explain knows: give it the whole output of llama-cpp-python "
             "(verbose=True), llama-server, llama-mtmd-cli, Ollama or Opsin, with its timings"
         )
-    tool = p.TOOLS[reader.rank][0] if reader.rank < len(p.TOOLS) else "llama.cpp"
+    tool = _TOOLS[reader.rank][0] if reader.rank < len(_TOOLS) else "llama.cpp"
     return Facts(tool, setup, tuple(book.done), book.count, book.slowest)
 
 
@@ -48,22 +79,17 @@ def _lines(stream: BinaryIO) -> Iterator[tuple[int, str]]:
     number = 0
     while raw := text.readline(_LONGEST):
         number += raw.endswith("\n")
-        if p.WORTH.search(raw):
-            yield number, p.COLOURS.sub("", raw).rstrip()
+        yield number, _COLOURS.sub("", raw).rstrip()
     text.detach()
 
 
 def _clock(text: str) -> float | None:
     """The time of a line in seconds of any origin, where it has one."""
-    head = text[:_HEAD]
-    if found := p.SERVER_CLOCK.search(head):
+    if found := _SERVER_CLOCK.search(text):
         return float(found[1]) * 60 + float(f"{found[2]}{found[3]}")
-    if found := p.DATE.search(head):
-        try:
-            moment = datetime.fromisoformat(f"{found[1]}T{found[2]}+00:00")
-        except ValueError:
-            return None
-        return moment.timestamp() + float(f"0.{found[3] or 0}")
+    if found := _DATE.search(text):
+        with suppress(ValueError):
+            return datetime.fromisoformat(f"{found[0]}+00:00").timestamp()
     return None
 
 
@@ -76,18 +102,22 @@ class _Book:
 
     def __init__(self) -> None:
         self.line = 0
-        self.n_ctx: int | None = None  # the last one seen
+        self._n_ctx: int | None = None
         self.done: list[Request] = []
         self.count = 0
         self.slowest = Request()
-        self.open: dict[str, dict[str, Any]] = {}
-        self._task = ""
+        self.open: dict[int, dict[str, Any]] = {}
+        self._task = 0
 
-    def task(self, task: str) -> None:
+    def task(self, number: int) -> None:
         """The lines that follow are about this one."""
-        self._task = task
+        self._task = number
         if len(self.open) > KEPT:
             self.finish(next(iter(self.open)))
+
+    def context(self, size: int) -> None:
+        """Requests from here on have so many tokens of context."""
+        self._n_ctx = size
 
     def put(self, **values: Any) -> None:
         """Add values that a request has once."""
@@ -102,11 +132,6 @@ class _Book:
         for name, value in values.items():
             if _tells(value):
                 self._current().setdefault(name, value)
-
-    def closing(self, **values: Any) -> None:
-        """Add the last values of the request in hand."""
-        self.once(**values)
-        self.finish(self._task)
 
     def event(self, **amounts: Any) -> None:
         """Add to counts, and to the end of tuples; what happens after the timers belongs to the next request."""
@@ -130,7 +155,7 @@ class _Book:
         """The request in hand has this value already."""
         return name in self.open.get(self._task, {})
 
-    def finish(self, *tasks: str) -> None:
+    def finish(self, *tasks: int) -> None:
         """These requests are over (none: the one in hand)."""
         for task in tasks or (self._task,):
             request = Request(**self.open.pop(task, {}))
@@ -141,8 +166,8 @@ class _Book:
 
     def _current(self) -> dict[str, Any]:
         current = self.open.setdefault(self._task, {"line": self.line})
-        if self.n_ctx is not None:
-            current.setdefault("n_ctx", self.n_ctx)
+        if self._n_ctx is not None:
+            current.setdefault("n_ctx", self._n_ctx)
         return current
 
 
@@ -152,7 +177,7 @@ class _Reader:
     def __init__(self) -> None:
         self.book = _Book()
         self.found: dict[str, Any] = {}
-        self.rank = len(p.TOOLS)
+        self.rank = len(_TOOLS)
         self._loading_since: float | None = None
         self._encoding_since: float | None = None
         self._listing = False
@@ -163,65 +188,55 @@ class _Reader:
     def feed(self, number: int, line: str) -> None:
         """One line that may hold a fact."""
         self.book.line = number
-        self.rank = next((i for i, (_name, mark) in enumerate(p.TOOLS[: self.rank]) if mark.search(line)), self.rank)
+        self.rank = next((i for i, (_name, mark) in enumerate(_TOOLS[: self.rank]) if mark.search(line)), self.rank)
         text = line[:_LONGEST_FACT]
-        if found := p.TASK.search(text):
-            self.book.task(found[1])
-        if ("ctx" in text or "n_ctx" in text) and (found := p.CTX.search(text)):
-            self.book.n_ctx = int(next(filter(None, found.groups())))
-        if " time" in text and (found := p.TIMER.search(text)):
+        for how, pattern, says in _LINES:
+            if found := pattern.search(text):
+                keep = self.found.update if how == "setup" else getattr(self.book, how)
+                keep(**_values_of(found, says))
+        if found := _PATTERNS["timer"].search(text):
             self._timer(found, text[: found.start()])
-        for how, part, pattern, told in p.LINES:
-            if part in text and (found := pattern.search(text)):
-                getattr(self if how == "setup" else self.book, how)(**p.values_of(found, told))
         self._unsupported(text)
         self._loads(text)
-        if "mtmd" in text or "image" in text:
-            self._image(text)
+        self._image(text)
         # Before a timer, or of a load, "took 8 s" is no request's.
-        if self.book.has("timer") and (found := p.WALL.search(text)) and "load" not in text.lower():
+        if self.book.has("timer") and (found := _PATTERNS["wall"].search(text)) and "load" not in text.lower():
             self.book.once(wall_ms=float((found[1] or found[2]).replace(",", "")) * 1e3)
         if '"' in line or "'" in line:
             self._answer(line)
-        if "total=" in text and (found := p.ACCESS.search(text)):
+        if "total=" in text and (found := _PATTERNS["access"].search(text)):
             self._access(found)
 
-    def setup(self, **values: Any) -> None:
-        """Fields of the setup: the last ones count, and those that count add up."""
-        if "no_memory" in values:
-            values["no_memory"] += self.found.get("no_memory", 0)
-        self.found.update(values)
-
     def _timer(self, found: re.Match[str], head: str) -> None:
-        name = p.TIMERS[found[1]]
+        name = _TIMERS[found["name"]]
         if self.book.has(f"{name}_ms"):
             self.book.finish()
         timer = "print_timings" if "llama_print" in head else "perf" if "perf" in head else "server"
-        counts = {f"{name}_n": int(found[3])} if found[3] and name in {"prompt", "eval"} else {}
-        self.book.put(timer=timer, **{f"{name}_ms": float(found[2])}, **counts)
+        counts = {f"{name}_n": int(found["count"])} if found["count"] and name in {"prompt", "eval"} else {}
+        self.book.put(timer=timer, **{f"{name}_ms": float(found["took_ms"])}, **counts)
 
     def _unsupported(self, text: str) -> None:
         if "unsupported ops" in text or "****" in text:
             self._listing = "unsupported ops" in text
-        elif self._listing and (found := p.UNSUPPORTED.search(text)):
+        elif self._listing and (found := _PATTERNS["unsupported"].search(text)):
             known = self.found.get("unsupported", ())
-            self.found["unsupported"] = tuple(dict.fromkeys((*known, found[1])))[:_MANY]
+            self.found["unsupported"] = tuple(dict.fromkeys((*known, found["op"])))[:_MANY]
 
     def _loads(self, text: str) -> None:
-        if found := p.LOADING.search(text):
+        if found := _PATTERNS["loading"].search(text):
             # One load is told by several voices, and a draft model is another model: the same words count.
             self._model = found.group()
             if self._model in self._models or len(self._models) < _MANY:
                 self._models[self._model] = self._models.get(self._model, 0) + 1
             self._loading_since = _clock(text) if self._loading_since is None else self._loading_since
-        elif self._models.get(self._model) and p.VOCABULARY.search(text):
+        elif self._models.get(self._model) and _PATTERNS["vocabulary"].search(text):
             # Ollama looks at the vocabulary before it starts a runner, which loads the model.
             self._models[self._model] -= 1
             self._loading_since = None
-        elif found := p.STARTED.search(text):
+        elif found := _PATTERNS["started"].search(text):
             self._loading_since = None
-            self._loaded(float(found[1]))
-        elif self._loading_since is not None and p.BEGUN.search(text):
+            self._loaded(float(found["load_s"]))
+        elif self._loading_since is not None and _PATTERNS["begun"].search(text):
             since, self._loading_since = self._loading_since, None
             if (now := _clock(text)) is not None and now >= since:
                 self._loaded(now - since)
@@ -232,15 +247,15 @@ class _Reader:
         self.found["load_s"] = (*self.found.get("load_s", ()), seconds)[:_MANY]
 
     def _image(self, text: str) -> None:
-        if found := p.BATCH_SIZE.search(text):
-            self._sizes[found[1], found[2]] = int(found[3])
+        if found := _PATTERNS["batch_size"].search(text):
+            self._sizes[found["number"], found["of"]] = int(found["tokens"])
             # llama-server tells no encoder time: it is what passes until the image's first batch begins.
             since, self._encoding_since = self._encoding_since, None
             if since is not None and (now := _clock(text)) is not None and now >= since:
                 self.book.event(encode_ms=(round((now - since) * 1e3, 3),))
-        elif found := p.BATCH.search(text):
-            tokens = self._sizes.pop((found[1], found[2]), None)
-            self.book.event(batches=(Batch(int(found[2]), tokens, float(found[3])),))
+        elif found := _PATTERNS["batch"].search(text):
+            tokens = self._sizes.pop((found["number"], found["of"]), None)
+            self.book.event(batches=(Batch(int(found["of"]), tokens, float(found["took_ms"])),))
         elif "encoding mtmd batch" in text:
             self._encoding_since = _clock(text)
         elif "encoded in" in text or "encoding done" in text:
@@ -248,28 +263,49 @@ class _Reader:
 
     def _answer(self, line: str) -> None:
         """OpenAI's `usage`, llama-server's `timings`, Ollama's durations, and Opsin's stages."""
-        book, pairs = self.book, p.PAIR.findall(line)
-        if book.has("finish") and any(word and name in p.ENDS for name, _number, word in pairs):
+        book, pairs = self.book, _PAIR.findall(line)
+        if book.has("finish") and any(word and name in _ENDS for name, _number, word in pairs):
             book.finish()
         for name, number, word in pairs:
-            if word and name in {*p.ENDS, "limit"}:
-                book.once(finish=word if name in p.ENDS else f"limit:{word}")
-            elif number and name in p.TIMES:
-                field, factor, timer = p.TIMES[name]
+            if word and name in _ENDS:
+                book.once(finish=word)
+            elif number and name in _TIMES:
+                field, factor, timer = _TIMES[name]
                 book.put(timer=timer, **{field: float(number) * factor})
-            elif number and name in p.COUNTS:
-                book.put(**{p.COUNTS[name]: int(float(number))})
+            elif number and name in _COUNTS:
+                book.put(**{_COUNTS[name]: int(float(number))})
             elif number and (name == "total_ms" or (name.endswith("_ms") and name[:-3] in _STAGES)):
                 book.stage(name[:-3], float(number))
                 book.once(wall_ms=float(number) if name == "total_ms" else None)
 
     def _access(self, found: re.Match[str]) -> None:
         """A line of Opsin's access log."""
-        book, whole = self.book, float(found[3]) * 1e3
-        book.put(timer="opsin", prompt_tokens=int(found[1]), completion_tokens=int(found[2]), wall_ms=whole)
+        book, whole, tokens = self.book, float(found["total_s"]) * 1e3, int(found["prompt"])
+        book.put(timer="opsin", prompt_tokens=tokens, completion_tokens=int(found["answer"]), wall_ms=whole)
         book.stage("total", whole)
-        for name, value, end in p.ACCESS_FIELD.findall(found[4]):
+        for name, value, end in _PATTERNS["access_field"].findall(found["fields"]):
             if name in _STAGES:
                 book.stage(name, float(value) * 1e3)
             elif end:
-                book.once(finish=end if end in {"stop", "length"} else f"limit:{end}")
+                book.once(finish=end)
+
+
+def _values_of(found: re.Match[str], says: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that a line of the table tells: times as floats, other numbers as integers, words as they are."""
+    return {**says, **{name: _value(name, text) for name, text in found.groupdict().items() if text is not None}}
+
+
+def _value(name: str, text: str) -> Any:
+    if name == "encode_ms":
+        return (float(text),)
+    if name.endswith("_ms"):
+        return float(text) if text[-1].isdigit() else go_duration(text)
+    if name.endswith("_s"):  # h:mm:ss or m:ss
+        return reduce(lambda total, part: 60 * total + float(part), text.split(":"), 0.0)
+    return int(text) if text.isdecimal() else text
+
+
+def go_duration(text: str) -> float | None:
+    """Milliseconds of a duration as Go prints it ("1m2.5s", "78.93µs"); None if it is none."""
+    parts = _GO.findall(text)
+    return sum(float(number) * _GO_MS[unit] for number, unit in parts) if parts else None

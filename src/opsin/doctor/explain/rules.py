@@ -1,16 +1,18 @@
-"""Why a request was slow: one row a cause, with its thresholds, its arithmetic, and what helps.
+"""Why a request was slow: what a log must hold for each cause of `causes.toml`, with its arithmetic.
 
-A new case is a new row. What costs little beside the whole request is dropped by `explain`, not here.
+What costs little beside the whole request is dropped by `explain`, not here.
 """
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from opsin.doctor.explain.facts import Facts, Request, Setup
+from opsin.doctor.explain.facts import Facts, Request
 
 Where = Literal["load", "encode", "prefill", "decode", "all"]
 _Found = Mapping[str, Any] | None
@@ -18,9 +20,11 @@ SHORT = 64  # tokens of the answer with which a runaway one is compared
 _LEAST_RUNAWAY = 256
 _SMALL_BATCH = 256  # tokens of an image in one batch, below which the batches set the pace
 _MANY_FAULTS = 10_000
+_SLOW_ENCODE_MS = 500.0
 _STARVED_MS = 500.0
 _SLOW_PREFILL = 50.0  # tokens a second
 _LONG = 256  # tokens of an answer
+_TABLE = tomllib.loads(Path(__file__).with_name("causes.toml").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,24 +44,19 @@ class Cause:
     symptom: bool = False
     at_most: bool = False
 
-    def as_dict(self) -> dict[str, Any]:
-        """A row of `opsin explain --json`: plain values, seconds rounded to milliseconds."""
-        return {k: round(v, 3) if isinstance(v, float) else v for k, v in asdict(self).items()}
-
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One row. `find` looks at facts, setup and slowest request, and gives nothing or what fills the sentences.
+    """A table of `causes.toml`, which says what the fields mean, and what finds its cause."""
 
-    It also gives `ms`, `sums` and `saves` (ms), or `cost` gives a bound. The cause counts from `least_ms` and `share`.
-    """
-
+    find: Callable[[Facts], Any]
     name: str
     where: Where
-    find: Callable[[Facts, Setup, Request], Any]
     message: str
     remedy: str
-    cost: Callable[[Request], tuple[float | None, str]] | None = None
+    sums: str = ""
+    bound: Literal["encoder", "model", ""] = ""
+    saves: bool = False
     least_ms: float = 0.0
     share: float = 0.0
     symptom: bool = False
@@ -65,16 +64,22 @@ class Rule:
 
     def apply(self, facts: Facts) -> Cause | None:
         """The cause, where the facts hold it."""
-        found, whole = self.find(facts, facts.setup, facts.worst), facts.worst.whole
-        if not isinstance(found, dict):
+        found, request = self.find(facts), facts.worst
+        if not found:
             return None
-        ms, sums = self.cost(facts.worst) if self.cost else (found.get("ms"), str(found["sums"]))
-        if (ms or 0.0) < max(self.least_ms, self.share * whole):
+        values: dict[str, Any] = {"ms": None, "setup": facts.setup, "request": request, "whole_s": request.whole / 1e3}
+        values |= found if isinstance(found, dict) else {}
+        if self.bound:
+            values["ms"], values["sums"] = _BOUNDS[self.bound](request)
+        ms = values["ms"]
+        if (ms or 0.0) < max(self.least_ms, self.share * request.whole):
             return None
-        values = {"s": (ms or 0.0) / 1e3, "whole_s": whole / 1e3, **found}
+        values["s"] = (ms or 0.0) / 1e3
+        sums = values.get("sums") or self.sums.format(**values)
         message, remedy = self.message.format(**values), self.remedy.format(**values)
-        seconds, saves = (None if x is None else x / 1e3 for x in (ms, found.get("saves")))
-        at_most = self.at_most or self.cost is not None
+        costs = (ms, values.get("saves", ms if self.saves else None))
+        seconds, saves = (None if cost is None else round(cost / 1e3, 3) for cost in costs)
+        at_most = self.at_most or bool(self.bound)
         return Cause(self.name, self.where, seconds, sums, message, remedy, saves, self.symptom, at_most)
 
 
@@ -97,49 +102,49 @@ def _model(request: Request) -> tuple[float | None, str]:
     return (ms, f"{ms:,.0f} ms of prompt and answer") if ms else (None, "the log has no times")
 
 
-# ---- what the rows look for
+_BOUNDS = {"encoder": _encoder, "model": _model}
 
 
-def _no_flash(setup: Setup, request: Request) -> _Found:
-    if setup.flash is not False or (request.encoded < 500.0 and not setup.flash_failed):
-        return None
-    return {"reason": "its device has none for this model" if setup.flash_failed else "it is off"}
+# ---- what the causes are found by: nothing, or what fills the sentences, with the cost (`ms`) where it is known
 
 
-def _no_gpu(setup: Setup) -> _Found:
-    if setup.no_gpu_build:
-        return {"told": "This build has no GPU backend: --gpu-layers is ignored."}
-    return {"told": f"No layer of {setup.layers} is on a GPU."} if setup.layers_on == 0 else None
+def _unsupported(facts: Facts) -> _Found:
+    ops = ", ".join(facts.setup.unsupported[:6])
+    return {"ops": ops, "on": facts.setup.clip or "The device"} if ops else None
+
+
+def _threads(facts: Facts) -> bool:
+    """More than there are processors, while a part of the layers is on the CPU."""
+    setup = facts.setup
+    return setup.threads > setup.processors and (setup.layers_on is None or setup.layers_on < setup.layers)
 
 
 def _kv_full(facts: Facts) -> _Found:
     hit = [r for r in facts.requests if r.kv_full > 0]
-    lost = sum(r.image for r in hit) or None
-    times = f"{sum(r.kv_full for r in hit)} times in this log"
-    sums = f"{lost / 1e3:.1f} s for an image without a place" if lost else times
-    return {"ms": lost, "sums": sums, "saves": lost} if hit else None
+    if lost := sum(r.image for r in hit):
+        return {"ms": lost, "sums": f"{lost / 1e3:.1f} s for an image without a place"}
+    return {"sums": f"{sum(r.kv_full for r in hit)} times in this log"} if hit else None
 
 
-def _paging(setup: Setup) -> _Found:
-    faults, percent, elapsed = setup.faults, setup.cpu_percent, setup.elapsed_s
-    if faults < _MANY_FAULTS or elapsed is None or percent is None:
+def _paging(facts: Facts) -> _Found:
+    percent, elapsed = facts.setup.cpu_percent, facts.setup.elapsed_s
+    if facts.setup.faults < _MANY_FAULTS or elapsed is None or percent is None:
         return None
-    share = percent / 100
-    waited = elapsed * max(0.0, 1 - share) * 1e3
-    sums = f"{elapsed:,.0f} s × (1 − {share:.2f} of a core) = {waited / 1e3:,.0f} s of waiting, at least"
-    return {"ms": waited, "sums": sums, "saves": waited, "faults": faults}
+    return {"ms": elapsed * max(0.0, 1 - percent / 100) * 1e3, "share": percent / 100}
 
 
-def _runaway(request: Request) -> _Found:
+def _runaway(facts: Facts) -> _Found:
     """The answer ran until the context was full, or beyond."""
+    request = facts.worst
     answer, context = request.answer_n, _full_context(request)
     if not (context or request.shifts or request.truncated):
         return None
     size = context or request.n_ctx
     full = f"the context of {size:,} was full" if size else "the context was full"
+    example = f"max_tokens={SHORT}"
     if not answer:
         sums = f"{request.shifts} context shifts, {request.end_tokens or 'unknown'} tokens at the end"
-        return {"sums": sums, "told": f"The answer did not end by itself: it ran until {full}.", "about": ""}
+        return {"sums": sums, "told": f"The answer did not end by itself: it ran until {full}.", "instead": example}
     generation = (request.total_ms or 0.0) if request.between else request.rest
     before, each = max(0.0, request.whole - generation), generation / answer
     short = before + min(SHORT, answer) * each
@@ -150,7 +155,7 @@ def _runaway(request: Request) -> _Found:
         f"{before / 1e3:.2f} + {SHORT} × {each / 1e3:.5f} = {short / 1e3:.1f} s instead of {request.whole / 1e3:.2f} s"
     )
     told = f"{answer:,} tokens were generated until {full}: the answer did not end by itself."
-    return {"ms": saved, "sums": sums, "saves": saved, "told": told, "about": f": about {short / 1e3:.1f} s"}
+    return {"ms": saved, "sums": sums, "told": told, "instead": f"{example}: about {short / 1e3:.1f} s"}
 
 
 def _full_context(request: Request) -> int | None:
@@ -165,25 +170,22 @@ def _full_context(request: Request) -> int | None:
     return total if total >= 512 and total & (total - 1) == 0 and request.finish != "stop" else None
 
 
-def _between(request: Request) -> _Found:
-    ms, answer = request.between, request.answer_n
+def _between(facts: Facts) -> _Found:
+    request, ms, answer = facts.worst, facts.worst.between, facts.worst.answer_n
     if not ms or not answer:
         return None
-    sums = (
-        f"{request.total_ms:,.2f} total − {request.eval_ms or 0:,.2f} eval − {request.sample_ms or 0:,.2f} sample"
-        f" − {request.prompt_ms or 0:,.2f} prompt = {ms:,.0f} ms, {ms / answer:.2f} ms a token"
-    )
-    return {"ms": ms, "sums": sums, "saves": ms}
+    parts = {"eval": request.eval_ms, "sample": request.sample_ms, "prompt": request.prompt_ms}
+    return {"ms": ms, "each": ms / answer, **{name: part or 0.0 for name, part in parts.items()}}
 
 
-def _small_batches(request: Request) -> _Found:
-    ms, size = request.decoded, max((batch.tokens or 0 for batch in request.batches), default=0)
-    count = max((batch.of for batch in request.batches), default=0)
+def _small_batches(facts: Facts) -> _Found:
+    ms, batches = facts.worst.decoded, facts.worst.batches
+    size, count = max((batch.tokens or 0 for batch in batches), default=0), facts.worst.batch_count
     if count < 3 or not 0 < size <= _SMALL_BATCH:
         return None
-    longest = max(batch.ms for batch in request.batches)
-    sums = f"{count} batches × {ms / count:,.0f} = {ms:,.0f} ms; one saves at most {ms:,.0f} − {longest:,.0f} ms"
-    return {"ms": ms, "sums": sums, "saves": max(0.0, ms - longest), "count": count, "size": size}
+    longest = max(batch.ms for batch in batches)
+    saves = max(0.0, ms - longest)
+    return {"ms": ms, "saves": saves, "longest": longest, "count": count, "each": ms / count, "size": size}
 
 
 def _first_image(facts: Facts) -> _Found:
@@ -200,176 +202,90 @@ def _first_image(facts: Facts) -> _Found:
     extra = first - usual
     if extra < max(0.25 * first, 100.0) or max(encodes[1:]) > first:
         return None
-    sums = f"{first:,.0f} − {usual:,.0f} ms (the median of {len(encodes) - 1} later ones) = {extra:,.0f} ms, once"
-    return {"ms": extra, "sums": sums, "saves": extra, "first": first / 1e3, "usual": usual / 1e3}
+    later = len(encodes) - 1
+    return {"ms": extra, "first": first, "usual": usual, "first_s": first / 1e3, "usual_s": usual / 1e3, "later": later}
 
 
-def _load_of_request(request: Request) -> _Found:
-    own = request.loading or request.stages.get("load", 0.0)
-    sums = f"load {own / 1e3:.2f} s of {request.whole / 1e3:.2f} s (Ollama may count an image's encoding here)"
-    return {"ms": own, "sums": sums, "saves": own} if own else None
-
-
-def _loads(facts: Facts, setup: Setup) -> _Found:
-    known, loads = setup.load_s, setup.loads
+def _loads(facts: Facts) -> _Found:
+    known, loads = facts.setup.load_s, facts.setup.loads
     if loads < 2 or facts.count < 2:
         return None
-    told = {"loads": loads, "requests": facts.count}
+    told = {"requests": facts.count}
     if len(known) < 2:
         return {"sums": f"{loads} loads; the log has no times by which to tell what one takes", **told}
-    cost = sum(known[1:]) * 1e3
     sums = " + ".join(f"{s:.2f}" for s in known[1:8]) + f" s after the first load of {known[0]:.2f} s"
-    return {"ms": cost, "sums": sums, "saves": cost, **told}
+    return {"ms": sum(known[1:]) * 1e3, "sums": sums, **told}
 
 
-def _encode_slow(request: Request) -> _Found:
-    ms = request.encoded
+def _encode_slow(facts: Facts) -> _Found:
+    request = facts.worst
     # A request of many images, or a log without requests, is slow by each of them, not by their sum.
-    if ms < 1000.0 * max(1, len(request.encode_ms)):
+    if request.encoded < 1000.0 * max(1, len(request.encode_ms)):
         return None
     tokens = f" for {request.image_tokens:,} tokens" if request.image_tokens else ""
-    return {"ms": ms, "sums": f"{ms:,.0f} of {request.whole:,.0f} ms", "tokens": tokens}
+    return {"ms": request.encoded, "tokens": tokens}
 
 
-def _prefill_slow(setup: Setup, request: Request) -> _Found:
+def _prefill_slow(facts: Facts) -> _Found:
+    request = facts.worst
     ms, tokens = request.prompt_only, max(request.prompt_n or 0, request.image_tokens or 0)
     if not ms or not tokens or (rate := tokens / ms * 1e3) >= _SLOW_PREFILL:
         return None
-    with_images = "; the time of the images' encoder, if there were any, is in it" * request.counts_encoder
-    sums = f"{tokens:,} tokens / {ms / 1e3:.2f} s = {rate:.1f} token/s{with_images}"
-    where, help_ = ", as on a CPU", "put layers on a GPU (-ngl 99, n_gpu_layers=-1)"
-    if setup.on_gpu:
-        where, help_ = "", "prove where image and model run (opsin doctor)"
-    return {"ms": ms, "sums": sums, "tokens": tokens, "rate": rate, "place": where, "help": help_}
+    images = "; the time of the images' encoder, if there were any, is in it" * request.counts_encoder
+    return {"ms": ms, "tokens": tokens, "rate": rate, "images": images}
 
 
-def _decode(request: Request) -> dict[str, Any]:
-    ms, count = request.eval_ms or request.stages.get("decode", 0.0), max(1, request.answer_n)
+def _decode(facts: Facts) -> dict[str, Any]:
+    ms, count = facts.worst.eval_ms or facts.worst.stages.get("decode", 0.0), max(1, facts.worst.answer_n)
     each = ms / count
-    sums = f"{ms / 1e3:.2f} s / {count:,} tokens = {each:,.1f} ms a token"
-    return {"ms": ms, "sums": sums, "count": count, "each": each, "each_s": each / 1e3, "rate": 1e3 / (each or 1.0)}
+    return {"ms": ms, "count": count, "each": each, "each_s": each / 1e3, "rate": 1e3 / (each or 1.0)}
 
 
-def _long(request: Request) -> _Found:
-    found = _decode(request)
+def _long(facts: Facts) -> _Found:
+    found = _decode(facts)
     if found["each"] > _STARVED_MS or found["count"] < _LONG:
         return None
     saved = (found["count"] - 128) * found["each"]
-    sums = f"{found['sums']}; 128 tokens would take {(request.whole - saved) / 1e3:.1f} s in all"
-    return {**found, "sums": sums, "saves": saved}
+    return {**found, "saves": saved, "short_s": (facts.worst.whole - saved) / 1e3}
 
 
-_PARKED = {
-    "limited-vram": "free GPU memory, or use a smaller model or num_ctx: Ollama found too little",
-    "partial-text-offload": "use a smaller model or num_ctx, so that all layers of the model are on the GPU",
-    "shared-memory-gpu": "use Ollama before 0.30, or llama-server itself: it offloads also where memory is shared",
-    "cpu-only": "leave num_gpu out: it is 0",
-    "startup-oom-retry": "use a smaller model or num_ctx: the first start ran out of GPU memory",
+def _unaccounted(facts: Facts) -> _Found:
+    ms = {row.name: row.ms for row in facts.worst.table()}.get("other", 0.0)
+    return {"ms": ms, "timed": facts.worst.whole - ms}
+
+
+FINDERS: dict[str, Callable[[Facts], Any]] = {
+    "projector_parked": lambda f: f.setup.parked and {"help": _TABLE["parked"].get(f.setup.parked, "free GPU memory")},
+    "encoder_on_cpu": lambda f: f.setup.clip == "CPU" and f.setup.on_gpu and not f.setup.parked,
+    "unsupported_ops": _unsupported,
+    "flash_attention_unsupported": lambda f: f.setup.flash is False and f.setup.flash_failed,
+    "no_flash_attention": lambda f: f.setup.flash is False and f.worst.encoded >= _SLOW_ENCODE_MS,
+    "build_without_gpu": lambda f: f.setup.no_gpu_build,
+    "no_gpu": lambda f: f.setup.layers_on == 0,
+    "partial_offload": lambda f: 0 < (f.setup.layers_on or 0) < f.setup.layers,
+    "threads": _threads,
+    "debug_build": lambda f: f.setup.debug,
+    "kv_full": _kv_full,
+    "out_of_memory": lambda f: f.setup.no_memory,
+    "prompt_cut": lambda f: f.setup.prompt_limit and {"lost": f.setup.prompt_length - f.setup.prompt_limit},
+    "paging": _paging,
+    "queue": lambda f: {"ms": f.worst.stages.get("queue")},
+    "runaway": _runaway,
+    "between_tokens": _between,
+    "before_timer": lambda f: (ms := f.worst.before_timer) and {"ms": ms, "total_s": (f.worst.total_ms or 0.0) / 1e3},
+    "small_batches": _small_batches,
+    "first_image": _first_image,
+    "no_prefix_reuse": lambda f: f.worst.reprocessed and {"ms": f.worst.prompt_ms, "took": f.worst.prompt_ms or 0.0},
+    "model_load": lambda f: {"ms": f.worst.loading or f.worst.stages.get("load")},
+    "model_loads": _loads,
+    "encode_slow": _encode_slow,
+    "prefill_slow_on_gpu": lambda f: f.setup.on_gpu and _prefill_slow(f),
+    "prefill_slow": _prefill_slow,
+    "decode_starved": lambda f: (found := _decode(f))["each"] > _STARVED_MS and found,
+    "long_answer": _long,
+    "unaccounted": _unaccounted,
 }
-
-# fmt: off
-RULES = (
-    # Where things run, and what with.
-    Rule("projector_parked", "encode",
-         lambda _f, s, _r: s.parked and {"reason": s.parked, "help": _PARKED.get(s.parked, "free GPU memory")},
-         "Ollama put the vision projector on the CPU ({reason}), which its API does not tell.", "{help}", _encoder),
-    Rule("encoder_on_cpu", "encode", lambda _f, s, _r: {} if s.clip == "CPU" and s.on_gpu and not s.parked else None,
-         "The vision encoder runs on the CPU ('CLIP using CPU backend') although there is a GPU.",
-         "llama-cpp-python 0.2.58 to 0.2.73 and 0.3.6 to 0.3.8 cannot do otherwise: take 0.3.10 or newer, built with "
-         "-DGGML_CUDA=on; in llama.cpp leave out --no-mmproj-offload", _encoder),
-    Rule("unsupported_ops", "encode",
-         lambda _f, s, _r: s.unsupported and {"ops": ", ".join(s.unsupported[:6]), "on": s.clip or "The device"},
-         "{on} cannot compute {ops} of the encoder: it falls back to the CPU.",
-         "take a newer llama.cpp, or another backend for this device (CUDA or ROCm instead of Vulkan)", _encoder),
-    Rule("no_flash_attention", "encode", lambda _f, s, r: _no_flash(s, r),
-         "The encoder works without flash attention ({reason}): slower, most of all for large images.",
-         "leave it on auto (--flash-attn auto; llama-cpp-python's handlers turn it off), or update it", _encoder),
-    Rule("no_gpu", "all", lambda _f, s, _r: _no_gpu(s), "{told}",
-         "install a build for this GPU (opsin doctor gives the command), and set -ngl 99 (n_gpu_layers=-1)", _model),
-    Rule("partial_offload", "all",
-         lambda _f, s, _r: 0 < (s.layers_on or 0) < s.layers and {"here": s.layers_on, "all": s.layers},
-         "Only {here} of {all} layers are on the GPU: every token waits for the CPU.",
-         "use a smaller context, quantisation or KV type (q8_0), so that all layers fit; until then Ollama may keep "
-         "the vision projector on the CPU, too", _model),
-    Rule("threads", "all",
-         lambda _f, s, _r: s.threads > s.processors and (s.layers_on is None or s.layers_on < s.layers)
-         and {"asked": s.threads, "there": s.processors},
-         "{asked} threads compete for {there} processors: each waits for the slowest at every operation.",
-         "set -t (n_threads) to the number of physical cores, at most {there}", _model),
-    Rule("debug_build", "all", lambda _f, s, _r: {} if s.debug else None,
-         "This is a debug build: it computes without the compiler's optimisation, many times slower.",
-         "build with -DCMAKE_BUILD_TYPE=Release", _model),
-    Rule("kv_full", "all", lambda f, _s, _r: _kv_full(f),
-         "The KV cache was full: image or prompt found no cells, and what was computed for it was lost.",
-         "set a larger context (-c, n_ctx), or send fewer or smaller images in one request"),
-    Rule("out_of_memory", "all", lambda _f, s, _r: s.no_memory and {"sums": f"{s.no_memory} times in this log"},
-         "The device ran out of memory.", "use fewer layers on the GPU, a smaller context, or a smaller image"),
-    Rule("prompt_cut", "prefill",
-         lambda _f, s, _r: s.prompt_limit and {
-             "limit": s.prompt_limit, "length": s.prompt_length, "sums": f"{s.prompt_length:,} − {s.prompt_limit:,} = "
-             f"{s.prompt_length - s.prompt_limit:,} tokens lost"},
-         "The prompt of {length:,} tokens was cut to {limit:,}: the model did not see all of it.",
-         "set num_ctx to more than {length:,}"),
-    Rule("paging", "all", lambda _f, s, _r: _paging(s),
-         "{faults:,} pages were read from disk while it ran: the model does not fit the free memory.",
-         "free memory or take a smaller quantisation; --no-mmap tells at the start that it does not fit"),
-    Rule("queue", "all", lambda _f, _s, r: (q := r.stages.get("queue")) and {"ms": q, "sums": f"{q:,.0f} ms of queue"},
-         "The request waited {s:.1f} s for others.", "serve more at once (--parallel), or send less",
-         least_ms=500.0, share=0.3),
-    # Where the time went.
-    Rule("runaway", "decode", lambda _f, _s, r: _runaway(r), "{told}",
-         f"set max_tokens (-n, n_predict, num_predict), for instance max_tokens={SHORT}{{about}}"),
-    Rule("between_tokens", "all", lambda _f, _s, r: _between(r),
-         "{s:.1f} s were spent between tokens, outside llama.cpp: copies of logits, detokenising, Python.",
-         "set logits_all=False, ask for no logprobs, and use a newer llama-cpp-python, or opsin"),
-    Rule("before_timer", "encode",
-         lambda _f, _s, r: r.before_timer and {
-             "ms": r.before_timer,
-             "sums": f"{r.whole / 1e3:.2f} s by the wall clock − {(r.total_ms or 0) / 1e3:.3f} s total time"},
-         "Image and prompt took at most {s:.2f} s; the timings are reset after them and leave them out.",
-         "look for 'CLIP using … backend' in the log of loading (verbose=True); opsin doctor proves where it runs",
-         share=0.5, at_most=True),
-    Rule("small_batches", "prefill", lambda _f, _s, r: _small_batches(r),
-         "The image was prefilled in {count} batches of {size} tokens: each reads all weights again.",
-         "set -b and -ub (n_batch, n_ubatch) to at least the tokens of an image, for instance 1024"),
-    Rule("first_image", "encode", lambda f, _s, _r: _first_image(f),
-         "The first image took {first:.2f} s, later ones {usual:.2f} s: nothing warmed the encoder.",
-         "send one small image after the start; mtmd's own warm-up computes nothing"),
-    Rule("no_prefix_reuse", "prefill",
-         lambda _f, _s, r: r.reprocessed and {"ms": r.prompt_ms, "saves": r.prompt_ms,
-                                              "sums": f"the prompt took {r.prompt_ms or 0:,.0f} ms"},
-         "The server threw the cached prompt away and computed it again (sliding window, recurrent memory).",
-         "start llama-server with --swa-full, or with more context checkpoints (--ctx-checkpoints)"),
-    Rule("model_load", "load", lambda _f, _s, r: _load_of_request(r),
-         "{s:.1f} of {whole_s:.1f} s went into loading, before the prompt was looked at.",
-         "keep the model loaded: keep_alive=-1 (OLLAMA_KEEP_ALIVE=-1), or one server for all requests",
-         least_ms=1000.0, share=0.3),
-    Rule("model_load", "load", lambda f, s, _r: _loads(f, s),
-         "The model was loaded {loads} times for {requests} requests.",
-         "load it once and keep it: one Llama object, or a server, for all requests"),
-    # A stage is slow, and no line says why.
-    Rule("encode_slow", "encode", lambda _f, _s, r: _encode_slow(r),
-         "The vision encoder took {s:.1f} s{tokens}: on a GPU an image or slice is well below a second.",
-         "find out where it runs (opsin doctor, or 'CLIP using …' in the log); smaller images, fewer image tokens",
-         share=0.3, symptom=True),
-    Rule("prefill_slow", "prefill", lambda _f, s, r: _prefill_slow(s, r),
-         "The prompt of {tokens:,} tokens took {s:.1f} s, {rate:.1f} a second{place}.",
-         "{help}, or take a smaller model and fewer image tokens", least_ms=2000.0, share=0.3, symptom=True),
-    Rule("decode_starved", "decode", lambda _f, _s, r: (found := _decode(r))["each"] > _STARVED_MS and found,
-         "A token takes {each_s:.1f} s: the model does not fit its memory, or too many threads compete.",
-         "close what uses memory, take a smaller quantisation, and as many threads as physical cores",
-         least_ms=5000.0, share=0.3, symptom=True),
-    Rule("long_answer", "decode", lambda _f, _s, r: _long(r),
-         "The time is the answer's length: {count:,} tokens at {rate:.1f} a second.",
-         "set max_tokens, or ask for a shorter answer", least_ms=5000.0, share=0.7, symptom=True),
-    Rule("unaccounted", "all",
-         lambda _f, _s, r: {"ms": (ms := {row.name: row.ms for row in r.table()}.get("other", 0.0)),
-                            "sums": f"{r.whole:,.0f} ms in all − {r.whole - ms:,.0f} ms in the timers = {ms:,.0f} ms"},
-         "{s:.1f} of {whole_s:.1f} s are in none of the log's timers.",
-         "give the whole log: the time may be loading, the vision encoder, another request, or a person's",
-         least_ms=2000.0, share=0.5, symptom=True),
-)
-# fmt: on
+RULES = [Rule(FINDERS[name], **{"name": name, **row}) for name, row in _TABLE["causes"].items()]
 
 
 def causes_in(facts: Facts) -> Iterator[Cause]:
