@@ -106,6 +106,7 @@ class CompletionHandler(Response):
             self._stats.status, self._stats.refused = 499, "cancelled"
         finally:
             watch.cancel()
+            await asyncio.wait([watch])  # nothing listens any more when the next request of the connection comes
 
     async def _carry_out(self, send: Send) -> None:
         server, stats, key = self._request.app.state, self._stats, self._request.state.key
