@@ -48,11 +48,11 @@ def test_help_and_the_api_document_use_them_too() -> None:
     from opsin.cli.app import app
     from opsin.core.settings import ServerSettings
     from opsin.server.app import create_app
-    from opsin.server.handler import Context
+    from opsin.server.handler import ModelManager
 
     commands = ("ask", "serve", "chat", "doctor", "explain", "tune", "predict", "bench", "models", "pull")
     for arguments in ([], *([name] for name in commands)):
         assert retired(CliRunner().invoke(app, [*arguments, "--help"]).output) == []
-    document = create_app(Context(ServerSettings(), None, None)).openapi()  # type: ignore[arg-type]
+    document = create_app(ModelManager(ServerSettings(), None), None).openapi()  # type: ignore[arg-type]
     assert "/v1/chat/completions" in document["paths"]
     assert retired(json.dumps(document, indent=0)) == []

@@ -17,12 +17,11 @@ from opsin.core.settings import EngineSettings
 from opsin.doctor.examine import behaviour_checks
 from opsin.doctor.safety import room_checks
 from opsin.models.facts import read_facts
-from opsin.models.shapes import SHAPES
 from opsin.native import cpu_features, devices
 from opsin.native.memory import MemoryPlanner
 from opsin.prompt import Message
 from opsin.testing import image
-from synth import write_pair, write_shape
+from synth import SHAPES, write_pair, write_shape
 
 # Loads the pair, encodes an image, fills every cell of the KV cache, and prints by how much it grew.
 CHILD = """

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from token_rows import TokenRow, batch
 
-from opsin.core.request import EmbeddingRows, Image, ImageChunk, TokenizedPrompt
+from opsin.core.request import EmbeddingRows, Image, ImageChunk, SamplingParams, TokenizedPrompt
 
 
 def draw(seed: int = 0, width: int = 64, height: int = 48) -> Image:
@@ -29,6 +29,11 @@ def prefill(backend: Any, tokenized: TokenizedPrompt, seq_id: int = 0) -> int:
             assert backend.decode(batch(rows))
         pos += run.n_pos
     return pos
+
+
+def held(backend: Any, params: SamplingParams, seed: int) -> Any:
+    """A sampler that is held to the schema or grammar of its request."""
+    return backend.sampler(params, seed, backend.check(params))
 
 
 def generate(backend: Any, sampler: Any, pos: int, count: int, seq_id: int = 0) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from native_help import generate, prefill
+from native_help import generate, held, prefill
 from token_rows import TokenRow, batch
 
 from opsin.core.errors import BadGrammar, BadParameter, ConstraintFailed
@@ -22,7 +22,7 @@ def answer(backend: Any, params: SamplingParams, seed: int, count: int = 200) ->
     """The text, and whether it ended by itself."""
     backend.kv_remove(0, 0, -1)
     tokenized = backend.tokenize([TextPart("USER: hello ASSISTANT:")], add_bos=True)
-    sampler = backend.sampler(params, seed)
+    sampler = held(backend, params, seed)
     try:
         tokens = generate(backend, sampler, prefill(backend, tokenized), count)
     finally:
@@ -96,7 +96,7 @@ def test_what_is_sampled_is_permitted_and_what_the_chain_samples_from_permitted_
     params = SamplingParams(**{**asked, **chain})
     same = params.temperature == 0 or params.repeat_penalty != 1.0 or params.top_k == 1
     for seed in range(4):
-        ours, plain = backend.sampler(params, seed), backend.sampler(SamplingParams(**chain), seed)
+        ours, plain = held(backend, params, seed), backend.sampler(SamplingParams(**chain), seed)
         for _ in range(12):
             scores = rng.standard_normal(n_vocab).astype(np.float32)
             permitted = ours._constraint.mask(np.array([], np.intp)).copy()
@@ -127,7 +127,7 @@ def test_without_cuts_draws_follow_the_permitted_distribution(backend: Any) -> N
     found = []
     for seed in range(2000):
         logits[:] = scores
-        sampler = backend.sampler(SamplingParams(grammar="root ::= [abc]", **{**HOT, "temperature": 1.0}), seed)
+        sampler = held(backend, SamplingParams(grammar="root ::= [abc]", **{**HOT, "temperature": 1.0}), seed)
         found.append(sampler.sample(-1))
         sampler.close()
     for token, chance in zip(letters, chances, strict=True):
@@ -137,7 +137,7 @@ def test_without_cuts_draws_follow_the_permitted_distribution(backend: Any) -> N
 def test_log_probabilities_are_the_models_own_also_under_a_constraint(backend: Any) -> None:
     assert backend.decode(batch([TokenRow(9, 0, 0, True)]))
     expected = {token: backend.logprobs(0, token, 5) for token in range(512)}
-    sampler = backend.sampler(SamplingParams(grammar='root ::= "abc"', logprobs=5), 1)
+    sampler = held(backend, SamplingParams(grammar='root ::= "abc"', logprobs=5), 1)
     ((token, logprob),) = backend.sample([(sampler, 0, 5)])
     assert backend.piece(token)[:1] == b"a"
     assert logprob == expected[token]
@@ -150,7 +150,7 @@ def test_penalties_remember_what_was_drawn_and_not_what_was_refused(backend: Any
     pieces = [backend.piece(token) for token in range(512)]
     a, b, c = (pieces.index(letter) for letter in (b"a", b"b", b"c"))
     params = SamplingParams(temperature=0.0, repeat_penalty=10.0, grammar='root ::= "a" [abc]{3}')
-    sampler, drawn = backend.sampler(params, 1), []
+    sampler, drawn = held(backend, params, 1), []
     for _ in range(4):
         logits[:] = 0.0
         logits[[a, b, c]] = 1.9, 2.0, 1.8
@@ -184,7 +184,7 @@ def test_a_character_of_several_bytes_is_drawn_byte_by_byte(backend: Any) -> Non
 
 def test_a_grammar_and_ignoring_the_end_contradict_each_other(backend: Any) -> None:
     with pytest.raises(BadParameter, match="ignore_eos cannot be used with a grammar"):
-        backend.sampler(SamplingParams(grammar='root ::= "a"', ignore_eos=True), 1)
+        held(backend, SamplingParams(grammar='root ::= "a"', ignore_eos=True), 1)
 
 
 def test_one_seed_one_answer_under_a_grammar(backend: Any) -> None:
@@ -286,12 +286,15 @@ def test_what_a_request_waits_with_is_never_compiled_where_its_answer_starts(
 ) -> None:
     """That is the engine's thread; more may wait than are remembered."""
     params = SamplingParams(grammar='root ::= "waits"')
-    held = backend.check(params)
+    compiled = backend.check(params)
     for number in range(constraint.REMEMBERED + 3):
         backend.check(SamplingParams(grammar=f'root ::= "{number} others"'))
     monkeypatch.setattr(constraint, "to_lark", lambda _: pytest.fail("compiled again"))
-    assert answer(backend, params, 5) == ("waits", True)
-    assert held is not None
+    tokenized = backend.tokenize([TextPart("USER: hello ASSISTANT:")], add_bos=True)
+    sampler = backend.sampler(params, 5, compiled)
+    tokens = generate(backend, sampler, prefill(backend, tokenized), 20)
+    sampler.close()
+    assert b"".join(map(backend.piece, tokens)) == b"waits"
 
 
 ARRAYS = [
@@ -331,7 +334,7 @@ from opsin.core.errors import BadGrammar
 b = opened()
 for params in (dict(grammar='root ::= "yes'), dict(json_schema='{"type": 3}'), dict(json_schema='{"oneOf": [{}, {}]}')):
     try:
-        b.sampler(SamplingParams(**params), 1)
+        b.check(SamplingParams(**params))
         print("taken")
     except BadGrammar as error:
         print("refused")
@@ -344,6 +347,6 @@ def test_a_refused_sampler_leaves_nothing_behind(backend: Any) -> None:
     before = len(backend.handle._children)
     for params in (SamplingParams(grammar="root ::= bar"), SamplingParams(logit_bias={9999: 1.0})):
         with pytest.raises((BadGrammar, BadParameter)):
-            backend.sampler(params, 1)
+            held(backend, params, 1)
     assert len(backend.handle._children) == before
     assert backend.decode(batch([TokenRow(5, 0, 0, True)]))

@@ -9,7 +9,7 @@ import pytest
 
 from opsin.core.errors import ModelError
 from opsin.native import devices
-from opsin.native.devices import Device, measure_device
+from opsin.native.devices import Device, measure_device, physical_cores
 
 
 class Ggml:
@@ -57,12 +57,12 @@ def measured(
     ggml = Ggml(clock, seconds, **answers)
     device = Device("DEV0", "a device", kind, free, free, 7)
     try:
-        return measure_device(device, 4, SimpleNamespace(ggml=ggml)), ggml  # type: ignore[arg-type]
+        return measure_device(device, SimpleNamespace(ggml=ggml)), ggml  # type: ignore[arg-type]
     finally:
         assert ggml.alive == 0
 
 
-def test_a_gpus_graph_holds_four_products(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_holds_four_products(monkeypatch: pytest.MonkeyPatch) -> None:
     rate, _ = measured(monkeypatch, "gpu", lambda _: 0.0004)
     assert rate.ops_s == pytest.approx(4 * 2 * 4096 * 4096 * 2048 / 0.0004)
     assert rate.bytes_s == pytest.approx(256 * 2**20 / 0.0004)
@@ -74,11 +74,10 @@ def test_a_slow_gpu_is_not_given_work_for_seconds(monkeypatch: pytest.MonkeyPatc
     assert (1, 4096, 4096, 1, 1) not in ggml.sizes
 
 
-def test_a_cpus_graphs_hold_one_and_use_the_threads_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_computes_with_all_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     rate, ggml = measured(monkeypatch, "cpu", lambda _: 0.01)
-    assert rate.ops_s == pytest.approx(2 * 1024 * 1024 * 128 / 0.01)
-    assert rate.bytes_s == pytest.approx(64 * 2**20 / 0.01)
-    assert ggml.threads == 4
+    assert rate.ops_s == pytest.approx(4 * 2 * 1024 * 1024 * 128 / 0.01)
+    assert ggml.threads == physical_cores()
 
 
 def test_memory_that_is_short_makes_the_matrices_small(monkeypatch: pytest.MonkeyPatch) -> None:

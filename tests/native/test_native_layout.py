@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from native_help import draw
 
-from opsin.core.errors import BadImage, BadInput, EncodeFailed
+from opsin.core.errors import BadImage, BadInput, EngineClosed
 from opsin.core.request import Image, ImageChunk, ImagePart, TextChunk, TextPart
 
 
@@ -147,7 +147,7 @@ def test_a_closed_layout_cannot_be_encoded(backend: Any) -> None:
     run = tokenized.chunks[-1]
     tokenized.close()
     tokenized.close()
-    with pytest.raises(EncodeFailed, match="closed before"):
+    with pytest.raises(EngineClosed, match="closed already"):
         backend.encode(run)
 
 

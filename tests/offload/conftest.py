@@ -62,12 +62,13 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(scope="session")
 def odd_pair(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Heads of 12 values in the encoder: Vulkan's flash attention takes multiples of 8 only."""
-    from opsin.models.shapes import SHAPES, PairShape, VisionShape
-    from synth import write_shape
+    from dataclasses import replace
 
-    vision = VisionShape(image_size=56, patch_size=14, width=60, layers=4, heads=5, feed_forward=128)
-    shape = PairShape("odd-heads", vision, SHAPES["tiny"].text, "heads of 12 values")
-    return write_shape(shape, tmp_path_factory.mktemp("odd"))
+    from synth import SHAPES, write_shape
+
+    tiny = SHAPES["tiny"]
+    vision = replace(tiny.vision, width=60, layers=4, heads=5)
+    return write_shape(replace(tiny, name="odd-heads", vision=vision), tmp_path_factory.mktemp("odd"))
 
 
 @pytest.fixture(scope="session")

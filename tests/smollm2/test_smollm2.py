@@ -11,8 +11,8 @@ from opsin.core.errors import BadInput
 from opsin.core.reasoning import ReasoningStyle
 from opsin.core.request import Prompt, SamplingParams, TextPart
 from opsin.core.settings import ServerSettings
-from opsin.server.schema import NamedFunction, ToolIn
-from opsin.server.tools import plan_tools
+from opsin.server.chat import CallReader
+from opsin.server.schema import FunctionIn, ToolIn, plan_tools
 
 
 def ask(opsin: Opsin, question: str, **params: Any) -> Any:
@@ -103,12 +103,11 @@ TOOLS = [
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
 def test_a_call_that_must_come_comes(smollm2: Opsin, choice: Any) -> None:
     functions = [ToolIn.model_validate(tool).function for tool in TOOLS]
-    wanted = NamedFunction.model_validate(choice["function"]) if isinstance(choice, dict) else choice
+    wanted = FunctionIn.model_validate(choice["function"]) if isinstance(choice, dict) else choice
     plan = plan_tools(functions, wanted, smollm2._runtime.prompts, ServerSettings())
     messages = plan.messages([Message("user", "What is the weather in Paris?")])
     stream = smollm2.submit(messages, json_schema=plan.schema, temperature=0.0, max_tokens=80)
-    reader = plan.reader()
-    assert reader is not None
+    reader = CallReader(plan)
     reader.feed(stream.result().text)
     reader.finish()
     assert len(reader.calls) == 1

@@ -37,9 +37,7 @@ class Backend(FakeBackend):
     """Its answers are long; a step takes 10 ms."""
 
     def __init__(self) -> None:
-        limits = BackendLimits(
-            n_ctx=4096, n_batch=64, n_ubatch=64, n_seq_max=8, n_vocab=N_VOCAB, n_embd=4, n_ctx_seq=4096
-        )
+        limits = BackendLimits(n_ctx=4096, n_ubatch=64, n_seq_max=8, n_vocab=N_VOCAB, n_embd=4, n_ctx_seq=4096)
         super().__init__(lambda _: "ab" * 100, limits=limits)
         self._widths: dict[str, int] = {}
         self._encoding = 0

@@ -10,8 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from opsin.core.errors import BadInput, BadParameter
 from opsin.models import Pair
-from opsin.models.shapes import Family, PairShape, WeightType
-from synth.shapes import SHAPES
+from synth.shapes import SHAPES, Family, PairShape, WeightType
 from synth.text import llm_metadata, llm_tensors
 from synth.vision import clip_metadata, clip_tensors
 from synth.weights import RandomWeights, Tensor

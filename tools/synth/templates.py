@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from opsin.models.shapes import Family
+    from synth.shapes import Family
 
 _CONTENT = (
     "{% if message.content is string %}{{ message.content }}{% else %}"

@@ -14,7 +14,7 @@ from synth.weights import FILE_TYPES, Tensor, fits
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from opsin.models.shapes import PairShape, WeightType
+    from synth.shapes import PairShape, WeightType
 
 # What mtmd puts around an image and what ends a conversation turn must be tokens of the vocabulary.
 _QWEN_CONTROL = (

@@ -12,7 +12,7 @@ from synth.weights import FILE_TYPES, Tensor, fits
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from opsin.models.shapes import Family, PairShape, WeightType
+    from synth.shapes import Family, PairShape, WeightType
 
 _PROJECTORS: dict[Family, str] = {"llava": "mlp", "qwen2vl": "qwen2vl_merger", "gemma3": "gemma3"}
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING
 
-from opsin.models.shapes import WeightType
+from synth.shapes import WeightType
 
 if TYPE_CHECKING:
     import numpy as np

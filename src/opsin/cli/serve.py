@@ -19,8 +19,9 @@ from opsin.core.settings import ServerSettings
 from opsin.models import locate
 
 if TYPE_CHECKING:
+    import uvicorn
+
     from opsin.server.handler import ModelManager, Watcher
-    from opsin.server.listener import HttpServer
     from opsin.worker import WorkerEngine
 
 # No -m: that would put the working folder before the standard library. The doctor's look at this machine needs the
@@ -73,10 +74,10 @@ class _Front:
     async def run(self) -> int:
         """Serve until a signal, or until the model cannot be used; the exit code."""
         from opsin.server.app import create_app
-        from opsin.server.handler import Context, ModelManager
+        from opsin.server.handler import ModelManager
         from opsin.server.images import DecoderPool, ImageLoader
-        from opsin.server.listener import HttpServer
-        from opsin.server.watchers import AccessLog, Metrics, Tracing
+        from opsin.server.listener import http_server
+        from opsin.server.watchers import AccessLog, Tracing
         from opsin.worker import WorkerEngine
 
         settings, loop = self._settings, asyncio.get_running_loop()
@@ -93,11 +94,11 @@ class _Front:
             command=(sys.executable, "-c", _WORKER),
         )
         model = ModelManager(settings, engine)
-        watchers: list[Watcher] = [Metrics(model), AccessLog(as_json=settings.log_json)]
+        watchers: list[Watcher] = [AccessLog(as_json=settings.log_json).finished]
         if tracing is not None:
-            watchers.append(tracing)
-        app = create_app(Context(settings, model, images, tuple(watchers)), keys=self._keys)
-        server = HttpServer(app, settings.slow_reader_seconds)
+            watchers.append(tracing.finished)
+        app = create_app(model, images, watchers=watchers, keys=self._keys)
+        server = http_server(app, settings.slow_reader_seconds)
         serving = asyncio.create_task(server.serve(sockets=[self._listener]))
         try:
             return await self._watch(model, engine, server)
@@ -109,12 +110,12 @@ class _Front:
             if tracing is not None:
                 tracing.close()
 
-    async def _watch(self, model: ModelManager, engine: WorkerEngine, server: HttpServer) -> int:
+    async def _watch(self, model: ModelManager, engine: WorkerEngine, server: uvicorn.Server) -> int:
         """Say when the model is ready, and end in good order; the exit code."""
         said = -1
         while not self._told and engine.error is None and not server.should_exit:
             if model.state == "ready" and engine.restarts > said:
-                await asyncio.to_thread(lambda: model.loaded)  # a template may take its time
+                await asyncio.to_thread(lambda: model.prompts)  # a template may take its time
                 said = engine.restarts
                 self._say_ready(model)
             await self._changed.wait()
@@ -129,14 +130,12 @@ class _Front:
     def _say_ready(self, model: ModelManager) -> None:
         from opsin.server.listener import address_of
 
-        loaded = model.loaded
-        assert loaded is not None, "it is ready"
-        if loaded.facts.is_demo:
+        if model.facts.is_demo:
             say(DEMO)
-        if loaded.facts.notice:
-            say(loaded.facts.notice)
+        if model.facts.notice:
+            say(model.facts.notice)
         address = address_of(self._listener)
-        say(f"{loaded.name} is ready at http://{address} (the page, and /v1 for OpenAI's clients)")
+        say(f"{model.name} is ready at http://{address} (the page, and /v1 for OpenAI's clients)")
 
     def _listen_to_signals(self, loop: asyncio.AbstractEventLoop) -> None:
         """The first signal asks for a good end; a second one does not wait for it."""

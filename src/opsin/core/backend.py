@@ -28,7 +28,6 @@ class BackendLimits:
     """
 
     n_ctx: int
-    n_batch: int
     n_ubatch: int
     n_seq_max: int
     n_vocab: int
@@ -96,13 +95,10 @@ class Backend(Protocol):
         """Wait until all that was started is done; a stage ends after this."""
 
     def check(self, params: SamplingParams) -> object:
-        """Compile the request's schema or grammar, maybe for seconds. Any thread. Raises BadGrammar.
+        """Compile the request's schema or grammar, maybe for seconds, for `sampler`. Any thread. Raises BadGrammar."""
 
-        `sampler` does not compile it again while the result is kept.
-        """
-
-    def sampler(self, params: SamplingParams, seed: int) -> Sampler:
-        """A sampler for one request. Raises BadGrammar."""
+    def sampler(self, params: SamplingParams, seed: int, compiled: object = None) -> Sampler:
+        """A sampler for one request, held to what `check` compiled (None: to nothing)."""
 
     def sample(self, samples: Sequence[Sample]) -> list[tuple[int, TokenLogprob | None] | OpsinError]:
         """Sample a token for each of these rows of the last decode; what goes wrong with one is its own result."""

@@ -228,7 +228,7 @@ class Sequence:
     `chunks` are those of `tokenized`, and after a preemption the tokens answered so far as one more. `n_pos` is the
     next free position, `n_cells` the KV cells it sees (they differ under M-RoPE), `cached` those it got from a prefix.
     `last_token` was sampled and not yet decoded. `forced` are tokens to take instead of sampling, `closing` those that
-    close a reasoning block. `compiled` keeps its schema or grammar ready for the sampler. `prefix` is its entry in the
+    close a reasoning block. `compiled` is its schema or grammar, ready for the sampler. `prefix` is its entry in the
     KV cache manager. `embeddings` are the known ones of its image chunks, by identity; `cached_images` had a chunk
     whose embedding was remembered, `encoded_images` one that was encoded for this request. `turn` orders who works on
     an image next.

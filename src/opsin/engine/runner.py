@@ -77,11 +77,11 @@ class Runner:
             raise DecodeFailed(f"The KV cache cannot forget sequence {seq_id}: load the model again.")
 
     def begin(self, sequence: Sequence) -> None:
-        """An admitted sequence gets its sampler, and keeps it over preemptions. Raises BadGrammar."""
-        params = sequence.request.params
-        if sequence.output.thinking:  # a schema describes the answer, not the reasoning before it
-            params = params.model_copy(update={"json_schema": None, "grammar": None})
-        sequence.sampler = self._backend.sampler(params, sequence.request.seed)
+        """An admitted sequence gets its sampler, and keeps it over preemptions."""
+        request = sequence.request
+        # A schema describes the answer, not the reasoning before it.
+        compiled = None if sequence.output.thinking else sequence.compiled
+        sequence.sampler = self._backend.sampler(request.params, request.seed, compiled)
 
     def end(self, sequence: Sequence) -> None:
         """Give back what an ended sequence holds beside its cells."""
@@ -146,10 +146,9 @@ class Runner:
 
     def leave_reasoning(self, sequence: Sequence) -> None:
         """The answer begins: from here on the constraint holds."""
-        params = sequence.request.params
-        if sequence.sampler is not None and (params.grammar or params.json_schema):
+        if sequence.sampler is not None and sequence.compiled is not None:
             sequence.sampler.close()
-            sequence.sampler = self._backend.sampler(params, sequence.request.seed)
+            sequence.sampler = self._backend.sampler(sequence.request.params, sequence.request.seed, sequence.compiled)
 
     def _switch(self, sequences: Iterable[Sequence], own: Stage, group: Stage, now: float) -> None:
         self.group.switch(group, now)

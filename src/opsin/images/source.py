@@ -108,7 +108,8 @@ def read_data_url(url: str, settings: ImageSettings) -> bytes:
         raise BadImage(f"{name} has no comma, so no contents; write data:image/png;base64,… instead.")
     # Percent signs can shrink it by a factor of three, base64 by a factor of four thirds.
     check_bytes(max(1, len(body) // 4 - 1024), name, settings)
-    data = unquote_to_bytes(body) if "%" in body else body.encode("utf-8", "replace")
+    data = body.encode("utf-8", "replace")
+    data = unquote_to_bytes(data) if b"%" in data else data
     if head.rstrip().lower().endswith(";base64"):
         packed = b"".join(data.split()).rstrip(b"=")
         try:

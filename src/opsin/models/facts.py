@@ -7,17 +7,11 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from opsin.core.model_info import LayerFacts, ModelFacts, PairFacts, ProjectorFacts
-from opsin.models.gguf import GgufHeader, TensorHead, parts_of, read_header
+from opsin.models.gguf import PROJECTOR_TYPES, GgufHeader, ProjectorType, TensorHead, parts_of, read_header
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 _LOOKED_UP = ("token_embd", "position_embd", "token_types", "per_layer_token_embd")
 _ALIGNMENT = 32
-# From llama.cpp's `clip.cpp` and `mtmd.cpp`: patches a side that become one token, where the file does not say; most
-# tokens of an image, of projectors that keep its size; projectors that attend in both directions.
-_MERGE = {"gemma3": 4, "gemma4v": 3, "qwen2vl_merger": 2, "qwen2.5vl_merger": 2, "qwen3vl_merger": 2, "glm4v": 2}
-_MOST_TOKENS = {"gemma4v": 1120, "kimivl": 1024, "lfm2": 256, "pixtral": 1024}
-_MOST_TOKENS |= dict.fromkeys(("glm4v", "qwen2.5vl_merger", "qwen2vl_merger", "qwen3vl_merger"), 4096)
-_BOTH_DIRECTIONS = frozenset({"gemma3", "gemma4v", "gemma4uv", "deepseek4v"})
 _CAUSAL_GEMMA4 = frozenset({1536, 2560})  # widths of the small Gemma 4 models, which read images causally
 
 
@@ -79,24 +73,24 @@ def _layer(tensors: list[TensorHead], queries: int) -> LayerFacts:
 def _projector_facts(header: GgufHeader, model_width: int, image_max_tokens: int | None) -> ProjectorFacts:
     kind = header.text("clip.projector_type") or header.text("clip.vision.projector_type") or ""
     keys = ("clip.vision.spatial_merge_size", "clip.vision.projector.scale_factor")
-    merge = next((found for key in keys if (found := header.integer(key))), _MERGE.get(kind, 1))
+    usual = PROJECTOR_TYPES.get(kind, ProjectorType())
+    merge = next((found for key in keys if (found := header.integer(key))), usual.merge)
     patch = header.integer("clip.vision.patch_size") or 14
     edge = header.integer("clip.vision.image_size") or 336
     patches = (edge // patch) ** 2
-    if kind in _MOST_TOKENS:
-        patches = (image_max_tokens or _MOST_TOKENS[kind]) * merge**2
+    if usual.most_tokens:
+        patches = (image_max_tokens or usual.most_tokens) * merge**2
     elif pixels := header.integer("clip.vision.image_max_pixels"):
         patches = pixels // patch**2
-    known = kind in _MOST_TOKENS or kind in {"mlp", "gemma3", "idefics3", "internvl"}
     width = header.integer("clip.vision.embedding_length") or 1024
     return ProjectorFacts(
         name=header.path.name,
         bytes=sum(-(-tensor.size // _ALIGNMENT) * _ALIGNMENT for tensor in header.tensors),
         patches=patches,
         patch_values=3 * patch**2,
-        tokens=patches // merge**2 if known else None,
+        tokens=patches // merge**2 if usual.most_tokens or usual.one_size else None,
         width=width,
         heads=header.integer("clip.vision.attention.head_count") or 1,
         feed_forward=header.integer("clip.vision.feed_forward_length") or 4 * width,
-        causal=kind not in _BOTH_DIRECTIONS or (kind == "gemma4v" and model_width in _CAUSAL_GEMMA4),
+        causal=not usual.whole or (kind == "gemma4v" and model_width in _CAUSAL_GEMMA4),
     )

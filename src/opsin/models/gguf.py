@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import re
 import struct
+import tomllib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -46,24 +47,23 @@ _TAG = re.compile(r"[-.]([A-Za-z0-9_]+)$")
 _NOT_MODELS = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")
 _PREFERRED_TAGS = ("Q4_K_M", "Q8_0")
 
-# (tensor, which of its dimensions is the width handed to the language model) -> projector types.
-# Source: `clip_n_mmproj_embd` and the tensor names in llama.cpp's `tools/mtmd/clip.cpp`. A type that is not listed
-# is not checked here; llama.cpp checks every pair again when it loads.
-_TYPES_BY_WIDTH = {
-    ("mm.2.weight", 1): "mlp phi4 pixtral lightonocr dots_ocr lfm2 kimivl kimik25 paddleocr",
-    ("mm.2.bias", 0): "qwen2vl_merger qwen2.5vl_merger qwen3vl_merger youtuvl",
-    ("mm.model.fc.weight", 1): "idefics3 deepseekocr deepseekocr2",
-    ("mm.model.mlp.3.weight", 1): "internvl",
-    ("mm.model.mb_block.1.block.2.1.bias", 0): "ldp",
-    ("mm.model.peg.0.bias", 0): "ldpv2",
-    ("mm.input_projection.weight", 0): "gemma3 gemma3nv",
-    ("mm.input_projection.weight", 1): "gemma4v",
-    ("mm.down.weight", 1): "glm4v",
-    ("mm.1.bias", 0): "janus_pro",
-    ("resampler.proj.weight", 0): "resampler",
-    ("adapter.linear.dense_4h_to_h.weight", 1): "adapter",
+
+@dataclass(frozen=True, slots=True)
+class ProjectorType:
+    """What llama.cpp knows of one type of projector; `projectors.toml` says what the fields mean."""
+
+    width: tuple[str, int] = ("", 0)
+    architectures: Sequence[str] = ()
+    merge: int = 1
+    most_tokens: int | None = None
+    one_size: bool = False
+    whole: bool = False
+
+
+_TYPES_FILE = Path(__file__).with_name("projectors.toml")
+PROJECTOR_TYPES = {
+    name: ProjectorType(**row) for name, row in tomllib.loads(_TYPES_FILE.read_text(encoding="utf-8")).items()
 }
-_WIDTHS = {kind: width for width, kinds in _TYPES_BY_WIDTH.items() for kind in kinds.split()}
 
 
 class GgufName(NamedTuple):
@@ -252,7 +252,7 @@ def info_of(headers: list[GgufHeader]) -> GgufInfo:
 
 def _projector_width(kind: str, header: GgufHeader) -> int | None:
     shapes = {tensor.name: tensor.shape for tensor in header.tensors}
-    name, dimension = _WIDTHS.get(kind, ("", 0))
+    name, dimension = PROJECTOR_TYPES.get(kind, ProjectorType()).width
     if kind == "mlp" and "mm.3.bias" in shapes:  # LLaVA of the Yi kind, which llama.cpp tells by its tensors alone
         name, dimension = "mm.3.bias", 0
     shape = shapes.get(name, ())

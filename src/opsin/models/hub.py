@@ -30,6 +30,7 @@ from opsin.models.resolve import hub_cache, hub_home, write_default
 Progress = Callable[[str, int, int], None]
 """Takes a file's name, its bytes here, and its bytes in all."""
 
+_NO_LISTING = (ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what another answer raises
 _SPARE_BYTES = 256 * 2**20  # left free on the disk
 
 
@@ -85,13 +86,9 @@ class Hub:
                     " one log in with `hf auth login` or set HF_TOKEN"
                 )
             return _read_listing(repo, answer.raise_for_status().json())
-        except (httpx.TransportError, httpx.InvalidURL) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, *_NO_LISTING) as error:
             raise DownloadFailed(
-                f"{self.endpoint} cannot be reached ({error!r}): check the network or HF_ENDPOINT"
-            ) from error
-        except (httpx.HTTPError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise DownloadFailed(
-                f"{self.endpoint} did not list {repo} ({error!r}): check HF_ENDPOINT or try later"
+                f"{self.endpoint} cannot be reached or did not list {repo} ({error!r}): check HF_ENDPOINT or try later"
             ) from error
 
     def fetch(self, repo: HubRepo, files: list[HubFile], progress: Progress = lambda *_: None) -> list[Path]:

@@ -7,19 +7,7 @@ from difflib import SequenceMatcher
 from pathlib import Path
 
 from opsin.core.errors import ModelError, PairMismatch
-from opsin.models.gguf import GgufInfo, best_projectors, is_projector, read_info, stem
-
-# Projector types and the only architectures they are published with (llama.cpp's `convert_hf_to_gguf.py`). Types that
-# many architectures share (mlp, internvl, pixtral, …) are not listed: nothing can be said of them.
-_ARCHITECTURES = {
-    "gemma3": {"gemma3"},
-    "gemma3nv": {"gemma3n"},
-    "gemma4v": {"gemma4"},
-    "qwen2vl_merger": {"qwen2vl"},
-    "qwen2.5vl_merger": {"qwen2vl"},
-    "qwen3vl_merger": {"qwen3vl", "qwen3vlmoe", "qwen35", "qwen35moe"},
-}
-_NO_LLM = ": give the language model as --model"
+from opsin.models.gguf import PROJECTOR_TYPES, GgufInfo, ProjectorType, best_projectors, is_projector, read_info, stem
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +32,9 @@ def check_pair(llm: Path | GgufInfo, mmproj: Path | GgufInfo) -> tuple[GgufInfo,
     text, vision = (read_info(one) if isinstance(one, Path) else one for one in (llm, mmproj))
     llm, mmproj = text.path, vision.path
     if text.is_projector:
-        swapped = "" if vision.is_projector else f", and {mmproj.name} is one: swap --model and --mmproj"
-        raise PairMismatch(f"{llm.name} is a projector, not a language model{swapped or _NO_LLM}")
+        swapped = f", and {mmproj.name} is one: swap --model and --mmproj"
+        advice = ": give the language model as --model" if vision.is_projector else swapped
+        raise PairMismatch(f"{llm.name} is a projector, not a language model{advice}")
     if not vision.is_projector:
         wrong = "is a language model, not a projector"
     elif not vision.has_vision:
@@ -68,10 +57,10 @@ def check_pair(llm: Path | GgufInfo, mmproj: Path | GgufInfo) -> tuple[GgufInfo,
 def family_warning(text: GgufInfo, vision: GgufInfo) -> str | None:
     """A sentence where widths fit by chance and the families differ, so that answers would be nonsense; else None."""
     kind = vision.projector or ""
-    expected = _ARCHITECTURES.get(kind)
+    expected = PROJECTOR_TYPES.get(kind, ProjectorType()).architectures
     # Architectures made for vision have projectors of their own, too.
-    own = {name for name, architectures in _ARCHITECTURES.items() if text.architecture in architectures}
-    if (expected is None or text.architecture in expected) and (not own or kind in own):
+    own = {name for name, one in PROJECTOR_TYPES.items() if text.architecture in one.architectures}
+    if (not expected or text.architecture in expected) and (not own or kind in own):
         return None
     return (
         f"{vision.path.name} is a projector of the kind {kind or 'unknown'}, and {text.path.name} is a"
@@ -89,8 +78,6 @@ def find_projector(llm: Path) -> Path | None:
     if not names:
         return None
     text = read_info(llm)
-    if text.is_projector:
-        raise PairMismatch(f"{llm.name} is a projector, not a language model{_NO_LLM}")
     ranked = sorted(best_projectors(names, llm.name), key=lambda name: -_likeness(llm.name, name))
     paths = [llm.with_name(name) for name in ranked]
     # Where none fits, the check of the likest says why.

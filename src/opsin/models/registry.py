@@ -1,14 +1,18 @@
-"""The names users know, and the repository each stands for. Every row has a comment that says where it was found."""
+"""The names users know, and the repository each stands for, as `known.toml` lists them."""
 
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 
 from opsin.core.errors import ModelNotFound
 from opsin.models.gguf import best_model, best_projectors
+
+_FILE = Path(__file__).with_name("known.toml")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,56 +25,13 @@ class KnownModel:
     name: str
     title: str
     repo: str
-    aliases: tuple[str, ...] = ()
+    aliases: Sequence[str] = ()
     quantisation: str = ""
     llm_file: str | None = None
     mmproj_file: str | None = None
 
 
-# fmt: off
-KNOWN_MODELS: tuple[KnownModel, ...] = (
-    # llama.cpp docs/multimodal.md
-    KnownModel("smolvlm2-2.2b", "SmolVLM2 2.2B", "ggml-org/SmolVLM2-2.2B-Instruct-GGUF", ("smolvlm2", "smolvlm")),
-    KnownModel("smolvlm2-500m", "SmolVLM2 500M", "ggml-org/SmolVLM2-500M-Video-Instruct-GGUF"),
-    KnownModel("smolvlm2-256m", "SmolVLM2 256M", "ggml-org/SmolVLM2-256M-Video-Instruct-GGUF"),
-    KnownModel("qwen2.5-vl-3b", "Qwen2.5-VL 3B", "ggml-org/Qwen2.5-VL-3B-Instruct-GGUF", ("qwen2.5-vl",)),
-    KnownModel("qwen2.5-vl-7b", "Qwen2.5-VL 7B", "ggml-org/Qwen2.5-VL-7B-Instruct-GGUF"),
-    KnownModel("qwen2.5-vl-32b", "Qwen2.5-VL 32B", "ggml-org/Qwen2.5-VL-32B-Instruct-GGUF"),
-    KnownModel("qwen2.5-vl-72b", "Qwen2.5-VL 72B", "ggml-org/Qwen2.5-VL-72B-Instruct-GGUF"),
-    KnownModel("gemma-3-4b", "Gemma 3 4B", "ggml-org/gemma-3-4b-it-GGUF", ("gemma-3", "gemma")),
-    KnownModel("gemma-3-12b", "Gemma 3 12B", "ggml-org/gemma-3-12b-it-GGUF"),
-    KnownModel("gemma-3-27b", "Gemma 3 27B", "ggml-org/gemma-3-27b-it-GGUF"),
-    KnownModel("internvl3-1b", "InternVL3 1B", "ggml-org/InternVL3-1B-Instruct-GGUF"),
-    KnownModel("internvl3-2b", "InternVL3 2B", "ggml-org/InternVL3-2B-Instruct-GGUF", ("internvl3", "internvl")),
-    KnownModel("internvl3-8b", "InternVL3 8B", "ggml-org/InternVL3-8B-Instruct-GGUF"),
-    KnownModel("internvl3-14b", "InternVL3 14B", "ggml-org/InternVL3-14B-Instruct-GGUF"),
-    # llama.cpp tools/mtmd/tests.sh; glm-4.6v: llama.cpp tests/test-gguf-model-data.cpp
-    KnownModel("llava-1.5-7b", "LLaVA-1.5 7B", "second-state/Llava-v1.5-7B-GGUF", ("llava", "llava-1.5")),
-    KnownModel("llava-1.6-mistral-7b", "LLaVA-1.6 Mistral 7B", "cjpais/llava-1.6-mistral-7b-gguf",
-               ("llava-1.6", "llava-1.6-7b", "llava-next")),
-    KnownModel("qwen3-vl-2b", "Qwen3-VL 2B", "ggml-org/Qwen3-VL-2B-Instruct-GGUF"),
-    KnownModel("deepseek-ocr", "DeepSeek-OCR", "ggml-org/DeepSeek-OCR-GGUF"),
-    KnownModel("kimi-vl", "Kimi-VL A3B Thinking", "ggml-org/Kimi-VL-A3B-Thinking-2506-GGUF", ("kimi-vl-a3b", "kimi")),
-    KnownModel("glm-4.6v-flash", "GLM-4.6V Flash", "ggml-org/GLM-4.6V-Flash-GGUF", ("glm-4v", "glm-4.1v", "glm")),
-    KnownModel("glm-4.6v", "GLM-4.6V", "ggml-org/GLM-4.6V-GGUF"),
-    # llama.cpp docs/multimodal/: minicpmv2.6.md, minicpmv4.0.md, minicpmv4.5.md, llava.md
-    KnownModel("minicpm-v-2.6", "MiniCPM-V 2.6", "openbmb/MiniCPM-V-2_6-gguf"),
-    KnownModel("minicpm-v-4", "MiniCPM-V 4", "openbmb/MiniCPM-V-4-gguf"),
-    KnownModel("minicpm-v-4.5", "MiniCPM-V 4.5", "openbmb/MiniCPM-V-4_5-gguf", ("minicpm-v", "minicpm")),
-    KnownModel("llava-1.6-vicuna-7b", "LLaVA-1.6 Vicuna 7B", "cmp-nct/llava-1.6-gguf",
-               llm_file="vicuna-7b-q5_k.gguf", mmproj_file="mmproj-vicuna7b-f16.gguf"),
-    KnownModel("llava-1.6-vicuna-13b", "LLaVA-1.6 Vicuna 13B", "cmp-nct/llava-1.6-gguf", ("llava-1.6-13b",),
-               llm_file="vicuna-13b-q5_k.gguf", mmproj_file="mmproj-vicuna13b-f16.gguf"),
-    # llama-cpp-python's README.md; calcuis/gguf issue 48; huggingface.co/osintify/activity/all
-    KnownModel("llava-1.5-13b", "LLaVA-1.5 13B", "mys/ggml_llava-v1.5-13b", quantisation="q4_k"),
-    KnownModel("qwen3-vl-4b", "Qwen3-VL 4B", "Qwen/Qwen3-VL-4B-Instruct-GGUF", ("qwen3-vl", "qwen-vl")),
-    KnownModel("qwen3-vl-8b", "Qwen3-VL 8B", "Qwen/Qwen3-VL-8B-Instruct-GGUF"),
-    # ggml-org/llama.cpp pull request 18825; ikawrakow/ik_llama.cpp pull request 1280
-    KnownModel("paddleocr-vl", "PaddleOCR-VL 1.5", "PaddlePaddle/PaddleOCR-VL-1.5-GGUF",
-               ("paddleocr", "paddleocr-vl-1.5")),
-    KnownModel("kimi-k2.5", "Kimi K2.5", "bartowski/moonshotai_Kimi-K2.5-GGUF"),
-)
-# fmt: on
+KNOWN_MODELS = tuple(KnownModel(name, **row) for name, row in tomllib.loads(_FILE.read_text(encoding="utf-8")).items())
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -167,10 +168,8 @@ def _all_pairs(folders: Iterable[Path], default: Pair | None) -> Iterator[Pair]:
                 yield pair
     if default is not None:
         yield default
-    try:
+    with suppress(ModelNotFound):  # an installation without the demo still has a list
         yield demo_pair()
-    except ModelError:  # an installation without the demo still has a list
-        return
 
 
 def _pair_with_neighbour(path: Path) -> Pair | None:

@@ -30,7 +30,7 @@ class NativeBackend(Context):
         self.info = ModelInfo(
             name=model.metadata.get("general.name") or model.path.stem,
             architecture=model.metadata.get("general.architecture", "unknown"),
-            projector=(encoder.file.kind or "unknown") if encoder is not None else None,
+            projector=(encoder.kind or "unknown") if encoder is not None else None,
             llm_file=model.path.name,
             mmproj_file=encoder.path.name if encoder is not None else None,
             quantisation=model.quantisation,

@@ -15,7 +15,6 @@ import threading
 import time
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
-from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -42,8 +41,8 @@ _SPACING = {"whitespace_flexible": False, "item_separator": ", ?", "key_separato
 _JSON_OPTIONS = {**_SPACING, "coerce_one_of": True, "lenient": False}
 
 
-class _Compiled:
-    """A matcher at its start, and the schema if it has unique items."""
+class Compiled:
+    """A matcher at its start, and the schema if it has unique items: what answers begin with."""
 
     def __init__(self, matcher: LLMatcher, unique: dict[str, Any] | None) -> None:
         self.matcher, self.unique = matcher, unique
@@ -52,7 +51,7 @@ class _Compiled:
 class Constraint:
     """The schema or grammar of one answer. Not for two threads at once."""
 
-    def __init__(self, compiled: _Compiled, bits: NDArray[np.int32], model: Model) -> None:
+    def __init__(self, compiled: Compiled, bits: NDArray[np.int32], model: Model) -> None:
         """`bits` is room for the mask, int32 [n_vocab / 32], which answers of one thread may share."""
         self._matcher = compiled.matcher.deep_copy()
         self._unique = None if compiled.unique is None else UniqueItems(compiled.unique)
@@ -104,37 +103,29 @@ class Constraints:
         self._bits = np.zeros((model.n_vocab + 31) // 32, np.int32)
         self._lock = threading.Lock()
         self._compiled = lru_cache(REMEMBERED)(self._compile)
-        # What somebody waits with: it must not be compiled anew where its answer starts, on the engine's thread.
-        self._wanted: WeakValueDictionary[tuple[str | None, str | None], _Compiled] = WeakValueDictionary()
         self._tokenizer: LLTokenizer | str = ""  # or why there is none
         # A quarter of a second for 50,000 tokens: neither the first schema nor the engine's thread should wait for it.
         self._builder = threading.Thread(target=self._build_tokenizer, name="opsin-tokenizer", daemon=True)
         self._builder.start()
 
-    def compile(self, params: SamplingParams) -> object:
-        """Make the request's schema or grammar ready for `start`, as long as the result is kept. Raises BadGrammar."""
+    def compile(self, params: SamplingParams) -> Compiled:
+        """Make the request's schema or grammar ready for `start`. Raises BadGrammar."""
         with self._lock:  # so that requests for the same schema wait for one compilation
-            found = self._ready(params)
-            self._wanted[params.json_schema, params.grammar] = found
-            return found
-
-    def start(self, params: SamplingParams) -> Constraint:
-        """A constraint for one answer. Raises BadGrammar."""
-        return Constraint(self._ready(params), self._bits, self._model)
-
-    def _ready(self, params: SamplingParams) -> _Compiled:
-        asked = params.json_schema, params.grammar
-        found = self._wanted.get(asked) or self._compiled(*asked)
+            found = self._compiled(params.json_schema, params.grammar)
         if isinstance(found, str):
             raise BadGrammar(found)
         return found
+
+    def start(self, compiled: Compiled) -> Constraint:
+        """A constraint for one answer."""
+        return Constraint(compiled, self._bits, self._model)
 
     def close(self) -> None:
         """Wait until the model is not needed any more, and forget what was compiled."""
         self._builder.join()
         self._compiled.cache_clear()
 
-    def _compile(self, schema: str | None, gbnf: str | None) -> _Compiled | str:
+    def _compile(self, schema: str | None, gbnf: str | None) -> Compiled | str:
         """What is remembered, or why the schema or grammar is refused."""
         from llguidance import LLMatcher, LLParserLimits
 
@@ -157,7 +148,7 @@ class Constraints:
         mask = b"" if matcher.is_error() else matcher.compute_bitmask()
         if matcher.is_error() or not any(mask):
             return f"The {what} cannot be used: {_reason(matcher.get_error()) or 'no answer fits it'}."
-        return _Compiled(matcher, unique)
+        return Compiled(matcher, unique)
 
     def _build_tokenizer(self) -> None:
         from llguidance import LLTokenizer

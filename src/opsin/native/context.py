@@ -22,6 +22,7 @@ from opsin.core.request import EmbeddingRows, TextPart
 from opsin.core.settings import CTX_PER_SEQUENCE
 from opsin.native import logs
 from opsin.native.devices import default_threads
+from opsin.native.memory import OUTPUTS, SPARE_SEQUENCES
 from opsin.native.model import Owned, floats
 from opsin.native.sampler import NativeSampler
 
@@ -33,17 +34,14 @@ if TYPE_CHECKING:
     from opsin.core.backend import Sample
     from opsin.core.request import Embedding, ImageChunk, Part, SamplingParams, TokenBatch, TokenizedPrompt
     from opsin.core.settings import EngineSettings
-    from opsin.native.constraint import Constraints
+    from opsin.native.constraint import Compiled, Constraints
     from opsin.native.model import Model
     from opsin.native.vision import Encoder
 
     _Sampled = tuple[int, TokenLogprob | None] | OpsinError
 
 _MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
-# With a unified cache a sequence id costs nothing, so idle prefixes get ids of their own beside the running answers.
-_SPARE_SEQUENCES = 32
 _READERS = 16  # threads that may tokenize at once
-_MIN_OUTPUTS = 64  # rows of one ubatch that may have logits
 _TILE = 64  # rows that flash attention takes at once in ggml's CPU kernel; with fewer it is slower than without
 _PAUSE_SOFT = 1  # omp_pause_soft: what was set stays
 
@@ -56,7 +54,7 @@ class Context:
     """One llama_context over a model, with its vision encoder and constraints where it has them.
 
     `tokenize`, `check`, `piece` and the attributes may be used by any thread, all else by the one that owns the
-    context. `threads` are of decode, prefill and encode.
+    context.
     """
 
     def __init__(
@@ -85,7 +83,7 @@ class Context:
         self._keeper = sequences if slides else 0
         params.n_seq_max = sequences + self._keeper
         # Without it room is reserved for the logits of a whole ubatch: 0.6 GB with a vocabulary of 150,000.
-        params.n_outputs_max = self._outputs_max = max(_MIN_OUTPUTS, params.n_seq_max)
+        params.n_outputs_max = self._outputs_max = max(OUTPUTS, params.n_seq_max)
         params.n_threads = settings.threads or default_threads(llama.llama_model_n_params(model.pointer))
         params.n_threads_batch = settings.threads_batch or params.n_threads
         params.type_k = params.type_v = KV_TYPES[settings.kv_type]
@@ -104,12 +102,9 @@ class Context:
                 f"({logs.SINK.cause(mark) or 'probably not enough memory'}): give a smaller --ctx or another --kv-type."
             )
         self.handle = Owned("context", pointer, llama.llama_free, model.handle)
-        encode_threads = params.n_threads_batch if encoder is None else encoder.threads
-        self.threads: tuple[int, int, int] = params.n_threads, params.n_threads_batch, encode_threads
         self.eog_tokens, self.piece = model.eog_tokens, model.piece
         self.limits = BackendLimits(
             n_ctx=(n_ctx := llama.llama_n_ctx(pointer)),
-            n_batch=llama.llama_n_batch(pointer),
             n_ubatch=llama.llama_n_ubatch(pointer),
             n_seq_max=llama.llama_n_seq_max(pointer) - self._keeper,
             n_vocab=model.n_vocab,
@@ -190,6 +185,7 @@ class Context:
         _require(sound, f"Embedding rows must be contiguous float32 [n, {n_embd}].")
         _require(rows.positions.shape == (n_pos, len(data)), f"Positions must be [{n_pos}, {len(data)}].")
         self._check_sequences(rows.seq_id)
+        # llama.cpp takes wrong positions of embeddings in silence.
         first = self.kv_last(rows.seq_id) + 1
         follows = times.min() >= first - 1  # under M-RoPE slices of an image may share a position
         if n_pos == 1:
@@ -238,14 +234,16 @@ class Context:
             for nan, token in zip(bad, tokens.tolist(), strict=True)
         ]
 
-    def check(self, params: SamplingParams) -> object:
-        if self._constraints is None or not _constrained(params):
+    def check(self, params: SamplingParams) -> Compiled | None:
+        if self._constraints is None or (params.json_schema is None and params.grammar is None):
             return None
         with self._readers:
             return self._constraints.compile(params)
 
-    def sampler(self, params: SamplingParams, seed: int) -> NativeSampler:
-        constraint = self._constraints.start(params) if self._constraints and _constrained(params) else None
+    def sampler(self, params: SamplingParams, seed: int, compiled: object = None) -> NativeSampler:
+        constraint = None
+        if self._constraints is not None and compiled is not None:
+            constraint = self._constraints.start(cast("Compiled", compiled))
         return NativeSampler(self.model, self.handle, self.logits, params, seed, constraint=constraint)
 
     def sample(self, samples: Sequence[Sample]) -> list[_Sampled]:
@@ -319,10 +317,6 @@ def _bytes(array: NDArray[np.uint8]) -> Any:
     return ctypes.cast(array.ctypes.data, ctypes.POINTER(ctypes.c_uint8))
 
 
-def _constrained(params: SamplingParams) -> bool:
-    return params.json_schema is not None or params.grammar is not None
-
-
 def _require(holds: bool, otherwise: str) -> None:
     if not holds:
         raise DecodeFailed(otherwise)
@@ -336,7 +330,7 @@ def _sequences(model: Model, settings: EngineSettings, n_ubatch: int, most: int)
             "give a smaller --parallel or a larger --ctx."
         )
     # A recurrent model keeps a whole state for each id: none to spare there.
-    spare = 0 if model.whole_states_only else _SPARE_SEQUENCES
+    spare = 0 if model.whole_states_only else SPARE_SEQUENCES
     return min(settings.parallel + spare, most, n_ubatch)
 
 

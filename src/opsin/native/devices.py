@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -33,7 +33,6 @@ _ASSERTS = (b"__assert_fail", b"__assert_rtn")
 # Below this, threads wait for each other longer than they compute: measured with the 4 M demo model on 2 cores, a
 # decode step takes 0.25 ms with one thread and 0.36 with two, and 9 ms with two when other programs use the cores.
 _SMALL_PARAMETERS = 20_000_000
-_PAUSE_SOFT = 1  # omp_pause_soft: what was set stays
 
 _F32, _F16 = 0, 1  # ggml_type
 _MATRICES = 4
@@ -148,14 +147,19 @@ def devices(lib: Library | None = None) -> tuple[Device, ...]:
     return tuple(device(ggml.ggml_backend_dev_get(index)) for index in range(ggml.ggml_backend_dev_count()))
 
 
-def pick(name: str, option: str, present: tuple[Device, ...]) -> Device | None:
-    """The device of that name, None for "none" and "cpu". Raises BadParameter, which lists what is here."""
+def pick(name: str | None, option: str, present: Sequence[Device]) -> list[Device]:
+    """All GPUs without a name, none for "none" and "cpu", else the device of that name.
+
+    Raises BadParameter, which lists what is here.
+    """
+    if name is None:
+        return [device for device in present if device.is_gpu]
     wanted = name.strip().lower()
+    found = [device for device in present if device.name.lower() == wanted]
     if wanted in CPU_NAMES:
-        return None
-    for device in present:
-        if device.name.lower() == wanted:
-            return device
+        return []
+    if found:
+        return found
     here = ", ".join(device.name for device in present if device.is_gpu)
     advice = f"this build sees {here}, or give none for the CPU" if here else "this build of llama.cpp sees no GPU"
     raise BadParameter(f"There is no device {name!r} for {option}: {advice}.")
@@ -222,20 +226,10 @@ def physical_cores(topology: Path = Path("/sys/devices/system/cpu")) -> int:
     return len(set(siblings)) if all(siblings) else len(usable)
 
 
-def pause_threads(lib: Library) -> None:
-    """End the OpenMP threads that wait for work of the calling thread, where ggml was built with OpenMP.
-
-    Each thread that computes has a team of its own, and libgomp stops spinning as soon as more threads than cores
-    belong to teams: a second engine in a process would make the first half as fast while it does nothing.
-    """
-    if lib.pause is not None:
-        lib.pause(_PAUSE_SOFT)
-
-
-def measure_device(device: Device, threads: int | None = None, lib: Library | None = None) -> DeviceRate:
+def measure_device(device: Device, lib: Library | None = None) -> DeviceRate:
     """Measure one device for about a second, with at most 300 MiB or a quarter of what is free there.
 
-    `threads` are those of a CPU (default: one per physical core). Raises ModelError when it has no room or fails.
+    Raises ModelError when it has no room or fails.
     """
     ggml: Any = (lib or library()).ggml
     size = min(_VECTOR_BYTES, device.memory_free // 4 or _VECTOR_BYTES)
@@ -247,7 +241,7 @@ def measure_device(device: Device, threads: int | None = None, lib: Library | No
             registry = ggml.ggml_backend_dev_backend_reg(device.handle)
             address = ggml.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_set_n_threads")
             _made(device, address, "its threads cannot be set")
-            ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int)(address)(backend, threads or physical_cores())
+            ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int)(address)(backend, physical_cores())
         product, seconds = _SIZES[0], _fastest(ggml, device, backend, _SIZES[0])
         # The second size takes more memory than the vectors, and is left out where even those had to shrink.
         if device.is_gpu and seconds < 0.0003 and size == _VECTOR_BYTES:
@@ -257,33 +251,29 @@ def measure_device(device: Device, threads: int | None = None, lib: Library | No
 
 
 def _fastest(ggml: Any, device: Device, backend: int, sizes: tuple[int, int, int]) -> float:
-    """Seconds of one product of f16 [width, rows] with f32 [width, columns]: the best of all that fit into the time."""
+    """Seconds of one product of f16 [width, rows] with f32 [width, columns], several at once: the best run counts."""
     width, rows, columns = sizes
-    # A GPU gets all products in one graph, since a launch takes as long as a short product.
-    count = 1 if device.is_gpu else _MATRICES
     with ExitStack() as stack:
-        memory = count * ggml.ggml_graph_overhead() + 4 * _MATRICES * ggml.ggml_tensor_overhead()
+        memory = ggml.ggml_graph_overhead() + 4 * _MATRICES * ggml.ggml_tensor_overhead()
         context = ggml.ggml_init(InitParams(memory, None, True))
         stack.callback(ggml.ggml_free, context)
         right = ggml.ggml_new_tensor_4d(context, _F32, width, columns, 1, 1)
-        graphs = [ggml.ggml_new_graph(context) for _ in range(count)]
-        for graph in graphs * (_MATRICES // count):
+        graph = ggml.ggml_new_graph(context)
+        for _ in range(_MATRICES):
             left = ggml.ggml_new_tensor_4d(context, _F16, width, rows, 1, 1)
             ggml.ggml_build_forward_expand(graph, ggml.ggml_mul_mat(context, left, right))
         buffer = _made(device, ggml.ggml_backend_alloc_ctx_tensors(context, backend), "it has no room")
         stack.callback(ggml.ggml_backend_buffer_free, buffer)
         ggml.ggml_backend_buffer_clear(buffer, _FILL)
-        best, until, run = float("inf"), time.perf_counter() + _SECONDS, 0
-        # The first runs warm up: they compile kernels and start threads. At least one more is measured.
-        while run <= count or time.perf_counter() < until:
+        runs: list[float] = []
+        until = time.perf_counter() + _SECONDS
+        while len(runs) < 2 or time.perf_counter() < until:
             started = time.perf_counter()
-            failed = ggml.ggml_backend_graph_compute(backend, graphs[run % count])
+            failed = ggml.ggml_backend_graph_compute(backend, graph)
             ggml.ggml_backend_synchronize(backend)
             _made(device, not failed, "its computing failed")
-            if run >= count:
-                best = min(best, time.perf_counter() - started)
-            run += 1
-        return best * count / _MATRICES
+            runs.append(time.perf_counter() - started)
+        return min(runs[1:]) / _MATRICES  # the first compiles kernels and starts threads
 
 
 def _made(device: Device, made: int, why: str) -> int:

@@ -55,11 +55,9 @@ _FUNCTIONS: list[tuple[Any, list[Any], str]] = [
     (None, [_P, ctypes.c_uint8], "ggml_backend_buffer_clear"),
     (None, [_P, ctypes.POINTER(_SIZE), ctypes.POINTER(_SIZE)], "ggml_backend_dev_memory"),
     (_SIZE, [], "ggml_tensor_overhead ggml_graph_overhead ggml_backend_dev_count ggml_backend_reg_count"),
-    (_SIZE, [_P], "gguf_get_data_offset"),
     (_INT, [_P], "ggml_backend_dev_type"),
     (_INT, [_P, _P], "ggml_backend_graph_compute"),
-    (_INT, [_P, _I64], "gguf_get_kv_type gguf_get_tensor_type"),
-    (_I64, [_P], "gguf_get_n_tensors"),
+    (_INT, [_P, _I64], "gguf_get_kv_type"),
     (_I64, [_P, _STR], "gguf_find_key"),
     (_BOOL, [_P], "ggml_backend_buft_is_host"),
     (_STR, [], "ggml_commit"),
@@ -77,20 +75,16 @@ _FUNCTIONS: list[tuple[Any, list[Any], str]] = [
 ]
 
 
-def bind(libraries: list[ctypes.CDLL]) -> tuple[SimpleNamespace, list[str]]:
-    """The functions above, each from the first library that has it, and the names that none has."""
+def bind(libraries: list[ctypes.CDLL]) -> SimpleNamespace:
+    """The functions above, each from the first library that has it. Raises AttributeError where none has."""
     bound: dict[str, Any] = {}
-    missing: list[str] = []
     for result, arguments, names in _FUNCTIONS:
         for name in names.split():
-            holder = next((library for library in libraries if hasattr(library, name)), None)
-            if holder is None:
-                missing.append(name)
-                continue
+            holder = next((library for library in libraries if hasattr(library, name)), libraries[0])
             # Item access makes a new function object: nobody else's argtypes are changed.
             bound[name] = holder[name]
             bound[name].argtypes, bound[name].restype = arguments, result
-    return SimpleNamespace(**bound), missing
+    return SimpleNamespace(**bound)
 
 
 def op_names(lib: Any) -> dict[int, str]:

@@ -26,25 +26,9 @@ ADVICE = f"run: pip install --force-reinstall llama-cpp-python=={VERSION}"
 # Defaults in the middle and at the end of each struct: any field inserted or removed shifts at least one of them.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama_model_default_params": {"n_gpu_layers": -1, "split_mode": 1, "use_extra_bufts": True, "load_mtp": False},
-    "llama_context_default_params": {
-        "n_ctx": 512,
-        "n_batch": 2048,
-        "n_threads_batch": 4,
-        "yarn_beta_slow": -1.0,
-        "type_v": 1,
-        "op_offload": True,
-        "swa_full": True,
-        "ctx_other": None,
-    },
+    "llama_context_default_params": {"n_batch": 2048, "yarn_beta_slow": -1.0, "swa_full": True, "ctx_other": None},
     "llama_sampler_chain_default_params": {"no_perf": True},
-    "mtmd_context_params_default": {
-        "n_threads": 4,
-        "media_marker": b"<__media__>",
-        "flash_attn_type": -1,
-        "image_max_tokens": -1,
-        "batch_max_tokens": 1024,
-        "progress_callback_user_data": None,
-    },
+    "mtmd_context_params_default": {"n_threads": 4, "batch_max_tokens": 1024, "progress_callback_user_data": None},
 }
 _OBJECT_SIZE = 32  # bytes of the ggml_object in front of each tensor (ggml.c)
 
@@ -82,31 +66,29 @@ def _load() -> Library:
         from llama_cpp import llama_cpp as llama
         from llama_cpp import mtmd_cpp as mtmd
         from llama_cpp._ctypes_extensions import load_shared_library
+
+        native = llama._lib  # noqa: SLF001 - the loaded library has no public name
+        libraries = [native, _ggml.libggml]
+        with contextlib.suppress(FileNotFoundError, RuntimeError):  # a static build has everything in the two above
+            libraries.append(load_shared_library("ggml-base", _ggml.libggml_base_path))
+        functions = bind(libraries)
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         raise NativeMismatch(f"llama-cpp-python cannot be loaded ({error}): {ADVICE}.") from error
     logs.install(llama, mtmd)
-    native = llama._lib  # noqa: SLF001 - the loaded library has no public name
-    libraries = [native, _ggml.libggml]
-    # A static build has everything in the two above; a symbol that is missing is told by the check below.
-    with contextlib.suppress(FileNotFoundError, RuntimeError):
-        libraries.append(load_shared_library("ggml-base", _ggml.libggml_base_path))
-    functions, missing = bind(libraries)
-    check(llama_cpp.__version__, llama, mtmd, functions, missing)
+    check(llama_cpp.__version__, llama, mtmd, functions)
     llama.llama_backend_init()
     # Looked for in what the library was linked with, too: a wheel's OpenMP has a name of its own.
     pause = next((found for one in libraries if (found := getattr(one, "omp_pause_resource_all", None))), None)
     return Library(llama, mtmd, functions, Path(native._name), pause)  # noqa: SLF001 - as above
 
 
-def check(version: str, llama: Any, mtmd: Any, ggml: Any, missing: list[str]) -> None:
+def check(version: str, llama: Any, mtmd: Any, ggml: Any) -> None:
     """Compare the bindings, the library behind them and their structs with what this code was written for.
 
-    `missing` are names of ggml functions that were not found. Raises NativeMismatch with the way to fix it.
+    Raises NativeMismatch with the way to fix it.
     """
     if version != VERSION:
         wrong = f"llama-cpp-python {version} is installed, but Opsin was built for exactly {VERSION}"
-    elif missing:
-        wrong = f"The installed llama.cpp library lacks {missing[0]}, which Opsin needs"
     elif (library := llama.llama_version().decode()) != LIBRARY:
         wrong = f"The llama.cpp library calls itself {library}, not {LIBRARY} (is LLAMA_CPP_LIB_PATH set?)"
     elif fields := _shifted(llama, mtmd, ggml):

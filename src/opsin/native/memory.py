@@ -14,6 +14,7 @@ from dataclasses import astuple, dataclass, replace
 from itertools import accumulate
 
 from opsin.core.errors import BadParameter
+from opsin.core.ggml_types import bytes_per_value
 from opsin.core.model_info import PairFacts, ProjectorFacts
 from opsin.core.settings import CTX_PER_SEQUENCE, EngineSettings
 from opsin.native.devices import HOST, Device, pick
@@ -21,14 +22,14 @@ from opsin.native.devices import HOST, Device, pick
 FULL = 0.9
 """Share of the free memory that is planned with: drivers, images being read and other programs need some."""
 
-_KV_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 _MAX_CTX = 2**31 - 1  # positions are 32-bit
 _LEAST_CTX = 512  # tokens a sequence; less is no use with images
 _TEXT_TOKENS = 320  # of a question and a short answer, beside an image
 _COMFORTABLE_CTX = 2048  # tokens a sequence, for which layers stay on the GPU
 _UBATCHES = (512, 256)  # tried where the default one does not fit
-_OUTPUTS = 64  # rows of a ubatch that may have logits
-_SPARE_SEQUENCES = 32  # that hold idle prefixes
+OUTPUTS = 64  # rows of a ubatch that may have logits, at least
+# With a unified cache a sequence id costs nothing, so idle prefixes get ids of their own beside the running answers.
+SPARE_SEQUENCES = 32
 # Growth of resident memory beyond all that llama.cpp logs, with pairs of 0.02 to 0.2 B parameters.
 _BOOKKEEPING, _TOKEN = 12 * 2**20, 300
 # Types that the CPU backend repacks (ggml-cpu/repack.cpp), by the instructions that it uses.
@@ -94,10 +95,8 @@ class MemoryPlan:
 
     def applied(self, settings: EngineSettings) -> EngineSettings:
         """The settings with what was planned."""
-        planned = {"ctx": self.ctx, "ubatch": self.ubatch}
-        if self.gpu_layers is not None:
-            planned["gpu_layers"] = self.gpu_layers
-        return settings.model_copy(update={k: v for k, v in planned.items() if getattr(settings, k) != v})
+        layers = settings.gpu_layers if self.gpu_layers is None else self.gpu_layers
+        return settings.model_copy(update={"ctx": self.ctx, "ubatch": self.ubatch, "gpu_layers": layers})
 
 
 @dataclass(frozen=True)
@@ -155,17 +154,11 @@ class MemoryPlanner:
 
     @property
     def _gpus(self) -> list[Device]:
-        if self.settings.device is None:
-            return [one for one in self.devices if one.is_gpu]
-        chosen = pick(self.settings.device, "--device", tuple(self.devices))
-        return [chosen] if chosen else []
+        return pick(self.settings.device, "--device", self.devices)
 
     @property
     def _vision_device(self) -> str:
-        if self.settings.mmproj_device is None:
-            return next((one.name for one in self.devices if one.is_gpu), HOST)
-        named = pick(self.settings.mmproj_device, "--mmproj-device", tuple(self.devices))
-        return named.name if named else HOST
+        return next((one.name for one in pick(self.settings.mmproj_device, "--mmproj-device", self.devices)), HOST)
 
     def plans(self) -> Iterator[MemoryPlan]:
         """All layers with a shrinking context, then fewer layers, then a context that is uncomfortable."""
@@ -238,11 +231,11 @@ class MemoryPlanner:
             # On the CPU the output layer that is the embeddings again is not there twice.
             if device != HOST or not (model.tied and layer is model.output):
                 add(device, "mapped" if device == HOST else "weights", layer.bytes)
-            add(device, "kv", layer.kv_values * -(-plan.ctx // 256) * 256 * _KV_BYTES[settings.kv_type])
+            add(device, "kv", layer.kv_values * -(-plan.ctx // 256) * 256 * bytes_per_value(settings.kv_type))
             if device == HOST:
                 add(HOST, "repacked", sum(size for kind, size in layer.matrices.items() if kind in repacked))
         add(HOST, "mapped", model.input_bytes)
-        outputs = min(max(_OUTPUTS, settings.parallel + _SPARE_SEQUENCES), plan.ubatch) * model.vocabulary * 4
+        outputs = min(max(OUTPUTS, settings.parallel + SPARE_SEQUENCES), plan.ubatch) * model.vocabulary * 4
         for device in set(layers):
             add(device, "compute", self._compute(plan, outputs if device == layers[-1] else 0))
         if set(layers) != {HOST}:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from opsin.core.errors import EngineClosed, ModelNotFound, ModelUnreadable, PairMismatch
+from opsin.core.errors import EngineClosed, ModelUnreadable
 from opsin.core.request import TextChunk, TokenizedPrompt
 from opsin.native import logs
 from opsin.native.devices import Device, devices, pick
@@ -205,16 +205,12 @@ def _filled(kind: Any, size: int, call: Callable[[Any, int], int]) -> Any:
 
 def _placement(settings: EngineSettings, present: tuple[Device, ...]) -> tuple[Device | None, int]:
     """The device for the layers and how many of them (-1: all)."""
-    device = next((one for one in present if one.is_gpu), None)
-    if settings.device is not None:
-        device = pick(settings.device, "--device", present)
+    device = next(iter(pick(settings.device, "--device", present)), None)
     layers = -1 if settings.gpu_layers is None else settings.gpu_layers
     return device, 0 if device is None else layers
 
 
 def _load(lib: Library, path: Path, device: Device | None, asked: str | None, layers: int) -> Owned:
-    if not path.is_file():
-        raise ModelNotFound(f"There is no model file {path}: check the path given to --model.")
     params = lib.llama.llama_model_default_params()
     params.n_gpu_layers = layers
     # An explicit device (or none) is a list that ends with NULL; without it llama.cpp takes all GPUs.
@@ -225,11 +221,8 @@ def _load(lib: Library, path: Path, device: Device | None, asked: str | None, la
     pointer = lib.llama.llama_model_load_from_file(str(path).encode(), params)
     logs.SINK.raise_interrupt()
     if not pointer:
-        cause = logs.SINK.cause(mark)
-        if "CLIP cannot be used" in cause:
-            raise PairMismatch(f"{path.name} is a projector, not a language model: give it with --mmproj instead.")
         raise ModelUnreadable(
-            f"llama.cpp cannot load {path.name} ({cause or 'no reason given'}): "
+            f"llama.cpp cannot load {path.name} ({logs.SINK.cause(mark) or 'no reason given'}): "
             "check that the file is whole and its architecture is supported."
         )
     return Owned("language model", pointer, lib.llama.llama_model_free)

@@ -64,13 +64,13 @@ class NativeSampler:
         if params.temperature == 0:
             samplers.append(llama.llama_sampler_init_greedy())
         else:
-            if params.top_k > 0:
-                samplers.append(llama.llama_sampler_init_top_k(params.top_k))
-            if params.top_p < 1.0:
-                samplers.append(llama.llama_sampler_init_top_p(params.top_p, 1))
-            if params.min_p > 0.0:
-                samplers.append(llama.llama_sampler_init_min_p(params.min_p, 1))
-            samplers += [llama.llama_sampler_init_temp(params.temperature), llama.llama_sampler_init_dist(seed)]
+            samplers += [  # each does nothing at its neutral value
+                llama.llama_sampler_init_top_k(params.top_k),
+                llama.llama_sampler_init_top_p(params.top_p, 1),
+                llama.llama_sampler_init_min_p(params.min_p, 1),
+                llama.llama_sampler_init_temp(params.temperature),
+                llama.llama_sampler_init_dist(seed),
+            ]
         for sampler in samplers:
             llama.llama_sampler_chain_add(self._chain.pointer, sampler)
 

@@ -26,7 +26,7 @@ import numpy as np
 
 from opsin.core.errors import ModelError, ModelUnreadable, OpsinError
 from opsin.core.files import write_whole
-from opsin.core.request import EmbeddingRows, Image, ImageChunk, ImagePart, TextPart, TokenBatch
+from opsin.core.request import Image, ImageChunk, ImagePart, TokenBatch
 from opsin.core.settings import EngineSettings
 from opsin.native import logs
 from opsin.native.context import Context
@@ -41,7 +41,7 @@ Stage = Literal["start", "load", "projector", "encode", "prefill", "decode"]
 _SECONDS = 120.0
 _BYTES_A_SECOND = 50e6  # a slow disk; a first load reads the whole files
 _LINES, _LINE_CHARS = 6, 600
-_ROOM_TOKENS = 64  # of context beside the image
+_CTX = 256
 _EDGE = 336
 # `-c` instead of `-m`, which puts the working folder before everything.
 _CODE = "import sys; sys.path[:] = filter(None, sys.path); from opsin.native.trial import main; main(*sys.argv[1:])"
@@ -70,14 +70,13 @@ def try_pair(
     mmproj: Path | None,
     settings: EngineSettings | None = None,
     *,
-    brief: bool = False,
     seconds: float | None = None,
     command: Sequence[str] = (sys.executable, "-c", _CODE),
 ) -> Trial:
-    """Load the pair in a child, encode an image, prefill it with a question, and decode a token.
+    """Load the pair in a child, encode an image, prefill a question, and decode a token.
 
-    With `brief` only the question is prefilled, since an image takes a large model long on a CPU. `seconds` is the time
-    limit (None: by the files' sizes). `command` is run with the two paths, the settings as JSON and "brief" or "whole".
+    The image is not prefilled, which takes a large model long on a CPU. `seconds` is the time limit (None: by the
+    files' sizes). `command` is run with the two paths and the settings as JSON.
     """
     files = [path for path in (llm, mmproj) if path is not None and path.exists()]
     limit = seconds or _SECONDS + sum(path.stat().st_size for path in files) / _BYTES_A_SECOND
@@ -85,7 +84,7 @@ def try_pair(
     started = time.perf_counter()
     try:
         child = subprocess.run(  # noqa: S603 - our own code, with two paths
-            [*command, *given, "brief" if brief else "whole"],
+            [*command, *given],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=limit,
@@ -117,7 +116,7 @@ def ensure_loadable(
     record = record_file("loads", fingerprint([model, mmproj], asked, devices()), folder)
     if read_record(record) is not None:
         return
-    done = try_pair(model, mmproj, asked, brief=True, **options)
+    done = try_pair(model, mmproj, asked, **options)
     if done.end == "done":
         keep_record(record, {"seconds": round(done.seconds, 3)})
     if done.end in {"done", "refused"}:
@@ -179,7 +178,7 @@ def keep_record(file: Path, finding: object) -> None:
         write_whole(file, json.dumps(finding))
 
 
-def main(llm: str, mmproj: str, settings: str, how: str) -> None:
+def main(llm: str, mmproj: str, settings: str) -> None:
     """The child: an error that is told is one sentence on standard error, and an exit code."""
     if sys.platform != "win32":
         import resource
@@ -187,8 +186,7 @@ def main(llm: str, mmproj: str, settings: str, how: str) -> None:
         # A crash is expected here, and its core file would be as large as the model.
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     try:
-        given = EngineSettings.model_validate_json(settings)
-        _run(Path(llm), Path(mmproj) if mmproj else None, given, brief=how == "brief")
+        _run(Path(llm), Path(mmproj) if mmproj else None, EngineSettings.model_validate_json(settings))
     except OpsinError as error:
         sys.stderr.write(f"{error}\n")
         raise SystemExit(error.exit_code) from None
@@ -199,39 +197,26 @@ def _begin(stage: Stage) -> None:
     sys.stdout.flush()
 
 
-def _run(llm: Path, mmproj: Path | None, settings: EngineSettings, *, brief: bool) -> None:
+def _run(llm: Path, mmproj: Path | None, settings: EngineSettings) -> None:
     _begin("load")
     logs.show(True)
     model = Model(llm, settings)
-    text = TextPart("What is this?", special=False)
-    tokenized, embeddings = model.tokenize_parts([text], add_bos=True), {}
     if mmproj is not None:
         _begin("projector")
         encoder = Encoder(model, mmproj, settings)
         _begin("encode")
-        whole = encoder.tokenize([ImagePart(drawn_image()), text], add_bos=True)
-        embeddings = {
-            index: encoder.encode(run) for index, run in enumerate(whole.chunks) if isinstance(run, ImageChunk)
-        }
-        tokenized = tokenized if brief else whole
-    largest = max((run.n_tokens for run in tokenized.chunks if isinstance(run, ImageChunk)), default=0)
-    small = settings.model_copy(update={"parallel": 1, "ubatch": max(settings.ubatch, largest)})
-    context = Context(model, small, ctx=-(-(tokenized.n_tokens + _ROOM_TOKENS) // 256) * 256)
+        image = encoder.tokenize([ImagePart(drawn_image())], add_bos=False)
+        encoder.encode_many([run for run in image.chunks if isinstance(run, ImageChunk)])
+        image.close()
+    context = Context(model, settings.model_copy(update={"parallel": 1}), ctx=_CTX)
     _begin("prefill")
-    pos = 0
-    for index, run in enumerate(tokenized.chunks):
-        last = index == len(tokenized.chunks) - 1
-        if isinstance(run, ImageChunk):
-            positions = run.positions_at(pos, 0, run.n_tokens)
-            context.decode(EmbeddingRows(embeddings[index], positions, 0, logits=last, causal=run.causal))
-        else:
-            batch = TokenBatch()
-            batch.append(run.tokens, pos, 0, logits=last)
-            context.decode(batch)
-        context.synchronize()
-        pos += run.n_pos
+    tokens = [*model.begin, *model.tokenize("What is this?", special=False)]
+    question = TokenBatch()
+    question.append(tokens, 0, 0, logits=True)
+    context.decode(question)
+    context.synchronize()
     _begin("decode")
-    context.decode(TokenBatch([int(np.argmax(context.logits(-1)))], [pos], [0], [0]))
+    context.decode(TokenBatch([int(np.argmax(context.logits(-1)))], [len(tokens)], [0], [0]))
     context.synchronize()
     model.close()
 

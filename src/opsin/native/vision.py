@@ -20,7 +20,6 @@ from opsin.core.errors import (
     BadParameter,
     Cancelled,
     EncodeFailed,
-    EngineClosed,
     ModelUnreadable,
     NativeMismatch,
     PairMismatch,
@@ -31,7 +30,7 @@ from opsin.native.devices import default_threads, devices, pick
 from opsin.native.ggml import Tensor, heavy_ops
 from opsin.native.library import ADVICE
 from opsin.native.model import Owned, floats
-from opsin.native.projector import fingerprint, read_projector
+from opsin.native.projector import fingerprint, projector_type
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -61,7 +60,6 @@ class EvalHook:
     """
 
     def __init__(self, lib: Any) -> None:
-        self._running = False
         self._observer: Any = None
         self._error: BaseException | None = None
         # The library keeps the bare pointer: this object must live longer than what it was given to.
@@ -84,13 +82,11 @@ class EvalHook:
     @contextmanager
     def observing(self, observer: Any) -> Iterator[None]:
         """Let `observer` look while the one graph of the block runs; raises afterwards what it raised."""
-        if self._running:  # a second graph would overwrite the first
-            raise EncodeFailed("The vision encoder is at work already: images are encoded one after another.")
-        self._running, self._observer = True, observer
+        self._observer = observer
         try:
             yield
         finally:
-            error, self._error, self._observer, self._running = self._error, None, None, False
+            error, self._error, self._observer = self._error, None, None
         if error is not None:
             raise error
 
@@ -115,29 +111,22 @@ class Encoder:
     def __init__(self, model: Model, path: Path, settings: EngineSettings) -> None:
         self.lib = model.lib
         self.path = path
-        self.file = read_projector(path)
-        if self.file.architecture != "clip":
-            raise PairMismatch(
-                f"{path.name} is not a projector but a model of the kind {self.file.architecture or 'unknown'}: "
-                "give the language model with --model and its mmproj file with --mmproj."
-            )
+        self.kind = projector_type(path)
         if 0 < (settings.image_max_tokens or 0) < (settings.image_min_tokens or 0):
             raise BadParameter("--image-min-tokens is larger than --image-max-tokens: give a smaller one.")
         self._model = model
         self._hook = EvalHook(self.lib)
         self._heavy = heavy_ops(self.lib)
-        present = devices(self.lib)
+        picked = pick(settings.mmproj_device, "--mmproj-device", devices(self.lib))
         params = self.lib.mtmd.mtmd_context_params_default()
-        if settings.mmproj_device is None:
-            params.use_gpu = any(device.is_gpu for device in present)  # mtmd takes the first
-        else:
-            device = pick(settings.mmproj_device, "--mmproj-device", present)
-            params.use_gpu, params.device = device is not None, device.handle if device else None
+        params.use_gpu = bool(picked)
+        if picked and settings.mmproj_device is not None:  # else mtmd takes the first
+            params.device = picked[0].handle
         params.print_timings = False
         params.warmup = False  # mtmd's own computes nothing
         # Nearly all weights of a projector file are of 16 bits.
         chosen = settings.threads_encode or settings.threads_batch or settings.threads
-        params.n_threads = self.threads = chosen or default_threads(path.stat().st_size // 2)
+        params.n_threads = chosen or default_threads(path.stat().st_size // 2)
         flash = settings.flash_attention if settings.vision_flash_attention is None else settings.vision_flash_attention
         params.flash_attn_type = -1 if flash is None else int(flash)
         params.image_min_tokens = settings.image_min_tokens or -1
@@ -146,8 +135,8 @@ class Encoder:
         self.handle = self._open(params)
         # What the pixels handed to the encoder depend on besides the image.
         preprocessing = (params.image_min_tokens, params.image_max_tokens)
-        self._identity = fingerprint(path, self.file.header_bytes), preprocessing
-        self.batch = _BATCH if self.file.kind in _BATCHING else 1
+        self._identity = fingerprint(path), preprocessing
+        self.batch = _BATCH if self.kind in _BATCHING else 1
         self._mrope: bool = self.lib.mtmd.mtmd_decode_use_mrope(self.pointer)
 
     def _open(self, params: Any) -> Owned:
@@ -165,11 +154,7 @@ class Encoder:
                 f"llama.cpp cannot load the projector {name} ({cause or 'no reason given'}): "
                 "check that the file is whole and its kind is supported."
             )
-        handle = Owned("vision encoder", pointer, mtmd.mtmd_free, self._model.handle)
-        if not mtmd.mtmd_support_vision(pointer):
-            handle.close()
-            raise PairMismatch(f"{name} has no vision encoder: use a projector for images.")
-        return handle
+        return Owned("vision encoder", pointer, mtmd.mtmd_free, self._model.handle)
 
     @property
     def pointer(self) -> int:
@@ -367,11 +352,8 @@ class ChunkHandle:
 
     @property
     def pointer(self) -> int:
-        """The native chunk. Raises EncodeFailed after its tokenized prompt was closed."""
-        try:
-            self.owner.pointer  # noqa: B018 - the check
-        except EngineClosed as error:
-            raise EncodeFailed("The tokenized prompt of this image was closed before it was encoded.") from error
+        """The native chunk. Raises EngineClosed after its tokenized prompt was closed."""
+        self.owner.pointer  # noqa: B018 - the check
         return self.address
 
 

@@ -5,6 +5,7 @@ The page loads nothing from elsewhere, no script or style stands in its markup, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -16,17 +17,24 @@ from starlette.staticfiles import StaticFiles
 from opsin import __version__
 from opsin.server import chat, responses
 from opsin.server.errors import HANDLERS, RESPONSES, UnknownModel
-from opsin.server.handler import Context, ModelManager, StatsMiddleware
+from opsin.server.handler import ModelManager, StatsMiddleware, Watcher
+from opsin.server.images import FairQueue, ImageLoader
 from opsin.server.middleware import Limits, SecurityMiddleware
 from opsin.server.schema import dumps
 from opsin.server.watchers import Metrics
 
 _ROUTES = [route for room in (chat, responses) for route in room.router.routes if isinstance(route, Route)]
-_PATHS = frozenset(route.path for route in _ROUTES)
 
 
-def create_app(context: Context, *, keys: tuple[str, ...] = ()) -> FastAPI:
+def create_app(
+    model: ModelManager, images: ImageLoader, *, watchers: Sequence[Watcher] = (), keys: tuple[str, ...] = ()
+) -> FastAPI:
     """The whole server as an ASGI application; `keys` are the API keys that are let in, none lets everybody in."""
+    settings = model.settings
+    # As many answers as run may be ready in the engine; the others wait in the queue.
+    ahead = min(settings.parallel, settings.max_queue)
+    queue = FairQueue(settings.parallel + ahead, settings.max_queue - ahead)
+    metrics = Metrics(model, queue)
     # FastAPI's own pages for documentation load scripts from elsewhere.
     app = FastAPI(
         title="Opsin",
@@ -36,13 +44,13 @@ def create_app(context: Context, *, keys: tuple[str, ...] = ()) -> FastAPI:
         responses=RESPONSES,
         exception_handlers=HANDLERS,
     )
-    app.state.context = context
+    app.state.model, app.state.images, app.state.queue, app.state.metrics = model, images, queue, metrics
     for one in (chat.router, responses.router, router):
         app.include_router(one)
     # The last one added is the outermost.
-    app.add_middleware(Limits, settings=context.settings, routes=_ROUTES, queue=context.queue)
-    app.add_middleware(SecurityMiddleware, settings=context.settings, keys=keys)
-    app.add_middleware(StatsMiddleware, watchers=context.watchers, paths=_PATHS)
+    app.add_middleware(Limits, settings=settings, routes=_ROUTES)
+    app.add_middleware(SecurityMiddleware, settings=settings, keys=keys)
+    app.add_middleware(StatsMiddleware, watchers=(metrics.finished, *watchers), paths={route.path for route in _ROUTES})
     return app
 
 
@@ -51,7 +59,6 @@ _PAGE_HEADERS = {
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self';"
         " base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
     ),
-    "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     # An update must not leave a browser with half of the old page; the tag keeps that cheap.
     "Cache-Control": "no-cache",
@@ -93,19 +100,15 @@ async def health(request: Request) -> Response:
 async def ready(request: Request) -> Response:
     """Whether requests are answered: the model is loaded and warmed up, and its process answers."""
     manager = _manager(request)
-    return (
-        _reply({"status": "ready"}) if manager.ready else _reply({"status": manager.state}, 503, {"Retry-After": "1"})
-    )
+    if manager.ready:
+        return _reply({"status": "ready"})
+    return _reply({"status": manager.state}, 503, {"Retry-After": "1"})
 
 
 @router.get("/metrics", include_in_schema=False)
 def show_metrics(request: Request) -> Response:
     """All metrics as text, for Prometheus."""
-    context: Context = request.app.state.context
-    metrics = next((watcher for watcher in context.watchers if isinstance(watcher, Metrics)), None)
-    if metrics is not None:
-        return Response(metrics.render(context.queue.waiting), headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
-    return Response("This server keeps no metrics.\n", status_code=404, media_type="text/plain")
+    return Response(request.app.state.metrics.render(), headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
 
 
 def _reply(value: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -113,15 +116,15 @@ def _reply(value: dict[str, Any], status: int = 200, headers: dict[str, str] | N
 
 
 def _manager(request: Request) -> ModelManager:
-    manager: ModelManager = request.app.state.context.model
+    manager: ModelManager = request.app.state.model
     return manager
 
 
 def _facts(request: Request) -> dict[str, Any]:
     """What is told of the model, also while it is unloaded. Raises NotReady."""
-    model = _manager(request).model()
-    limits, info = model.facts.limits, model.facts.info
-    parallel = request.app.state.context.settings.parallel
+    model = _manager(request)
+    facts, parallel = model.facts, model.settings.parallel
+    limits, info = facts.limits, facts.info
     return {
         "default_generation_settings": {"n_ctx": limits.n_ctx_seq},
         "n_ctx": limits.n_ctx,
@@ -130,13 +133,13 @@ def _facts(request: Request) -> dict[str, Any]:
         "parallel": parallel,
         "model_alias": model.name,
         "model": info.as_dict(),
-        "is_demo": model.facts.is_demo,
+        "is_demo": facts.is_demo,
         "modalities": {"vision": info.projector is not None, "audio": False},
         "chat_template": model.prompts.template,
         "tools": model.prompts.knows_tools,
         "thinking": model.prompts.reasoning is not None,
         "build_info": f"opsin {__version__}",
-        "placement": model.facts.placement.as_dict(),
+        "placement": facts.placement.as_dict(),
     }
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import functools
+import contextlib
 import itertools
 import json
+import re
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -17,29 +19,13 @@ from starlette.responses import Response
 from opsin.core.answer import Answer, Finished, TextDelta, TokenLogprob
 from opsin.core.request import Image, Prompt, TextPart
 from opsin.prompt import Content, Message
+from opsin.server import schema
 from opsin.server.errors import BadField
-from opsin.server.handler import CompletionHandler, Job, ServedModel, Writer, extensions
+from opsin.server.handler import Asked, CompletionHandler, ModelManager, Writer, extensions
 from opsin.server.images import RequestImages, Wanted
-from opsin.server.schema import (
-    ChatRequest,
-    CompletionRequest,
-    Conversation,
-    FunctionIn,
-    ImagePartIn,
-    MessageIn,
-    NamedFunction,
-    NamedTool,
-    at_most,
-    choices,
-    dumps,
-    is_deep,
-    sampling,
-    schema_of,
-    top_logprobs,
-    wants_usage,
-)
-from opsin.server.tools import ToolPlan, plan_tools
 
+_OPENERS = ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>")
+_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)|(?:\[TOOL_CALLS\]|<\|python_tag\|>)(.*)", re.DOTALL)
 _LEAST_LOGPROB = -9999.0
 """Stands for the logarithm of zero, which JSON cannot write."""
 
@@ -47,68 +33,56 @@ router = APIRouter(tags=["OpenAI"])
 
 
 @router.post("/v1/chat/completions")
-async def chat(body: ChatRequest, request: Request) -> Response:
+async def chat(body: schema.ChatRequest, request: Request) -> Response:
     """Answer a conversation of texts and images."""
-    return CompletionHandler(request, functools.partial(_chat_job, body))
+    return CompletionHandler(request, body, _prepare_chat)
 
 
 @router.post("/v1/completions")
-async def completions(body: CompletionRequest, request: Request) -> Response:
+async def completions(body: schema.CompletionRequest, request: Request) -> Response:
     """Continue a text as it is, without a chat template."""
-    return CompletionHandler(request, functools.partial(_text_job, body))
+    return CompletionHandler(request, body, _prepare_text)
 
 
-async def _chat_job(body: ChatRequest, model: ServedModel, images: RequestImages) -> Job:
-    settings = model.settings
-    model.check(body.model)
+async def _prepare_chat(body: schema.ChatRequest, model: ModelManager, images: RequestImages) -> tuple[Asked, Writer]:
+    settings, choice = model.settings, body.tool_choice
     functions = [tool.function for tool in body.tools or ()]
-    tools = plan(
-        functions, body.tool_choice.function if isinstance(body.tool_choice, NamedTool) else body.tool_choice, model
-    )
-    top = top_logprobs(body.top_logprobs, settings, "top_logprobs")
+    called = choice.function if isinstance(choice, schema.ToolIn) else choice
+    tools = schema.plan_tools(functions, called, model.prompts, settings)
+    top = body.top_logprobs or 0
+    schema.at_most(settings.max_top_logprobs, top, "alternatives", "top_logprobs")
     if top and not body.logprobs:
         raise BadField("top_logprobs needs logprobs: set it to true.", "top_logprobs")
-    newer = body.max_completion_tokens is not None
-    params = sampling(
+    params = schema.sampling(
         body,
         settings,
-        "max_completion_tokens" if newer else "max_tokens",
-        body.max_completion_tokens if newer else body.max_tokens,
-        logprobs=(top or 0) if body.logprobs else None,
-        json_schema=(tools and tools.schema) or schema_of(body.response_format, settings.max_schema_bytes),
+        body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
+        logprobs=top if body.logprobs else None,
+        json_schema=tools.schema or schema.schema_of(body.response_format, settings.max_schema_bytes),
         thinking=body.wants_thinking,
     )
-    each = choices(params, body.n, settings)
-    writer = ChatWriter(model.name, len(each), tools, logprobs=bool(body.logprobs), include_usage=wants_usage(body))
+    each = schema.choices(params, body.n, settings)
+    writer = _ChatWriter(model.name, body, [CallReader(tools) for _ in each])
     prompt = await build_prompt(body, body.messages, tools, model, images)
-    return Job([(prompt, one) for one in each], writer, bool(body.stream))
+    return [(prompt, one) for one in each], writer
 
 
-async def _text_job(body: CompletionRequest, model: ServedModel, _: RequestImages) -> Job:
+async def _prepare_text(body: schema.CompletionRequest, model: ModelManager, _: RequestImages) -> tuple[Asked, Writer]:
     settings = model.settings
-    model.check(body.model)
-    at_most(settings.max_prompt_chars, sum(map(len, body.prompt)), "characters", "prompt")
-    at_most(settings.max_n, len(body.prompt) * (body.n or 1), "answers (prompts times n)", "prompt")
-    logprobs = top_logprobs(body.logprobs, settings, "logprobs")
-    params = sampling(body, settings, "max_tokens", body.max_tokens, logprobs=logprobs)
-    each = choices(params, body.n, settings)
-    writer = TextWriter(model.name, logprobs=logprobs is not None, include_usage=wants_usage(body))
+    schema.at_most(settings.max_prompt_chars, sum(map(len, body.prompt)), "characters", "prompt")
+    schema.at_most(settings.max_n, len(body.prompt) * (body.n or 1), "answers (prompts times n)", "prompt")
+    schema.at_most(settings.max_top_logprobs, body.logprobs or 0, "alternatives", "logprobs")
+    params = schema.sampling(body, settings, body.max_tokens, logprobs=body.logprobs)
+    each = schema.choices(params, body.n, settings)
     prompts = [Prompt((TextPart(text),)) for text in body.prompt]
-    return Job([(prompt, one) for prompt in prompts for one in each], writer, bool(body.stream))
-
-
-def plan(functions: Sequence[FunctionIn], choice: str | NamedFunction | None, model: ServedModel) -> ToolPlan | None:
-    """How tools are handled; None without any. Raises BadField."""
-    if not functions and choice in (None, "none", "auto"):
-        return None
-    return plan_tools(functions, choice, model.prompts, model.settings)
+    return [(prompt, one) for prompt in prompts for one in each], _TextWriter(model.name, body)
 
 
 async def build_prompt(
-    body: Conversation,
-    messages: Sequence[MessageIn],
-    tools: ToolPlan | None,
-    model: ServedModel,
+    body: schema.Conversation,
+    messages: Sequence[schema.MessageIn],
+    tools: schema.ToolPlan,
+    model: ModelManager,
     images: RequestImages,
 ) -> Prompt:
     """The prompt of a conversation; its images are loaded side by side.
@@ -118,42 +92,34 @@ async def build_prompt(
     wanted, characters = [], 0
     for i, message in enumerate(messages):
         for j, part in enumerate(message.content or ()):
-            if isinstance(part, ImagePartIn):
+            if isinstance(part, schema.ImagePartIn):
                 param = f"messages[{i}].content[{j}].image_url"
                 wanted.append(Wanted(part.image_url.url, part.detail or part.image_url.detail, param))
             else:
                 characters += len(part.text)
         characters += len(message.reasoning_content or "")
         characters += sum(len(call.function.arguments) for call in message.tool_calls or ())
-    at_most(model.settings.max_images, len(wanted), "images", "messages")
-    at_most(model.settings.max_prompt_chars, characters, "characters", "messages")
+    schema.at_most(model.settings.max_images, len(wanted), "images", "messages")
+    schema.at_most(model.settings.max_prompt_chars, characters, "characters", "messages")
     loaded = iter(await images.load(wanted))
-    conversation = [_message(message, loaded) for message in messages]
-    told = None
-    if tools is not None:
-        conversation, told = tools.messages(conversation), tools.told
+    conversation = tools.messages([_message(message, loaded) for message in messages])
     # In a thread: the template of an unknown model may take its time.
-    return await asyncio.to_thread(model.prompts.build, conversation, tools=told, thinking=body.wants_thinking)
+    return await asyncio.to_thread(model.prompts.build, conversation, tools=tools.told, thinking=body.wants_thinking)
 
 
-def _message(message: MessageIn, images: Iterator[Image]) -> Message:
+def _message(message: schema.MessageIn, images: Iterator[Image]) -> Message:
     content: list[Content] = [
-        next(images) if isinstance(part, ImagePartIn) else part.text for part in message.content or ()
+        next(images) if isinstance(part, schema.ImagePartIn) else part.text for part in message.content or ()
     ]
-    calls = []
-    for call in message.tool_calls or ():
-        arguments: Any = call.function.arguments
-        try:  # templates want an object
-            parsed = json.loads(arguments)
-        except (ValueError, RecursionError):
-            parsed = None
-        if isinstance(parsed, dict) and not is_deep(parsed):
-            arguments = parsed
-        function = {"name": call.function.name, "arguments": arguments}
-        calls.append({"id": call.id, "type": "function", "function": function})
+    calls = [call.model_dump() for call in message.tool_calls or ()]
+    for call in calls:
+        with contextlib.suppress(ValueError, RecursionError):
+            arguments = json.loads(call["function"]["arguments"])
+            if isinstance(arguments, dict) and not schema.is_deep(arguments):
+                call["function"]["arguments"] = arguments  # templates want an object
     return Message(
         "system" if message.role == "developer" else message.role,
-        content[0] if len(content) == 1 and isinstance(content[0], str) else content or "",
+        content or "",
         reasoning=message.reasoning_content,
         tool_calls=calls or None,
         tool_call_id=message.tool_call_id,
@@ -161,50 +127,124 @@ def _message(message: MessageIn, images: Iterator[Image]) -> Message:
     )
 
 
-class ChoicesWriter(Writer):
-    """Base of the two writers below."""
+class CallReader:
+    """Takes an answer piece by piece and separates its text from its calls.
 
-    kind: ClassVar[str]
-    chunk_kind: ClassVar[str]
-    id_prefix: ClassVar[str]
+    Without tools all is text, and with a forced call the answer is one JSON object. Otherwise calls are looked for in
+    the forms that models are trained on: JSON inside <tool_call> tags, a list after [TOOL_CALLS], and an answer that is
+    a JSON object with the name of a known function. What turns out not to be a call is text. From the first sign of a
+    call on, everything is held back until the end.
+    """
 
-    def __init__(self, model: str, *, logprobs: bool, include_usage: bool) -> None:
+    def __init__(self, tools: schema.ToolPlan) -> None:
+        self._names = tools.names
+        self._holds = tools.schema is not None
+        self._held = ""
+        self._said = False
+        self.calls: list[dict[str, Any]] = []
+        """The calls that were found, as chat completions write them."""
+
+    def feed(self, text: str) -> str:
+        """Take text; return what is certainly not part of a call."""
+        if not self._names:
+            return text
+        self._held += text
+        if self._holds or (not self._said and self._held.lstrip()[:1] in {"", "{"}):
+            return ""
+        start = min((at for tag in _OPENERS if (at := self._held.find(tag)) >= 0), default=-1)
+        self._holds = start >= 0
+        if not self._holds:
+            start = len(self._held) - _tail(self._held)
+        text, self._held = self._held[:start], self._held[start:]
+        self._said = self._said or bool(text.strip())
+        return text
+
+    def finish(self) -> str:
+        """The answer is over: return what was held back and is not a call."""
+        held, self._held = self._held, ""
+        if not self._said and self._read(held):
+            return ""
+        text = _CALL.sub(lambda found: "" if self._read(found[1] or found[2] or "") else found[0], held)
+        return text if text.strip() or not self.calls else ""
+
+    def _read(self, text: str) -> bool:
+        """Read calls from JSON text; False if it holds none, or anything else."""
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            return False
+        items = value if isinstance(value, list) else [value]
+        if not items or not all(
+            isinstance(item, Mapping) and isinstance(item.get("name"), str) and item["name"] in self._names
+            for item in items
+        ):
+            return False
+        for item in items:
+            arguments = item.get("arguments", item.get("parameters", {}))
+            if not isinstance(arguments, str):
+                arguments = json.dumps(arguments, ensure_ascii=False)
+            function = {"name": item["name"], "arguments": arguments}
+            self.calls.append({"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function})
+        return True
+
+
+def _tail(text: str) -> int:
+    """How many characters at the end may be the start of a tag."""
+    lengths = range(min(max(map(len, _OPENERS)) - 1, len(text)), 0, -1)
+    return next((n for n in lengths if any(tag.startswith(text[-n:]) for tag in _OPENERS)), 0)
+
+
+class _ChoicesWriter(Writer):
+    def __init__(self, model: str, body: schema.Choices, prefix: str, kind: str, chunk_kind: str) -> None:
+        self._kind = kind
         self._same = {
-            "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
-            "object": self.chunk_kind,
+            "id": f"{prefix}-{uuid.uuid4().hex}",
+            "object": chunk_kind,
             "created": int(time.time()),
             "model": model,
         }
-        self._logprobs = logprobs
-        self._include_usage = include_usage
-        self._answers: dict[int, Answer] = {}
+        options = body.stream_options
+        if options is not None and not body.stream:
+            raise BadField("stream_options needs stream: set it to true, or leave it out.", "stream_options")
+        self._include_usage = options is not None and options.include_usage
+        self._around: dict[int, tuple[bytes, bytes]] = {}
 
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
         """One choice of a whole answer."""
         raise NotImplementedError
 
+    def content(self, index: int, text: str) -> bytes:
+        """The event for new text of a choice."""
+        raise NotImplementedError
+
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        """The answer as one object. If there are several choices, each has its own extensions as well."""
+        # If there are several choices, each has its own extensions as well.
         several = len(answers) > 1
         choices = [self.choice(i, answer) | (extensions(answer) if several else {}) for i, answer in enumerate(answers)]
         usage = self._usage(answers)
-        return {**self._same, "object": self.kind, "choices": choices, "usage": usage, **extensions(answers[0])}
+        return {**self._same, "object": self._kind, "choices": choices, "usage": usage, **extensions(answers[0])}
 
-    def end(self) -> bytes:
-        """The token counts, if they were asked for, and the end mark."""
+    def end(self, answers: Sequence[Answer]) -> bytes:
         done = b"data: [DONE]\n\n"
         if not self._include_usage:
             return done
-        answers = [self._answers[index] for index in sorted(self._answers)]
         return self._chunk(usage=self._usage(answers), **extensions(answers[0])) + done
 
     def _chunk(self, *choices: dict[str, Any], **rest: Any) -> bytes:
         """One server-sent event."""
-        return b"data: " + dumps({**self._same, "choices": choices, **rest}) + b"\n\n"
+        return b"data: " + schema.dumps({**self._same, "choices": choices, **rest}) + b"\n\n"
+
+    def _plain(self, index: int, text: str) -> bytes:
+        """What `content` writes, but faster: the events of a choice differ in their text alone."""
+        if index not in self._around:
+            before, _, after = self.content(index, "").rpartition(b'""')
+            self._around[index] = before, after
+        before, after = self._around[index]
+        return before + schema.dumps(text) + after
 
     def _usage(self, answers: Sequence[Answer]) -> dict[str, Any]:
         # The choices of a chat have one prompt, which is counted once.
-        prompts = [answer.usage for answer in (answers[:1] if isinstance(self, ChatWriter) else answers)]
+        prompts = [answer.usage for answer in (answers[:1] if isinstance(self, _ChatWriter) else answers)]
         prompt = sum(usage.prompt_tokens for usage in prompts)
         completion = sum(answer.usage.completion_tokens for answer in answers)
         details = {
@@ -219,110 +259,85 @@ class ChoicesWriter(Writer):
         }
 
 
-class ChatWriter(ChoicesWriter):
-    """Writes the answers to one request to /v1/chat/completions."""
-
-    kind, chunk_kind, id_prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
-
-    def __init__(self, model: str, n: int, tools: ToolPlan | None, *, logprobs: bool, include_usage: bool) -> None:
-        super().__init__(model, logprobs=logprobs, include_usage=include_usage)
-        self._readers = [None if tools is None else tools.reader() for _ in range(n)]
-        self._around = [_around(self._delta(index, {"content": ""})) for index in range(n)]
+class _ChatWriter(_ChoicesWriter):
+    def __init__(self, model: str, body: schema.ChatRequest, readers: Sequence[CallReader]) -> None:
+        super().__init__(model, body, "chatcmpl", "chat.completion", "chat.completion.chunk")
+        self._readers = readers
 
     def begin(self) -> bytes:
-        """The role of each choice."""
         role = {"role": "assistant", "content": ""}
         return b"".join(self._delta(index, role) for index in range(len(self._readers)))
 
     def event(self, index: int, event: TextDelta | Finished) -> bytes:
-        """New text, or the end of a choice with its calls."""
         if isinstance(event, Finished):
             return self._finish(index, event.answer)
-        logprobs = self._token_logprobs(event.logprobs) if event.logprobs else None
         if event.reasoning:
-            return self._delta(index, {"reasoning_content": event.text}, logprobs)
-        reader = self._readers[index]
-        text = event.text if reader is None else reader.feed(event.text)
-        if logprobs is not None:
-            return self._delta(index, {"content": text}, logprobs)
-        before, after = self._around[index]
-        return before + dumps(text) + after if text else b""
+            return self._delta(index, {"reasoning_content": event.text}, event.logprobs)
+        text = self._readers[index].feed(event.text)
+        if event.logprobs:
+            return self._delta(index, {"content": text}, event.logprobs)
+        return self._plain(index, text) if text else b""
+
+    def content(self, index: int, text: str) -> bytes:
+        return self._delta(index, {"content": text})
 
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
-        """See ChoicesWriter."""
         reader = self._readers[index]
-        text, calls = answer.text, []
-        if reader is not None:
-            text = (reader.feed(text) + reader.finish()).strip()
-            calls = reader.calls
-        message: dict[str, Any] = {"role": "assistant", "content": text or None if calls else text, "refusal": None}
+        text = reader.feed(answer.text) + reader.finish()
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if answer.reasoning is not None:
             message["reasoning_content"] = answer.reasoning
-        if calls:
-            message["tool_calls"] = calls
-        reason = "tool_calls" if calls else _finish_reason(answer)
-        logprobs = self._token_logprobs(answer.logprobs)
-        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+        if reader.calls:
+            message |= {"content": text.strip() or None, "tool_calls": reader.calls}
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": _token_logprobs(answer.logprobs),
+            "finish_reason": _finish_reason(answer, reader.calls),
+        }
 
     def _finish(self, index: int, answer: Answer) -> bytes:
-        self._answers[index] = answer
-        frames, calls, reader = [], [], self._readers[index]
-        if reader is not None:
-            if text := reader.finish():
-                frames.append(self._delta(index, {"content": text}))
-            calls = reader.calls
-        for number, call in enumerate(calls):
+        reader = self._readers[index]
+        rest = reader.finish()
+        frames = [self._plain(index, rest)] if rest else []
+        for number, call in enumerate(reader.calls):
             frames.append(self._delta(index, {"tool_calls": [{"index": number, **call}]}))
-        reason = "tool_calls" if calls else _finish_reason(answer)
-        return b"".join((*frames, self._delta(index, {}, reason=reason, **extensions(answer))))
+        reason = _finish_reason(answer, reader.calls)
+        last = {"index": index, "delta": {}, "logprobs": None, "finish_reason": reason}
+        return b"".join((*frames, self._chunk(last, **extensions(answer))))
 
-    def _delta(
-        self, index: int, delta: dict[str, Any], logprobs: Any = None, reason: str | None = None, **rest: Any
-    ) -> bytes:
-        return self._chunk({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}, **rest)
-
-    def _token_logprobs(self, logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-        if not self._logprobs:
-            return None
-        content = [
-            {**_token(one.piece, one.logprob), "top_logprobs": [_token(piece, value) for _, piece, value in one.top]}
-            for one in logprobs
-        ]
-        return {"content": content, "refusal": None}
+    def _delta(self, index: int, delta: dict[str, Any], logprobs: Sequence[TokenLogprob] = ()) -> bytes:
+        shown = _token_logprobs(logprobs)
+        return self._chunk({"index": index, "delta": delta, "logprobs": shown, "finish_reason": None})
 
 
-class TextWriter(ChoicesWriter):
-    """Writes the answers to one request to /v1/completions."""
-
-    kind, chunk_kind, id_prefix = "text_completion", "text_completion", "cmpl"
-
-    def __init__(self, model: str, *, logprobs: bool, include_usage: bool) -> None:
-        super().__init__(model, logprobs=logprobs, include_usage=include_usage)
-        self._lengths: dict[int, int] = {}
-        self._around: dict[int, tuple[bytes, bytes]] = {}
+class _TextWriter(_ChoicesWriter):
+    def __init__(self, model: str, body: schema.CompletionRequest) -> None:
+        super().__init__(model, body, "cmpl", "text_completion", "text_completion")
+        self._lengths: Counter[int] = Counter()
 
     def event(self, index: int, event: TextDelta | Finished) -> bytes:
-        """New text, or the end of a choice. Reasoning is text like any other here: no template separated it."""
         if isinstance(event, Finished):
-            self._answers[index] = event.answer
             last = self._choice(index, "", (), _finish_reason(event.answer))
             return self._chunk(last, **extensions(event.answer))
-        if self._logprobs:
-            return self._chunk(self._choice(index, event.text, event.logprobs, None))
-        if index not in self._around:
-            self._around[index] = _around(self._chunk(self._choice(index, "", (), None)))
-        before, after = self._around[index]
-        return before + dumps(event.text) + after
+        # Reasoning is text like any other here: no template separated it.
+        if event.logprobs:
+            return self._chunk(self._choice(index, event.text, event.logprobs))
+        return self._plain(index, event.text)
+
+    def content(self, index: int, text: str) -> bytes:
+        return self._chunk(self._choice(index, text))
 
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
-        """See ChoicesWriter."""
         return self._choice(index, answer.text, answer.logprobs, _finish_reason(answer))
 
-    def _choice(self, index: int, text: str, logprobs: Sequence[TokenLogprob], reason: str | None) -> dict[str, Any]:
-        offset = self._lengths.get(index, 0)
-        self._lengths[index] = offset + len(text)
+    def _choice(
+        self, index: int, text: str, logprobs: Sequence[TokenLogprob] = (), reason: str | None = None
+    ) -> dict[str, Any]:
+        offset = self._lengths[index]
+        self._lengths[index] += len(text)
         shown = None
-        if self._logprobs and logprobs:
+        if logprobs:
             pieces = [_text(one.piece) for one in logprobs]
             shown = {
                 "tokens": pieces,
@@ -335,15 +350,20 @@ class TextWriter(ChoicesWriter):
         return {"index": index, "text": text, "logprobs": shown, "finish_reason": reason}
 
 
-def _around(chunk: bytes) -> tuple[bytes, bytes]:
-    """What stands before and after the text of a chunk that has none: all of plain text are the same but for it."""
-    before, _, after = chunk.rpartition(b'""')
-    return before, after
-
-
-def _finish_reason(answer: Answer) -> str:
+def _finish_reason(answer: Answer, calls: Sequence[Any] = ()) -> str:
     """OpenAI's word for why an answer ended."""
+    if calls:
+        return "tool_calls"
     return "length" if answer.finish_reason == "length" else "stop"
+
+
+def _token_logprobs(logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+    """What a chat shows of them; None where none were asked for."""
+    content = [
+        {**_token(one.piece, one.logprob), "top_logprobs": [_token(piece, value) for _, piece, value in one.top]}
+        for one in logprobs
+    ]
+    return {"content": content, "refusal": None} if content else None
 
 
 def _text(piece: bytes) -> str:

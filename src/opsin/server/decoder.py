@@ -10,34 +10,30 @@ import os
 import signal
 import socket
 import sys
+from typing import Any
 
-from opsin.core.errors import BadImage
+from opsin import images
 from opsin.core.request import Image
 from opsin.core.settings import ImageSettings
 from opsin.worker import Channel, Pixels, portable, share
 
-LOW_EDGE = 512
-"""Pixels of the longer edge that `detail: low` shrinks an image to."""
-
 
 def measure(file: bytes | str, limits: ImageSettings) -> tuple[int, bytes | None]:
     """How many pixels the file has, from its head alone, and what its `data:` address holds. Raises BadImage."""
-    from opsin.images import OpenImage, read_data_url
-
-    try:
-        data = read_data_url(file, limits) if isinstance(file, str) else file
-    except UnicodeEncodeError:
-        raise BadImage("The data: address has characters that no address can: encode the image again.") from None
-    opened = OpenImage(data, limits)
+    data = images.read_data_url(file, limits) if isinstance(file, str) else file
+    opened = images.OpenImage(data, limits)
     return opened.width * opened.height, data if isinstance(file, str) else None
 
 
 def decode(data: bytes, limits: ImageSettings, detail: str | None) -> Image:
-    """The image, in memory that a worker can map, shrunk when `detail` is low. Raises BadImage and its kinds."""
-    from opsin.images import load_image
-
-    image = load_image(data, limits, LOW_EDGE if detail == "low" else None)
+    """The image, in memory that a worker can map; shrunk to 512 pixels an edge if `detail` is low. Raises BadImage."""
+    image = images.load_image(data, limits, 512 if detail == "low" else None)
     return dataclasses.replace(image, rgb=share(image.rgb))
+
+
+def run(work: str, *request: Any) -> Any:
+    """What `measure` or `decode` returns."""
+    return globals()[work](*request)
 
 
 def main() -> None:
@@ -50,7 +46,7 @@ def main() -> None:
             request = channel.receive()
             assert request is not None
             try:
-                result = globals()[request[0]](*request[1:])
+                result = run(*request)
             except Exception as error:  # noqa: BLE001 - it belongs to whoever asked
                 result = portable(error)
             pixels = result.rgb if isinstance(result, Image) else None

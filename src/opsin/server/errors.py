@@ -9,7 +9,6 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -18,7 +17,6 @@ from opsin.core.errors import BadParameter, EngineDied, ModelError, OpsinError
 
 _LOG = logging.getLogger("opsin.server")
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
-_MAX_TEXT = 400
 _NO_OBJECT = frozenset(("missing", "model_attributes_type", "model_type", "dict_type"))
 # pydantic's locations also contain the tag that chose the member of a union.
 _TAGS = frozenset((
@@ -31,11 +29,8 @@ class BadField(BadParameter):
     """A field of a request cannot be used; `param` names it."""
 
     def __init__(self, message: str, param: str | None) -> None:
-        super().__init__(message, param)
+        super().__init__(message)
         self.param = param
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 class UnknownModel(BadField):
@@ -89,7 +84,7 @@ def explain(error: Exception) -> tuple[int, str, str, str | None]:
     if isinstance(error, OpsinError):
         return error.http_status, str(error), error.code, getattr(error, "param", None)
     if isinstance(error, RequestValidationError):
-        message, param = _sentence(error.errors()[0], {})
+        message, param = _sentence(error.errors()[0])
         return 400, message, "bad_parameter", param
     if isinstance(error, HTTPException):
         return error.status_code, *_http_sentence(error), None
@@ -118,14 +113,9 @@ HANDLERS: Any = dict.fromkeys((OpsinError, RequestValidationError, HTTPException
 """Give every error of an application the same shape."""
 
 
-def field_error(error: ValidationError, names: Mapping[str, str]) -> BadField:
-    """Pydantic's first finding about a value made from a request's fields; `names` maps to the request's names."""
-    return BadField(*_sentence(error.errors()[0], names))
-
-
-def _sentence(first: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, str | None]:
+def _sentence(first: Mapping[str, Any]) -> tuple[str, str | None]:
     """One sentence about one of pydantic's findings, and the field it is about."""
-    kind, param = first["type"], _path(first["loc"], names)
+    kind, param = first["type"], _path(first["loc"])
     context = first.get("ctx") or {}
     said = _short(first["msg"])
     if kind == "json_invalid":
@@ -146,7 +136,7 @@ def _sentence(first: Mapping[str, Any], names: Mapping[str, str]) -> tuple[str, 
     return f"{said}.", param
 
 
-def _path(loc: Iterable[int | str], names: Mapping[str, str]) -> str | None:
+def _path(loc: Iterable[int | str]) -> str | None:
     """`messages[0].content[1].image_url` for pydantic's location."""
     path, before = "", ""
     for step in loc:
@@ -156,11 +146,10 @@ def _path(loc: Iterable[int | str], names: Mapping[str, str]) -> str | None:
         # Members of unions are named as well: as `literal[…]`, by their class, or by the tag that chose them.
         is_tag = path.endswith("]") and not before and step in _TAGS
         if not is_tag and step not in {before, "body"} and "[" not in step and not step[:1].isupper():
-            name = names.get(step, step)
-            path = f"{path}.{name}" if path else name
+            path = f"{path}.{step}" if path else step
         before = "/" if is_tag else "" if step == "body" else step
     return _short(path) or None
 
 
 def _short(value: object) -> str:
-    return str(value).removeprefix("Value error, ")[:_MAX_TEXT].rstrip(".")
+    return str(value).removeprefix("Value error, ")[:400].rstrip(".")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from fastapi import Request
 from starlette.responses import Response
@@ -23,9 +24,9 @@ from opsin.core.settings import ServerSettings
 from opsin.engine.clock import stage_row
 from opsin.prompt import PromptBuilder
 from opsin.server.errors import UnknownModel, error_body, explain
-from opsin.server.images import FairQueue, ImageLoader, RequestImages
-from opsin.server.middleware import Admission, is_loopback
-from opsin.server.schema import dumps
+from opsin.server.images import FairQueue, RequestImages
+from opsin.server.middleware import RateBucket, is_loopback
+from opsin.server.schema import Common, dumps
 from opsin.worker import AnswerStream, Loaded, NotReady, WorkerEngine
 
 _LOG = logging.getLogger("opsin.server")
@@ -41,10 +42,6 @@ _STREAM_HEADERS = [
 ]
 
 
-class ClientGone(Exception):
-    """Nobody reads any more."""
-
-
 class Writer:
     """Writes answers in the shape of one API. Frames are bytes of server-sent events, as many as are due."""
 
@@ -56,7 +53,7 @@ class Writer:
         """Frames for one event of one choice."""
         raise NotImplementedError
 
-    def end(self) -> bytes:
+    def end(self, answers: Sequence[Answer]) -> bytes:  # noqa: ARG002 - not every API repeats something of them
         """Frames after every choice is finished."""
         return b""
 
@@ -69,112 +66,109 @@ class Writer:
         raise NotImplementedError
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What the model is asked: a prompt and parameters a choice; and who writes the answer."""
-
-    asked: list[tuple[Prompt, SamplingParams]]
-    writer: Writer
-    stream: bool
+Asked = list[tuple[Prompt, SamplingParams]]
+"""What the model is asked: a prompt and parameters a choice."""
 
 
 class CompletionHandler(Response):
     """The response to a request for answers: does everything when it is sent, and undoes it however that ends.
 
-    `prepare` turns the request into a job for the loaded model. What goes wrong before the first byte is raised, for
-    the error handlers; what goes wrong later becomes an event of the stream. A client that goes away ends its answers
-    at once.
+    `prepare` says what the loaded model is asked, and who writes the answer. What goes wrong before the first byte is
+    raised, for the error handlers; what goes wrong later becomes an event of the stream. A client that goes away ends
+    its answers at once.
     """
 
-    def __init__(self, request: Request, prepare: Callable[[ServedModel, RequestImages], Awaitable[Job]]) -> None:
+    def __init__(
+        self,
+        request: Request,
+        body: Common,
+        prepare: Callable[[Any, ModelManager, RequestImages], Awaitable[tuple[Asked, Writer]]],
+    ) -> None:
         super().__init__()
-        self._prepare = prepare
-        self._context: Context = request.app.state.context
+        self._request, self._body, self._prepare = request, body, prepare
         self._stats: RequestStats = request.state.stats
-        self._admission: Admission = request.state.admission
-        self._salt: str = request.state.key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - the ASGI signature
-        """Carry it out."""
+        """Carry it out, or as much of it as the client stays for."""
+        work = asyncio.ensure_future(self._carry_out(send))
 
-        async def sending(message: Message) -> None:
-            try:
-                await send(message)
-            except OSError as error:
-                raise ClientGone from error
+        async def leaving() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            work.cancel()
 
-        with contextlib.suppress(ClientGone):
-            if await unless_gone(receive, self._carry_out(sending)):
-                return
-        self._stats.status, self._stats.refused = 499, "cancelled"
+        watch = asyncio.ensure_future(leaving())
+        try:
+            await work
+        except asyncio.CancelledError:
+            if not watch.done():
+                raise
+            self._stats.status, self._stats.refused = 499, "cancelled"
+        finally:
+            watch.cancel()
+            await asyncio.wait([watch])  # nothing listens any more when the next request of the connection comes
 
     async def _carry_out(self, send: Send) -> None:
-        stats = self._stats
-        images = RequestImages(self._context.images, self._salt)
-        with contextlib.closing(images), self._context.model.entered():
-            model = self._context.model.model()
-            model.engine.wake()  # it loads while images are decoded
+        server, stats, key = self._request.app.state, self._stats, self._request.state.key
+        model: ModelManager = server.model
+        queue: FairQueue = server.queue
+        bucket: RateBucket = self._request.state.bucket
+        with contextlib.ExitStack() as held:
+            images = RequestImages(server.images, key)
+            held.callback(images.close)
+            held.enter_context(model.entered())
             stats.model = model.name
-            job = await self._prepare(model, images)
-            stats.images = len({image.sha256 for prompt, _ in job.asked for image in prompt.images})
-            stats.streamed = job.stream
-            max_seconds = job.asked[0][1].max_seconds
-            waited = await self._admission.admit(len(job.asked), max_seconds)
+            model.engine.wake()  # it loads while images are decoded
+            model.check(self._body.model)
+            asked, writer = await self._prepare(self._body, model, images)
+            stats.images = len({image.sha256 for prompt, _ in asked for image in prompt.images})
+            stats.streamed = bool(self._body.stream)
+            count, max_seconds, began = len(asked), asked[0][1].max_seconds, time.perf_counter()
+            held.enter_context(bucket.counted(count - 1))
+            # When the time is over it goes on without room: the engine ends it at once, and says why.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max_seconds):
+                    await queue.take(key, count)
+                    held.callback(queue.leave, count)
+            waited = time.perf_counter() - began
             # The time spent waiting counts towards the limit.
             left = {} if max_seconds is None else {"max_seconds": max(max_seconds - waited, 1e-3)}
             streams: list[AnswerStream] = []
-            try:
-                for prompt, params in job.asked:
-                    limited = params.model_copy(update=left)
-                    streams.append(
-                        model.engine.submit(
-                            prompt, limited, queue_ms=waited * 1e3, waited_since=stats.began, salt=self._salt
-                        )
-                    )
-                    stats.deltas.append([])
-                del prompt
-                job.asked.clear()  # the pixels belong to the engine now, which frees them as soon as it can
-                await (self._stream if job.stream else self._whole)(job.writer, _Answers(streams, images), send)
-            finally:
-                for stream in streams:
-                    if not stream.done:
-                        stream.cancel()
+            for prompt, params in asked:
+                limited, waited_ms = params.model_copy(update=left), waited * 1e3
+                stream = model.engine.submit(prompt, limited, queue_ms=waited_ms, waited_since=stats.began, salt=key)
+                held.callback(stream.cancel)  # without effect on one that has ended
+                streams.append(stream)
+                stats.deltas.append([])
+            del prompt
+            asked.clear()  # the pixels belong to the engine now, which frees them as soon as it can
+            answers = _Answers(streams, images, stats)
+            await (self._stream if stats.streamed else self._whole)(writer, answers, send)
 
     async def _whole(self, writer: Writer, answers: _Answers, send: Send) -> None:
-        found: dict[int, Answer] = {}
-        while len(found) < answers.count:
-            for index, event in await answers.take():
-                if isinstance(event, Finished):
-                    found[index] = event.answer
-                else:
-                    self._stats.deltas[index].append(time.perf_counter())
-        whole = [found[index] for index in range(answers.count)]
-        self._stats.answers.extend(whole)
-        body = dumps(writer.whole(whole))
+        while answers.running:
+            await answers.take()
+        whole = answers.in_order()
         # The stages for a browser's tools, in milliseconds.
         stages = stage_row(whole[0].stages).items()
         timing = ", ".join(f"{name.removesuffix('_ms')};dur={ms}" for name, ms in stages if ms)
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            (b"server-timing", timing.encode()),
-        ]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        response = Response(
+            dumps(writer.whole(whole)), headers={"Server-Timing": timing}, media_type="application/json"
+        )
+        await response(self._request.scope, self._request.receive, send)
 
     async def _stream(self, writer: Writer, answers: _Answers, send: Send) -> None:
-        head, started, running = writer.begin(), False, answers.count
+        head, started = writer.begin(), False
         spoken = False  # tokens that are held back, as those of a call are, keep no connection alive
         now = asyncio.get_running_loop().time
         due = now() + KEEP_ALIVE_SECONDS
         try:
-            while running:
+            while answers.running:
                 # All that is there goes out at once: a packet for each token would cost more than the token.
                 found = await answers.take(None if spoken else due - now())
-                running -= sum(isinstance(event, Finished) for _, event in found)
-                part = b"".join([self._written(writer, index, event) for index, event in found])
+                part = b"".join([writer.event(index, event) for index, event in found])
                 spoken = spoken or bool(part)
-                if not part and not spoken and now() >= due:
+                if not spoken and now() >= due:
                     part = _KEEP_ALIVE
                 if part:
                     if not started:
@@ -182,9 +176,7 @@ class CompletionHandler(Response):
                         started = True
                     await send({"type": "http.response.body", "body": head + part, "more_body": True})
                     head, due = b"", now() + KEEP_ALIVE_SECONDS
-            last = writer.end()
-        except ClientGone:
-            raise
+            last = writer.end(answers.in_order())
         except Exception as error:
             if not started:
                 raise
@@ -193,38 +185,44 @@ class CompletionHandler(Response):
             last = writer.failed(error_body(status, message, code, param))
         await send({"type": "http.response.body", "body": last})
 
-    def _written(self, writer: Writer, index: int, event: TextDelta | Finished) -> bytes:
-        if isinstance(event, Finished):
-            self._stats.answers.append(event.answer)
-        else:
-            self._stats.deltas[index].append(time.perf_counter())
-        return writer.event(index, event)
-
 
 class _Answers:
     """The streams of one request, read together. The images' share of memory is given back once all have begun."""
 
-    def __init__(self, streams: Sequence[AnswerStream], images: RequestImages) -> None:
-        self.count = len(streams)
+    def __init__(self, streams: Sequence[AnswerStream], images: RequestImages, stats: RequestStats) -> None:
+        self.running = len(streams)
+        self._finished: dict[int, Answer] = {}
         self._streams = streams
         self._silent = set(range(len(streams)))
-        self._images = images
+        self._images, self._stats = images, stats
         self._ready = asyncio.Event()
         for stream in streams:
             stream.read_with(asyncio.get_running_loop(), self._ready)
 
+    def in_order(self) -> list[Answer]:
+        """The answers, once none is running."""
+        return [self._finished[index] for index in range(len(self._streams))]
+
     async def take(self, seconds: float | None = None) -> list[tuple[int, TextDelta | Finished]]:
         """Everything that has come, by stream; nothing when nothing comes in time. Raises a stream's error."""
-        try:
-            # Without a limit there is no timer to make and to cancel for each step.
-            await (self._ready.wait() if seconds is None else asyncio.wait_for(self._ready.wait(), seconds))
-        except TimeoutError:
-            return []
+        if seconds is None:  # a timer would be made and cancelled for each step
+            await self._ready.wait()
+        else:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._ready.wait()
         self._ready.clear()
         found: list[tuple[int, TextDelta | Finished]] = []
         for index, stream in enumerate(self._streams):
             events, error = stream.take()
             shown = [(index, event) for event in events if isinstance(event, (TextDelta, Finished))]
+            for _, event in shown:
+                if isinstance(event, Finished):
+                    self.running -= 1
+                    self._finished[index] = event.answer
+                    self._stats.answers.append(event.answer)
+                else:
+                    self._stats.deltas[index].append(time.perf_counter())
             if error is not None and not shown:
                 raise error
             if error is not None:
@@ -235,26 +233,6 @@ class _Answers:
                     self._images.close()
             found += shown
         return found
-
-
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> bool:
-    """Do the work; end it when the client goes away before it is done, and return False. Raises what it raises."""
-
-    async def gone() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    doing, going = asyncio.ensure_future(work), asyncio.ensure_future(gone())
-    try:
-        await asyncio.wait({doing, going}, return_when=asyncio.FIRST_COMPLETED)
-        if not doing.done():
-            return False
-        await doing
-        return True
-    finally:
-        for task in (doing, going):
-            task.cancel()
-        await asyncio.gather(doing, going, return_exceptions=True)
 
 
 def extensions(answer: Answer) -> dict[str, Any]:
@@ -272,12 +250,11 @@ def extensions(answer: Answer) -> dict[str, Any]:
 class RequestStats:
     """Filled in while the request runs. Times are `time.perf_counter()`; `began_at` is Unix time.
 
-    `key` is the label of the API key, never the key. `refused` is the error code when there was no complete answer.
+    `refused` is the error code when there was no complete answer.
     `deltas` holds the times at which pieces of text went out, one list per choice.
     """
 
     route: str
-    key: str = ""
     model: str = ""
     streamed: bool = False
     traceparent: str | None = None
@@ -303,57 +280,23 @@ class RequestStats:
         return max((b - a for times in self.deltas for a, b in itertools.pairwise(times)), default=0.0)
 
 
-class Watcher(Protocol):
-    """Told about each request once, when it has ended."""
-
-    def finished(self, stats: RequestStats) -> None:
-        """Take note. Must be quick and never raise."""
+Watcher = Callable[[RequestStats], object]
+"""Told about each request once, when it has ended. Must be quick and never raise."""
 
 
-@dataclass(slots=True)
-class Context:
-    """The settings, the model, the image loader, those who are told about each request, and the queue."""
-
-    settings: ServerSettings
-    model: ModelManager
-    images: ImageLoader
-    watchers: tuple[Watcher, ...] = ()
-    queue: FairQueue = field(init=False)
-
-    def __post_init__(self) -> None:
-        # As many as run may be ready in the engine; the others wait here.
-        ahead = min(self.settings.parallel, self.settings.max_queue)
-        self.queue = FairQueue(self.settings.parallel + ahead, self.settings.max_queue - ahead)
-
-
-@dataclass(frozen=True, slots=True)
-class ServedModel:
-    """The engine, what writes prompts for its model, and the name it is served under."""
-
-    engine: WorkerEngine
-    prompts: PromptBuilder
-    name: str
-    facts: Loaded
-    settings: ServerSettings
-
-    def check(self, name: str | None) -> None:
-        """Raise UnknownModel if only the served name is accepted: with strict_model, and away from loopback."""
-        any_will_do = is_loopback(self.settings.host) and not self.settings.strict_model
-        if name not in {None, self.name} and not any_will_do:
-            raise UnknownModel(str(name), self.name)
+_prompts_of = functools.lru_cache(maxsize=1)(PromptBuilder)
 
 
 class ModelManager:
     """The one model of a server; used on its event loop alone.
 
-    A handler first enters (`with manager.entered():`), then takes the model (`manager.model()`), and stays entered
-    until its answer is complete: a drain waits for whoever has entered and lets nobody in.
+    A handler enters (`with manager.entered():`) before it asks the model, and stays until its answer is complete: a
+    drain waits for whoever has entered and lets nobody in.
     """
 
     def __init__(self, settings: ServerSettings, engine: WorkerEngine) -> None:
-        self._settings = settings
+        self.settings = settings
         self.engine = engine
-        self._model: ServedModel | None = None
         self._draining = False
         self._entered = 0
         self._nobody = asyncio.Event()
@@ -370,22 +313,31 @@ class ModelManager:
         return self.state in {"ready", "unloaded", "reloading"}
 
     @property
-    def loaded(self) -> ServedModel | None:
-        """The model, also while it is unloaded; None until it was loaded for the first time. Raises BadPrompt."""
-        facts, known = self.engine.loaded, self._model
-        if facts is not None and (known is None or known.facts is not facts):
-            name = self._settings.served_name or Path(facts.info.llm_file).stem
-            same = known is not None and known.facts.source == facts.source
-            prompts = known.prompts if known is not None and same else PromptBuilder(facts.source)
-            self._model = ServedModel(self.engine, prompts, name, facts, self._settings)
-        return self._model
+    def facts(self) -> Loaded:
+        """What is known of the model, also while it is unloaded.
 
-    def model(self) -> ServedModel:
-        """The model to ask. Raises NotReady before it was loaded for the first time, and when it cannot be."""
-        model = self.loaded
-        if model is None or self.engine.state == "failed":
+        This and the next two raise NotReady before it was loaded for the first time, and when it cannot be used.
+        """
+        facts = self.engine.loaded
+        if facts is None or self.engine.state == "failed":
             raise NotReady("The model is being loaded: ask again in a moment (GET /ready says when).")
-        return model
+        return facts
+
+    @property
+    def name(self) -> str:
+        """What the model is called here."""
+        return self.settings.served_name or Path(self.facts.info.llm_file).stem
+
+    @property
+    def prompts(self) -> PromptBuilder:
+        """What writes prompts for the model. Raises ModelUnreadable if its template cannot be used."""
+        return _prompts_of(self.facts.source)
+
+    def check(self, name: str | None) -> None:
+        """Raise UnknownModel if only the served name is accepted: with strict_model, and away from loopback."""
+        any_will_do = is_loopback(self.settings.host) and not self.settings.strict_model
+        if name not in {None, self.name} and not any_will_do:
+            raise UnknownModel(str(name), self.name)
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
@@ -401,24 +353,22 @@ class ModelManager:
             if not self._entered:
                 self._nobody.set()
 
-    async def drain(self, seconds: float) -> bool:
-        """Let nobody in, wait for running answers, then end what still runs; True when none was cut off."""
+    async def drain(self, seconds: float) -> None:
+        """Let nobody in, wait for running answers, then end what still runs."""
         self._draining = True
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._nobody.wait(), seconds)
-        whole = not self._entered
-        if not whole:
+        if self._entered:
             _LOG.warning("%d answers still ran after %g s and are cut off", self._entered, seconds)
         await asyncio.to_thread(self.engine.close)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._nobody.wait(), LAST_WORDS_SECONDS)
-        return whole
 
 
 class StatsMiddleware:
     """Keeps the stats of each request to the API, also of those that no handler sees, and tells the watchers."""
 
-    def __init__(self, app: ASGIApp, watchers: Sequence[Watcher], paths: frozenset[str]) -> None:
+    def __init__(self, app: ASGIApp, watchers: Sequence[Watcher], paths: set[str]) -> None:
         self._app, self._watchers, self._paths = app, watchers, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -429,8 +379,7 @@ class StatsMiddleware:
         # Any text may stand in a path, also one that would be a line of the log.
         parent = dict(scope["headers"]).get(b"traceparent", b"").decode("latin-1") or None
         stats = RequestStats(scope["path"] if scope["path"] in self._paths else "other", traceparent=parent)
-        state = scope.setdefault("state", {})
-        state["stats"] = stats
+        scope.setdefault("state", {})["stats"] = stats
 
         async def noting(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -444,7 +393,6 @@ class StatsMiddleware:
             stats.status, stats.refused = 500, "internal_error"
             raise
         finally:
-            stats.key = state.get("key", "")
             stats.ended = time.perf_counter()
-            for watcher in self._watchers:
-                watcher.finished(stats)
+            for watch in self._watchers:
+                watch(stats)

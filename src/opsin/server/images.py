@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import math
 import os
@@ -11,9 +10,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 from opsin.core.errors import BadImage, FetchFailed, ImageTooLarge, OpsinError, QueueFull
@@ -22,11 +22,10 @@ from opsin.core.settings import ImageSettings, ServerSettings
 from opsin.images.fetch import Resolver, fetch
 from opsin.server import decoder
 from opsin.server.sources import INSTEAD, AddressPolicy, ImageFolder
-from opsin.worker import Pixels, signal_name, start_process
+from opsin.worker import Channel, Pixels, signal_name, start_process
 
 T = TypeVar("T")
 
-_FETCHES = 16
 MAX_ADDRESS = 8_192
 """Characters of an image's address. `data:` addresses are bounded by the size of the body."""
 DECODE_SECONDS = 60.0
@@ -34,8 +33,14 @@ DECODE_SECONDS = 60.0
 _START = "import sys; sys.path[:] = filter(None, sys.path); from opsin.server.decoder import main; main()"
 
 
+class _Waiter(NamedTuple):
+    key: str
+    n: int
+    granted: asyncio.Future[None]
+
+
 class FairQueue:
-    """Room for so many of something; who must wait stands in the line of its key, and keys take turns.
+    """Room for so many of something. Of those who wait, it is the turn of the key that was served longest ago.
 
     At most `longest` wait. If there are more, the newest request of the key with the most waiting is refused, so that
     a key that asks for much takes no place from a key that asks for little. Used on one event loop.
@@ -44,33 +49,35 @@ class FairQueue:
     def __init__(self, room: int, longest: float = math.inf) -> None:
         self._room = room
         self._longest = longest
-        self._used = 0
-        self._lines: dict[str, deque[tuple[int, asyncio.Future[None]]]] = {}
+        self._used = self._turn = 0
+        self._last_turn: dict[str, int] = {}
+        self._line: list[_Waiter] = []
 
     @property
     def waiting(self) -> int:
         """How many wait here."""
-        return sum(map(self._length, self._lines))
+        return sum(waiter.n for waiter in self._line)
 
     async def take(self, key: str, n: int) -> None:
         """Wait for room for `n`, to be given back with `leave`. Raises QueueFull."""
-        waiter = n, asyncio.get_running_loop().create_future()
-        granted = waiter[1]
-        self._lines.setdefault(key, deque()).append(waiter)
+        waiter = _Waiter(key, n, asyncio.get_running_loop().create_future())
+        self._line.append(waiter)
         self._serve()
         if self.waiting > self._longest:
-            longest = max(self._lines, key=lambda one: (self._length(one), one == key))
-            refused = self._lines[longest][-1]
-            self._drop(longest, refused)
-            if not refused[1].done():
-                refused[1].set_exception(QueueFull("Too many requests wait already: try again in a moment."))
+            waiting: Counter[str] = Counter()
+            for one in self._line:
+                waiting[one.key] += one.n
+            longest = max(waiting, key=lambda one: (waiting[one], one == key))
+            refused = [one for one in self._line if one.key == longest][-1]
+            self._line.remove(refused)
+            refused.granted.set_exception(QueueFull("Too many requests wait already: try again in a moment."))
         try:
-            await granted
+            await asyncio.shield(waiter.granted)
         except asyncio.CancelledError:
-            if granted.cancelled():
-                self._drop(key, waiter)
+            if waiter in self._line:
+                self._line.remove(waiter)
                 self._serve()
-            elif granted.exception() is None:
+            elif waiter.granted.exception() is None:
                 self.leave(n)
             raise
 
@@ -79,45 +86,38 @@ class FairQueue:
         self._used -= n
         self._serve()
 
-    def _length(self, key: str) -> int:
-        return sum(n for n, _ in self._lines[key])
-
-    def _drop(self, key: str, waiter: tuple[int, asyncio.Future[None]]) -> None:
-        line = self._lines.get(key, deque())
-        if waiter in line:
-            line.remove(waiter)
-        if not line:
-            self._lines.pop(key, None)
-
     def _serve(self) -> None:
-        """Grant room to the keys in turn, as long as it suffices for the key whose turn it is."""
-        while self._lines:
-            key, line = next(iter(self._lines.items()))
-            n, granted = line[0]
-            # A request for more than the whole room runs alone.
-            if self._used and self._used + n > self._room:
+        """Grant room, as long as it suffices for whose turn it is; a request for more than the whole runs alone."""
+        while self._line:
+            waiter = min(self._line, key=lambda one: self._last_turn.get(one.key, 0))
+            if self._used and self._used + waiter.n > self._room:
                 return
-            del self._lines[key]
-            line.popleft()
-            if line:
-                self._lines[key] = line  # at the end of the turn order
-            if not granted.done():  # it is done if its request was cancelled just now
-                self._used += n
-                granted.set_result(None)
+            self._line.remove(waiter)
+            self._turn += 1
+            self._last_turn[waiter.key] = self._turn
+            self._used += waiter.n
+            waiter.granted.set_result(None)
 
 
-class Wanted(NamedTuple):
-    """An image of a request: its address, `low` to have it shrunk to 512 pixels, and the field that names it."""
+@dataclass(slots=True)
+class Wanted:
+    """An image of a request: its address, `low` to have it shrunk to 512 pixels, and the field that names it.
+
+    The rest is found out: the file, its number of pixels, and the milliseconds that it took to get these.
+    """
 
     url: str
     detail: str | None = None
     param: str | None = None
+    file: bytes | str = b""
+    pixels: int = 0
+    fetch_ms: float = 0.0
 
 
 class ImageLoader:
     """Turns the addresses in requests into checked images, within the limits of the settings.
 
-    Threads of its own decode, and no more pixels are held at the same time than `max_pixels_in_flight`.
+    Threads of its own wait for decoders, and no more pixels are held at the same time than `max_pixels_in_flight`.
     `resolve` replaces the policy on addresses, for tests; `pool` are the processes that decode (default: this one).
     Raises BadParameter when the settings name hosts or a folder that cannot be.
     """
@@ -130,10 +130,10 @@ class ImageLoader:
         )
         self.max_pixels = settings.max_pixels_in_flight
         self.room = FairQueue(self.max_pixels)
-        self._pool = pool
+        self._pool, self._decode = pool, pool.call if pool else decoder.run
         self._resolve = resolve or AddressPolicy(settings.image_hosts)
         self._folder = None if settings.media_path is None else ImageFolder(settings.media_path)
-        self._fetching = FairQueue(_FETCHES)
+        self._fetching = FairQueue(16)
         self._decoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "opsin-decode")
 
     def close(self) -> None:
@@ -144,15 +144,14 @@ class ImageLoader:
 
     async def call(self, work: str, *request: Any) -> Any:
         """What the function `work` of `opsin.server.decoder` returns. Raises BadImage and its kinds."""
-        return await _in(self._decoders, self._pool.call if self._pool else _here, work, *request)
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, self._decode, work, *request)
 
     async def file(self, url: str, key: str) -> bytes | str:
         """The bytes of the file; a `data:` address is left to the decoder. Raises FetchFailed and ImageTooLarge.
 
         Fetches wait for each other, and keys take turns.
         """
-        scheme, colon, _ = url[:20].partition(":")
-        kind = scheme.strip().lower() if colon else ""
+        kind = url[:20].partition(":")[0].strip().lower()
         if kind == "data":
             return url.lstrip()
         if len(url) > MAX_ADDRESS:
@@ -162,7 +161,7 @@ class ImageLoader:
                 raise FetchFailed(
                     f"file: addresses are not read here: start the server with --media-path FOLDER, {INSTEAD}"
                 )
-            return await _in(self._decoders, self._folder.read, url, self.limits)
+            return await asyncio.to_thread(self._folder.read, url, self.limits)
         if kind not in {"http", "https"}:
             raise FetchFailed(
                 "The address of an image starts with data:, or with http:// or https:// where fetching is switched on: "
@@ -194,8 +193,8 @@ class RequestImages:
         """
         if not wanted:
             return []
-        files = await _all(self._open(one) for one in wanted)
-        pixels = sum(pixels for pixels, _, _ in files)
+        await _side_by_side(self._open, wanted)
+        pixels = sum(one.pixels for one in wanted)
         if pixels > self._loader.max_pixels:
             raise ImageTooLarge(
                 f"The images of this request have more than {self._loader.max_pixels:,} pixels together; "
@@ -203,7 +202,7 @@ class RequestImages:
             )
         await self._loader.room.take(self._key, pixels)
         self._pixels = pixels
-        images = await _all(self._decode(one, *found) for one, found in zip(wanted, files, strict=True))
+        images = await _side_by_side(self._decode, wanted)
         self._keep(sum(image.width * image.height for image in images))
         return images
 
@@ -215,33 +214,29 @@ class RequestImages:
         self._loader.room.leave(self._pixels - pixels)
         self._pixels = pixels
 
-    async def _open(self, one: Wanted) -> tuple[int, bytes | str, float]:
-        """How many pixels it has, its file, and the milliseconds that it took to get these."""
+    async def _open(self, one: Wanted) -> None:
         begin = time.perf_counter()
-        with _about(one):
-            file = await self._loader.file(one.url, self._key)
-            pixels, data = await self._loader.call("measure", file, self._loader.limits)
-            return pixels, data or file, (time.perf_counter() - begin) * 1e3
+        file = await self._loader.file(one.url, self._key)
+        one.pixels, data = await self._loader.call("measure", file, self._loader.limits)
+        one.file = data or file
+        one.fetch_ms = (time.perf_counter() - begin) * 1e3
 
-    async def _decode(self, one: Wanted, _: int, file: bytes | str, fetch_ms: float) -> Image:
-        with _about(one):
-            image: Image = await self._loader.call("decode", file, self._loader.limits, one.detail)
-            return dataclasses.replace(image, fetch_ms=fetch_ms)
-
-
-@contextlib.contextmanager
-def _about(one: Wanted) -> Iterator[None]:
-    """The client wants to know which of its images it was."""
-    try:
-        yield
-    except OpsinError as error:
-        error.param = one.param  # type: ignore[attr-defined]
-        raise
+    async def _decode(self, one: Wanted) -> Image:
+        image: Image = await self._loader.call("decode", one.file, self._loader.limits, one.detail)
+        return dataclasses.replace(image, fetch_ms=one.fetch_ms)
 
 
-async def _all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Do it all side by side; the first failure ends the others."""
-    tasks = [asyncio.ensure_future(one) for one in work]
+async def _side_by_side(work: Callable[[Wanted], Awaitable[T]], wanted: Sequence[Wanted]) -> list[T]:
+    """Do it for all images at the same time; the first failure ends the others, and says which image it was."""
+
+    async def one(image: Wanted) -> T:
+        try:
+            return await work(image)
+        except OpsinError as error:
+            error.param = image.param  # type: ignore[attr-defined]
+            raise
+
+    tasks = [asyncio.ensure_future(one(image)) for image in wanted]
     try:
         return await asyncio.gather(*tasks)
     finally:
@@ -249,33 +244,33 @@ async def _all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
             task.cancel()
 
 
-async def _in(threads: ThreadPoolExecutor, work: Callable[..., T], *args: Any) -> T:
-    return await asyncio.get_running_loop().run_in_executor(threads, work, *args)
-
-
-def _here(work: str, *request: Any) -> Any:
-    return getattr(decoder, work)(*request)
-
-
 class DecoderPool:
-    """Decodes in other processes, one for each thread that calls at the same time; they stay for the next file.
+    """Decodes in other processes, one for each thread that calls at the same time; they stay for the next file."""
 
-    A file may take `seconds`.
-    """
-
-    def __init__(self, seconds: float = DECODE_SECONDS) -> None:
-        self._seconds = seconds
+    def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._idle: list[_Process] = []
+        self._idle: list[tuple[subprocess.Popen[bytes], Channel]] = []
 
     def call(self, *request: Any) -> Any:
         """What `measure` or `decode`, called with the rest of the request, returns. Raises BadImage and its kinds."""
         with self._lock:
-            process = self._idle.pop() if self._idle else None
-        process = process or _Process()
-        result, *files = process.call(request, self._seconds)  # one that crashed or was killed is left out from now on
+            idle = self._idle.pop() if self._idle else None
+        process, channel = idle or start_process([sys.executable, "-c", _START])
+        # One that crashed or was killed is left out from now on.
+        try:
+            channel.send(request)
+            answer = channel.receive(DECODE_SECONDS)
+        except (EOFError, OSError):
+            raise BadImage(
+                f"The image made its decoder crash ({signal_name(_end(process, channel))}): the file is damaged, save "
+                "it again."
+            ) from None
+        if answer is None:
+            _end(process, channel)
+            raise BadImage(f"The image took longer than {DECODE_SECONDS:.0f} s to decode: save it in another way.")
         with self._lock:
-            self._idle.append(process)
+            self._idle.append((process, channel))
+        result, *files = answer
         if isinstance(result, OpsinError):
             raise result
         if files:  # the pixels came apart
@@ -285,32 +280,14 @@ class DecoderPool:
     def close(self) -> None:
         """End the processes that are idle; busy ones end with this process."""
         while self._idle:
-            self._idle.pop().end()
+            _end(*self._idle.pop())
 
 
-class _Process:
-    def __init__(self) -> None:
-        self._process, self._channel = start_process([sys.executable, "-c", _START])
-
-    def call(self, request: tuple[Any, ...], seconds: float) -> tuple[Any, ...]:
-        """The result, which may be an error; with an open file where there is an image. Raises BadImage."""
-        try:
-            self._channel.send(request)
-            result = self._channel.receive(seconds)
-        except (EOFError, OSError):
-            raise BadImage(
-                f"The image made its decoder crash ({signal_name(self.end())}): the file is damaged, save it again."
-            ) from None
-        if result is None:
-            self.end()
-            raise BadImage(f"The image took longer than {seconds:.0f} s to decode: save it in another way.")
-        return result
-
-    def end(self) -> int:
-        """End it; the exit code."""
-        self._channel.close()
-        try:
-            return self._process.wait(1.0)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            return self._process.wait()
+def _end(process: subprocess.Popen[bytes], channel: Channel) -> int:
+    """End a decoder; its exit code."""
+    channel.close()
+    try:
+        return process.wait(1.0)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()

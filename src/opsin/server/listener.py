@@ -6,7 +6,7 @@ import contextlib
 import errno
 import ipaddress
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -25,35 +25,25 @@ be the first to close, or a request crosses the close on its way and is lost."""
 KEY_VARIABLE = "OPSIN_API_KEY"
 
 
-def patient(seconds: float) -> type[Connection]:
-    """Connections with that patience, for uvicorn."""
-    return type("Connection", (Connection,), {"patience": seconds})
-
-
-class HttpServer(uvicorn.Server):
-    """uvicorn with patient connections. It leaves signals alone: running answers end before the HTTP server does."""
-
-    def __init__(self, app: ASGIApp, slow_reader_seconds: float) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                ws="none",
-                http=patient(slow_reader_seconds),
-                proxy_headers=False,
-                server_header=False,
-                backlog=BACKLOG,
-                timeout_keep_alive=KEEP_ALIVE_SECONDS,
-                timeout_graceful_shutdown=LAST_BYTES_SECONDS,
-            )
-        )
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Nothing is captured."""
-        yield
+def http_server(app: ASGIApp, slow_reader_seconds: float) -> uvicorn.Server:
+    """Uvicorn with patient connections. It leaves signals alone: running answers end before the HTTP server does."""
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        http=type("Connection", (Connection,), {"patience": slow_reader_seconds}),
+        proxy_headers=False,
+        server_header=False,
+        headers=[("X-Content-Type-Options", "nosniff")],
+        backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=LAST_BYTES_SECONDS,
+    )
+    server = uvicorn.Server(config)
+    server.capture_signals = contextlib.nullcontext  # type: ignore[assignment]
+    return server
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -62,14 +52,12 @@ def bind(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family, backlog=BACKLOG)
     except (OSError, UnicodeError) as error:  # the second for names that no host can have
-        number = getattr(error, "errno", None)
-        if number == errno.EADDRINUSE:
-            raise BadParameter(
-                f"Port {port} of {host} is in use by another program: give another (--port; 0 takes a free one)."
-            ) from None
-        if number == errno.EACCES:
-            raise BadParameter(f"Port {port} needs more rights than you have: give one above 1023 (--port).") from None
-        raise BadParameter(f"{host} is no address of this machine to listen on: give another (--host).") from None
+        known = {
+            errno.EADDRINUSE: f"Port {port} of {host} is in use by another program: give another (--port; 0: any).",
+            errno.EACCES: f"Port {port} needs more rights than you have: give one above 1023 (--port).",
+        }
+        unknown = f"{host} is no address of this machine to listen on: give another (--host)."
+        raise BadParameter(known.get(getattr(error, "errno", 0), unknown)) from None
 
 
 def address_of(listener: socket.socket) -> str:

@@ -9,14 +9,15 @@ import hmac
 import ipaddress
 import logging
 import math
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
-from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import Response
+import httpx
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -24,8 +25,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from opsin.core.errors import BadParameter
 from opsin.core.settings import ServerSettings
 from opsin.server.errors import ErrorResponse
-from opsin.server.images import FairQueue
 
+_LOG = logging.getLogger("opsin.server")
+_NAME = re.compile(r"[a-z0-9_.-]+|[0-9a-f:.]+")
 OPEN_PATHS = frozenset(("/", "/health", "/ready", "/favicon.ico"))
 """What needs no key; the page's own files below /page/ need none either."""
 MAX_KEYS = 10_000
@@ -40,7 +42,6 @@ SMALL_BODY = 2**20
 MOST_CONNECTIONS = 512
 """Half of the files that Linux lets a process open; the rest is for images and the model."""
 FIRST_BYTE_SECONDS = 10.0
-_LOG = logging.getLogger("opsin.server")
 
 
 class Connection(H11Protocol):
@@ -54,13 +55,12 @@ class Connection(H11Protocol):
 
     patience: float
     _in_head = False
-    _request: asyncio.TimerHandle | None = None
-    _reader: asyncio.TimerHandle | None = None
+    _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's own
         """Wait for the first request."""
         super().connection_made(transport)
-        self._await_request(min(FIRST_BYTE_SECONDS, self.timeout_keep_alive))
+        self._end_in(min(FIRST_BYTE_SECONDS, self.timeout_keep_alive))
         if len(self.connections) > MOST_CONNECTIONS:
             connections = cast("set[Connection]", self.connections)
             min(connections, key=lambda one: one.idle_until).transport.abort()
@@ -68,57 +68,56 @@ class Connection(H11Protocol):
     @property
     def idle_until(self) -> float:
         """When it ends unless a request comes, by the loop's clock; one that is answered or ending has no such time."""
-        if self._request is None or self._answering() or self.transport.is_closing():
+        if self._timer is None or self._answering() or self.transport.is_closing():
             return math.inf
-        return self._request.when()
+        return self._timer.when()
 
     def data_received(self, data: bytes) -> None:
         """Wait for the rest of a head."""
         super().data_received(data)
         if self._answering():
-            _stop(self._request)
+            if not self.flow.write_paused:
+                self._end_in(None)  # it takes the time it takes, while it is read
         elif not self._in_head:
             self._in_head = True
-            self._await_request(self.patience)
+            self._end_in(self.patience)
 
     def on_response_complete(self) -> None:
         """Wait for the next request."""
         super().on_response_complete()
         if not self._answering():
             self._in_head = bool(self.conn.trailing_data[0])
-            self._await_request(self.patience + (0 if self._in_head else self.timeout_keep_alive))
+            self._end_in(self.patience + (0 if self._in_head else self.timeout_keep_alive))
 
     def pause_writing(self) -> None:
         """The client reads slower than is written."""
         super().pause_writing()
-        self._reader = self.loop.call_later(self.patience, self._cut)
+        self._end_in(self.patience)
 
     def resume_writing(self) -> None:
         """The client has read."""
         super().resume_writing()
-        _stop(self._reader)
+        if self._answering():
+            self._end_in(None)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The end."""
         super().connection_lost(exc)
-        _stop(self._request)
-        _stop(self._reader)
+        self._end_in(None)
 
     def _answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
-    def _await_request(self, seconds: float) -> None:
-        _stop(self._request)
-        self._request = self.loop.call_later(seconds, self.transport.abort)
+    def _end_in(self, seconds: float | None) -> None:
+        """End the connection then, unless this is called again; None: wait as long as it takes."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None if seconds is None else self.loop.call_later(seconds, self._end)
 
-    def _cut(self) -> None:
-        _LOG.warning("an answer was ended: its client read nothing for %g s", self.patience)
+    def _end(self) -> None:
+        if self.flow.write_paused:
+            _LOG.warning("an answer was ended: its client read nothing for %g s", self.patience)
         self.transport.abort()
-
-
-def _stop(timer: asyncio.TimerHandle | None) -> None:
-    if timer is not None:
-        timer.cancel()
 
 
 class SecurityMiddleware:
@@ -135,81 +134,64 @@ class SecurityMiddleware:
         self._names = {"localhost", *map(read_host, (*settings.allowed_hosts, settings.host))}
         self._origins = set(map(read_origin, settings.cors_origins))
         self._digests = tuple(hashlib.sha256(key.encode()).digest() for key in keys)
+        # A browser asks for leave (OPTIONS) without the key; the answer only says which origins are let in.
+        self._cors = CORSMiddleware(
+            self._let_in,
+            allow_origins=self._origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=("Retry-After", "Server-Timing", "X-Request-Id"),
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let through, or refuse."""
-        if scope["type"] == "lifespan":
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if scope["type"] != "http":
-            await send({"type": "websocket.close"})
-            return
-        headers = Headers(scope=scope)
-        origin = headers.get("origin", "")
-        named = origin if origin in self._origins else None
         scope.setdefault("state", {})["key"] = ""
-        # A browser asks for leave (OPTIONS) without the key; the answer only says which origins are let in.
-        asks_leave = named is not None and scope["method"] == "OPTIONS"
-        answer: Response | None = self._wrong_host(scope, headers) or self._wrong_origin(scope, headers)
-        if answer is None and not asks_leave:
-            answer = self._wrong_key(scope, headers)
-        elif answer is None and "access-control-request-method" in headers:
-            answer = _preflight(headers)
-
-        async def sending(message: Message) -> None:
-            """Send, with the headers that every answer has."""
-            if message["type"] == "http.response.start":
-                added = MutableHeaders(scope=message)
-                added.setdefault("x-content-type-options", "nosniff")
-                if named:
-                    added["access-control-allow-origin"] = named
-                    added["access-control-expose-headers"] = "retry-after, server-timing, x-request-id"
-                    added.add_vary_header("Origin")
-            await send(message)
-
-        await (answer or self._app)(scope, receive, sending)
+        headers = Headers(scope=scope)
+        answer = self._wrong_host(scope, headers) or self._wrong_origin(scope, headers)
+        await (answer or self._cors)(scope, receive, send)
 
     def _wrong_host(self, scope: Scope, headers: Headers) -> ErrorResponse | None:
-        hosts = headers.getlist("host")
-        name = _host_name(hosts[0]) if len(hosts) == 1 else ""
+        name, _ = parse_host(headers.get("host", ""))
         # The address that was connected to, written as an address: no name was turned to lead here.
         local = (scope.get("server") or ("",))[0].removeprefix("::ffff:")
-        if name in self._names or is_loopback(name) or (_address(name) and name == local):
+        if name and (name in self._names or is_loopback(name) or name == local):
             return None
         message = "The Host header does not name this server: use its address, or start it with --allowed-hosts NAME."
         return ErrorResponse(421, message, "wrong_host")
 
     def _wrong_origin(self, scope: Scope, headers: Headers) -> ErrorResponse | None:
         """Refuse what a page elsewhere sends. What it only reads, the browser keeps from it."""
-        origins = headers.getlist("origin")
-        if not origins or scope["method"] in {"GET", "HEAD"}:
+        origin, host = headers.get("origin"), headers["host"]
+        if origin is None or scope["method"] in {"GET", "HEAD"}:
             return None
         # Its own page; TLS may end at a proxy, so either scheme will do.
-        own = {f"{scheme}://{headers['host']}" for scheme in ("http", "https")}
-        if len(origins) == 1 and origins[0] in self._origins | own:
+        if origin in {f"http://{host}", f"https://{host}", *self._origins}:
             return None
         message = "Web pages from elsewhere may not use this server: start it with --cors-origins ORIGIN to allow one."
         return ErrorResponse(403, message, "wrong_origin")
 
-    def _wrong_key(self, scope: Scope, headers: Headers) -> ErrorResponse | None:
-        given = headers.getlist("authorization")
-        scheme, _, key = given[0].partition(" ") if len(given) == 1 else ("", "", "")
+    async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on what has a key, or needs none."""
+        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
         digest = hashlib.sha256(key.strip().encode("latin-1")).digest()
         # All are compared, so that the time does not tell which one matched, nor how far.
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        app = self._app
         if scheme.lower() == "bearer" and any(matches):
             scope["state"]["key"] = digest.hex()[:16]
-            return None
-        if not self._digests or scope["path"] in OPEN_PATHS or scope["path"].startswith("/page/"):
-            return None
-        message = "An API key of this server is needed: send it as Authorization: Bearer KEY."
-        return ErrorResponse(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        elif self._digests and scope["path"] not in OPEN_PATHS and not scope["path"].startswith("/page/"):
+            message = "An API key of this server is needed: send it as Authorization: Bearer KEY."
+            app = ErrorResponse(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        await app(scope, receive, send)
 
 
 def read_host(host: str) -> str:
     """The name in a setting, as a Host header has it. Raises BadParameter."""
-    name = _host_name(f"[{host}]" if ":" in host and not host.startswith("[") else host)
-    if not name or "*" in name:
+    name, _ = parse_host(f"[{host}]" if ":" in host and not host.startswith("[") else host)
+    if not name:
         raise BadParameter(f"{host!r} is not a host name or address: write it without scheme and port, as example.org.")
     return name
 
@@ -217,7 +199,7 @@ def read_host(host: str) -> str:
 def read_origin(origin: str) -> str:
     """The origin in a setting. Raises BadParameter."""
     scheme, _, host = origin.partition("://")
-    if scheme not in {"http", "https"} or not _host_name(host) or "*" in host or host != host.lower():
+    if scheme not in {"http", "https"} or not parse_host(host)[0] or host != host.lower():
         raise BadParameter(
             f"{origin!r} is not an origin: write https://example.org, in lower case, with a port if it has one, and "
             "without a path."
@@ -225,79 +207,49 @@ def read_origin(origin: str) -> str:
     return origin
 
 
-def _host_name(host: str) -> str:
-    """The name or address in a Host header, in lower case, without port and last dot; empty if it is malformed."""
-    try:
-        parts = urlsplit(f"//{host}")
-        _ = parts.port  # raises too
-    except ValueError:
-        return ""
-    return "" if parts.netloc != host or "@" in host else (parts.hostname or "").removesuffix(".")
+def parse_host(text: str) -> tuple[str, int | None]:
+    """The name or address in `name:port`, in lower case and without its last dot, and the port if there is one.
 
-
-def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    As in a Host header: IPv6 addresses stand in brackets. The name is empty if the text is malformed.
+    """
     try:
-        return ipaddress.ip_address(name)
-    except ValueError:
-        return None
+        url = httpx.URL(f"ftp://{text}")  # a scheme whose usual port nobody means
+    except httpx.InvalidURL:
+        return "", None
+    name = url.raw_host.decode("ascii").lower().rstrip(".")
+    if not _NAME.fullmatch(name) or any(sign in text for sign in "/?#@"):
+        return "", None
+    return name, url.port
 
 
 def is_loopback(name: str) -> bool:
     """Whether a host, written as a name or an address, can only be this machine."""
-    address = _address(name)
-    return name == "localhost" if address is None else address.is_loopback
-
-
-def _preflight(headers: Headers) -> Response:
-    """What a browser wants to know before a page of a named origin may send a request."""
-    wanted = [name.strip().lower() for name in headers.get("access-control-request-headers", "").split(",")]
-    known = [name for name in wanted if name in {"authorization", "content-type"} or name.startswith("x-stainless-")]
-    allowed = {
-        "Access-Control-Allow-Methods": "GET, POST",
-        "Access-Control-Allow-Headers": ", ".join(known) or "authorization, content-type",
-        "Access-Control-Max-Age": "600",
-    }
-    return Response(status_code=204, headers=allowed)
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return name == "localhost"
 
 
 @dataclass(slots=True)
 class RateBucket:
-    """What one key has left: requests that it may make now, as of `at` seconds, and the choices that are running."""
+    """What one key has left: requests that it may make now, as of `at` seconds, and those that are running.
+
+    A request counts once for each of its choices (`n`).
+    """
 
     tokens: float
     at: float
     running: int = 0
 
-
-class Admission:
-    """One request's claim on its key's rate and on the engine's room; a request counts once for each choice (`n`)."""
-
-    def __init__(self, key: str, bucket: RateBucket, queue: FairQueue) -> None:
-        self._key, self._bucket, self._queue = key, bucket, queue
-        self._room = self._counted = 0
-        self._count(1)
-
-    async def admit(self, n: int, max_seconds: float | None) -> float:
-        """Wait until it is the key's turn for `n` answers; return the seconds waited. Raises QueueFull."""
-        self._count(n - 1)
-        began = time.perf_counter()
-        # When the time is over it goes on without room: the engine ends it at once, and says why.
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(max_seconds):
-                await self._queue.take(self._key, n)
-                self._room = n
-        return time.perf_counter() - began
-
-    def release(self) -> None:
-        """The request has ended."""
-        self._bucket.running -= self._counted
-        if self._room:
-            self._queue.leave(self._room)
-
-    def _count(self, n: int) -> None:
-        self._counted += n
-        self._bucket.tokens -= n
-        self._bucket.running += n
+    @contextlib.contextmanager
+    def counted(self, n: int) -> Iterator[None]:
+        """Around `n` requests while they run."""
+        self.tokens -= n
+        self.running += n
+        try:
+            yield
+        finally:
+            self.running -= n
 
 
 class Limits:
@@ -306,7 +258,8 @@ class Limits:
     Refused are bodies that are not plain JSON (415), too large (413), too slow (408), or too many at once (503), and
     what is over the limits of a key (429). A key may make `requests_per_minute` at once and gets them back evenly over
     each minute; at most `concurrent_requests` run at the same time. Without keys all clients share one bucket. A
-    request is counted once its body is complete. `clock` gives seconds.
+    request is counted once its body is complete; `scope["state"]["bucket"]` is for its further choices. `clock` gives
+    seconds.
     """
 
     def __init__(
@@ -314,10 +267,9 @@ class Limits:
         app: ASGIApp,
         settings: ServerSettings,
         routes: Sequence[BaseRoute],
-        queue: FairQueue,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._app, self._routes, self._queue, self._clock = app, routes, queue, clock
+        self._app, self._routes, self._clock = app, routes, clock
         self._rate, self._concurrent = settings.requests_per_minute, settings.concurrent_requests
         self._max_body, self._patience = settings.max_body_bytes, settings.slow_reader_seconds
         self._unfinished = 0
@@ -330,11 +282,10 @@ class Limits:
             await self._app(scope, receive, send)
             return
         state = scope.setdefault("state", {})
-        bucket = self._bucket(state.get("key", ""))
-        found = self._wrong_headers(Headers(scope=scope)) or self._over(bucket) or await self._read(receive)
+        key = state.get("key", "")
+        found = self._wrong_headers(Headers(scope=scope)) or self._over(key) or await self._read(receive)
         if isinstance(found, bytes):
-            bucket = self._bucket(state.get("key", ""))  # the body may have taken its time
-            found = _wrong_json(found) or self._over(bucket) or found
+            found = _wrong_json(found) or self._over(key) or found  # again: the body may have taken its time
         if isinstance(found, ErrorResponse):
             await found(scope, receive, send)
             return
@@ -346,23 +297,17 @@ class Limits:
                 return {"type": "http.request", "body": pieces.pop(), "more_body": False}
             return await receive()
 
-        admission = state["admission"] = Admission(state.get("key", ""), bucket, self._queue)
-        try:
+        bucket = state["bucket"] = self._buckets[key]
+        with bucket.counted(1):
             await self._app(scope, replayed, send)
-        finally:
-            admission.release()
 
     def _wrong_headers(self, headers: Headers) -> ErrorResponse | None:
-        kinds = headers.getlist("content-type")
-        if len(kinds) != 1 or kinds[0].partition(";")[0].strip().lower() != "application/json":
+        if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             return ErrorResponse(415, "Send JSON, with Content-Type: application/json.", "wrong_content_type")
-        if headers.get("content-encoding", "identity").strip().lower() not in {"", "identity"}:
+        if headers.get("content-encoding", "identity").lower() != "identity":
             return ErrorResponse(415, "Compressed bodies are not read: leave Content-Encoding out.", "wrong_encoding")
-        length = headers.get("content-length", "0")
-        if not (length.isascii() and length.isdigit()):
-            return ErrorResponse(400, "The Content-Length header is not a number of bytes: correct it.", "bad_request")
-        # The text first: int() is slow for very long numbers.
-        return self._too_large() if len(length) > 18 or int(length) > self._max_body else None
+        # uvicorn has seen that it is a number.
+        return self._too_large() if int(headers.get("content-length", "0")) > self._max_body else None
 
     async def _read(self, receive: Receive) -> bytes | ErrorResponse:
         """The whole body."""
@@ -371,7 +316,7 @@ class Limits:
             while more:
                 left = began + self._patience + len(body) / LEAST_BYTES_PER_SECOND - self._clock()
                 if left <= 0:
-                    return _too_slow()
+                    raise TimeoutError  # noqa: TRY301 - whichever limit it is, the answer is the same
                 async with asyncio.timeout(min(self._patience, left)):
                     message = await receive()
                 if message["type"] == "http.disconnect":
@@ -385,7 +330,7 @@ class Limits:
                     wait = {"Retry-After": "1"}
                     return ErrorResponse(503, "Too many large bodies arrive at once: try again.", "busy", headers=wait)
         except TimeoutError:
-            return _too_slow()
+            return ErrorResponse(408, "The body came too slowly: send it whole, and faster.", "timeout")
         finally:
             self._unfinished -= len(body)
         return bytes(body)
@@ -394,16 +339,12 @@ class Limits:
         message = f"The request is larger than {self._max_body:,} bytes, the limit: send fewer or smaller images."
         return ErrorResponse(413, message, "too_large")
 
-    def _bucket(self, key: str) -> RateBucket:
-        """A key's bucket, filled up to now."""
+    def _over(self, key: str) -> ErrorResponse | None:
         now = self._clock()
         bucket = self._buckets.setdefault(key, RateBucket(float(self._rate or 0), now))
         if self._rate is not None:
             bucket.tokens = min(self._rate, bucket.tokens + (now - bucket.at) * self._rate / 60)
         bucket.at = now
-        return bucket
-
-    def _over(self, bucket: RateBucket) -> ErrorResponse | None:
         if self._concurrent is not None and bucket.running >= self._concurrent:
             seconds = 1
             message = f"This key has {self._concurrent} requests running, the limit: wait until one has ended."
@@ -413,10 +354,6 @@ class Limits:
         else:
             return None
         return ErrorResponse(429, message, "rate_limit_exceeded", headers={"Retry-After": str(seconds)})
-
-
-def _too_slow() -> ErrorResponse:
-    return ErrorResponse(408, "The body came too slowly: send it whole, and faster.", "timeout")
 
 
 def _wrong_json(body: bytes) -> ErrorResponse | None:

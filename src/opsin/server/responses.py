@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 import uuid
 from collections.abc import Sequence
@@ -14,69 +13,44 @@ from starlette.responses import Response
 
 from opsin.core.answer import Answer, Finished, TextDelta
 from opsin.core.request import SamplingParams
-from opsin.server.chat import build_prompt, plan
+from opsin.server import schema
+from opsin.server.chat import CallReader, build_prompt
 from opsin.server.errors import BadField
-from opsin.server.handler import CompletionHandler, Job, ServedModel, Writer, extensions
+from opsin.server.handler import Asked, CompletionHandler, ModelManager, Writer, extensions
 from opsin.server.images import RequestImages
-from opsin.server.schema import (
-    MAX_MESSAGES,
-    CalledFunction,
-    ContentIn,
-    Conversation,
-    FunctionIn,
-    JsonSchema,
-    MessageIn,
-    NamedFunction,
-    ObjectFormat,
-    Strict,
-    TextFormat,
-    Tool,
-    ToolCallIn,
-    dumps,
-    or_text,
-    sampling,
-    schema_of,
-)
-from opsin.server.tools import ToolPlan
 
 router = APIRouter(tags=["OpenAI"])
 
 
-class FlatTool(FunctionIn, Tool):
+class FlatTool(schema.FunctionIn, schema.Tool):
     """A function that the model may call, as the Responses API writes it."""
 
 
-class FlatNamedTool(NamedFunction, Tool):
-    """The function that must be called, as the Responses API writes it."""
-
-
-class FlatSchemaFormat(JsonSchema):
+class FlatSchemaFormat(schema.JsonSchema):
     """JSON that keeps to a schema, as the Responses API writes it."""
 
     type: Literal["json_schema"]
 
 
-class Item(Strict):
+class Item(schema.Strict):
     """What an item of an earlier response carries when it is sent back."""
 
     id: str | None = None
     status: str | None = None
 
 
-class InputMessage(MessageIn, Item):
+class InputMessage(schema.MessageIn, Item):
     """A message; earlier answers may be sent back as they came."""
 
     type: Literal["message"] = "message"
-    content: ContentIn
+    content: schema.ContentIn
 
 
-class InputCall(Item):
+class InputCall(schema.CalledFunction, Item):
     """A call that the model made earlier."""
 
     type: Literal["function_call"]
     call_id: str
-    name: str
-    arguments: str
 
 
 class InputCallOutput(Item):
@@ -84,7 +58,7 @@ class InputCallOutput(Item):
 
     type: Literal["function_call_output"]
     call_id: str
-    output: ContentIn
+    output: schema.ContentIn
 
 
 class InputReasoning(Item):
@@ -103,107 +77,111 @@ InputItem = Annotated[
 ]
 
 
-class TextOptions(Strict):
+class TextOptions(schema.Strict):
     """The format of the text."""
 
-    format: Annotated[TextFormat | ObjectFormat | FlatSchemaFormat, Field(discriminator="type")] | None = None
+    format: (
+        Annotated[schema.TextFormat | schema.ObjectFormat | FlatSchemaFormat, Field(discriminator="type")] | None
+    ) = None
 
 
-class ResponsesRequest(Conversation):
+class ResponsesRequest(schema.Conversation):
     """POST /v1/responses. Nothing is stored: a conversation is sent whole each time."""
 
     input: Annotated[
-        list[InputItem], or_text(lambda text: [{"role": "user", "content": text}], str | list[InputItem])
-    ] = Field(min_length=1, max_length=MAX_MESSAGES)
+        list[InputItem], schema.or_text(lambda text: [{"role": "user", "content": text}], str | list[InputItem])
+    ] = Field(min_length=1, max_length=schema.MAX_MESSAGES)
     instructions: str | None = None
-    max_output_tokens: int | None = None
+    max_output_tokens: int | None = Field(None, ge=1)
     text: TextOptions | None = None
     tools: list[FlatTool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | FlatNamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | FlatTool | None = None
     truncation: Literal["disabled"] | None = None
     previous_response_id: None = None
     background: Literal[False] | None = None
     include: list[Any] | None = Field(None, max_length=0)
 
-    def messages(self) -> list[MessageIn]:
+    def messages(self) -> list[schema.MessageIn]:
         """The conversation as messages of chat completions."""
-        found: list[MessageIn] = []
+        found: list[schema.MessageIn] = []
         if self.instructions:
-            found.append(MessageIn.model_validate({"role": "system", "content": self.instructions}))
+            found.append(schema.MessageIn.model_validate({"role": "system", "content": self.instructions}))
         for item in self.input:
             if isinstance(item, InputMessage):
                 found.append(item)
             elif isinstance(item, InputCallOutput):
-                found.append(MessageIn(role="tool", content=item.output, tool_call_id=item.call_id))
+                found.append(schema.MessageIn(role="tool", content=item.output, tool_call_id=item.call_id))
             elif isinstance(item, InputCall):
-                call = ToolCallIn(id=item.call_id, function=CalledFunction(name=item.name, arguments=item.arguments))
+                call = schema.ToolCallIn(
+                    id=item.call_id, function=schema.CalledFunction(name=item.name, arguments=item.arguments)
+                )
                 if found and found[-1].role == "assistant":
                     found[-1].tool_calls = [*(found[-1].tool_calls or ()), call]
                 else:
-                    found.append(MessageIn(role="assistant", tool_calls=[call]))
+                    found.append(schema.MessageIn(role="assistant", tool_calls=[call]))
         return found
 
 
 @router.post("/v1/responses")
 async def responses(body: ResponsesRequest, request: Request) -> Response:
     """Answer a conversation that is sent whole."""
-    return CompletionHandler(request, functools.partial(_job, body))
+    return CompletionHandler(request, body, _prepare)
 
 
-async def _job(body: ResponsesRequest, model: ServedModel, images: RequestImages) -> Job:
-    model.check(body.model)
-    tools = plan(body.tools or (), body.tool_choice, model)
+async def _prepare(body: ResponsesRequest, model: ModelManager, images: RequestImages) -> tuple[Asked, Writer]:
+    tools = schema.plan_tools(body.tools or (), body.tool_choice, model.prompts, model.settings)
     wanted = None if body.text is None else body.text.format
-    params = sampling(
+    params = schema.sampling(
         body,
         model.settings,
-        "max_output_tokens",
         body.max_output_tokens,
-        json_schema=(tools and tools.schema) or schema_of(wanted, model.settings.max_schema_bytes),
+        json_schema=tools.schema or schema.schema_of(wanted, model.settings.max_schema_bytes),
         thinking=body.wants_thinking,
     )
     messages = body.messages()
     if not messages:
         raise BadField("input has no message: ask something.", "input")
     prompt = await build_prompt(body, messages, tools, model, images)
-    return Job([(prompt, params)], ResponsesWriter(model.name, body, params, tools), bool(body.stream))
+    return [(prompt, params)], _ResponsesWriter(model.name, body, params, CallReader(tools))
 
 
+# What kinds of items have in their ids, in events about their text, and in their only part.
 _PREFIXES = {"message": "msg", "reasoning": "rs"}
-_PARTS = {"message": "output_text", "reasoning": "reasoning_text"}
+_EVENTS: dict[str, dict[str, Any]] = {"message": {"logprobs": []}, "reasoning": {}}
+_PARTS: dict[str, dict[str, Any]] = {
+    "message": {"type": "output_text", "annotations": [], "logprobs": []},
+    "reasoning": {"type": "reasoning_text"},
+}
 
 
-class ResponsesWriter(Writer):
+class _ResponsesWriter(Writer):
     """Writes the answer to one request: one object, or events in OpenAI's order."""
 
-    def __init__(self, model: str, body: ResponsesRequest, params: SamplingParams, tools: ToolPlan | None) -> None:
+    def __init__(self, model: str, body: ResponsesRequest, params: SamplingParams, reader: CallReader) -> None:
         self._base = _base(model, body, params)
-        self._reader = None if tools is None else tools.reader()
+        self._reader = reader
         self._number = 0
         self._output: list[dict[str, Any]] = []
         self._open: dict[str, Any] | None = None
         self._text: list[str] = []
 
     def begin(self) -> bytes:
-        """The response exists, and is in progress."""
         return self._event("created", response=self._base) + self._event("in_progress", response=self._base)
 
     def event(self, index: int, event: TextDelta | Finished) -> bytes:  # noqa: ARG002 - there is one choice
-        """New text or reasoning, or the end of the answer."""
         if isinstance(event, Finished):
             return self._finish(event.answer)
         if event.reasoning:
             return self._say("reasoning", event.text)
-        text = event.text if self._reader is None else self._reader.feed(event.text)
+        text = self._reader.feed(event.text)
         return self._say("message", text) if text else b""
 
     def failed(self, body: dict[str, Any]) -> bytes:
-        """The response failed."""
         error = {"code": "server_error", "message": body["error"]["message"]}
         return self._event("failed", response=self._base | {"status": "failed", "error": error, "output": self._output})
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
-        """The answer as one object: the result of a stream's events."""
+        # It is the result of a stream's events.
         (answer,) = answers
         if answer.reasoning is not None:
             self._say("reasoning", answer.reasoning)
@@ -212,11 +190,9 @@ class ResponsesWriter(Writer):
         return self._ended(answer)
 
     def _finish(self, answer: Answer) -> bytes:
-        frames, calls = b"", []
-        if self._reader is not None:
-            if rest := self._reader.finish():
-                frames += self._say("message", rest)
-            calls = self._reader.calls
+        rest = self._reader.finish()
+        frames = self._say("message", rest) if rest else b""
+        calls = self._reader.calls
         if self._open is None and not self._output and not calls:
             frames += self._say("message", "")
         frames += self._close("incomplete" if answer.finish_reason == "length" and not calls else "completed")
@@ -251,10 +227,10 @@ class ResponsesWriter(Writer):
             item_id = f"{_PREFIXES[kind]}_{uuid.uuid4().hex}"
             self._open = {"id": item_id, "type": kind, "status": "in_progress", "content": [], **more}
             frames += self._event("output_item.added", item=self._open)
-            frames += self._event("content_part.added", self._open, part=_part(kind, ""))
+            frames += self._event("content_part.added", self._open, part={**_PARTS[kind], "text": ""})
         if text:
             self._text.append(text)
-            frames += self._event(f"{_PARTS[kind]}.delta", self._open, delta=text, **_no_logprobs(kind))
+            frames += self._event(f"{_PARTS[kind]['type']}.delta", self._open, delta=text, **_EVENTS[kind])
         return frames
 
     def _close(self, status: str) -> bytes:
@@ -263,9 +239,9 @@ class ResponsesWriter(Writer):
         if item is None:
             return b""
         kind = item["type"]
-        part = _part(kind, text)
+        part = {**_PARTS[kind], "text": text}
         whole = {**item, "status": status, "content": [part]}
-        frames = self._event(f"{_PARTS[kind]}.done", item, text=text, **_no_logprobs(kind))
+        frames = self._event(f"{part['type']}.done", item, text=text, **_EVENTS[kind])
         frames += self._event("content_part.done", item, part=part)
         frames += self._event("output_item.done", item=whole)
         self._output.append(whole)
@@ -293,22 +269,12 @@ class ResponsesWriter(Writer):
         if inside is not None:
             value |= {"item_id": inside["id"], "content_index": 0}
         self._number += 1
-        return b"event: response." + kind.encode() + b"\ndata: " + dumps(value | rest) + b"\n\n"
-
-
-def _part(kind: str, text: str) -> dict[str, Any]:
-    more: dict[str, Any] = {"annotations": []} if kind == "message" else {}
-    return {"type": _PARTS[kind], "text": text, **more, **_no_logprobs(kind)}
-
-
-def _no_logprobs(kind: str) -> dict[str, Any]:
-    return {"logprobs": []} if kind == "message" else {}
+        return b"event: response." + kind.encode() + b"\ndata: " + schema.dumps(value | rest) + b"\n\n"
 
 
 def _base(model: str, body: ResponsesRequest, params: SamplingParams) -> dict[str, Any]:
     """What every state of a response has in common."""
-    echoed = body.model_dump(include={"tools", "text", "metadata"}, by_alias=True, exclude_none=True)
-    choice = body.tool_choice
+    echoed = body.model_dump(include={"tools", "tool_choice", "text", "metadata"}, by_alias=True, exclude_none=True)
     return {
         "id": f"resp_{uuid.uuid4().hex}",
         "object": "response",
@@ -329,7 +295,7 @@ def _base(model: str, body: ResponsesRequest, params: SamplingParams) -> dict[st
         "store": False,
         "temperature": params.temperature,
         "text": echoed.get("text") or {"format": {"type": "text"}},
-        "tool_choice": "auto" if choice is None else choice if isinstance(choice, str) else choice.model_dump(),
+        "tool_choice": echoed.get("tool_choice", "auto"),
         "tools": [{"parameters": None, "strict": None, **tool} for tool in echoed.get("tools", [])],
         "top_p": params.top_p,
         "truncation": "disabled",

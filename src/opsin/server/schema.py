@@ -1,16 +1,19 @@
-"""What a request to chat completions and completions may contain, and the parameters that it becomes."""
+"""What a request to chat completions and completions may contain, and what it becomes: parameters, and tools."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from fastapi.exceptions import RequestValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from opsin.core.request import SamplingParams
 from opsin.core.settings import ServerSettings
-from opsin.server.errors import BadField, field_error
+from opsin.prompt import Message, PromptBuilder
+from opsin.server.errors import BadField
 
 NAME = r"^[a-zA-Z0-9_.-]{1,64}$"
 MAX_MESSAGES = MAX_PARTS = 1_000
@@ -28,6 +31,28 @@ def or_text(make: Callable[[str], Any], accepted: Any) -> BeforeValidator:
     return BeforeValidator(
         lambda value: make(value) if isinstance(value, str) else value, json_schema_input_type=accepted
     )
+
+
+def is_deep(value: Any) -> bool:
+    """Whether JSON is nested so deeply that code which walks through it might hit the recursion limit."""
+    level, depth = [value], 0
+    while level and depth <= MAX_DEPTH:
+        inner = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list))]
+        level, depth = [item for items in inner for item in items], depth + 1
+    return bool(level)
+
+
+def _shallow(schema: dict[str, Any]) -> dict[str, Any]:
+    if is_deep(schema):
+        raise ValueError(f"nested more than {MAX_DEPTH} deep: make it flatter")
+    return schema
+
+
+Schema = Annotated[dict[str, Any], AfterValidator(_shallow)]
+
+
+# Where pydantic has to check a text, it refuses halves of characters (lone surrogates), too.
+WholeText = Annotated[str, Field(min_length=0)]
 
 
 class TextPartIn(Strict):
@@ -95,7 +120,7 @@ class FunctionIn(Strict):
 
     name: str = Field(pattern=NAME)
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Schema | None = None
     strict: bool | None = None
 
 
@@ -111,24 +136,12 @@ class ToolIn(Tool):
     function: FunctionIn
 
 
-class NamedFunction(Strict):
-    """A function by its name."""
-
-    name: str
-
-
-class NamedTool(Tool):
-    """The function that must be called, as chat completions write it."""
-
-    function: NamedFunction
-
-
 class JsonSchema(Strict):
     """A named JSON schema. Answers always keep to it, `strict` or not."""
 
     name: str = Field("answer", pattern=NAME)
     description: str | None = None
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    schema_: Schema | None = Field(None, alias="schema")
     strict: bool | None = None
 
 
@@ -142,7 +155,7 @@ class ObjectFormat(Strict):
     """Any JSON object, or one that keeps to `schema`, as llama-server takes it."""
 
     type: Literal["json_object"]
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    schema_: Schema | None = Field(None, alias="schema")
 
 
 class SchemaFormat(Strict):
@@ -213,7 +226,7 @@ class Choices(Common):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[Annotated[int, Field(strict=False)], float] | None = None
-    max_tokens: int | None = None
+    max_tokens: int | None = Field(None, ge=1)
     stream_options: StreamOptions | None = None
 
 
@@ -221,30 +234,21 @@ class ChatRequest(Choices, Conversation):
     """POST /v1/chat/completions."""
 
     messages: list[MessageIn] = Field(min_length=1, max_length=MAX_MESSAGES)
-    max_completion_tokens: int | None = None
+    max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: int | None = Field(None, ge=0)
     response_format: Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")] | None = None
     tools: list[ToolIn] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolIn | None = None
     modalities: list[Literal["text"]] | None = None
 
 
 class CompletionRequest(Choices):
     """POST /v1/completions: the text as it is, without the chat template; names of control tokens in it count."""
 
-    prompt: Annotated[list[str], or_text(lambda text: [text], str | list[str])] = Field(min_length=1)
-    logprobs: int | None = None
+    prompt: Annotated[list[WholeText], or_text(lambda text: [text], str | list[str])] = Field(min_length=1)
+    logprobs: int | None = Field(None, ge=0)
     echo: Literal[False] | None = None
-
-    @field_validator("prompt")
-    @classmethod
-    def _whole_unicode(cls, prompt: list[str]) -> list[str]:
-        try:
-            "".join(prompt).encode()
-        except UnicodeEncodeError:
-            raise ValueError("half a character (a lone surrogate): send whole Unicode text") from None
-        return prompt
 
 
 def at_most(limit: int, count: int, noun: str, param: str) -> None:
@@ -254,19 +258,15 @@ def at_most(limit: int, count: int, noun: str, param: str) -> None:
 
 
 _SEEDS = 2**32 - 1
-_SAME = {
-    "temperature", "top_p", "top_k", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty", "ignore_eos",
-    "guard", "max_seconds", "grammar", "max_thinking_tokens", "logit_bias",
-}  # fmt: skip
+# What a request says in the same words; the rest is made below.
+_SAME = set(SamplingParams.model_fields) - {"logprobs", "max_tokens", "seed", "stop"}
 
 
-def sampling(
-    body: Common, settings: ServerSettings, limit_name: str, max_tokens: int | None, **more: Any
-) -> SamplingParams:
+def sampling(body: Common, settings: ServerSettings, max_tokens: int | None, **more: Any) -> SamplingParams:
     """The parameters of a request; `more` are fields of SamplingParams that the caller made itself.
 
-    What a request leaves out comes from the settings, then from SamplingParams. `limit_name` is the request's name for
-    the limit on tokens. Raises BadField.
+    What a request leaves out comes from the settings, then from SamplingParams. Raises BadField and
+    RequestValidationError.
     """
     values = {"guard": settings.guard} | body.model_dump(include=_SAME, exclude_none=True)
     values |= {name: value for name, value in more.items() if value is not None}
@@ -286,7 +286,7 @@ def sampling(
     try:
         return SamplingParams(**values)
     except ValidationError as error:
-        raise field_error(error, {"max_tokens": limit_name, "logprobs": "top_logprobs"}) from None
+        raise RequestValidationError(error.errors()) from None
 
 
 def choices(params: SamplingParams, n: int | None, settings: ServerSettings) -> list[SamplingParams]:
@@ -298,44 +298,91 @@ def choices(params: SamplingParams, n: int | None, settings: ServerSettings) -> 
     return [params.model_copy(update={"seed": (params.seed + i) % _SEEDS}) for i in range(n)]
 
 
-def wants_usage(body: Choices) -> bool:
-    """Whether a stream ends with the token counts. Raises BadField if there is no stream."""
-    if body.stream_options is not None and not body.stream:
-        raise BadField("stream_options needs stream: set it to true, or leave stream_options out.", "stream_options")
-    return body.stream_options is not None and bool(body.stream_options.include_usage)
-
-
-def top_logprobs(top: int | None, settings: ServerSettings, param: str) -> int | None:
-    """How many alternatives are shown for each token. Raises BadField over the limit."""
-    if top is not None and not 0 <= top <= settings.max_top_logprobs:
-        raise BadField(f"{param} is {top}: 0 to {settings.max_top_logprobs} are possible here.", param)
-    return top
-
-
 def schema_of(wanted: TextFormat | ObjectFormat | SchemaFormat | JsonSchema | None, limit: int) -> str | None:
     """The JSON schema that a response format asks for, of at most `limit` bytes. Raises BadField."""
     if wanted is None or isinstance(wanted, TextFormat):
         return None
     schema = wanted.json_schema.schema_ if isinstance(wanted, SchemaFormat) else wanted.schema_
-    check_depth(schema, "response_format")
     text = json.dumps(schema or {"type": "object"})
     at_most(limit, len(text), "bytes", "response_format")
     return text
 
 
-def is_deep(value: Any) -> bool:
-    """Whether JSON is nested so deeply that code which walks through it might hit the recursion limit."""
-    level, depth = [value], 0
-    while level and depth <= MAX_DEPTH:
-        inner = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list))]
-        level, depth = [item for items in inner for item in items], depth + 1
-    return bool(level)
+@dataclass(frozen=True, slots=True)
+class ToolPlan:
+    """How a request's tools reach the model; without any, or where none may be called, nothing is changed.
+
+    `told` goes to the chat template; `instructions` go into the system message if the template has no place for tools;
+    the whole answer keeps to `schema`. `names` are the functions that may be called; if empty, no call is looked for.
+    """
+
+    told: list[dict[str, Any]] | None = None
+    instructions: str | None = None
+    schema: str | None = None
+    names: frozenset[str] = frozenset()
+
+    def messages(self, messages: list[Message]) -> list[Message]:
+        """The conversation, with the instructions about tools in its system message."""
+        if self.instructions is None:
+            return messages
+        if messages[0].role == "system":
+            return [Message("system", [*messages[0].parts, self.instructions]), *messages[1:]]
+        return [Message("system", self.instructions), *messages]
 
 
-def check_depth(value: Any, param: str) -> None:
-    """Raise BadField if it is nested too deeply."""
-    if is_deep(value):
-        raise BadField(f"{param} is nested more than {MAX_DEPTH} deep: make it flatter.", param)
+def plan_tools(
+    functions: Sequence[FunctionIn], choice: str | FunctionIn | None, prompts: PromptBuilder, settings: ServerSettings
+) -> ToolPlan:
+    """How a request's tools are handled. Raises BadField."""
+    if choice == "none" or (choice in (None, "auto") and not functions):
+        return ToolPlan()
+    by_name = {function.name: function for function in functions}
+    if not by_name:
+        raise BadField("tool_choice asks for a call, but there are no tools: give some.", "tool_choice")
+    shown = {
+        name: function.model_dump(exclude_none=True, exclude={"strict", "type"}) for name, function in by_name.items()
+    }
+    told = [{"type": "function", "function": function} for function in shown.values()]
+    at_most(settings.max_schema_bytes, len(json.dumps(told)), "bytes", "tools")
+    if choice in (None, "auto"):
+        if not prompts.knows_tools:
+            raise BadField(
+                "This model's chat template has no place for tools, so the model cannot decide by itself whether to "
+                'call one: set tool_choice to "required" or name a function, or leave tools out.',
+                "tools",
+            )
+        return ToolPlan(told=told, names=frozenset(by_name))
+    if isinstance(choice, FunctionIn):
+        if choice.name not in by_name:
+            raise BadField(f"tool_choice names {choice.name[:64]!r}, which is not among tools.", "tool_choice")
+        by_name = {choice.name: by_name[choice.name]}
+    schema, names = _call_schema(list(by_name.values())), frozenset(by_name)
+    if prompts.knows_tools:
+        return ToolPlan(told=told, schema=schema, names=names)
+    lines = [json.dumps(shown[name], ensure_ascii=False) for name in by_name]
+    shape = '{"name": the function\'s name, "arguments": an object with its arguments}'
+    instructions = "\n".join(("Call one of these functions. Answer with JSON alone:", shape, *lines))
+    return ToolPlan(instructions=instructions, schema=schema, names=names)
+
+
+def _call_schema(functions: Sequence[FunctionIn]) -> str:
+    """The JSON schema of a call of one of the functions."""
+    calls, shared = [], {}
+    for i, function in enumerate(functions):
+        arguments = function.parameters or {"type": "object"}
+        text = json.dumps(arguments)
+        if '"$ref"' in text:
+            # References count from the root, which moves when the schema becomes a part of another.
+            shared[f"f{i}"] = json.loads(text.replace('"$ref": "#', f'"$ref": "#/$defs/f{i}'))
+            arguments = {"$ref": f"#/$defs/f{i}"}
+        calls.append({
+            "type": "object",
+            "properties": {"name": {"const": function.name}, "arguments": arguments},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        })  # fmt: skip
+    schema: dict[str, Any] = calls[0] if len(calls) == 1 else {"anyOf": calls}
+    return json.dumps({**schema, "$defs": shared} if shared else schema)
 
 
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import re
 import stat
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-import httpx
-
 from opsin.core.errors import BadParameter, FetchFailed
 from opsin.core.settings import ImageSettings
 from opsin.images.fetch import Resolver, system_addresses
 from opsin.images.source import check_bytes
+from opsin.server.middleware import parse_host
 
 INSTEAD = "or send the image as a data: address."
 
@@ -24,12 +22,10 @@ class ImageFolder:
     """Reads files in a folder and below, and nothing else, wherever links lead and whatever is moved meanwhile.
 
     Links are resolved first; then the file is opened from the folder's descriptor downwards, name by name, and links
-    are no longer followed. Raises BadParameter if the path is not a folder or the system cannot open files like this.
+    are no longer followed. Raises BadParameter if the path is not a folder that can be read.
     """
 
     def __init__(self, path: Path) -> None:
-        if os.open not in os.supports_dir_fd:
-            raise BadParameter("--media-path does not work on this system: send images as data: addresses.")
         try:
             self._root = path.resolve(strict=True)
             os.close(self._open(Path()))
@@ -82,11 +78,9 @@ _INSIDE = tuple(map(ipaddress.ip_network, (
     "192.88.99.0/24",  # 6to4 relays
     "168.63.129.16/32",  # Azure's own services
     "2001::/23",  # protocol assignments: Teredo, ORCHID, benchmarks
-    "2001:db8::/32",  # documentation
     "2002::/16",  # 6to4: contains any IPv4 address
     "3fff::/20",  # documentation
 )))  # fmt: skip
-_NAME = re.compile(r"[a-z0-9_.-]+|[0-9a-f:.]+")
 _ISATAP = frozenset((0x0000_5EFE, 0x0200_5EFE))
 
 
@@ -114,17 +108,18 @@ class AddressPolicy:
     """
 
     def __init__(self, hosts: Sequence[str] = (), *, lookup: Resolver = system_addresses) -> None:
-        self._hosts = frozenset(pair for host in hosts for pair in _read_host(host))
+        named = [pair for host in hosts for pair in _read_host(host)]
+        self._hosts = frozenset(named or [("*", port) for port in _WEB_PORTS])
         self._lookup = lookup
 
     def __call__(self, host: str, port: int) -> Sequence[str]:
         """The host's addresses; raises FetchFailed unless it is allowed and all of them are public."""
         name = host.lower().rstrip(".")
-        if not self._hosts and port not in _WEB_PORTS:
-            raise FetchFailed("Images are fetched from the ports 80 and 443 only: give an address there.")
-        if self._hosts and not self._is_named(name, port):
+        parents = ("*." + name.split(".", cut)[cut] for cut in range(1, name.count(".") + 1))
+        if not any((known, port) in self._hosts for known in ("*", name, *parents)):
             raise FetchFailed(
-                f"Images are not fetched from this host and port: use one that --image-hosts names, {INSTEAD}"
+                "Images are fetched from the hosts and ports that --image-hosts names, or else from the ports 80 and "
+                f"443 of any: give an address there, {INSTEAD}"
             )
         try:
             addresses = self._lookup(host, port)
@@ -138,22 +133,14 @@ class AddressPolicy:
             )
         return addresses
 
-    def _is_named(self, name: str, port: int) -> bool:
-        parents = ("*." + name.split(".", cut)[cut] for cut in range(1, name.count(".") + 1))
-        return any((known, port) in self._hosts for known in (name, *parents))
-
 
 def _read_host(host: str) -> list[tuple[str, int]]:
     """The name and the ports of an entry of --image-hosts."""
-    star, bare = ("*.", host[2:]) if host.startswith("*.") else ("", host)
-    try:
-        url = httpx.URL(f"ftp://{bare}")  # a scheme whose usual port nobody means
-    except httpx.InvalidURL:
-        url = httpx.URL()
-    name = url.raw_host.decode("ascii").lower().rstrip(".")
-    if not _NAME.fullmatch(name) or url.userinfo or url.raw_path not in {b"", b"/"} or url.fragment or "?" in bare:
+    name, port = parse_host(host.removeprefix("*."))
+    if not name:
         raise BadParameter(
             f"{host!r} is not a host that images can be fetched from: write example.org, example.org:8443 "
             "or *.example.org."
         )
-    return [(star + name, port) for port in ((url.port,) if url.port is not None else _WEB_PORTS)]
+    star = "*." if host.startswith("*.") else ""
+    return [(star + name, one) for one in (_WEB_PORTS if port is None else (port,))]

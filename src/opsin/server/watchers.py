@@ -6,6 +6,7 @@ no name, path or text that a client chose becomes one.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import re
@@ -23,9 +24,9 @@ from prometheus_client.registry import Collector
 from opsin import __version__
 from opsin.core.answer import Answer, Stage
 from opsin.core.errors import BadParameter
-from opsin.engine import Snapshot
 from opsin.engine.clock import stage_row
 from opsin.server.handler import ModelManager, RequestStats
+from opsin.server.images import FairQueue
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
@@ -42,24 +43,18 @@ DURATION: Final = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 1
 PART: Final = (*FIRST_TOKEN, 20.48, 40.96, 81.92)
 
 NAME = "opsin.access"
-_SHARE = 0.01
-"""The plain line leaves out stages with a smaller share of the time."""
 
 
 class Metrics(Collector):
-    """A watcher with a registry of its own, so that several servers in one process do not mix."""
+    """Metrics of one server, in a registry of their own. What waits in `queue` is not in the engine yet."""
 
-    def __init__(self, manager: ModelManager) -> None:
-        self._manager = manager
-        self._waiting = 0
+    def __init__(self, manager: ModelManager, queue: FairQueue) -> None:
+        self._manager, self._before = manager, queue
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
         def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
             return Histogram(f"opsin:{name}", text, labels, buckets=buckets, registry=self._registry)
-
-        def counter(name: str, text: str, label: str) -> Counter:
-            return Counter(f"opsin:{name}", text, [label], registry=self._registry)
 
         self._first_token = histogram("time_to_first_token_seconds", "From arrival to the first text.", FIRST_TOKEN)
         self._per_token = histogram("time_per_output_token_seconds", "Time by token after the first.", PER_TOKEN)
@@ -67,17 +62,17 @@ class Metrics(Collector):
         self._queue = histogram("request_queue_time_seconds", "Time of an answer spent on others.", PART)
         self._pause = histogram("longest_pause_seconds", "The longest time between two pieces of a stream.", PART)
         self._stages = histogram("stage_seconds", "Time of an answer in a stage it went through.", PART, "stage")
-        self._success = counter("request_success", "Answers, by why they ended.", "finished_reason")
-        self._guard_stops = counter("guard_stops", "Answers that the guard ended, by why.", "reason")
-        self._refused = counter("requests_refused", "Requests without a whole answer, by error code.", "reason")
+        counter = functools.partial(Counter, registry=self._registry)
+        self._success = counter("opsin:request_success", "Answers, by why they ended.", ["finished_reason"])
+        self._guard_stops = counter("opsin:guard_stops", "Answers that the guard ended, by why.", ["reason"])
+        self._refused = counter("opsin:requests_refused", "Requests without a whole answer, by error code.", ["reason"])
 
-    def render(self, waiting: int = 0) -> bytes:
-        """The metrics now in Prometheus' text format; `waiting` answers are not in the engine yet."""
-        self._waiting = waiting
+    def render(self) -> bytes:
+        """The metrics now in Prometheus' text format."""
         return generate_latest(self._registry)
 
     def finished(self, stats: RequestStats) -> None:
-        """See Watcher."""
+        """Count a request (a Watcher)."""
         if stats.refused == "cancelled":
             self._success.labels("cancelled").inc()
         elif stats.refused is not None:
@@ -101,18 +96,17 @@ class Metrics(Collector):
             self._guard_stops.labels(answer.guard.reason).inc()
         self._queue.observe(answer.stages.queue_ms / 1e3)
         for stage in Stage:
-            ms = getattr(answer.stages, f"{stage.value}_ms")
-            if ms > 0:
+            if ms := getattr(answer.stages, f"{stage.value}_ms"):
                 self._stages.labels(stage.value).observe(ms / 1e3)
 
     def collect(self) -> Iterator[Metric]:
         """What the engine says about itself when it is asked; zeros before a model is loaded."""
-        model = self._manager.loaded
-        now = Snapshot() if model is None else model.engine.stats
-        used = 0.0 if model is None else now.cells_used / model.facts.limits.n_ctx
+        engine = self._manager.engine
+        now, loaded = engine.stats, engine.loaded
+        used = 0.0 if loaded is None else now.cells_used / loaded.limits.n_ctx
         for name, text, value in (
             ("num_requests_running", "Answers that are computed.", now.running),
-            ("num_requests_waiting", "Answers that wait for their turn.", now.waiting + self._waiting),
+            ("num_requests_waiting", "Answers that wait for their turn.", now.waiting + self._before.waiting),
             ("kv_cache_usage_perc", "Share of the KV cache in use, 1 when full; prefixes count.", used),
             (
                 "num_idle_prefixes",
@@ -153,17 +147,18 @@ class AccessLog:
         self._log.setLevel(logging.INFO)
 
     def finished(self, stats: RequestStats) -> None:
-        """See Watcher."""
+        """Write the line of a request (a Watcher)."""
         fields = _fields(stats)
         self._log.info("%s", json.dumps(fields) if self._as_json else _plain(fields))
 
 
 def _fields(stats: RequestStats) -> dict[str, Any]:
+    """What the log and the traces say of a request."""
     usages = [answer.usage for answer in stats.answers]
     return {
         "time": datetime.fromtimestamp(stats.began_at, UTC).isoformat(timespec="milliseconds"),
         "id": stats.id,
-        "route": _one_word(stats.route),
+        "route": stats.route,
         "status": stats.status,
         "refused": stats.refused,
         "model": _one_word(stats.model),
@@ -197,13 +192,13 @@ def _plain(fields: dict[str, Any]) -> str:
     if fields["first_token_s"] is not None:
         words += [f"ttft={fields['first_token_s']:.3f}s", f"pause={fields['longest_pause_s']:.3f}s"]
     stages = max((answer["stages"] for answer in answers), key=lambda stages: stages["total_ms"])
-    least_ms = _SHARE * stages.pop("total_ms")
+    least_ms = 0.01 * stages.pop("total_ms")
     words += [total, *(f"{name.removesuffix('_ms')}={ms / 1e3:.3f}s" for name, ms in stages.items() if ms > least_ms)]
     return " ".join((*words, *(f"end={answer['limit'] or answer['finish_reason']}" for answer in answers)))
 
 
 def _one_word(text: str) -> str:
-    """Text that a client chose, so that it can neither start a new line nor look like another field."""
+    """The name of a file, so that it can neither start a new line nor look like another field."""
     return re.sub(r"[^\x21-\x7e]", "?", text)[:100]
 
 
@@ -238,7 +233,7 @@ class Tracing:
         self._tracer = self._provider.get_tracer("opsin", __version__)
 
     def finished(self, stats: RequestStats) -> None:
-        """See Watcher."""
+        """Make the spans of a request (a Watcher)."""
         from opentelemetry.trace import SpanKind, set_span_in_context
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
         from opentelemetry.trace.status import StatusCode
@@ -259,20 +254,18 @@ class Tracing:
         )
         if stats.status >= 500:
             span.set_status(StatusCode.ERROR)
-        if span.is_recording():
-            inside = set_span_in_context(span)
-            for choice, answer in enumerate(stats.answers):
-                for interval in answer.intervals:
-                    attributes = {
-                        "opsin.choice": choice,
-                        "opsin.stage": interval.stage.value,
-                        "opsin.stage.ms": interval.seconds * 1e3,
-                        "opsin.stage.times": interval.count,
-                    }
-                    start = unix_ns(interval.start)
-                    self._tracer.start_span(
-                        interval.stage.value, context=inside, attributes=attributes, start_time=start
-                    ).end(unix_ns(interval.end))
+        inside = set_span_in_context(span)
+        for choice, answer in enumerate(stats.answers):
+            for interval in answer.intervals:
+                attributes = {
+                    "opsin.choice": choice,
+                    "opsin.stage.ms": interval.seconds * 1e3,
+                    "opsin.stage.times": interval.count,
+                }
+                start = unix_ns(interval.start)
+                self._tracer.start_span(
+                    interval.stage.value, context=inside, attributes=attributes, start_time=start
+                ).end(unix_ns(interval.end))
         span.end(unix_ns(stats.ended))
 
     def close(self) -> None:
@@ -284,32 +277,24 @@ class Tracing:
 
 
 def _attributes(stats: RequestStats, operation: str) -> dict[str, AttributeValue]:
-    attributes: dict[str, AttributeValue] = {
+    fields = _fields(stats)
+    attributes: dict[str, AttributeValue | None] = {
         "gen_ai.operation.name": operation,
         "gen_ai.provider.name": "opsin",
-        "gen_ai.request.model": stats.model[:100],
+        "gen_ai.request.model": fields["model"],
         "gen_ai.request.stream": stats.streamed,
         "gen_ai.response.id": stats.id,
+        "gen_ai.response.time_to_first_chunk": stats.first_token_s,
+        "gen_ai.response.finish_reasons": [answer.finish_reason for answer in stats.answers],
+        "gen_ai.usage.input_tokens": fields["prompt_tokens"],
+        "gen_ai.usage.cache_read.input_tokens": fields["cached_tokens"],
+        "gen_ai.usage.output_tokens": fields["completion_tokens"],
         "http.request.method": "POST",
-        "url.path": stats.route[:100],
         "http.response.status_code": stats.status,
+        "url.path": stats.route,
+        "error.type": stats.refused,
         "opsin.images": stats.images,
+        "opsin.longest_pause_ms": stats.longest_pause_s * 1e3,
+        "opsin.guard": [answer.guard.reason for answer in stats.answers if answer.guard is not None],
     }
-    if stats.answers:
-        usages = [answer.usage for answer in stats.answers]
-        attributes |= {
-            "gen_ai.response.finish_reasons": [answer.finish_reason for answer in stats.answers],
-            # The prompt is read once, for all choices.
-            "gen_ai.usage.input_tokens": usages[0].prompt_tokens,
-            "gen_ai.usage.cache_read.input_tokens": usages[0].cached_tokens,
-            "gen_ai.usage.output_tokens": sum(usage.completion_tokens for usage in usages),
-            "opsin.longest_pause_ms": stats.longest_pause_s * 1e3,
-        }
-        guards = [answer.guard.reason for answer in stats.answers if answer.guard is not None]
-        if guards:
-            attributes["opsin.guard"] = guards
-    if stats.refused is not None:
-        attributes["error.type"] = stats.refused
-    if stats.first_token_s is not None:
-        attributes["gen_ai.response.time_to_first_chunk"] = stats.first_token_s
-    return attributes
+    return {name: value for name, value in attributes.items() if value is not None and value != []}

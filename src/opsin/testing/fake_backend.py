@@ -119,7 +119,7 @@ class FakeBackend:
         image_tokens: int = 4,
     ) -> None:
         self.reply = reply
-        self.limits = limits or BackendLimits(512, 64, 64, n_seq_max=8, n_vocab=N_VOCAB, n_embd=4, n_ctx_seq=512)
+        self.limits = limits or BackendLimits(512, 64, n_seq_max=8, n_vocab=N_VOCAB, n_embd=4, n_ctx_seq=512)
         self.clock = clock or FakeClock()
         self.costs = costs or Costs()
         self.asynchronous = asynchronous
@@ -206,14 +206,14 @@ class FakeBackend:
         """Pay for what was started."""
         self.pay()
 
-    def check(self, params: SamplingParams) -> None:
+    def check(self, params: SamplingParams) -> object:
         """A grammar that is the word "bad" is refused."""
         if params.grammar == "bad":
             raise BadGrammar("The grammar cannot be read: fix its first rule.")
+        return params.json_schema or params.grammar
 
-    def sampler(self, params: SamplingParams, seed: int) -> Sampler:  # noqa: ARG002 - the fake draws nothing
+    def sampler(self, params: SamplingParams, seed: int, compiled: object = None) -> Sampler:  # noqa: ARG002 - draws nothing
         """Follows the reply."""
-        self.check(params)
         return _Handle(self, params.ignore_eos)
 
     def sample(self, samples: Sequence[Sample]) -> list[tuple[int, TokenLogprob | None] | OpsinError]:

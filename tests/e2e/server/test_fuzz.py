@@ -23,7 +23,6 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from fastapi import FastAPI
 from hypothesis import HealthCheck, Phase, given, settings
 from local_engine import LocalEngine
@@ -34,9 +33,9 @@ from opsin.core.settings import ServerSettings
 from opsin.engine import Engine, Policy
 from opsin.prompt import TemplateSource
 from opsin.server.app import create_app
-from opsin.server.handler import Context, ModelManager
+from opsin.server.handler import ModelManager
 from opsin.server.images import ImageLoader
-from opsin.server.listener import patient
+from opsin.server.listener import http_server
 from opsin.testing import FakeBackend
 from opsin.testing.fake_backend import N_VOCAB, TURN_TEXT
 
@@ -55,14 +54,12 @@ class Server:
     """The application over a fake backend."""
 
     def __init__(self, settings: ServerSettings = LIMITED) -> None:
-        limits = BackendLimits(
-            n_ctx=1024, n_batch=256, n_ubatch=256, n_seq_max=8, n_vocab=N_VOCAB, n_embd=4, n_ctx_seq=1024
-        )
+        limits = BackendLimits(n_ctx=1024, n_ubatch=256, n_seq_max=8, n_vocab=N_VOCAB, n_embd=4, n_ctx_seq=1024)
         self.engine = Engine(lambda: FakeBackend(limits=limits), policy=Policy(parallel=8))
         source = TemplateSource(TEMPLATE, "fake", "fake", None, "", "", frozenset({TURN_TEXT}))
         self.manager = ModelManager(settings, LocalEngine(self.engine, source))
         self.gate = ImageLoader(settings)
-        self.app: FastAPI = create_app(Context(settings, self.manager, self.gate))
+        self.app: FastAPI = create_app(self.manager, self.gate)
 
     def check_idle(self) -> None:
         """Nothing is stuck, and the next request is answered."""
@@ -365,9 +362,7 @@ def serving(app: FastAPI, patience: float = 30.0) -> Iterator[int]:
         listening.bind(("127.0.0.1", 0))
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # handed on to every connection
         listening.listen(64)
-        http = uvicorn.Server(
-            uvicorn.Config(app, log_level="critical", ws="none", lifespan="off", http=patient(patience))
-        )
+        http = http_server(app, patience)
         thread = threading.Thread(target=http.run, kwargs={"sockets": [listening]})
         thread.start()
         try:

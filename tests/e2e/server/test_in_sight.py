@@ -24,9 +24,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from opsin.core.answer import Stage
 from opsin.core.settings import ServerSettings
 from opsin.server.app import create_app
-from opsin.server.handler import Context, ModelManager
+from opsin.server.handler import ModelManager
 from opsin.server.images import ImageLoader
-from opsin.server.watchers import NAME, AccessLog, Metrics, Tracing
+from opsin.server.watchers import NAME, AccessLog, Tracing
 from opsin.worker import WorkerEngine
 
 pytestmark = [pytest.mark.slow, pytest.mark.native]
@@ -119,8 +119,8 @@ async def scene(seen: Seen, lines: list[str]) -> None:
     engine = WorkerEngine(None, None, settings)
     exporter, model, images = InMemorySpanExporter(), ModelManager(settings, engine), ImageLoader(settings)
     tracing = Tracing(exporter)
-    watchers = (Metrics(model), tracing, AccessLog(as_json=True))
-    app = create_app(Context(settings, model, images, watchers))
+    watchers = (tracing.finished, AccessLog(as_json=True).finished)
+    app = create_app(model, images, watchers=watchers)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="off", ws="none"))
 
     await asyncio.to_thread(engine.wait_ready)

@@ -17,7 +17,7 @@ from opsin.testing import FakeBackend
 
 pytestmark = pytest.mark.slow
 
-LIMITS = BackendLimits(n_ctx=8192, n_batch=256, n_ubatch=256, n_seq_max=24, n_vocab=259, n_embd=4, n_ctx_seq=8192)
+LIMITS = BackendLimits(n_ctx=8192, n_ubatch=256, n_seq_max=24, n_vocab=259, n_embd=4, n_ctx_seq=8192)
 SPENT_S = 0.003
 
 

@@ -61,15 +61,13 @@ class World:
 
     def open(self, model: Any, mmproj: Any, settings: EngineSettings, *, template: str | None = None) -> Runtime:
         self.settings, self.opened = settings, (model, mmproj)
-        backend = FakeBackend(
-            self.reply, limits=BackendLimits(settings.ctx or 512, 64, 64, 8, 259, 4, settings.ctx or 512)
-        )
+        backend = FakeBackend(self.reply, limits=BackendLimits(settings.ctx or 512, 64, 8, 259, 4, settings.ctx or 512))
         self.backends.append(backend)
         sampler = backend.sampler
 
-        def spy(params: SamplingParams, seed: int) -> Any:
+        def spy(params: SamplingParams, seed: int, compiled: object = None) -> Any:
             self.params.append(params)
-            return sampler(params, seed)
+            return sampler(params, seed, compiled)
 
         backend.sampler = spy  # type: ignore[method-assign]
         text = (template or PLAIN) + f"{{{{- '{TURN_TEXT}' -}}}}"

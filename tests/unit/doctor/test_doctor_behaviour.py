@@ -12,7 +12,7 @@ from opsin.testing import FakeBackend
 from opsin.testing.fake_backend import N_VOCAB, TURN_TEXT
 
 TEMPLATE = "{% for m in messages %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endfor %}" + TURN_TEXT
-LIMITS = BackendLimits(n_ctx=2048, n_batch=64, n_ubatch=64, n_seq_max=8, n_vocab=N_VOCAB, n_embd=4, n_ctx_seq=2048)
+LIMITS = BackendLimits(n_ctx=2048, n_ubatch=64, n_seq_max=8, n_vocab=N_VOCAB, n_embd=4, n_ctx_seq=2048)
 
 
 def by_image(prompt: str) -> str:

@@ -27,7 +27,7 @@ from synth import write_pair
 
 TEMPLATE = "{% for m in messages %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endfor %}" + TURN_TEXT
 SOURCE = TemplateSource(TEMPLATE, "llama", "fake", None, "", "", frozenset({TURN_TEXT}))
-LIMITS = BackendLimits(n_ctx=2048, n_batch=64, n_ubatch=64, n_seq_max=8, n_vocab=N_VOCAB, n_embd=4, n_ctx_seq=2048)
+LIMITS = BackendLimits(n_ctx=2048, n_ubatch=64, n_seq_max=8, n_vocab=N_VOCAB, n_embd=4, n_ctx_seq=2048)
 CPU = Device("CPU", "a CPU", "cpu", 2**33, 2**34, 1)
 CARDS = tuple(Device(f"CUDA{index}", "a GPU", "gpu", 2**33, 2**34, 2 + index) for index in range(2))
 ON_GPU = {"CUDA0": BackendShare(90, 1.0)}

@@ -12,9 +12,8 @@ from opsin.core.settings import EngineSettings
 from opsin.doctor.check import Check
 from opsin.doctor.pair import LoadedFacts, PairInfo, header_checks, loaded_checks, read_pair
 from opsin.models.pairing import Pair
-from opsin.models.shapes import SHAPES
 from opsin.prompt import TemplateSource
-from synth import write_pair, write_shape
+from synth import SHAPES, write_pair, write_shape
 
 TOKENS = frozenset({"<s>", "</s>", "<unk>"})
 TURNS = "{% for m in messages %}[{{ m.role }}] {{ m.content }}END{% endfor %}"

@@ -33,7 +33,7 @@ from opsin.testing.fake_backend import TURN_TEXT
 
 
 def limits(n_ctx: int = 256, n_ubatch: int = 16, n_seq_max: int = 6) -> BackendLimits:
-    return BackendLimits(n_ctx, n_ubatch, n_ubatch, n_seq_max, n_vocab=259, n_embd=4, n_ctx_seq=n_ctx)
+    return BackendLimits(n_ctx, n_ubatch, n_seq_max, n_vocab=259, n_embd=4, n_ctx_seq=n_ctx)
 
 
 def reply(text: str) -> str:

@@ -20,7 +20,7 @@ class Free(FakeBackend):
     """A model that costs nothing: it only counts the cells of its sequences."""
 
     def __init__(self) -> None:
-        limits = BackendLimits(4096, 512, 512, n_seq_max=40, n_vocab=259, n_embd=4, n_ctx_seq=4096)
+        limits = BackendLimits(n_ctx=4096, n_ubatch=512, n_seq_max=40, n_vocab=259, n_embd=4, n_ctx_seq=4096)
         super().__init__(limits=limits)
         self.cells: Counter[int] = Counter()
 
@@ -64,7 +64,7 @@ def test_a_plan_costs_the_same_however_long_the_prompts_are() -> None:
     """From 0.06 to 2.6 ms before, in every step while somebody waited."""
 
     def cost(length: int) -> float:
-        size = dataclasses.replace(limits(n_ctx=length + length // 2, n_seq_max=4), n_batch=8192, n_ubatch=8192)
+        size = dataclasses.replace(limits(n_ctx=length + length // 2, n_seq_max=4), n_ubatch=8192)
         made = Driver(size, Policy(parallel=2), Backend(lambda _: "ab" * 100, limits=size, clock=FakeClock()))
         plan, spent = made.scheduler.plan, []
 

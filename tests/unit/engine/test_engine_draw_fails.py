@@ -29,8 +29,8 @@ class Failing(Backend):
 
     error: OpsinError = BadGrammar("The grammar allows no token of this model here.")
 
-    def sampler(self, params, seed):  # type: ignore[no-untyped-def]
-        made = super().sampler(params, seed)
+    def sampler(self, params, seed, compiled=None):  # type: ignore[no-untyped-def]
+        made = super().sampler(params, seed, compiled)
         return Sampler(made, 3, self.error) if params.grammar else made
 
 

@@ -5,7 +5,7 @@ import dataclasses
 from engine_driver import Backend, Driver, limits, prompt_of, reply
 
 from opsin.cache import EmbeddingCache
-from opsin.core.errors import BadGrammar, EncodeFailed
+from opsin.core.errors import BadParameter, EncodeFailed
 from opsin.core.request import ImageChunk
 from opsin.engine import Policy
 from opsin.testing import FakeClock
@@ -26,6 +26,11 @@ class Strict(Backend):
             raise EncodeFailed("The tokenized prompt of this image was closed before it was encoded.")
         return super().encode(run, between)
 
+    def sampler(self, params, seed, compiled=None):  # type: ignore[no-untyped-def]
+        if params.ignore_eos:
+            raise BadParameter("ignore_eos cannot be used here.")
+        return super().sampler(params, seed, compiled)
+
 
 def driver(images: EmbeddingCache | None = None) -> Driver:
     size = dataclasses.replace(limits(n_ctx=2000), encode_batch=4)
@@ -37,9 +42,9 @@ def test_a_request_that_ends_before_the_batch_takes_nobody_with_it() -> None:
     made = driver()
     fine = made.ask(prompt_of(1))
     made.step()  # its text
-    bad = made.ask(prompt_of(2), grammar="bad")  # admitted and refused between the plan of the batch and its encode
+    bad = made.ask(prompt_of(2), ignore_eos=True)  # admitted and refused between the plan of the batch and its encode
     made.run()
-    assert isinstance(bad.ends[0], BadGrammar)
+    assert isinstance(bad.ends[0], BadParameter)
     assert fine.answer.finish_reason
     made.close()
 

@@ -41,7 +41,7 @@ from opsin.engine.clock import stage_row
 from opsin.testing import FakeBackend, FakeClock, image
 from opsin.testing.fake_backend import EOS, TURN_TEXT
 
-LIMITS = BackendLimits(n_ctx=512, n_batch=64, n_ubatch=64, n_seq_max=8, n_vocab=259, n_embd=4, n_ctx_seq=512)
+LIMITS = BackendLimits(n_ctx=512, n_ubatch=64, n_seq_max=8, n_vocab=259, n_embd=4, n_ctx_seq=512)
 
 
 def prompt(text: str = "what is this?", images: int = 1, **fields: object) -> Prompt:

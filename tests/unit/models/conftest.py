@@ -37,8 +37,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """A pair twice as wide as `tiny`, so that the two do not fit."""
     from dataclasses import replace
 
-    from opsin.models.shapes import SHAPES
-    from synth import write_shape
+    from synth import SHAPES, write_shape
 
     shape = SHAPES["tiny"]
     text = replace(shape.text, width=128)

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from api_driver import QUESTION, WITH_TOOLS, run, text_of, world
 
-from opsin.server.tools import CallReader
+from opsin.server.chat import CallReader
+from opsin.server.schema import ToolPlan
 
 pytestmark = pytest.mark.slow
 
@@ -40,7 +41,7 @@ CALLS = [
 @pytest.mark.parametrize("size", [1, 3, 10_000])
 @pytest.mark.parametrize(("answer", "text", "n_calls"), CALLS)
 def test_calls_are_found_however_the_text_comes(answer: str, text: str, n_calls: int, size: int) -> None:
-    reader = CallReader(NAMES)
+    reader = CallReader(ToolPlan(names=NAMES))
     told = "".join(reader.feed(answer[at : at + size]) for at in range(0, len(answer), size)) + reader.finish()
     assert told.strip() == text
     assert [json.loads(call["function"]["arguments"]) for call in reader.calls] == [ARGUMENTS] * n_calls
@@ -49,7 +50,7 @@ def test_calls_are_found_however_the_text_comes(answer: str, text: str, n_calls:
 
 
 def test_text_is_given_as_soon_as_it_can_be_no_call() -> None:
-    reader = CallReader(NAMES)
+    reader = CallReader(ToolPlan(names=NAMES))
     assert reader.feed("a red ") == "a red "
     assert reader.feed("circle <") == "circle "
     assert reader.feed("b>") == "<b>"

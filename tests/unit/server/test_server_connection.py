@@ -9,10 +9,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import pytest
-import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from opsin.server.listener import patient
+from opsin.server.listener import http_server
 
 PATIENCE = 0.05
 LIMIT = 10.0
@@ -27,9 +26,8 @@ async def serving(app: ASGIApp, keep_alive: float = LIMIT) -> AsyncIterator[Call
         listener.bind(("127.0.0.1", 0))
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         listener.listen()
-        config = uvicorn.Config(app, log_config=None, ws="none", lifespan="off", http=patient(PATIENCE))
-        config.timeout_keep_alive = keep_alive  # type: ignore[assignment] # whole seconds are too long for a test
-        server = uvicorn.Server(config)
+        server = http_server(app, PATIENCE)
+        server.config.timeout_keep_alive = keep_alive  # type: ignore[assignment] # whole seconds are too long for a test
         running = asyncio.create_task(server.serve(sockets=[listener]))
         while not server.started:  # noqa: ASYNC110 - uvicorn tells nobody
             await asyncio.sleep(0)
@@ -118,7 +116,9 @@ def test_a_slow_model_ends_nothing_and_the_next_request_finds_the_connection() -
             reader, writer = await connect()
             for _ in range(2):
                 writer.write(REQUEST)
-                assert (await reader.readuntil(b"hello")).startswith(b"HTTP/1.1 200")
+                reply = await reader.readuntil(b"hello")
+                assert reply.startswith(b"HTTP/1.1 200")
+                assert b"x-content-type-options: nosniff" in reply.lower()
                 await asyncio.sleep(2 * PATIENCE)
             writer.close()
 

@@ -69,7 +69,8 @@ def test_a_file_that_crashes_its_decoder_is_refused_and_the_others_are_decoded(
 
 def test_a_file_that_takes_too_long_is_refused_while_others_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "_START", HOSTILE)
-    pool, told = DecoderPool(seconds=8.0), []
+    monkeypatch.setattr(images, "DECODE_SECONDS", 8.0)
+    pool, told = DecoderPool(), []
 
     def hanging() -> None:
         try:

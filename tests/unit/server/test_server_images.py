@@ -212,7 +212,7 @@ def test_keys_take_turns_and_who_leaves_while_waiting_leaves_nothing_behind() ->
         leaving.cancel()
         first.close()
         await asyncio.gather(*tasks)
-        assert order == ["a", "b", "a"]
+        assert order == ["b", "a", "a"]  # a has had a turn already
         assert gate.room._used == gate.room.waiting == 0
 
     with_gate(work, max_pixels_in_flight=250)
@@ -228,11 +228,12 @@ def test_a_fetch_ends_when_nobody_waits_for_it_any_more() -> None:
             url = f"http://images.invalid:{silent.getsockname()[1]}/x.png"
             loading = asyncio.ensure_future(load(gate, url))
             connection, _ = await asyncio.to_thread(silent.accept)
-            assert await asyncio.to_thread(connection.recv, 1 << 16), "it asks"
             loading.cancel()
             begin = time.monotonic()
             await asyncio.wait([loading])
-            assert await asyncio.to_thread(connection.recv, 1) == b"", "and hung up"
+            connection.settimeout(5)
+            while await asyncio.to_thread(connection.recv, 1 << 16):
+                pass  # what it asked, if it came to that; then it has hung up
             assert time.monotonic() - begin < 5
             connection.close()
             gate.close()

@@ -52,9 +52,7 @@ class Inside:
 
 
 def limits_of(app: Any, clock: Any = time.monotonic, **settings: Any) -> Limits:
-    return Limits(
-        app, ServerSettings(**settings), [Route("/", lambda _: Response(), methods=["POST"])], FairQueue(16, 248), clock
-    )
+    return Limits(app, ServerSettings(**settings), [Route("/", lambda _: Response(), methods=["POST"])], clock)
 
 
 def client_of(app: Any) -> httpx.AsyncClient:
@@ -133,13 +131,17 @@ class Taking:
     """Takes room for as many answers as the header `n` says, and keeps it until it is let go."""
 
     def __init__(self) -> None:
+        self.queue = FairQueue(16, 248)
         self.go = asyncio.Event()
         self.arrived: list[str] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await scope["state"]["admission"].admit(int(dict(scope["headers"])[b"n"]), None)
-        self.arrived.append(scope["state"]["key"])
-        await self.go.wait()
+        state, n = scope["state"], int(dict(scope["headers"])[b"n"])
+        with state["bucket"].counted(n - 1):
+            await self.queue.take(state["key"], n)
+            self.arrived.append(state["key"])
+            await self.go.wait()
+            self.queue.leave(n)
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"ok"})
 
@@ -169,8 +171,8 @@ def test_each_choice_counts() -> None:
 
 def test_a_greedy_key_takes_no_place_from_another() -> None:
     async def go() -> None:
-        inside, queue = Taking(), FairQueue(16, 248)
-        limits = Limits(inside, ServerSettings(), [Route("/", lambda _: Response(), methods=["POST"])], queue)
+        inside = Taking()
+        limits, queue = limits_of(inside), inside.queue
         asked: list[asyncio.Task[int]] = []
 
         async def ask(key: str, n: int) -> int:
@@ -187,7 +189,7 @@ def test_a_greedy_key_takes_no_place_from_another() -> None:
             assert {task.result() for task in done} == {429}
             inside.go.set()
             assert [await task for task in asked] == [200] * 8
-            assert inside.arrived[2:4] == ["greedy", "modest"]  # in turn, though forty came before
+            assert inside.arrived[2:6] == ["modest", "greedy"] * 2  # in turn, though forty came before
             statuses = [await task for task in greedy]
             assert statuses.count(200) == 32  # 264 answers in all, less the room the other key took
             assert queue.waiting == queue._used == 0

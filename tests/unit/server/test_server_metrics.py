@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from fastapi import FastAPI
@@ -16,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from opsin.core.answer import Answer, GuardVerdict
 from opsin.core.request import ImagePart, Prompt, SamplingParams, TextPart
-from opsin.engine import Engine
+from opsin.engine import Engine, Snapshot
 from opsin.engine.clock import stage_row
 from opsin.server import app as room
 from opsin.server.handler import RequestStats
@@ -39,9 +40,11 @@ def engine() -> Iterator[Engine]:
         yield made
 
 
-def life(engine: Engine | None) -> SimpleNamespace:
-    loaded = None if engine is None else SimpleNamespace(engine=engine, facts=engine)
-    return SimpleNamespace(loaded=loaded, ready=engine is not None)
+def metrics_of(engine: Engine | None, waiting: int = 0) -> Metrics:
+    watched: Any = engine or SimpleNamespace(stats=Snapshot())
+    watched.loaded = engine
+    manager = SimpleNamespace(engine=watched, ready=engine is not None)
+    return Metrics(manager, SimpleNamespace(waiting=waiting))  # type: ignore[arg-type]
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, ...], float]:
@@ -58,7 +61,7 @@ def record(*answers: Answer, **fields: object) -> RequestStats:
 
 
 def test_the_engines_counts_are_read_when_asked_for(engine: Engine) -> None:
-    metrics = Metrics(life(engine))  # type: ignore[arg-type]
+    metrics = metrics_of(engine)
     assert samples(metrics)["opsin:generation_tokens_total",] == 0
     first, again = ask(engine), ask(engine)
     ask(engine, text="another?")
@@ -73,12 +76,12 @@ def test_the_engines_counts_are_read_when_asked_for(engine: Engine) -> None:
 
 
 def test_without_a_model_there_are_zeros(engine: Engine) -> None:
-    now = samples(Metrics(life(None)))  # type: ignore[arg-type]
+    now = samples(metrics_of(None))
     assert now["opsin:ready",] == now["opsin:kv_cache_usage_perc",] == now["opsin:prompt_tokens_total",] == 0
 
 
 def test_a_request_is_noted_in_every_histogram(engine: Engine) -> None:
-    metrics = Metrics(life(engine))  # type: ignore[arg-type]
+    metrics = metrics_of(engine)
     answer = ask(engine)
     metrics.finished(record(answer))
     now = samples(metrics)
@@ -97,7 +100,7 @@ def test_a_request_is_noted_in_every_histogram(engine: Engine) -> None:
 
 
 def test_guard_stops_refusals_and_those_who_left_are_counted_apart(engine: Engine) -> None:
-    metrics = Metrics(life(engine))  # type: ignore[arg-type]
+    metrics = metrics_of(engine)
     looping = dataclasses.replace(ask(engine), finish_reason="length", guard=GuardVerdict("cycle", 90))
     metrics.finished(record(looping, looping))
     metrics.finished(record(status=400, refused="bad_image"))
@@ -113,19 +116,17 @@ def test_guard_stops_refusals_and_those_who_left_are_counted_apart(engine: Engin
 def test_metrics_are_served_as_text(engine: Engine) -> None:
     app = FastAPI()
     app.include_router(room.router)
-    app.state.context = SimpleNamespace(watchers=(object(), Metrics(life(engine))), queue=SimpleNamespace(waiting=3))  # type: ignore[arg-type]
+    app.state.metrics = metrics_of(engine, waiting=3)
     reply = TestClient(app).get("/metrics")
     assert reply.headers["content-type"].startswith("text/plain; version=0.0.4")
     assert "opsin:num_requests_running 0.0" in reply.text
     assert "opsin:num_requests_waiting 3.0" in reply.text
-    app.state.context = SimpleNamespace(watchers=(), queue=SimpleNamespace(waiting=0))
-    assert TestClient(app).get("/metrics").status_code == 404
 
 
 @pytest.fixture
 def everything(engine: Engine) -> Metrics:
     """Metrics in which every family has a value."""
-    metrics = Metrics(life(engine))  # type: ignore[arg-type]
+    metrics = metrics_of(engine)
     metrics.finished(record(dataclasses.replace(ask(engine), guard=GuardVerdict("drift", 9))))
     metrics.finished(record(status=400, refused="bad_image"))
     return metrics

@@ -33,7 +33,7 @@ def test_a_server_is_alive_at_once_and_ready_when_its_model_is_warm() -> None:
     async def work(w: World) -> None:
         assert await told(w) == (200, 503, 503)
         with pytest.raises(NotReady) as refused:
-            w.manager.model()
+            _ = w.manager.facts
         assert (refused.value.http_status, refused.value.retry_after) == (503, 2)
         w.engine.state = "ready"
         assert await told(w) == (200, 200, 200)
@@ -65,10 +65,10 @@ def test_a_draining_server_is_alive_not_ready_and_takes_nothing_new() -> None:
             with pytest.raises(NotReady), w.manager.entered():
                 pass
             # Who is inside still gets the model.
-            prompt = w.manager.model().prompts.build([Message("user", "what is this?")])
+            prompt = w.manager.prompts.build([Message("user", "what is this?")])
             assert (await w.engine.submit(prompt).answer()).text == "a red circle."
             assert not draining.done()
-        assert await draining is True
+        await draining
 
     with_world(work)
 
@@ -81,7 +81,7 @@ def test_who_takes_longer_than_the_drain_is_told_and_not_left_hanging(monkeypatc
         asking = asyncio.create_task(w.stream(messages=QUESTION))
         await until(lambda: gate.steps > 4)
         asyncio.get_running_loop().call_later(0.2, gate.open.set)  # the engine ends between two steps
-        assert await w.manager.drain(0.05) is False
+        await w.manager.drain(0.05)
         assert (await asking)[-1]["error"]["code"] == EngineClosed.code
 
     with_world(work, reply=gate)
@@ -98,7 +98,7 @@ def test_a_model_that_cannot_be_used_any_more_is_no_server() -> None:
 
 def test_the_name_is_the_files_or_the_one_that_was_given() -> None:
     async def work(w: World) -> None:
-        assert w.manager.model().name == "eye"
+        assert w.manager.name == "eye"
         assert isinstance(w.manager, ModelManager)
 
     with_world(work, served_name="eye")

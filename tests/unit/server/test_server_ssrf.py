@@ -28,7 +28,7 @@ from opsin.engine import Engine
 from opsin.images.fetch import system_addresses
 from opsin.prompt import TemplateSource
 from opsin.server.app import create_app
-from opsin.server.handler import Context, ModelManager
+from opsin.server.handler import ModelManager
 from opsin.server.images import ImageLoader
 from opsin.server.sources import AddressPolicy, is_public
 from opsin.testing import FakeBackend
@@ -53,7 +53,7 @@ DATA_URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
 
 @pytest.fixture(scope="module")
 def model() -> Iterator[LocalEngine]:
-    limits = BackendLimits(n_ctx=512, n_batch=64, n_ubatch=64, n_seq_max=8, n_vocab=N_VOCAB, n_embd=4, n_ctx_seq=512)
+    limits = BackendLimits(n_ctx=512, n_ubatch=64, n_seq_max=8, n_vocab=N_VOCAB, n_embd=4, n_ctx_seq=512)
     engine = Engine(lambda: FakeBackend(limits=limits))
     yield LocalEngine(engine, TemplateSource(TEMPLATE, "fake", "fake", None, "", "", frozenset({TURN_TEXT})))
     engine.close()
@@ -65,7 +65,7 @@ def ask(model: LocalEngine, url: str, resolve: Any = None, **settings: Any) -> h
     async def go() -> httpx.Response:
         asked = ServerSettings(**{"fetch_images": True, **settings})
         gate = ImageLoader(asked, resolve=resolve)
-        app = create_app(Context(asked, ModelManager(asked, model), gate))
+        app = create_app(ModelManager(asked, model), gate)
         part = {"type": "image_url", "image_url": {"url": url}}
         body = {"messages": [{"role": "user", "content": [part]}], "max_tokens": 4}
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)

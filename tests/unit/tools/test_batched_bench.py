@@ -19,7 +19,7 @@ from opsin.testing.fake_backend import TURN_TEXT
 
 pytestmark = pytest.mark.slow
 
-LIMITS = BackendLimits(n_ctx=8192, n_batch=256, n_ubatch=256, n_seq_max=24, n_vocab=259, n_embd=4, n_ctx_seq=8192)
+LIMITS = BackendLimits(n_ctx=8192, n_ubatch=256, n_seq_max=24, n_vocab=259, n_embd=4, n_ctx_seq=8192)
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}" + TURN_TEXT
 
 

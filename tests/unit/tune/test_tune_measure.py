@@ -192,9 +192,7 @@ def test_the_document_holds_everything(world: Any) -> None:
 @pytest.mark.parametrize(("parallel", "at_once"), [(1, 4), (4, 4), (4, 1)])
 def test_a_measurement_does_not_need_answers_that_overlap(parallel: int, at_once: int) -> None:
     """On a busy machine tuning gave up: "the sequences answered together for 2 steps only"."""
-    limits = BackendLimits(
-        n_ctx=1024, n_batch=64, n_ubatch=64, n_seq_max=parallel, n_vocab=N_VOCAB, n_embd=4, n_ctx_seq=1024
-    )
+    limits = BackendLimits(n_ctx=1024, n_ubatch=64, n_seq_max=parallel, n_vocab=N_VOCAB, n_embd=4, n_ctx_seq=1024)
     source = TemplateSource(None, "llama", "llava", "mlp", "<s>", "</s>", frozenset())
     backends: list[FakeBackend] = []
 
