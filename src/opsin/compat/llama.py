@@ -120,14 +120,15 @@ class Llama:
         """A message with its images loaded, in the order that the handler's family wants. Raises BadPrompt."""
         if not isinstance(message, Mapping):
             raise BadPrompt(f"A message is a {type(message).__name__}: give a dict with role and content.")
-        role, handler, content = message.get("role"), self.chat_handler, message.get("content") or ""
+        role: Any = message.get("role")
+        handler, content = self.chat_handler, message.get("content") or ""
         parts = [content] if isinstance(content, str) else [self._part(part) for part in content]
         if handler is not None and role == "user" and handler.images_first:
             images: list[Content] = [part for part in parts if isinstance(part, Image)]
             text = "".join(part for part in parts if isinstance(part, str))
             parts = [*images, (handler.between if images else handler.between.lstrip()) + text]
         extras = {name: message[name] for name in _EXTRAS if message.get(name) is not None}
-        return Message(role, parts, **extras)  # type: ignore[arg-type] - it is checked there
+        return Message(role, parts, **extras)
 
     def _part(self, part: Any) -> Content:
         kind = part.get("type") if isinstance(part, Mapping) else None
