@@ -32,7 +32,6 @@ Workloads = Annotated[str | None, typer.Option("--workloads", help="some of W1 t
 Runs = Annotated[int, typer.Option("--runs", min=1, help="runs of each measurement; medians are shown")]
 
 OWN_SERVER = "opsin-http"
-"""With --against: start `opsin serve` with the same settings."""
 
 app = new_app("Measure the engine against the limits of this machine, and against servers.")
 

@@ -62,10 +62,11 @@ def predict(
 
 def _needs(model: str | None, mmproj: str | None, weights: str | None, kv_type: str) -> tuple[Needs, Pair | None]:
     """Those of a shape when a type is given or no file has that name, else those of the files, and these."""
-    # A shape has a projector of its own.
-    shape = None if model is None or mmproj is not None else SHAPES.get(model)
+    shape = None if model is None else SHAPES.get(model)
     if shape is None and weights is not None:
-        raise BadParameter(f"--type is for shapes ({', '.join(SHAPES)}) without --mmproj: a file has its own.")
+        raise BadParameter(f"--type is for shapes ({', '.join(SHAPES)}): a file has its own.")
+    if shape is not None and mmproj is not None:
+        raise BadParameter(f"{model} is a shape with a projector of its own: leave out --mmproj.")
     if shape is None or weights is None:
         try:
             pair = resolve(model, mmproj)

@@ -22,8 +22,6 @@ from opsin.tune.measure import Report, Target, Tuner, candidates
 from opsin.tune.opsin_toml import check_target, read_tuned, tuned_table, write_tuned
 from opsin.tune.projector import TYPES, convert_projector, default_folder, keep
 
-PARALLEL = 8
-
 
 @o.flags_of(EngineSettings, *o.PAIR, parallel="8")
 def tune(
@@ -68,7 +66,7 @@ def _untuned(flags: dict[str, Any], out: Path) -> tuple[EngineSettings, set[str]
     file, environ = None if read_tuned(out) is None else out, {**os.environ, "XDG_CONFIG_HOME": os.devnull}
     found = read_config(flags, environ, Path(os.devnull), file=file, locate=locate, tuned=False)
     chosen = {name for name, origin in found.origins.items() if origin != "default"} - {"model", "mmproj"}
-    return found.engine(parallel=PARALLEL), chosen
+    return found.engine(parallel=8), chosen
 
 
 def _pair(settings: EngineSettings) -> Pair:
