@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from opsin.core.errors import EngineClosed, OpsinError
-from opsin.engine import AnswerStream, Engine, Snapshot
+from opsin.engine import Engine, Snapshot
 from opsin.prompt import TemplateSource
-from opsin.worker import Loaded, NotReady
+from opsin.worker import AnswerStream, Loaded, NotReady
 
 
 class LocalEngine:
@@ -37,6 +37,9 @@ class LocalEngine:
         if self.state == "loading":
             raise NotReady("The model is being loaded: ask again in a moment.")
         return self.engine.submit(*args, **options)
+
+    def wake(self) -> None:
+        """It is awake."""
 
     def close(self) -> None:
         self.stopped = self.stopped or EngineClosed("The engine is closed.")

@@ -20,14 +20,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from opsin.core.answer import Answer, Finished, TextDelta
 from opsin.core.request import Prompt, SamplingParams
 from opsin.core.settings import ServerSettings
-from opsin.engine import AnswerStream
 from opsin.engine.clock import stage_row
 from opsin.prompt import PromptBuilder
 from opsin.server.errors import UnknownModel, error_body, explain
 from opsin.server.images import FairQueue, ImageLoader, RequestImages
 from opsin.server.middleware import Admission, is_loopback
 from opsin.server.schema import dumps
-from opsin.worker import Loaded, NotReady, WorkerEngine
+from opsin.worker import AnswerStream, Loaded, NotReady, WorkerEngine
 
 _LOG = logging.getLogger("opsin.server")
 KEEP_ALIVE_SECONDS = 5.0
@@ -114,6 +113,7 @@ class CompletionHandler(Response):
         images = RequestImages(self._context.images, self._salt)
         with contextlib.closing(images), self._context.model.entered():
             model = self._context.model.model()
+            model.engine.wake()  # it loads while images are decoded
             stats.model = model.name
             job = await self._prepare(model, images)
             stats.images = len({image.sha256 for prompt, _ in job.asked for image in prompt.images})

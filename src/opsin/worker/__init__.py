@@ -4,10 +4,12 @@ For: whoever must outlive llama.cpp (the server, batch jobs, `Opsin(isolated=Tru
 and `client` import nothing native, so that the process in front stays small.
 """
 
+from opsin.engine.request import AnswerStream
 from opsin.worker.client import ImageBlocked, NotReady, WorkerEngine
 from opsin.worker.messages import Channel, Loaded, Pixels, portable, share, signal_name, start_process
 
 __all__ = [
+    "AnswerStream",
     "Channel",
     "ImageBlocked",
     "Loaded",

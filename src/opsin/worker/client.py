@@ -101,7 +101,7 @@ class WorkerEngine:
         # When an image was in native code as a worker crashed; images that merely waited are not blamed.
         self._crashes: dict[str, list[float]] = {}
         self._child: Child | None = None
-        self._closing = False
+        self._closing = self._woken = False
         self._state: State = "loading"
         self.loaded: Loaded | None = None
         self.error: OpsinError | None = None
@@ -159,6 +159,12 @@ class WorkerEngine:
                 assert self.error is not None
                 raise copy_of(self.error)
             return self.loaded
+
+    def wake(self) -> None:
+        """Start an unloaded worker for a request that is about to come; the loading goes on if it does not."""
+        with self._condition:
+            self._woken = self._state == "unloaded"
+            self._condition.notify_all()
 
     def submit(
         self,
@@ -270,7 +276,8 @@ class WorkerEngine:
         """Wait while nobody needs a worker; False when none is needed any more."""
         with self._condition:
             if self._state == "unloaded":
-                self._condition.wait_for(lambda: self._closing or self._requests)
+                self._condition.wait_for(lambda: self._closing or self._woken or self._requests)
+            self._woken = False
             if self._closing or self.error is not None:
                 return False
             if self._state == "unloaded":
