@@ -136,8 +136,7 @@ def _limits(settings: EngineSettings) -> Limits:
 
 def _about(runtime: Runtime, settings: EngineSettings) -> dict[str, Any]:
     limits = runtime.engine.limits
-    left_out = {"model", "mmproj", "disk_cache", "verbose"}
-    chosen = settings.model_dump(mode="json", exclude_unset=True, exclude=left_out)
+    chosen = settings.model_dump(mode="json", exclude_unset=True, exclude={"model", "mmproj", "disk_cache", "verbose"})
     return {
         "opsin": __version__,
         "kind": "engine",

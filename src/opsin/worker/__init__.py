@@ -9,15 +9,6 @@ from opsin.worker.client import ImageBlocked, NotReady, WorkerEngine
 from opsin.worker.messages import Channel, Loaded, Pixels, portable, share, signal_name, start_process
 
 __all__ = [
-    "AnswerStream",
-    "Channel",
-    "ImageBlocked",
-    "Loaded",
-    "NotReady",
-    "Pixels",
-    "WorkerEngine",
-    "portable",
-    "share",
-    "signal_name",
-    "start_process",
-]
+    "AnswerStream", "Channel", "ImageBlocked", "Loaded", "NotReady", "Pixels", "WorkerEngine", "portable", "share",
+    "signal_name", "start_process",
+]  # fmt: skip
