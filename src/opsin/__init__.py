@@ -1,5 +1,6 @@
 """Ask images questions on your own hardware, fast, and see where every millisecond went."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,7 +17,5 @@ _HOMES = {"Engine": "opsin.engine", "Message": "opsin.prompt", "Opsin": "opsin.a
 def __getattr__(name: str) -> Any:
     # Public names load their rooms when they are first used, so that `opsin --help` and `import opsin` stay quick.
     if name in _HOMES:
-        from importlib import import_module
-
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'opsin' has no attribute {name!r}")

@@ -7,7 +7,7 @@ import atexit
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from opsin.compose import Runtime, open_runtime
 from opsin.core.answer import Answer
@@ -20,8 +20,8 @@ from opsin.core.settings import RENAMED, RETIRED, EngineSettings, ImageSettings
 from opsin.engine import AnswerStream, Engine
 from opsin.images import load_image
 from opsin.models import locate
-from opsin.prompt import Message
-from opsin.worker import IsolatedRuntime, WorkerEngine
+from opsin.prompt import Message, PromptBuilder
+from opsin.worker import WorkerEngine
 
 Images = object | Sequence[object]
 Tools = list[dict[str, Any]] | None
@@ -62,10 +62,8 @@ class Opsin:
             found = read_config(options, os.environ, folder, file=file, locate=locate, parallel=settings.parallel)
             settings = found.engine()
             model, mmproj = settings.model, settings.mmproj
-        opener = IsolatedRuntime if isolated else open_runtime
-        runtime: Runtime | IsolatedRuntime = opener(model, mmproj, settings)
-        self._runtime = runtime
-        self.engine: Engine | WorkerEngine = runtime.engine
+        self._runtime = runtime = (_open_isolated if isolated else open_runtime)(model, mmproj, settings)
+        self.engine: Engine = runtime.engine
         self.info: ModelInfo = runtime.engine.info
         self.load_ms: float = runtime.engine.load_ms
         self.is_demo, self.setup = runtime.is_demo, runtime.setup
@@ -77,7 +75,7 @@ class Opsin:
 
         Raises BadImage or FetchFailed.
         """
-        return source if isinstance(source, Image) else load_image(source, self._image_settings)
+        return load_image(source, self._image_settings)
 
     def ask(self, images: Images, question: str, *, system: str | None = None, **params: Any) -> Answer:
         """Ask one question about one image, or about several together, and wait for the whole answer.
@@ -130,6 +128,17 @@ def ask(images: Images, question: str, **params: Any) -> Answer:
     """Open the default model, ask once, close it. For more than one question keep an `Opsin`."""
     with Opsin() as opsin:
         return opsin.ask(images, question, **params)
+
+
+def _open_isolated(model: str | Path | None, mmproj: str | Path | None, settings: EngineSettings) -> Runtime:
+    engine = WorkerEngine(model, mmproj, settings)
+    try:
+        loaded = engine.wait_ready()
+        # A worker is asked as an engine is.
+        return Runtime(cast(Engine, engine), PromptBuilder(loaded.source), loaded.is_demo, loaded.setup)
+    except BaseException:
+        engine.close()
+        raise
 
 
 def _listed(images: object) -> Sequence[object]:

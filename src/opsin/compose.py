@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 from opsin.cache import DiskStore, EmbeddingCache, default_folder
 from opsin.core.ggml_types import bytes_per_value
@@ -14,7 +15,7 @@ from opsin.engine import Engine, Policy, Wake, Watch, unwatched, wake_readers
 from opsin.models import Pair, resolve
 from opsin.models.facts import read_facts
 from opsin.native import Device, NativeBackend, cpu_features, devices, open_backend
-from opsin.native.devices import HOST, DeviceRate, free_memory, measure_device
+from opsin.native.devices import CPU_NAMES, HOST, DeviceRate, free_memory, measure_device
 from opsin.native.memory import MemoryPlanner
 from opsin.native.trial import end_with_parent, ensure_loadable, fingerprint
 from opsin.prompt import PromptBuilder, TemplateSource
@@ -75,34 +76,25 @@ def open_runtime(
     settings = MemoryPlanner(facts, present, asked, free, cpu_features()).plan().applied(asked)
     if trial and not pair.is_demo:
         ensure_loadable(pair.llm, pair.mmproj, settings)
-    opened: list[NativeBackend] = []
-
-    def open_native() -> NativeBackend:
-        opened.append(open_backend(settings))
-        return opened[0]
-
     store = DiskStore(default_folder(), settings.disk_cache_bytes) if settings.disk_cache else None
-    on_gpu = bool(gpu_names()) and settings.gpu_layers != 0 and (settings.device or "").lower() not in {"none", "cpu"}
+    on_cpu = settings.gpu_layers == 0 or (settings.device or "").lower() in CPU_NAMES
+    gpu = any(device.is_gpu for device in present) and not on_cpu
     cell_bytes = sum(layer.kv_values for layer in facts.model.layers) * bytes_per_value(settings.kv_type)
-    swap_bytes = min(SWAP_BYTES, free.get(HOST, 0) // 8)
+    swap_cells = int(min(SWAP_BYTES, free.get(HOST, 0) // 8) / max(1.0, cell_bytes))
     engine = Engine(
-        open_native,
-        policy=Policy.for_device(
-            gpu=on_gpu,
-            parallel=settings.parallel,
-            max_queue=max_queue,
-            swap_cells=int(swap_bytes / max(1.0, cell_bytes)),
-        ),
+        lambda: open_backend(settings),
+        policy=Policy.for_device(gpu=gpu, parallel=settings.parallel, max_queue=max_queue, swap_cells=swap_cells),
         images=EmbeddingCache(settings.image_cache_bytes, store),
         max_tokens=MAX_ANSWER_TOKENS,
         watch=watch,
         wake=wake,
     )
     try:
-        source = template_source(opened[0], pair)
+        backend = cast(NativeBackend, engine.call(lambda backend: backend))
+        source = template_source(backend, pair)
         source = source if template is None else replace(source, template=template)
         setup = fingerprint([pair.llm, pair.mmproj], asked, present)
-        return Runtime(engine, PromptBuilder(source), pair.is_demo, setup, opened[0], source)
+        return Runtime(engine, PromptBuilder(source), pair.is_demo, setup, backend, source)
     except BaseException:
         engine.close()
         raise

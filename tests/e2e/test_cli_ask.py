@@ -203,8 +203,8 @@ def shell(env: dict[str, str], line: str, code: int) -> subprocess.CompletedProc
         ("opsin ask {image} 'what is this?' > /dev/full", 2, "No space left"),
         ("opsin models > /dev/full", 2, "No space left"),
         ("opsin ask {image} 'what is this?' >&-", 2, "standard output"),
-        ("opsin ask - 'what is this?' <&-", 2, "Standard input"),
-        ("opsin ask - 'what is this?' < /dev/zero", 2, "Standard input has more than"),
+        ("opsin ask - 'what is this?' <&-", 2, "is empty"),
+        ("opsin ask - 'what is this?' < /dev/zero", 2, "is larger than"),
     ],
 )
 def test_streams_that_are_closed_or_full_are_one_sentence(

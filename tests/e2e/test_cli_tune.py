@@ -88,7 +88,7 @@ def test_ask_reads_what_was_written(opsin: Any, pair: Pair, tmp_path: Path) -> N
 
 def test_bad_input_is_one_sentence(opsin: Any, pair: Pair, tmp_path: Path) -> None:
     here = ("tune", "--model", pair.llm, "--mmproj", pair.mmproj)
-    assert "--profile is interactive or throughput" in opsin(*here, "--profile", "fast", code=2).stderr
+    assert "'interactive', 'throughput'" in opsin(*here, "--profile", "fast", code=2).stderr
     foreign = tmp_path / "opsin.toml"
     foreign.write_text("[project]\n")
     assert "--force" in opsin(*here, "--out", foreign, code=2).stderr

@@ -77,7 +77,7 @@ def test_overhead_uses_no_more_streams_than_slots(pair: Any) -> None:
     [
         (("--workloads", "W9"), "W9"),
         (("--overhead", "--workloads", "W1"), "measures no workloads"),
-        (("--against", "http://127.0.0.1:9"), "takes NAME=URL"),
+        (("--against", "http://127.0.0.1:9"), "No server answers"),
         (("--against", "a=http://127.0.0.1:9"), "No server answers"),
     ],
 )

@@ -64,7 +64,8 @@ def report(changes: dict[str, Any] | None) -> Report:
 
 def test_what_won_is_written_and_read_back(pair: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(projector, "default_folder", lambda: tmp_path / "kept")
+    for module in (projector, command):
+        monkeypatch.setattr(module, "default_folder", lambda: tmp_path / "kept")
     made = convert_projector(pair.mmproj, "q8_0", tmp_path / "made")
     assert made is not None
     kept = tmp_path / "kept" / made.name
@@ -164,7 +165,7 @@ def test_nothing_is_measured_where_the_file_may_not_be_written(
     assert isinstance(result.exception, BadParameter)
     assert "--force" in str(result.exception)
     text_only = SimpleNamespace(llm=pair.llm, mmproj=None)
-    monkeypatch.setattr("opsin.models.resolve", lambda *_: text_only)
+    monkeypatch.setattr(command, "resolve", lambda *_: text_only)
     result = CliRunner().invoke(app, ["tune", "--model", str(pair.llm)])
     assert "no vision encoder to tune" in str(result.exception)
 
@@ -182,7 +183,7 @@ def test_bench_takes_the_file_it_is_told_to(pair: Any, tmp_path: Path, monkeypat
             seen.append(settings)
             raise BadParameter("enough.")
 
-        monkeypatch.setattr("opsin.compose.open_runtime", open_nothing)
+        monkeypatch.setattr("opsin.cli.bench.open_runtime", open_nothing)
         command = ["bench", "engine", "--workloads", "W1", "--model", str(pair.llm), "--mmproj", str(pair.mmproj)]
         result = CliRunner().invoke(app, [*command, *arguments])
         if not seen:

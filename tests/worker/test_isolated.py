@@ -24,7 +24,7 @@ def test_the_answers_are_the_same_and_a_crash_costs_no_more_than_its_requests() 
         assert apart.ask(SHAPES, QUESTION, temperature=0).text == wanted
         assert (apart.info, apart.is_demo, apart.setup) == (inside.info, inside.is_demo, inside.setup)
         assert apart.placement().encoder.keys() == inside.placement().encoder.keys()
-        pid = apart.engine.pid  # type: ignore[union-attr]
+        pid = apart.engine.pid  # type: ignore[attr-defined]
         assert pid not in {None, os.getpid()}
         stream = apart.submit([_message()], temperature=0, max_tokens=400, ignore_eos=True, guard=False)
         next(iter(stream))

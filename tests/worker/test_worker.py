@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ from opsin.core.answer import Answer, TextDelta
 from opsin.core.errors import Cancelled, EngineClosed, EngineDied, ModelNotFound, ModelUnreadable, QueueFull
 from opsin.core.request import Image, ImagePart, Prompt, SamplingParams, TextPart
 from opsin.core.settings import EngineSettings
+from opsin.engine import AnswerStream
 from opsin.testing import image
 from opsin.testing.fake_backend import TURN_TEXT
-from opsin.worker import AnswerStream, ImageBlocked, NotReady, Pixels, WorkerEngine, client, share
+from opsin.worker import ImageBlocked, NotReady, Pixels, WorkerEngine, client, share
 from opsin.worker.messages import SHARED_BYTES
 
 pytestmark = [pytest.mark.slow, pytest.mark.native]
@@ -38,7 +39,7 @@ PARAMS = SamplingParams(guard=False)
 @contextmanager
 def worker(model: str | None = None, **options: Any) -> Iterator[WorkerEngine]:
     settings = EngineSettings(parallel=8)
-    with WorkerEngine(model, None, settings, **{"command": COMMAND, **options}) as engine:
+    with closing(WorkerEngine(model, None, settings, **{"command": COMMAND, **options})) as engine:
         yield engine
 
 
@@ -257,7 +258,7 @@ def test_a_full_queue_is_refused_at_once() -> None:
         engine.wait_ready()
         streams = [engine.submit(prompt(text=str(number)), PARAMS) for number in range(9)]
         with pytest.raises(QueueFull):
-            engine.submit(prompt(), PARAMS)
+            engine.submit(prompt(), PARAMS).result()
         assert all(stream.result().text for stream in streams)
 
 

@@ -36,10 +36,6 @@ _SYNTH = Path(__file__).parents[3] / "tools" / "synth.py"
 class LazyGroup(TyperGroup):
     """Commands are imported when they are called."""
 
-    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 - click's signature
-        """The names, in the order of the table."""
-        return list(COMMANDS)
-
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The command of that name; None when there is none."""
         if cmd_name in self.commands or cmd_name not in COMMANDS:
@@ -60,7 +56,7 @@ class LazyGroup(TyperGroup):
         except BrokenPipeError:
             raise typer.Exit(141) from None
 
-    def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002
+    def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002 - Typer's signature
         """The table, without an import."""
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
@@ -92,7 +88,25 @@ def synth(context: typer.Context) -> None:
 def main() -> None:
     """Run the command; one sentence and an exit code for what goes wrong."""
     open_standard_streams()
-    code = _run()
+    code: int | str | None = 0
+    try:
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except SystemExit as end:
+        code = end.code
+    except BrokenPipeError:
+        code = 141
+    except OpsinError as error:
+        say(f"opsin: {error}")
+        code = error.exit_code
+    except MemoryError:
+        say("opsin: there is not enough memory for this: free some, or choose a smaller model.")
+        code = 4
+    except OSError as error:
+        say(f"opsin: {error.filename or 'standard output'} cannot be used: {error.strerror or error}.")
+        code = 2
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -100,25 +114,3 @@ def main() -> None:
             # Nobody reads it any more; Python would complain once more while it flushes at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     raise SystemExit(code)
-
-
-def _run() -> int | str | None:
-    try:
-        try:
-            app()
-        except SystemExit as end:
-            sys.stdout.flush()
-            return end.code
-    except BrokenPipeError:
-        return 141
-    except OpsinError as error:
-        say(f"opsin: {error}")
-        return error.exit_code
-    except MemoryError:
-        say("opsin: there is not enough memory for this: free some, or choose a smaller model.")
-        return 4
-    except OSError as error:
-        # Files that a command reads or writes have sentences of their own, so this is nearly always standard output.
-        say(f"opsin: {error.filename or 'standard output'} cannot be used: {error.strerror or error}.")
-        return 2
-    return 0

@@ -9,34 +9,30 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from rich.bar import Bar
+from rich.console import Console
+from rich.status import Status
+from rich.table import Table
+from rich.text import Text
 
+from opsin.api import Opsin, question_about
 from opsin.cli import options as o
-from opsin.cli.console import DEMO, Printer, say, working
-from opsin.core.answer import Finished, Progress, TextDelta
-from opsin.core.errors import BadImage, BadInput, BadParameter, ImageTooLarge
+from opsin.cli.console import DEMO, printable, say, working
+from opsin.core.answer import Answer, Finished, Progress, TextDelta
+from opsin.core.errors import BadInput, BadParameter
 from opsin.core.files import read_text
-from opsin.core.request import SamplingParams
+from opsin.core.placement import BackendShare, Placement
+from opsin.core.request import Image, SamplingParams
 from opsin.core.settings import MAX_SCHEMA, EngineSettings, ImageSettings
-
-if TYPE_CHECKING:
-    from rich.status import Status
-    from rich.table import Table
-
-    from opsin.api import Opsin
-    from opsin.core.answer import Answer
-    from opsin.core.placement import BackendShare, Placement
-    from opsin.core.request import Image
+from opsin.doctor.build import unused_gpu_hint
+from opsin.doctor.placement import remembered_placement
 
 IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".heic", ".heif", ".bmp", ".tif", ".tiff", ".gif"}
 BAR = 32
 _NOT_IN_JSON = {"tiles", "cached", "orientation"}
-_STAGES = (
-    "load", "queue", "fetch", "image_decode", "preprocess", "encode", "image_prefill", "text_prefill", "decode",
-    "sample", "detokenize", "other",
-)  # fmt: skip
 _OF_IMAGES = {"image_decode", "preprocess", "encode", "image_prefill"}
 _LABELS = {"load": "load model", "encode": "vision encode"}
 _CUTS = {
@@ -94,9 +90,6 @@ def ask(
 def opened(flags: dict[str, Any]) -> Iterator[Opsin]:
     """The model that the flags name, loaded for one question at a time, after what the user should know about it."""
     with working("loading the model"):
-        from opsin.api import Opsin
-        from opsin.doctor.build import unused_gpu_hint
-
         opsin = Opsin(**o.given(EngineSettings, flags), parallel=1)
     with opsin:
         if opsin.is_demo:
@@ -107,17 +100,20 @@ def opened(flags: dict[str, Any]) -> Iterator[Opsin]:
 
 
 def follow(stream: Iterable[object], line: Status, *, quiet: bool = False) -> Answer:
-    """Print an answer as it comes (nothing when `quiet`); give it back whole."""
-    printer = Printer()
+    """Print an answer as it comes (nothing when `quiet`), its reasoning dimmed; give it back whole."""
+    thinking, last = False, "\n"
     for event in stream:
         if isinstance(event, Progress):
             line.update(event.text)
         elif isinstance(event, TextDelta) and not quiet:
             line.stop()
-            printer.write(event.text, reasoning=event.reasoning)
+            text = printable(event.text)
+            if thinking and not event.reasoning:
+                text = f"\n\n{text}"
+            typer.echo(typer.style(text, dim=True) if event.reasoning else text, nl=False)
+            thinking, last = event.reasoning, text[-1:] or last
         elif isinstance(event, Finished):
-            if not quiet:
-                printer.end()
+            typer.echo(nl=not quiet and last != "\n")
             return event.answer
     raise AssertionError("a stream ends with Finished or an error")
 
@@ -132,9 +128,6 @@ def show_limits(answer: Answer) -> None:
 def _ask_about(
     opsin: Opsin, group: list[str], question: str, system: str | None, params: dict[str, Any], *, as_json: bool
 ) -> None:
-    from opsin.api import question_about
-    from opsin.doctor.placement import remembered_placement
-
     with working("reading the image") as line:
         images = [_read_image(opsin, source) for source in group]
         stream = opsin.submit(question_about(images, question, system), **params)
@@ -148,23 +141,14 @@ def _ask_about(
         for note in image.notes:
             say(f"({note})")
     show_limits(answer)
-    from rich.console import Console
-
     Console(stderr=True).print("", timeline(answer, placement), sep="\n")
 
 
 def _read_image(opsin: Opsin, source: str) -> Image:
     if not source:
         raise BadParameter("The image's name is empty: give a file, a folder, an address, or -.")
-    if source != "-":
-        return opsin.image(source)
-    if sys.stdin is None:
-        raise BadImage("Standard input is closed: give the image as a file.")
-    limit = ImageSettings().max_bytes
-    data = sys.stdin.buffer.read(limit + 1)
-    if len(data) > limit:
-        raise ImageTooLarge(f"Standard input has more than {limit:,} bytes: give a smaller image.")
-    return opsin.image(data)
+    # One byte more than an image may have is enough to refuse it.
+    return opsin.image(sys.stdin.buffer.read(ImageSettings().max_bytes + 1) if source == "-" else source)
 
 
 def _expand(sources: list[str], question: str) -> Iterator[str]:
@@ -173,17 +157,12 @@ def _expand(sources: list[str], question: str) -> Iterator[str]:
         if os.path.lexists(question):
             raise BadParameter(f'The question is missing: opsin ask {question} "What is this?"')
         raise BadParameter(f'The image is missing: opsin ask IMAGE "{question}"')
-    if sources.count("-") > 1:
-        raise BadParameter("Standard input can be read once: give - one time.")
     for source in sources:
         # os.path.isdir, because it says False for a name that is too long; an empty name is no folder, either.
         if "://" in source or source.startswith("data:") or not os.path.isdir(source):  # noqa: PTH112
             yield source
             continue
-        try:
-            paths = [p for p in Path(source).iterdir() if p.suffix.lower() in IMAGE_ENDINGS and p.is_file()]
-        except OSError as error:
-            raise BadParameter(f"The folder {source} cannot be read: {error.strerror or error}.") from None
+        paths = [p for p in Path(source).iterdir() if p.suffix.lower() in IMAGE_ENDINGS and p.is_file()]
         if not paths:
             raise BadParameter(f"There is no image in the folder {source}: it holds no file named like one.")
         yield from sorted(map(str, paths))
@@ -191,8 +170,7 @@ def _expand(sources: list[str], question: str) -> Iterator[str]:
 
 def _print_row(group: list[str], row: dict[str, Any]) -> None:
     source = group[0] if len(group) == 1 else group
-    sys.stdout.write(json.dumps({"source": source, **row}, ensure_ascii=False) + "\n")
-    sys.stdout.flush()
+    typer.echo(json.dumps({"source": source, **row}, ensure_ascii=False))
 
 
 def _as_json(answer: Answer, images: list[Image]) -> dict[str, Any]:
@@ -206,24 +184,18 @@ def _as_json(answer: Answer, images: list[Image]) -> dict[str, Any]:
     return {**same, "images": told, **times}
 
 
-def timeline(answer: Answer, placement: Placement | None) -> Table:
+def timeline(answer: Answer, placement: Placement) -> Table:
     """One row for each stage that took time; bars start where the stage began, if stages ran one after another."""
-    from rich.table import Table
-    from rich.text import Text
-
-    stages = asdict(answer.stages)
-    total, before, notes = max(stages["total_ms"], 1e-9), 0.0, _notes(answer, placement)
+    stages = {name.removesuffix("_ms"): ms for name, ms in asdict(answer.stages).items()}
+    total, before, notes = stages.pop("total"), 0.0, _notes(answer, placement)
     table = Table(box=None, pad_edge=False, padding=(0, 1))
     table.add_column("stage", style="bold", no_wrap=True)
     table.add_column("ms", justify="right", no_wrap=True)
     table.add_column("", width=BAR, no_wrap=True)
     table.add_column("", overflow="fold")
-    for name in _STAGES:
-        ms = stages[f"{name}_ms"]
+    for name, ms in stages.items():
         if ms >= 0.05 or name in {"text_prefill", "decode"} or (answer.images and name in _OF_IMAGES):
-            length = max(1, round(ms / total * BAR))
-            start = min(round(before / total * BAR), BAR - length)
-            bar = Text(" " * start + "█" * length, style="cyan")
+            bar = Bar(max(total, 1e-9), before, before + ms, width=BAR, color="cyan")
             label = _LABELS.get(name, name.replace("_", " "))
             table.add_row(label, f"{ms:,.1f}", bar, Text(notes.get(name, "")))
         before += ms
@@ -232,18 +204,17 @@ def timeline(answer: Answer, placement: Placement | None) -> Table:
     return table
 
 
-def _notes(answer: Answer, placement: Placement | None) -> dict[str, str]:
+def _notes(answer: Answer, placement: Placement) -> dict[str, str]:
     usage, stages = answer.usage, answer.stages
-    encoder, language_model = (placement.encoder, placement.language_model) if placement else ({}, {})
     known = answer.images and all(image.cached for image in answer.images)
-    where = ", remembered: the encoder did not run" if known else _where(encoder)
+    where = ", remembered: the encoder did not run" if known else _where(placement.encoder)
     sizes = {f"{i.width}×{i.height} → {i.resized_width}×{i.resized_height}" for i in answer.images}
     return {
         "preprocess": ", ".join(sorted(sizes)),
         "encode": f"{usage.image_tokens} image tokens{where}",
         "image_prefill": _rate(usage.image_tokens, stages.image_prefill_ms),
         "text_prefill": _rate(usage.prompt_tokens - usage.image_tokens, stages.text_prefill_ms),
-        "decode": _rate(usage.completion_tokens, answer.timings.predicted_ms) + _where(language_model),
+        "decode": _rate(usage.completion_tokens, answer.timings.predicted_ms) + _where(placement.language_model),
     }
 
 

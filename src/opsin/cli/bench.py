@@ -4,32 +4,35 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from opsin import __version__
+from opsin.bench import overhead as room
+from opsin.bench.cost import Ceiling, read_cost
+from opsin.bench.drivers import EngineDriver, HttpDriver, serving
+from opsin.bench.report import Limits, Target, as_text, ratios, target_document
+from opsin.bench.workloads import Workload, choose, measure_in_turn, warm_up
 from opsin.cli import options as o
 from opsin.cli.console import new_app, say
+from opsin.compose import Runtime, measured_device, open_backend, open_runtime
+from opsin.core.config import read_config
 from opsin.core.errors import BadParameter
 from opsin.core.files import read_text
 from opsin.core.settings import EngineSettings
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from opsin.bench.drivers import HttpDriver
-    from opsin.bench.report import Limits, Target
-    from opsin.bench.workloads import Workload
-    from opsin.compose import Runtime
-    from opsin.engine import Engine
+from opsin.engine import Engine
+from opsin.models import locate, resolve
 
 Workloads = Annotated[str | None, typer.Option("--workloads", help="some of W1 to W5, separated by commas")]
 Runs = Annotated[int, typer.Option("--runs", min=1, help="runs of each measurement; medians are shown")]
 
 OWN_SERVER = "opsin-http"
-"""With --against: start `opsin serve` with the same settings."""
 
 app = new_app("Measure the engine against the limits of this machine, and against servers.")
 
@@ -40,7 +43,7 @@ def engine(
     *,
     workloads: Workloads = None,
     runs: Runs = 3,
-    against: Annotated[list[str] | None, typer.Option(help="NAME=URL, or opsin-http for opsin serve, in turn")] = None,
+    against: Annotated[list[str] | None, typer.Option(help="URL, NAME=URL, or opsin-http for opsin serve")] = None,
     overhead: Annotated[bool, typer.Option("--overhead", help="measure CPU time per token instead")] = False,
     json_out: o.JsonOut = None,
     settings_file: Annotated[Path | None, typer.Option("--settings", help="read this opsin.toml, no other")] = None,
@@ -52,15 +55,8 @@ def engine(
     Options can also be set in opsin.toml or OPSIN_* environment variables; the context is 8192 (with --overhead 16384)
     unless it is set. The last line of standard output is one JSON document.
     """
-    from opsin.bench.drivers import EngineDriver, serving
-    from opsin.bench.report import as_text, ratios, target_document
-    from opsin.bench.workloads import choose
-    from opsin.compose import open_runtime
-
     if overhead and (workloads or against):
         raise BadParameter("--overhead measures no workloads: leave out --workloads and --against.")
-    if settings_file is not None and not config:
-        raise BadParameter("--settings names a file to read, and --no-config says to read none: give one of them.")
     chosen = choose(None if workloads is None else workloads.split(","))
     settings = _settings(o.given(EngineSettings, flags), settings_file, config=config, overhead=overhead)
     if overhead:
@@ -71,7 +67,7 @@ def engine(
             f"{OWN_SERVER}={stack.enter_context(serving(settings))[1]}" if server == OWN_SERVER else server
             for server in against or ()
         ]
-        servers = _servers(urls, named=True)
+        servers = _servers(urls, "opsin")
         limits = _limits(settings)
         typer.echo(limits.text())
         runtime = stack.enter_context(closing(open_runtime(settings.model, settings.mmproj, settings)))
@@ -99,28 +95,21 @@ def http_servers(
     The last line of standard output is one JSON document. If a server's answers fail or differ in length from what was
     asked for, its figures are left out and the command ends with 1.
     """
-    from opsin.bench.report import as_text, ratios, target_document
-    from opsin.bench.workloads import choose
-
     chosen = choose(None if workloads is None else workloads.split(","))
     key = None if api_key_file is None else read_text(api_key_file, 4096).strip()
     targets = _measure(_servers(urls, model=served_model, api_key=key), chosen, runs)
-    document = {"kind": "http", "servers": {target.name: target_document(target) for target in targets}}
-    _print(as_text(targets), {**document, "ratios": ratios(targets)}, json_out, targets)
+    found = {target.name: target_document(target) for target in targets}
+    _print(as_text(targets), {"kind": "http", "servers": found, "ratios": ratios(targets)}, json_out, targets)
 
 
-def _servers(given: list[str], *, named: bool = False, **options: Any) -> dict[str, HttpDriver]:
-    """By name: NAME=URL, or a URL which is then its own name (unless `named`)."""
-    from opsin.bench.drivers import HttpDriver
-
+def _servers(given: list[str], *taken: str, **options: Any) -> dict[str, HttpDriver]:
+    """By name: NAME=URL, or a URL which is then its own name."""
     servers: dict[str, HttpDriver] = {}
     for text in given:
         name, equals, url = text.partition("=")
         if not equals or "/" in name:
-            if named:
-                raise BadParameter(f"--against takes NAME=URL or {OWN_SERVER}, not {text!r}.")
             name = url = text
-        if name in servers or (named and name == "opsin"):
+        if name in servers or name in taken:
             raise BadParameter(f"The name {name!r} is taken: give each server its own.")
         servers[name] = HttpDriver(url, **options)
     return servers
@@ -128,9 +117,6 @@ def _servers(given: list[str], *, named: bool = False, **options: Any) -> dict[s
 
 def _settings(flags: dict[str, Any], file: Path | None, *, config: bool, overhead: bool) -> EngineSettings:
     """The engine's settings from all their places, or from the flags alone; with the files of the pair."""
-    from opsin.core.config import read_config
-    from opsin.models import locate, resolve
-
     nowhere = {"XDG_CONFIG_HOME": os.devnull}
     environ, folder = (os.environ, Path.cwd()) if config else (nowhere, Path(os.devnull))
     defaults = {"ctx": 16_384, "parallel": 32} if overhead else {"ctx": 8192, "parallel": 8}
@@ -142,10 +128,6 @@ def _settings(flags: dict[str, Any], file: Path | None, *, config: bool, overhea
 
 
 def _limits(settings: EngineSettings) -> Limits:
-    from opsin.bench.cost import Ceiling, read_cost
-    from opsin.bench.report import Limits
-    from opsin.compose import measured_device
-
     say("measuring the device")
     device, rate = measured_device()
     assert settings.model is not None
@@ -154,14 +136,8 @@ def _limits(settings: EngineSettings) -> Limits:
 
 
 def _about(runtime: Runtime, settings: EngineSettings) -> dict[str, Any]:
-    import platform
-    from importlib.metadata import version
-
-    from opsin import __version__
-
     limits = runtime.engine.limits
-    left_out = {"model", "mmproj", "disk_cache", "verbose"}
-    chosen = settings.model_dump(mode="json", exclude_unset=True, exclude=left_out)
+    chosen = settings.model_dump(mode="json", exclude_unset=True, exclude={"model", "mmproj", "disk_cache", "verbose"})
     return {
         "opsin": __version__,
         "kind": "engine",
@@ -174,20 +150,14 @@ def _about(runtime: Runtime, settings: EngineSettings) -> dict[str, Any]:
 
 def _measure(drivers: dict[str, Any], chosen: tuple[Workload, ...], runs: int) -> list[Target]:
     """Every workload on every driver in turn, after a warm-up of each."""
-    from opsin.bench.report import Target
-    from opsin.bench.workloads import measure_in_turn, warm_up
-
     say("warming up")
     for driver in drivers.values():
         warm_up(driver, chosen[0])
     found = [measure_in_turn(drivers, workload, runs=runs, tell=say) for workload in chosen]
-    about = {name: _about_server(driver) for name, driver in drivers.items()}
-    return [Target(name, about[name], [results[name] for results in found]) for name in drivers]
+    return [Target(name, _about_server(drivers[name]), [results[name] for results in found]) for name in drivers]
 
 
 def _about_server(driver: Any) -> dict[str, str]:
-    from opsin.bench.drivers import HttpDriver
-
     if not isinstance(driver, HttpDriver):
         return {}
     # llama-server names its model by the whole path of its file, which does not belong in a shared result.
@@ -196,8 +166,6 @@ def _about_server(driver: Any) -> dict[str, str]:
 
 def _overhead(settings: EngineSettings, runs: int, json_out: Path | None) -> None:
     """CPU time per token in this process, by bare backend calls, and of `opsin serve`."""
-    from opsin.bench import overhead as room
-    from opsin.compose import open_backend, open_runtime
 
     def open_engine() -> Engine:
         runtime = open_runtime(settings.model, settings.mmproj, settings)

@@ -8,19 +8,21 @@ import sys
 import textwrap
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from opsin.cli import options as o
 from opsin.cli.console import printable, working
+from opsin.core.config import current_folder, read_config
 from opsin.core.settings import EngineSettings
+from opsin.doctor.check import Check, worst
+from opsin.doctor.examine import examine
+from opsin.doctor.explain import as_text
+from opsin.doctor.explain import explain as read
+from opsin.models import locate
 
-if TYPE_CHECKING:
-    from opsin.doctor.check import Check
-    from opsin.doctor.explain import Explanation
-
-_COLOURS = {"ok": "\x1b[32m", "warn": "\x1b[33m", "fail": "\x1b[31m"}
+_COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 _WIDTH, _NAME = 110, 26
 
 
@@ -31,11 +33,6 @@ def doctor(*, as_json: o.AsJson = False, **flags: Any) -> None:
     Without --model the default model is looked at. Settings come from the flags, the environment and opsin.toml, as for
     `opsin serve`. Ends with 1 when a check fails.
     """
-    from opsin.core.config import current_folder, read_config
-    from opsin.doctor.check import worst
-    from opsin.doctor.examine import examine
-    from opsin.models import locate
-
     settings = read_config(o.given(EngineSettings, flags), os.environ, current_folder(), locate=locate).engine()
     checks: list[Check] = []
     with working("looking at this machine") as line:
@@ -55,28 +52,25 @@ def doctor(*, as_json: o.AsJson = False, **flags: Any) -> None:
 
 
 def _print(check: Check) -> None:
-    colour, end = (_COLOURS[check.status], "\x1b[0m") if sys.stdout.isatty() else ("", "")
     indent = " " * (_NAME + 7)
     text = textwrap.fill(printable(check.message), _WIDTH, initial_indent=indent, subsequent_indent=indent)
-    typer.echo(f"{colour}{check.status:<5}{end} {check.name:<{_NAME}} {text.lstrip()}")
+    status = typer.style(f"{check.status:<5}", fg=_COLOURS[check.status])
+    typer.echo(f"{status} {check.name:<{_NAME}} {text.lstrip()}")
     if check.fix is not None:
         typer.echo(f"{indent}fix:  {printable(check.fix)}")
 
 
 def explain(
-    log: Annotated[
-        str, typer.Argument(metavar="LOG|-", help="a log file, or - for standard input", show_default=False)
-    ],
+    log: Annotated[str, typer.Argument(metavar="LOG|-", help="a log file, or - for standard input")],
     *,
     as_json: o.AsJson = False,
 ) -> None:
     """Say why a request was slow, from a log of llama-cpp-python, llama-server, llama-mtmd-cli, Ollama or Opsin."""
-    explanation = _read(log)
+    with sys.stdin.buffer if log == "-" else Path(log).open("rb") as stream:
+        explanation = read(stream)
     if as_json:
         typer.echo(json.dumps(explanation.as_dict(), indent=2, ensure_ascii=False))
         return
-    from opsin.doctor.explain import as_text
-
     total = sum(row.ms for row in explanation.stages)
     for row in explanation.stages:
         ms = f"{'≤' if row.at_most else ''}{row.ms:,.1f}"
@@ -85,18 +79,3 @@ def explain(
         typer.echo(f"{'total':<22}{total:>14,.1f} ms\n")
     for line in as_text(explanation):
         typer.echo(printable(line))
-
-
-def _read(log: str) -> Explanation:
-    from opsin.core.errors import BadInput
-    from opsin.doctor.explain import explain as read
-
-    try:
-        if log == "-":
-            return read(sys.stdin.buffer)
-        with Path(log).open("rb") as stream:
-            return read(stream)
-    except (OSError, ValueError) as error:
-        # ValueError: a path with a null character, or a standard input that is closed.
-        reason = getattr(error, "strerror", None) or str(error)
-        raise BadInput(f"{log} cannot be read ({reason}): give the path of a log file, or - and a pipe") from error

@@ -11,6 +11,9 @@ import typer
 
 from opsin.cli.console import escaped, new_app
 from opsin.cli.options import AsJson
+from opsin.core.errors import PairMismatch
+from opsin.models.registry import KNOWN_MODELS
+from opsin.models.resolve import list_models, resolve, write_default
 
 app = new_app("Show which models are here, and choose the default.")
 
@@ -28,9 +31,6 @@ def models(
     """Show which models are here, and choose the default."""
     if context.invoked_subcommand is not None:
         return
-    from opsin.models.registry import KNOWN_MODELS
-    from opsin.models.resolve import list_models
-
     rows = [asdict(model) for model in (KNOWN_MODELS if known else list_models(folder or []))]
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
@@ -48,9 +48,6 @@ def use(
     mmproj: Annotated[str | None, typer.Option("--mmproj", help="projector, where it is not beside the model")] = None,
 ) -> None:
     """Make a model the default."""
-    from opsin.core.errors import PairMismatch
-    from opsin.models.resolve import resolve, write_default
-
     pair = resolve(name, mmproj)
     if pair.mmproj is None:
         raise PairMismatch(f"{pair.llm} has no projector beside it, so it cannot see: give one with --mmproj")

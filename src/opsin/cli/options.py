@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 import typer
 from pydantic import BaseModel
 
-from opsin.core.errors import BadParameter
 from opsin.core.settings import RENAMED, RETIRED, EngineSettings, kind_of
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -52,12 +51,9 @@ def given(model: type[BaseModel], flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_out(path: Path | None, document: dict[str, Any]) -> None:
-    """Write a JSON document to the file that a flag names, if it does. Raises BadParameter."""
-    try:
-        if path is not None:
-            path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise BadParameter(f"{path} cannot be written: {error.strerror or error}.") from error
+    """Write a JSON document to the file that a flag names, if it does. Raises OSError."""
+    if path is not None:
+        path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 def _flag(model: type[BaseModel], name: str, default: str | None) -> inspect.Parameter:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 from contextlib import closing
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from opsin import __version__
 from opsin.cli import options as o
 from opsin.cli.console import say
+from opsin.compose import measured_device, open_runtime
+from opsin.core.config import checked
 from opsin.core.errors import BadParameter, ModelNotFound
 from opsin.core.settings import EngineSettings
+from opsin.models import Pair, resolve
+from opsin.models.shapes import SHAPES
 from opsin.tune.devices import DEVICES, THIS, Device, find_device, gpu_group
-
-if TYPE_CHECKING:
-    from opsin.models import Pair
-    from opsin.tune.predict import Needs, Prediction
+from opsin.tune.predict import Needs, Prediction, Request, check_fits, file_needs, measure_pair, shape_needs
+from opsin.tune.predict import predict as predicted
 
 
 @o.flags_of(EngineSettings, "mmproj", "kv_type")
@@ -37,11 +40,6 @@ def predict(
     **flags: Any,
 ) -> None:
     """Predict encode, prefill and decode times of a pair on a device, and whether it fits there."""
-    from opsin import __version__
-    from opsin.core.config import checked
-    from opsin.tune.predict import Request, check_fits
-    from opsin.tune.predict import predict as predicted
-
     if devices:
         _list_devices(as_json=as_json)
         return
@@ -65,10 +63,6 @@ def predict(
 
 def _needs(model: str | None, mmproj: str | None, weights: str | None, kv_type: str) -> tuple[Needs, Pair | None]:
     """Those of a shape when a type is given or no file has that name, else those of the files, and these."""
-    from opsin.models import resolve
-    from opsin.models.shapes import SHAPES
-    from opsin.tune.predict import file_needs, shape_needs
-
     shape = None if model is None else SHAPES.get(model)
     if shape is None and weights is not None:
         raise BadParameter(f"--type is for shapes ({', '.join(SHAPES)}): a file has its own.")
@@ -86,8 +80,6 @@ def _needs(model: str | None, mmproj: str | None, weights: str | None, kv_type: 
 
 def _this_machine() -> Device:
     """The device that models go to here, with the rates that it was just measured to reach."""
-    from opsin.compose import measured_device
-
     say("measuring this machine")
     device, rate = measured_device()
     group = gpu_group(device.description) if device.is_gpu else "measured-cpu"
@@ -95,9 +87,6 @@ def _this_machine() -> Device:
 
 
 def _measure(pair: Pair, prediction: Prediction, needs: Needs, settings: EngineSettings) -> dict[str, Any]:
-    from opsin.compose import open_runtime
-    from opsin.tune.predict import measure_pair
-
     say(f"measuring {needs.name}")
     with closing(open_runtime(pair.llm, pair.mmproj, settings)) as runtime:
         return measure_pair(runtime, needs, prediction.device, prediction.request)

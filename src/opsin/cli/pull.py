@@ -5,8 +5,13 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import DownloadColumn, Progress, TaskID, TransferSpeedColumn
 
 from opsin.cli.console import escaped
+from opsin.models import read_info
+from opsin.models.hub import pull as download
 
 
 def pull(
@@ -18,13 +23,6 @@ def pull(
 
     An interrupted download continues where it stopped. Files go to the Hugging Face cache, which llama.cpp shares.
     """
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import DownloadColumn, Progress, TaskID, TransferSpeedColumn
-
-    from opsin.models import read_info
-    from opsin.models.hub import pull as download
-
     tasks: dict[str, TaskID] = {}
     columns = (*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
     bars = Progress(*columns, console=Console(stderr=True))

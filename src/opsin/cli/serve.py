@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -17,18 +17,17 @@ from opsin.cli.options import flags_of, given
 from opsin.core.config import current_folder, read_config
 from opsin.core.settings import ServerSettings
 from opsin.models import locate
+from opsin.server.app import create_app
+from opsin.server.handler import ModelManager, Watcher
+from opsin.server.images import DecoderPool, ImageLoader
+from opsin.server.listener import address_of, bind, check_binding, http_server, read_keys
+from opsin.server.watchers import AccessLog, Tracing
+from opsin.worker import WorkerEngine
 
-if TYPE_CHECKING:
-    import uvicorn
-
-    from opsin.server.handler import ModelManager, Watcher
-    from opsin.worker import WorkerEngine
-
-# No -m: that would put the working folder before the standard library. The doctor's look at this machine needs the
-# native library, which this process does not load.
+# The doctor's look at this machine needs the native library, which this process does not load.
 _WORKER = (
-    "import sys; sys.path[:] = filter(None, sys.path); from opsin.doctor.build import unused_gpu_hint; "
-    "from opsin.worker.process import main; main(notice=unused_gpu_hint)"
+    "from opsin.doctor.build import unused_gpu_hint; from opsin.worker.process import main; "
+    "main(notice=unused_gpu_hint)"
 )
 
 
@@ -49,41 +48,32 @@ def serve(
     if print_config:
         sys.stdout.write(config.as_toml())
         return
-    from opsin.server.listener import bind, check_binding, read_keys
-
     settings = config.settings
     keys = read_keys(settings, os.environ)
     check_binding(settings, keys)
     with bind(settings.host, settings.port) as listener:
-        _log_to_stderr(verbose=settings.verbose)
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+        logging.getLogger("opsin").setLevel(logging.DEBUG if settings.verbose else logging.INFO)
         say("loading the model; GET /ready answers 200 when it is there")
-        code = asyncio.run(_Front(settings, keys, listener).run())
+        code = asyncio.run(_Front(settings, listener).run(keys))
     raise typer.Exit(code)
 
 
 class _Front:
     """Everything that lives as long as the server."""
 
-    def __init__(self, settings: ServerSettings, keys: tuple[str, ...], listener: socket.socket) -> None:
+    def __init__(self, settings: ServerSettings, listener: socket.socket) -> None:
         self._settings = settings
-        self._keys = keys
         self._listener = listener
         self._told: list[int] = []
         self._changed = asyncio.Event()
 
-    async def run(self) -> int:
+    async def run(self, keys: tuple[str, ...]) -> int:
         """Serve until a signal, or until the model cannot be used; the exit code."""
-        from opsin.server.app import create_app
-        from opsin.server.handler import ModelManager
-        from opsin.server.images import DecoderPool, ImageLoader
-        from opsin.server.listener import http_server
-        from opsin.server.watchers import AccessLog, Tracing
-        from opsin.worker import WorkerEngine
-
         settings, loop = self._settings, asyncio.get_running_loop()
         self._listen_to_signals(loop)
         images = ImageLoader(settings, pool=DecoderPool())
-        tracing = Tracing() if settings.otel else None
+        tracing = [Tracing()] if settings.otel else []
         engine = WorkerEngine(
             settings.model,
             settings.mmproj,
@@ -91,45 +81,42 @@ class _Front:
             max_queue=settings.max_queue,
             idle_seconds=settings.idle_unload_seconds,
             changed=lambda _: loop.call_soon_threadsafe(self._changed.set),
-            command=(sys.executable, "-c", _WORKER),
+            command=(sys.executable, "-P", "-c", _WORKER),
         )
         model = ModelManager(settings, engine)
         watchers: list[Watcher] = [AccessLog(as_json=settings.log_json).finished]
-        if tracing is not None:
-            watchers.append(tracing.finished)
-        app = create_app(model, images, watchers=watchers, keys=self._keys)
+        watchers += [traces.finished for traces in tracing]
+        app = create_app(model, images, watchers=watchers, keys=keys)
         server = http_server(app, settings.slow_reader_seconds)
         serving = asyncio.create_task(server.serve(sockets=[self._listener]))
         try:
-            return await self._watch(model, engine, server)
+            return await self._watch(model)
         finally:
             server.should_exit = True
             await serving
             await asyncio.to_thread(engine.close)
             images.close()
-            if tracing is not None:
-                tracing.close()
+            for traces in tracing:
+                traces.close()
 
-    async def _watch(self, model: ModelManager, engine: WorkerEngine, server: uvicorn.Server) -> int:
+    async def _watch(self, model: ModelManager) -> int:
         """Say when the model is ready, and end in good order; the exit code."""
-        said = -1
-        while not self._told and engine.error is None and not server.should_exit:
+        engine, said = model.engine, -1
+        while not self._told and engine.error is None:
             if model.state == "ready" and engine.restarts > said:
-                await asyncio.to_thread(lambda: model.prompts)  # a template may take its time
                 said = engine.restarts
+                await asyncio.to_thread(lambda: model.prompts)  # a template may take its time
                 self._say_ready(model)
             await self._changed.wait()
             self._changed.clear()
         if self._told:
             await model.drain(self._settings.drain_seconds)
             return 130 if self._told[0] == signal.SIGINT else 0
-        error = engine.error
-        say(f"opsin: {error}")
-        return 4 if error is None else error.exit_code
+        assert engine.error is not None
+        say(f"opsin: {engine.error}")
+        return engine.error.exit_code
 
     def _say_ready(self, model: ModelManager) -> None:
-        from opsin.server.listener import address_of
-
         if model.facts.is_demo:
             say(DEMO)
         if model.facts.notice:
@@ -150,8 +137,3 @@ class _Front:
             # What is ignored stays ignored: that is how nohup and a shell's background jobs survive their terminal.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 loop.add_signal_handler(number, told, number)
-
-
-def _log_to_stderr(*, verbose: bool) -> None:
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    logging.getLogger("opsin").setLevel(logging.DEBUG if verbose else logging.INFO)

@@ -7,27 +7,26 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 
 from opsin.cli import options as o
 from opsin.cli.console import say
+from opsin.compose import Runtime, gpu_names, open_runtime
+from opsin.core.config import FILE, config_path, read_config, same_file
 from opsin.core.errors import BadParameter, OpsinError
 from opsin.core.settings import EngineSettings
-
-if TYPE_CHECKING:
-    from opsin.compose import Runtime
-    from opsin.models import Pair
-    from opsin.tune.measure import Report, Target
-
-PARALLEL = 8
+from opsin.models import Pair, locate, resolve
+from opsin.tune.measure import Report, Target, Tuner, candidates
+from opsin.tune.opsin_toml import check_target, read_tuned, tuned_table, write_tuned
+from opsin.tune.projector import TYPES, convert_projector, default_folder, keep
 
 
 @o.flags_of(EngineSettings, *o.PAIR, parallel="8")
 def tune(
     *,
-    profile: Annotated[str | None, typer.Option(help="interactive (one question alone) or throughput (many)")] = None,
+    profile: Annotated[Target | None, typer.Option(help="one question alone, or many [default: by the device]")] = None,
     minutes: Annotated[float, typer.Option(min=0.1, help="stop measuring after this many minutes")] = 10.0,
     out: Annotated[Path | None, typer.Option(help="file to write [default: the opsin.toml in force]")] = None,
     force: Annotated[bool, typer.Option("--force", help="overwrite a foreign file, or another model's")] = False,
@@ -40,11 +39,8 @@ def tune(
     Settings that a flag, the environment or the file itself gives are left alone. Without --profile it is throughput on
     CUDA, else interactive.
     """
-    from opsin.core.config import FILE, config_path
-    from opsin.tune.opsin_toml import check_target
-    from opsin.tune.projector import default_folder
-
-    target = _target(profile)
+    on_cuda = any(name.startswith("CUDA") for name in gpu_names())
+    target = profile or ("throughput" if on_cuda else "interactive")
     out = out or config_path(os.environ, Path.cwd()) or Path(FILE)
     chosen = o.given(EngineSettings, flags)
     settings, fixed = _untuned(chosen, out)
@@ -64,32 +60,16 @@ def tune(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _target(profile: str | None) -> Target:
-    from opsin.compose import gpu_names
-
-    if profile is None:
-        return "throughput" if any(name.startswith("CUDA") for name in gpu_names()) else "interactive"
-    if profile not in {"interactive", "throughput"}:
-        raise BadParameter(f"--profile is interactive or throughput, not {profile}.")
-    return cast("Target", profile)
-
-
 def _untuned(flags: dict[str, Any], out: Path) -> tuple[EngineSettings, set[str]]:
     """The settings without what was tuned before, and the names of those that somebody chose."""
-    from opsin.core.config import read_config
-    from opsin.models import locate
-    from opsin.tune.opsin_toml import read_tuned
-
     # A file that is not there, or foreign and to be replaced, does not make another one count.
     file, environ = None if read_tuned(out) is None else out, {**os.environ, "XDG_CONFIG_HOME": os.devnull}
     found = read_config(flags, environ, Path(os.devnull), file=file, locate=locate, tuned=False)
     chosen = {name for name, origin in found.origins.items() if origin != "default"} - {"model", "mmproj"}
-    return found.engine(parallel=PARALLEL), chosen
+    return found.engine(parallel=8), chosen
 
 
 def _pair(settings: EngineSettings) -> Pair:
-    from opsin.models import resolve
-
     pair = resolve(settings.model, settings.mmproj)
     if pair.mmproj is None:
         raise BadParameter("There is no vision encoder to tune: give the model's projector with --mmproj.")
@@ -98,9 +78,6 @@ def _pair(settings: EngineSettings) -> Pair:
 
 
 def _measured(settings: EngineSettings, fixed: set[str], target: Target, folder: Path, minutes: float) -> Report:
-    from opsin.compose import open_runtime
-    from opsin.tune.measure import Tuner, candidates
-
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     found = candidates(settings, fixed, cores, _projectors(settings, folder))
 
@@ -112,8 +89,6 @@ def _measured(settings: EngineSettings, fixed: set[str], target: Target, folder:
 
 def _projectors(settings: EngineSettings, folder: Path) -> Iterator[Path]:
     """The projector in other types, where it has matrices to convert."""
-    from opsin.tune.projector import TYPES, convert_projector
-
     assert settings.mmproj is not None, "set from a pair that has one"
     for kind in TYPES:
         say(f"writing {settings.mmproj.name} as {kind}")
@@ -128,10 +103,6 @@ def _projectors(settings: EngineSettings, folder: Path) -> Iterator[Path]:
 
 def _save(report: Report, pair: Pair, settings: dict[str, Any], out: Path, *, dry_run: bool) -> None:
     """Print or write what was recommended; where nothing won, remove what an earlier run wrote for this model."""
-    from opsin.core.config import same_file
-    from opsin.tune.opsin_toml import read_tuned, tuned_table, write_tuned
-    from opsin.tune.projector import default_folder, keep
-
     if report.best is None:
         before = None if dry_run else read_tuned(out)
         if before and same_file(before["model"], pair.llm):

@@ -17,6 +17,10 @@ from urllib.request import url2pathname
 from opsin.core.errors import BadParameter, ModelNotFound
 
 
+def _template(name: str) -> str:
+    return (Path(__file__).with_name("templates") / f"{name}.jinja").read_text(encoding="utf-8")
+
+
 class MTMDChatHandler:
     """A projector file, and the model's own template with images where the messages have them.
 
@@ -79,47 +83,27 @@ class MiniCPMv26ChatHandler(Llava15ChatHandler):
 class ObsidianChatHandler(Llava15ChatHandler):
     """Obsidian: ChatML whose turns end with three number signs."""
 
-    template = """\
-{%- for message in messages -%}
-    {{- '<|im_start|>' + message.role + '\\n' + message.content + '\\n###\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"""
+    template = _template("obsidian")
 
 
 class MoondreamChatHandler(Llava15ChatHandler):
     """Moondream 2: bare questions and answers; it knows no system message."""
 
-    template = """\
-{%- for message in messages -%}
-    {%- if message.role == 'user' -%}{{- message.content + '\\n\\n' -}}
-    {%- elif message.role == 'assistant' -%}{{- 'Answer: ' + message.content + '\\n\\n' -}}
-    {%- else -%}{{- raise_exception('moondream knows questions and answers only: leave the system message out') -}}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- 'Answer:' -}}{%- endif -%}"""
+    template = _template("moondream")
     between = "\n\nQuestion: "
 
 
 class NanoLlavaChatHandler(Llava15ChatHandler):
     """nanoLLaVA: ChatML without a line break after a turn."""
 
-    template = """\
-{%- if messages[0].role != 'system' -%}{{- '<|im_start|>system\\nAnswer the question<|im_end|>' -}}{%- endif -%}
-{%- for message in messages -%}
-    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"""
+    template = _template("nanollava")
     between = "\n"
 
 
 class Llama3VisionAlphaChatHandler(Llava15ChatHandler):
     """llama-3-vision-alpha: Llama 3's turns."""
 
-    template = """\
-{%- for message in messages -%}
-    {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' + message.content + '<|eot_id|>' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}{%- endif -%}"""
+    template = _template("llama-3-vision-alpha")
 
 
 Llama3VisionAlpha = Llama3VisionAlphaChatHandler

@@ -6,7 +6,7 @@ import os
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from opsin.prompt import Content, Message
 Objects = Sequence[Mapping[str, Any]]
 Logprobs = Sequence[TokenLogprob]
 _EXTRAS = ("tool_calls", "tool_call_id", "name")
+_IMAGES = ImageSettings(fetch=True)
 
 
 class Llama:
@@ -55,7 +56,6 @@ class Llama:
         self.verbose = verbose
         self._seed = real_seed(seed)
         self._last_n = last_n_tokens_size
-        self._image_settings = ImageSettings(fetch=True)
         settings = {**engine_options(options), "verbose": verbose}
         if chat_handler is not None and not chat_handler.use_gpu:
             settings["mmproj_device"] = "none"
@@ -95,10 +95,9 @@ class Llama:
             schema = tool.get("parameters") or {"type": "object"}
             options |= {"response_format": {"type": "json_object", "schema": schema}, "grammar": None}
         sampling = checked(SamplingParams, sampling_options(options, seed=self._seed, last_n=self._last_n))
-        conversation = [_read_message(message, self.chat_handler, self._image) for message in messages]
+        conversation = [self._message(message) for message in messages]
         events = self._runtime.engine.submit(self._runtime.prompts.build(conversation, tools=offered), sampling)
-        name = None if tool is None else str(tool["name"])
-        writer = _Writer(model or self.model_path, name, logprobs=sampling.logprobs is not None)
+        writer = _Writer(model or self.model_path, None if tool is None else str(tool["name"]))
         return writer.chunks(events) if stream else writer.whole(events)
 
     def n_ctx(self) -> int:
@@ -117,37 +116,31 @@ class Llama:
         """Free everything; twice does no harm."""
         self._close()
 
-    def _image(self, url: str) -> Image:
-        source: object = url if self.chat_handler is None else self.chat_handler.load_image(url)
-        return load_image(source, self._image_settings)
+    def _message(self, message: Mapping[str, Any]) -> Message:
+        """A message with its images loaded, in the order that the handler's family wants. Raises BadPrompt."""
+        if not isinstance(message, Mapping):
+            raise BadPrompt(f"A message is a {type(message).__name__}: give a dict with role and content.")
+        role: Any = message.get("role")
+        handler, content = self.chat_handler, message.get("content") or ""
+        parts = [content] if isinstance(content, str) else [self._part(part) for part in content]
+        if handler is not None and role == "user" and handler.images_first:
+            images: list[Content] = [part for part in parts if isinstance(part, Image)]
+            text = "".join(part for part in parts if isinstance(part, str))
+            parts = [*images, (handler.between if images else handler.between.lstrip()) + text]
+        extras = {name: message[name] for name in _EXTRAS if message.get(name) is not None}
+        return Message(role, parts, **extras)
 
-
-def _read_message(message: Mapping[str, Any], handler: MTMDChatHandler | None, load: Callable[[str], Image]) -> Message:
-    """A message with its images loaded, in the order that the handler's family wants. Raises BadPrompt."""
-    if not isinstance(message, Mapping):
-        raise BadPrompt(f"A message is a {type(message).__name__}: give a dict with role and content.")
-    role: Any = message.get("role")
-    content = message.get("content") or []
-    parts = [content] if isinstance(content, str) else [_part(part, load) for part in content]
-    if handler is not None and role == "user" and handler.images_first:
-        images: list[Content] = [part for part in parts if isinstance(part, Image)]
-        text = "".join(part for part in parts if isinstance(part, str))
-        between = handler.between if images else handler.between.lstrip()
-        parts = [*images, between + text]
-    return Message(role, parts or "", **{name: message[name] for name in _EXTRAS if message.get(name) is not None})
-
-
-def _part(part: Any, load: Callable[[str], Image]) -> Content:
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind == "text":
-        return str(part.get("text", ""))
-    if kind != "image_url":
-        raise BadPrompt(f"A part of a message has the type {kind!r}: use text or image_url.")
-    image = part.get("image_url")
-    url = image.get("url") if isinstance(image, Mapping) else image
-    if not isinstance(url, str):
-        raise BadPrompt("An image_url part has no address: give {'image_url': {'url': …}}.")
-    return load(url)
+    def _part(self, part: Any) -> Content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text":
+            return str(part.get("text", ""))
+        if kind != "image_url":
+            raise BadPrompt(f"A part of a message has the type {kind!r}: use text or image_url.")
+        image = part.get("image_url")
+        url = image.get("url") if isinstance(image, Mapping) else image
+        if not isinstance(url, str):
+            raise BadPrompt("An image_url part has no address: give {'image_url': {'url': …}}.")
+        return load_image(url if self.chat_handler is None else self.chat_handler.load_image(url), _IMAGES)
 
 
 def _read_tools(
@@ -190,7 +183,6 @@ class _Writer:
 
     model: str
     tool: str | None = None
-    logprobs: bool = False
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4()}")
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -210,18 +202,13 @@ class _Writer:
             yield self._chunk({"role": "assistant"} if self.tool is None else {"role": "assistant", "content": None})
             for event in stream:
                 if isinstance(event, TextDelta):
-                    yield self._chunk(self._delta(event), event.logprobs)
+                    delta = {"reasoning_content": event.text} if event.reasoning else self._content(event.text, index=0)
+                    yield self._chunk(delta, event.logprobs)
                 elif isinstance(event, Finished):
                     yield self._chunk({}, answer=event.answer)
         finally:
             if not stream.done:
                 stream.cancel()
-
-    def _delta(self, event: TextDelta) -> dict[str, Any]:
-        if event.reasoning:
-            return {"reasoning_content": event.text}
-        role = {} if self.tool is None else {"role": None}
-        return {**role, **self._content(event.text, index=0)}
 
     def _content(self, text: str, **extra: Any) -> dict[str, Any]:
         """Text, or a call of the tool in OpenAI's newer and older form."""
@@ -238,9 +225,7 @@ class _Writer:
         reason: str | None = answer.finish_reason if answer else None
         if self.tool is not None and reason == "stop":  # arguments that were cut are no call
             reason = "tool_calls"
-        told = (
-            {"content": [_token_of(one) for one in logprobs], "refusal": None} if self.logprobs and logprobs else None
-        )
+        told = {"content": [_token_of(one) for one in logprobs], "refusal": None} if logprobs else None
         choice = Choice({"index": 0, name: said, "logprobs": told, "finish_reason": reason})
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": [choice]}
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opsin.core.errors import BadGrammar, BadParameter
+from opsin.core.errors import BadParameter
 from opsin.core.files import read_text
 from opsin.core.ggml_types import KV_TYPES
 from opsin.core.settings import MAX_SCHEMA
@@ -38,9 +38,7 @@ _REFUSED: dict[str, Any] = {
     "yarn_ext_factor": -1.0, "yarn_orig_ctx": 0,
 }  # fmt: skip
 
-_SAMPLING = (
-    "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repeat_penalty", "guard",
-)  # fmt: skip
+_SAMPLING = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repeat_penalty", "guard")
 _REFUSED_IN_CALLS = {"typical_p": 1.0, "tfs_z": 1.0, "mirostat_mode": 0, "logits_processor": None}
 _MIROSTAT = frozenset(("mirostat_tau", "mirostat_eta"))  # without a mode they change nothing
 
@@ -59,11 +57,8 @@ class LlamaGrammar:
 
     @classmethod
     def from_file(cls, file: str | Path, verbose: bool = True) -> LlamaGrammar:  # noqa: ARG003
-        """A GBNF grammar in a file. Raises BadGrammar when it cannot be read."""
-        try:
-            return cls(gbnf=read_text(Path(file), MAX_SCHEMA))
-        except BadParameter as error:
-            raise BadGrammar(str(error)) from error
+        """A GBNF grammar in a file. Raises BadParameter when it cannot be read."""
+        return cls(gbnf=read_text(Path(file), MAX_SCHEMA))
 
     @classmethod
     def from_json_schema(cls, json_schema: str, verbose: bool = True) -> LlamaGrammar:  # noqa: ARG003

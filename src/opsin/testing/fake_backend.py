@@ -1,8 +1,7 @@
 """A backend without a model: every token is one byte, and the answer is what a plain function makes of the prompt.
 
 It keeps the contract of core.backend and checks its caller: positions must follow each other, sequences must be
-known, batches must fit, everything must be closed in order. With `asynchronous` it behaves as a GPU does: `decode`
-returns at once, and the time is paid by `synchronize` or by whoever reads the logits.
+known, batches must fit, everything must be closed in order.
 """
 
 from __future__ import annotations
@@ -62,17 +61,6 @@ class FakeClock:
 
 
 @dataclass(slots=True)
-class Costs:
-    """What each piece of work takes on the fake clock, in milliseconds."""
-
-    preprocess: float = 3.0
-    encode: float = 40.0
-    image_token: float = 0.5
-    text_token: float = 0.25
-    decode: float = 8.0
-
-
-@dataclass(slots=True)
 class _Handle:
     """A sampler, or what a tokenized prompt keeps: the backend counts those that are open."""
 
@@ -84,7 +72,6 @@ class _Handle:
         self.backend.open_handles += 1
 
     def sample(self, row: int) -> int:
-        self.backend.pay()
         token = self.backend.next_token(row)
         return ord(".") if token == EOS and self.ignore_eos else token
 
@@ -94,17 +81,20 @@ class _Handle:
             self.backend.open_handles -= 1
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Cell:
     """A KV cell: a token, or an image row's identity. Forks share cells."""
 
     entry: int | str
-    holders: int = 1
 
 
 class FakeBackend:
-    """See the module. `reply` gets the prompt as text, with `<identity>` for each image row, and gives the answer."""
+    """See the module. `reply` gets the prompt as text, with `<identity>` for each image row, and gives the answer.
 
+    `clock` passes by what each piece of work takes, in milliseconds: `preprocess_ms` and its like.
+    """
+
+    preprocess_ms, encode_ms, image_token_ms, text_token_ms, decode_ms = 3.0, 40.0, 0.5, 0.25, 8.0
     info = ModelInfo("fake", "fake", "fake", "fake.gguf", "mmproj-fake.gguf", "f16")
     eog_tokens = frozenset({EOS})
 
@@ -114,15 +104,11 @@ class FakeBackend:
         *,
         limits: BackendLimits | None = None,
         clock: FakeClock | None = None,
-        costs: Costs | None = None,
-        asynchronous: bool = False,
         image_tokens: int = 4,
     ) -> None:
         self.reply = reply
         self.limits = limits or BackendLimits(512, 64, n_seq_max=8, n_vocab=N_VOCAB, n_embd=4, n_ctx_seq=512)
         self.clock = clock or FakeClock()
-        self.costs = costs or Costs()
-        self.asynchronous = asynchronous
         self.image_tokens = image_tokens
         self.encoded: list[str] = []
         self.fail_encode: Exception | None = None
@@ -131,8 +117,6 @@ class FakeBackend:
         self.closed = False
         self._sequences: defaultdict[int, list[_Cell]] = defaultdict(list)
         self._rows: list[tuple[int, int]] = []  # sequence and length of each
-        self._debt_ms = 0.0
-        self.cells_used = 0  # shared ones count once
 
     def tokenize(
         self, parts: Sequence[Part], *, add_bos: bool, known: Callable[[str], bool] | None = None
@@ -154,7 +138,7 @@ class FakeBackend:
             chunks.append(ImageChunk(identity, len(images), size, size, placeholder=placeholder))
             images.append(ImageInfo(image.sha256, image.width, image.height, 8, 8, size))
             if not placeholder:
-                self.clock.spend(self.costs.preprocess)
+                self.clock.spend(self.preprocess_ms)
         if tokens:
             chunks.append(TextChunk(tuple(tokens)))
         return TokenizedPrompt(tuple(chunks), tuple(images), _Handle(self))
@@ -167,7 +151,7 @@ class FakeBackend:
             raise EncodeFailed(str(error)) from error
         if between is not None:
             between()
-        self.clock.spend(self.costs.encode)
+        self.clock.spend(self.encode_ms)
         self.encoded.append(chunk.identity)
         first = int.from_bytes(hashlib.sha256(chunk.identity.encode()).digest()[:2], "little")
         rows = np.arange(chunk.n_tokens, dtype=np.float32)
@@ -176,7 +160,7 @@ class FakeBackend:
     def encode_many(self, chunks: Sequence[ImageChunk]) -> list[Embedding]:
         """All in the time of one."""
         embeddings = [self.encode(chunk) for chunk in chunks]
-        self.clock.spend(-self.costs.encode * (len(chunks) - 1))
+        self.clock.spend(-self.encode_ms * (len(chunks) - 1))
         return embeddings
 
     def decode(self, rows: TokenBatch | EmbeddingRows) -> bool:
@@ -188,23 +172,21 @@ class FakeBackend:
         assert 0 < count <= self.limits.n_ubatch, "a ubatch holds 1 to n_ubatch rows"
         if self.cells_used + count > self.limits.n_ctx:
             return False
-        self.pay()
         self._rows = []
         if isinstance(rows, EmbeddingRows):
             for row, pos in zip(rows.rows, rows.positions[0], strict=True):
                 self._append(rows.seq_id, int(pos), f"<{int(row[0])}.{int(row[1])}>")
             self._rows = [(rows.seq_id, len(self._sequences[rows.seq_id]))] * count
-            self._owe(self.costs.image_token * count)
+            self.clock.spend(self.image_token_ms * count)
         else:
             for token, pos, seq_id in zip(rows.tokens, rows.positions, rows.seq_ids, strict=True):
                 self._append(seq_id, pos, token)
                 self._rows.append((seq_id, len(self._sequences[seq_id])))
-            self._owe(self.costs.decode if len(rows.outputs) == count else self.costs.text_token * count)
+            self.clock.spend(self.decode_ms if len(rows.outputs) == count else self.text_token_ms * count)
         return True
 
     def synchronize(self) -> None:
-        """Pay for what was started."""
-        self.pay()
+        """All is done when `decode` returns."""
 
     def check(self, params: SamplingParams) -> object:
         """A grammar that is the word "bad" is refused."""
@@ -229,7 +211,6 @@ class FakeBackend:
 
     def logprobs(self, row: int, token: int, top: int) -> TokenLogprob:
         """The drawn token is certain."""
-        self.pay()
         best = self.next_token(row)
         alternatives = ((best, self.piece(best), 0.0),)[:top]
         return TokenLogprob(token, self.piece(token), 0.0 if token == best else -10.0, alternatives)
@@ -241,11 +222,7 @@ class FakeBackend:
     def kv_remove(self, seq_id: int, start: int, end: int) -> bool:
         """Cut a sequence's cells."""
         cells = self._sequences[seq_id]
-        gone = slice(start, len(cells) if end < 0 else end)
-        for cell in cells[gone]:
-            cell.holders -= 1
-            self.cells_used -= cell.holders == 0
-        del cells[gone]
+        del cells[start : len(cells) if end < 0 else end]
         if not cells:
             del self._sequences[seq_id]
         return True
@@ -254,10 +231,7 @@ class FakeBackend:
         """Copy cells to the end of another sequence."""
         cells, held = self._sequences[source], self._sequences[target]
         assert len(held) == start, "a copy continues where the target ends"
-        shared = cells[start : len(cells) if end < 0 else end]
-        for cell in shared:
-            cell.holders += 1
-        held.extend(shared)
+        held.extend(cells[start : len(cells) if end < 0 else end])
 
     def kv_save(self, seq_id: int) -> list[int | str]:
         """The entries of its cells."""
@@ -287,10 +261,10 @@ class FakeBackend:
             self.closed = True
             assert self.open_handles == 0, f"{self.open_handles} samplers or tokenized prompts outlive their backend"
 
-    def pay(self) -> None:
-        """Let the time of unfinished work pass."""
-        self.clock.spend(self._debt_ms)
-        self._debt_ms = 0.0
+    @property
+    def cells_used(self) -> int:
+        """Cells that some sequence holds; shared ones count once."""
+        return len({id(cell) for cells in self._sequences.values() for cell in cells})
 
     def next_token(self, row: int) -> int:
         """The reply's next byte for the sequence of a batch row; EOS behind its end."""
@@ -302,17 +276,11 @@ class FakeBackend:
         said = len(entries) - turn - 1
         return answer[said] if turn >= 0 and said < len(answer) else EOS
 
-    def _owe(self, ms: float) -> None:
-        self._debt_ms += ms
-        if not self.asynchronous:
-            self.pay()
-
     def _append(self, seq_id: int, pos: int, entry: int | str) -> None:
         assert 0 <= seq_id < self.limits.n_seq_max, "a sequence id is below n_seq_max"
         cells = self._sequences[seq_id]
         assert pos == len(cells), f"position {pos} follows {len(cells) - 1}"
         cells.append(_Cell(entry))
-        self.cells_used += 1
 
 
 def _text(entry: int | str) -> str:

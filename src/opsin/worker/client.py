@@ -15,26 +15,24 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from opsin.core.answer import TextDelta
 from opsin.core.backend import BackendLimits
-from opsin.core.errors import BadInput, EngineClosed, EngineDied, EngineError, OpsinError, QueueFull, copy_of
+from opsin.core.errors import BadInput, EngineClosed, EngineDied, EngineError, OpsinError, copy_of
 from opsin.core.model_info import ModelInfo
 from opsin.core.placement import Placement
 from opsin.core.request import Prompt, SamplingParams
 from opsin.core.settings import EngineSettings
 from opsin.engine import AnswerStream, Snapshot, wake_readers
-from opsin.prompt import PromptBuilder
 from opsin.worker.messages import Child, Loaded, Packed, Pixels, share_all
 
 log = logging.getLogger(__name__)
 
 State = Literal["loading", "warming", "ready", "stalled", "restarting", "unloaded", "reloading", "failed", "closed"]
 
-# No -m: that would put the working folder before the standard library.
-_START = "import sys; sys.path[:] = filter(None, sys.path); from opsin.worker.process import main; main()"
-COMMAND = (sys.executable, "-c", _START)
+# -P: nothing of the working folder is imported.
+COMMAND = (sys.executable, "-P", "-c", "from opsin.worker.process import main; main()")
 # A worker that crashed is started again after these seconds, doubled with each crash until one was healthy for so long.
 FIRST_DELAY, LONGEST_DELAY, HEALTHY_SECONDS = 0.1, 30.0, 60.0
 MOST_STARTS = 5  # workers in a row that never became ready
@@ -48,19 +46,14 @@ CRASHES_TO_BLOCK, BLOCKED_SECONDS = 2, 3600.0
 _NOW = frozenset({"running", "waiting", "idle_prefixes", "cells_used"})  # true now; all else of a snapshot counts
 
 
-class NotReady(EngineError):
+class NotReady(EngineError, http_status=503):
     """The model is not loaded yet, or about to be closed; `retry_after` is in seconds."""
 
-    code = "not_ready"
-    http_status = 503
     retry_after = 2
 
 
-class ImageBlocked(BadInput):
+class ImageBlocked(BadInput, http_status=422):
     """The model's process crashed twice while it worked on this image."""
-
-    code = "image_blocked"
-    http_status = 422
 
 
 @dataclass(slots=True)
@@ -75,7 +68,7 @@ class _Request:
 
 
 class WorkerEngine:
-    """An engine in a process of its own, started at once; closed once, or used in a `with` block.
+    """An engine in a process of its own, started at once.
 
     `model`, `mmproj`, `settings` and `max_queue` are those of `compose.open_runtime`. The worker is ready when it has
     proved its placement and generated a few tokens. After `idle_seconds` without a request it is ended, which gives all
@@ -99,7 +92,6 @@ class WorkerEngine:
     ) -> None:
         self._open = ("open", {"model": model, "mmproj": mmproj, "settings": settings, "max_queue": max_queue})
         self._command = command
-        self._most = settings.parallel + max_queue
         self._idle_seconds = idle_seconds
         self._tick = PING_SECONDS if idle_seconds is None else min(PING_SECONDS, idle_seconds / 4)
         self._changed = changed
@@ -171,7 +163,6 @@ class WorkerEngine:
     def wake(self) -> None:
         """Start an unloaded worker for a request that is about to come; the loading goes on if it does not."""
         with self._condition:
-            self._used = time.monotonic()
             self._woken = self._state == "unloaded"
             self._condition.notify_all()
 
@@ -188,7 +179,7 @@ class WorkerEngine:
     ) -> AnswerStream:
         """See `Engine.submit`. A request waits for a worker that was idle or has crashed once, with its `load_ms`.
 
-        Raises NotReady, ImageBlocked, QueueFull, EngineClosed, or why the worker cannot be started.
+        Raises NotReady, ImageBlocked, EngineClosed, or why the worker cannot be started.
         """
         for image in prompt.images:
             crashes = self._crashes.get(image.sha256, [])
@@ -206,14 +197,8 @@ class WorkerEngine:
         with self._condition:
             if self.error is not None:
                 raise copy_of(self.error)
-            if self.loaded is None:
+            if self.loaded is None or self._failures:
                 raise NotReady("The model is being loaded: ask again in a moment (GET /ready says when).")
-            if self._failures:
-                raise NotReady("The model's process crashed and has trouble to start again: ask again in a moment.")
-            if len(self._requests) >= self._most:
-                raise QueueFull(
-                    f"{len(self._requests)} requests are running or waiting already: try again in a moment."
-                )
             self._requests[number] = request
             if self._state == "ready" and self._child is not None:
                 self._hand_over(self._child, number, request)
@@ -229,14 +214,7 @@ class WorkerEngine:
                 self._child.end()
             self._fail_all(EngineClosed("The engine was closed before the answer was complete."))
             self._condition.notify_all()
-        if threading.current_thread() is not self._owner:
-            self._owner.join()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        self._owner.join()
 
     def _hand_over(self, child: Child, number: int, request: _Request) -> None:
         assert request.prompt is not None, "a request is handed over once"
@@ -393,10 +371,9 @@ class WorkerEngine:
                 self._hand_over(child, number, request)
             self._set("ready")
 
-    def _on_events(self, _child: Child, batch: list[Packed], stats: Snapshot | None) -> None:
+    def _on_events(self, _child: Child, batch: list[Packed], stats: Snapshot) -> None:
         self._call_seconds = 0.0
-        if stats is not None:
-            self._latest = stats
+        self._latest = stats
         touched: list[AnswerStream] = []
         for number, events in batch:
             request = self._requests.get(number)
@@ -417,21 +394,3 @@ class WorkerEngine:
 
     def _on_pong(self, _child: Child, running: float, longest: float, stats: Snapshot) -> None:
         self._call_seconds, self._longest, self._latest = running, longest, stats
-
-
-class IsolatedRuntime:
-    """What `compose.open_runtime` opens, with the engine in a worker; see there. Waits until the model is loaded."""
-
-    def __init__(self, model: str | Path | None, mmproj: str | Path | None, settings: EngineSettings) -> None:
-        self.engine = WorkerEngine(model, mmproj, settings)
-        try:
-            loaded = self.engine.wait_ready()
-            self.prompts = PromptBuilder(loaded.source)
-        except BaseException:
-            self.engine.close()
-            raise
-        self.is_demo, self.setup = loaded.is_demo, loaded.setup
-
-    def close(self) -> None:
-        """Free everything; twice does no harm."""
-        self.engine.close()

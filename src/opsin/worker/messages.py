@@ -39,7 +39,6 @@ from opsin.prompt import TemplateSource
 SHARED_BYTES, MOST_SHARED = 4 * 2**20, 250
 GRACE_SECONDS = 15.0  # what a worker may take to end before it is killed
 _HEAD = struct.Struct("<QB")
-_READ = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,18 +82,11 @@ def share(rgb: bytes | mmap.mmap) -> bytes | mmap.mmap:
     """The pixels where a worker can map them, if there are many. Raises OSError."""
     if isinstance(rgb, Pixels) or len(rgb) < SHARED_BYTES:
         return rgb
-    if hasattr(os, "memfd_create"):
-        fd = os.memfd_create("opsin-pixels")
-    else:
-        with tempfile.TemporaryFile() as nameless:
-            fd = os.dup(nameless.fileno())
-    try:
-        with open(fd, "wb", closefd=False) as file:
-            file.write(rgb)
-        return Pixels(fd, len(rgb))
-    except BaseException:
-        os.close(fd)
-        raise
+    named = hasattr(os, "memfd_create")
+    with os.fdopen(os.memfd_create("opsin-pixels"), "wb") if named else tempfile.TemporaryFile() as file:
+        file.write(rgb)
+        file.flush()
+        return Pixels(os.dup(file.fileno()), len(rgb))
 
 
 def share_all(prompt: Prompt) -> Prompt:
@@ -134,7 +126,7 @@ class Channel:
             if not self._poll.poll(None if seconds is None else seconds * 1e3):
                 return None
             try:
-                data, files, _, _ = socket.recv_fds(self._sock, _READ, MOST_SHARED)
+                data, files, _, _ = socket.recv_fds(self._sock, 1 << 18, MOST_SHARED)
             except ConnectionError as error:
                 raise EOFError from error
             if not data:
@@ -248,11 +240,8 @@ class Child:
 
     def reap(self) -> int:
         """Wait for its end, and close the connection; the exit code, negative for a signal."""
-        try:
-            code = self._process.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            code = self._process.wait()
+        self._process.kill()  # one that has closed its end of the connection is ending, and keeps its exit code
+        code = self._process.wait()
         self._outgoing.put(None)
         self._sender.join()
         self.channel.close()

@@ -17,22 +17,19 @@ from opsin.compose import Runtime, end_with_parent, open_runtime
 from opsin.core.answer import Finished, TextDelta
 from opsin.core.errors import EngineDied, OpsinError
 from opsin.core.request import Prompt, SamplingParams
-from opsin.engine import AnswerStream, wake_readers
+from opsin.engine import AnswerStream, Engine, wake_readers
 from opsin.prompt import Message
 from opsin.worker.messages import Channel, Loaded, Packed, Pixels, pack, portable
 
 log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 1.0  # how often a worker with nothing to read looks whether its engine still lives
-_STATS_SECONDS = 0.25  # how old counters may be while tokens flow
 # What streams that have begun say within so long goes out together: a write to each client costs more than a token of
 # a small model, and nobody tells 50 pieces a second apart. A first text and an end go out at once.
 _GATHER_SECONDS = 0.02
 
-Open = Callable[..., Runtime]
 
-
-def main(*, notice: Callable[[], str | None] = lambda: None, open_model: Open = open_runtime) -> None:
+def main(*, notice: Callable[[], str | None] = lambda: None, open_model: Callable[..., Runtime] = open_runtime) -> None:
     """Serve the process that started this one until it is gone or says `close`; never returns.
 
     The arguments of the command are the socket's file descriptor and the parent's process id. `notice` gives the
@@ -43,15 +40,16 @@ def main(*, notice: Callable[[], str | None] = lambda: None, open_model: Open = 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     end_with_parent(parent)
-    sock = socket.socket(fileno=fd)
-    sock.set_inheritable(False)
-    _Worker(Channel(sock), notice, open_model).run()
+    _Worker(Channel(socket.socket(fileno=fd)), notice, open_model).run()
 
 
 class _Worker:
-    """Three threads: `run` reads messages and never computes, the engine computes, one sends what happened."""
+    """Three threads: `run` reads messages and never computes, the engine computes, one sends what happened.
 
-    def __init__(self, channel: Channel, notice: Callable[[], str | None], open_model: Open) -> None:
+    It ends with `os._exit`: an orderly end of the interpreter would wait for threads that may be loading a model.
+    """
+
+    def __init__(self, channel: Channel, notice: Callable[[], str | None], open_model: Callable[..., Runtime]) -> None:
         self._channel = channel
         self._notice = notice
         self._open_model = open_model
@@ -61,9 +59,8 @@ class _Worker:
         self._streams: dict[int, AnswerStream] = {}
         self._speaking: set[AnswerStream] = set()  # those of which text was sent
         self._touched: set[AnswerStream] = set()
-        self._touching, self._sending = threading.Lock(), threading.Lock()
+        self._touching = threading.Lock()
         self._waiting, self._urgent = threading.Event(), threading.Event()
-        self._sent_at = self._stats_at = 0.0
         threading.Thread(target=self._send_events, name="opsin-events", daemon=True).start()
 
     def run(self) -> None:
@@ -78,10 +75,9 @@ class _Worker:
                 os._exit(0)  # the front is gone, and nobody is left to tell
             except BaseException:
                 log.exception("the worker failed on a message")
-                _leave(EngineDied.exit_code)
+                os._exit(EngineDied.exit_code)
             if self._runtime is not None and isinstance(self._runtime.engine.error, EngineDied):
-                self._send()
-                _leave(EngineDied.exit_code)
+                os._exit(EngineDied.exit_code)
 
     def _on_open(self, options: dict[str, Any]) -> None:
         logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
@@ -93,33 +89,32 @@ class _Worker:
     def _on_submit(
         self, number: int, prompt: Prompt, params: SamplingParams, options: dict[str, Any], *fds: int
     ) -> None:
-        assert self._runtime is not None, "the front submits when the model is loaded"
+        engine = self._engine
         for image, fd in zip([image for image in prompt.images if not image.rgb], fds, strict=True):
             object.__setattr__(image, "rgb", Pixels(fd, image.width * image.height * 3))
         try:
-            stream = self._runtime.engine.submit(prompt, params, **options)
+            stream = engine.submit(prompt, params, **options)
         except OpsinError as error:
-            self._channel.send(("events", [(number, [pack(error)])], None))
+            self._channel.send(("events", [(number, [pack(error)])], engine.stats))
             return
         self._streams[number], self._numbers[stream] = stream, number
         self._wake((stream,))  # for what came before
 
     def _on_cancel(self, number: int) -> None:
-        stream = self._streams.get(number)
-        if stream is not None:
+        if (stream := self._streams.get(number)) is not None:
             stream.cancel()
 
     def _on_ping(self) -> None:
-        stats = None if self._runtime is None else self._runtime.engine.stats
-        self._channel.send(("pong", self._watch.running, self._watch.longest, stats))
+        self._channel.send(("pong", self._watch.running, self._watch.longest, self._engine.stats))
 
     def _on_close(self) -> None:
-        def close() -> None:
-            if self._runtime is not None:
-                self._runtime.close()
-            _leave(0)
+        self._engine.close()
+        os._exit(0)
 
-        threading.Thread(target=close, name="opsin-close", daemon=True).start()
+    @property
+    def _engine(self) -> Engine:
+        assert self._runtime is not None, "the front asks when the model is loaded"
+        return self._runtime.engine
 
     def _wake(self, streams: Sequence[AnswerStream]) -> None:
         """These streams got events: called by the engine once a step, and by whoever ends a stream."""
@@ -134,46 +129,38 @@ class _Worker:
             self._waiting.set()
 
     def _send_events(self) -> None:
+        """Send all that has happened in one message, with the counters."""
+        sent_at = 0.0
         while True:
             self._waiting.wait()
-            if (left := self._sent_at + _GATHER_SECONDS - time.monotonic()) > 0:
+            if (left := sent_at + _GATHER_SECONDS - time.monotonic()) > 0:
                 self._urgent.wait(left)
             self._waiting.clear()
             self._urgent.clear()
-            self._send()
-
-    def _send(self) -> None:
-        """Send all that is there, in one message; counters go with what changes them visibly, and now and then."""
-        with self._sending:
             with self._touching:
                 touched, self._touched = self._touched, set()
-            batch: list[Packed] = []
-            now = time.monotonic()
-            milestone = now - self._stats_at >= _STATS_SECONDS
-            for stream in touched:
-                number = self._numbers.get(stream)
-                if number is None:
-                    continue
-                events, error = stream.take()
-                happened = events if error is None else [*events, error]
-                if not happened:
-                    continue
-                batch.append((number, [pack(one) for one in happened]))
-                milestone |= stream not in self._speaking
-                if isinstance(happened[-1], (Finished, BaseException)):
-                    milestone = True
-                    self._speaking.discard(stream)
-                    del self._streams[number], self._numbers[stream]
-                elif any(isinstance(event, TextDelta) for event in events):
-                    self._speaking.add(stream)
-            if not batch:
-                return
-            stats = None
-            if milestone and self._runtime is not None:
-                self._stats_at, stats = now, self._runtime.engine.stats
-            self._sent_at = now
-            with contextlib.suppress(OSError):  # the front is gone: the thread that reads ends this process
-                self._channel.send(("events", batch, stats))
+            if batch := self._take(touched):
+                sent_at = time.monotonic()
+                with contextlib.suppress(OSError):  # the front is gone: the thread that reads ends this process
+                    self._channel.send(("events", batch, self._engine.stats))
+
+    def _take(self, touched: set[AnswerStream]) -> list[Packed]:
+        batch: list[Packed] = []
+        for stream in touched:
+            number = self._numbers.get(stream)
+            if number is None:
+                continue
+            events, error = stream.take()
+            happened = events if error is None else [*events, error]
+            if not happened:
+                continue
+            batch.append((number, [pack(one) for one in happened]))
+            if isinstance(happened[-1], (Finished, BaseException)):
+                self._speaking.discard(stream)
+                del self._streams[number], self._numbers[stream]
+            elif any(isinstance(event, TextDelta) for event in events):
+                self._speaking.add(stream)
+        return batch
 
     def _load(self, options: dict[str, Any]) -> None:
         """Load the model and say what it is, or why it cannot be used."""
@@ -209,7 +196,7 @@ class _Worker:
                 log.exception("the model could not be loaded")
             with contextlib.suppress(OSError):
                 self._channel.send(("failed", portable(error)))
-            _leave(getattr(error, "exit_code", EngineDied.exit_code))
+            os._exit(getattr(error, "exit_code", EngineDied.exit_code))
 
 
 class CallWatch:
@@ -243,9 +230,3 @@ class CallWatch:
         """How long the call that has run longest was seen to do nothing else."""
         now = time.perf_counter()
         return max((now - calls[-1] for calls in list(self._calls.values()) if calls), default=0.0)
-
-
-def _leave(code: int) -> None:
-    """End now: an orderly end of the interpreter would wait for threads that may be loading a model."""
-    sys.stderr.flush()
-    os._exit(code)

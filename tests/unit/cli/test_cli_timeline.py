@@ -13,10 +13,11 @@ STAGES = Stages(
     load_ms=70.0, preprocess_ms=5.0, encode_ms=400.0, image_prefill_ms=300.0, text_prefill_ms=20.0, decode_ms=200.0,
     sample_ms=2.0, other_ms=3.0, total_ms=1000.0,
 )  # fmt: skip
+NOWHERE = Placement({}, {}, 0, 0)
 TIMINGS = Timings(0, 600, 720.0, 1.2, 833.3, 20, 202.0, 10.1, 99.0)
 
 
-def shown(answer: Answer, placement: Placement | None, width: int = 100) -> list[str]:
+def shown(answer: Answer, placement: Placement, width: int = 100) -> list[str]:
     console = Console(width=width, force_terminal=False, record=True, file=io.StringIO())
     console.print(timeline(answer, placement))
     return [line.rstrip() for line in console.export_text().splitlines()]
@@ -43,17 +44,17 @@ def test_every_stage_that_took_time_has_a_row_and_others_have_none() -> None:
 
 
 def test_bars_stand_one_after_another_and_inside_the_frame() -> None:
-    bars = [line for line in shown(answer(), None) if "█" in line]
+    bars = [line for line in shown(answer(), NOWHERE) if "█" in line]
     starts = [line.index("█") for line in bars]
     assert starts == sorted(starts)
     widths = [line.count("█") for line in bars]
-    assert max(widths) == round(0.4 * BAR)
+    assert max(widths) == int(0.4 * BAR)
     assert max(line.rindex("█") for line in bars) - min(starts) < BAR
 
 
 def test_a_question_without_an_image_has_no_vision_rows() -> None:
     asked = dataclasses.replace(answer(images=0), stages=Stages(text_prefill_ms=20.0, decode_ms=80.0, total_ms=100.0))
-    text = "\n".join(shown(asked, None))
+    text = "\n".join(shown(asked, NOWHERE))
     assert "text prefill" in text
     assert "encode" not in text
     assert "image" not in text
@@ -61,4 +62,4 @@ def test_a_question_without_an_image_has_no_vision_rows() -> None:
 
 def test_a_remembered_image_says_that_the_encoder_did_not_run() -> None:
     known = dataclasses.replace(answer(), images=(dataclasses.replace(answer().images[0], cached=True),))
-    assert "remembered: the encoder did not run" in "\n".join(shown(known, None, width=120))
+    assert "remembered: the encoder did not run" in "\n".join(shown(known, NOWHERE, width=120))

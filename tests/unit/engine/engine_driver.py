@@ -63,7 +63,7 @@ class Backend(FakeBackend):
     def encode(self, run: ImageChunk, between=None):  # type: ignore[no-untyped-def]
         def layers() -> None:
             for _ in range(self.layers):
-                self.clock.spend(self.costs.encode / self.layers)
+                self.clock.spend(self.encode_ms / self.layers)
                 between()
 
         return super().encode(run, None if between is None else layers)

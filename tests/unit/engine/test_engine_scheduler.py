@@ -25,7 +25,7 @@ def long(text: str) -> str:
 def driver(parallel: int = 4, size: BackendLimits | None = None, answer=reply, **policy: object) -> Driver:
     size = size or limits()
     made = Driver(size, Policy(parallel=parallel, **policy), Backend(answer, limits=size, clock=FakeClock()))  # type: ignore[arg-type]
-    made.backend.costs.preprocess = 0.0
+    made.backend.preprocess_ms = 0.0
     return made
 
 

@@ -17,7 +17,7 @@ from opsin.testing.fake_backend import TURN_TEXT
 def driver(parallel: int = 4, layers: int = 1, **policy: object) -> Driver:
     size = limits(n_ctx=2000)
     backend = Backend(lambda text: text[-2:] * 200, limits=size, clock=FakeClock())
-    backend.layers, backend.costs.preprocess = layers, 0.0
+    backend.layers, backend.preprocess_ms = layers, 0.0
     return Driver(size, Policy(parallel=parallel, **policy), backend)  # type: ignore[arg-type]
 
 
@@ -48,8 +48,8 @@ def test_an_encode_that_stands_still_for_others_tokens_is_queueing() -> None:
     inside = sum(len(step.decode) for step in made.turns)
     assert inside >= 5
     # The driver's backend takes the time of an encode once in its layers and once behind them.
-    assert looking.answer.stages.encode_ms == pytest.approx(2 * made.backend.costs.encode)
-    assert looking.answer.stages.queue_ms >= inside * made.backend.costs.decode - 1e-6
+    assert looking.answer.stages.encode_ms == pytest.approx(2 * made.backend.encode_ms)
+    assert looking.answer.stages.queue_ms >= inside * made.backend.decode_ms - 1e-6
     for decode, encode in itertools.product(intervals(stream, Stage.DECODE), intervals(looking, Stage.ENCODE)):
         assert decode.end <= encode.start + 1e-9 or encode.end <= decode.start + 1e-9
     check(stream)
@@ -63,7 +63,7 @@ def test_a_streams_pause_is_queueing() -> None:
         made.step()
     made.ask(prompt_of(1), max_tokens=1)
     made.run()
-    assert stream.answer.stages.queue_ms >= made.backend.costs.encode
+    assert stream.answer.stages.queue_ms >= made.backend.encode_ms
     check(stream)
 
 
