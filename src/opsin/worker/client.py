@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from opsin.core.answer import TextDelta
 from opsin.core.backend import BackendLimits
-from opsin.core.errors import BadInput, EngineClosed, EngineDied, EngineError, OpsinError, copy_of
+from opsin.core.errors import BadInput, EngineClosed, EngineDied, EngineError, OpsinError, QueueFull, copy_of
 from opsin.core.model_info import ModelInfo
 from opsin.core.placement import Placement
 from opsin.core.request import Prompt, SamplingParams
@@ -92,6 +92,7 @@ class WorkerEngine:
     ) -> None:
         self._open = ("open", {"model": model, "mmproj": mmproj, "settings": settings, "max_queue": max_queue})
         self._command = command
+        self._most = settings.parallel + max_queue
         self._idle_seconds = idle_seconds
         self._tick = PING_SECONDS if idle_seconds is None else min(PING_SECONDS, idle_seconds / 4)
         self._changed = changed
@@ -179,7 +180,7 @@ class WorkerEngine:
     ) -> AnswerStream:
         """See `Engine.submit`. A request waits for a worker that was idle or has crashed once, with its `load_ms`.
 
-        Raises NotReady, ImageBlocked, EngineClosed, or why the worker cannot be started.
+        Raises NotReady, ImageBlocked, QueueFull, EngineClosed, or why the worker cannot be started.
         """
         for image in prompt.images:
             crashes = self._crashes.get(image.sha256, [])
@@ -199,6 +200,8 @@ class WorkerEngine:
                 raise copy_of(self.error)
             if self.loaded is None or self._failures:
                 raise NotReady("The model is being loaded: ask again in a moment (GET /ready says when).")
+            if len(self._requests) >= self._most:  # while it is loaded again, the engine cannot say so
+                raise QueueFull(f"{self._most} requests are running or waiting already: try again in a moment.")
             self._requests[number] = request
             if self._state == "ready" and self._child is not None:
                 self._hand_over(self._child, number, request)
