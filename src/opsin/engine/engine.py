@@ -180,10 +180,8 @@ class Engine:
 
     def _prepare(self, request: Request, stream: AnswerStream, clock: StageClock) -> None:
         sequence = self._preparer.sequence(request, stream, clock)
-        if sequence is not None:
-            self._hand_over(sequence)
-
-    def _hand_over(self, sequence: Sequence) -> None:
+        if sequence is None:
+            return
         try:
             self._loop.put(sequence)
         except OpsinError:
