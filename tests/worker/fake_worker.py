@@ -72,7 +72,7 @@ def open_model(
         os.abort()
     engine = Engine(Backend, policy=Policy(parallel=settings.parallel, max_queue=max_queue), watch=watch, wake=wake)
     source = TemplateSource(TEMPLATE, "llama", "fake", None, "", "", frozenset({TURN_TEXT}))
-    return Runtime(engine, PromptBuilder(source), False, "fake", None, source)
+    return Runtime(engine, PromptBuilder(source), False, "fake")
 
 
 def main() -> None:
