@@ -28,7 +28,7 @@ SWAP_BYTES = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """An engine with its model loaded, and what writes prompts for that model, by `template`.
+    """An engine with its model loaded, and what writes prompts for that model.
 
     `setup` names files, settings, library and machine in one word: what was proved for it holds for it. `backend`
     is the engine's, for measurements while it is idle.
@@ -39,7 +39,6 @@ class Runtime:
     is_demo: bool
     setup: str
     backend: NativeBackend | None = None
-    template: TemplateSource | None = None
 
     def close(self) -> None:
         """Free everything; twice does no harm."""
@@ -94,7 +93,7 @@ def open_runtime(
         source = template_source(backend, pair)
         source = source if template is None else replace(source, template=template)
         setup = fingerprint([pair.llm, pair.mmproj], asked, present)
-        return Runtime(engine, PromptBuilder(source), pair.is_demo, setup, backend, source)
+        return Runtime(engine, PromptBuilder(source), pair.is_demo, setup, backend)
     except BaseException:
         engine.close()
         raise

@@ -81,7 +81,7 @@ def open_model(
         hang(ctypes.PyDLL(None))
     engine = Engine(Backend, policy=Policy(parallel=settings.parallel, max_queue=max_queue), watch=watch, wake=wake)
     source = TemplateSource(TEMPLATE, "llama", "fake", None, "", "", frozenset({TURN_TEXT}))
-    return Runtime(engine, PromptBuilder(source), False, "fake", None, source)
+    return Runtime(engine, PromptBuilder(source), False, "fake")
 
 
 def main() -> None:

@@ -87,9 +87,8 @@ def _pair(settings: EngineSettings) -> Pair:
 
 
 def _loaded_facts(runtime: Runtime) -> LoadedFacts:
-    backend, source, limits = runtime.backend, runtime.template, runtime.engine.limits
+    backend, source, limits = runtime.backend, runtime.prompts.source, runtime.engine.limits
     assert backend is not None, "a runtime of a model has one"
-    assert source is not None, "a runtime of a model knows its template"
     with closing(backend.tokenize([ImagePart(drawn_image())], add_bos=False)) as tokenized:
         return LoadedFacts(source, backend.eog_texts, tokenized.n_image_tokens, limits.n_ubatch, limits.n_ctx_seq)
 

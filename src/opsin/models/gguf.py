@@ -183,6 +183,7 @@ class GgufInfo:
     """One GGUF file, or all parts of a split one: `context` in tokens, `size` in bytes; None where it does not say.
 
     `width` is what the language model takes in for an image token (with deepstack more than its embedding).
+    `is_all_f32`: every tensor is f32, as in files called mmproj-F32.
     """
 
     path: Path
@@ -192,16 +193,11 @@ class GgufInfo:
     has_vision: bool
     quantisation: str
     size: int
-    tensor_types: dict[str, int]
+    is_all_f32: bool
     width: int | None = None
     context: int | None = None
     projector: str | None = None
     projector_width: int | None = None
-
-    @property
-    def is_all_f32(self) -> bool:
-        """Whether every tensor is f32, as in files called mmproj-F32."""
-        return set(self.tensor_types) == {"F32"}
 
 
 def read_info(path: Path) -> GgufInfo:
@@ -227,8 +223,8 @@ def info_of(headers: list[GgufHeader]) -> GgufInfo:
     kind = header.text("general.type")
     if kind in {"adapter", "imatrix"}:
         raise ModelUnreadable(f"{path} is of the kind {kind!r}, not a model: give the model's own GGUF file")
-    types = Counter(tensor.type or "unknown" for part in headers for tensor in part.tensors)
-    weights = Counter({kind: count for kind, count in types.items() if kind != "F32"})
+    types = (tensor.type or "unknown" for part in headers for tensor in part.tensors)
+    weights = Counter(kind for kind in types if kind != "F32")
     named = FILE_TYPES.get(found) if (found := header.integer("general.file_type")) is not None else None
     projector = header.text("clip.projector_type") or header.text("clip.vision.projector_type")
     width = header.integer(f"{architecture}.embedding_length")
@@ -242,7 +238,7 @@ def info_of(headers: list[GgufHeader]) -> GgufInfo:
         # Without a word of the file itself, the type of most tensors that are not plain f32.
         quantisation=named or (weights.most_common(1)[0][0] if weights else "F32"),
         size=sum(part.size for part in headers),
-        tensor_types=dict(types),
+        is_all_f32=not weights,
         width=None if width is None else width * (1 + deepstack),  # `llama_hparams::n_embd_inp`
         context=header.integer(f"{architecture}.context_length"),
         projector=projector,

@@ -91,6 +91,7 @@ class PromptBuilder:
     """
 
     def __init__(self, source: TemplateSource) -> None:
+        self.source = source
         text, self._glue = source.template or "", ""
         if text.strip():
             check_template(text, bos_token=source.bos_token, eos_token=source.eos_token)
@@ -103,7 +104,6 @@ class PromptBuilder:
         self._variables = find_undeclared_variables(environment().parse(text))
         self.knows_tools = "tools" in self._variables
         """Whether the template has a place for `tools`."""
-        self._bos = source.bos_token
         self._tokens = ControlTokens({*source.control_tokens, source.bos_token, source.eos_token})
         written = [marker for marker in _TURN_MARKERS if marker in text]
         self._stop = tuple(marker for marker in written if marker not in source.control_tokens | {source.eos_token})
@@ -152,7 +152,8 @@ class PromptBuilder:
             "".join(texts).encode()
         except UnicodeEncodeError:
             raise BadPrompt("A message has half a character (a lone surrogate): send whole Unicode text.") from None
-        add_bos = not (self._bos and rendered.startswith(self._bos))
+        bos = self.source.bos_token
+        add_bos = not (bos and rendered.startswith(bos))
         return Prompt(parts=parts, add_bos=add_bos, thinking=opened, reasoning=style, stop=self._stop)
 
     def _fold_system(self, messages: Sequence[Message]) -> Sequence[Message]:

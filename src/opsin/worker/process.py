@@ -178,11 +178,10 @@ class _Worker:
             params = SamplingParams(max_tokens=4, ignore_eos=True, guard=False)
             hello = runtime.prompts.build([Message("user", "Hello.")])
             runtime.engine.submit(hello, params, salt="warm-up").result()
-            assert runtime.template is not None, "a runtime of a model knows its template"
             loaded = Loaded(
                 info=runtime.engine.info,
                 limits=runtime.engine.limits,
-                source=runtime.template,
+                source=runtime.prompts.source,
                 is_demo=runtime.is_demo,
                 setup=runtime.setup,
                 load_ms=runtime.engine.load_ms,

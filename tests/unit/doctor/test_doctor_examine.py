@@ -57,7 +57,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 def opener(backend: FakeBackend) -> Callable[[], Runtime]:
     def open_runtime() -> Runtime:
         engine = Engine(lambda: backend, images=EmbeddingCache(2**20), now=backend.clock)
-        return Runtime(engine, PromptBuilder(SOURCE), False, "setup", backend, SOURCE)  # type: ignore[arg-type]
+        return Runtime(engine, PromptBuilder(SOURCE), False, "setup", backend)  # type: ignore[arg-type]
 
     return open_runtime
 
