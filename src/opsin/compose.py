@@ -108,8 +108,6 @@ def gpu_names() -> tuple[str, ...]:
 def template_source(backend: NativeBackend, pair: Pair) -> TemplateSource:
     """What the prompt room needs to know of a loaded pair."""
     model, info = backend.model, backend.info
-    heads = int(model.metadata.get(f"{info.architecture}.attention.head_count") or 1)
-    kv_heads = int(model.metadata.get(f"{info.architecture}.attention.head_count_kv") or heads)
     return TemplateSource(
         template=model.chat_template,
         architecture=info.architecture,
@@ -118,7 +116,7 @@ def template_source(backend: NativeBackend, pair: Pair) -> TemplateSource:
         bos_token=model.bos,
         eos_token=model.eos,
         control_tokens=frozenset(model.control_tokens),
-        kv_groups=max(1, heads // max(1, kv_heads)),
+        kv_groups=max(1, model.n_head // max(1, model.n_head_kv)),
     )
 
 
