@@ -14,8 +14,8 @@ from opsin.core.settings import MAX_ANSWER_TOKENS, EngineSettings
 from opsin.engine import Engine, Policy, Wake, Watch, unwatched, wake_readers
 from opsin.models import Pair, resolve
 from opsin.models.facts import read_facts
-from opsin.native import Device, NativeBackend, cpu_features, devices, open_backend
-from opsin.native.devices import CPU_NAMES, HOST, DeviceRate, free_memory, measure_device
+from opsin.native import NativeBackend, open_backend
+from opsin.native.devices import CPU_NAMES, HOST, Device, DeviceRate, cpu_features, devices, free_memory, measure_device
 from opsin.native.memory import MemoryPlanner
 from opsin.native.trial import end_with_parent, ensure_loadable, fingerprint
 from opsin.prompt import PromptBuilder, TemplateSource
