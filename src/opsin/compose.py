@@ -14,8 +14,8 @@ from opsin.core.settings import MAX_ANSWER_TOKENS, EngineSettings
 from opsin.engine import Engine, Policy, Wake, Watch, unwatched, wake_readers
 from opsin.models import Pair, resolve
 from opsin.models.facts import read_facts
-from opsin.native import Device, NativeBackend, cpu_features, devices, open_backend
-from opsin.native.devices import CPU_NAMES, HOST, DeviceRate, free_memory, measure_device
+from opsin.native import NativeBackend, open_backend
+from opsin.native.devices import CPU_NAMES, HOST, Device, DeviceRate, cpu_features, devices, free_memory, measure_device
 from opsin.native.memory import MemoryPlanner
 from opsin.native.trial import end_with_parent, ensure_loadable, fingerprint
 from opsin.prompt import PromptBuilder, TemplateSource
@@ -107,8 +107,6 @@ def gpu_names() -> tuple[str, ...]:
 def template_source(backend: NativeBackend, pair: Pair) -> TemplateSource:
     """What the prompt room needs to know of a loaded pair."""
     model, info = backend.model, backend.info
-    heads = int(model.metadata.get(f"{info.architecture}.attention.head_count") or 1)
-    kv_heads = int(model.metadata.get(f"{info.architecture}.attention.head_count_kv") or heads)
     return TemplateSource(
         template=model.chat_template,
         architecture=info.architecture,
@@ -117,7 +115,7 @@ def template_source(backend: NativeBackend, pair: Pair) -> TemplateSource:
         bos_token=model.bos,
         eos_token=model.eos,
         control_tokens=frozenset(model.control_tokens),
-        kv_groups=max(1, heads // max(1, kv_heads)),
+        kv_groups=max(1, model.n_head // max(1, model.n_head_kv)),
     )
 
 

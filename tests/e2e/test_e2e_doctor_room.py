@@ -17,7 +17,7 @@ from opsin.core.settings import EngineSettings
 from opsin.doctor.examine import behaviour_checks
 from opsin.doctor.safety import room_checks
 from opsin.models.facts import read_facts
-from opsin.native import cpu_features, devices
+from opsin.native.devices import cpu_features, devices
 from opsin.native.memory import MemoryPlanner
 from opsin.prompt import Message
 from opsin.testing import image
@@ -32,7 +32,8 @@ from token_rows import TokenRow, batch
 from opsin.core.request import ImageChunk
 from opsin.core.request import ImagePart
 from opsin.core.settings import EngineSettings
-from opsin.native import devices, open_backend
+from opsin.native import open_backend
+from opsin.native.devices import devices
 from opsin.testing import image
 devices()
 process, settings = psutil.Process(), EngineSettings.model_validate(json.loads(sys.argv[1]))

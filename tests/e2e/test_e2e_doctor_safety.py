@@ -14,7 +14,7 @@ from opsin.core.settings import EngineSettings
 from opsin.doctor.pair import read_pair
 from opsin.doctor.safety import trial_check
 from opsin.models.pairing import Pair
-from opsin.native import devices
+from opsin.native.devices import devices
 from opsin.native.trial import try_pair
 from synth import write_pair
 

@@ -15,7 +15,8 @@ from token_rows import TokenRow, batch
 from opsin.core.errors import EngineClosed, ModelNotFound, ModelUnreadable
 from opsin.core.request import EmbeddingRows, ImageChunk, ImagePart, SamplingParams, TextPart
 from opsin.core.settings import EngineSettings
-from opsin.native import Device, devices, open_backend
+from opsin.native import open_backend
+from opsin.native.devices import Device, devices
 from opsin.native.model import _placement
 
 
@@ -157,7 +158,8 @@ def test_names_of_the_pair(backend: Any, pair: Any) -> None:
     assert (info.llm_file, info.mmproj_file) == (pair.llm.name, pair.mmproj.name)
     assert (backend.model.bos, backend.model.eos) == ("<s>", "</s>")
     assert "</s>" in backend.model.control_tokens
-    assert backend.model.metadata["llama.block_count"] == "2"
+    assert backend.model.metadata("llama.block_count") == "2"
+    assert backend.model.metadata("no.such.key") == ""
 
 
 def test_devices_are_named() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from opsin.core.errors import NativeMismatch
 from opsin.doctor.build import build_checks
-from opsin.native import COMMIT, PINNED, build_info
+from opsin.native.devices import COMMIT, PINNED, build_info
 from opsin.native.library import ADVICE
 
 

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from opsin.core.errors import ModelError
-from opsin.native import devices
-from opsin.native.devices import Device, measure_device, physical_cores
+from opsin.native.devices import Device, devices, measure_device, physical_cores
 
 
 class Ggml:

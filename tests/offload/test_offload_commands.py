@@ -10,7 +10,7 @@ from typing import Any
 from opsin.core.settings import EngineSettings
 from opsin.doctor.pair import read_pair
 from opsin.doctor.safety import trial_check
-from opsin.native import devices
+from opsin.native.devices import devices
 
 DEVICE = "Vulkan0"
 SCRIPT = Path(__file__).parents[2] / "scripts" / "gpu" / "measure.sh"

@@ -10,7 +10,7 @@ from opsin.core.request import ImagePart
 from opsin.core.settings import EngineSettings, ImageSettings
 from opsin.doctor.placement import placement_checks
 from opsin.images import load_image
-from opsin.native import devices
+from opsin.native.devices import devices
 
 DEVICE = "Vulkan0"
 Prove = Callable[..., Any]

@@ -8,8 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from opsin.doctor.check import Check, Status
 from opsin.doctor.host import Gpu, Host, read_host
-from opsin.native import COMMIT, PACKAGE, PINNED, Build, build_info
-from opsin.native.devices import Device
+from opsin.native.devices import COMMIT, PACKAGE, PINNED, Build, Device, build_info
 
 # Without these the matrix kernels fall back to generic code; others only speed up some types of weights.
 ESSENTIAL = frozenset({"AVX", "AVX2", "FMA", "F16C", "NEON", "DOTPROD"})

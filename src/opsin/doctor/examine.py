@@ -22,7 +22,7 @@ from opsin.doctor.safety import room_checks, trial_check
 from opsin.engine import Engine
 from opsin.images import load_image
 from opsin.models import Pair, resolve
-from opsin.native import build_info, devices
+from opsin.native.devices import build_info, devices
 from opsin.prompt import Message, PromptBuilder
 
 QUESTION = "Answer in one short sentence: what is in this image?"

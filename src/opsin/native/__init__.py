@@ -7,17 +7,5 @@ Refuses to know: requests, schedules, prompts and templates, files other than th
 """
 
 from opsin.native.backend import NativeBackend, open_backend
-from opsin.native.devices import COMMIT, PACKAGE, PINNED, Build, Device, build_info, cpu_features, devices
 
-__all__ = [
-    "COMMIT",
-    "PACKAGE",
-    "PINNED",
-    "Build",
-    "Device",
-    "NativeBackend",
-    "build_info",
-    "cpu_features",
-    "devices",
-    "open_backend",
-]
+__all__ = ["NativeBackend", "open_backend"]

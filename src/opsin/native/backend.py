@@ -28,8 +28,8 @@ class NativeBackend(Context):
         self.has_vision = encoder is not None
         self.eog_texts = frozenset(map(model.text_of, model.eog_tokens))
         self.info = ModelInfo(
-            name=model.metadata.get("general.name") or model.path.stem,
-            architecture=model.metadata.get("general.architecture", "unknown"),
+            name=model.metadata("general.name") or model.path.stem,
+            architecture=model.metadata("general.architecture") or "unknown",
             projector=(encoder.kind or "unknown") if encoder is not None else None,
             llm_file=model.path.name,
             mmproj_file=encoder.path.name if encoder is not None else None,

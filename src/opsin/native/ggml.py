@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 _P, _STR, _SIZE, _INT, _BOOL = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_bool
-_I64, _U32 = ctypes.c_int64, ctypes.c_uint32
+_I64 = ctypes.c_int64
 
 _HEAVY = frozenset({"MUL_MAT", "MUL_MAT_ID", "FLASH_ATTN_EXT", "CONV_2D", "CONV_3D"})
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import re
 import threading
 from typing import TYPE_CHECKING, Any
@@ -95,6 +94,8 @@ class Model:
         self.n_vocab: int = llama.llama_vocab_n_tokens(self._vocab)
         self.n_embd: int = llama.llama_model_n_embd_inp(pointer)
         self.n_layer: int = llama.llama_model_n_layer(pointer)
+        self.n_head: int = llama.llama_model_n_head(pointer)
+        self.n_head_kv: int = llama.llama_model_n_head_kv(pointer)
         self.n_ctx_train: int = llama.llama_model_n_ctx_train(pointer)
         self.n_pos: int = 4 if llama.llama_model_rope_type(pointer) in _ROPE_WITH_SECTIONS else 1
         self.whole_states_only: bool = llama.llama_model_is_recurrent(pointer) or llama.llama_model_is_hybrid(pointer)
@@ -129,18 +130,11 @@ class Model:
         """Layers asked to be on a GPU, 0 where there is none; the output layer, which goes there first, not counted."""
         return self.n_layer if self.n_gpu_layers < 0 else max(0, min(self.n_gpu_layers - 1, self.n_layer))
 
-    @functools.cached_property
-    def metadata(self) -> dict[str, str]:
-        """All scalar metadata of the GGUF file, as llama.cpp prints it."""
-        llama, pointer = self.lib.llama, self.pointer
-
-        def text(function: Any, index: int) -> str:
-            filled = _filled(ctypes.c_char, 256, lambda buffer, size: function(pointer, index, buffer, size))
-            return bytes(filled).decode("utf-8", "replace")
-
-        keys, values = llama.llama_model_meta_key_by_index, llama.llama_model_meta_val_str_by_index
-        count = llama.llama_model_meta_count(pointer)
-        return {text(keys, index): text(values, index) for index in range(count)}
+    def metadata(self, key: str) -> str:
+        """A scalar of the GGUF file's metadata, its first 1,000 bytes; empty where there is none."""
+        text = ctypes.create_string_buffer(1001)
+        self.lib.llama.llama_model_meta_val_str(self.pointer, key.encode(), text, len(text))
+        return text.value.decode("utf-8", "replace")
 
     def text_of(self, token: int) -> str:
         """What the vocabulary calls a token; empty for -1."""

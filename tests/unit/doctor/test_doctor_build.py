@@ -13,8 +13,7 @@ from opsin.doctor import build as room
 from opsin.doctor.build import build_checks, unused_gpu_hint
 from opsin.doctor.check import Check, worst
 from opsin.doctor.host import Gpu, Host
-from opsin.native import COMMIT, PINNED, Build, Device
-from opsin.native.devices import features_of, has_assertions
+from opsin.native.devices import COMMIT, PINNED, Build, Device, features_of, has_assertions
 
 GIB = 1 << 30
 RTX = Gpu("CUDA", "NVIDIA GeForce RTX 3090", "550.54.14")

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 
 from opsin.doctor.build import RECIPES, install_command
 from opsin.doctor.host import Host
-from opsin.native import PINNED
+from opsin.native.devices import PINNED
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell line")
 RECORD = '#!/bin/sh\nhere=$(dirname "$0")\nfor word in "$@"; do echo "$word"; done >>"$here/words"\nenv >"$here/env"\n'
