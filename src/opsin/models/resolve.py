@@ -10,7 +10,9 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 from platformdirs import user_data_path
@@ -65,9 +67,14 @@ def locate(model: str) -> Path | None:
 
 
 def demo_pair() -> Pair:
-    """The pair shipped in the package."""
-    folder = Path(__file__).with_name("demo")
-    return Pair(folder / "opsin-demo.gguf", folder / "mmproj-opsin-demo.gguf", DEMO_NAME, is_demo=True)
+    """The pair shipped in the package. Raises ModelNotFound when this installation has none."""
+    folder = Path(str(resources.files("opsin.models"))) / "demo"
+    llm, mmproj = folder / "opsin-demo.gguf", folder / "mmproj-opsin-demo.gguf"
+    if not llm.is_file() or not mmproj.is_file():
+        raise ModelNotFound(
+            "this installation has no demo model: get one with `opsin pull llava-1.5-7b`, or give --model"
+        )
+    return Pair(llm, mmproj, DEMO_NAME, is_demo=True)
 
 
 def _default() -> Pair:
@@ -161,7 +168,8 @@ def _all_pairs(folders: Iterable[Path], default: Pair | None) -> Iterator[Pair]:
                 yield pair
     if default is not None:
         yield default
-    yield demo_pair()
+    with suppress(ModelNotFound):  # an installation without the demo still has a list
+        yield demo_pair()
 
 
 def _pair_with_neighbour(path: Path) -> Pair | None:
