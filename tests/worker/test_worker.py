@@ -328,7 +328,7 @@ def test_a_step_is_one_message_however_many_stream() -> None:
             self.messages += 1
             super()._on_events(*said)
 
-    with Counted(None, None, EngineSettings(parallel=8), command=COMMAND) as engine:
+    with closing(Counted(None, None, EngineSettings(parallel=8), command=COMMAND)) as engine:
         engine.wait_ready()
         before, steps = engine.messages, engine.stats.decode_steps
         streams = [engine.submit(prompt(text=str(number)), PARAMS) for number in range(8)]

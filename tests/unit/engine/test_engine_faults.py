@@ -47,7 +47,7 @@ def test_slices_learn_from_images_that_attend_both_ways_too() -> None:
         Policy(parallel=2, slice=64, slice_seconds=0.1),
         Both(lambda _: "ab" * 200, limits=size, clock=FakeClock()),
     )
-    made.backend.image_tokens, made.backend.costs.image_token = 64, 2.0
+    made.backend.image_tokens, made.backend.image_token_ms = 64, 2.0
     made.ask(prompt_of(1), max_tokens=1)
     made.run()
     made.ask("talk", max_tokens=100)
