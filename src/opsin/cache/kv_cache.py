@@ -333,13 +333,15 @@ class KVCacheManager:
     def find(self, wanted: Prefix) -> Match | None:
         """Who shares the longest beginning. Idle prefixes that are of little use to it are swapped out before."""
         match = self.index.match(wanted)
+        useful = match is not None and 2 * match.prefix.cells(match.ready) >= match.prefix.cells(match.prefix.ready)
+        self.swap_out_idle(keep=match.prefix if match is not None and useful else None)
+        return self.index.match(wanted)
+
+    def swap_out_idle(self, keep: Prefix | None = None) -> None:
+        """Idle prefixes make room for those that run, whose attention looks at their cells, too."""
         for prefix in list(self.idle.values()):
-            cells = prefix.cells(prefix.ready)
-            used = match is not None and match.prefix is prefix and 2 * prefix.cells(match.ready) >= cells
-            if not used and cells <= self._swap_cells:
+            if prefix is not keep and prefix.cells(prefix.ready) <= self._swap_cells:
                 self._evict(prefix)
-                match = self.index.match(wanted)
-        return match
 
     def _evict(self, prefix: Prefix) -> None:
         cells, seq_id = prefix.cells(prefix.ready), prefix.seq_id

@@ -31,7 +31,7 @@ class Policy:
     With `decode_in_encode` streams get their tokens between two layers of an encode, too.
 
     `wait_for` is how many more tokens a prefix that is being filled must share than one that is ready, for a request
-    to wait for it. The prefixes of ended sequences go into main memory as soon as somebody else begins, `swap_cells` of
+    to wait for it. The prefixes of ended sequences go into main memory as soon as somebody else runs, `swap_cells` of
     them; at most `idle_cells` stay in the KV cache (None: until the room is needed). `max_queue` requests may wait.
     """
 
@@ -206,6 +206,8 @@ class Scheduler:
             self.running.remove(sequence)
             if keep:
                 self.kv.retire(sequence.prefix)
+                if self.running:
+                    self.kv.swap_out_idle()
                 most = self._policy.idle_cells
                 while most is not None and self.kv.cells.held_by(self.kv.idle) > most:
                     self.kv.evict_oldest()

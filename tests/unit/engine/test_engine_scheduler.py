@@ -542,6 +542,18 @@ def test_a_conversation_stays_in_the_cache_and_its_questions_are_swapped_out_onc
     assert len(made.scheduler.kv.swapped) == 1
 
 
+def test_who_has_answered_is_not_in_the_way_of_those_that_came_with_it() -> None:
+    """Eight images at once: the last ones were filled beside the cells of all that had answered long ago."""
+    made = driver(parallel=4, size=limits(n_ctx=2000, n_ubatch=16), swap_cells=1000)
+    asked = [made.ask(name * 200, max_tokens=2) for name in "abcd"]
+    made.step()
+    while not made.scheduler.idle:
+        assert not made.scheduler.kv.idle
+        made.step()
+    assert made.loop.snapshot().idle_prefixes == 4
+    assert [a.answer.text for a in asked] == [expected(prompt_of(c * 200), 2, 2000) for c in "abcd"]
+
+
 def test_what_main_memory_has_no_room_for_stays_in_the_cache() -> None:
     made = driver(parallel=1, size=limits(n_ctx=600), answer=lambda _: "", swap_cells=100)
     for name in "ab":
