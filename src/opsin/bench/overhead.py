@@ -1,6 +1,7 @@
 """What a token costs beside the model: CPU time of whole processes by tokens made, in process and over HTTP.
 
-Meant for a model that takes next to nothing itself; its share is measured by bare backend calls and shown beside.
+Meant for a model that takes next to nothing itself; its share is measured by bare backend calls and shown beside. A
+whole round goes before the one that is measured: a server's first answers fall into its start.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def in_process(engine: Engine, streams: int, *, guard: bool) -> Overhead:
         running = [engine.submit(Prompt((TextPart(prompt),)), params) for prompt in prompts]
         return sum(stream.result().usage.completion_tokens for stream in running)
 
-    answer(["warm-up"])
+    answer(_prompts(streams, "First"))
     steps, wall, cpu = engine.stats.decode_steps, time.perf_counter(), time.process_time()
     tokens = answer(_prompts(streams))
     spent = time.perf_counter() - wall, time.process_time() - cpu
@@ -115,7 +116,7 @@ def native(backend: Backend, streams: int) -> Overhead:
 def over_http(settings: EngineSettings, streams: int, *, guard: bool) -> Overhead:
     """The CPU time of all processes of `opsin serve`. Needs /proc. Raises BadParameter, RequestFailed."""
     with serving(settings) as (pid, url):
-        _complete(url, ["warm-up"], guard=guard)
+        _complete(url, _prompts(streams, "First"), guard=guard)
         wall, cpu = time.perf_counter(), cpu_seconds(pid)
         tokens = _complete(url, _prompts(streams), guard=guard)
         return Overhead("http", streams, guard, tokens, 0, time.perf_counter() - wall, cpu_seconds(pid) - cpu)
@@ -153,9 +154,9 @@ def http_extra(rows: Sequence[Overhead]) -> dict[tuple[int, bool], float]:
     return {(row.streams, row.guard): row.us_per_token - alone[row.streams, row.guard] for row in served}
 
 
-def _prompts(streams: int) -> list[str]:
+def _prompts(streams: int, end: str = "and") -> list[str]:
     """Short and different from the first character on, so that no stream shares a prefix with another."""
-    return [f"{number} and" for number in range(streams)]
+    return [f"{number} {end}" for number in range(streams)]
 
 
 def _complete(url: str, prompts: Sequence[str], *, guard: bool) -> int:
