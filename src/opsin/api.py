@@ -13,8 +13,7 @@ from opsin.compose import Runtime, open_runtime
 from opsin.core.answer import Answer
 from opsin.core.config import checked, current_folder, read_config, settle_old
 from opsin.core.errors import BadParameter
-from opsin.core.model_info import ModelInfo
-from opsin.core.placement import Placement
+from opsin.core.model_info import ModelInfo, Placement
 from opsin.core.request import Image, Prompt, SamplingParams
 from opsin.core.settings import RENAMED, RETIRED, EngineSettings, ImageSettings
 from opsin.engine import AnswerStream, Engine

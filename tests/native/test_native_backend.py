@@ -31,7 +31,7 @@ def test_closing_frees_children_first_and_only_once(open_pair: Callable[..., Any
         for child in handle._children.values():
             watch(child)
 
-    watch(backend.model.handle)
+    watch(backend.model)
     backend.close()
     backend.close()
     sampler.close()

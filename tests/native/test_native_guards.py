@@ -21,7 +21,7 @@ from opsin.native.context import BatchArrays
 b = opened()
 c = b
 arrays = BatchArrays(b.model.lib.llama.llama_batch, 200, 1)
-b.model.lib.llama.llama_decode(c.pointer, arrays.tokens(batch([TokenRow(5, i, 0) for i in range(200)])))
+b.model.lib.llama.llama_decode(c.handle.pointer, arrays.tokens(batch([TokenRow(5, i, 0) for i in range(200)])))
 """,
     "an image that attends both ways and is larger than a ubatch": """
 from opsin.native.context import BatchArrays
@@ -51,7 +51,7 @@ b.model.lib.llama.llama_memory_seq_rm(b._memory, 4000, 0, -1)
     "more logits than were reserved": """
 b = opened(parallel=1, ubatch=256)
 c = b
-b.model.lib.llama.llama_decode(c.pointer, c._arrays.tokens(batch([TokenRow(5, i, 0, True) for i in range(100)])))
+b.model.lib.llama.llama_decode(c.handle.pointer, c._arrays.tokens(batch([TokenRow(5, i, 0, True) for i in range(100)])))
 """,
     "more sequences than a ubatch has rows": """
 b = opened(mmproj=None)

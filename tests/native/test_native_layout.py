@@ -154,7 +154,7 @@ def test_a_closed_layout_cannot_be_encoded(backend: Any) -> None:
 def test_an_image_needs_a_vision_encoder(open_pair: Callable[..., Any]) -> None:
     backend = open_pair(mmproj=None)
     try:
-        assert not backend.has_vision
+        assert backend.info.projector is None
         assert backend.info.projector is None
         with pytest.raises(BadInput, match="--mmproj"):
             backend.tokenize([ImagePart(draw())], add_bos=False)

@@ -31,7 +31,7 @@ def opened(settings: EngineSettings) -> Any:
 def threads_of(backend: Any) -> tuple[int, int]:
     """Those that llama.cpp decodes and prefills with."""
     llama = backend.model.lib.llama
-    return llama.llama_n_threads(backend.pointer), llama.llama_n_threads_batch(backend.pointer)
+    return llama.llama_n_threads(backend.handle.pointer), llama.llama_n_threads_batch(backend.handle.pointer)
 
 
 def test_settings_that_are_tuned_reach_the_library(pair: Any) -> None:

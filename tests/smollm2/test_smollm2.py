@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from opsin import Message, Opsin
+from opsin.core.answer import ReasoningStyle
 from opsin.core.errors import BadInput
-from opsin.core.reasoning import ReasoningStyle
 from opsin.core.request import Prompt, SamplingParams, TextPart
 from opsin.core.settings import ServerSettings
 from opsin.server.chat import CallReader

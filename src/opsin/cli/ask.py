@@ -24,7 +24,7 @@ from opsin.cli.console import DEMO, printable, say, working
 from opsin.core.answer import Answer, Finished, Progress, TextDelta
 from opsin.core.errors import BadInput, BadParameter
 from opsin.core.files import read_text
-from opsin.core.placement import BackendShare, Placement
+from opsin.core.model_info import BackendShare, Placement
 from opsin.core.request import Image, SamplingParams
 from opsin.core.settings import MAX_SCHEMA, EngineSettings, ImageSettings
 from opsin.doctor.build import unused_gpu_hint

@@ -12,8 +12,7 @@ from typing import Any, Protocol
 
 from opsin.core.answer import TokenLogprob
 from opsin.core.errors import OpsinError
-from opsin.core.model_info import ModelInfo
-from opsin.core.placement import Placement
+from opsin.core.model_info import ModelInfo, Placement
 from opsin.core.request import Embedding, EmbeddingRows, ImageChunk, Part, SamplingParams, TokenBatch, TokenizedPrompt
 
 

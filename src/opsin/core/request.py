@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from opsin.core.answer import ImageInfo
-from opsin.core.reasoning import ReasoningStyle
+from opsin.core.answer import ImageInfo, ReasoningStyle
 from opsin.core.settings import GUARD_HELP, MAX_LOGIT_BIAS, MAX_SCHEMA, MAX_SECONDS_HELP, MAX_STOP, MAX_TOKENS_HELP
 
 if TYPE_CHECKING:  # images are decoded in processes that need no numpy

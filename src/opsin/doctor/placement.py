@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from opsin.core.placement import BackendShare, Placement
+from opsin.core.model_info import BackendShare, Placement
 from opsin.core.settings import EngineSettings
 from opsin.doctor.build import in_software
 from opsin.doctor.check import Check, Status, means_cpu, serve_command

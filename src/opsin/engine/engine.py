@@ -11,12 +11,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Self, TypeVar
 
 from opsin.cache import EmbeddingCache, salted
-from opsin.core.answer import Stage
+from opsin.core.answer import ReasoningStyle, Stage
 from opsin.core.backend import Backend, BackendLimits
 from opsin.core.errors import ContextOverflow, EngineClosed, OpsinError, QueueFull, copy_of
-from opsin.core.model_info import ModelInfo
-from opsin.core.placement import Placement
-from opsin.core.reasoning import ReasoningStyle
+from opsin.core.model_info import ModelInfo, Placement
 from opsin.core.request import Embedding, ImageChunk, Prompt, SamplingParams, TextChunk, TextPart, TokenizedPrompt
 from opsin.engine.clock import StageClock
 from opsin.engine.guard import Guard

@@ -9,8 +9,7 @@ import codecs
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from opsin.core.answer import GuardVerdict, TextDelta, TokenLogprob
-from opsin.core.reasoning import ReasoningStyle
+from opsin.core.answer import GuardVerdict, ReasoningStyle, TextDelta, TokenLogprob
 from opsin.engine.guard import Guard
 
 

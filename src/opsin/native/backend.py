@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from opsin.core.errors import BadParameter, ModelNotFound
-from opsin.core.model_info import ModelInfo
+from opsin.core.model_info import ModelInfo, Placement
 from opsin.native import logs
 from opsin.native.constraint import Constraints
 from opsin.native.context import Context
@@ -14,7 +14,6 @@ from opsin.native.probe import probe_placement
 from opsin.native.vision import Encoder
 
 if TYPE_CHECKING:
-    from opsin.core.placement import Placement
     from opsin.core.settings import EngineSettings
 
 
@@ -25,7 +24,6 @@ class NativeBackend(Context):
         super().__init__(model, settings, encoder)
         self._constraints = Constraints(model)  # reads the model in a thread of its own until `close`
         self.settings = settings
-        self.has_vision = encoder is not None
         self.eog_texts = frozenset(map(model.text_of, model.eog_tokens))
         self.info = ModelInfo(
             name=model.metadata("general.name") or model.path.stem,
@@ -47,6 +45,8 @@ def open_backend(settings: EngineSettings) -> NativeBackend:
         raise ModelNotFound("No model was given: name one with --model.")
     if settings.mmproj is None and (settings.image_max_tokens or settings.image_min_tokens):
         raise BadParameter("Limits on image tokens need a vision encoder: give its projector with --mmproj.")
+    if 0 < (settings.image_max_tokens or 0) < (settings.image_min_tokens or 0):
+        raise BadParameter("--image-min-tokens is larger than --image-max-tokens: give a smaller one.")
     logs.show(settings.verbose)
     model = Model(settings.model, settings)
     try:

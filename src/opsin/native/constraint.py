@@ -20,7 +20,7 @@ import numpy as np
 
 from opsin.core.errors import BadGrammar, ConstraintFailed
 from opsin.native.gbnf import to_lark
-from opsin.native.schema import UniqueItems, prepare
+from opsin.native.schema import Node, UniqueItems, prepare
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -41,21 +41,18 @@ _SPACING = {"whitespace_flexible": False, "item_separator": ", ?", "key_separato
 _JSON_OPTIONS = {**_SPACING, "coerce_one_of": True, "lenient": False}
 
 
-class Compiled:
-    """A matcher at its start, and the schema if it has unique items: what answers begin with."""
-
-    def __init__(self, matcher: LLMatcher, unique: dict[str, Any] | None) -> None:
-        self.matcher, self.unique = matcher, unique
-
-
 class Constraint:
     """The schema or grammar of one answer. Not for two threads at once."""
 
-    def __init__(self, compiled: Compiled, bits: NDArray[np.int32], model: Model) -> None:
-        """`bits` is room for the mask, int32 [n_vocab / 32], which answers of one thread may share."""
-        self._matcher = compiled.matcher.deep_copy()
-        self._unique = None if compiled.unique is None else UniqueItems(compiled.unique)
+    def __init__(self, matcher: LLMatcher, schema: Node | None, bits: NDArray[np.int32], model: Model) -> None:
+        """`schema` has unique items. `bits` is room for the mask, int32 [n_vocab / 32], which answers may share."""
+        self._matcher, self._schema = matcher, schema
+        self._unique = None if schema is None else UniqueItems(schema)
         self._bits, self._model = bits, model
+
+    def copy(self) -> Constraint:
+        """What was compiled, for one more answer."""
+        return Constraint(self._matcher.deep_copy(), self._schema, self._bits, self._model)
 
     def permits(self, token: int) -> bool:
         """Whether this token may come next; much cheaper than a mask."""
@@ -96,7 +93,7 @@ class Constraint:
 
 
 class Constraints:
-    """The schemas and grammars of one model. Any thread may compile; one thread starts what is compiled."""
+    """The schemas and grammars of one model. Any thread may compile; one thread copies what is compiled."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
@@ -108,24 +105,20 @@ class Constraints:
         self._builder = threading.Thread(target=self._build_tokenizer, name="opsin-tokenizer", daemon=True)
         self._builder.start()
 
-    def compile(self, params: SamplingParams) -> Compiled:
-        """Make the request's schema or grammar ready for `start`. Raises BadGrammar."""
+    def compile(self, params: SamplingParams) -> Constraint:
+        """The request's schema or grammar, of which each answer takes a copy. Raises BadGrammar."""
         with self._lock:  # so that requests for the same schema wait for one compilation
             found = self._compiled(params.json_schema, params.grammar)
         if isinstance(found, str):
             raise BadGrammar(found)
         return found
 
-    def start(self, compiled: Compiled) -> Constraint:
-        """A constraint for one answer."""
-        return Constraint(compiled, self._bits, self._model)
-
     def close(self) -> None:
         """Wait until the model is not needed any more, and forget what was compiled."""
         self._builder.join()
         self._compiled.cache_clear()
 
-    def _compile(self, schema: str | None, gbnf: str | None) -> Compiled | str:
+    def _compile(self, schema: str | None, gbnf: str | None) -> Constraint | str:
         """What is remembered, or why the schema or grammar is refused."""
         from llguidance import LLMatcher, LLParserLimits
 
@@ -148,7 +141,7 @@ class Constraints:
         mask = b"" if matcher.is_error() else matcher.compute_bitmask()
         if matcher.is_error() or not any(mask):
             return f"The {what} cannot be used: {_reason(matcher.get_error()) or 'no answer fits it'}."
-        return Compiled(matcher, unique)
+        return Constraint(matcher, unique, self._bits, self._model)
 
     def _build_tokenizer(self) -> None:
         from llguidance import LLTokenizer

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from opsin.core.backend import Sample
     from opsin.core.request import Embedding, ImageChunk, Part, SamplingParams, TokenBatch, TokenizedPrompt
     from opsin.core.settings import EngineSettings
-    from opsin.native.constraint import Compiled, Constraints
+    from opsin.native.constraint import Constraint, Constraints
     from opsin.native.model import Model
     from opsin.native.vision import Encoder
 
@@ -101,7 +101,7 @@ class Context:
                 f"llama.cpp cannot make a context of {params.n_ctx} tokens "
                 f"({logs.SINK.cause(mark) or 'probably not enough memory'}): give a smaller --ctx or another --kv-type."
             )
-        self.handle = Owned("context", pointer, llama.llama_free, model.handle)
+        self.handle = Owned("context", pointer, llama.llama_free, model)
         self.eog_tokens, self.piece = model.eog_tokens, model.piece
         self.limits = BackendLimits(
             n_ctx=(n_ctx := llama.llama_n_ctx(pointer)),
@@ -120,13 +120,8 @@ class Context:
         self._outputs: dict[int, int] = {}  # rows of the last batch that have logits, and where these are
 
     @property
-    def pointer(self) -> int:
-        """The native context."""
-        return self.handle.pointer
-
-    @property
     def _memory(self) -> int:
-        return int(self._llama.llama_get_memory(self.pointer))
+        return int(self._llama.llama_get_memory(self.handle.pointer))
 
     def tokenize(
         self, parts: Sequence[Part], *, add_bos: bool, known: Callable[[str], bool] | None = None
@@ -147,7 +142,7 @@ class Context:
         return self._encoder.encode_many(chunks)
 
     def decode(self, rows: TokenBatch | EmbeddingRows) -> bool:
-        pointer, causal = self.pointer, True
+        pointer, causal = self.handle.pointer, True
         if isinstance(rows, EmbeddingRows):
             self._check_embeddings(rows)
             batch, causal = self._arrays.embeddings(rows), rows.causal
@@ -202,14 +197,14 @@ class Context:
             _require(0 <= seq_id <= last, f"There is no sequence {seq_id}: ids go from 0 to {last}.")
 
     def synchronize(self) -> None:
-        self._llama.llama_synchronize(self.pointer)
+        self._llama.llama_synchronize(self.handle.pointer)
 
     def logits(self, row: int) -> NDArray[np.float32]:
         """The raw logits of a batch row of the last decode (-1: the last that has any), float32 [n_vocab].
 
         A view of native memory, good until the next decode. Raises DecodeFailed when the row has none.
         """
-        pointer, outputs = self.pointer, self._outputs
+        pointer, outputs = self.handle.pointer, self._outputs
         _require(row in outputs or (row == -1 and bool(outputs)), f"Row {row} of the last batch has no logits.")
         view = floats(self._llama.llama_get_logits_ith(pointer, row), self.limits.n_vocab)
         # One comparison instead of a scan: max() is not-a-number as soon as one logit is. Sorting such logits is
@@ -217,13 +212,13 @@ class Context:
         _require(not np.isnan(view.max()), _NOT_A_NUMBER)
         return view
 
-    def _argmax(self, wanted: Sequence[tuple[int, NDArray[np.intp] | None]]) -> list[_Sampled]:
+    def _argmax(self, wanted: Sequence[tuple[int, NDArray[np.intp]]]) -> list[_Sampled]:
         """The most likely token of each of these rows of the last decode, without the tokens forbidden there."""
         shape = (len(self._outputs), self.limits.n_vocab)
-        logits = floats(self._llama.llama_get_logits(self.pointer), shape[0] * shape[1]).reshape(shape)
+        logits = floats(self._llama.llama_get_logits(self.handle.pointer), shape[0] * shape[1]).reshape(shape)
         places = [self._outputs[row] for row, _ in wanted]
         for place, (_, forbidden) in zip(places, wanted, strict=True):
-            if forbidden is not None:
+            if len(forbidden):
                 logits[place, forbidden] = -np.inf
         few = 2 * len(places) <= len(logits)  # a look at some rows in vain costs less than a copy of most
         tokens = logits[places].argmax(axis=1) if few else logits.argmax(axis=1)[places]
@@ -234,16 +229,14 @@ class Context:
             for nan, token in zip(bad, tokens.tolist(), strict=True)
         ]
 
-    def check(self, params: SamplingParams) -> Compiled | None:
+    def check(self, params: SamplingParams) -> Constraint | None:
         if self._constraints is None or (params.json_schema is None and params.grammar is None):
             return None
         with self._readers:
             return self._constraints.compile(params)
 
     def sampler(self, params: SamplingParams, seed: int, compiled: object = None) -> NativeSampler:
-        constraint = None
-        if self._constraints is not None and compiled is not None:
-            constraint = self._constraints.start(cast("Compiled", compiled))
+        constraint = None if compiled is None else cast("Constraint", compiled).copy()
         return NativeSampler(self.model, self.handle, self.logits, params, seed, constraint=constraint)
 
     def sample(self, samples: Sequence[Sample]) -> list[_Sampled]:
@@ -284,14 +277,14 @@ class Context:
 
     def kv_save(self, seq_id: int) -> NDArray[np.uint8]:
         self._check_sequences(seq_id)
-        state = np.empty(self._llama.llama_state_seq_get_size(self.pointer, seq_id), np.uint8)
-        self._llama.llama_state_seq_get_data(self.pointer, _bytes(state), len(state), seq_id)
+        state = np.empty(self._llama.llama_state_seq_get_size(self.handle.pointer, seq_id), np.uint8)
+        self._llama.llama_state_seq_get_data(self.handle.pointer, _bytes(state), len(state), seq_id)
         return state
 
     def kv_load(self, seq_id: int, saved: NDArray[np.uint8]) -> None:
         self._check_sequences(seq_id)
         mark = logs.SINK.mark
-        if not self._llama.llama_state_seq_set_data(self.pointer, _bytes(saved), len(saved), seq_id):
+        if not self._llama.llama_state_seq_set_data(self.handle.pointer, _bytes(saved), len(saved), seq_id):
             raise DecodeFailed(f"The KV cache does not take back what was swapped out ({logs.SINK.cause(mark)}).")
 
     def _ids(self, seq_id: int) -> tuple[int, ...]:

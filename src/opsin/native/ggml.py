@@ -12,8 +12,6 @@ from typing import Any
 _P, _STR, _SIZE, _INT, _BOOL = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_bool
 _I64 = ctypes.c_int64
 
-_HEAVY = frozenset({"MUL_MAT", "MUL_MAT_ID", "FLASH_ATTN_EXT", "CONV_2D", "CONV_3D"})
-
 
 class Tensor(ctypes.Structure):
     """`struct ggml_tensor` (ggml.h)."""
@@ -87,15 +85,10 @@ def bind(libraries: list[ctypes.CDLL]) -> SimpleNamespace:
     return SimpleNamespace(**bound)
 
 
-def op_names(lib: Any) -> dict[int, str]:
-    """The operations of ggml by number."""
-    names: dict[int, str] = {}
+def op_names(lib: Any) -> list[str]:
+    """The operations of ggml, each at its number."""
+    names: list[str] = []
     # GGML_OP_COUNT is not exported: the table ends with GLU, and asking past its end would read foreign memory.
-    while "GLU" not in names.values():
-        names[len(names)] = lib.ggml.ggml_op_name(len(names)).decode()
+    while "GLU" not in names:
+        names.append(lib.ggml.ggml_op_name(len(names)).decode())
     return names
-
-
-def heavy_ops(lib: Any) -> frozenset[int]:
-    """Numbers of the operations that take nearly all of the time."""
-    return frozenset(number for number, name in op_names(lib).items() if name in _HEAVY)

@@ -73,8 +73,8 @@ def floats(address: Any, count: int) -> NDArray[np.float32]:
     return np.frombuffer(memory, np.float32)
 
 
-class Model:
-    """A language model in memory, for any thread.
+class Model(Owned):
+    """A language model in memory, for any thread; closing it frees everything made from it.
 
     An embedding row has `n_pos` positions: 4 under M-RoPE, else 1. With `whole_states_only` no part of the KV cache can
     be forgotten or copied. `begin` are the tokens put in front of a text, `bos` and `eos` the texts of such tokens.
@@ -85,10 +85,10 @@ class Model:
         self.lib: Library = library()
         self.path = path
         self.device, self.n_gpu_layers = _placement(settings, devices(self.lib))
-        self.handle = _load(self.lib, path, self.device, settings.device, self.n_gpu_layers)
-        llama, pointer = self.lib.llama, self.handle.pointer
+        llama, pointer = self.lib.llama, _load(self.lib, path, self.device, settings.device, self.n_gpu_layers)
+        super().__init__("language model", pointer, llama.llama_model_free)
         if llama.llama_model_has_encoder(pointer):
-            self.handle.close()
+            self.close()
             raise ModelUnreadable(f"{path.name} has an encoder for text, which Opsin cannot run: give a decoder model.")
         self._vocab: int = llama.llama_model_get_vocab(pointer)
         self.n_vocab: int = llama.llama_vocab_n_tokens(self._vocab)
@@ -115,14 +115,9 @@ class Model:
         self._pieces: dict[int, bytes] = {}
 
     @property
-    def pointer(self) -> int:
-        """The native model."""
-        return self.handle.pointer
-
-    @property
     def vocab(self) -> int:
         """The native vocabulary, a part of the model. Raises EngineClosed when that is closed."""
-        self.handle.pointer  # noqa: B018 - the check
+        self.pointer  # noqa: B018 - the check
         return self._vocab
 
     @property
@@ -182,10 +177,6 @@ class Model:
             self._pieces[token] = bytes(filled)
         return self._pieces[token]
 
-    def close(self) -> None:
-        """Free it with everything made from it."""
-        self.handle.close()
-
 
 def _filled(kind: Any, size: int, call: Callable[[Any, int], int]) -> Any:
     """What `call` writes into a buffer of `size` values; one that needs more says how many, with either sign."""
@@ -204,7 +195,7 @@ def _placement(settings: EngineSettings, present: tuple[Device, ...]) -> tuple[D
     return device, 0 if device is None else layers
 
 
-def _load(lib: Library, path: Path, device: Device | None, asked: str | None, layers: int) -> Owned:
+def _load(lib: Library, path: Path, device: Device | None, asked: str | None, layers: int) -> int:
     params = lib.llama.llama_model_default_params()
     params.n_gpu_layers = layers
     # An explicit device (or none) is a list that ends with NULL; without it llama.cpp takes all GPUs.
@@ -212,11 +203,11 @@ def _load(lib: Library, path: Path, device: Device | None, asked: str | None, la
     if asked is not None:
         params.devices = ctypes.cast(chosen, ctypes.c_void_p)
     mark = logs.SINK.mark
-    pointer = lib.llama.llama_model_load_from_file(str(path).encode(), params)
+    pointer: int = lib.llama.llama_model_load_from_file(str(path).encode(), params)
     logs.SINK.raise_interrupt()
     if not pointer:
         raise ModelUnreadable(
             f"llama.cpp cannot load {path.name} ({logs.SINK.cause(mark) or 'no reason given'}): "
             "check that the file is whole and its architecture is supported."
         )
-    return Owned("language model", pointer, lib.llama.llama_model_free)
+    return pointer

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
+from contextlib import closing
 from typing import TYPE_CHECKING
 
-from opsin.core.placement import BackendShare, Placement
+from opsin.core.model_info import BackendShare, Placement
 from opsin.core.request import ImageChunk, ImagePart, TokenBatch
 from opsin.native.context import Context
 from opsin.native.devices import devices
-from opsin.native.ggml import Tensor, op_names
+from opsin.native.ggml import Tensor
 from opsin.native.trial import drawn_image
 from opsin.native.vision import EvalHook
 
@@ -38,33 +39,34 @@ class NodeCounter:
 
     def __init__(self, lib: Library) -> None:
         self._ggml = lib.ggml
-        self._names = op_names(lib)
         self._nodes: list[tuple[str, str, float, float]] = []
         self._started = 0.0
 
     def wants(self, node: Tensor) -> bool:
         """Every node that computes."""
         self._started = time.perf_counter()
-        return self._names.get(node.op, "") not in _COMPUTES_NOTHING
+        return self._name(node) not in _COMPUTES_NOTHING
 
     def seen(self, node: Tensor) -> None:
         """Count it for its backend."""
         seconds = time.perf_counter() - self._started
-        name = self._names.get(node.op, f"op {node.op}")
+        name = self._name(node)
         self._nodes.append((self._backend(node), name, flops(name, node), seconds))
 
+    def _name(self, node: Tensor) -> str:
+        return self._ggml.ggml_op_name(node.op).decode()
+
     def _backend(self, node: Tensor) -> str:
-        buffer = node.buffer
+        ggml, buffer = self._ggml, node.buffer
         if not buffer and node.view_src:
             buffer = Tensor.from_address(node.view_src).buffer
         if not buffer:
             return "unknown"
-        kind = self._ggml.ggml_backend_buffer_get_type(buffer)
+        kind = ggml.ggml_backend_buffer_get_type(buffer)
         # Also the page-locked host memory of a GPU backend: what writes there is the CPU.
-        if self._ggml.ggml_backend_buft_is_host(kind):
+        if ggml.ggml_backend_buft_is_host(kind):
             return "CPU"
-        device = self._ggml.ggml_backend_buft_get_device(kind)
-        ggml = self._ggml
+        device = ggml.ggml_backend_buft_get_device(kind)
         name: bytes = ggml.ggml_backend_dev_name(device) if device else ggml.ggml_backend_buffer_name(buffer)
         return name.decode()
 
@@ -109,21 +111,15 @@ def probe_placement(model: Model, encoder: Encoder | None, settings: EngineSetti
         notes.append("An accelerator writes into host memory: some products shown as CPU may be its own.")
     encode, prefill, hook = NodeCounter(model.lib), NodeCounter(model.lib), EvalHook(model.lib)
     if encoder is not None:
-        tokenized = encoder.tokenize([ImagePart(drawn_image())], add_bos=False)
-        try:
+        with closing(encoder.tokenize([ImagePart(drawn_image())], add_bos=False)) as tokenized:
             encoder.observed(next(run for run in tokenized.chunks if isinstance(run, ImageChunk)), encode)
-        finally:
-            tokenized.close()
     small = settings.model_copy(update={"parallel": 1, "ubatch": 32})
+    rows = TokenBatch()
+    rows.append([index % model.n_vocab for index in range(_PREFILL_TOKENS)], 0, 0, logits=True)
     context = Context(model, small, callback=hook.callback, ctx=_PROBE_CTX)
-    try:
-        rows = TokenBatch()
-        rows.append([index % model.n_vocab for index in range(_PREFILL_TOKENS)], 0, 0, logits=True)
-        with hook.observing(prefill):
-            context.decode(rows)
-            context.synchronize()
-    finally:
-        context.handle.close()
+    with closing(context.handle), hook.observing(prefill):
+        context.decode(rows)
+        context.synchronize()
     encoded, prefilled = encode.shares(), prefill.shares()
     if "unknown" in encoded or "unknown" in prefilled:
         notes.append("Some nodes have no buffer of their own, so their backend cannot be told.")

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from opsin.native.model import Model
 
 
-class NativeSampler:
+class NativeSampler(Owned):
     """The sampler of one request, closed before its context. Raises BadParameter.
 
     `logits` gives those of a batch row, as a view. `greedy` says that the sampler takes the most likely token that is
-    not in `forbidden` (None: any may come), and nothing else.
+    not in `forbidden`, and nothing else.
     """
 
     def __init__(
@@ -47,12 +47,11 @@ class NativeSampler:
         penalties = params.repeat_penalty != 1.0 or bool(params.presence_penalty or params.frequency_penalty)
         self._plain = params.temperature == 0 and not (penalties or biases)
         self._mask_first = penalties  # which remember each token that the chain samples
-        self._forbidden = np.array([token for token, bias in biases.items() if bias == -np.inf], np.intp)
-        self.forbidden = self._forbidden if biases else None
-        only_forbids = params.temperature == 0 and not penalties and len(self._forbidden) == len(biases)
+        self.forbidden = np.array([token for token, bias in biases.items() if bias == -np.inf], np.intp)
+        only_forbids = params.temperature == 0 and not penalties and len(self.forbidden) == len(biases)
         self.greedy = only_forbids and constraint is None
         chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
-        self._chain = Owned("sampler", chain, llama.llama_sampler_free, context)
+        super().__init__("sampler", chain, llama.llama_sampler_free, context)
         samplers = []
         if biases:
             array = (llama.llama_logit_bias * len(biases))(*biases.items())
@@ -72,7 +71,7 @@ class NativeSampler:
                 llama.llama_sampler_init_dist(seed),
             ]
         for sampler in samplers:
-            llama.llama_sampler_chain_add(self._chain.pointer, sampler)
+            llama.llama_sampler_chain_add(chain, sampler)
 
     def sample(self, row: int) -> int:
         """Sample a token from the logits of batch row `row` (-1: the last), and remember it.
@@ -84,7 +83,7 @@ class NativeSampler:
             return self._sampled(logits, row)
         token = -1 if self._mask_first else self._sampled(logits, row)
         if token < 0 or not constraint.permits(token):
-            np.copyto(logits, -np.inf, where=~constraint.mask(self._forbidden))
+            np.copyto(logits, -np.inf, where=~constraint.mask(self.forbidden))
             while not constraint.keeps_unique(token := self._sampled(logits, row)):
                 logits[token] = -np.inf
                 if logits.max() == -np.inf:
@@ -96,11 +95,7 @@ class NativeSampler:
     def _sampled(self, logits: NDArray[np.float32], row: int) -> int:
         if self._plain:
             return int(logits.argmax())
-        return int(self._llama.llama_sampler_sample(self._chain.pointer, self._context.pointer, row))
-
-    def close(self) -> None:
-        """Free it; twice does no harm."""
-        self._chain.close()
+        return int(self._llama.llama_sampler_sample(self.pointer, self._context.pointer, row))
 
 
 def _biases(model: Model, params: SamplingParams, *, constrained: bool) -> dict[int, float]:

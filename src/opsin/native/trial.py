@@ -89,8 +89,6 @@ def try_pair(
             capture_output=True,
             timeout=limit,
             check=False,
-            # Without it ggml starts a debugger to print where it aborts.
-            env={**os.environ, "GGML_NO_BACKTRACE": "1"},
         )
         out, err, code = child.stdout, child.stderr, child.returncode
         end: End = "crashed" if code < 0 else "refused" if code else "done"

@@ -14,20 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from opsin.core.answer import ImageInfo
-from opsin.core.errors import (
-    BadImage,
-    BadInput,
-    BadParameter,
-    Cancelled,
-    EncodeFailed,
-    ModelUnreadable,
-    NativeMismatch,
-    PairMismatch,
-)
+from opsin.core.errors import BadImage, BadInput, Cancelled, EncodeFailed, ModelUnreadable, NativeMismatch, PairMismatch
 from opsin.core.request import Chunk, ImageChunk, TextChunk, TextPart, TokenizedPrompt
 from opsin.native import logs
 from opsin.native.devices import default_threads, devices, pick
-from opsin.native.ggml import Tensor, heavy_ops
+from opsin.native.ggml import Tensor, op_names
 from opsin.native.library import ADVICE
 from opsin.native.model import Owned, floats
 from opsin.native.projector import fingerprint, projector_type
@@ -45,6 +36,7 @@ if TYPE_CHECKING:
 
     _Input = tuple[str, bool] | Image  # a text, with whether names of control tokens are those, or an image
 
+_HEAVY = frozenset({"MUL_MAT", "MUL_MAT_ID", "FLASH_ATTN_EXT", "CONV_2D", "CONV_3D"})  # nearly all of the time
 _TEXT, _IMAGE = 0, 1  # mtmd_input_chunk_type
 _SERIAL_VERSION = 2  # MTMD_SERIALIZATION_VERSION
 _BATCHING = frozenset({"gemma4v", "internvl", "deepseekocr", "deepseekocr2"})
@@ -105,18 +97,16 @@ class _EncodeSteps:
         self._between()
 
 
-class Encoder:
+class Encoder(Owned):
     """An mtmd context over a language model. Prompts may be tokenized by any thread, and images encoded by one."""
 
     def __init__(self, model: Model, path: Path, settings: EngineSettings) -> None:
         self.lib = model.lib
         self.path = path
         self.kind = projector_type(path)
-        if 0 < (settings.image_max_tokens or 0) < (settings.image_min_tokens or 0):
-            raise BadParameter("--image-min-tokens is larger than --image-max-tokens: give a smaller one.")
         self._model = model
         self._hook = EvalHook(self.lib)
-        self._heavy = heavy_ops(self.lib)
+        self._heavy = frozenset(number for number, name in enumerate(op_names(self.lib)) if name in _HEAVY)
         picked = pick(settings.mmproj_device, "--mmproj-device", devices(self.lib))
         params = self.lib.mtmd.mtmd_context_params_default()
         params.use_gpu = bool(picked)
@@ -132,16 +122,16 @@ class Encoder:
         params.image_min_tokens = settings.image_min_tokens or -1
         params.image_max_tokens = settings.image_max_tokens or -1
         params.cb_eval = self._hook.callback
-        self.handle = self._open(params)
+        super().__init__("vision encoder", self._open(params), self.lib.mtmd.mtmd_free, model)
         # What the pixels handed to the encoder depend on besides the image.
         preprocessing = (params.image_min_tokens, params.image_max_tokens)
         self._identity = fingerprint(path), preprocessing
         self.batch = _BATCH if self.kind in _BATCHING else 1
         self._mrope: bool = self.lib.mtmd.mtmd_decode_use_mrope(self.pointer)
 
-    def _open(self, params: Any) -> Owned:
-        mtmd, name, mark = self.lib.mtmd, self.path.name, logs.SINK.mark
-        pointer = mtmd.mtmd_init_from_file(str(self.path).encode(), self._model.pointer, params)
+    def _open(self, params: Any) -> int:
+        name, mark = self.path.name, logs.SINK.mark
+        pointer: int = self.lib.mtmd.mtmd_init_from_file(str(self.path).encode(), self._model.pointer, params)
         logs.SINK.raise_interrupt()
         if not pointer:
             cause = logs.SINK.cause(mark)
@@ -154,12 +144,7 @@ class Encoder:
                 f"llama.cpp cannot load the projector {name} ({cause or 'no reason given'}): "
                 "check that the file is whole and its kind is supported."
             )
-        return Owned("vision encoder", pointer, mtmd.mtmd_free, self._model.handle)
-
-    @property
-    def pointer(self) -> int:
-        """The native mtmd context."""
-        return self.handle.pointer
+        return pointer
 
     def encode(self, chunk: ImageChunk, between: Callable[[], None] | None = None) -> Embedding:
         """float32 [n_tokens, n_embd] of one chunk, owned by the caller; see `Backend.encode`."""

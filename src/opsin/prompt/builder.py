@@ -21,8 +21,8 @@ from typing import Any, Literal, NamedTuple, get_args
 from jinja2 import TemplateSyntaxError
 from jinja2.meta import find_undeclared_variables
 
+from opsin.core.answer import ReasoningStyle
 from opsin.core.errors import BadPrompt
-from opsin.core.reasoning import ReasoningStyle
 from opsin.core.request import Image, ImagePart, Part, Prompt, TextPart
 from opsin.prompt.template import TemplateSource, TooCostly, built_in, check_template, choose, environment, one_line
 

@@ -17,8 +17,7 @@ import numpy as np
 from opsin.core.answer import ImageInfo, TokenLogprob
 from opsin.core.backend import BackendLimits, Sample, Sampler
 from opsin.core.errors import BadGrammar, DecodeFailed, EncodeFailed, OpsinError
-from opsin.core.model_info import ModelInfo
-from opsin.core.placement import BackendShare, Placement
+from opsin.core.model_info import BackendShare, ModelInfo, Placement
 from opsin.core.request import (
     Chunk,
     Embedding,
@@ -81,13 +80,6 @@ class _Handle:
             self.backend.open_handles -= 1
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Cell:
-    """A KV cell: a token, or an image row's identity. Forks share cells."""
-
-    entry: int | str
-
-
 class FakeBackend:
     """See the module. `reply` gets the prompt as text, with `<identity>` for each image row, and gives the answer.
 
@@ -115,7 +107,8 @@ class FakeBackend:
         self.fail_decode: Exception | None = None
         self.open_handles = 0
         self.closed = False
-        self._sequences: defaultdict[int, list[_Cell]] = defaultdict(list)
+        # A KV cell is a list with a token, or an image row's identity. Forks share cells.
+        self._sequences: defaultdict[int, list[list[int | str]]] = defaultdict(list)
         self._rows: list[tuple[int, int]] = []  # sequence and length of each
 
     def tokenize(
@@ -172,17 +165,17 @@ class FakeBackend:
         assert 0 < count <= self.limits.n_ubatch, "a ubatch holds 1 to n_ubatch rows"
         if self.cells_used + count > self.limits.n_ctx:
             return False
-        self._rows = []
         if isinstance(rows, EmbeddingRows):
-            for row, pos in zip(rows.rows, rows.positions[0], strict=True):
-                self._append(rows.seq_id, int(pos), f"<{int(row[0])}.{int(row[1])}>")
-            self._rows = [(rows.seq_id, len(self._sequences[rows.seq_id]))] * count
-            self.clock.spend(self.image_token_ms * count)
+            entries: Sequence[int | str] = [f"<{int(row[0])}.{int(row[1])}>" for row in rows.rows]
+            positions, seq_ids, ms = rows.positions[0], [rows.seq_id] * count, self.image_token_ms * count
         else:
-            for token, pos, seq_id in zip(rows.tokens, rows.positions, rows.seq_ids, strict=True):
-                self._append(seq_id, pos, token)
-                self._rows.append((seq_id, len(self._sequences[seq_id])))
-            self.clock.spend(self.decode_ms if len(rows.outputs) == count else self.text_token_ms * count)
+            entries, positions, seq_ids = rows.tokens, rows.positions, rows.seq_ids
+            ms = self.decode_ms if len(rows.outputs) == count else self.text_token_ms * count
+        self._rows = []
+        for entry, pos, seq_id in zip(entries, positions, seq_ids, strict=True):
+            self._append(seq_id, pos, entry)
+            self._rows.append((seq_id, len(self._sequences[seq_id])))
+        self.clock.spend(ms)
         return True
 
     def synchronize(self) -> None:
@@ -235,7 +228,7 @@ class FakeBackend:
 
     def kv_save(self, seq_id: int) -> list[int | str]:
         """The entries of its cells."""
-        return [cell.entry for cell in self._sequences[seq_id]]
+        return [entry for [entry] in self._sequences[seq_id]]
 
     def kv_load(self, seq_id: int, saved: list[int | str]) -> None:
         """Cells of its own."""
@@ -269,7 +262,7 @@ class FakeBackend:
     def next_token(self, row: int) -> int:
         """The reply's next byte for the sequence of a batch row; EOS behind its end."""
         seq_id, length = self._rows[row]
-        entries = [cell.entry for cell in self._sequences[seq_id][:length]]
+        entries = [entry for [entry] in self._sequences[seq_id][:length]]
         turn = max((i for i, entry in enumerate(entries) if entry == TURN), default=-1)
         prompt = "".join(_text(entry) for entry in entries[: turn + 1])
         answer = self.reply(prompt).encode()
@@ -280,7 +273,7 @@ class FakeBackend:
         assert 0 <= seq_id < self.limits.n_seq_max, "a sequence id is below n_seq_max"
         cells = self._sequences[seq_id]
         assert pos == len(cells), f"position {pos} follows {len(cells) - 1}"
-        cells.append(_Cell(entry))
+        cells.append([entry])
 
 
 def _text(entry: int | str) -> str:

@@ -20,8 +20,7 @@ from typing import Any, Literal
 from opsin.core.answer import TextDelta
 from opsin.core.backend import BackendLimits
 from opsin.core.errors import BadInput, EngineClosed, EngineDied, EngineError, OpsinError, QueueFull, copy_of
-from opsin.core.model_info import ModelInfo
-from opsin.core.placement import Placement
+from opsin.core.model_info import ModelInfo, Placement
 from opsin.core.request import Prompt, SamplingParams
 from opsin.core.settings import EngineSettings
 from opsin.engine import AnswerStream, Snapshot, wake_readers

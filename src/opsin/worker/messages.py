@@ -29,8 +29,7 @@ from typing import Any, Self
 from opsin.core.answer import Event, TextDelta
 from opsin.core.backend import BackendLimits
 from opsin.core.errors import EngineError, ModelError, ModelUnreadable, OpsinError, copy_of
-from opsin.core.model_info import ModelInfo
-from opsin.core.placement import Placement
+from opsin.core.model_info import ModelInfo, Placement
 from opsin.core.request import ImagePart, Prompt
 from opsin.prompt import TemplateSource
 

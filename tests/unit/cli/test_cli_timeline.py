@@ -7,7 +7,7 @@ from rich.console import Console
 
 from opsin.cli.ask import BAR, timeline
 from opsin.core.answer import Answer, ImageInfo, Stages, Timings, Usage
-from opsin.core.placement import BackendShare, Placement
+from opsin.core.model_info import BackendShare, Placement
 
 STAGES = Stages(
     load_ms=70.0, preprocess_ms=5.0, encode_ms=400.0, image_prefill_ms=300.0, text_prefill_ms=20.0, decode_ms=200.0,

@@ -11,7 +11,7 @@ from opsin.cache import EmbeddingCache
 from opsin.compose import Runtime
 from opsin.core.backend import BackendLimits
 from opsin.core.errors import BadParameter, EncodeFailed
-from opsin.core.placement import BackendShare, Placement
+from opsin.core.model_info import BackendShare, Placement
 from opsin.core.settings import EngineSettings
 from opsin.doctor import examine as room
 from opsin.doctor.check import Check

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from pair_fixes import parsed
 
-from opsin.core.placement import BackendShare, Placement
+from opsin.core.model_info import BackendShare, Placement
 from opsin.core.settings import EngineSettings
 from opsin.doctor.check import Check
 from opsin.doctor.placement import placement_checks

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from opsin.core.placement import BackendShare, Placement
+from opsin.core.model_info import BackendShare, Placement
 from opsin.doctor.placement import remembered_placement as remembered
 
 PROOF = Placement(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from opsin.cache import EmbeddingCache
-from opsin.core.answer import Answer, Event, Finished, Progress, TextDelta
+from opsin.core.answer import Answer, Event, Finished, Progress, ReasoningStyle, TextDelta
 from opsin.core.backend import BackendLimits
 from opsin.core.errors import (
     BadGrammar,
@@ -25,7 +25,6 @@ from opsin.core.errors import (
     EngineDied,
     OpsinError,
 )
-from opsin.core.reasoning import ReasoningStyle
 from opsin.core.request import (
     Embedding,
     EmbeddingRows,

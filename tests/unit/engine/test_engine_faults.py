@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from engine_driver import Backend, Driver, limits, prompt_of
 
+from opsin.core.answer import ReasoningStyle
 from opsin.core.errors import BadGrammar
-from opsin.core.reasoning import ReasoningStyle
 from opsin.core.request import ImageChunk, ImagePart, Prompt, SamplingParams, TextPart, TokenizedPrompt
 from opsin.engine import Engine, Policy
 from opsin.engine.scheduler import PrefillImage, Tokens

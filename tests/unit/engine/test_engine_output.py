@@ -1,7 +1,6 @@
 """From tokens to what a caller sees."""
 
-from opsin.core.answer import TextDelta, TokenLogprob
-from opsin.core.reasoning import ReasoningStyle
+from opsin.core.answer import ReasoningStyle, TextDelta, TokenLogprob
 from opsin.engine.output import AnswerText, ReasoningSplitter
 
 STYLE = ReasoningStyle("<think>", "</think>")

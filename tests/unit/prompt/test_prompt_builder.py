@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prompt_families import FAMILIES, bare, builder, flat, image, plain_texts, source, special_text
 
+from opsin.core.answer import ReasoningStyle
 from opsin.core.errors import BadPrompt
-from opsin.core.reasoning import ReasoningStyle
 from opsin.core.request import ImagePart, TextPart
 from opsin.prompt import Message
 from opsin.prompt.builder import ChatTemplate

@@ -5,7 +5,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from prompt_families import source
 
-from opsin.core.reasoning import ReasoningStyle
+from opsin.core.answer import ReasoningStyle
 from opsin.engine.output import ReasoningSplitter
 from opsin.prompt import TemplateSource
 from opsin.prompt.builder import find_style
