@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from opsin.core.settings import ImageSettings
 
 _SHAPES = "(height, width), (height, width, 3) or (height, width, 4), colours last"
-_STRIP = 2**20  # samples that are scaled at a time
 # Tags of TIFF
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
 
@@ -101,9 +100,6 @@ def _grey_of_wide(values: NDArray[Any], name: str) -> tuple[NDArray[np.uint8], t
         black, white = low, high if high > low else low + 1
         notes = (f"values from {low:g} to {high:g} were stretched from black to white",)
     grey = np.empty(values.shape, np.uint8)
-    rows = max(1, _STRIP // values.shape[1])  # in strips, as float64 takes eight bytes a sample
-    for top in range(0, len(values), rows):
-        grey[top : top + rows] = np.rint(
-            (values[top : top + rows].astype(np.float64) - black) * (255 / (white - black))
-        )
+    for row, samples in zip(grey, values, strict=True):  # row by row, as float64 takes eight bytes a sample
+        row[:] = np.rint((samples.astype(np.float64) - black) * (255 / (white - black)))
     return grey, notes

@@ -192,9 +192,12 @@ def _read(source: object, settings: ImageSettings) -> tuple[str, Any]:
             "Images are not fetched from addresses unless ImageSettings.fetch or --fetch-images says so; "
             "switch it on, or give the file itself."
         )
-    from opsin.images.fetch import fetch_and_wait, show_url
+    from anyio.from_thread import start_blocking_portal
 
-    return show_url(source), fetch_and_wait(source, settings)
+    from opsin.images.fetch import fetch, show_url
+
+    with start_blocking_portal() as portal:  # a thread, as this one may run an event loop already; Ctrl-C ends it
+        return show_url(source), portal.call(fetch, source, settings)
 
 
 def make_image(
@@ -223,8 +226,9 @@ def make_image(
             flat = flat.resize((width, height), Resampling.LANCZOS)
             notes = (*notes, f"shrunk to {width} by {height} pixels")
         rgb = flat.tobytes()
-        sha256 = image_sha256(flat.width, flat.height, rgb)
-        return Image(rgb, flat.width, flat.height, sha256, kind, orientation, notes)
+        digest = hashlib.sha256(struct.pack("<II", *flat.size))  # 32 bit, little-endian
+        digest.update(rgb)
+        return Image(rgb, *flat.size, digest.hexdigest(), kind, orientation, notes)
 
 
 def check_jpeg(data: bytes, name: str, settings: ImageSettings) -> int:
@@ -256,13 +260,6 @@ def check_jpeg(data: bytes, name: str, settings: ImageSettings) -> int:
     if 8 * max(0, end - first) < least_bits:
         raise damaged("JPEG", name)
     return end
-
-
-def image_sha256(width: int, height: int, rgb: bytes) -> str:
-    """Return the identity of RGB pixels: SHA-256 (hex) of width and height (32 bit, little-endian), then the pixels."""
-    digest = hashlib.sha256(struct.pack("<II", width, height))
-    digest.update(rgb)
-    return digest.hexdigest()
 
 
 def _open(kind: str, data: bytes) -> PIL.Image.Image:
