@@ -41,8 +41,8 @@ def flatten(image: Image.Image, name: str) -> tuple[Image.Image, tuple[str, ...]
     return ground, ()
 
 
-def flatten_array(array: NDArray[Any], name: str, settings: ImageSettings) -> tuple[Image.Image, tuple[str, ...]]:
-    """Turn an array (h, w), (h, w, 3) or (h, w, 4) into RGB: uint8, uint16 (the high byte counts) or floats 0..1.
+def array_image(array: NDArray[Any], settings: ImageSettings) -> Image.Image:
+    """Take an array (h, w), (h, w, 3) or (h, w, 4) as an image: uint8, uint16 (the high byte counts) or floats 0..1.
 
     Raises BadImage for another shape, type or range, ImageTooLarge beyond the limits.
     """
@@ -52,7 +52,7 @@ def flatten_array(array: NDArray[Any], name: str, settings: ImageSettings) -> tu
     shape = array.shape
     if len(shape) not in {2, 3} or (len(shape) == 3 and shape[2] not in {3, 4}):
         raise BadImage(f"An array of shape {tuple(shape)} is no image; its shape must be {_SHAPES}.")
-    check_size(shape[1], shape[0], name, settings)
+    check_size(shape[1], shape[0], "The array", settings)
     if array.dtype == np.uint8:
         samples = array
     elif array.dtype == np.uint16:
@@ -66,7 +66,7 @@ def flatten_array(array: NDArray[Any], name: str, settings: ImageSettings) -> tu
         samples = np.rint(array.astype(np.float32, copy=False) * 255).astype(np.uint8)
     else:
         raise BadImage(f"An array of {array.dtype} is no image; use uint8, uint16, or floats from 0 to 1.")
-    return flatten(Pil.fromarray(np.ascontiguousarray(samples)), name)
+    return Pil.fromarray(np.ascontiguousarray(samples))
 
 
 def _grey(image: Image.Image, name: str) -> tuple[NDArray[np.uint8], tuple[str, ...]]:

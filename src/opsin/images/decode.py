@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from opsin.core.errors import BadImage, BadParameter, FetchFailed, ImageTooLarge, ImageUnsupported, OpsinError
 from opsin.core.request import Image
-from opsin.images.colour import flatten, flatten_array
+from opsin.images.colour import array_image, flatten
 from opsin.images.sniff import image_format
 from opsin.images.source import check_bytes, check_size, damaged, read_data_url, read_file, show
 
@@ -162,8 +162,7 @@ def load_image(source: object, settings: ImageSettings, longest_edge: int | None
         check_size(found.width, found.height, _NAME, settings)
         image = make_image(found, found.format or "PIL", _NAME, longest_edge)
     elif numpy is not None and isinstance(found, numpy.ndarray):
-        flat, notes = flatten_array(found, "The array", settings)
-        image = make_image(flat, "array", _NAME, longest_edge, notes)
+        image = make_image(array_image(found, settings), "array", _NAME, longest_edge)
     else:
         raise BadParameter(
             f"A {type(source).__name__} is no image: give a path, bytes, a Pillow image, a NumPy array or an address."
