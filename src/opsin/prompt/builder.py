@@ -111,10 +111,9 @@ class PromptBuilder:
         self._stop = tuple(marker for marker in written if marker not in source.control_tokens | {source.eos_token})
         if "USER:" in text and "ASSISTANT:" in text:
             self._stop += ("USER:",)
-        self.reasoning = find_style(source, text)
+        self.reasoning = style = find_style(source, text)
         """How this model marks its thoughts; None where it has none."""
         _ = self._template.system_shape  # found out by rendering: now, not at the first request
-        style = self.reasoning
         self._thinks_apart = style is not None and (
             "reasoning_content" in text or not self._template.keeps_thoughts(style.opening, style.closing)
         )
