@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -90,10 +90,9 @@ def open_runtime(
     )
     try:
         backend = cast(NativeBackend, engine.call(lambda backend: backend))
-        source = template_source(backend, pair)
-        source = source if template is None else replace(source, template=template)
+        prompts = PromptBuilder(template_source(backend, pair, template))
         setup = fingerprint([pair.llm, pair.mmproj], asked, present)
-        return Runtime(engine, PromptBuilder(source), pair.is_demo, setup, backend)
+        return Runtime(engine, prompts, pair.is_demo, setup, backend)
     except BaseException:
         engine.close()
         raise
@@ -104,11 +103,11 @@ def gpu_names() -> tuple[str, ...]:
     return tuple(device.name for device in devices() if device.is_gpu)
 
 
-def template_source(backend: NativeBackend, pair: Pair) -> TemplateSource:
-    """What the prompt room needs to know of a loaded pair."""
+def template_source(backend: NativeBackend, pair: Pair, template: str | None = None) -> TemplateSource:
+    """What the prompt room needs to know of a loaded pair; `template` stands in for the model's own."""
     model, info = backend.model, backend.info
     return TemplateSource(
-        template=model.chat_template,
+        template=model.chat_template if template is None else template,
         architecture=info.architecture,
         name=f"{info.name} {pair.llm.name}",
         projector=info.projector,

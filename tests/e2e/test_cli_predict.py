@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from opsin.models import demo_pair
+from opsin.models.resolve import demo_pair
 
 DEMO = str(demo_pair().llm)
 

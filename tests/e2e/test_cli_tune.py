@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from opsin.core.config import read_file
-from opsin.models import Pair, demo_pair
+from opsin.models import Pair
+from opsin.models.resolve import demo_pair
 
 pytestmark = pytest.mark.slow
 

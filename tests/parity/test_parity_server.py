@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from opsin import Opsin
-from opsin.models import demo_pair
+from opsin.models.resolve import demo_pair
 
 REFERENCE = Path(__file__).parents[2] / "training" / "reference"
 TOLERANCE = 0.05

@@ -16,7 +16,7 @@ from token_rows import TokenRow, batch
 from opsin.core.request import EmbeddingRows, ImageChunk, ImagePart, TextPart
 from opsin.core.settings import EngineSettings, ImageSettings
 from opsin.images import load_image
-from opsin.models import demo_pair
+from opsin.models.resolve import demo_pair
 
 REFERENCE = Path(__file__).parents[2] / "training" / "reference"
 TOLERANCE = 0.05

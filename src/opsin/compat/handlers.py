@@ -58,26 +58,10 @@ class MTMDChatHandler:
         return cls(clip_model_path=download(repo_id, filename, kwargs), **kwargs)
 
 
-class Gemma4ChatHandler(MTMDChatHandler):
-    """Gemma 4, through its own template."""
-
-
-class Qwen25VLChatHandler(MTMDChatHandler):
-    """Qwen2.5-VL, through its own template."""
-
-
 class Llava15ChatHandler(MTMDChatHandler):
     """LLaVA-1.5: images stand before the question, wherever the message has them."""
 
     images_first = True
-
-
-class Llava16ChatHandler(Llava15ChatHandler):
-    """LLaVA-1.6; Vicuna's, Mistral's or Yi's format as the file says."""
-
-
-class MiniCPMv26ChatHandler(Llava15ChatHandler):
-    """MiniCPM-V 2.6, through its own template."""
 
 
 class ObsidianChatHandler(Llava15ChatHandler):
@@ -107,6 +91,11 @@ class Llama3VisionAlphaChatHandler(Llava15ChatHandler):
 
 
 Llama3VisionAlpha = Llama3VisionAlphaChatHandler
+# Through their own templates; LLaVA-1.6 in Vicuna's, Mistral's or Yi's format as the file says.
+Gemma4ChatHandler = MTMDChatHandler
+Qwen25VLChatHandler = MTMDChatHandler
+Llava16ChatHandler = Llava15ChatHandler
+MiniCPMv26ChatHandler = Llava15ChatHandler
 
 
 def download(repo_id: str, filename: str | None, options: dict[str, Any]) -> Path:
@@ -127,12 +116,12 @@ def download(repo_id: str, filename: str | None, options: dict[str, Any]) -> Pat
         raise BadParameter('filename is missing: give a name or a pattern, such as "*Q4_K_M.gguf".')
     hub = Hub.from_environment()
     hub = hub if cache is None else replace(hub, cache=Path(cache))
-    repo, wanted = hub.list_files(repo_id), []
+    files, wanted = hub.list_files(repo_id), []
     for pattern in patterns:
-        fitting = [file for file in repo.files if fnmatch(file.path, str(pattern))]
+        fitting = [file for file in files if fnmatch(file.path, str(pattern))]
         if len(fitting) != 1:
-            there = ", ".join(sorted(file.path for file in fitting or repo.files)[:12])
+            there = ", ".join(sorted(file.path for file in fitting or files)[:12])
             found = f"{len(fitting)} files" if fitting else "No file"
             raise ModelNotFound(f"{found} of {repo_id} fit {pattern!r}: name one of {there}.")
         wanted += fitting
-    return hub.fetch(repo, wanted)[0]
+    return hub.fetch(wanted)[0]

@@ -10,9 +10,10 @@ from opsin.core.model_info import PairFacts
 from opsin.core.request import TextPart
 from opsin.core.settings import EngineSettings
 from opsin.doctor.check import Check, Status, serve_command, worst
-from opsin.models import GgufInfo, Pair, check_pair, family_warning, find_projector, info_of
+from opsin.models import Pair
 from opsin.models.facts import pair_facts
-from opsin.models.gguf import parts_of, read_header, stem
+from opsin.models.gguf import GgufInfo, info_of, parts_of, read_header, stem
+from opsin.models.pairing import check_pair, family_warning, find_projector
 from opsin.models.registry import is_known, look_up
 from opsin.prompt import Message, PromptBuilder, TemplateSource
 from opsin.prompt.template import choose

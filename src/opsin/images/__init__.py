@@ -6,7 +6,7 @@ and hashes their pixels. It knows no models, prompts or HTTP servers.
 
 from __future__ import annotations
 
-from opsin.images.decode import OpenImage, image_sha256, load_image
+from opsin.images.decode import OpenImage, load_image
 from opsin.images.source import read_data_url
 
-__all__ = ["OpenImage", "image_sha256", "load_image", "read_data_url"]
+__all__ = ["OpenImage", "load_image", "read_data_url"]

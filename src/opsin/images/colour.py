@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from opsin.core.settings import ImageSettings
 
 _SHAPES = "(height, width), (height, width, 3) or (height, width, 4), colours last"
-_STRIP = 2**20  # samples that are scaled at a time
 # Tags of TIFF
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
 
@@ -42,8 +41,8 @@ def flatten(image: Image.Image, name: str) -> tuple[Image.Image, tuple[str, ...]
     return ground, ()
 
 
-def flatten_array(array: NDArray[Any], name: str, settings: ImageSettings) -> tuple[Image.Image, tuple[str, ...]]:
-    """Turn an array (h, w), (h, w, 3) or (h, w, 4) into RGB: uint8, uint16 (the high byte counts) or floats 0..1.
+def array_image(array: NDArray[Any], settings: ImageSettings) -> Image.Image:
+    """Take an array (h, w), (h, w, 3) or (h, w, 4) as an image: uint8, uint16 (the high byte counts) or floats 0..1.
 
     Raises BadImage for another shape, type or range, ImageTooLarge beyond the limits.
     """
@@ -53,7 +52,7 @@ def flatten_array(array: NDArray[Any], name: str, settings: ImageSettings) -> tu
     shape = array.shape
     if len(shape) not in {2, 3} or (len(shape) == 3 and shape[2] not in {3, 4}):
         raise BadImage(f"An array of shape {tuple(shape)} is no image; its shape must be {_SHAPES}.")
-    check_size(shape[1], shape[0], name, settings)
+    check_size(shape[1], shape[0], "The array", settings)
     if array.dtype == np.uint8:
         samples = array
     elif array.dtype == np.uint16:
@@ -67,7 +66,7 @@ def flatten_array(array: NDArray[Any], name: str, settings: ImageSettings) -> tu
         samples = np.rint(array.astype(np.float32, copy=False) * 255).astype(np.uint8)
     else:
         raise BadImage(f"An array of {array.dtype} is no image; use uint8, uint16, or floats from 0 to 1.")
-    return flatten(Pil.fromarray(np.ascontiguousarray(samples)), name)
+    return Pil.fromarray(np.ascontiguousarray(samples))
 
 
 def _grey(image: Image.Image, name: str) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
@@ -101,9 +100,6 @@ def _grey_of_wide(values: NDArray[Any], name: str) -> tuple[NDArray[np.uint8], t
         black, white = low, high if high > low else low + 1
         notes = (f"values from {low:g} to {high:g} were stretched from black to white",)
     grey = np.empty(values.shape, np.uint8)
-    rows = max(1, _STRIP // values.shape[1])  # in strips, as float64 takes eight bytes a sample
-    for top in range(0, len(values), rows):
-        grey[top : top + rows] = np.rint(
-            (values[top : top + rows].astype(np.float64) - black) * (255 / (white - black))
-        )
+    for row, samples in zip(grey, values, strict=True):  # row by row, as float64 takes eight bytes a sample
+        row[:] = np.rint((samples.astype(np.float64) - black) * (255 / (white - black)))
     return grey, notes

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from opsin.core.errors import BadImage, BadParameter, FetchFailed, ImageTooLarge, ImageUnsupported, OpsinError
 from opsin.core.request import Image
-from opsin.images.colour import flatten, flatten_array
+from opsin.images.colour import array_image, flatten
 from opsin.images.sniff import image_format
 from opsin.images.source import check_bytes, check_size, damaged, read_data_url, read_file, show
 
@@ -162,8 +162,7 @@ def load_image(source: object, settings: ImageSettings, longest_edge: int | None
         check_size(found.width, found.height, _NAME, settings)
         image = make_image(found, found.format or "PIL", _NAME, longest_edge)
     elif numpy is not None and isinstance(found, numpy.ndarray):
-        flat, notes = flatten_array(found, "The array", settings)
-        image = make_image(flat, "array", _NAME, longest_edge, notes)
+        image = make_image(array_image(found, settings), "array", _NAME, longest_edge)
     else:
         raise BadParameter(
             f"A {type(source).__name__} is no image: give a path, bytes, a Pillow image, a NumPy array or an address."
@@ -192,9 +191,12 @@ def _read(source: object, settings: ImageSettings) -> tuple[str, Any]:
             "Images are not fetched from addresses unless ImageSettings.fetch or --fetch-images says so; "
             "switch it on, or give the file itself."
         )
-    from opsin.images.fetch import fetch_and_wait, show_url
+    from anyio.from_thread import start_blocking_portal
 
-    return show_url(source), fetch_and_wait(source, settings)
+    from opsin.images.fetch import fetch, show_url
+
+    with start_blocking_portal() as portal:  # a thread, as this one may run an event loop already; Ctrl-C ends it
+        return show_url(source), portal.call(fetch, source, settings)
 
 
 def make_image(
@@ -223,8 +225,9 @@ def make_image(
             flat = flat.resize((width, height), Resampling.LANCZOS)
             notes = (*notes, f"shrunk to {width} by {height} pixels")
         rgb = flat.tobytes()
-        sha256 = image_sha256(flat.width, flat.height, rgb)
-        return Image(rgb, flat.width, flat.height, sha256, kind, orientation, notes)
+        digest = hashlib.sha256(struct.pack("<II", *flat.size))  # 32 bit, little-endian
+        digest.update(rgb)
+        return Image(rgb, *flat.size, digest.hexdigest(), kind, orientation, notes)
 
 
 def check_jpeg(data: bytes, name: str, settings: ImageSettings) -> int:
@@ -256,13 +259,6 @@ def check_jpeg(data: bytes, name: str, settings: ImageSettings) -> int:
     if 8 * max(0, end - first) < least_bits:
         raise damaged("JPEG", name)
     return end
-
-
-def image_sha256(width: int, height: int, rgb: bytes) -> str:
-    """Return the identity of RGB pixels: SHA-256 (hex) of width and height (32 bit, little-endian), then the pixels."""
-    digest = hashlib.sha256(struct.pack("<II", width, height))
-    digest.update(rgb)
-    return digest.hexdigest()
 
 
 def _open(kind: str, data: bytes) -> PIL.Image.Image:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import httpx
-from anyio.from_thread import start_blocking_portal
 from anyio.to_thread import run_sync
 
 from opsin.core.errors import FetchFailed
@@ -76,12 +75,6 @@ async def fetch(url: str, settings: ImageSettings, resolve: Resolver = system_ad
     raise FetchFailed(
         f"{show_url(url)} was redirected more than {settings.fetch_redirects} times; give the address it leads to."
     )
-
-
-def fetch_and_wait(url: str, settings: ImageSettings) -> bytes:
-    """`fetch` in a thread of its own, as the caller's may run an event loop already; Ctrl-C ends it."""
-    with start_blocking_portal() as portal:
-        return portal.call(fetch, url, settings)
 
 
 async def _get(url: httpx.URL, settings: ImageSettings, resolve: Resolver) -> bytes | str:

@@ -19,16 +19,12 @@ def image_format(data: bytes, name: str) -> str:
     """
     head, advice = data[:4096], _KINDS["advice"]
     for kind, pattern in _KINDS["images"].items():
-        if _begins(head, pattern):
+        if re.match(pattern.encode(), head, re.DOTALL):
             return str(kind)
     for refused in _KINDS["refused"]:
-        if _begins(head, refused["begins"]):
+        if re.match(refused["begins"].encode(), head, re.DOTALL):
             raise ImageUnsupported(f"{name} is {refused['what']}, which cannot be read; {advice[refused['advice']]}.")
     # UTF-8 without control characters is text; its last character may be cut in two.
     is_text = "\ufffd" not in head.decode(errors="replace")[:-1] and not _CONTROL.search(head)
     what = "a text file, not an image" if is_text else "no image of a known kind, or its beginning is damaged"
     raise BadImage(f"{name} is {what}; {advice['other']}.")
-
-
-def _begins(head: bytes, pattern: str) -> bool:
-    return re.match(pattern.encode(), head, re.DOTALL) is not None

@@ -45,7 +45,6 @@ _FOREIGN = {
 _NAME = re.compile(r"(?P<prefix>.+?)(?:-(?P<part>\d{5})-of-(?P<parts>\d{5}))?\.gguf", re.DOTALL)
 _TAG = re.compile(r"[-.]([A-Za-z0-9_]+)$")
 _NOT_MODELS = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")
-_PREFERRED_TAGS = ("Q4_K_M", "Q8_0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +69,16 @@ class GgufName(NamedTuple):
     """A file name taken apart: `prefix` is the path without part numbers, `tag` the last word of it in capitals."""
 
     prefix: str
-    tag: str
-    part: int
-    parts: int
+    tag: str = ""
+    part: int = 0
+    parts: int = 1
 
 
-def take_apart(path: str) -> GgufName | None:
-    """The pieces of a GGUF file's name; None when it is no GGUF file."""
+def take_apart(path: str) -> GgufName:
+    """The pieces of a GGUF file's name; of any other file's name the whole, as part 0."""
     found = _NAME.fullmatch(path)
     if found is None:
-        return None
+        return GgufName(path)
     tag = _TAG.search(found["prefix"])
     return GgufName(found["prefix"], tag[1].upper() if tag else "", int(found["part"] or 1), int(found["parts"] or 1))
 
@@ -87,13 +86,13 @@ def take_apart(path: str) -> GgufName | None:
 def stem(path: str) -> str:
     """The name without its tag and part numbers, in small letters: what the quantisations of one model share."""
     name = take_apart(path)
-    return name.prefix.lower().removesuffix(name.tag.lower()).rstrip("-.") if name else path.lower()
+    return name.prefix.lower().removesuffix(name.tag.lower()).rstrip("-.")
 
 
 def is_model(path: str) -> bool:
     """Whether a file is a language model by its name, and the first part of it."""
-    name, file = take_apart(path), path.rpartition("/")[2]
-    return name is not None and name.part == 1 and not any(word in file for word in _NOT_MODELS)
+    file = path.rpartition("/")[2]
+    return take_apart(path).part == 1 and not any(word in file for word in _NOT_MODELS)
 
 
 def is_projector(path: str) -> bool:
@@ -101,10 +100,10 @@ def is_projector(path: str) -> bool:
     return path.endswith(".gguf") and "mmproj" in path.rpartition("/")[2]
 
 
-def best_model(paths: Iterable[str], tag: str = "") -> str | None:
-    """The language model meant by a quantisation tag; without one Q4_K_M, else Q8_0, else the first."""
+def best_model(paths: Iterable[str], tag: str = "", usual: str = "") -> str | None:
+    """The language model meant by a quantisation tag; without one the usual, else Q4_K_M, else Q8_0, else the first."""
     models = [path for path in paths if is_model(path)]
-    for wanted in [tag] if tag else _PREFERRED_TAGS:
+    for wanted in [tag] if tag else filter(None, (usual, "Q4_K_M", "Q8_0")):
         pattern = re.compile(re.escape(wanted) + "[.-]", re.IGNORECASE)
         if found := next(filter(pattern.search, models), None):
             return found
@@ -120,14 +119,14 @@ def best_projectors(paths: Iterable[str], model: str) -> list[str]:
 
 def _bits(path: str) -> int:
     """4 for Q4_K_M, 16 for F16; 0 when the tag has no number."""
-    number = re.search(r"\d+", name.tag) if (name := take_apart(path)) else None
+    number = re.search(r"\d+", take_apart(path).tag)
     return int(number[0]) if number else 0
 
 
 def part_names(path: str) -> Sequence[str]:
     """The names of all parts of a model, in order; the file alone when it is whole."""
     name = take_apart(path)
-    if name is None or name.parts == 1:
+    if name.parts == 1:
         return [path]
     return [f"{name.prefix}-{index:05d}-of-{name.parts:05d}.gguf" for index in range(1, name.parts + 1)]
 
@@ -145,24 +144,25 @@ def parts_of(path: Path) -> Sequence[Path]:
 
 @dataclass(frozen=True, slots=True)
 class TensorHead:
-    """A tensor's shape (row length first), type, where its data ends in the file, and its bytes.
-
-    Of an unknown type `type` and `end` are None and `size` is 0.
-    """
+    """A tensor's shape (row length first), type (None and `size` 0 where unknown), offset in the file's data, bytes."""
 
     name: str
     shape: tuple[int, ...]
     type: str | None
-    end: int | None
+    offset: int
     size: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """Metadata without its arrays (`lengths` has their lengths), and all tensors. `size` is the file's, in bytes."""
+    """Metadata without its arrays (`lengths` has their lengths), and all tensors.
+
+    `size` is the file's, in bytes; the tensors' data begin at `data`.
+    """
 
     path: Path
     size: int
+    data: int
     metadata: dict[str, Scalar]
     lengths: dict[str, int] = field(repr=False)
     tensors: tuple[TensorHead, ...] = field(repr=False)
@@ -213,7 +213,7 @@ def info_of(headers: list[GgufHeader]) -> GgufInfo:
     """What a file says of itself, by the headers of all its parts. Raises ModelUnreadable."""
     header, path = headers[0], headers[0].path
     for part in headers:
-        needed = max((tensor.end for tensor in part.tensors if tensor.end is not None), default=0)
+        needed = max((part.data + tensor.offset + tensor.size for tensor in part.tensors), default=0)
         if needed > part.size:
             missing = (needed - part.size) / needed
             raise ModelUnreadable(f"{part.path} is cut short, {missing:.0%} of it is missing: download it again")
@@ -321,16 +321,12 @@ class _Cursor:
                 metadata[key] = self._string() if kind == _STRING else self._number(kind)
             else:
                 raise _Damaged(f"a value of the unknown kind {kind}")
-        heads = [self._tensor() for _ in range(tensor_count)]
+        tensors = tuple(self._tensor() for _ in range(tensor_count))
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment <= 0:
             raise _Damaged(f"a data alignment of {alignment!r}")
         data = -(-self._at // alignment) * alignment
-        tensors = (
-            TensorHead(name, shape, kind, data + offset + size if kind else None, size)
-            for name, shape, kind, offset, size in heads
-        )
-        return GgufHeader(path, len(self._view), metadata, lengths, tuple(tensors))
+        return GgufHeader(path, len(self._view), data, metadata, lengths, tensors)
 
     def _number(self, kind: int) -> int:
         code = _SCALARS[kind]
@@ -367,12 +363,11 @@ class _Cursor:
             raise struct.error
         return count
 
-    def _tensor(self) -> tuple[str, tuple[int, ...], str | None, int, int]:
-        """Name, shape, type, offset behind the header, and bytes."""
+    def _tensor(self) -> TensorHead:
         name, dimensions = self._string(), self._number(_U32)
         if dimensions > 4:
             raise _Damaged(f"the tensor {name[:64]!r} of {dimensions} dimensions")
         shape = tuple(self._number(_U64) for _ in range(dimensions))
         kind, offset = self._number(_U32), self._number(_U64)
         type_name, values, size = TENSOR_TYPES.get(kind, (None, 1, 0))
-        return name, shape, type_name, offset, prod(shape) // values * size
+        return TensorHead(name, shape, type_name, offset, prod(shape) // values * size)

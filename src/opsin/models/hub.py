@@ -36,20 +36,13 @@ _SPARE_BYTES = 256 * 2**20  # left free on the disk
 
 @dataclass(frozen=True, slots=True)
 class HubFile:
-    """One file of a repository: its size in bytes, and its SHA-256 when the hub knows it."""
-
-    path: str
-    size: int
-    sha256: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class HubRepo:
-    """The files of a repository at one commit, in the hub's order."""
+    """One file of a repository at a commit: its size in bytes, and its SHA-256 when the hub knows it."""
 
     repo: str
     commit: str
-    files: tuple[HubFile, ...]
+    path: str
+    size: int
+    sha256: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +68,8 @@ class Hub:
         endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
         return cls(endpoint.rstrip("/"), hub_cache(), token)
 
-    def list_files(self, repo: str) -> HubRepo:
-        """What a repository holds. Raises ModelNotFound and DownloadFailed."""
+    def list_files(self, repo: str) -> list[HubFile]:
+        """What a repository holds, in the hub's order. Raises ModelNotFound and DownloadFailed."""
         try:
             with self._client() as client:
                 answer = client.get(f"{self.endpoint}/api/models/{repo}/revision/main?blobs=true")
@@ -91,11 +84,12 @@ class Hub:
                 f"{self.endpoint} cannot be reached or did not list {repo} ({error!r}): check HF_ENDPOINT or try later"
             ) from error
 
-    def fetch(self, repo: HubRepo, files: list[HubFile], progress: Progress = lambda *_: None) -> list[Path]:
-        """Download what is missing of `files`; their paths in the cache. Raises DownloadFailed."""
-        folder = self.cache / f"models--{repo.repo.replace('/', '--')}"
-        snapshot, locks = folder / "snapshots" / repo.commit, self.cache / ".locks" / folder.name
-        names = [file.sha256 or f"{repo.commit}-{quote(file.path, safe='')}" for file in files]
+    def fetch(self, files: list[HubFile], progress: Progress = lambda *_: None) -> list[Path]:
+        """Download what is missing of `files` of one repository; their paths in the cache. Raises DownloadFailed."""
+        repo, commit = files[0].repo, files[0].commit
+        folder = self.cache / f"models--{repo.replace('/', '--')}"
+        snapshot, locks = folder / "snapshots" / commit, self.cache / ".locks" / folder.name
+        names = [file.sha256 or f"{commit}-{quote(file.path, safe='')}" for file in files]
         blobs = [(folder / "blobs" / name, file) for name, file in zip(names, files, strict=True)]
         try:
             for needed in (locks, folder / "blobs"):
@@ -104,30 +98,30 @@ class Hub:
             free = shutil.disk_usage(self.cache).free
             if missing > 0 and free < missing + _SPARE_BYTES:
                 raise DownloadFailed(
-                    f"{repo.repo} needs {missing / 1e9:.1f} GB and {self.cache} has {free / 1e9:.1f} GB free: make"
+                    f"{repo} needs {missing / 1e9:.1f} GB and {self.cache} has {free / 1e9:.1f} GB free: make"
                     " room, or set HF_HUB_CACHE to another disk"
                 )
             for blob, file in blobs:
                 with FileLock(locks / f"{blob.name}.lock"):
                     if not blob.exists():
-                        self._download(repo, file, blob, progress)
+                        self._download(file, blob, progress)
                 progress(file.path, file.size, file.size)
                 link = snapshot / file.path
                 link.parent.mkdir(parents=True, exist_ok=True)
                 link.unlink(missing_ok=True)
                 link.symlink_to(os.path.relpath(blob, link.parent))
-            write_whole(folder / "refs" / "main", repo.commit, mode=0o644)
+            write_whole(folder / "refs" / "main", commit, mode=0o644)
         except OSError as error:
             raise DownloadFailed(f"{self.cache} cannot be written to: {error.strerror or error}") from error
         return [snapshot / file.path for file in files]
 
-    def _download(self, repo: HubRepo, file: HubFile, blob: Path, progress: Progress) -> None:
+    def _download(self, file: HubFile, blob: Path, progress: Progress) -> None:
         """Make `blob` that file, checked; what broke off waits in a file `.incomplete` beside it."""
         part = _part(blob)
         failures, best = 0, _size(part)
         while _size(part) != file.size or not part.exists():
             try:
-                self._append(repo, file, part, progress)
+                self._append(file, part, progress)
             except httpx.HTTPError as error:
                 if _size(part) > best:  # bytes arrived: this is a bad line, not a dead one
                     failures, best = 0, _size(part)
@@ -147,17 +141,17 @@ class Hub:
             )
         part.replace(blob)
 
-    def _append(self, repo: HubRepo, file: HubFile, part: Path, progress: Progress) -> None:
+    def _append(self, file: HubFile, part: Path, progress: Progress) -> None:
         """Fetch what `part` lacks. Raises httpx.HTTPError for what is worth another try."""
         if _size(part) > file.size:
             part.unlink()
         done = _size(part)
-        url = f"{self.endpoint}/{repo.repo}/resolve/{repo.commit}/{quote(file.path)}"
+        url = f"{self.endpoint}/{file.repo}/resolve/{file.commit}/{quote(file.path)}"
         headers = {"Range": f"bytes={done}-"} if done else {}
         with self._client() as client, client.stream("GET", url, headers=headers) as answer:
             if answer.status_code in {401, 403}:
                 raise DownloadFailed(
-                    f"{repo.repo} asks for permission: accept its terms at {self.endpoint}/{repo.repo}, then log in"
+                    f"{file.repo} asks for permission: accept its terms at {self.endpoint}/{file.repo}, then log in"
                     " with `hf auth login` or set HF_TOKEN, and pull again"
                 )
             answer.raise_for_status()
@@ -189,9 +183,8 @@ def pull(name: str, *, hub: Hub | None = None, progress: Progress = lambda *_: N
     """
     wanted = look_up(name)
     hub = hub or Hub.from_environment()
-    repo = hub.list_files(wanted.repo)
-    llm, mmproj = choose(repo, wanted)
-    paths = hub.fetch(repo, [mmproj, *llm], progress)  # the small file first: trouble shows early
+    llm, mmproj = choose(hub.list_files(wanted.repo), wanted)
+    paths = hub.fetch([mmproj, *llm], progress)  # the small file first: trouble shows early
     pair = Pair(llm=paths[1], mmproj=paths[0], name=wanted.name)
     check_pair(paths[1], paths[0])
     if make_default:
@@ -199,27 +192,27 @@ def pull(name: str, *, hub: Hub | None = None, progress: Progress = lambda *_: N
     return pair
 
 
-def choose(repo: HubRepo, wanted: Wanted) -> tuple[list[HubFile], HubFile]:
+def choose(listed: list[HubFile], wanted: Wanted) -> tuple[list[HubFile], HubFile]:
     """All parts of the language model, and the projector. Raises ModelNotFound when the repository lacks either."""
-    files = {file.path: file for file in repo.files}
-    models = [name for path in files if is_model(path) and (name := take_apart(path))]
+    repo, files = wanted.repo, {file.path: file for file in listed}
+    models = [take_apart(path) for path in files if is_model(path)]
     if not models:
-        raise ModelNotFound(f"{repo.repo} holds no GGUF language model: look for a repository whose name ends in GGUF")
+        raise ModelNotFound(f"{repo} holds no GGUF language model: look for a repository whose name ends in GGUF")
     model, mmproj = wanted.files_of(list(files))
     if model is None:
         tags = ", ".join(sorted({name.tag for name in models if name.tag}))
-        raise ModelNotFound(f"{repo.repo} has no file for {wanted.name}: choose one tagged {tags}")
+        raise ModelNotFound(f"{repo} has no file for {wanted.name}: choose one tagged {tags}")
     if mmproj is None:
         raise ModelNotFound(
-            f"{repo.repo} has no projector (mmproj file) for {model}, so it reads text only: pull a vision model"
+            f"{repo} has no projector (mmproj file) for {model}, so it reads text only: pull a vision model"
         )
     missing = [name for name in part_names(model) if name not in files]
     if missing:
-        raise ModelNotFound(f"{repo.repo} does not hold {missing[0]}, a part of {model}: pull another model")
+        raise ModelNotFound(f"{repo} does not hold {missing[0]}, a part of {model}: pull another model")
     return [files[name] for name in part_names(model)], files[mmproj]
 
 
-def _read_listing(repo: str, answer: Any) -> HubRepo:
+def _read_listing(repo: str, answer: Any) -> list[HubFile]:
     commit = answer["sha"]
     if not re.fullmatch(r"[0-9a-f]{40}", commit):
         raise ValueError(commit)
@@ -230,8 +223,8 @@ def _read_listing(repo: str, answer: Any) -> HubRepo:
         # Names from outside become paths in the cache, and must stay inside.
         inside = not path.is_absolute() and ".." not in path.parts and "\\" not in str(path)
         if inside and isinstance(size, int) and (sha256 is None or re.fullmatch(r"[0-9a-f]{64}", sha256)):
-            files.append(HubFile(str(path), size, sha256))
-    return HubRepo(repo, commit, tuple(files))
+            files.append(HubFile(repo, commit, str(path), size, sha256))
+    return files
 
 
 def _size(path: Path) -> int:

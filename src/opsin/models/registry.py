@@ -54,9 +54,7 @@ class Wanted:
         if row and row.llm_file and not self.tag:
             llm, mmproj = (name if name in files else None for name in (row.llm_file, row.mmproj_file))
             return llm, mmproj
-        llm = best_model(files, self.tag or (row.quantisation if row else "")) or (
-            None if self.tag else best_model(files)
-        )
+        llm = best_model(files, self.tag, row.quantisation if row else "")
         return llm, next(iter(best_projectors(files, llm)), None) if llm else None
 
 

@@ -102,8 +102,8 @@ def _meant(model: str, *, find: bool) -> Pair:
     if path.suffix == ".gguf":
         raise ModelNotFound(f"there is no file {path}: check the path, or see what is here with `opsin models`")
     wanted = look_up(model)
-    for repo in cached_repos():
-        if repo.repo.lower() == wanted.repo.lower() and (pair := _pair_in_repo(repo, wanted)):
+    for repo, (folder, files) in cached_repos().items():
+        if repo.lower() == wanted.repo.lower() and (pair := _pair_in_repo(folder, files, wanted)):
             return pair
     raise ModelNotFound(f"{wanted.name} is not here yet: get it with `opsin pull {wanted.name}`")
 
@@ -118,9 +118,9 @@ def _pair_in_folder(folder: Path) -> Pair:
     return Pair(folder / best, find_projector(folder / best), folder.resolve().name)
 
 
-def _pair_in_repo(repo: CachedRepo, wanted: Wanted) -> Pair | None:
-    llm, mmproj = wanted.files_of(repo.files)
-    return Pair(repo.folder / llm, repo.folder / mmproj if mmproj else None, wanted.name) if llm else None
+def _pair_in_repo(folder: Path, files: list[str], wanted: Wanted) -> Pair | None:
+    llm, mmproj = wanted.files_of(files)
+    return Pair(folder / llm, folder / mmproj if mmproj else None, wanted.name) if llm else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,12 +154,11 @@ def list_models(folders: Iterable[Path] = ()) -> list[ListedModel]:
 
 
 def _all_pairs(folders: Iterable[Path], default: Pair | None) -> Iterator[Pair]:
-    for repo in cached_repos():
-        rows = {row.llm_file: row for row in KNOWN_MODELS if row.repo.lower() == repo.repo.lower()}
-        for file in filter(is_model, repo.files):
-            name = take_apart(file)
-            tag = name.tag if name and file not in rows else ""
-            pair = _pair_in_repo(repo, Wanted(repo.repo, tag, rows.get(file) or rows.get(None)))
+    for repo, (folder, files) in cached_repos().items():
+        rows = {row.llm_file: row for row in KNOWN_MODELS if row.repo.lower() == repo.lower()}
+        for file in filter(is_model, files):
+            tag = "" if file in rows else take_apart(file).tag
+            pair = _pair_in_repo(folder, files, Wanted(repo, tag, rows.get(file) or rows.get(None)))
             if pair and pair.mmproj:
                 yield pair
     for folder in folders:
@@ -198,15 +197,6 @@ def _describe(pair: Pair, is_default: bool) -> ListedModel:
     return ListedModel(pair.name, *about, str(pair.llm), mmproj, is_default, problem)
 
 
-@dataclass(frozen=True, slots=True)
-class CachedRepo:
-    """A repository that was downloaded, in part or whole: `files` are GGUF paths relative to `folder`, sorted."""
-
-    repo: str
-    folder: Path
-    files: tuple[str, ...]
-
-
 def hub_home() -> Path:
     """The folder of everything Hugging Face: HF_HOME, else the user's cache folder."""
     return expand(os.environ.get("HF_HOME") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface")
@@ -217,20 +207,22 @@ def hub_cache() -> Path:
     return expand(os.environ.get("HF_HUB_CACHE") or hub_home() / "hub")
 
 
-def cached_repos() -> list[CachedRepo]:
-    """Every downloaded repository that has a GGUF file, by name; LLAMA_CACHE first, as llama.cpp does."""
+def cached_repos() -> dict[str, tuple[Path, list[str]]]:
+    """Of every repository downloaded, in part or whole, a folder and the GGUF paths in it; names and paths are sorted.
+
+    LLAMA_CACHE comes first, as llama.cpp has it.
+    """
     llama = os.environ.get("LLAMA_CACHE")
-    found: dict[str, CachedRepo] = {}
+    found: dict[str, tuple[Path, list[str]]] = {}
     for root in [*([expand(llama)] if llama else []), hub_cache()]:
         for folder in root.glob("models--*"):
             repo = folder.name.removeprefix("models--").replace("--", "/", 1)
             snapshot = _snapshot(folder)
             # A link to a download that was removed is no file.
             paths = [path for path in snapshot.rglob("*.gguf") if path.is_file()] if snapshot else []
-            if snapshot and paths and repo not in found:
-                files = sorted(path.relative_to(snapshot).as_posix() for path in paths)
-                found[repo] = CachedRepo(repo, snapshot, tuple(files))
-    return [found[repo] for repo in sorted(found)]
+            if snapshot and paths:
+                found.setdefault(repo, (snapshot, sorted(path.relative_to(snapshot).as_posix() for path in paths)))
+    return dict(sorted(found.items()))
 
 
 def _snapshot(folder: Path) -> Path | None:

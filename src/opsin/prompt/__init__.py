@@ -6,7 +6,7 @@ This room knows no model runtime, token numbers, files or HTTP. What it needs of
 
 from __future__ import annotations
 
-from opsin.prompt.builder import Content, Message, PromptBuilder, Role
+from opsin.prompt.builder import Content, Message, PromptBuilder
 from opsin.prompt.template import TemplateSource
 
-__all__ = ["Content", "Message", "PromptBuilder", "Role", "TemplateSource"]
+__all__ = ["Content", "Message", "PromptBuilder", "TemplateSource"]

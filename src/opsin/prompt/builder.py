@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 from jinja2 import TemplateSyntaxError
 from jinja2.meta import find_undeclared_variables
@@ -30,8 +30,10 @@ Role = Literal["system", "user", "assistant", "tool"]
 Content = str | Image
 Json = Mapping[str, Any]
 Shape = Literal["string", "list"]
+"""A content's: a string, or a list of typed parts."""
 
 _ROLES: tuple[str, ...] = get_args(Role)
+_SHAPES: tuple[Shape, ...] = get_args(Shape)
 _SWITCHES = ("enable_thinking", "thinking")  # the second is Kimi's and DeepSeek's
 # Markers that begin or end a turn. Where the vocabulary has no token for one, the model writes it as plain text.
 _TURN_MARKERS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<end_of_utterance>", "<|end|>", "[INST]")
@@ -109,9 +111,12 @@ class PromptBuilder:
         self._stop = tuple(marker for marker in written if marker not in source.control_tokens | {source.eos_token})
         if "USER:" in text and "ASSISTANT:" in text:
             self._stop += ("USER:",)
-        self.reasoning = find_style(source, text)
+        self.reasoning = style = find_style(source, text)
         """How this model marks its thoughts; None where it has none."""
-        _ = self._template.abilities, self._thinks_apart  # found out by rendering: now, not at the first request
+        _ = self._template.system_shape  # found out by rendering: now, not at the first request
+        self._thinks_apart = style is not None and (
+            "reasoning_content" in text or not self._template.keeps_thoughts(style.opening, style.closing)
+        )
 
     def build(
         self,
@@ -159,7 +164,7 @@ class PromptBuilder:
     def _fold_system(self, messages: Sequence[Message]) -> Sequence[Message]:
         """Put a system message before the first question where the template has no such role."""
         first, *others = messages
-        if first.role != "system" or self._template.abilities.system is not None:
+        if first.role != "system" or self._template.system_shape is not None:
             return messages
         if not others or others[0].role != "user":
             return [Message("user", first.content), *others]
@@ -178,9 +183,9 @@ class PromptBuilder:
         if message.role == "assistant" and parts == (text,) and style is not None and self._thinks_apart:
             found, answer = style.split(text)
             parts, thoughts = (answer,), thoughts if found is None else found
-        able = self._template.abilities
-        shape = able.system if message.role == "system" and able.system is not None else able.user[0]
-        if "list" in able.user and any(isinstance(part, Image) for part in parts):
+        shapes, system = self._template.user_shapes, self._template.system_shape
+        shape = system if message.role == "system" and system is not None else shapes[0]
+        if "list" in shapes and any(isinstance(part, Image) for part in parts):
             shape = "list"
         texts: list[str] = []
         for is_image, group in groupby(parts, lambda part: isinstance(part, Image)):
@@ -198,13 +203,6 @@ class PromptBuilder:
         content = [{"type": "text", "text": text} for text in texts] if shape == "list" else self._glue.join(texts)
         return {"role": message.role, "content": content, **given}
 
-    @cached_property
-    def _thinks_apart(self) -> bool:
-        style = self.reasoning
-        if style is None or "reasoning_content" in self.template:
-            return style is not None
-        return not self._template.keeps_thoughts(style.opening, style.closing)
-
 
 def find_style(source: TemplateSource, template: str) -> ReasoningStyle | None:
     """The style of a model, by its template's text and its vocabulary; None for one that does not think aloud."""
@@ -213,13 +211,6 @@ def find_style(source: TemplateSource, template: str) -> ReasoningStyle | None:
             boxes = _BOX in source.control_tokens or _BOX in template
             return ReasoningStyle(opening, closing, _BOX_TAGS if boxes else ())
     return None
-
-
-class Abilities(NamedTuple):
-    """The shapes that a user's content may have (a string, a list of typed parts); that of a system message, if any."""
-
-    user: tuple[Shape, ...]
-    system: Shape | None
 
 
 class ChatTemplate:
@@ -260,20 +251,23 @@ class ChatTemplate:
         return "".join(pieces)
 
     @cached_property
-    def abilities(self) -> Abilities:
-        """What the template understands; a template that fails at every try is taken to want plain strings."""
-        shapes: tuple[Shape, ...] = get_args(Shape)
-        user = tuple(shape for shape in shapes if self._shows("opsinuser", message_of("user", "opsinuser", shape)))
-        user = user or ("string",)
-        question = message_of("user", "opsinuser", user[0])
-        for shape in dict.fromkeys((*user, *shapes)):
+    def user_shapes(self) -> tuple[Shape, ...]:
+        """Those a user's content may have; a template that fails at every try is taken to want plain strings."""
+        shown = (shape for shape in _SHAPES if self._shows("opsinuser", message_of("user", "opsinuser", shape)))
+        return tuple(shown) or ("string",)
+
+    @cached_property
+    def system_shape(self) -> Shape | None:
+        """That of a system message's content; None where the template has no such message."""
+        question = message_of("user", "opsinuser", self.user_shapes[0])
+        for shape in dict.fromkeys((*self.user_shapes, *_SHAPES)):
             if self._shows("opsinsystem", message_of("system", "opsinsystem", shape), question):
-                return Abilities(user, shape)
-        return Abilities(user, None)
+                return shape
+        return None
 
     def keeps_thoughts(self, opening: str, closing: str) -> bool:
         """Whether a block of thoughts in an older answer comes out as text."""
-        shape = self.abilities.user[0]
+        shape = self.user_shapes[0]
         question = message_of("user", "opsinuser", shape)
         answer = message_of("assistant", f"{opening}\nopsinthought\n{closing}\n\nopsinanswer", shape)
         return self._shows("opsinthought", question, answer, question)

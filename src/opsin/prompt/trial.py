@@ -53,7 +53,8 @@ def _limit() -> None:
 
 def _render_all(template: ChatTemplate) -> None:
     """Render conversations as the builder would; the template may refuse them, but it may not cost too much."""
-    for shape, full, thinking in itertools.product(template.abilities.user, (False, True), (None, True, False)):
+    _ = template.system_shape  # asked as the builder asks
+    for shape, full, thinking in itertools.product(template.user_shapes, (False, True), (None, True, False)):
         messages = _conversation(shape, full=full)
         switches = {} if thinking is None else {"enable_thinking": thinking}
         for some in (messages[-1:], messages):

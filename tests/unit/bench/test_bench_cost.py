@@ -78,9 +78,9 @@ def test_only_images_of_one_size_have_one_cost(shape: str, tmp_path: Path) -> No
 
 def test_merged_patches_reach_the_projector_as_fewer_tokens() -> None:
     heads = [
-        TensorHead("v.blk.0.ffn_up.weight", (8, 16), "F16", None),
-        TensorHead("v.blk.1.attn_out.weight", (8, 8), "F16", None),
-        TensorHead("mm.0.weight", (32, 10), "F16", None),
+        TensorHead("v.blk.0.ffn_up.weight", (8, 16), "F16", 0),
+        TensorHead("v.blk.1.attn_out.weight", (8, 8), "F16", 0),
+        TensorHead("mm.0.weight", (32, 10), "F16", 0),
     ]
     block, last, projector = 2 * 8 * 16 * 64, 2 * 8 * 8 * 64 + 4 * 64**2 * 8, 2 * 32 * 10 * 64
     assert encode_ops_of(heads, 64, 2) == block + projector

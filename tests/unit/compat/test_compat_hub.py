@@ -10,7 +10,7 @@ from opsin.compat import MoondreamChatHandler
 from opsin.compat.handlers import download
 from opsin.core.errors import BadParameter, ModelNotFound
 from opsin.models import hub as hub_module
-from opsin.models.hub import HubFile, HubRepo
+from opsin.models.hub import HubFile
 
 FILES = ("moondream2-text-model-f16.gguf", "moondream2-mmproj-f16.gguf", "part-00002-of-00002.gguf")
 
@@ -22,11 +22,11 @@ class Hub:
     cache: Path
     asked: list[Any] = field(default_factory=list)
 
-    def list_files(self, repo: str) -> HubRepo:
+    def list_files(self, repo: str) -> list[HubFile]:
         self.asked.append(repo)
-        return HubRepo(repo, "0" * 40, tuple(HubFile(name, 4, None) for name in FILES))
+        return [HubFile(repo, "0" * 40, name, 4, None) for name in FILES]
 
-    def fetch(self, repo: HubRepo, files: list[HubFile]) -> list[Path]:
+    def fetch(self, files: list[HubFile]) -> list[Path]:
         self.asked.append([file.path for file in files])
         self.cache.mkdir(exist_ok=True)
         for file in files:

@@ -15,7 +15,7 @@ import pytest
 
 from opsin.core.errors import DownloadFailed, ModelNotFound, PairMismatch
 from opsin.models import Pair, resolve
-from opsin.models.hub import Hub, HubFile, HubRepo, choose, pull
+from opsin.models.hub import Hub, HubFile, choose, pull
 from opsin.models.registry import Wanted, look_up
 from opsin.models.resolve import read_default
 
@@ -236,8 +236,8 @@ def test_the_environment_decides_where_to_and_from(served, tmp_path: Path, opsin
     assert offline.stderr.startswith("opsin: HF_HUB_OFFLINE is set")
 
 
-def repo_of(*paths: str) -> HubRepo:
-    return HubRepo(REPO, "0" * 40, tuple(HubFile(path, 1, None) for path in paths))
+def repo_of(*paths: str) -> list[HubFile]:
+    return [HubFile(REPO, "0" * 40, path, 1, None) for path in paths]
 
 
 def chosen(wanted: Wanted, *paths: str) -> tuple[list[str], str]:

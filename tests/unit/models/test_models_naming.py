@@ -14,10 +14,10 @@ from opsin.models.gguf import best_model, best_projectors, is_model, is_projecto
         ("dir/m.q8_0.gguf", ("dir/m.q8_0", "Q8_0", 1, 1)),
         ("m-BF16-00002-of-00003.gguf", ("m-BF16", "BF16", 2, 3)),
         ("model.gguf", ("model", "", 1, 1)),
-        ("model.bin", None),
+        ("model.bin", ("model.bin", "", 0, 1)),
     ],
 )
-def test_names_are_taken_apart(path: str, expected: tuple[str, str, int, int] | None):
+def test_names_are_taken_apart(path: str, expected: tuple[str, str, int, int]):
     assert take_apart(path) == expected
 
 

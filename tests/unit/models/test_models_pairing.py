@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from opsin.core.errors import ModelNotFound, PairMismatch
-from opsin.models import Pair, check_pair, family_warning, find_projector, read_info, resolve
+from opsin.models import Pair, read_info, resolve
+from opsin.models.pairing import check_pair, family_warning, find_projector
 
 
 def test_a_pair_that_fits_gives_both_accounts(tiny: Pair):

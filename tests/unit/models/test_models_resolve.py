@@ -12,8 +12,16 @@ from pathlib import Path
 import pytest
 
 from opsin.core.errors import BadParameter, ModelNotFound, ModelUnreadable, OpsinError, PairMismatch
-from opsin.models import Pair, demo_pair, list_models, locate, resolve
-from opsin.models.resolve import cached_repos, hub_cache, read_default, state_file, write_default
+from opsin.models import Pair, locate, resolve
+from opsin.models.resolve import (
+    cached_repos,
+    demo_pair,
+    hub_cache,
+    list_models,
+    read_default,
+    state_file,
+    write_default,
+)
 
 
 def put(cache: Path, repo: str, files: dict[str, Path], commit: str = "c" * 40) -> Path:
@@ -143,7 +151,7 @@ def test_llama_cpp_s_own_cache_comes_first(tiny: Pair, cache: Path, tmp_path: Pa
 def test_removed_blobs_leave_links_that_do_not_count(tiny: Pair, cache: Path):
     snapshot = put(cache, "a/b", {"mmproj-m.gguf": tiny.mmproj})
     (snapshot / "m-Q4_K_M.gguf").symlink_to("../../blobs/gone")
-    assert [repo.files for repo in cached_repos()] == [("mmproj-m.gguf",)]
+    assert [files for _, files in cached_repos().values()] == [["mmproj-m.gguf"]]
 
 
 def test_without_refs_the_newest_snapshot_counts(tiny: Pair, cache: Path):
@@ -151,7 +159,7 @@ def test_without_refs_the_newest_snapshot_counts(tiny: Pair, cache: Path):
     new = put(cache, "a/b", {"new-Q4_K_M.gguf": tiny.llm}, "b" * 40)
     os.utime(old, (1, 1))
     (cache / "models--a--b" / "refs" / "main").unlink()
-    assert cached_repos()[0].folder == new
+    assert cached_repos()["a/b"][0] == new
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ def test_the_parts_joined_are_the_plain_rendering(family, first, answer, second)
     prompt = prompts.build(
         [Message("user", [A, first + "."]), Message("assistant", answer), Message("user", [second + ".", B])]
     )
-    wants_list = "list" in template.abilities.user
+    wants_list = "list" in template.user_shapes
 
     def content(*parts):
         return [{"type": "text", "text": part} for part in parts] if wants_list else "".join(parts)

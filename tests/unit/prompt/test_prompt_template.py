@@ -4,7 +4,7 @@ import pytest
 from prompt_families import FAMILIES
 
 from opsin.core.errors import BadPrompt
-from opsin.prompt.builder import Abilities, ChatTemplate
+from opsin.prompt.builder import ChatTemplate
 
 
 def render(text, messages=(), **others):
@@ -112,14 +112,14 @@ def test_a_mistake_in_the_template_names_its_line():
 )
 def test_what_each_family_understands(family, user, system):
     template, bos, eos, _ = FAMILIES[family]
-    found = ChatTemplate(template, bos_token=bos, eos_token=eos).abilities
-    assert found == Abilities(user, system)
+    found = ChatTemplate(template, bos_token=bos, eos_token=eos)
+    assert (found.user_shapes, found.system_shape) == (user, system)
 
 
 @pytest.mark.parametrize("body", ["{{ m.content }}", "{{ m.content | tojson }}", "{{ m.content | string | trim }}"])
 def test_a_list_printed_as_it_is_does_not_count_as_understood(body):
-    found = ChatTemplate("{% for m in messages %}" + body + "{% endfor %}", bos_token="", eos_token="").abilities
-    assert found.user == ("string",)
+    found = ChatTemplate("{% for m in messages %}" + body + "{% endfor %}", bos_token="", eos_token="")
+    assert found.user_shapes == ("string",)
 
 
 def test_a_system_message_may_want_another_shape_than_the_users():
@@ -127,4 +127,5 @@ def test_a_system_message_may_want_another_shape_than_the_users():
         "{% for m in messages %}{% if m.role == 'system' %}{{ m.content + '|' }}"
         "{% else %}{% for c in m.content %}{{ c.text }}{% endfor %}{% endif %}{% endfor %}"
     )
-    assert ChatTemplate(text, bos_token="", eos_token="").abilities == Abilities(("list",), "string")
+    found = ChatTemplate(text, bos_token="", eos_token="")
+    assert (found.user_shapes, found.system_shape) == (("list",), "string")

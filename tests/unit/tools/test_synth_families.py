@@ -8,7 +8,7 @@ import gguf
 import pytest
 
 from opsin.core.errors import BadParameter
-from opsin.models import check_pair
+from opsin.models.pairing import check_pair
 from synth import SHAPES, write_pair
 from synth.text import llm_tensors
 from synth.vision import clip_tensors

@@ -13,8 +13,9 @@ import gguf
 import pytest
 
 from opsin.core.errors import BadInput, BadParameter
-from opsin.models import Pair, check_pair, read_info
+from opsin.models import Pair, read_info
 from opsin.models.gguf import read_header
+from opsin.models.pairing import check_pair
 from synth import LLM_TYPES, MMPROJ_TYPES, SHAPES, write_pair, write_shape
 from synth.text import llm_tensors
 from synth.vision import clip_tensors

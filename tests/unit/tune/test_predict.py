@@ -6,7 +6,7 @@ import pytest
 
 from opsin.bench import cost
 from opsin.core.errors import BadInput, BadParameter
-from opsin.models import demo_pair
+from opsin.models.resolve import demo_pair
 from opsin.models.shapes import SHAPES
 from opsin.tune.devices import DEVICES, REACHED, THIS, find_device, gpu_group
 from opsin.tune.predict import Request, check_fits, file_needs, predict, shape_needs

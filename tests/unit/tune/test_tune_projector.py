@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from opsin.core.errors import ModelUnreadable
-from opsin.models import demo_pair, read_info
+from opsin.models import read_info
+from opsin.models.resolve import demo_pair
 from opsin.tune.projector import TYPES, convert_projector, default_folder, keep
 
 
