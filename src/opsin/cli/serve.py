@@ -18,7 +18,7 @@ from opsin.core.config import current_folder, read_config
 from opsin.core.settings import ServerSettings
 from opsin.models import locate
 from opsin.server.app import create_app
-from opsin.server.handler import ModelManager, Watcher
+from opsin.server.handler import ModelManager
 from opsin.server.images import DecoderPool, ImageLoader
 from opsin.server.listener import address_of, bind, check_binding, http_server, read_keys
 from opsin.server.watchers import AccessLog, Tracing
@@ -84,8 +84,7 @@ class _Front:
             command=(sys.executable, "-P", "-c", _WORKER),
         )
         model = ModelManager(settings, engine)
-        watchers: list[Watcher] = [AccessLog(as_json=settings.log_json).finished]
-        watchers += [traces.finished for traces in tracing]
+        watchers = [one.finished for one in (AccessLog(as_json=settings.log_json), *tracing)]
         app = create_app(model, images, watchers=watchers, keys=keys)
         server = http_server(app, settings.slow_reader_seconds)
         serving = asyncio.create_task(server.serve(sockets=[self._listener]))
