@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 from opsin.doctor.explain.facts import Facts, Request
 
-Where = Literal["load", "encode", "prefill", "decode", "all"]
 _Found = Mapping[str, Any] | None
 SHORT = 64  # tokens of the answer with which a runaway one is compared
 _LEAST_RUNAWAY = 256
@@ -35,7 +34,7 @@ class Cause:
     """
 
     name: str
-    where: Where
+    where: Literal["load", "encode", "prefill", "decode", "all"]
     seconds: float | None
     arithmetic: str
     message: str
