@@ -105,7 +105,12 @@ class _Front:
             if model.state == "ready" and engine.restarts > said:
                 said = engine.restarts
                 await asyncio.to_thread(lambda: model.prompts)  # a template may take its time
-                self._say_ready(model)
+                if model.facts.is_demo:
+                    say(DEMO)
+                if model.facts.notice:
+                    say(model.facts.notice)
+                address = address_of(self._listener)
+                say(f"{model.name} is ready at http://{address} (the page, and /v1 for OpenAI's clients)")
             await self._changed.wait()
             self._changed.clear()
         if self._told:
@@ -114,14 +119,6 @@ class _Front:
         assert engine.error is not None
         say(f"opsin: {engine.error}")
         return engine.error.exit_code
-
-    def _say_ready(self, model: ModelManager) -> None:
-        if model.facts.is_demo:
-            say(DEMO)
-        if model.facts.notice:
-            say(model.facts.notice)
-        address = address_of(self._listener)
-        say(f"{model.name} is ready at http://{address} (the page, and /v1 for OpenAI's clients)")
 
     def _listen_to_signals(self, loop: asyncio.AbstractEventLoop) -> None:
         """The first signal asks for a good end; a second one does not wait for it."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import re
 import tomllib
 from collections.abc import Iterator
@@ -93,10 +92,6 @@ def _clock(text: str) -> float | None:
     return None
 
 
-def _tells(value: Any) -> bool:
-    return value is not None and (not isinstance(value, float) or math.isfinite(value))
-
-
 class _Book:
     """Puts values together to requests: a value that a request has already, and otherwise, begins the next one.
 
@@ -124,7 +119,7 @@ class _Book:
 
     def put(self, **values: Any) -> None:
         """Add values that a request has once."""
-        kept = {name: value for name, value in values.items() if _tells(value)}
+        kept = {name: value for name, value in values.items() if value is not None}
         current = self._current()
         if any(name in current and current[name] != value for name, value in kept.items() if name != "timer"):
             self.finish(self._task)
@@ -133,7 +128,7 @@ class _Book:
     def once(self, **values: Any) -> None:
         """Add values that belong to the request in hand whatever it has; the first ones stay."""
         for name, value in values.items():
-            if _tells(value):
+            if value is not None:
                 self._current().setdefault(name, value)
 
     def event(self, **amounts: Any) -> None:
@@ -292,7 +287,7 @@ def _value(name: str, text: str) -> Any:
     if name == "encode_ms":
         return (float(text),)
     if name.endswith("_ms"):
-        return float(text) if text[-1].isdigit() else go_duration(text)
+        return float(text) if re.fullmatch(_NUMBER, text) else go_duration(text)
     if name.endswith("_s"):  # h:mm:ss or m:ss
         return reduce(lambda total, part: 60 * total + float(part), text.split(":"), 0.0)
     return int(text) if text.isdecimal() else text
