@@ -84,7 +84,7 @@ class _Front:
             command=(sys.executable, "-P", "-c", _WORKER),
         )
         model = ModelManager(settings, engine)
-        watchers = [one.finished for one in (AccessLog(as_json=settings.log_json), *tracing)]
+        watchers = [AccessLog(as_json=settings.log_json).finished, *(traces.finished for traces in tracing)]
         app = create_app(model, images, watchers=watchers, keys=keys)
         server = http_server(app, settings.slow_reader_seconds)
         serving = asyncio.create_task(server.serve(sockets=[self._listener]))
