@@ -51,23 +51,15 @@ class ModelCost:
         """Bytes read by one decode step of sequences with these context lengths."""
         return self.weight_bytes + sum(contexts) * self.kv_values * self.kv_value_bytes
 
-    def decode_ops(self, context: int) -> float:
-        """Operations for one new token."""
-        return 2 * (self.weights + self.head) + 4 * context * self.attention_width
-
-    def prefill_ops(self, context: int) -> float:
-        """Operations for one prompt token after `context` others; it needs no logits."""
-        return 2 * self.weights + 4 * context * self.attention_width
-
     def step_seconds(self, ceiling: Ceiling, contexts: Sequence[int]) -> float:
         """The least time of a decode step."""
-        ops = sum(self.decode_ops(context) for context in contexts)
+        ops = 2 * len(contexts) * (self.weights + self.head) + 4 * sum(contexts) * self.attention_width
         return max(self.decode_bytes(contexts) / ceiling.read_bytes_s, ops / ceiling.matrix_ops_s)
 
     def prompt_seconds(self, ceiling: Ceiling, tokens: int, context: int = 0, images: int = 0) -> float:
-        """The least time to encode `images` and prefill `tokens` after `context` others."""
-        ops = tokens * self.prefill_ops(context + tokens // 2) + images * (self.encode_ops or 0.0)
-        return ops / ceiling.matrix_ops_s
+        """The least time to encode `images` and prefill `tokens` after `context` others; they need no logits."""
+        ops = tokens * (2 * self.weights + 4 * (context + tokens // 2) * self.attention_width)
+        return (ops + images * (self.encode_ops or 0.0)) / ceiling.matrix_ops_s
 
     def workload_seconds(self, ceiling: Ceiling, workload: Workload, usages: Sequence[Usage]) -> float:
         """The least time of a whole workload: each image is encoded and prefilled once, decode steps are shared."""

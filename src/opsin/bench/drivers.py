@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 
-from opsin.bench.workloads import RequestFailed
+from opsin.bench.workloads import Driver, RequestFailed
 from opsin.core.answer import Finished, TextDelta, Usage
 from opsin.core.errors import BadParameter, Cancelled
 from opsin.core.request import SamplingParams
@@ -29,22 +29,20 @@ from opsin.prompt import Message, PromptBuilder
 _TIMEOUT_S, _START_S, _STOP_S = 300.0, 600.0, 30.0
 
 
-class EngineDriver:
-    """Does what a server does with a question, without the network."""
+def engine_driver(engine: Engine, prompts: PromptBuilder) -> Driver:
+    """Does what a server does with a question, without the network. Its answers raise BadInput, EngineError."""
 
-    def __init__(self, engine: Engine, prompts: PromptBuilder) -> None:
-        self._engine, self._prompts, self._image_settings = engine, prompts, ImageSettings()
-
-    def ask(self, image: bytes, question: str, max_tokens: int) -> Generator[float, None, Usage]:
-        """See `workloads.Driver`. Raises BadInput, EngineError."""
-        prompt = self._prompts.build([Message("user", [load_image(image, self._image_settings), question])])
+    def ask(image: bytes, question: str, max_tokens: int) -> Generator[float, None, Usage]:
+        prompt = prompts.build([Message("user", [load_image(image, ImageSettings()), question])])
         params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, guard=False)
-        for event in self._engine.submit(prompt, params):
+        for event in engine.submit(prompt, params):
             if isinstance(event, TextDelta):
                 yield time.perf_counter()
             elif isinstance(event, Finished):
                 return event.answer.usage
         raise Cancelled("The answer ended without its last event.")
+
+    return ask
 
 
 class HttpDriver:
@@ -63,7 +61,7 @@ class HttpDriver:
         except (ValueError, LookupError, TypeError) as error:
             raise BadParameter(f"{self.url} lists no model: name one with --served-model.") from error
 
-    def ask(self, image: bytes, question: str, max_tokens: int) -> Generator[float, None, Usage]:
+    def __call__(self, image: bytes, question: str, max_tokens: int) -> Generator[float, None, Usage]:
         """See `workloads.Driver`. Raises RequestFailed."""
         url = f"data:image/png;base64,{base64.b64encode(image).decode()}"
         content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from statistics import median
 from typing import Any
 
@@ -93,19 +93,12 @@ def target_document(target: Target, limits: Limits | None = None) -> dict[str, A
 
 
 def columns(headings: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 1) -> str:
-    """A table as text; all columns but the first `words` hold figures."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if number < words else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console = Console(file=io.StringIO(), width=500, color_system=None, markup=False, highlight=False, emoji=False)
-    with console.capture() as shown:
-        console.print(table)
-    return "\n".join(line.rstrip() for line in shown.get().splitlines())
+    """A table as text, never wrapped or cut; all columns but the first `words` hold figures."""
+    padded = []
+    for number, column in enumerate(zip_longest(headings, *rows, fillvalue="")):
+        width = max(map(len, column))
+        padded.append([cell.ljust(width) if number < words else cell.rjust(width) for cell in column])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*padded, strict=True))
 
 
 def as_text(targets: Sequence[Target], limits: Limits | None = None) -> str:

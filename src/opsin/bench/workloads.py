@@ -9,9 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from statistics import median
-from typing import Protocol
-
-import numpy as np
 
 from opsin.core.answer import Usage
 from opsin.core.errors import BadParameter, OpsinError
@@ -27,11 +24,11 @@ class RequestFailed(OpsinError):
     code = "request_failed"
 
 
-class Driver(Protocol):
-    """Whatever answers questions about images: an engine in this process, or a server. Used by several threads."""
+Driver = Callable[[bytes, str, int], Generator[float, None, Usage]]
+"""Answers a question about an image (its bytes) greedily, with an engine in this process or a server, by any thread.
 
-    def ask(self, image: bytes, question: str, max_tokens: int) -> Generator[float, None, Usage]:
-        """Yields `time.perf_counter()` at each piece of a greedy answer of `max_tokens` tokens; returns the counts."""
+Yields `time.perf_counter()` at each piece of the answer, which has as many tokens as are given; returns the counts.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +80,7 @@ def choose(names: Iterable[str] | None) -> tuple[Workload, ...]:
 
 def image_file(seed: int) -> bytes:
     """The bytes of a 640×480 PNG with about the detail of a photograph; equal seeds give equal images."""
+    import numpy as np
     from PIL import Image
 
     rng = np.random.default_rng(seed)
@@ -158,7 +156,7 @@ def run_workload(driver: Driver, workload: Workload, images: Sequence[bytes]) ->
         if workload.at_once:
             time.sleep(max(0.0, start + ask.at - time.perf_counter()))
         sent = time.perf_counter()
-        stream = driver.ask(images[ask.image], ask.question, ask.max_tokens)
+        stream = driver(images[ask.image], ask.question, ask.max_tokens)
         pieces: list[float] = []
         usage, failed = Usage(), None
         try:
@@ -195,7 +193,7 @@ def measure_in_turn(
 
 def warm_up(driver: Driver, workload: Workload) -> None:
     """Ask one question that is not measured: memory is touched and graphs are built before the clock runs."""
-    for _ in driver.ask(images_of(workload, _WARM_UP_RUN)[0], workload.asks[0].question, 4):
+    for _ in driver(images_of(workload, _WARM_UP_RUN)[0], workload.asks[0].question, 4):
         pass
 
 

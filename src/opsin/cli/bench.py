@@ -16,7 +16,7 @@ import typer
 from opsin import __version__
 from opsin.bench import overhead as room
 from opsin.bench.cost import Ceiling, read_cost
-from opsin.bench.drivers import EngineDriver, HttpDriver, serving
+from opsin.bench.drivers import HttpDriver, engine_driver, serving
 from opsin.bench.report import Limits, Target, as_text, ratios, target_document
 from opsin.bench.workloads import Workload, choose, measure_in_turn, warm_up
 from opsin.cli import options as o
@@ -72,7 +72,7 @@ def engine(
         typer.echo(limits.text())
         runtime = stack.enter_context(closing(open_runtime(settings.model, settings.mmproj, settings)))
         about = _about(runtime, settings)
-        targets = _measure({"opsin": EngineDriver(runtime.engine, runtime.prompts), **servers}, chosen, runs)
+        targets = _measure({"opsin": engine_driver(runtime.engine, runtime.prompts), **servers}, chosen, runs)
     document = {**about, **limits.document(), **target_document(targets[0], limits)}
     if servers:
         document["peers"] = {target.name: target_document(target) for target in targets[1:]}

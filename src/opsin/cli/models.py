@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from opsin.bench.report import columns
 from opsin.cli.console import escaped, new_app
 from opsin.cli.options import AsJson
 from opsin.core.errors import PairMismatch
@@ -35,10 +36,10 @@ def models(
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
     elif known:
-        typer.echo(_table(rows, ("name", "title", "repo")))
+        _print_table(rows, "name", "title", "repo")
     else:
-        columns = ("", "name", "model", "quantisation", "size", "where")
-        typer.echo(_table([{**row, **_shown(row)} for row in rows], columns))
+        rows = [{**row, **_shown(row)} for row in rows]
+        _print_table(rows, "", "name", "model", "quantisation", "size", "where")
         typer.echo("* the default; change it with `opsin models use NAME`, get more with `opsin pull NAME`")
 
 
@@ -65,9 +66,5 @@ def _shown(row: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _table(rows: list[dict[str, Any]], names: tuple[str, ...]) -> str:
-    """Plain columns: paths are for copying, so nothing is wrapped or cut."""
-    cells = [list(names), *([escaped(str(row[name])) for name in names] for row in rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
-    padded = ("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in cells)
-    return "\n".join(line.rstrip() for line in padded)
+def _print_table(rows: list[dict[str, Any]], *names: str) -> None:
+    typer.echo(columns(names, [[escaped(str(row[name])) for name in names] for row in rows], words=len(names)))

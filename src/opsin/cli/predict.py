@@ -54,8 +54,12 @@ def predict(
     if memory is not None:
         found = replace(found, memory=memory * 2**30)
     prediction = predicted(needs, found, Request(prompt_tokens, answer_tokens, ctx))
-    check_fits(prediction, needs)
-    check = _measure(pair, prediction, needs, settings) if measure and pair is not None else None
+    check_fits(prediction)
+    check = None
+    if measure and pair is not None:
+        say(f"measuring {needs.name}")
+        with closing(open_runtime(pair.llm, pair.mmproj, settings)) as runtime:
+            check = measure_pair(runtime, prediction)
     document = {"kind": "predict", "opsin": __version__, "prediction": prediction.as_dict(), "check": check}
     o.write_out(json_out, document)
     typer.echo(json.dumps(document) if as_json else _text(prediction, check))
@@ -86,12 +90,6 @@ def _this_machine() -> Device:
     return Device(THIS, f"this machine ({device.description})", group, rate.bytes_s, rate.ops_s, device.memory_total)
 
 
-def _measure(pair: Pair, prediction: Prediction, needs: Needs, settings: EngineSettings) -> dict[str, Any]:
-    say(f"measuring {needs.name}")
-    with closing(open_runtime(pair.llm, pair.mmproj, settings)) as runtime:
-        return measure_pair(runtime, needs, prediction.device, prediction.request)
-
-
 def _list_devices(*, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps([asdict(device) for device in DEVICES.values()], indent=2))
@@ -112,7 +110,7 @@ def _text(prediction: Prediction, check: dict[str, Any] | None) -> str:
         ("decode", "decode_token_ms", f"a token, {row['decode_tokens_s']} tokens a second"),
         ("whole answer", "answer_ms", f"{row['answer_tokens']} tokens"),
     ]
-    lines = [f"{prediction.model} on {prediction.device.title}", ""]
+    lines = [f"{prediction.needs.name} on {prediction.device.title}", ""]
     lines += [f"  {name:<16} {row[key]:>10,.1f} ms   {what}".rstrip() for name, key, what in times]
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in prediction.memory.items() if size)
     fits = f" of {prediction.device.usable / 1e9:.1f} GB: it fits" if prediction.device.usable else ""

@@ -18,7 +18,7 @@ from opsin.core.config import current_folder, read_config
 from opsin.core.settings import ServerSettings
 from opsin.models import locate
 from opsin.server.app import create_app
-from opsin.server.handler import ModelManager, Watcher
+from opsin.server.handler import ModelManager
 from opsin.server.images import DecoderPool, ImageLoader
 from opsin.server.listener import address_of, bind, check_binding, http_server, read_keys
 from opsin.server.watchers import AccessLog, Tracing
@@ -84,8 +84,7 @@ class _Front:
             command=(sys.executable, "-P", "-c", _WORKER),
         )
         model = ModelManager(settings, engine)
-        watchers: list[Watcher] = [AccessLog(as_json=settings.log_json).finished]
-        watchers += [traces.finished for traces in tracing]
+        watchers = [AccessLog(as_json=settings.log_json).finished, *(traces.finished for traces in tracing)]
         app = create_app(model, images, watchers=watchers, keys=keys)
         server = http_server(app, settings.slow_reader_seconds)
         serving = asyncio.create_task(server.serve(sockets=[self._listener]))
@@ -106,7 +105,12 @@ class _Front:
             if model.state == "ready" and engine.restarts > said:
                 said = engine.restarts
                 await asyncio.to_thread(lambda: model.prompts)  # a template may take its time
-                self._say_ready(model)
+                if model.facts.is_demo:
+                    say(DEMO)
+                if model.facts.notice:
+                    say(model.facts.notice)
+                address = address_of(self._listener)
+                say(f"{model.name} is ready at http://{address} (the page, and /v1 for OpenAI's clients)")
             await self._changed.wait()
             self._changed.clear()
         if self._told:
@@ -115,14 +119,6 @@ class _Front:
         assert engine.error is not None
         say(f"opsin: {engine.error}")
         return engine.error.exit_code
-
-    def _say_ready(self, model: ModelManager) -> None:
-        if model.facts.is_demo:
-            say(DEMO)
-        if model.facts.notice:
-            say(model.facts.notice)
-        address = address_of(self._listener)
-        say(f"{model.name} is ready at http://{address} (the page, and /v1 for OpenAI's clients)")
 
     def _listen_to_signals(self, loop: asyncio.AbstractEventLoop) -> None:
         """The first signal asks for a good end; a second one does not wait for it."""

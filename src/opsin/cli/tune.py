@@ -13,7 +13,7 @@ import typer
 
 from opsin.cli import options as o
 from opsin.cli.console import say
-from opsin.compose import Runtime, gpu_names, open_runtime
+from opsin.compose import gpu_names, open_runtime
 from opsin.core.config import FILE, config_path, read_config, same_file
 from opsin.core.errors import BadParameter, OpsinError
 from opsin.core.settings import EngineSettings
@@ -80,11 +80,7 @@ def _pair(settings: EngineSettings) -> Pair:
 def _measured(settings: EngineSettings, fixed: set[str], target: Target, folder: Path, minutes: float) -> Report:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     found = candidates(settings, fixed, cores, _projectors(settings, folder))
-
-    def opened(one: EngineSettings) -> Runtime:
-        return open_runtime(one.model, one.mmproj, one)
-
-    return Tuner(opened, settings, target, minutes, tell=lambda text: say(f"measuring: {text}")).run(found)
+    return Tuner(lambda one: open_runtime(one.model, one.mmproj, one), settings, target, minutes, say).run(found)
 
 
 def _projectors(settings: EngineSettings, folder: Path) -> Iterator[Path]:

@@ -16,7 +16,7 @@ from opsin.core.request import Image, ImagePart, SamplingParams
 from opsin.core.settings import EngineSettings, ImageSettings
 from opsin.doctor.build import build_checks
 from opsin.doctor.check import Check, Status, worst
-from opsin.doctor.pair import LoadedFacts, header_checks, loaded_checks, read_pair
+from opsin.doctor.pair import PairInfo, context_check, end_check, header_checks, read_pair, ubatch_check
 from opsin.doctor.placement import placement_checks
 from opsin.doctor.safety import room_checks, trial_check
 from opsin.engine import Engine
@@ -65,7 +65,7 @@ def examine(settings: EngineSettings, tell: Callable[[str], None] = lambda _: No
         # The images drawn for it are of no use later.
         quiet, known = settings.model_copy(update={"disk_cache": False}), (info.pair, info.facts)
         with closing(open_runtime(settings.model, settings.mmproj, quiet, trial=False, known=known)) as runtime:
-            loaded = loaded_checks(info, _loaded_facts(runtime), settings)
+            loaded = _loaded_checks(info, runtime, settings)
             yield from loaded
             if worst(loaded) == "fail":
                 return
@@ -86,11 +86,17 @@ def _pair(settings: EngineSettings) -> Pair:
     return resolve(llm, mmproj)
 
 
-def _loaded_facts(runtime: Runtime) -> LoadedFacts:
-    backend, source, limits = runtime.backend, runtime.prompts.source, runtime.engine.limits
+def _loaded_checks(info: PairInfo, runtime: Runtime, settings: EngineSettings) -> list[Check]:
+    """The checks `pair.*` that need a loaded pair. Raises BadPrompt."""
+    backend, limits = runtime.backend, runtime.engine.limits
     assert backend is not None, "a runtime of a model has one"
-    with closing(backend.tokenize([ImagePart(drawn_image())], add_bos=False)) as tokenized:
-        return LoadedFacts(source, backend.eog_texts, tokenized.n_image_tokens, limits.n_ubatch, limits.n_ctx_seq)
+    with closing(backend.tokenize([ImagePart(drawn_image())], add_bos=False)) as image:
+        tokens = image.n_image_tokens
+    return [
+        ubatch_check(tokens, limits.n_ubatch, settings),
+        context_check(tokens, limits.n_ctx_seq, info.llm.context, settings),
+        end_check(runtime.prompts.source, backend.eog_texts, settings),
+    ]
 
 
 def behaviour_checks(engine: Engine, prompts: PromptBuilder) -> list[Check]:

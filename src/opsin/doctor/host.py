@@ -70,6 +70,8 @@ def read_host(root: Path = Path("/"), run: Run = run_command) -> Host:
     """Look at this machine; `root` has /proc, /sys and /dev, `run` runs `nvidia-smi` and `sysctl`. Never raises."""
     text, cores = read(root / "proc/cpuinfo"), os.cpu_count() or 1
     name = re.search(r"^model name\s*: (.*)", text, re.MULTILINE)
+    # CUDA's own installer leaves its folder out of the search path.
+    folders = os.pathsep.join((os.environ.get("PATH", os.defpath), str(root / "usr/local/cuda/bin")))
     flags = " ".join(re.findall(r"^(?:flags|Features)\s*: (.*)", text, re.MULTILINE)).split()
     return Host(
         python=sys.executable or "python",
@@ -81,7 +83,7 @@ def read_host(root: Path = Path("/"), run: Run = run_command) -> Host:
         allowed=len(os.sched_getaffinity(0)) if sys.platform == "linux" else cores,
         quota=cpu_quota(root),
         threads=physical_cores(),
-        tools=_tools(root),
+        tools={name: path for name in TOOLS if (path := shutil.which(name, path=folders))},
     )
 
 
@@ -89,13 +91,6 @@ def cpu_quota(root: Path) -> float | None:
     """Cores' worth of time that the control groups allow; None: no limit."""
     told = [read(group / "cpu.max").split() for group in control_groups(root)]
     return min((int(w[0]) / int(w[1]) for w in told if len(w) == 2 and all(map(str.isdigit, w))), default=None)
-
-
-def _tools(root: Path) -> dict[str, str]:
-    found = {name: path for name in TOOLS if (path := shutil.which(name))}
-    # CUDA's own installer leaves its folder out of the search path.
-    cuda = root / "usr/local/cuda/bin/nvcc"
-    return {**({"nvcc": str(cuda)} if cuda.exists() else {}), **found}
 
 
 def read_gpus(root: Path, run: Run) -> tuple[Gpu, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,28 +62,12 @@ def read_pair(pair: Pair, image_max_tokens: int | None = None) -> PairInfo:
     return PairInfo(pair, llm, mmproj, parts, source, pair_facts(headers, vision, image_max_tokens), mismatch, doubt)
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedFacts:
-    """What a loaded pair tells: tokens of a common image, of a ubatch, and of the context of one sequence."""
-
-    source: TemplateSource
-    eog_texts: frozenset[str]
-    image_tokens: int
-    ubatch: int
-    ctx_seq: int
-
-
 def header_checks(info: PairInfo, settings: EngineSettings) -> list[Check]:
     """The checks `pair.*` that the headers allow; `settings` name the pair's files."""
     checks = _projector(info, settings)
     if info.mmproj is not None and worst(checks) != "fail":
         checks.append(_quantisation(info.mmproj))
     return [*checks, _template(info)]
-
-
-def loaded_checks(info: PairInfo, loaded: LoadedFacts, settings: EngineSettings) -> list[Check]:
-    """The checks `pair.*` that need a loaded pair. Raises BadPrompt."""
-    return [_ubatch(loaded, settings), _context(info, loaded, settings), _end(loaded, settings)]
 
 
 def _projector(info: PairInfo, settings: EngineSettings) -> list[Check]:
@@ -131,9 +116,11 @@ def _quantisation(mmproj: GgufInfo) -> Check:
     return Check("pair.quantisation", status, message, {"quantisation": kind})
 
 
-def _ubatch(loaded: LoadedFacts, settings: EngineSettings) -> Check:
-    """Small ubatches read all weights many times; for images that must go in one, loading takes a larger ubatch."""
-    tokens, ubatch = loaded.image_tokens, loaded.ubatch
+def ubatch_check(tokens: int, ubatch: int, settings: EngineSettings) -> Check:
+    """Small ubatches read all weights many times; for images that must go in one, loading takes a larger ubatch.
+
+    `tokens` are those of a common image.
+    """
     evidence = {"image_tokens": tokens, "ubatch_tokens": ubatch}
     slices, larger = -(-tokens // ubatch), -(-tokens // 256) * 256
     message = f"An image's {tokens} tokens go in {slices} ubatches of {ubatch}"
@@ -143,8 +130,8 @@ def _ubatch(loaded: LoadedFacts, settings: EngineSettings) -> Check:
     return Check("pair.ubatch", "warn", f"{message}: give --ubatch {larger}.", evidence, fix)
 
 
-def _context(info: PairInfo, loaded: LoadedFacts, settings: EngineSettings) -> Check:
-    tokens, ctx, trained = loaded.image_tokens, loaded.ctx_seq, info.llm.context
+def context_check(tokens: int, ctx: int, trained: int | None, settings: EngineSettings) -> Check:
+    """Does the context of one sequence hold an image's tokens, a question and an answer?"""
     name, least = "pair.context", tokens + _TEXT_TOKENS
     evidence = {"image_tokens": tokens, "context_tokens": ctx, "trained_context_tokens": trained}
     need = -(-(least + 4 * _ANSWER_TOKENS) // 1024) * 1024
@@ -181,14 +168,14 @@ def _template(info: PairInfo) -> Check:
     return Check("pair.template", "warn", f"{info.llm.path.name} {odd}", evidence)
 
 
-def _end(loaded: LoadedFacts, settings: EngineSettings) -> Check:
-    """Does the template end an answer as the model does?"""
-    if not (loaded.source.template or "").strip():
-        built_in = choose(loaded.source)
+def end_check(source: TemplateSource, eog_texts: Iterable[str], settings: EngineSettings) -> Check:
+    """Does the template end an answer as the model does? Raises BadPrompt."""
+    if not (source.template or "").strip():
+        built_in = choose(source)
         return Check("pair.end", "ok", f"The built-in template called {built_in} stands in.", {"built_in": built_in})
-    prompt = PromptBuilder(loaded.source).build(_TALK, add_generation_prompt=False)
+    prompt = PromptBuilder(source).build(_TALK, add_generation_prompt=False)
     rendered = "".join(part.text for part in prompt.parts if isinstance(part, TextPart))
-    tail, ends = rendered.partition(_ANSWER)[2], sorted(text for text in loaded.eog_texts if text)
+    tail, ends = rendered.partition(_ANSWER)[2], sorted(text for text in eog_texts if text)
     written = next((text for text in (*ends, *prompt.stop) if text in tail), None)
     told = {"after_answer": tail, "end_tokens": ends, "stop_strings": list(prompt.stop)}
     if written:

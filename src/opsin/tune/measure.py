@@ -225,7 +225,7 @@ class Tuner:
         return max(MIN_NOISE, math.sqrt(fmean(one * one for one in apart))) if apart else math.inf
 
     def _measure(self, changes: Changes) -> Timing:
-        self.tell(shown(changes))
+        self.tell(f"measuring: {shown(changes)}")
         began = self.now()
         # Through the constructor, so that values are checked.
         settings = EngineSettings(**{**self.settings.model_dump(exclude_unset=True), **changes})

@@ -53,10 +53,9 @@ class Request:
 class Prediction:
     """Expected times of one request in milliseconds, and the memory it takes, in bytes."""
 
-    model: str
+    needs: Needs
     device: Device
     request: Request
-    image_tokens: int
     encode_ms: float
     image_prefill_ms: float
     text_prefill_ms: float
@@ -84,11 +83,11 @@ class Prediction:
         needed, there = sum(self.memory.values()), self.device.usable
         times = ("encode_ms", "image_prefill_ms", "text_prefill_ms", "first_token_ms", "decode_token_ms", "answer_ms")
         return {
-            "model": self.model,
+            "model": self.needs.name,
             "device": self.device.title,
             **{name: round(getattr(self, name), 3) for name in times},
             "decode_tokens_s": round(1e3 / self.decode_token_ms, 2),
-            "image_tokens": self.image_tokens,
+            "image_tokens": self.needs.image_tokens,
             **asdict(self.request),
             "memory_bytes": {name: round(size) for name, size in self.memory.items()},
             "memory_total_bytes": round(needed),
@@ -151,10 +150,9 @@ def predict(needs: Needs, device: Device, request: Request) -> Prediction:
         gib = f"{device.usable / 2**30:.0f} of {device.memory / 2**30:.0f} GiB"
         notes += (f"Metal gives models about {gib}; the most memory that is sold is taken unless --memory tells",)
     return Prediction(
-        model=needs.name,
+        needs=needs,
         device=device,
         request=request,
-        image_tokens=image,
         encode_ms=1e3 * (cost.encode_ops or 0.0) / (device.rate * reached["encode"]),
         image_prefill_ms=prefill_ms(image, 0),
         text_prefill_ms=prefill_ms(text, image),
@@ -164,8 +162,9 @@ def predict(needs: Needs, device: Device, request: Request) -> Prediction:
     )
 
 
-def check_fits(prediction: Prediction, needs: Needs) -> None:
+def check_fits(prediction: Prediction) -> None:
     """Raises BadInput when the pair does not fit, and says what would."""
+    needs = prediction.needs
     needed, there, ctx = sum(prediction.memory.values()), prediction.device.usable, prediction.request.ctx
     if not there or needed <= there:
         return
@@ -177,21 +176,22 @@ def check_fits(prediction: Prediction, needs: Needs) -> None:
     if halved <= there:
         ways.append(f"--ctx {ctx // 2} ({halved / 1e9:.1f} GB)")
     raise BadInput(
-        f"{prediction.model} needs {needed / 1e9:.1f} GB with a context of {ctx} tokens, and {prediction.device.title} "
+        f"{needs.name} needs {needed / 1e9:.1f} GB with a context of {ctx} tokens, and {prediction.device.title} "
         f"has {there / 1e9:.1f} GB: what would fit is {' or '.join(ways) or 'a smaller model or a larger device'}."
     )
 
 
-def measure_pair(runtime: Runtime, needs: Needs, device: Device, request: Request) -> dict[str, Any]:
+def measure_pair(runtime: Runtime, prediction: Prediction) -> dict[str, Any]:
     """Ask the pair itself, and compare: milliseconds by stage, and errors as shares. Raises EngineError, BadInput."""
+    needs = prediction.needs
     seen = bool(needs.cost.encode_ops)
     # The first question warms up; a salt of its own keeps what one leaves in the caches from the next.
     prompts = [question(runtime, number if seen else None, _QUESTION) for number in range(ROUNDS + 1)]
     answers = [runtime.engine.submit(one, ANSWER, salt=f"{i}").result() for i, one in enumerate(prompts)][1:]
     usage, stages = answers[0].usage, [answer.stages for answer in answers]
     image, text, tokens = usage.image_tokens, usage.prompt_tokens - usage.image_tokens, usage.completion_tokens
-    same = Request(text, tokens, max(request.ctx, usage.prompt_tokens + tokens))
-    found = predict(replace(needs, image_tokens=image), device, same)
+    same = Request(text, tokens, max(prediction.request.ctx, usage.prompt_tokens + tokens))
+    found = predict(replace(needs, image_tokens=image), prediction.device, same)
     predicted = {name: float(getattr(found, name)) for name in ("encode_ms", "prefill_ms", "decode_token_ms")}
     measured = {
         "encode_ms": median(one.encode_ms for one in stages),

@@ -1,12 +1,13 @@
 """Bytes and operations of a model, read from its header and checked by hand."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from opsin.bench import cost
-from opsin.bench.cost import encode_ops_of, image_cost, read_cost
+from opsin.bench.cost import Ceiling, encode_ops_of, image_cost, read_cost
 from opsin.models import Pair
 from opsin.models.gguf import TensorHead
 from opsin.models.shapes import SHAPES
@@ -27,9 +28,10 @@ def test_a_decode_step_reads_every_weight_once_but_the_embedding_table(tiny: Pai
     assert found.weight_bytes == pytest.approx(2 * (found.weights + found.head))
     assert found.kv_values == 2 * text.kv_width * text.layers
     assert found.decode_bytes([100, 50]) - found.decode_bytes([0]) == 150 * found.kv_values * 2
-    assert found.decode_ops(0) == 2 * (found.weights + found.head)
-    assert found.decode_ops(10) - found.decode_ops(0) == 4 * 10 * text.width * text.layers
-    assert found.prefill_ops(0) == 2 * found.weights
+    ceiling = Ceiling("", read_bytes_s=math.inf, matrix_ops_s=1.0)  # so seconds are operations
+    assert found.step_seconds(ceiling, [0]) == 2 * (found.weights + found.head)
+    assert found.step_seconds(ceiling, [10]) - found.step_seconds(ceiling, [0]) == 4 * 10 * text.width * text.layers
+    assert found.prompt_seconds(ceiling, 1) == 2 * found.weights
 
 
 def test_an_encode_runs_all_blocks_but_the_last_and_the_projector(tiny: Pair) -> None:

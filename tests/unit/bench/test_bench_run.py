@@ -9,11 +9,12 @@ import pytest
 
 from opsin.bench import workloads as workloads_file
 from opsin.bench.cost import Ceiling, ModelCost
-from opsin.bench.drivers import EngineDriver
+from opsin.bench.drivers import engine_driver
 from opsin.bench.report import Limits, Target, as_text, ratio, target_document
 from opsin.bench.workloads import (
     WORKLOADS,
     Ask,
+    Driver,
     Result,
     Stats,
     Timing,
@@ -57,7 +58,7 @@ class Running:
         self.backend = backend or FakeBackend(lambda _: "x" * 200, limits=LIMITS)
         self.engine = Engine(lambda: self.backend, policy=Policy(parallel=8))
         self.prompts = PromptBuilder(TemplateSource(TEMPLATE, "fake", "fake", None, "", "", frozenset({TURN_TEXT})))
-        self.driver = EngineDriver(self.engine, self.prompts)
+        self.driver = engine_driver(self.engine, self.prompts)
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ class Scripted:
         self.tokens, self.gap, self.pieces = tokens, gap, pieces
         self.images: list[bytes] = []
 
-    def ask(self, image: bytes, question: str, max_tokens: int) -> Generator[float, None, Usage]:
+    def __call__(self, image: bytes, question: str, max_tokens: int) -> Generator[float, None, Usage]:
         self.images.append(image)
         for _ in range(max_tokens if self.pieces is None else self.pieces):
             time.sleep(self.gap)
@@ -82,7 +83,7 @@ class Scripted:
         return Usage(prompt_tokens=20, completion_tokens=self.tokens or max_tokens, image_tokens=10)
 
 
-def measured(driver: EngineDriver | Scripted, workload: Workload, runs: int = 1) -> Result:
+def measured(driver: Driver, workload: Workload, runs: int = 1) -> Result:
     return measure_in_turn({"one": driver}, workload, runs=runs)["one"]
 
 

@@ -165,7 +165,7 @@ def test_a_server_that_hangs_up_is_a_failed_question() -> None:
     driver = HttpDriver(stub.url)
     stub.close()
     with pytest.raises(RequestFailed, match="broke off"):
-        next(driver.ask(b"\x89PNG", "?", 1))
+        next(driver(b"\x89PNG", "?", 1))
     assert run_workload(driver, WORKLOAD, [b"", b""])[0].failed is not None
 
 

@@ -146,6 +146,7 @@ def test_a_long_log_is_read_in_bounded_memory() -> None:
         "CUDA out of memory\n",
         "Elapsed (wall clock) time (h:mm:ss or m:ss): 0:01.00\n",
         '{"usage": {"prompt_tokens": 5}}\n',
+        "total duration: x1\n",
     ],
 )
 def test_what_any_program_may_say_is_no_log_of_ours(text: str) -> None:

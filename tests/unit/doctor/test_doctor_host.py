@@ -169,6 +169,7 @@ def test_instructions_are_told_in_ggmls_names(tmp_path: Path, text: str, name: s
 def test_tools_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     write(tmp_path, "usr/local/cuda/bin/nvcc")
+    (tmp_path / "usr/local/cuda/bin/nvcc").chmod(0o755)
     machine = read_host(tmp_path, nothing)
     assert machine.tools == {"nvcc": str(tmp_path / "usr/local/cuda/bin/nvcc")}
 

@@ -10,7 +10,7 @@ from pair_fixes import parsed
 
 from opsin.core.settings import EngineSettings
 from opsin.doctor.check import Check
-from opsin.doctor.pair import LoadedFacts, PairInfo, header_checks, loaded_checks, read_pair
+from opsin.doctor.pair import PairInfo, context_check, end_check, header_checks, read_pair, ubatch_check
 from opsin.models.pairing import Pair
 from opsin.prompt import TemplateSource
 from synth import SHAPES, write_pair, write_shape
@@ -63,8 +63,9 @@ def loaded(
     ctx: int = 4096,
     **settings: Any,
 ) -> dict[str, Check]:
-    facts = LoadedFacts(source or template("</s>"), frozenset({"</s>"}), image_tokens, ubatch, ctx)
-    return by_name(loaded_checks(info, facts, settings_of(info, **settings)))
+    asked = settings_of(info, **settings)
+    fits = [ubatch_check(image_tokens, ubatch, asked), context_check(image_tokens, ctx, info.llm.context, asked)]
+    return by_name([*fits, end_check(source or template("</s>"), {"</s>"}, asked)])
 
 
 def test_a_sound_pair_passes_all(info: PairInfo) -> None:

@@ -160,7 +160,7 @@ def test_apples_memory_is_shared_and_that_is_said():
     prediction = predict(big, DEVICES["m1"], Request(ctx=8192))
     assert "about 11 of 16 GiB" in prediction.notes[-1]
     with pytest.raises(BadInput, match=r"has 11\.5 GB.*as q6_k"):
-        check_fits(prediction, big)
+        check_fits(prediction)
 
 
 def test_a_request_that_the_context_cannot_hold_is_refused():
@@ -173,14 +173,14 @@ def test_a_pair_too_big_for_a_device_is_told_what_would_fit():
     prediction = predict(big, CARD, Request())
     assert prediction.as_dict()["fits"] is False
     with pytest.raises(BadInput, match=r"needs 30\.\d GB.*RTX 4090 has 25\.8 GB.*as q8_0 \(1\d\.\d GB\)"):
-        check_fits(prediction, big)
-    check_fits(predict(big, DEVICES["h200"], Request()), big)
-    check_fits(predict(big, DEVICES["epyc-9654"], Request()), big)  # its memory is the machine's affair
+        check_fits(prediction)
+    check_fits(predict(big, DEVICES["h200"], Request()))
+    check_fits(predict(big, DEVICES["epyc-9654"], Request()))  # its memory is the machine's affair
 
 
 def test_a_context_that_would_fit_is_named():
     with pytest.raises(BadInput, match=r"--ctx 32768"):
-        check_fits(predict(SEVEN, CARD, Request(ctx=65536)), SEVEN)
+        check_fits(predict(SEVEN, CARD, Request(ctx=65536)))
 
 
 def test_an_unknown_type_is_refused():

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import io
-import math
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
 from functools import reduce
@@ -23,7 +22,7 @@ _MANY = 256  # images and batches kept of one request, and loads of a log
 _LONGEST = 1 << 20  # characters of a piece: a longer line (a logged image) comes in several
 _LONGEST_FACT = 2000  # characters of a line in which facts are looked for; only answers, in JSON, are longer
 _BOMS = (b"\xff\xfe", b"\xfe\xff")
-_STAGES = frozenset(stage.value for stage in Stage)
+_STAGES = frozenset({"total", *(stage.value for stage in Stage)})
 _COUNT, _NUMBER = "[0-9]{1,9}", r"[0-9]{1,15}(?:\.[0-9]{1,20})?"
 
 _COLOURS = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
@@ -93,12 +92,11 @@ def _clock(text: str) -> float | None:
     return None
 
 
-def _tells(value: Any) -> bool:
-    return value is not None and (not isinstance(value, float) or math.isfinite(value))
-
-
 class _Book:
-    """Puts values together to requests: a value that a request has already, and otherwise, begins the next one."""
+    """Puts values together to requests: a value that a request has already, and otherwise, begins the next one.
+
+    Times of Opsin's own account are values named "stage encode".
+    """
 
     def __init__(self) -> None:
         self.line = 0
@@ -121,7 +119,7 @@ class _Book:
 
     def put(self, **values: Any) -> None:
         """Add values that a request has once."""
-        kept = {name: value for name, value in values.items() if _tells(value)}
+        kept = {name: value for name, value in values.items() if value is not None}
         current = self._current()
         if any(name in current and current[name] != value for name, value in kept.items() if name != "timer"):
             self.finish(self._task)
@@ -130,7 +128,7 @@ class _Book:
     def once(self, **values: Any) -> None:
         """Add values that belong to the request in hand whatever it has; the first ones stay."""
         for name, value in values.items():
-            if _tells(value):
+            if value is not None:
                 self._current().setdefault(name, value)
 
     def event(self, **amounts: Any) -> None:
@@ -142,15 +140,6 @@ class _Book:
             total = current.get(name, type(amount)()) + amount
             current[name] = total[:_MANY] if isinstance(total, tuple) else total
 
-    def stage(self, name: str, ms: float) -> None:
-        """Add a stage of Opsin's own account."""
-        stages = self._current().get("stages", {})
-        if stages.get(name, ms) != ms:
-            self.finish(self._task)
-            stages = {}
-        if math.isfinite(ms):
-            self._current()["stages"] = {**stages, name: ms}
-
     def has(self, name: str) -> bool:
         """The request in hand has this value already."""
         return name in self.open.get(self._task, {})
@@ -158,7 +147,9 @@ class _Book:
     def finish(self, *tasks: int) -> None:
         """These requests are over (none: the one in hand)."""
         for task in tasks or (self._task,):
-            request = Request(**self.open.pop(task, {}))
+            values = self.open.pop(task, {})
+            times = {name: values.pop(f"stage {name}") for name in _STAGES if f"stage {name}" in values}
+            request = Request(**values, stages=times)
             if request.tells:
                 self.count += 1
                 self.done += [request] if len(self.done) < KEPT else []
@@ -193,7 +184,8 @@ class _Reader:
         for how, pattern, says in _LINES:
             if found := pattern.search(text):
                 keep = self.found.update if how == "setup" else getattr(self.book, how)
-                keep(**_values_of(found, says))
+                told = {name: _value(name, value) for name, value in found.groupdict().items() if value is not None}
+                keep(**says, **told)
         if found := _PATTERNS["timer"].search(text):
             self._timer(found, text[: found.start()])
         self._unsupported(text)
@@ -274,32 +266,28 @@ class _Reader:
                 book.put(timer=timer, **{field: float(number) * factor})
             elif number and name in _COUNTS:
                 book.put(**{_COUNTS[name]: int(float(number))})
-            elif number and (name == "total_ms" or (name.endswith("_ms") and name[:-3] in _STAGES)):
-                book.stage(name[:-3], float(number))
+            elif number and name.endswith("_ms") and name[:-3] in _STAGES:
+                book.put(**{f"stage {name[:-3]}": float(number)})
                 book.once(wall_ms=float(number) if name == "total_ms" else None)
 
     def _access(self, found: re.Match[str]) -> None:
         """A line of Opsin's access log."""
-        book, whole, tokens = self.book, float(found["total_s"]) * 1e3, int(found["prompt"])
-        book.put(timer="opsin", prompt_tokens=tokens, completion_tokens=int(found["answer"]), wall_ms=whole)
-        book.stage("total", whole)
+        book, whole = self.book, float(found["total_s"]) * 1e3
+        tokens = {"prompt_tokens": int(found["prompt"]), "completion_tokens": int(found["answer"])}
+        book.put(timer="opsin", wall_ms=whole, **tokens, **{"stage total": whole})
         for name, value, end in _PATTERNS["access_field"].findall(found["fields"]):
             if name in _STAGES:
-                book.stage(name, float(value) * 1e3)
+                book.put(**{f"stage {name}": float(value) * 1e3})
             elif end:
                 book.once(finish=end)
 
 
-def _values_of(found: re.Match[str], says: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that a line of the table tells: times as floats, other numbers as integers, words as they are."""
-    return {**says, **{name: _value(name, text) for name, text in found.groupdict().items() if text is not None}}
-
-
 def _value(name: str, text: str) -> Any:
+    """The field that a line of the table tells: times as floats, other numbers as integers, words as they are."""
     if name == "encode_ms":
         return (float(text),)
     if name.endswith("_ms"):
-        return float(text) if text[-1].isdigit() else go_duration(text)
+        return float(text) if re.fullmatch(_NUMBER, text) else go_duration(text)
     if name.endswith("_s"):  # h:mm:ss or m:ss
         return reduce(lambda total, part: 60 * total + float(part), text.split(":"), 0.0)
     return int(text) if text.isdecimal() else text

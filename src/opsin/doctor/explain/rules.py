@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 from opsin.doctor.explain.facts import Facts, Request
 
-Where = Literal["load", "encode", "prefill", "decode", "all"]
 _Found = Mapping[str, Any] | None
 SHORT = 64  # tokens of the answer with which a runaway one is compared
 _LEAST_RUNAWAY = 256
@@ -35,7 +34,7 @@ class Cause:
     """
 
     name: str
-    where: Where
+    where: Literal["load", "encode", "prefill", "decode", "all"]
     seconds: float | None
     arithmetic: str
     message: str
@@ -45,42 +44,32 @@ class Cause:
     at_most: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """A table of `causes.toml`, which says what the fields mean, and what finds its cause."""
-
-    find: Callable[[Facts], Any]
-    name: str
-    where: Where
-    message: str
-    remedy: str
-    sums: str = ""
-    bound: Literal["encoder", "model", ""] = ""
-    saves: bool = False
-    least_ms: float = 0.0
-    share: float = 0.0
-    symptom: bool = False
-    at_most: bool = False
-
-    def apply(self, facts: Facts) -> Cause | None:
-        """The cause, where the facts hold it."""
-        found, request = self.find(facts), facts.worst
-        if not found:
-            return None
-        values: dict[str, Any] = {"ms": None, "setup": facts.setup, "request": request, "whole_s": request.whole / 1e3}
-        values |= found if isinstance(found, dict) else {}
-        if self.bound:
-            values["ms"], values["sums"] = _BOUNDS[self.bound](request)
-        ms = values["ms"]
-        if (ms or 0.0) < max(self.least_ms, self.share * request.whole):
-            return None
-        values["s"] = (ms or 0.0) / 1e3
-        sums = values.get("sums") or self.sums.format(**values)
-        message, remedy = self.message.format(**values), self.remedy.format(**values)
-        costs = (ms, values.get("saves", ms if self.saves else None))
-        seconds, saves = (None if cost is None else round(cost / 1e3, 3) for cost in costs)
-        at_most = self.at_most or bool(self.bound)
-        return Cause(self.name, self.where, seconds, sums, message, remedy, saves, self.symptom, at_most)
+def _cause(name: str, row: Mapping[str, Any], facts: Facts) -> Cause | None:
+    """The cause of one table of `causes.toml`, which says what its keys mean, where the facts hold it."""
+    found, request, bound = FINDERS[name](facts), facts.worst, row.get("bound")
+    if not found:
+        return None
+    values: dict[str, Any] = {"ms": None, "setup": facts.setup, "request": request, "whole_s": request.whole / 1e3}
+    values |= found if isinstance(found, dict) else {}
+    if bound:
+        values["ms"], values["sums"] = _BOUNDS[bound](request)
+    ms = values["ms"]
+    if (ms or 0.0) < max(row.get("least_ms", 0.0), row.get("share", 0.0) * request.whole):
+        return None
+    values["s"] = (ms or 0.0) / 1e3
+    costs = (ms, values.get("saves", ms if row.get("saves") else None))
+    seconds, saves = (None if cost is None else round(cost / 1e3, 3) for cost in costs)
+    return Cause(
+        name=row.get("name", name),
+        where=row["where"],
+        seconds=seconds,
+        arithmetic=values.get("sums") or row.get("sums", "").format(**values),
+        message=row["message"].format(**values),
+        remedy=row["remedy"].format(**values),
+        saves_seconds=saves,
+        symptom=row.get("symptom", False),
+        at_most=bool(bound or row.get("at_most")),
+    )
 
 
 def _encoder(request: Request) -> tuple[float | None, str]:
@@ -285,13 +274,12 @@ FINDERS: dict[str, Callable[[Facts], Any]] = {
     "long_answer": _long,
     "unaccounted": _unaccounted,
 }
-RULES = [Rule(FINDERS[name], **{"name": name, **row}) for name, row in _TABLE["causes"].items()]
 
 
 def causes_in(facts: Facts) -> Iterator[Cause]:
     """All causes that the facts hold, in the order of the table; a name is told once."""
     told = set()
-    for rule in RULES:
-        if rule.name not in told and (cause := rule.apply(facts)):
-            told.add(rule.name)
+    for name, row in _TABLE["causes"].items():
+        if (cause := _cause(name, row, facts)) and cause.name not in told:
+            told.add(cause.name)
             yield cause
