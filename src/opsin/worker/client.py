@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import operator
 import sys
 import threading
 import time
@@ -148,9 +149,7 @@ class WorkerEngine:
     @property
     def stats(self) -> Snapshot:
         """Counters over all workers so far, and what is so now."""
-        before, now = self._before, self._latest
-        names = [field.name for field in dataclasses.fields(Snapshot)]
-        return Snapshot(**{name: getattr(now, name) + (name not in _NOW and getattr(before, name)) for name in names})
+        return Snapshot(*map(operator.add, dataclasses.astuple(self._before), dataclasses.astuple(self._latest)))
 
     def wait_ready(self) -> Loaded:
         """Wait until the model was loaded. Raises the error with which that failed, or EngineClosed."""
