@@ -115,7 +115,7 @@ class CompletionHandler(Response):
         bucket: RateBucket = self._request.state.bucket
         with contextlib.ExitStack() as held:
             images = RequestImages(server.images, key)
-            held.callback(images.close)
+            held.callback(images.hold, 0)
             model.enter()
             stats.model = model.name
             model.engine.wake()  # it loads while images are decoded
@@ -227,7 +227,7 @@ class _Answers:
             if shown and self._silent:
                 self._silent.discard(index)
                 if not self._silent:
-                    self._images.close()
+                    self._images.hold(0)
             found += shown
         return found
 

@@ -179,7 +179,7 @@ class ImageLoader:
 
 
 class RequestImages:
-    """Loads the images of one request of `key`, and holds their pixels until it is closed."""
+    """Loads the images of one request of `key`, and holds their pixels until it is told to hold none."""
 
     def __init__(self, loader: ImageLoader, key: str) -> None:
         self._loader = loader
@@ -203,14 +203,11 @@ class RequestImages:
         await self._loader.room.take(self._key, pixels)
         self._pixels = pixels
         images = await _side_by_side(self._decode, wanted)
-        self._keep(sum(image.width * image.height for image in images))
+        self.hold(sum(image.width * image.height for image in images))
         return images
 
-    def close(self) -> None:
-        """Give all pixels back."""
-        self._keep(0)
-
-    def _keep(self, pixels: int) -> None:
+    def hold(self, pixels: int) -> None:
+        """Hold so many pixels from now on, and give the others back."""
         self._loader.room.leave(self._pixels - pixels)
         self._pixels = pixels
 
