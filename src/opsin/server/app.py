@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
@@ -93,13 +93,14 @@ async def props(request: Request) -> Response:
 @router.get("/health")
 async def health(request: Request) -> Response:
     """Whether the server lives and has a model to serve, now or in a moment."""
-    return _reply({"status": "failed"}, 503) if _manager(request).state == "failed" else _reply({"status": "ok"})
+    failed = request.app.state.model.state == "failed"
+    return _reply({"status": "failed"}, 503) if failed else _reply({"status": "ok"})
 
 
 @router.get("/ready")
 async def ready(request: Request) -> Response:
     """Whether requests are answered: the model is loaded and warmed up, and its process answers."""
-    manager = _manager(request)
+    manager: ModelManager = request.app.state.model
     if manager.ready:
         return _reply({"status": "ready"})
     return _reply({"status": manager.state}, 503, {"Retry-After": "1"})
@@ -108,21 +109,17 @@ async def ready(request: Request) -> Response:
 @router.get("/metrics", include_in_schema=False)
 def show_metrics(request: Request) -> Response:
     """All metrics as text, for Prometheus."""
-    return Response(request.app.state.metrics.render(), headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
+    text = generate_latest(request.app.state.metrics.registry)
+    return Response(text, headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4})
 
 
 def _reply(value: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
     return Response(dumps(value), status, headers, "application/json")
 
 
-def _manager(request: Request) -> ModelManager:
-    manager: ModelManager = request.app.state.model
-    return manager
-
-
 def _facts(request: Request) -> dict[str, Any]:
     """What is told of the model, also while it is unloaded. Raises NotReady."""
-    model = _manager(request)
+    model: ModelManager = request.app.state.model
     facts, parallel = model.facts, model.settings.parallel
     limits, info = facts.limits, facts.info
     return {

@@ -10,7 +10,6 @@ import os
 import signal
 import socket
 import sys
-from typing import Any
 
 from opsin import images
 from opsin.core.request import Image
@@ -31,11 +30,6 @@ def decode(data: bytes, limits: ImageSettings, detail: str | None) -> Image:
     return dataclasses.replace(image, rgb=share(image.rgb))
 
 
-def run(work: str, *request: Any) -> Any:
-    """What `measure` or `decode` returns."""
-    return globals()[work](*request)
-
-
 def main() -> None:
     """A decoder process: answers one request after another until the front is gone."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -46,7 +40,7 @@ def main() -> None:
             request = channel.receive()
             assert request is not None
             try:
-                result = run(*request)
+                result = request[0](*request[1:])
             except Exception as error:  # noqa: BLE001 - it belongs to whoever asked
                 result = portable(error)
             pixels = result.rgb if isinstance(result, Image) else None

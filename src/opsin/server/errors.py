@@ -33,11 +33,10 @@ class BadField(BadParameter):
         self.param = param
 
 
-class UnknownModel(BadField):
+class UnknownModel(BadField, http_status=404):
     """The request names a model that is not served."""
 
     code = "model_not_found"
-    http_status = 404
 
     def __init__(self, name: str, served: str) -> None:
         super().__init__(f"The model {name[:100]!r} is not served here: ask for {served!r}.", "model")

@@ -9,7 +9,7 @@ import itertools
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,8 +115,8 @@ class CompletionHandler(Response):
         bucket: RateBucket = self._request.state.bucket
         with contextlib.ExitStack() as held:
             images = RequestImages(server.images, key)
-            held.callback(images.close)
-            held.enter_context(model.entered())
+            held.callback(images.hold, 0)
+            model.enter()
             stats.model = model.name
             model.engine.wake()  # it loads while images are decoded
             model.check(self._body.model)
@@ -180,9 +180,9 @@ class CompletionHandler(Response):
         except Exception as error:
             if not started:
                 raise
-            status, message, code, param = explain(error)
-            self._stats.refused = code
-            last = writer.failed(error_body(status, message, code, param))
+            body = error_body(*explain(error))
+            self._stats.refused = body["error"]["code"]
+            last = writer.failed(body)
         await send({"type": "http.response.body", "body": last})
 
 
@@ -205,12 +205,9 @@ class _Answers:
 
     async def take(self, seconds: float | None = None) -> list[tuple[int, TextDelta | Finished]]:
         """Everything that has come, by stream; nothing when nothing comes in time. Raises a stream's error."""
-        if seconds is None:  # a timer would be made and cancelled for each step
-            await self._ready.wait()
-        else:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(seconds):
-                    await self._ready.wait()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._ready.wait()
         self._ready.clear()
         found: list[tuple[int, TextDelta | Finished]] = []
         for index, stream in enumerate(self._streams):
@@ -230,7 +227,7 @@ class _Answers:
             if shown and self._silent:
                 self._silent.discard(index)
                 if not self._silent:
-                    self._images.close()
+                    self._images.hold(0)
             found += shown
         return found
 
@@ -290,17 +287,15 @@ _prompts_of = functools.lru_cache(maxsize=1)(PromptBuilder)
 class ModelManager:
     """The one model of a server; used on its event loop alone.
 
-    A handler enters (`with manager.entered():`) before it asks the model, and stays until its answer is complete: a
-    drain waits for whoever has entered and lets nobody in.
+    The task of a handler enters before it asks the model, and ends when its answer is complete: a drain waits for
+    whoever has entered and lets nobody in.
     """
 
     def __init__(self, settings: ServerSettings, engine: WorkerEngine) -> None:
         self.settings = settings
         self.engine = engine
         self._draining = False
-        self._entered = 0
-        self._nobody = asyncio.Event()
-        self._nobody.set()
+        self._entered: set[asyncio.Task[Any]] = set()
 
     @property
     def state(self) -> str:
@@ -339,30 +334,26 @@ class ModelManager:
         if name not in {None, self.name} and not any_will_do:
             raise UnknownModel(str(name), self.name)
 
-    @contextlib.contextmanager
-    def entered(self) -> Iterator[None]:
-        """Around each request that is to be answered by the model. Raises NotReady while the server drains."""
+    def enter(self) -> None:
+        """Let the running task in, which asks the model and ends with its answer. Raises NotReady in a drain."""
         if self._draining:
             raise NotReady("The server is about to end and takes no new requests: ask again in a moment.")
-        self._entered += 1
-        self._nobody.clear()
-        try:
-            yield
-        finally:
-            self._entered -= 1
-            if not self._entered:
-                self._nobody.set()
+        task = asyncio.current_task()
+        assert task is not None
+        self._entered.add(task)
+        task.add_done_callback(self._entered.discard)
 
     async def drain(self, seconds: float) -> None:
         """Let nobody in, wait for running answers, then end what still runs."""
         self._draining = True
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._nobody.wait(), seconds)
         if self._entered:
-            _LOG.warning("%d answers still ran after %g s and are cut off", self._entered, seconds)
+            await asyncio.wait(self._entered, timeout=seconds)
+        late = self._entered.copy()
+        if late:
+            _LOG.warning("%d answers still ran after %g s and are cut off", len(late), seconds)
         await asyncio.to_thread(self.engine.close)
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._nobody.wait(), LAST_WORDS_SECONDS)
+        if late:
+            await asyncio.wait(late, timeout=LAST_WORDS_SECONDS)
 
 
 class StatsMiddleware:

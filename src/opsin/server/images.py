@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
+import operator
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
@@ -130,7 +130,7 @@ class ImageLoader:
         )
         self.max_pixels = settings.max_pixels_in_flight
         self.room = FairQueue(self.max_pixels)
-        self._pool, self._decode = pool, pool.call if pool else decoder.run
+        self._pool, self._decode = pool, pool.call if pool else operator.call
         self._resolve = resolve or AddressPolicy(settings.image_hosts)
         self._folder = None if settings.media_path is None else ImageFolder(settings.media_path)
         self._fetching = FairQueue(16)
@@ -142,9 +142,9 @@ class ImageLoader:
         if self._pool is not None:
             self._pool.close()
 
-    async def call(self, work: str, *request: Any) -> Any:
-        """What the function `work` of `opsin.server.decoder` returns. Raises BadImage and its kinds."""
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, self._decode, work, *request)
+    async def call(self, work: Callable[..., T], *values: Any) -> T:
+        """What a function of `opsin.server.decoder` returns. Raises BadImage and its kinds."""
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, self._decode, work, *values)
 
     async def file(self, url: str, key: str) -> bytes | str:
         """The bytes of the file; a `data:` address is left to the decoder. Raises FetchFailed and ImageTooLarge.
@@ -179,7 +179,7 @@ class ImageLoader:
 
 
 class RequestImages:
-    """Loads the images of one request of `key`, and holds their pixels until it is closed."""
+    """Loads the images of one request of `key`, and holds their pixels until it is told to hold none."""
 
     def __init__(self, loader: ImageLoader, key: str) -> None:
         self._loader = loader
@@ -203,26 +203,23 @@ class RequestImages:
         await self._loader.room.take(self._key, pixels)
         self._pixels = pixels
         images = await _side_by_side(self._decode, wanted)
-        self._keep(sum(image.width * image.height for image in images))
+        self.hold(sum(image.width * image.height for image in images))
         return images
 
-    def close(self) -> None:
-        """Give all pixels back."""
-        self._keep(0)
-
-    def _keep(self, pixels: int) -> None:
+    def hold(self, pixels: int) -> None:
+        """Hold so many pixels from now on, and give the others back."""
         self._loader.room.leave(self._pixels - pixels)
         self._pixels = pixels
 
     async def _open(self, one: Wanted) -> None:
         begin = time.perf_counter()
         file = await self._loader.file(one.url, self._key)
-        one.pixels, data = await self._loader.call("measure", file, self._loader.limits)
+        one.pixels, data = await self._loader.call(decoder.measure, file, self._loader.limits)
         one.file = data or file
         one.fetch_ms = (time.perf_counter() - begin) * 1e3
 
     async def _decode(self, one: Wanted) -> Image:
-        image: Image = await self._loader.call("decode", one.file, self._loader.limits, one.detail)
+        image = await self._loader.call(decoder.decode, one.file, self._loader.limits, one.detail)
         return dataclasses.replace(image, fetch_ms=one.fetch_ms)
 
 
@@ -248,14 +245,14 @@ class DecoderPool:
     """Decodes in other processes, one for each thread that calls at the same time; they stay for the next file."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._idle: list[tuple[subprocess.Popen[bytes], Channel]] = []
 
     def call(self, *request: Any) -> Any:
-        """What `measure` or `decode`, called with the rest of the request, returns. Raises BadImage and its kinds."""
-        with self._lock:
-            idle = self._idle.pop() if self._idle else None
-        process, channel = idle or start_process([sys.executable, "-c", _START])
+        """What the first of the request, a function, returns for the rest. Raises BadImage and its kinds."""
+        try:
+            process, channel = self._idle.pop()  # a list has a lock of its own
+        except IndexError:
+            process, channel = start_process([sys.executable, "-c", _START])
         # One that crashed or was killed is left out from now on.
         try:
             channel.send(request)
@@ -268,8 +265,7 @@ class DecoderPool:
         if answer is None:
             _end(process, channel)
             raise BadImage(f"The image took longer than {DECODE_SECONDS:.0f} s to decode: save it in another way.")
-        with self._lock:
-            self._idle.append((process, channel))
+        self._idle.append((process, channel))
         result, *files = answer
         if isinstance(result, OpsinError):
             raise result
@@ -285,9 +281,6 @@ class DecoderPool:
 
 def _end(process: subprocess.Popen[bytes], channel: Channel) -> int:
     """End a decoder; its exit code."""
+    process.kill()  # one that crashed keeps its exit code
     channel.close()
-    try:
-        return process.wait(1.0)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return process.wait()
+    return process.wait()

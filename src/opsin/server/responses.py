@@ -158,7 +158,35 @@ class _ResponsesWriter(Writer):
     """Writes the answer to one request: one object, or events in OpenAI's order."""
 
     def __init__(self, model: str, body: ResponsesRequest, params: SamplingParams, reader: CallReader) -> None:
-        self._base = _base(model, body, params)
+        echoed = body.model_dump(include={"tools", "tool_choice", "text", "metadata"}, by_alias=True, exclude_none=True)
+        # What every state of a response has in common.
+        self._base: dict[str, Any] = {
+            "id": f"resp_{uuid.uuid4().hex}",
+            "object": "response",
+            "created_at": int(time.time()),
+            "status": "in_progress",
+            "background": False,
+            "error": None,
+            "incomplete_details": None,
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "metadata": echoed.get("metadata", {}),
+            "model": model,
+            "output": [],
+            "parallel_tool_calls": True if body.parallel_tool_calls is None else body.parallel_tool_calls,
+            "previous_response_id": None,
+            "reasoning": {"effort": None, "summary": None},
+            "service_tier": "default",
+            "store": False,
+            "temperature": params.temperature,
+            "text": echoed.get("text") or {"format": {"type": "text"}},
+            "tool_choice": echoed.get("tool_choice", "auto"),
+            "tools": [{"parameters": None, "strict": None, **tool} for tool in echoed.get("tools", [])],
+            "top_p": params.top_p,
+            "truncation": "disabled",
+            "usage": None,
+            "user": body.user,
+        }
         self._reader = reader
         self._number = 0
         self._output: list[dict[str, Any]] = []
@@ -270,35 +298,3 @@ class _ResponsesWriter(Writer):
             value |= {"item_id": inside["id"], "content_index": 0}
         self._number += 1
         return b"event: response." + kind.encode() + b"\ndata: " + schema.dumps(value | rest) + b"\n\n"
-
-
-def _base(model: str, body: ResponsesRequest, params: SamplingParams) -> dict[str, Any]:
-    """What every state of a response has in common."""
-    echoed = body.model_dump(include={"tools", "tool_choice", "text", "metadata"}, by_alias=True, exclude_none=True)
-    return {
-        "id": f"resp_{uuid.uuid4().hex}",
-        "object": "response",
-        "created_at": int(time.time()),
-        "status": "in_progress",
-        "background": False,
-        "error": None,
-        "incomplete_details": None,
-        "instructions": body.instructions,
-        "max_output_tokens": body.max_output_tokens,
-        "metadata": echoed.get("metadata", {}),
-        "model": model,
-        "output": [],
-        "parallel_tool_calls": True if body.parallel_tool_calls is None else body.parallel_tool_calls,
-        "previous_response_id": None,
-        "reasoning": {"effort": None, "summary": None},
-        "service_tier": "default",
-        "store": False,
-        "temperature": params.temperature,
-        "text": echoed.get("text") or {"format": {"type": "text"}},
-        "tool_choice": echoed.get("tool_choice", "auto"),
-        "tools": [{"parameters": None, "strict": None, **tool} for tool in echoed.get("tools", [])],
-        "top_p": params.top_p,
-        "truncation": "disabled",
-        "usage": None,
-        "user": body.user,
-    }

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
 from opsin import __version__
@@ -46,15 +45,15 @@ NAME = "opsin.access"
 
 
 class Metrics(Collector):
-    """Metrics of one server, in a registry of their own. What waits in `queue` is not in the engine yet."""
+    """Metrics of one server, in a `registry` of their own. What waits in `queue` is not in the engine yet."""
 
     def __init__(self, manager: ModelManager, queue: FairQueue) -> None:
         self._manager, self._before = manager, queue
-        self._registry = CollectorRegistry()
-        self._registry.register(self)
+        self.registry = CollectorRegistry()
+        self.registry.register(self)
 
         def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-            return Histogram(f"opsin:{name}", text, labels, buckets=buckets, registry=self._registry)
+            return Histogram(f"opsin:{name}", text, labels, buckets=buckets, registry=self.registry)
 
         self._first_token = histogram("time_to_first_token_seconds", "From arrival to the first text.", FIRST_TOKEN)
         self._per_token = histogram("time_per_output_token_seconds", "Time by token after the first.", PER_TOKEN)
@@ -62,14 +61,10 @@ class Metrics(Collector):
         self._queue = histogram("request_queue_time_seconds", "Time of an answer spent on others.", PART)
         self._pause = histogram("longest_pause_seconds", "The longest time between two pieces of a stream.", PART)
         self._stages = histogram("stage_seconds", "Time of an answer in a stage it went through.", PART, "stage")
-        counter = functools.partial(Counter, registry=self._registry)
+        counter = functools.partial(Counter, registry=self.registry)
         self._success = counter("opsin:request_success", "Answers, by why they ended.", ["finished_reason"])
         self._guard_stops = counter("opsin:guard_stops", "Answers that the guard ended, by why.", ["reason"])
         self._refused = counter("opsin:requests_refused", "Requests without a whole answer, by error code.", ["reason"])
-
-    def render(self) -> bytes:
-        """The metrics now in Prometheus' text format."""
-        return generate_latest(self._registry)
 
     def finished(self, stats: RequestStats) -> None:
         """Count a request (a Watcher)."""
@@ -161,7 +156,8 @@ def _fields(stats: RequestStats) -> dict[str, Any]:
         "route": stats.route,
         "status": stats.status,
         "refused": stats.refused,
-        "model": _one_word(stats.model),
+        # The name of a file can neither start a new line nor look like another field.
+        "model": re.sub(r"[^\x21-\x7e]", "?", stats.model)[:100],
         "streamed": stats.streamed,
         "images": stats.images,
         "prompt_tokens": max((usage.prompt_tokens for usage in usages), default=0),
@@ -195,11 +191,6 @@ def _plain(fields: dict[str, Any]) -> str:
     least_ms = 0.01 * stages.pop("total_ms")
     words += [total, *(f"{name.removesuffix('_ms')}={ms / 1e3:.3f}s" for name, ms in stages.items() if ms > least_ms)]
     return " ".join((*words, *(f"end={answer['limit'] or answer['finish_reason']}" for answer in answers)))
-
-
-def _one_word(text: str) -> str:
-    """The name of a file, so that it can neither start a new line nor look like another field."""
-    return re.sub(r"[^\x21-\x7e]", "?", text)[:100]
 
 
 _OPERATIONS = {"/v1/chat/completions": "chat", "/v1/responses": "chat", "/v1/completions": "text_completion"}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import operator
 import sys
 import threading
 import time
@@ -75,7 +76,8 @@ class WorkerEngine:
     owner's thread. `command` starts the worker.
 
     `loaded` is the model, also while it is unloaded, and None before it was loaded for the first time; `error` says why
-    nothing can be asked any more; `restarts` counts workers that crashed or hung and were replaced.
+    nothing can be asked any more; `restarts` counts workers that crashed or hung and were replaced; `pid` is the
+    worker's process, None while there is none.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class WorkerEngine:
         # When an image was in native code as a worker crashed; images that merely waited are not blamed.
         self._crashes: dict[str, list[float]] = {}
         self._child: Child | None = None
+        self.pid: int | None = None
         self._closing = self._woken = False
         self._state: State = "loading"
         self.loaded: Loaded | None = None
@@ -118,12 +121,6 @@ class WorkerEngine:
         """What the worker is doing. It is `unloaded` when it was idle, and `failed` when it cannot be started."""
         stalled = self._silent >= STALLED_SECONDS or self._call_seconds > STALLED_SHARE * self._call_limit
         return "stalled" if self._state == "ready" and stalled else self._state
-
-    @property
-    def pid(self) -> int | None:
-        """The worker's process; None while there is none."""
-        child = self._child
-        return None if child is None else child.pid
 
     @property
     def info(self) -> ModelInfo:
@@ -147,9 +144,7 @@ class WorkerEngine:
     @property
     def stats(self) -> Snapshot:
         """Counters over all workers so far, and what is so now."""
-        before, now = self._before, self._latest
-        names = [field.name for field in dataclasses.fields(Snapshot)]
-        return Snapshot(**{name: getattr(now, name) + (name not in _NOW and getattr(before, name)) for name in names})
+        return Snapshot(*map(operator.add, dataclasses.astuple(self._before), dataclasses.astuple(self._latest)))
 
     def wait_ready(self) -> Loaded:
         """Wait until the model was loaded. Raises the error with which that failed, or EngineClosed."""
@@ -253,7 +248,7 @@ class WorkerEngine:
             while self._wait_for_work():
                 child = Child(self._command, self._open)
                 with self._condition:
-                    self._child = child
+                    self._child, self.pid = child, child.pid
                     self._silent = self._call_seconds = 0.0
                     if self._closing:
                         child.end()
@@ -326,7 +321,7 @@ class WorkerEngine:
     def _after(self, child: Child, code: int) -> bool:
         """Settle what a worker leaves behind; whether it crashed and another one is to be started."""
         with self._condition:
-            self._child = None
+            self._child = self.pid = None
             self._before, self._latest = dataclasses.replace(self.stats, **dict.fromkeys(_NOW, 0)), Snapshot()
             if self._closing or child.kill_at is not None:
                 return False

@@ -56,7 +56,6 @@ class _Worker:
         self._runtime: Runtime | None = None
         self._watch = CallWatch(lambda images, change: channel.send(("images", images, change)))
         self._numbers: dict[AnswerStream, int] = {}
-        self._streams: dict[int, AnswerStream] = {}
         self._speaking: set[AnswerStream] = set()  # those of which text was sent
         self._touched: set[AnswerStream] = set()
         self._touching = threading.Lock()
@@ -97,11 +96,11 @@ class _Worker:
         except OpsinError as error:
             self._channel.send(("events", [(number, [pack(error)])], engine.stats))
             return
-        self._streams[number], self._numbers[stream] = stream, number
+        self._numbers[stream] = number
         self._wake((stream,))  # for what came before
 
     def _on_cancel(self, number: int) -> None:
-        if (stream := self._streams.get(number)) is not None:
+        for stream in [one for one, known in list(self._numbers.items()) if known == number]:
             stream.cancel()
 
     def _on_ping(self) -> None:
@@ -157,7 +156,7 @@ class _Worker:
             batch.append((number, [pack(one) for one in happened]))
             if isinstance(happened[-1], (Finished, BaseException)):
                 self._speaking.discard(stream)
-                del self._streams[number], self._numbers[stream]
+                del self._numbers[stream]
             elif any(isinstance(event, TextDelta) for event in events):
                 self._speaking.add(stream)
         return batch

@@ -68,7 +68,7 @@ class Server:
             time.sleep(0.01)
         assert (stats.running, stats.waiting) == (0, 0), stats
         assert self.gate.room._used == 0
-        assert self.manager._entered == 0
+        assert not self.manager._entered
         assert self.engine.error is None
 
         async def go() -> None:

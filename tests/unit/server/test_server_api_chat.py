@@ -353,7 +353,7 @@ def test_what_cannot_be_done_is_refused_by_name(body: Any, param: str | None, wo
             assert error["message"].endswith(".")
             assert w.records[-1].refused == error["code"]
             assert w.records[-1].status == 400
-            assert (w.records[-1].answers, w.manager._entered) == ([], 0)
+            assert (w.records[-1].answers, w.manager._entered) == ([], set())
 
     run(work())
 
@@ -463,7 +463,7 @@ def test_a_client_that_goes_away_frees_its_answer_within_one_step(stream: bool) 
             before = gate.steps
             caller.gone.set()
             await caller.task
-            assert w.manager._entered == 0
+            assert not w.manager._entered
             gate.open.set()
             await until(lambda: w.engine.stats.running == 0)
             # The step that ran while the client left draws a token for each of its two answers.
@@ -546,7 +546,7 @@ def test_a_hundred_streams_leave_the_loop_responsive() -> None:
         async with world(gate) as w:
             asked = [w.stream(messages=QUESTION, guard=False, max_tokens=64) for _ in range(100)]
             streams = asyncio.gather(*asked)
-            await until(lambda: w.manager._entered == 100 and gate.steps > 4)
+            await until(lambda: len(w.manager._entered) == 100 and gate.steps > 4)
             # All of them wait for a token that does not come: whoever waited in the loop would hold this up for ever.
             assert (await w.client.get("/health")).status_code == 200
             assert not streams.done()
@@ -623,6 +623,6 @@ def test_choices_that_were_begun_are_ended_when_a_later_one_finds_no_room(monkey
             gate.open.set()
             await until(lambda: w.engine.stats.running == 0)
             assert gate.steps <= 1
-            assert w.manager._entered == 0
+            assert not w.manager._entered
 
     run(work())

@@ -48,23 +48,23 @@ def pool() -> Iterator[DecoderPool]:
 
 def test_a_process_decodes_what_this_one_does(pool: DecoderPool) -> None:
     data = png(1024, 600)
-    assert pool.call("measure", data, LIMITS) == (1024 * 600, None)
+    assert pool.call(decoder.measure, data, LIMITS) == (1024 * 600, None)
     for file, detail in ((data, None), (data, "low"), (png(2000, 1000), None)):
-        apart, wanted = pool.call("decode", file, LIMITS, detail), decoder.decode(file, LIMITS, detail)
+        apart, wanted = pool.call(decoder.decode, file, LIMITS, detail), decoder.decode(file, LIMITS, detail)
         assert (apart.sha256, apart.width, apart.notes) == (wanted.sha256, wanted.width, wanted.notes)
         assert bytes(apart.rgb) == bytes(wanted.rgb)  # type: ignore[arg-type]
     with pytest.raises(ImageUnsupported):
-        pool.call("decode", b"%PDF-1.7 and more", LIMITS, None)
+        pool.call(decoder.decode, b"%PDF-1.7 and more", LIMITS, None)
 
 
 def test_a_file_that_crashes_its_decoder_is_refused_and_the_others_are_decoded(
     pool: DecoderPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(images, "_START", HOSTILE)
-    assert pool.call("decode", png(8, 8), LIMITS, None).width == 8
+    assert pool.call(decoder.decode, png(8, 8), LIMITS, None).width == 8
     with pytest.raises(BadImage, match="SIGABRT"):
-        pool.call("decode", b"crash", LIMITS, None)
-    assert pool.call("decode", png(9, 8), LIMITS, None).width == 9
+        pool.call(decoder.decode, b"crash", LIMITS, None)
+    assert pool.call(decoder.decode, png(9, 8), LIMITS, None).width == 9
 
 
 def test_a_file_that_takes_too_long_is_refused_while_others_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,13 +74,13 @@ def test_a_file_that_takes_too_long_is_refused_while_others_are_decoded(monkeypa
 
     def hanging() -> None:
         try:
-            pool.call("decode", b"hang", LIMITS, None)
+            pool.call(decoder.decode, b"hang", LIMITS, None)
         except BadImage as error:
             told.append(str(error))
 
     thread = threading.Thread(target=hanging)
     thread.start()
-    assert pool.call("decode", png(9, 8), LIMITS, None).width == 9
+    assert pool.call(decoder.decode, png(9, 8), LIMITS, None).width == 9
     thread.join(60)
     assert len(told) == 1
     assert "longer than 8 s" in told[0]

@@ -47,7 +47,7 @@ async def load(gate: ImageLoader, *urls: str, detail: str | None = None) -> list
     try:
         return await images.load([Wanted(url, detail) for url in urls])
     finally:
-        images.close()
+        images.hold(0)
 
 
 def with_gate(work: Callable[[ImageLoader], Awaitable[T]], **settings: Any) -> T:
@@ -157,7 +157,7 @@ def test_a_request_holds_its_pixels_until_it_gives_them_back() -> None:
         second = asyncio.create_task(load(gate, data_url(png(10, 10))))
         done, _ = await asyncio.wait({second}, timeout=0.1)
         assert not done
-        first.close()
+        first.hold(0)
         assert (await second)[0].width == 10
 
     with_gate(work, max_pixels_in_flight=250)
@@ -184,7 +184,7 @@ def test_what_low_detail_and_failures_leave_is_given_back() -> None:
         for images in held:
             await images.load([Wanted(data_url(png(1000, 500)), "low")])
         for images in held:
-            images.close()
+            images.hold(0)
         assert gate.room._used == 0
 
     with_gate(work, max_pixels_in_flight=800_000)
@@ -200,7 +200,7 @@ def test_keys_take_turns_and_who_leaves_while_waiting_leaves_nothing_behind() ->
             images = RequestImages(gate, key)
             await images.load([Wanted(data_url(png(15, 10)))])
             order.append(key)
-            images.close()
+            images.hold(0)
 
         tasks = [asyncio.create_task(ask("a"))]
         await until(lambda: gate.room.waiting == 150)
@@ -210,7 +210,7 @@ def test_keys_take_turns_and_who_leaves_while_waiting_leaves_nothing_behind() ->
         tasks.append(asyncio.create_task(ask("b")))
         await until(lambda: gate.room.waiting == 600)
         leaving.cancel()
-        first.close()
+        first.hold(0)
         await asyncio.gather(*tasks)
         assert order == ["b", "a", "a"]  # a has had a turn already
         assert gate.room._used == gate.room.waiting == 0

@@ -58,17 +58,22 @@ def test_ready_is_said_of_a_model_that_answers_or_is_loaded_for_whoever_asks(sta
 
 def test_a_draining_server_is_alive_not_ready_and_takes_nothing_new() -> None:
     async def work(w: World) -> None:
-        with w.manager.entered():
-            draining = asyncio.create_task(w.manager.drain(LIMIT))
+        async def answer() -> None:
+            w.manager.enter()
             await until(lambda: w.manager.state == "draining")
             assert await told(w) == (200, 503, 503)
-            with pytest.raises(NotReady), w.manager.entered():
-                pass
+            with pytest.raises(NotReady):
+                w.manager.enter()
             # Who is inside still gets the model.
             prompt = w.manager.prompts.build([Message("user", "what is this?")])
             assert (await w.engine.submit(prompt).answer()).text == "a red circle."
             assert not draining.done()
+
+        answering = asyncio.create_task(answer())
+        await asyncio.sleep(0)
+        draining = asyncio.create_task(w.manager.drain(LIMIT))
         await draining
+        await answering
 
     with_world(work)
 
