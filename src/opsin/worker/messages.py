@@ -13,16 +13,17 @@ import mmap
 import os
 import pickle
 import queue
+import select
 import signal
 import socket
+import struct
 import subprocess
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from typing import Any, Self
 
 from opsin.core.answer import Event, TextDelta
@@ -36,6 +37,7 @@ from opsin.prompt import TemplateSource
 # the kernel sends at most 253 with a message.
 SHARED_BYTES, MOST_SHARED = 4 * 2**20, 250
 GRACE_SECONDS = 15.0  # what a worker may take to end before it is killed
+_HEAD = struct.Struct("<QB")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,37 +102,55 @@ class Channel:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._connection = Connection(os.dup(sock.fileno()))
         self._sending = threading.Lock()
+        self._buffer = bytearray()
+        self._files: deque[int] = deque()
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
 
     def send(self, message: tuple[Any, ...], *fds: int) -> None:
         """Send a message, and with it open files. Waits while the other side does not read. Raises OSError."""
-        body = pickle.dumps((message, len(fds)), pickle.HIGHEST_PROTOCOL)
+        body = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+        data = _HEAD.pack(len(body), len(fds)) + body
         with self._sending:
-            self._connection.send_bytes(body)
-            if fds:
-                socket.send_fds(self._sock, [b"+"], fds)
+            sent = socket.send_fds(self._sock, [data], fds) if fds else 0
+            self._sock.sendall(data[sent:] if sent else data)
 
     def receive(self, seconds: float | None = None) -> tuple[Any, ...] | None:
         """The next message, open files that came with it as its last elements; None when none came in time.
 
         Raises EOFError when the other side is gone.
         """
-        try:
-            if not self._connection.poll(seconds):
+        while (message := self._next()) is None:
+            if not self._poll.poll(None if seconds is None else seconds * 1e3):
                 return None
-            message, count = self._connection.recv()
-            files = socket.recv_fds(self._sock, 1, count)[1] if count else []
-        except OSError as error:
-            raise EOFError from error
-        if len(files) < count:
-            raise EOFError
-        return (*message, *files)
+            try:
+                data, files, _, _ = socket.recv_fds(self._sock, 1 << 18, MOST_SHARED)
+            except ConnectionError as error:
+                raise EOFError from error
+            if not data:
+                raise EOFError
+            self._buffer += data
+            self._files.extend(files)
+        return message
 
     def close(self) -> None:
-        """Close this end."""
-        self._connection.close()
+        """Close this end, and files that were received and never taken."""
         self._sock.close()
+        while self._files:
+            os.close(self._files.popleft())
+
+    def _next(self) -> tuple[Any, ...] | None:
+        if len(self._buffer) < _HEAD.size:
+            return None
+        length, count = _HEAD.unpack_from(self._buffer)
+        end = _HEAD.size + length
+        if len(self._buffer) < end:
+            return None
+        with memoryview(self._buffer)[_HEAD.size : end] as body:
+            message: tuple[Any, ...] = pickle.loads(body)  # noqa: S301 - see the module
+        del self._buffer[:end]
+        return (*message, *(self._files.popleft() for _ in range(count)))
 
 
 # A delta is by far the most frequent event, and a dataclass is slow to pickle: its text goes as a plain string.
