@@ -168,7 +168,8 @@ def pack(event: Event | BaseException) -> str | Event | BaseException:
 def portable(error: BaseException) -> OpsinError:
     """An error that can be pickled and raised again on the other side."""
     if isinstance(error, OpsinError):
-        return copy_of(error)
+        with contextlib.suppress(Exception):
+            return copy_of(error)
     return EngineError(f"The engine failed on this request ({type(error).__name__}: {error}).")
 
 
