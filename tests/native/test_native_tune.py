@@ -15,7 +15,7 @@ from opsin.core.config import read_config, read_file
 from opsin.core.errors import BadParameter
 from opsin.core.settings import EngineSettings
 from opsin.tune import projector
-from opsin.tune.measure import Candidate, Report, Tuner, candidates
+from opsin.tune.measure import MAX_DRIFT, Candidate, Report, Tuner, candidates
 from opsin.tune.projector import convert_projector
 
 
@@ -50,7 +50,7 @@ def test_candidates_are_timed_and_their_answers_compared(pair: Any, tmp_path: Pa
     assert report.at_once == 2
     other_type, ubatch, nowhere = report.candidates[:3]
     assert min(report.baseline) > 0
-    assert ubatch.drift < 0.01
+    assert ubatch.drift <= MAX_DRIFT  # the order of sums differs, and how much that moves depends on the CPU
     # Eight bits are seen.
     assert other_type.drift > 0
     assert "not possible" in nowhere.verdict

@@ -196,6 +196,15 @@ def test_it_survives_its_terminal_under_nohup() -> None:
 
 
 @pytest.mark.skipif(shutil.which("setsid") is None, reason="needs setsid of util-linux")
+@pytest.fixture
+def hang_ups_end_it() -> Iterator[None]:
+    """As in a terminal, also where the tests themselves run with SIGHUP ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hang_ups_end_it")
 def test_it_survives_a_terminal_that_closes_for_real(tmp_path: Path) -> None:
     """The kernel sends SIGHUP to the server and to all else that runs in the terminal."""
     ours, theirs = pty.openpty()
@@ -224,6 +233,7 @@ def test_it_survives_a_terminal_that_closes_for_real(tmp_path: Path) -> None:
         assert not alive
 
 
+@pytest.mark.usefixtures("hang_ups_end_it")
 def test_a_hang_up_ends_it_where_nobody_asked_for_the_contrary() -> None:
     with served() as server:
         assert server.end(signal.SIGHUP) == 0
