@@ -17,7 +17,7 @@ from opsin.engine.request import Sequence, State
 
 _FEWEST_ROWS = 32
 """Rows of a prefill step that reads all weights once. On a CPU 16 of them cost a quarter more each, for a 1 B model.
-Twice as many are cheaper by up to a quarter, and taken while many are served, unless that takes `_LONGEST_SLICE` seconds.
+Twice as many are cheaper by up to a quarter: taken while many are served, unless that takes `_LONGEST_SLICE` seconds.
 """
 _LONGEST_SLICE = 0.75
 
