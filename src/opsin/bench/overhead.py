@@ -90,7 +90,7 @@ def in_process(engine: Engine, streams: int, *, guard: bool) -> Overhead:
         running = [engine.submit(Prompt((TextPart(prompt),)), params) for prompt in prompts]
         return sum(stream.result().usage.completion_tokens for stream in running)
 
-    answer(_prompts(streams, "First"))
+    answer(_prompts(streams, "First "))
     steps, wall, cpu = engine.stats.decode_steps, time.perf_counter(), time.process_time()
     tokens = answer(_prompts(streams))
     spent = time.perf_counter() - wall, time.process_time() - cpu
@@ -116,7 +116,7 @@ def native(backend: Backend, streams: int) -> Overhead:
 def over_http(settings: EngineSettings, streams: int, *, guard: bool) -> Overhead:
     """The CPU time of all processes of `opsin serve`. Needs /proc. Raises BadParameter, RequestFailed."""
     with serving(settings) as (pid, url):
-        _complete(url, _prompts(streams, "First"), guard=guard)
+        _complete(url, _prompts(streams, "First "), guard=guard)
         wall, cpu = time.perf_counter(), cpu_seconds(pid)
         tokens = _complete(url, _prompts(streams), guard=guard)
         return Overhead("http", streams, guard, tokens, 0, time.perf_counter() - wall, cpu_seconds(pid) - cpu)
@@ -154,9 +154,9 @@ def http_extra(rows: Sequence[Overhead]) -> dict[tuple[int, bool], float]:
     return {(row.streams, row.guard): row.us_per_token - alone[row.streams, row.guard] for row in served}
 
 
-def _prompts(streams: int, end: str = "and") -> list[str]:
-    """Short and different from the first character on, so that no stream shares a prefix with another."""
-    return [f"{number} {end}" for number in range(streams)]
+def _prompts(streams: int, begin: str = "") -> list[str]:
+    """Short; those that are measured differ from the first character on, so that no stream shares a prefix."""
+    return [f"{begin}{number} and" for number in range(streams)]
 
 
 def _complete(url: str, prompts: Sequence[str], *, guard: bool) -> int:

@@ -71,7 +71,7 @@ def read_host(root: Path = Path("/"), run: Run = run_command) -> Host:
     text, cores = read(root / "proc/cpuinfo"), os.cpu_count() or 1
     name = re.search(r"^model name\s*: (.*)", text, re.MULTILINE)
     # CUDA's own installer leaves its folder out of the search path.
-    folders = os.pathsep.join((os.environ.get("PATH", os.defpath), str(root / "usr/local/cuda/bin")))
+    folders = os.pathsep.join((os.environ.get("PATH") or os.defpath, str(root / "usr/local/cuda/bin")))
     flags = " ".join(re.findall(r"^(?:flags|Features)\s*: (.*)", text, re.MULTILINE)).split()
     return Host(
         python=sys.executable or "python",

@@ -281,6 +281,6 @@ class DecoderPool:
 
 def _end(process: subprocess.Popen[bytes], channel: Channel) -> int:
     """End a decoder; its exit code."""
-    process.kill()  # one that crashed keeps its exit code
+    process.kill()  # one that a signal has ended keeps its exit code
     channel.close()
     return process.wait()

@@ -144,7 +144,8 @@ class WorkerEngine:
     @property
     def stats(self) -> Snapshot:
         """Counters over all workers so far, and what is so now."""
-        return Snapshot(*map(operator.add, dataclasses.astuple(self._before), dataclasses.astuple(self._latest)))
+        with self._condition:  # a worker that ends moves its counts from one to the other
+            return Snapshot(*map(operator.add, dataclasses.astuple(self._before), dataclasses.astuple(self._latest)))
 
     def wait_ready(self) -> Loaded:
         """Wait until the model was loaded. Raises the error with which that failed, or EngineClosed."""

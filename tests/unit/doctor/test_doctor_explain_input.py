@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opsin.core.errors import BadInput
-from opsin.doctor.explain import as_text, explain
+from opsin.doctor.explain import as_text, explain, rules
 from opsin.doctor.explain.parse import go_duration
 
 LOGS = Path(__file__).parents[2] / "logs"
@@ -183,3 +183,11 @@ def test_no_mix_of_real_lines_and_wrong_numbers_raises(lines: list[str], wrong: 
     words = " ".join("\n".join(lines).split(" ")).split(" ")
     mixed = [dice.choice(wrong) if word[:1].isdigit() and dice.random() < 0.3 else word for word in words]
     whatever(" ".join(mixed).encode())
+
+
+def test_each_table_of_a_cause_has_its_finder_and_no_misspelt_key() -> None:
+    tables = rules._TABLE["causes"]
+    assert tables.keys() == rules.FINDERS.keys()
+    known = {"where", "message", "remedy", "name", "sums", "bound", "saves", "least_ms", "share", "symptom", "at_most"}
+    for table in tables.values():
+        assert {"where", "message", "remedy"} <= table.keys() <= known
