@@ -195,7 +195,6 @@ def test_it_survives_its_terminal_under_nohup() -> None:
         assert server.end() == 0
 
 
-@pytest.mark.skipif(shutil.which("setsid") is None, reason="needs setsid of util-linux")
 @pytest.fixture
 def hang_ups_end_it() -> Iterator[None]:
     """As in a terminal, also where the tests themselves run with SIGHUP ignored."""
@@ -204,6 +203,7 @@ def hang_ups_end_it() -> Iterator[None]:
     signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.skipif(shutil.which("setsid") is None, reason="needs setsid of util-linux")
 @pytest.mark.usefixtures("hang_ups_end_it")
 def test_it_survives_a_terminal_that_closes_for_real(tmp_path: Path) -> None:
     """The kernel sends SIGHUP to the server and to all else that runs in the terminal."""
