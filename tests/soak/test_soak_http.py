@@ -11,11 +11,13 @@ import json
 import os
 import random
 import re
+import signal
 import time
 from collections import Counter
 from pathlib import Path
 
 import httpx
+import psutil
 from serve_process import Served, image_url, question, served
 
 from synth import write_pair
@@ -70,20 +72,22 @@ class Crowd:
         body = self._body(rng)
         answer = await self._http.post("/v1/chat/completions", json=body)
         self.statuses[answer.status_code] += 1
+        self.ends["told"] += answer.status_code == 500
         if answer.status_code == 200:
             choice = answer.json()["choices"][0]
             self.ends["whole" if choice["finish_reason"] in {"length", "stop"} else "lost"] += 1
 
     async def _read_stream(self, rng: random.Random) -> None:
         reasons: list[str] = []
-        done = False
+        done = told = False
         async with self._http.stream("POST", "/v1/chat/completions", json=self._body(rng, stream=True)) as answer:
             self.statuses[answer.status_code] += 1
             async for line in answer.aiter_lines():
                 done |= line == "data: [DONE]"
+                told |= line.startswith('data: {"error"')
                 reasons += re.findall(r'"finish_reason":\s*"(\w+)"', line)
         if answer.status_code == 200:
-            self.ends["whole" if done and len(reasons) == 1 else "lost"] += 1
+            self.ends["whole" if done and len(reasons) == 1 else "told" if told else "lost"] += 1
 
     async def _hang_up(self, rng: random.Random) -> None:
         """After some lines, or, with none to be waited for, after some time."""
@@ -158,9 +162,48 @@ def test_a_hundred_clients_lose_nothing(tmp_path: Path) -> None:
     assert crowd.ends["whole"] > CLIENTS
     assert crowd.ends["hung up"] > 0
     assert crowd.ends["refused"] > 0
-    assert set(crowd.ends) == {"whole", "hung up", "refused"}
+    assert set(+crowd.ends) == {"whole", "hung up", "refused"}
     assert set(crowd.statuses) <= {200, 400, 415, 503}
     assert growth <= 0.02
+
+
+def test_a_worker_that_crashes_every_minute_loses_only_what_it_had_begun(tmp_path: Path) -> None:
+    pair = write_pair("tiny", tmp_path)
+    arguments = ["--model", str(pair.llm), "--mmproj", str(pair.mmproj), "--ctx", str(CTX)]
+    crashes = 0
+
+    async def crash(crowd: Crowd, server: Served) -> None:
+        nonlocal crashes
+        every = min(60.0, MINUTES * 15)
+        while time.monotonic() + every < crowd.until:
+            await asyncio.sleep(every)
+            server.worker.send_signal(signal.SIGSEGV)
+            crashes += 1
+            await asyncio.sleep(2)
+            assert (await asyncio.to_thread(httpx.get, f"{server.url}/health")).status_code == 200
+
+    async def everybody(crowd: Crowd, server: Served) -> None:
+        crashing = asyncio.create_task(crash(crowd, server))
+        await crowd.run(server)
+        await crashing
+
+    with served(*arguments, "--parallel", str(SEQUENCES)) as server:
+        crowd, front = Crowd(server.url), psutil.Process(server.process.pid)
+        asyncio.run(everybody(crowd, server))
+        deadline = time.monotonic() + 30
+        while gauge(server, "num_requests_running") or gauge(server, "num_requests_waiting"):
+            assert time.monotonic() < deadline, "a sequence is stuck"
+        last = httpx.post(f"{server.url}/v1/chat/completions", json=question(max_tokens=1), timeout=PATIENCE)
+        print(f"{crashes} crashes: {dict(crowd.ends)}, statuses {dict(crowd.statuses)}")
+        assert last.status_code == 200
+        assert front.is_running()
+        assert server.end() == 0
+    assert crashes > 0
+    assert set(crowd.ends) <= {"whole", "hung up", "refused", "told"}
+    assert set(crowd.statuses) <= {200, 400, 415, 500, 503}
+    # A crash takes those that ran, and no more.
+    assert crowd.ends["told"] <= crashes * SEQUENCES
+    assert crowd.ends["whole"] > CLIENTS
 
 
 def test_sigterm_amid_a_hundred_clients_loses_no_running_answer(tmp_path: Path) -> None:
