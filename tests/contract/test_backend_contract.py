@@ -11,7 +11,7 @@ from token_rows import TokenRow, batch
 
 from opsin.core.backend import BackendLimits
 from opsin.core.errors import BadGrammar
-from opsin.core.request import EmbeddingRows, ImageChunk, ImagePart, SamplingParams, TextChunk, TextPart
+from opsin.core.request import EmbeddingRows, ImageChunk, ImagePart, SamplingParams, TextChunk, TextPart, TokenBatch
 from opsin.core.settings import EngineSettings
 from opsin.testing import FakeBackend, image
 
@@ -26,7 +26,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(scope="module", params=["fake", "native"])
 def backend(request: pytest.FixtureRequest) -> Iterator[Any]:
     if request.param == "fake":
-        limits = BackendLimits(n_ctx=512, n_ubatch=64, n_seq_max=4, n_vocab=259, n_embd=4, n_ctx_seq=512)
+        limits = BackendLimits(n_ctx=512, n_ubatch=64, n_seq_max=4, n_vocab=259, n_embd=4, n_ctx_seq=512, mixed_rows=64)
         made: Any = FakeBackend(lambda text: f"{len(text)} things", limits=limits)
     else:
         from opsin.native import open_backend
@@ -145,6 +145,44 @@ def test_a_sequence_that_was_swapped_out_goes_on_as_if_nothing_had_happened(back
     assert greedy(backend, 0, 0, 5) == expected[1:]
     backend.kv_remove(1, 0, -1)
     backend.kv_remove(0, 0, -1)
+
+
+def test_tokens_beside_an_images_rows_are_computed_as_those_alone(backend: Any) -> None:
+    def likely(row: int) -> dict[int, float]:
+        return {token: logprob for token, _, logprob in backend.logprobs(row, 65, 5).top}
+
+    def image_rows(embedding: Any, beside: TokenBatch) -> EmbeddingRows:
+        positions = np.arange(len(embedding), dtype=np.int32)[np.newaxis, :]
+        return EmbeddingRows(embedding, positions, 2, logits=True, beside=beside)
+
+    assert backend.limits.mixed_rows
+    texts = {0: "what is this?", 1: "and that?"}
+    for seq_id, text in texts.items():
+        fill(backend, seq_id, text)
+    ends = {seq_id: backend.kv_last(seq_id) + 1 for seq_id in texts}
+    tokens = batch([TokenRow(65, ends[0], 0, logits=True), TokenRow(66, ends[1], 1, logits=True)])
+    tokenized = backend.tokenize([ImagePart(image(3, 40, 30))], add_bos=False)
+    (run,) = (run for run in tokenized.chunks if isinstance(run, ImageChunk))
+    embedding = backend.encode(run)
+
+    backend.kv_remove(2, 0, -1)
+    assert backend.decode(image_rows(embedding, TokenBatch()))
+    alone = [likely(len(embedding) - 1)]
+    backend.kv_remove(2, 0, -1)
+    assert backend.decode(tokens)
+    alone += [likely(0), likely(1)]
+    for seq_id, end in ends.items():
+        backend.kv_remove(seq_id, end, -1)
+
+    assert backend.decode(image_rows(embedding, tokens))
+    together = [likely(len(embedding) + 1), likely(0), likely(1)]
+    assert {seq_id: backend.kv_last(seq_id) for seq_id in ends} == ends
+    for one, other in zip(alone, together, strict=True):
+        assert next(iter(one)) == next(iter(other))
+        assert one == pytest.approx(other, abs=0.05)
+    for seq_id in (*texts, 2):
+        backend.kv_remove(seq_id, 0, -1)
+    tokenized.close()
 
 
 def test_no_room_is_false_and_changes_nothing(backend: Any) -> None:

@@ -23,7 +23,8 @@ class BackendLimits:
     All sequences share one KV cache of `n_ctx` cells, as forks share cells; one holds at most `n_ctx_seq` tokens, which
     is less where the model was trained for less. `forks=False`: one state for each sequence, which cannot be shared or
     forgotten in part. `swaps=False`: `kv_save` does not give all. Image rows are prefilled fastest in multiples of
-    `tile`; `encode_batch` image chunks may be encoded at once.
+    `tile`; `encode_batch` image chunks may be encoded at once. A ubatch of up to `mixed_rows` may hold an image's
+    rows and tokens of other sequences (0: none may).
     """
 
     n_ctx: int
@@ -36,6 +37,7 @@ class BackendLimits:
     swaps: bool = True
     tile: int = 1
     encode_batch: int = 1
+    mixed_rows: int = 0
 
 
 class Sampler(Protocol):

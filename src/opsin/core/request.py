@@ -216,7 +216,8 @@ class EmbeddingRows:
     """A slice of an image's embedding for one sequence: `rows` is float32 [n, n_embd], contiguous.
 
     `positions` is absolute, int32 [4, n] (section-major) under M-RoPE, else [1, n]. With `logits` the last row's are
-    kept. `causal=False` asks for attention in both directions.
+    kept. `causal=False` asks for attention in both directions. The rows of `beside`, tokens of other sequences, come
+    first in the batch; as far as `BackendLimits.mixed_rows` goes.
     """
 
     rows: Embedding
@@ -224,3 +225,4 @@ class EmbeddingRows:
     seq_id: int
     logits: bool = False
     causal: bool = True
+    beside: TokenBatch = field(default_factory=TokenBatch)

@@ -287,11 +287,11 @@ class Loop:
         """A step of the language model is done, `alone` or within an encode: count it, and sample what follows."""
         runner, counts = self._runner, self._counts
         self._scheduler.ran(step, runner.now, seconds)
+        counts.decode_steps += bool(step.decode)
+        counts.decode_tokens += len(step.decode)
         if isinstance(step, PrefillImage):
             counts.prefill_tokens += step.stop - step.start
         else:
-            counts.decode_steps += bool(step.decode)
-            counts.decode_tokens += len(step.decode)
             counts.prefill_tokens += sum(len(part.tokens) for part in step.prefill)
             if alone and not step.prefill:
                 counts.decode_seconds += seconds

@@ -110,7 +110,7 @@ class Runner:
         if not rows:
             return []
         # Those that decoded share the group's clock; the others get their first token.
-        first = [s for s, _ in (rows[len(step.decode) :] if isinstance(step, Tokens) else rows)]
+        first = [s for s, _ in rows[len(step.decode) :]]
         self._switch(first, Stage.SAMPLE, Stage.SAMPLE, self.now)
         wanted: list[tuple[Sampler, int, int | None]] = []
         tokens: list[Sampled] = []
@@ -199,22 +199,18 @@ class Runner:
         embedding = sequence.embedding
         assert embedding is not None, "an image is encoded before it is prefilled"
         positions = chunk.positions_at(sequence.n_pos, step.start, step.stop)
-        rows = EmbeddingRows(embedding[step.start : step.stop], positions, sequence.seq_id, step.last, chunk.causal)
-        with self._native([sequence], Stage.IMAGE_PREFILL, Stage.QUEUE, (_sha256(sequence, chunk),)):
+        part, beside = embedding[step.start : step.stop], _next_tokens(step.decode)
+        rows = EmbeddingRows(part, positions, sequence.seq_id, step.last, chunk.causal, beside)
+        group = Stage.DECODE if step.decode else Stage.QUEUE
+        with self._native([sequence], Stage.IMAGE_PREFILL, group, (_sha256(sequence, chunk),)):
             return self._decode(rows)
 
     def _tokens(self, step: Tokens) -> bool:
-        decode = step.decode
-        batch = TokenBatch(
-            [s.last_token for s in decode],
-            [s.n_pos for s in decode],
-            [s.prefix.seq_id for s in decode],
-            list(range(len(decode))),
-        )
+        batch = _next_tokens(step.decode)
         filling = [part.sequence for part in step.prefill]
         for part in step.prefill:
             batch.append(part.tokens, part.sequence.n_pos, part.sequence.seq_id, logits=part.last)
-        with self._native(filling, Stage.TEXT_PREFILL, Stage.DECODE if decode else Stage.QUEUE, ()):
+        with self._native(filling, Stage.TEXT_PREFILL, Stage.DECODE if step.decode else Stage.QUEUE, ()):
             return self._decode(batch)
 
     def _decode(self, rows: TokenBatch | EmbeddingRows) -> bool:
@@ -224,12 +220,21 @@ class Runner:
         return done
 
 
+def _next_tokens(decode: tuple[Sequence, ...]) -> TokenBatch:
+    return TokenBatch(
+        [s.last_token for s in decode],
+        [s.n_pos for s in decode],
+        [s.prefix.seq_id for s in decode],
+        list(range(len(decode))),
+    )
+
+
 def _rows(step: Tokens | PrefillImage) -> list[tuple[Sequence, int]]:
     """Who gets a token from the logits that the step computed, and from which row of its batch."""
-    if not isinstance(step, Tokens):
-        return [(step.sequence, step.stop - step.start - 1)] if step.last else []
     rows = [(sequence, row) for row, sequence in enumerate(step.decode)]
     row = len(step.decode) - 1
+    if isinstance(step, PrefillImage):
+        return [*rows, (step.sequence, row + step.stop - step.start)] if step.last else rows
     for part in step.prefill:
         row += len(part.tokens)
         if part.last:

@@ -8,7 +8,7 @@ ubatch, and counts as done when `ran` is called with it.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from opsin.cache.kv_cache import KVCacheManager, Prefix
 from opsin.core.backend import BackendLimits
@@ -82,13 +82,17 @@ class Encode:
 
 @dataclass(frozen=True, slots=True)
 class PrefillImage:
-    """Decode embedding rows [start, stop) of the image chunk at the cursor; `last` asks for logits."""
+    """Decode embedding rows [start, stop) of the image chunk at the cursor; `last` asks for logits.
+
+    `decode` get their next token in the same ubatch.
+    """
 
     sequence: Sequence
     chunk: ImageChunk
     start: int
     stop: int
     last: bool
+    decode: tuple[Sequence, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,22 +119,24 @@ def cells_needed(step: Step) -> int:
     """KV cells that a step takes."""
     if isinstance(step, Tokens):
         return len(step.decode) + sum(len(part.tokens) for part in step.prefill)
-    return step.stop - step.start if isinstance(step, PrefillImage) else 0
+    return len(step.decode) + step.stop - step.start if isinstance(step, PrefillImage) else 0
 
 
 def members_of(step: Step) -> tuple[Sequence, ...]:
     """All sequences that a step computes for."""
     if isinstance(step, Tokens):
         return (*step.decode, *(part.sequence for part in step.prefill))
-    return (step.sequence,)
+    return (*step.decode, step.sequence) if isinstance(step, PrefillImage) else (step.sequence,)
 
 
 def _without(step: Step, sequence: Sequence) -> Step | None:
     """What is left of a step when one sequence is not part of it any more."""
-    if not isinstance(step, Tokens):
+    if isinstance(step, Encode):
         return None if step.sequence is sequence else step
     decode = tuple(s for s in step.decode if s is not sequence)
-    prefill = tuple(part for part in step.prefill if part.sequence is not sequence)
+    if isinstance(step, PrefillImage) and step.sequence is not sequence:
+        return replace(step, decode=decode)
+    prefill = tuple(part for part in step.prefill if part.sequence is not sequence) if isinstance(step, Tokens) else ()
     return Tokens(decode, prefill) if decode or prefill else None
 
 
@@ -151,7 +157,7 @@ class Scheduler:
         self._step_seconds = self._row_seconds = 0.0
         self._asked: float | None = None
         self._text_next = True
-        self._image_last = False
+        self._kept_waiting = False
         self._turns = 0
         # More than twice the cache would hardly be asked for again, however small a cell is.
         swap_cells = min(policy.swap_cells, 2 * limits.n_ctx)
@@ -189,15 +195,17 @@ class Scheduler:
     def ran(self, step: Step, now: float, seconds: float = 0.0) -> None:
         """A step was carried out: move cursors and counts on. Sampled tokens come through the sequences."""
         self._learn(step, now, seconds)
+        if isinstance(step, Encode):
+            return
+        append = self.kv.cells.append
+        for sequence in step.decode:
+            sequence.decoded()
+            append(sequence.prefix.seq_id, 1)
         if isinstance(step, PrefillImage):
             self._advance(step.sequence, step.stop - step.start)
             if all(chunk.image != step.chunk.image for chunk in step.sequence.images_ahead):
                 self._to_end_of_line(step.sequence)
-        elif isinstance(step, Tokens):
-            append = self.kv.cells.append
-            for sequence in step.decode:
-                sequence.decoded()
-                append(sequence.prefix.seq_id, 1)
+        else:
             for part in step.prefill:
                 self._advance(part.sequence, len(part.tokens))
 
@@ -308,14 +316,17 @@ class Scheduler:
 
     def _learn(self, step: Step, now: float, seconds: float) -> None:
         """A step took so long; nothing was moved on yet."""
-        decode, prefill = (step.decode, step.prefill) if isinstance(step, Tokens) else ((), ())
-        self._image_last = not isinstance(step, Tokens)
-        self._asked = None if self._image_last else now
-        if self._image_last or prefill:
-            self._text_next = self._image_last
-        if decode and not prefill:
+        decode = () if isinstance(step, Encode) else step.decode
+        prefill = step.prefill if isinstance(step, Tokens) else ()
+        image = not isinstance(step, Tokens)
+        self._kept_waiting = image and not decode
+        self._asked = None if image else now
+        if image or prefill:
+            self._text_next = image
+        elif decode:
             self._step_seconds = seconds
-        if not decode and (rows := cells_needed(step)) >= _FEWEST_ROWS:  # fewer cost nearly as much as so many
+        rows = cells_needed(step)
+        if (image or not decode) and rows >= _FEWEST_ROWS:  # fewer cost nearly as much as so many
             self._row_seconds = seconds / rows
         if decode or not self._decoding():
             self._last_decode = now  # a first token counts: its stream has not waited yet
@@ -338,7 +349,7 @@ class Scheduler:
         filling = [s for s in self.running if s.state is State.PREFILL]
         texts = [s for s in filling if isinstance(s.chunk, TextChunk)]
         images = [s for s in filling if isinstance(s.chunk, ImageChunk)]
-        if decoding and self._image_last and self._due(now, self._row_seconds * self._rows(streaming=True)):
+        if decoding and self._kept_waiting and self._due(now, self._row_seconds * self._rows(streaming=True)):
             # Alone: a stream that waited for a slice of an image does not wait for a prompt's text, too.
             return Tokens(decoding)
         if texts and (self._text_next or not images):
@@ -348,18 +359,21 @@ class Scheduler:
             return Tokens(decoding, tuple([_slice(sequence, share) for sequence, share in shares if share]))
         if images:
             # One image after another, not one request after another: a small one does not wait for ten images.
-            return self._image(min(images, key=lambda s: s.turn), streaming=bool(decoding))
+            return self._image(min(images, key=lambda s: s.turn), decoding)
         return Tokens(decoding) if decoding else None
 
-    def _image(self, sequence: Sequence, *, streaming: bool) -> Step:
+    def _image(self, sequence: Sequence, decoding: tuple[Sequence, ...]) -> Step:
         chunk = sequence.chunk
         assert isinstance(chunk, ImageChunk)
         if sequence.embedding is None:
-            return Encode(sequence, chunk, () if streaming else self._beside(sequence, chunk))
+            return Encode(sequence, chunk, () if decoding else self._beside(sequence, chunk))
         start = sequence.chunk_offset
-        stop = start + self._part(chunk.n_tokens - start, streaming=streaming) if chunk.causal else chunk.n_tokens
-        last = stop == chunk.n_tokens and sequence.chunk_index == len(sequence.chunks) - 1
-        return PrefillImage(sequence, chunk, start, stop, last)
+        rows = chunk.n_tokens - start
+        if chunk.causal:
+            rows = self._part(rows, len(decoding))
+        last = start + rows == chunk.n_tokens and sequence.chunk_index == len(sequence.chunks) - 1
+        together = chunk.causal and rows + len(decoding) <= self._limits.mixed_rows
+        return PrefillImage(sequence, chunk, start, start + rows, last, decoding if together else ())
 
     def _beside(self, sequence: Sequence, chunk: ImageChunk) -> tuple[tuple[Sequence, ImageChunk], ...]:
         """Chunks of equal size that are to be encoded soon; nobody may be streaming, as no turn comes in between."""
@@ -370,9 +384,9 @@ class Scheduler:
         wanted = ((s, other) for s, other in coming if other is not chunk and other.n_tokens == chunk.n_tokens)
         return tuple(itertools.islice(wanted, self._limits.encode_batch - 1))
 
-    def _part(self, rows: int, *, streaming: bool) -> int:
+    def _part(self, rows: int, beside: int) -> int:
         """How many of so many rows a step takes: equal parts, as the last step would cost as much as a whole one."""
-        most, tile = self._rows(streaming=streaming), self._limits.tile
+        most, tile = min(self._rows(streaming=beside > 0), self._limits.n_ubatch - beside), self._limits.tile
         if most < tile:
             tile //= 2  # 48 rows take longer than 64
         even = -(-rows // -(-rows // most))

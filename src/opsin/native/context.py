@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -25,6 +25,7 @@ from opsin.native.devices import default_threads
 from opsin.native.memory import OUTPUTS, SPARE_SEQUENCES
 from opsin.native.model import Owned, floats
 from opsin.native.sampler import NativeSampler
+from opsin.native.token_table import TokenTable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -103,9 +104,12 @@ class Context:
             )
         self.handle = Owned("context", pointer, llama.llama_free, model)
         self.eog_tokens, self.piece = model.eog_tokens, model.piece
+        self._table: TokenTable | None = None
+        with suppress(LookupError):
+            self._table = TokenTable(model)
         self.limits = BackendLimits(
             n_ctx=(n_ctx := llama.llama_n_ctx(pointer)),
-            n_ubatch=llama.llama_n_ubatch(pointer),
+            n_ubatch=(n_ubatch := llama.llama_n_ubatch(pointer)),
             n_seq_max=llama.llama_n_seq_max(pointer) - self._keeper,
             n_vocab=model.n_vocab,
             n_embd=model.n_embd,
@@ -114,6 +118,8 @@ class Context:
             swaps=not slides,  # llama.cpp saves no cells behind the window, which a shorter prefix would need
             tile=_TILE if model.device is None else 1,
             encode_batch=1 if encoder is None else encoder.batch,
+            # Flash attention in tiles would compute every row of a tile for the cells of all its sequences.
+            mixed_rows=0 if self._table is None else n_ubatch if model.device else _TILE - 1,
         )
         self._arrays = BatchArrays(llama.llama_batch, self.limits.n_ubatch, model.n_pos, self._keeper)
         self._causal = True
@@ -145,8 +151,15 @@ class Context:
         pointer, causal = self.handle.pointer, True
         if isinstance(rows, EmbeddingRows):
             self._check_embeddings(rows)
-            batch, causal = self._arrays.embeddings(rows), rows.causal
-            outputs = [len(rows.rows) - 1] if rows.logits else []
+            beside, data = rows.beside, rows.rows
+            if beside.tokens:
+                if self._table is None or not rows.causal:
+                    raise DecodeFailed("Tokens cannot go beside these rows of an image.")
+                self._check_tokens(beside)
+                data = np.concatenate([self._table.rows(beside.tokens), data])
+                self._check_count(len(data))
+            batch, causal = self._arrays.embeddings(rows, data), rows.causal
+            outputs = [*beside.outputs, len(data) - 1] if rows.logits else beside.outputs
         else:
             self._check_tokens(rows)
             batch, outputs = self._arrays.tokens(rows), rows.outputs
@@ -360,21 +373,27 @@ class BatchArrays:
         count = len(batch.tokens)
         self._token[:count] = batch.tokens
         self._pos[:count] = batch.positions
-        self._seq_id[:count] = np.array(batch.seq_ids, np.int32)[:, np.newaxis] + self._ids
-        self._logits[:count] = 0
-        self._logits[batch.outputs] = 1
+        self._owners(batch, count)
         self._batch.n_tokens, self._batch.token, self._batch.embd = count, self._tokens, None
         return self._batch
 
-    def embeddings(self, rows: EmbeddingRows) -> Any:
-        """A `llama_batch` of embeddings, valid until the next call and while `rows` is alive."""
-        count = len(rows.rows)
-        self._pos[: count * self._n_pos] = rows.positions.reshape(-1)
-        self._seq_id[:count] = rows.seq_id + self._ids
-        self._logits[:count] = 0
-        self._logits[count - 1] = rows.logits
-        self._batch.n_tokens, self._batch.token, self._batch.embd = count, None, self._pointer(rows.rows, "embd")
+    def embeddings(self, rows: EmbeddingRows, data: Embedding) -> Any:
+        """A `llama_batch` of `data`, those of tokens beside and of `rows`; valid until the next call, with `data`."""
+        count, tokens = len(data), len(rows.beside.tokens)
+        self._owners(rows.beside, count)
+        positions = self._pos[: count * self._n_pos].reshape(self._n_pos, count)
+        positions[:, :tokens] = rows.beside.positions  # a token's sections have one position, as in llama.cpp
+        positions[:, tokens:] = rows.positions
+        self._seq_id[tokens:count] = rows.seq_id + self._ids
+        self._logits[count - 1] |= rows.logits
+        self._batch.n_tokens, self._batch.token, self._batch.embd = count, None, self._pointer(data, "embd")
         return self._batch
+
+    def _owners(self, batch: TokenBatch, count: int) -> None:
+        """The sequences of a batch's tokens, and which of `count` rows want logits."""
+        self._seq_id[: len(batch.tokens)] = np.array(batch.seq_ids, np.int32)[:, np.newaxis] + self._ids
+        self._logits[:count] = 0
+        self._logits[batch.outputs] = 1
 
 
 def token_logprob(logits: NDArray[np.float32], token: int, top: int, piece: Callable[[int], bytes]) -> TokenLogprob:

@@ -46,6 +46,23 @@ class GgufInitParams(ctypes.Structure):
     _fields_ = [("no_alloc", _BOOL), ("ctx", _P)]
 
 
+ToFloat = ctypes.CFUNCTYPE(None, _P, _P, _I64)
+"""`ggml_to_float_t` (ggml.h): a block's or row's address, that of its float32 values, and their number."""
+
+
+class TypeTraits(ctypes.Structure):
+    """The beginning of `struct ggml_type_traits` (ggml.h): `block` values take `size` bytes; f32 has no `to_float`."""
+
+    _fields_ = [
+        ("name", _STR),
+        ("block", _I64),
+        ("interleave", _I64),
+        ("size", _SIZE),
+        ("is_quantized", _BOOL),
+        ("to_float", ToFloat),
+    ]
+
+
 # Result and arguments, and the functions that have these.
 _FUNCTIONS: list[tuple[Any, list[Any], str]] = [
     (None, [_P], "ggml_free gguf_free ggml_backend_free ggml_backend_synchronize ggml_backend_buffer_free"),
@@ -55,8 +72,11 @@ _FUNCTIONS: list[tuple[Any, list[Any], str]] = [
     (_SIZE, [], "ggml_tensor_overhead ggml_graph_overhead ggml_backend_dev_count ggml_backend_reg_count"),
     (_INT, [_P], "ggml_backend_dev_type"),
     (_INT, [_P, _P], "ggml_backend_graph_compute"),
-    (_INT, [_P, _I64], "gguf_get_kv_type"),
-    (_I64, [_P, _STR], "gguf_find_key"),
+    (_INT, [_P, _I64], "gguf_get_kv_type gguf_get_tensor_type"),
+    (_I64, [_P, _STR], "gguf_find_key gguf_find_tensor"),
+    (_SIZE, [_P], "gguf_get_data_offset"),
+    (_SIZE, [_P, _I64], "gguf_get_tensor_offset gguf_get_tensor_size"),
+    (ctypes.POINTER(TypeTraits), [_INT], "ggml_get_type_traits"),
     (_BOOL, [_P], "ggml_backend_buft_is_host"),
     (_STR, [], "ggml_commit"),
     (_STR, [_INT], "ggml_op_name"),

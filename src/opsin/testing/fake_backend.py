@@ -161,16 +161,20 @@ class FakeBackend:
         error, self.fail_decode = self.fail_decode, None
         if error is not None:
             raise DecodeFailed(str(error)) from error
-        count = len(rows.rows) if isinstance(rows, EmbeddingRows) else len(rows.tokens)
+        batch = rows.beside if isinstance(rows, EmbeddingRows) else rows
+        entries: list[int | str] = [*batch.tokens]
+        positions, seq_ids = list(batch.positions), list(batch.seq_ids)
+        ms = self.decode_ms if len(batch.outputs) == len(entries) > 0 else self.text_token_ms * len(entries)
+        if isinstance(rows, EmbeddingRows):
+            assert rows.causal or not entries, "tokens never go beside rows that attend in both directions"
+            entries += [f"<{int(row[0])}.{int(row[1])}>" for row in rows.rows]
+            positions += [int(time) for time in rows.positions[0]]
+            seq_ids += [rows.seq_id] * len(rows.rows)
+            ms = self.image_token_ms * len(entries)
+        count = len(entries)
         assert 0 < count <= self.limits.n_ubatch, "a ubatch holds 1 to n_ubatch rows"
         if self.cells_used + count > self.limits.n_ctx:
             return False
-        if isinstance(rows, EmbeddingRows):
-            entries: Sequence[int | str] = [f"<{int(row[0])}.{int(row[1])}>" for row in rows.rows]
-            positions, seq_ids, ms = rows.positions[0], [rows.seq_id] * count, self.image_token_ms * count
-        else:
-            entries, positions, seq_ids = rows.tokens, rows.positions, rows.seq_ids
-            ms = self.decode_ms if len(rows.outputs) == count else self.text_token_ms * count
         self._rows = []
         for entry, pos, seq_id in zip(entries, positions, seq_ids, strict=True):
             self._append(seq_id, pos, entry)

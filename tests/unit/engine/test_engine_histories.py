@@ -6,6 +6,7 @@ waits for ever, and an answer is the same alone, among others, with remembered p
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import pytest
@@ -53,6 +54,7 @@ class World:
     image_bytes: int
     layers: int
     image_tokens: int
+    mixed_rows: int
 
 
 span = st.sampled_from(["a", "b", "ab", "abba" * 2, "ab" * 8])
@@ -80,6 +82,7 @@ worlds = st.builds(
     image_bytes=st.sampled_from([0, 64, 2**20]),
     layers=st.sampled_from([1, 3]),
     image_tokens=st.sampled_from([1, 4, 12]),
+    mixed_rows=st.sampled_from([0, 3, 16]),
 )
 faults = st.dictionaries(st.integers(0, 40), st.sampled_from(["encode", "decode", "room"]), max_size=3)
 
@@ -93,6 +96,7 @@ def context_of(world: World, history: list[Ask]) -> int:
 
 def live(world: World, history: list[Ask], mishaps: dict[int, str], *, keep_prefixes: bool) -> Driver:
     size = limits(context_of(world, history), world.n_ubatch, world.n_seq_max)
+    size = dataclasses.replace(size, mixed_rows=world.mixed_rows)
     backend = Backend(reply, limits=size, clock=FakeClock(), image_tokens=world.image_tokens)
     backend.layers = world.layers
     policy = Policy(

@@ -1,6 +1,7 @@
 """Who is served when, whose cells go, and what a step computes: the loop's thread is the test itself."""
 
 import dataclasses
+import hashlib
 import itertools
 
 import pytest
@@ -249,6 +250,41 @@ def test_a_stream_does_not_wait_for_a_slice_and_a_prompts_text_in_one_go() -> No
     assert all(isinstance(step, Tokens) and step.decode and not step.prefill for step in after)
     # And the text does get its step, with everyone's next token in it.
     assert any(isinstance(step, Tokens) and step.decode and step.prefill for step in steps)
+
+
+def test_streams_get_their_tokens_in_the_slices_of_images_where_the_backend_can() -> None:
+    """Each slice has everyone's next token in it, within the ubatch, and the answers are those of slices alone."""
+    said = []
+    for beside in (True, False):
+        size = dataclasses.replace(limits(n_ctx=4000), mixed_rows=16 * beside)
+        made = driver(parallel=4, size=size, answer=lambda text: hashlib.sha256(text.encode()).hexdigest())
+        made.backend.image_tokens = 64
+        talking = [made.ask(f"talk {i}", max_tokens=60) for i in range(2)]
+        while any(a.sequence.state is not State.DECODE for a in talking):
+            made.step()
+        shown = [made.ask(prompt_of(i, "what is this?"), max_tokens=40) for i in range(2)]
+        made.run()
+        said.append([asked.answer.text for asked in (*talking, *shown)])
+        slices = [plan.step for plan in made.plans if isinstance(plan.step, PrefillImage)]
+        assert max(map(cells_needed, slices)) <= 16
+        assert slices[0].decode == (tuple(a.sequence for a in talking) if beside else ())
+        assert any(shown[0].sequence in step.decode for step in slices) == beside, "who has a first token joins in"
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("leaver", ["talk", "image"])
+def test_a_slice_whose_stream_or_image_goes_away_is_computed_for_the_others(leaver: str) -> None:
+    size = dataclasses.replace(limits(n_ctx=60), mixed_rows=16)
+    made = driver(parallel=2, size=size, answer=long)
+    made.backend.image_tokens = 32
+    talk = made.ask("talk", max_tokens=50, priority=leaver == "image")
+    made.step()
+    made.step()
+    shot = made.ask(prompt_of(1), max_tokens=20, priority=leaver == "talk")
+    made.run()
+    assert made.scheduler.preemptions
+    for asked in (talk, shot):
+        assert asked.answer.finish_reason == "length"
 
 
 def test_texts_and_images_take_turns_while_somebody_answers() -> None:

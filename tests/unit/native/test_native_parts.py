@@ -148,12 +148,17 @@ def test_an_embedding_has_four_positions_section_after_section_under_mrope() -> 
     arrays = BatchArrays(Batch, 8, 4)
     positions = np.arange(12, dtype=np.int32).reshape(4, 3)
     rows = np.arange(6, dtype=np.float32).reshape(3, 2)
-    batch = arrays.embeddings(EmbeddingRows(rows, positions, seq_id=5, logits=True))
+    batch = arrays.embeddings(EmbeddingRows(rows, positions, seq_id=5, logits=True), rows)
     assert batch.pos[:12] == list(range(12))
     assert batch.embd[:6] == [0, 1, 2, 3, 4, 5]
     assert (batch.n_tokens, bool(batch.token)) == (3, False)
     assert [batch.seq_id[index][0] for index in range(3)] == [5, 5, 5]
     assert (batch.n_seq_id[:3], batch.logits[:3]) == ([1, 1, 1], [0, 0, 1])
+    beside, data = TokenBatch([7], [40], [1], [0]), np.arange(8, dtype=np.float32).reshape(4, 2)
+    batch = arrays.embeddings(EmbeddingRows(rows, positions, seq_id=5, beside=beside), data)
+    assert np.array(batch.pos[:16]).reshape(4, 4).tolist() == [[40, *row] for row in positions.tolist()]
+    assert [batch.seq_id[index][0] for index in range(4)] == [1, 5, 5, 5]
+    assert (batch.n_tokens, batch.logits[:4]) == (4, [1, 0, 0, 0])
     batch = arrays.tokens(TokenBatch([7, 8], [40, 41], [1, 2], [1]))
     assert (batch.token[:2], batch.pos[:2], bool(batch.embd)) == ([7, 8], [40, 41], False)
     assert [batch.seq_id[index][0] for index in range(2)] == [1, 2]
