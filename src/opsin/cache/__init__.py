@@ -5,16 +5,6 @@ Pure Python. Refuses to know any model runtime, and to decide when something is 
 
 from opsin.cache.disk import DiskStore, default_folder
 from opsin.cache.embeddings import EmbeddingCache, salted
-from opsin.cache.kv_cache import ImageUnit, Prefix, PrefixIndex, Unit, units_of
+from opsin.cache.kv_cache import Prefix, units_of
 
-__all__ = [
-    "DiskStore",
-    "EmbeddingCache",
-    "ImageUnit",
-    "Prefix",
-    "PrefixIndex",
-    "Unit",
-    "default_folder",
-    "salted",
-    "units_of",
-]
+__all__ = ["DiskStore", "EmbeddingCache", "Prefix", "default_folder", "salted", "units_of"]

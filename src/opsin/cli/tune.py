@@ -44,7 +44,11 @@ def tune(
     out = out or config_path(os.environ, Path.cwd()) or Path(FILE)
     chosen = o.given(EngineSettings, flags)
     settings, fixed = _untuned(chosen, out)
-    pair = _pair(settings)
+    pair = resolve(settings.model, settings.mmproj)
+    if pair.mmproj is None:
+        raise BadParameter("There is no vision encoder to tune: give the model's projector with --mmproj.")
+    # Links are kept: behind them are names (of a split model's parts, too) that mean nothing.
+    pair = replace(pair, llm=pair.llm.absolute(), mmproj=pair.mmproj.absolute())
     if not dry_run:
         check_target(out, pair.llm, force=force)
     settings = settings.model_copy(update={"model": pair.llm, "mmproj": pair.mmproj, "disk_cache": False})
@@ -67,14 +71,6 @@ def _untuned(flags: dict[str, Any], out: Path) -> tuple[EngineSettings, set[str]
     found = read_config(flags, environ, Path(os.devnull), file=file, locate=locate, tuned=False)
     chosen = {name for name, origin in found.origins.items() if origin != "default"} - {"model", "mmproj"}
     return found.engine(parallel=8), chosen
-
-
-def _pair(settings: EngineSettings) -> Pair:
-    pair = resolve(settings.model, settings.mmproj)
-    if pair.mmproj is None:
-        raise BadParameter("There is no vision encoder to tune: give the model's projector with --mmproj.")
-    # Links are kept: behind them are names (of a split model's parts, too) that mean nothing.
-    return replace(pair, llm=pair.llm.absolute(), mmproj=pair.mmproj.absolute())
 
 
 def _measured(settings: EngineSettings, fixed: set[str], target: Target, folder: Path, minutes: float) -> Report:

@@ -24,7 +24,6 @@ from opsin.prompt import Content, Message
 
 Objects = Sequence[Mapping[str, Any]]
 Logprobs = Sequence[TokenLogprob]
-_EXTRAS = ("tool_calls", "tool_call_id", "name")
 _IMAGES = ImageSettings(fetch=True)
 
 
@@ -127,8 +126,8 @@ class Llama:
             images: list[Content] = [part for part in parts if isinstance(part, Image)]
             text = "".join(part for part in parts if isinstance(part, str))
             parts = [*images, (handler.between if images else handler.between.lstrip()) + text]
-        extras = {name: message[name] for name in _EXTRAS if message.get(name) is not None}
-        return Message(role, parts, **extras)
+        names = ("tool_calls", "tool_call_id", "name")
+        return Message(role, parts, **{name: message.get(name) for name in names})
 
     def _part(self, part: Any) -> Content:
         kind = part.get("type") if isinstance(part, Mapping) else None

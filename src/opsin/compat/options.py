@@ -1,12 +1,13 @@
 """llama-cpp-python's options in Opsin's words: some have a setting of the same meaning.
 
 Those that change no answer (threads, memory mapping, logs) are accepted; those that would change one, or where it is
-computed, are refused by name unless they have their default.
+computed, are refused by name unless they have their default. `options.toml` lists them all.
 """
 
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,30 +18,8 @@ from opsin.core.files import read_text
 from opsin.core.ggml_types import KV_TYPES
 from opsin.core.settings import MAX_SCHEMA
 
-# Options of `Llama` with a setting: name -> (its name here, the value that leaves the choice to Opsin).
-_ENGINE = {
-    "n_ctx": ("ctx", 0),
-    "n_gpu_layers": ("gpu_layers", -1),
-    "n_threads": ("threads", None),
-    "n_threads_batch": ("threads_batch", None),
-    "n_ubatch": ("ubatch", None),
-    "flash_attn": ("flash_attention", False),
-}
-_HARMLESS = frozenset((
-    "n_batch", "use_mmap", "use_mlock", "numa", "no_perf", "logits_all", "offload_kqv", "op_offload", "swa_full",
-))  # fmt: skip
-# Options that would change answers or placement, with the default that is accepted.
-_REFUSED: dict[str, Any] = {
-    "attention_type": -1, "chat_format": None, "draft_model": None, "embedding": False, "kv_overrides": None,
-    "lora_base": None, "lora_path": None, "lora_scale": 1.0, "main_gpu": 0, "pooling_type": -1, "rope_freq_base": 0.0,
-    "rope_freq_scale": 0.0, "rope_scaling_type": -1, "spm_infill": False, "split_mode": 1, "tensor_split": None,
-    "tokenizer": None, "vocab_only": False, "yarn_attn_factor": 1.0, "yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0,
-    "yarn_ext_factor": -1.0, "yarn_orig_ctx": 0,
-}  # fmt: skip
-
+_TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 _SAMPLING = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repeat_penalty", "guard")
-_REFUSED_IN_CALLS = {"typical_p": 1.0, "tfs_z": 1.0, "mirostat_mode": 0, "logits_processor": None}
-_MIROSTAT = frozenset(("mirostat_tau", "mirostat_eta"))  # without a mode they change nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +47,16 @@ class LlamaGrammar:
 
 def engine_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of EngineSettings for what was given to `Llama`; what was left out is what fits. Raises BadParameter."""
-    made = {ours: options[name] for name, (ours, auto) in _ENGINE.items() if options.get(name) not in (None, auto)}
-    rest = {name: value for name, value in options.items() if name not in _ENGINE}
+    known = _TABLE["settings"]
+    made = {ours: options[name] for name, (ours, *auto) in known.items() if options.get(name) not in (None, *auto)}
+    rest = {name: value for name, value in options.items() if name not in known}
     kinds = {1 if (kind := rest.pop(name, None)) is None else kind for name in ("type_k", "type_v")}
     names = [name for name, number in KV_TYPES.items() if kinds == {number}]
     if not names:
-        known = ", ".join(f"{number} ({name})" for name, number in KV_TYPES.items())
-        raise BadParameter(f"type_k and type_v must be the same type, one of {known}.")
+        types = ", ".join(f"{number} ({name})" for name, number in KV_TYPES.items())
+        raise BadParameter(f"type_k and type_v must be the same type, one of {types}.")
     made["kv_type"] = names[0]
-    _refuse(rest, _REFUSED, _HARMLESS, "Llama")
+    _refuse(rest, "Llama")
     return made
 
 
@@ -98,7 +78,7 @@ def sampling_options(options: Mapping[str, Any], *, seed: int | None, last_n: in
     wanted, top = rest.pop("logprobs", None), rest.pop("top_logprobs", None)
     made["logprobs"] = (top or 0) if wanted else None
     made |= _shape(rest.pop("response_format", None), rest.pop("grammar", None))
-    _refuse(rest, _REFUSED_IN_CALLS, _MIROSTAT, "create_chat_completion")
+    _refuse(rest, "create_chat_completion")
     return made
 
 
@@ -126,8 +106,9 @@ def _shape(response_format: Mapping[str, Any] | None, grammar: Any) -> dict[str,
     return {"grammar": text}
 
 
-def _refuse(rest: Mapping[str, Any], refused: Mapping[str, Any], taken: frozenset[str], where: str) -> None:
-    for name in rest.keys() - taken:
+def _refuse(rest: Mapping[str, Any], where: str) -> None:
+    refused = {**dict.fromkeys(_TABLE["refused"][where]), **_TABLE["defaults"][where]}
+    for name in rest.keys() - set(_TABLE["harmless"][where]):
         if name not in refused:
             raise BadParameter(f"{where} has no option {name!r} that Opsin knows: leave it out.")
         if rest[name] not in (None, refused[name]):

@@ -7,20 +7,13 @@ import shlex
 from collections.abc import Iterable, Sequence
 
 from opsin.doctor.check import Check, Status
-from opsin.doctor.host import Gpu, Host, read_host
+from opsin.doctor.host import KNOWN, Gpu, Host, read_host
 from opsin.native.devices import COMMIT, PACKAGE, PINNED, Build, Device, build_info
 
 # Without these the matrix kernels fall back to generic code; others only speed up some types of weights.
 ESSENTIAL = frozenset({"AVX", "AVX2", "FMA", "F16C", "NEON", "DOTPROD"})
 HIDES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GGML_VK_VISIBLE_DEVICES")
-# How a backend is compiled in: its flag, the tool that must be here for it, and where that comes from.
-RECIPES = {
-    "CUDA": ("-DGGML_CUDA=on", "nvcc", "NVIDIA's CUDA toolkit"),
-    "ROCm": ("-DGGML_HIP=on", "hipconfig", "AMD's ROCm with HIP"),
-    "Metal": ("-DGGML_METAL=on", "", ""),
-    "Vulkan": ("-DGGML_VULKAN=on", "glslc", "the Vulkan SDK"),
-    "BLAS": ("-DGGML_BLAS=on", "", ""),
-}
+RECIPES: dict[str, tuple[str, str, str]] = KNOWN["recipes"]
 _ANY_GPU = frozenset({"Vulkan", "SYCL", "OpenCL"})  # backends that serve cards of several makers
 
 
@@ -29,7 +22,11 @@ def build_checks(build: Build, host: Host | None = None, threads: int | None = N
     host = host or read_host()
     checks = [_version(build, host)]
     if not build.error:
-        checks += [*_assertions(build, host), _cpu(build, host), *_driver(host), _gpu(build, host)]
+        if build.assertions:
+            message = "llama.cpp was compiled with assertions, as debug builds are: install a release build."
+            fix = install_command(host, build.extra_backends, ["-DCMAKE_BUILD_TYPE=Release"])
+            checks.append(Check("build.assertions", "warn", message, {}, fix))
+        checks += [_cpu(build, host), *_driver(host), _gpu(build, host)]
     return [*checks, _threads(host, threads)]
 
 
@@ -61,14 +58,6 @@ def _version(build: Build, host: Host) -> Check:
         return Check("build.version", "warn", message, evidence, fix)
     message = f"{PACKAGE} {build.version} with llama.cpp {build.llama} (commit {commit or 'unknown'})."
     return Check("build.version", "ok", message, evidence)
-
-
-def _assertions(build: Build, host: Host) -> list[Check]:
-    if not build.assertions:
-        return []
-    message = "llama.cpp was compiled with assertions, as debug builds are: install a release build."
-    fix = install_command(host, build.extra_backends, ["-DCMAKE_BUILD_TYPE=Release"])
-    return [Check("build.assertions", "warn", message, {}, fix)]
 
 
 def _cpu(build: Build, host: Host) -> Check:

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -21,10 +22,7 @@ AMD = "0x1002"
 _AMD_RIGHTS = ("join the groups render and video, then log in again", 'sudo usermod -a -G render,video "$(id -un)"')
 TOOLS = ("nvcc", "hipconfig", "glslc", "uv")
 
-# Instructions as /proc/cpuinfo (x86-64 and ARM) names them, and as ggml does.
-_SAME = ("AVX", "AVX2", "FMA", "F16C", "BMI2", "AVX_VNNI", "AVX512_VNNI", "AVX512_BF16", "AMX_INT8")
-_FEATURES = {"avx512f": "AVX512", "asimd": "NEON", "asimddp": "DOTPROD", "i8mm": "MATMUL_INT8"}
-_FEATURES |= {name.lower(): name for name in _SAME}
+KNOWN = tomllib.loads(Path(__file__).with_name("machine.toml").read_text(encoding="utf-8"))
 Run = Callable[[list[str]], str]
 
 
@@ -78,7 +76,7 @@ def read_host(root: Path = Path("/"), run: Run = run_command) -> Host:
         pip=find_spec("pip") is not None,
         gpus=read_gpus(root, run),
         cpu=name[1] if name else "",
-        cpu_features=frozenset(_FEATURES[flag] for flag in set(flags) & set(_FEATURES)),
+        cpu_features=frozenset(name for flag, name in KNOWN["features"].items() if flag in flags),
         cores=cores,
         allowed=len(os.sched_getaffinity(0)) if sys.platform == "linux" else cores,
         quota=cpu_quota(root),

@@ -153,7 +153,6 @@ def context_check(tokens: int, ctx: int, trained: int | None, settings: EngineSe
 
 
 def _template(info: PairInfo) -> Check:
-    """Is there a template that can be used?"""
     text = (info.source.template or "").strip()
     evidence = {"characters": len(text)}
     try:

@@ -26,6 +26,7 @@ Resolver = Callable[[str, int], Sequence[str]]
 """Host and port in, the IP addresses that may be connected to out, best first; raises FetchFailed to refuse them."""
 
 _MAX_URL_CHARS = 8192
+_tls = functools.cache(httpx.create_ssl_context)
 _HEADERS = {"User-Agent": "opsin", "Accept": "image/*", "Accept-Encoding": "identity"}
 
 
@@ -142,8 +143,3 @@ def _reason(error: Exception) -> str:
         return f"TLS: {show(getattr(inner, 'verify_message', '') or inner.reason or 'no secure connection')}"
     number = getattr(inner, "errno", None)
     return os.strerror(number).lower() if number else "no connection"
-
-
-@functools.cache
-def _tls() -> ssl.SSLContext:
-    return httpx.create_ssl_context()

@@ -33,14 +33,7 @@ _CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q
 _SCALARS = {kind: struct.Struct("<" + code) for kind, code in _CODES.items()}
 _U32, _STRING, _ARRAY, _U64 = 4, 8, 9, 10
 
-_WEB_PAGE = "is a web page, not a model: the download went wrong, fetch it again"
-_FOREIGN = {
-    b"PK\x03\x04": "is a zip or PyTorch file, not GGUF: convert the model with llama.cpp or pull a GGUF of it",
-    b"version https://git-lfs": "is a Git LFS pointer, not the model: fetch the file itself with `git lfs pull`",
-    b"<!DOCTYPE": _WEB_PAGE,
-    b"<html": _WEB_PAGE,
-    **dict.fromkeys((b"lmgg", b"tjgg", b"fmgg"), "is an old GGML file: get the model as GGUF"),
-}
+_FOREIGN = tomllib.loads(Path(__file__).with_name("foreign.toml").read_text(encoding="utf-8"))["foreign"]
 
 _NAME = re.compile(r"(?P<prefix>.+?)(?:-(?P<part>\d{5})-of-(?P<parts>\d{5}))?\.gguf", re.DOTALL)
 _TAG = re.compile(r"[-.]([A-Za-z0-9_]+)$")
@@ -271,7 +264,8 @@ def read_header(path: Path) -> GgufHeader:
         with path.open("rb") as file:
             start = file.read(64)
             if not start.startswith(b"GGUF"):
-                raise ModelUnreadable(f"{path} {_foreign(start)}")
+                what = next(row["what"] for row in _FOREIGN if re.match(row["begins"].encode(), start, re.DOTALL))
+                raise ModelUnreadable(f"{path} {what}")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
                 return _Cursor(view).header(path)
     except FileNotFoundError as error:
@@ -282,14 +276,6 @@ def read_header(path: Path) -> GgufHeader:
         raise ModelUnreadable(f"{path} ends in the middle of its header: download it again") from error
     except _Damaged as error:
         raise ModelUnreadable(f"{path} is a damaged GGUF file (it holds {error}): download it again") from error
-
-
-def _foreign(start: bytes) -> str:
-    if not start:
-        return "is empty: download it again"
-    if start[8:9] == b"{":
-        return "is a safetensors file, not GGUF: convert the model with llama.cpp or pull a GGUF of it"
-    return next((text for magic, text in _FOREIGN.items() if start.startswith(magic)), "is not a GGUF file")
 
 
 class _Damaged(Exception):

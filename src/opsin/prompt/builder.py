@@ -11,11 +11,13 @@ import json
 import re
 import secrets
 import time
+import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from jinja2 import TemplateSyntaxError
@@ -35,16 +37,7 @@ Shape = Literal["string", "list"]
 _ROLES: tuple[str, ...] = get_args(Role)
 _SHAPES: tuple[Shape, ...] = get_args(Shape)
 _SWITCHES = ("enable_thinking", "thinking")  # the second is Kimi's and DeepSeek's
-# Markers that begin or end a turn. Where the vocabulary has no token for one, the model writes it as plain text.
-_TURN_MARKERS = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<end_of_utterance>", "<|end|>", "[INST]")
-_TAGS = (
-    ("◁think▷", "◁/think▷"),  # Kimi-VL
-    ("<|channel>thought", "<channel|>"),  # Gemma 4
-    ("[THINK]", "[/THINK]"),  # Mistral
-    ("<think>", "</think>"),  # Qwen, GLM-4V, Kimi K2.5, MiMo, InternVL 3.5, …
-)
-_BOX = "<|begin_of_box|>"  # GLM-4V
-_BOX_TAGS = ("<answer>", "</answer>", _BOX, "<|end_of_box|>")
+_STYLES = tomllib.loads(Path(__file__).with_name("styles.toml").read_text(encoding="utf-8"))
 
 _MAX_INPUT_CHARS = 2_000_000
 _MAX_OUTPUT_CHARS = 4_000_000
@@ -107,7 +100,7 @@ class PromptBuilder:
         self.knows_tools = "tools" in self._variables
         """Whether the template has a place for `tools`."""
         self._tokens = ControlTokens({*source.control_tokens, source.bos_token, source.eos_token})
-        written = [marker for marker in _TURN_MARKERS if marker in text]
+        written = [marker for marker in _STYLES["turns"] if marker in text]
         self._stop = tuple(marker for marker in written if marker not in source.control_tokens | {source.eos_token})
         if "USER:" in text and "ASSISTANT:" in text:
             self._stop += ("USER:",)
@@ -206,10 +199,11 @@ class PromptBuilder:
 
 def find_style(source: TemplateSource, template: str) -> ReasoningStyle | None:
     """The style of a model, by its template's text and its vocabulary; None for one that does not think aloud."""
-    for opening, closing in _TAGS:
+    for opening, closing in _STYLES["thoughts"]:
         if opening in template or opening in source.control_tokens:
-            boxes = _BOX in source.control_tokens or _BOX in template
-            return ReasoningStyle(opening, closing, _BOX_TAGS if boxes else ())
+            box = _STYLES["boxes"][0]
+            boxed = box in source.control_tokens or box in template
+            return ReasoningStyle(opening, closing, tuple(_STYLES["boxes"]) if boxed else ())
     return None
 
 

@@ -5,7 +5,9 @@ The page loads nothing from elsewhere, no script or style stands in its markup, 
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -54,15 +56,7 @@ def create_app(
     return app
 
 
-_PAGE_HEADERS = {
-    "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self';"
-        " base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
-    ),
-    "Referrer-Policy": "no-referrer",
-    # An update must not leave a browser with half of the old page; the tag keeps that cheap.
-    "Cache-Control": "no-cache",
-}
+_PAGE_HEADERS = tomllib.loads(Path(__file__).with_name("page.toml").read_text(encoding="utf-8"))
 
 router = APIRouter(tags=["server"])
 _page = StaticFiles(packages=[("opsin.server", "page")])

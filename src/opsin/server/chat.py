@@ -213,7 +213,7 @@ class _ChoicesWriter(Writer):
         """One choice of a whole answer."""
         raise NotImplementedError
 
-    def content(self, index: int, text: str) -> bytes:
+    def content(self, index: int, text: str, logprobs: Sequence[TokenLogprob] = ()) -> bytes:
         """The event for new text of a choice."""
         raise NotImplementedError
 
@@ -231,11 +231,12 @@ class _ChoicesWriter(Writer):
         return self._chunk(usage=self._usage(answers), **extensions(answers[0])) + done
 
     def _chunk(self, *choices: dict[str, Any], **rest: Any) -> bytes:
-        """One server-sent event."""
         return b"data: " + schema.dumps({**self._same, "choices": choices, **rest}) + b"\n\n"
 
-    def _plain(self, index: int, text: str) -> bytes:
-        """What `content` writes, but faster: the events of a choice differ in their text alone."""
+    def _said(self, index: int, text: str, logprobs: Sequence[TokenLogprob] = ()) -> bytes:
+        """What `content` writes, but faster: without logprobs the events of a choice differ in their text alone."""
+        if logprobs:
+            return self.content(index, text, logprobs)
         if index not in self._around:
             before, _, after = self.content(index, "").rpartition(b'""')
             self._around[index] = before, after
@@ -274,12 +275,10 @@ class _ChatWriter(_ChoicesWriter):
         if event.reasoning:
             return self._delta(index, {"reasoning_content": event.text}, event.logprobs)
         text = self._readers[index].feed(event.text)
-        if event.logprobs:
-            return self._delta(index, {"content": text}, event.logprobs)
-        return self._plain(index, text) if text else b""
+        return self._said(index, text, event.logprobs) if text or event.logprobs else b""
 
-    def content(self, index: int, text: str) -> bytes:
-        return self._delta(index, {"content": text})
+    def content(self, index: int, text: str, logprobs: Sequence[TokenLogprob] = ()) -> bytes:
+        return self._delta(index, {"content": text}, logprobs)
 
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
         reader = self._readers[index]
@@ -299,7 +298,7 @@ class _ChatWriter(_ChoicesWriter):
     def _finish(self, index: int, answer: Answer) -> bytes:
         reader = self._readers[index]
         rest = reader.finish()
-        frames = [self._plain(index, rest)] if rest else []
+        frames = [self._said(index, rest)] if rest else []
         for number, call in enumerate(reader.calls):
             frames.append(self._delta(index, {"tool_calls": [{"index": number, **call}]}))
         reason = _finish_reason(answer, reader.calls)
@@ -321,12 +320,10 @@ class _TextWriter(_ChoicesWriter):
             last = self._choice(index, "", (), _finish_reason(event.answer))
             return self._chunk(last, **extensions(event.answer))
         # Reasoning is text like any other here: no template separated it.
-        if event.logprobs:
-            return self._chunk(self._choice(index, event.text, event.logprobs))
-        return self._plain(index, event.text)
+        return self._said(index, event.text, event.logprobs)
 
-    def content(self, index: int, text: str) -> bytes:
-        return self._chunk(self._choice(index, text))
+    def content(self, index: int, text: str, logprobs: Sequence[TokenLogprob] = ()) -> bytes:
+        return self._chunk(self._choice(index, text, logprobs))
 
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
         return self._choice(index, answer.text, answer.logprobs, _finish_reason(answer))
@@ -351,7 +348,6 @@ class _TextWriter(_ChoicesWriter):
 
 
 def _finish_reason(answer: Answer, calls: Sequence[Any] = ()) -> str:
-    """OpenAI's word for why an answer ended."""
     if calls:
         return "tool_calls"
     return "length" if answer.finish_reason == "length" else "stop"

@@ -86,18 +86,15 @@ def explain(error: Exception) -> tuple[int, str, str, str | None]:
         message, param = _sentence(error.errors()[0])
         return 400, message, "bad_parameter", param
     if isinstance(error, HTTPException):
-        return error.status_code, *_http_sentence(error), None
+        message, code = f"{_short(error.detail)}.", "bad_request"
+        if error.status_code == 404:
+            message, code = "There is nothing at this address: /openapi.json lists what there is.", "not_found"
+        elif error.status_code == 405:
+            allowed = (error.headers or {}).get("Allow", "another method")
+            message, code = f"This address does not take this method: use {allowed}.", "method_not_allowed"
+        return error.status_code, message, code, None
     _LOG.error("a request failed", exc_info=error)
     return 500, "The server failed on this request: its log says why.", "internal_error", None
-
-
-def _http_sentence(error: HTTPException) -> tuple[str, str]:
-    if error.status_code == 404:
-        return "There is nothing at this address: /openapi.json lists what there is.", "not_found"
-    if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "another method")
-        return f"This address does not take this method: use {allowed}.", "method_not_allowed"
-    return f"{_short(error.detail)}.", "bad_request"
 
 
 async def _respond(_: Request, error: Exception) -> Response:

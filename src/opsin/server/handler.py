@@ -34,7 +34,6 @@ KEEP_ALIVE_SECONDS = 5.0
 """How long nothing may go out before the first text: then a comment does, which keeps proxies from hanging up."""
 LAST_WORDS_SECONDS = 3.0
 """How long handlers may take to tell their clients that the time for running answers is over."""
-_KEEP_ALIVE = b": the answer is being worked on\n\n"
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
@@ -169,7 +168,7 @@ class CompletionHandler(Response):
                 part = b"".join([writer.event(index, event) for index, event in found])
                 spoken = spoken or bool(part)
                 if not spoken and now() >= due:
-                    part = _KEEP_ALIVE
+                    part = b": the answer is being worked on\n\n"
                 if part:
                     if not started:
                         await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})

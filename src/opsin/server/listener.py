@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import uvicorn
 from starlette.types import ASGIApp
 
+from opsin.core.config import KEY_VARIABLE
 from opsin.core.errors import BadParameter
 from opsin.core.settings import ServerSettings
 from opsin.server.middleware import Connection, is_loopback, read_host, read_origin
@@ -22,7 +23,6 @@ LAST_BYTES_SECONDS = 5
 KEEP_ALIVE_SECONDS = 75
 """Idle connections stay open longer than clients keep them (httpx, and with it OpenAI's client, 5 s): the client must
 be the first to close, or a request crosses the close on its way and is lost."""
-KEY_VARIABLE = "OPSIN_API_KEY"
 
 
 def http_server(app: ASGIApp, slow_reader_seconds: float) -> uvicorn.Server:

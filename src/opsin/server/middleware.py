@@ -310,7 +310,6 @@ class Limits:
         return self._too_large() if int(headers.get("content-length", "0")) > self._max_body else None
 
     async def _read(self, receive: Receive) -> bytes | ErrorResponse:
-        """The whole body."""
         body, more, began = bytearray(), True, self._clock()
         try:
             while more:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import stat
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -72,15 +73,8 @@ class ImageFolder:
 
 _WEB_PORTS = frozenset((80, 443))
 _UNICAST_6 = ipaddress.IPv6Network("2000::/3")
-# Routed like public ones, but they lead back inside: metadata of clouds, and gateways between IPv4 and IPv6.
-_INSIDE = tuple(map(ipaddress.ip_network, (
-    "192.0.0.0/24",  # protocol assignments, among them Oracle's metadata
-    "192.88.99.0/24",  # 6to4 relays
-    "168.63.129.16/32",  # Azure's own services
-    "2001::/23",  # protocol assignments: Teredo, ORCHID, benchmarks
-    "2002::/16",  # 6to4: contains any IPv4 address
-    "3fff::/20",  # documentation
-)))  # fmt: skip
+_TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+_INSIDE = tuple(map(ipaddress.ip_network, _TABLE["inside"]))
 _ISATAP = frozenset((0x0000_5EFE, 0x0200_5EFE))
 
 

@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opsin.cache import ImageUnit, Prefix, PrefixIndex, Unit
-from opsin.cache.kv_cache import BLOCK
+from opsin.cache.kv_cache import BLOCK, ImageUnit, Prefix, PrefixIndex, Unit
 
 IMAGE = ImageUnit("a:0", 4, 4)
 # Repeated, so that prompts are longer than a block.
