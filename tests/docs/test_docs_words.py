@@ -25,6 +25,7 @@ ALLOWED = (
 )
 FILES = [
     *ROOT.glob("src/opsin/**/*.py"),
+    *ROOT.glob("src/opsin/**/*.toml"),
     *ROOT.glob("src/opsin/server/page/*"),
     *(path for path in ROOT.glob("docs/*.md") if path.name != "log.md"),
     ROOT / "README.md",

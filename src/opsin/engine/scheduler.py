@@ -17,7 +17,7 @@ from opsin.engine.request import Sequence, State
 
 _FEWEST_ROWS = 32
 """Rows of a prefill step that reads all weights once. On a CPU 16 of them cost a quarter more each, for a 1 B model.
-Twice as many are cheaper by up to a quarter: taken while many are served, unless that takes `_LONGEST_SLICE` seconds.
+A whole tile is cheaper by a quarter or more, as attention in tiles is: taken unless it lasts `_LONGEST_SLICE` seconds.
 """
 _LONGEST_SLICE = 0.75
 
@@ -400,9 +400,9 @@ class Scheduler:
         if streaming:
             most = self._policy.slice
             if self._row_seconds > 0:
-                fewest = _FEWEST_ROWS
-                if len(self.running) > self._policy.few and self._row_seconds * 2 * fewest < _LONGEST_SLICE:
-                    fewest *= 2
+                fewest = max(_FEWEST_ROWS, self._limits.tile)
+                if self._row_seconds * fewest > _LONGEST_SLICE:
+                    fewest = _FEWEST_ROWS
                 most = max(min(most, fewest), int(self._crowded(self._policy.slice_seconds) / self._row_seconds))
         return max(1, min(most, self._limits.n_ubatch))
 

@@ -205,10 +205,8 @@ def test_slices_are_longer_while_many_wait_for_a_first_token() -> None:
     assert all(row <= 40 for row in rows[-3 * 6 :])
 
 
-@pytest.mark.parametrize(("row_ms", "crowded", "few"), [(8.0, 64, 32), (13.0, 32, 32)])
-def test_slow_rows_come_in_whole_tiles_while_many_are_served_unless_that_takes_too_long(
-    row_ms: float, crowded: int, few: int
-) -> None:
+@pytest.mark.parametrize(("row_ms", "wanted"), [(8.0, 64), (13.0, 32)])
+def test_slow_rows_come_in_whole_tiles_unless_that_takes_too_long(row_ms: float, wanted: int) -> None:
     """Slices of 32 rows cost a quarter more a row than those of 64, which a 1 B model does in half a second."""
     size = dataclasses.replace(limits(n_ctx=8000, n_seq_max=12, n_ubatch=256), tile=64)
     made = driver(parallel=8, size=size, answer=long)
@@ -219,8 +217,7 @@ def test_slow_rows_come_in_whole_tiles_while_many_are_served_unless_that_takes_t
         made.ask(prompt_of(i), max_tokens=1)
     made.run()
     rows = [plan.step.stop - plan.step.start for plan in made.plans if isinstance(plan.step, PrefillImage)]
-    assert rows[4:8] == [crowded] * 4
-    assert set(rows[-8:]) == {few}
+    assert set(rows[4:]) == {wanted}
 
 
 @pytest.mark.parametrize(
