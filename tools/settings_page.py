@@ -24,9 +24,9 @@ fetch_images = true
 The file is the `opsin.toml` of the current folder, or else the one in `$XDG_CONFIG_HOME/opsin` (`~/.config/opsin`).
 In the environment lists are written with commas (`{PREFIX}ALLOWED_HOSTS=a.example,b.example`), and an empty variable
 counts as unset. On the command line a list is a flag given several times, and a switch has a `--no-` form. A name that
-does not exist is refused. A table `[tuned]` in the file is written by `opsin tune` (`docs/tune.md`): it holds for the
-model that it names, and everything else wins over it. `opsin ask`, `chat`, `bench engine` and the Python API read the
-settings of the model and the engine from the same places.
+does not exist is refused in the file, and in the environment ignored with a warning. A table `[tuned]` in the file is
+written by `opsin tune` (`docs/tune.md`): it holds for the model that it names, and everything else wins over it. `opsin
+ask`, `chat`, `bench engine` and the Python API read the settings of the model and the engine from the same places.
 
 API keys are not settings, so they are never printed: they are the lines of the file that `api_key_file` names, and the
 value of `{KEY_VARIABLE}`.

@@ -11,8 +11,8 @@ from opsin.core.answer import ReasoningStyle
 from opsin.core.errors import BadInput
 from opsin.core.request import Prompt, SamplingParams, TextPart
 from opsin.core.settings import ServerSettings
-from opsin.server.chat import CallReader
-from opsin.server.schema import FunctionIn, ToolIn, plan_tools
+from opsin.server.schema import ChosenTool, FunctionIn
+from opsin.server.tools import CallReader, plan_tools
 
 
 def ask(opsin: Opsin, question: str, **params: Any) -> Any:
@@ -102,9 +102,10 @@ TOOLS = [
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
 def test_a_call_that_must_come_comes(smollm2: Opsin, choice: Any) -> None:
-    functions = [ToolIn.model_validate(tool).function for tool in TOOLS]
-    wanted = FunctionIn.model_validate(choice["function"]) if isinstance(choice, dict) else choice
+    functions = [FunctionIn.model_validate(tool["function"]) for tool in TOOLS]
+    wanted = ChosenTool.model_validate(choice) if isinstance(choice, dict) else choice
     plan = plan_tools(functions, wanted, smollm2._runtime.prompts, ServerSettings())
+    assert plan is not None
     messages = plan.messages([Message("user", "What is the weather in Paris?")])
     stream = smollm2.submit(messages, json_schema=plan.schema, temperature=0.0, max_tokens=80)
     reader = CallReader(plan)

@@ -32,6 +32,7 @@ TUNED_FROM = "tuned_from"
 _FIELDS = ServerSettings.model_fields
 _FILE_BYTES = 2**20
 _FOR_SLOTS = ("parallel", "ctx", "ubatch", "flash_attention")
+_ADDRESSES = ("tcp://", "udp://")
 _log = logging.getLogger(__name__)
 
 Values = dict[str, tuple[Any, str]]
@@ -205,8 +206,11 @@ def _from_environment(environ: Mapping[str, str]) -> Values:
     for variable, text in environ.items():
         if not variable.startswith(PREFIX) or variable == KEY_VARIABLE:
             continue
-        _check_name(variable, f"The environment has {variable}, which is no setting", (*known, KEY_VARIABLE))
-        if text:  # an empty variable counts as unset
+        if variable not in known or text.startswith(_ADDRESSES):
+            # Others name theirs like ours: Kubernetes does for a service called opsin.
+            near = difflib.get_close_matches(variable, (*known, KEY_VARIABLE), 1, 0.0)[0]
+            _log.warning("the environment's %s is no setting and is ignored; the nearest one is %s", variable, near)
+        elif text:  # an empty variable counts as unset
             found[known[variable]] = _read_value(known[variable], text), f"environment {variable}"
     return found
 

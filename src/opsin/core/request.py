@@ -93,6 +93,7 @@ class SamplingParams(BaseModel):
     logit_bias: dict[int, float] = Field(default_factory=dict, max_length=MAX_LOGIT_BIAS)
     seed: int | None = Field(None, ge=0, le=2**32 - 2, description="number that makes a random answer repeatable")
     max_tokens: int | None = Field(None, ge=1, description=MAX_TOKENS_HELP)
+    min_tokens: int = Field(0, ge=0, description="tokens before the answer may end, unless a schema ends it")
     max_seconds: float | None = Field(None, gt=0.0, description=MAX_SECONDS_HELP)
     thinking: bool | None = Field(None, description="reasoning before the answer, for models that can")
     max_thinking_tokens: int | None = Field(None, ge=0, description="longest reasoning in tokens; 0: none at all")

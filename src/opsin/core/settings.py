@@ -95,6 +95,7 @@ class ServerSettings(EngineSettings):
     api_key_file: Path | None = Field(None, description="file with API keys, one a line, besides OPSIN_API_KEY's")
     served_name: str | None = Field(None, min_length=1, description="the model's name in answers (default: its file's)")
     strict_model: bool = Field(False, description="refuse requests that name another model")
+    strict_fields: bool = Field(False, description="refuse requests with fields that are not known")
 
     allowed_hosts: tuple[str, ...] = Field((), description="names that the Host header may have, besides loopback")
     cors_origins: tuple[str, ...] = Field((), description="origins of other web pages that may ask, as https://name")

@@ -100,7 +100,8 @@ def _wait_for_writer(descriptor: int, name: str) -> None:
 def read_data_url(url: str, settings: ImageSettings) -> bytes:
     """Read the bytes in a `data:` address (RFC 2397), base64 or percent-encoded; its media type is ignored.
 
-    Padding may be missing and there may be spaces, as browsers allow. Raises BadImage, ImageTooLarge.
+    Padding may be missing and there may be spaces, as browsers allow, and the alphabet for addresses is read, too
+    (RFC 4648). Raises BadImage, ImageTooLarge.
     """
     name = "The data: address"
     head, comma, body = url[len("data:") :].partition(",")
@@ -111,7 +112,7 @@ def read_data_url(url: str, settings: ImageSettings) -> bytes:
     data = body.encode("utf-8", "replace")
     data = unquote_to_bytes(data) if b"%" in data else data
     if head.rstrip().lower().endswith(";base64"):
-        packed = b"".join(data.split()).rstrip(b"=")
+        packed = b"".join(data.split()).rstrip(b"=").translate(bytes.maketrans(b"-_", b"+/"))
         try:
             data = base64.b64decode(packed + b"=" * (-len(packed) % 4), validate=True)
         except binascii.Error:

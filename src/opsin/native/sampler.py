@@ -43,13 +43,14 @@ class NativeSampler(Owned):
         self._llama = llama = model.lib.llama
         self._context, self._logits, self._constraint = context, logits, constraint
         self._eog_tokens = model.eog_tokens
+        self._before_end = 0 if constraint else params.min_tokens
         biases = _biases(model, params, constrained=constraint is not None)
         penalties = params.repeat_penalty != 1.0 or bool(params.presence_penalty or params.frequency_penalty)
         self._plain = params.temperature == 0 and not (penalties or biases)
         self._mask_first = penalties  # which remember each token that the chain samples
         self.forbidden = np.array([token for token, bias in biases.items() if bias == -np.inf], np.intp)
         only_forbids = params.temperature == 0 and not penalties and len(self.forbidden) == len(biases)
-        self.greedy = only_forbids and constraint is None
+        self.greedy = only_forbids and constraint is None and not self._before_end
         chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
         super().__init__("sampler", chain, llama.llama_sampler_free, context)
         samplers = []
@@ -80,6 +81,9 @@ class NativeSampler(Owned):
         """
         logits, constraint = self._logits(row), self._constraint
         if constraint is None:
+            if self._before_end:
+                self._before_end -= 1
+                logits[list(self._eog_tokens)] = -np.inf
             return self._sampled(logits, row)
         token = -1 if self._mask_first else self._sampled(logits, row)
         if token < 0 or not constraint.permits(token):

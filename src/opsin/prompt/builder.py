@@ -106,7 +106,8 @@ class PromptBuilder:
             self._stop += ("USER:",)
         self.reasoning = style = find_style(source, text)
         """How this model marks its thoughts; None where it has none."""
-        _ = self._template.system_shape  # found out by rendering: now, not at the first request
+        # Found out by rendering: now, not at the first request.
+        _ = self._template.system_shape, self._template.system_anywhere, self._template.shows_results
         self._thinks_apart = style is not None and (
             "reasoning_content" in text or not self._template.keeps_thoughts(style.opening, style.closing)
         )
@@ -117,32 +118,37 @@ class PromptBuilder:
         *,
         tools: Sequence[Json] | None = None,
         thinking: bool | None = None,
+        options: Json | None = None,
         add_generation_prompt: bool = True,
     ) -> Prompt:
-        """The prompt for a conversation, with its images in order.
+        """The prompt for a conversation, with its images in order. A last text of the assistant's is continued.
 
-        `thinking` switches a model's thoughts on or off; None leaves that to its template. `tools` are functions in
-        the shape of OpenAI's API. Raises BadPrompt when the template refuses the conversation, drops an image, or
-        does not support what is asked of it.
+        `thinking` switches a model's thoughts on or off; None leaves that to its template, which gets `options`, too.
+        `tools` are functions in the shape of OpenAI's API. Raises BadPrompt when the template refuses the conversation,
+        drops an image, or does not support what is asked of it.
         """
         if not messages:
             raise BadPrompt("There is no message: ask something.")
-        style = self.reasoning
+        style, begun = self.reasoning, ""
+        if add_generation_prompt and len(messages) > 1 and messages[-1].role == "assistant":
+            *before, last = messages
+            if not last.tool_calls and all(isinstance(part, str) for part in last.parts):
+                messages, begun = before, "\n".join(map(str, last.parts)).rstrip()
         if thinking and style is None and not self._variables.intersection(_SWITCHES):
             raise BadPrompt("This model does not think before it answers: leave `thinking` out.")
         if tools and not self.knows_tools:
             raise BadPrompt("This model's chat template knows no tools: leave them out.")
         placeholders = Placeholders(self._tokens)
         rendered = self._template.render(
-            [self._shape(message, placeholders) for message in self._fold_system(messages)],
+            [self._shape(message, placeholders) for message in self._folded(messages)],
             tools=placeholders.protect(tools) if tools else None,
             add_generation_prompt=add_generation_prompt,
-            switches=None if thinking is None else dict.fromkeys(_SWITCHES, thinking),
+            options={**(options or {}), **({} if thinking is None else dict.fromkeys(_SWITCHES, thinking))},
         )
         opened = style is not None and add_generation_prompt and rendered.rstrip().endswith(style.opening)
-        if style is not None and opened and thinking is False:
+        if style is not None and opened and (begun or thinking is False):
             rendered, opened = f"{rendered.rstrip()}\n\n{style.closing}\n\n", False
-        parts = placeholders.cut(rendered)
+        parts = placeholders.cut(rendered + placeholders.protect(begun))
         texts = [part.text for part in parts if isinstance(part, TextPart)]
         if len(texts) == len(parts) and not any(text.strip() for text in texts):
             raise BadPrompt("The messages are empty: ask something.")
@@ -154,8 +160,21 @@ class PromptBuilder:
         add_bos = not (bos and rendered.startswith(bos))
         return Prompt(parts=parts, add_bos=add_bos, thinking=opened, reasoning=style, stop=self._stop)
 
-    def _fold_system(self, messages: Sequence[Message]) -> Sequence[Message]:
-        """Put a system message before the first question where the template has no such role."""
+    def _folded(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """The conversation without what the template would drop or refuse, which is told in other words.
+
+        System messages behind the first are joined with it, calls and results of functions become text.
+        """
+        calls = any(message.role == "tool" or message.tool_calls for message in messages)
+        if calls and not self._template.shows_results:
+            messages = list(_as_text(messages))
+        systems = [message for message in messages if message.role == "system"]
+        if (len(systems) > 1 or messages[0] not in systems[:1]) and systems and not self._template.system_anywhere:
+            rest = [message for message in messages if message.role != "system"]
+            joined = "\n\n".join(part for message in systems for part in message.parts if isinstance(part, str))
+            if any(isinstance(part, Image) for message in systems for part in message.parts):
+                raise BadPrompt("An image stands in a system message: put it into a user's message.")
+            messages = [Message("system", joined), *rest]
         first, *others = messages
         if first.role != "system" or self._template.system_shape is not None:
             return messages
@@ -224,7 +243,7 @@ class ChatTemplate:
         *,
         tools: Sequence[Json] | None = None,
         add_generation_prompt: bool = True,
-        switches: Json | None = None,
+        options: Json | None = None,
     ) -> str:
         """The prompt's text. Raises BadPrompt when the template refuses the messages, fails, or costs too much."""
         given = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
@@ -235,7 +254,7 @@ class ChatTemplate:
             if size > _MAX_INPUT_CHARS:
                 raise BadPrompt(f"The messages have {size:,} characters: at most {_MAX_INPUT_CHARS:,} are taken.")
             left = _MAX_OUTPUT_CHARS + _OUTPUT_PER_INPUT * size
-            for piece in self._template.generate({**self._given, **(switches or {}), **given}):
+            for piece in self._template.generate({**(options or {}), **self._given, **given}):
                 pieces.append(piece)
                 left -= len(piece)
                 if left < 0:
@@ -259,6 +278,26 @@ class ChatTemplate:
                 return shape
         return None
 
+    @cached_property
+    def system_anywhere(self) -> bool:
+        """Whether a second system message, and one behind a question, come out where they stand."""
+        shape, inner = self.system_shape or "string", self.user_shapes[0]
+        texts = ["opsinfirst", "opsinsecond", "opsinuser", "opsinthird", "opsinlast"]
+        roles = ["system", "system", "user", "system", "user"]
+        messages = [message_of(r, t, shape if r == "system" else inner) for r, t in zip(roles, texts, strict=True)]
+        return self._shows(texts, *messages)
+
+    @cached_property
+    def shows_results(self) -> bool:
+        """Whether a call of a function and its result come out."""
+        shape = self.user_shapes[0]
+        function = {"name": "opsincall", "arguments": {}}
+        call = {"id": "call_1", "type": "function", "function": function}
+        asked, done = message_of("user", "opsinuser", shape), message_of("tool", "opsinresult", shape)
+        called: Json = {"role": "assistant", "content": "", "tool_calls": [call]}
+        words = ["opsinuser", "opsincall", "opsinresult"]
+        return self._shows(words, asked, called, {**done, "tool_call_id": "call_1", "name": "opsincall"})
+
     def keeps_thoughts(self, opening: str, closing: str) -> bool:
         """Whether a block of thoughts in an older answer comes out as text."""
         shape = self.user_shapes[0]
@@ -266,13 +305,37 @@ class ChatTemplate:
         answer = message_of("assistant", f"{opening}\nopsinthought\n{closing}\n\nopsinanswer", shape)
         return self._shows("opsinthought", question, answer, question)
 
-    def _shows(self, word: str, *messages: Json) -> bool:
+    def _shows(self, words: str | Sequence[str], *messages: Json) -> bool:
+        """Whether these words come out, in this order."""
         try:
             text = self.render(messages)
         except BadPrompt:
             return False
+        if not isinstance(words, str):
+            return re.search(".*".join(words), text, re.DOTALL) is not None
         # A list that the template prints as Python or JSON writes one is not understood.
-        return word in text and not any(f"{quote}{word}{quote}" in text for quote in "'\"")
+        return words in text and not any(f"{quote}{words}{quote}" in text for quote in "'\"")
+
+
+def _as_text(messages: Sequence[Message]) -> Iterator[Message]:
+    """The conversation with calls of functions as JSON, and their results as messages of the user."""
+    waiting: list[Content] = []
+    for message in messages:
+        if message.role == "tool":
+            waiting += [f"Result of {message.name or message.tool_call_id or 'the call'}:", *message.parts]
+            continue
+        if waiting and message.role == "user":
+            message, waiting = replace(message, content=[*waiting, *message.parts]), []  # noqa: PLW2901
+        if waiting:
+            yield Message("user", waiting)
+            waiting = []
+        if message.tool_calls:
+            functions = [call["function"] for call in message.tool_calls if "function" in call]
+            lines = [json.dumps({name: one.get(name) for name in ("name", "arguments")}) for one in functions]
+            message = Message("assistant", "\n".join((*map(str, message.parts), *lines)).strip())  # noqa: PLW2901
+        yield message
+    if waiting:
+        yield Message("user", waiting)
 
 
 def message_of(role: str, text: str, shape: Shape) -> Json:

@@ -59,7 +59,7 @@ def _render_all(template: ChatTemplate) -> None:
         switches = {} if thinking is None else {"enable_thinking": thinking}
         for some in (messages[-1:], messages):
             try:
-                template.render(some, tools=_TOOLS if full else None, switches=switches)
+                template.render(some, tools=_TOOLS if full else None, options=switches)
             except TooCostly:
                 raise
             except BadPrompt:

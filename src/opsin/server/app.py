@@ -43,6 +43,7 @@ def create_app(
         version=__version__,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
         responses=RESPONSES,
         exception_handlers=HANDLERS,
     )
@@ -140,7 +141,17 @@ def _card(facts: dict[str, Any]) -> dict[str, Any]:
         "n_vocab": facts["n_vocab"],
         "architecture": facts["model"]["architecture"],
     }
-    return {"id": facts["model_alias"], "object": "model", "created": 0, "owned_by": "opsin", "meta": meta}
+    sees = facts["modalities"]["vision"]
+    return {
+        "id": facts["model_alias"],
+        "object": "model",
+        "created": 0,
+        "owned_by": "opsin",
+        # As llama-server and OpenRouter tell it.
+        "capabilities": ["completion", "multimodal"] if sees else ["completion"],
+        "architecture": {"input_modalities": ["text", "image"] if sees else ["text"], "output_modalities": ["text"]},
+        "meta": meta,
+    }
 
 
 @router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)

@@ -6,11 +6,10 @@ import asyncio
 import contextlib
 import itertools
 import json
-import re
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -23,9 +22,9 @@ from opsin.server import schema
 from opsin.server.errors import BadField
 from opsin.server.handler import Asked, CompletionHandler, ModelManager, Writer, extensions
 from opsin.server.images import RequestImages, Wanted
+from opsin.server.tools import CallReader, ToolPlan, plan_tools
 
-_OPENERS = ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>")
-_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)|(?:\[TOOL_CALLS\]|<\|python_tag\|>)(.*)", re.DOTALL)
+_ROLES: dict[str, Any] = {"developer": "system", "function": "tool"}
 _LEAST_LOGPROB = -9999.0
 """Stands for the logarithm of zero, which JSON cannot write."""
 
@@ -45,24 +44,27 @@ async def completions(body: schema.CompletionRequest, request: Request) -> Respo
 
 
 async def _prepare_chat(body: schema.ChatRequest, model: ModelManager, images: RequestImages) -> tuple[Asked, Writer]:
-    settings, choice = model.settings, body.tool_choice
-    functions = [tool.function for tool in body.tools or ()]
-    called = choice.function if isinstance(choice, schema.ToolIn) else choice
-    tools = schema.plan_tools(functions, called, model.prompts, settings)
-    top = body.top_logprobs or 0
+    settings = model.settings
+    tools = (
+        plan_tools(body.tools or (), body.tool_choice, model.prompts, settings)
+        if body.tools or body.tool_choice
+        else None
+    )
+    top, shown = body.top_logprobs or body.n_probs or 0, body.logprobs or bool(body.n_probs)
     schema.at_most(settings.max_top_logprobs, top, "alternatives", "top_logprobs")
-    if top and not body.logprobs:
+    if top and not shown:
         raise BadField("top_logprobs needs logprobs: set it to true.", "top_logprobs")
     params = schema.sampling(
         body,
         settings,
         body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
-        logprobs=top if body.logprobs else None,
-        json_schema=tools.schema or schema.schema_of(body.response_format, settings.max_schema_bytes),
+        logprobs=top if shown else None,
+        json_schema=(tools and tools.schema)
+        or schema.schema_of(body.response_format or body.json_schema, settings.max_schema_bytes),
         thinking=body.wants_thinking,
     )
     each = schema.choices(params, body.n, settings)
-    writer = _ChatWriter(model.name, body, [CallReader(tools) for _ in each])
+    writer = _ChatWriter(model.name, body, [CallReader(tools) if tools else None for _ in each])
     prompt = await build_prompt(body, body.messages, tools, model, images)
     return [(prompt, one) for one in each], writer
 
@@ -71,8 +73,10 @@ async def _prepare_text(body: schema.CompletionRequest, model: ModelManager, _: 
     settings = model.settings
     schema.at_most(settings.max_prompt_chars, sum(map(len, body.prompt)), "characters", "prompt")
     schema.at_most(settings.max_n, len(body.prompt) * (body.n or 1), "answers (prompts times n)", "prompt")
-    schema.at_most(settings.max_top_logprobs, body.logprobs or 0, "alternatives", "logprobs")
-    params = schema.sampling(body, settings, body.max_tokens, logprobs=body.logprobs)
+    top = body.n_probs if body.logprobs is None else body.logprobs
+    schema.at_most(settings.max_top_logprobs, top or 0, "alternatives", "logprobs")
+    json_schema = schema.schema_of(body.json_schema, settings.max_schema_bytes)
+    params = schema.sampling(body, settings, body.max_tokens, logprobs=top, json_schema=json_schema)
     each = schema.choices(params, body.n, settings)
     prompts = [Prompt((TextPart(text),)) for text in body.prompt]
     return [(prompt, one) for prompt in prompts for one in each], _TextWriter(model.name, body)
@@ -81,7 +85,7 @@ async def _prepare_text(body: schema.CompletionRequest, model: ModelManager, _: 
 async def build_prompt(
     body: schema.Conversation,
     messages: Sequence[schema.MessageIn],
-    tools: schema.ToolPlan,
+    tools: ToolPlan | None,
     model: ModelManager,
     images: RequestImages,
 ) -> Prompt:
@@ -94,7 +98,7 @@ async def build_prompt(
         for j, part in enumerate(message.content or ()):
             if isinstance(part, schema.ImagePartIn):
                 param = f"messages[{i}].content[{j}].image_url"
-                wanted.append(Wanted(part.image_url.url, part.detail or part.image_url.detail, param))
+                wanted.append(Wanted(part.image_url.url, part.detail or part.image_url.detail or None, param))
             else:
                 characters += len(part.text)
         characters += len(message.reasoning_content or "")
@@ -102,9 +106,15 @@ async def build_prompt(
     schema.at_most(model.settings.max_images, len(wanted), "images", "messages")
     schema.at_most(model.settings.max_prompt_chars, characters, "characters", "messages")
     loaded = iter(await images.load(wanted))
-    conversation = tools.messages([_message(message, loaded) for message in messages])
+    conversation = [_message(message, loaded) for message in messages]
     # In a thread: the template of an unknown model may take its time.
-    return await asyncio.to_thread(model.prompts.build, conversation, tools=tools.told, thinking=body.wants_thinking)
+    return await asyncio.to_thread(
+        model.prompts.build,
+        tools.messages(conversation) if tools else conversation,
+        tools=tools.told if tools else None,
+        thinking=body.wants_thinking,
+        options=body.chat_template_kwargs,
+    )
 
 
 def _message(message: schema.MessageIn, images: Iterator[Image]) -> Message:
@@ -118,80 +128,13 @@ def _message(message: schema.MessageIn, images: Iterator[Image]) -> Message:
             if isinstance(arguments, dict) and not schema.is_deep(arguments):
                 call["function"]["arguments"] = arguments  # templates want an object
     return Message(
-        "system" if message.role == "developer" else message.role,
+        _ROLES.get(message.role, message.role),
         content or "",
         reasoning=message.reasoning_content,
         tool_calls=calls or None,
         tool_call_id=message.tool_call_id,
         name=message.name,
     )
-
-
-class CallReader:
-    """Takes an answer piece by piece and separates its text from its calls.
-
-    Without tools all is text, and with a forced call the answer is one JSON object. Otherwise calls are looked for in
-    the forms that models are trained on: JSON inside <tool_call> tags, a list after [TOOL_CALLS], and an answer that is
-    a JSON object with the name of a known function. What turns out not to be a call is text. From the first sign of a
-    call on, everything is held back until the end.
-    """
-
-    def __init__(self, tools: schema.ToolPlan) -> None:
-        self._names = tools.names
-        self._holds = tools.schema is not None
-        self._held = ""
-        self._said = False
-        self.calls: list[dict[str, Any]] = []
-        """The calls that were found, as chat completions write them."""
-
-    def feed(self, text: str) -> str:
-        """Take text; return what is certainly not part of a call."""
-        if not self._names:
-            return text
-        self._held += text
-        if self._holds or (not self._said and self._held.lstrip()[:1] in {"", "{"}):
-            return ""
-        start = min((at for tag in _OPENERS if (at := self._held.find(tag)) >= 0), default=-1)
-        self._holds = start >= 0
-        if not self._holds:
-            start = len(self._held) - _tail(self._held)
-        text, self._held = self._held[:start], self._held[start:]
-        self._said = self._said or bool(text.strip())
-        return text
-
-    def finish(self) -> str:
-        """The answer is over: return what was held back and is not a call."""
-        held, self._held = self._held, ""
-        if not self._said and self._read(held):
-            return ""
-        text = _CALL.sub(lambda found: "" if self._read(found[1] or found[2] or "") else found[0], held)
-        return text if text.strip() or not self.calls else ""
-
-    def _read(self, text: str) -> bool:
-        """Read calls from JSON text; False if it holds none, or anything else."""
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError):
-            return False
-        items = value if isinstance(value, list) else [value]
-        if not items or not all(
-            isinstance(item, Mapping) and isinstance(item.get("name"), str) and item["name"] in self._names
-            for item in items
-        ):
-            return False
-        for item in items:
-            arguments = item.get("arguments", item.get("parameters", {}))
-            if not isinstance(arguments, str):
-                arguments = json.dumps(arguments, ensure_ascii=False)
-            function = {"name": item["name"], "arguments": arguments}
-            self.calls.append({"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function})
-        return True
-
-
-def _tail(text: str) -> int:
-    """How many characters at the end may be the start of a tag."""
-    lengths = range(min(max(map(len, _OPENERS)) - 1, len(text)), 0, -1)
-    return next((n for n in lengths if any(tag.startswith(text[-n:]) for tag in _OPENERS)), 0)
 
 
 class _ChoicesWriter(Writer):
@@ -203,10 +146,7 @@ class _ChoicesWriter(Writer):
             "created": int(time.time()),
             "model": model,
         }
-        options = body.stream_options
-        if options is not None and not body.stream:
-            raise BadField("stream_options needs stream: set it to true, or leave it out.", "stream_options")
-        self._include_usage = options is not None and options.include_usage
+        self._include_usage = body.stream_options is not None and body.stream_options.include_usage
         self._around: dict[int, tuple[bytes, bytes]] = {}
 
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
@@ -261,7 +201,7 @@ class _ChoicesWriter(Writer):
 
 
 class _ChatWriter(_ChoicesWriter):
-    def __init__(self, model: str, body: schema.ChatRequest, readers: Sequence[CallReader]) -> None:
+    def __init__(self, model: str, body: schema.ChatRequest, readers: Sequence[CallReader | None]) -> None:
         super().__init__(model, body, "chatcmpl", "chat.completion", "chat.completion.chunk")
         self._readers = readers
 
@@ -274,36 +214,39 @@ class _ChatWriter(_ChoicesWriter):
             return self._finish(index, event.answer)
         if event.reasoning:
             return self._delta(index, {"reasoning_content": event.text}, event.logprobs)
-        text = self._readers[index].feed(event.text)
-        return self._said(index, text, event.logprobs) if text or event.logprobs else b""
+        reader = self._readers[index]
+        text = reader.feed(event.text) if reader else event.text
+        said = self._said(index, text, event.logprobs) if text or event.logprobs else b""
+        return said + self._calls(index, reader) if reader else said
 
     def content(self, index: int, text: str, logprobs: Sequence[TokenLogprob] = ()) -> bytes:
         return self._delta(index, {"content": text}, logprobs)
 
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
         reader = self._readers[index]
-        text = reader.feed(answer.text) + reader.finish()
+        text = reader.feed(answer.text) + reader.finish() if reader else answer.text
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if answer.reasoning is not None:
             message["reasoning_content"] = answer.reasoning
-        if reader.calls:
+        if reader and reader.calls:
             message |= {"content": text.strip() or None, "tool_calls": reader.calls}
         return {
             "index": index,
             "message": message,
             "logprobs": _token_logprobs(answer.logprobs),
-            "finish_reason": _finish_reason(answer, reader.calls),
+            "finish_reason": _finish_reason(answer, reader),
         }
 
     def _finish(self, index: int, answer: Answer) -> bytes:
-        reader = self._readers[index]
-        rest = reader.finish()
-        frames = [self._said(index, rest)] if rest else []
-        for number, call in enumerate(reader.calls):
-            frames.append(self._delta(index, {"tool_calls": [{"index": number, **call}]}))
-        reason = _finish_reason(answer, reader.calls)
-        last = {"index": index, "delta": {}, "logprobs": None, "finish_reason": reason}
-        return b"".join((*frames, self._chunk(last, **extensions(answer))))
+        reader, said = self._readers[index], b""
+        if reader:
+            rest = reader.finish()
+            said = (self._said(index, rest) if rest else b"") + self._calls(index, reader)
+        last = {"index": index, "delta": {}, "logprobs": None, "finish_reason": _finish_reason(answer, reader)}
+        return said + self._chunk(last, **extensions(answer))
+
+    def _calls(self, index: int, reader: CallReader) -> bytes:
+        return b"".join([self._delta(index, {"tool_calls": [told]}) for told in reader.take_told()])
 
     def _delta(self, index: int, delta: dict[str, Any], logprobs: Sequence[TokenLogprob] = ()) -> bytes:
         shown = _token_logprobs(logprobs)
@@ -347,8 +290,8 @@ class _TextWriter(_ChoicesWriter):
         return {"index": index, "text": text, "logprobs": shown, "finish_reason": reason}
 
 
-def _finish_reason(answer: Answer, calls: Sequence[Any] = ()) -> str:
-    if calls:
+def _finish_reason(answer: Answer, reader: CallReader | None = None) -> str:
+    if reader is not None and reader.calls and not reader.cut:
         return "tool_calls"
     return "length" if answer.finish_reason == "length" else "stop"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -23,6 +24,10 @@ _TAGS = frozenset((
     "text", "image_url", "input_text", "input_image", "output_text", "message", "function_call",
     "function_call_output", "reasoning",
 ))  # fmt: skip
+
+
+# A path of the API behind no base path, or behind one too many.
+_NEARLY = re.compile(r"(/v1/v1|/api/v1|/openai/v1|/api|)/(chat/completions|completions|responses|models)(/.*)?")
 
 
 class BadField(BadParameter):
@@ -97,8 +102,11 @@ def explain(error: Exception) -> tuple[int, str, str, str | None]:
     return 500, "The server failed on this request: its log says why.", "internal_error", None
 
 
-async def _respond(_: Request, error: Exception) -> Response:
+async def _respond(request: Request, error: Exception) -> Response:
     status, message, code, param = explain(error)
+    if code == "not_found" and _NEARLY.fullmatch(request.url.path):
+        base = f"{request.url.scheme}://{request.url.netloc}/v1"
+        message = f"There is nothing at this address: the base URL of this API is {base}, so set that in your client."
     headers = dict(getattr(error, "headers", None) or {})
     if status in {429, 503}:
         headers["Retry-After"] = str(getattr(error, "retry_after", 1))

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import itertools
 import logging
+import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
@@ -23,10 +24,11 @@ from opsin.core.request import Prompt, SamplingParams
 from opsin.core.settings import ServerSettings
 from opsin.engine.clock import stage_row
 from opsin.prompt import PromptBuilder
-from opsin.server.errors import UnknownModel, error_body, explain
+from opsin.server.errors import BadField, UnknownModel, error_body, explain
 from opsin.server.images import FairQueue, RequestImages
 from opsin.server.middleware import RateBucket, is_loopback
-from opsin.server.schema import Common, dumps
+from opsin.server.schema import Common, dumps, ignored
+from opsin.server.stored import StoredResponses
 from opsin.worker import AnswerStream, Loaded, NotReady, WorkerEngine
 
 _LOG = logging.getLogger("opsin.server")
@@ -34,6 +36,9 @@ KEEP_ALIVE_SECONDS = 5.0
 """How long nothing may go out before the first text: then a comment does, which keeps proxies from hanging up."""
 LAST_WORDS_SECONDS = 3.0
 """How long handlers may take to tell their clients that the time for running answers is over."""
+MOST_IGNORED = 20
+"""How many fields without effect a request is told of."""
+_UNSEEMLY = re.compile(r"[^\w.\[\]-]", re.ASCII)
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
@@ -86,6 +91,7 @@ class CompletionHandler(Response):
         super().__init__()
         self._request, self._body, self._prepare = request, body, prepare
         self._stats: RequestStats = request.state.stats
+        self._notes: dict[str, str] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - the ASGI signature
         """Carry it out, or as much of it as the client stays for."""
@@ -119,6 +125,7 @@ class CompletionHandler(Response):
             stats.model = model.name
             model.engine.wake()  # it loads while images are decoded
             model.check(self._body.model)
+            self._note_ignored(strict=model.settings.strict_fields)
             asked, writer = await self._prepare(self._body, model, images)
             stats.images = len({image.sha256 for prompt, _ in asked for image in prompt.images})
             stats.streamed = bool(self._body.stream)
@@ -144,6 +151,16 @@ class CompletionHandler(Response):
             answers = _Answers(streams, images, stats)
             await (self._stream if stats.streamed else self._whole)(writer, answers, send)
 
+    def _note_ignored(self, *, strict: bool) -> None:
+        """Name the request's fields without effect, in the log and in a header. Raises BadField."""
+        names = [_UNSEEMLY.sub("?", name)[:64] for name in itertools.islice(ignored(self._body), MOST_IGNORED)]
+        if not names:
+            return
+        if strict:
+            raise BadField(f"The field {names[0]!r} is not known: leave it out (--strict-fields is on).", names[0])
+        _LOG.info("fields without effect: %s", ", ".join(names))
+        self._notes["Opsin-Ignored"] = ", ".join(names)
+
     async def _whole(self, writer: Writer, answers: _Answers, send: Send) -> None:
         while answers.running:
             await answers.take()
@@ -151,9 +168,8 @@ class CompletionHandler(Response):
         # The stages for a browser's tools, in milliseconds.
         stages = stage_row(whole[0].stages).items()
         timing = ", ".join(f"{name.removesuffix('_ms')};dur={ms}" for name, ms in stages if ms)
-        response = Response(
-            dumps(writer.whole(whole)), headers={"Server-Timing": timing}, media_type="application/json"
-        )
+        headers = {"Server-Timing": timing, **self._notes}
+        response = Response(dumps(writer.whole(whole)), headers=headers, media_type="application/json")
         await response(self._request.scope, self._request.receive, send)
 
     async def _stream(self, writer: Writer, answers: _Answers, send: Send) -> None:
@@ -171,7 +187,9 @@ class CompletionHandler(Response):
                     part = b": the answer is being worked on\n\n"
                 if part:
                     if not started:
-                        await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+                        notes = [(name.lower().encode(), value.encode()) for name, value in self._notes.items()]
+                        headers = [*_STREAM_HEADERS, *notes]
+                        await send({"type": "http.response.start", "status": 200, "headers": headers})
                         started = True
                     await send({"type": "http.response.body", "body": head + part, "more_body": True})
                     head, due = b"", now() + KEEP_ALIVE_SECONDS
@@ -293,6 +311,7 @@ class ModelManager:
     def __init__(self, settings: ServerSettings, engine: WorkerEngine) -> None:
         self.settings = settings
         self.engine = engine
+        self.stored = StoredResponses()
         self._draining = False
         self._entered: set[asyncio.Task[Any]] = set()
 
@@ -363,6 +382,10 @@ class StatsMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, and tell the watchers when its last byte is out."""
+        if scope["type"] == "http":
+            scope = {**scope, "path": scope["path"].rstrip("/") or "/"}
+            # The HTTP server itself leaves out the body of what answers to HEAD.
+            scope["method"] = "GET" if scope["method"] == "HEAD" else scope["method"]
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return

@@ -183,7 +183,7 @@ class RequestImages:
 
     def __init__(self, loader: ImageLoader, key: str) -> None:
         self._loader = loader
-        self._key = key
+        self.key = key
         self._pixels = 0
 
     async def load(self, wanted: Sequence[Wanted]) -> list[Image]:
@@ -200,7 +200,7 @@ class RequestImages:
                 f"The images of this request have more than {self._loader.max_pixels:,} pixels together; "
                 "send fewer, or scale them down first."
             )
-        await self._loader.room.take(self._key, pixels)
+        await self._loader.room.take(self.key, pixels)
         self._pixels = pixels
         images = await _side_by_side(self._decode, wanted)
         self.hold(sum(image.width * image.height for image in images))
@@ -213,7 +213,7 @@ class RequestImages:
 
     async def _open(self, one: Wanted) -> None:
         begin = time.perf_counter()
-        file = await self._loader.file(one.url, self._key)
+        file = await self._loader.file(one.url, self.key)
         one.pixels, data = await self._loader.call(decoder.measure, file, self._loader.limits)
         one.file = data or file
         one.fetch_ms = (time.perf_counter() - begin) * 1e3

@@ -27,6 +27,7 @@ from opsin.core.settings import ServerSettings
 from opsin.server.errors import ErrorResponse
 
 _LOG = logging.getLogger("opsin.server")
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*")
 _NAME = re.compile(r"[a-z0-9_.-]+|[0-9a-f:.]+")
 OPEN_PATHS = frozenset(("/", "/health", "/ready", "/favicon.ico"))
 """What needs no key; the page's own files below /page/ need none either."""
@@ -140,7 +141,7 @@ class SecurityMiddleware:
             allow_origins=self._origins,
             allow_methods=("GET", "POST"),
             allow_headers=("*",),
-            expose_headers=("Retry-After", "Server-Timing", "X-Request-Id"),
+            expose_headers=("Opsin-Ignored", "Retry-After", "Server-Timing", "X-Request-Id"),
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -175,12 +176,15 @@ class SecurityMiddleware:
 
     async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on what has a key, or needs none."""
-        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        headers = Headers(scope=scope)
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":  # as Anthropic's and Azure's clients send it
+            key = headers.get("x-api-key") or headers.get("api-key", "")
         digest = hashlib.sha256(key.strip().encode("latin-1")).digest()
         # All are compared, so that the time does not tell which one matched, nor how far.
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         app = self._app
-        if scheme.lower() == "bearer" and any(matches):
+        if any(matches):
             scope["state"]["key"] = digest.hex()[:16]
         elif self._digests and scope["path"] not in OPEN_PATHS and not scope["path"].startswith("/page/"):
             message = "An API key of this server is needed: send it as Authorization: Bearer KEY."
@@ -199,11 +203,10 @@ def read_host(host: str) -> str:
 def read_origin(origin: str) -> str:
     """The origin in a setting. Raises BadParameter."""
     scheme, _, host = origin.partition("://")
-    if scheme not in {"http", "https"} or not parse_host(host)[0] or host != host.lower():
-        raise BadParameter(
-            f"{origin!r} is not an origin: write https://example.org, in lower case, with a port if it has one, and "
-            "without a path."
-        )
+    name, port = parse_host(host.partition("/")[0].lower())
+    if not _SCHEME.fullmatch(scheme) or not name or host not in {name, f"{name}:{port}"}:
+        likely = f"{scheme.lower()}://{name}" + (f":{port}" if port else "") if name else "https://example.org"
+        raise BadParameter(f"{origin!r} is not an origin: write {likely}, in lower case and without a path.")
     return origin
 
 

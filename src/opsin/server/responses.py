@@ -1,23 +1,26 @@
-"""POST /v1/responses. Nothing is stored between requests."""
+"""POST /v1/responses."""
 
 from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import BeforeValidator, Field
+from pydantic import Discriminator, Field, Tag, TypeAdapter
 from starlette.responses import Response
 
 from opsin.core.answer import Answer, Finished, TextDelta
 from opsin.core.request import SamplingParams
 from opsin.server import schema
-from opsin.server.chat import CallReader, build_prompt
+from opsin.server.chat import build_prompt
 from opsin.server.errors import BadField
 from opsin.server.handler import Asked, CompletionHandler, ModelManager, Writer, extensions
 from opsin.server.images import RequestImages
+from opsin.server.stored import KEPT_SECONDS, StoredResponses
+from opsin.server.tools import CallReader, plan_tools
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -32,28 +35,21 @@ class FlatSchemaFormat(schema.JsonSchema):
     type: Literal["json_schema"]
 
 
-class Item(schema.Strict):
-    """What an item of an earlier response carries when it is sent back."""
-
-    id: str | None = None
-    status: str | None = None
-
-
-class InputMessage(schema.MessageIn, Item):
+class InputMessage(schema.MessageIn):
     """A message; earlier answers may be sent back as they came."""
 
     type: Literal["message"] = "message"
     content: schema.ContentIn
 
 
-class InputCall(schema.CalledFunction, Item):
+class InputCall(schema.CalledFunction):
     """A call that the model made earlier."""
 
     type: Literal["function_call"]
     call_id: str
 
 
-class InputCallOutput(Item):
+class InputCallOutput(schema.History):
     """What a function returned."""
 
     type: Literal["function_call_output"]
@@ -61,23 +57,35 @@ class InputCallOutput(Item):
     output: schema.ContentIn
 
 
-class InputReasoning(Item):
-    """The reasoning before an earlier answer. Chat templates leave it out, so it is accepted and not used."""
+class InputReference(schema.History):
+    """An item of an earlier answer, by its id."""
 
-    type: Literal["reasoning"]
-    summary: list[Any] | None = Field(None, max_length=0)
-    content: list[dict[str, Any]] | None = None
-    encrypted_content: None = None
+    type: Literal["item_reference"]
+    id: str
+
+
+class InputOther(schema.History):
+    """The reasoning before an earlier answer, which chat templates leave out; and what only OpenAI's tools write."""
+
+    type: str
+
+
+def _kind(item: Any) -> str:
+    found = item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", "message")
+    return found if found in {"message", "function_call", "function_call_output", "item_reference"} else "other"
 
 
 InputItem = Annotated[
-    InputMessage | InputCall | InputCallOutput | InputReasoning,
-    Field(discriminator="type"),
-    BeforeValidator(lambda item: {"type": "message", **item} if isinstance(item, dict) else item),
+    Annotated[InputMessage, Tag("message")]
+    | Annotated[InputCall, Tag("function_call")]
+    | Annotated[InputCallOutput, Tag("function_call_output")]
+    | Annotated[InputReference, Tag("item_reference")]
+    | Annotated[InputOther, Tag("other")],
+    Discriminator(_kind),
 ]
 
 
-class TextOptions(schema.Strict):
+class TextOptions(schema.Sent):
     """The format of the text."""
 
     format: (
@@ -85,65 +93,135 @@ class TextOptions(schema.Strict):
     ) = None
 
 
+class ReasoningOptions(schema.Sent):
+    """How long the model thinks: `effort` "none" switches it off."""
+
+    effort: str | None = None
+
+
 class ResponsesRequest(schema.Conversation):
-    """POST /v1/responses. Nothing is stored: a conversation is sent whole each time."""
+    """POST /v1/responses."""
 
     input: Annotated[
         list[InputItem], schema.or_text(lambda text: [{"role": "user", "content": text}], str | list[InputItem])
     ] = Field(min_length=1, max_length=schema.MAX_MESSAGES)
     instructions: str | None = None
-    max_output_tokens: int | None = Field(None, ge=1)
+    max_output_tokens: schema.Limit = None
     text: TextOptions | None = None
-    tools: list[FlatTool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | FlatTool | None = None
-    truncation: Literal["disabled"] | None = None
-    previous_response_id: None = None
+    tools: list[FlatTool | schema.OtherTool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | schema.ChosenTool | None = None
+    reasoning: ReasoningOptions | None = None
+    previous_response_id: str | None = None
+    store: bool | None = None
     background: Literal[False] | None = None
-    include: list[Any] | None = Field(None, max_length=0)
+    metadata: dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    user: str | None = None
 
-    def messages(self) -> list[schema.MessageIn]:
-        """The conversation as messages of chat completions."""
-        found: list[schema.MessageIn] = []
-        if self.instructions:
-            found.append(schema.MessageIn.model_validate({"role": "system", "content": self.instructions}))
-        for item in self.input:
-            if isinstance(item, InputMessage):
-                found.append(item)
-            elif isinstance(item, InputCallOutput):
-                found.append(schema.MessageIn(role="tool", content=item.output, tool_call_id=item.call_id))
-            elif isinstance(item, InputCall):
-                call = schema.ToolCallIn(
-                    id=item.call_id, function=schema.CalledFunction(name=item.name, arguments=item.arguments)
-                )
-                if found and found[-1].role == "assistant":
-                    found[-1].tool_calls = [*(found[-1].tool_calls or ()), call]
-                else:
-                    found.append(schema.MessageIn(role="assistant", tool_calls=[call]))
-        return found
+    @property
+    def wants_thinking(self) -> bool | None:
+        """Thinking on or off; None leaves it to the template."""
+        wanted = super().wants_thinking
+        return False if wanted is None and self.reasoning and self.reasoning.effort == "none" else wanted
 
 
 @router.post("/v1/responses")
 async def responses(body: ResponsesRequest, request: Request) -> Response:
-    """Answer a conversation that is sent whole."""
+    """Answer a conversation: sent whole, or what is new behind an answer that is still remembered."""
     return CompletionHandler(request, body, _prepare)
 
 
 async def _prepare(body: ResponsesRequest, model: ModelManager, images: RequestImages) -> tuple[Asked, Writer]:
-    tools = schema.plan_tools(body.tools or (), body.tool_choice, model.prompts, model.settings)
+    settings, tools = model.settings, None
+    if body.tools or body.tool_choice:
+        tools = plan_tools(body.tools or (), body.tool_choice, model.prompts, settings)
     wanted = None if body.text is None else body.text.format
     params = schema.sampling(
         body,
-        model.settings,
+        settings,
         body.max_output_tokens,
-        json_schema=tools.schema or schema.schema_of(wanted, model.settings.max_schema_bytes),
+        json_schema=(tools and tools.schema) or schema.schema_of(wanted, settings.max_schema_bytes),
         thinking=body.wants_thinking,
     )
-    messages = body.messages()
+    items = _conversation(body, images.key, model.stored)
+    messages = _messages(body.instructions, items)
     if not messages:
         raise BadField("input has no message: ask something.", "input")
     prompt = await build_prompt(body, messages, tools, model, images)
-    return [(prompt, params)], _ResponsesWriter(model.name, body, params, CallReader(tools))
+    writer = _ResponsesWriter(model.name, body, params, CallReader(tools) if tools else None)
+    if body.store is not False:
+        writer.keep = partial(_keep, model.stored, images.key, (items, _size(body.input)))
+    return [(prompt, params)], writer
 
+
+def _conversation(body: ResponsesRequest, key: str, stored: StoredResponses) -> list[Any]:
+    """All items of the conversation, also those that the request only refers to. Raises BadField."""
+    items: list[Any] = []
+    if body.previous_response_id is not None:
+        before = stored.conversation(key, body.previous_response_id)
+        if before is None:
+            raise BadField(_forgotten("previous_response_id"), "previous_response_id")
+        items += before
+    for index, item in enumerate(body.input):
+        if isinstance(item, InputReference):
+            found = stored.item(key, item.id)
+            if found is None:
+                raise BadField(_forgotten(f"input[{index}].id"), f"input[{index}].id")
+            items.append(found)
+        else:
+            items.append(item)
+    return items
+
+
+def _forgotten(param: str) -> str:
+    return (
+        f"{param} names what this server does not know, or no longer: answers are remembered for "
+        f"{KEPT_SECONDS / 60:.0f} minutes unless store is false, so send the conversation whole."
+    )
+
+
+def _keep(
+    stored: StoredResponses, key: str, asked: tuple[list[Any], int], name: str, output: list[dict[str, Any]]
+) -> None:
+    """Remember an answer to what was `asked` (items, bytes), with its items as a client would send them back."""
+    said, (items, size) = _ITEMS.validate_python(output), asked
+    by_id = {one["id"]: item for one, item in zip(output, said, strict=True)}
+    stored.keep(key, name, [*items, *said], by_id, size + _size(said))
+
+
+def _size(items: Sequence[Any]) -> int:
+    """About how many bytes items take."""
+    size = 0
+    for item in items:
+        parts = getattr(item, "content", None) or getattr(item, "output", None) or ()
+        size += sum(len(part.image_url.url if isinstance(part, schema.ImagePartIn) else part.text) for part in parts)
+        size += len(getattr(item, "arguments", "")) + 1024
+    return size
+
+
+def _messages(instructions: str | None, items: Sequence[Any]) -> list[schema.MessageIn]:
+    """The conversation as messages of chat completions."""
+    found: list[schema.MessageIn] = []
+    if instructions:
+        found.append(schema.MessageIn.model_validate({"role": "system", "content": instructions}))
+    for item in items:
+        if isinstance(item, InputMessage):
+            found.append(item)
+        elif isinstance(item, InputCallOutput):
+            found.append(schema.MessageIn(role="tool", content=item.output, tool_call_id=item.call_id))
+        elif isinstance(item, InputCall):
+            function = schema.CalledFunction(name=item.name, arguments=item.arguments)
+            call = schema.ToolCallIn(id=item.call_id, function=function)
+            if found and found[-1].role == "assistant":
+                before = found.pop()
+                calls = [*(before.tool_calls or ()), call]
+                found.append(before.model_copy(update={"tool_calls": calls}))
+            else:
+                found.append(schema.MessageIn(role="assistant", tool_calls=[call]))
+    return found
+
+
+_ITEMS: TypeAdapter[list[Any]] = TypeAdapter(list[InputItem])
 
 # What kinds of items have in their ids, in events about their text, and in their only part.
 _PREFIXES = {"message": "msg", "reasoning": "rs"}
@@ -157,7 +235,7 @@ _PARTS: dict[str, dict[str, Any]] = {
 class _ResponsesWriter(Writer):
     """Writes the answer to one request: one object, or events in OpenAI's order."""
 
-    def __init__(self, model: str, body: ResponsesRequest, params: SamplingParams, reader: CallReader) -> None:
+    def __init__(self, model: str, body: ResponsesRequest, params: SamplingParams, reader: CallReader | None) -> None:
         echoed = body.model_dump(include={"tools", "tool_choice", "text", "metadata"}, by_alias=True, exclude_none=True)
         # What every state of a response has in common.
         self._base: dict[str, Any] = {
@@ -174,10 +252,10 @@ class _ResponsesWriter(Writer):
             "model": model,
             "output": [],
             "parallel_tool_calls": True if body.parallel_tool_calls is None else body.parallel_tool_calls,
-            "previous_response_id": None,
-            "reasoning": {"effort": None, "summary": None},
+            "previous_response_id": body.previous_response_id,
+            "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
             "service_tier": "default",
-            "store": False,
+            "store": body.store is not False,
             "temperature": params.temperature,
             "text": echoed.get("text") or {"format": {"type": "text"}},
             "tool_choice": echoed.get("tool_choice", "auto"),
@@ -188,6 +266,9 @@ class _ResponsesWriter(Writer):
             "user": body.user,
         }
         self._reader = reader
+        self._calling: list[dict[str, Any]] = []
+        self.keep: Callable[[str, list[Any]], None] | None = None
+        """Told the response's id and its items when it is whole."""
         self._number = 0
         self._output: list[dict[str, Any]] = []
         self._open: dict[str, Any] | None = None
@@ -201,8 +282,8 @@ class _ResponsesWriter(Writer):
             return self._finish(event.answer)
         if event.reasoning:
             return self._say("reasoning", event.text)
-        text = self._reader.feed(event.text)
-        return self._say("message", text) if text else b""
+        text = self._reader.feed(event.text) if self._reader else event.text
+        return (self._say("message", text) if text else b"") + self._calls()
 
     def failed(self, body: dict[str, Any]) -> bytes:
         error = {"code": "server_error", "message": body["error"]["message"]}
@@ -218,14 +299,17 @@ class _ResponsesWriter(Writer):
         return self._ended(answer)
 
     def _finish(self, answer: Answer) -> bytes:
-        rest = self._reader.finish()
-        frames = self._say("message", rest) if rest else b""
-        calls = self._reader.calls
-        if self._open is None and not self._output and not calls:
+        reader = self._reader
+        rest = reader.finish() if reader else ""
+        frames = (self._say("message", rest) if rest else b"") + self._calls()
+        if self._open is None and not self._output and not self._calling:
             frames += self._say("message", "")
-        frames += self._close("incomplete" if answer.finish_reason == "length" and not calls else "completed")
-        frames += b"".join(map(self._call, calls))
+        status = "incomplete" if answer.finish_reason == "length" else "completed"
+        frames += self._close("completed" if self._calling else status)
+        frames += self._close_call("incomplete" if reader and reader.cut else "completed")
         response = self._ended(answer)
+        if self.keep is not None:
+            self.keep(self._base["id"], self._output)
         return frames + self._event(response["status"], response=response)
 
     def _ended(self, answer: Answer) -> dict[str, Any]:
@@ -277,16 +361,32 @@ class _ResponsesWriter(Writer):
         self._text.clear()
         return frames
 
-    def _call(self, call: dict[str, Any]) -> bytes:
-        name, arguments = call["function"]["name"], call["function"]["arguments"]
-        item = {"type": "function_call", "id": f"fc_{uuid.uuid4().hex}", "call_id": call["id"], "name": name}
-        whole = {**item, "arguments": arguments, "status": "completed"}
-        frames = self._event("output_item.added", item={**item, "arguments": "", "status": "in_progress"})
-        place = {"item_id": item["id"]}
-        frames += self._event("function_call_arguments.delta", **place, delta=arguments)
-        frames += self._event("function_call_arguments.done", **place, name=name, arguments=arguments)
-        frames += self._event("output_item.done", item=whole)
-        self._output.append(whole)
+    def _calls(self) -> bytes:
+        """What is new of the calls."""
+        frames = b""
+        for told in self._reader.take_told() if self._reader else ():
+            if "id" in told:
+                frames += self._close("completed") + self._close_call("completed")
+                name = told["function"]["name"]
+                item = {"type": "function_call", "id": f"fc_{uuid.uuid4().hex}", "call_id": told["id"], "name": name}
+                self._calling.append({**item, "arguments": "", "status": "in_progress"})
+                frames += self._event("output_item.added", item=self._calling[-1])
+            if piece := told["function"]["arguments"]:
+                call = self._calling[-1]
+                call["arguments"] += piece
+                frames += self._event("function_call_arguments.delta", item_id=call["id"], delta=piece)
+        return frames
+
+    def _close_call(self, status: str) -> bytes:
+        """The end of the open call, if there is one."""
+        if not self._calling or self._calling[-1]["status"] != "in_progress":
+            return b""
+        call = self._calling[-1]
+        call["status"] = status
+        about = {"item_id": call["id"], "name": call["name"], "arguments": call["arguments"]}
+        frames = self._event("function_call_arguments.done", **about)
+        frames += self._event("output_item.done", item=call)
+        self._output.append(call)
         return frames
 
     def _event(self, kind: str, inside: dict[str, Any] | None = None, **rest: Any) -> bytes:

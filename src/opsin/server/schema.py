@@ -1,18 +1,25 @@
-"""What a request to chat completions and completions may contain, and what it becomes: parameters, and tools."""
+"""What a request to chat completions and completions may contain, and the parameters that it becomes."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
 from fastapi.exceptions import RequestValidationError
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from opsin.core.request import SamplingParams
 from opsin.core.settings import ServerSettings
-from opsin.prompt import Message, PromptBuilder
 from opsin.server.errors import BadField
 
 NAME = r"^[a-zA-Z0-9_.-]{1,64}$"
@@ -20,10 +27,21 @@ MAX_MESSAGES = MAX_PARTS = 1_000
 MAX_DEPTH = 64
 
 
-class Strict(BaseModel):
-    """Unknown fields are refused, and values of another type."""
+class Sent(BaseModel):
+    """What a client sends: a value that is null is as good as absent; fields that are not known stay apart."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True, protected_namespaces=())
+    model_config = ConfigDict(extra="allow", strict=True, hide_input_in_errors=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, value: Any) -> Any:
+        return {key: one for key, one in value.items() if one is not None} if isinstance(value, dict) else value
+
+
+class History(Sent):
+    """A piece of the conversation. Whatever else a client, or an answer sent back, has there does not matter."""
+
+    model_config = ConfigDict(extra="ignore")
 
 
 def or_text(make: Callable[[str], Any], accepted: Any) -> BeforeValidator:
@@ -55,29 +73,26 @@ Schema = Annotated[dict[str, Any], AfterValidator(_shallow)]
 WholeText = Annotated[str, Field(min_length=0)]
 
 
-class TextPartIn(Strict):
+class TextPartIn(History):
     """Text. Parts of an earlier answer may be sent back as they came."""
 
-    type: Literal["text", "input_text", "output_text"]
-    text: str
-    annotations: list[Any] | None = Field(None, max_length=0)
-    logprobs: list[Any] | None = None
+    type: Literal["text", "input_text", "output_text", "refusal"]
+    text: str = Field(validation_alias=AliasChoices("text", "refusal"))
 
 
-class ImageUrl(Strict):
+class ImageUrl(History):
     """Where an image is: a `data:` address, or another kind that the server's settings allow."""
 
     url: str = Field(min_length=1)
-    detail: Literal["auto", "low", "high"] | None = None
+    detail: Literal["auto", "low", "high", "original", ""] | None = None
 
 
-class ImagePartIn(Strict):
+class ImagePartIn(History):
     """An image, as chat completions (`image_url`) or the Responses API (`input_image`) write it."""
 
     type: Literal["image_url", "input_image"]
     image_url: Annotated[ImageUrl, or_text(lambda url: {"url": url}, ImageUrl | str)]
-    detail: Literal["auto", "low", "high"] | None = None
-    file_id: None = None
+    detail: Literal["auto", "low", "high", "original", ""] | None = None
 
 
 PartIn = Annotated[TextPartIn | ImagePartIn, Field(discriminator="type")]
@@ -85,37 +100,46 @@ Parts = Annotated[list[PartIn], Field(max_length=MAX_PARTS)]
 ContentIn = Annotated[Parts, or_text(lambda text: [{"type": "text", "text": text}], str | Parts)]
 
 
-class CalledFunction(Strict):
+def _arguments(value: Any) -> Any:
+    """Arguments of a call as JSON text: none are an empty object, and an object is as good as its text."""
+    if isinstance(value, dict):
+        return json.dumps(value)
+    if isinstance(value, str):
+        try:
+            json.loads(value or "{}")
+        except (ValueError, RecursionError):
+            raise ValueError("not JSON: send the arguments of the call whole") from None
+        return value or "{}"
+    return value
+
+
+class CalledFunction(History):
     """The function of a call, and its arguments as JSON text."""
 
     name: str
-    arguments: str
+    arguments: Annotated[str, BeforeValidator(_arguments, json_schema_input_type=str | dict[str, Any])] = "{}"
 
 
-class ToolCallIn(Strict):
+class ToolCallIn(History):
     """A call that an assistant made earlier in the conversation."""
 
-    id: str
+    id: str = ""
     type: Literal["function"] = "function"
     function: CalledFunction
 
 
-class MessageIn(Strict):
-    """One message of the conversation. Fields that only mirror an earlier answer may be there, empty."""
+class MessageIn(History):
+    """One message of the conversation."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: ContentIn | None = None
     name: str | None = None
     tool_calls: list[ToolCallIn] | None = None
     tool_call_id: str | None = None
-    reasoning_content: str | None = None
-    refusal: None = None
-    audio: None = None
-    function_call: None = None
-    annotations: list[Any] | None = Field(None, max_length=0)
+    reasoning_content: str | None = Field(None, validation_alias=AliasChoices("reasoning_content", "reasoning"))
 
 
-class FunctionIn(Strict):
+class FunctionIn(Sent):
     """A function that the model may call; `parameters` is a JSON schema."""
 
     name: str = Field(pattern=NAME)
@@ -124,8 +148,8 @@ class FunctionIn(Strict):
     strict: bool | None = None
 
 
-class Tool(Strict):
-    """What all tools have; functions are the only kind."""
+class Tool(Sent):
+    """What all functions have; tools of other kinds are left out where the model may choose."""
 
     type: Literal["function"]
 
@@ -136,97 +160,166 @@ class ToolIn(Tool):
     function: FunctionIn
 
 
-class JsonSchema(Strict):
+def _other(kind: str) -> str:
+    if kind == "function":
+        raise ValueError("not a function as it should be")
+    return kind
+
+
+class OtherTool(Sent):
+    """A tool that only OpenAI has, as `web_search`."""
+
+    type: Annotated[str, AfterValidator(_other)]
+
+
+AnyTool = ToolIn | FunctionIn | OtherTool
+
+
+class ChosenFunction(Sent):
+    """The name of the function to call."""
+
+    name: str
+
+
+class ChosenTool(Tool):
+    """The function to call, as chat completions and the Responses API write it."""
+
+    name: str = ""
+    function: ChosenFunction | None = None
+
+    @property
+    def called(self) -> str:
+        """The function's name."""
+        return self.function.name if self.function else self.name
+
+
+class JsonSchema(Sent):
     """A named JSON schema. Answers always keep to it, `strict` or not."""
 
-    name: str = Field("answer", pattern=NAME)
+    name: str = "answer"
     description: str | None = None
     schema_: Schema | None = Field(None, alias="schema")
     strict: bool | None = None
 
 
-class TextFormat(Strict):
+class TextFormat(Sent):
     """Free text."""
 
     type: Literal["text"]
 
 
-class ObjectFormat(Strict):
-    """Any JSON object, or one that keeps to `schema`, as llama-server takes it."""
+class ObjectFormat(Sent):
+    """Any JSON object, or one that keeps to `schema`, as llama-server (or `value`, as Hugging Face) takes it."""
 
     type: Literal["json_object"]
-    schema_: Schema | None = Field(None, alias="schema")
+    schema_: Schema | None = Field(None, validation_alias=AliasChoices("schema", "value"), serialization_alias="schema")
 
 
-class SchemaFormat(Strict):
+class SchemaFormat(Sent):
     """JSON that keeps to a schema."""
 
     type: Literal["json_schema"]
     json_schema: JsonSchema
 
+    @model_validator(mode="before")
+    @classmethod
+    def _flat(cls, value: Any) -> Any:
+        """The schema may stand in the format itself, as llama-server takes it."""
+        if not isinstance(value, dict) or "schema" not in value:
+            return value
+        return {"type": value.get("type"), "json_schema": {name: value[name] for name in value if name != "type"}}
 
-class StreamOptions(Strict):
-    """`include_usage` asks for one more event with the token counts; `include_obfuscation` has nothing to hide."""
+
+class StreamOptions(Sent):
+    """`include_usage` asks for one more event with the token counts."""
 
     include_usage: bool | None = None
-    include_obfuscation: Literal[False] | None = None
 
 
-class TemplateSwitches(Strict):
-    """What the model's chat template is told."""
-
-    enable_thinking: bool | None = None
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-class Common(Strict):
-    """Fields that all three APIs share: sampling, extensions, and those without effect on the answer."""
+Whole = Annotated[int, BeforeValidator(_whole)]
+Limit = Annotated[int | None, Field(ge=1), BeforeValidator(lambda value: None if value == -1 else _whole(value))]
+"""A number of tokens; -1 is as good as none."""
+Thinking = Annotated[
+    bool,
+    BeforeValidator(
+        lambda value: value.get("type") != "disabled" if isinstance(value, dict) else value,
+        json_schema_input_type=bool | dict[str, Any],
+    ),
+]
+_ALIASES = {
+    "n_predict": "max_tokens",
+    "repetition_penalty": "repeat_penalty",
+    "repeat_last_n": "penalty_last_n",
+}
+# Fields of others that would change the answer; what to do instead.
+_REFUSED = {
+    **dict.fromkeys(("guided_json", "structured_outputs"), "give the schema as response_format"),
+    **dict.fromkeys(("guided_regex", "guided_choice", "guided_grammar"), "give a grammar, or a response_format"),
+    **dict.fromkeys(("functions", "function_call"), "use tools and tool_choice"),
+    **dict.fromkeys(("suffix", "audio", "conversation", "prompt_id"), "leave it out"),
+}
+
+
+class Common(Sent):
+    """Fields that all three APIs share: sampling, and extensions. Those without effect here are ignored and named."""
 
     model: str | None = None
     stream: bool | None = None
-    seed: int | None = None
+    seed: Whole | None = None
     temperature: float | None = None
     top_p: float | None = None
 
-    top_k: Annotated[int, Field(le=2**31 - 1)] | None = None
+    top_k: Annotated[Whole, Field(le=2**31 - 1)] | None = None
     min_p: float | None = None
     repeat_penalty: float | None = None
+    penalty_last_n: Whole | None = None
+    min_tokens: Whole | None = Field(None, ge=0)
     ignore_eos: bool | None = None
     guard: bool | None = None
     max_seconds: float | None = None
     grammar: str | None = None
 
-    user: str | None = None
-    metadata: dict[str, str] | None = None
-    store: Literal[False] | None = None
-    service_tier: str | None = None
-    parallel_tool_calls: bool | None = None
-    prompt_cache_key: str | None = None
-    safety_identifier: str | None = None
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, value: Any) -> Any:
+        """Other servers' names for the same fields."""
+        if not isinstance(value, dict):
+            return value
+        others = {ours: value[theirs] for theirs, ours in _ALIASES.items() if theirs in value}
+        return {**others, **{key: one for key, one in value.items() if key not in _ALIASES}}
 
 
 class Conversation(Common):
-    """Fields of the two APIs that use the chat template."""
+    """Fields of the two APIs that use the chat template, which `chat_template_kwargs` go to."""
 
-    thinking: bool | None = None
-    max_thinking_tokens: int | None = None
-    chat_template_kwargs: TemplateSwitches | None = None
+    thinking: Thinking | None = None
+    max_thinking_tokens: Whole | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
 
     @property
     def wants_thinking(self) -> bool | None:
         """Thinking on or off; None leaves it to the template."""
-        switches = self.chat_template_kwargs
-        return self.thinking if switches is None or switches.enable_thinking is None else switches.enable_thinking
+        wanted = (self.chat_template_kwargs or {}).get("enable_thinking", self.thinking)
+        return False if wanted is None and self.reasoning_effort == "none" else wanted
 
 
 class Choices(Common):
     """Fields that chat completions and completions share."""
 
-    n: int | None = Field(None, ge=1)
+    n: Whole | None = Field(None, ge=1)
+    best_of: Literal[1] | None = None
     stop: Annotated[list[str] | None, or_text(lambda text: [text], str | list[str] | None)] = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[Annotated[int, Field(strict=False)], float] | None = None
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: Limit = None
+    n_probs: Whole | None = Field(None, ge=0)
+    json_schema: Schema | None = None
     stream_options: StreamOptions | None = None
 
 
@@ -234,12 +327,12 @@ class ChatRequest(Choices, Conversation):
     """POST /v1/chat/completions."""
 
     messages: list[MessageIn] = Field(min_length=1, max_length=MAX_MESSAGES)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: Limit = None
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0)
+    top_logprobs: Whole | None = Field(None, ge=0)
     response_format: Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")] | None = None
-    tools: list[ToolIn] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ToolIn | None = None
+    tools: list[ToolIn | OtherTool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
     modalities: list[Literal["text"]] | None = None
 
 
@@ -247,8 +340,22 @@ class CompletionRequest(Choices):
     """POST /v1/completions: the text as it is, without the chat template; names of control tokens in it count."""
 
     prompt: Annotated[list[WholeText], or_text(lambda text: [text], str | list[str])] = Field(min_length=1)
-    logprobs: int | None = Field(None, ge=0)
+    logprobs: Whole | None = Field(None, ge=0)
     echo: Literal[False] | None = None
+
+
+def ignored(value: Any, path: str = "") -> Iterator[str]:
+    """The fields of a request that are not known, and so have no effect. Raises BadField for those that should."""
+    if isinstance(value, Sent) and not isinstance(value, History):
+        for name in value.model_extra or ():
+            if not path and name in _REFUSED:
+                raise BadField(f"The field {name!r} is not supported: {_REFUSED[name]}.", name)
+            yield f"{path}{name}"
+        for name in value.model_fields_set:
+            yield from ignored(getattr(value, name), f"{path}{name}.")
+    elif isinstance(value, list):
+        for index, one in enumerate(value):
+            yield from ignored(one, f"{path.rstrip('.')}[{index}].")
 
 
 def at_most(limit: int, count: int, noun: str, param: str) -> None:
@@ -259,7 +366,7 @@ def at_most(limit: int, count: int, noun: str, param: str) -> None:
 
 _SEEDS = 2**32 - 1
 # What a request says in the same words; the rest is made below.
-_SAME = set(SamplingParams.model_fields) - {"logprobs", "max_tokens", "seed", "stop"}
+_SAME = set(SamplingParams.model_fields) - {"json_schema", "logprobs", "max_tokens", "seed", "stop"}
 
 
 def sampling(body: Common, settings: ServerSettings, max_tokens: int | None, **more: Any) -> SamplingParams:
@@ -273,8 +380,10 @@ def sampling(body: Common, settings: ServerSettings, max_tokens: int | None, **m
     values["max_tokens"] = settings.max_tokens if max_tokens is None else max_tokens
     # Any number is a seed; -1 chooses one at random, as with llama-server.
     values["seed"] = None if body.seed is None or body.seed == -1 else body.seed % _SEEDS
+    # Zero means the most likely token alone, and -1 any number of them.
+    values |= {name: max(values[name], least) for name, least in (("top_p", 1e-6), ("top_k", 0)) if name in values}
     if isinstance(body, Choices):
-        values["stop"] = tuple(body.stop or ())
+        values["stop"] = tuple(filter(None, body.stop or ()))
         at_most(settings.max_stop, len(values["stop"]), "strings", "stop")
         at_most(settings.max_logit_bias, len(body.logit_bias or ()), "tokens", "logit_bias")
     if settings.max_seconds is not None:
@@ -298,91 +407,17 @@ def choices(params: SamplingParams, n: int | None, settings: ServerSettings) -> 
     return [params.model_copy(update={"seed": (params.seed + i) % _SEEDS}) for i in range(n)]
 
 
-def schema_of(wanted: TextFormat | ObjectFormat | SchemaFormat | JsonSchema | None, limit: int) -> str | None:
+def schema_of(
+    wanted: TextFormat | ObjectFormat | SchemaFormat | JsonSchema | dict[str, Any] | None, limit: int
+) -> str | None:
     """The JSON schema that a response format asks for, of at most `limit` bytes. Raises BadField."""
     if wanted is None or isinstance(wanted, TextFormat):
         return None
-    schema = wanted.json_schema.schema_ if isinstance(wanted, SchemaFormat) else wanted.schema_
-    text = json.dumps(schema or {"type": "object"})
+    if not isinstance(wanted, dict):
+        wanted = (wanted.json_schema if isinstance(wanted, SchemaFormat) else wanted).schema_
+    text = json.dumps(wanted or {"type": "object"})
     at_most(limit, len(text), "bytes", "response_format")
     return text
-
-
-@dataclass(frozen=True, slots=True)
-class ToolPlan:
-    """How a request's tools reach the model; without any, or where none may be called, nothing is changed.
-
-    `told` goes to the chat template; `instructions` go into the system message if the template has no place for tools;
-    the whole answer keeps to `schema`. `names` are the functions that may be called; if empty, no call is looked for.
-    """
-
-    told: list[dict[str, Any]] | None = None
-    instructions: str | None = None
-    schema: str | None = None
-    names: frozenset[str] = frozenset()
-
-    def messages(self, messages: list[Message]) -> list[Message]:
-        """The conversation, with the instructions about tools in its system message."""
-        if self.instructions is None:
-            return messages
-        if messages[0].role == "system":
-            return [Message("system", [*messages[0].parts, self.instructions]), *messages[1:]]
-        return [Message("system", self.instructions), *messages]
-
-
-def plan_tools(
-    functions: Sequence[FunctionIn], choice: str | FunctionIn | None, prompts: PromptBuilder, settings: ServerSettings
-) -> ToolPlan:
-    """How a request's tools are handled. Raises BadField."""
-    if choice == "none" or (choice in (None, "auto") and not functions):
-        return ToolPlan()
-    by_name = {function.name: function for function in functions}
-    if not by_name:
-        raise BadField("tool_choice asks for a call, but there are no tools: give some.", "tool_choice")
-    shown = {
-        name: function.model_dump(exclude_none=True, exclude={"strict", "type"}) for name, function in by_name.items()
-    }
-    told = [{"type": "function", "function": function} for function in shown.values()]
-    at_most(settings.max_schema_bytes, len(json.dumps(told)), "bytes", "tools")
-    if choice in (None, "auto"):
-        if not prompts.knows_tools:
-            raise BadField(
-                "This model's chat template has no place for tools, so the model cannot decide by itself whether to "
-                'call one: set tool_choice to "required" or name a function, or leave tools out.',
-                "tools",
-            )
-        return ToolPlan(told=told, names=frozenset(by_name))
-    if isinstance(choice, FunctionIn):
-        if choice.name not in by_name:
-            raise BadField(f"tool_choice names {choice.name[:64]!r}, which is not among tools.", "tool_choice")
-        by_name = {choice.name: by_name[choice.name]}
-    schema, names = _call_schema(list(by_name.values())), frozenset(by_name)
-    if prompts.knows_tools:
-        return ToolPlan(told=told, schema=schema, names=names)
-    lines = [json.dumps(shown[name], ensure_ascii=False) for name in by_name]
-    shape = '{"name": the function\'s name, "arguments": an object with its arguments}'
-    instructions = "\n".join(("Call one of these functions. Answer with JSON alone:", shape, *lines))
-    return ToolPlan(instructions=instructions, schema=schema, names=names)
-
-
-def _call_schema(functions: Sequence[FunctionIn]) -> str:
-    """The JSON schema of a call of one of the functions."""
-    calls, shared = [], {}
-    for i, function in enumerate(functions):
-        arguments = function.parameters or {"type": "object"}
-        text = json.dumps(arguments)
-        if '"$ref"' in text:
-            # References count from the root, which moves when the schema becomes a part of another.
-            shared[f"f{i}"] = json.loads(text.replace('"$ref": "#', f'"$ref": "#/$defs/f{i}'))
-            arguments = {"$ref": f"#/$defs/f{i}"}
-        calls.append({
-            "type": "object",
-            "properties": {"name": {"const": function.name}, "arguments": arguments},
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        })  # fmt: skip
-    schema: dict[str, Any] = calls[0] if len(calls) == 1 else {"anyOf": calls}
-    return json.dumps({**schema, "$defs": shared} if shared else schema)
 
 
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))

@@ -65,6 +65,7 @@ class _Handle:
 
     backend: FakeBackend
     ignore_eos: bool = False
+    before_end: int = 0
     closed: bool = False
 
     def __post_init__(self) -> None:
@@ -72,7 +73,8 @@ class _Handle:
 
     def sample(self, row: int) -> int:
         token = self.backend.next_token(row)
-        return ord(".") if token == EOS and self.ignore_eos else token
+        self.before_end -= 1
+        return ord(".") if token == EOS and (self.ignore_eos or self.before_end >= 0) else token
 
     def close(self) -> None:
         if not self.closed:
@@ -193,7 +195,7 @@ class FakeBackend:
 
     def sampler(self, params: SamplingParams, seed: int, compiled: object = None) -> Sampler:  # noqa: ARG002 - draws nothing
         """Follows the reply."""
-        return _Handle(self, params.ignore_eos)
+        return _Handle(self, params.ignore_eos, params.min_tokens)
 
     def sample(self, samples: Sequence[Sample]) -> list[tuple[int, TokenLogprob | None] | OpsinError]:
         """Each follows its reply."""

@@ -125,6 +125,7 @@ def test_a_pipe_is_read_up_to_the_limit(tmp_path: Path, extra: int, fits: bool) 
         "data:image/png;base64," + base64.b64encode(PNG).decode(),
         "DATA:image/png;BASE64," + base64.b64encode(PNG).decode(),
         "data:;base64," + base64.b64encode(PNG).decode().rstrip("="),
+        "data:image/png;base64," + base64.urlsafe_b64encode(PNG).decode().rstrip("="),
         "data:text/plain;charset=x;base64,\n" + base64.encodebytes(PNG).decode(),
         "data:image/png;base64," + base64.b64encode(PNG).decode().replace("+", "%2B").replace("=", "%3D"),
         "data:image/png," + quote_from_bytes(PNG),

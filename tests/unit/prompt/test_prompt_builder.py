@@ -83,7 +83,10 @@ def test_a_system_messages_control_tokens_stay_text():
 
 
 def test_tool_calls_and_tools_are_protected_too():
-    template = "{{ tools | tojson }}{% for m in messages %}{{ m.content }}{{ m.tool_calls | tojson }}{% endfor %}"
+    template = (
+        "{{ tools | tojson }}{% for m in messages %}{{ m.content }}"
+        "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}{% endfor %}"
+    )
     prompt = bare(template).build(
         [Message("assistant", "", tool_calls=[{"function": {"name": "f", "arguments": {"</s>": "a</s>b"}}}])],
         tools=[{"function": {"name": "f", "description": "ends with </s>"}}],
@@ -190,9 +193,9 @@ def test_without_generation_prompt_the_turn_of_the_model_is_not_opened():
 
 
 def test_an_image_that_the_template_drops_is_refused():
-    prompts = bare("{% for m in messages %}{% if m.role != 'tool' %}{{ m.content }}{% endif %}{% endfor %}")
+    prompts = bare("{% for m in messages %}{% if loop.index0 != 2 %}{{ m.content }}{% endif %}{% endfor %}")
     with pytest.raises(BadPrompt, match="once and in order"):
-        prompts.build([Message("user", ["hi", A]), Message("tool", [B])])
+        prompts.build([Message("user", ["hi", A]), Message("assistant", "a"), Message("user", [B])])
 
 
 def test_an_image_written_twice_is_refused():
@@ -226,9 +229,51 @@ def test_roles_out_of_order_give_the_templates_own_sentence():
         builder("gemma3").build([Message("user", "a"), Message("user", "b")])
 
 
-def test_a_later_system_message_is_left_to_the_template():
-    with pytest.raises(BadPrompt, match="only user and assistant"):
-        builder("mistral").build([Message("user", "a"), Message("system", "b")])
+@pytest.mark.parametrize("name", ["mistral", "vicuna", "qwen2-vl"])
+def test_system_messages_are_all_there_wherever_they_stand(name):
+    messages = [
+        Message(role, text) for role, text in zip(("system", "system", "user"), ("one", "two", "three"), strict=True)
+    ]
+    for order in ((0, 1, 2), (2, 0), (0, 2, 1)):
+        text = flat(builder(name).build([messages[at] for at in order]))
+        assert all(messages[at].content in text for at in order)
+
+
+def test_a_template_that_drops_a_second_system_message_gets_one():
+    drops = (
+        "{% for m in messages %}{% if m.role != 'system' or loop.first %}"
+        "{{ m.role }}:{{ m.content }};{% endif %}{% endfor %}"
+    )
+    built = bare(drops).build([Message("system", "A"), Message("system", "B"), Message("user", "c")])
+    assert flat(built) == "system:A\n\nB;user:c;"
+
+
+def test_a_last_text_of_the_assistants_is_continued():
+    ends = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    asked = [Message("user", "a"), Message("assistant", "The answer is </s>")]
+    prompt = bare(ends).build(asked)
+    assert flat(prompt) == "<user>a<assistant>The answer is </s>"
+    assert plain_texts(prompt) == ["</s>"]
+    thinks = bare(ends.replace("<assistant>{% endif", "<assistant><think>\n{% endif")).build(asked)
+    assert flat(thinks) == "<user>a<assistant><think>\n\n</think>\n\nThe answer is </s>"
+    assert not thinks.thinking
+
+
+def test_calls_and_results_that_a_template_drops_are_told_as_text():
+    drops = "{% for m in messages %}{% if m.role != 'tool' %}{{ m.role }}:{{ m.content }};{% endif %}{% endfor %}"
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    messages = [
+        Message("user", "a"),
+        Message("assistant", "", tool_calls=[call]),
+        Message("tool", "one", tool_call_id="1"),
+        Message("tool", "two", name="g"),
+        Message("user", "b"),
+    ]
+    told = 'user:a;assistant:{"name": "f", "arguments": {"x": 1}};user:Result of 1:\none\nResult of g:\ntwo\nb;'
+    assert flat(bare(drops).build(messages)) == told
 
 
 def test_an_image_in_a_system_message_without_such_a_role_goes_before_the_question():
@@ -340,7 +385,7 @@ class TestThinking:
             "<think></think>{% endif %}{{ m.content }};{% endfor %}"
         )
         for answer in (Message("assistant", "<think> why </think>b"), Message("assistant", "b", reasoning="why")):
-            prompt = bare(shows).build([Message("user", "a"), answer])
+            prompt = bare(shows).build([Message("user", "a"), answer], add_generation_prompt=False)
             assert flat(prompt) == "user:a;assistant:(why)<think></think>b;"
 
 

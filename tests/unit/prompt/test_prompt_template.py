@@ -65,7 +65,7 @@ def test_the_day_is_todays():
 
 def test_switches_and_tools_arrive():
     text = "{{ enable_thinking }}{{ tools[0].name }}{{ add_generation_prompt }}"
-    given = {"tools": [{"name": "f"}], "switches": {"enable_thinking": False}, "add_generation_prompt": False}
+    given = {"tools": [{"name": "f"}], "options": {"enable_thinking": False}, "add_generation_prompt": False}
     assert render(text, **given) == "FalsefFalse"
 
 

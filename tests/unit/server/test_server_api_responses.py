@@ -22,7 +22,7 @@ def test_a_whole_response() -> None:
             assert (body["object"], body["status"], body["store"], body["error"]) == (
                 "response",
                 "completed",
-                False,
+                True,
                 None,
             )
             (item,) = body["output"]
@@ -80,9 +80,13 @@ def test_thoughts_and_calls_are_items_of_their_own() -> None:
             assert (call["name"], json.loads(call["arguments"])) == ("paint", {"colour": "red"})
             found = events((await w.post(RESPONSES, input="paint", tools=[TOOL], stream=True)).text)
             kinds = [event["type"] for event in found]
-            assert kinds[-5:] == [
-                "response.output_item.added",
-                "response.function_call_arguments.delta",
+            first = kinds.index("response.function_call_arguments.delta")
+            assert kinds[first - 1] == "response.output_item.added"
+            assert set(kinds[first:-3]) == {"response.function_call_arguments.delta"}
+            pieces = [event["delta"] for event in found[first:-3]]
+            assert len(pieces) > 1, "arguments come as they are written"
+            assert "".join(pieces) == found[-3]["arguments"] == found[-2]["item"]["arguments"]
+            assert kinds[-3:] == [
                 "response.function_call_arguments.done",
                 "response.output_item.done",
                 "response.completed",
@@ -114,7 +118,9 @@ def test_a_conversation_is_sent_back_as_it_came() -> None:
             body = (await w.post(RESPONSES, input=[first, *body["output"], *more])).json()
             assert body["status"] == "completed", body
             assert prompts[-1].startswith("user: this?<")
-            assert "assistant: a red circle.\ntool: painted\nuser: and now?\n" in prompts[-1]
+            # The template shows no calls: they are told as text, and in the order in which they came.
+            assert 'assistant: a red circle.\n{"name": "paint", "arguments": {}}\nuser: Result of' in prompts[-1]
+            assert prompts[-1].endswith("painted\nand now?\n\x1e")
 
     run(work())
 
@@ -146,19 +152,24 @@ def test_a_format_becomes_a_schema(wanted: Any) -> None:
 @pytest.mark.parametrize(
     ("body", "param", "word"),
     [
-        ({"previous_response_id": "resp_1"}, "previous_response_id", "not supported"),
-        ({"store": True}, "store", "False"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id", "send the conversation whole"),
+        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input[0].id", "send the conversation whole"),
+        ({"conversation": "conv_1"}, "conversation", "not supported"),
         ({"background": True}, "background", "False"),
         ({"input": []}, "input", "at least 1"),
-        ({"input": [{"type": "computer_call"}]}, "input[0].type", "'computer_call'"),
+        ({"input": [{"type": "computer_call"}]}, "input", "no message"),
         (
             {"input": [{"role": "user", "content": [{"type": "input_file"}]}]},
             "input[0].content[0].type",
             "'input_file'",
         ),
         ({"input": [{"type": "reasoning", "summary": []}]}, "input", "no message"),
-        ({"tools": [{"type": "web_search"}]}, "tools[0].type", "function"),
-        ({"reasoning": {"effort": "low"}}, "reasoning", "not supported"),
+        ({"tools": [{"type": "web_search"}], "tool_choice": "required"}, "tool_choice", "no functions"),
+        (
+            {"input": [{"type": "function_call", "call_id": "1", "name": "f", "arguments": "{"}]},
+            "input[0].arguments",
+            "JSON",
+        ),
         ({"max_output_tokens": 0}, "max_output_tokens", "greater"),
     ],
 )

@@ -83,6 +83,51 @@ def test_wrong_addresses_and_methods_have_the_error_body() -> None:
     run(work())
 
 
+@pytest.mark.parametrize("path", ["/health", "/ready", "/v1/models", "/props", "/metrics", "/"])
+def test_get_answers_are_there_for_head_and_with_a_slash_too(path: str) -> None:
+    async def work() -> None:
+        async with world() as w:
+            for asked in (path, f"{path.rstrip('/')}/"):
+                assert (await w.client.request("HEAD", asked)).status_code == 200, asked
+                assert (await w.client.get(asked)).status_code == 200, asked
+
+    run(work())
+
+
+def test_a_post_with_a_slash_at_the_end_is_answered() -> None:
+    async def work() -> None:
+        async with world() as w:
+            reply = await w.post(f"{CHAT}/", messages=[{"role": "user", "content": "what?"}])
+            assert reply.status_code == 200, reply.text
+            assert w.records[-1].route == CHAT
+
+    run(work())
+
+
+@pytest.mark.parametrize(
+    "path", ["/chat/completions", "/models", "/v1/v1/chat/completions", "/v1/v1/models", "/responses"]
+)
+def test_an_address_without_the_base_or_with_two_is_told_the_base(path: str) -> None:
+    async def work() -> None:
+        async with world() as w:
+            for method in ("GET", "POST"):
+                reply = await w.client.request(method, path, json={})
+                assert reply.status_code == 404
+                assert "http://127.0.0.1:8000/v1" in reply.json()["error"]["message"]
+
+    run(work())
+
+
+def test_a_models_card_tells_that_it_takes_images() -> None:
+    async def work() -> None:
+        async with world() as w:
+            (card,) = (await w.client.get("/v1/models")).json()["data"]
+            assert card["capabilities"] == ["completion", "multimodal"]
+            assert card["architecture"]["input_modalities"] == ["text", "image"]
+
+    run(work())
+
+
 @pytest.mark.parametrize(
     "error", [RuntimeError("/secret/path"), ModelUnreadable("/secret/path"), EngineDied("died of /secret/path")]
 )

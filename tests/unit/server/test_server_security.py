@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from opsin.core.errors import BadParameter
 from opsin.core.settings import ServerSettings
 from opsin.server.listener import check_binding, read_keys
-from opsin.server.middleware import SecurityMiddleware
+from opsin.server.middleware import SecurityMiddleware, read_origin
 
 pytestmark = pytest.mark.slow
 
@@ -167,6 +167,33 @@ def test_a_named_origin_is_given_leave_without_a_key_but_answers_only_with_one()
 def test_each_key_opens_and_is_told_by_its_label(key: str, scheme: str) -> None:
     answer = ask(headers={**JSON, "authorization": f"{scheme} {key}"}, keys=(KEY, OTHER))
     assert answer.json()["key"] == hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize("name", ["x-api-key", "api-key", "X-API-Key"])
+def test_a_key_may_come_as_other_clients_send_it(name: str) -> None:
+    assert code(ask(headers={**JSON, name: f"{KEY}x"}, keys=(KEY,))) == (401, "invalid_api_key")
+    assert ask(headers={**JSON, name: KEY}, keys=(KEY,)).json()["key"]
+    # What a browser's login left behind does not hide it.
+    assert ask(headers={**JSON, "authorization": "Basic eDp4", name: KEY}, keys=(KEY,)).json()["key"]
+
+
+@pytest.mark.parametrize("origin", ["chrome-extension://abcdefghijklmnop", "app://obsidian.md", "tauri://localhost"])
+def test_an_extension_or_app_may_be_named(origin: str) -> None:
+    assert ask(headers={**JSON, "origin": origin}, cors_origins=(origin,)).status_code == 200
+    assert code(ask(headers={**JSON, "origin": origin})) == (403, "wrong_origin")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("http://localhost:5173/", "http://localhost:5173"),
+        ("HTTPS://App.example", "https://app.example"),
+        ("app.example", "https://example.org"),
+    ],
+)
+def test_the_hint_about_an_origin_is_the_origin_itself(wrong: str, right: str) -> None:
+    with pytest.raises(BadParameter, match=f"write {right},"):
+        read_origin(wrong)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,211 @@
+"""What clients send besides the question: understood, ignored and named, or refused by name."""
+
+import json
+from typing import Any
+
+import pytest
+from api_driver import QUESTION, WITH_TOOLS, data_url, run, text_of, world
+
+from opsin.core.request import SamplingParams
+
+PAINT = {
+    "type": "function",
+    "function": {"name": "paint", "parameters": {"type": "object", "properties": {"colour": {"type": "string"}}}},
+}
+CALL = '{"name": "paint", "arguments": {"colour": "red"}}'
+SCHEMA = {"type": "object", "properties": {"a": {"const": None}}}
+
+
+@pytest.mark.parametrize(
+    ("body", "ignored"),
+    [
+        (
+            {"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
+            "stream_options.continuous_usage_stats",
+        ),
+        ({"stream_options": {"include_obfuscation": False}}, "stream_options.include_obfuscation"),
+        ({"verbosity": "low", "prompt_cache_retention": "24h"}, "verbosity, prompt_cache_retention"),
+        ({"prediction": {"type": "content", "content": "x"}}, "prediction"),
+        ({"stop": [], "temperature": None, "seed": -1, "max_tokens": -1}, None),
+        ({"cache_prompt": True, "id_slot": 0, "timings_per_token": True}, "cache_prompt, id_slot, timings_per_token"),
+        ({"samplers": ["top_k"], "reasoning_format": "none"}, "samplers, reasoning_format"),
+        ({"store": True, "metadata": {"a": 1}, "user": "me"}, "store, metadata, user"),
+        ({"colour": None, "messages": [{"role": "user", "content": "x", "audio": None, "name": None}]}, None),
+        ({"best_of": 1, "n": 1.0, "seed": 1.0, "max_tokens": 5.0}, None),
+        ({"response_format": {"type": "json_object", "strength": 1}}, "response_format.strength"),
+        ({"tools": [{"type": "web_search", "size": 1}]}, "tools[0].size"),
+        ({"\n": 1, "x" * 99: 2}, f"?, {'x' * 64}"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_has_no_effect_is_ignored_and_named(body: dict[str, Any], ignored: str | None, stream: bool) -> None:
+    async def work() -> None:
+        async with world() as w:
+            reply = await w.post(**{"messages": QUESTION, "stream": stream, **body})
+            assert reply.status_code == 200, reply.text
+            assert reply.headers.get("opsin-ignored") == ignored
+
+    run(work())
+
+
+@pytest.mark.parametrize(
+    ("body", "wanted"),
+    [
+        ({"repetition_penalty": 1.5}, {"repeat_penalty": 1.5}),
+        ({"repetition_penalty": 1.5, "repeat_penalty": 1.2}, {"repeat_penalty": 1.2}),
+        ({"n_predict": 5}, {"max_tokens": 5}),
+        ({"n_predict": -1, "max_tokens": 7}, {"max_tokens": 7}),
+        ({"n_probs": 2}, {"logprobs": 2}),
+        ({"repeat_last_n": 12}, {"penalty_last_n": 12}),
+        ({"top_k": -1, "top_p": 0}, {"top_k": 0, "top_p": 1e-6}),
+        ({"stop": ""}, {"stop": ()}),
+        ({"stop": ["", "a"]}, {"stop": ("a",)}),
+        ({"min_tokens": 16}, {"min_tokens": 16}),
+        ({"thinking": {"type": "disabled"}}, {"thinking": False}),
+        ({"reasoning_effort": "none"}, {"thinking": False}),
+        ({"reasoning_effort": "low"}, {"thinking": None}),
+        ({"chat_template_kwargs": {"enable_thinking": False, "foo": 1}}, {"thinking": False}),
+        ({"json_schema": SCHEMA}, {"json_schema": json.dumps(SCHEMA)}),
+        ({"response_format": {"type": "json_object", "value": SCHEMA}}, {"json_schema": json.dumps(SCHEMA)}),
+        ({"response_format": {"type": "json_object", "schema": SCHEMA}}, {"json_schema": json.dumps(SCHEMA)}),
+        ({"response_format": {"type": "json_schema", "schema": SCHEMA}}, {"json_schema": json.dumps(SCHEMA)}),
+    ],
+)
+def test_other_servers_words_are_understood(body: dict[str, Any], wanted: dict[str, Any]) -> None:
+    async def work() -> None:
+        async with world() as w:
+            reply = await w.post(messages=QUESTION, **body)
+            assert reply.status_code == 200, reply.text
+            assert "opsin-ignored" not in reply.headers
+            params: SamplingParams = w.backend.drawn_with[-1]
+            assert {name: getattr(params, name) for name in wanted} == wanted
+
+    run(work())
+
+
+def test_min_tokens_keep_an_answer_from_ending() -> None:
+    async def work() -> None:
+        async with world(lambda _: "ab") as w:
+            assert (await w.chat(min_tokens=5))["choices"][0]["message"]["content"] == "ab..."
+            assert (await w.chat(min_tokens=1))["choices"][0]["message"]["content"] == "ab"
+
+    run(work())
+
+
+def test_strict_fields_refuses_them_by_name() -> None:
+    async def work() -> None:
+        async with world(strict_fields=True) as w:
+            reply = await w.post(messages=QUESTION, stream_options={"colour": 1})
+            assert (reply.status_code, reply.json()["error"]["param"]) == (400, "stream_options.colour")
+            assert (await w.post(messages=QUESTION, verbosity=None)).status_code == 200
+
+    run(work())
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {
+            "content": "red",
+            "reasoning": "r",
+            "annotations": [{}],
+            "audio": None,
+            "refusal": None,
+            "function_call": None,
+        },
+        {"content": "red", "id": "x", "provider_specific_fields": {"a": 1}, "parsed": {"colour": "red"}},
+        {"content": [{"type": "output_text", "text": "red", "annotations": [{}], "role": "assistant"}]},
+        {"content": [{"type": "refusal", "refusal": "red"}], "reasoning_details": [{}], "extra_content": {}},
+        {"content": [{"type": "text", "text": "red", "image_url": None, "cache_control": {"type": "ephemeral"}}]},
+        {"content": "red", "tool_calls": None, "reasoning_content": None, "thinking_blocks": []},
+    ],
+)
+def test_an_answer_is_sent_back_as_any_client_has_it(answer: dict[str, Any]) -> None:
+    prompts: list[str] = []
+
+    async def work() -> None:
+        async with world(lambda prompt: prompts.append(prompt) or "ok.") as w:  # type: ignore[func-returns-value]
+            image = {"type": "image_url", "image_url": {"url": data_url(), "format": "png", "detail": ""}, "uuid": "1"}
+            first = {"role": "user", "content": [image, {"type": "text", "text": "what colour?"}]}
+            await w.chat(messages=[first, {"role": "assistant", **answer}, {"role": "user", "content": "sure?"}])
+            assert "assistant: red\nuser: sure?\n" in prompts[-1]
+
+    run(work())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [("", {}), ({"colour": "teal"}, {"colour": "teal"}), ('{"colour": "teal"}', {"colour": "teal"}), (None, {})],
+)
+def test_a_calls_arguments_are_read_as_clients_have_them(arguments: Any, shown: dict[str, str]) -> None:
+    prompts: list[str] = []
+
+    async def work() -> None:
+        async with world(lambda prompt: prompts.append(prompt) or "ok.") as w:  # type: ignore[func-returns-value]
+            function = {"name": "paint", "arguments": arguments, "parsed_arguments": shown}
+            call = {"id": "1", "index": 0, "type": "function", "function": function}
+            messages = [
+                *QUESTION,
+                {"role": "assistant", "content": None, "tool_calls": [call]},
+                {"role": "tool", "tool_call_id": "1", "content": "done"},
+            ]
+            await w.chat(messages=messages, tools=[PAINT])
+            assert json.dumps({"name": "paint", "arguments": shown}) in prompts[-1]
+
+    run(work())
+
+
+@pytest.mark.parametrize("arguments", ["{", '{"colour": "te', "nonsense"])
+def test_cut_arguments_are_refused_by_their_whole_path(arguments: str) -> None:
+    async def work() -> None:
+        async with world() as w:
+            call = {"id": "1", "type": "function", "function": {"name": "paint", "arguments": arguments}}
+            reply = await w.post(messages=[*QUESTION, {"role": "assistant", "tool_calls": [call]}])
+            error = reply.json()["error"]
+            assert reply.status_code == 400
+            assert error["param"] == "messages[1].tool_calls[0].function.arguments"
+            assert error["param"] in error["message"]
+
+    run(work())
+
+
+@pytest.mark.parametrize("choice", [None, "auto"])
+def test_a_template_without_tools_does_not_keep_agents_from_starting(choice: str | None) -> None:
+    """No template of a model that is shipped knows tools: every agent's first request was refused."""
+    prompts: list[str] = []
+
+    async def work() -> None:
+        async with world(lambda prompt: prompts.append(prompt) or CALL) as w:  # type: ignore[func-returns-value]
+            tools = [{"type": "web_search"}, PAINT, {"type": "custom", "name": "x"}]
+            made = await w.chat(tools=tools, tool_choice=choice)
+            assert '"name": "paint"' in prompts[-1]
+            assert "what is this?" in prompts[-1]
+            assert w.backend.drawn_with[-1].json_schema is None
+            (call,) = made["choices"][0]["message"]["tool_calls"]
+            assert call["function"] == {"name": "paint", "arguments": '{"colour": "red"}'}
+        async with world() as w:
+            made = await w.chat(tools=tools, tool_choice=choice)
+            assert made["choices"][0]["message"]["content"] == "a red circle."
+
+    run(work())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_forced_call_that_was_cut_is_a_call_with_what_is_there(stream: bool) -> None:
+    async def work() -> None:
+        async with world(lambda _: CALL, template=WITH_TOOLS) as w:
+            body: dict[str, Any] = {"tools": [PAINT], "tool_choice": "required", "max_tokens": len(CALL) - 8}
+            if stream:
+                chunks = await w.stream(messages=QUESTION, **body)
+                told = [one for chunk in chunks[:-1] for one in chunk["choices"][0]["delta"].get("tool_calls", ())]
+                arguments = "".join(one["function"]["arguments"] for one in told)
+                assert text_of(chunks) == ""
+                reason = chunks[-2]["choices"][0]["finish_reason"]
+            else:
+                (choice,) = (await w.chat(**body))["choices"]
+                (call,) = choice["message"]["tool_calls"]
+                arguments, reason = call["function"]["arguments"], choice["finish_reason"]
+            assert arguments == '{"colour":'
+            assert reason == "length"
+
+    run(work())
