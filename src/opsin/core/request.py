@@ -63,6 +63,7 @@ class Prompt:
 
     `add_bos`: the tokenizer adds its begin token, which the template did not write. `thinking`: the prompt ends inside
     an open reasoning block, which `reasoning` marks (None: the model does not think). `stop` strings end the answer.
+    `continues`: the answer goes on in the middle of a text, so white space at its start counts.
     """
 
     parts: tuple[Part, ...]
@@ -70,6 +71,7 @@ class Prompt:
     thinking: bool = False
     reasoning: ReasoningStyle | None = None
     stop: tuple[str, ...] = ()
+    continues: bool = False
 
     @property
     def images(self) -> tuple[Image, ...]:

@@ -244,6 +244,7 @@ class Preparer:
             splitter=None if style is None else ReasoningSplitter(style, starts_inside=prompt.thinking),
             guard=Guard("".join(prompt_texts)) if params.guard else None,
             tags=tags,
+            keep_space=prompt.continues or params.logprobs is not None,
         )
         return text, closing
 

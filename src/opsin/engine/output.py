@@ -126,8 +126,9 @@ class AnswerText:
     """The growing answer of one request; knows no backend and no clock.
 
     `stopped` turns True at a stop string, `verdict` is set when the guard speaks. Stop strings are looked for in the
-    answer only, never in the reasoning; white space at the answer's start is the template's, and left out. `tags` gives
-    bytes to control tokens that mark reasoning: as tokens they have no text, and the splitter would not see them.
+    answer only, never in the reasoning. White space at the answer's start is the template's, and left out unless
+    `keep_space`. `tags` gives bytes to control tokens that mark reasoning: as tokens they have no text, and the
+    splitter would not see them.
     """
 
     def __init__(
@@ -136,6 +137,8 @@ class AnswerText:
         splitter: ReasoningSplitter | None = None,
         guard: Guard | None = None,
         tags: Mapping[int, bytes] | None = None,
+        *,
+        keep_space: bool = False,
     ) -> None:
         self.verdict: GuardVerdict | None = None
         self.tokens: list[int] = []
@@ -144,6 +147,7 @@ class AnswerText:
         self._splitter = splitter
         self._guard = guard
         self._tags = tags or {}
+        self._keep_space = keep_space
         self._cut = b""  # the beginning of a character whose other bytes have not come yet
         self._stops = StopStrings(stop)
         self._plain = splitter is None and not stop
@@ -206,7 +210,7 @@ class AnswerText:
         return deltas + self._show(self._stops.feed(text)) if text else deltas
 
     def _show(self, text: str) -> list[TextDelta]:
-        if not self._text:
+        if not self._text and not self._keep_space:
             text = text.lstrip()
         if not text:
             return []

@@ -158,7 +158,7 @@ class PromptBuilder:
             raise BadPrompt("A message has half a character (a lone surrogate): send whole Unicode text.") from None
         bos = self.source.bos_token
         add_bos = not (bos and rendered.startswith(bos))
-        return Prompt(parts=parts, add_bos=add_bos, thinking=opened, reasoning=style, stop=self._stop)
+        return Prompt(parts, add_bos, thinking=opened, reasoning=style, stop=self._stop, continues=bool(begun))
 
     def _folded(self, messages: Sequence[Message]) -> Sequence[Message]:
         """The conversation without what the template would drop or refuse, which is told in other words.

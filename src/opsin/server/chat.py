@@ -78,7 +78,7 @@ async def _prepare_text(body: schema.CompletionRequest, model: ModelManager, _: 
     json_schema = schema.schema_of(body.json_schema, settings.max_schema_bytes)
     params = schema.sampling(body, settings, body.max_tokens, logprobs=top, json_schema=json_schema)
     each = schema.choices(params, body.n, settings)
-    prompts = [Prompt((TextPart(text),)) for text in body.prompt]
+    prompts = [Prompt((TextPart(text),), continues=True) for text in body.prompt]
     return [(prompt, one) for prompt in prompts for one in each], _TextWriter(model.name, body)
 
 

@@ -211,7 +211,7 @@ class TextFormat(Sent):
 class ObjectFormat(Sent):
     """Any JSON object, or one that keeps to `schema`, as llama-server (or `value`, as Hugging Face) takes it."""
 
-    type: Literal["json_object"]
+    type: Literal["json_object", "json"]
     schema_: Schema | None = Field(None, validation_alias=AliasChoices("schema", "value"), serialization_alias="schema")
 
 

@@ -209,3 +209,27 @@ def test_a_forced_call_that_was_cut_is_a_call_with_what_is_there(stream: bool) -
             assert reason == "length"
 
     run(work())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_completion_keeps_its_white_space_and_agrees_with_its_logprobs(stream: bool) -> None:
+    async def work() -> None:
+        async with world(lambda _: " Paris. ") as w:
+            body: dict[str, Any] = {"prompt": "The capital of France is\x1e", "logprobs": 1}
+            if stream:
+                choices = [chunk["choices"][0] for chunk in (await w.stream("/v1/completions", **body))[:-1]]
+            else:
+                choices = (await w.post("/v1/completions", **body)).json()["choices"]
+            text = "".join(choice["text"] for choice in choices)
+            shown = [choice["logprobs"] for choice in choices if choice["logprobs"]]
+            tokens = [token for one in shown for token in one["tokens"]]
+            offsets = [offset for one in shown for offset in one["text_offset"]]
+            assert text == " Paris. "
+            assert "".join(tokens) == text
+            assert all(text[at:].startswith(token) for at, token in zip(offsets, tokens, strict=True))
+            # A chat's first space is the template's, unless its tokens are shown.
+            said = (await w.chat())["choices"][0]["message"]["content"]
+            shown = (await w.chat(logprobs=True))["choices"][0]["message"]["content"]
+            assert (said, shown) == ("Paris. ", " Paris. ")
+
+    run(work())
