@@ -8,7 +8,7 @@ export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc 2>/dev/null || sysctl -n hw.n
 # Where bytecode is not kept, every run compiles the package and rewrites the tests anew: a fifth of `make check`.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup setup-dev demo browser test test-full test-offload check format soak clean
+.PHONY: setup setup-dev demo browser test test-full test-clients test-offload check format soak clean
 
 setup: $(VENV)/.ready
 
@@ -40,6 +40,18 @@ test: setup-dev browser
 test-full: setup-dev
 	$(BIN)/python -m pytest -m full -s
 
+# Clients with environments of their own, in Python and JavaScript; needs npm.
+CLIENTS = tests/e2e/server/programs
+.clients/.ready: $(CLIENTS)/requirements.txt $(CLIENTS)/package.json
+	$(PYTHON) -m venv .clients/venv
+	.clients/venv/bin/python -m pip install --quiet --requirement $(CLIENTS)/requirements.txt
+	cp $(CLIENTS)/package.json .clients/
+	npm --prefix .clients install --silent --no-audit --no-fund
+	touch $@
+
+test-clients: setup-dev .clients/.ready
+	$(BIN)/python -m pytest -q tests/e2e/server/test_clients_programs.py tests/e2e/server/test_clients_second_turn.py
+
 # A build with a second device (Vulkan on Mesa's software device): proves where things run, without a GPU.
 .venv-offload/.ready: requirements.lock requirements-dev.lock pyproject.toml tests/offload/setup.sh
 	PYTHON="$(PYTHON)" tests/offload/setup.sh
@@ -69,4 +81,4 @@ soak: setup-dev
 	SOAK_MINUTES=$${SOAK_MINUTES:-30} $(BIN)/python -m pytest tests/soak -q -s --timeout 0
 
 clean:
-	rm -rf $(VENV) .venv-offload build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-offload .clients build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
