@@ -86,7 +86,7 @@ class _Front:
         model = ModelManager(settings, engine)
         watchers = [AccessLog(as_json=settings.log_json).finished, *(traces.finished for traces in tracing)]
         app = create_app(model, images, watchers=watchers, keys=keys)
-        server = http_server(app, settings.slow_reader_seconds)
+        server = http_server(app, settings.slow_reader_seconds, settings.trusted_proxies)
         serving = asyncio.create_task(server.serve(sockets=[self._listener]))
         try:
             return await self._watch(model)

@@ -97,6 +97,10 @@ class ServerSettings(EngineSettings):
     strict_model: bool = Field(False, description="refuse requests that name another model")
     strict_fields: bool = Field(False, description="refuse requests with fields that are not known")
 
+    root_path: str = Field("", description="path that a proxy puts before all addresses, as /opsin")
+    trusted_proxies: tuple[str, ...] = Field(
+        ("127.0.0.1", "::1"), description="addresses or networks whose X-Forwarded-For and -Proto count"
+    )
     allowed_hosts: tuple[str, ...] = Field((), description="names that the Host header may have, besides loopback")
     cors_origins: tuple[str, ...] = Field((), description="origins of other web pages that may ask, as https://name")
     fetch_images: bool = Field(False, description="fetch images from http(s) addresses")

@@ -48,12 +48,15 @@ def create_app(
         exception_handlers=HANDLERS,
     )
     app.state.model, app.state.images, app.state.queue, app.state.metrics = model, images, queue, metrics
+    app.state.root = f"/{path}" if (path := settings.root_path.strip("/")) else ""
     for one in (chat.router, responses.router, router):
         app.include_router(one)
     # The last one added is the outermost.
     app.add_middleware(Limits, settings=settings, routes=_ROUTES)
     app.add_middleware(SecurityMiddleware, settings=settings, keys=keys)
-    app.add_middleware(StatsMiddleware, watchers=(metrics.finished, *watchers), paths={route.path for route in _ROUTES})
+    paths = {route.path for route in _ROUTES}
+    watching = (metrics.finished, *watchers)
+    app.add_middleware(StatsMiddleware, watchers=watching, paths=paths, root_path=app.state.root)
     return app
 
 

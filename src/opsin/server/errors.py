@@ -105,7 +105,7 @@ def explain(error: Exception) -> tuple[int, str, str, str | None]:
 async def _respond(request: Request, error: Exception) -> Response:
     status, message, code, param = explain(error)
     if code == "not_found" and _NEARLY.fullmatch(request.url.path):
-        base = f"{request.url.scheme}://{request.url.netloc}/v1"
+        base = f"{request.url.scheme}://{request.url.netloc}{request.app.state.root}/v1"
         message = f"There is nothing at this address: the base URL of this API is {base}, so set that in your client."
     headers = dict(getattr(error, "headers", None) or {})
     if status in {429, 503}:

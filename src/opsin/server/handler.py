@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import Request
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from opsin.core.answer import Answer, Finished, TextDelta
@@ -377,13 +377,19 @@ class ModelManager:
 class StatsMiddleware:
     """Keeps the stats of each request to the API, also of those that no handler sees, and tells the watchers."""
 
-    def __init__(self, app: ASGIApp, watchers: Sequence[Watcher], paths: set[str]) -> None:
-        self._app, self._watchers, self._paths = app, watchers, paths
+    def __init__(self, app: ASGIApp, watchers: Sequence[Watcher], paths: set[str], root_path: str = "") -> None:
+        self._app, self._watchers, self._paths, self._root = app, watchers, paths, root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, and tell the watchers when its last byte is out."""
         if scope["type"] == "http":
-            scope = {**scope, "path": scope["path"].rstrip("/") or "/"}
+            if self._root and scope["path"] == self._root:  # where the page's relative addresses would lead elsewhere
+                await RedirectResponse(f"{self._root}/")(scope, receive, send)
+                return
+            path = scope["path"]
+            if path.startswith(f"{self._root}/"):  # some proxies cut it off, others leave it
+                path = path[len(self._root) :]
+            scope = {**scope, "path": path.rstrip("/") or "/"}
             # The HTTP server itself leaves out the body of what answers to HEAD.
             scope["method"] = "GET" if scope["method"] == "HEAD" else scope["method"]
         if scope["type"] != "http" or scope["method"] != "POST":

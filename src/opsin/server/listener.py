@@ -6,7 +6,7 @@ import contextlib
 import errno
 import ipaddress
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -25,7 +25,7 @@ KEEP_ALIVE_SECONDS = 75
 be the first to close, or a request crosses the close on its way and is lost."""
 
 
-def http_server(app: ASGIApp, slow_reader_seconds: float) -> uvicorn.Server:
+def http_server(app: ASGIApp, slow_reader_seconds: float, proxies: Sequence[str] = ()) -> uvicorn.Server:
     """Uvicorn with patient connections. It leaves signals alone: running answers end before the HTTP server does."""
     config = uvicorn.Config(
         app,
@@ -34,7 +34,8 @@ def http_server(app: ASGIApp, slow_reader_seconds: float) -> uvicorn.Server:
         lifespan="off",
         ws="none",
         http=type("Connection", (Connection,), {"patience": slow_reader_seconds}),
-        proxy_headers=False,
+        proxy_headers=bool(proxies),
+        forwarded_allow_ips=list(proxies),
         server_header=False,
         headers=[("X-Content-Type-Options", "nosniff")],
         backlog=BACKLOG,

@@ -1,6 +1,7 @@
 """What the server tells of itself, and how errors leave it."""
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -114,6 +115,30 @@ def test_an_address_without_the_base_or_with_two_is_told_the_base(path: str) -> 
                 reply = await w.client.request(method, path, json={})
                 assert reply.status_code == 404
                 assert "http://127.0.0.1:8000/v1" in reply.json()["error"]["message"]
+
+    run(work())
+
+
+@pytest.mark.parametrize("prefix", ["", "/tools/opsin"])
+def test_behind_a_proxy_everything_is_where_the_proxy_put_it(prefix: str) -> None:
+    """Whether it cuts its own path off or not; the page itself is made of relative addresses."""
+
+    async def work() -> None:
+        async with world(root_path="/tools/opsin") as w:
+            page = await w.client.get(f"{prefix}/")
+            assert page.status_code == 200
+            for address in re.findall(r'(?:href|src)="([^"]+)"', page.text):
+                assert not address.startswith("/"), address
+                assert (await w.client.get(f"{prefix}/{address}")).status_code == 200
+            script = (await w.client.get(f"{prefix}/page/api.js")).text
+            assert 'fetch("/' not in script
+            assert (await w.client.get(f"{prefix}/v1/models")).status_code == 200
+            reply = await w.post(f"{prefix}{CHAT}", messages=[{"role": "user", "content": "what?"}])
+            assert (reply.status_code, w.records[-1].route) == (200, CHAT)
+            hint = (await w.client.get(f"{prefix}/models")).json()["error"]["message"]
+            assert "http://127.0.0.1:8000/tools/opsin/v1" in hint
+            bare = await w.client.get("/tools/opsin", follow_redirects=False)
+            assert (bare.status_code, bare.headers["location"]) == (307, "/tools/opsin/")
 
     run(work())
 

@@ -20,13 +20,15 @@ Client = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 @asynccontextmanager
-async def serving(app: ASGIApp, keep_alive: float = LIMIT) -> AsyncIterator[Callable[[], Awaitable[Client]]]:
+async def serving(
+    app: ASGIApp, keep_alive: float = LIMIT, proxies: tuple[str, ...] = ()
+) -> AsyncIterator[Callable[[], Awaitable[Client]]]:
     """How to connect to the application; nobody is connected any more when the test ends."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         listener.listen()
-        server = http_server(app, PATIENCE)
+        server = http_server(app, PATIENCE, proxies)
         server.config.timeout_keep_alive = keep_alive  # type: ignore[assignment] # whole seconds are too long for a test
         running = asyncio.create_task(server.serve(sockets=[listener]))
         while not server.started:  # noqa: ASYNC110 - uvicorn tells nobody
@@ -68,6 +70,22 @@ async def end_of(reader: asyncio.StreamReader) -> bytes:
 
 def within_limit(test: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(asyncio.wait_for(test(), LIMIT))  # type: ignore[arg-type] # wait_for takes any awaitable
+
+
+@pytest.mark.parametrize(("proxies", "seen"), [(("127.0.0.1",), b"https"), (("10.0.0.0/8",), b"http"), ((), b"http")])
+def test_a_proxy_is_believed_if_it_is_trusted(proxies: tuple[str, ...], seen: bytes) -> None:
+    async def scheme(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"connection", b"close")]})
+        await send({"type": "http.response.body", "body": b"<" + scope["scheme"].encode() + b">"})
+
+    async def test() -> None:
+        async with serving(scheme, proxies=proxies) as connect:
+            reader, writer = await connect()
+            writer.write(REQUEST[:-2] + b"X-Forwarded-Proto: https\r\n\r\n")
+            assert b"<" + seen + b">" in await end_of(reader)
+            writer.close()
+
+    within_limit(test)
 
 
 @pytest.mark.parametrize("sent", [REQUEST[:-1], REQUEST[:1], REQUEST + REQUEST[:9]])

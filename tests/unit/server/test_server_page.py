@@ -91,7 +91,7 @@ def test_the_markup_holds_no_script_no_style_and_no_outside_address() -> None:
     markup.feed(TEXTS["index.html"])
     assert markup.inline == []
     assert markup.addresses
-    assert {address for address in markup.addresses if address.removeprefix("/page/") not in FILES} == set()
+    assert {address for address in markup.addresses if address.removeprefix("page/") not in FILES} == set()
 
 
 def test_scripts_find_every_element_that_they_ask_for() -> None:

@@ -21,16 +21,24 @@ function headers(more = {}) {
   return key ? { ...more, Authorization: `Bearer ${key}` } : more;
 }
 
+// A proxy may have put a path in front of all addresses.
+const ROOT = new URL("..", import.meta.url);
+
+/** Where a path of the server is from here. */
+export function at(path) {
+  return new URL(`.${path}`, ROOT);
+}
+
 /** Read a document; raises Refused. */
 export async function get(path) {
-  const response = await fetch(path, { headers: headers(), cache: "no-store" });
+  const response = await fetch(at(path), { headers: headers(), cache: "no-store" });
   if (!response.ok) throw await refusal(response);
   return response;
 }
 
 /** Ask, and yield the stream's events as they come; raises Refused. */
 export async function* ask(body, signal) {
-  const response = await fetch("/v1/chat/completions", {
+  const response = await fetch(at("/v1/chat/completions"), {
     method: "POST",
     headers: headers({ "Content-Type": "application/json" }),
     body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),

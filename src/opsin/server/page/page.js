@@ -1,6 +1,6 @@
 // The page's wiring: what people do, the conversation so far, and who is told.
 
-import { Refused, apiKey, ask, get } from "./api.js";
+import { Refused, apiKey, ask, at, get } from "./api.js";
 import { byId, el, share } from "./dom.js";
 import { Tray, dataAddress, shown } from "./images.js";
 import { Strip } from "./strip.js";
@@ -167,7 +167,7 @@ function startAfresh() {
 }
 
 async function takeExample() {
-  const blob = await (await fetch("/page/example.png")).blob();
+  const blob = await (await fetch(at("/page/example.png"))).blob();
   addFiles([new File([blob], "example.png", { type: "image/png" })]);
   if (question.value === "") question.value = "What do you see?";
 }
