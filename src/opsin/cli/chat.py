@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import typer
 
@@ -12,12 +18,18 @@ from opsin.cli import options as o
 from opsin.cli.ask import follow, opened, show_limits
 from opsin.cli.console import say, working
 from opsin.core.answer import Answer
-from opsin.core.errors import BadInput
-from opsin.core.request import SamplingParams
+from opsin.core.errors import BadInput, BadParameter, ContextOverflow
+from opsin.core.files import expand, write_whole
+from opsin.core.request import Image, SamplingParams
 from opsin.core.settings import EngineSettings
 from opsin.prompt import Message
 
-HELP = "Type a question; /image FILE adds an image to the next one, /new starts again, /bye or Ctrl-D ends."
+HELP = (
+    "Type a question; a path in it, or /image FILE, shows an image. /new starts again, /save FILE keeps what was said, "
+    "/bye or Ctrl-D ends; Ctrl-C stops an answer, and Alt-Enter begins a new line."
+)
+# In quotes, or with each space behind a backslash, as shells and file managers write paths.
+_WORD = re.compile(r"""'[^']*'|"(?:\\.|[^"\\])*"|(?:\\.|[^\s\\])+""")
 
 
 @o.flags_of(SamplingParams, *o.ANSWER)
@@ -35,45 +47,141 @@ def chat(
     params = o.given(SamplingParams, flags)
     with opened(flags) as opsin:
         begin = [Message("system", system)] if system else []
-        first = [opsin.image(source) for source in images or []]
-        said, new = begin, first
+        talk = _Talk(opsin, params, begin, [opsin.image(source) for source in images or []])
         say(HELP)
-        while (line := _read_line()) is not None:
-            command, _, rest = line.partition(" ")
+        read = _reader()
+        while (line := read()) is not None:
             try:
-                if command == "/image" and rest.strip():
-                    new = [*new, opsin.image(rest.strip())]
-                    say("(the image goes with your next question)")
-                elif command == "/new":
-                    said, new = begin, first
-                    say("(a new conversation about the same images)")
-                elif command.startswith("/"):
-                    say(HELP)
-                elif line:
-                    asked = [*said, Message("user", [*new, line])]
-                    if (answer := _answer(opsin, asked, params)) is not None:
-                        said, new = [*asked, Message("assistant", answer.text)], []
+                talk.take(line)
+            except ContextOverflow as error:
+                say(f"opsin: {error} /new starts a new conversation.")
             except BadInput as error:
                 say(f"opsin: {error}")
 
 
+class _Talk:
+    """What was said, and the images that go with the next question."""
+
+    def __init__(self, opsin: Opsin, params: dict[str, Any], begin: list[Message], first: list[Image]) -> None:
+        self._opsin, self._params = opsin, params
+        self._begin, self._first = begin, first
+        self._said, self._new = begin, first
+
+    def take(self, line: str) -> None:
+        """Do what a line says. Raises BadInput."""
+        command, _, rest = line.partition(" ")
+        sources, question = find_images(line)
+        if command == "/image" and rest.strip():
+            sources, more = find_images(rest)
+            names = [*sources, more] if more else sources
+            self._new = [*self._new, *map(self._opsin.image, names)]
+            say("(the image goes with your next question)")
+        elif command == "/new":
+            self._said, self._new = self._begin, self._first
+            say("(a new conversation about the same images)")
+        elif command == "/save" and rest.strip():
+            self._save(expand(unquoted(rest.strip())))
+        elif command.startswith("/") and not sources:
+            say(HELP)
+        elif line:
+            self._new = [*self._new, *map(self._opsin.image, sources)]
+            if question:
+                self._ask(question)
+            else:
+                say("(the image goes with your next question)")
+
+    def _ask(self, question: str) -> None:
+        asked = [*self._said, Message("user", [*self._new, question])]
+        if (answer := _answer(self._opsin, asked, self._params)) is not None:
+            self._said, self._new = [*asked, Message("assistant", answer.text)], []
+
+    def _save(self, path: Path) -> None:
+        """Write what was said as Markdown, over what was there."""
+        blocks = []
+        for message in self._said:
+            shown = [
+                f"(image of {part.width} x {part.height})" if isinstance(part, Image) else part
+                for part in message.parts
+            ]
+            blocks.append(f"**{message.role}:** " + " ".join(shown) + "\n")
+        try:
+            write_whole(path, "\n".join(blocks))
+        except OSError as error:
+            raise BadInput(f"{path} cannot be written: {error.strerror or error}.") from None
+        say(f"(saved in {path})")
+
+
+def find_images(line: str) -> tuple[list[str], str]:
+    """Paths of image files in a line, however they are quoted, and the rest of it."""
+    found: list[str] = []
+
+    def taken(word: re.Match[str]) -> str:
+        whole = unquoted(word[0])
+        for text in (whole, whole.rstrip("?!.,;:")):  # a question may end with the path
+            is_address = text.startswith("file://")
+            with contextlib.suppress(OSError, ValueError, BadParameter):  # a name that no file can have
+                path = Path(url2pathname(urlsplit(text).path)) if is_address else expand(text)
+                if (is_address or path.suffix or any(sign in text for sign in "/\\")) and path.is_file():
+                    found.append(str(path))
+                    return ""
+        return word[0]
+
+    rest = _WORD.sub(taken, line)
+    return found, " ".join(rest.split()) if found else line.strip()
+
+
+def unquoted(word: str) -> str:
+    """A word without its quotes or backslashes."""
+    if word[:1] == "'" == word[-1:] and len(word) > 1:
+        return word[1:-1]
+    inner = word[1:-1] if word[:1] == '"' == word[-1:] and len(word) > 1 else word
+    # On Windows a backslash separates folders.
+    return inner if sys.platform == "win32" else re.sub(r"\\(.)", r"\1", inner)
+
+
 def _answer(opsin: Opsin, messages: list[Message], params: dict[str, Any]) -> Answer | None:
     """The answer, shown as it comes; None if it was stopped with Ctrl-C."""
-    with working("thinking") as line:
-        stream = opsin.submit(messages, **params)
-        try:
+    stream = None
+    try:
+        with working("thinking") as line:
+            stream = opsin.submit(messages, **params)
             answer = follow(stream, line)
-        except KeyboardInterrupt:
+    except KeyboardInterrupt:
+        if stream is not None:
             stream.cancel()
-            say("(stopped)")
-            return None
+        say("(stopped)")
+        return None
     show_limits(answer)
     return answer
 
 
-def _read_line() -> str | None:
-    try:
-        line = input("> " if sys.stdin.isatty() else "").strip()
-    except (EOFError, KeyboardInterrupt):
-        return None
-    return None if line == "/bye" else line
+def _reader() -> Callable[[], str | None]:
+    """What reads the next line; on a terminal it can be edited, and earlier ones come back. None at the end."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return lambda: _ended(sys.stdin.readline())
+    from platformdirs import user_data_path
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+    from prompt_toolkit.key_binding import KeyBindings
+
+    keys = KeyBindings()
+    keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
+    history: Any = InMemoryHistory()
+    with contextlib.suppress(OSError):  # a home that cannot be written to has no history
+        folder = user_data_path("opsin", ensure_exists=True)
+        history = FileHistory(folder / "chat-history")
+    session: PromptSession[str] = PromptSession("> ", history=history, key_bindings=keys)
+
+    def read() -> str | None:
+        while True:
+            with contextlib.suppress(KeyboardInterrupt):  # an empty line, as in a shell
+                try:
+                    return _ended(session.prompt() + "\n")
+                except EOFError:
+                    return None
+
+    return read
+
+
+def _ended(line: str) -> str | None:
+    return None if not line or line.strip() == "/bye" else line.strip()
