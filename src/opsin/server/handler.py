@@ -115,11 +115,13 @@ class CompletionHandler(Response):
 
     async def _carry_out(self, send: Send) -> None:
         server, stats, key = self._request.app.state, self._stats, self._request.state.key
+        # Those who ask at once share alike: by their keys, or where there are none by their addresses.
+        who = key or getattr(self._request.client, "host", "")
         model: ModelManager = server.model
         queue: FairQueue = server.queue
         bucket: RateBucket = self._request.state.bucket
         with contextlib.ExitStack() as held:
-            images = RequestImages(server.images, key)
+            images = RequestImages(server.images, who)
             held.callback(images.hold, 0)
             model.enter()
             stats.model = model.name
@@ -134,7 +136,7 @@ class CompletionHandler(Response):
             # When the time is over it goes on without room: the engine ends it at once, and says why.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max_seconds):
-                    await queue.take(key, count)
+                    await queue.take(who, count)
                     held.callback(queue.leave, count)
             waited = time.perf_counter() - began
             # The time spent waiting counts towards the limit.

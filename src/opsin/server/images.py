@@ -97,6 +97,8 @@ class FairQueue:
             self._last_turn[waiter.key] = self._turn
             self._used += waiter.n
             waiter.granted.set_result(None)
+        if not self._used:
+            self._last_turn.clear()  # addresses are too many to be remembered for ever
 
 
 @dataclass(slots=True)

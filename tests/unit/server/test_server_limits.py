@@ -8,14 +8,14 @@ from typing import Any
 
 import httpx
 import pytest
-from api_driver import until
+from api_driver import CHAT, run, until, world
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from opsin.core.errors import QueueFull
 from opsin.core.settings import ServerSettings
-from opsin.server.images import FairQueue
+from opsin.server.images import FairQueue, RequestImages
 from opsin.server.middleware import Limits
 from opsin.testing import FakeClock
 
@@ -221,3 +221,35 @@ def test_who_leaves_gives_room_back() -> None:
         assert (queue.waiting, queue._used) == (0, 0)
 
     asyncio.run(go())
+
+
+def test_without_keys_each_address_is_somebody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One client that asked for much took all turns, as everybody without a key was one."""
+    asked: list[str] = []
+    take, make = FairQueue.take, RequestImages.__init__
+
+    async def taken(self: FairQueue, key: str, n: int) -> None:
+        asked.append(key)
+        await take(self, key, n)
+
+    def made(self: RequestImages, loader: Any, key: str) -> None:
+        asked.append(key)
+        make(self, loader, key)
+
+    monkeypatch.setattr(FairQueue, "take", taken)
+    monkeypatch.setattr(RequestImages, "__init__", made)
+
+    async def work() -> None:
+        async with world() as w:
+            for address in ("192.0.2.1", "192.0.2.2"):
+                transport = httpx.ASGITransport(w.app, client=(address, 1234))
+                async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client:
+                    await client.post(CHAT, json={"messages": [{"role": "user", "content": "?"}]})
+        async with world(keys=("secret",)) as w:
+            headers = {"authorization": "Bearer secret"}
+            await w.post(messages=[{"role": "user", "content": "?"}], headers=headers)
+
+    run(work())
+    assert asked[:4] == ["192.0.2.1"] * 2 + ["192.0.2.2"] * 2
+    assert len(set(asked[4:])) == 1
+    assert len(asked[-1]) == 16
