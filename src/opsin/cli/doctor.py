@@ -65,7 +65,7 @@ def explain(
     *,
     as_json: o.AsJson = False,
 ) -> None:
-    """Say why a request was slow, from a log of llama-cpp-python, llama-server, llama-mtmd-cli, Ollama or Opsin."""
+    """Say why a request was slow, from a log of llama.cpp, llama-cpp-python, Ollama, LM Studio or Opsin."""
     with sys.stdin.buffer if log == "-" else Path(log).open("rb") as stream:
         explanation = read(stream)
     if as_json:

@@ -11,7 +11,7 @@ from opsin.core.answer import Stage
 _FEW = 3  # stages that make an account of Opsin; any program may print one "total_ms"
 _TITLES = {"load": "load model", "fetch": "fetch image", "encode": "vision encode"}
 _LEAST_MS = 0.05
-Timer = Literal["print_timings", "perf", "server", "ollama", "opsin", ""]
+Timer = Literal["print_timings", "perf", "server", "ollama", "lmstudio", "opsin", ""]
 
 
 class Batch(NamedTuple):
@@ -37,7 +37,9 @@ class Request:
     """What one request says of itself; None where the log is silent. `line`: where it began.
 
     `wall_ms` is what the caller measured, other times are the tool's timers. `*_n` are what these counted, `*_tokens`
-    what `usage` says. `kv_full`: how often a batch found no cells.
+    what `usage` says. `kv_full`: how often a batch found no cells. `joined_ms`: a load that another line tells, and
+    that it waited for. `unfinished`: the log ends first, and times are those of its last line of progress. `reusable`
+    tokens of the prompt were cached. `thought` and `spoke`: the answer has thinking, and other words.
     """
 
     line: int = 0
@@ -62,6 +64,15 @@ class Request:
     shifts: int = 0
     kv_full: int = 0
     reprocessed: bool = False
+    reusable: int | None = None
+    joined_ms: float | None = None
+    unfinished: bool = False
+    progress: float | None = None
+    draft_n: int | None = None
+    draft_ok: int = 0
+    reasoning_n: int | None = None
+    thought: bool = False
+    spoke: bool = False
     encode_ms: tuple[float, ...] = ()
     batches: tuple[Batch, ...] = ()
     stages: Mapping[str, float] = field(default_factory=dict)
@@ -70,8 +81,14 @@ class Request:
     def tells(self) -> bool:
         """It holds a time of a stage, or an event; a lone "took 5 s" may be anybody's."""
         timers = (self.prompt_ms, self.eval_ms, self.total_ms, self.processed_ms, self.wall_ms if self.timer else None)
-        events = self.shifts or self.reprocessed or self.truncated or self.kv_full > 0
+        events = self.shifts or self.reprocessed or self.truncated or self.kv_full > 0 or self.progress
         return any(timers) or bool(self.image or events) or len(self.stages) >= _FEW
+
+    @property
+    def timed(self) -> bool:
+        """A stage of the model has a time; an HTTP server tells only the whole, and a load."""
+        parts = self.prompt_ms or self.eval_ms or self.image or self.before_timer or self.between
+        return bool(parts or self.stages)
 
     @property
     def answer_n(self) -> int:
@@ -106,7 +123,7 @@ class Request:
     @property
     def counts_encoder(self) -> bool:
         """The prompt's timer holds an encoder time that the log does not tell."""
-        return self.timer in {"server", "ollama"} and not self.image
+        return self.timer in {"server", "ollama"} and not self.image and not self.stages
 
     @property
     def hidden_prompt(self) -> bool:
@@ -116,9 +133,10 @@ class Request:
     @property
     def before_timer(self) -> float | None:
         """Milliseconds of wall time before the timers were set to zero: image and prompt, in some handlers."""
-        if self.wall_ms is None or self.total_ms is None or self.total_ms > self.wall_ms:
+        wall, total = self.wall_ms, self.total_ms
+        if wall is None or total is None or total > wall or self.timer in {"server", "ollama"}:
             return None
-        return self.wall_ms - self.total_ms if self.hidden_prompt else None
+        return wall - total if self.hidden_prompt else None
 
     @property
     def between(self) -> float:
@@ -130,7 +148,7 @@ class Request:
     @property
     def loading(self) -> float:
         """Milliseconds of loading that the request waited for: llama.cpp's own "load time" is none of it."""
-        return (self.load_ms or 0.0) if self.timer in {"ollama", "opsin", ""} else 0.0
+        return self.joined_ms or (self.load_ms or 0.0) * (self.timer in {"ollama", "opsin", ""})
 
     @property
     def prompt_only(self) -> float:
@@ -150,8 +168,8 @@ class Request:
         parts = self.loading + self.prompt_only + self.image + self.rest
         return self.wall_ms or max(self.total_ms or 0.0, parts)
 
-    def table(self) -> tuple[StageRow, ...]:
-        """The stages in the order in which they ran; they add up, and the last is what none of them claims."""
+    def table(self, vision: bool = True) -> tuple[StageRow, ...]:
+        """The stages in their order; they add up, and the last is what none claims. `vision`: there is an encoder."""
         if self.stages:
             times = {stage.value: self.stages.get(stage.value, 0.0) for stage in Stage}
             rows = [StageRow(_TITLES.get(name, name.replace("_", " ")), ms) for name, ms in times.items()]
@@ -164,16 +182,19 @@ class Request:
             StageRow("before the timer", self.before_timer or 0.0, "image and prompt, by the wall clock", at_most=True),
             StageRow("vision encode", self.encoded, told if images else ""),
             StageRow("image prefill", self.decoded, f"{batches} batches" if batches > 1 else ""),
-            StageRow(f"prompt{' (and images)' * self.counts_encoder}", self.prompt_only, rate),
+            StageRow(f"prompt{' (and images)' * (vision and self.counts_encoder)}", self.prompt_only, rate),
             StageRow("decode", self.eval_ms or 0.0, _rate(self.eval_n, self.eval_ms or 0.0)),
             StageRow("sample", self.sample_ms or 0.0),
         ]
         rest = self.whole - sum(row.ms for row in rows)
-        rows.append(StageRow("between tokens" if self.between else "other", rest, "in none of the timers"))
+        name = "other" if self.prompt_ms or self.eval_ms or not self.wall_ms else "not timed"
+        rows.append(StageRow("between tokens" if self.between else name, rest, "in none of the timers"))
         return tuple(row for row in rows if row.ms >= _LEAST_MS)
 
 
 def _rate(count: int | None, ms: float) -> str:
+    if (count or 0) < 8:  # what a few tokens take is the start of a batch, not a speed
+        return f"{count} token(s)" if count else ""
     return f"{count:,} tokens, {count / ms * 1e3:,.2f} token/s" if count and ms > 0 else ""
 
 
@@ -181,24 +202,48 @@ def _rate(count: int | None, ms: float) -> str:
 class Setup:
     """Placement, build and memory; None and empty where the log is silent. `faults` are major page faults.
 
-    `layers_on` of `layers` are on a GPU. `loads` counts loads of one model, `load_s` are the seconds that are known.
+    `layers_on` of `layers` are on a GPU, `asked_layers` are what a command line asked for. `loads` counts loads of one
+    model, `load_s` are the seconds that are known. `short_of` is whose memory llama.cpp or its front end found short.
+    `unlisted`: the encoder has operations that fall back, and the log does not name them.
     """
 
     clip: str | None = None
     layers_on: int | None = None
     layers: int = 0
+    asked_layers: int = -1
+    vision: bool = False
+    thinking: bool = False
+    swa: int = 0
     gpu: bool = False
     no_gpu_build: bool = False
     parked: str | None = None
     unsupported: tuple[str, ...] = ()
+    unlisted: bool = False
+    device: str | None = None
+    splits: int = 0
+    nodes: int = 0
     flash: bool | None = None
     flash_failed: bool = False
+    flash_where: str = ""
     threads: int = 0
     processors: int = 0
     debug: bool = False
     loads: int = 0
     load_s: tuple[float, ...] = ()
     no_memory: bool = False
+    short_of: str | None = None
+    no_vram: bool = False
+    no_device: bool = False
+    cpu_share: int = 0
+    vram_free: str | None = None
+    vram_need: str | None = None
+    vram_total: str | None = None
+    vram_start: str | None = None
+    load_failed: bool = False
+    client_gone: bool = False
+    too_long: int = 0
+    too_long_for: int = 0
+    warning_line: int = 0
     prompt_limit: int = 0
     prompt_length: int = 0
     faults: int = 0
@@ -208,7 +253,8 @@ class Setup:
     @property
     def known(self) -> bool:
         """Something that only llama.cpp and its front ends say; any program runs out of memory, or is timed."""
-        return replace(self, no_memory=False, debug=False, faults=0, cpu_percent=None, elapsed_s=None) != Setup()
+        machine = replace(self, debug=False, faults=0, cpu_percent=None, elapsed_s=None, processors=0)
+        return replace(machine, no_memory=False, warning_line=0, client_gone=False, vision=False) != Setup()
 
     @property
     def on_gpu(self) -> bool:
@@ -225,6 +271,8 @@ class Facts:
     requests: tuple[Request, ...]
     count: int
     worst: Request
+    refused: Mapping[int, int] = field(default_factory=dict)  # how often, by the HTTP error
+    refusal: str = ""  # what the server said to the first
 
     @property
     def position(self) -> int:

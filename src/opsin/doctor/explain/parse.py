@@ -31,8 +31,11 @@ _DATE = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,]\d{1,9})?", re.ASCI
 # Values of answers are found by their names, so that a pretty-printed answer, a Python dictionary and an answer inside
 # another log line all serve.
 _PAIR = re.compile(
-    r"""(?<!\\)["']([a-z_]{4,24})(?<!\\)["']\s*:\s*(?:(\d{1,18}(?:\.\d{1,18})?)|["']([^"'\\]{1,40})["'])"""
+    r"""(?<!\\)["']?\b([a-z_]{4,24})(?<!\\)["']\s*:\s*(?:(\d{1,18}(?:\.\d{1,18})?)|["']([^"'\\]{1,40})["'])"""
 )
+# The first word of what an answer says and thinks, and who says it. A chunk of a stream names its answer, or has none.
+_SAID = re.compile(r'"(role|content|reasoning_content|reasoning|thinking)"\s*:\s*"([^"]{0,9})')
+_ID = re.compile(r'"id"\s*:\s*"([^"]{1,80})"')
 _ENDS = frozenset({"finish_reason", "done_reason"})
 _GO = re.compile(r"(\d{1,12}(?:\.\d{1,12})?)(h|ms|m|µs|us|μs|ns|s)")
 _GO_MS = {"h": 3.6e6, "m": 6e4, "s": 1e3, "ms": 1.0, "µs": 1e-3, "μs": 1e-3, "us": 1e-3, "ns": 1e-6}
@@ -61,13 +64,15 @@ def parse(stream: BinaryIO) -> Facts:
         reader.feed(number, text)
     book, setup = reader.book, Setup(**reader.found)
     book.finish(*book.open)
-    if not book.count and not setup.known:
+    if not book.count and not setup.known and not (book.refused and reader.rank < len(_TOOLS)):
         raise BadInput(
             "this log holds nothing that opsin explain knows: give it the whole output of llama-cpp-python "
-            "(verbose=True), llama-server, llama-mtmd-cli, Ollama or Opsin, with its timings"
+            "(verbose=True), llama-server, llama-mtmd-cli, Ollama, LM Studio or Opsin, with its timings"
         )
     tool = _TOOLS[reader.rank][0] if reader.rank < len(_TOOLS) else "llama.cpp"
-    return Facts(tool, setup, tuple(book.done), book.count, book.slowest)
+    # Ollama's client and another tool may stand in one file: the request that is explained tells whose it is.
+    tool = "Ollama" if book.slowest.timer == "ollama" else tool
+    return Facts(tool, setup, tuple(book.done), book.count, book.slowest, book.refused, book.refusal)
 
 
 def _lines(stream: BinaryIO) -> Iterator[tuple[int, str]]:
@@ -100,6 +105,11 @@ class _Book:
 
     def __init__(self) -> None:
         self.line = 0
+        self.text = self.stamp = ""  # the line in hand, and the last one that may begin with a date
+        self.same = False  # the line in hand goes on with an answer: its values replace those before
+        self.refused: dict[int, int] = {}
+        self.refusal = ""
+        self.load_ms: float | None = None  # the next request that the HTTP server tells waited for this
         self._n_ctx: int | None = None
         self.done: list[Request] = []
         self.count = 0
@@ -121,7 +131,10 @@ class _Book:
         """Add values that a request has once."""
         kept = {name: value for name, value in values.items() if value is not None}
         current = self._current()
-        if any(name in current and current[name] != value for name, value in kept.items() if name != "timer"):
+        again = any(name in current and current[name] != value for name, value in kept.items() if name != "timer")
+        # Two tools in one file: a request has either Ollama's times or those of llama.cpp.
+        again |= {"timer"} <= kept.keys() & current.keys() and "ollama" in {kept["timer"]} ^ {current["timer"]}
+        if again and not self.same:
             self.finish(self._task)
         self._current().update(kept)
 
@@ -140,6 +153,39 @@ class _Book:
             total = current.get(name, type(amount)()) + amount
             current[name] = total[:_MANY] if isinstance(total, tuple) else total
 
+    def shift(self, limit: int | None = None, discarded: int = 0) -> None:
+        """The context was full, and its older part was thrown away. Two shifts and their clocks tell the speed."""
+        self.event(shifts=1)
+        now = _clock(self.text) or 0.0
+        self.once(n_ctx=limit, shifted_from=now)
+        self._current().update(shifted_to=now, shifted_by=discarded)
+
+    def progress(self, **values: float) -> None:
+        """How far a request is that may be unfinished when the log ends."""
+        values["progress_s"] = values.pop("progress_percent", 100 * values.get("progress_s", 1)) / 100
+        if self.has("eval_ms") or values["progress_s"] < self.open.get(self._task, {}).get("at progress_s", 0.0):
+            self.finish(self._task)
+        if "decoded" not in values:
+            values["prompt_to"] = _clock(self.text) or _clock(self.stamp) or 0.0
+            self.once(begun=(values["prompt_to"], values.get("prompt_at", 0)))
+        self._current().update({f"at {name}": value for name, value in values.items()})
+
+    def http(self, status: int = 200, wall_ms: float | None = None, why: str = "") -> None:
+        """A line of an HTTP server: what it refused, or how long a request took in all."""
+        self.refusal = self.refusal or why
+        if status >= 400 and not why:
+            self.refused[status] = self.refused.get(status, 0) + 1
+        if wall_ms is None or 400 <= status < 500:
+            return
+        told = self.open.get(self._task, {})
+        total, ollama = told.get("total_ms") or 0.0, told.get("timer") == "ollama"
+        # What Ollama's client tells beside it is the same request if it took as long.
+        if "wall_ms" in told or total > 1.02 * wall_ms + 1 or (ollama and 0 < total < 0.8 * wall_ms):
+            self.finish(self._task)
+        load, self.load_ms = self.load_ms, None
+        self._current().update(timer="ollama", wall_ms=wall_ms)  # Ollama's llama-server may have told the times
+        self.once(joined_ms=min(load, wall_ms) if load is not None and load <= 1.05 * wall_ms else None)
+
     def has(self, name: str) -> bool:
         """The request in hand has this value already."""
         return name in self.open.get(self._task, {})
@@ -149,6 +195,7 @@ class _Book:
         for task in tasks or (self._task,):
             values = self.open.pop(task, {})
             times = {name: values.pop(f"stage {name}") for name in _STAGES if f"stage {name}" in values}
+            values = _unfinished(values)
             request = Request(**values, stages=times)
             if request.tells:
                 self.count += 1
@@ -160,6 +207,27 @@ class _Book:
         if self._n_ctx is not None:
             current.setdefault("n_ctx", self._n_ctx)
         return current
+
+
+def _unfinished(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a request; times and counts that no timer told are those of its last line of progress."""
+    at = {name[3:]: values.pop(name) for name in list(values) if name.startswith("at ")}
+    since, until, shifted, begun = (values.pop(n, 0) for n in ("shifted_from", "shifted_to", "shifted_by", "begun"))
+    if "eval_ms" in values or "total_ms" in values:
+        return values
+    if at.get("decoded_per_s"):
+        values |= {"eval_n": at["decoded"], "eval_ms": at["decoded"] / at["decoded_per_s"] * 1e3, "unfinished": True}
+    elif shifted and until and until > since:
+        count = (values["shifts"] - 1) * shifted  # what is thrown away had been generated since the last shift
+        values |= {"eval_n": count, "eval_ms": (until - since) * 1e3, "unfinished": True}
+    if "prompt_ms" not in values and "progress_s" in at:
+        values |= {"progress": at["progress_s"], "unfinished": True}
+        if at.get("prompt_s"):
+            values |= {"prompt_ms": at["prompt_s"] * 1e3, "prompt_n": round(at["prompt_s"] * at["prompt_per_s"])}
+        elif begun and at["prompt_to"] > begun[0]:
+            told = at.get("prompt_at", 0) - begun[1]  # LM Studio tells no tokens
+            values |= {"prompt_ms": (at["prompt_to"] - begun[0]) * 1e3, "prompt_n": told or None}
+    return values
 
 
 class _Reader:
@@ -175,10 +243,13 @@ class _Reader:
         self._models: dict[str, int] = {}
         self._model = ""
         self._sizes: dict[tuple[str, str], int] = {}
+        self._started: dict[str, float] = {}
+        self._stream = self._role = ""
 
     def feed(self, number: int, line: str) -> None:
         """One line that may hold a fact."""
-        self.book.line = number
+        self.book.line, self.book.text = number, line[:_LONGEST_FACT]
+        self.book.stamp = line[:40] if line.startswith("20") else self.book.stamp
         self.rank = next((i for i, (_name, mark) in enumerate(_TOOLS[: self.rank]) if mark.search(line)), self.rank)
         text = line[:_LONGEST_FACT]
         for how, pattern, says in _LINES:
@@ -188,6 +259,8 @@ class _Reader:
                 keep(**says, **told)
         if found := _PATTERNS["timer"].search(text):
             self._timer(found, text[: found.start()])
+        if _PATTERNS["warning"].search(text) and not _PATTERNS["harmless"].search(text):
+            self.found.setdefault("warning_line", number)
         self._unsupported(text)
         self._loads(text)
         self._image(text)
@@ -226,14 +299,19 @@ class _Reader:
             self._models[self._model] -= 1
             self._loading_since = None
         elif found := _PATTERNS["started"].search(text):
+            at = _clock(text) or 0.0
             self._loading_since = None
-            self._loaded(float(found["load_s"]))
+            self.book.load_ms = float(found["load_s"]) * 1e3
+            # A collector may write a line twice: the same seconds at the same time are one load.
+            if abs(self._started.get(found["load_s"], -9.0) - at) > 1.0 and len(self._started) < _MANY:
+                self._started[found["load_s"]] = at
+                self._loaded(float(found["load_s"]))
         elif self._loading_since is not None and _PATTERNS["begun"].search(text):
             since, self._loading_since = self._loading_since, None
             if (now := _clock(text)) is not None and now >= since:
                 self._loaded(now - since)
-        if self._models:
-            self.found["loads"] = max(self._models.values())
+        if self._models or self._started:
+            self.found["loads"] = max(*self._models.values(), len(self._started), 1)
 
     def _loaded(self, seconds: float) -> None:
         self.found["load_s"] = (*self.found.get("load_s", ()), seconds)[:_MANY]
@@ -256,11 +334,16 @@ class _Reader:
     def _answer(self, line: str) -> None:
         """OpenAI's `usage`, llama-server's `timings`, Ollama's durations, and Opsin's stages."""
         book, pairs = self.book, _PAIR.findall(line)
-        if book.has("finish") and any(word and name in _ENDS for name, _number, word in pairs):
+        chunk = _ID.search(line) if "chat.completion.chunk" in line else None
+        stream = chunk[1] if chunk else ""
+        book.same, self._stream = bool(stream) and stream == self._stream, stream or self._stream
+        self._said(line)
+        if book.has("finish") and not book.same and any(word and name in _ENDS for name, _number, word in pairs):
             book.finish()
         for name, number, word in pairs:
             if word and name in _ENDS:
                 book.once(finish=word)
+                self._role = ""
             elif number and name in _TIMES:
                 field, factor, timer = _TIMES[name]
                 book.put(timer=timer, **{field: float(number) * factor})
@@ -269,6 +352,17 @@ class _Reader:
             elif number and name.endswith("_ms") and name[:-3] in _STAGES:
                 book.put(**{f"stage {name[:-3]}": float(number)})
                 book.once(wall_ms=float(number) if name == "total_ms" else None)
+        book.same = False
+
+    def _said(self, line: str) -> None:
+        """Whether an answer has words, and thinking; what a question says is neither."""
+        for name, word in _SAID.findall(line):
+            if name == "role":
+                self._role = word
+            elif word and (name != "content" or self._role not in {"user", "system", "tool", "developer"}):
+                if self.book.has("finish") and self.book.has("completion_tokens") and not self.book.same:
+                    self.book.finish()
+                self.book.once(**{"spoke" if name == "content" else "thought": True})
 
     def _access(self, found: re.Match[str]) -> None:
         """A line of Opsin's access log."""
