@@ -1,7 +1,12 @@
 """`opsin ask` as a user types it, in a process of its own, on the shipped demo model."""
 
+import csv
+import io
 import itertools
 import json
+import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -48,8 +53,9 @@ def test_an_image_asked_about_yesterday_is_not_encoded_today(opsin_env: dict[str
 
 
 def test_the_timeline_and_the_honest_line_go_to_standard_error(opsin_env: dict[str, str]) -> None:
-    done = opsin(opsin_env, "ask", IMAGE, "What is in this picture?")
-    shown = done.stderr.decode()
+    quiet = opsin(opsin_env, "ask", IMAGE, "What is in this picture?").stderr.decode()
+    assert "load model" not in quiet, "a timeline is for a terminal"
+    shown = opsin(opsin_env, "ask", IMAGE, "What is in this picture?", "--timeline").stderr.decode()
     assert "demo model for drawn scenes" in shown
     assert "opsin pull" in shown
     for row in (
@@ -115,6 +121,126 @@ def test_together_asks_once(opsin_env: dict[str, str]) -> None:
     assert len(row["images"]) == 2
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Images and other things, with names that sort in two ways."""
+    shots = tmp_path / "shots"
+    (shots / "sub").mkdir(parents=True)
+    for name in ("p10.png", "p2.png", "x.jfif", ".hidden.png", "._p2.png", "sub/deep.JPE"):
+        shutil.copy(IMAGE, shots / name)
+    for name in ("raw.cr2", "doc.pdf"):
+        (shots / name).write_bytes(b"%PDF-1.7")
+    return shots
+
+
+def test_a_folders_captions_come_with_their_names_in_natural_order(opsin_env: dict[str, str], folder: Path) -> None:
+    done = opsin(opsin_env, "ask", str(folder), "what is this?")
+    lines = [line.split("\t") for line in done.stdout.decode().splitlines()]
+    assert [Path(name).name for name, _ in lines] == ["p2.png", "p10.png", "x.jfif"]
+    assert all(caption for _, caption in lines)
+    said = done.stderr.decode()
+    assert "(2 files were left out, no image that can be read: doc.pdf, raw.cr2)" in said
+    assert "(1 folder was left out, -r reads folders, too: sub)" in said
+    assert "(3 of 3 done in" in said
+    assert "hidden" not in said
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "md"])
+def test_formats_have_a_row_for_every_image_and_every_failure(
+    opsin_env: dict[str, str], folder: Path, form: str
+) -> None:
+    (folder / "p3.png").write_bytes(b"no image")
+    done = opsin(opsin_env, "ask", str(folder), "-r", "what is this?", "--format", form, code=1)
+    out = done.stdout.decode()
+    names = ["p2.png", "p3.png", "p10.png", "deep.JPE", "x.jfif"]
+    if form == "jsonl":
+        rows = [json.loads(line) for line in out.splitlines()]
+        assert [Path(row["source"]).name for row in rows] == names
+        assert [bool(row["error"]) for row in rows] == [name == "p3.png" for name in names]
+    elif form == "csv":
+        table = list(csv.DictReader(io.StringIO(out)))
+        assert [Path(row["source"]).name for row in table] == names
+        assert [bool(row["error"]) for row in table] == [not row["text"] for row in table]
+    else:
+        cells = [line.strip("| ").split(" | ") for line in out.splitlines()]
+        assert cells[:2] == [["Image", "Answer"], ["---", "---"]]
+        assert [Path(row[0]).name for row in cells[2:]] == names
+        assert cells[3][1].startswith("Error: ")
+    assert "(5 of 5 done, 1 failed in" in done.stderr.decode()
+
+
+def test_what_was_done_to_an_image_is_told(opsin_env: dict[str, str], tmp_path: Path) -> None:
+    white = Image.new("RGBA", (40, 40), (255, 255, 255, 0))
+    white.paste((255, 255, 255, 255), (10, 10, 20, 20))
+    white.save(tmp_path / "a.png")
+    Image.open(IMAGE).convert("RGB").save(
+        tmp_path / "b.gif", save_all=True, append_images=[Image.new("RGB", (448, 448))]
+    )
+    note = "transparent parts were filled with black"
+    done = opsin(opsin_env, "ask", str(tmp_path / "a.png"), "what is this?")
+    assert f"({note})" in done.stderr.decode()
+    done = opsin(opsin_env, "ask", str(tmp_path), "what is this?", "--max-tokens", "4")
+    assert f"({tmp_path}/a.png: {note})" in done.stderr.decode()
+    rows = map(json.loads, opsin(opsin_env, "ask", str(tmp_path), "what?", "--json").stdout.splitlines())
+    several = "only the first of 2 frames or pages was read"
+    assert [row["images"][0]["notes"] for row in rows] == [[note], [several]]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_half_a_json_document_is_an_error(opsin_env: dict[str, str], tmp_path: Path, several: bool) -> None:
+    (tmp_path / "s.json").write_text('{"type": "array", "items": {"type": "boolean"}, "minItems": 90}')
+    env = {**opsin_env, "HOME": str(tmp_path)}
+    asked = ["ask", *[IMAGE] * (1 + several), "what?", "--json-schema=~/s.json", "--max-tokens", "4"]
+    assert opsin(env, *asked, code=1 if several else 4).stdout == b""
+    done = opsin(env, *asked, "--json", code=1 if several else 4)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(row["error"]["code"], row["text"]) for row in rows] == [("constraint_failed", None)] * (1 + several)
+
+
+def test_a_quoted_tilde_is_the_home_folder(opsin_env: dict[str, str], folder: Path) -> None:
+    env = {**opsin_env, "HOME": str(folder)}
+    assert opsin(env, "ask", "~/p2.png", "what?", "--json", "--max-tokens", "4").stdout
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["-V"], ["-h"], ["help"], ["help", "ask"], ["ask", "-h"]])
+def test_help_and_version_end_well(opsin_env: dict[str, str], arguments: list[str]) -> None:
+    assert opsin(opsin_env, *arguments).stdout
+
+
+def test_a_reader_who_leaves_a_long_run_ends_it_without_words(opsin_env: dict[str, str], tmp_path: Path) -> None:
+    code, images = tmp_path / "code", " ".join([IMAGE] * 30)
+    ask = f"opsin ask {images} 'what?' --json 2>{tmp_path}/said; echo $? > {code}"
+    shell(opsin_env, f"({ask}) | head -c1", 0)
+    assert code.read_text().strip() == "141"
+    assert "opsin:" not in (tmp_path / "said").read_text()
+
+
+@pytest.mark.parametrize("module", ["typer.main", "opsin.cli.app", "rich.console", "opsin.api"])
+def test_an_early_interrupt_ends_without_a_traceback(opsin_env: dict[str, str], module: str) -> None:
+    """As soon as this module was imported, most of them in the first 0.1 s."""
+    command = [sys.executable, "-X", "importtime", "-m", "opsin", "ask", *[IMAGE] * 500, "what?", "--json"]
+    with subprocess.Popen(command, env=opsin_env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        while not re.search(rf"\| +{re.escape(module)}\n", process.stderr.readline().decode()):
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 130
+    assert "Traceback" not in said
+
+
+def test_an_interrupted_run_says_how_far_it_came(opsin_env: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "opsin", "ask", *[IMAGE] * 3000, "what?", "--json", "--max-tokens", "4"]
+    with subprocess.Popen(command, env=opsin_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        for _ in range(3):
+            process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 130
+    assert re.search(r"stopped: \d+ of 3,000 done", said)
+
+
 def test_a_folder_is_all_its_images(opsin_env: dict[str, str], tmp_path: Path) -> None:
     for name in ("a.png", "b.jpg"):
         Image.new("RGB", (64, 64), "white").save(tmp_path / name)
@@ -160,6 +286,16 @@ def test_native_logs_are_silent_without_verbose_and_whole_with_it(opsin_env: dic
     [
         (["nowhere.png", "what?"], 2, "nowhere.png"),
         ([IMAGE], 2, "question is missing"),
+        ([IMAGE, IMAGE], 2, "question is missing"),
+        ([IMAGE, "nowhere.PNG"], 2, "question is missing"),
+        (["nowhere.png", "what?", "--model", "nowhere.gguf"], 2, "nowhere.png"),
+        (["nowhere.png", "no.png", "what?", "--model", "nowhere.gguf"], 1, "2 of 2 done, 2 failed"),
+        ([IMAGE, "  ", "--model", "nowhere.gguf"], 2, "question is empty"),
+        ([IMAGE, "what?", "--max-tokens", "-1", "--model", "nowhere.gguf"], 2, "max_tokens"),
+        ([IMAGE, "what?", "--temperature", "99", "--model", "nowhere.gguf"], 2, "temperature"),
+        ([IMAGE, "what?", "--json-schema=~/nowhere.json"], 2, str(Path("~/nowhere.json").expanduser())),
+        ([IMAGE, IMAGE, "what?", "--kv-type", "q9"], 2, "kv_type"),
+        ([IMAGE, IMAGE, "what?", "--model", "nowhere.gguf"], 3, "nowhere.gguf"),
         (["what is this?"], 2, "image is missing"),
         ([IMAGE, "  "], 2, "question is empty"),
         ([IMAGE, "what?", "--temperature", "-1"], 2, "temperature"),
@@ -200,9 +336,11 @@ def shell(env: dict[str, str], line: str, code: int) -> subprocess.CompletedProc
 @pytest.mark.parametrize(
     ("line", "code", "says"),
     [
-        ("opsin ask {image} 'what is this?' > /dev/full", 2, "No space left"),
-        ("opsin models > /dev/full", 2, "No space left"),
-        ("opsin ask {image} 'what is this?' >&-", 2, "standard output"),
+        ("opsin ask {image} 'what is this?' > /dev/full", 1, "No space left"),
+        ("opsin ask {image} {image} 'what is this?' --json > /dev/full", 1, "No space left"),
+        ("opsin ask {image} 'what is this?' --format csv > /dev/full", 1, "No space left"),
+        ("opsin models > /dev/full", 1, "No space left"),
+        ("opsin ask {image} 'what is this?' >&-", 1, "standard output"),
         ("opsin ask - 'what is this?' <&-", 2, "is empty"),
         ("opsin ask - 'what is this?' < /dev/zero", 2, "is larger than"),
     ],

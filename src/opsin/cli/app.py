@@ -62,11 +62,11 @@ class LazyGroup(TyperGroup):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-app = new_app(cls=LazyGroup, no_args_is_help=True)
+app = new_app(cls=LazyGroup, no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
 
 
-@app.callback()
-def opsin(*, version: bool = typer.Option(False, "--version", help="Print the version and end.")) -> None:
+@app.callback(invoke_without_command=True)
+def opsin(*, version: bool = typer.Option(False, "--version", "-V", help="Print the version and end.")) -> None:
     """Ask images questions on your own hardware, and see where every millisecond went."""
     if version:
         typer.echo(__version__)
@@ -88,6 +88,8 @@ def synth(context: typer.Context) -> None:
 def main() -> None:
     """Run the command; one sentence and an exit code for what goes wrong."""
     open_standard_streams()
+    if sys.argv[1:2] == ["help"]:  # opsin help ask
+        sys.argv[1:] = [*sys.argv[2:], "--help"]
     code: int | str | None = 0
     try:
         try:
@@ -98,6 +100,8 @@ def main() -> None:
         code = end.code
     except BrokenPipeError:
         code = 141
+    except KeyboardInterrupt:
+        code = 130
     except OpsinError as error:
         say(f"opsin: {error}")
         code = error.exit_code
@@ -106,7 +110,7 @@ def main() -> None:
         code = 4
     except OSError as error:
         say(f"opsin: {error.filename or 'standard output'} cannot be used: {error.strerror or error}.")
-        code = 2
+        code = 2 if error.filename else 1
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

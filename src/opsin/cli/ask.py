@@ -1,13 +1,14 @@
-"""`opsin ask IMAGE… QUESTION`: the answer as it comes, then where the time went."""
+"""`opsin ask IMAGE… QUESTION`: the answer as it comes, or one for each of many images; then where the time went."""
 
 from __future__ import annotations
 
-import json
-import os
 import sys
+import time
+from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,19 +21,28 @@ from rich.text import Text
 
 from opsin.api import Opsin, question_about
 from opsin.cli import options as o
+from opsin.cli.ask_files import check_question, expand_sources
+from opsin.cli.ask_rows import Format, Rows
 from opsin.cli.console import DEMO, printable, say, working
 from opsin.core.answer import Answer, Finished, Progress, TextDelta
-from opsin.core.errors import BadInput, BadParameter
-from opsin.core.files import read_text
+from opsin.core.config import checked
+from opsin.core.errors import BadParameter, ConstraintFailed, OpsinError
+from opsin.core.files import expand, read_text
 from opsin.core.model_info import BackendShare, Placement
 from opsin.core.request import Image, SamplingParams
 from opsin.core.settings import MAX_SCHEMA, EngineSettings, ImageSettings
 from opsin.doctor.build import unused_gpu_hint
 from opsin.doctor.placement import remembered_placement
+from opsin.engine import AnswerStream
+from opsin.images import load_image
 
-IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".heic", ".heif", ".bmp", ".tif", ".tiff", ".gif"}
 BAR = 32
-_NOT_IN_JSON = {"tiles", "cached", "orientation"}
+SLOTS = 4
+_PARALLEL = f"{SLOTS} for several images, unless --ctx is given"
+_TIMELINE = "show stage times (default: for one image, on a terminal)"
+_Dict = dict[str, Any]
+_What = tuple[str, str | None, _Dict]
+_Asked = tuple[list[str], list[Image], AnswerStream | OpsinError]
 _OF_IMAGES = {"image_decode", "preprocess", "encode", "image_prefill"}
 _LABELS = {"load": "load model", "encode": "vision encode"}
 _CUTS = {
@@ -44,7 +54,7 @@ _CUTS = {
 
 
 @o.flags_of(SamplingParams, *o.ANSWER)
-@o.flags_of(EngineSettings, *o.ENGINE, "image_max_tokens", "image_min_tokens", "disk_cache")
+@o.flags_of(EngineSettings, *o.ENGINE, "image_max_tokens", "image_min_tokens", "disk_cache", parallel=_PARALLEL)
 def ask(
     arguments: Annotated[
         list[str],
@@ -52,7 +62,10 @@ def ask(
     ],
     *,
     together: Annotated[bool, typer.Option("--together", help="ask one question about all images together")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object for each image, one a line")] = False,
+    recursive: Annotated[bool, typer.Option("-r", "--recursive", help="read the folders in folders, too")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="the same as --format jsonl")] = False,
+    form: Annotated[Format, typer.Option("--format", help="what is printed; jsonl: a JSON object a line")] = "text",
+    timed: Annotated[bool | None, typer.Option("--timeline/--no-timeline", help=_TIMELINE)] = None,
     json_schema: Annotated[Path | None, typer.Option(help="file with a JSON schema that the answer will fit")] = None,
     system: o.System = None,
     **flags: Any,
@@ -63,34 +76,116 @@ def ask(
     """
     params = o.given(SamplingParams, flags)
     if json_schema is not None:
-        params["json_schema"] = read_text(json_schema, MAX_SCHEMA)
+        params["json_schema"] = read_text(expand(json_schema), MAX_SCHEMA)
+    checked(SamplingParams, params)  # before a model is loaded
     *sources, question = arguments
-    found = list(_expand(sources, question))
+    check_question(sources, question)
+    found = expand_sources(sources, recursive=recursive)
     groups = [found] if together else [[source] for source in found]
-    failed = False
-    with opened(flags) as opsin:
-        for number, group in enumerate(groups):
-            if len(groups) > 1 and not as_json:
-                say(f"── {', '.join(group)}")
-            try:
-                load_ms = 0.0 if number else opsin.load_ms
-                _ask_about(opsin, group, question, system, {**params, "load_ms": load_ms}, as_json=as_json)
-            except BadInput as error:
-                if as_json:
-                    _print_row(group, {"error": {"code": error.code, "message": str(error)}, "text": None})
-                if len(groups) == 1:
-                    raise
-                failed = True
-                say(f"opsin: {', '.join(group)}: {error}")
-    if failed:
-        raise typer.Exit(1)
+    flags["parallel"] = flags["parallel"] or (1 if flags["ctx"] else min(SLOTS, len(groups)))
+    _Run(groups, "jsonl" if as_json else form, timed, flags, (question, system, params)).all()
+
+
+class _Run:
+    """Asks about groups of images, several at the same time, and prints the answers in their order.
+
+    At most one group more than there are slots is held in memory. The model is loaded when the first image was read.
+    """
+
+    def __init__(self, groups: list[list[str]], form: Format, timed: bool | None, flags: _Dict, asked: _What) -> None:
+        self._groups, self._form, self._flags, self._alone = groups, form, flags, len(groups) == 1
+        self._question, self._system, self._params = asked
+        self._timed = form == "text" and (self._alone and sys.stderr.isatty() if timed is None else timed)
+        self._rows, self._line = Rows(form, alone=self._alone), working("reading the image")
+        self._done = self._failed = 0
+
+    @cached_property
+    def _opsin(self) -> Opsin:
+        self._line.stop()  # another line says that the model is loaded
+        opsin = self._stack.enter_context(opened(self._flags, self._flags["parallel"]))
+        self._line.start()
+        return opsin
+
+    def all(self) -> None:
+        """Ask about every group. Raises what is wrong with the only one, and Exit if one of several failed."""
+        begin, pending = time.monotonic(), deque[_Asked]()
+        try:
+            with ExitStack() as self._stack, self._line:
+                for group in self._groups:
+                    pending.append(self._ask(group))
+                    if len(pending) > self._flags["parallel"]:
+                        self._finish(*pending.popleft())
+                while pending:
+                    self._finish(*pending.popleft())
+        except KeyboardInterrupt:
+            say(f"opsin: stopped: {self._progress()}")
+            raise
+        if not self._alone:
+            say(f"({self._progress()} in {time.monotonic() - begin:,.1f} s)")
+        if self._failed:
+            raise typer.Exit(1)
+
+    def _progress(self) -> str:
+        return f"{self._done:,} of {len(self._groups):,} done" + (f", {self._failed:,} failed" if self._failed else "")
+
+    def _ask(self, group: list[str]) -> _Asked:
+        try:
+            images = [_read_image(source) for source in group]
+        except OpsinError as error:
+            return group, [], error
+        load_ms = 0.0 if "_opsin" in vars(self) else self._opsin.load_ms  # what is wrong with the model, is for all
+        try:
+            messages = question_about(images, self._question, self._system)
+            return group, images, self._opsin.submit(messages, **self._params, load_ms=load_ms)
+        except OpsinError as error:
+            return group, [], error
+
+    def _finish(self, group: list[str], images: list[Image], outcome: AnswerStream | OpsinError) -> None:
+        name = ", ".join(group)
+        try:
+            if isinstance(outcome, OpsinError):
+                raise outcome
+            self._answered(group, images, outcome)
+        except OpsinError as error:
+            self._failed += 1
+            self._line.stop()
+            self._rows.add(group, error)
+            if self._alone:
+                raise
+            say(f"opsin: {error}" if name in str(error) else f"opsin: {name}: {error}")
+        self._done += 1
+        if not self._alone:
+            self._line.update(self._progress())
+            self._line.start()
+
+    def _answered(self, group: list[str], images: list[Image], stream: AnswerStream) -> None:
+        whole = "json_schema" in self._params  # half a JSON document is none
+        streamed = self._alone and self._form == "text" and not whole
+        answer = follow(stream, self._line, quiet=not streamed) if self._alone else stream.result()
+        if whole and answer.limit is not None:
+            cut = _CUTS[answer.limit].format(answer)
+            raise ConstraintFailed(f"The answer is not whole, so it does not fit the schema {cut}.")
+        self._line.stop()
+        if self._form == "jsonl" or self._timed:
+            placement = remembered_placement(self._opsin.setup, self._opsin.placement)
+        if self._form == "jsonl":
+            self._rows.add(group, answer, images, placement=placement.as_dict(), model=self._opsin.info.as_dict())
+            return
+        if not streamed:
+            self._rows.add(group, answer, images)
+        name = "" if self._alone else f"{', '.join(group)}: "
+        for note in (note for image in images for note in image.notes):
+            say(f"({name}{note})")
+        show_limits(answer, name)
+        if self._timed:
+            Console(stderr=True).print("", timeline(answer, placement), sep="\n")
 
 
 @contextmanager
-def opened(flags: dict[str, Any]) -> Iterator[Opsin]:
-    """The model that the flags name, loaded for one question at a time, after what the user should know about it."""
+def opened(flags: dict[str, Any], parallel: int = 1) -> Iterator[Opsin]:
+    """The model that the flags name, with so many slots, after what the user should know about it."""
     with working("loading the model"):
-        opsin = Opsin(**o.given(EngineSettings, flags), parallel=1)
+        opsin = Opsin(**{**o.given(EngineSettings, flags), "parallel": parallel})
     with opsin:
         if opsin.is_demo:
             say(DEMO)
@@ -118,70 +213,18 @@ def follow(stream: Iterable[object], line: Status, *, quiet: bool = False) -> An
     raise AssertionError("a stream ends with Finished or an error")
 
 
-def show_limits(answer: Answer) -> None:
-    """Say what cut an answer, and how to lift it."""
-    cut = "guard" if answer.guard is not None else answer.limit
-    if cut is not None:
-        say(_CUTS[cut].format(answer))
+def show_limits(answer: Answer, name: str = "") -> None:
+    """Say what cut an answer, and how to lift it; `name` says which one."""
+    if answer.limit is not None:
+        say(name + _CUTS[answer.limit].format(answer))
 
 
-def _ask_about(
-    opsin: Opsin, group: list[str], question: str, system: str | None, params: dict[str, Any], *, as_json: bool
-) -> None:
-    with working("reading the image") as line:
-        images = [_read_image(opsin, source) for source in group]
-        stream = opsin.submit(question_about(images, question, system), **params)
-        answer = follow(stream, line, quiet=as_json)
-    placement = remembered_placement(opsin.setup, opsin.placement)
-    if as_json:
-        about = {"placement": placement.as_dict(), "model": opsin.info.as_dict()}
-        _print_row(group, {"error": None, **_as_json(answer, images), **about})
-        return
-    for image in images:
-        for note in image.notes:
-            say(f"({note})")
-    show_limits(answer)
-    Console(stderr=True).print("", timeline(answer, placement), sep="\n")
-
-
-def _read_image(opsin: Opsin, source: str) -> Image:
+def _read_image(source: str) -> Image:
     if not source:
         raise BadParameter("The image's name is empty: give a file, a folder, an address, or -.")
     # One byte more than an image may have is enough to refuse it.
-    return opsin.image(sys.stdin.buffer.read(ImageSettings().max_bytes + 1) if source == "-" else source)
-
-
-def _expand(sources: list[str], question: str) -> Iterator[str]:
-    """The sources, with the images of a folder in its place. Raises BadParameter."""
-    if not sources:
-        if os.path.lexists(question):
-            raise BadParameter(f'The question is missing: opsin ask {question} "What is this?"')
-        raise BadParameter(f'The image is missing: opsin ask IMAGE "{question}"')
-    for source in sources:
-        # os.path.isdir, because it says False for a name that is too long; an empty name is no folder, either.
-        if "://" in source or source.startswith("data:") or not os.path.isdir(source):  # noqa: PTH112
-            yield source
-            continue
-        paths = [p for p in Path(source).iterdir() if p.suffix.lower() in IMAGE_ENDINGS and p.is_file()]
-        if not paths:
-            raise BadParameter(f"There is no image in the folder {source}: it holds no file named like one.")
-        yield from sorted(map(str, paths))
-
-
-def _print_row(group: list[str], row: dict[str, Any]) -> None:
-    source = group[0] if len(group) == 1 else group
-    typer.echo(json.dumps({"source": source, **row}, ensure_ascii=False))
-
-
-def _as_json(answer: Answer, images: list[Image]) -> dict[str, Any]:
-    row = asdict(answer)
-    told = [
-        {name: value for name, value in info.items() if name not in _NOT_IN_JSON} | {"notes": image.notes}
-        for info, image in zip(row["images"], images, strict=True)
-    ]
-    times = {key: {name: round(value, 3) for name, value in row[key].items()} for key in ("stages", "timings")}
-    same = {name: row[name] for name in ("text", "reasoning", "finish_reason", "usage", "guard")}
-    return {**same, "images": told, **times}
+    data = sys.stdin.buffer.read(ImageSettings().max_bytes + 1) if source == "-" else source
+    return load_image(data, ImageSettings(fetch=True))
 
 
 def timeline(answer: Answer, placement: Placement) -> Table:

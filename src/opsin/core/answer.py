@@ -98,7 +98,7 @@ class ImageInfo:
     """One image as it went in: identity, size, the size that the encoder saw, and tokens.
 
     `tiles` counts the pieces the preprocessing cut it into. `cached`: the encoder did not have to run. `orientation`
-    is the file's EXIF value (1: upright).
+    is the file's EXIF value (1: upright). `notes` are sentences about what else was done to it.
     """
 
     sha256: str
@@ -110,6 +110,7 @@ class ImageInfo:
     tiles: int = 1
     cached: bool = False
     orientation: int = 1
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

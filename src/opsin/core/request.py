@@ -21,7 +21,7 @@ Embedding: TypeAlias = "NDArray[np.float32]"
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """One decoded image: upright, on white, 8 bit RGB.
+    """One decoded image: upright, opaque, 8 bit sRGB.
 
     `rgb` holds `height * width * 3` bytes, row by row, maybe in memory that other processes map. `sha256` (hex) covers
     width, height and pixels, not the file. `orientation` is the file's EXIF value (1 to 8), which was applied. `notes`

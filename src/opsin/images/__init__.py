@@ -1,12 +1,13 @@
 """Images: bytes from a file, an address or an array in, a checked `Image` out.
 
-This room recognises files by their bytes, bounds them before they are decoded, turns them upright, lays them on white
-and hashes their pixels. It knows no models, prompts or HTTP servers.
+This room recognises files by their bytes, bounds them before they are decoded, turns them upright, converts
+them to sRGB without transparency and hashes their pixels. It knows no models, prompts or HTTP servers.
 """
 
 from __future__ import annotations
 
 from opsin.images.decode import OpenImage, load_image
+from opsin.images.sniff import ENDINGS
 from opsin.images.source import read_data_url
 
-__all__ = ["OpenImage", "load_image", "read_data_url"]
+__all__ = ["ENDINGS", "OpenImage", "load_image", "read_data_url"]

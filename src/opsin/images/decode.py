@@ -17,8 +17,8 @@ import struct
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from opsin.core.errors import BadImage, BadParameter, FetchFailed, ImageTooLarge, ImageUnsupported, OpsinError
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("opsin.images")
 
 _NAME = "The image"
-_OF_SEVERAL = "only one of the file's frames or pages was taken, the first or the main one"
+# Counting frames takes time: pages of a TIFF up to here, and frames of a GIF in files up to so many bytes.
+_MAX_PAGES, _MAX_COUNTED = 1_000, 8 * 2**20
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _ORIENTATION_TAG = 0x0112
 _DNG_VERSION_TAG = 0xC612
@@ -49,13 +50,14 @@ _MAX_SEGMENTS = 10_000
 # Within the compressed pixels, 0xFF is followed by zero or is a restart marker.
 _MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
+_JPEG_END = b"\xff\xd9"
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 # Bits that a block of 8x8 pixels takes at least, by the marker of the frame: two Huffman codes, one in a first scan of
 # progressive files. Arithmetic coding has no such bound.
 _LEAST_BITS = {0xC0: 2, 0xC1: 2, 0xC2: 1}
-# What a JPEG is filled up with, to see whether pixels are missing. Begins with zero in case the file ends in 0xFF; the
-# restart markers are for files that wait for one of them.
-_FILLER = b"".join(bytes((*range(200), 0xFF, 0xD0 + number % 8)) for number in range(16))
+# Bytes that a JPEG is filled up with, to see whether pixels are missing: for one that ends as it should, and for one
+# without an end marker. The first begins with zero in case the file ends in 0xFF.
+_FILLERS = bytes(range(200)), *(bytes([bits] * 200) for bits in (0xFE, 0x55, 0xAA))
 # Pillow's plugins, imported when their first image comes; HEIF has a package of its own.
 _PLUGINS = {"PNG": "Png", "JPEG": "Jpeg", "WEBP": "WebP", "GIF": "Gif", "BMP": "Bmp", "TIFF": "Tiff", "AVIF": "Avif"}
 
@@ -71,7 +73,13 @@ class OpenImage:
         check_bytes(len(data), name, settings)
         self._data, self._name, self._settings = data, name, settings
         self._kind = image_format(data, name)
-        self._jpeg_end = check_jpeg(data, name, settings) if self._kind == "JPEG" else 0
+        end, scans_whole = check_jpeg(data, name, settings) if self._kind == "JPEG" else (0, False)
+        self._jpeg_open = self._kind == "JPEG" and data[end : end + 2] != _JPEG_END
+        if self._jpeg_open:
+            if not scans_whole:  # a progressive file may end between two scans
+                raise damaged(self._kind, name)
+            data = data[:end].rstrip(b"\xff") + _JPEG_END  # it may have half of its end marker
+        self._jpeg_end = end if not self._jpeg_open else len(data) - 2
         with _one_sentence(self._kind, name):
             self._image = _open(self._kind, data)
         self.width, self.height = self._image.size
@@ -80,8 +88,8 @@ class OpenImage:
     def decode(self, longest_edge: int | None = None) -> Image:
         """Decode the whole file, once. Of several frames or pages the first is taken, and a note says so.
 
-        Colour profiles (ICC) are not applied. Raises BadImage for bytes that are damaged or cut short: grey is
-        never invented for what is missing.
+        A JPEG that lacks nothing but its end marker is read, and a note says so. Raises BadImage for bytes that are
+        damaged or cut short: grey is never invented for what is missing.
         """
         with _one_sentence(self._kind, self._name):
             if self._kind == "TIFF":
@@ -97,11 +105,27 @@ class OpenImage:
                 boxes = self._data.partition(b"mdat")[0]
                 if b"irot" not in boxes and b"imir" not in boxes:
                     self._image.info["original_orientation"] = 1
-            notes = (_OF_SEVERAL,) if getattr(self._image, "is_animated", False) else ()
+            notes = ("the end marker of the JPEG is missing, and nothing else",) if self._jpeg_open else self._frames()
             image = make_image(self._image, self._kind, self._name, longest_edge, notes)
             if self._kind == "JPEG" and self._is_cut_short():
                 raise damaged(self._kind, self._name)
             return image
+
+    def _frames(self) -> tuple[str, ...]:
+        """A note for a file of several frames or pages, of which one is read."""
+        if not getattr(self._image, "is_animated", False):
+            return ()
+        count = "several"
+        if self._kind == "TIFF":  # Pillow's own way to count takes quadratic time
+            other, pages = _open(self._kind, self._data), 0
+            with suppress(EOFError):
+                while pages < _MAX_PAGES:
+                    other.seek(pages)
+                    pages += 1
+            count = f"{pages:,}{' or more' if pages == _MAX_PAGES else ''}"
+        elif self._kind != "GIF" or len(self._data) <= _MAX_COUNTED:
+            count = f"{getattr(self._image, 'n_frames', 1):,}"
+        return (f"only the {'main one' if self._kind == 'HEIF' else 'first'} of {count} frames or pages was read",)
 
     def _check_tiff(self) -> None:
         tags: Any = getattr(self._image, "tag_v2", {})
@@ -125,26 +149,28 @@ class OpenImage:
         """Whether libjpeg invented the end of a decoded JPEG.
 
         It does so in mid grey. So if the last pixel is grey, the file is decoded again at an eighth of its size, with
-        and without some bytes put in where its pixels end: they change nothing unless pixels are missing.
+        and without some bytes put in where its pixels end: they change nothing unless pixels are missing. Without an
+        end marker a part of the last block may be missing: then it is decoded at its full size, with more such bytes.
         """
         corner: Any = self._image.getpixel((self.width - 1, self.height - 1))
-        if any(abs(value - 128) > 8 for value in (corner if isinstance(corner, tuple) else (corner,))):
+        if not self._jpeg_open and any(abs(v - 128) > 8 for v in (corner if isinstance(corner, tuple) else (corner,))):
             return False
-        thumbnails = []
-        for filler in (b"", _FILLER):
-            image = _open("JPEG", self._data[: self._jpeg_end] + filler + b"\xff\xd9")
-            image.draft(None, (max(1, self.width // 8), max(1, self.height // 8)))
-            thumbnails.append(image.tobytes())
-        return thumbnails[0] != thumbnails[1]
+        looks = set()
+        for data in _filled(self._data[: self._jpeg_end], _FILLERS if self._jpeg_open else _FILLERS[:1]):
+            image = _open("JPEG", data)
+            if not self._jpeg_open:
+                image.draft(None, (max(1, self.width // 8), max(1, self.height // 8)))
+            looks.add(hashlib.sha256(image.tobytes()).digest())
+        return len(looks) > 1
 
 
 def load_image(source: object, settings: ImageSettings, longest_edge: int | None = None) -> Image:
-    """Turn `source` into a checked image: decoded, upright, opaque on white, within limits, with its identity.
+    """Turn `source` into a checked image: decoded, upright, opaque, in sRGB, within limits, with its identity.
 
     `source` is a path, the bytes of a file, a Pillow image (its current frame), a NumPy array ((h, w), (h, w, 3) or
     (h, w, 4); uint8, uint16 or floats 0..1), a `data:` address, with `settings.fetch` an http(s) address, or an image,
-    which is returned as it is; it is never changed. EXIF orientation is applied; colour profiles (ICC) are not. An
-    image larger than `longest_edge` pixels is shrunk. May be called from any thread.
+    which is returned as it is; it is never changed. EXIF orientation and colour profiles (ICC) are applied. An image
+    larger than `longest_edge` pixels is shrunk. `~` in a path is the home folder. May be called from any thread.
 
     `fetch_ms` is the time to get the bytes, `decode_ms` all the rest, both wall time in milliseconds. Raises
     BadImage, ImageTooLarge, ImageUnsupported, FetchFailed, or BadParameter for a source of another type.
@@ -216,7 +242,8 @@ def make_image(
 
             upright = ImageOps.exif_transpose(image)
         flat, more = flatten(upright, name)
-        notes = (*notes, *more)
+        turned = (f"turned upright (EXIF orientation {orientation})",) if orientation != 1 else ()
+        notes = (*notes, *turned, *more)
         longer = max(flat.size)
         if longest_edge is not None and longer > longest_edge:
             from PIL.Image import Resampling
@@ -230,25 +257,29 @@ def make_image(
         return Image(rgb, *flat.size, digest.hexdigest(), kind, orientation, notes)
 
 
-def check_jpeg(data: bytes, name: str, settings: ImageSettings) -> int:
-    """Walk over the segments without decoding, and return where the compressed pixels end.
+def check_jpeg(data: bytes, name: str, settings: ImageSettings) -> tuple[int, bool]:
+    """Walk over the segments without decoding: where the compressed pixels end, and whether no scan is missing.
 
     Raises ImageTooLarge for a size beyond the limits and for more than 100 scans, each of which costs a pass over
     all pixels; BadImage for more segments than any image has, and for fewer bytes than its pixels take.
     """
-    at, end, first, scans, least_bits = 2, len(data), len(data), 0, 0
+    at, end, first, scans, least_bits, components = 2, len(data), len(data), 0, 0, 0
+    done: set[tuple[int, int]] = set()  # coefficients of components whose last bit is there
     for _ in range(_MAX_SEGMENTS):
         found = _MARKER.search(data, at)
         if found is None or found[1][0] == _END_OF_IMAGE:
             end = found.start() if found else end
             break
         marker, at = found[1][0], found.end()
-        if marker in _FRAMES and at + 7 <= len(data) and not least_bits:
-            height, width = struct.unpack_from(">HH", data, at + 3)
+        if marker in _FRAMES and at + 8 <= len(data) and not least_bits:
+            height, width, components = struct.unpack_from(">HHB", data, at + 3)
             check_size(width, height, name, settings)
             least_bits = _LEAST_BITS.get(marker, 0) * -(-width // 8) * -(-height // 8)
-        at += int.from_bytes(data[at : at + 2], "big")
+        head, at = at + 3, at + int.from_bytes(data[at : at + 2], "big")
         if marker == _START_OF_SCAN:
+            if at <= len(data) and not data[at - 1] & 15:
+                places = range(data[at - 3], min(64, data[at - 2] + 1))
+                done |= {(component, place) for component in data[head : min(at - 3, head + 8) : 2] for place in places}
             first, scans = min(first, at), scans + 1
             if scans > _MAX_SCANS:
                 raise ImageTooLarge(
@@ -258,7 +289,17 @@ def check_jpeg(data: bytes, name: str, settings: ImageSettings) -> int:
         raise BadImage(f"{name} has more than {_MAX_SEGMENTS:,} segments, so it is damaged; save it again.")
     if 8 * max(0, end - first) < least_bits:
         raise damaged("JPEG", name)
-    return end
+    return end, len(done) == 64 * components
+
+
+def _filled(data: bytes, fillers: Sequence[bytes]) -> Iterator[bytes]:
+    """A JPEG with an end marker put in: as it is, then after each of the fillers and the restart markers to come."""
+    marks = re.findall(rb"\xff([\xd0-\xd7])", data[max(0, data.rfind(b"\xff\xda")) :])
+    first = marks[-1][0] + 1 if marks else 0
+    yield data + _JPEG_END
+    for filler in fillers:
+        rest = (filler + bytes((0xFF, 0xD0 + (first + number) % 8)) for number in range(16))
+        yield data + b"".join(rest) + _JPEG_END
 
 
 def _open(kind: str, data: bytes) -> PIL.Image.Image:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote_to_bytes
 
 from opsin.core.errors import BadImage, ImageTooLarge
+from opsin.core.files import expand
 
 if TYPE_CHECKING:
     from opsin.core.settings import ImageSettings
@@ -60,9 +61,11 @@ def damaged(kind: str, name: str) -> BadImage:
 def read_file(path: str | os.PathLike[str], settings: ImageSettings) -> bytes:
     """Read an image file, or a pipe, up to the limit on bytes; a file's size is checked before it is read.
 
-    Raises BadImage when there is no such file, or it is a folder, a device, unreadable, or a pipe that nobody writes
-    to; ImageTooLarge.
+    `~` is the home folder, unless there is a file of that name. Raises BadImage when there is no such file, or it is a
+    folder, a device, unreadable, or a pipe that nobody writes to; ImageTooLarge.
     """
+    if os.fspath(path).startswith("~") and not os.path.lexists(path):
+        path = expand(os.fspath(path))
     name = show(path)
     try:
         # Without waiting: opening a pipe that nobody writes to would block for ever.

@@ -362,6 +362,7 @@ def _info(image: Image, chunks: list[ImageChunk]) -> ImageInfo:
         tokens=sum(chunk.n_tokens for chunk in chunks),
         tiles=len(sizes),
         orientation=image.orientation,
+        notes=image.notes,
     )
 
 

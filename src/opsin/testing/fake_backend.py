@@ -131,7 +131,7 @@ class FakeBackend:
             identity = f"{image.sha256}:0"
             placeholder = known is not None and known(identity)
             chunks.append(ImageChunk(identity, len(images), size, size, placeholder=placeholder))
-            images.append(ImageInfo(image.sha256, image.width, image.height, 8, 8, size))
+            images.append(ImageInfo(image.sha256, image.width, image.height, 8, 8, size, notes=image.notes))
             if not placeholder:
                 self.clock.spend(self.preprocess_ms)
         if tokens:

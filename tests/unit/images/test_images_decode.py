@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -77,6 +78,7 @@ def test_all_eight_orientations_give_the_same_pixels(kind: str, options: dict[st
     image = load_image(oriented(kind, orientation, **options), LIMITS)
     assert np.array_equal(rgb_of(image), np.asarray(scene()))
     assert image.orientation == orientation
+    assert image.notes == ((f"turned upright (EXIF orientation {orientation})",) if orientation != 1 else ())
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -299,8 +301,23 @@ def test_the_first_of_many_is_taken_and_said() -> None:
     ):
         image = load_image(encode(scene(), kind, save_all=True, append_images=others, **options), LIMITS)
         assert len(image.notes) == 1, kind
-        assert "one of the file's frames or pages" in image.notes[0], kind
+        which = "main one" if kind == "HEIF" else "first"
+        assert image.notes == (f"only the {which} of 3 frames or pages was read",), kind
         assert closeness(image, scene()) <= closest, kind
+
+
+def test_pages_are_counted_up_to_a_bound() -> None:
+    pages = [Image.new("1", (1, 1))] * 1100
+    begin = time.thread_time()
+    image = load_image(encode(pages[0], "TIFF", save_all=True, append_images=pages), LIMITS)
+    assert image.notes == ("only the first of 1,000 or more frames or pages was read",)
+    assert time.thread_time() - begin < 5
+
+
+def test_frames_of_a_very_large_gif_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opsin.images.decode._MAX_COUNTED", 100)
+    data = encode(scene(), "GIF", save_all=True, append_images=[Image.new("RGB", (48, 32))])
+    assert load_image(data, LIMITS).notes == ("only the first of several frames or pages was read",)
 
 
 def test_a_thin_image_within_the_limits_is_read() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -171,6 +172,42 @@ def test_bytes_behind_the_end_of_a_jpeg_do_no_harm() -> None:
     plain = encode(PIL.Image.new("RGB", (64, 64), (128, 128, 128)), "JPEG")
     assert load_image(plain + scan_bomb(150, 64), LIMITS).sha256 == load_image(plain, LIMITS).sha256
     assert load_image(plain + bytes(50_000), LIMITS).sha256 == load_image(plain, LIMITS).sha256
+
+
+WITHOUT_END = ("the end marker of the JPEG is missing, and nothing else",)
+
+
+@pytest.mark.parametrize("options", [*JPEGS.values(), {"progressive": True}])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_jpeg_that_lacks_only_its_end_marker_is_read(options: dict[str, Any], mode: str) -> None:
+    for size in ((320, 224), (317, 201), (9, 9)):
+        whole = encode(NOISE.resize(size).convert(mode), "JPEG", **options)
+        for part in (whole[:-2], whole[:-1], whole[:-2] + bytes(100)):
+            image = load_image(part, LIMITS)
+            assert image.sha256 == load_image(whole, LIMITS).sha256
+            assert image.notes == WITHOUT_END
+
+
+@pytest.mark.parametrize("options", [*JPEGS.values(), {"progressive": True}])
+def test_a_jpeg_that_lacks_pixels_and_its_end_marker_is_refused(options: dict[str, Any]) -> None:
+    whole = encode(NOISE.resize((64, 48)), "JPEG", **options)
+    start, identity = whole.rindex(b"\xff\xda") + 14, load_image(whole, LIMITS).sha256
+    refused = 0
+    for end in range(start, len(whole) - 2):
+        try:
+            assert load_image(whole[:end], LIMITS).sha256 == identity, end
+        except BadImage:
+            refused += 1
+    assert refused > 0.95 * (len(whole) - 2 - start)
+
+
+def test_a_progressive_jpeg_that_ends_between_two_scans_is_refused() -> None:
+    whole = encode(NOISE, "JPEG", progressive=True)
+    scans = [found.start() for found in re.finditer(b"\xff[\xc4\xda]", whole)]
+    assert len(scans) > 8
+    for at in scans:
+        with pytest.raises(BadImage):
+            load_image(whole[:at], LIMITS)
 
 
 def test_a_text_of_50_mb_in_a_png_is_named() -> None:

@@ -14,7 +14,7 @@ from io import BytesIO
 from typing import Any, TypeVar
 
 import pytest
-from api_driver import until
+from api_driver import run, until, world
 from PIL import Image
 
 from opsin.core.errors import (
@@ -273,3 +273,20 @@ def test_keys_take_turns_at_fetching() -> None:
             gate.close()
 
     asyncio.run(go())
+
+
+def test_what_was_done_to_an_image_is_told_in_the_answer() -> None:
+    file = BytesIO()
+    drawing = Image.new("RGBA", (8, 6), (255, 255, 255, 0))
+    drawing.paste((255, 255, 255, 255), (2, 2, 5, 4))
+    drawing.save(file, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    asked = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
+
+    async def work() -> None:
+        async with world() as w:
+            for found in ((await w.chat(messages=asked)), (await w.stream(messages=asked))[-2]):
+                (info,) = found["images"]
+                assert any("black" in note for note in info["notes"]), info
+
+    run(work())

@@ -1,0 +1,66 @@
+"""Which images a command line of `opsin ask` means: files, addresses and what is in folders."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from opsin.cli.console import say
+from opsin.core.errors import BadParameter
+from opsin.images import ENDINGS
+
+
+def check_question(sources: Sequence[str], question: str) -> None:
+    """Raise BadParameter if there is no question, also where the last argument is one more image, or no image."""
+    if os.path.lexists(question) or (question.lower().endswith(ENDINGS) and not re.search(r"\s", question)):
+        shown = " ".join([*sources, question])
+        raise BadParameter(f'The question is missing: opsin ask {shown} "What is this?"')
+    if not sources:
+        raise BadParameter(f'The image is missing: opsin ask IMAGE "{question}"')
+    if not question.strip():
+        raise BadParameter("The question is empty: ask something.")
+
+
+def expand_sources(sources: Sequence[str], *, recursive: bool) -> list[str]:
+    """The sources, with the images of a folder in its place, in natural order (p2 before p10).
+
+    Hidden files are left out. What else is left out is said: other files, and folders unless `recursive`. Raises
+    BadParameter for a folder without an image.
+    """
+    found: list[str] = []
+    for source in sources:
+        folder = os.path.expanduser(source)  # noqa: PTH111 - as is the next: a name that is too long is no folder
+        is_file = "://" in source or source.startswith("data:") or not os.path.isdir(folder)  # noqa: PTH112
+        found += [source] if is_file else _in_folder(folder, recursive=recursive)
+    return found
+
+
+def natural(path: Path) -> list[list[int | str]]:
+    """A key that sorts names as people do: numbers by their value, letters whatever their case."""
+    pieces = (re.split(r"(\d+)", part) for part in path.parts)
+    return [[int(piece) if piece.isdecimal() else piece.casefold() for piece in part] for part in pieces]
+
+
+def _in_folder(folder: str, *, recursive: bool) -> list[str]:
+    files, folders = list[Path](), list[str]()
+    for here, below, names in os.walk(folder, onerror=lambda error: say(f"({error.filename}: {error.strerror})")):
+        below[:] = [name for name in below if not name.startswith(".")]
+        files += [Path(here, name) for name in names if not name.startswith(".")]  # the Mac's ._ files, too
+        if not recursive:
+            folders, below[:] = below[:], []
+    images = [path for path in files if path.name.lower().endswith(ENDINGS) and path.is_file()]
+    _say_left_out(set(files) - set(images), "file", "no image that can be read")
+    _say_left_out(folders, "folder", "-r reads folders, too")
+    if not images:
+        raise BadParameter(f"There is no image in the folder {folder}: it holds no file named like one.")
+    return [str(path) for path in sorted(sorted(images), key=natural)]
+
+
+def _say_left_out(found: Collection[Path | str], what: str, why: str, most: int = 5) -> None:
+    if found:
+        names = [path.name for path in sorted(map(Path, found), key=natural)]
+        more = f" and {len(names) - most:,} more" if len(names) > most else ""
+        count = f"1 {what} was" if len(names) == 1 else f"{len(names):,} {what}s were"
+        say(f"({count} left out, {why}: {', '.join(names[:most])}{more})")

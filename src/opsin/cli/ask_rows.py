@@ -1,0 +1,71 @@
+"""Answers of `opsin ask` on standard output: as text, or as JSON Lines, CSV or Markdown with a row for each image."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, Literal
+
+import typer
+
+from opsin.cli.console import escaped, printable
+from opsin.core.answer import Answer
+from opsin.core.errors import OpsinError
+from opsin.core.request import Image
+
+Format = Literal["text", "jsonl", "csv", "md"]
+_NOT_IN_JSON = {"tiles", "cached", "orientation"}
+
+
+class Rows:
+    """Prints one row for each image, or for each group of images; `alone` says that there is no more than one.
+
+    Raises OSError when standard output cannot be written.
+    """
+
+    def __init__(self, form: Format, *, alone: bool) -> None:
+        self._form, self._alone = form, alone
+        self._csv = csv.writer(sys.stdout, lineterminator="\n")
+        if form == "csv":
+            self._csv.writerow(("source", "text", "error", "notes"))
+        elif form == "md":
+            typer.echo("| Image | Answer |\n| --- | --- |")
+
+    def add(self, group: list[str], outcome: Answer | OpsinError, images: Sequence[Image] = (), **about: Any) -> None:
+        """The row of an answer, or of what went wrong, which text has none for; `about` goes into JSON."""
+        name, answer = ", ".join(group), outcome if isinstance(outcome, Answer) else None
+        text, error = (printable(answer.text), "") if answer else ("", str(outcome))
+        if self._form == "jsonl":
+            row = {"source": group[0] if len(group) == 1 else group, **_as_json(outcome, images), **about}
+            typer.echo(json.dumps(row, ensure_ascii=False))
+        elif self._form == "csv":
+            self._csv.writerow((name, text, error, "; ".join(note for image in images for note in image.notes)))
+            sys.stdout.flush()
+        elif self._form == "md":
+            typer.echo(f"| {_cell(escaped(name))} | {_cell(text.strip() if answer else f'Error: {error}')} |")
+        elif answer and self._alone:
+            typer.echo(text, nl=not text.endswith("\n"))
+        elif answer and sys.stdout.isatty():
+            typer.echo(f"{typer.style(escaped(name), bold=True)}\n{text.strip()}\n")
+        elif answer:
+            typer.echo(f"{escaped(name)}\t{' '.join(text.split())}")
+
+
+def _cell(text: str) -> str:
+    return "<br>".join(text.replace("\\", "\\\\").replace("|", "\\|").splitlines())
+
+
+def _as_json(outcome: Answer | OpsinError, images: Sequence[Image]) -> dict[str, Any]:
+    if isinstance(outcome, OpsinError):
+        return {"error": {"code": outcome.code, "message": str(outcome)}, "text": None}
+    row = asdict(outcome)
+    told = [
+        {name: value for name, value in info.items() if name not in _NOT_IN_JSON} | {"notes": image.notes}
+        for info, image in zip(row["images"], images, strict=True)
+    ]
+    times = {key: {name: round(value, 3) for name, value in row[key].items()} for key in ("stages", "timings")}
+    same = {name: row[name] for name in ("text", "reasoning", "finish_reason", "usage", "guard")}
+    return {"error": None, **same, "images": told, **times}
