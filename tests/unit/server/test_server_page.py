@@ -11,6 +11,7 @@ from fastapi.testclient import TestClient
 
 import opsin.server
 from opsin.core.answer import Stages
+from opsin.images import ENDINGS
 from opsin.server.app import router
 
 TEXTS = {path.name: path.read_text() for path in (Path(opsin.server.__path__[0]) / "page").iterdir()}
@@ -124,3 +125,10 @@ def test_the_waterfall_knows_every_stage_of_the_engine() -> None:
     drawn = re.findall(r'\["(\w+_ms)", "[^"]+", "(?:wait|see|say)"\]', TEXTS["waterfall.js"])
     assert len(drawn) == len(set(drawn))
     assert set(drawn) == {field.name for field in fields(Stages)} - {"total_ms"}
+
+
+def test_the_page_knows_the_endings_that_all_rooms_know() -> None:
+    (accepted,) = re.findall(r'accept="image/\*,([^"]+)"', TEXTS["index.html"])
+    (named,) = re.findall(r"NAMES = /\\\.\(([^)]+)\)", TEXTS["images.js"])
+    assert tuple(accepted.split(",")) == ENDINGS
+    assert tuple(f".{name}" for name in named.split("|")) == ENDINGS
