@@ -32,7 +32,7 @@ p.n_ctx, p.n_batch, p.n_ubatch = 512, 256, 64
 ctx = llama.llama_init_from_model(model.pointer, p)
 llama.llama_set_causal_attn(ctx, False)
 rows = EmbeddingRows(np.zeros((128, model.n_embd), np.float32), np.arange(128, dtype=np.int32)[None], 0)
-llama.llama_decode(ctx, BatchArrays(llama.llama_batch, 128, 1).embeddings(rows))
+llama.llama_decode(ctx, BatchArrays(llama.llama_batch, 128, 1).embeddings(rows, rows.rows))
 """,
     "a part of a sequence copied while the memory is in streams": """
 b = opened(mmproj=None)

@@ -70,9 +70,13 @@ class InputOther(schema.History):
     type: str
 
 
+_KINDS = ("message", "function_call", "function_call_output", "item_reference")
+
+
 def _kind(item: Any) -> str:
     found = item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", "message")
-    return found if found in {"message", "function_call", "function_call_output", "item_reference"} else "other"
+    # A tuple, as any JSON may stand there, also what cannot be looked up in a set.
+    return found if found in _KINDS else "other"
 
 
 InputItem = Annotated[
