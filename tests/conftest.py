@@ -1,12 +1,21 @@
 """What all tests share."""
 
+import contextlib
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 # Half an hour of soaking is asked for by name: make soak.
 collect_ignore = [] if "SOAK_MINUTES" in os.environ else ["soak"]
+
+
+def pytest_configure() -> None:
+    """A run that a shell began in the background ignores Ctrl-C, and so would all that it starts."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        with contextlib.suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -85,8 +85,8 @@ def test_a_conversation_on_a_terminal(terminal: Terminal, tmp_path: Path) -> Non
     terminal.wait_for(PROMPT)
     terminal.type("'~/my photo.png' What is thos\x7f\x7fis?\r")
     terminal.wait_for("thinking|reading image")
-    terminal.type("\x03")  # the answer ends, not the conversation
-    terminal.wait_for(r"\(stopped\)")
+    terminal.type("\x03")  # the answer ends, not the conversation; a busy machine may have come to its end before
+    terminal.wait_for(r"\(stopped\)|[a-z]\.\n")
     terminal.wait_for(PROMPT)
     terminal.type("half a line\x03")  # nor here
     terminal.wait_for(PROMPT)
