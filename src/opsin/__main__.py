@@ -11,8 +11,11 @@ def main() -> None:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     from opsin.cli.app import main as run
 
-    signal.signal(signal.SIGINT, handler or signal.SIG_DFL)
-    run()
+    try:
+        signal.signal(signal.SIGINT, handler or signal.SIG_DFL)
+        run()
+    except KeyboardInterrupt:  # in the moment before `run` takes care of it
+        os._exit(130)
 
 
 if __name__ == "__main__":

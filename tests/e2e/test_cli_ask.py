@@ -218,14 +218,18 @@ def test_a_reader_who_leaves_a_long_run_ends_it_without_words(opsin_env: dict[st
 @pytest.mark.parametrize("module", ["typer.main", "opsin.cli.app", "rich.console", "opsin.api"])
 def test_an_early_interrupt_ends_without_a_traceback(opsin_env: dict[str, str], module: str) -> None:
     """As soon as this module was imported, most of them in the first 0.1 s."""
-    command = [sys.executable, "-X", "importtime", "-m", "opsin", "ask", *[IMAGE] * 500, "what?", "--json"]
-    with subprocess.Popen(command, env=opsin_env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-        assert process.stderr is not None
-        while not re.search(rf"\| +{re.escape(module)}\n", process.stderr.readline().decode()):
-            assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=60)[1].decode()
-    assert process.returncode == 130
+    command = [sys.executable, "-X", "importtime", "-m", "opsin", "ask", *[IMAGE] * 200, "what?", "--json"]
+    for _ in range(3):  # Python swallows one that comes in a callback, as of a weak reference
+        with subprocess.Popen(command, env=opsin_env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+            assert process.stderr is not None
+            while not re.search(rf"\| +{re.escape(module)}\n", process.stderr.readline().decode()):
+                assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+            said = process.communicate(timeout=60)[1].decode()
+        if process.returncode:
+            break
+    # Python ends by the signal itself where it came in code made from text, as that of dataclasses: 130 for a shell.
+    assert process.returncode in {130, -signal.SIGINT}
     assert "Traceback" not in said
 
 

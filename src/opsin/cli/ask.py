@@ -6,7 +6,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -110,7 +110,9 @@ class _Run:
         """Ask about every group. Raises what is wrong with the only one, and Exit if one of several failed."""
         begin, pending = time.monotonic(), deque[_Asked]()
         try:
-            with ExitStack() as self._stack, self._line:
+            with ExitStack() as self._stack:
+                self._stack.callback(self._end_line)
+                self._line.start()
                 for group in self._groups:
                     pending.append(self._ask(group))
                     if len(pending) > self._flags["parallel"]:
@@ -124,6 +126,10 @@ class _Run:
             say(f"({self._progress()} in {time.monotonic() - begin:,.1f} s)")
         if self._failed:
             raise typer.Exit(1)
+
+    def _end_line(self) -> None:
+        with suppress(IndexError):  # Rich's, where Ctrl-C came while it began the line
+            self._line.stop()
 
     def _progress(self) -> str:
         return f"{self._done:,} of {len(self._groups):,} done" + (f", {self._failed:,} failed" if self._failed else "")
