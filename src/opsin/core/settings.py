@@ -95,7 +95,7 @@ class ServerSettings(EngineSettings):
     api_key_file: Path | None = Field(None, description="file with API keys, one a line, besides OPSIN_API_KEY's")
     served_name: str | None = Field(None, min_length=1, description="the model's name in answers (default: its file's)")
     strict_model: bool = Field(False, description="refuse requests that name another model")
-    strict_fields: bool = Field(False, description="refuse requests with fields that are not known")
+    strict_fields: bool = Field(False, description="refuse requests with fields that have no effect")
 
     root_path: str = Field("", description="path that a proxy puts before all addresses, as /opsin")
     trusted_proxies: tuple[str, ...] = Field(

@@ -35,11 +35,13 @@ class TokenTable:
             raise LookupError
         file = ggml.gguf_init_from_file(os.fsencode(model.path), GgufInitParams(True, None))
         at = ggml.gguf_find_tensor(file, b"token_embd.weight") if file else -1
-        if at < 0:
-            raise LookupError
-        kind, size = ggml.gguf_get_tensor_type(file, at), ggml.gguf_get_tensor_size(file, at)
-        offset = ggml.gguf_get_data_offset(file) + ggml.gguf_get_tensor_offset(file, at)
-        ggml.gguf_free(file)
+        try:
+            if at < 0:
+                raise LookupError
+            kind, size = ggml.gguf_get_tensor_type(file, at), ggml.gguf_get_tensor_size(file, at)
+            offset = ggml.gguf_get_data_offset(file) + ggml.gguf_get_tensor_offset(file, at)
+        finally:
+            ggml.gguf_free(file)  # a null pointer does no harm
         traits = ggml.ggml_get_type_traits(kind).contents
         self._width, self._padded = model.lib.llama.llama_model_n_embd(model.pointer), model.n_embd
         row = self._width // traits.block * traits.size

@@ -75,7 +75,7 @@ async def _prepare_text(body: schema.CompletionRequest, model: ModelManager, _: 
     schema.at_most(settings.max_n, len(body.prompt) * (body.n or 1), "answers (prompts times n)", "prompt")
     top = body.n_probs if body.logprobs is None else body.logprobs
     schema.at_most(settings.max_top_logprobs, top or 0, "alternatives", "logprobs")
-    json_schema = schema.schema_of(body.json_schema, settings.max_schema_bytes)
+    json_schema = schema.schema_of(body.response_format or body.json_schema, settings.max_schema_bytes)
     params = schema.sampling(body, settings, body.max_tokens, logprobs=top, json_schema=json_schema)
     each = schema.choices(params, body.n, settings)
     prompts = [Prompt((TextPart(text),), continues=True) for text in body.prompt]

@@ -159,7 +159,9 @@ class CompletionHandler(Response):
         if not names:
             return
         if strict:
-            raise BadField(f"The field {names[0]!r} is not known: leave it out (--strict-fields is on).", names[0])
+            raise BadField(
+                f"The field {names[0]!r} has no effect here: leave it out (--strict-fields is on).", names[0]
+            )
         _LOG.info("fields without effect: %s", ", ".join(names))
         self._notes["Opsin-Ignored"] = ", ".join(names)
 

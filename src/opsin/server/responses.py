@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -102,6 +102,10 @@ class ReasoningOptions(schema.Sent):
 
     effort: str | None = None
 
+    def without_effect(self) -> Iterable[str]:
+        """An effort between none and all is no choice here."""
+        return () if self.effort in {None, "none"} else ("effort",)
+
 
 class ResponsesRequest(schema.Conversation):
     """POST /v1/responses."""
@@ -154,7 +158,7 @@ async def _prepare(body: ResponsesRequest, model: ModelManager, images: RequestI
     prompt = await build_prompt(body, messages, tools, model, images)
     writer = _ResponsesWriter(model.name, body, params, CallReader(tools) if tools else None)
     if body.store is not False:
-        writer.keep = partial(_keep, model.stored, images.key, (items, _size(body.input)))
+        writer.keep = partial(_keep, model.stored, images.key, items)
     return [(prompt, params)], writer
 
 
@@ -184,13 +188,11 @@ def _forgotten(param: str) -> str:
     )
 
 
-def _keep(
-    stored: StoredResponses, key: str, asked: tuple[list[Any], int], name: str, output: list[dict[str, Any]]
-) -> None:
-    """Remember an answer to what was `asked` (items, bytes), with its items as a client would send them back."""
-    said, (items, size) = _ITEMS.validate_python(output), asked
+def _keep(stored: StoredResponses, key: str, asked: list[Any], name: str, output: list[dict[str, Any]]) -> None:
+    """Remember an answer to the items `asked`, with its own items as a client would send them back."""
+    said = _ITEMS.validate_python(output)
     by_id = {one["id"]: item for one, item in zip(output, said, strict=True)}
-    stored.keep(key, name, [*items, *said], by_id, size + _size(said))
+    stored.keep(key, name, [*asked, *said], by_id, _size([*asked, *said]))
 
 
 def _size(items: Sequence[Any]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any, Literal
 
 from fastapi.exceptions import RequestValidationError
@@ -36,6 +36,10 @@ class Sent(BaseModel):
     @classmethod
     def _without_nulls(cls, value: Any) -> Any:
         return {key: one for key, one in value.items() if one is not None} if isinstance(value, dict) else value
+
+    def without_effect(self) -> Iterable[str]:
+        """The fields that are known and change nothing here."""
+        return ()
 
 
 class History(Sent):
@@ -171,6 +175,10 @@ class OtherTool(Sent):
 
     type: Annotated[str, AfterValidator(_other)]
 
+    def without_effect(self) -> Iterable[str]:
+        """It is left out as a whole."""
+        return ("type",)
+
 
 AnyTool = ToolIn | FunctionIn | OtherTool
 
@@ -260,8 +268,10 @@ _REFUSED = {
     **dict.fromkeys(("guided_json", "structured_outputs"), "give the schema as response_format"),
     **dict.fromkeys(("guided_regex", "guided_choice", "guided_grammar"), "give a grammar, or a response_format"),
     **dict.fromkeys(("functions", "function_call"), "use tools and tool_choice"),
-    **dict.fromkeys(("suffix", "audio", "conversation", "prompt_id"), "leave it out"),
+    **dict.fromkeys(("suffix", "audio", "conversation"), "leave it out"),
 }
+# Of fields that another API has, those whose neglect changes an answer little enough, or not at all.
+_HINTS = frozenset(("logprobs", "modalities", "n", "n_probs", "stream_options", "top_logprobs"))
 
 
 class Common(Sent):
@@ -290,7 +300,7 @@ class Common(Sent):
         if not isinstance(value, dict):
             return value
         others = {ours: value[theirs] for theirs, ours in _ALIASES.items() if theirs in value}
-        return {**others, **{key: one for key, one in value.items() if key not in _ALIASES}}
+        return others | {key: one for key, one in value.items() if key not in _ALIASES and one is not None}
 
 
 class Conversation(Common):
@@ -307,6 +317,10 @@ class Conversation(Common):
         wanted = (self.chat_template_kwargs or {}).get("enable_thinking", self.thinking)
         return False if wanted is None and self.reasoning_effort == "none" else wanted
 
+    def without_effect(self) -> Iterable[str]:
+        """An effort between none and all is no choice here."""
+        return () if self.reasoning_effort in {None, "none"} else ("reasoning_effort",)
+
 
 class Choices(Common):
     """Fields that chat completions and completions share."""
@@ -319,6 +333,7 @@ class Choices(Common):
     logit_bias: dict[Annotated[int, Field(strict=False)], float] | None = None
     max_tokens: Limit = None
     n_probs: Whole | None = Field(None, ge=0)
+    response_format: Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")] | None = None
     json_schema: Schema | None = None
     stream_options: StreamOptions | None = None
 
@@ -330,7 +345,6 @@ class ChatRequest(Choices, Conversation):
     max_completion_tokens: Limit = None
     logprobs: bool | None = None
     top_logprobs: Whole | None = Field(None, ge=0)
-    response_format: Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")] | None = None
     tools: list[ToolIn | OtherTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
     modalities: list[Literal["text"]] | None = None
@@ -344,13 +358,21 @@ class CompletionRequest(Choices):
     echo: Literal[False] | None = None
 
 
+_ELSEWHERE = frozenset((*ChatRequest.model_fields, *CompletionRequest.model_fields)) - _HINTS
+
+
 def ignored(value: Any, path: str = "") -> Iterator[str]:
-    """The fields of a request that are not known, and so have no effect. Raises BadField for those that should."""
+    """The fields of a request that have no effect, as they are not known or only hints.
+
+    Raises BadField for fields whose neglect would make the answer wrong.
+    """
     if isinstance(value, Sent) and not isinstance(value, History):
         for name in value.model_extra or ():
-            if not path and name in _REFUSED:
-                raise BadField(f"The field {name!r} is not supported: {_REFUSED[name]}.", name)
+            if not path and (name in _REFUSED or name in _ELSEWHERE):
+                advice = _REFUSED.get(name, "another API has it, so use that, or leave it out")
+                raise BadField(f"The field {name!r} is not supported here: {advice}.", name)
             yield f"{path}{name}"
+        yield from (f"{path}{name}" for name in value.without_effect())
         for name in value.model_fields_set:
             yield from ignored(getattr(value, name), f"{path}{name}.")
     elif isinstance(value, list):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,12 +26,13 @@ class StoredResponses:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._stored: OrderedDict[tuple[str, str], _Stored] = OrderedDict()
+        self._stored: dict[tuple[str, str], _Stored] = {}  # the oldest first
 
     def keep(self, key: str, name: str, conversation: Sequence[Any], items: dict[str, Any], size: int) -> None:
-        """Remember a conversation up to an answer, and the answer's items by their ids; `size` is that of what is new.
+        """Remember a conversation up to an answer, and the answer's items by their ids.
 
-        One that is larger than a key's share is not remembered.
+        `size` are the bytes of the whole: conversations share items, but each alone keeps them in memory. One that is
+        larger than a key's share is not remembered.
         """
         if size <= KEPT_BYTES_BY_KEY:
             self._stored[key, name] = _Stored(conversation, items, size, self._clock() + KEPT_SECONDS)

@@ -150,7 +150,7 @@ class CallReader:
         start = min((at for tag in _OPENERS if (at := self._held.find(tag)) >= 0), default=-1)
         self._holds = start >= 0
         if not self._holds:
-            start = len(self._held) - _tail(self._held)
+            start = len(self._held) - _may_open(self._held)
         text, self._held = self._held[:start], self._held[start:]
         self._said = self._said or bool(text.strip())
         return text + (self.feed("") if self._holds else "")
@@ -161,7 +161,7 @@ class CallReader:
         if self._arguments is not None:
             return ""
         if self.calls:
-            held = held[tail.end() :] if (tail := _TAIL.match(held)) else held
+            held = held[end.end() :] if (end := _TAIL.match(held)) else held
             held = "" if _CLOSER.startswith(held.strip()) else held
         if not self._said and self._read(held):
             return ""
@@ -246,7 +246,7 @@ def _string(text: str) -> str:
         return ""
 
 
-def _tail(text: str) -> int:
+def _may_open(text: str) -> int:
     """How many characters at the end may be the start of a tag."""
     lengths = range(min(max(map(len, _OPENERS)) - 1, len(text)), 0, -1)
     return next((n for n in lengths if any(tag.startswith(text[-n:]) for tag in _OPENERS)), 0)

@@ -1,5 +1,7 @@
 """A running `opsin serve` on the demo model, for the tests that speak to it from outside."""
 
+import asyncio
+import gc
 import os
 import queue
 import re
@@ -8,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,3 +95,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     running = start_server(tmp_path_factory.mktemp("server"))
     yield running
     assert running.stop() == 0, "".join(running.log)
+
+
+@pytest.fixture(scope="module")
+def leftovers() -> Iterator[None]:
+    """LiteLLM leaves an event loop open; it is collected here, or another test would be blamed for it."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        asyncio.set_event_loop(None)
+        gc.collect()

@@ -1,10 +1,6 @@
 """LangChain's ChatOpenAI and LiteLLM against a running server."""
 
-import asyncio
 import base64
-import gc
-import warnings
-from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -12,22 +8,12 @@ from typing import Any, Literal
 import pytest
 
 # Warnings of these packages' own making are not ours to fix.
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("leftovers")]
 
 DEMO = Path(str(files("opsin.models"))) / "demo"
 IMAGE = "data:image/png;base64," + base64.b64encode((DEMO / "shapes.png").read_bytes()).decode()
 QUESTION, ANSWER = "What do you see at the top left?", "a small pink ring."
 CONTENT: Any = [{"type": "image_url", "image_url": {"url": IMAGE}}, {"type": "text", "text": QUESTION}]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def leftovers() -> Iterator[None]:
-    """LiteLLM leaves an event loop open; it is collected here, or another test would be blamed for it."""
-    yield
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        asyncio.set_event_loop(None)
-        gc.collect()
 
 
 def test_langchain_asks_and_streams(server: Any) -> None:

@@ -1,11 +1,7 @@
 """Clients that send an answer back whole, with all that they keep in it, and go on from there."""
 
-import asyncio
 import base64
-import gc
 import json
-import warnings
-from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +11,7 @@ import pytest
 openai = pytest.importorskip("openai", reason="the clients are tested where they are installed")
 from pydantic import BaseModel  # noqa: E402 - behind the question whether there are clients
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("leftovers")]
 
 DEMO = Path(str(files("opsin.models"))) / "demo"
 IMAGE = "data:image/png;base64," + base64.b64encode((DEMO / "shapes.png").read_bytes()).decode()
@@ -33,16 +29,6 @@ class Seen(BaseModel):
     """What a schema asks for."""
 
     colour: Literal["red", "blue"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def leftovers() -> Iterator[None]:
-    """LiteLLM leaves an event loop open; it is collected here, or another test would be blamed for it."""
-    yield
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        asyncio.set_event_loop(None)
-        gc.collect()
 
 
 @pytest.fixture

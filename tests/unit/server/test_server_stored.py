@@ -57,6 +57,24 @@ def test_items_of_an_answer_may_be_named_instead_of_sent() -> None:
     run(work())
 
 
+def test_what_a_conversation_goes_on_from_counts_for_it_too() -> None:
+    """Each conversation keeps its images in memory, also when the answer that it goes on from is forgotten."""
+    part = KEPT_BYTES_BY_KEY // 3
+
+    async def work() -> None:
+        async with world(max_prompt_chars=KEPT_BYTES_BY_KEY) as w:
+            first = (await w.post(RESPONSES, input="\x1e" + "x" * 10)).json()["id"]
+            key = next(iter(w.manager.stored._stored))[0]
+            held = w.manager.stored._stored[key, first]
+            held.size += part
+            held.conversation[0].content[0].text += "x" * part
+            await w.post(RESPONSES, input="?", previous_response_id=first, max_output_tokens=1)
+            *_, last = w.manager.stored._stored.values()
+            assert last.size > part
+
+    run(work())
+
+
 def test_what_was_not_to_be_stored_is_not() -> None:
     async def work() -> None:
         async with world() as w:
