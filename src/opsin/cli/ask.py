@@ -42,7 +42,7 @@ _PARALLEL = f"{SLOTS} for several images, unless --ctx is given"
 _TIMELINE = "show stage times (default: for one image, on a terminal)"
 _Dict = dict[str, Any]
 _What = tuple[str, str | None, _Dict]
-_Asked = tuple[list[str], list[Image], AnswerStream | OpsinError]
+_Asked = tuple[list[str], AnswerStream | OpsinError]
 _OF_IMAGES = {"image_decode", "preprocess", "encode", "image_prefill"}
 _LABELS = {"load": "load model", "encode": "vision encode"}
 _CUTS = {
@@ -138,20 +138,20 @@ class _Run:
         try:
             images = [_read_image(source) for source in group]
         except OpsinError as error:
-            return group, [], error
+            return group, error
         load_ms = 0.0 if "_opsin" in vars(self) else self._opsin.load_ms  # what is wrong with the model, is for all
         try:
             messages = question_about(images, self._question, self._system)
-            return group, images, self._opsin.submit(messages, **self._params, load_ms=load_ms)
+            return group, self._opsin.submit(messages, **self._params, load_ms=load_ms)
         except OpsinError as error:
-            return group, [], error
+            return group, error
 
-    def _finish(self, group: list[str], images: list[Image], outcome: AnswerStream | OpsinError) -> None:
+    def _finish(self, group: list[str], outcome: AnswerStream | OpsinError) -> None:
         name = ", ".join(group)
         try:
             if isinstance(outcome, OpsinError):
                 raise outcome
-            self._answered(group, images, outcome)
+            self._answered(group, outcome)
         except OpsinError as error:
             self._failed += 1
             self._line.stop()
@@ -164,7 +164,7 @@ class _Run:
             self._line.update(self._progress())
             self._line.start()
 
-    def _answered(self, group: list[str], images: list[Image], stream: AnswerStream) -> None:
+    def _answered(self, group: list[str], stream: AnswerStream) -> None:
         whole = "json_schema" in self._params  # half a JSON document is none
         streamed = self._alone and self._form == "text" and not whole
         answer = follow(stream, self._line, quiet=not streamed) if self._alone else stream.result()
@@ -175,12 +175,12 @@ class _Run:
         if self._form == "jsonl" or self._timed:
             placement = remembered_placement(self._opsin.setup, self._opsin.placement)
         if self._form == "jsonl":
-            self._rows.add(group, answer, images, placement=placement.as_dict(), model=self._opsin.info.as_dict())
+            self._rows.add(group, answer, placement=placement.as_dict(), model=self._opsin.info.as_dict())
             return
         if not streamed:
-            self._rows.add(group, answer, images)
+            self._rows.add(group, answer)
         name = "" if self._alone else f"{', '.join(group)}: "
-        for note in (note for image in images for note in image.notes):
+        for note in (note for image in answer.images for note in image.notes):
             say(f"({name}{note})")
         show_limits(answer, name)
         if self._timed:

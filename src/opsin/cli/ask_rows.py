@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -14,7 +13,6 @@ import typer
 from opsin.cli.console import escaped, printable
 from opsin.core.answer import Answer
 from opsin.core.errors import OpsinError
-from opsin.core.request import Image
 
 Format = Literal["text", "jsonl", "csv", "md"]
 _NOT_IN_JSON = {"tiles", "cached", "orientation"}
@@ -34,15 +32,16 @@ class Rows:
         elif form == "md":
             typer.echo("| Image | Answer |\n| --- | --- |")
 
-    def add(self, group: list[str], outcome: Answer | OpsinError, images: Sequence[Image] = (), **about: Any) -> None:
+    def add(self, group: list[str], outcome: Answer | OpsinError, **about: Any) -> None:
         """The row of an answer, or of what went wrong, which text has none for; `about` goes into JSON."""
         name, answer = ", ".join(group), outcome if isinstance(outcome, Answer) else None
         text, error = (printable(answer.text), "") if answer else ("", str(outcome))
         if self._form == "jsonl":
-            row = {"source": group[0] if len(group) == 1 else group, **_as_json(outcome, images), **about}
+            row = {"source": group[0] if len(group) == 1 else group, **_as_json(outcome), **about}
             typer.echo(json.dumps(row, ensure_ascii=False))
         elif self._form == "csv":
-            self._csv.writerow((name, text, error, "; ".join(note for image in images for note in image.notes)))
+            notes = "; ".join(note for image in answer.images for note in image.notes) if answer else ""
+            self._csv.writerow((name, text, error, notes))
             sys.stdout.flush()
         elif self._form == "md":
             typer.echo(f"| {_cell(escaped(name))} | {_cell(text.strip() if answer else f'Error: {error}')} |")
@@ -58,14 +57,11 @@ def _cell(text: str) -> str:
     return "<br>".join(text.replace("\\", "\\\\").replace("|", "\\|").splitlines())
 
 
-def _as_json(outcome: Answer | OpsinError, images: Sequence[Image]) -> dict[str, Any]:
+def _as_json(outcome: Answer | OpsinError) -> dict[str, Any]:
     if isinstance(outcome, OpsinError):
         return {"error": {"code": outcome.code, "message": str(outcome)}, "text": None}
     row = asdict(outcome)
-    told = [
-        {name: value for name, value in info.items() if name not in _NOT_IN_JSON} | {"notes": image.notes}
-        for info, image in zip(row["images"], images, strict=True)
-    ]
+    told = [{name: value for name, value in info.items() if name not in _NOT_IN_JSON} for info in row["images"]]
     times = {key: {name: round(value, 3) for name, value in row[key].items()} for key in ("stages", "timings")}
     same = {name: row[name] for name in ("text", "reasoning", "finish_reason", "usage", "guard")}
     return {"error": None, **same, "images": told, **times}
