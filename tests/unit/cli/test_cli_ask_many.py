@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
@@ -11,10 +12,9 @@ from typing import Any, Self
 import pytest
 
 from opsin.cli import ask as command
-from opsin.cli import ask_rows
 from opsin.cli.app import main
 from opsin.cli.ask_files import check_question, expand_sources
-from opsin.core.answer import Answer, Finished, Stages, Timings, Usage
+from opsin.core.answer import Answer, Finished, ImageInfo, Stages, Timings, Usage
 from opsin.core.errors import BadParameter, EncodeFailed
 from opsin.core.model_info import Placement
 from opsin.core.request import Image
@@ -26,8 +26,10 @@ ANSWER = Answer("a dog", None, "stop", Usage(), Stages(), Timings(0, 0, 0, 0, 0,
 class Stream:
     """An answer that is there at once, or the error of its encode."""
 
-    def __init__(self, opsin: Opsin, *, fails: bool) -> None:
+    def __init__(self, opsin: Opsin, images: list[Image], *, fails: bool) -> None:
         self._opsin, self._fails = opsin, fails
+        infos = [ImageInfo(one.sha256, one.width, one.height, 1, 1, 1, notes=one.notes) for one in images]
+        self._answer = replace(ANSWER, images=tuple(infos))
         opsin.running += 1
         opsin.most = max(opsin.most, opsin.running)
 
@@ -35,7 +37,7 @@ class Stream:
         self._opsin.running -= 1
         if self._fails:
             raise EncodeFailed("The vision encoder failed on this image.")
-        return ANSWER
+        return self._answer
 
     def __iter__(self) -> Iterator[Finished]:
         yield Finished(self.result())
@@ -62,7 +64,8 @@ class Opsin:
 
     def submit(self, messages: Any, **_: Any) -> Stream:
         self.asked += 1
-        return Stream(self, fails=self.asked == 5)
+        images = [part for message in messages for part in message.parts if isinstance(part, Image)]
+        return Stream(self, images, fails=self.asked == 5)
 
 
 @pytest.fixture
@@ -77,12 +80,6 @@ def model(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(command, "AnswerStream", Stream)
     monkeypatch.setattr(command, "_read_image", lambda source: Image(b"", 1, 1, "0", "PNG", notes=(source,)))
     monkeypatch.setattr(command, "remembered_placement", lambda *_: Placement({}, {}, 0, 0))
-    as_json = ask_rows._as_json
-    monkeypatch.setattr(
-        ask_rows,
-        "_as_json",
-        lambda asked, images: {"error": None, "notes": images[0].notes} if images else as_json(asked, images),
-    )
     return made
 
 
@@ -113,7 +110,7 @@ def test_several_slots_are_used_and_few_images_are_held(
     rows = [json.loads(line) for line in shown.out.splitlines()]
     assert [row["source"] for row in rows] == names
     assert [row["error"] and row["error"]["code"] for row in rows] == [None] * 4 + ["encode_failed"] + [None] * 35
-    assert rows[3]["notes"] == ["x3.png"]
+    assert rows[3]["images"][0]["notes"] == ["x3.png"]
     assert "(40 of 40 done, 1 failed in" in shown.err
 
 
