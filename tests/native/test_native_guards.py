@@ -187,3 +187,19 @@ print(float(np.abs(x - y).max() / np.abs(x).max()))
 """)
     assert child.code == 0, child.err[-400:]
     assert float(child.out) < 0.02
+
+
+def test_a_process_that_ends_at_once_waits_for_the_tokenizer(in_child: Callable[[str], Any]) -> None:
+    """A thread that is still inside llguidance when Python ends takes the process down."""
+    child = in_child("""
+import time
+from opsin.native.constraint import Constraints
+build = Constraints._build_tokenizer
+def late(self):
+    time.sleep(0.3)
+    build(self)
+    print("built")
+Constraints._build_tokenizer = late
+backend = opened(mmproj=None)
+""")
+    assert (child.code, child.out.strip()) == (0, "built"), child.err[-400:]

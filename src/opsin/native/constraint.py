@@ -102,7 +102,8 @@ class Constraints:
         self._compiled = lru_cache(REMEMBERED)(self._compile)
         self._tokenizer: LLTokenizer | str = ""  # or why there is none
         # A quarter of a second for 50,000 tokens: neither the first schema nor the engine's thread should wait for it.
-        self._builder = threading.Thread(target=self._build_tokenizer, name="opsin-tokenizer", daemon=True)
+        # Not a daemon: a thread inside llguidance while Python ends takes the process down (SIGSEGV).
+        self._builder = threading.Thread(target=self._build_tokenizer, name="opsin-tokenizer")
         self._builder.start()
 
     def compile(self, params: SamplingParams) -> Constraint:
