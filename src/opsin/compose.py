@@ -118,7 +118,12 @@ def template_source(backend: NativeBackend, pair: Pair, template: str | None = N
     )
 
 
+def main_device() -> Device:
+    """The device that models go to: a GPU where there is one."""
+    return min(devices(), key=lambda device: (not device.is_gpu, device.type != "cpu"))
+
+
 def measured_device() -> tuple[Device, DeviceRate]:
-    """The device that models go to, a GPU where there is one, and the rates that it reaches. Takes a second."""
-    found = sorted(devices(), key=lambda device: (not device.is_gpu, device.type != "cpu"))
-    return found[0], measure_device(found[0])
+    """That device, and the rates that it reaches. Takes a second."""
+    device = main_device()
+    return device, measure_device(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,9 +50,24 @@ def test_a_folder_is_listed_on_request(run, tmp_path: Path):
 
 
 def test_known_names_are_listed(run):
-    assert "llava-1.5-7b" in run("models", "--known").stdout
+    table, last = run("models", "--known").stdout.rstrip().rsplit("\n", 1)
+    lines = table.splitlines()
+    assert lines[0].split() == ["name", "download", "memory", "licence", "repo"]
+    llava = next(line for line in lines if "llava-1.5-7b" in line)
+    assert re.search(r"llava-1\.5-7b +4\.\d GB +\d\.\d GB +Llama 2 +second-state/", llava)
+    assert "Sizes are estimates" in last
     rows = json.loads(run("models", "--known", "--json").stdout)
-    assert {"name", "title", "repo"} <= rows[0].keys()
+    assert {"name", "title", "repo", "licence", "parameters", "download_bytes", "memory_bytes"} <= rows[0].keys()
+    chosen = [row["name"] for row in rows if row["first_choice"]]
+    assert len(chosen) <= 1  # none on a machine with very little memory
+    assert [line.split()[1] for line in lines if line.startswith("*")] == chosen
+    assert all(f"* {name} is a good first choice" in last for name in chosen)
+
+
+def test_sizes_and_licence_are_told_before_a_download(run):
+    first, second = run("pull", "LLaVA", code=3).stderr.splitlines()
+    assert re.match(r"LLaVA-1\.5 7B: about 4\.\d GB to download and \d\.\d GB of memory .*; licence Llama 2", first)
+    assert "http://127.0.0.1:9 cannot be reached" in second
 
 
 def test_a_model_that_cannot_see_is_no_default(run, tmp_path: Path):
@@ -64,7 +80,6 @@ def test_a_model_that_cannot_see_is_no_default(run, tmp_path: Path):
     ("arguments", "code", "says"),
     [
         (["pull", "nothing-like-it"], 3, "did you mean"),
-        (["pull", "llava"], 3, "http://127.0.0.1:9 cannot be reached"),
         (["models", "use", "llava"], 3, "opsin pull llava-1.5-7b"),
     ],
 )

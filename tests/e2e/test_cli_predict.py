@@ -32,6 +32,24 @@ def test_a_shape_on_a_device_of_the_table(opsin_env, tmp_path):
     assert document["check"] is None
 
 
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (("--model", "qwen2.5-vl-7b"), "qwen2.5-vl-7b as q4_k_m"),
+        (("--model", "Qwen2.5 VL 7B:Q8_0"), "qwen2.5-vl-7b as q8_0"),
+        (("--model", "qwen2.5-vl-7b", "--type", "q5_k_m"), "qwen2.5-vl-7b as q5_k_m"),
+        (("--model", "paddleocr-vl"), "paddleocr-vl as bf16"),
+    ],
+)
+def test_a_known_name_needs_no_download(opsin_env, tmp_path, arguments, name):
+    env = {**opsin_env, "HF_HUB_CACHE": str(tmp_path)}
+    row = json.loads(predict(env, *arguments, "--device", "rtx 3090", "--json").stdout)["prediction"]
+    assert row["model"] == name
+    assert row["image_tokens"] == 391
+    assert row["encode_ms"] > 1
+    assert "640×480" in row["notes"][0]
+
+
 def test_text_for_people(opsin_env):
     shown = predict(opsin_env, "--model", "medium", "--device", "m2 max", "--answer-tokens", "1000").stdout
     for words in (
@@ -58,7 +76,7 @@ def test_the_table(opsin_env):
         (("--model", DEMO, "--type", "q4_0", "--device", "m1"), "a file has its own"),
         (("--model", "small", "--type", "q5_k", "--device", "m1"), "--type cannot be 'q5_k'"),
         (("--model", "small", "--device", "m1", "--measure"), "--measure needs the machine at hand"),
-        (("--model", "small", "--measure"), "small is a shape"),
+        (("--model", "small", "--measure"), "there are none of small"),
         (("--model", "small", "--mmproj", "x.gguf", "--device", "m1"), "leave out --mmproj"),
         (("--model", "small", "--device", "m1", "--ctx", "512"), "give a larger --ctx"),
         (("--model", "small", "--device", "m1", "--kv-type", "q5"), "kv_type: Input should be 'f16'"),

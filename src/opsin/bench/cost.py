@@ -16,6 +16,7 @@ from opsin.core.ggml_types import bytes_per_value
 from opsin.models.gguf import TensorHead, parts_of, read_header, read_info
 
 IMAGE = (640, 480)  # pixels, for families whose image tokens depend on the image's size
+SIZE_NOTE = f"image tokens depend on the image's size: {IMAGE[0]}×{IMAGE[1]} pixels are assumed"
 TILES = 5  # LLaVA-1.6 cuts most images into four tiles, beside the whole
 # Side of the square of patches that becomes one image token, if the file does not say; source: llama.cpp's `clip.cpp`.
 # Without those whose number of tiles is not in the file (idefics3, internvl).
@@ -124,8 +125,7 @@ def image_cost(mmproj: Path) -> ImageCost:
     merge = next((found for key in keys if (found := header.integer(key))), _MERGE[kind])
     patches, pieces, note = (edge // patch) ** 2, 1, None
     if kind.startswith("qwen"):
-        patches = math.prod(max(1, round(pixels / (patch * merge))) * merge for pixels in IMAGE)
-        note = f"image tokens depend on the image's size: {IMAGE[0]}×{IMAGE[1]} pixels are assumed"
+        patches, note = math.prod(max(1, round(pixels / (patch * merge))) * merge for pixels in IMAGE), SIZE_NOTE
     elif header.lengths.get("clip.vision.image_grid_pinpoints", 0):
         pieces, note = TILES, f"an image is assumed to be cut into {TILES} tiles"
     ops = encode_ops_of(header.tensors, patches, layers or 0, merge=merge, all_layers=kind != "mlp")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +13,7 @@ import typer
 from opsin.bench.report import columns
 from opsin.cli.console import escaped, new_app
 from opsin.cli.options import AsJson
-from opsin.core.errors import PairMismatch
+from opsin.core.errors import OpsinError, PairMismatch
 from opsin.models.registry import KNOWN_MODELS
 from opsin.models.resolve import list_models, resolve, write_default
 
@@ -24,7 +25,7 @@ def models(
     context: typer.Context,
     *,
     as_json: AsJson = False,
-    known: Annotated[bool, typer.Option("--known", help="list the names that `opsin pull` knows")] = False,
+    known: Annotated[bool, typer.Option("--known", help="list what `opsin pull` knows, with sizes")] = False,
     folder: Annotated[
         list[Path] | None, typer.Option(help="look into this as well; may be given several times")
     ] = None,
@@ -32,11 +33,16 @@ def models(
     """Show which models are here, and choose the default."""
     if context.invoked_subcommand is not None:
         return
-    rows = [asdict(model) for model in (KNOWN_MODELS if known else list_models(folder or []))]
+    rows = _known() if known else [asdict(model) for model in list_models(folder or [])]
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
     elif known:
-        _print_table(rows, "name", "title", "repo")
+        for row in rows:
+            row.update(download=_size(row["download_bytes"]), memory=_size(row["memory_bytes"]))
+            row[""] = "*" if row["first_choice"] else ""
+        _print_table(rows, "", "name", "download", "memory", "licence", "repo")
+        chosen = [f"* {row['name']} is a good first choice for this machine. " for row in rows if row["first_choice"]]
+        typer.echo(f"{''.join(chosen)}Sizes are estimates; memory is with a context of 4,096 tokens.")
     else:
         rows = [{**row, **_shown(row)} for row in rows]
         _print_table(rows, "", "name", "model", "quantisation", "size", "where")
@@ -56,14 +62,31 @@ def use(
     typer.echo(escaped(f"{pair.name} is the default model now"))
 
 
+def _known() -> list[dict[str, Any]]:
+    """The known models with their sizes, and which of them suits this machine."""
+    from opsin.compose import main_device
+    from opsin.tune.predict import first_choice, known_sizes
+
+    rows = [{**asdict(row), **known_sizes(row)} for row in KNOWN_MODELS]
+    choice = None
+    with suppress(OpsinError):  # without a working llama.cpp the list is still of use
+        device = main_device()
+        # A GPU inside a CPU has the main memory, and not more time than the CPU.
+        choice = first_choice(rows, device.memory_total, is_gpu=device.type == "gpu")
+    return [{**row, "first_choice": row["name"] == choice} for row in rows]
+
+
 def _shown(row: dict[str, Any]) -> dict[str, str]:
-    size = row["size"]
     return {
         "": "*" if row["is_default"] else "",
         "model": f"{row['architecture']} + {row['projector']}" if row["architecture"] else "",
-        "size": "" if not size else f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB",
+        "size": _size(row["size"]) if row["size"] else "",
         "where": row["problem"] or row["llm_file"],
     }
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def _print_table(rows: list[dict[str, Any]], *names: str) -> None:

@@ -17,7 +17,8 @@ from opsin.core.config import checked
 from opsin.core.errors import BadParameter, ModelNotFound
 from opsin.core.settings import EngineSettings
 from opsin.models import Pair, resolve
-from opsin.models.shapes import SHAPES
+from opsin.models.registry import is_known, look_up
+from opsin.models.shapes import KNOWN_SHAPES, SHAPES
 from opsin.tune.devices import DEVICES, THIS, Device, find_device, gpu_group
 from opsin.tune.predict import Needs, Prediction, Request, check_fits, file_needs, measure_pair, shape_needs
 from opsin.tune.predict import predict as predicted
@@ -26,8 +27,8 @@ from opsin.tune.predict import predict as predicted
 @o.flags_of(EngineSettings, "mmproj", "kv_type")
 def predict(
     *,
-    model: Annotated[str | None, typer.Option(help="GGUF file, folder, known name, or a shape as llava-1.5-7b")] = None,
-    weights: Annotated[str | None, typer.Option("--type", help="weights of a shape, as q4_k_m [default: q8_0]")] = None,
+    model: Annotated[str | None, typer.Option(help="GGUF file, folder, known name, or a shape as small")] = None,
+    weights: Annotated[str | None, typer.Option("--type", help="weights where there is no file, as q4_k_m")] = None,
     device: Annotated[str, typer.Option(help="one of the table, or `this`: the machine at hand, measured")] = THIS,
     devices: Annotated[bool, typer.Option("--devices", help="list the table of devices and exit")] = False,
     ctx: Annotated[int, typer.Option(min=64, help="context in tokens that memory is kept for")] = 4096,
@@ -49,7 +50,9 @@ def predict(
     settings = checked(EngineSettings, asked)
     needs, pair = _needs(model, flags["mmproj"], weights, settings.kv_type)
     if measure and pair is None:
-        raise BadParameter(f"--measure needs files, and {model} is a shape: give --model and --mmproj.")
+        raise BadParameter(
+            f"--measure needs files, and there are none of {model}: pull it, or give --model and --mmproj."
+        )
     found = _this_machine() if device == THIS else find_device(device)
     if memory is not None:
         found = replace(found, memory=memory * 2**30)
@@ -66,12 +69,12 @@ def predict(
 
 
 def _needs(model: str | None, mmproj: str | None, weights: str | None, kv_type: str) -> tuple[Needs, Pair | None]:
-    """Those of a shape when a type is given or no file has that name, else those of the files, and these."""
-    shape = None if model is None else SHAPES.get(model)
+    """Those of the files, and these; those of a known model or a shape when a type is given or there are no files."""
+    wanted = look_up(model) if model is not None and is_known(model) else None
+    known, tag = (wanted.known, wanted.tag.lower()) if wanted else (None, "")
+    shape = KNOWN_SHAPES[known.name] if known else SHAPES.get(model or "")
     if shape is None and weights is not None:
-        raise BadParameter(f"--type is for shapes ({', '.join(SHAPES)}): a file has its own.")
-    if shape is not None and mmproj is not None:
-        raise BadParameter(f"{model} is a shape with a projector of its own: leave out --mmproj.")
+        raise BadParameter("--type is for known names and shapes without files: a file has its own.")
     if shape is None or weights is None:
         try:
             pair = resolve(model, mmproj)
@@ -79,7 +82,9 @@ def _needs(model: str | None, mmproj: str | None, weights: str | None, kv_type: 
         except ModelNotFound:
             if shape is None:
                 raise
-    return shape_needs(shape, weights or "q8_0", kv_type), None
+    if mmproj is not None:
+        raise BadParameter(f"Without files {model} has a projector of its own: leave out --mmproj.")
+    return shape_needs(shape, weights or tag or (known.weights if known else "q8_0"), kv_type), None
 
 
 def _this_machine() -> Device:

@@ -9,9 +9,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import DownloadColumn, Progress, TaskID, TransferSpeedColumn
 
-from opsin.cli.console import escaped
+from opsin.cli.console import escaped, say
 from opsin.models import read_info
 from opsin.models.hub import pull as download
+from opsin.models.registry import look_up
+from opsin.tune.predict import WEIGHT_BYTES, known_sizes
 
 
 def pull(
@@ -23,6 +25,12 @@ def pull(
 
     An interrupted download continues where it stopped. Files go to the Hugging Face cache, which llama.cpp shares.
     """
+    wanted = look_up(name)
+    if wanted.known and (wanted.tag.lower() or wanted.known.weights) in WEIGHT_BYTES:
+        sizes = known_sizes(wanted.known, wanted.tag)
+        size, memory = sizes["download_bytes"] / 1e9, sizes["memory_bytes"] / 1e9
+        needs = f"about {size:.1f} GB to download and {memory:.1f} GB of memory with a context of 4,096 tokens"
+        say(f"{wanted.known.title}: {needs}; licence {wanted.known.licence}")
     tasks: dict[str, TaskID] = {}
     columns = (*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
     bars = Progress(*columns, console=Console(stderr=True))

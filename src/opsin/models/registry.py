@@ -19,14 +19,18 @@ _FILE = Path(__file__).with_name("known.toml")
 class KnownModel:
     """One model by the name users know. The files are named where a repository holds several models.
 
-    `quantisation` is the tag looked for when the user gives none; empty means llama.cpp's order.
+    `quantisation` is the tag looked for when the user gives none; empty means llama.cpp's order. `weights` is the type
+    of the usual download; `ocr` marks models that read text and do little else.
     """
 
     name: str
     title: str
     repo: str
+    licence: str
     aliases: Sequence[str] = ()
     quantisation: str = ""
+    weights: str = "q4_k_m"
+    ocr: bool = False
     llm_file: str | None = None
     mmproj_file: str | None = None
 

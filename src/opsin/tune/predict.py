@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from opsin.bench.cost import Ceiling, ModelCost, image_cost, read_cost
+from opsin.bench.cost import SIZE_NOTE, Ceiling, ModelCost, image_cost, read_cost
 from opsin.bench.report import rounded
 from opsin.core.errors import BadInput, BadParameter
 from opsin.core.ggml_types import bytes_per_value
 from opsin.models import read_info
-from opsin.models.shapes import PairShape
+from opsin.models.registry import KnownModel
+from opsin.models.shapes import KNOWN_SHAPES, PairShape
 from opsin.tune.devices import REACHED, Device
 from opsin.tune.measure import ANSWER, question
 
@@ -25,11 +29,13 @@ ROUNDS = 3
 _UBATCH = 1024
 _ENCODE_BYTES = 64 * 2**20
 _QUESTION = "What is in this image, and where is it? Tell me all about it."
+# What a model may take of a GPU's memory or of the main memory, and its parameters where there is no GPU.
+_GPU_SHARE, _HOST_SHARE, _MOST_ON_CPU = 0.9, 1 / 3, 4.5e9
 
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a pair needs, in bytes; `width` of the embeddings, and the tokens of an image (0: the files do not say)."""
+    """What a pair needs, in bytes; `width` of the embeddings; tokens of an image and parameters (0: not known)."""
 
     name: str
     cost: ModelCost
@@ -38,6 +44,13 @@ class Needs:
     width: int
     image_tokens: int
     notes: tuple[str, ...] = ()
+    parameters: int = 0
+
+    def memory(self, ctx: int) -> dict[str, float]:
+        """Bytes by what takes them; compute by a rule of thumb (`opsin doctor` plans the memory of this machine)."""
+        compute = 4.0 * 10 * self.width * _UBATCH + (_ENCODE_BYTES if self.projector_bytes else 0)
+        kv = ctx * self.cost.kv_values * self.cost.kv_value_bytes
+        return {"model": self.model_bytes, "projector": self.projector_bytes, "kv": kv, "compute": compute}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,21 +111,50 @@ class Prediction:
 
 
 def shape_needs(shape: PairShape, weight_type: str, kv_type: str = "f16") -> Needs:
-    """The needs of a LLaVA-like shape without a file; its projector is f16. Raises BadParameter for unknown types."""
+    """The needs of a shape without a file; its projector is f16. Raises BadParameter for unknown types."""
     if weight_type not in WEIGHT_BYTES:
         raise BadParameter(f"--type cannot be {weight_type!r}: choose one of {', '.join(WEIGHT_BYTES)}.")
-    text, vision, size = shape.text, shape.vision, WEIGHT_BYTES[weight_type]
-    weights = text.layers * (2 * text.width**2 + 2 * text.width * text.kv_width + 3 * text.width * text.feed_forward)
-    head = text.width * text.vocabulary
-    block = 4 * vision.width**2 + 2 * vision.width * vision.feed_forward
-    ends = 3 * vision.patch_size**2 * vision.width + vision.width * text.width + text.width**2  # kernel and projector
-    # llama.cpp runs all but the last of a file's blocks (`tools/mtmd/models/llava.cpp`).
-    ops = 2 * vision.patches * ((vision.layers - 1) * (block + 2 * vision.patches * vision.width) + ends)
-    kv_values, width = 2 * text.kv_width * text.layers, text.width * text.layers
-    cost = ModelCost(size * (weights + head), weights, head, kv_values, width, ops, bytes_per_value(kv_type))
-    projector = 2.0 * (vision.layers * block + ends + vision.patches * vision.width)
-    name, model = f"{shape.name} as {weight_type}", size * (weights + 2 * head)
-    return Needs(name, cost, model, projector, text.width, vision.patches)
+    text, size, notes = shape.text, WEIGHT_BYTES[weight_type], (shape.note,) if shape.note else ()
+    used, head = text.weights(text.experts_used), text.width * text.vocabulary
+    values = text.weights(text.experts) + head * (1 if text.tied else 2)
+    seen, tokens, ops = _vision_needs(shape)
+    kv, queries = text.kv_width * text.layers, text.kv_width * text.layers * text.heads // text.kv_heads
+    cost = ModelCost(size * (used + head), used, head, 2 * kv, queries, ops, bytes_per_value(kv_type))
+    if shape.vision.tiles > 1 or not shape.vision.image_size:
+        notes = (SIZE_NOTE, *notes)
+    name = f"{shape.name} as {weight_type}"
+    return Needs(name, cost, size * values, 2.0 * seen, text.width, tokens, notes, values + seen)
+
+
+def _vision_needs(shape: PairShape) -> tuple[int, int, int]:
+    """Values of encoder and projector, tokens of one image, and operations to encode it."""
+    vision, patches = shape.vision, shape.vision.patches
+    widths = vision.projector or (vision.width, shape.text.width, shape.text.width)
+    projector = vision.extra + sum(one * after for one, after in pairwise(widths))
+    block = 4 * vision.width**2 + (3 if vision.gated else 2) * vision.width * vision.feed_forward
+    kernel, tokens = 3 * vision.patch_size**2 * vision.width, vision.tiles * (vision.tile_tokens or patches)
+    # llama.cpp runs all but the last of a LLaVA file's blocks (`tools/mtmd/models/llava.cpp`).
+    blocks = vision.layers if vision.projector else vision.layers - 1
+    ops = vision.tiles * patches * (blocks * (block + 2 * patches * vision.width) + kernel) + tokens * projector
+    return vision.layers * block + kernel + projector + patches * vision.width, tokens, 2 * ops
+
+
+def known_sizes(known: KnownModel, tag: str = "") -> dict[str, int]:
+    """Parameters, and bytes to download and to have as memory, as an estimate; `tag` is another quantisation."""
+    needs = shape_needs(KNOWN_SHAPES[known.name], tag.lower() or known.weights)
+    return {
+        "parameters": needs.parameters,
+        "download_bytes": round(needs.model_bytes + needs.projector_bytes),
+        "memory_bytes": round(sum(needs.memory(Request().ctx).values())),
+    }
+
+
+def first_choice(rows: Sequence[Mapping[str, Any]], memory: float, *, is_gpu: bool) -> str | None:
+    """The name of the largest known model that a device has memory for, and without a GPU also time."""
+    room = memory * (_GPU_SHARE if is_gpu else _HOST_SHARE)
+    most = math.inf if is_gpu else _MOST_ON_CPU
+    fitting = [row for row in rows if row["memory_bytes"] <= room and row["parameters"] <= most]
+    return max(fitting, key=lambda row: (not row["ocr"], row["parameters"]))["name"] if fitting else None
 
 
 def file_needs(llm: Path, mmproj: Path | None, name: str, kv_type: str = "f16") -> Needs:
@@ -142,9 +184,6 @@ def predict(needs: Needs, device: Device, request: Request) -> Prediction:
         return 1e3 * max(cost.prompt_seconds(ceiling, tokens, before), least)
 
     context = image + text + request.answer_tokens // 2
-    # By a rule of thumb: `opsin doctor` plans the memory of this machine.
-    compute = 4.0 * 10 * needs.width * _UBATCH + (_ENCODE_BYTES if needs.projector_bytes else 0)
-    kv = request.ctx * cost.kv_values * cost.kv_value_bytes
     notes = needs.notes
     if device.usable < device.memory:
         gib = f"{device.usable / 2**30:.0f} of {device.memory / 2**30:.0f} GiB"
@@ -157,7 +196,7 @@ def predict(needs: Needs, device: Device, request: Request) -> Prediction:
         image_prefill_ms=prefill_ms(image, 0),
         text_prefill_ms=prefill_ms(text, image),
         decode_token_ms=1e3 * cost.step_seconds(ceiling, [context]),
-        memory={"model": needs.model_bytes, "projector": needs.projector_bytes, "kv": kv, "compute": compute},
+        memory=needs.memory(request.ctx),
         notes=notes,
     )
 

@@ -6,6 +6,7 @@ import pytest
 
 from opsin.core.errors import ModelNotFound
 from opsin.models.registry import _NAMES, KNOWN_MODELS, _normal, look_up
+from opsin.models.shapes import KNOWN_SHAPES, SHAPES
 
 
 def test_rows_are_well_formed():
@@ -15,6 +16,19 @@ def test_rows_are_well_formed():
         assert re.fullmatch(r"[a-z0-9.-]+", row.name)
         assert re.fullmatch(r"[\w.-]+/[\w.-]+", row.repo)
         assert (row.llm_file is None) == (row.mmproj_file is None)
+
+
+@pytest.mark.parametrize("row", KNOWN_MODELS, ids=lambda row: row.name)
+def test_every_known_model_has_sizes_and_a_licence(row):
+    shape = KNOWN_SHAPES[row.name]
+    assert row.licence
+    assert shape.text.width % 64 == 0
+    assert shape.text.heads % shape.text.kv_heads == 0
+    assert 0 <= shape.text.experts_used <= shape.text.experts
+    projector = list(shape.vision.projector)
+    assert projector[-1:] in ([], [shape.text.width])
+    tokens = shape.vision.tile_tokens or shape.vision.patches
+    assert 0 < tokens <= shape.vision.patches
 
 
 def test_no_name_means_two_models():
@@ -72,3 +86,7 @@ def test_a_repository_without_the_prefix_is_told_about_it():
 def test_a_slip_of_the_pen_is_met_with_the_nearest_name():
     with pytest.raises(ModelNotFound, match=r"did you mean .*smolvlm2-2\.2b"):
         look_up("smolvml2")
+
+
+def test_shapes_that_files_are_written_of_are_llavas():
+    assert set(SHAPES) == {"tiny", "small", "medium", "tinyllama-1.1b", "llava-1.5-7b", "llava-1.5-13b"}

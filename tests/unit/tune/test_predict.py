@@ -6,10 +6,20 @@ import pytest
 
 from opsin.bench import cost
 from opsin.core.errors import BadInput, BadParameter
+from opsin.models.registry import KNOWN_MODELS, look_up
 from opsin.models.resolve import demo_pair
-from opsin.models.shapes import SHAPES
+from opsin.models.shapes import KNOWN_SHAPES, SHAPES
 from opsin.tune.devices import DEVICES, REACHED, THIS, find_device, gpu_group
-from opsin.tune.predict import Request, check_fits, file_needs, predict, shape_needs
+from opsin.tune.predict import (
+    WEIGHT_BYTES,
+    Request,
+    check_fits,
+    file_needs,
+    first_choice,
+    known_sizes,
+    predict,
+    shape_needs,
+)
 
 SEVEN = shape_needs(SHAPES["llava-1.5-7b"], "q4_0")
 CARD = DEVICES["rtx-4090"]
@@ -186,3 +196,96 @@ def test_a_context_that_would_fit_is_named():
 def test_an_unknown_type_is_refused():
     with pytest.raises(BadParameter, match="--type cannot be 'q5_k'"):
         shape_needs(SHAPES["small"], "q5_k")
+
+
+# Billions of parameters that the makers publish.
+PUBLISHED = {
+    "llava-1.5-7b": 7.06, "llava-1.5-13b": 13.35, "llava-1.6-mistral-7b": 7.57, "smolvlm2-2.2b": 2.25,
+    "smolvlm2-500m": 0.507, "smolvlm2-256m": 0.256, "qwen2.5-vl-3b": 3.75, "qwen2.5-vl-7b": 8.29,
+    "qwen2.5-vl-32b": 33.5, "qwen2.5-vl-72b": 73.4, "qwen3-vl-2b": 2.13, "qwen3-vl-4b": 4.44, "qwen3-vl-8b": 8.77,
+    "gemma-3-4b": 4.30, "gemma-3-12b": 12.2, "gemma-3-27b": 27.4, "internvl3-1b": 0.938, "internvl3-2b": 2.09,
+    "internvl3-8b": 7.94, "internvl3-14b": 15.1, "minicpm-v-2.6": 8.10, "minicpm-v-4": 4.06, "minicpm-v-4.5": 8.70,
+    "glm-4.6v-flash": 10.3, "glm-4.6v": 108, "kimi-vl": 16.4, "kimi-k2.5": 1030, "deepseek-ocr": 3.34,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_known_sizes_add_up_to_the_published_number_of_parameters(name):
+    assert shape_needs(KNOWN_SHAPES[name], "f16").parameters == pytest.approx(PUBLISHED[name] * 1e9, rel=0.03)
+
+
+# Bytes of language model and projector as they lie on the hub.
+@pytest.mark.parametrize(
+    ("name", "weights", "model", "projector"),
+    [
+        ("smolvlm2-500m", "q8_0", 436_808_704, None),
+        ("internvl3-2b", "q4_k_m", 1_116_758_816, None),
+        ("glm-4.6v-flash", "q4_k_m", 6.17e9, None),
+        ("paddleocr-vl", "bf16", 935_768_992, 881_770_496),
+    ],
+)
+def test_known_sizes_are_about_those_of_the_files(name, weights, model, projector):
+    needs = shape_needs(KNOWN_SHAPES[name], weights)
+    assert needs.model_bytes == pytest.approx(model, rel=0.08)
+    assert projector is None or needs.projector_bytes == pytest.approx(projector, rel=0.03)
+
+
+@pytest.mark.parametrize("known", KNOWN_MODELS, ids=lambda known: known.name)
+def test_every_known_model_is_predicted(known):
+    needs = shape_needs(KNOWN_SHAPES[known.name], known.weights)
+    row = predict(needs, DEVICES["h200"], Request()).as_dict()
+    assert 0 < row["encode_ms"] < 2000
+    assert 0 < row["image_prefill_ms"] < 5000
+    assert row["decode_tokens_s"] > 5
+    assert row["fits"] is (known.name != "kimi-k2.5")
+    sizes = known_sizes(known)
+    assert sizes["download_bytes"] < sizes["memory_bytes"] == row["memory_total_bytes"]
+
+
+def test_experts_that_a_token_does_not_use_cost_memory_and_no_time():
+    needs = shape_needs(KNOWN_SHAPES["kimi-vl"], "q4_k_m")
+    assert needs.model_bytes == pytest.approx(16e9 * WEIGHT_BYTES["q4_k_m"], rel=0.03)
+    assert needs.cost.weight_bytes == pytest.approx(2.5e9 * WEIGHT_BYTES["q4_k_m"], rel=0.1)
+    assert needs.cost.kv_values == 27 * 576  # keys and values share a vector
+
+
+def test_what_is_assumed_of_an_image_is_said():
+    notes = {name: shape_needs(shape, "q4_0").notes for name, shape in KNOWN_SHAPES.items()}
+    assert notes["llava-1.5-7b"] == notes["gemma-3-4b"] == ()
+    assert "640×480" in notes["qwen2.5-vl-7b"][0]
+    assert "estimate" in notes["smolvlm2-2.2b"][-1]
+
+
+def test_another_quantisation_has_another_size():
+    known = look_up("qwen2.5-vl-7b").known
+    assert known is not None
+    usual, eighth = known_sizes(known), known_sizes(known, "Q8_0")
+    assert usual["download_bytes"] == pytest.approx(6.0e9, rel=0.03)
+    assert eighth["download_bytes"] == pytest.approx(9.4e9, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("gb", "is_gpu", "name"),
+    [
+        (24, True, "gemma-3-27b"),
+        (8, True, "qwen3-vl-8b"),
+        (80, True, "glm-4.6v"),
+        (16, False, "qwen3-vl-4b"),
+        (1000, False, "qwen3-vl-4b"),
+        (4, False, "smolvlm2-500m"),
+        (0, True, None),
+        (0, False, None),
+    ],
+)
+def test_a_first_choice_fits_and_is_not_too_slow(gb, is_gpu, name):
+    rows = [{"name": one.name, "ocr": one.ocr, **known_sizes(one)} for one in KNOWN_MODELS]
+    assert first_choice(rows, gb * 1e9, is_gpu=is_gpu) == name
+
+
+def test_a_model_that_only_reads_text_is_a_last_choice():
+    rows = [
+        {"name": "reader", "ocr": True, "parameters": 3, "memory_bytes": 3},
+        {"name": "general", "ocr": False, "parameters": 2, "memory_bytes": 2},
+    ]
+    assert first_choice(rows, 100, is_gpu=True) == "general"
+    assert first_choice(rows[:1], 100, is_gpu=True) == "reader"
