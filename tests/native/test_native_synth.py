@@ -12,8 +12,11 @@ from native_help import draw, generate, prefill
 from opsin.core.request import ImageChunk, ImagePart, SamplingParams, TextChunk, TextPart
 from opsin.core.settings import EngineSettings
 from opsin.models import Pair, read_info
+from opsin.models.pairing import check_pair
 from opsin.native import NativeBackend, open_backend
-from synth import write_pair
+from synth import KINDS, SHAPES, write_pair
+from synth.text import llm_tensors
+from synth.vision import clip_tensors
 from synth.vocabulary import make_vocabulary
 
 PAIRS = [("f16", "f16"), ("bf16", "bf16"), ("q8_0", "q8_0"), ("q4_0", "f16")]
@@ -55,6 +58,14 @@ def test_llama_cpp_and_the_header_reader_agree(pair: Pair, shared: NativeBackend
     assert shared.info.quantisation.upper().startswith(text.quantisation)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_two_files_of_every_family_belong_together(kind: str, tmp_path: Path):
+    pair, shape = write_pair(kind, tmp_path), SHAPES[kind]
+    text, vision = check_pair(pair.llm, pair.mmproj)
+    assert (text.architecture, vision.projector) == (shape.kind.architecture, shape.kind.projector)
+    assert text.width == vision.projector_width == shape.text.width * (1 + len(shape.vision.deepstack))
+
+
 def test_the_vocabulary_is_the_one_that_was_made_up(shared: NativeBackend):
     vocabulary = make_vocabulary(512)
     assert shared.limits.n_vocab == 512
@@ -79,3 +90,26 @@ def test_a_pair_without_a_template_loads_too(tmp_path: Path):
 
 def test_a_pair_with_a_template_shows_it(shared: NativeBackend):
     assert "USER: " in (shared.model.chat_template or "")
+
+
+def test_a_vocabulary_of_152k_is_read_and_written(tmp_path: Path):
+    backend = opened(write_pair("tiny-152k", tmp_path, quantisation="q4_0"))
+    try:
+        assert backend.limits.n_vocab == 151_936
+        prompt = backend.tokenize([ImagePart(draw()), TextPart("\nWhat is this?\nASSISTANT:")], add_bos=True)
+        position = prefill(backend, prompt)
+        prompt.close()
+        sampler = backend.sampler(SamplingParams(temperature=0, ignore_eos=True), seed=0)
+        tokens = generate(backend, sampler, position, 16)
+        sampler.close()
+        assert len(set(tokens)) > 1
+        assert max(tokens) > 512
+    finally:
+        backend.close()
+
+
+@pytest.mark.parametrize(("shape", "text", "vision"), [("qwen2.5-vl-7b", 7.616, 0.676), ("gemma-3-12b", 11.77, 0.42)])
+def test_full_sizes_have_the_parameters_of_what_they_are_named_for(shape: str, text: float, vision: float):
+    """In billions; the published numbers are of `model.language_model` and `model.visual`."""
+    assert sum(tensor.values for tensor in llm_tensors(SHAPES[shape], "f16")) / 1e9 == pytest.approx(text, abs=0.01)
+    assert sum(tensor.values for tensor in clip_tensors(SHAPES[shape], "f16")) / 1e9 == pytest.approx(vision, abs=0.005)

@@ -97,7 +97,7 @@ def test_a_stopped_graph_still_returns_zero_with_wrong_numbers(backend: Any, run
 
     with pytest.raises(Cancelled), encoder._hook.observing(Stop()):
         assert encoder.lib.mtmd.mtmd_encode_chunk(encoder.pointer, run.handle.pointer) == 0
-    left = encoder._copy(encoder.lib.mtmd.mtmd_get_output_embd(encoder.pointer), run.n_tokens)
+    left = encoder._copy(encoder.lib.mtmd.mtmd_get_output_embd(encoder.pointer), run)
     assert not np.allclose(left, whole)
 
 

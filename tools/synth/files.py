@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from opsin.core.errors import BadInput, BadParameter
 from opsin.models import Pair
-from synth.shapes import SHAPES, Family, PairShape, WeightType
+from synth.shapes import SHAPES, PairShape, WeightType
 from synth.text import llm_metadata, llm_tensors
 from synth.vision import clip_metadata, clip_tensors
 from synth.weights import RandomWeights, Tensor
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 LLM_TYPES: tuple[WeightType, ...] = ("f16", "bf16", "q8_0", "q4_0")
 MMPROJ_TYPES: tuple[WeightType, ...] = ("f16", "bf16", "q8_0", "f32")
 
-_ARCHITECTURES: dict[Family, str] = {"llava": "llama", "qwen2vl": "qwen2vl", "gemma3": "gemma3"}
 _ALIGNMENT = 32  # GGUF's default, bytes
 _SPARE_BYTES = 64 * 2**20  # kept free on the disk
 
@@ -85,7 +84,7 @@ def write_shape(
     plans = [
         _Plan(
             path=out / f"{shape.name}-{quantisation}.gguf",
-            arch=_ARCHITECTURES[shape.family],
+            arch=shape.kind.architecture,
             metadata=lambda writer: llm_metadata(writer, shape, quantisation, template=template),
             tensors=list(llm_tensors(shape, quantisation)),
             seed=2 * seed,

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SPACE = "\u2581"  # SentencePiece's visible blank
-BPE_SPACE = "\u0120"  # GPT-2's
+BPE_SPACE = "\u0120"  # GPT-2's, as is its line break
+_BPE_NEWLINE = "\u010a"
 _LETTERS = "etaoinsrhldcumfpgwybvkxjqz"
 
 # llama.cpp's `llama_token_type`
@@ -59,12 +60,15 @@ def make_vocabulary(size: int, control: tuple[str, ...] = ()) -> Vocabulary:
 def make_bpe_vocabulary(size: int, control: tuple[str, ...]) -> Vocabulary:
     """256 bytes as GPT-2 writes them, words with the merges that make them, then the tokens of `control`: `size`.
 
+    The first word is two line breaks, which SmolVLM writes in front of an image.
+
     Raises BadParameter if the bytes do not fit.
     """
     bytes_ = _bytes_as_characters()
     if size < len(bytes_) + len(control):
         raise BadParameter(f"a vocabulary needs at least {len(bytes_) + len(control)} tokens, {size} are too few")
-    joins = list(itertools.islice(_joins(BPE_SPACE), size - len(bytes_) - len(control)))
+    every = itertools.chain([(_BPE_NEWLINE, _BPE_NEWLINE)], _joins(BPE_SPACE))
+    joins = list(itertools.islice(every, size - len(bytes_) - len(control)))
     return Vocabulary(
         tokens=(*bytes_, *(a + b for a, b in joins), *control),
         types=(*[_NORMAL] * (size - len(control)), *[_CONTROL] * len(control)),
@@ -92,7 +96,8 @@ def _joins(space: str) -> Iterator[tuple[str, str]]:
         right = rng.choice(known)
         left = rng.choice(known)
         word = left + right
-        if not right.startswith(space) and len(word) <= 12 and word not in seen:
+        # Few joins are short and new once there are many words.
+        if not right.startswith(space) and len(word) <= (12 if len(known) < 40_000 else 24) and word not in seen:
             seen.add(word)
             known.append(word)
             yield left, right

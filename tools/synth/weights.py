@@ -9,6 +9,8 @@ from typing import IO, TYPE_CHECKING
 from synth.shapes import WeightType
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -50,6 +52,22 @@ class Tensor:
     def bytes(self) -> int:
         """Its size in a file, without padding."""
         return self.values * BLOCK_BYTES[self.type] // _BLOCK
+
+
+def linear(
+    kind: WeightType, name: str, inputs: int, outputs: int, gain: float = 1.0, *, bias: bool = False
+) -> Iterator[Tensor]:
+    """A matrix that keeps the spread of what it is multiplied with, times `gain`."""
+    yield Tensor(f"{name}.weight", (inputs, outputs), fits(kind, inputs), gain * inputs**-0.5)
+    if bias:
+        yield Tensor(f"{name}.bias", (outputs,), "f32", 0.02)
+
+
+def norm(name: str, size: int, mean: float = 1.0, *, bias: bool = False) -> Iterator[Tensor]:
+    """The factors of a normalisation, all `mean`."""
+    yield Tensor(f"{name}.weight", (size,), "f32", 0.0, mean=mean)
+    if bias:
+        yield Tensor(f"{name}.bias", (size,), "f32", 0.0)
 
 
 class RandomWeights:

@@ -6,6 +6,9 @@ import hashlib
 import os
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from opsin.core.errors import ModelUnreadable
 from opsin.native.ggml import GgufInitParams
 from opsin.native.library import library
@@ -28,6 +31,23 @@ def projector_type(path: Path) -> str:
         found = [at for key in _KEYS if (at := ggml.gguf_find_key(file, key)) >= 0]
         names = [ggml.gguf_get_val_str(file, at) for at in found if ggml.gguf_get_kv_type(file, at) == _STRING]
         return names[0].decode("utf-8", "replace") if names else ""
+    finally:
+        ggml.gguf_free(file)
+
+
+def row_end(path: Path) -> NDArray[np.float32] | None:
+    """Pixtral's embedding behind each row of an image, where the file has it.
+
+    llama.cpp adds it to 0 times memory that it never wrote (`models/pixtral.cpp`), which is not 0 if that holds a NaN.
+    """
+    ggml = library().ggml
+    file = ggml.gguf_init_from_file(os.fsencode(path), GgufInitParams(True, None))
+    try:
+        at = ggml.gguf_find_tensor(file, b"v.token_embd.img_break") if file else -1
+        if at < 0 or ggml.gguf_get_tensor_type(file, at) != 0:
+            return None
+        offset = ggml.gguf_get_data_offset(file) + ggml.gguf_get_tensor_offset(file, at)
+        return np.fromfile(path, np.float32, ggml.gguf_get_tensor_size(file, at) // 4, offset=offset)
     finally:
         ggml.gguf_free(file)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import struct
 from collections import Counter
 from contextlib import ExitStack, contextmanager
@@ -21,7 +22,7 @@ from opsin.native.devices import default_threads, devices, pick
 from opsin.native.ggml import Tensor, op_names
 from opsin.native.library import ADVICE
 from opsin.native.model import Owned, floats
-from opsin.native.projector import fingerprint, projector_type
+from opsin.native.projector import fingerprint, projector_type, row_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -103,7 +104,7 @@ class Encoder(Owned):
     def __init__(self, model: Model, path: Path, settings: EngineSettings) -> None:
         self.lib = model.lib
         self.path = path
-        self.kind = projector_type(path)
+        self.kind, self._row_end = projector_type(path), row_end(path)
         self._model = model
         self._hook = EvalHook(self.lib)
         self._heavy = frozenset(number for number, name in enumerate(op_names(self.lib)) if name in _HEAVY)
@@ -156,7 +157,7 @@ class Encoder(Owned):
         with self._hook.observing(observer):
             code = self.lib.mtmd.mtmd_encode_chunk(self.pointer, native)
         _require(code == 0, f"returned {code} ({logs.SINK.cause(mark)})")
-        return self._copy(self.lib.mtmd.mtmd_get_output_embd(self.pointer), chunk.n_tokens)
+        return self._copy(self.lib.mtmd.mtmd_get_output_embd(self.pointer), chunk)
 
     def encode_many(self, chunks: Sequence[ImageChunk]) -> list[Embedding]:
         """Embeddings of several chunks, several at once where the family can; the same order."""
@@ -183,13 +184,17 @@ class Encoder(Owned):
                 code = mtmd.mtmd_batch_encode(batch)
             _require(code == 0, f"returned {code} ({logs.SINK.cause(mark)})")
             output = mtmd.mtmd_batch_get_output_embd
-            return [self._copy(output(batch, chunk.handle.pointer), chunk.n_tokens) for chunk in group]
+            return [self._copy(output(batch, chunk.handle.pointer), chunk) for chunk in group]
         finally:
             mtmd.mtmd_batch_free(batch)
 
-    def _copy(self, address: Any, n_tokens: int) -> Embedding:
+    def _copy(self, address: Any, chunk: ImageChunk) -> Embedding:
         _require(bool(address), "gave no output")
-        rows: Embedding = floats(address, n_tokens * self._model.n_embd).reshape(n_tokens, -1).copy()
+        rows: Embedding = floats(address, chunk.n_tokens * self._model.n_embd).reshape(chunk.n_tokens, -1).copy()
+        if self._row_end is not None:
+            ((width, height),), count = chunk.handle.meta.sizes, chunk.n_tokens + 1  # as if the last row had one, too
+            each = count // round((math.sqrt(height**2 + 4 * width * height * count) - height) / (2 * width))
+            rows[each - 1 :: each] = self._row_end
         _require(bool(np.isfinite(rows).all()), "computed values that are not numbers")
         return rows
 
