@@ -135,6 +135,8 @@ def _facts(request: Request) -> dict[str, Any]:
         "thinking": model.prompts.reasoning is not None,
         "build_info": f"opsin {__version__}",
         "placement": facts.placement.as_dict(),
+        "max_images": model.settings.max_images,
+        "max_body_bytes": model.settings.max_body_bytes,
     }
 
 

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -105,3 +106,25 @@ def leftovers() -> Iterator[None]:
         warnings.simplefilter("ignore", ResourceWarning)
         asyncio.set_event_loop(None)
         gc.collect()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Debian's Chromium without a window."""
+    from page_driver import CHROMIUM, playwright_api
+
+    with playwright_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser: Any, server: Server) -> Iterator[Any]:
+    """The server's page, open."""
+    from page_driver import Visit
+
+    visit = Visit(browser, server.base_url, viewport={"width": 1280, "height": 860})
+    visit.open()
+    yield visit
+    visit.close()

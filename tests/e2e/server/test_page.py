@@ -1,160 +1,19 @@
 """The web page in a headless Chromium: what people do with it, and what it shows them.
 
-Where a test needs an answer that the demo model does not give (markup, a guard's verdict, a refusal), the browser's
-request is answered by the test in the server's place. `PAGE_SCREENSHOTS=docs` keeps the images of the page there.
+`PAGE_SCREENSHOTS=docs` keeps the images of the page there.
 """
 
 import json
 import os
 import re
-from collections.abc import Iterator
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
 import pytest
+from page_driver import CHAT, IMAGE, LAST, MARKS, SHAPES, SIGN, Visit, expect, playwright_api, says
 
-CHROMIUM = Path("/usr/bin/chromium")
-playwright_api = pytest.importorskip("playwright.sync_api", reason="the page is tested through Playwright")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not CHROMIUM.exists(), reason="the page is tested in Debian's chromium: install it"),
-]
-expect = playwright_api.expect
-
-SHAPES = Path(str(files("opsin.models"))) / "demo" / "shapes.png"
-SIGN = Path(str(files("opsin.models"))) / "demo" / "sign.png"
-VIOLATIONS = """
-window.violations = [];
-document.addEventListener("securitypolicyviolation", (event) => window.violations.push(event.violatedDirective));
-"""
-HAND_OVER = """([bytes, name, type, kind]) => {
-  const transfer = new DataTransfer();
-  transfer.items.add(new File([new Uint8Array(bytes)], name, { type }));
-  const options = { bubbles: true, cancelable: true };
-  if (kind === "paste") {
-    document.activeElement.dispatchEvent(new ClipboardEvent("paste", { ...options, clipboardData: transfer }));
-  } else {
-    for (const step of ["dragenter", "dragover", "drop"]) {
-      document.querySelector("main").dispatchEvent(new DragEvent(step, { ...options, dataTransfer: transfer }));
-    }
-  }
-}"""
-STAGES = {
-    "queue_ms": 40.0,
-    "load_ms": 0.0,
-    "fetch_ms": 0.0,
-    "image_decode_ms": 10.0,
-    "preprocess_ms": 10.0,
-    "encode_ms": 50.0,
-    "image_prefill_ms": 30.0,
-    "text_prefill_ms": 10.0,
-    "sample_ms": 5.0,
-    "decode_ms": 40.0,
-    "detokenize_ms": 1.0,
-    "other_ms": 4.0,
-    "total_ms": 200.0,
-}
-IMAGE = {
-    "sha256": "0" * 64,
-    "width": 640,
-    "height": 480,
-    "resized_width": 336,
-    "resized_height": 336,
-    "tokens": 576,
-    "tiles": 1,
-    "cached": False,
-}
-LAST: dict[str, Any] = {
-    "choices": [],
-    "usage": {"prompt_tokens": 600, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 0}},
-    "timings": {"predicted_n": 5, "predicted_ms": 46.0, "predicted_per_second": 108.7},
-    "stages": STAGES,
-    "images": [IMAGE],
-    "guard": None,
-}
-
-
-@pytest.fixture(name="browser", scope="module")
-def launch() -> Iterator[Any]:
-    with playwright_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-class Visit:
-    """A page that is open, and everything suspicious that happened in it."""
-
-    def __init__(self, browser: Any, base_url: str, **options: Any) -> None:
-        self.base_url = base_url
-        self.context = browser.new_context(**options)
-        self.context.set_default_timeout(20_000)
-        self.page = self.context.new_page()
-        self.page.add_init_script(VIOLATIONS)
-        self.complaints: list[str] = []
-        self.outside: list[str] = []
-        self.page.on("console", self._heard)
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("request", self._asked)
-
-    def _heard(self, message: Any) -> None:
-        # A status that a test asked for is written to the console by the browser itself.
-        if message.type in {"error", "warning"} and not message.text.startswith("Failed to load resource"):
-            self.complaints.append(message.text)
-
-    def _asked(self, request: Any) -> None:
-        if not request.url.startswith((f"{self.base_url}/", "blob:", "data:")):
-            self.outside.append(request.url)
-
-    def open(self) -> Any:
-        self.page.goto(self.base_url)
-        return self.page
-
-    def hand_over(self, path: Path, kind: str = "drop", mime: str = "image/png") -> None:
-        self.page.evaluate(HAND_OVER, [list(path.read_bytes()), path.name, mime, kind])
-
-    def ask(self, text: str) -> None:
-        self.page.get_by_label("Your question").fill(text)
-        self.page.get_by_role("button", name="Ask", exact=True).click()
-
-    def answered(self, number: int = 0) -> Any:
-        """The turn, once its answer is whole."""
-        turn = self.page.locator(".turn").nth(number)
-        expect(turn.locator(".answer")).to_have_attribute("aria-busy", "false", timeout=60_000)
-        return turn
-
-    def answer_with(self, *events: dict[str, Any], status: int = 200, only_without: str | None = None) -> None:
-        """Answer questions in the server's place; `only_without` lets requests pass that carry this key."""
-        body = json.dumps(events[0]) if status != 200 else stream(*events)
-        kind = "application/json" if status != 200 else "text/event-stream"
-
-        def reply(route: Any) -> None:
-            if only_without is not None and route.request.headers.get("authorization") == f"Bearer {only_without}":
-                route.fallback()
-            else:
-                route.fulfill(status=status, content_type=kind, body=body)
-
-        self.page.route("**/v1/chat/completions", reply)
-
-
-def stream(*events: dict[str, Any]) -> str:
-    return ": wait\n\n" + "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
-
-
-def says(text: str, finish: str | None = None) -> dict[str, Any]:
-    return {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": finish}]}
-
-
-@pytest.fixture(name="visit")
-def open_visit(browser: Any, server: Any) -> Iterator[Visit]:
-    visit = Visit(browser, server.base_url.rstrip("/").removesuffix("/v1"), viewport={"width": 1280, "height": 860})
-    visit.open()
-    yield visit
-    violations = visit.page.evaluate("window.violations")
-    visit.context.close()
-    assert (violations, visit.complaints, visit.outside) == ([], [], [])
+pytestmark = MARKS
 
 
 @pytest.fixture(name="shapes")
@@ -226,7 +85,7 @@ def test_a_follow_up_question_goes_with_the_conversation_and_what_is_remembered_
     assert bodies[1]["messages"][0] == bodies[0]["messages"][0]
     assert bodies[1]["messages"][0]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
     assert bodies[1]["messages"][1]["content"] == first
-    expect(turn.locator(".waterfall")).to_contain_text("remembered, not run")
+    expect(turn.locator(".waterfall")).to_contain_text("from the cache, not run")
     expect(turn.locator(".details")).to_contain_text("from the image cache")
     expect(turn.locator(".details")).to_contain_text(re.compile(r"[1-9]\d* of them from the prefix cache"))
     # The image stays beside both questions.
@@ -242,14 +101,14 @@ def test_several_images_are_picked_and_one_is_taken_away(visit: Visit) -> None:
     expect(tray.get_by_role("img")).to_have_count(3)
     tray.get_by_role("button", name="Remove number.png").click()
     expect(tray.get_by_role("img")).to_have_count(2)
-    with page.expect_request("**/v1/chat/completions") as sent:
+    with page.expect_request(CHAT) as sent:
         visit.ask("How many images are there?")
     kinds = [part["type"] for part in sent.value.post_data_json["messages"][0]["content"]]
     assert kinds == ["image_url", "image_url", "text"]
     details = visit.answered().locator(".details")
     expect(details).to_contain_text("Image 1")
     expect(details).to_contain_text("encoded for this answer")
-    expect(details).to_contain_text("640 × 480, turned by 90° clockwise, resized to 336 × 336")
+    expect(details).to_contain_text("640 × 480, rotated by 90° clockwise, resized to 336 × 336")
     expect(tray).to_be_hidden()
 
 
@@ -265,7 +124,7 @@ def test_what_is_no_image_is_refused_by_name(visit: Visit, tmp_path: Path) -> No
     notes = tmp_path / "notes.txt"
     notes.write_text("plain")
     visit.hand_over(notes, mime="text/plain")
-    expect(visit.page.get_by_role("alert")).to_contain_text("notes.txt is no image")
+    expect(visit.page.get_by_role("alert")).to_contain_text("Not an image: notes.txt.")
     expect(visit.page.get_by_role("list", name="Images to send")).to_be_hidden()
 
 
@@ -293,10 +152,10 @@ def test_everything_can_be_done_with_the_keyboard(visit: Visit) -> None:
     assert page.evaluate(focused) == "Remove shapes.png"
     tab_to("question")
     page.keyboard.type("How many shapes are there?")
-    page.keyboard.press("Control+Enter")
+    page.keyboard.press("Enter")
     assert visit.answered().locator(".answer").inner_text()
     assert page.evaluate(focused) == "question", "the next question can be typed at once"
-    page.keyboard.press("Control+Enter")
+    page.keyboard.press("Enter")
     expect(page.get_by_role("alert")).to_have_text("The question is empty: ask something.")
 
 
@@ -307,7 +166,7 @@ def test_an_endless_answer_is_stopped_and_the_server_hears_of_it(visit: Visit) -
         body = route.request.post_data_json
         route.continue_(post_data=json.dumps({**body, "ignore_eos": True, "guard": False, "max_tokens": 4000}))
 
-    page.route("**/v1/chat/completions", endlessly)
+    page.route(CHAT, endlessly)
     visit.hand_over(SHAPES)
     visit.ask("What do you see?")
     answer = page.locator(".answer")
@@ -317,7 +176,7 @@ def test_an_endless_answer_is_stopped_and_the_server_hears_of_it(visit: Visit) -
     turn = visit.answered()
     expect(turn.locator(".notes")).to_contain_text("Stopped.")
     stopped_at = answer.inner_text()
-    page.unroute("**/v1/chat/completions")
+    page.unroute(CHAT)
     expect(page.locator("#running")).to_have_text("0", timeout=10_000)
     visit.ask("Where is the star?")
     assert visit.answered(1).locator(".answer").inner_text()
@@ -325,7 +184,7 @@ def test_an_endless_answer_is_stopped_and_the_server_hears_of_it(visit: Visit) -
 
 
 def test_a_question_that_is_stopped_before_its_answer_comes_back(visit: Visit) -> None:
-    visit.page.route("**/v1/chat/completions", lambda route: None)  # never answered
+    visit.page.route(CHAT, lambda route: None)  # never answered
     visit.hand_over(SHAPES)
     visit.ask("What do you see?")
     expect(visit.page.get_by_text("Looking…")).to_be_visible()
@@ -487,7 +346,7 @@ LOOKS = {
 
 @pytest.mark.parametrize("look", LOOKS)
 def test_the_page_fits_light_dark_and_phone(browser: Any, server: Any, look: str, shapes: Path, tmp_path: Path) -> None:
-    visit = Visit(browser, server.base_url.rstrip("/").removesuffix("/v1"), reduced_motion="reduce", **LOOKS[look])
+    visit = Visit(browser, server.base_url, reduced_motion="reduce", **LOOKS[look])
     page = visit.open()
     expect(page.locator("#strip")).to_be_visible()
     assert page.evaluate("document.scrollingElement.scrollWidth") <= LOOKS[look]["viewport"]["width"]
@@ -506,5 +365,4 @@ def test_the_page_fits_light_dark_and_phone(browser: Any, server: Any, look: str
         turn.evaluate("turn => turn.scrollIntoView({ block: 'start' })")
     folder = Path(os.environ.get("PAGE_SCREENSHOTS", tmp_path))
     page.screenshot(path=folder / f"page-{look}.png")
-    visit.context.close()
-    assert (visit.complaints, visit.outside) == ([], [])
+    visit.close()

@@ -25,6 +25,7 @@ def test_models_and_props_tell_of_the_model() -> None:
             assert props["default_generation_settings"]["n_ctx"] == 512
             assert props["total_slots"] == props["parallel"] == 8
             assert props["modalities"] == {"vision": True, "audio": False}
+            assert (props["max_images"], props["max_body_bytes"]) == (16, 64 * 2**20)
             assert props["model"]["llm_file"] == "fake.gguf"
             assert "messages" in props["chat_template"]
 

@@ -1,6 +1,7 @@
 // The server's HTTP interface: one streamed question, small documents, and the key.
 
 const STORE = "opsin-key";
+const PATIENCE_MS = 10000;
 
 /** The API key lives as long as the tab. */
 export const apiKey = {
@@ -29,9 +30,10 @@ export function at(path) {
   return new URL(`.${path}`, ROOT);
 }
 
-/** Read a document; raises Refused. */
+/** Read a small document; raises Refused, or what fetch raises. */
 export async function get(path) {
-  const response = await fetch(at(path), { headers: headers(), cache: "no-store" });
+  const signal = AbortSignal.timeout(PATIENCE_MS);
+  const response = await fetch(at(path), { headers: headers(), cache: "no-store", signal });
   if (!response.ok) throw await refusal(response);
   return response;
 }

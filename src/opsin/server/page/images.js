@@ -75,8 +75,9 @@ export function shown(image) {
   return node;
 }
 
-/** The file as a `data:` address. */
+/** The image as a `data:` address; one that a reload kept is that already. */
 export function dataAddress(image) {
+  if (image.data) return image.data;
   return new Promise((resolve, reject) => {
     const reader = new FileReader();
     reader.addEventListener("load", () => resolve(reader.result));

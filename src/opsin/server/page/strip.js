@@ -7,7 +7,7 @@ const EVERY_MS = 2000;
 const KEPT = 30;
 
 /** The sum of a metric's samples over all labels; null when there is none. */
-export function reading(text, name) {
+function reading(text, name) {
   let sum = null;
   for (const line of text.split("\n")) {
     const [, found, value] = /^([A-Za-z_:][\w:]*)(?:\{.*\})?\s+(\S+)/.exec(line) ?? [];
@@ -16,39 +16,41 @@ export function reading(text, name) {
   return sum;
 }
 
-/** Polls until the server says no; `start` may be called again, after a key was given. */
+/** Polls as long as the page is looked at, and tells `connection` each time whether the server is there. */
 export class Strip {
+  #path = "/metrics";
   #timer = 0;
-  #running = false;
   #tokens = null;
   #at = 0;
   #rates = [];
 
-  constructor() {
+  constructor(connection) {
     this.node = byId("strip");
+    this.connection = connection;
     document.addEventListener("visibilitychange", () => {
       clearTimeout(this.#timer);
-      if (this.#running && !document.hidden) this.#look();
+      if (!document.hidden) this.#look();
     });
   }
 
+  /** Begin, or begin again after a key was given. */
   start() {
-    if (this.#running) return;
-    this.#running = true;
+    this.#path = "/metrics";
     this.#look();
   }
 
   async #look() {
+    let there = true;
     try {
-      this.#draw(await (await get("/metrics")).text());
+      const reply = await (await get(this.#path)).text();
+      if (this.#path === "/metrics") this.#draw(reply);
     } catch (error) {
       this.node.hidden = true;
-      // A server that is down may come back; one that says no will go on saying so.
-      if (error instanceof Refused && error.status < 500) {
-        this.#running = false;
-        return;
-      }
+      there = error instanceof Refused && error.status < 500;
+      // Metrics may need a key; whether the server is there can be asked without one.
+      if (there) this.#path = "/health";
     }
+    this.connection(there);
     clearTimeout(this.#timer);
     if (!document.hidden) this.#timer = setTimeout(() => this.#look(), EVERY_MS);
   }

@@ -83,7 +83,7 @@ function remark(name, { usage = {}, images = [], stages, timings = {} }) {
   const cached = usage.prompt_tokens_details?.cached_tokens ?? 0;
   if (name === "encode_ms" && images.length > 0) {
     const spared = images.every((image) => image.cached);
-    return { text: spared ? "remembered, not run" : several(seen, "token"), spared };
+    return { text: spared ? "from the cache, not run" : several(seen, "token"), spared };
   }
   if (name === "image_prefill_ms" && cached === 0 && seen > 0) return { text: several(seen, "token") };
   if (name === "text_prefill_ms") {
@@ -105,7 +105,7 @@ function tick(total) {
 
 function axis(total, step) {
   const marks = [];
-  for (let at = 0; at < total * 0.88; at += step) {
+  for (let at = 0; at < total * 0.8; at += step) {
     const mark = el("span", {}, at === 0 ? "0" : time(at).replace(".0 ", " "));
     mark.style.setProperty("--from", `${(100 * at) / total}%`);
     marks.push(mark);
