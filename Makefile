@@ -8,13 +8,15 @@ export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc 2>/dev/null || sysctl -n hw.n
 # Where bytecode is not kept, every run compiles the package and rewrites the tests anew: a fifth of `make check`.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup setup-dev demo browser test test-full test-clients test-offload check format soak clean
+.PHONY: setup setup-dev demo browser test test-full test-clients test-offload check format soak docs attack clean
 
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: requirements.lock pyproject.toml
+	@echo "Setting up $(VENV). llama.cpp is compiled once, which takes some minutes."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements.lock
+	@# One line a package, and a sign of life while llama.cpp is compiled.
+	$(BIN)/python -m pip install --progress-bar off --no-deps --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
@@ -40,11 +42,14 @@ test: setup-dev browser
 test-full: setup-dev
 	$(BIN)/python -m pytest -m full -s
 
-# Clients with environments of their own, in Python and JavaScript; needs npm.
+# Clients and a load tool with environments of their own, in Python and JavaScript; needs npm, and 2 GB.
 CLIENTS = tests/e2e/server/programs
-.clients/.ready: $(CLIENTS)/requirements.txt $(CLIENTS)/package.json
+.clients/.ready: $(CLIENTS)/requirements.txt $(CLIENTS)/requirements-load.txt $(CLIENTS)/package.json
 	$(PYTHON) -m venv .clients/venv
 	.clients/venv/bin/python -m pip install --quiet --requirement $(CLIENTS)/requirements.txt
+	@# AIPerf pins other versions of the same packages.
+	$(PYTHON) -m venv .clients/load
+	.clients/load/bin/python -m pip install --quiet --requirement $(CLIENTS)/requirements-load.txt
 	cp $(CLIENTS)/package.json .clients/
 	npm --prefix .clients install --silent --no-audit --no-fund
 	touch $@
@@ -76,6 +81,15 @@ check: setup-dev
 format: setup-dev
 	$(BIN)/ruff format src tests training tools bench
 	$(BIN)/ruff check --fix src tests training tools bench
+
+# The documentation as a site in build/site, after its generated pages were written anew.
+docs: setup-dev
+	$(BIN)/python tools/reference.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+# Hostile requests and files against a real server and the command; prints what the next client noticed.
+attack: setup-dev
+	$(BIN)/python tools/attack.py
 
 soak: setup-dev
 	SOAK_MINUTES=$${SOAK_MINUTES:-30} $(BIN)/python -m pytest tests/soak -q -s --timeout 0

@@ -82,7 +82,7 @@ ask() {
 
 overhead() {
   "$python" "$root/tools/synth.py" --shape tiny --out "$work" --force &&
-    opsin bench engine --overhead --model "$work/tiny-q8_0.gguf" --mmproj "$work/mmproj-tiny-f16.gguf" \
+    "$python" "$root/bench/token_cost.py" --model "$work/tiny-q8_0.gguf" --mmproj "$work/mmproj-tiny-f16.gguf" \
       --runs "$runs" --json-out "$results/overhead.json"
 }
 

@@ -1,5 +1,6 @@
 """Ask images questions on your own hardware, fast, and see where every millisecond went."""
 
+import time
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,8 @@ if TYPE_CHECKING:
     from opsin.prompt import Message
 
 __version__ = "0.2.0"
+BEGAN = time.perf_counter()
+"""When the first of Opsin was imported."""
 __all__ = ["Engine", "Message", "Opsin", "__version__", "ask"]
 
 _HOMES = {"Engine": "opsin.engine", "Message": "opsin.prompt", "Opsin": "opsin.api", "ask": "opsin.api"}

@@ -20,8 +20,8 @@ ALLOWED = (
     '"max_picture_bytes": "max_image_bytes"',
     '"picture_cache_queries", "Old name of',
     '"picture_cache_hits", "Old name of',
-    "opsin:picture_cache_queries_total` | old name of",
-    "opsin:picture_cache_hits_total` | old name of",
+    "opsin:picture_cache_queries_total` | Old name of",
+    "opsin:picture_cache_hits_total` | Old name of",
 )
 FILES = [
     *ROOT.glob("src/opsin/**/*.py"),

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from opsin.cli.bench import app
 from opsin.core.errors import BadParameter
+from token_cost import main as measure
 
 
 def bench(pair: Any, *arguments: str) -> str:
@@ -50,9 +51,16 @@ def test_the_server_is_measured_in_turn_with_the_engine(pair: Any) -> None:
     assert "opsin / opsin-http" in out
 
 
-def test_overhead_is_measured_in_process_natively_and_over_http(pair: Any, tmp_path: Path) -> None:
+def token_cost(pair: Any, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    measure(["--model", str(pair.llm), "--mmproj", str(pair.mmproj), "--threads", "1", "--runs", "1", *arguments])
+    return capsys.readouterr().out
+
+
+def test_overhead_is_measured_in_process_natively_and_over_http(
+    pair: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     saved = tmp_path / "overhead.json"
-    out = bench(pair, "--overhead", "--runs", "1", "--json-out", str(saved))
+    out = token_cost(pair, capsys, "--json-out", str(saved))
     document = json.loads(saved.read_text())
     rows = {(row["where"], row["streams"], row["guard"]): row for row in document["overhead"]}
     expected = {("native", streams, False) for streams in (1, 8, 32)}
@@ -66,11 +74,11 @@ def test_overhead_is_measured_in_process_natively_and_over_http(pair: Any, tmp_p
     assert "µs more a token" in out
 
 
-def test_a_token_costs_little_more_over_http(pair: Any) -> None:
+def test_a_token_costs_little_more_over_http(pair: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """60 µs, which docs/results/overhead.json meets; a slow machine may take 3 times llama.cpp's own part."""
 
     def beyond() -> float:
-        document = json.loads(bench(pair, "--overhead", "--runs", "1").splitlines()[-1])
+        document = json.loads(token_cost(pair, capsys).splitlines()[-1])
         cost = {
             (row["where"], row["guard"]): row["us_per_token"] for row in document["overhead"] if row["streams"] == 32
         }
@@ -83,8 +91,8 @@ def test_a_token_costs_little_more_over_http(pair: Any) -> None:
     assert min(over) < 0, over
 
 
-def test_overhead_uses_no_more_streams_than_slots(pair: Any) -> None:
-    document = json.loads(bench(pair, "--overhead", "--runs", "1", "--parallel", "8").splitlines()[-1])
+def test_overhead_uses_no_more_streams_than_slots(pair: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    document = json.loads(token_cost(pair, capsys, "--parallel", "8").splitlines()[-1])
     assert {row["streams"] for row in document["overhead"]} == {1, 8}
     assert {row["streams"] for row in document["http"]} == {8}
 
@@ -93,7 +101,6 @@ def test_overhead_uses_no_more_streams_than_slots(pair: Any) -> None:
     ("arguments", "told"),
     [
         (("--workloads", "W9"), "W9"),
-        (("--overhead", "--workloads", "W1"), "measures no workloads"),
         (("--against", "http://127.0.0.1:9"), "No server answers"),
         (("--against", "a=http://127.0.0.1:9"), "No server answers"),
     ],

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import typer
@@ -14,7 +13,7 @@ from typer.core import TyperGroup
 
 from opsin import __version__
 from opsin.cli.console import new_app, open_standard_streams, say
-from opsin.core.errors import BadParameter, OpsinError
+from opsin.core.errors import OpsinError
 
 COMMANDS = {
     "ask": "Ask a question about images.",
@@ -27,10 +26,8 @@ COMMANDS = {
     "explain": "Say why a request was slow, from a log of this tool or of another.",
     "tune": "Measure settings on this machine, and write those that win to opsin.toml.",
     "predict": "Expected stage times of a model on a device.",
-    "synth": "Write a random-weight pair of a model's shape, to measure speed without a download.",
 }
 _FILES = {"explain": "doctor"}
-_SYNTH = Path(__file__).parents[3] / "tools" / "synth.py"
 
 
 class LazyGroup(TyperGroup):
@@ -43,8 +40,10 @@ class LazyGroup(TyperGroup):
         module = importlib.import_module(f"opsin.cli.{_FILES.get(cmd_name, cmd_name)}")
         sub = getattr(module, "app", None)
         if sub is None:
+            from opsin.cli.options import GroupedCommand
+
             sub = new_app()
-            sub.command(name=cmd_name)(getattr(module, cmd_name))
+            sub.command(name=cmd_name, cls=GroupedCommand)(getattr(module, cmd_name))
         command = typer.main.get_command(sub)
         command.name = cmd_name
         return command
@@ -73,18 +72,6 @@ def opsin(*, version: bool = typer.Option(False, "--version", "-V", help="Print 
         raise typer.Exit
 
 
-@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def synth(context: typer.Context) -> None:
-    """Run the repository's `tools/synth.py`, which no wheel contains."""
-    if not _SYNTH.is_file():
-        raise BadParameter(
-            "opsin synth needs a checkout of the repository, and this is an installed package: "
-            "clone it and run `python tools/synth.py` there."
-        )
-    command = [sys.executable, str(_SYNTH), *context.args]
-    raise typer.Exit(subprocess.run(command, check=False).returncode)  # noqa: S603 - the user's own arguments
-
-
 def main() -> None:
     """Run the command; one sentence and an exit code for what goes wrong."""
     open_standard_streams()
@@ -105,12 +92,8 @@ def main() -> None:
     except OpsinError as error:
         say(f"opsin: {error}")
         code = error.exit_code
-    except MemoryError:
-        say("opsin: there is not enough memory for this: free some, or choose a smaller model.")
-        code = 4
-    except OSError as error:
-        say(f"opsin: {error.filename or 'standard output'} cannot be used: {error.strerror or error}.")
-        code = 2 if error.filename else 1
+    except (MemoryError, RuntimeError, OSError) as error:
+        code = _code_of(error)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -118,3 +101,14 @@ def main() -> None:
             # Nobody reads it any more; Python would complain once more while it flushes at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     raise SystemExit(code)
+
+
+def _code_of(error: Exception) -> int:
+    """Say what the system refused; the exit code. Raises what is no such error."""
+    if isinstance(error, MemoryError) or "new thread" in str(error) or getattr(error, "errno", 0) == errno.ENOMEM:
+        say("opsin: there is not enough memory for this: free some, or choose a smaller model.")
+        return 4
+    if not isinstance(error, OSError):
+        raise error
+    say(f"opsin: {error.filename or 'standard output'} cannot be used: {error.strerror or error}.")
+    return 2 if error.filename else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import deque
@@ -19,13 +20,14 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+import opsin
 from opsin.api import Opsin, question_about
 from opsin.cli import options as o
 from opsin.cli.ask_files import check_question, expand_sources
 from opsin.cli.ask_rows import Format, Rows
-from opsin.cli.console import DEMO, printable, say, working
+from opsin.cli.console import DEMO, hush, printable, say, tell, working
 from opsin.core.answer import Answer, Finished, Progress, TextDelta
-from opsin.core.config import checked
+from opsin.core.config import checked, current_folder, read_config
 from opsin.core.errors import BadParameter, ConstraintFailed, OpsinError
 from opsin.core.files import expand, read_text
 from opsin.core.model_info import BackendShare, Placement
@@ -35,16 +37,19 @@ from opsin.doctor.build import unused_gpu_hint
 from opsin.doctor.placement import remembered_placement
 from opsin.engine import AnswerStream
 from opsin.images import load_image
+from opsin.models import locate
 
 BAR = 32
 SLOTS = 4
+_PROOF_MS = 500.0  # an image that takes longer than this is not computed once more only to see where it runs
 _PARALLEL = f"{SLOTS} for several images, unless --ctx is given"
 _TIMELINE = "show stage times (default: for one image, on a terminal)"
+_QUIET = "print answers and errors only"
 _Dict = dict[str, Any]
 _What = tuple[str, str | None, _Dict]
 _Asked = tuple[list[str], AnswerStream | OpsinError]
 _OF_IMAGES = {"image_decode", "preprocess", "encode", "image_prefill"}
-_LABELS = {"load": "load model", "encode": "vision encode"}
+_LABELS = {"start": "start Python", "load": "load model", "encode": "vision encode"}
 _CUTS = {
     "tokens": "(cut after {0.max_tokens} tokens; --max-tokens N lifts the limit)",
     "seconds": "(cut by --max-seconds)",
@@ -63,10 +68,13 @@ def ask(
     *,
     together: Annotated[bool, typer.Option("--together", help="ask one question about all images together")] = False,
     recursive: Annotated[bool, typer.Option("-r", "--recursive", help="read the folders in folders, too")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="the same as --format jsonl")] = False,
-    form: Annotated[Format, typer.Option("--format", help="what is printed; jsonl: a JSON object a line")] = "text",
-    timed: Annotated[bool | None, typer.Option("--timeline/--no-timeline", help=_TIMELINE)] = None,
-    json_schema: Annotated[Path | None, typer.Option(help="file with a JSON schema that the answer will fit")] = None,
+    as_json: Annotated[bool, o.output("--json", help="the same as --format jsonl")] = False,
+    form: Annotated[Format, o.output("--format", help="what is printed; jsonl: a JSON object a line")] = "text",
+    timed: Annotated[bool | None, o.output("--timeline/--no-timeline", help=_TIMELINE)] = None,
+    quiet: Annotated[bool, o.output("-q", "--quiet", help=_QUIET)] = False,
+    json_schema: Annotated[
+        Path | None, typer.Option(help="file with a JSON schema that the answer will fit", rich_help_panel="Answer")
+    ] = None,
     system: o.System = None,
     **flags: Any,
 ) -> None:
@@ -80,10 +88,12 @@ def ask(
     checked(SamplingParams, params)  # before a model is loaded
     *sources, question = arguments
     check_question(sources, question)
+    hush(quiet=quiet)
     found = expand_sources(sources, recursive=recursive)
     groups = [found] if together else [[source] for source in found]
-    flags["parallel"] = flags["parallel"] or (1 if flags["ctx"] else min(SLOTS, len(groups)))
-    _Run(groups, "jsonl" if as_json else form, timed, flags, (question, system, params)).all()
+    settings = settings_of(flags, min(SLOTS, len(groups)))
+    timed = False if quiet and timed is None else timed
+    _Run(groups, "jsonl" if as_json else form, timed, settings, (question, system, params)).all()
 
 
 class _Run:
@@ -92,8 +102,10 @@ class _Run:
     At most one group more than there are slots is held in memory. The model is loaded when the first image was read.
     """
 
-    def __init__(self, groups: list[list[str]], form: Format, timed: bool | None, flags: _Dict, asked: _What) -> None:
-        self._groups, self._form, self._flags, self._alone = groups, form, flags, len(groups) == 1
+    def __init__(
+        self, groups: list[list[str]], form: Format, timed: bool | None, settings: EngineSettings, asked: _What
+    ) -> None:
+        self._groups, self._form, self._settings, self._alone = groups, form, settings, len(groups) == 1
         self._question, self._system, self._params = asked
         self._timed = form == "text" and (self._alone and sys.stderr.isatty() if timed is None else timed)
         self._rows, self._line = Rows(form, alone=self._alone), working("reading the image")
@@ -102,9 +114,9 @@ class _Run:
     @cached_property
     def _opsin(self) -> Opsin:
         self._line.stop()  # another line says that the model is loaded
-        opsin = self._stack.enter_context(opened(self._flags, self._flags["parallel"]))
+        model = self._stack.enter_context(opened(self._settings))
         self._line.start()
-        return opsin
+        return model
 
     def all(self) -> None:
         """Ask about every group. Raises what is wrong with the only one, and Exit if one of several failed."""
@@ -115,7 +127,7 @@ class _Run:
                 self._line.start()
                 for group in self._groups:
                     pending.append(self._ask(group))
-                    if len(pending) > self._flags["parallel"]:
+                    if len(pending) > self._settings.parallel:
                         self._finish(*pending.popleft())
                 while pending:
                     self._finish(*pending.popleft())
@@ -123,7 +135,7 @@ class _Run:
             say(f"opsin: stopped: {self._progress()}")
             raise
         if not self._alone:
-            say(f"({self._progress()} in {time.monotonic() - begin:,.1f} s)")
+            tell(f"({self._progress()} in {time.monotonic() - begin:,.1f} s)")
         if self._failed:
             raise typer.Exit(1)
 
@@ -172,8 +184,11 @@ class _Run:
             cut = _CUTS[answer.limit].format(answer)
             raise ConstraintFailed(f"The answer is not whole, so it does not fit the schema {cut}.")
         self._line.stop()
+        wall_ms = seconds_since_start() * 1e3
         if self._form == "jsonl" or self._timed:
-            placement = remembered_placement(self._opsin.setup, self._opsin.placement)
+            stages = answer.stages
+            quick = stages.encode_ms + stages.image_prefill_ms + stages.text_prefill_ms < _PROOF_MS
+            placement = remembered_placement(self._opsin.setup, self._opsin.placement if quick else None)
         if self._form == "jsonl":
             self._rows.add(group, answer, placement=placement.as_dict(), model=self._opsin.info.as_dict())
             return
@@ -181,23 +196,45 @@ class _Run:
             self._rows.add(group, answer)
         name = "" if self._alone else f"{', '.join(group)}: "
         for note in (note for image in answer.images for note in image.notes):
-            say(f"({name}{note})")
+            tell(f"({name}{note})")
         show_limits(answer, name)
         if self._timed:
-            Console(stderr=True).print("", timeline(answer, placement), sep="\n")
+            screen = Console(stderr=True)
+            screen.print("", timeline(answer, placement, wall_ms, screen.width), sep="\n")
+            if not placement.proven:
+                tell("(`opsin doctor` proves which device computed it)")
+
+
+def settings_of(flags: _Dict, slots: int = 1) -> EngineSettings:
+    """What flags, environment and opsin.toml say; `slots` where nobody gives a number, or the context that they share.
+
+    Raises BadParameter.
+    """
+    given = o.given(EngineSettings, flags)
+    config = read_config(given, os.environ, current_folder(), locate=locate, parallel=1 if flags["ctx"] else slots)
+    return config.engine(parallel=slots if config.origins["ctx"] == "default" else 1)
 
 
 @contextmanager
-def opened(flags: dict[str, Any], parallel: int = 1) -> Iterator[Opsin]:
-    """The model that the flags name, with so many slots, after what the user should know about it."""
+def opened(settings: EngineSettings) -> Iterator[Opsin]:
+    """The model of these settings, after what the user should know about it."""
     with working("loading the model"):
-        opsin = Opsin(**{**o.given(EngineSettings, flags), "parallel": parallel})
-    with opsin:
-        if opsin.is_demo:
-            say(DEMO)
+        model = Opsin(config=False, **settings.model_dump(exclude_unset=True))
+    with model:
+        if model.is_demo:
+            tell(DEMO)
         if hint := unused_gpu_hint():
-            say(hint)
-        yield opsin
+            tell(hint)
+        yield model
+
+
+def seconds_since_start() -> float:
+    """How long this process has run: on Linux with the start of Python, elsewhere from Opsin's first import on."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text(encoding="ascii").rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, ValueError, IndexError):
+        return time.perf_counter() - opsin.BEGAN
 
 
 def follow(stream: Iterable[object], line: Status, *, quiet: bool = False) -> Answer:
@@ -222,7 +259,7 @@ def follow(stream: Iterable[object], line: Status, *, quiet: bool = False) -> An
 def show_limits(answer: Answer, name: str = "") -> None:
     """Say what cut an answer, and how to lift it; `name` says which one."""
     if answer.limit is not None:
-        say(name + _CUTS[answer.limit].format(answer))
+        tell(name + _CUTS[answer.limit].format(answer))
 
 
 def _read_image(source: str) -> Image:
@@ -233,23 +270,31 @@ def _read_image(source: str) -> Image:
     return load_image(data, ImageSettings(fetch=True))
 
 
-def timeline(answer: Answer, placement: Placement) -> Table:
-    """One row for each stage that took time; bars start where the stage began, if stages ran one after another."""
+def timeline(answer: Answer, placement: Placement, wall_ms: float = 0.0, width: int = 100) -> Table:
+    """One row for each stage that took time; bars start where the stage began, if stages ran one after another.
+
+    `wall_ms` is how long the command has run: what no stage has of it is the start of Python and Opsin. In few columns
+    the bars go first, then the notes; the numbers stay.
+    """
     stages = {name.removesuffix("_ms"): ms for name, ms in asdict(answer.stages).items()}
-    total, before, notes = stages.pop("total"), 0.0, _notes(answer, placement)
+    total = stages.pop("total")
+    stages = {"start": max(0.0, wall_ms - total), **stages}
+    total, before, notes = max(total, wall_ms), 0.0, _notes(answer, placement)
     table = Table(box=None, pad_edge=False, padding=(0, 1))
     table.add_column("stage", style="bold", no_wrap=True)
     table.add_column("ms", justify="right", no_wrap=True)
-    table.add_column("", width=BAR, no_wrap=True)
-    table.add_column("", overflow="fold")
+    if bars := width >= 2.5 * BAR:
+        table.add_column("", width=BAR, no_wrap=True)
+    if noted := width >= 1.5 * BAR:
+        table.add_column("")
     for name, ms in stages.items():
         if ms >= 0.05 or name in {"text_prefill", "decode"} or (answer.images and name in _OF_IMAGES):
             bar = Bar(max(total, 1e-9), before, before + ms, width=BAR, color="cyan")
             label = _LABELS.get(name, name.replace("_", " "))
-            table.add_row(label, f"{ms:,.1f}", bar, Text(notes.get(name, "")))
+            table.add_row(label, f"{ms:,.1f}", *[bar] * bars, *[Text(notes.get(name, ""))] * noted)
         before += ms
     counts = f"{answer.usage.prompt_tokens} prompt + {answer.usage.completion_tokens} answer tokens"
-    table.add_row("total", f"{total:,.1f}", "", Text(counts))
+    table.add_row("total", f"{total:,.1f}", *[""] * bars, *[Text(counts)] * noted)
     return table
 
 

@@ -15,7 +15,7 @@ from opsin.core.answer import Answer
 from opsin.core.errors import OpsinError
 
 Format = Literal["text", "jsonl", "csv", "md"]
-_NOT_IN_JSON = {"tiles", "cached", "orientation"}
+NOT_IN_JSON = {"tiles", "cached", "orientation"}
 
 
 class Rows:
@@ -61,7 +61,7 @@ def _as_json(outcome: Answer | OpsinError) -> dict[str, Any]:
     if isinstance(outcome, OpsinError):
         return {"error": {"code": outcome.code, "message": str(outcome)}, "text": None}
     row = asdict(outcome)
-    told = [{name: value for name, value in info.items() if name not in _NOT_IN_JSON} for info in row["images"]]
+    told = [{name: value for name, value in info.items() if name not in NOT_IN_JSON} for info in row["images"]]
     times = {key: {name: round(value, 3) for name, value in row[key].items()} for key in ("stages", "timings")}
     same = {name: row[name] for name in ("text", "reasoning", "finish_reason", "usage", "guard")}
     return {"error": None, **same, "images": told, **times}

@@ -14,19 +14,17 @@ from typing import Annotated, Any
 import typer
 
 from opsin import __version__
-from opsin.bench import overhead as room
 from opsin.bench.cost import Ceiling, read_cost
 from opsin.bench.drivers import HttpDriver, engine_driver, serving
 from opsin.bench.report import Limits, Target, as_text, ratios, target_document
 from opsin.bench.workloads import Workload, choose, measure_in_turn, warm_up
 from opsin.cli import options as o
 from opsin.cli.console import new_app, say
-from opsin.compose import Runtime, measured_device, open_backend, open_runtime
+from opsin.compose import Runtime, measured_device, open_runtime
 from opsin.core.config import read_config
 from opsin.core.errors import BadParameter
 from opsin.core.files import read_text
 from opsin.core.settings import EngineSettings
-from opsin.engine import Engine
 from opsin.models import locate, resolve
 
 Workloads = Annotated[str | None, typer.Option("--workloads", help="some of W1 to W5, separated by commas")]
@@ -37,14 +35,13 @@ OWN_SERVER = "opsin-http"
 app = new_app("Measure the engine against the limits of this machine, and against servers.")
 
 
-@app.command()
-@o.flags_of(EngineSettings, *o.ENGINE, parallel="8; with --overhead 32")
+@app.command(cls=o.GroupedCommand)
+@o.flags_of(EngineSettings, *o.ENGINE, parallel="8")
 def engine(
     *,
     workloads: Workloads = None,
     runs: Runs = 3,
     against: Annotated[list[str] | None, typer.Option(help="URL, NAME=URL, or opsin-http for opsin serve")] = None,
-    overhead: Annotated[bool, typer.Option("--overhead", help="measure CPU time per token instead")] = False,
     json_out: o.JsonOut = None,
     settings_file: Annotated[Path | None, typer.Option("--settings", help="read this opsin.toml, no other")] = None,
     config: Annotated[bool, typer.Option("--config/--no-config", help="read opsin.toml and OPSIN_ variables")] = True,
@@ -52,16 +49,11 @@ def engine(
 ) -> None:
     """Measure the machine, then five workloads on the engine in this process.
 
-    Options can also be set in opsin.toml or OPSIN_* environment variables; the context is 8192 (with --overhead 16384)
+    Options can also be set in opsin.toml or OPSIN_* environment variables; the context is 8192
     unless it is set. The last line of standard output is one JSON document.
     """
-    if overhead and (workloads or against):
-        raise BadParameter("--overhead measures no workloads: leave out --workloads and --against.")
     chosen = choose(None if workloads is None else workloads.split(","))
-    settings = _settings(o.given(EngineSettings, flags), settings_file, config=config, overhead=overhead)
-    if overhead:
-        _overhead(settings, runs, json_out)
-        return
+    settings = _settings(o.given(EngineSettings, flags), settings_file, config=config)
     with ExitStack() as stack:
         urls = [
             f"{OWN_SERVER}={stack.enter_context(serving(settings))[1]}" if server == OWN_SERVER else server
@@ -80,7 +72,7 @@ def engine(
     _print(as_text(targets, limits), document, json_out, targets)
 
 
-@app.command("http")
+@app.command("http", cls=o.GroupedCommand)
 def http_servers(
     urls: Annotated[list[str], typer.Argument(help="URL or NAME=URL of OpenAI-compatible vision servers")],
     *,
@@ -115,12 +107,11 @@ def _servers(given: list[str], *taken: str, **options: Any) -> dict[str, HttpDri
     return servers
 
 
-def _settings(flags: dict[str, Any], file: Path | None, *, config: bool, overhead: bool) -> EngineSettings:
+def _settings(flags: dict[str, Any], file: Path | None, *, config: bool) -> EngineSettings:
     """The engine's settings from all their places, or from the flags alone; with the files of the pair."""
     nowhere = {"XDG_CONFIG_HOME": os.devnull}
     environ, folder = (os.environ, Path.cwd()) if config else (nowhere, Path(os.devnull))
-    defaults = {"ctx": 16_384, "parallel": 32} if overhead else {"ctx": 8192, "parallel": 8}
-    settings = read_config(flags, environ, folder, file=file, locate=locate).engine(**defaults)
+    settings = read_config(flags, environ, folder, file=file, locate=locate).engine(ctx=8192, parallel=8)
     pair = resolve(settings.model, settings.mmproj)
     mmproj = settings.mmproj if pair.mmproj is None else pair.mmproj.resolve()
     # Embeddings on disk would make the next run's images known.
@@ -162,23 +153,6 @@ def _about_server(driver: Any) -> dict[str, str]:
         return {}
     # llama-server names its model by the whole path of its file, which does not belong in a shared result.
     return {"url": driver.url, "model": Path(driver.model).name if Path(driver.model).is_absolute() else driver.model}
-
-
-def _overhead(settings: EngineSettings, runs: int, json_out: Path | None) -> None:
-    """CPU time per token in this process, by bare backend calls, and of `opsin serve`."""
-
-    def open_engine() -> Engine:
-        runtime = open_runtime(settings.model, settings.mmproj, settings)
-        about.update(_about(runtime, settings))
-        return runtime.engine
-
-    about: dict[str, Any] = {}
-    rows = room.measure_overhead(open_engine, lambda: open_backend(settings), settings, runs=runs, tell=say)
-    extra = [
-        {"streams": streams, "guard": guard, "more_us_per_token": round(more, 2)}
-        for (streams, guard), more in room.http_extra(rows).items()
-    ]
-    _print(room.as_text(rows), {**about, "overhead": [row.document() for row in rows], "http": extra}, json_out)
 
 
 def _print(text: str, document: dict[str, Any], json_out: Path | None, targets: Sequence[Target] = ()) -> None:

@@ -15,7 +15,7 @@ import typer
 
 from opsin.api import Opsin
 from opsin.cli import options as o
-from opsin.cli.ask import follow, opened, show_limits
+from opsin.cli.ask import follow, opened, settings_of, show_limits
 from opsin.cli.console import say, working
 from opsin.core.answer import Answer
 from opsin.core.errors import BadInput, BadParameter, ContextOverflow
@@ -45,7 +45,7 @@ def chat(
     Options can also be set in opsin.toml or OPSIN_* environment variables.
     """
     params = o.given(SamplingParams, flags)
-    with opened(flags) as opsin:
+    with opened(settings_of(flags)) as opsin:
         begin = [Message("system", system)] if system else []
         talk = _Talk(opsin, params, begin, [opsin.image(source) for source in images or []])
         say(HELP)

@@ -13,6 +13,7 @@ import typer
 if TYPE_CHECKING:
     from rich.status import Status
 
+_hushed = False
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
@@ -42,6 +43,18 @@ def say(sentence: str) -> None:
         sys.stderr.flush()
 
 
+def hush(*, quiet: bool) -> None:
+    """Leave out what `tell` and `working` would show, or show it again."""
+    global _hushed  # noqa: PLW0603 - one process runs one command
+    _hushed = quiet
+
+
+def tell(sentence: str) -> None:
+    """`say` something that is good to know and that `--quiet` leaves out."""
+    if not _hushed:
+        say(sentence)
+
+
 def open_standard_streams() -> None:
     """Make standard input, output and error exist, so that no file that is opened later takes their place.
 
@@ -64,4 +77,4 @@ def working(text: str) -> Status:
     """A line on standard error that says what is done, until it is stopped; nothing where nobody watches."""
     from rich.console import Console
 
-    return Console(stderr=True).status(text)
+    return Console(stderr=True, quiet=_hushed).status(text)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import json
+import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
 from pydantic import BaseModel
+from typer.core import TyperCommand
 
 from opsin.core.settings import RENAMED, RETIRED, EngineSettings, kind_of
 
@@ -19,9 +21,37 @@ PAIR = ("model", "mmproj", "ctx", "gpu_layers", "device", "mmproj_device", "kv_t
 ENGINE = (*PAIR, "threads", "threads_batch")
 ANSWER = ("max_tokens", "max_seconds", "temperature", "seed", "guard", "thinking", "max_thinking_tokens")
 
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
-JsonOut = Annotated[Path | None, typer.Option("--json-out", help="also write the JSON document to this file")]
-System = Annotated[str | None, typer.Option("--system", help="system message before the question")]
+GROUPS: dict[str, list[str]] = tomllib.loads(Path(__file__).with_name("groups.toml").read_text(encoding="utf-8"))
+"""Under which heading of the help a field's flag stands."""
+_GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
+
+
+def output(*names: str, **options: Any) -> Any:
+    """An option that says what is printed, under that heading."""
+    return typer.Option(*names, rich_help_panel="Output", **options)
+
+
+AsJson = Annotated[bool, output("--json", help="print JSON instead of text")]
+JsonOut = Annotated[Path | None, output("--json-out", help="also write the JSON document to this file")]
+System = Annotated[
+    str | None, typer.Option("--system", help="system message before the question", rich_help_panel="Answer")
+]
+
+
+class GroupedCommand(TyperCommand):
+    """A command whose help has its options under the headings of `GROUPS`."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Arguments, then options without a group, then the groups."""
+        records: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": [], **{name: [] for name in GROUPS}}
+        for one in self.get_params(ctx):
+            if record := one.get_help_record(ctx):
+                rest = "Arguments" if one.param_type_name == "argument" else "Options"
+                records[getattr(one, "rich_help_panel", None) or rest].append(record)
+        for name, rows in records.items():
+            if rows:
+                with formatter.section(name):
+                    formatter.write_dl(rows)
 
 
 def flags_of(model: type[BaseModel], *names: str, **defaults: str) -> Callable[[Command], Command]:
@@ -69,7 +99,7 @@ def _flag(model: type[BaseModel], name: str, default: str | None) -> inspect.Par
     if default is not None or field.default not in (None, ()):
         shown = default or ({True: "on", False: "off"}.get(field.default) if kind is bool else field.default)
         text = f"{text} [default: {shown}]"
-    option = typer.Option(flag, help=text, show_default=False)
+    option = typer.Option(flag, help=text, show_default=False, rich_help_panel=_GROUP_OF.get(name))
     return _keyword(name, shape, option)
 
 

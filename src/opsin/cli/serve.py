@@ -22,7 +22,7 @@ from opsin.server.handler import ModelManager
 from opsin.server.images import DecoderPool, ImageLoader
 from opsin.server.listener import address_of, bind, check_binding, http_server, read_keys
 from opsin.server.watchers import AccessLog, Tracing
-from opsin.worker import WorkerEngine
+from opsin.worker import ENDING, WorkerEngine
 
 # The doctor's look at this machine needs the native library, which this process does not load.
 _WORKER = (
@@ -129,7 +129,7 @@ class _Front:
             self._told.append(number)
             self._changed.set()
 
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in ENDING:
             # What is ignored stays ignored: that is how nohup and a shell's background jobs survive their terminal.
             if signal.getsignal(number) is not signal.SIG_IGN:
                 loop.add_signal_handler(number, told, number)

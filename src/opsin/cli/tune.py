@@ -75,8 +75,8 @@ def _untuned(flags: dict[str, Any], out: Path) -> tuple[EngineSettings, set[str]
 
 def _measured(settings: EngineSettings, fixed: set[str], target: Target, folder: Path, minutes: float) -> Report:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    found = candidates(settings, fixed, cores, _projectors(settings, folder))
-    return Tuner(lambda one: open_runtime(one.model, one.mmproj, one), settings, target, minutes, say).run(found)
+    tuner = Tuner(lambda one: open_runtime(one.model, one.mmproj, one), settings, target, minutes, say)
+    return tuner.run(candidates(settings, fixed, cores, _projectors(settings, folder)))  # conversions take time, too
 
 
 def _projectors(settings: EngineSettings, folder: Path) -> Iterator[Path]:

@@ -101,15 +101,24 @@ class BackendShare:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where the vision encoder and the language model ran, by backend name, and what could not be told."""
+    """Where the vision encoder and the language model ran, by backend name, and what could not be told.
+
+    Until it was watched (`proven`) nothing is known of it.
+    """
 
     encoder: dict[str, BackendShare]
     language_model: dict[str, BackendShare]
     layers_offloaded: int
     layers: int
     notes: tuple[str, ...] = ()
+    proven: bool = True
 
     def as_dict(self) -> dict[str, Any]:
         """The shape of `--json`: time, operations, splits and notes only where there are any."""
+        if not self.proven:
+            return {"proven": False}
         plain: dict[str, Any] = TypeAdapter(Placement).dump_python(self, mode="json", exclude_defaults=True)
-        return plain
+        return {"proven": True, **plain}
+
+
+UNPROVEN = Placement({}, {}, 0, 0, proven=False)

@@ -63,7 +63,8 @@ class Prompt:
 
     `add_bos`: the tokenizer adds its begin token, which the template did not write. `thinking`: the prompt ends inside
     an open reasoning block, which `reasoning` marks (None: the model does not think). `stop` strings end the answer.
-    `continues`: the answer goes on in the middle of a text, so white space at its start counts.
+    `continues`: the answer goes on in the middle of a text, so white space at its start counts. `folded`: the template
+    does not take these messages as they are, so system messages were joined, or tool calls became text.
     """
 
     parts: tuple[Part, ...]
@@ -72,6 +73,7 @@ class Prompt:
     reasoning: ReasoningStyle | None = None
     stop: tuple[str, ...] = ()
     continues: bool = False
+    folded: bool = False
 
     @property
     def images(self) -> tuple[Image, ...]:

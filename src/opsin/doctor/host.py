@@ -78,7 +78,7 @@ def read_host(root: Path = Path("/"), run: Run = run_command) -> Host:
         cpu=name[1] if name else "",
         cpu_features=frozenset(name for flag, name in KNOWN["features"].items() if flag in flags),
         cores=cores,
-        allowed=len(os.sched_getaffinity(0)) if sys.platform == "linux" else cores,
+        allowed=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores,
         quota=cpu_quota(root),
         threads=physical_cores(),
         tools={name: path for name in TOOLS if (path := shutil.which(name, path=folders))},

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from opsin.core.model_info import BackendShare, Placement
+from opsin.core.model_info import UNPROVEN, BackendShare, Placement
 from opsin.core.settings import EngineSettings
 from opsin.doctor.build import in_software
 from opsin.doctor.check import Check, Status, means_cpu, serve_command
@@ -22,13 +22,17 @@ _PLACEMENT = TypeAdapter(Placement)
 _FLASH = {"encoder": "vision_flash_attention", "language_model": "flash_attention"}
 
 
-def remembered_placement(setup: str, prove: Callable[[], Placement], folder: Path | None = None) -> Placement:
-    """The placement of a setup (a fingerprint), proved now if it was not proved before."""
+def remembered_placement(
+    setup: str, prove: Callable[[], Placement] | None = None, folder: Path | None = None
+) -> Placement:
+    """The placement of a setup (a fingerprint), if it was not proved before by `prove`; without that it is unproven."""
     file = record_file("placement", setup, folder)
     with suppress(ValueError):
         placement = _PLACEMENT.validate_python(data := read_record(file))
         if _PLACEMENT.dump_python(placement, mode="json") == data:  # else an older version wrote it, and knew less
             return placement
+    if prove is None:
+        return UNPROVEN
     placement = prove()
     keep_record(file, asdict(placement))
     return placement

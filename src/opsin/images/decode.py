@@ -45,8 +45,8 @@ _TILE_TAGS = (0x0142, 0x0143)
 _RLE_MAX_PIXELS = 16_000_000
 _RLE_MAX_BYTES = 8 * 2**20
 # Of JPEG; source: ITU-T T.81, annex B.
-_MAX_SCANS = 100
-_MAX_SEGMENTS = 10_000
+MAX_SCANS = 100
+MAX_SEGMENTS = 10_000
 # Within the compressed pixels, 0xFF is followed by zero or is a restart marker.
 _MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
@@ -265,7 +265,7 @@ def check_jpeg(data: bytes, name: str, settings: ImageSettings) -> tuple[int, bo
     """
     at, end, first, scans, least_bits, components = 2, len(data), len(data), 0, 0, 0
     done: set[tuple[int, int]] = set()  # coefficients of components whose last bit is there
-    for _ in range(_MAX_SEGMENTS):
+    for _ in range(MAX_SEGMENTS):
         found = _MARKER.search(data, at)
         if found is None or found[1][0] == _END_OF_IMAGE:
             end = found.start() if found else end
@@ -281,12 +281,12 @@ def check_jpeg(data: bytes, name: str, settings: ImageSettings) -> tuple[int, bo
                 places = range(data[at - 3], min(64, data[at - 2] + 1))
                 done |= {(component, place) for component in data[head : min(at - 3, head + 8) : 2] for place in places}
             first, scans = min(first, at), scans + 1
-            if scans > _MAX_SCANS:
+            if scans > MAX_SCANS:
                 raise ImageTooLarge(
-                    f"{name} is a JPEG of more than {_MAX_SCANS} scans, which takes too long to decode; save it again."
+                    f"{name} is a JPEG of more than {MAX_SCANS} scans, which takes too long to decode; save it again."
                 )
     else:
-        raise BadImage(f"{name} has more than {_MAX_SEGMENTS:,} segments, so it is damaged; save it again.")
+        raise BadImage(f"{name} has more than {MAX_SEGMENTS:,} segments, so it is damaged; save it again.")
     if 8 * max(0, end - first) < least_bits:
         raise damaged("JPEG", name)
     return end, len(done) == 64 * components

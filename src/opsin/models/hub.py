@@ -109,7 +109,10 @@ class Hub:
                 link = snapshot / file.path
                 link.parent.mkdir(parents=True, exist_ok=True)
                 link.unlink(missing_ok=True)
-                link.symlink_to(os.path.relpath(blob, link.parent))
+                try:
+                    link.symlink_to(os.path.relpath(blob, link.parent))
+                except OSError:  # Windows, without the right to make links
+                    os.link(blob, link)
             write_whole(folder / "refs" / "main", commit, mode=0o644)
         except OSError as error:
             raise DownloadFailed(f"{self.cache} cannot be written to: {error.strerror or error}") from error

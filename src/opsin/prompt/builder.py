@@ -138,9 +138,9 @@ class PromptBuilder:
             raise BadPrompt("This model does not think before it answers: leave `thinking` out.")
         if tools and not self.knows_tools:
             raise BadPrompt("This model's chat template knows no tools: leave them out.")
-        placeholders = Placeholders(self._tokens)
+        placeholders, taken = Placeholders(self._tokens), self._folded(messages)
         rendered = self._template.render(
-            [self._shape(message, placeholders) for message in self._folded(messages)],
+            [self._shape(message, placeholders) for message in taken],
             tools=placeholders.protect(tools) if tools else None,
             add_generation_prompt=add_generation_prompt,
             options={**(options or {}), **({} if thinking is None else dict.fromkeys(_SWITCHES, thinking))},
@@ -158,7 +158,7 @@ class PromptBuilder:
             raise BadPrompt("A message has half a character (a lone surrogate): send whole Unicode text.") from None
         bos = self.source.bos_token
         add_bos = not (bos and rendered.startswith(bos))
-        return Prompt(parts, add_bos, thinking=opened, reasoning=style, stop=self._stop, continues=bool(begun))
+        return Prompt(parts, add_bos, opened, style, self._stop, continues=bool(begun), folded=taken is not messages)
 
     def _folded(self, messages: Sequence[Message]) -> Sequence[Message]:
         """The conversation without what the template would drop or refuse, which is told in other words.

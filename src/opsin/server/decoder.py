@@ -14,7 +14,7 @@ import sys
 from opsin import images
 from opsin.core.request import Image
 from opsin.core.settings import ImageSettings
-from opsin.worker import Channel, Pixels, portable, share
+from opsin.worker import ENDING, Channel, Pixels, portable, share
 
 
 def measure(file: bytes | str, limits: ImageSettings) -> tuple[int, bytes | None]:
@@ -32,7 +32,7 @@ def decode(data: bytes, limits: ImageSettings, detail: str | None) -> Image:
 
 def main() -> None:
     """A decoder process: answers one request after another until the front is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
     channel = Channel(socket.socket(fileno=int(sys.argv[1])))
     while True:

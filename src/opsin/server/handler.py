@@ -38,6 +38,7 @@ LAST_WORDS_SECONDS = 3.0
 """How long handlers may take to tell their clients that the time for running answers is over."""
 MOST_IGNORED = 20
 """How many fields without effect a request is told of."""
+FOLDED = "the chat template takes no such messages: system messages were joined, or tool calls became text"
 _UNSEEMLY = re.compile(r"[^\w.\[\]-]", re.ASCII)
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -129,6 +130,8 @@ class CompletionHandler(Response):
             model.check(self._body.model)
             self._note_ignored(strict=model.settings.strict_fields)
             asked, writer = await self._prepare(self._body, model, images)
+            if any(prompt.folded for prompt, _ in asked):
+                self._notes["Opsin-Notes"] = FOLDED
             stats.images = len({image.sha256 for prompt, _ in asked for image in prompt.images})
             stats.streamed = bool(self._body.stream)
             count, max_seconds, began = len(asked), asked[0][1].max_seconds, time.perf_counter()

@@ -169,6 +169,8 @@ class Report:
             for row in self.candidates
         ]
         picked = "keep the settings as they are: nothing is faster beyond the noise"
+        if not any(row.ratios for row in self.candidates):
+            picked = "nothing: nothing was measured beside the baseline; give more --minutes"
         if self.best is not None:
             picked = f"{shown(self.best.changes)} takes {self.best.ratio:.3f} of the time"
         return (

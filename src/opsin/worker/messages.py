@@ -36,6 +36,9 @@ from opsin.prompt import TemplateSource
 # Images from this size on are shared: smaller ones are copied faster, and each shared one takes open files, of which
 # the kernel sends at most 253 with a message.
 SHARED_BYTES, MOST_SHARED = 4 * 2**20, 250
+ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+"""Signals that ask for an end; Windows has no SIGHUP."""
+_KILLED = -getattr(signal, "SIGKILL", 9)
 GRACE_SECONDS = 15.0  # what a worker may take to end before it is killed
 _HEAD = struct.Struct("<QB")
 
@@ -194,7 +197,7 @@ def signal_name(code: int) -> str:
     """An exit code in words; negative ones are signals."""
     if code >= 0:
         return f"exit code {code}"
-    if code == -signal.SIGKILL:
+    if code == _KILLED:
         return "SIGKILL (out of memory, or killed by hand)"
     return signal.Signals(-code).name if -code in list(signal.Signals) else f"signal {-code}"
 
@@ -249,7 +252,7 @@ class Child:
 
     def load_error(self, code: int) -> OpsinError:
         """What a crash before it was ready says about the model."""
-        if code == -signal.SIGKILL:
+        if code == _KILLED:
             return ModelError(
                 f"The process that loaded {self.files} was killed, probably because memory ran out: "
                 "give a smaller context (--ctx), fewer layers on the GPU (--gpu-layers), or a smaller model."

@@ -15,11 +15,12 @@ from typing import Any
 
 from opsin.compose import Runtime, end_with_parent, open_runtime
 from opsin.core.answer import Finished, TextDelta
-from opsin.core.errors import EngineDied, OpsinError
+from opsin.core.errors import BadImage, DecodeFailed, EncodeFailed, EngineDied, ModelUnreadable, OpsinError
+from opsin.core.model_info import Placement
 from opsin.core.request import Prompt, SamplingParams
 from opsin.engine import AnswerStream, Engine, wake_readers
 from opsin.prompt import Message
-from opsin.worker.messages import Channel, Loaded, Packed, Pixels, pack, portable
+from opsin.worker.messages import ENDING, Channel, Loaded, Packed, Pixels, pack, portable
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def main(*, notice: Callable[[], str | None] = lambda: None, open_model: Callabl
     """
     fd, parent = map(int, sys.argv[1:3])
     # Whoever stops a service sends SIGTERM to all of its processes, but running answers end when the front says so.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
     end_with_parent(parent)
     _Worker(Channel(socket.socket(fileno=fd)), notice, open_model).run()
@@ -172,11 +173,7 @@ class _Worker:
                 resolved=lambda *files: self._channel.send(("loading", files)),
             )
             self._channel.send(("warming",))
-            # An encode past all caches proves where the encoder runs; a few tokens bring weights into memory.
-            placement = runtime.engine.placement()
-            params = SamplingParams(max_tokens=4, ignore_eos=True, guard=False)
-            hello = runtime.prompts.build([Message("user", "Hello.")])
-            runtime.engine.submit(hello, params, salt="warm-up").result()
+            placement = _warm_up(runtime)
             loaded = Loaded(
                 info=runtime.engine.info,
                 limits=runtime.engine.limits,
@@ -195,6 +192,24 @@ class _Worker:
             with contextlib.suppress(OSError):
                 self._channel.send(("failed", portable(error)))
             os._exit(getattr(error, "exit_code", EngineDied.exit_code))
+
+
+def _warm_up(runtime: Runtime) -> Placement:
+    """An encode past all caches proves where the encoder runs; a few tokens bring weights into memory.
+
+    Raises ModelUnreadable: what is computed here is ours, so the files are at fault.
+    """
+    info = runtime.engine.info
+    try:
+        placement = runtime.engine.placement()
+        params = SamplingParams(max_tokens=4, ignore_eos=True, guard=False, logprobs=2)
+        hello = runtime.prompts.build([Message("user", "Hello.")])
+        answer = runtime.engine.submit(hello, params, salt="warm-up").result()
+    except (BadImage, DecodeFailed, EncodeFailed) as error:
+        raise ModelUnreadable(f"{info.llm_file} with {info.mmproj_file} cannot be used. {error}") from error
+    if {True} == {len(one.top) > 1 and one.top[0][2] == one.top[1][2] for one in answer.logprobs}:
+        raise ModelUnreadable(f"{info.llm_file} takes every token for as likely: its weights are damaged.")
+    return placement
 
 
 class CallWatch:

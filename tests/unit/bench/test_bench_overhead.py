@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from opsin.bench import overhead
-from opsin.bench.overhead import Overhead, as_text, cpu_seconds, http_extra, in_process, measure_overhead, native
+import token_cost as overhead
 from opsin.core.backend import BackendLimits
 from opsin.core.settings import EngineSettings
 from opsin.engine import Engine, Policy
 from opsin.testing import FakeBackend
+from token_cost import Overhead, as_text, cpu_seconds, http_extra, in_process, measure_overhead, native
 
 pytestmark = pytest.mark.slow
 

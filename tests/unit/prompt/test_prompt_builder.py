@@ -246,6 +246,8 @@ def test_a_template_that_drops_a_second_system_message_gets_one():
     )
     built = bare(drops).build([Message("system", "A"), Message("system", "B"), Message("user", "c")])
     assert flat(built) == "system:A\n\nB;user:c;"
+    assert built.folded
+    assert not bare(drops).build([Message("system", "A"), Message("user", "c")]).folded
 
 
 def test_a_last_text_of_the_assistants_is_continued():

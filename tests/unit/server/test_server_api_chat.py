@@ -622,3 +622,19 @@ def test_choices_that_were_begun_are_ended_when_a_later_one_finds_no_room(monkey
             assert not w.manager._entered
 
     run(work())
+
+
+def test_messages_that_the_template_does_not_take_are_told_of() -> None:
+    first = "{% for m in messages if m.role != 'system' or loop.first %}"
+    first_alone = PLAIN.replace("{% for m in messages %}", first)
+
+    async def work() -> None:
+        async with world(template=first_alone) as w:
+            twice = [{"role": "system", "content": "one"}, {"role": "system", "content": "two"}, *QUESTION]
+            for more in ({}, {"stream": True}):
+                reply = await w.post(messages=twice, **more)
+                assert reply.status_code == 200
+                assert "system messages were joined" in reply.headers["opsin-notes"]
+            assert "opsin-notes" not in (await w.post(messages=twice[1:])).headers
+
+    run(work())

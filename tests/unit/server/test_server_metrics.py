@@ -134,7 +134,7 @@ def everything(engine: Engine) -> Metrics:
 
 
 def test_the_dashboard_asks_for_what_there_is(everything: Metrics) -> None:
-    dashboard = json.loads((ROOT / "dashboards" / "opsin.json").read_text())
+    dashboard = json.loads((ROOT / "src" / "opsin" / "server" / "page" / "grafana.json").read_text())
     asked = "\n".join(target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ()))
     names = set(re.findall(r"opsin:[a-zA-Z0-9_]+", asked))
     there = {key[0] for key in samples(everything)}

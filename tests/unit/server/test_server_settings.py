@@ -1,6 +1,5 @@
 """opsin.toml, environment and flags: who wins, what is refused, and what is printed."""
 
-import runpy
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -135,11 +134,3 @@ def test_every_setting_has_a_flag_that_reaches_it(tmp_path: Path, monkeypatch: p
     assert done.exit_code == 0, done.output
     assert tomllib.loads(done.stdout) == wanted
     assert done.stdout.count("# flag --") == len(wanted)
-
-
-def test_the_reference_page_is_current() -> None:
-    root = Path(__file__).parents[3]
-    page = runpy.run_path(str(root / "tools" / "settings_page.py"))["settings_page"]()
-    assert (root / "docs" / "settings.md").read_text(encoding="utf-8") == page, (
-        "write it anew: python tools/settings_page.py > docs/settings.md"
-    )

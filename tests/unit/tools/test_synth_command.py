@@ -1,9 +1,8 @@
-"""`tools/synth.py` as a script, and `opsin synth` as the way to it."""
+"""`tools/synth.py` as a script."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,24 +39,3 @@ def test_wrong_shapes_and_types_are_one_sentence(tmp_path: Path):
         "synth: there is no shape 'huge'"
     )
     assert "choose one of f16, bf16" in run(SCRIPT, "--type", "q3_k", "--out", tmp_path, code=2).stderr
-
-
-def test_opsin_synth_passes_its_options_on(tmp_path: Path):
-    assert "--mmproj-type" in run("-m", "opsin", "synth", "--help").stdout
-    run("-m", "opsin", "synth", "--shape", "tiny", "-o", tmp_path)
-    assert (tmp_path / "tiny-q8_0.gguf").is_file()
-    assert "use --force" in run("-m", "opsin", "synth", "--shape", "tiny", "-o", tmp_path, code=2).stderr
-
-
-def test_an_installed_package_says_where_the_tool_is(tmp_path: Path):
-    """A wheel holds `src/opsin` alone; a copy of that folder stands for it."""
-    shutil.copytree(
-        ROOT / "src" / "opsin", tmp_path / "lib" / "opsin", ignore=shutil.ignore_patterns("demo", "__pycache__")
-    )
-    start = (
-        f"import sys; sys.path.insert(0, {str(tmp_path / 'lib')!r}); sys.argv = ['opsin', 'synth', '--shape', 'tiny']"
-    )
-    done = run("-c", f"{start}; from opsin.cli.app import main; main()", code=2)
-    assert done.stdout == ""
-    assert done.stderr.startswith("opsin: opsin synth needs a checkout")
-    assert done.stderr.count("\n") == 1

@@ -1,26 +1,43 @@
+#!/usr/bin/env python3
 """What a token costs beside the model: CPU time of whole processes by tokens made, in process and over HTTP.
 
+    python bench/token_cost.py --model tiny-q8_0.gguf --mmproj mmproj-tiny-f16.gguf --runs 4 --json-out overhead.json
+
 Meant for a model that takes next to nothing itself; its share is measured by bare backend calls and shown beside. A
-whole round goes before the one that is measured: a server's first answers fall into its start.
+whole round goes before the one that is measured: a server's first answers fall into its start. Needs the package
+`opsin`; this checkout's is used where it is not installed.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
+import platform
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "src"))
+
+from opsin import __version__
 from opsin.bench.drivers import open_client, serving, streamed
 from opsin.bench.report import columns
 from opsin.bench.workloads import RequestFailed
+from opsin.compose import open_backend, open_runtime
 from opsin.core.backend import Backend
+from opsin.core.config import checked
+from opsin.core.errors import OpsinError
 from opsin.core.request import Prompt, SamplingParams, TextPart, TokenBatch
 from opsin.core.settings import EngineSettings
 from opsin.engine import Engine
+from opsin.models import resolve
 
 STREAMS = (1, 8, 32)
 TOKENS = 64
@@ -171,3 +188,49 @@ def _complete(url: str, prompts: Sequence[str], *, guard: bool) -> int:
 
     with open_client(url) as client, ThreadPoolExecutor(len(prompts)) as pool:
         return sum(pool.map(complete, prompts))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print a table and one JSON document, and write that to a file if asked to."""
+    parser = argparse.ArgumentParser(description="CPU time of a token beside the model.")
+    parser.add_argument("--model", help="GGUF file, folder or known name")
+    parser.add_argument("--mmproj", help="projector")
+    parser.add_argument("--threads", type=int, help="CPU threads for decoding")
+    parser.add_argument("--ctx", type=int, default=16_384, help="context in tokens, shared by all slots (16384)")
+    parser.add_argument("--parallel", type=int, default=32, help="slots, and most streams (32)")
+    parser.add_argument("--runs", type=int, default=3, help="runs, of which medians are shown (3)")
+    parser.add_argument("--json-out", type=Path, help="also write the JSON document to this file")
+    asked = vars(parser.parse_args(arguments))
+    runs, json_out = asked.pop("runs"), asked.pop("json_out")
+    pair = resolve(asked.pop("model"), asked.pop("mmproj"))
+    mmproj = pair.mmproj and pair.mmproj.resolve()
+    given = {name: value for name, value in asked.items() if value is not None}
+    settings = checked(EngineSettings, {**given, "model": pair.llm.resolve(), "mmproj": mmproj, "disk_cache": False})
+    about: dict[str, Any] = {"opsin": __version__, "kind": "overhead", "llama_cpp_python": version("llama-cpp-python")}
+
+    def open_engine() -> Engine:
+        engine = open_runtime(settings.model, settings.mmproj, settings).engine
+        about.update(model=engine.info.as_dict(), settings=given)
+        return engine
+
+    rows = measure_overhead(open_engine, lambda: open_backend(settings), settings, runs=runs, tell=_tell)
+    extra = [
+        {"streams": streams, "guard": guard, "more_us_per_token": round(more, 2)}
+        for (streams, guard), more in http_extra(rows).items()
+    ]
+    about["platform"] = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    document = json.dumps({**about, "overhead": [row.document() for row in rows], "http": extra})
+    print(as_text(rows), document, sep="\n")
+    if json_out is not None:
+        json_out.write_text(document + "\n", encoding="utf-8")
+
+
+def _tell(sentence: str) -> None:
+    print(sentence, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except OpsinError as error:
+        sys.exit(f"token_cost: {error}")
