@@ -114,6 +114,28 @@ def test_several_slots_are_used_and_few_images_are_held(
     assert "(40 of 40 done, 1 failed in" in shown.err
 
 
+@pytest.mark.parametrize(
+    ("variables", "slots"),
+    [({"OPSIN_PARALLEL": "7"}, 7), ({"OPSIN_CTX": "2048"}, 1), ({"OPSIN_CTX": "2048", "OPSIN_PARALLEL": "2"}, 2)],
+)
+def test_the_environment_gives_slots_and_context_as_flags_do(
+    model: dict[str, Any], monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], slots: int
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    run(monkeypatch, *[f"x{number}.png" for number in range(9)], "what?", "--json")
+    assert (model["opsin"].options["parallel"], model["opsin"].most) == (slots, slots + 1)
+
+
+def test_quiet_leaves_answers_and_errors(
+    model: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(monkeypatch, *[f"x{number}.png" for number in range(6)], "what?", "--quiet")
+    shown = capsys.readouterr()
+    assert len(shown.out.splitlines()) == 5
+    assert shown.err == "opsin: x4.png: The vision encoder failed on this image.\n"
+
+
 def test_one_image_is_asked_about_in_one_slot(
     model: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,12 +3,14 @@
 from typing import Annotated, Any
 
 import typer
+from typer.main import get_command
 from typer.testing import CliRunner
 
+from opsin.cli.app import app as cli
 from opsin.cli.console import new_app
-from opsin.cli.options import flags_of, given
+from opsin.cli.options import GROUPS, flags_of, given
 from opsin.core.request import SamplingParams
-from opsin.core.settings import EngineSettings
+from opsin.core.settings import EngineSettings, ServerSettings
 
 
 def run(*arguments: str) -> tuple[dict[str, Any], str]:
@@ -38,3 +40,15 @@ def test_help_is_the_fields_and_a_commands_own_flag_wins() -> None:
     assert "--guard / --no-guard" in shown
     assert "my own" in shown
     assert "shared by all slots" not in shown
+
+
+def test_options_stand_in_groups_and_every_setting_has_one() -> None:
+    command = get_command(cli).get_command(None, "ask")  # type: ignore[attr-defined]
+    shown = CliRunner().invoke(cli, ["ask", "--help"]).output
+    heads = [line.removesuffix(":") for line in shown.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert heads == ["Arguments", "Options", "Model", "Hardware", "Images", "Answer", "Limits", "Output"]
+    assert "[default: 0.2]" in shown  # the temperature's
+    assert all(getattr(one, "help", None) for one in command.params if not getattr(one, "hidden", False))
+    grouped = [name for names in GROUPS.values() for name in names]
+    assert len(grouped) == len(set(grouped))
+    assert set(ServerSettings.model_fields) <= set(grouped)

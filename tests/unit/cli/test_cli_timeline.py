@@ -3,6 +3,7 @@
 import dataclasses
 import io
 
+import pytest
 from rich.console import Console
 
 from opsin.cli.ask import BAR, timeline
@@ -63,3 +64,23 @@ def test_a_question_without_an_image_has_no_vision_rows() -> None:
 def test_a_remembered_image_says_that_the_encoder_did_not_run() -> None:
     known = dataclasses.replace(answer(), images=(dataclasses.replace(answer().images[0], cached=True),))
     assert "remembered: the encoder did not run" in "\n".join(shown(known, NOWHERE, width=120))
+
+
+def test_the_start_of_python_comes_first_and_the_total_is_the_wall_time() -> None:
+    console = Console(width=100, force_terminal=False, record=True, file=io.StringIO())
+    console.print(timeline(answer(), NOWHERE, wall_ms=1250.0))
+    lines = console.export_text().splitlines()
+    assert "start Python" in lines[1]
+    assert "250.0" in lines[1]
+    assert "1,250.0" in lines[-1]
+
+
+@pytest.mark.parametrize("width", [24, 40, 47, 60, 79, 80, 120])
+def test_narrow_terminals_keep_the_numbers_and_whole_words(width: int) -> None:
+    console = Console(width=width, force_terminal=False, record=True, file=io.StringIO())
+    console.print(timeline(answer(), NOWHERE, width=width))
+    text = console.export_text()
+    for number in ("400.0", "300.0", "20.0", "200.0", "1,000.0"):
+        assert number in text
+    told = {word for line in shown(answer(), NOWHERE, width=200) for word in line.split()}
+    assert {word for word in text.split() if "█" not in word} <= told | {"…"}

@@ -48,3 +48,11 @@ def test_a_proof_of_a_version_that_knew_less_is_made_anew(tmp_path: Path) -> Non
 def test_a_folder_that_cannot_be_written_loses_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert remembered("a", lambda: PROOF, tmp_path / "file" / "folder") == PROOF
+
+
+def test_what_was_not_proved_is_unproven_until_it_is(tmp_path: Path) -> None:
+    assert remembered("a", folder=tmp_path).as_dict() == {"proven": False}
+    remembered("a", lambda: PROOF, tmp_path)
+    known = remembered("a", folder=tmp_path)
+    assert known == PROOF
+    assert known.as_dict()["proven"] is True
