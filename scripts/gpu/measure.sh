@@ -13,7 +13,7 @@
 set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-steps="machine synth ask ask_again doctor placed bench overhead encoder_on_cpu missed batched tune predict"
+steps="machine synth ask ask_again doctor placed bench encoder_on_cpu missed many captions overhead tune predict"
 shape=llava-1.5-7b python=python3 work=$root/build/gpu results="" against="" chosen=""
 
 die() { echo "measure: $*" >&2; exit 2; }
@@ -86,11 +86,19 @@ overhead() {
       --runs "$runs" --json-out "$results/overhead.json"
 }
 
-batched() {
-  local program
+# Each number of streams has a file of its own, written as it ends.
+many() {
+  local program streams
   program=$(command -v llama-batched-bench) || true
-  "$python" "$root/bench/batched_bench.py" --model "$work/$shape-q4_0.gguf" --ctx 16384 --runs "$runs" \
-    ${program:+--program "$program"} --json-out "$results/batched.json"
+  for streams in $counts; do
+    "$python" "$root/bench/batched_bench.py" --model "$work/$shape-q4_0.gguf" --sequences "$streams" \
+      --ctx "$((streams * 512))" --runs "$runs" ${program:+--program "$program"} \
+      --json-out "$results/batched-$streams.json" || return
+  done
+}
+
+captions() {
+  "$python" "$root/bench/captions.py" "${pair[@]}" --images "$images" --json-out "$results/captions.json"
 }
 
 # run STEP LIMIT EXPECTED COMMAND...: unless other steps were chosen
@@ -107,13 +115,13 @@ run() {
     echo "measure: $name ended with $code, not $expected: $(tail -n 1 "$results/$name.err" | cut -c1-300)" >&2
   fi
 }
-export -f machine verdict placed missed opsin ask overhead batched
+export -f machine verdict placed missed opsin ask overhead many captions
 
 failed=0
 pair=(--model "$work/$shape-q4_0.gguf" --mmproj "$work/mmproj-$shape-f16.gguf")
-workloads=W1,W2,W3,W4,W5 runs=2 minutes=6
-if [ "$shape" = tiny ]; then workloads=W1 runs=1 minutes=0.1; fi
-export runs
+workloads=W1,W2,W3,W4,W5 runs=2 minutes=6 counts="1 8 32 64" images=64
+if [ "$shape" = tiny ]; then workloads=W1 runs=1 minutes=0.1 counts="1 8" images=4; fi
+export runs counts images
 [ -f "$results/steps.tsv" ] || printf 'step\texit code\texpected\tseconds\n' >"$results/steps.tsv"
 
 run machine 30 0 machine
@@ -126,12 +134,13 @@ run doctor 150 any opsin doctor "${pair[@]}" --json
 run placed 20 0 placed
 run bench 300 0 opsin bench engine "${pair[@]}" --ctx 32768 --parallel 8 --workloads "$workloads" \
   --runs "$runs"   ${against:+--against "$against"} --json-out "$results/bench.json"
-run overhead 180 0 overhead
 if has_gpu; then
   run encoder_on_cpu 150 1 opsin doctor "${pair[@]}" --mmproj-device none --json
   run missed 20 0 missed
 fi
-run batched 180 0 batched
+run many 240 0 many
+run captions 240 0 captions
+run overhead 180 0 overhead
 run tune 480 0 opsin tune "${pair[@]}" --minutes "$minutes" --out "$results/opsin.toml" --force \
   --json-out "$results/tune.json"
 run predict 150 0 opsin predict "${pair[@]}" --device this --measure --json-out "$results/predict.json"

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,18 @@ def test_steps_run_one_by_one_and_write_their_results_as_they_come(tmp_path: Pat
     assert list(steps(results)) == ["machine", "synth", "ask", "doctor", "placed", "bench"]
     assert json.loads((results / "ask.out").read_text())["usage"]["completion_tokens"] == 54
     assert json.loads((results / "bench.json").read_text())["workloads"]["W1"]["invalid"] is None
+
+
+@pytest.mark.slow
+def test_a_rehearsal_without_a_gpu_runs_every_step_and_leaves_all_files(tmp_path: Path) -> None:
+    results, began = tmp_path / "results", time.monotonic()
+    done = run("--python", sys.executable, "--work", tmp_path / "work", "--shape", "tiny", results, limit=290)
+    assert done.returncode == 0, done.stderr
+    taken = steps(results)
+    assert set(taken) == {
+        *("machine", "synth", "ask", "ask_again", "doctor", "placed", "bench", "many", "captions", "overhead"),
+        *("tune", "predict"),
+    }
+    for name in ("bench", "overhead", "batched-1", "batched-8", "captions", "tune", "predict"):
+        assert json.loads((results / f"{name}.json").read_text())
+    print(f"{time.monotonic() - began:.0f} s")

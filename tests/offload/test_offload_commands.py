@@ -70,10 +70,11 @@ def test_the_proof_for_gpus_rehearsed_without_one(tmp_path: Path) -> None:
         "doctor",
         "placed",
         "bench",
+        "many",
+        "captions",
         "overhead",
-        "batched",
         "tune",
         "predict",
     }
-    for name in ("bench", "overhead", "batched", "tune", "predict"):
+    for name in ("bench", "overhead", "batched-1", "batched-8", "captions", "tune", "predict"):
         assert json.loads((results / f"{name}.json").read_text())
