@@ -42,19 +42,23 @@ test: setup-dev browser
 test-full: setup-dev
 	$(BIN)/python -m pytest -m full -s
 
-# Clients and a load tool with environments of their own, in Python and JavaScript; needs npm, and 2 GB.
+# Clients with environments of their own, in Python and JavaScript; needs npm.
 CLIENTS = tests/e2e/server/programs
-.clients/.ready: $(CLIENTS)/requirements.txt $(CLIENTS)/requirements-load.txt $(CLIENTS)/package.json
+.clients/.ready: $(CLIENTS)/requirements.txt $(CLIENTS)/package.json
 	$(PYTHON) -m venv .clients/venv
 	.clients/venv/bin/python -m pip install --quiet --requirement $(CLIENTS)/requirements.txt
-	@# AIPerf pins other versions of the same packages.
-	$(PYTHON) -m venv .clients/load
-	.clients/load/bin/python -m pip install --quiet --requirement $(CLIENTS)/requirements-load.txt
 	cp $(CLIENTS)/package.json .clients/
 	npm --prefix .clients install --silent --no-audit --no-fund
 	touch $@
 
-test-clients: setup-dev .clients/.ready
+# Each load tool has its own environment. GuideLLM needs 5 GB, for PyTorch: make test-clients LOAD_TOOLS="aiperf guidellm"
+LOAD_TOOLS ?= aiperf
+.clients/%/.ready: $(CLIENTS)/requirements-%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --requirement $<
+	touch $@
+
+test-clients: setup-dev .clients/.ready $(LOAD_TOOLS:%=.clients/%/.ready)
 	$(BIN)/python -m pytest -q tests/e2e/server/test_clients_programs.py tests/e2e/server/test_clients_second_turn.py
 
 # A build with a second device (Vulkan on Mesa's software device): proves where things run, without a GPU.

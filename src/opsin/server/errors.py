@@ -25,7 +25,6 @@ _TAGS = frozenset((
     "function_call_output", "reasoning",
 ))  # fmt: skip
 
-
 # A path of the API behind no base path, or behind one too many.
 _NEARLY = re.compile(r"(/v1/v1|/api/v1|/openai/v1|/api|)/(chat/completions|completions|responses|models)(/.*)?")
 
@@ -91,7 +90,8 @@ def explain(error: Exception) -> tuple[int, str, str, str | None]:
         message, param = _sentence(error.errors()[0])
         return 400, message, "bad_parameter", param
     if isinstance(error, HTTPException):
-        message, code = f"{_short(error.detail)}.", "bad_request"
+        # FastAPI raises it where it cannot read a body at all, and Starlette for addresses and methods.
+        message, code = "The body is not JSON in UTF-8, or nested too deeply: send plain JSON in UTF-8.", "bad_request"
         if error.status_code == 404:
             message, code = "There is nothing at this address: /openapi.json lists what there is.", "not_found"
         elif error.status_code == 405:

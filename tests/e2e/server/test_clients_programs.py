@@ -1,5 +1,8 @@
-"""Programs of other people's clients, each in an environment of its own that `make test-clients` makes."""
+"""Other people's clients and load tools, in environments of their own that `make test-clients` makes."""
 
+import contextlib
+import os
+import signal
 import subprocess
 from importlib.resources import files
 from pathlib import Path
@@ -20,6 +23,14 @@ def test_a_python_client(program: Path, server: Any) -> None:
     run([str(PYTHON), str(program)], server)
 
 
+@pytest.mark.parametrize("tool", ["aiperf", "guidellm"])
+def test_a_load_tool(tool: str, server: Any) -> None:
+    python = ROOT / ".clients" / tool / "bin" / "python"
+    if not python.exists():
+        pytest.skip(f'make test-clients LOAD_TOOLS="{tool}" installs it')
+    run([str(python), str(PROGRAMS / f"{tool}_load.py")], server)
+
+
 @pytest.mark.skipif(not MODULES.exists(), reason="make test-clients installs them")
 @pytest.mark.parametrize("program", sorted(PROGRAMS.glob("*_client.mjs")), ids=lambda path: path.stem)
 def test_a_javascript_client(program: Path, server: Any) -> None:
@@ -30,5 +41,12 @@ def test_a_javascript_client(program: Path, server: Any) -> None:
 
 
 def run(command: list[str], server: Any) -> None:
-    done = subprocess.run([*command, server.v1, str(IMAGE)], capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    process = subprocess.Popen(
+        [*command, server.v1, str(IMAGE)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, process_group=0
+    )
+    try:
+        _, errors = process.communicate(timeout=240)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # also what it started and left
+    assert process.returncode == 0, errors[-3000:]

@@ -181,6 +181,8 @@ def test_huggingface_hub(server: Any) -> None:
     client = hub.InferenceClient(base_url=server.v1, api_key="none", timeout=60)
     first = client.chat_completion([ASKED], temperature=0, max_tokens=60)
     assert first.choices[0].message.content == ANSWER
+    for message in (first.choices[0].message, dict(first.choices[0].message)):
+        assert client.chat_completion([ASKED, message, AGAIN], temperature=0, max_tokens=60).choices[0].message.content
     text = "".join(
         piece.choices[0].delta.content or ""
         for piece in client.chat_completion([ASKED], temperature=0, max_tokens=60, stream=True)
@@ -191,9 +193,20 @@ def test_huggingface_hub(server: Any) -> None:
     for wanted in (schema, {"type": "json_schema", "json_schema": {"name": "seen", "schema": PARAMETERS}}):
         made = client.chat_completion([ASKED], response_format=wanted, temperature=0, max_tokens=80)
         assert json.loads(made.choices[0].message.content)["colour"] in {"red", "blue"}
-    called = client.chat_completion([ASKED], tools=[PAINT], tool_choice="required", temperature=0, max_tokens=80)
-    (call,) = called.choices[0].message.tool_calls
-    result = {"role": "tool", "tool_call_id": call.id, "content": "painted"}
-    sent = dict(called.choices[0].message)
-    again = client.chat_completion([ASKED, sent, result], tools=[PAINT], temperature=0, max_tokens=30)
-    assert again.choices
+    offered = client.chat_completion([ASKED], tools=[PAINT], tool_choice="auto", temperature=0, max_tokens=60)
+    assert offered.choices[0].finish_reason in {"stop", "length", "tool_calls"}
+    for choice in ("required", {"function": {"name": "paint"}, "type": "function"}):
+        options: Any = {"tools": [PAINT], "tool_choice": choice, "temperature": 0, "max_tokens": 80}
+        called = client.chat_completion([ASKED], **options)
+        (call,) = called.choices[0].message.tool_calls
+        pieces = [
+            piece.choices[0].delta.tool_calls[0].function.arguments
+            for piece in client.chat_completion([ASKED], **options, stream=True)
+            if piece.choices and piece.choices[0].delta.tool_calls
+        ]
+        assert "".join(pieces) == call.function.arguments
+        assert len(pieces) > 2, "arguments come as they are written"
+        result = {"role": "tool", "tool_call_id": call.id, "content": "painted"}
+        for sent in (called.choices[0].message, dict(called.choices[0].message)):
+            again = client.chat_completion([ASKED, sent, result], tools=[PAINT], temperature=0, max_tokens=30)
+            assert again.choices

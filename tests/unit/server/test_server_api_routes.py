@@ -207,6 +207,36 @@ def test_broken_bodies_are_the_clients_fault(body: bytes) -> None:
     run(work())
 
 
+def test_text_in_another_encoding_is_told_so() -> None:
+    async def work() -> None:
+        async with world() as w:
+            body = '{"messages": [{"role": "user", "content": "un café"}]}'.encode("latin-1")
+            reply = await w.client.post(CHAT, content=body, headers={"content-type": "application/json"})
+            assert reply.status_code in {400, 415}
+            assert "UTF-8" in reply.json()["error"]["message"]
+
+    run(work())
+
+
+def test_a_page_that_may_ask_may_send_the_headers_that_clients_send() -> None:
+    names = ["http-referer", "x-title", "openai-organization", "openai-beta", "cache-control"]
+    names += ["x-stainless-lang", "x-stainless-retry-count", "x-stainless-timeout"]
+
+    async def work() -> None:
+        async with world(cors_origins=("https://app.example",)) as w:
+            asked = {
+                "origin": "https://app.example",
+                "access-control-request-method": "POST",
+                "access-control-request-headers": ", ".join(names),
+            }
+            reply = await w.client.options(CHAT, headers=asked)
+            assert reply.status_code == 200
+            allowed = reply.headers["access-control-allow-headers"].lower().replace(" ", "").split(",")
+            assert set(names) <= set(allowed)
+
+    run(work())
+
+
 def test_half_a_character_in_a_name_does_not_break_the_answer() -> None:
     async def work() -> None:
         async with world(strict_model=True) as w:

@@ -4,9 +4,10 @@ import json
 from typing import Any
 
 import pytest
-from api_driver import QUESTION, WITH_TOOLS, data_url, run, text_of, world
+from api_driver import PLAIN, QUESTION, WITH_TOOLS, data_url, run, text_of, world
 
 from opsin.core.request import SamplingParams
+from opsin.core.settings import ServerSettings
 
 PAINT = {
     "type": "function",
@@ -14,6 +15,7 @@ PAINT = {
 }
 CALL = '{"name": "paint", "arguments": {"colour": "red"}}'
 SCHEMA = {"type": "object", "properties": {"a": {"const": None}}}
+MAX_TOKENS, TEMPERATURE = ServerSettings().max_tokens, SamplingParams().temperature
 
 
 @pytest.mark.parametrize(
@@ -29,9 +31,21 @@ SCHEMA = {"type": "object", "properties": {"a": {"const": None}}}
         ({"stop": [], "temperature": None, "seed": -1, "max_tokens": -1}, None),
         ({"cache_prompt": True, "id_slot": 0, "timings_per_token": True}, "cache_prompt, id_slot, timings_per_token"),
         ({"samplers": ["top_k"], "reasoning_format": "none"}, "samplers, reasoning_format"),
+        ({"return_progress": True, "client_metadata": {"a": "b"}}, "return_progress, client_metadata"),
         ({"store": True, "metadata": {"a": 1}, "user": "me"}, "store, metadata, user"),
         ({"colour": None, "messages": [{"role": "user", "content": "x", "audio": None, "name": None}]}, None),
         ({"best_of": 1, "n": 1.0, "seed": 1.0, "max_tokens": 5.0}, None),
+        (
+            {
+                "tools": [
+                    {"type": "function", "cache_control": None, "function": {"name": "f", "strict": None, "x": None}}
+                ],
+                "tool_choice": None,
+                "stream_options": {"include_usage": None, "x": None},
+                "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA, "x": None}},
+            },
+            None,
+        ),
         ({"response_format": {"type": "json_object", "strength": 1}}, "response_format.strength"),
         ({"tools": [{"type": "web_search", "size": 1}]}, "tools[0].size, tools[0].type"),
         ({"tools": [{"type": "web_search"}], "reasoning_effort": "low"}, "reasoning_effort, tools[0].type"),
@@ -63,6 +77,8 @@ def test_what_has_no_effect_is_ignored_and_named(body: dict[str, Any], ignored: 
         ({"top_k": -1, "top_p": 0}, {"top_k": 0, "top_p": 1e-6}),
         ({"stop": ""}, {"stop": ()}),
         ({"stop": ["", "a"]}, {"stop": ("a",)}),
+        ({"max_tokens": -1, "temperature": None}, {"max_tokens": MAX_TOKENS, "temperature": TEMPERATURE}),
+        ({"max_tokens": 5.0, "seed": 7.0}, {"max_tokens": 5, "seed": 7}),
         ({"min_tokens": 16}, {"min_tokens": 16}),
         ({"thinking": {"type": "disabled"}}, {"thinking": False}),
         ({"reasoning_effort": "none"}, {"thinking": False}),
@@ -81,6 +97,59 @@ def test_other_servers_words_are_understood(body: dict[str, Any], wanted: dict[s
             assert "opsin-ignored" not in reply.headers
             params: SamplingParams = w.backend.drawn_with[-1]
             assert {name: getattr(params, name) for name in wanted} == wanted
+
+    run(work())
+
+
+def test_a_seed_of_minus_one_is_as_good_as_none() -> None:
+    async def work() -> None:
+        async with world() as w:
+            for _ in range(2):
+                await w.chat(seed=-1)
+            assert len({params.seed for params in w.backend.drawn_with[-2:]}) == 2
+
+    run(work())
+
+
+def test_the_template_gets_its_options() -> None:
+    prompts: list[str] = []
+
+    async def work() -> None:
+        template = "{% if foo %}foo is {{ foo }}, thinking {{ enable_thinking }}\n{% endif %}" + PLAIN
+        async with world(lambda prompt: prompts.append(prompt) or "ok.", template=template) as w:  # type: ignore[func-returns-value]
+            await w.chat(chat_template_kwargs={"enable_thinking": False, "foo": 1})
+            assert prompts[-1].startswith("foo is 1, thinking False\n")
+
+    run(work())
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "advice"),
+    [
+        ("guided_json", SCHEMA, "response_format"),
+        ("structured_outputs", {"json": SCHEMA}, "response_format"),
+        ("guided_regex", "a+", "grammar"),
+        ("guided_choice", ["a", "b"], "grammar"),
+        ("guided_grammar", 'root ::= "a"', "grammar"),
+        ("functions", [PAINT["function"]], "tools"),
+        ("function_call", "auto", "tools"),
+        ("audio", {"voice": "alloy"}, "leave it out"),
+        ("suffix", "b", "leave it out"),
+    ],
+)
+@pytest.mark.parametrize("body", [{"messages": QUESTION}, {"prompt": "x"}])
+def test_what_would_change_the_answer_is_refused_by_name_unless_it_is_null(
+    field: str, value: Any, advice: str, body: dict[str, Any]
+) -> None:
+    path = "/v1/completions" if "prompt" in body else "/v1/chat/completions"
+
+    async def work() -> None:
+        async with world() as w:
+            reply = await w.post(path, **body, **{field: value})
+            error = reply.json()["error"]
+            assert (reply.status_code, error["param"]) == (400, field)
+            assert advice in error["message"]
+            assert (await w.post(path, **body, **{field: None})).status_code == 200
 
     run(work())
 
@@ -155,6 +224,7 @@ def test_strict_fields_refuses_them_by_name() -> None:
         {"content": [{"type": "refusal", "refusal": "red"}], "reasoning_details": [{}], "extra_content": {}},
         {"content": [{"type": "text", "text": "red", "image_url": None, "cache_control": {"type": "ephemeral"}}]},
         {"content": "red", "tool_calls": None, "reasoning_content": None, "thinking_blocks": []},
+        {"content": "red", "reasoning": None, "tool_calls": [], "tool_call_id": None, "name": None},
     ],
 )
 def test_an_answer_is_sent_back_as_any_client_has_it(answer: dict[str, Any]) -> None:
@@ -268,5 +338,104 @@ def test_a_completion_keeps_its_white_space_and_agrees_with_its_logprobs(stream:
             said = (await w.chat())["choices"][0]["message"]["content"]
             shown = (await w.chat(logprobs=True))["choices"][0]["message"]["content"]
             assert (said, shown) == ("Paris. ", " Paris. ")
+
+    run(work())
+
+
+def test_a_response_takes_what_clients_send_with_it() -> None:
+    body: dict[str, Any] = {
+        "include": ["reasoning.encrypted_content"],
+        "reasoning": None,
+        "conversation": None,
+        "truncation": "auto",
+        "top_logprobs": 0,
+        "stream_options": {"include_obfuscation": False},
+        "text": {"verbosity": "low"},
+    }
+
+    async def work() -> None:
+        async with world() as w:
+            reply = await w.post("/v1/responses", input="what is this?", **body)
+            assert reply.status_code == 200, reply.text
+            named = {"include", "truncation", "top_logprobs", "stream_options", "text.verbosity"}
+            assert set(reply.headers["opsin-ignored"].split(", ")) == named
+
+    run(work())
+
+
+def test_a_responses_items_are_sent_back_as_any_client_has_them() -> None:
+    prompts: list[str] = []
+    said = {"type": "output_text", "text": "red", "annotations": [], "logprobs": [], "parsed": {"colour": "red"}}
+    items: list[Any] = [
+        {"role": "user", "content": "what colour?"},
+        {
+            "type": "reasoning",
+            "id": "rs_1",
+            "summary": [{"type": "summary_text", "text": "x"}],
+            "encrypted_content": "y",
+        },
+        {"type": "message", "id": "msg_1", "role": "assistant", "phase": "final_answer", "content": [said]},
+        {
+            "type": "function_call",
+            "id": "fc_1",
+            "call_id": "1",
+            "name": "paint",
+            "arguments": "",
+            "parsed_arguments": {},
+            "async_": None,
+            "status": "completed",
+        },
+        {"type": "function_call_output", "call_id": "1", "output": "painted", "id": None, "status": None},
+        {"role": "user", "content": "sure?"},
+    ]
+
+    async def work() -> None:
+        async with world(lambda prompt: prompts.append(prompt) or "ok.") as w:  # type: ignore[func-returns-value]
+            reply = await w.post("/v1/responses", input=items)
+            assert reply.status_code == 200, reply.text
+            assert 'assistant: red\n{"name": "paint", "arguments": {}}\n' in prompts[-1]
+            assert "painted" in prompts[-1]
+            assert "sure?" in prompts[-1]
+
+    run(work())
+
+
+def test_a_coding_agents_first_request_starts_a_conversation() -> None:
+    """As Codex CLI sends it: functions among tools that only OpenAI has, and a request that nothing be stored."""
+    prompts: list[str] = []
+    text = {"type": "input_text", "text": "what is this?"}
+    body: dict[str, Any] = {
+        "model": "any",
+        "instructions": "You are an agent.",
+        "input": [
+            {"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "Be careful."}]},
+            {"type": "message", "role": "user", "content": [text]},
+        ],
+        "tools": [
+            {"type": "function", "name": "shell", "strict": False, "parameters": {"type": "object"}},
+            {"type": "custom", "name": "patch", "format": {"type": "grammar", "syntax": "lark", "definition": "x"}},
+            {"type": "namespace", "name": "mcp", "tools": [{"type": "function", "name": "inner"}]},
+            {"type": "web_search", "external_web_access": False},
+            {"type": "local_shell"},
+        ],
+        "tool_choice": "auto",
+        "parallel_tool_calls": False,
+        "reasoning": {"effort": "medium", "summary": "auto"},
+        "include": ["reasoning.encrypted_content"],
+        "store": False,
+        "stream": True,
+        "prompt_cache_key": "x",
+        "client_metadata": {"a": "b"},
+    }
+
+    async def work() -> None:
+        async with world(lambda prompt: prompts.append(prompt) or "ok.") as w:  # type: ignore[func-returns-value]
+            reply = await w.post("/v1/responses", **body)
+            assert reply.status_code == 200, reply.text
+            assert "response.completed" in reply.text
+            assert all(f"tools[{index}].type" in reply.headers["opsin-ignored"] for index in range(1, 5))
+            for word in ("You are an agent.", "Be careful.", '"name": "shell"', "what is this?"):
+                assert word in prompts[-1]
+            assert "inner" not in prompts[-1]
 
     run(work())
