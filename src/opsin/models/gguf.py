@@ -38,6 +38,7 @@ _FOREIGN = tomllib.loads(Path(__file__).with_name("foreign.toml").read_text(enco
 _NAME = re.compile(r"(?P<prefix>.+?)(?:-(?P<part>\d{5})-of-(?P<parts>\d{5}))?\.gguf", re.DOTALL)
 _TAG = re.compile(r"[-.]([A-Za-z0-9_]+)$")
 _NOT_MODELS = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")
+_NAMES = re.compile(r"general\.(name|basename|base_model\.\d+\.(name|repo_url))")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,6 @@ class ProjectorType:
     """What llama.cpp knows of one type of projector; `projectors.toml` says what the fields mean."""
 
     width: tuple[str, int] = ("", 0)
-    architectures: Sequence[str] = ()
     merge: int = 1
     most_tokens: int | None = None
     one_size: bool = False
@@ -176,7 +176,8 @@ class GgufInfo:
     """One GGUF file, or all parts of a split one: `context` in tokens, `size` in bytes; None where it does not say.
 
     `width` is what the language model takes in for an image token (with deepstack more than its embedding).
-    `is_all_f32`: every tensor is f32, as in files called mmproj-F32.
+    `is_all_f32`: every tensor is f32, as in files called mmproj-F32. `names`: of the model and of what it is based on,
+    in small letters with dashes.
     """
 
     path: Path
@@ -191,6 +192,7 @@ class GgufInfo:
     context: int | None = None
     projector: str | None = None
     projector_width: int | None = None
+    names: str = ""
 
 
 def read_info(path: Path) -> GgufInfo:
@@ -220,6 +222,7 @@ def info_of(headers: list[GgufHeader]) -> GgufInfo:
     weights = Counter(kind for kind in types if kind != "F32")
     named = FILE_TYPES.get(found) if (found := header.integer("general.file_type")) is not None else None
     projector = header.text("clip.projector_type") or header.text("clip.vision.projector_type")
+    called = (header.text(key) or "" for key in header.metadata if _NAMES.fullmatch(key))
     width = header.integer(f"{architecture}.embedding_length")
     deepstack = header.integer(f"{architecture}.n_deepstack_layers") or 0
     return GgufInfo(
@@ -236,6 +239,7 @@ def info_of(headers: list[GgufHeader]) -> GgufInfo:
         context=header.integer(f"{architecture}.context_length"),
         projector=projector,
         projector_width=None if projector is None else _projector_width(projector, header),
+        names=re.sub(r"[\s_]+", "-", "|".join(called)).lower(),
     )
 
 
@@ -272,7 +276,7 @@ def read_header(path: Path) -> GgufHeader:
         raise ModelNotFound(f"there is no file {path}: check it, or see what is here with `opsin models`") from error
     except OSError as error:
         raise ModelUnreadable(f"{path} cannot be read: {error.strerror or error}") from error
-    except struct.error as error:
+    except (struct.error, OverflowError) as error:
         raise ModelUnreadable(f"{path} ends in the middle of its header: download it again") from error
     except _Damaged as error:
         raise ModelUnreadable(f"{path} is a damaged GGUF file (it holds {error}): download it again") from error

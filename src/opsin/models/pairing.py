@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
 
 from opsin.core.errors import ModelError, PairMismatch
-from opsin.models.gguf import PROJECTOR_TYPES, GgufInfo, ProjectorType, best_projectors, is_projector, read_info, stem
+from opsin.models.gguf import GgufInfo, best_projectors, is_projector, read_info, stem
+
+_FAMILIES = tomllib.loads(Path(__file__).with_name("families.toml").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +61,23 @@ def check_pair(llm: Path | GgufInfo, mmproj: Path | GgufInfo) -> tuple[GgufInfo,
 def family_warning(text: GgufInfo, vision: GgufInfo) -> str | None:
     """A sentence where widths fit by chance and the families differ, so that answers would be nonsense; else None."""
     kind = vision.projector or ""
-    expected = PROJECTOR_TYPES.get(kind, ProjectorType()).architectures
-    # Architectures made for vision have projectors of their own, too.
-    own = {name for name, one in PROJECTOR_TYPES.items() if text.architecture in one.architectures}
-    if (not expected or text.architecture in expected) and (not own or kind in own):
+    theirs = _named(vision), _families("kinds", kind) or {"LLaVA"}  # many unknown kinds are like its own
+    ours = _named(text), _families("architectures", text.architecture)
+    if all(one & other for one in theirs for other in ours if one and other):
         return None
+    first, second = (f" ({' or '.join(sorted(named))})" if named else "" for named in (theirs[0], ours[0]))
     return (
-        f"{vision.path.name} is a projector of the kind {kind or 'unknown'}, and {text.path.name} is a"
-        f" {text.architecture} model: they are of different families, so answers may be nonsense"
+        f"{vision.path.name} is a projector of the kind {kind[:64] or 'unknown'}{first}, and {text.path.name} is a"
+        f" {text.architecture[:64]} model{second}: they are of different families, so answers may be nonsense"
     )
+
+
+def _named(info: GgufInfo) -> set[str]:
+    return {name for name, row in _FAMILIES.items() if re.search(row["word"], info.names)}
+
+
+def _families(key: str, value: str) -> set[str]:
+    return {name for name, row in _FAMILIES.items() if value in row[key]}
 
 
 def find_projector(llm: Path) -> Path | None:

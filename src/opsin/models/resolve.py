@@ -54,7 +54,7 @@ def resolve(model: str | Path | None = None, mmproj: str | Path | None = None) -
         reason = getattr(error, "strerror", None) or error
         raise ModelNotFound(f"the model cannot be looked for ({reason}): check the path given") from error
     if pair.mmproj is not None and not pair.is_demo and (warning := family_warning(*check_pair(pair.llm, pair.mmproj))):
-        _log.warning("%s", warning)
+        _log.warning("%s", "".join(sign if sign.isprintable() else "?" for sign in warning))
     return pair
 
 

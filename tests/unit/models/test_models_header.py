@@ -94,6 +94,7 @@ def test_what_a_language_model_and_a_projector_say(tiny: Pair):
         (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1 << 62) + bytes(16), "ends in the middle of its header"),
         (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1 << 63) + bytes(16), "ends in the middle of its header"),
         (b"GGUF" + struct.pack("<IQQQcIIQQ", 3, 0, 1, 1, b"k", 9, 8, 1, 1 << 63), "ends in the middle of its header"),
+        (b"GGUF" + struct.pack("<IQQQcIIQQ", 3, 0, 1, 1, b"k", 9, 8, 2, 1 << 63), "ends in the middle of its header"),
         (b"GGUF" + struct.pack("<IQQ", 3, 0, MAX_KEYS + 1) + bytes(13 * MAX_KEYS + 13), "65,537 keys"),
         (b"GGUF" + struct.pack("<IQQQcI", 3, 0, 1, 1, b"k", 99), "unknown kind 99"),
         (b"GGUF" + struct.pack("<IQQQcIIQ", 3, 0, 1, 1, b"k", 9, 9, 1), "an array of a kind"),

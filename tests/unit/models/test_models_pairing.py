@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import gguf
 import pytest
 
 from opsin.core.errors import ModelNotFound, PairMismatch
@@ -137,3 +139,62 @@ def test_a_projector_of_another_family_is_warned_of_when_the_pair_is_meant(
     llm.write_bytes(data.replace(b"\x05\0\0\0\0\0\0\0llama", b"\x06\0\0\0\0\0\0\0gemma3", 1) + bytes(64))
     resolve(str(llm), str(tiny.mmproj))
     assert "different families" in caplog.text
+
+
+def header(path: Path, architecture: str, texts: Mapping[str, str]) -> Path:
+    """A GGUF file without tensors that says these things of itself."""
+    writer = gguf.GGUFWriter(None, architecture)
+    for key, text in texts.items():
+        writer.add_string(key, text)
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "architecture", "vision", "kind", "families"),
+    [
+        ("LLaVA v1.5 7B", "llama", "Qwen2.5 VL 3B Instruct", "mlp", ("Qwen2.5-VL", "LLaVA")),
+        ("LLaMA v2", "llama", "Qwen2.5_VL 3B", "mlp", ("Qwen2.5-VL", "llama")),
+        ("LLaMA v2", "llama", "moondream2", "mlp", ("Moondream", "llama")),
+        ("Qwen2.5 VL 3B", "qwen2vl", "SmolVLM2 2.2B", "idefics3", ("SmolVLM", "Qwen2.5-VL")),
+        ("SmolVLM2 2.2B", "llama", "vit", "mlp", ("mlp", "SmolVLM")),
+        ("LLaVA 1.6 Mistral", "llama", "vit", "idefics3", ("idefics3", "LLaVA")),
+        ("Llava v1.5 7b", "llama", "BakLLaVA 1", "mlp", ("BakLLaVA", "LLaVA")),
+        ("Qwen2 VL 2B", "qwen2vl", "Qwen2.5 VL 3B", "qwen2.5vl_merger", ("Qwen2.5-VL", "Qwen2-VL")),
+        ("Gemma 3 4b It", "gemma3", "Gemma-3-4B-It", "gemma3", None),
+        ("Medgemma 4b It", "gemma3", "Medgemma 4b It", "gemma3", None),
+        ("TinyLlama 42M", "llama", "llava-v1.5", "mlp", None),
+        ("LLaMA v2", "llama", "openai/clip-vit-large-patch14-336", "mlp", None),
+        ("Mistral 7B Instruct v0.2", "llama", "llava-v1.6-mistral-7b", "mlp", None),
+        ("Qwen2 7B", "qwen2", "llava-onevision", "mlp", None),
+        ("Phi 3 Mini", "phi3", "llava-phi-3-mini", "mlp", None),
+        ("Phi 2", "phi2", "llava-phi-2", "mlp", None),
+        ("moondream2", "phi2", "vikhyatk/moondream2", "mlp", None),
+        ("Mistral Small 3.1 24B", "llama", "Mistral Small 3.1 24B", "pixtral", None),
+        ("Internvl3 2B", "qwen2", "Internvl3 2B", "internvl", None),
+        ("Model", "qwen2", "MiniCPM-V-2_6", "resampler", None),
+        ("New", "architecture-of-tomorrow", "New", "kind-of-tomorrow", None),
+    ],
+)
+@pytest.mark.parametrize("key", ["general.name", "general.basename", "general.base_model.0.name"])
+def test_names_in_the_files_tell_families_apart(
+    text: str, architecture: str, vision: str, kind: str, families: tuple[str, str] | None, key: str, tmp_path: Path
+):
+    """Both files say how they are called and what they are based on; a LLaVA projector goes with many models."""
+    llm = header(tmp_path / "m.gguf", architecture, {key: text})
+    mmproj = header(tmp_path / "mmproj.gguf", "clip", {key: vision, "clip.projector_type": kind})
+    warning = family_warning(read_info(llm), read_info(mmproj))
+    assert (warning is None) == (families is None), warning
+    assert all(family in (warning or "") for family in families or ())
+
+
+def test_the_warning_shows_no_control_character(tiny: Pair, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    mmproj = tmp_path / "mmproj-\x1b]0;x.gguf"
+    name = b"Random tiny projector"
+    mmproj.write_bytes(tiny.mmproj.read_bytes().replace(name, b"Qwen2.5 VL 3B".ljust(len(name))))
+    resolve(str(tiny.llm), str(mmproj))
+    assert "Qwen2.5-VL" in caplog.text
+    assert "\x1b" not in caplog.text
