@@ -174,11 +174,7 @@ def run_workload(driver: Driver, workload: Workload, images: Sequence[bytes]) ->
 
 
 def measure_in_turn(
-    drivers: Mapping[str, Driver],
-    workload: Workload,
-    *,
-    runs: int = 3,
-    tell: Callable[[str], None] = lambda _: None,
+    drivers: Mapping[str, Driver], workload: Workload, *, runs: int = 3, tell: Callable[[str], None] = lambda _: None
 ) -> dict[str, Result]:
     """Run a workload on each driver in turn, every second run backwards; one whose result is invalid is left out."""
     results = {name: Result(workload) for name in drivers}

@@ -156,4 +156,5 @@ def _path(loc: Iterable[int | str]) -> str | None:
 
 
 def _short(value: object) -> str:
-    return str(value).removeprefix("Value error, ")[:400].rstrip(".")
+    text = str(value).removeprefix("Value error, ")[:400].rstrip(".")
+    return "".join(sign if sign.isprintable() else "?" for sign in text)

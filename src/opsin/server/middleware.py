@@ -14,7 +14,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
+from urllib.parse import unquote
 
+import h11
 import httpx
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
@@ -29,6 +31,8 @@ from opsin.server.errors import ErrorResponse
 _LOG = logging.getLogger("opsin.server")
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*")
 _NAME = re.compile(r"[a-z0-9_.-]+|[0-9a-f:.]+")
+_ABSOLUTE = re.compile(rb"(?i:https?)://([^/]*)(.*)")
+_LIFE_SECONDS = 0.1
 OPEN_PATHS = frozenset(("/", "/health", "/ready", "/favicon.ico"))
 """What needs no key; the page's own files below /page/ need none either."""
 MAX_KEYS = 10_000
@@ -46,7 +50,7 @@ FIRST_BYTE_SECONDS = 10.0
 
 
 class Connection(H11Protocol):
-    """uvicorn's connection with three limits more.
+    """uvicorn's connection with three limits more, and with what HTTP asks for and h11 lacks.
 
     A head that takes longer than `patience` seconds ends the connection, as does a client that takes nothing of its
     answer for so long; the answer then ends as after any hang-up. Before its first request an idle connection ends
@@ -55,7 +59,7 @@ class Connection(H11Protocol):
     """
 
     patience: float
-    _in_head = False
+    _in_head = _ends = False
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's own
@@ -83,12 +87,53 @@ class Connection(H11Protocol):
             self._in_head = True
             self._end_in(self.patience)
 
+    def handle_events(self) -> None:
+        """Read what has come; of a new request's head, what h11 leaves open (RFC 9112, 3.2.2 and 6.3)."""
+        before = self.cycle
+        super().handle_events()
+        if self.cycle is before:
+            return
+        # Its application has not begun yet, so the head can still be changed.
+        if found := _ABSOLUTE.fullmatch(self.scope["raw_path"]):
+            self.scope["raw_path"] = path = found[2] or b"/"
+            self.scope["path"] = unquote(path.decode("ascii"))
+            self.headers[:] = [(b"host", found[1]), *(pair for pair in self.headers if pair[0] != b"host")]
+        if {b"content-length", b"transfer-encoding"} <= {name for name, _ in self.headers}:
+            self.headers.append((b"connection", b"close"))  # as if the client had asked for it
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer a malformed head as all errors are; where an answer has begun already, only end the connection."""
+        if self.conn.our_state in {h11.IDLE, h11.SEND_RESPONSE}:
+            answer = ErrorResponse(400, msg.replace(" received.", ": send HTTP/1.1."), "bad_request")
+            head = h11.Response(status_code=400, headers=[*answer.raw_headers, (b"connection", b"close")])
+            for event in (head, h11.Data(data=bytes(answer.body)), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+        self.transport.close()
+
+    def eof_received(self) -> bool:  # type: ignore[override] # asyncio asks whether to stay open
+        """Stay open for the answer: the client may have closed its sending side alone."""
+        self._ends = self._answering() and not self.cycle.more_body
+        self._ask_for_life()
+        return self._ends
+
+    def _ask_for_life(self) -> None:
+        """Say "go on" to a client until the answer begins: the second time that fails if it is gone."""
+        waits = self._answering() and not self.cycle.response_started
+        if self._ends and waits and not self.transport.is_closing():
+            if self.scope["http_version"] == "1.1":  # others know no such answers
+                self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.loop.call_later(_LIFE_SECONDS, self._ask_for_life)
+
     def on_response_complete(self) -> None:
         """Wait for the next request."""
         super().on_response_complete()
         if not self._answering():
             self._in_head = bool(self.conn.trailing_data[0])
             self._end_in(self.patience + (0 if self._in_head else self.timeout_keep_alive))
+            if self._ends:
+                self.transport.close()
 
     def pause_writing(self) -> None:
         """The client reads slower than is written."""
@@ -141,7 +186,7 @@ class SecurityMiddleware:
             allow_origins=self._origins,
             allow_methods=("GET", "POST"),
             allow_headers=("*",),
-            expose_headers=("Opsin-Ignored", "Retry-After", "Server-Timing", "X-Request-Id"),
+            expose_headers=("Opsin-Ignored", "Opsin-Notes", "Retry-After", "Server-Timing", "X-Request-Id"),
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -155,6 +200,8 @@ class SecurityMiddleware:
         await (answer or self._cors)(scope, receive, send)
 
     def _wrong_host(self, scope: Scope, headers: Headers) -> ErrorResponse | None:
+        if scope.get("http_version", "1.1") not in {"1.0", "1.1"}:
+            return ErrorResponse(505, "Only HTTP/1.1 and 1.0 are spoken here: use one.", "wrong_version")
         name, _ = parse_host(headers.get("host", ""))
         # The address that was connected to, written as an address: no name was turned to lead here.
         local = (scope.get("server") or ("",))[0].removeprefix("::ffff:")

@@ -258,11 +258,7 @@ Thinking = Annotated[
         json_schema_input_type=bool | dict[str, Any],
     ),
 ]
-_ALIASES = {
-    "n_predict": "max_tokens",
-    "repetition_penalty": "repeat_penalty",
-    "repeat_last_n": "penalty_last_n",
-}
+_ALIASES = {"n_predict": "max_tokens", "repetition_penalty": "repeat_penalty", "repeat_last_n": "penalty_last_n"}
 # Fields of others that would change the answer; what to do instead.
 _REFUSED = {
     **dict.fromkeys(("guided_json", "structured_outputs"), "give the schema as response_format"),

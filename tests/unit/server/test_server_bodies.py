@@ -263,3 +263,21 @@ def test_text_may_be_full_of_signs_and_escapes() -> None:
             assert reply.json()["error"]["code"] == "context_overflow"
 
     run(work())
+
+
+@pytest.mark.parametrize("name", ["\x1b]0;x", "a\nb", "\u202e"])
+def test_an_error_shows_no_control_character_of_a_name(name: str) -> None:
+    async def work() -> None:
+        async with world() as w:
+            for fields in (
+                {"logit_bias": {name: 1}},
+                {"messages": [{"role": name, "content": "x"}]},
+                {"tools": [{"type": name}]},
+            ):
+                reply = await w.post(**{"messages": QUESTION, **fields})
+                assert reply.status_code in {200, 400}
+                error = reply.json().get("error", {"message": "", "param": ""})
+                assert error["message"].isprintable()
+                assert (error["param"] or "").isprintable()
+
+    run(work())

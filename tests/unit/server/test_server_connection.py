@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -185,5 +186,143 @@ def test_the_end_of_an_answer_that_nobody_reads_does_not_keep_the_connection() -
             writer.write(REQUEST)
             # The client stays: it is the server that lets go, as `serving` sees.
         writer.close()
+
+    within_limit(test)
+
+
+async def told(scope: Scope, receive: Receive, send: Send) -> None:
+    """Waits for the body, then says what path and host it was asked for."""
+    while (await receive()).get("more_body", False):
+        pass
+    host = dict(scope["headers"]).get(b"host", b"")
+    body = scope["path"].encode() + b"?" + scope["query_string"] + b" of " + host
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+    await send({"type": "http.response.body", "body": body})
+
+
+def asked(*sent: bytes, app: ASGIApp = told) -> bytes:
+    """All that comes for these bytes until the connection ends."""
+    got = b""
+
+    async def test() -> None:
+        nonlocal got
+        async with serving(app, keep_alive=PATIENCE) as connect:
+            reader, writer = await connect()
+            writer.write(b"".join(sent))
+            got = await end_of(reader)
+            writer.close()
+
+    within_limit(test)
+    return got
+
+
+@pytest.mark.parametrize(
+    ("target", "path"),
+    [
+        (b"http://localhost:80/v1/x%20y?a=b", b"/v1/x y?a=b of localhost:80"),
+        (b"HTTPS://localhost", b"/? of localhost"),
+        (b"/http://x/", b"/http://x/? of elsewhere"),
+    ],
+)
+def test_a_target_may_be_a_whole_address_whose_host_counts(target: bytes, path: bytes) -> None:
+    """RFC 9112, 3.2.2."""
+    assert asked(b"GET " + target + b" HTTP/1.1\r\nHost: elsewhere\r\n\r\n").endswith(b"\r\n\r\n" + path)
+
+
+def test_two_lengths_of_a_body_end_the_connection_after_the_answer() -> None:
+    """RFC 9112, 6.3: what follows might be taken for the next request by one side alone."""
+    head = b"POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
+    got = asked(head, b"0\r\n\r\n", b"GET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert got.count(b"HTTP/1.1 200") == 1
+    assert b"connection: close" in got.lower()
+    assert b"smuggled" not in got
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\r\n\r\n",
+        b"GET / HTTP/1.1\r\nno colon\r\n\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"GET /\xff HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nno number\r\n",
+    ],
+)
+def test_a_malformed_request_has_the_error_body(head: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    got = asked(head)
+    start, _, body = got.partition(b"\r\n\r\n")
+    assert start.startswith(b"HTTP/1.1 400 ")
+    assert b"content-type: application/json" in start.lower()
+    assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_a_body_that_breaks_while_it_is_answered_only_ends_the_connection(caplog: pytest.LogCaptureFixture) -> None:
+    async def early(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    head = b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    asked(head, b"no number\r\n", app=early)
+
+    async def test() -> None:
+        async with serving(early, keep_alive=PATIENCE) as connect:
+            reader, writer = await connect()
+            writer.write(head)
+            assert (await reader.readuntil(b"ok")).startswith(b"HTTP/1.1 200")
+            writer.write(b"no number\r\n")
+            assert await end_of(reader) == b""
+            writer.close()
+
+    within_limit(test)
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_who_closes_only_the_sending_side_gets_the_answer() -> None:
+    async def test() -> None:
+        async with serving(hello) as connect:
+            reader, writer = await connect()
+            writer.write(REQUEST)
+            writer.write_eof()
+            got = await end_of(reader)  # the connection ends with it
+            assert b"HTTP/1.1 200" in got
+            assert got.endswith(b"hello")
+            writer.close()
+
+    within_limit(test)
+
+
+def test_who_closes_both_sides_is_noticed_before_the_answer() -> None:
+    left = asyncio.Event()
+
+    async def waiting(scope: Scope, receive: Receive, send: Send) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        left.set()
+
+    async def test() -> None:
+        async with serving(waiting) as connect:
+            _, writer = await connect()
+            writer.write(REQUEST)
+            await writer.drain()
+            writer.close()
+            await left.wait()
+
+    within_limit(test)
+
+
+def test_half_a_body_is_not_waited_for_when_no_more_comes() -> None:
+    async def reading(scope: Scope, receive: Receive, send: Send) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    async def test() -> None:
+        async with serving(reading) as connect:
+            reader, writer = await connect()
+            writer.write(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{")
+            writer.write_eof()
+            assert await end_of(reader) == b""
+            writer.close()
 
     within_limit(test)

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from api_driver import CHAT, QUESTION, data_url, run, world
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from opsin.core.errors import BadParameter
 from opsin.core.settings import ServerSettings
@@ -332,3 +332,19 @@ def test_what_is_remembered_is_kept_apart_for_each_key() -> None:
             assert await remembered(OTHER) == (False, before + 2)
 
     run(go())
+
+
+@pytest.mark.parametrize(("version", "status"), [("1.0", 200), ("1.1", 200), ("9.9", 505), ("2.0", 505)])
+def test_versions_of_http_that_are_not_spoken_are_told_so(version: str, status: int) -> None:
+    answers: list[Message] = []
+
+    async def body() -> Message:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def keep(message: Message) -> None:
+        answers.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": [(b"host", b"localhost")]}
+    app = SecurityMiddleware(Inside(), ServerSettings())
+    asyncio.run(app({**scope, "http_version": version}, body, keep))
+    assert answers[0]["status"] == status
