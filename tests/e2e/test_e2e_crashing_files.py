@@ -1,18 +1,21 @@
 """Files that make llama.cpp abort or crash: one sentence that names the file and exit 3, also in `ask`."""
 
+import re
 import struct
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
 
 import opsin.models
 from opsin import Opsin
 from opsin.core.errors import ModelError, ModelUnreadable
 from opsin.core.settings import EngineSettings
-from opsin.native.trial import ensure_loadable
+from opsin.models.gguf import read_header
+from opsin.native.trial import ensure_loadable, read_record
 
 DEMO = Path(opsin.models.__file__).parent / "demo"
 LLM, MMPROJ = DEMO / "opsin-demo.gguf", DEMO / "mmproj-opsin-demo.gguf"
@@ -29,12 +32,24 @@ def changed(key: str, kind: bytes, value: bytes) -> Callable[[bytes], bytes]:
     return change
 
 
+def filled(data: bytes, path: Path, value: bytes) -> bytes:
+    """The file with weights of this byte alone."""
+    start = read_header(path).data
+    return data[:start] + value * (len(data) - start)
+
+
 FAULTS: dict[str, Callable[[bytes], bytes]] = {
     "model-no-blocks": changed("llama.block_count", U32, struct.pack("<I", 0)),
     "model-eps-nan": changed("llama.attention.layer_norm_rms_epsilon", F32, struct.pack("<f", float("nan"))),
     "projector-patch-7": changed("clip.vision.patch_size", U32, struct.pack("<I", 7)),
     "projector-size-is-a-fraction": changed("clip.vision.image_size", U32, F32 + struct.pack("<f", 56.0)),
     "projector-tensor-renamed": lambda data: data.replace(b"v.patch_embd.weight", b"v.patch_embx.weight"),
+    "model-weights-zero": lambda data: filled(data, LLM, b"\0"),
+    "model-weights-not-numbers": lambda data: filled(data, LLM, b"\xff"),
+    "model-no-token-texts": lambda data: data.replace(b"tokenizer.ggml.tokens", b"tokenizer.ggml.tokenz"),
+    "projector-weights-zero": lambda data: filled(data, MMPROJ, b"\0"),
+    "projector-weights-not-numbers": lambda data: filled(data, MMPROJ, b"\xff"),
+    "projector-size-0": changed("clip.vision.image_size", U32, struct.pack("<I", 0)),
 }
 
 
@@ -129,3 +144,71 @@ def test_a_trial_is_bounded_and_what_the_system_ended_is_not_blamed_on_the_file(
     refused = (sys.executable, "-c", "raise SystemExit(3)")
     ensure_loadable(LLM, MMPROJ, EngineSettings(), folder=tmp_path, command=refused)
     assert list(tmp_path.glob("*.json")) == []
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    ["model-weights-zero", "model-weights-not-numbers", "projector-weights-zero", "projector-size-0"],
+    indirect=True,
+)
+def test_serve_ends_in_one_sentence_after_one_start(
+    damaged: tuple[Path, Path, Path], opsin_env: dict[str, str]
+) -> None:
+    llm, mmproj, bad = damaged
+    done = subprocess.run(
+        [sys.executable, "-m", "opsin", "serve", "--port", "0", "--model", str(llm), "--mmproj", str(mmproj)],
+        env=opsin_env,
+        cwd=bad.parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 3, done.stderr
+    sentences = [line for line in done.stderr.splitlines() if line.startswith("opsin: ")]
+    assert len(sentences) == 1
+    assert bad.name in sentences[0]
+    assert "started again" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no such limit elsewhere")
+@pytest.mark.parametrize("megabytes", [200, 300, 400, 600])
+@pytest.mark.parametrize(
+    "command", [["ask", "a.png", "What?", "--max-tokens", "2"], ["models"], ["serve", "--port", "0"]]
+)
+def test_too_little_memory_is_one_sentence(
+    megabytes: int, command: list[str], tmp_path: Path, opsin_env: dict[str, str]
+) -> None:
+    """There were tracebacks, and servers that were ready and answered nothing but 500."""
+    from PIL import Image
+
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
+    limited = f'ulimit -v {megabytes}000; exec "$@"'
+    with subprocess.Popen(
+        ["sh", "-c", limited, "sh", sys.executable, "-m", "opsin", *command],
+        env=opsin_env,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as child:
+        assert child.stderr is not None
+        said = []
+        for line in child.stderr:
+            said.append(line)
+            if found := re.search(r"ready at (http://\S+)", line):
+                body = {"messages": [{"role": "user", "content": "Hello."}], "max_tokens": 2}
+                assert httpx.post(f"{found[1]}/v1/chat/completions", json=body, timeout=60).status_code == 200
+                child.terminate()
+    text = "".join(said)
+    assert "Traceback" not in text
+    assert child.returncode in {0, 2, 3, 4}, text
+    if child.returncode:
+        assert len([line for line in said if line.startswith("opsin: ")]) == 1, text
+
+
+def test_a_damaged_record_of_a_trial_counts_as_none(tmp_path: Path) -> None:
+    for text in ("[" * 100_000, "\0", ""):
+        (tmp_path / "a.json").write_text(text)
+        assert read_record(tmp_path / "a.json") is None

@@ -145,11 +145,11 @@ class Constraints:
         return Constraint(matcher, unique, self._bits, self._model)
 
     def _build_tokenizer(self) -> None:
-        from llguidance import LLTokenizer
-
         model = self._model
         llama, vocab = model.lib.llama, model.vocab
         try:
+            from llguidance import LLTokenizer
+
             # Control tokens are marked with a byte that no text holds: a schema never permits them.
             tokens = [model.piece(token) for token in range(model.n_vocab)]
             for text, token in model.control_tokens.items():

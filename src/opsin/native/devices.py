@@ -33,6 +33,7 @@ _ASSERTS = (b"__assert_fail", b"__assert_rtn")
 # Below this, threads wait for each other longer than they compute: measured with the 4 M demo model on 2 cores, a
 # decode step takes 0.25 ms with one thread and 0.36 with two, and 9 ms with two when other programs use the cores.
 _SMALL_PARAMETERS = 20_000_000
+_RESERVED = 384 * 2**20  # of addresses, by threads and libraries, most of them without memory behind
 
 _F32, _F16 = 0, 1  # ggml_type
 _MATRICES = 4
@@ -168,7 +169,7 @@ def pick(name: str | None, option: str, present: Sequence[Device]) -> list[Devic
 def free_memory(present: Iterable[Device], root: Path = Path("/")) -> dict[str, int]:
     """Free bytes by device name; devices that cannot tell are left out. `root` is where /proc and /sys lie.
 
-    The host's are what Linux calls available, within the limits of this process's control groups; elsewhere ggml's.
+    The host's are what Linux calls available, within limits of this process and its control groups; elsewhere ggml's.
     """
     present = tuple(present)
     found = {one.name: one.memory_free for one in present if one.is_gpu and one.memory_total > 0}
@@ -176,8 +177,16 @@ def free_memory(present: Iterable[Device], root: Path = Path("/")) -> dict[str, 
     told = [one.memory_free for one in present if one.type == "cpu" and one.memory_total > 0]
     host = [int(meminfo[1]) * 1024] if meminfo else told[:1]
     if host:
-        found[HOST] = min([*host, *(left for group in control_groups(root) for left in _left_in_group(group))])
+        groups = (left for group in control_groups(root) for left in _left_in_group(group))
+        found[HOST] = min([*host, *groups, *_left_of_addresses(root / "proc/self")])
     return found
+
+
+def _left_of_addresses(process: Path) -> list[int]:
+    """What this process may still map, where it has such a limit (`ulimit -v`), without what threads reserve."""
+    limit = re.search(r"^Max address space +(\d+)", read_system_file(process / "limits"), re.MULTILINE)
+    used = re.search(r"^VmSize:\s+(\d+)", read_system_file(process / "status"), re.MULTILINE)
+    return [max(0, int(limit[1]) - int(used[1]) * 1024 - _RESERVED)] if limit and used else []
 
 
 def _left_in_group(group: Path) -> list[int]:
@@ -219,7 +228,7 @@ def physical_cores(topology: Path = Path("/sys/devices/system/cpu")) -> int:
         command = ("/usr/sbin/sysctl", "-n", "hw.perflevel0.physicalcpu", "hw.physicalcpu")
         counts = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()  # noqa: S603
         return int(counts[0]) if counts else os.cpu_count() or 1
-    if sys.platform == "win32":
+    if not hasattr(os, "sched_getaffinity"):  # Windows
         return os.cpu_count() or 1
     usable = os.sched_getaffinity(0)
     siblings = [read_system_file(topology / f"cpu{cpu}/topology/thread_siblings_list") for cpu in usable]

@@ -84,11 +84,7 @@ def try_pair(
     started = time.perf_counter()
     try:
         child = subprocess.run(  # noqa: S603 - our own code, with two paths
-            [*command, *given],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=limit,
-            check=False,
+            [*command, *given], stdin=subprocess.DEVNULL, capture_output=True, timeout=limit, check=False
         )
         out, err, code = child.stdout, child.stderr, child.returncode
         end: End = "crashed" if code < 0 else "refused" if code else "done"
@@ -106,8 +102,8 @@ def ensure_loadable(
 ) -> None:
     """Try files that were never loaded here in a child process, and remember in `folder` that they can be.
 
-    An orderly error is left for the load itself, which words it better. `options` are `try_pair`'s. Raises
-    ModelUnreadable, which names the file, when the child crashes or hangs, ModelError when the system ended it,
+    An orderly error of loading is left for the load itself, which words it better. `options` are `try_pair`'s. Raises
+    ModelUnreadable, which names the file, when the child crashes, hangs or fails later, ModelError when it was killed,
     NativeMismatch, and OSError for files that are not there.
     """
     asked = EngineSettings(**{name: getattr(settings, name) for name in _DECISIVE})
@@ -117,11 +113,15 @@ def ensure_loadable(
     done = try_pair(model, mmproj, asked, **options)
     if done.end == "done":
         keep_record(record, {"seconds": round(done.seconds, 3)})
-    if done.end in {"done", "refused"}:
+    told = done.lines[-1] if done.lines else ""
+    loading = done.stage in {"start", "load", "projector"} or not told.endswith(".")
+    if done.end == "done" or (done.end == "refused" and loading):
         return
     if done.signal == "SIGKILL":
         raise ModelError(f"The system ended a trial of {model.name}, most likely for lack of memory: free some.")
     blamed = mmproj if mmproj is not None and done.stage in {"projector", "encode"} else model
+    if done.end == "refused":
+        raise ModelUnreadable(f"{blamed.name} cannot be used. {told}")
     advice = "download it again, or take its f16 file or another quantisation (`opsin doctor` tells more)"
     what = f"crashes ({done.signal})" if done.signal else f"hangs (for {done.seconds:.0f} s)"
     raise ModelUnreadable(f"llama.cpp {what} on {blamed.name} in the stage {done.stage!r} of a trial: {advice}.")
@@ -214,7 +214,9 @@ def _run(llm: Path, mmproj: Path | None, settings: EngineSettings) -> None:
     context.decode(question)
     context.synchronize()
     _begin("decode")
-    context.decode(TokenBatch([int(np.argmax(context.logits(-1)))], [len(tokens)], [0], [0]))
+    if (logits := context.logits(-1)).min() == logits.max():
+        raise ModelUnreadable(f"{llm.name} takes every token for as likely: its weights are damaged.")
+    context.decode(TokenBatch([int(np.argmax(logits))], [len(tokens)], [0], [0]))
     context.synchronize()
     model.close()
 

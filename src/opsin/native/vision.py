@@ -195,7 +195,7 @@ class Encoder(Owned):
             ((width, height),), count = chunk.handle.meta.sizes, chunk.n_tokens + 1  # as if the last row had one, too
             each = count // round((math.sqrt(height**2 + 4 * width * height * count) - height) / (2 * width))
             rows[each - 1 :: each] = self._row_end
-        _require(bool(np.isfinite(rows).all()), "computed values that are not numbers")
+        _require(bool(np.isfinite(rows).all() and rows.any()), "computed values that are not numbers, or zeros alone")
         return rows
 
     def tokenize(

@@ -204,10 +204,10 @@ def _warm_up(runtime: Runtime) -> Placement:
         placement = runtime.engine.placement()
         params = SamplingParams(max_tokens=4, ignore_eos=True, guard=False, logprobs=2)
         hello = runtime.prompts.build([Message("user", "Hello.")])
-        answer = runtime.engine.submit(hello, params, salt="warm-up").result()
+        likely = runtime.engine.submit(hello, params, salt="warm-up").result().logprobs
     except (BadImage, DecodeFailed, EncodeFailed) as error:
         raise ModelUnreadable(f"{info.llm_file} with {info.mmproj_file} cannot be used. {error}") from error
-    if {True} == {len(one.top) > 1 and one.top[0][2] == one.top[1][2] for one in answer.logprobs}:
+    if {True} == {len(one.top) > 1 and one.top[0][2] == one.top[1][2] for one in likely}:
         raise ModelUnreadable(f"{info.llm_file} takes every token for as likely: its weights are damaged.")
     return placement
 

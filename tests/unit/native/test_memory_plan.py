@@ -210,3 +210,13 @@ def test_a_control_group_limits_what_is_free(tmp_path: Path) -> None:
     (group / "memory.stat").write_text(f"anon 5\ninactive_file {GIB // 2}\n")
     (group / "part/memory.max").write_text("max\n")
     assert free_memory([], root) == {HOST: GIB + GIB // 2}
+
+
+def test_a_limit_on_addresses_counts_without_what_threads_reserve(tmp_path: Path) -> None:
+    root = machine(tmp_path, 8 * GIB)
+    (root / "proc/self").mkdir()
+    (root / "proc/self/status").write_text(f"VmPeak: 9 kB\nVmSize:\t{GIB // 1024} kB\n")
+    (root / "proc/self/limits").write_text(f"Max address space         {3 * GIB}            unlimited      bytes\n")
+    assert GIB < free_memory([], root)[HOST] < 2 * GIB
+    (root / "proc/self/limits").write_text("Max address space         unlimited            unlimited      bytes\n")
+    assert free_memory([], root) == {HOST: 8 * GIB}
