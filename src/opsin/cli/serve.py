@@ -17,7 +17,7 @@ from opsin.cli.options import flags_of, given
 from opsin.core.config import current_folder, read_config
 from opsin.core.settings import ServerSettings
 from opsin.models import locate
-from opsin.server.app import create_app
+from opsin.server.app import create_app, warm_up
 from opsin.server.handler import ModelManager
 from opsin.server.images import DecoderPool, ImageLoader
 from opsin.server.listener import address_of, bind, check_binding, http_server, read_keys
@@ -84,12 +84,13 @@ class _Front:
             command=(sys.executable, "-P", "-c", _WORKER),
         )
         model = ModelManager(settings, engine)
+        model.warming = True
         watchers = [AccessLog(as_json=settings.log_json).finished, *(traces.finished for traces in tracing)]
         app = create_app(model, images, watchers=watchers, keys=keys)
         server = http_server(app, settings.slow_reader_seconds, settings.trusted_proxies)
         serving = asyncio.create_task(server.serve(sockets=[self._listener]))
         try:
-            return await self._watch(model)
+            return await self._watch(model, images)
         finally:
             server.should_exit = True
             await serving
@@ -98,13 +99,16 @@ class _Front:
             for traces in tracing:
                 traces.close()
 
-    async def _watch(self, model: ModelManager) -> int:
-        """Say when the model is ready, and end in good order; the exit code."""
+    async def _watch(self, model: ModelManager, images: ImageLoader) -> int:
+        """Say when all is warm, and end in good order; the exit code."""
         engine, said = model.engine, -1
         while not self._told and engine.error is None:
-            if model.state == "ready" and engine.restarts > said:
+            if engine.state == "ready" and engine.restarts > said:
                 said = engine.restarts
                 await asyncio.to_thread(lambda: model.prompts)  # a template may take its time
+                if model.warming:
+                    await warm_up(model, images)
+                    model.warming = False
                 if model.facts.is_demo:
                     say(DEMO)
                 if model.facts.notice:

@@ -5,11 +5,14 @@ The page loads nothing from elsewhere, no script or style stands in its markup, 
 
 from __future__ import annotations
 
+import asyncio
+import time
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 from fastapi import APIRouter, FastAPI, Request
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from starlette.responses import Response
@@ -58,6 +61,19 @@ def create_app(
     watching = (metrics.finished, *watchers)
     app.add_middleware(StatsMiddleware, watchers=watching, paths=paths, root_path=app.state.root)
     return app
+
+
+_WARM_UP = tomllib.loads(Path(__file__).with_name("warm_up.toml").read_text(encoding="utf-8"))["requests"]
+_QUICK_SECONDS = 0.5
+
+
+async def warm_up(model: ModelManager, images: ImageLoader) -> None:
+    """Answer requests of the server's own as long as they are quick: past its keys, metrics and logs."""
+    transport, began = httpx.ASGITransport(create_app(model, images), raise_app_exceptions=False), time.perf_counter()
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=60) as client:
+        for body in _WARM_UP:
+            if time.perf_counter() - began < _QUICK_SECONDS:
+                await asyncio.create_task(client.post("/v1/chat/completions", json=body))
 
 
 _PAGE_HEADERS = tomllib.loads(Path(__file__).with_name("page.toml").read_text(encoding="utf-8"))

@@ -319,13 +319,14 @@ class ModelManager:
         self.settings = settings
         self.engine = engine
         self.stored = StoredResponses()
-        self._draining = False
+        self._draining = self.warming = False
         self._entered: set[asyncio.Task[Any]] = set()
 
     @property
     def state(self) -> str:
-        """The engine's state, or `draining`."""
-        return "draining" if self._draining else self.engine.state
+        """The engine's state, or `draining`; `warming` while the server itself is (its owner sets that)."""
+        state = "draining" if self._draining else self.engine.state
+        return "warming" if self.warming and state == "ready" else state
 
     @property
     def ready(self) -> bool:

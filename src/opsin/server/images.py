@@ -244,10 +244,13 @@ async def _side_by_side(work: Callable[[Wanted], Awaitable[T]], wanted: Sequence
 
 
 class DecoderPool:
-    """Decodes in other processes, one for each thread that calls at the same time; they stay for the next file."""
+    """Decodes in other processes, one for each thread that calls at the same time; they stay for the next file.
+
+    The first is started at once, so that it is there when the first file comes.
+    """
 
     def __init__(self) -> None:
-        self._idle: list[tuple[subprocess.Popen[bytes], Channel]] = []
+        self._idle = [start_process([sys.executable, "-c", _START])]
 
     def call(self, *request: Any) -> Any:
         """What the first of the request, a function, returns for the rest. Raises BadImage and its kinds."""

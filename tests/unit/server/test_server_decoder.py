@@ -61,6 +61,7 @@ def test_a_file_that_crashes_its_decoder_is_refused_and_the_others_are_decoded(
     pool: DecoderPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(images, "_START", HOSTILE)
+    pool.close()  # the one that was started before
     assert pool.call(decoder.decode, png(8, 8), LIMITS, None).width == 8
     with pytest.raises(BadImage, match="SIGABRT"):
         pool.call(decoder.decode, b"crash", LIMITS, None)
