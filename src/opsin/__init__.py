@@ -10,8 +10,7 @@ if TYPE_CHECKING:
     from opsin.prompt import Message
 
 __version__ = "0.2.0"
-BEGAN = time.perf_counter()
-"""When the first of Opsin was imported."""
+BEGAN = time.perf_counter()  # when the first of Opsin was imported
 __all__ = ["Engine", "Message", "Opsin", "__version__", "ask"]
 
 _HOMES = {"Engine": "opsin.engine", "Message": "opsin.prompt", "Opsin": "opsin.api", "ask": "opsin.api"}

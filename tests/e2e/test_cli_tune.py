@@ -67,7 +67,7 @@ def test_it_measures_and_tells_what_it_tried(opsin: Any, pair: Pair, tmp_path: P
 def test_a_dry_run_writes_nothing(opsin: Any, pair: Pair, tmp_path: Path) -> None:
     done = opsin("tune", "--model", pair.llm, "--mmproj", pair.mmproj, "--minutes", "0.1", "--ctx", "4096", "--dry-run")
     assert f"writing {pair.mmproj.name} as q8_0" in done.stderr
-    nothing = any(words in done.stdout for words in ("keep the settings as they are", "nothing was measured"))
+    nothing = "keep the settings as they are" in done.stdout
     assert ("[tuned]" in done.stdout) != nothing
     assert not (tmp_path / "opsin.toml").exists()
     # Nor are conversions left behind, tried or picked.

@@ -35,7 +35,7 @@ def check(schema: Any, text: str) -> None:
 
 def exact(text: str) -> Any:
     """JSON with fractions as they are written: by binary ones 1.11 is no multiple of 0.01."""
-    return json.loads(text, parse_float=lambda number: Decimal(number) if float(number) % 1 else float(number))
+    return json.loads(text, parse_float=lambda number: Decimal(number) if Decimal(number) % 1 else int(Decimal(number)))
 
 
 def ask_all(opsin: Opsin, names: list[str], seed: int) -> None:

@@ -80,7 +80,7 @@ def ask(
 ) -> None:
     """Ask one question about each image, or about all of them together.
 
-    Options can also be set in opsin.toml or OPSIN_* environment variables.
+    Settings of model, hardware and images can also be given in opsin.toml or as OPSIN_* environment variables.
     """
     params = o.given(SamplingParams, flags)
     if json_schema is not None:
@@ -181,7 +181,8 @@ class _Run:
         streamed = self._alone and self._form == "text" and not whole
         answer = follow(stream, self._line, quiet=not streamed) if self._alone else stream.result()
         if whole and answer.limit is not None:
-            cut = _CUTS[answer.limit].format(answer)
+            endless = "(it repeats itself: give the schema's texts and lists a maxLength and maxItems)"
+            cut = endless if answer.limit == "guard" else _CUTS[answer.limit].format(answer)
             raise ConstraintFailed(f"The answer is not whole, so it does not fit the schema {cut}.")
         self._line.stop()
         wall_ms = seconds_since_start() * 1e3
@@ -193,7 +194,7 @@ class _Run:
             self._rows.add(group, answer, placement=placement.as_dict(), model=self._opsin.info.as_dict())
             return
         if not streamed:
-            self._rows.add(group, answer)
+            self._rows.add(group, answer, cut=_CUTS[answer.limit].format(answer) if answer.limit else "")
         name = "" if self._alone else f"{', '.join(group)}: "
         for note in (note for image in answer.images for note in image.notes):
             tell(f"({name}{note})")
@@ -206,10 +207,7 @@ class _Run:
 
 
 def settings_of(flags: _Dict, slots: int = 1) -> EngineSettings:
-    """What flags, environment and opsin.toml say; `slots` where nobody gives a number, or the context that they share.
-
-    Raises BadParameter.
-    """
+    """All settings; `slots` where nobody gives a number, or the context that they share. Raises BadParameter."""
     given = o.given(EngineSettings, flags)
     config = read_config(given, os.environ, current_folder(), locate=locate, parallel=1 if flags["ctx"] else slots)
     return config.engine(parallel=slots if config.origins["ctx"] == "default" else 1)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from opsin.cli.console import say
+from opsin.cli.console import tell
 from opsin.core.errors import BadParameter
 from opsin.images import ENDINGS
 
@@ -16,6 +16,8 @@ def check_question(sources: Sequence[str], question: str) -> None:
     """Raise BadParameter if there is no question, also where the last argument is one more image, or no image."""
     if os.path.lexists(question) or (question.lower().endswith(ENDINGS) and not re.search(r"\s", question)):
         shown = " ".join([*sources, question])
+        if sources and not os.path.lexists(sources[0]) and re.search(r"\s", sources[0]):
+            raise BadParameter(f'The question comes last: opsin ask {question} "{sources[0]}"')
         raise BadParameter(f'The question is missing: opsin ask {shown} "What is this?"')
     if not sources:
         raise BadParameter(f'The image is missing: opsin ask IMAGE "{question}"')
@@ -45,7 +47,7 @@ def natural(path: Path) -> list[list[int | str]]:
 
 def _in_folder(folder: str, *, recursive: bool) -> list[str]:
     files, folders = list[Path](), list[str]()
-    for here, below, names in os.walk(folder, onerror=lambda error: say(f"({error.filename}: {error.strerror})")):
+    for here, below, names in os.walk(folder, onerror=lambda error: tell(f"({error.filename}: {error.strerror})")):
         below[:] = [name for name in below if not name.startswith(".")]
         files += [Path(here, name) for name in names if not name.startswith(".")]  # the Mac's ._ files, too
         if not recursive:
@@ -63,4 +65,4 @@ def _say_left_out(found: Collection[Path | str], what: str, why: str, most: int 
         names = [path.name for path in sorted(map(Path, found), key=natural)]
         more = f" and {len(names) - most:,} more" if len(names) > most else ""
         count = f"1 {what} was" if len(names) == 1 else f"{len(names):,} {what}s were"
-        say(f"({count} left out, {why}: {', '.join(names[:most])}{more})")
+        tell(f"({count} left out, {why}: {', '.join(names[:most])}{more})")

@@ -40,8 +40,8 @@ class Rows:
             row = {"source": group[0] if len(group) == 1 else group, **_as_json(outcome), **about}
             typer.echo(json.dumps(row, ensure_ascii=False))
         elif self._form == "csv":
-            notes = "; ".join(note for image in answer.images for note in image.notes) if answer else ""
-            self._csv.writerow((name, text, error, notes))
+            notes = [note for image in answer.images for note in image.notes] if answer else []
+            self._csv.writerow((name, text, error, "; ".join(filter(None, [*notes, about.get("cut", "")]))))
             sys.stdout.flush()
         elif self._form == "md":
             typer.echo(f"| {_cell(escaped(name))} | {_cell(text.strip() if answer else f'Error: {error}')} |")

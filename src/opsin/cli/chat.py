@@ -42,7 +42,7 @@ def chat(
 ) -> None:
     """Talk about images; every question knows what was said before.
 
-    Options can also be set in opsin.toml or OPSIN_* environment variables.
+    Settings of model, hardware and images can also be given in opsin.toml or as OPSIN_* environment variables.
     """
     params = o.given(SamplingParams, flags)
     with opened(settings_of(flags)) as opsin:
@@ -112,10 +112,11 @@ class _Talk:
 
 
 def find_images(line: str) -> tuple[list[str], str]:
-    """Paths of image files in a line, however they are quoted, and the rest of it."""
-    found: list[str] = []
+    """Paths of image files in a line, however they are quoted, and its text, in which they are "this image"."""
+    found, last = list[str](), ""
 
     def taken(word: re.Match[str]) -> str:
+        nonlocal last
         whole = unquoted(word[0])
         for text in (whole, whole.rstrip("?!.,;:")):  # a question may end with the path
             is_address = text.startswith("file://")
@@ -123,7 +124,8 @@ def find_images(line: str) -> tuple[list[str], str]:
                 path = Path(url2pathname(urlsplit(text).path)) if is_address else expand(text)
                 if (is_address or path.suffix or any(sign in text for sign in "/\\")) and path.is_file():
                     found.append(str(path))
-                    return ""
+                    return f"this image{whole[len(text) :]}" if last and last not in "?!.:;" else ""
+        last = word[0][-1]
         return word[0]
 
     rest = _WORD.sub(taken, line)
@@ -184,4 +186,4 @@ def _reader() -> Callable[[], str | None]:
 
 
 def _ended(line: str) -> str | None:
-    return None if not line or line.strip() == "/bye" else line.strip()
+    return None if not line or line.strip() in {"/bye", "/exit", "/quit"} else line.strip()

@@ -17,7 +17,7 @@ _hushed = False
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
-DEMO = "This is the demo model for drawn scenes; for photographs get a real one: opsin pull llava-1.5-7b"
+DEMO = "This is the demo model for drawn scenes; for photographs see `opsin models --known`, then `opsin pull NAME`"
 
 
 def printable(text: str) -> str:

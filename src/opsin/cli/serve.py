@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -108,6 +109,7 @@ class _Front:
                 await asyncio.to_thread(lambda: model.prompts)  # a template may take its time
                 if model.warming:
                     await warm_up(model, images)
+                    gc.freeze()  # what stays is looked through no more, which takes longer than a short answer
                     model.warming = False
                 if model.facts.is_demo:
                     say(DEMO)

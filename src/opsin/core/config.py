@@ -208,8 +208,10 @@ def _from_environment(environ: Mapping[str, str]) -> Values:
             continue
         if variable not in known or text.startswith(_ADDRESSES):
             # Others name theirs like ours: Kubernetes does for a service called opsin.
-            near = difflib.get_close_matches(variable, (*known, KEY_VARIABLE), 1, 0.0)[0]
-            _log.warning("the environment's %s is no setting and is ignored; the nearest one is %s", variable, near)
+            there = [PREFIX + name.upper() for name in _FIELDS]
+            near = difflib.get_close_matches(variable, (*there, KEY_VARIABLE), 1, 0.8)
+            hint = f"; the nearest one is {near[0]}" if near else ""
+            _log.warning("the environment's %s is no setting and is ignored%s", variable, hint)
         elif text:  # an empty variable counts as unset
             found[known[variable]] = _read_value(known[variable], text), f"environment {variable}"
     return found
@@ -217,8 +219,9 @@ def _from_environment(environ: Mapping[str, str]) -> Values:
 
 def _check_name(name: str, complaint: str, known: Any) -> None:
     if name not in known and name not in RETIRED and name not in RENAMED:
-        near = difflib.get_close_matches(name, known, 1, 0.0)
-        raise BadParameter(f"{complaint}; the nearest one is {near[0]} (opsin serve --print-config shows all).")
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"; the nearest one is {near[0]}" if near else ""
+        raise BadParameter(f"{complaint}{hint} (opsin serve --print-config shows all).")
 
 
 def _read_value(name: str, value: Any) -> Any:

@@ -107,7 +107,7 @@ class DecodeFailed(EngineError):
     """The language model failed on a batch."""
 
 
-class ConstraintFailed(EngineError, http_status=422):
+class ConstraintFailed(EngineError, exit_code=1, http_status=422):
     """An answer that had begun could not be held to its JSON schema or grammar any further."""
 
 

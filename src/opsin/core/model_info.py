@@ -101,10 +101,7 @@ class BackendShare:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where the vision encoder and the language model ran, by backend name, and what could not be told.
-
-    Until it was watched (`proven`) nothing is known of it.
-    """
+    """Where encoder and language model ran, by backend name, and what could not be told; known once it is `proven`."""
 
     encoder: dict[str, BackendShare]
     language_model: dict[str, BackendShare]

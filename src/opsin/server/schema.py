@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi.exceptions import RequestValidationError
@@ -258,14 +260,9 @@ Thinking = Annotated[
         json_schema_input_type=bool | dict[str, Any],
     ),
 ]
-_ALIASES = {"n_predict": "max_tokens", "repetition_penalty": "repeat_penalty", "repeat_last_n": "penalty_last_n"}
-# Fields of others that would change the answer; what to do instead.
-_REFUSED = {
-    **dict.fromkeys(("guided_json", "structured_outputs"), "give the schema as response_format"),
-    **dict.fromkeys(("guided_regex", "guided_choice", "guided_grammar"), "give a grammar, or a response_format"),
-    **dict.fromkeys(("functions", "function_call"), "use tools and tool_choice"),
-    **dict.fromkeys(("suffix", "audio", "conversation"), "leave it out"),
-}
+_FIELDS = tomllib.loads(Path(__file__).with_name("fields.toml").read_text(encoding="utf-8"))
+_ALIASES: dict[str, str] = _FIELDS["aliases"]
+_REFUSED = {name: advice for advice, names in _FIELDS["refused"].items() for name in names}
 # Of fields that another API has, those whose neglect changes an answer little enough, or not at all.
 _HINTS = frozenset(("logprobs", "modalities", "n", "n_probs", "stream_options", "top_logprobs"))
 

@@ -168,9 +168,10 @@ class Report:
             [shown(row.changes), *([f"{row.ratio:.3f}", f"{row.drift:.3f}"] if row.ratios else ["", ""]), row.verdict]
             for row in self.candidates
         ]
+        measured, count_all = sum(bool(row.ratios) for row in self.candidates), len(self.candidates)
         picked = "keep the settings as they are: nothing is faster beyond the noise"
-        if not any(row.ratios for row in self.candidates):
-            picked = "nothing: nothing was measured beside the baseline; give more --minutes"
+        if measured < count_all:
+            picked += f" ({measured or 'nothing'} of {count_all} was measured; --minutes gives more time)"
         if self.best is not None:
             picked = f"{shown(self.best.changes)} takes {self.best.ratio:.3f} of the time"
         return (

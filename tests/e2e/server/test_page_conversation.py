@@ -14,7 +14,7 @@ pytestmark = MARKS
 
 PREFIX = "/tools/opsin"
 FLAGS = ("--root-path", PREFIX, "--max-images", "2")
-PULL = "opsin pull llava-1.5-7b"
+PULL = "opsin pull qwen3-vl-4b"
 # How far the end of the answer is below the place where the footer begins.
 BELOW = """() => document.querySelector(".answer").getBoundingClientRect().bottom
   - document.querySelector("footer").getBoundingClientRect().top"""

@@ -28,7 +28,8 @@ def photo(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(("before", "after"), [("", ""), ("", " What is this?"), ("What is in ", "")])
 def test_a_path_is_found_however_it_was_pasted(photo: Path, written: str, before: str, after: str) -> None:
     pasted = written.format(photo, escaped=str(photo).replace(" ", "\\ "), encoded=str(photo).replace(" ", "%20"))
-    assert find_images(f"{before}{pasted}{after}") == ([str(photo)], f"{before}{after}".strip())
+    image = f"this image{'?' if written.endswith('?') else ''}" if before else ""  # so that the sentence stays whole
+    assert find_images(f"{before}{pasted}{after}") == ([str(photo)], f"{before}{image}{after}".strip())
 
 
 def test_a_path_below_the_home_folder_is_found(photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,7 +50,7 @@ def test_a_word_that_is_a_files_name_stays_a_word(tmp_path: Path, monkeypatch: p
     (tmp_path / "photo").write_bytes(b"x")
     monkeypatch.chdir(tmp_path)
     assert find_images("is the photo red?") == ([], "is the photo red?")
-    assert find_images("is ./photo red?") == (["photo"], "is red?")
+    assert find_images("is ./photo red?") == (["photo"], "is this image red?")
 
 
 @pytest.fixture

@@ -156,7 +156,7 @@ function notes({ answer, account, lost }) {
   if (demo) {
     const known = "This is the demo model, which knows drawn scenes only. For photos, get another with ";
     const how = ", then start the server again.";
-    found.push(el("span", {}, known, el("code", {}, "opsin pull llava-1.5-7b"), how));
+    found.push(el("span", {}, known, el("code", {}, "opsin pull qwen3-vl-4b"), how));
   }
   return found;
 }
