@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+SYNTH = Path(__file__).parents[2] / "tools" / "synth.py"
+
 
 @pytest.fixture
 def run(tmp_path: Path, opsin_env: dict[str, str]):
@@ -22,7 +24,8 @@ def run(tmp_path: Path, opsin_env: dict[str, str]):
     }
 
     def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "opsin", *map(str, arguments)]
+        program = [str(SYNTH)] if arguments[0] == "synth" else ["-m", "opsin", str(arguments[0])]
+        command = [sys.executable, *program, *map(str, arguments[1:])]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == code, done.stderr
         return done
