@@ -64,7 +64,7 @@ def create_app(
 
 
 _WARM_UP = tomllib.loads(Path(__file__).with_name("warm_up.toml").read_text(encoding="utf-8"))["requests"]
-_QUICK_SECONDS = 0.5
+_QUICK_SECONDS = 1.0
 
 
 async def warm_up(model: ModelManager, images: ImageLoader) -> None:

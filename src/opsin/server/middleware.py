@@ -32,7 +32,6 @@ _LOG = logging.getLogger("opsin.server")
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*")
 _NAME = re.compile(r"[a-z0-9_.-]+|[0-9a-f:.]+")
 _ABSOLUTE = re.compile(rb"(?i:https?)://([^/]*)(.*)")
-_LIFE_SECONDS = 0.1
 OPEN_PATHS = frozenset(("/", "/health", "/ready", "/favicon.ico"))
 """What needs no key; the page's own files below /page/ need none either."""
 MAX_KEYS = 10_000
@@ -124,7 +123,7 @@ class Connection(H11Protocol):
         if self._ends and waits and not self.transport.is_closing():
             if self.scope["http_version"] == "1.1":  # others know no such answers
                 self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self.loop.call_later(_LIFE_SECONDS, self._ask_for_life)
+            self.loop.call_later(0.1, self._ask_for_life)
 
     def on_response_complete(self) -> None:
         """Wait for the next request."""

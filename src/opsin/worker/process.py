@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -174,6 +175,7 @@ class _Worker:
             )
             self._channel.send(("warming",))
             placement = _warm_up(runtime)
+            gc.freeze()  # as in the front
             loaded = Loaded(
                 info=runtime.engine.info,
                 limits=runtime.engine.limits,
