@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -33,6 +33,7 @@ from opsin.prompt import Message
 
 TOKENS = 128
 FEWEST_STEPS = 16
+TRIES = 5  # a busy machine may keep the sequences from beginning together
 PROGRAM_SECONDS = 600.0
 SCHEMA = '{"type": "object", "properties": {"description": {"type": "string"}}, "required": ["description"]}'
 _FILLER = " and"
@@ -115,6 +116,13 @@ class Window:
 
 def measure_batch(runtime: Runtime, sequences: int, *, prompt_tokens: int = 0, schema: str | None = None) -> Batch:
     """Let so many text answers run together, with sampling, guard and events. Raises BadInput, EngineError."""
+    for _ in range(TRIES - 1):
+        with suppress(BadInput):
+            return _measure_once(runtime, sequences, prompt_tokens, schema)
+    return _measure_once(runtime, sequences, prompt_tokens, schema)
+
+
+def _measure_once(runtime: Runtime, sequences: int, prompt_tokens: int, schema: str | None) -> Batch:
     window = Window(runtime.engine, sequences)
     filler = _FILLER * fillers(runtime, prompt_tokens)
     readers = []
