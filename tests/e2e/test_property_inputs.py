@@ -181,13 +181,18 @@ def test_a_header_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, d
             read(path)
 
 
+def drawn_file(folder: pytest.TempPathFactory, name: bytes, data: bytes) -> Path:
+    path = Path(os.fsdecode(os.fsencode(folder.getbasetemp()) + b"/" + name))
+    path.write_bytes(data)
+    return path
+
+
 @drawn(200)
 @given(name=file_names, data=damaged_images)
 def test_an_image_of_any_name_is_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, name: bytes, data: bytes
 ) -> None:
-    path = Path(os.fsdecode(os.fsencode(tmp_path_factory.getbasetemp()) + b"/" + name))
-    path.write_bytes(data)
+    path = drawn_file(tmp_path_factory, name, data)
     url = as_url(data)
     for source in (path, str(path), data, url, url[: len(data)], os.fsdecode(name)):
         with in_order(BadInput):
@@ -240,8 +245,7 @@ ASKED = ("what is this?", "--max-tokens", "4", "--no-disk-cache")
 def test_ask_answers_about_an_image_or_says_what_is_wrong(
     tmp_path_factory: pytest.TempPathFactory, name: bytes, data: bytes
 ) -> None:
-    path = Path(os.fsdecode(os.fsencode(tmp_path_factory.getbasetemp()) + b"/" + name))
-    path.write_bytes(data)
+    path = drawn_file(tmp_path_factory, name, data)
     said_well(*in_process("ask", str(path), *ASKED))
     path.unlink()
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from opsin.core.errors import ModelUnreadable
-from opsin.native.projector import projector_type
+from opsin.native.projector import read_projector
 
 
 def string(text: str) -> bytes:
@@ -29,7 +29,7 @@ def test_a_header_is_read_whole(tmp_path: Path) -> None:
     path = tmp_path / "mmproj.gguf"
     data = header(PAIRS, 3, TENSOR, 1)
     path.write_bytes(data.ljust(-(-len(data) // 32) * 32, b"\0") + bytes(64 * 64 * 2))
-    assert projector_type(path) == "mlp"
+    assert read_projector(path)[0] == "mlp"
 
 
 @pytest.mark.parametrize(
@@ -52,10 +52,10 @@ def test_broken_headers_are_one_sentence_and_no_memory(tmp_path: Path, data: byt
     path = tmp_path / "broken.gguf"
     path.write_bytes(data)
     with pytest.raises(ModelUnreadable, match=r"broken\.gguf is missing or not a whole GGUF file"):
-        projector_type(path)
+        read_projector(path)
 
 
 def test_a_missing_projector_and_a_folder_are_one_sentence(tmp_path: Path) -> None:
     for path in (tmp_path / "none.gguf", tmp_path):
         with pytest.raises(ModelUnreadable, match="is missing or not a whole GGUF file: check --mmproj"):
-            projector_type(path)
+            read_projector(path)

@@ -26,6 +26,18 @@ def opened(pair: Pair) -> NativeBackend:
     return open_backend(EngineSettings(model=pair.llm, mmproj=pair.mmproj, ctx=256, ubatch=64, threads=1))
 
 
+def answered(backend: NativeBackend) -> list[int]:
+    """Tokens of a greedy answer about an image, which are not all the same."""
+    prompt = backend.tokenize([ImagePart(draw()), TextPart("\nWhat is this?\nASSISTANT:")], add_bos=True)
+    position = prefill(backend, prompt)
+    prompt.close()
+    sampler = backend.sampler(SamplingParams(temperature=0, ignore_eos=True), seed=0)
+    tokens = generate(backend, sampler, position, 16)
+    sampler.close()
+    assert len(set(tokens)) > 1
+    return tokens
+
+
 @pytest.mark.parametrize(("quantisation", "mmproj_type"), PAIRS)
 def test_a_pair_of_any_type_sees_and_speaks(quantisation: str, mmproj_type: str, tmp_path: Path):
     backend = opened(write_pair("tiny", tmp_path, quantisation=quantisation, mmproj_type=mmproj_type))
@@ -39,13 +51,7 @@ def test_a_pair_of_any_type_sees_and_speaks(quantisation: str, mmproj_type: str,
         assert [rows.shape for rows in embeddings] == [(16, 64), (16, 64)]
         assert all(0.1 < rows.std() < 10 for rows in embeddings)
         assert np.abs(embeddings[0] - embeddings[1]).mean() > 0.1
-        prompt = backend.tokenize([ImagePart(draw()), TextPart("\nWhat is this?\nASSISTANT:")], add_bos=True)
-        position = prefill(backend, prompt)
-        prompt.close()
-        sampler = backend.sampler(SamplingParams(temperature=0, ignore_eos=True), seed=0)
-        tokens = generate(backend, sampler, position, 16)
-        sampler.close()
-        assert len(set(tokens)) > 1
+        answered(backend)
     finally:
         backend.close()
 
@@ -96,13 +102,7 @@ def test_a_vocabulary_of_152k_is_read_and_written(tmp_path: Path):
     backend = opened(write_pair("tiny-152k", tmp_path, quantisation="q4_0"))
     try:
         assert backend.limits.n_vocab == 151_936
-        prompt = backend.tokenize([ImagePart(draw()), TextPart("\nWhat is this?\nASSISTANT:")], add_bos=True)
-        position = prefill(backend, prompt)
-        prompt.close()
-        sampler = backend.sampler(SamplingParams(temperature=0, ignore_eos=True), seed=0)
-        tokens = generate(backend, sampler, position, 16)
-        sampler.close()
-        assert len(set(tokens)) > 1
+        tokens = answered(backend)
         assert max(tokens) > 512
     finally:
         backend.close()

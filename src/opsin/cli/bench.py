@@ -49,8 +49,8 @@ def engine(
 ) -> None:
     """Measure the machine, then five workloads on the engine in this process.
 
-    Options can also be set in opsin.toml or OPSIN_* environment variables; the context is 8192
-    unless it is set. The last line of standard output is one JSON document.
+    Settings can also be given in opsin.toml or as OPSIN_* environment variables; the context is 8192 unless it is set.
+    The last line of standard output is one JSON document.
     """
     chosen = choose(None if workloads is None else workloads.split(","))
     settings = _settings(o.given(EngineSettings, flags), settings_file, config=config)

@@ -55,7 +55,7 @@ def serve(
     with bind(settings.host, settings.port) as listener:
         logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
         logging.getLogger("opsin").setLevel(logging.DEBUG if settings.verbose else logging.INFO)
-        say("loading the model; GET /ready answers 200 when it is there")
+        say("loading the model; GET /ready answers 200 once it is loaded")
         code = asyncio.run(_Front(settings, listener).run(keys))
     raise typer.Exit(code)
 

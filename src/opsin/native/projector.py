@@ -14,15 +14,20 @@ from opsin.native.ggml import GgufInitParams
 from opsin.native.library import library
 
 _KEYS = (b"clip.vision.projector_type", b"clip.projector_type")
-_STRING = 8  # gguf_type
+_ROW_END = b"v.token_embd.img_break"
+_STRING, _F32 = 8, 0  # gguf_type, ggml_type
 _WHOLE_FILE = 16 * 2**20
 _HEAD_BYTES = 2**20  # more than the header of any projector
 _SAMPLES = 64
 _SAMPLE_BYTES = 64 * 2**10
 
 
-def projector_type(path: Path) -> str:
-    """As llama.cpp names it ("mlp", "gemma3"), empty where the file does not. Raises ModelUnreadable."""
+def read_projector(path: Path) -> tuple[str, NDArray[np.float32] | None]:
+    """The type as llama.cpp names it, as "mlp" (or ""), and what Pixtral has behind each row. Raises ModelUnreadable.
+
+    That is an embedding, float32 [n_embd], None for others. llama.cpp adds it to 0 times memory that it never wrote
+    (`models/pixtral.cpp`), which is not 0 if that holds a NaN.
+    """
     ggml = library().ggml
     file = ggml.gguf_init_from_file(os.fsencode(path), GgufInitParams(True, None))
     if not file:
@@ -30,24 +35,11 @@ def projector_type(path: Path) -> str:
     try:
         found = [at for key in _KEYS if (at := ggml.gguf_find_key(file, key)) >= 0]
         names = [ggml.gguf_get_val_str(file, at) for at in found if ggml.gguf_get_kv_type(file, at) == _STRING]
-        return names[0].decode("utf-8", "replace") if names else ""
-    finally:
-        ggml.gguf_free(file)
-
-
-def row_end(path: Path) -> NDArray[np.float32] | None:
-    """Pixtral's embedding behind each row of an image, where the file has it.
-
-    llama.cpp adds it to 0 times memory that it never wrote (`models/pixtral.cpp`), which is not 0 if that holds a NaN.
-    """
-    ggml = library().ggml
-    file = ggml.gguf_init_from_file(os.fsencode(path), GgufInitParams(True, None))
-    try:
-        at = ggml.gguf_find_tensor(file, b"v.token_embd.img_break") if file else -1
-        if at < 0 or ggml.gguf_get_tensor_type(file, at) != 0:
-            return None
+        kind, at = names[0].decode("utf-8", "replace") if names else "", ggml.gguf_find_tensor(file, _ROW_END)
+        if at < 0 or ggml.gguf_get_tensor_type(file, at) != _F32:
+            return kind, None
         offset = ggml.gguf_get_data_offset(file) + ggml.gguf_get_tensor_offset(file, at)
-        return np.fromfile(path, np.float32, ggml.gguf_get_tensor_size(file, at) // 4, offset=offset)
+        return kind, np.fromfile(path, np.float32, ggml.gguf_get_tensor_size(file, at) // 4, offset=offset)
     finally:
         ggml.gguf_free(file)
 

@@ -22,7 +22,7 @@ from opsin.native.devices import default_threads, devices, pick
 from opsin.native.ggml import Tensor, op_names
 from opsin.native.library import ADVICE
 from opsin.native.model import Owned, floats
-from opsin.native.projector import fingerprint, projector_type, row_end
+from opsin.native.projector import fingerprint, read_projector
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -104,7 +104,7 @@ class Encoder(Owned):
     def __init__(self, model: Model, path: Path, settings: EngineSettings) -> None:
         self.lib = model.lib
         self.path = path
-        self.kind, self._row_end = projector_type(path), row_end(path)
+        self.kind, self._row_end = read_projector(path)
         self._model = model
         self._hook = EvalHook(self.lib)
         self._heavy = frozenset(number for number, name in enumerate(op_names(self.lib)) if name in _HEAVY)

@@ -171,7 +171,8 @@ class Report:
         measured, count_all = sum(bool(row.ratios) for row in self.candidates), len(self.candidates)
         picked = "keep the settings as they are: nothing is faster beyond the noise"
         if measured < count_all:
-            picked += f" ({measured or 'nothing'} of {count_all} was measured; --minutes gives more time)"
+            told = f"{measured} of {count_all} were measured" if measured else "nothing was measured"
+            picked += f" ({told}; --minutes gives more time)"
         if self.best is not None:
             picked = f"{shown(self.best.changes)} takes {self.best.ratio:.3f} of the time"
         return (
