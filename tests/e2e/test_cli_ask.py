@@ -102,6 +102,13 @@ def test_json_has_the_fields_of_the_contract_and_stages_that_add_up(opsin_env: d
     assert row["guard"] is None
 
 
+@pytest.mark.parametrize("form", ["jsonl", "csv", "md"])
+def test_a_timeline_that_is_asked_for_comes_with_every_format(opsin_env: dict[str, str], form: str) -> None:
+    asked = ("ask", IMAGE, "How many objects are there?", "--format", form)
+    assert b"vision encode" in opsin(opsin_env, *asked, "--timeline").stderr
+    assert b"vision encode" not in opsin(opsin_env, *asked).stderr
+
+
 def test_several_images_are_asked_one_by_one_and_a_bad_one_loses_nothing(
     opsin_env: dict[str, str], tmp_path: Path
 ) -> None:

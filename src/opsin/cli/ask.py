@@ -107,7 +107,7 @@ class _Run:
     ) -> None:
         self._groups, self._form, self._settings, self._alone = groups, form, settings, len(groups) == 1
         self._question, self._system, self._params = asked
-        self._timed = form == "text" and (self._alone and sys.stderr.isatty() if timed is None else timed)
+        self._timed = form == "text" and self._alone and sys.stderr.isatty() if timed is None else timed
         self._rows, self._line = Rows(form, alone=self._alone), working("reading the image")
         self._done = self._failed = 0
 
@@ -192,13 +192,13 @@ class _Run:
             placement = remembered_placement(self._opsin.setup, self._opsin.placement if quick else None)
         if self._form == "jsonl":
             self._rows.add(group, answer, placement=placement.as_dict(), model=self._opsin.info.as_dict())
-            return
-        if not streamed:
+        elif not streamed:
             self._rows.add(group, answer, cut=_CUTS[answer.limit].format(answer) if answer.limit else "")
         name = "" if self._alone else f"{', '.join(group)}: "
-        for note in (note for image in answer.images for note in image.notes):
-            tell(f"({name}{note})")
-        show_limits(answer, name)
+        if self._form != "jsonl":  # whose rows have both
+            for note in (note for image in answer.images for note in image.notes):
+                tell(f"({name}{note})")
+            show_limits(answer, name)
         if self._timed:
             screen = Console(stderr=True)
             screen.print("", timeline(answer, placement, wall_ms, screen.width), sep="\n")
