@@ -173,7 +173,7 @@ def test_formats_have_a_row_for_every_image_and_every_failure(
         assert cells[:2] == [["Image", "Answer"], ["---", "---"]]
         assert [Path(row[0]).name for row in cells[2:]] == names
         assert cells[3][1].startswith("Error: ")
-    assert "(5 of 5 done, 1 failed in" in done.stderr.decode()
+    assert "(4 of 5 done, 1 failed in" in done.stderr.decode()
 
 
 def test_what_was_done_to_an_image_is_told(opsin_env: dict[str, str], tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_native_logs_are_silent_without_verbose_and_whole_with_it(opsin_env: dic
         ([IMAGE, IMAGE], 2, "question is missing"),
         ([IMAGE, "nowhere.PNG"], 2, "question is missing"),
         (["nowhere.png", "what?", "--model", "nowhere.gguf"], 2, "nowhere.png"),
-        (["nowhere.png", "no.png", "what?", "--model", "nowhere.gguf"], 1, "2 of 2 done, 2 failed"),
+        (["nowhere.png", "no.png", "what?", "--model", "nowhere.gguf"], 1, "0 of 2 done, 2 failed"),
         ([IMAGE, "  ", "--model", "nowhere.gguf"], 2, "question is empty"),
         ([IMAGE, "what?", "--max-tokens", "-1", "--model", "nowhere.gguf"], 2, "max_tokens"),
         ([IMAGE, "what?", "--temperature", "99", "--model", "nowhere.gguf"], 2, "temperature"),

@@ -79,7 +79,7 @@ def test_the_table(opsin_env):
         (("--model", "small", "--measure"), "there are none of small"),
         (("--model", "small", "--mmproj", "x.gguf", "--device", "m1"), "leave out --mmproj"),
         (("--model", "small", "--device", "m1", "--ctx", "512"), "give a larger --ctx"),
-        (("--model", "small", "--device", "m1", "--kv-type", "q5"), "kv_type: Input should be 'f16'"),
+        (("--model", "small", "--device", "m1", "--kv-type", "q5"), "kv_type must be 'f16'"),
         (("--model", "llava-1.5-13b", "--type", "f16", "--device", "l4"), "what would fit is"),
         (("--model", "llava-1.5-7b", "--device", "rtx 3090", "--memory", "1"), "what would fit is"),
     ],

@@ -104,6 +104,15 @@ def test_it_answers_as_an_engine_does() -> None:
         engine.submit(prompt())
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_its_memory_is_in_huge_pages_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
+    with worker() as engine:
+        engine.submit(prompt(), PARAMS).result()
+        variables = Path(f"/proc/{engine.pid}/environ").read_bytes().split(b"\0")
+    assert b"GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.hugetlb=0" in variables
+
+
 def test_errors_cross_the_border_as_themselves() -> None:
     from opsin.core.errors import BadGrammar, ContextOverflow
 

@@ -144,7 +144,8 @@ class _Run:
             self._line.stop()
 
     def _progress(self) -> str:
-        return f"{self._done:,} of {len(self._groups):,} done" + (f", {self._failed:,} failed" if self._failed else "")
+        failed = f", {self._failed:,} failed" if self._failed else ""
+        return f"{self._done - self._failed:,} of {len(self._groups):,} done{failed}"
 
     def _ask(self, group: list[str]) -> _Asked:
         try:

@@ -19,6 +19,10 @@ def check_question(sources: Sequence[str], question: str) -> None:
         if sources and not os.path.lexists(sources[0]) and re.search(r"\s", sources[0]):
             raise BadParameter(f'The question comes last: opsin ask {question} "{sources[0]}"')
         raise BadParameter(f'The question is missing: opsin ask {shown} "What is this?"')
+    images = [source for source in sources if not _is_word(source)]
+    if len(images) < len(sources) > 1 and not re.search(r"\s", question):
+        words = " ".join([*sources[len(images) :], question])
+        raise BadParameter(f'Put the question in quotes: opsin ask {" ".join(images) or "IMAGE"} "{words}"')
     if not sources:
         raise BadParameter(f'The image is missing: opsin ask IMAGE "{question}"')
     if not question.strip():
@@ -43,6 +47,10 @@ def natural(path: Path) -> list[list[int | str]]:
     """A key that sorts names as people do: numbers by their value, letters whatever their case."""
     pieces = (re.split(r"(\d+)", part) for part in path.parts)
     return [[int(piece) if piece.isdecimal() else piece.casefold() for piece in part] for part in pieces]
+
+
+def _is_word(source: str) -> bool:
+    return re.fullmatch(r"[^\W\d]+[,']?\w*", source) is not None and not os.path.lexists(source)
 
 
 def _in_folder(folder: str, *, recursive: bool) -> list[str]:

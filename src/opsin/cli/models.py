@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from dataclasses import asdict
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,7 +68,7 @@ def _known() -> list[dict[str, Any]]:
     from opsin.compose import main_device
     from opsin.tune.predict import first_choice, known_sizes
 
-    rows = [{**asdict(row), **known_sizes(row)} for row in KNOWN_MODELS]
+    rows = sorted(({**asdict(row), **known_sizes(row)} for row in KNOWN_MODELS), key=itemgetter("memory_bytes"))
     choice = None
     with suppress(OpsinError):  # without a working llama.cpp the list is still of use
         device = main_device()

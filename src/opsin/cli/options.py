@@ -98,7 +98,7 @@ def _flag(model: type[BaseModel], name: str, default: str | None) -> inspect.Par
         text = f"{text}: {', '.join(get_args(kind))}"
     if default is not None or field.default not in (None, ()):
         shown = default or ({True: "on", False: "off"}.get(field.default) if kind is bool else field.default)
-        text = f"{text} [default: {shown}]"
+        text = f"{text} [default: {', '.join(shown) if isinstance(shown, tuple) else shown}]"
     option = typer.Option(flag, help=text, show_default=False, rich_help_panel=_GROUP_OF.get(name))
     return _keyword(name, shape, option)
 

@@ -18,7 +18,7 @@ from typing import Any, get_origin
 
 from pydantic import ValidationError
 
-from opsin.core.errors import BadParameter
+from opsin.core.errors import BadParameter, found_wrong
 from opsin.core.files import expand, read_text
 from opsin.core.settings import RENAMED, RETIRED, EngineSettings, ServerSettings, kind_of
 
@@ -162,7 +162,7 @@ def checked(model: Any, values: Mapping[str, Any], origins: Mapping[str, str] | 
             known = ", ".join(model.model_fields)
             raise BadParameter(f"There is no option {name!r}: known ones are {known}.") from None
         origin = f" ({origins[str(first['loc'][0])]})" if origins and first["loc"] else ""
-        raise BadParameter(f"{name}{origin}: {first['msg']} (given: {first['input']!r}).") from None
+        raise BadParameter(f"{found_wrong(name + origin, first['msg'])} (given: {first['input']!r}).") from None
 
 
 def _file_of(model: Any, locate: Locate) -> Path | None:

@@ -10,6 +10,7 @@ import re
 from typing import Any, ClassVar, TypeVar
 
 E = TypeVar("E", bound=BaseException)
+_SHOULD = re.compile("^(?:Input|List|String|Value|Dictionary|Tuple|Set|Data) should ")
 
 
 class OpsinError(Exception):
@@ -122,3 +123,11 @@ class Cancelled(OpsinError, exit_code=130, http_status=499):
 def copy_of(error: E) -> E:
     """A copy of one of our errors: one that was raised holds the frames it went through, with all that is in them."""
     return type(error)(*error.args) if isinstance(error, OpsinError) else error
+
+
+def found_wrong(name: str, finding: str) -> str:
+    """A sentence without its stop about the value of that name, of what pydantic says is wrong with it."""
+    said = finding.removeprefix("Value error, ").replace(" after validation", "").rstrip(".")
+    said = said.replace("less than or equal to", "at most").replace("greater than or equal to", "at least")
+    must = _SHOULD.sub("must ", said)
+    return f"{name}: {said}" if must == said else f"{name} {must}"

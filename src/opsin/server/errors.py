@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from opsin.core.errors import BadParameter, EngineDied, ModelError, OpsinError
+from opsin.core.errors import BadParameter, EngineDied, ModelError, OpsinError, found_wrong
 
 _LOG = logging.getLogger("opsin.server")
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -121,7 +121,7 @@ def _sentence(first: Mapping[str, Any]) -> tuple[str, str | None]:
     """One sentence about one of pydantic's findings, and the field it is about."""
     kind, param = first["type"], _path(first["loc"])
     context = first.get("ctx") or {}
-    said = _short(first["msg"])
+    said = _short(found_wrong(param, first["msg"]) if param else first["msg"].removeprefix("Value error, "))
     if kind == "json_invalid":
         return f"The body is not JSON: {_short(context.get('error', 'it cannot be read'))}.", None
     if param is None and kind in _NO_OBJECT:
@@ -135,8 +135,8 @@ def _sentence(first: Mapping[str, Any]) -> tuple[str, str | None]:
         param = f"{param}.type"
     elif kind == "union_tag_not_found":
         said = f"{param}: give an object with a type"
-    else:
-        said = f"{param}: {said}" if param else f"{said[:1].upper()}{said[1:]}"
+    elif param is None:
+        said = f"{said[:1].upper()}{said[1:]}"
     return f"{said}.", param
 
 
@@ -156,5 +156,4 @@ def _path(loc: Iterable[int | str]) -> str | None:
 
 
 def _short(value: object) -> str:
-    text = str(value).removeprefix("Value error, ")[:400].rstrip(".")
-    return "".join(sign if sign.isprintable() else "?" for sign in text)
+    return "".join(sign if sign.isprintable() else "?" for sign in str(value)[:400].rstrip("."))

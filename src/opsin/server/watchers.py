@@ -103,11 +103,7 @@ class Metrics(Collector):
             ("num_requests_running", "Answers that are computed.", now.running),
             ("num_requests_waiting", "Answers that wait for their turn.", now.waiting + self._before.waiting),
             ("kv_cache_usage_perc", "Share of the KV cache in use, 1 when full; prefixes count.", used),
-            (
-                "num_idle_prefixes",
-                "Prompts that no running answer uses, in the KV cache or swapped out.",
-                now.idle_prefixes,
-            ),
+            ("num_idle_prefixes", "Prompts kept of ended answers, swapped out or not.", now.idle_prefixes),
             ("ready", "1 when requests are answered.", float(self._manager.ready)),
         ):
             yield GaugeMetricFamily(f"opsin:{name}", text, value)

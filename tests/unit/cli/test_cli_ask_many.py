@@ -111,7 +111,7 @@ def test_several_slots_are_used_and_few_images_are_held(
     assert [row["source"] for row in rows] == names
     assert [row["error"] and row["error"]["code"] for row in rows] == [None] * 4 + ["encode_failed"] + [None] * 35
     assert rows[3]["images"][0]["notes"] == ["x3.png"]
-    assert "(40 of 40 done, 1 failed in" in shown.err
+    assert "(39 of 40 done, 1 failed in" in shown.err
 
 
 @pytest.mark.parametrize(
@@ -200,3 +200,23 @@ def test_what_is_a_question(question: str) -> None:
 def test_what_is_one_more_image(question: str) -> None:
     with pytest.raises(BadParameter, match="question is missing"):
         check_question(["a.png"], question)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["a.png", "what", "is", "this?"], 'opsin ask a.png "what is this?"'),
+        (["what's", "to", "see"], 'opsin ask IMAGE "what\'s to see"'),
+    ],
+)
+def test_a_question_without_quotes(arguments: list[str], said: str) -> None:
+    *sources, question = arguments
+    with pytest.raises(BadParameter) as caught:
+        check_question(sources, question)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("arguments", [["nowhere", "describe"], ["a.png", "b/c", "-", "describe"]])
+def test_names_that_may_be_files(arguments: list[str]) -> None:
+    *sources, question = arguments
+    check_question(sources, question)

@@ -42,3 +42,15 @@ def test_a_copy_of_an_error_has_no_frames() -> None:
         raise errors.BadPrompt("no")
     copy = errors.copy_of(caught.value)
     assert (type(copy), str(copy), copy.__traceback__) == (errors.BadPrompt, "no", None)
+
+
+@pytest.mark.parametrize(
+    ("finding", "sentence"),
+    [
+        ("Input should be less than or equal to 2", "x must be at most 2"),
+        ("List should have at least 1 item after validation, not 0", "x must have at least 1 item, not 0"),
+        ("Value error, give one of them.", "x: give one of them"),
+    ],
+)
+def test_what_pydantic_finds_is_said_in_plain_words(finding: str, sentence: str) -> None:
+    assert errors.found_wrong("x", finding) == sentence

@@ -29,6 +29,7 @@ _MANY_SPLITS = 16  # pieces of an encoder's graph
 _PART = range(90)  # layers that may be less than all of a model; more are asked of a GPU to have all
 _LEAST_REPROCESSED_MS = 1000.0
 _USUAL_CONTEXT = 262_144
+_SEVERAL = 2  # loads of one model
 TABLE = tomllib.loads(Path(__file__).with_name("causes.toml").read_text(encoding="utf-8"))
 FLOORS: dict[str, float] = TABLE["floors"]
 
@@ -181,10 +182,11 @@ def _reuse(facts: Facts) -> _Found:
     if not others:
         return None
     one = max(others, key=lambda r: r.prompt_tokens or 0)
-    sums = f"{one.reusable or 'an unknown number'} of {one.prompt_tokens or 'its'} tokens were cached"
+    kept, of = (f"{n:,}" if n else "an unknown number" for n in (one.reusable, one.prompt_tokens))
+    sums = f"in the request at line {one.line}, which is not the one in the table, {kept} of {of} tokens were cached"
     if one.reusable and worst.prompt_n and worst.prompt_ms:
         each = worst.prompt_ms / worst.prompt_n
-        sums += f"; {one.reusable:,} × {each:.2f} ms, as in another request, are {one.reusable * each / 1e3:.1f} s"
+        sums += f"; at {each:.2f} ms each, as in the table, they are {one.reusable * each / 1e3:.1f} s"
     return {"sums": sums}
 
 
@@ -225,23 +227,12 @@ def _first_image(facts: Facts) -> _Found:
 
 
 def _loads(facts: Facts) -> _Found:
-    known, loads = facts.setup.load_s, facts.setup.loads
-    if loads < 2 or facts.count < 2 or facts.tool == "Ollama":
-        return None
-    told = {"requests": facts.count}
+    """Loads after the first. Ollama's may be of several models, or of several servers whose logs are mixed."""
+    known, told = facts.setup.load_s, {"requests": facts.count}
     if len(known) < 2:
-        return {"sums": f"{loads} loads; the log has no times by which to tell what one takes", **told}
+        return {"sums": f"{facts.setup.loads} loads; the log has no times by which to tell what one takes", **told}
     sums = " + ".join(f"{s:.2f}" for s in known[1:8]) + f" s after the first load of {known[0]:.2f} s"
-    return {"ms": sum(known[1:]) * 1e3, "sums": sums, **told}
-
-
-def _ollama_loads(facts: Facts) -> _Found:
-    """Loads that Ollama tells; of several models, maybe, and of several servers, if a collector mixes their logs."""
-    known = facts.setup.load_s
-    if facts.tool != "Ollama" or len(known) < 2:
-        return None
-    sums = " + ".join(f"{s:.2f}" for s in known[1:8]) + f" s after the first load of {known[0]:.2f} s"
-    return {"ms": sum(known[1:]) * 1e3, "sums": sums, "about": len(known), "from": min(known), "to": max(known)}
+    return {"ms": sum(known[1:]) * 1e3, "sums": sums, "about": len(known), "from": min(known), "to": max(known), **told}
 
 
 def _encode_slow(facts: Facts) -> _Found:
@@ -336,8 +327,8 @@ FINDERS: dict[str, Callable[[Facts], Any]] = {
     "no_window_reuse": lambda f: f.setup.swa > 1 and _reuse(f),
     "no_prefix_reuse": _reuse,
     "model_load": lambda f: {"ms": f.worst.loading or f.worst.stages.get("load")},
-    "model_loads": _loads,
-    "ollama_loads": _ollama_loads,
+    "model_loads": lambda f: f.tool != "Ollama" and min(f.setup.loads, f.count) >= _SEVERAL and _loads(f),
+    "ollama_loads": lambda f: f.tool == "Ollama" and len(f.setup.load_s) >= _SEVERAL and _loads(f),
     "encode_slow": _encode_slow,
     "prefill_slow_on_gpu": lambda f: f.setup.on_gpu and _prefill_slow(f),
     "prefill_slow": _prefill_slow,
