@@ -1,5 +1,7 @@
 # One door for people and for CI. Every target sets up what it needs.
 PYTHON ?= python3
+# What llama.cpp is compiled for: cpu, cuda, metal, rocm or vulkan; without it what CMAKE_ARGS and the system say.
+BACKEND ?=
 VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -11,11 +13,14 @@ export PYTHONDONTWRITEBYTECODE :=
 .PHONY: setup setup-dev demo browser test test-full test-clients test-offload check format soak docs attack clean
 
 setup: $(VENV)/.ready
+	@# It does nothing where the environment has this build already.
+	$(if $(BACKEND),scripts/llama.sh $(BIN)/python $(BACKEND))
 
 $(VENV)/.ready: requirements.lock pyproject.toml
 	@echo "Setting up $(VENV). llama.cpp is compiled once, which takes some minutes."
 	$(PYTHON) -m venv $(VENV)
 	@# One line a package, and a sign of life while llama.cpp is compiled.
+	$(if $(BACKEND),scripts/llama.sh $(BIN)/python $(BACKEND))
 	$(BIN)/python -m pip install --progress-bar off --no-deps --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $@

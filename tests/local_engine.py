@@ -17,6 +17,7 @@ class LocalEngine:
         self.engine = engine
         self.state = state
         self.stopped: OpsinError | None = None
+        self.progress = 0.0
         self._facts = Loaded(engine.info, engine.limits, source, is_demo, "local", 0.0, placement=engine.placement())
 
     @property

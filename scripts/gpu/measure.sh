@@ -4,16 +4,17 @@
 #
 #   scripts/gpu/measure.sh [options] RESULTS [STEP...]      without STEP: all of them
 #     --shape SHAPE    of the random-weight pair (llava-1.5-7b); `tiny` rehearses on a machine without a GPU
-#     --python PATH    a Python that has opsin (python3); scripts/gpu/build.sh makes one
+#     --python PATH    a Python that has opsin (python3); `make setup BACKEND=cuda` makes one in .venv
 #     --work DIR       where the pairs go (build/gpu); 5 GB for llava-1.5-7b
-#     --against X      for the step bench: a server to measure in turn, NAME=URL or opsin-http
+#     --against X      for the steps bench, questions and long: a server to measure in turn, NAME=URL or opsin-http
 #
 # RESULTS gets STEP.out and STEP.err, the JSON documents, and steps.tsv, to which every step adds its exit code, the
 # expected one and its seconds. Ends with 0 when every step ended as expected.
 set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-steps="machine synth ask ask_again doctor placed bench encoder_on_cpu missed many captions overhead tune predict"
+steps="machine synth ask ask_again quick doctor placed bench questions long encoder_on_cpu missed many captions"
+steps="$steps overhead tune predict"
 shape=llava-1.5-7b python=python3 work=$root/build/gpu results="" against="" chosen=""
 
 die() { echo "measure: $*" >&2; exit 2; }
@@ -119,8 +120,8 @@ export -f machine verdict placed missed opsin ask overhead many captions
 
 failed=0
 pair=(--model "$work/$shape-q4_0.gguf" --mmproj "$work/mmproj-$shape-f16.gguf")
-workloads=W1,W2,W3,W4,W5 runs=2 minutes=6 counts="1 8 32 64" images=64
-if [ "$shape" = tiny ]; then workloads=W1 runs=1 minutes=0.1 counts="1 8" images=4; fi
+workloads=W1,W2,W3,W4,W5 runs=2 minutes=6 counts="1 8 32 64" images=64 questions=32 long=W1,W2,W3,W4
+if [ "$shape" = tiny ]; then workloads=W1 runs=1 minutes=0.1 counts="1 8" images=4 questions=9 long=W2; fi
 export runs counts images
 [ -f "$results/steps.tsv" ] || printf 'step\texit code\texpected\tseconds\n' >"$results/steps.tsv"
 
@@ -130,10 +131,16 @@ run ask 90 0 ask
 run ask_again 60 0 ask
 # Random weights do not answer like a trained model, so doctor may find other faults: not its exit code proves the
 # placement, but these checks of it.
+run quick 10 0 opsin doctor "${pair[@]}" --quick
 run doctor 150 any opsin doctor "${pair[@]}" --json
 run placed 20 0 placed
 run bench 300 0 opsin bench engine "${pair[@]}" --ctx 32768 --parallel 8 --workloads "$workloads" \
-  --runs "$runs"   ${against:+--against "$against"} --json-out "$results/bench.json"
+  --runs "$runs" ${against:+--against "$against"} --json-out "$results/bench.json"
+# 32 questions about one image at once, and longer answers, as they come.
+run questions 120 0 opsin bench engine "${pair[@]}" --ctx 65536 --parallel 32 --workloads W3 --questions "$questions" \
+  --runs "$runs" ${against:+--against "$against"} --json-out "$results/questions.json"
+run long 200 0 opsin bench engine "${pair[@]}" --ctx 32768 --parallel 8 --workloads "$long" --tokens 128 \
+  --runs "$runs" ${against:+--against "$against"} --json-out "$results/long.json"
 if has_gpu; then
   run encoder_on_cpu 150 1 opsin doctor "${pair[@]}" --mmproj-device none --json
   run missed 20 0 missed

@@ -56,13 +56,15 @@ def open_runtime(
     watch: Watch = unwatched,
     wake: Wake = wake_readers,
     resolved: Callable[[Path, Path | None], None] = lambda *_: None,
+    progress: Callable[[float], None] = lambda _: None,
     known: tuple[Pair, PairFacts] | None = None,
 ) -> Runtime:
     """Find the pair, load it, and make ready to ask; `template` stands in for the model's own chat template.
 
     `max_queue` requests may wait. Files that were never loaded here are tried in a child process first, unless `trial`
     is False: in a process of its own a crash harms nobody. `watch` and `wake` are the engine's; `resolved` is called
-    with the pair's files before they are loaded. `known` is the pair with its facts where its headers were read before.
+    with the pair's files before they are loaded, and `progress` with how much of the language model is, from 0 to 1.
+    `known` is the pair with its facts where its headers were read before.
 
     Raises ModelError when the pair cannot be used, BadParameter when a setting does not fit this machine.
     """
@@ -81,7 +83,7 @@ def open_runtime(
     cell_bytes = sum(layer.kv_values for layer in facts.model.layers) * bytes_per_value(settings.kv_type)
     swap_cells = int(min(SWAP_BYTES, free.get(HOST, 0) // 8) / max(1.0, cell_bytes))
     engine = Engine(
-        lambda: open_backend(settings),
+        lambda: open_backend(settings, progress),
         policy=Policy.for_device(gpu=gpu, parallel=settings.parallel, max_queue=max_queue, swap_cells=swap_cells),
         images=EmbeddingCache(settings.image_cache_bytes, store),
         max_tokens=MAX_ANSWER_TOKENS,

@@ -185,6 +185,31 @@ def test_tokens_beside_an_images_rows_are_computed_as_those_alone(backend: Any) 
     tokenized.close()
 
 
+def test_text_behind_an_images_rows_is_computed_as_text_alone(backend: Any) -> None:
+    tokenized = backend.tokenize([ImagePart(image(3, 40, 30))], add_bos=False)
+    (run,) = (run for run in tokenized.chunks if isinstance(run, ImageChunk))
+    embedding, text = backend.encode(run), tuple(b"what?")
+    at = len(embedding)
+    positions = np.arange(at, dtype=np.int32)[np.newaxis, :]
+    found = []
+    for together in (False, True):
+        backend.kv_remove(2, 0, -1)
+        if together:
+            rows = EmbeddingRows(embedding, positions, 2, logits=True, behind=text, behind_at=at)
+            assert backend.decode(rows)
+            row = at + len(text) - 1
+        else:
+            assert backend.decode(EmbeddingRows(embedding, positions, 2))
+            last = len(text) - 1
+            assert backend.decode(batch([TokenRow(t, at + i, 2, logits=i == last) for i, t in enumerate(text)]))
+            row = last
+        assert backend.kv_last(2) == at + len(text) - 1
+        found.append({token: logprob for token, _, logprob in backend.logprobs(row, 65, 5).top})
+    assert found[0] == pytest.approx(found[1], abs=0.05)
+    backend.kv_remove(2, 0, -1)
+    tokenized.close()
+
+
 def test_no_room_is_false_and_changes_nothing(backend: Any) -> None:
     for seq_id in range(4):
         backend.kv_remove(seq_id, 0, -1)

@@ -1,4 +1,4 @@
-"""scripts/gpu/measure.sh: wrong options are refused, steps run one by one, failed steps are not taken for a proof."""
+"""scripts/gpu/measure.sh and scripts/llama.sh: wrong options are refused, failed steps are no proof."""
 
 import json
 import subprocess
@@ -30,8 +30,9 @@ def steps(results: Path) -> dict[str, tuple[str, str]]:
         ("measure.sh", ("--work",), "--work needs a value"),
         ("measure.sh", ("results", "nothing"), "no step nothing: choose from machine"),
         ("measure.sh", ("--python", "/nowhere/python", "results"), "no such Python"),
-        ("build.sh", (), "name a folder"),
-        ("build.sh", ("--cuda", "x"), "no option --cuda"),
+        ("../llama.sh", (), "name a Python and a backend"),
+        ("../llama.sh", ("/nowhere/python", "cuda"), "there is no Python /nowhere/python"),
+        ("../llama.sh", ("/bin/sh", "opencl"), "there is no backend opencl"),
     ],
 )
 def test_wrong_options_are_refused(tmp_path: Path, script: str, arguments: tuple[str, ...], told: str) -> None:
@@ -69,9 +70,9 @@ def test_a_rehearsal_without_a_gpu_runs_every_step_and_leaves_all_files(tmp_path
     assert done.returncode == 0, done.stderr
     taken = steps(results)
     assert set(taken) == {
-        *("machine", "synth", "ask", "ask_again", "doctor", "placed", "bench", "many", "captions", "overhead"),
-        *("tune", "predict"),
+        *("machine", "synth", "ask", "ask_again", "quick", "doctor", "placed", "bench", "questions", "long", "many"),
+        *("captions", "overhead", "tune", "predict"),
     }
-    for name in ("bench", "overhead", "batched-1", "batched-8", "captions", "tune", "predict"):
+    for name in ("bench", "questions", "long", "overhead", "batched-1", "batched-8", "captions", "tune", "predict"):
         assert json.loads((results / f"{name}.json").read_text())
     print(f"{time.monotonic() - began:.0f} s")

@@ -233,3 +233,10 @@ def test_a_backend_at_rest_has_no_threads_that_wait_and_computes_the_same_afterw
     backend.pause_threads()
     assert np.array_equal(logits(), first)
     backend.close()
+
+
+def test_it_is_told_how_much_of_a_model_is_loaded(pair: Any) -> None:
+    told: list[float] = []
+    open_backend(EngineSettings(model=pair.llm, ctx=512), told.append).close()
+    assert told == sorted(set(told))
+    assert told[-1] == 1.0

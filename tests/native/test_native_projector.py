@@ -29,7 +29,21 @@ def test_a_header_is_read_whole(tmp_path: Path) -> None:
     path = tmp_path / "mmproj.gguf"
     data = header(PAIRS, 3, TENSOR, 1)
     path.write_bytes(data.ljust(-(-len(data) // 32) * 32, b"\0") + bytes(64 * 64 * 2))
-    assert read_projector(path)[0] == "mlp"
+    assert read_projector(path) == ("mlp", 0, None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "grid", "edge"), [("mlp", False, 336), ("mlp", True, 0), ("qwen2vl_merger", False, 0)]
+)
+def test_which_encoders_see_all_images_in_one_size(tmp_path: Path, kind: str, grid: bool, edge: int) -> None:
+    """LLaVA-1.6 has the same type as LLaVA-1.5, and a grid of sizes."""
+    pairs = string("clip.projector_type") + struct.pack("<I", 8) + string(kind)
+    pairs += string("clip.vision.image_size") + struct.pack("<II", 4, 336)
+    pairs += (string("clip.vision.image_grid_pinpoints") + struct.pack("<IIQ2i", 9, 5, 2, 336, 672)) * grid
+    path = tmp_path / "mmproj.gguf"
+    data = header(pairs, 2 + grid, TENSOR, 1)
+    path.write_bytes(data.ljust(-(-len(data) // 32) * 32, b"\0") + bytes(64 * 64 * 2))
+    assert read_projector(path).edge == edge
 
 
 @pytest.mark.parametrize(

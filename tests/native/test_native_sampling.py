@@ -10,6 +10,7 @@ from token_rows import TokenRow, batch
 
 from opsin.core.errors import BadParameter, DecodeFailed
 from opsin.core.request import SamplingParams, TextPart
+from opsin.native.sampler import likely
 
 
 def answer(backend: Any, params: SamplingParams, seed: int, count: int = 24) -> list[int]:
@@ -85,6 +86,30 @@ def test_draws_follow_the_distribution(backend: Any) -> None:
     hits = sum(sampler.sample(-1) == best for _ in range(2000))
     sampler.close()
     assert abs(hits - 2000 * chances[best]) < 5 * np.sqrt(2000 * chances[best] * (1 - chances[best])) + 1
+
+
+@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(temperature=1.0, top_k=300), HOT])
+def test_few_tokens_are_drawn_from_as_all_are(backend: Any, params: SamplingParams) -> None:
+    """The chain sees the most likely tokens alone; llama.cpp's own call gives it the whole vocabulary."""
+    assert backend.decode(batch([TokenRow(9, 0, 0, True)]))
+    few, all_of_them = backend.sampler(params, 21), backend.sampler(params, 21)
+    llama, context = all_of_them._llama, all_of_them._context.pointer
+    drawn = [few.sample(-1) for _ in range(50)]
+    assert drawn == [llama.llama_sampler_sample(all_of_them.pointer, context, -1) for _ in range(50)]
+    assert len(set(drawn)) > 1
+    few.close()
+    all_of_them.close()
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 30.0])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_most_likely_tokens_are_always_among_the_few(spread: float, masked: bool) -> None:
+    logits = np.random.default_rng(5).normal(0.0, spread, 50_000).astype(np.float32)
+    if masked:
+        logits[20:] = -np.inf
+    found = set(likely(logits, 40)["id"].tolist())
+    assert found >= {token for token in np.argsort(-logits)[:40].tolist() if logits[token] > -np.inf}
+    assert all(logits[token] > -np.inf for token in found)
 
 
 def test_a_bias_forces_and_forbids(backend: Any) -> None:

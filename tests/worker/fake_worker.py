@@ -69,10 +69,19 @@ class Backend(FakeBackend):
 
 
 def open_model(
-    *, model: Any, settings: EngineSettings, max_queue: int, watch: Any, wake: Any, resolved: Any, **_: Any
+    *,
+    model: Any,
+    settings: EngineSettings,
+    max_queue: int,
+    watch: Any,
+    wake: Any,
+    resolved: Any,
+    progress: Any,
+    **_: Any,
 ) -> Runtime:
     """`model` names what happens while it is loaded."""
     resolved(Path(model or "fake.gguf"), None)
+    progress(0.25)
     if model == "missing":
         raise ModelNotFound("there is no file missing")
     if model == "aborts":

@@ -67,15 +67,23 @@ WORKLOADS = (
 )
 
 
-def choose(names: Iterable[str] | None) -> tuple[Workload, ...]:
-    """The workloads with these names, in their own order; None means all. Raises BadParameter."""
-    if names is None:
-        return WORKLOADS
-    wanted = {name.strip().upper() for name in names}
-    found = tuple(workload for workload in WORKLOADS if workload.name in wanted)
+def choose(names: Iterable[str] | None, tokens: int = TOKENS, questions: int = 8) -> tuple[Workload, ...]:
+    """The workloads with these names, in their own order; None means all. Raises BadParameter.
+
+    `tokens` is the length of the answers of W1 to W4, `questions` how many W3 has.
+    """
+    wanted = {workload.name for workload in WORKLOADS} if names is None else {name.strip().upper() for name in names}
+    found = [workload for workload in WORKLOADS if workload.name in wanted]
     if len(found) < len(wanted):
         raise BadParameter(f"There are no workloads {', '.join(sorted(wanted))}: choose some of W1 to W5.")
-    return found
+    for place, workload in enumerate(found):
+        asks = workload.asks
+        if workload.name == "W3":
+            asks = tuple(Ask(0, f"{_QUESTIONS[n % 8]}{f' ({n})' * (n >= 8)}") for n in range(questions))
+        asks = tuple(replace(ask, max_tokens=tokens) if ask.max_tokens == TOKENS else ask for ask in asks)
+        title = workload.title.replace("8 questions", f"{len(asks)} questions")
+        found[place] = replace(workload, title=title, asks=asks)
+    return tuple(found)
 
 
 def image_file(seed: int) -> bytes:

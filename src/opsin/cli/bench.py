@@ -17,7 +17,7 @@ from opsin import __version__
 from opsin.bench.cost import Ceiling, read_cost
 from opsin.bench.drivers import HttpDriver, engine_driver, serving
 from opsin.bench.report import Limits, Target, as_text, ratios, target_document
-from opsin.bench.workloads import Workload, choose, measure_in_turn, warm_up
+from opsin.bench.workloads import TOKENS, Workload, choose, measure_in_turn, warm_up
 from opsin.cli import options as o
 from opsin.cli.console import new_app, say
 from opsin.compose import Runtime, measured_device, open_runtime
@@ -28,6 +28,8 @@ from opsin.core.settings import EngineSettings
 from opsin.models import locate, resolve
 
 Workloads = Annotated[str | None, typer.Option("--workloads", help="some of W1 to W5, separated by commas")]
+Tokens = Annotated[int, typer.Option("--tokens", min=2, help="tokens of an answer of W1 to W4")]
+Questions = Annotated[int, typer.Option("--questions", min=2, max=256, help="questions of W3")]
 Runs = Annotated[int, typer.Option("--runs", min=1, help="runs of each measurement; medians are shown")]
 
 OWN_SERVER = "opsin-http"
@@ -40,6 +42,8 @@ app = new_app("Measure the engine against the limits of this machine, and agains
 def engine(
     *,
     workloads: Workloads = None,
+    tokens: Tokens = TOKENS,
+    questions: Questions = 8,
     runs: Runs = 3,
     against: Annotated[list[str] | None, typer.Option(help="URL, NAME=URL, or opsin-http for opsin serve")] = None,
     json_out: o.JsonOut = None,
@@ -52,7 +56,7 @@ def engine(
     Settings can also be given in opsin.toml or as OPSIN_* environment variables; the context is 8192 unless it is set.
     The last line of standard output is one JSON document.
     """
-    chosen = choose(None if workloads is None else workloads.split(","))
+    chosen = choose(None if workloads is None else workloads.split(","), tokens, questions)
     settings = _settings(o.given(EngineSettings, flags), settings_file, config=config)
     with ExitStack() as stack:
         urls = [
@@ -79,6 +83,8 @@ def http_servers(
     served_model: Annotated[str | None, typer.Option(help="the model's name there (default: the first listed)")] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="file with the servers' key")] = None,
     workloads: Workloads = None,
+    tokens: Tokens = TOKENS,
+    questions: Questions = 8,
     runs: Runs = 3,
     json_out: o.JsonOut = None,
 ) -> None:
@@ -87,7 +93,7 @@ def http_servers(
     The last line of standard output is one JSON document. If a server's answers fail or differ in length from what was
     asked for, its figures are left out and the command ends with 1.
     """
-    chosen = choose(None if workloads is None else workloads.split(","))
+    chosen = choose(None if workloads is None else workloads.split(","), tokens, questions)
     key = None if api_key_file is None else read_text(api_key_file, 4096).strip()
     targets = _measure(_servers(urls, model=served_model, api_key=key), chosen, runs)
     found = {target.name: target_document(target) for target in targets}

@@ -27,7 +27,14 @@ _WIDTH, _NAME = 110, 26
 
 
 @o.flags_of(EngineSettings, *EngineSettings.model_fields)
-def doctor(*, as_json: o.AsJson = False, **flags: Any) -> None:
+def doctor(
+    *,
+    as_json: o.AsJson = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="load no model: the build, the files and the memory only")
+    ] = False,
+    **flags: Any,
+) -> None:
     """Check the build, the pair and how it runs, and prove where the vision encoder runs.
 
     Without --model the default model is looked at. Settings come from the flags, the environment and opsin.toml, as for
@@ -36,7 +43,7 @@ def doctor(*, as_json: o.AsJson = False, **flags: Any) -> None:
     settings = read_config(o.given(EngineSettings, flags), os.environ, current_folder(), locate=locate).engine()
     checks: list[Check] = []
     with working("looking at this machine") as line:
-        for check in examine(settings, line.update):
+        for check in examine(settings, line.update, quick=quick):
             checks.append(check)
             if not as_json:
                 line.stop()
@@ -47,6 +54,10 @@ def doctor(*, as_json: o.AsJson = False, **flags: Any) -> None:
     else:
         counts = {name: sum(check.status == name for check in checks) for name in _COLOURS}
         typer.echo("\n" + ", ".join(f"{count} {name}" for name, count in counts.items()))
+        if quick:
+            typer.echo(
+                "Nothing was loaded: `opsin doctor` without --quick also tries the pair and proves where it runs."
+            )
     if status == "fail":
         raise typer.Exit(1)
 

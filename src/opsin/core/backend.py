@@ -24,7 +24,8 @@ class BackendLimits:
     is less where the model was trained for less. `forks=False`: one state for each sequence, which cannot be shared or
     forgotten in part. `swaps=False`: `kv_save` does not give all. Image rows are prefilled fastest in multiples of
     `tile`; `encode_batch` image chunks may be encoded at once. A ubatch of up to `mixed_rows` may hold an image's
-    rows and tokens of other sequences (0: none may).
+    rows and tokens of other sequences (0: none may). `image_edge` is the edge in pixels of what the encoder sees of any
+    image (0: it depends on the image). `asynchronous`: `decode` comes back long before its work is done.
     """
 
     n_ctx: int
@@ -38,6 +39,8 @@ class BackendLimits:
     tile: int = 1
     encode_batch: int = 1
     mixed_rows: int = 0
+    image_edge: int = 0
+    asynchronous: bool = False
 
 
 class Sampler(Protocol):

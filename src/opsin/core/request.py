@@ -222,7 +222,8 @@ class EmbeddingRows:
 
     `positions` is absolute, int32 [4, n] (section-major) under M-RoPE, else [1, n]. With `logits` the last row's are
     kept. `causal=False` asks for attention in both directions. The rows of `beside`, tokens of other sequences, come
-    first in the batch; as far as `BackendLimits.mixed_rows` goes.
+    first in the batch, as far as `BackendLimits.mixed_rows` goes. Last come those of `behind`, tokens that follow the
+    image, from position `behind_at` on; where `mixed_rows` is not 0.
     """
 
     rows: Embedding
@@ -231,3 +232,5 @@ class EmbeddingRows:
     logits: bool = False
     causal: bool = True
     beside: TokenBatch = field(default_factory=TokenBatch)
+    behind: tuple[int, ...] = ()
+    behind_at: int = 0

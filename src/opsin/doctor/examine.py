@@ -35,10 +35,12 @@ _LOOP = re.compile(r"(.+?)\1{3,}\Z", re.DOTALL)
 _TAIL = 320  # characters in which a loop is looked for
 
 
-def examine(settings: EngineSettings, tell: Callable[[str], None] = lambda _: None) -> Iterator[Check]:
+def examine(
+    settings: EngineSettings, tell: Callable[[str], None] = lambda _: None, *, quick: bool = False
+) -> Iterator[Check]:
     """All checks of this machine and of the pair that the settings name; one that fails or does not fit is not loaded.
 
-    `tell` hears what is done now.
+    `tell` hears what is done now. `quick`: none that loads the pair.
     """
     build = build_info()
     built = build_checks(build, threads=settings.threads)
@@ -54,7 +56,7 @@ def examine(settings: EngineSettings, tell: Callable[[str], None] = lambda _: No
             return
         rooms = room_checks(info.facts, present, settings, build.cpu_features)
         yield from rooms
-        if worst(rooms) == "fail":
+        if quick or worst(rooms) == "fail":
             return
         tell("trying the pair in a process of its own")
         trial = trial_check(info, settings, present)

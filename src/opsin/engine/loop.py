@@ -84,6 +84,7 @@ class Loop:
         self._scheduler: Scheduler
         self._runner: Runner
         self._touched: list[AnswerStream] = []
+        self._unread: list[tuple[Sequence, int]] = []  # tokens that are shown while the next ones are computed
         self._counts = Snapshot()
         self.error: OpsinError | None = None
 
@@ -170,6 +171,7 @@ class Loop:
     def _attach(self, backend: Backend) -> None:
         self._backend = backend
         self._piece, self._eog_tokens, self._n_ctx = backend.piece, backend.eog_tokens, backend.limits.n_ctx_seq
+        self._lags = backend.limits.asynchronous
         self._runner = Runner(backend, self._images, self._now, self._watch)
         self._scheduler = Scheduler(backend.limits, self._policy)
 
@@ -205,6 +207,8 @@ class Loop:
         self._set_idle_stages()
         for sequence in [s for s in self._scheduler.running if s.sampler is None]:
             self._begin(sequence)
+        if not isinstance(step, Tokens):
+            self._show_unread()
         self._sweep_done()
         if step is not None and all(s.state is not State.DONE for s in members_of(step)):
             self._run(step)
@@ -261,7 +265,12 @@ class Loop:
         self._sweep_done()
 
     def _between(self, step: Step) -> Callable[[], None] | None:
-        """What runs between two layers of an encode: everyone's next token; nothing while nobody answers."""
+        """What runs between two layers of an encode: everyone's next token; nothing while nobody answers.
+
+        And beside the computing of tokens: showing the ones before.
+        """
+        if isinstance(step, Tokens):
+            return self._read_meanwhile if self._unread else None
         if not isinstance(step, Encode) or not self._policy.decode_in_encode:
             return None
         streaming = any(s.state is State.DECODE for s in self._scheduler.running)
@@ -290,7 +299,7 @@ class Loop:
         counts.decode_steps += bool(step.decode)
         counts.decode_tokens += len(step.decode)
         if isinstance(step, PrefillImage):
-            counts.prefill_tokens += step.stop - step.start
+            counts.prefill_tokens += step.rows
         else:
             counts.prefill_tokens += sum(len(part.tokens) for part in step.prefill)
             if alone and not step.prefill:
@@ -300,8 +309,15 @@ class Loop:
             return
         thinking = [s for s, _, _ in sampled if s.output.thinking]
         piece, eog_tokens, n_ctx = self._piece, self._eog_tokens, self._n_ctx
+        lags = self._lags and alone and isinstance(step, Tokens)
         for sequence, token, logprob in sampled:
-            sequence.process_output(token, piece(token), logprob, ends_turn=token in eog_tokens, n_ctx=n_ctx)
+            if not sequence.take(token, logprob, ends_turn=token in eog_tokens):
+                continue
+            if lags and sequence.may_lag(n_ctx):
+                self._unread.append((sequence, token))
+            else:
+                sequence.show(token, piece(token), n_ctx)
+                self._touched.append(sequence.stream)
         counts.generated_tokens += len(sampled)
         for sequence in thinking:
             if not sequence.output.thinking and sequence.state is not State.DONE:
@@ -310,7 +326,18 @@ class Loop:
                 except OpsinError as error:
                     sequence.end_with(error)
         runner.settled(step)
-        self._touched += [sequence.stream for sequence, _, _ in sampled]
+
+    def _show_unread(self) -> None:
+        """Show the tokens of the step before that were not shown yet."""
+        unread, self._unread = self._unread, []
+        for sequence, token in unread:
+            sequence.show(token, self._piece(token), self._n_ctx)
+            self._touched.append(sequence.stream)
+
+    def _read_meanwhile(self) -> None:
+        """While the next tokens are computed. An answer that ends here has its last token in the KV cache, too."""
+        self._show_unread()
+        self._flush()
 
     def _give_up_something(self, step: Step) -> None:
         """The backend had no room although the counts said so: evict or preempt, or fail who cannot be helped."""
@@ -339,6 +366,7 @@ class Loop:
                 self._end(sequence)
 
     def _end(self, sequence: Sequence) -> None:
+        self._show_unread()
         if sequence.error is not None:
             self._fail(sequence, sequence.error)
         elif sequence.stream.done:
@@ -373,6 +401,7 @@ class Loop:
         self._touched.append(sequence.stream)
 
     def _fail(self, sequence: Sequence, error: OpsinError) -> None:
+        self._show_unread()
         sequence.state = State.DONE
         self._release(sequence, keep=False)
         self._counts.failed += 1

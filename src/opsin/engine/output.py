@@ -175,12 +175,25 @@ class AnswerText:
         """The reasoning so far; None when the model did none."""
         return "".join(self._reasoning) or None
 
+    @property
+    def may_lag(self) -> bool:
+        """Whether a token may be taken before the one in front of it was read: what comes next depends on no text."""
+        return self._splitter is None
+
     def feed(self, token: int, piece: bytes, logprob: TokenLogprob | None = None) -> list[TextDelta]:
-        """Take one token in; give what may be shown now. Bytes that can be no character become U+FFFD."""
+        """Take one token in and read it."""
+        self.take(token, logprob)
+        return self.read(token, piece)
+
+    def take(self, token: int, logprob: TokenLogprob | None = None) -> None:
+        """Take one token in, which `read` is called with next."""
         self.tokens.append(token)
         if logprob is not None:
             self.logprobs.append(logprob)
             self._pending.append(logprob)
+
+    def read(self, token: int, piece: bytes) -> list[TextDelta]:
+        """What may be shown now. Bytes that can be no character become U+FFFD."""
         data = self._cut + (piece or self._tags.get(token, b""))
         text, used = codecs.utf_8_decode(data, "replace")
         self._cut = data[used:]

@@ -343,19 +343,27 @@ class Sequence:
         self.n_pos += 1
         self.n_cells += 1
 
-    def process_output(
-        self, token: int, piece: bytes, logprob: TokenLogprob | None, *, ends_turn: bool, n_ctx: int
-    ) -> None:
-        """Take a sampled token in: put what it shows into the stream, and end the answer where a rule says so.
+    def take(self, token: int, logprob: TokenLogprob | None, *, ends_turn: bool) -> bool:
+        """Take a sampled token in; False if it ends the answer, and so is not to be shown."""
+        self.last_token = token
+        if ends_turn and not self.request.params.ignore_eos:
+            self.end("stop")
+            return False
+        self.output.take(token, logprob)
+        return True
+
+    def may_lag(self, n_ctx: int) -> bool:
+        """Whether its next token may be computed before the last one is shown. The first is shown at once."""
+        output = self.output
+        return output.may_lag and 1 < len(output.tokens) < self.request.max_tokens and self.n_cells < n_ctx
+
+    def show(self, token: int, piece: bytes, n_ctx: int) -> None:
+        """Put what a token shows into the stream, and end the answer where a rule says so.
 
         `piece` are the token's bytes, `n_ctx` the cells that the KV cache holds of a sequence.
         """
         request, output = self.request, self.output
-        self.last_token = token
-        if ends_turn and not request.params.ignore_eos:
-            self.end("stop")
-            return
-        for delta in output.feed(token, piece, logprob):
+        for delta in output.read(token, piece):
             self.stream.add(delta)
         if output.stopped:
             self.end("stop")

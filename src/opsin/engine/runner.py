@@ -95,22 +95,25 @@ class Runner:
     def run(self, step: Step, between: Callable[[], None] | None = None) -> bool:
         """Compute a step; tokens are sampled apart. False: no room in the KV cache, and nothing changed.
 
-        `between` is called while an image is encoded. Raises EncodeFailed or DecodeFailed.
+        `between` is called while an image is encoded, or while tokens are computed. Raises EncodeFailed, DecodeFailed.
         """
         if isinstance(step, Tokens):
-            return self._tokens(step)
+            return self._tokens(step, between)
         if isinstance(step, PrefillImage):
             return self._prefill_image(step)
         self._encode(step, between)
         return True
 
     def sample(self, step: Tokens | PrefillImage) -> list[Sampled]:
-        """Sample a token for everyone whose logits the step computed. Who fails ends alone, with its error."""
-        rows = _rows(step)
+        """Sample a token for everyone whose logits the step computed, and who has not ended meanwhile.
+
+        Who fails ends alone, with its error.
+        """
+        rows = [(sequence, row) for sequence, row in _rows(step) if sequence.state is not State.DONE]
         if not rows:
             return []
         # Those that decoded share the group's clock; the others get their first token.
-        first = [s for s, _ in rows[len(step.decode) :]]
+        first = [s for s, row in rows if row >= len(step.decode)]
         self._switch(first, Stage.SAMPLE, Stage.SAMPLE, self.now)
         wanted: list[tuple[Sampler, int, int | None]] = []
         tokens: list[Sampled] = []
@@ -200,22 +203,32 @@ class Runner:
         assert embedding is not None, "an image is encoded before it is prefilled"
         positions = chunk.positions_at(sequence.n_pos, step.start, step.stop)
         part, beside = embedding[step.start : step.stop], _next_tokens(step.decode)
-        rows = EmbeddingRows(part, positions, sequence.seq_id, step.last, chunk.causal, beside)
+        behind_at = sequence.n_pos + chunk.n_pos
+        rows = EmbeddingRows(
+            part, positions, sequence.seq_id, step.last, chunk.causal, beside, behind=step.text, behind_at=behind_at
+        )
         group = Stage.DECODE if step.decode else Stage.QUEUE
         with self._native([sequence], Stage.IMAGE_PREFILL, group, (_sha256(sequence, chunk),)):
-            return self._decode(rows)
+            began = self._clock()
+            done = self._decode(rows)
+            if step.text:  # rows of one product take the same time
+                image = (step.stop - step.start) / step.rows
+                sequence.clock.switch(Stage.TEXT_PREFILL, began + image * (self._clock() - began))
+            return done
 
-    def _tokens(self, step: Tokens) -> bool:
+    def _tokens(self, step: Tokens, meanwhile: Callable[[], None] | None) -> bool:
         batch = _next_tokens(step.decode)
         filling = [part.sequence for part in step.prefill]
         for part in step.prefill:
             batch.append(part.tokens, part.sequence.n_pos, part.sequence.seq_id, logits=part.last)
         with self._native(filling, Stage.TEXT_PREFILL, Stage.DECODE if step.decode else Stage.QUEUE, ()):
-            return self._decode(batch)
+            return self._decode(batch, meanwhile)
 
-    def _decode(self, rows: TokenBatch | EmbeddingRows) -> bool:
+    def _decode(self, rows: TokenBatch | EmbeddingRows, meanwhile: Callable[[], None] | None = None) -> bool:
         done = self._backend.decode(rows)
         if done:
+            if meanwhile is not None:
+                meanwhile()
             self._backend.synchronize()
         return done
 
@@ -234,7 +247,7 @@ def _rows(step: Tokens | PrefillImage) -> list[tuple[Sequence, int]]:
     rows = [(sequence, row) for row, sequence in enumerate(step.decode)]
     row = len(step.decode) - 1
     if isinstance(step, PrefillImage):
-        return [*rows, (step.sequence, row + step.stop - step.start)] if step.last else rows
+        return [*rows, (step.sequence, row + step.rows)] if step.last else rows
     for part in step.prefill:
         row += len(part.tokens)
         if part.last:

@@ -84,7 +84,7 @@ class Encode:
 class PrefillImage:
     """Decode embedding rows [start, stop) of the image chunk at the cursor; `last` asks for logits.
 
-    `decode` get their next token in the same ubatch.
+    `decode` get their next token in the same ubatch. `text` is the chunk behind the image, and goes with its last rows.
     """
 
     sequence: Sequence
@@ -93,6 +93,12 @@ class PrefillImage:
     stop: int
     last: bool
     decode: tuple[Sequence, ...] = ()
+    text: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """Of its sequence."""
+        return self.stop - self.start + len(self.text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +125,7 @@ def cells_needed(step: Step) -> int:
     """KV cells that a step takes."""
     if isinstance(step, Tokens):
         return len(step.decode) + sum(len(part.tokens) for part in step.prefill)
-    return len(step.decode) + step.stop - step.start if isinstance(step, PrefillImage) else 0
+    return len(step.decode) + step.rows if isinstance(step, PrefillImage) else 0
 
 
 def members_of(step: Step) -> tuple[Sequence, ...]:
@@ -203,6 +209,8 @@ class Scheduler:
             append(sequence.prefix.seq_id, 1)
         if isinstance(step, PrefillImage):
             self._advance(step.sequence, step.stop - step.start)
+            if step.text:
+                self._advance(step.sequence, len(step.text))
             if all(chunk.image != step.chunk.image for chunk in step.sequence.images_ahead):
                 self._to_end_of_line(step.sequence)
         else:
@@ -371,9 +379,14 @@ class Scheduler:
         rows = chunk.n_tokens - start
         if chunk.causal:
             rows = self._part(rows, len(decoding))
-        last = start + rows == chunk.n_tokens and sequence.chunk_index == len(sequence.chunks) - 1
-        together = chunk.causal and rows + len(decoding) <= self._limits.mixed_rows
-        return PrefillImage(sequence, chunk, start, start + rows, last, decoding if together else ())
+        together = decoding if chunk.causal and rows + len(decoding) <= self._limits.mixed_rows else ()
+        text: tuple[int, ...] = ()
+        ahead = sequence.chunks[sequence.chunk_index + 1 :] if start + rows == chunk.n_tokens else [chunk]
+        if ahead and isinstance(ahead[0], TextChunk) and chunk.causal and self._limits.mixed_rows:
+            most = min(self._limits.n_ubatch, self._limits.mixed_rows if together else self._limits.n_ubatch)
+            if rows + ahead[0].n_tokens <= min(most - len(together), self._rows(streaming=bool(decoding))):
+                text, ahead = ahead[0].tokens, ahead[1:]
+        return PrefillImage(sequence, chunk, start, start + rows, not ahead, together, text)
 
     def _beside(self, sequence: Sequence, chunk: ImageChunk) -> tuple[tuple[Sequence, ImageChunk], ...]:
         """Chunks of equal size that are to be encoded soon; nobody may be streaming, as no turn comes in between."""

@@ -44,6 +44,7 @@ _TILE_TAGS = (0x0142, 0x0143)
 # Pillow decodes run-length BMP in Python: these bounds keep it within seconds.
 _RLE_MAX_PIXELS = 16_000_000
 _RLE_MAX_BYTES = 8 * 2**20
+_SPARE = 2  # pixels of a JPEG that is read in part, for one that the model sees
 # Of JPEG; source: ITU-T T.81, annex B.
 MAX_SCANS = 100
 MAX_SEGMENTS = 10_000
@@ -85,13 +86,19 @@ class OpenImage:
         self.width, self.height = self._image.size
         check_size(self.width, self.height, name, settings, wide=self._image.mode in {"I", "F"})
 
-    def decode(self, longest_edge: int | None = None) -> Image:
+    def decode(self, longest_edge: int | None = None, seen_edge: int = 0) -> Image:
         """Decode the whole file, once. Of several frames or pages the first is taken, and a note says so.
 
-        A JPEG that lacks nothing but its end marker is read, and a note says so. Raises BadImage for bytes that are
-        damaged or cut short: grey is never invented for what is missing.
+        A JPEG that lacks nothing but its end marker is read, and a note says so; one that has far more pixels than a
+        model that sees `seen_edge` of them an edge is read at a half, a quarter or an eighth of its size, by libjpeg.
+        Raises BadImage for bytes that are damaged or cut short: grey is never invented for what is missing.
         """
         with _one_sentence(self._kind, self._name):
+            part: tuple[str, ...] = ()
+            if self._kind == "JPEG" and seen_edge:
+                self._image.draft(None, (_SPARE * seen_edge, _SPARE * seen_edge))
+                times = round(self.width / self._image.width)
+                part = (f"read at 1/{times} of its size, as the model sees {seen_edge} pixels",) if times > 1 else ()
             if self._kind == "TIFF":
                 self._check_tiff()
             elif self._kind == "PNG":
@@ -106,7 +113,7 @@ class OpenImage:
                 if b"irot" not in boxes and b"imir" not in boxes:
                     self._image.info["original_orientation"] = 1
             notes = ("the end marker of the JPEG is missing, and nothing else",) if self._jpeg_open else self._frames()
-            image = make_image(self._image, self._kind, self._name, longest_edge, notes)
+            image = make_image(self._image, self._kind, self._name, longest_edge, notes + part)
             if self._kind == "JPEG" and self._is_cut_short():
                 raise damaged(self._kind, self._name)
             return image
@@ -152,7 +159,7 @@ class OpenImage:
         and without some bytes put in where its pixels end: they change nothing unless pixels are missing. Without an
         end marker a part of the last block may be missing: then it is decoded at its full size, with more such bytes.
         """
-        corner: Any = self._image.getpixel((self.width - 1, self.height - 1))
+        corner: Any = self._image.getpixel((self._image.width - 1, self._image.height - 1))
         if not self._jpeg_open and any(abs(v - 128) > 8 for v in (corner if isinstance(corner, tuple) else (corner,))):
             return False
         looks = set()
@@ -164,13 +171,16 @@ class OpenImage:
         return len(looks) > 1
 
 
-def load_image(source: object, settings: ImageSettings, longest_edge: int | None = None) -> Image:
+def load_image(
+    source: object, settings: ImageSettings, longest_edge: int | None = None, *, seen_edge: int = 0
+) -> Image:
     """Turn `source` into a checked image: decoded, upright, opaque, in sRGB, within limits, with its identity.
 
     `source` is a path, the bytes of a file, a Pillow image (its current frame), a NumPy array ((h, w), (h, w, 3) or
     (h, w, 4); uint8, uint16 or floats 0..1), a `data:` address, with `settings.fetch` an http(s) address, or an image,
     which is returned as it is; it is never changed. EXIF orientation and colour profiles (ICC) are applied. An image
-    larger than `longest_edge` pixels is shrunk. `~` in a path is the home folder. May be called from any thread.
+    larger than `longest_edge` pixels is shrunk, and a file may be where the model sees `seen_edge` of them. `~` in a
+    path is the home folder. May be called from any thread.
 
     `fetch_ms` is the time to get the bytes, `decode_ms` all the rest, both wall time in milliseconds. Raises
     BadImage, ImageTooLarge, ImageUnsupported, FetchFailed, or BadParameter for a source of another type.
@@ -183,7 +193,7 @@ def load_image(source: object, settings: ImageSettings, longest_edge: int | None
     # Neither Pillow nor NumPy is imported for a source that is neither.
     pil, numpy = sys.modules.get("PIL.Image"), sys.modules.get("numpy")
     if isinstance(found, bytes):
-        image = OpenImage(found, settings, name).decode(longest_edge)
+        image = OpenImage(found, settings, name).decode(longest_edge, seen_edge)
     elif pil is not None and isinstance(found, pil.Image):
         check_size(found.width, found.height, _NAME, settings)
         image = make_image(found, found.format or "PIL", _NAME, longest_edge)

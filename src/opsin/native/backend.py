@@ -15,6 +15,7 @@ from opsin.native.vision import Encoder
 
 if TYPE_CHECKING:
     from opsin.core.settings import EngineSettings
+    from opsin.native.model import Loading
 
 
 class NativeBackend(Context):
@@ -39,8 +40,11 @@ class NativeBackend(Context):
         return probe_placement(self.model, self._encoder, self.settings)
 
 
-def open_backend(settings: EngineSettings) -> NativeBackend:
-    """Load a pair, or free what was loaded of it and raise NativeMismatch, ModelError (of any kind) or BadParameter."""
+def open_backend(settings: EngineSettings, progress: Loading = lambda _: None) -> NativeBackend:
+    """Load a pair, or free what was loaded of it and raise NativeMismatch, ModelError (of any kind) or BadParameter.
+
+    `progress` hears how much of the language model is loaded, from 0 to 1.
+    """
     if settings.model is None:
         raise ModelNotFound("No model was given: name one with --model.")
     if settings.mmproj is None and (settings.image_max_tokens or settings.image_min_tokens):
@@ -48,7 +52,7 @@ def open_backend(settings: EngineSettings) -> NativeBackend:
     if 0 < (settings.image_max_tokens or 0) < (settings.image_min_tokens or 0):
         raise BadParameter("--image-min-tokens is larger than --image-max-tokens: give a smaller one.")
     logs.show(settings.verbose)
-    model = Model(settings.model, settings)
+    model = Model(settings.model, settings, progress)
     try:
         encoder = Encoder(model, settings.mmproj, settings) if settings.mmproj is not None else None
         return NativeBackend(model, settings, encoder)

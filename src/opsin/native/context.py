@@ -85,7 +85,8 @@ class Context:
         params.n_seq_max = sequences + self._keeper
         # Without it room is reserved for the logits of a whole ubatch: 0.6 GB with a vocabulary of 150,000.
         params.n_outputs_max = self._outputs_max = max(OUTPUTS, params.n_seq_max)
-        params.n_threads = settings.threads or default_threads(llama.llama_model_n_params(model.pointer))
+        size = llama.llama_model_n_params(model.pointer)
+        params.n_threads = settings.threads or default_threads(size, offloaded=model.offloaded)
         params.n_threads_batch = settings.threads_batch or params.n_threads
         params.type_k = params.type_v = KV_TYPES[settings.kv_type]
         params.flash_attn_type = -1 if settings.flash_attention is None else int(settings.flash_attention)
@@ -118,6 +119,8 @@ class Context:
             swaps=not slides,  # llama.cpp saves no cells behind the window, which a shorter prefix would need
             tile=_TILE if model.device is None else 1,
             encode_batch=1 if encoder is None else encoder.batch,
+            image_edge=0 if encoder is None else encoder.edge,
+            asynchronous=model.offloaded,
             # Flash attention in tiles would compute every row of a tile for the cells of all its sequences.
             mixed_rows=0 if self._table is None else n_ubatch if model.device else _TILE - 1,
         )
@@ -152,11 +155,12 @@ class Context:
         if isinstance(rows, EmbeddingRows):
             self._check_embeddings(rows)
             beside, data = rows.beside, rows.rows
-            if beside.tokens:
+            if beside.tokens or rows.behind:
                 if self._table is None or not rows.causal:
                     raise DecodeFailed("Tokens cannot go beside these rows of an image.")
-                self._check_tokens(beside)
-                data = np.concatenate([self._table.rows(beside.tokens), data])
+                if beside.tokens:
+                    self._check_tokens(beside)
+                data = np.concatenate([self._table.rows(beside.tokens), data, self._table.rows(rows.behind)])
                 self._check_count(len(data))
             batch, causal = self._arrays.embeddings(rows, data), rows.causal
             outputs = [*beside.outputs, len(data) - 1] if rows.logits else beside.outputs
@@ -378,12 +382,13 @@ class BatchArrays:
         return self._batch
 
     def embeddings(self, rows: EmbeddingRows, data: Embedding) -> Any:
-        """A `llama_batch` of `data`, those of tokens beside and of `rows`; valid until the next call, with `data`."""
-        count, tokens = len(data), len(rows.beside.tokens)
+        """A `llama_batch` of `data`: tokens beside, `rows`, tokens behind; valid until the next call, with `data`."""
+        count, tokens, end = len(data), len(rows.beside.tokens), len(data) - len(rows.behind)
         self._owners(rows.beside, count)
         positions = self._pos[: count * self._n_pos].reshape(self._n_pos, count)
         positions[:, :tokens] = rows.beside.positions  # a token's sections have one position, as in llama.cpp
-        positions[:, tokens:] = rows.positions
+        positions[:, tokens:end] = rows.positions
+        positions[:, end:] = np.arange(rows.behind_at, rows.behind_at + count - end)
         self._seq_id[tokens:count] = rows.seq_id + self._ids
         self._logits[count - 1] |= rows.logits
         self._batch.n_tokens, self._batch.token, self._batch.embd = count, None, self._pointer(data, "embd")

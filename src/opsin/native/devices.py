@@ -24,6 +24,7 @@ PACKAGE = "llama-cpp-python"
 PINNED = VERSION
 COMMIT = "0c1e57098"  # the llama.cpp that the pinned version carries, by its change log
 CPU_NAMES = frozenset({"none", "cpu"})
+_KINDS = {"metal": "mtl"}  # what people call devices, by what ggml does
 HOST = "CPU"
 """The name under which the memory of the host is counted."""
 
@@ -33,6 +34,7 @@ _ASSERTS = (b"__assert_fail", b"__assert_rtn")
 # Below this, threads wait for each other longer than they compute: measured with the 4 M demo model on 2 cores, a
 # decode step takes 0.25 ms with one thread and 0.36 with two, and 9 ms with two when other programs use the cores.
 _SMALL_PARAMETERS = 20_000_000
+_BESIDE_GPU = 4
 _RESERVED = 384 * 2**20  # of addresses, by threads and libraries, most of them without memory behind
 
 _F32, _F16 = 0, 1  # ggml_type
@@ -149,16 +151,18 @@ def devices(lib: Library | None = None) -> tuple[Device, ...]:
 
 
 def pick(name: str | None, option: str, present: Sequence[Device]) -> list[Device]:
-    """All GPUs without a name, none for "none" and "cpu", else the device of that name.
+    """All GPUs without a name, none for "none" and "cpu", else the device of that name, or the GPUs of that kind.
 
     Raises BadParameter, which lists what is here.
     """
+    gpus = [device for device in present if device.is_gpu]
     if name is None:
-        return [device for device in present if device.is_gpu]
+        return gpus
     wanted = name.strip().lower()
-    found = [device for device in present if device.name.lower() == wanted]
     if wanted in CPU_NAMES:
         return []
+    found = [device for device in present if device.name.lower() == wanted]
+    found = found or [gpu for gpu in gpus if gpu.name.lower().rstrip("0123456789") == _KINDS.get(wanted, wanted)]
     if found:
         return found
     here = ", ".join(device.name for device in present if device.is_gpu)
@@ -216,9 +220,13 @@ def control_groups(root: Path) -> Iterator[Path]:
         yield from (level for level in (folder, *folder.parents) if level.is_relative_to(mount))
 
 
-def default_threads(parameters: int) -> int:
-    """Threads for a model of that many parameters: one for a small one, else one for each physical core."""
-    return 1 if parameters < _SMALL_PARAMETERS else physical_cores()
+def default_threads(parameters: int, *, offloaded: bool = False) -> int:
+    """Threads for a model of that many parameters: one for a small one, else one for each physical core.
+
+    Of one that is `offloaded` whole the CPU only looks up tokens, and more threads than a few spin beside the GPU.
+    """
+    few = _BESIDE_GPU if offloaded else sys.maxsize
+    return 1 if parameters < _SMALL_PARAMETERS else min(few, physical_cores())
 
 
 def physical_cores(topology: Path = Path("/sys/devices/system/cpu")) -> int:

@@ -82,6 +82,7 @@ _FUNCTIONS: list[tuple[Any, list[Any], str]] = [
     (_STR, [_INT], "ggml_op_name"),
     (_STR, [_P], "ggml_backend_buffer_name ggml_backend_dev_name ggml_backend_dev_description ggml_backend_reg_name"),
     (_STR, [_P, _I64], "gguf_get_val_str"),
+    (ctypes.c_uint32, [_P, _I64], "gguf_get_val_u32"),
     (_P, [_P], "ggml_new_graph ggml_backend_buffer_get_type ggml_backend_buft_get_device ggml_backend_dev_backend_reg"),
     (_P, [_P, _P], "ggml_backend_alloc_ctx_tensors"),
     (_P, [_P, _STR], "ggml_backend_dev_init ggml_backend_reg_get_proc_address"),

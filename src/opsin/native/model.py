@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from opsin.core.request import TextPart
     from opsin.core.settings import EngineSettings
 
+    Loading = Callable[[float], None]  # hears how much of a model is loaded, from 0 to 1
+
 # llama_token_attr of llama.h
 _ATTR_UNKNOWN, _ATTR_CONTROL, _ATTR_LSTRIP, _ATTR_RSTRIP = 1 << 0, 1 << 3, 1 << 7, 1 << 8
 _ROPE_WITH_SECTIONS = frozenset({8, 40})  # GGML_ROPE_TYPE_MROPE, GGML_ROPE_TYPE_IMROPE
@@ -81,11 +83,12 @@ class Model(Owned):
     `eog_tokens` end a turn. `control_tokens` are texts that become a token only with special parsing, longest first.
     """
 
-    def __init__(self, path: Path, settings: EngineSettings) -> None:
+    def __init__(self, path: Path, settings: EngineSettings, progress: Loading = lambda _: None) -> None:
         self.lib: Library = library()
         self.path = path
         self.device, self.n_gpu_layers = _placement(settings, devices(self.lib))
-        llama, pointer = self.lib.llama, _load(self.lib, path, self.device, settings.device, self.n_gpu_layers)
+        llama = self.lib.llama
+        pointer = _load(self.lib, path, self._params(settings.device, progress))
         super().__init__("language model", pointer, llama.llama_model_free)
         if llama.llama_model_has_encoder(pointer):
             self.close()
@@ -114,6 +117,26 @@ class Model(Owned):
         self._control = re.compile(f"({names})" if names else r"((?!))")
         self._pieces: dict[int, bytes] = {}
 
+    def _params(self, asked: str | None, progress: Loading) -> Any:
+        """llama.cpp's parameters for loading it; `asked` is the device's name in the settings."""
+        llama, device, told = self.lib.llama, self.device, -1
+        params = llama.llama_model_default_params()
+        params.n_gpu_layers = self.n_gpu_layers
+        # An explicit device (or none) is a list that ends with NULL; without it llama.cpp takes all GPUs.
+        if asked is not None:
+            params.chosen = (ctypes.c_void_p * 2)(device.handle if device else None, None)  # lives as long as they do
+            params.devices = ctypes.cast(params.chosen, ctypes.c_void_p)
+
+        def tell(share: float, _user_data: object) -> bool:
+            nonlocal told
+            if (percent := int(100 * share)) > told:
+                told = percent
+                progress(percent / 100)
+            return True  # go on
+
+        params.progress_callback = llama.llama_progress_callback(tell)
+        return params
+
     @property
     def vocab(self) -> int:
         """The native vocabulary, a part of the model. Raises EngineClosed when that is closed."""
@@ -124,6 +147,11 @@ class Model(Owned):
     def layers_offloaded(self) -> int:
         """Layers asked to be on a GPU, 0 where there is none; the output layer, which goes there first, not counted."""
         return self.n_layer if self.n_gpu_layers < 0 else max(0, min(self.n_gpu_layers - 1, self.n_layer))
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether all of it is on a GPU, the output layer included."""
+        return self.device is not None and not 0 <= self.n_gpu_layers <= self.n_layer
 
     def metadata(self, key: str) -> str:
         """A scalar of the GGUF file's metadata, its first 1,000 bytes; empty where there is none."""
@@ -195,13 +223,7 @@ def _placement(settings: EngineSettings, present: tuple[Device, ...]) -> tuple[D
     return device, 0 if device is None else layers
 
 
-def _load(lib: Library, path: Path, device: Device | None, asked: str | None, layers: int) -> int:
-    params = lib.llama.llama_model_default_params()
-    params.n_gpu_layers = layers
-    # An explicit device (or none) is a list that ends with NULL; without it llama.cpp takes all GPUs.
-    chosen = (ctypes.c_void_p * 2)(device.handle if device else None, None)
-    if asked is not None:
-        params.devices = ctypes.cast(chosen, ctypes.c_void_p)
+def _load(lib: Library, path: Path, params: Any) -> int:
     mark = logs.SINK.mark
     pointer: int = lib.llama.llama_model_load_from_file(str(path).encode(), params)
     logs.SINK.raise_interrupt()

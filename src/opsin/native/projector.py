@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,19 +16,30 @@ from opsin.native.library import library
 
 _KEYS = (b"clip.vision.projector_type", b"clip.projector_type")
 _ROW_END = b"v.token_embd.img_break"
-_STRING, _F32 = 8, 0  # gguf_type, ggml_type
+_IMAGE_SIZE, _GRID = b"clip.vision.image_size", b"clip.vision.image_grid_pinpoints"
+# Whose images llama.cpp brings to one size, unless their file has a grid of other sizes (mtmd.cpp).
+_ONE_SIZE = frozenset({"mlp", "mlp_norm", "ldp", "ldpv2", "cogvlm", "janus_pro", "adapter", "gemma3"})
+_STRING, _UINT32, _F32 = 8, 4, 0  # gguf_type, gguf_type, ggml_type
 _WHOLE_FILE = 16 * 2**20
 _HEAD_BYTES = 2**20  # more than the header of any projector
 _SAMPLES = 64
 _SAMPLE_BYTES = 64 * 2**10
 
 
-def read_projector(path: Path) -> tuple[str, NDArray[np.float32] | None]:
-    """The type as llama.cpp names it, as "mlp" (or ""), and what Pixtral has behind each row. Raises ModelUnreadable.
+class Projector(NamedTuple):
+    """The type as llama.cpp names it, as "mlp" (or ""), and the edge in pixels that all images get (0: not the same).
 
-    That is an embedding, float32 [n_embd], None for others. llama.cpp adds it to 0 times memory that it never wrote
-    (`models/pixtral.cpp`), which is not 0 if that holds a NaN.
+    `row_end` is what Pixtral has behind each row: an embedding, float32 [n_embd], None for others. llama.cpp adds it to
+    0 times memory that it never wrote (`models/pixtral.cpp`), which is not 0 if that holds a NaN.
     """
+
+    kind: str
+    edge: int = 0
+    row_end: NDArray[np.float32] | None = None
+
+
+def read_projector(path: Path) -> Projector:
+    """What a projector's header says. Raises ModelUnreadable."""
     ggml = library().ggml
     file = ggml.gguf_init_from_file(os.fsencode(path), GgufInitParams(True, None))
     if not file:
@@ -35,11 +47,16 @@ def read_projector(path: Path) -> tuple[str, NDArray[np.float32] | None]:
     try:
         found = [at for key in _KEYS if (at := ggml.gguf_find_key(file, key)) >= 0]
         names = [ggml.gguf_get_val_str(file, at) for at in found if ggml.gguf_get_kv_type(file, at) == _STRING]
-        kind, at = names[0].decode("utf-8", "replace") if names else "", ggml.gguf_find_tensor(file, _ROW_END)
+        kind, edge = names[0].decode("utf-8", "replace") if names else "", 0
+        at = ggml.gguf_find_key(file, _IMAGE_SIZE) if kind in _ONE_SIZE and ggml.gguf_find_key(file, _GRID) < 0 else -1
+        if at >= 0 and ggml.gguf_get_kv_type(file, at) == _UINT32:
+            edge = ggml.gguf_get_val_u32(file, at)
+        at = ggml.gguf_find_tensor(file, _ROW_END)
         if at < 0 or ggml.gguf_get_tensor_type(file, at) != _F32:
-            return kind, None
+            return Projector(kind, edge)
         offset = ggml.gguf_get_data_offset(file) + ggml.gguf_get_tensor_offset(file, at)
-        return kind, np.fromfile(path, np.float32, ggml.gguf_get_tensor_size(file, at) // 4, offset=offset)
+        size = ggml.gguf_get_tensor_size(file, at) // 4
+        return Projector(kind, edge, np.fromfile(path, np.float32, size, offset=offset))
     finally:
         ggml.gguf_free(file)
 

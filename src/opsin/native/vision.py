@@ -104,7 +104,7 @@ class Encoder(Owned):
     def __init__(self, model: Model, path: Path, settings: EngineSettings) -> None:
         self.lib = model.lib
         self.path = path
-        self.kind, self._row_end = read_projector(path)
+        self.kind, self.edge, self._row_end = read_projector(path)
         self._model = model
         self._hook = EvalHook(self.lib)
         self._heavy = frozenset(number for number, name in enumerate(op_names(self.lib)) if name in _HEAVY)
@@ -114,10 +114,9 @@ class Encoder(Owned):
         if picked and settings.mmproj_device is not None:  # else mtmd takes the first
             params.device = picked[0].handle
         params.print_timings = False
-        params.warmup = False  # mtmd's own computes nothing
         # Nearly all weights of a projector file are of 16 bits.
         chosen = settings.threads_encode or settings.threads_batch or settings.threads
-        params.n_threads = chosen or default_threads(path.stat().st_size // 2)
+        params.n_threads = chosen or default_threads(path.stat().st_size // 2, offloaded=bool(picked))
         flash = settings.flash_attention if settings.vision_flash_attention is None else settings.vision_flash_attention
         params.flash_attn_type = -1 if flash is None else int(flash)
         params.image_min_tokens = settings.image_min_tokens or -1

@@ -117,7 +117,8 @@ async def ready(request: Request) -> Response:
     manager: ModelManager = request.app.state.model
     if manager.ready:
         return _reply({"status": "ready"})
-    return _reply({"status": manager.state}, 503, {"Retry-After": "1"})
+    how_far = {"progress": manager.engine.progress} if manager.state == "loading" else {}
+    return _reply({"status": manager.state, **how_far}, 503, {"Retry-After": "1"})
 
 
 @router.get("/metrics", include_in_schema=False)

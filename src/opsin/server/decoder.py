@@ -24,9 +24,12 @@ def measure(file: bytes | str, limits: ImageSettings) -> tuple[int, bytes | None
     return opened.width * opened.height, data if isinstance(file, str) else None
 
 
-def decode(data: bytes, limits: ImageSettings, detail: str | None) -> Image:
-    """The image, in memory that a worker can map; shrunk to 512 pixels an edge if `detail` is low. Raises BadImage."""
-    image = images.load_image(data, limits, 512 if detail == "low" else None)
+def decode(data: bytes, limits: ImageSettings, detail: str | None, seen_edge: int = 0) -> Image:
+    """The image, in memory that a worker can map; shrunk to 512 pixels an edge if `detail` is low.
+
+    `seen_edge` is how many of them the model sees (0: not known). Raises BadImage.
+    """
+    image = images.load_image(data, limits, 512 if detail == "low" else None, seen_edge=seen_edge)
     return dataclasses.replace(image, rgb=share(image.rgb))
 
 

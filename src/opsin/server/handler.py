@@ -122,7 +122,8 @@ class CompletionHandler(Response):
         queue: FairQueue = server.queue
         bucket: RateBucket = self._request.state.bucket
         with contextlib.ExitStack() as held:
-            images = RequestImages(server.images, who)
+            loaded = model.engine.loaded
+            images = RequestImages(server.images, who, loaded.limits.image_edge if loaded else 0)
             held.callback(images.hold, 0)
             model.enter()
             stats.model = model.name

@@ -181,11 +181,15 @@ class ImageLoader:
 
 
 class RequestImages:
-    """Loads the images of one request of `key`, and holds their pixels until it is told to hold none."""
+    """Loads the images of one request of `key`, and holds their pixels until it is told to hold none.
 
-    def __init__(self, loader: ImageLoader, key: str) -> None:
+    `seen_edge` is the edge in pixels of what the model sees of any image (0: not known).
+    """
+
+    def __init__(self, loader: ImageLoader, key: str, seen_edge: int = 0) -> None:
         self._loader = loader
         self.key = key
+        self._seen_edge = seen_edge
         self._pixels = 0
 
     async def load(self, wanted: Sequence[Wanted]) -> list[Image]:
@@ -221,7 +225,7 @@ class RequestImages:
         one.fetch_ms = (time.perf_counter() - begin) * 1e3
 
     async def _decode(self, one: Wanted) -> Image:
-        image = await self._loader.call(decoder.decode, one.file, self._loader.limits, one.detail)
+        image = await self._loader.call(decoder.decode, one.file, self._loader.limits, one.detail, self._seen_edge)
         return dataclasses.replace(image, fetch_ms=one.fetch_ms)
 
 

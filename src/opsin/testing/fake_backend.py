@@ -171,7 +171,9 @@ class FakeBackend:
             assert rows.causal or not entries, "tokens never go beside rows that attend in both directions"
             entries += [f"<{int(row[0])}.{int(row[1])}>" for row in rows.rows]
             positions += [int(time) for time in rows.positions[0]]
-            seq_ids += [rows.seq_id] * len(rows.rows)
+            entries += rows.behind
+            positions += range(rows.behind_at, rows.behind_at + len(rows.behind))
+            seq_ids += [rows.seq_id] * (len(rows.rows) + len(rows.behind))
             ms = self.image_token_ms * len(entries)
         count = len(entries)
         assert 0 < count <= self.limits.n_ubatch, "a ubatch holds 1 to n_ubatch rows"

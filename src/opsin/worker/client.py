@@ -77,7 +77,7 @@ class WorkerEngine:
 
     `loaded` is the model, also while it is unloaded, and None before it was loaded for the first time; `error` says why
     nothing can be asked any more; `restarts` counts workers that crashed or hung and were replaced; `pid` is the
-    worker's process, None while there is none.
+    worker's process, None while there is none; `progress` is how much of the language model was loaded, from 0 to 1.
     """
 
     def __init__(
@@ -106,6 +106,7 @@ class WorkerEngine:
         self.pid: int | None = None
         self._closing = self._woken = False
         self._state: State = "loading"
+        self.progress = 0.0
         self.loaded: Loaded | None = None
         self.error: OpsinError | None = None
         self.restarts = 0
@@ -351,6 +352,9 @@ class WorkerEngine:
 
     def _on_loading(self, child: Child, files: Sequence[Path | None]) -> None:
         child.files = " with ".join(str(file) for file in files if file is not None)
+
+    def _on_progress(self, _child: Child, share: float) -> None:
+        self.progress = share
 
     def _on_warming(self, _child: Child) -> None:
         if self._state == "loading":

@@ -172,6 +172,7 @@ class _Worker:
                 watch=self._watch,
                 wake=self._wake,
                 resolved=lambda *files: self._channel.send(("loading", files)),
+                progress=lambda share: self._channel.send(("progress", share)),
             )
             self._channel.send(("warming",))
             placement = _warm_up(runtime)

@@ -201,6 +201,11 @@ def test_no_two_images_of_any_run_are_alike(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_workloads_are_chosen_by_name() -> None:
     assert choose(None) == WORKLOADS
+    (many,) = choose(["W3"], tokens=128, questions=32)
+    assert {ask.max_tokens for ask in many.asks} == {128}
+    assert len({ask.question for ask in many.asks}) == 32
+    assert many.title == "32 questions about one new image, at once"
+    assert [ask.max_tokens for ask in choose(["W5"], tokens=128)[0].asks] == [96, 8, 8, 8]
     assert [w.name for w in choose(["w5", " W1"])] == ["W1", "W5"]
     with pytest.raises(BadParameter, match="W7"):
         choose(["W1", "W7"])

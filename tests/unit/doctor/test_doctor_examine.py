@@ -100,6 +100,12 @@ def test_a_sound_pair_is_looked_at_from_all_sides(pair: Pair, machine: SimpleNam
     assert machine.backend.closed
 
 
+def test_a_quick_look_loads_nothing(pair: Pair, machine: SimpleNamespace) -> None:
+    machine.open_runtime = lambda: pytest.fail("it was loaded")
+    found = list(examine(EngineSettings(model=pair.llm, mmproj=pair.mmproj), quick=True))
+    assert groups({check.name: check for check in found}) == {"build", "room", "pair"}
+
+
 @pytest.mark.usefixtures("machine")
 def test_the_loaded_pairs_word_stands_and_not_the_headers(pair: Pair) -> None:
     found = examined(pair, ubatch=512)

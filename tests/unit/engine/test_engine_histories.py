@@ -55,6 +55,7 @@ class World:
     layers: int
     image_tokens: int
     mixed_rows: int
+    asynchronous: bool
 
 
 span = st.sampled_from(["a", "b", "ab", "abba" * 2, "ab" * 8])
@@ -83,6 +84,7 @@ worlds = st.builds(
     layers=st.sampled_from([1, 3]),
     image_tokens=st.sampled_from([1, 4, 12]),
     mixed_rows=st.sampled_from([0, 3, 16]),
+    asynchronous=st.booleans(),
 )
 faults = st.dictionaries(st.integers(0, 40), st.sampled_from(["encode", "decode", "room"]), max_size=3)
 
@@ -96,7 +98,7 @@ def context_of(world: World, history: list[Ask]) -> int:
 
 def live(world: World, history: list[Ask], mishaps: dict[int, str], *, keep_prefixes: bool) -> Driver:
     size = limits(context_of(world, history), world.n_ubatch, world.n_seq_max)
-    size = dataclasses.replace(size, mixed_rows=world.mixed_rows)
+    size = dataclasses.replace(size, mixed_rows=world.mixed_rows, asynchronous=world.asynchronous)
     backend = Backend(reply, limits=size, clock=FakeClock(), image_tokens=world.image_tokens)
     backend.layers = world.layers
     policy = Policy(

@@ -269,6 +269,30 @@ def test_streams_get_their_tokens_in_the_slices_of_images_where_the_backend_can(
     assert said[0] == said[1]
 
 
+@pytest.mark.parametrize(
+    ("question", "mixed_rows", "steps"), [("what?", 64, 1), ("what?", 0, 2), ("what? " * 8, 64, 2)]
+)
+def test_a_short_question_goes_with_the_last_rows_of_its_image(question: str, mixed_rows: int, steps: int) -> None:
+    """One step of the language model instead of two, where the backend can and the ubatch has room."""
+    size = dataclasses.replace(limits(n_ctx=400, n_ubatch=64), mixed_rows=mixed_rows)
+    made = driver(size=size, answer=lambda text: hashlib.sha256(text.encode()).hexdigest())
+    made.backend.image_tokens = 20
+    asked = made.ask(prompt_of(1, question), max_tokens=8)
+    made.run()
+    planned = [plan.step for plan in made.plans]
+    filled = [step for step in planned if isinstance(step, PrefillImage) or (isinstance(step, Tokens) and step.prefill)]
+    begin = [step for step in filled if isinstance(step, Tokens) and step.prefill[0].tokens == (256,)]
+    assert len(filled) - len(begin) == steps
+    images = [step for step in filled if isinstance(step, PrefillImage)]
+    assert [bool(step.text) for step in images] == [steps == 1]
+    alone = driver(size=limits(n_ctx=400, n_ubatch=64), answer=lambda text: hashlib.sha256(text.encode()).hexdigest())
+    alone.backend.image_tokens = 20
+    same = alone.ask(prompt_of(1, question), max_tokens=8)
+    alone.run()
+    assert asked.answer.text == same.answer.text
+    assert asked.answer.stages.text_prefill_ms > 0
+
+
 @pytest.mark.parametrize("leaver", ["talk", "image"])
 def test_a_slice_whose_stream_or_image_goes_away_is_computed_for_the_others(leaver: str) -> None:
     size = dataclasses.replace(limits(n_ctx=60), mixed_rows=16)

@@ -11,6 +11,7 @@ import pytest
 
 from opsin.core.errors import BadParameter, EngineClosed
 from opsin.core.request import EmbeddingRows, TokenBatch
+from opsin.native import devices
 from opsin.native.context import BatchArrays
 from opsin.native.devices import Device, default_threads, physical_cores, pick
 from opsin.native.model import Owned
@@ -113,6 +114,13 @@ def test_a_device_is_picked_by_name() -> None:
         pick("Metal", "--device", PRESENT[:1])
 
 
+@pytest.mark.parametrize(("kind", "names"), [("Metal", ["MTL0"]), ("cuda", ["CUDA0", "CUDA1"]), ("MTL0", ["MTL0"])])
+def test_a_device_is_picked_by_kind(kind: str, names: list[str]) -> None:
+    """llama.cpp calls Apple's GPU MTL0, and everybody else Metal."""
+    present = [*PRESENT, Device("CUDA1", "a card", "gpu", 1, 1, 13), Device("MTL0", "Apple M4", "igpu", 1, 1, 14)]
+    assert [device.name for device in pick(kind, "--device", present)] == names
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="Linux counts siblings")
 def test_siblings_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
@@ -127,6 +135,13 @@ def test_siblings_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_small_model_gets_one_thread() -> None:
     assert default_threads(4_000_000) == 1
     assert default_threads(7_000_000_000) == physical_cores()
+
+
+def test_a_model_on_a_gpu_gets_few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "physical_cores", lambda: 64)
+    assert default_threads(7_000_000_000) == 64
+    assert default_threads(7_000_000_000, offloaded=True) == 4
+    assert default_threads(4_000_000, offloaded=True) == 1
 
 
 class Batch(ctypes.Structure):

@@ -59,7 +59,7 @@ def test_alive_is_not_ready() -> None:
         async with world(start=False) as w:
             assert (await w.client.get("/health")).status_code == 200
             reply = await w.client.get("/ready")
-            assert (reply.status_code, reply.json()) == (503, {"status": "loading"})
+            assert (reply.status_code, reply.json()) == (503, {"status": "loading", "progress": 0.0})
             assert (await w.client.get("/props")).status_code == 503
             w.engine.state = "ready"
             assert (await w.client.get("/ready")).json() == {"status": "ready"}

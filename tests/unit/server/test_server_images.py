@@ -121,8 +121,8 @@ class Slow:
         self.inside = self.most = 0
         self.go, self.full = threading.Event(), threading.Event()
 
-        def slow(*args: Any) -> Any:
-            image = load_image(*args)
+        def slow(*args: Any, **options: Any) -> Any:
+            image = load_image(*args, **options)
             with self.lock:
                 self.inside += image.width * image.height
                 self.most = max(self.most, self.inside)
