@@ -41,6 +41,7 @@ from opsin.models import resolve
 
 STREAMS = (1, 8, 32)
 TOKENS = 64
+_WAITS = SamplingParams(json_schema="{}")  # to check it waits for the thread that reads the vocabulary after the load
 _CLOCK_TICKS = 100  # per second: Linux's USER_HZ, the unit of /proc
 
 
@@ -107,6 +108,7 @@ def in_process(engine: Engine, streams: int, *, guard: bool) -> Overhead:
         running = [engine.submit(Prompt((TextPart(prompt),)), params) for prompt in prompts]
         return sum(stream.result().usage.completion_tokens for stream in running)
 
+    engine.call(lambda backend: backend.check(_WAITS))
     answer(_prompts(streams, "First "))
     steps, wall, cpu = engine.stats.decode_steps, time.perf_counter(), time.process_time()
     tokens = answer(_prompts(streams))
@@ -116,6 +118,7 @@ def in_process(engine: Engine, streams: int, *, guard: bool) -> Overhead:
 
 def native(backend: Backend, streams: int) -> Overhead:
     """The CPU time of the same number of steps by bare decode and sample calls. Raises EngineError."""
+    backend.check(_WAITS)
     samplers = [backend.sampler(SamplingParams(temperature=0, ignore_eos=True), seed=0) for _ in range(streams)]
     tokens, rows = list(range(1, streams + 1)), list(range(streams))
     wall, cpu = time.perf_counter(), time.process_time()

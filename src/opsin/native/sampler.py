@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 _TOKEN = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
-_NEAR = 8.0  # below the best logit: a few hundred tokens of a trained model, each of them at most e⁻⁸ as likely
+_NEAR, _FEW = (8.0, 12.0, 16.0), 4096  # so far below the best logit a trained model has dozens to hundreds of tokens
 
 
 class NativeSampler(Owned):
@@ -105,12 +105,12 @@ class NativeSampler(Owned):
     def _sampled(self, logits: NDArray[np.float32], row: int) -> int:
         if self._plain:
             return int(logits.argmax())
-        if self._top_k:
-            return self._drawn(likely(logits, self._top_k))
+        if self._top_k and (few := most_likely(logits, self._top_k)) is not None:
+            return self._drawn(few)
         return int(self._llama.llama_sampler_sample(self.pointer, self._context.pointer, row))
 
     def _drawn(self, tokens: NDArray[Any]) -> int:
-        """What the chain draws from these tokens of `_TOKEN` alone; a whole vocabulary takes it ten times as long."""
+        """What the chain draws from these tokens of `_TOKEN` alone: its own call copies the whole vocabulary."""
         llama = self._llama
         first = ctypes.cast(tokens.ctypes.data, ctypes.POINTER(llama.llama_token_data))
         array = llama.llama_token_data_array(first, len(tokens), -1, False)
@@ -118,15 +118,20 @@ class NativeSampler(Owned):
         return int(array.data[array.selected].id)
 
 
-def likely(logits: NDArray[np.float32], count: int) -> NDArray[Any]:
-    """The `count` most likely tokens and some more, in the order of their ids: the chain's own top_k chooses."""
-    chosen = np.flatnonzero(logits >= logits.max() - _NEAR)
-    if len(chosen) < count:
-        chosen = np.argpartition(logits, -min(count, len(logits)))[-count:]
-        chosen = np.sort(chosen[logits[chosen] > -np.inf])
-    tokens = np.empty(len(chosen), _TOKEN)
-    tokens["id"], tokens["logit"], tokens["p"] = chosen, logits[chosen], 0.0
-    return tokens
+def most_likely(logits: NDArray[np.float32], count: int) -> NDArray[Any] | None:
+    """The `count` most likely tokens and some more, in the order of their ids; None where that is no quick way.
+
+    The chain's own top_k chooses among them.
+    """
+    best = logits.max()
+    for near in _NEAR:
+        likely = logits >= best - near
+        if count <= np.count_nonzero(likely) <= _FEW:
+            chosen = np.flatnonzero(likely)
+            tokens = np.empty(len(chosen), _TOKEN)
+            tokens["id"], tokens["logit"], tokens["p"] = chosen, logits[chosen], 0.0
+            return tokens
+    return None
 
 
 def _biases(model: Model, params: SamplingParams, *, constrained: bool) -> dict[int, float]:
