@@ -3,8 +3,8 @@
 #
 #   scripts/llama.sh PYTHON BACKEND       `make setup BACKEND=…` calls it; BACKEND: cpu, cuda, metal, rocm or vulkan
 #
-# cuda takes the nvcc that is on PATH or in /usr/local/cuda. Where there is none, NVIDIA's compiler and libraries come from
-# PyPI into the environment: about 1 GB. CUDA_ARCHITECTURES=86 compiles for cards of compute capability 8.6; unset, for the
+# cuda takes the nvcc that is on PATH or in /usr/local/cuda. Where there is none with cuBLAS, NVIDIA's compiler and
+# libraries come from PyPI into the environment: about 1 GB. CUDA_ARCHITECTURES=86 compiles for cards of compute capability 8.6; unset, for the
 # card that is here, or where there is none for all that ggml knows, which takes several times as long.
 set -euo pipefail
 
@@ -20,7 +20,7 @@ python=$1 backend=$2
 
 # cuda_from_pypi: NVIDIA's packages, in the layout that CMake looks for; sets `toolkit`
 cuda_from_pypi() {
-  echo "llama: there is no nvcc here, so NVIDIA's compiler comes from PyPI" >&2
+  echo "llama: there is no nvcc with cuBLAS here, so NVIDIA's compiler comes from PyPI" >&2
   "$python" -m pip install --progress-bar off 'cuda-toolkit[nvcc,cudart,cublas,cccl,nvvm,crt]==13.0.*'
   toolkit=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nvidia/cu13
   [ -x "$toolkit/bin/nvcc" ] || die "NVIDIA's packages have no $toolkit/bin/nvcc: install the CUDA toolkit instead"
@@ -39,7 +39,7 @@ case $backend in
   cuda)
     flags="-DGGML_CUDA=on"
     nvcc=$(command -v nvcc || command -v /usr/local/cuda/bin/nvcc || true)
-    if [ -z "$nvcc" ]; then
+    if [ -z "$nvcc" ] || ! echo '#include <cublas_v2.h>' | "$nvcc" -x cu -E - >/dev/null 2>&1; then
       cuda_from_pypi
       nvcc=$toolkit/bin/nvcc
       # Without the driver there is no libcuda to link with, which only this kind of memory needs.

@@ -11,7 +11,7 @@ from opsin.core.errors import DecodeFailed
 from opsin.core.request import EmbeddingRows, TokenBatch
 from opsin.core.settings import EngineSettings
 from opsin.native import open_backend
-from opsin.native.token_table import TokenTable
+from opsin.native.model import TokenTable
 from synth import LLM_TYPES, write_pair
 
 

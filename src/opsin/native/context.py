@@ -23,9 +23,8 @@ from opsin.core.settings import CTX_PER_SEQUENCE
 from opsin.native import logs
 from opsin.native.devices import default_threads
 from opsin.native.memory import OUTPUTS, SPARE_SEQUENCES
-from opsin.native.model import Owned, floats
+from opsin.native.model import Owned, TokenTable, floats
 from opsin.native.sampler import NativeSampler
-from opsin.native.token_table import TokenTable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import threading
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from opsin.core.errors import EngineClosed, ModelUnreadable
+from opsin.core.ggml_types import TENSOR_TYPES
 from opsin.core.request import TextChunk, TokenizedPrompt
 from opsin.native import logs
 from opsin.native.devices import Device, devices, pick
+from opsin.native.ggml import GgufInitParams
 from opsin.native.library import Library, library
 
 if TYPE_CHECKING:
@@ -21,10 +24,14 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from opsin.core.request import TextPart
+    from opsin.core.request import Embedding, TextPart
     from opsin.core.settings import EngineSettings
 
     Loading = Callable[[float], None]  # hears how much of a model is loaded, from 0 to 1
+
+# Architectures whose graph does the same to a token's embedding and to an image's (llama.cpp's src/models). Others
+# scale a token's (gemma), or take more of a token than its embedding.
+_PLAIN = frozenset({"internlm2", "llama", "mistral3", "qwen2", "qwen2vl", "qwen3", "qwen3vl", "qwen3vlmoe", "smollm3"})
 
 # llama_token_attr of llama.h
 _ATTR_UNKNOWN, _ATTR_CONTROL, _ATTR_LSTRIP, _ATTR_RSTRIP = 1 << 0, 1 << 3, 1 << 7, 1 << 8
@@ -233,3 +240,42 @@ def _load(lib: Library, path: Path, params: Any) -> int:
             "check that the file is whole and its architecture is supported."
         )
     return pointer
+
+
+class TokenTable:
+    """A model's token embeddings: rows of `token_embd.weight`, a view of its file, of which only some are read.
+
+    `llama_batch` holds tokens or embeddings, never both, and reading all weights for a batch of one token costs as much
+    as for thirty rows. With its embedding a token can go beside an image's rows.
+    """
+
+    def __init__(self, model: Model) -> None:
+        """Raises LookupError for models whose tokens cannot be given as embeddings."""
+        ggml = model.lib.ggml
+        if model.metadata("general.architecture") not in _PLAIN:
+            raise LookupError
+        file = ggml.gguf_init_from_file(os.fsencode(model.path), GgufInitParams(True, None))
+        at = ggml.gguf_find_tensor(file, b"token_embd.weight") if file else -1
+        try:
+            if at < 0:
+                raise LookupError
+            kind, size = ggml.gguf_get_tensor_type(file, at), ggml.gguf_get_tensor_size(file, at)
+            offset = ggml.gguf_get_data_offset(file) + ggml.gguf_get_tensor_offset(file, at)
+        finally:
+            ggml.gguf_free(file)  # a null pointer does no harm
+        traits = ggml.ggml_get_type_traits(kind).contents
+        self._width, self._padded = model.lib.llama.llama_model_n_embd(model.pointer), model.n_embd
+        row = self._width // traits.block * traits.size
+        self._to_float = traits.to_float
+        known = TENSOR_TYPES[kind][1:] == (traits.block, traits.size) and size == row * model.n_vocab
+        if not (known and self._to_float):
+            raise LookupError
+        self._rows = np.memmap(model.path, np.uint8, "r", offset, (model.n_vocab, row))
+
+    def rows(self, tokens: Sequence[int]) -> Embedding:
+        """The embeddings of these tokens, float32 [n, n_embd]; behind them zeros where images take more (deepstack)."""
+        found = np.zeros((len(tokens), self._padded), np.float32)
+        for place, token in zip(found, tokens, strict=True):
+            row = self._rows[token]
+            self._to_float(row.ctypes.data, place.ctypes.data, self._width)
+        return found

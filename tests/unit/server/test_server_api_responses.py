@@ -170,7 +170,7 @@ def test_a_format_becomes_a_schema(wanted: Any) -> None:
             "input[0].arguments",
             "JSON",
         ),
-        ({"max_output_tokens": 0}, "max_output_tokens", "greater"),
+        ({"max_output_tokens": 0}, "max_output_tokens", "at least"),
     ],
 )
 def test_what_a_response_cannot_do_is_refused_by_name(body: Any, param: str, word: str) -> None:
