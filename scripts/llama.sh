@@ -32,7 +32,7 @@ cuda_from_pypi() {
 }
 
 case $backend in
-  cpu) flags="" ;;
+  cpu) flags="-DGGML_METAL=off -DGGML_CUDA=off -DGGML_HIP=off -DGGML_VULKAN=off" ;;
   metal) flags="-DGGML_METAL=on" ;;
   rocm) flags="-DGGML_HIP=on" ;;
   vulkan) flags="-DGGML_VULKAN=on" ;;
@@ -52,11 +52,15 @@ case $backend in
   *) die "there is no backend $backend: choose cpu, cuda, metal, rocm or vulkan" ;;
 esac
 
-# The stamp keeps the flags, so that a build with others is not taken for this one. No wheel cache: it does not know them.
+# The stamp keeps what was built, so that another build is not taken for it; one that somebody installed since is newer.
+# No wheel cache: it does not know flags.
 stamp=$(dirname "$python")/../.llama
-if [ "$(cat "$stamp" 2>/dev/null)" != "$backend $flags" ]; then
+pinned=$(grep '^llama-cpp-python==' "$root/requirements.lock")
+wanted="$pinned $backend ${CMAKE_ARGS:-} $flags"
+installed=$("$python" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/llama_cpp/__init__.py
+if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ] || [ ! -e "$installed" ] || [ "$installed" -nt "$stamp" ]; then
   echo "llama: compiling llama.cpp for $backend" >&2
   CMAKE_ARGS="${CMAKE_ARGS:-} $flags" "$python" -m pip install --progress-bar off --no-cache-dir --force-reinstall --no-deps \
-    --no-binary llama-cpp-python "$(grep '^llama-cpp-python==' "$root/requirements.lock")"
-  echo "$backend $flags" >"$stamp"
+    --no-binary llama-cpp-python "$pinned"
+  echo "$wanted" >"$stamp"
 fi

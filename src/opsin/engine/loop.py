@@ -207,8 +207,10 @@ class Loop:
         self._set_idle_stages()
         for sequence in [s for s in self._scheduler.running if s.sampler is None]:
             self._begin(sequence)
-        if not isinstance(step, Tokens):
+        if self._unread and not isinstance(step, Tokens):
             self._show_unread()
+            self._sweep_done()
+            self._flush()  # an encode may take long
         self._sweep_done()
         if step is not None and all(s.state is not State.DONE for s in members_of(step)):
             self._run(step)
@@ -245,8 +247,11 @@ class Loop:
         try:
             room = self._runner.run(step, self._between(step))
         except OpsinError as error:
+            self._show_unread()  # whose answer is complete with that, did not fail
             for sequence in members_of(step):
-                self._fail(sequence, error)
+                if sequence.state is not State.DONE:
+                    self._fail(sequence, error)
+            self._sweep_done()
             return
         if not room:
             self._give_up_something(step)
@@ -341,6 +346,10 @@ class Loop:
 
     def _give_up_something(self, step: Step) -> None:
         """The backend had no room although the counts said so: evict or preempt, or fail who cannot be helped."""
+        if self._unread:  # maybe somebody ends, and there is room
+            self._show_unread()
+            self._sweep_done()
+            return
         if self._scheduler.relieve():
             self._apply()
             return
@@ -351,13 +360,15 @@ class Loop:
     def _sweep(self) -> None:
         """End who went away or is out of time, and free and answer all that ended."""
         now = self._runner.now = self._now()
-        for sequence in (*self._scheduler.running, *self._scheduler.waiting):
-            if sequence.stream.done:
-                sequence.end("cancelled")
-            else:
-                sequence.check_deadline(now)
-            if sequence.state is State.DONE:
-                self._end(sequence)
+        everybody = (*self._scheduler.running, *self._scheduler.waiting)
+        if ended := [s for s in everybody if s.stream.done or s.is_late(now)]:
+            self._show_unread()  # which may end an answer for another reason
+            for sequence in ended:
+                if sequence.stream.done:
+                    sequence.end("cancelled")
+                else:
+                    sequence.end("length", "seconds")
+        self._sweep_done()
 
     def _sweep_done(self) -> None:
         """Free and answer all that ended."""

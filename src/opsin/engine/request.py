@@ -332,7 +332,7 @@ class Sequence:
         if whole:
             self.chunk_index += 1
             self.chunk_offset = 0
-            if self.chunk_index == len(self.chunks):
+            if self.chunk_index == len(self.chunks) and self.state is State.PREFILL:
                 self.state = State.DECODE
 
     def decoded(self) -> None:
@@ -382,10 +382,9 @@ class Sequence:
         if budget is not None and output.thinking and output.reasoning_tokens == budget:
             self.forced = list(self.closing)
 
-    def check_deadline(self, now: float) -> None:
-        """End an answer whose time is over; what it has so far is kept."""
-        if self.request.deadline is not None and now >= self.request.deadline:
-            self.end("length", "seconds")
+    def is_late(self, now: float) -> bool:
+        """Whether its time is over; what it has so far is kept."""
+        return self.request.deadline is not None and now >= self.request.deadline
 
     def preempt(self) -> None:
         """Its cells are needed elsewhere: it waits again, with what it answered so far as a part of its prompt."""

@@ -53,6 +53,7 @@ _MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 _JPEG_END = b"\xff\xd9"
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_LOSSLESS = frozenset({0xC3, 0xC7, 0xCB, 0xCF})  # which libjpeg cannot decode at a part of their size
 # Bits that a block of 8x8 pixels takes at least, by the marker of the frame: two Huffman codes, one in a first scan of
 # progressive files. Arithmetic coding has no such bound.
 _LEAST_BITS = {0xC0: 2, 0xC1: 2, 0xC2: 1}
@@ -74,7 +75,8 @@ class OpenImage:
         check_bytes(len(data), name, settings)
         self._data, self._name, self._settings = data, name, settings
         self._kind = image_format(data, name)
-        end, scans_whole = check_jpeg(data, name, settings) if self._kind == "JPEG" else (0, False)
+        end, scans_whole, frame = check_jpeg(data, name, settings) if self._kind == "JPEG" else (0, False, 0)
+        self._scales = self._kind == "JPEG" and frame not in _LOSSLESS
         self._jpeg_open = self._kind == "JPEG" and data[end : end + 2] != _JPEG_END
         if self._jpeg_open:
             if not scans_whole:  # a progressive file may end between two scans
@@ -95,7 +97,7 @@ class OpenImage:
         """
         with _one_sentence(self._kind, self._name):
             part: tuple[str, ...] = ()
-            if self._kind == "JPEG" and seen_edge:
+            if self._scales and seen_edge:
                 self._image.draft(None, (_SPARE * seen_edge, _SPARE * seen_edge))
                 times = round(self.width / self._image.width)
                 part = (f"read at 1/{times} of its size, as the model sees {seen_edge} pixels",) if times > 1 else ()
@@ -165,7 +167,7 @@ class OpenImage:
         looks = set()
         for data in _filled(self._data[: self._jpeg_end], _FILLERS if self._jpeg_open else _FILLERS[:1]):
             image = _open("JPEG", data)
-            if not self._jpeg_open:
+            if self._scales and not self._jpeg_open:
                 image.draft(None, (max(1, self.width // 8), max(1, self.height // 8)))
             looks.add(hashlib.sha256(image.tobytes()).digest())
         return len(looks) > 1
@@ -267,13 +269,13 @@ def make_image(
         return Image(rgb, *flat.size, digest.hexdigest(), kind, orientation, notes)
 
 
-def check_jpeg(data: bytes, name: str, settings: ImageSettings) -> tuple[int, bool]:
-    """Walk over the segments without decoding: where the compressed pixels end, and whether no scan is missing.
+def check_jpeg(data: bytes, name: str, settings: ImageSettings) -> tuple[int, bool, int]:
+    """Walk over the segments without decoding: where the pixels end, whether no scan is missing, the frame's marker.
 
     Raises ImageTooLarge for a size beyond the limits and for more than 100 scans, each of which costs a pass over
     all pixels; BadImage for more segments than any image has, and for fewer bytes than its pixels take.
     """
-    at, end, first, scans, least_bits, components = 2, len(data), len(data), 0, 0, 0
+    at, end, first, scans, least_bits, components, frame = 2, len(data), len(data), 0, 0, 0, 0
     done: set[tuple[int, int]] = set()  # coefficients of components whose last bit is there
     for _ in range(MAX_SEGMENTS):
         found = _MARKER.search(data, at)
@@ -284,6 +286,7 @@ def check_jpeg(data: bytes, name: str, settings: ImageSettings) -> tuple[int, bo
         if marker in _FRAMES and at + 8 <= len(data) and not least_bits:
             height, width, components = struct.unpack_from(">HHB", data, at + 3)
             check_size(width, height, name, settings)
+            frame = frame or marker
             least_bits = _LEAST_BITS.get(marker, 0) * -(-width // 8) * -(-height // 8)
         head, at = at + 3, at + int.from_bytes(data[at : at + 2], "big")
         if marker == _START_OF_SCAN:
@@ -299,7 +302,7 @@ def check_jpeg(data: bytes, name: str, settings: ImageSettings) -> tuple[int, bo
         raise BadImage(f"{name} has more than {MAX_SEGMENTS:,} segments, so it is damaged; save it again.")
     if 8 * max(0, end - first) < least_bits:
         raise damaged("JPEG", name)
-    return end, len(done) == 64 * components
+    return end, len(done) == 64 * components, frame
 
 
 def _filled(data: bytes, fillers: Sequence[bytes]) -> Iterator[bytes]:

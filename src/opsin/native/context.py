@@ -385,9 +385,11 @@ class BatchArrays:
         count, tokens, end = len(data), len(rows.beside.tokens), len(data) - len(rows.behind)
         self._owners(rows.beside, count)
         positions = self._pos[: count * self._n_pos].reshape(self._n_pos, count)
-        positions[:, :tokens] = rows.beside.positions  # a token's sections have one position, as in llama.cpp
+        # A token's sections have one position, but the last of four, which is 0: as llama.cpp does it for tokens.
+        positions[:, :tokens] = rows.beside.positions
         positions[:, tokens:end] = rows.positions
         positions[:, end:] = np.arange(rows.behind_at, rows.behind_at + count - end)
+        positions[3:, :tokens] = positions[3:, end:] = 0
         self._seq_id[tokens:count] = rows.seq_id + self._ids
         self._logits[count - 1] |= rows.logits
         self._batch.n_tokens, self._batch.token, self._batch.embd = count, None, self._pointer(data, "embd")

@@ -136,11 +136,15 @@ class Model(Owned):
 
         def tell(share: float, _user_data: object) -> bool:
             nonlocal told
-            if (percent := int(100 * share)) > told:
-                told = percent
-                progress(percent / 100)
-            return True  # go on
+            try:
+                if (percent := int(100 * share)) > told:
+                    told = percent
+                    progress(percent / 100)
+            except BaseException as error:  # noqa: BLE001 - also Ctrl-C; raised when llama.cpp has come back
+                params.errors.append(error)
+            return not params.errors  # whether to go on
 
+        params.errors = list[BaseException]()
         params.progress_callback = llama.llama_progress_callback(tell)
         return params
 
@@ -234,6 +238,9 @@ def _load(lib: Library, path: Path, params: Any) -> int:
     mark = logs.SINK.mark
     pointer: int = lib.llama.llama_model_load_from_file(str(path).encode(), params)
     logs.SINK.raise_interrupt()
+    if params.errors:
+        lib.llama.llama_model_free(pointer)
+        raise params.errors[0]
     if not pointer:
         raise ModelUnreadable(
             f"llama.cpp cannot load {path.name} ({logs.SINK.cause(mark) or 'no reason given'}): "

@@ -92,3 +92,38 @@ def test_the_prefix_of_an_answer_that_ended_late_is_whole() -> None:
     made.run()
     assert second.answer.usage.cached_tokens > 0
     assert second.answer.text == "abcd"
+
+
+def test_readers_are_woken_before_an_image_is_encoded() -> None:
+    """An encode may take long, and where a GPU does it nobody gets a turn meanwhile."""
+    made = driver("abcdefgh")
+    made.loop._policy = dataclasses.replace(made.policy, decode_in_encode=False)
+    backend, waiting = made.backend, list[int]()
+    encode = backend.encode
+
+    def noted(*args: Any) -> Any:
+        waiting.append(len(made.loop._touched))
+        return encode(*args)
+
+    backend.encode = noted  # type: ignore[method-assign]
+    asked = made.ask("talk", max_tokens=8)
+    for _ in range(3):
+        made.step()
+    shown = asked.text
+    made.ask(prompt_of(1), max_tokens=1)
+    while not waiting:
+        made.step()
+    assert len(asked.text) > len(shown)
+    assert waiting == [0]
+    made.run()
+
+
+def test_an_answer_that_is_complete_does_not_fail_with_the_step_behind_it() -> None:
+    made = driver("abcdef")
+    asked = made.ask("hello", stop=("cd",))
+    while asked.sequence.output.tokens[-1:] != [ord("d")]:
+        made.step()
+    assert not asked.ends
+    made.backend.fail_decode = RuntimeError("boom")
+    made.run()
+    assert (asked.answer.text, asked.answer.finish_reason) == ("ab", "stop")

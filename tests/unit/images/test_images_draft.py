@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -73,3 +74,22 @@ def test_other_files_are_read_whole() -> None:
     out = io.BytesIO()
     photo(2000, 1500).save(out, "PNG", compress_level=1)
     assert load_image(out.getvalue(), LIMITS, seen_edge=336).width == 2000
+
+
+def lossless(width: int, height: int) -> bytes:
+    """A lossless JPEG (ITU-T T.81, annex H) of one grey: each pixel is the one bit that says it is as predicted."""
+
+    def segment(marker: int, data: bytes) -> bytes:
+        return bytes([0xFF, marker]) + struct.pack(">H", len(data) + 2) + data
+
+    table = segment(0xC4, bytes([0, 1, *[0] * 15, 0]))
+    frame = segment(0xC3, struct.pack(">BHHB3B", 8, height, width, 1, 1, 0x11, 0))
+    scan = segment(0xDA, bytes([1, 1, 0, 1, 0, 0]))
+    return b"\xff\xd8" + frame + table + scan + bytes(-(-width * height // 8)) + b"\xff\xd9"
+
+
+def test_lossless_files_are_read_whole() -> None:
+    """libjpeg cannot decode them at a part of their size."""
+    image = load_image(lossless(1600, 1600), LIMITS, seen_edge=336)
+    assert (image.width, image.notes) == (1600, ())
+    assert set(image.rgb) == {128}
