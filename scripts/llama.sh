@@ -4,8 +4,9 @@
 #   scripts/llama.sh PYTHON BACKEND       `make setup BACKEND=…` calls it; BACKEND: cpu, cuda, metal, rocm or vulkan
 #
 # cuda takes the nvcc that is on PATH or in /usr/local/cuda. Where there is none with cuBLAS, NVIDIA's compiler and
-# libraries come from PyPI into the environment: about 1 GB. CUDA_ARCHITECTURES=86 compiles for cards of compute capability 8.6; unset, for the
-# card that is here, or where there is none for all that ggml knows, which takes several times as long.
+# libraries come from PyPI into the environment: about 1 GB. CUDA_ARCHITECTURES=86 compiles for cards of compute
+# capability 8.6; unset, for the card that is here, or where there is none for those from 7.5 on, which takes several times
+# as long.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -207,11 +207,11 @@ class Loop:
         self._set_idle_stages()
         for sequence in [s for s in self._scheduler.running if s.sampler is None]:
             self._begin(sequence)
-        if self._unread and not isinstance(step, Tokens):
+        if shown := bool(self._unread) and not isinstance(step, Tokens):
             self._show_unread()
-            self._sweep_done()
-            self._flush()  # an encode may take long
         self._sweep_done()
+        if shown:
+            self._flush()  # an encode may take long
         if step is not None and all(s.state is not State.DONE for s in members_of(step)):
             self._run(step)
         self._flush()
