@@ -27,8 +27,8 @@ from opsin.core.settings import EngineSettings
 from opsin.engine import AnswerStream
 from opsin.testing import image
 from opsin.testing.fake_backend import TURN_TEXT
-from opsin.worker import ImageBlocked, NotReady, Pixels, WorkerEngine, client, messages, share
-from opsin.worker.messages import SHARED_BYTES
+from opsin.worker import ImageBlocked, NotReady, WorkerEngine, client, messages, share
+from opsin.worker.messages import SHARED_BYTES, Pixels
 
 pytestmark = [pytest.mark.slow, pytest.mark.native]
 

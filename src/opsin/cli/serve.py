@@ -20,10 +20,10 @@ from opsin.core.settings import ServerSettings
 from opsin.models import locate
 from opsin.server.app import create_app, warm_up
 from opsin.server.handler import ModelManager
-from opsin.server.images import DecoderPool, ImageLoader
+from opsin.server.images import ImageLoader
 from opsin.server.listener import address_of, bind, check_binding, http_server, read_keys
 from opsin.server.watchers import AccessLog, Tracing
-from opsin.worker import ENDING, WorkerEngine
+from opsin.worker import ENDING, DecoderPool, WorkerEngine
 
 # The doctor's look at this machine needs the native library, which this process does not load.
 _WORKER = (

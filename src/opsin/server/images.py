@@ -7,8 +7,6 @@ import dataclasses
 import math
 import operator
 import os
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
@@ -16,21 +14,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
-from opsin.core.errors import BadImage, FetchFailed, ImageTooLarge, OpsinError, QueueFull
+from opsin.core.errors import FetchFailed, ImageTooLarge, OpsinError, QueueFull
 from opsin.core.request import Image
 from opsin.core.settings import ImageSettings, ServerSettings
 from opsin.images.fetch import Resolver, fetch
-from opsin.server import decoder
-from opsin.server.sources import INSTEAD, AddressPolicy, ImageFolder
-from opsin.worker import Channel, Pixels, signal_name, start_process
+from opsin.images.policy import INSTEAD, AddressPolicy
+from opsin.server.folder import ImageFolder
+from opsin.worker import DecoderPool, decoders
 
 T = TypeVar("T")
 
 MAX_ADDRESS = 8_192
 """Characters of an image's address. `data:` addresses are bounded by the size of the body."""
-DECODE_SECONDS = 60.0
-"""What one file may take."""
-_START = "import sys; sys.path[:] = filter(None, sys.path); from opsin.server.decoder import main; main()"
 
 
 class _Waiter(NamedTuple):
@@ -145,7 +140,7 @@ class ImageLoader:
             self._pool.close()
 
     async def call(self, work: Callable[..., T], *values: Any) -> T:
-        """What a function of `opsin.server.decoder` returns. Raises BadImage and its kinds."""
+        """What a function of `opsin.worker.decoders` returns. Raises BadImage and its kinds."""
         return await asyncio.get_running_loop().run_in_executor(self._decoders, self._decode, work, *values)
 
     async def file(self, url: str, key: str) -> bytes | str:
@@ -220,12 +215,12 @@ class RequestImages:
     async def _open(self, one: Wanted) -> None:
         begin = time.perf_counter()
         file = await self._loader.file(one.url, self.key)
-        one.pixels, data = await self._loader.call(decoder.measure, file, self._loader.limits)
+        one.pixels, data = await self._loader.call(decoders.measure, file, self._loader.limits)
         one.file = data or file
         one.fetch_ms = (time.perf_counter() - begin) * 1e3
 
     async def _decode(self, one: Wanted) -> Image:
-        image = await self._loader.call(decoder.decode, one.file, self._loader.limits, one.detail, self._seen_edge)
+        image = await self._loader.call(decoders.decode, one.file, self._loader.limits, one.detail, self._seen_edge)
         return dataclasses.replace(image, fetch_ms=one.fetch_ms)
 
 
@@ -245,51 +240,3 @@ async def _side_by_side(work: Callable[[Wanted], Awaitable[T]], wanted: Sequence
     finally:
         for task in tasks:
             task.cancel()
-
-
-class DecoderPool:
-    """Decodes in other processes, one for each thread that calls at the same time; they stay for the next file.
-
-    The first is started at once, so that it is there when the first file comes.
-    """
-
-    def __init__(self) -> None:
-        self._idle = [start_process([sys.executable, "-c", _START])]
-
-    def call(self, *request: Any) -> Any:
-        """What the first of the request, a function, returns for the rest. Raises BadImage and its kinds."""
-        try:
-            process, channel = self._idle.pop()  # a list has a lock of its own
-        except IndexError:
-            process, channel = start_process([sys.executable, "-c", _START])
-        # One that crashed or was killed is left out from now on.
-        try:
-            channel.send(request)
-            answer = channel.receive(DECODE_SECONDS)
-        except (EOFError, OSError):
-            raise BadImage(
-                f"The image made its decoder crash ({signal_name(_end(process, channel))}): the file is damaged, save "
-                "it again."
-            ) from None
-        if answer is None:
-            _end(process, channel)
-            raise BadImage(f"The image took longer than {DECODE_SECONDS:.0f} s to decode: save it in another way.")
-        self._idle.append((process, channel))
-        result, *files = answer
-        if isinstance(result, OpsinError):
-            raise result
-        if files:  # the pixels came apart
-            return dataclasses.replace(result, rgb=Pixels(files[0], result.width * result.height * 3))
-        return result
-
-    def close(self) -> None:
-        """End the processes that are idle; busy ones end with this process."""
-        while self._idle:
-            _end(*self._idle.pop())
-
-
-def _end(process: subprocess.Popen[bytes], channel: Channel) -> int:
-    """End a decoder; its exit code."""
-    process.kill()  # one that a signal has ended keeps its exit code
-    channel.close()
-    return process.wait()

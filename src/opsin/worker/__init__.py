@@ -1,4 +1,4 @@
-"""An engine in a process of its own, behind the engine's own interface.
+"""An engine in a process of its own, behind the engine's own interface; and processes that decode images.
 
 For: whoever must outlive llama.cpp (the server, batch jobs, `Opsin(isolated=True)`). Refuses to know HTTP; this file
 and `client` import nothing native, so that the process in front stays small.
@@ -6,10 +6,7 @@ and `client` import nothing native, so that the process in front stays small.
 
 from opsin.engine.request import AnswerStream
 from opsin.worker.client import ImageBlocked, NotReady, WorkerEngine
-from opsin.worker.messages import ENDING, Channel, Loaded, Pixels, portable, share, signal_name, start_process
+from opsin.worker.decoders import DecoderPool
+from opsin.worker.messages import ENDING, Loaded, share
 
-__all__ = [
-    "ENDING",
-    "AnswerStream", "Channel", "ImageBlocked", "Loaded", "NotReady", "Pixels", "WorkerEngine", "portable", "share",
-    "signal_name", "start_process",
-]  # fmt: skip
+__all__ = ["ENDING", "AnswerStream", "DecoderPool", "ImageBlocked", "Loaded", "NotReady", "WorkerEngine", "share"]

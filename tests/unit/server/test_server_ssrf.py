@@ -26,11 +26,11 @@ from opsin.core.errors import BadParameter, FetchFailed
 from opsin.core.settings import ServerSettings
 from opsin.engine import Engine
 from opsin.images.fetch import system_addresses
+from opsin.images.policy import AddressPolicy, is_public
 from opsin.prompt import TemplateSource
 from opsin.server.app import create_app
 from opsin.server.handler import ModelManager
 from opsin.server.images import ImageLoader
-from opsin.server.sources import AddressPolicy, is_public
 from opsin.testing import FakeBackend
 from opsin.testing.fake_backend import N_VOCAB, TURN_TEXT
 

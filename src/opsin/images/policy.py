@@ -1,76 +1,20 @@
-"""Where images may be read besides `data:` addresses: a folder, and hosts of the web, if the settings name them."""
+"""Which hosts of the web images may be read from: public ones, or those that are named."""
 
 from __future__ import annotations
 
 import ipaddress
-import os
-import stat
+import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+
+import httpx
 
 from opsin.core.errors import BadParameter, FetchFailed
-from opsin.core.settings import ImageSettings
 from opsin.images.fetch import Resolver, system_addresses
-from opsin.images.source import check_bytes
-from opsin.server.middleware import parse_host
 
 INSTEAD = "or send the image as a data: address."
-
-
-class ImageFolder:
-    """Reads files in a folder and below, and nothing else, wherever links lead and whatever is moved meanwhile.
-
-    Links are resolved first; then the file is opened from the folder's descriptor downwards, name by name, and links
-    are no longer followed. Raises BadParameter if the path is not a folder that can be read.
-    """
-
-    def __init__(self, path: Path) -> None:
-        try:
-            self._root = path.resolve(strict=True)
-            os.close(self._open(Path()))
-        except (OSError, RuntimeError):
-            raise BadParameter(f"--media-path {path} is not a readable folder: give an existing one.") from None
-
-    def read(self, url: str, limits: ImageSettings) -> bytes:
-        """Return the bytes of the file at `file:///…`, up to the limit.
-
-        Raises FetchFailed with the same sentence for everything outside, whether it exists or not; ImageTooLarge.
-        """
-        try:
-            parts = urlsplit(url)
-            path = unquote(parts.path, errors="strict")
-            if parts.netloc.lower() not in {"", "localhost"} or parts.query or parts.fragment or path[:1] != "/":
-                raise FetchFailed("A file: address has the form file:///folder/image.png: write it like this.")
-            descriptor = self._open(Path(os.path.realpath(path)).relative_to(self._root))
-        except (OSError, ValueError):
-            raise FetchFailed(
-                "There is no such image in the folder that file: addresses may name (--media-path): "
-                f"check the address, {INSTEAD}"
-            ) from None
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            os.close(descriptor)
-            raise FetchFailed("The file: address names a folder or a device, not an image: give a file.")
-        with os.fdopen(descriptor, "rb") as file:
-            data = file.read(limits.max_bytes + 1)
-        check_bytes(len(data), "The image", limits)
-        return data
-
-    def _open(self, below: Path) -> int:
-        """Open what `below` leads to from the folder: a file, or a folder too."""
-        here = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        # A link is not followed, and a pipe that nobody writes to is not waited for.
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        for name in below.parts:
-            try:
-                inner = os.open(name, flags, dir_fd=here)
-            finally:
-                os.close(here)
-            here = inner
-        return here
-
-
+_NAME = re.compile(r"[a-z0-9_.-]+|[0-9a-f:.]+")
 _WEB_PORTS = frozenset((80, 443))
 _UNICAST_6 = ipaddress.IPv6Network("2000::/3")
 _TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
@@ -138,3 +82,18 @@ def _read_host(host: str) -> list[tuple[str, int]]:
         )
     star = "*." if host.startswith("*.") else ""
     return [(star + name, one) for one in (_WEB_PORTS if port is None else (port,))]
+
+
+def parse_host(text: str) -> tuple[str, int | None]:
+    """The name or address in `name:port`, in lower case and without its last dot, and the port if there is one.
+
+    As in a Host header: IPv6 addresses stand in brackets. The name is empty if the text is malformed.
+    """
+    try:
+        url = httpx.URL(f"ftp://{text}")  # a scheme whose usual port nobody means
+    except httpx.InvalidURL:
+        return "", None
+    name = url.raw_host.decode("ascii").lower().rstrip(".")
+    if not _NAME.fullmatch(name) or any(sign in text for sign in "/?#@"):
+        return "", None
+    return name, url.port

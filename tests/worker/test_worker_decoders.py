@@ -11,8 +11,7 @@ from PIL import Image
 
 from opsin.core.errors import BadImage, ImageUnsupported
 from opsin.core.settings import ImageSettings
-from opsin.server import decoder, images
-from opsin.server.images import DecoderPool
+from opsin.worker import DecoderPool, decoders
 
 pytestmark = pytest.mark.slow
 
@@ -20,16 +19,16 @@ LIMITS = ImageSettings()
 # A decoder that aborts on one file and never comes back from another.
 HOSTILE = """
 import os, threading
-from opsin.server import decoder
-honest = decoder.decode
+from opsin.worker import decoders
+honest = decoders.decode
 def decode(data, *more):
     if data == b"crash":
         os.abort()
     if data == b"hang":
         threading.Event().wait()
     return honest(data, *more)
-decoder.decode = decode
-decoder.main()
+decoders.decode = decode
+decoders.main()
 """
 
 
@@ -48,40 +47,39 @@ def pool() -> Iterator[DecoderPool]:
 
 def test_a_process_decodes_what_this_one_does(pool: DecoderPool) -> None:
     data = png(1024, 600)
-    assert pool.call(decoder.measure, data, LIMITS) == (1024 * 600, None)
+    assert pool.call(decoders.measure, data, LIMITS) == (1024 * 600, None)
     for file, detail in ((data, None), (data, "low"), (png(2000, 1000), None)):
-        apart, wanted = pool.call(decoder.decode, file, LIMITS, detail), decoder.decode(file, LIMITS, detail)
+        apart, wanted = pool.call(decoders.decode, file, LIMITS, detail), decoders.decode(file, LIMITS, detail)
         assert (apart.sha256, apart.width, apart.notes) == (wanted.sha256, wanted.width, wanted.notes)
         assert bytes(apart.rgb) == bytes(wanted.rgb)  # type: ignore[arg-type]
     with pytest.raises(ImageUnsupported):
-        pool.call(decoder.decode, b"%PDF-1.7 and more", LIMITS, None)
+        pool.call(decoders.decode, b"%PDF-1.7 and more", LIMITS, None)
 
 
 def test_a_file_that_crashes_its_decoder_is_refused_and_the_others_are_decoded(
     pool: DecoderPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(images, "_START", HOSTILE)
+    monkeypatch.setattr(decoders, "_START", HOSTILE)
     pool.close()  # the one that was started before
-    assert pool.call(decoder.decode, png(8, 8), LIMITS, None).width == 8
+    assert pool.call(decoders.decode, png(8, 8), LIMITS, None).width == 8
     with pytest.raises(BadImage, match="SIGABRT"):
-        pool.call(decoder.decode, b"crash", LIMITS, None)
-    assert pool.call(decoder.decode, png(9, 8), LIMITS, None).width == 9
+        pool.call(decoders.decode, b"crash", LIMITS, None)
+    assert pool.call(decoders.decode, png(9, 8), LIMITS, None).width == 9
 
 
 def test_a_file_that_takes_too_long_is_refused_while_others_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "_START", HOSTILE)
-    monkeypatch.setattr(images, "DECODE_SECONDS", 8.0)
-    pool, told = DecoderPool(), []
+    monkeypatch.setattr(decoders, "_START", HOSTILE)
+    pool, told = DecoderPool(8.0), []
 
     def hanging() -> None:
         try:
-            pool.call(decoder.decode, b"hang", LIMITS, None)
+            pool.call(decoders.decode, b"hang", LIMITS, None)
         except BadImage as error:
             told.append(str(error))
 
     thread = threading.Thread(target=hanging)
     thread.start()
-    assert pool.call(decoder.decode, png(9, 8), LIMITS, None).width == 9
+    assert pool.call(decoders.decode, png(9, 8), LIMITS, None).width == 9
     thread.join(60)
     assert len(told) == 1
     assert "longer than 8 s" in told[0]
