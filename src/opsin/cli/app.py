@@ -17,6 +17,7 @@ from opsin.core.errors import OpsinError
 
 COMMANDS = {
     "ask": "Ask a question about images.",
+    "batch": "Ask one question about many images, and write a row for each; resumes.",
     "chat": "Talk about images in the terminal.",
     "serve": "Answer OpenAI-compatible requests over HTTP, with a web page.",
     "pull": "Download a model by name.",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from dataclasses import asdict
 from typing import Any, Literal
 
 import typer
@@ -13,9 +12,9 @@ import typer
 from opsin.cli.console import escaped, printable
 from opsin.core.answer import Answer
 from opsin.core.errors import OpsinError
+from opsin.jobs.row import answer_row
 
 Format = Literal["text", "jsonl", "csv", "md"]
-NOT_IN_JSON = {"tiles", "cached", "orientation"}
 
 
 class Rows:
@@ -37,7 +36,7 @@ class Rows:
         name, answer = ", ".join(group), outcome if isinstance(outcome, Answer) else None
         text, error = (printable(answer.text), "") if answer else ("", str(outcome))
         if self._form == "jsonl":
-            row = {"source": group[0] if len(group) == 1 else group, **_as_json(outcome), **about}
+            row = {"source": group[0] if len(group) == 1 else group, **answer_row(outcome), **about}
             typer.echo(json.dumps(row, ensure_ascii=False))
         elif self._form == "csv":
             notes = [note for image in answer.images for note in image.notes] if answer else []
@@ -55,13 +54,3 @@ class Rows:
 
 def _cell(text: str) -> str:
     return "<br>".join(text.replace("\\", "\\\\").replace("|", "\\|").splitlines())
-
-
-def _as_json(outcome: Answer | OpsinError) -> dict[str, Any]:
-    if isinstance(outcome, OpsinError):
-        return {"error": {"code": outcome.code, "message": str(outcome)}, "text": None}
-    row = asdict(outcome)
-    told = [{name: value for name, value in info.items() if name not in NOT_IN_JSON} for info in row["images"]]
-    times = {key: {name: round(value, 3) for name, value in row[key].items()} for key in ("stages", "timings")}
-    same = {name: row[name] for name in ("text", "reasoning", "finish_reason", "usage", "guard")}
-    return {"error": None, **same, "images": told, **times}

@@ -78,3 +78,8 @@ def working(text: str) -> Status:
     from rich.console import Console
 
     return Console(stderr=True, quiet=_hushed).status(text)
+
+
+def is_quiet() -> bool:
+    """Whether `hush` is in force."""
+    return _hushed

@@ -14,6 +14,7 @@ from opsin.core.errors import BadParameter, FetchFailed
 from opsin.images.fetch import Resolver, system_addresses
 
 INSTEAD = "or send the image as a data: address."
+_WHERE = "the hosts and ports that --image-hosts names, or else from the ports 80 and 443 of any"
 _NAME = re.compile(r"[a-z0-9_.-]+|[0-9a-f:.]+")
 _WEB_PORTS = frozenset((80, 443))
 _UNICAST_6 = ipaddress.IPv6Network("2000::/3")
@@ -42,23 +43,22 @@ class AddressPolicy:
     A name is looked up once, all of its addresses must be public, and exactly these are connected to: so it makes no
     difference how an address is written, nor what a name leads to a moment later. `hosts` are names like
     `example.org`, `example.org:8443` or `*.example.org` (its subdomains); without any, every public host is allowed on
-    ports 80 and 443. `lookup` is for tests. Raises BadParameter for a host that is written in another way.
+    ports 80 and 443. `where` and `instead` are pieces of its sentences, `lookup` is for tests. Raises BadParameter for a host that is written in another way.
     """
 
-    def __init__(self, hosts: Sequence[str] = (), *, lookup: Resolver = system_addresses) -> None:
+    def __init__(
+        self, hosts: Sequence[str] = (), *, lookup: Resolver = system_addresses, where: str = _WHERE, instead: str = INSTEAD
+    ) -> None:
         named = [pair for host in hosts for pair in _read_host(host)]
         self._hosts = frozenset(named or [("*", port) for port in _WEB_PORTS])
-        self._lookup = lookup
+        self._lookup, self._where, self._instead = lookup, where, instead
 
     def __call__(self, host: str, port: int) -> Sequence[str]:
         """The host's addresses; raises FetchFailed unless it is allowed and all of them are public."""
         name = host.lower().rstrip(".")
         parents = ("*." + name.split(".", cut)[cut] for cut in range(1, name.count(".") + 1))
         if not any((known, port) in self._hosts for known in ("*", name, *parents)):
-            raise FetchFailed(
-                "Images are fetched from the hosts and ports that --image-hosts names, or else from the ports 80 and "
-                f"443 of any: give an address there, {INSTEAD}"
-            )
+            raise FetchFailed(f"Images are fetched from {self._where}: give an address there, {self._instead}")
         try:
             addresses = self._lookup(host, port)
         except FetchFailed:
@@ -67,7 +67,7 @@ class AddressPolicy:
             # One sentence for both cases: which names an inner network knows is nobody's business.
             raise FetchFailed(
                 "The host of the image's address is not known or not public, so nothing is fetched from it: "
-                f"check the address, {INSTEAD}"
+                f"check the address, {self._instead}"
             )
         return addresses
 

@@ -1,0 +1,294 @@
+"""`opsin batch`: one question about many images, each row exactly once, into one output or beside the images."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from opsin.cli import options as o
+from opsin.cli.batch_progress import ProgressLine, summary
+from opsin.cli.console import DEMO, hush, say, tell, working
+from opsin.core.config import checked, current_folder, read_config
+from opsin.core.errors import BadParameter, OpsinError
+from opsin.core.files import expand, read_text
+from opsin.core.request import SamplingParams
+from opsin.core.settings import MAX_SCHEMA, EngineSettings
+from opsin.jobs.asker import Asker, ImageAsker, Question
+from opsin.jobs.item import Item
+from opsin.jobs.ledger import Ledger, differences, fingerprint
+from opsin.jobs.output import ENDINGS, CsvOutput, Output, StoredOutput
+from opsin.jobs.row import Row, schema_fields
+from opsin.jobs.runner import Run, sample, without_sidecars
+from opsin.jobs.sidecar import sidecar_path, write_sidecar
+from opsin.jobs.sources import Source, open_source
+from opsin.jobs.spec import job_spec
+from opsin.jobs.template import PromptTemplate
+from opsin.models import locate, resolve
+from opsin.prompt import PromptBuilder
+from opsin.worker import WorkerEngine
+
+SLOTS = 8
+PROCESSES = max(2, min(16, os.cpu_count() or 1))
+"""Processes that load images."""
+Sidecar = Literal["txt", "json", "xmp"]
+_PARALLEL = f"{SLOTS}, unless --ctx is given"
+_JOB, _OUT = {"rich_help_panel": "Job"}, {"rich_help_panel": "Output"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """Where the rows go. See the flags of the same names."""
+
+    output: Path | None
+    sidecar: Sidecar | None
+    skip_existing: bool
+    order: Literal["input", "done"]
+    new: bool
+    overwrite: bool
+    retry_failed: bool
+    report: Path | None
+
+    def place(self, rows: Source) -> Path:
+        """The file that the ledger lies beside: the output, or the folder of the images."""
+        if self.output is None:
+            if rows.folder is None:
+                raise BadParameter("Answers beside images of a list or table need -o, too: it keeps what is done.")
+            return rows.folder.resolve()
+        path = expand(self.output)
+        if not path.name.lower().endswith(ENDINGS):
+            raise BadParameter(f"The kind of {path} is not known by its name: use {', '.join(ENDINGS)}.")
+        return path
+
+    @contextmanager
+    def ledger(self, place: Path) -> Iterator[Ledger]:
+        """The ledger beside the output. Raises BadParameter where the output is there without one."""
+        path = place.with_name(f"{place.name}.opsin")
+        if self.overwrite:
+            for old in (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm"))):
+                old.unlink(missing_ok=True)
+            if self.output is not None:
+                place.unlink(missing_ok=True)
+        elif self.output is not None and place.exists() and not path.exists():
+            raise BadParameter(f"{place} is there already and has no ledger ({path.name}): --overwrite replaces it.")
+        opened = Ledger(path, str(place))
+        try:
+            yield opened
+        finally:
+            opened.close()
+
+    def job(self, ledger: Ledger, spec: dict[str, Any]) -> str:
+        """The name of this job in the ledger. Raises BadParameter for another job than before."""
+        name, known = fingerprint(spec), ledger.jobs()
+        if known and name not in known and not self.new:
+            changed = "; ".join(differences(list(known.values())[-1], spec))
+            raise BadParameter(
+                f"The output belongs to another job: {changed}. Use another output, --new to add this job's rows to "
+                "it, or --overwrite to start over."
+            )
+        ledger.begin(name, spec)
+        return name
+
+    def open(self, place: Path, fields: dict[str, str], ledger: Ledger) -> Output:
+        """The output, at the end of what was written before."""
+        kind = place.suffix.lower()
+        if self.output is None or kind == ".parquet":
+            return StoredOutput(place if self.output else None, fields, ledger)
+        return (CsvOutput if kind == ".csv" else Output)(place, fields, ledger)
+
+    @property
+    def beside(self) -> Callable[[Item, Row], None] | None:
+        """What writes a row beside its image."""
+        return None if self.sidecar is None else partial(_beside, self.sidecar)
+
+
+def _beside(kind: Sidecar, item: Item, row: Row) -> None:
+    if not isinstance(item.images[0], str) or "://" in item.images[0] or item.images[0].startswith("data:"):
+        raise BadParameter("The image is no file, so nothing can be written beside it.")
+    write_sidecar(sidecar_path(Path(item.images[0]), kind), kind, row)
+
+
+@o.flags_of(SamplingParams, *o.ANSWER)
+@o.flags_of(EngineSettings, *o.ENGINE, "image_max_tokens", "image_min_tokens", "disk_cache", parallel=_PARALLEL)
+def batch(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="INPUT", help="a folder, a pattern, a JSONL, CSV, Parquet or tar file, or - for a list"),
+    ],
+    question: Annotated[
+        str | None,
+        typer.Argument(metavar="[PROMPT]", help="the question; {filename}, {caption}, {COLUMN} are filled in"),
+    ] = None,
+    *,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="a .jsonl, .csv or .parquet file", **_OUT)
+    ] = None,
+    sidecar: Annotated[
+        Sidecar | None, typer.Option(help="write each answer beside its image: txt, json, xmp", **_OUT)
+    ] = None,
+    skip_existing: Annotated[
+        bool, typer.Option("--skip-existing", help="skip images that have a sidecar", **_OUT)
+    ] = False,
+    order: Annotated[Literal["input", "done"], typer.Option(help="order of the rows at the end", **_OUT)] = "input",
+    report: Annotated[
+        Path | None, typer.Option(help="HTML report [default: OUTPUT.report.html; none: no report]", **_OUT)
+    ] = None,
+    image_column: Annotated[
+        str | None, typer.Option(help="column with the image (default: found by its name)", **_JOB)
+    ] = None,
+    id_column: Annotated[
+        str | None, typer.Option("--id", help="column that names the rows (default: numbers)", **_JOB)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="ask the first N rows only", **_JOB)] = None,
+    sampled: Annotated[int | None, typer.Option("--sample", min=1, help="ask N rows chosen at random", **_JOB)] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="ask failed rows again", **_JOB)] = False,
+    new: Annotated[bool, typer.Option("--new", help="add a changed job's rows to the same output", **_JOB)] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="start over and replace the output", **_JOB)] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="model processes (default: one a GPU)", **_JOB)] = None,
+    fetch_private: Annotated[
+        bool, typer.Option("--fetch-private", help="fetch images from private hosts and any port, too", **_JOB)
+    ] = False,
+    image_seconds: Annotated[float, typer.Option(min=0.1, help="longest time to load one image", **_JOB)] = 60.0,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="print errors only", **_OUT)] = False,
+    json_schema: Annotated[
+        Path | None, typer.Option(help="file with a JSON schema; its fields become columns", rich_help_panel="Answer")
+    ] = None,
+    system: o.System = None,
+    **flags: Any,
+) -> None:
+    """Ask one question about each image of a folder or each row of a table; resume where a run was stopped."""
+    hush(quiet=quiet)
+    if output is None and sidecar is None:
+        raise BadParameter("The output is missing: give -o FILE.jsonl (or .csv, .parquet), or --sidecar txt.")
+    if skip_existing and sidecar is None:
+        raise BadParameter("--skip-existing needs --sidecar: an output file keeps what is done by itself.")
+    given = o.given(SamplingParams, flags)
+    if json_schema is not None:
+        given["json_schema"] = read_text(expand(json_schema), MAX_SCHEMA)
+    params = checked(SamplingParams, given)
+    rows = open_source(source, image_column=image_column, id_column=id_column)
+    template = _template(question, rows)
+    chosen = o.given(EngineSettings, flags)
+    config = read_config(chosen, os.environ, current_folder(), locate=locate, parallel=1 if flags["ctx"] else SLOTS)
+    settings = config.engine(parallel=SLOTS if config.origins["ctx"] == "default" else 1)
+    asked = Question(template, params, system, seconds=image_seconds, private=fetch_private)
+    chosen_rows = _Chosen(rows, limit, sampled)
+    to = _Target(output, sidecar, skip_existing, order, new, overwrite, retry_failed, report)
+    with ExitStack() as stack:
+        raise typer.Exit(_Batch(chosen_rows, asked, settings, workers=workers, to=to, stack=stack).run())
+
+
+def _template(question: str | None, rows: Source) -> PromptTemplate:
+    if not (question or "").strip():
+        raise BadParameter('The prompt is missing: opsin batch INPUT -o OUTPUT "Describe this image."')
+    return PromptTemplate(question or "", rows.columns)
+
+
+class _Chosen:
+    """The rows of an input that are asked: the first ones, or some at random."""
+
+    def __init__(self, rows: Source, limit: int | None, sampled: int | None) -> None:
+        self.rows, self._limit, self._sampled = rows, limit, sampled
+        sizes = (rows.total, limit, sampled)
+        self.total = min((size for size in sizes if size is not None), default=None)
+
+    def __iter__(self) -> Iterator[Item]:
+        items: Iterable[Item] = self.rows if self._sampled is None else sample(self.rows, self._sampled)
+        return islice(items, self._limit)
+
+
+class _Batch:
+    """One run of the command. What it opens is closed with `stack`."""
+
+    def __init__(
+        self,
+        rows: _Chosen,
+        asked: Question,
+        settings: EngineSettings,
+        *,
+        workers: int | None,
+        to: _Target,
+        stack: ExitStack,
+    ) -> None:
+        self._rows, self._asked, self._settings, self._workers, self._to = rows, asked, settings, workers, to
+        self._stack, self._skipped = stack, Counter[str]()
+        self._fields = schema_fields(asked.params.json_schema)
+        self._engine: WorkerEngine | None = None
+
+    def run(self) -> int:
+        """Ask all rows; the exit code."""
+        to, place = self._to, self._to.place(self._rows.rows)
+        pair = resolve(self._settings.model, self._settings.mmproj)
+        prompt, system = self._asked.template.text, self._asked.system
+        spec = job_spec(pair, self._settings, self._asked.params, prompt=prompt, system=system)
+        ledger = self._stack.enter_context(to.ledger(place))
+        job = to.job(ledger, spec)
+        output = to.open(place, self._fields, ledger)
+        self._stack.callback(output.close)
+        if to.retry_failed and ledger.retry_failed(job):
+            output.rewrite(by_input=False)
+        line = self._stack.enter_context(ProgressLine(self._rows.total))
+        items: Iterable[Item] = self._rows
+        if to.skip_existing:
+            items = without_sidecars(items, partial(sidecar_path, kind=to.sidecar), self._skipped)
+        run = Run(
+            job,
+            items,
+            self._open_asker,
+            ledger,
+            output,
+            parallel=self._settings.parallel * (self._workers or 1),
+            ahead=PROCESSES,
+            dead=lambda: self._engine.error if self._engine else None,
+            total=self._rows.total,
+            sidecar=to.beside,
+            tell=line.show,
+        )
+        try:
+            asyncio.run(run.run())
+        except KeyboardInterrupt:
+            line.stop()
+            say(f"opsin: stopped: {summary(run.figures)}; the same command goes on from here")
+            raise
+        except OpsinError:
+            line.stop()
+            say(f"opsin: {summary(run.figures)}; the same command goes on from here")
+            raise
+        output.finish(by_input=to.order == "input")
+        line.stop()
+        self._tell_skipped()
+        tell(f"({summary(run.figures)})")
+        done, failed = ledger.counts(job)
+        if failed:
+            say(f"opsin: {failed:,} of {done + failed:,} rows failed; --retry-failed asks them again")
+        return 1 if failed else 0
+
+    async def _open_asker(self) -> Asker:
+        """The model, when the first row is to be asked."""
+        settings = self._settings
+        with working("loading the model"):
+            engine = WorkerEngine(settings.model, settings.mmproj, settings)
+            self._stack.callback(engine.close)
+            loaded = await asyncio.to_thread(engine.wait_ready)
+            prompts = await asyncio.to_thread(PromptBuilder, loaded.source)
+        self._engine = engine
+        for notice in filter(None, (DEMO if loaded.is_demo else None, loaded.notice)):
+            tell(notice)
+        about = {"placement": loaded.placement.as_dict(), "model": loaded.info.as_dict()}
+        asker = ImageAsker(engine, prompts, self._asked, processes=PROCESSES, about=about)
+        self._stack.callback(asker.close)
+        return asker
+
+    def _tell_skipped(self) -> None:
+        skipped = self._skipped + self._rows.rows.skipped
+        if skipped:
+            tell(f"(left out: {', '.join(f'{count:,} × {why}' for why, count in skipped.most_common(8))})")

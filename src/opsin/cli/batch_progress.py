@@ -1,0 +1,61 @@
+"""The progress line of `opsin batch`, and its summary."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from opsin.cli import console
+from opsin.jobs.runner import Figures
+
+_LINE_SECONDS = 60.0
+
+
+class ProgressLine:
+    """A bar on a terminal; elsewhere a line now and then."""
+
+    def __init__(self, total: int | None) -> None:
+        parts = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rates]}"), TimeRemainingColumn())
+        screen = Console(stderr=True)
+        self._bar = Progress(*parts, console=screen, disable=console.is_quiet() or not screen.is_terminal)
+        self._task = self._bar.add_task("", total=total, rates="")
+        self._said = time.monotonic()
+
+    def show(self, figures: Figures) -> None:
+        """How it stands now."""
+        self._bar.update(self._task, completed=figures.before + figures.done, rates=rates(figures))
+        if not sys.stderr.isatty() and time.monotonic() - self._said > _LINE_SECONDS:
+            self._said = time.monotonic()
+            of = f" of {figures.total:,}" if figures.total else ""
+            console.tell(f"({figures.before + figures.done:,}{of} rows, {rates(figures)})")
+
+    def stop(self) -> None:
+        """Take the bar away; twice does no harm."""
+        self._bar.stop()
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def rates(figures: Figures) -> str:
+    """Images and tokens a second, what was remembered, and errors by kind."""
+    seconds = max(1e-9, time.monotonic() - figures.began)
+    parts = [f"{figures.done / seconds:,.1f} rows/s", f"{figures.tokens / seconds:,.0f} tokens/s"]
+    parts += [f"{figures.cached:,} with a remembered image"] if figures.cached else []
+    parts += [f"{figures.same:,} the same as another row"] if figures.same else []
+    return ", ".join([*parts, *(f"{count:,} {code}" for code, count in figures.errors.most_common())])
+
+
+def summary(figures: Figures) -> str:
+    """One sentence without its stop about a run."""
+    before = f", {figures.before:,} were there before" if figures.before else ""
+    seconds = time.monotonic() - figures.began
+    return f"{figures.done:,} rows in {seconds:,.1f} s{before}: {rates(figures)}"

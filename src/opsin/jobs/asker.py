@@ -1,0 +1,156 @@
+"""What becomes of one row: its images are loaded, the question is asked, and a row of output comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from opsin.core.answer import Answer
+from opsin.core.errors import ConstraintFailed
+from opsin.core.request import Image, SamplingParams
+from opsin.core.settings import ImageSettings
+from opsin.jobs import load
+from opsin.jobs.item import ImageRef, Item
+from opsin.jobs.row import Row, answer_row
+from opsin.jobs.template import PromptTemplate
+from opsin.prompt import Message, PromptBuilder
+from opsin.worker import DecoderPool, WorkerEngine
+
+_PIXEL_BYTES = 2**30
+"""Pixels that wait for the engine; while there are more, no image is decoded."""
+
+
+@dataclass(slots=True)
+class Asked:
+    """A row that is ready to be asked. `question` names text and pixels (None: it is asked in any case)."""
+
+    item: Item
+    question: bytes | None = None
+    images: list[Image] = field(default_factory=list)
+    text: str = ""
+
+
+class Asker(Protocol):
+    """Prepares rows, and asks them."""
+
+    async def prepare(self, item: Item) -> Asked:
+        """Load what the row needs. Raises BadInput and its kinds."""
+
+    async def ask(self, asked: Asked) -> Row:
+        """The answer as `--json` shows it. Raises BadInput, ConstraintFailed, and EngineError."""
+
+    def drop(self, asked: Asked) -> None:
+        """What was loaded is not needed any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked about each row, and how its images are loaded.
+
+    `seconds` is what loading one image may take; `private` allows images from hosts that are not public.
+    """
+
+    template: PromptTemplate
+    params: SamplingParams
+    system: str | None = None
+    limits: ImageSettings = field(default_factory=lambda: ImageSettings(fetch=True))
+    seconds: float = 60.0
+    private: bool = False
+
+
+class ImageAsker:
+    """Asks about the images of each row; `processes` decode them, `about` goes into each answer's row."""
+
+    def __init__(
+        self, engine: WorkerEngine, prompts: PromptBuilder, question: Question, *, processes: int, about: Row
+    ) -> None:
+        self._engine, self._prompts, self._question, self._about = engine, prompts, question, about
+        self._seen_edge = engine.limits.image_edge
+        self._pool = DecoderPool(question.seconds)
+        self._threads = ThreadPoolExecutor(processes, "opsin-decode")
+        self._waiting_bytes = 0
+        self._room = asyncio.Event()
+        self._room.set()
+
+    async def prepare(self, item: Item) -> Asked:
+        """See Asker."""
+        await self._room.wait()
+        metadata: dict[str, str] = {}
+        template = self._question.template
+        if template.metadata and item.images:
+            metadata = await self._call(load.metadata, item.images[0])
+        text = template.fill(item, metadata)
+        images = await asyncio.gather(*(self._load(ref) for ref in item.images))
+        name = json.dumps([text, [image.sha256 for image in images]])
+        return Asked(item, hashlib.sha256(name.encode()).digest()[:16], list(images), text)
+
+    async def ask(self, asked: Asked) -> Row:
+        """See Asker."""
+        system, params = self._question.system, self._question.params
+        messages = [Message("system", system)] if system else []
+        messages.append(Message("user", [*asked.images, asked.text]))
+        prompt = self._prompts.build(messages, thinking=params.thinking)
+        answer = await self._engine.submit(prompt, params).answer()
+        if params.json_schema is None:
+            return answer_row(answer) | self._about
+        check_whole(answer)
+        return answer_row(answer) | self._about | {"output": json.loads(answer.text)}
+
+    def drop(self, asked: Asked) -> None:
+        """Its pixels are not needed any more."""
+        self._waiting_bytes -= sum(len(image.rgb) for image in asked.images)
+        asked.images.clear()
+        if self._waiting_bytes < _PIXEL_BYTES:
+            self._room.set()
+
+    def close(self) -> None:
+        """End the processes that decode."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._pool.close()
+
+    async def _load(self, ref: ImageRef) -> Image:
+        image: Image = await self._call(load.load, ref, self._seen_edge)
+        self._waiting_bytes += len(image.rgb)
+        if self._waiting_bytes >= _PIXEL_BYTES:
+            self._room.clear()
+        return image
+
+    async def _call(self, work: Callable[..., Any], *values: Any) -> Any:
+        question = self._question
+        request = (work, *values, question.limits, question.private)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._pool.call, *request)
+
+
+def check_whole(answer: Answer) -> None:
+    """Raise ConstraintFailed for an answer under a schema that was cut: half a JSON document is none."""
+    if answer.limit is None:
+        return
+    if answer.limit == "guard":
+        why = "it repeats itself: give the schema's texts and lists a maxLength and maxItems"
+    else:
+        why = {
+            "tokens": f"cut after {answer.max_tokens} tokens; --max-tokens N lifts the limit",
+            "seconds": "cut by --max-seconds",
+            "context": "cut because the context is full; --ctx N makes it larger",
+        }[answer.limit]
+    raise ConstraintFailed(f"The answer is not whole, so it does not fit the schema ({why}).")
+
+
+def thumbnail(images: Sequence[Image], edge: int = 200) -> bytes | None:
+    """A small JPEG of the first image, for the report."""
+    from PIL import Image as Pil
+
+    if not images:
+        return None
+    first, file = images[0], io.BytesIO()
+    pixels: Any = first.rgb
+    small = Pil.frombuffer("RGB", (first.width, first.height), pixels, "raw", "RGB", 0, 1)
+    small.thumbnail((edge, edge))
+    small.save(file, "JPEG", quality=80)
+    return file.getvalue()

@@ -1,0 +1,96 @@
+"""One row of output: the JSON of an answer or of an error, and its flat form for tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from opsin.core.answer import Answer
+from opsin.core.errors import OpsinError
+
+BEFORE = ("id", "source", "image_sha256", "text")
+AFTER = (
+    "error_code", "error", "finish_reason", "guard", "prompt_tokens", "image_tokens", "cached_tokens",
+    "completion_tokens", "encode_ms", "prefill_ms", "decode_ms", "total_ms", "attempt", "job",
+)  # fmt: skip
+COUNTS = ("prompt_tokens", "image_tokens", "cached_tokens", "completion_tokens")
+TIMES = ("encode_ms", "prefill_ms", "decode_ms", "total_ms")
+_NOT_IN_JSON = {"tiles", "cached", "orientation"}
+
+Row = dict[str, Any]
+
+
+def answer_row(outcome: Answer | OpsinError) -> Row:
+    """What `--json` shows of an answer, or of what went wrong. Times are in milliseconds."""
+    if isinstance(outcome, OpsinError):
+        return {"error": {"code": outcome.code, "message": str(outcome)}, "text": None}
+    row = asdict(outcome)
+    told = [{name: value for name, value in info.items() if name not in _NOT_IN_JSON} for info in row["images"]]
+    times = {key: {name: round(value, 3) for name, value in row[key].items()} for key in ("stages", "timings")}
+    same = {name: row[name] for name in ("text", "reasoning", "finish_reason", "usage", "guard")}
+    return {"error": None, **same, "images": told, **times}
+
+
+def schema_fields(schema: str | None) -> dict[str, str]:
+    """The columns that a JSON schema adds to a table: the properties of its object, with their types ("" for any)."""
+    try:
+        properties = json.loads(schema or "{}").get("properties", {})
+        return {str(name): _type(one) for name, one in properties.items()}
+    except (ValueError, AttributeError, RecursionError):
+        return {}
+
+
+def _type(schema: Any) -> str:
+    kind = schema.get("type") if isinstance(schema, dict) else None
+    return kind if isinstance(kind, str) else ""
+
+
+def columns(fields: Collection[str]) -> tuple[str, ...]:
+    """The columns of a table with these fields of a schema; a field called like a column becomes `output_…`."""
+    taken = {*BEFORE, *AFTER}
+    return (*BEFORE, *(f"output_{name}" if name in taken else name for name in fields), *AFTER)
+
+
+def flat(row: Mapping[str, Any], fields: Collection[str]) -> list[Any]:
+    """The values of `columns(fields)`: texts, numbers, booleans and None; what is nested in a field becomes JSON."""
+    usage, stages, output = row.get("usage") or {}, row.get("stages") or {}, row.get("output")
+    error, guard = row["error"] or {}, row.get("guard") or {}
+    prefill = stages.get("image_prefill_ms", 0.0) + stages.get("text_prefill_ms", 0.0)
+    times = {"prefill_ms": round(prefill, 3), **{name: stages.get(name, 0.0) for name in TIMES if name != "prefill_ms"}}
+    plain = {
+        "id": row["id"],
+        "source": row["source"],
+        "image_sha256": " ".join(image["sha256"] for image in row.get("images") or ()) or None,
+        "text": row["text"],
+        "error_code": error.get("code"),
+        "error": error.get("message"),
+        "finish_reason": row.get("finish_reason"),
+        "guard": guard.get("reason"),
+        **{name: usage.get(name, 0) for name in COUNTS},
+        **times,
+        "attempt": row["attempt"],
+        "job": row["job"],
+    }
+    given = output if isinstance(output, dict) else {}
+    return [plain[name] for name in BEFORE] + [_cell(given.get(name)) for name in fields] + [plain[n] for n in AFTER]
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else value
+
+
+def from_flat(values: Sequence[Any], fields: Collection[str]) -> Row:
+    """The row that a table's cells were made of, as far as they tell; its fields stay texts."""
+    plain = dict(zip(columns(fields), values, strict=True))
+    output = dict(zip(fields, values[len(BEFORE) :], strict=False)) if fields else None
+    return {
+        "error": None,
+        "text": plain["text"],
+        "finish_reason": plain["finish_reason"] or None,
+        "usage": {name: int(plain[name]) for name in COUNTS},
+        "images": [{"sha256": one} for one in (plain["image_sha256"] or "").split()],
+        "guard": {"reason": plain["guard"]} if plain["guard"] else None,
+        "output": output,
+    }

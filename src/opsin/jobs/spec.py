@@ -1,0 +1,38 @@
+"""What a job asks, as plain values: two runs with equal ones belong to one job."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from opsin.core.request import SamplingParams
+from opsin.core.settings import EngineSettings
+from opsin.models import Pair
+
+_HEAD = 2**20  # bytes of a model file's ends that are looked at
+
+
+def job_spec(
+    pair: Pair, settings: EngineSettings, params: SamplingParams, *, prompt: str | None, system: str | None
+) -> dict[str, Any]:
+    """Model, projector, prompt, schema, sampling and image settings. Raises OSError."""
+    return {
+        "model": _file(pair.llm),
+        "projector": None if pair.mmproj is None else _file(pair.mmproj),
+        "prompt": prompt,
+        "system": system,
+        **params.model_dump(mode="json"),
+        "image_max_tokens": settings.image_max_tokens,
+        "image_min_tokens": settings.image_min_tokens,
+    }
+
+
+def _file(path: Path) -> str:
+    """A file's name and content, as far as its ends and its size tell."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        ends = file.read(_HEAD)
+        file.seek(max(0, size - _HEAD))
+        ends += file.read(_HEAD)
+    return f"{path.name} ({size:,} bytes, {hashlib.sha256(ends).hexdigest()[:12]})"
