@@ -4,9 +4,9 @@ Refuses to know llama.cpp, files, templates, HTTP and the terminal; it runs on w
 """
 
 from opsin.engine.engine import Engine
-from opsin.engine.loop import Snapshot
+from opsin.engine.policy import Policy
 from opsin.engine.request import AnswerStream, Wake, wake_readers
 from opsin.engine.runner import Watch, unwatched
-from opsin.engine.scheduler import Policy
+from opsin.engine.stats import Snapshot
 
 __all__ = ["AnswerStream", "Engine", "Policy", "Snapshot", "Wake", "Watch", "unwatched", "wake_readers"]

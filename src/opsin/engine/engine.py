@@ -18,11 +18,12 @@ from opsin.core.model_info import ModelInfo, Placement
 from opsin.core.request import Embedding, ImageChunk, Prompt, SamplingParams, TextChunk, TextPart, TokenizedPrompt
 from opsin.engine.clock import StageClock
 from opsin.engine.guard import Guard
-from opsin.engine.loop import Loop, Snapshot
+from opsin.engine.loop import Loop
 from opsin.engine.output import AnswerText, ReasoningSplitter
+from opsin.engine.policy import Policy
 from opsin.engine.request import AnswerStream, Request, Sequence, Wake, wake_readers
 from opsin.engine.runner import Watch, unwatched
-from opsin.engine.scheduler import Policy
+from opsin.engine.stats import Snapshot
 
 T = TypeVar("T")
 

@@ -8,48 +8,27 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
 from opsin.cache import EmbeddingCache
 from opsin.core.answer import Finished, Stage
 from opsin.core.backend import Backend
 from opsin.core.errors import DecodeFailed, EngineClosed, EngineDied, EngineError, OpsinError, copy_of
+from opsin.engine.policy import Policy
 from opsin.engine.request import AnswerStream, Sequence, State, Wake, wake_readers
 from opsin.engine.runner import Runner, Watch, unwatched
-from opsin.engine.scheduler import Encode, Policy, PrefillImage, Scheduler, Step, Tokens, members_of
+from opsin.engine.scheduler import Encode, PrefillImage, Scheduler, Step, Tokens, members_of
+from opsin.engine.stats import Snapshot
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+_LOWEST = -(2**31)
 _IDLE_SECONDS = 0.01  # between two questions of one user there is more
 
 
-@dataclass(slots=True)
-class Snapshot:
-    """Counts since the start, and what is so now; seconds and tokens.
-
-    `prompt_tokens` are those of all prompts that were admitted, `prefix_hits` the part found in the KV cache. An image
-    chunk whose rows are to be decoded was either encoded for it (`encodes`) or remembered (`image_hits`).
-    """
-
-    running: int = 0
-    waiting: int = 0
-    idle_prefixes: int = 0
-    cells_used: int = 0
-    finished: int = 0
-    failed: int = 0
-    guard_stops: int = 0
-    preemptions: int = 0
-    prompt_tokens: int = 0
-    prefix_hits: int = 0
-    generated_tokens: int = 0
-    image_hits: int = 0
-    encodes: int = 0
-    encode_seconds: float = 0.0
-    decode_steps: int = 0
-    decode_tokens: int = 0
-    decode_seconds: float = 0.0
-    prefill_tokens: int = 0
+class Interrupted(Exception):
+    """An encode was ended early for a request of higher priority."""
 
 
 class Loop:
@@ -86,6 +65,7 @@ class Loop:
         self._touched: list[AnswerStream] = []
         self._unread: list[tuple[Sequence, int]] = []  # tokens that are shown while the next ones are computed
         self._counts = Snapshot()
+        self._highest = _LOWEST  # priority of those that came in since the last step
         self.error: OpsinError | None = None
 
     def start(self) -> Backend:
@@ -96,6 +76,7 @@ class Loop:
     def put(self, sequence: Sequence) -> None:
         """Hand a request over. Raises EngineClosed or EngineDied."""
         self._post(lambda: self._scheduler.add(sequence))
+        self._highest = max(self._highest, sequence.request.priority)
 
     def wake(self) -> None:
         """Look at cancellations now."""
@@ -177,7 +158,7 @@ class Loop:
 
     def _receive(self) -> bool:
         """Take the inbox in, waiting while there is nothing else to do; False when the loop shall end."""
-        block = self._scheduler.idle
+        block, self._highest = self._scheduler.idle, _LOWEST
         if block:
             self._self_check()
         while not self._closing:
@@ -246,6 +227,8 @@ class Loop:
         encodes = self._runner.encodes
         try:
             room = self._runner.run(step, self._between(step))
+        except Interrupted:
+            return
         except OpsinError as error:
             self._show_unread()  # whose answer is complete with that, did not fail
             for sequence in members_of(step):
@@ -278,13 +261,23 @@ class Loop:
             return self._read_meanwhile if self._unread else None
         if not isinstance(step, Encode) or not self._policy.decode_in_encode:
             return None
-        streaming = any(s.state is State.DECODE for s in self._scheduler.running)
-        return (lambda: self._turn(step.sequence)) if streaming else None
+        encoding, priority = step.sequence, step.sequence.request.priority
+        streaming = bool(self._scheduler.streams_beside(priority))
+        if priority >= 0:
+            return (lambda: self._turn(encoding)) if streaming else None
+
+        def low() -> None:
+            if self._highest > priority:
+                raise Interrupted  # it is encoded again later
+            if streaming:
+                self._turn(encoding)
+
+        return low
 
     def _turn(self, encoding: Sequence) -> None:
         """A nested decode step: it only decodes and samples. Who ends in it is freed after the encode."""
         started = self._now()
-        step = self._scheduler.plan_turn(started)
+        step = self._scheduler.plan_turn(started, encoding.request.priority)
         if step is None:
             return
         with encoding.clock.stage(Stage.QUEUE):  # its encode stands still for the others

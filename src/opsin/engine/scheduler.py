@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from opsin.cache.kv_cache import KVCacheManager, Prefix
 from opsin.core.backend import BackendLimits
 from opsin.core.request import ImageChunk, TextChunk
+from opsin.engine.policy import Policy
 from opsin.engine.request import Sequence, State
 
 _FEWEST_ROWS = 32
@@ -20,52 +21,6 @@ _FEWEST_ROWS = 32
 A whole tile is cheaper by a quarter or more, as attention in tiles is: taken unless it lasts `_LONGEST_SLICE` seconds.
 """
 _LONGEST_SLICE = 0.75
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """The numbers the scheduler decides by; times in seconds, sizes in tokens.
-
-    While an answer streams, a prefill step takes about `slice_seconds`, which bounds the pause of that stream, and has
-    `slice` rows until the time of a row is known. While images are worked on, streams wait for their next token so
-    long that their steps take `stream_share` of the time, but at least `shortest_wait` and at most `longest_wait`. When
-    more than `few` are served, waits and slices grow with the square of that, up to `crowded_wait`: the more streams
-    there are, the more a step of theirs costs, and the cheaper it is to decode all of them together afterwards.
-    With `decode_in_encode` streams get their tokens between two layers of an encode, too.
-
-    `wait_for` is how many more tokens a prefix that is being filled must share than one that is ready, for a request
-    to wait for it. The prefixes of ended sequences go into main memory as soon as somebody else runs, `swap_cells` of
-    them; at most `idle_cells` stay in the KV cache (None: until the room is needed). `max_queue` requests may wait.
-    """
-
-    parallel: int = 1
-    slice: int = 64
-    slice_seconds: float = 0.27
-    shortest_wait: float = 0.03
-    longest_wait: float = 0.25
-    crowded_wait: float = 0.4
-    few: int = 4
-    stream_share: float = 0.05
-    decode_in_encode: bool = True
-    wait_for: int = 32
-    idle_cells: int | None = None
-    swap_cells: int = 0
-    max_queue: int = 256
-    keep_prefixes: bool = True
-
-    @classmethod
-    def for_device(cls, *, gpu: bool, parallel: int, max_queue: int, swap_cells: int) -> Policy:
-        """What suits the device that the language model is on; main memory has room for `swap_cells`.
-
-        On a GPU an image takes 20 to 50 ms and stopping its graph costs more than that is worth, so streams get their
-        turn between steps, and half of the time. On a CPU attention looks at idle cells, too, which costs more than
-        copying them: 4,000 of them make the prefill of an image half as long again.
-        """
-        if not gpu:
-            return cls(parallel, idle_cells=4096, swap_cells=swap_cells, max_queue=max_queue)
-        return cls(
-            parallel, slice=512, slice_seconds=0.05, stream_share=0.5, decode_in_encode=False, max_queue=max_queue
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +114,7 @@ class Scheduler:
         self._limits = limits
         self._policy = policy
         self._parallel = min(policy.parallel, limits.n_ubatch)
-        self._last_decode = float("-inf")
+        self._last_decode = self._live_at = float("-inf")
         self._step_seconds = self._row_seconds = 0.0
         self._asked: float | None = None
         self._text_next = True
@@ -186,11 +141,16 @@ class Scheduler:
         """Admit who can be admitted, then choose one step; None when there is nothing to compute."""
         if self.waiting:
             self._admit()
+        if any(s.request.priority >= 0 for s in self.running):
+            self._live_at = now
         return self._secured(self._choose(now))
 
-    def plan_turn(self, now: float) -> Tokens | None:
-        """A decode step between two layers of an encode: no admission, no fork, no eviction; None if it is not due."""
-        decoding = self._decoding()
+    def plan_turn(self, now: float, priority: int = 0) -> Tokens | None:
+        """A decode step between two layers of an encode: no admission, no fork, no eviction; None if it is not due.
+
+        `priority` is that of the sequence whose image is encoded.
+        """
+        decoding = self.streams_beside(priority)
         if not decoding:
             return None
         # Asked again and again in an encode: the next time is as far ahead as the last one is behind.
@@ -250,6 +210,11 @@ class Scheduler:
             assert sequence.n_cells <= self._limits.n_ctx_seq, "a sequence holds more than it may"
         assert len(self.running) <= self._parallel
 
+    def streams_beside(self, priority: int) -> tuple[Sequence, ...]:
+        """Those who wait for their next token while a sequence of that priority is filled."""
+        least = max(0, priority)
+        return tuple([s for s in self.running if s.state is State.DECODE and s.request.priority >= least])
+
     def _decoding(self) -> tuple[Sequence, ...]:
         """Those whose answers have begun."""
         return tuple([s for s in self.running if s.state is State.DECODE])
@@ -265,26 +230,43 @@ class Scheduler:
 
     def _admit(self) -> None:
         for sequence in list(self.waiting):
-            if len(self.running) >= self._parallel:
+            if len(self.running) >= self._parallel and not self._give_way(sequence):
                 return
-            prefix = sequence.prefix
-            match, source, ready = self.kv.find(prefix), None, 0
-            if match is not None:
-                if prefix.cells(match.coming) - prefix.cells(match.ready) >= self._policy.wait_for:
-                    continue  # somebody fills what this one needs: forking it later is cheaper than filling it twice
-                # The last token is always decoded again, so that there are logits.
-                source, ready = match.prefix, min(match.ready, len(prefix.units) - 1)
-            if not self._has_room(prefix, source, ready):
-                if self.running:
-                    return  # cells come back when somebody ends
-                # Only the source itself is left: without it, a prompt that fits the context fits now.
-                source, ready = None, 0
-                self._has_room(prefix, source, ready)
-            self.waiting.remove(sequence)
-            self.running.append(sequence)
-            self.kv.start(prefix, source, ready)
-            sequence.start()
-            self._to_end_of_line(sequence)
+            admitted = self._admit_one(sequence)
+            while admitted is False and self._give_way(sequence):
+                admitted = self._admit_one(sequence)
+            if admitted is False:
+                return  # cells come back when somebody ends
+
+    def _admit_one(self, sequence: Sequence) -> bool | None:
+        """Let it run; False where there is no room for it, None where it had better wait for a prefix."""
+        prefix = sequence.prefix
+        match, source, ready = self.kv.find(prefix), None, 0
+        if match is not None:
+            if prefix.cells(match.coming) - prefix.cells(match.ready) >= self._policy.wait_for:
+                return None  # somebody fills what this one needs: forking it later is cheaper than filling it twice
+            # The last token is always decoded again, so that there are logits.
+            source, ready = match.prefix, min(match.ready, len(prefix.units) - 1)
+        if not self._has_room(prefix, source, ready):
+            if self.running:
+                return False
+            # Only the source itself is left: without it, a prompt that fits the context fits now.
+            source, ready = None, 0
+            self._has_room(prefix, source, ready)
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+        self.kv.start(prefix, source, ready)
+        sequence.start()
+        self._to_end_of_line(sequence)
+        return True
+
+    def _give_way(self, sequence: Sequence) -> bool:
+        """Put a running sequence of lower priority back for this one; False if there is none."""
+        last = self._last_in_line() if self.running else sequence
+        if last.request.priority >= sequence.request.priority:
+            return False
+        self._preempt(last)
+        return True
 
     def _has_room(self, prefix: Prefix, source: Prefix | None, ready: int) -> bool:
         """Evict idle prefixes until the prompt fits beside all that the running ones still need."""
@@ -354,23 +336,32 @@ class Scheduler:
         decoding = self._decoding()
         if len(decoding) == len(self.running):
             return Tokens(decoding) if decoding else None
-        filling = [s for s in self.running if s.state is State.PREFILL]
+        top = max(s.request.priority for s in self.running if s.state is State.PREFILL)
+        filling = [s for s in self.running if s.state is State.PREFILL and s.request.priority == top]
+        decoding = tuple([s for s in decoding if s.request.priority >= top])
+        streams = self.streams_beside(top)
+        sliced = self._sliced(top, streams, now)
         texts = [s for s in filling if isinstance(s.chunk, TextChunk)]
         images = [s for s in filling if isinstance(s.chunk, ImageChunk)]
-        if decoding and self._kept_waiting and self._due(now, self._row_seconds * self._rows(streaming=True)):
+        if streams and self._kept_waiting and self._due(now, self._row_seconds * self._rows(sliced)):
             # Alone: a stream that waited for a slice of an image does not wait for a prompt's text, too.
             return Tokens(decoding)
         if texts and (self._text_next or not images):
             # Everyone's next token, and text of prompts as far as the slice and the ubatch go.
-            budget = min(self._limits.n_ubatch - len(decoding), self._rows(streaming=bool(decoding)))
+            budget = min(self._limits.n_ubatch - len(decoding), self._rows(sliced))
             shares = zip(texts, _shares(texts, budget), strict=True)
             return Tokens(decoding, tuple([_slice(sequence, share) for sequence, share in shares if share]))
-        if images:
-            # One image after another, not one request after another: a small one does not wait for ten images.
-            return self._image(min(images, key=lambda s: s.turn), decoding)
-        return Tokens(decoding) if decoding else None
+        # One image after another, not one request after another: a small one does not wait for ten images.
+        return self._image(min(images, key=lambda s: s.turn), streams, sliced)
 
-    def _image(self, sequence: Sequence, decoding: tuple[Sequence, ...]) -> Step:
+    def _sliced(self, priority: int, streams: tuple[Sequence, ...], now: float) -> float | None:
+        """How long a prefill step may take, as others wait for it; None: as long as it likes."""
+        policy = self._policy
+        if priority < 0 and now - self._live_at < policy.beside_live:
+            return policy.low_slice_seconds
+        return self._crowded(policy.slice_seconds) if streams else None
+
+    def _image(self, sequence: Sequence, decoding: tuple[Sequence, ...], sliced: float | None) -> Step:
         chunk = sequence.chunk
         assert isinstance(chunk, ImageChunk)
         if sequence.embedding is None:
@@ -378,13 +369,13 @@ class Scheduler:
         start = sequence.chunk_offset
         rows = chunk.n_tokens - start
         if chunk.causal:
-            rows = self._part(rows, len(decoding))
+            rows = self._part(rows, len(decoding), sliced)
         together = decoding if chunk.causal and rows + len(decoding) <= self._limits.mixed_rows else ()
         text: tuple[int, ...] = ()
         ahead = sequence.chunks[sequence.chunk_index + 1 :] if start + rows == chunk.n_tokens else [chunk]
         if ahead and isinstance(ahead[0], TextChunk) and chunk.causal and self._limits.mixed_rows:
             most = min(self._limits.n_ubatch, self._limits.mixed_rows if together else self._limits.n_ubatch)
-            if rows + ahead[0].n_tokens <= min(most - len(together), self._rows(streaming=bool(decoding))):
+            if rows + ahead[0].n_tokens <= min(most - len(together), self._rows(sliced)):
                 text, ahead = ahead[0].tokens, ahead[1:]
         return PrefillImage(sequence, chunk, start, start + rows, not ahead, together, text)
 
@@ -397,9 +388,9 @@ class Scheduler:
         wanted = ((s, other) for s, other in coming if other is not chunk and other.n_tokens == chunk.n_tokens)
         return tuple(itertools.islice(wanted, self._limits.encode_batch - 1))
 
-    def _part(self, rows: int, beside: int) -> int:
+    def _part(self, rows: int, beside: int, sliced: float | None) -> int:
         """How many of so many rows a step takes: equal parts, as the last step would cost as much as a whole one."""
-        most, tile = min(self._rows(streaming=beside > 0), self._limits.n_ubatch - beside), self._limits.tile
+        most, tile = min(self._rows(sliced), self._limits.n_ubatch - beside), self._limits.tile
         if most < tile:
             tile //= 2  # 48 rows take longer than 64
         even = -(-rows // -(-rows // most))
@@ -407,16 +398,16 @@ class Scheduler:
             even = min(most // tile, -(-even // tile)) * tile
         return min(rows, even)
 
-    def _rows(self, *, streaming: bool) -> int:
-        """The most rows of a prefill step."""
+    def _rows(self, seconds: float | None) -> int:
+        """The most rows of a prefill step that may take so long."""
         most = self._limits.n_ubatch
-        if streaming:
+        if seconds is not None:
             most = self._policy.slice
             if self._row_seconds > 0:
                 fewest = max(_FEWEST_ROWS, self._limits.tile)
                 if self._row_seconds * fewest > _LONGEST_SLICE:
                     fewest = _FEWEST_ROWS
-                most = max(min(most, fewest), int(self._crowded(self._policy.slice_seconds) / self._row_seconds))
+                most = max(min(most, fewest), int(seconds / self._row_seconds))
         return max(1, min(most, self._limits.n_ubatch))
 
     def _crowded(self, seconds: float) -> float:

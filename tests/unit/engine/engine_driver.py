@@ -155,8 +155,8 @@ class Driver:
             self.plans.append(Plan(tuple(scheduler.kv._ops), step))
             return step
 
-        def noted_turn(now: float) -> Tokens | None:
-            step = plan_turn(now)
+        def noted_turn(now: float, priority: int = 0) -> Tokens | None:
+            step = plan_turn(now, priority)
             if step is not None:
                 self.turns.append(step)
             return step
