@@ -5,22 +5,34 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from opsin.cache import DiskStore, EmbeddingCache, default_folder
+from opsin.core.errors import OpsinError
 from opsin.core.ggml_types import bytes_per_value
 from opsin.core.model_info import PairFacts
 from opsin.core.settings import MAX_ANSWER_TOKENS, EngineSettings
 from opsin.engine import Engine, Policy, Wake, Watch, unwatched, wake_readers
 from opsin.models import Pair, resolve
 from opsin.models.facts import read_facts
+from opsin.models.gguf import parts_of
 from opsin.native import NativeBackend, open_backend
-from opsin.native.devices import CPU_NAMES, HOST, Device, DeviceRate, cpu_features, devices, free_memory, measure_device
+from opsin.native.devices import (
+    CPU_NAMES,
+    HOST,
+    Device,
+    DeviceRate,
+    cpu_features,
+    default_threads,
+    devices,
+    free_memory,
+    measure_device,
+)
 from opsin.native.memory import MemoryPlanner
 from opsin.native.trial import end_with_parent, ensure_loadable, fingerprint
 from opsin.prompt import PromptBuilder, TemplateSource
 
-__all__ = ["Runtime", "end_with_parent", "gpu_names", "open_backend", "open_runtime", "template_source"]
+__all__ = ["Runtime", "end_with_parent", "gpu_names", "machine_for", "open_backend", "open_runtime", "template_source"]
 
 SWAP_BYTES = 2**30
 """Main memory for prefixes that were swapped out of the KV cache, at most; no more than an eighth of what is free."""
@@ -103,6 +115,28 @@ def open_runtime(
 def gpu_names() -> tuple[str, ...]:
     """The GPUs that this build computes on, as ggml names them."""
     return tuple(device.name for device in devices() if device.is_gpu)
+
+
+def machine_for(model: str, mmproj: str) -> dict[str, Any]:
+    """The fields of `worker.pool.Machine` for what `--model` and `--mmproj` mean, "" for nothing.
+
+    GPUs that share the memory of the CPU count only where there is no other, and those of a second backend never, since
+    they are the same cards. All is unknown for a pair or a library that cannot be used: loading says why.
+    """
+    try:
+        pair = resolve(model or None, mmproj or None)
+        llm = sum(part.stat().st_size for part in parts_of(pair.llm))
+        weights = llm + (pair.mmproj.stat().st_size if pair.mmproj else 0)
+        present = devices()
+    except (OpsinError, OSError):
+        return {}
+    gpus = [one for one in present if one.type == "gpu"] or [one for one in present if one.is_gpu]
+    kinds = [one.name.rstrip("0123456789") for one in gpus]
+    return {
+        "gpus": [(one.name, one.memory_free) for one, kind in zip(gpus, kinds, strict=True) if kind == kinds[0]],
+        "weights": weights,
+        "threads": default_threads(llm // 2),  # at most two bytes a parameter
+    }
 
 
 def template_source(backend: NativeBackend, pair: Pair, template: str | None = None) -> TemplateSource:

@@ -23,7 +23,7 @@ from opsin.server.handler import ModelManager
 from opsin.server.images import ImageLoader
 from opsin.server.listener import address_of, bind, check_binding, http_server, read_keys
 from opsin.server.watchers import AccessLog, Tracing
-from opsin.worker import ENDING, DecoderPool, WorkerEngine
+from opsin.worker import ENDING, DecoderPool, open_workers
 
 # The doctor's look at this machine needs the native library, which this process does not load.
 _WORKER = (
@@ -75,16 +75,18 @@ class _Front:
         self._listen_to_signals(loop)
         images = ImageLoader(settings, pool=DecoderPool())
         tracing = [Tracing()] if settings.otel else []
-        engine = WorkerEngine(
+        engine = await asyncio.to_thread(
+            open_workers,
             settings.model,
             settings.mmproj,
             settings,
+            workers=settings.workers,
             max_queue=settings.max_queue,
             idle_seconds=settings.idle_unload_seconds,
             changed=lambda _: loop.call_soon_threadsafe(self._changed.set),
             command=(sys.executable, "-P", "-c", _WORKER),
         )
-        model = ModelManager(settings, engine)
+        model = ModelManager(settings, engine, slots=engine.slots)
         model.warming = True
         watchers = [AccessLog(as_json=settings.log_json).finished, *(traces.finished for traces in tracing)]
         app = create_app(model, images, watchers=watchers, keys=keys)

@@ -90,6 +90,9 @@ class ServerSettings(EngineSettings):
 
     parallel: int = Field(8, ge=1, le=256, description="slots: how many answers are generated at the same time")
 
+    workers: int | None = Field(
+        None, ge=1, le=64, description="processes with the model (default: one for each GPU that it fits on, or one)"
+    )
     host: str = Field("127.0.0.1", description="address to listen on; any but loopback needs an API key")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any that is free")
     api_key_file: Path | None = Field(None, description="file with API keys, one a line, besides OPSIN_API_KEY's")

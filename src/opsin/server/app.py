@@ -37,8 +37,8 @@ def create_app(
     """The whole server as an ASGI application; `keys` are the API keys that are let in, none lets everybody in."""
     settings = model.settings
     # As many answers as run may be ready in the engine; the others wait in the queue.
-    ahead = min(settings.parallel, settings.max_queue)
-    queue = FairQueue(settings.parallel + ahead, settings.max_queue - ahead)
+    ahead = min(model.slots, settings.max_queue)
+    queue = FairQueue(model.slots + ahead, settings.max_queue - ahead)
     metrics = Metrics(model, queue)
     # FastAPI's own pages for documentation load scripts from elsewhere.
     app = FastAPI(
@@ -135,7 +135,7 @@ def _reply(value: dict[str, Any], status: int = 200, headers: dict[str, str] | N
 def _facts(request: Request) -> dict[str, Any]:
     """What is told of the model, also while it is unloaded. Raises NotReady."""
     model: ModelManager = request.app.state.model
-    facts, parallel = model.facts, model.settings.parallel
+    facts, parallel = model.facts, model.slots
     limits, info = facts.limits, facts.info
     return {
         "default_generation_settings": {"n_ctx": limits.n_ctx_seq},

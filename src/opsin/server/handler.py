@@ -29,7 +29,7 @@ from opsin.server.images import FairQueue, RequestImages
 from opsin.server.middleware import RateBucket, is_loopback
 from opsin.server.schema import Common, dumps, ignored
 from opsin.server.stored import StoredResponses
-from opsin.worker import AnswerStream, Loaded, NotReady, WorkerEngine
+from opsin.worker import AnswerStream, Loaded, NotReady, WorkerEngine, WorkerPool
 
 _LOG = logging.getLogger("opsin.server")
 KEEP_ALIVE_SECONDS = 5.0
@@ -313,11 +313,14 @@ class ModelManager:
     """The one model of a server; used on its event loop alone.
 
     The task of a handler enters before it asks the model, and ends when its answer is complete: a drain waits for
-    whoever has entered and lets nobody in.
+    whoever has entered and lets nobody in. `slots` are those of all workers (default: of one).
     """
 
-    def __init__(self, settings: ServerSettings, engine: WorkerEngine) -> None:
+    def __init__(
+        self, settings: ServerSettings, engine: WorkerEngine | WorkerPool, *, slots: int | None = None
+    ) -> None:
         self.settings = settings
+        self.slots = slots or settings.parallel
         self.engine = engine
         self.stored = StoredResponses()
         self._draining = self.warming = False

@@ -73,7 +73,7 @@ class WorkerEngine:
     `model`, `mmproj`, `settings` and `max_queue` are those of `compose.open_runtime`. The worker is ready when it has
     proved its placement and generated a few tokens. After `idle_seconds` without a request it is ended, which gives all
     memory back; the next request starts it again and waits for it. `changed` is called with each new state, in the
-    owner's thread. `command` starts the worker.
+    owner's thread. `command` starts the worker. `crashes` is kept together with other workers: when each image crashed.
 
     `loaded` is the model, also while it is unloaded, and None before it was loaded for the first time; `error` says why
     nothing can be asked any more; `restarts` counts workers that crashed or hung and were replaced; `pid` is the
@@ -90,9 +90,11 @@ class WorkerEngine:
         idle_seconds: float | None = None,
         changed: Callable[[State], object] = lambda _: None,
         command: Sequence[str] = COMMAND,
+        crashes: dict[str, list[float]] | None = None,
     ) -> None:
         self._open = ("open", {"model": model, "mmproj": mmproj, "settings": settings, "max_queue": max_queue})
         self._command = command
+        self.slots = settings.parallel
         self._most = settings.parallel + max_queue
         self._idle_seconds = idle_seconds
         self._tick = PING_SECONDS if idle_seconds is None else min(PING_SECONDS, idle_seconds / 4)
@@ -101,7 +103,7 @@ class WorkerEngine:
         self._numbers = itertools.count()
         self._requests: dict[int, _Request] = {}
         # When an image was in native code as a worker crashed; images that merely waited are not blamed.
-        self._crashes: dict[str, list[float]] = {}
+        self._crashes = {} if crashes is None else crashes
         self._child: Child | None = None
         self.pid: int | None = None
         self._closing = self._woken = False
@@ -148,6 +150,11 @@ class WorkerEngine:
         with self._condition:  # a worker that ends moves its counts from one to the other
             return Snapshot(*map(operator.add, dataclasses.astuple(self._before), dataclasses.astuple(self._latest)))
 
+    @property
+    def in_flight(self) -> int:
+        """Requests that run or wait."""
+        return len(self._requests)
+
     def wait_ready(self) -> Loaded:
         """Wait until the model was loaded. Raises the error with which that failed, or EngineClosed."""
         with self._condition:
@@ -160,6 +167,7 @@ class WorkerEngine:
     def wake(self) -> None:
         """Start an unloaded worker for a request that is about to come; the loading goes on if it does not."""
         with self._condition:
+            self._used = time.monotonic()
             self._woken = self._state == "unloaded"
             self._condition.notify_all()
 
