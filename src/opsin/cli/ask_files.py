@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from opsin.cli.console import tell
 from opsin.core.errors import BadParameter
 from opsin.images import ENDINGS
+from opsin.images.folder import is_image, list_files
 
 
 def check_question(sources: Sequence[str], question: str) -> None:
@@ -43,34 +44,27 @@ def expand_sources(sources: Sequence[str], *, recursive: bool) -> list[str]:
     return found
 
 
-def natural(path: Path) -> list[list[int | str]]:
-    """A key that sorts names as people do: numbers by their value, letters whatever their case."""
-    pieces = (re.split(r"(\d+)", part) for part in path.parts)
-    return [[int(piece) if piece.isdecimal() else piece.casefold() for piece in part] for part in pieces]
-
-
 def _is_word(source: str) -> bool:
     return re.fullmatch(r"[^\W\d]+[,']?\w*", source) is not None and not os.path.lexists(source)
 
 
 def _in_folder(folder: str, *, recursive: bool) -> list[str]:
-    files, folders = list[Path](), list[str]()
-    for here, below, names in os.walk(folder, onerror=lambda error: tell(f"({error.filename}: {error.strerror})")):
-        below[:] = [name for name in below if not name.startswith(".")]
-        files += [Path(here, name) for name in names if not name.startswith(".")]  # the Mac's ._ files, too
-        if not recursive:
-            folders, below[:] = below[:], []
-    images = [path for path in files if path.name.lower().endswith(ENDINGS) and path.is_file()]
-    _say_left_out(set(files) - set(images), "file", "no image that can be read")
+    def unread(error: OSError) -> None:
+        tell(f"({error.filename}: {error.strerror})")
+
+    files, folders = list_files(folder, recursive=recursive, on_error=unread)
+    images = [path for path in files if is_image(path)]
+    taken = set(images)
+    _say_left_out([path for path in files if path not in taken], "file", "no image that can be read")
     _say_left_out(folders, "folder", "-r reads folders, too")
     if not images:
         raise BadParameter(f"There is no image in the folder {folder}: it holds no file named like one.")
-    return [str(path) for path in sorted(sorted(images), key=natural)]
+    return images
 
 
-def _say_left_out(found: Collection[Path | str], what: str, why: str, most: int = 5) -> None:
+def _say_left_out(found: Sequence[str], what: str, why: str, most: int = 5) -> None:
     if found:
-        names = [path.name for path in sorted(map(Path, found), key=natural)]
-        more = f" and {len(names) - most:,} more" if len(names) > most else ""
-        count = f"1 {what} was" if len(names) == 1 else f"{len(names):,} {what}s were"
-        tell(f"({count} left out, {why}: {', '.join(names[:most])}{more})")
+        names = [Path(path).name for path in found[:most]]
+        more = f" and {len(found) - most:,} more" if len(found) > most else ""
+        count = f"1 {what} was" if len(found) == 1 else f"{len(found):,} {what}s were"
+        tell(f"({count} left out, {why}: {', '.join(names)}{more})")

@@ -1,9 +1,11 @@
-"""One row of a job's input: its name, its images, and what a prompt's template may use."""
+"""The rows of a job's input: each has a name, images, and what a prompt's template may use."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from opsin.core.errors import OpsinError
@@ -36,3 +38,23 @@ class Item:
     columns: Mapping[str, Any] = field(default_factory=dict)
     body: Mapping[str, Any] | None = None
     error: OpsinError | None = None
+
+
+@dataclass(slots=True)
+class Source:
+    """The rows of an input, from the start each time (a list on standard input: once). Iterating raises BadInput.
+
+    `total` rows, where that is cheap to know; `columns` of a table; `folder` that ids are relative to; `skipped` counts
+    files that are no rows, by why; `is_requests`: OpenAI's batch form; `note` is a sentence for the user.
+    """
+
+    read: Callable[[], Iterator[Item]]
+    total: int | None = None
+    columns: tuple[str, ...] | None = None
+    folder: Path | None = None
+    skipped: Counter[str] = field(default_factory=Counter)
+    is_requests: bool = False
+    note: str = ""
+
+    def __iter__(self) -> Iterator[Item]:
+        return self.read()

@@ -1,0 +1,131 @@
+"""The files of a job's input: on this machine, or wherever fsspec reads; one name, a pattern or a folder."""
+
+from __future__ import annotations
+
+import glob
+import io
+import itertools
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from opsin.core.errors import BadInput, OpsinError
+from opsin.images.folder import list_files, natural
+from opsin.images.source import show
+
+UNREADABLE = "folder that cannot be read"
+_ADDRESS = re.compile(r"[A-Za-z][\w+.:-]*://|data:", re.IGNORECASE)
+WEB = ("http://", "https://", "data:")
+_RANGE = re.compile(r"\{([0-9]{1,9})\.\.([0-9]{1,9})\}")
+_MOST_NAMES = 100_000  # that ranges in braces stand for
+_BUFFER = 2**20
+
+
+def is_address(text: str) -> bool:
+    """Whether it begins like an address, so that it is never taken for a path."""
+    return _ADDRESS.match(text) is not None
+
+
+def clean(text: str) -> str:
+    """The text, with escapes for what UTF-8 cannot hold, such as odd bytes of a file's name."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Whatever the disk, the network or a file system of fsspec raises becomes a BadInput about the file `name`."""
+    try:
+        yield
+    except OpsinError:
+        raise
+    except FileNotFoundError:
+        raise BadInput(f"There is no file or folder {show(name)}: check the name.") from None
+    except Exception as error:
+        if not isinstance(error, OSError) and not is_address(name):
+            raise
+        why = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0] or type(error).__name__
+        raise BadInput(f"{show(name)} cannot be read ({show(why).rstrip('.')}): check it, and try again.") from None
+
+
+def open_file(name: str) -> io.BufferedReader:
+    """Open a path or an address for reading. Raises what `reading` knows."""
+    if not is_address(name):
+        return Path(name).open("rb")
+    system, path = _remote(name)
+    # Not every file of fsspec reads a line of a bounded length by itself.
+    return io.BufferedReader(system.open(path, "rb"), _BUFFER)
+
+
+def find_files(text: str, skipped: Counter[str], *, recursive: bool) -> tuple[str, list[str]] | None:
+    """The files that a folder, a pattern or a range in braces stands for, in natural order, and the folder they are in.
+
+    None: the text is the name of one file. Hidden files are left out. Raises BadInput, and what `reading` knows.
+    """
+    if is_address(text):
+        return _find_remote(text, recursive=recursive)
+    path = Path(text)
+    if path.is_file():
+        return None
+    if path.is_dir():
+        files, _ = list_files(text, recursive=recursive, on_error=lambda _: skipped.update([UNREADABLE]))
+        return os.fspath(path), files
+    if path.exists():
+        raise BadInput(f"{show(text)} is a pipe or a device: give a file, or - for a list on standard input.")
+    names = _expand(text)
+    if names != [text]:
+        for name in names:
+            if not Path(name).is_file():
+                raise BadInput(f"There is no file {show(name)}: check the range in braces.")
+        return "", names
+    if glob.has_magic(text):
+        names = glob.glob(text, recursive=recursive)  # noqa: PTH207 - pathlib lists hidden files, too
+        return _root(text), sorted(filter(os.path.isfile, names), key=natural)
+    raise FileNotFoundError
+
+
+def _find_remote(text: str, *, recursive: bool) -> tuple[str, list[str]] | None:
+    if (names := _expand(text)) != [text]:
+        return "", names
+    if text.lower().startswith(WEB):
+        return None
+    system, path = _remote(text)
+    if glob.has_magic(path):
+        root, found = _root(path), system.glob(path)
+    elif system.isdir(path):
+        root, found = path.rstrip("/"), system.find(path, maxdepth=None if recursive else 1)
+    else:
+        return None
+    seen = [name for name in found if not any(part.startswith(".") for part in name[len(root) :].split("/"))]
+    address = system.unstrip_protocol
+    return address(root), [address(name) for name in sorted(seen, key=natural)]
+
+
+def _remote(name: str) -> tuple[Any, str]:
+    """The file system of an address, and the path there."""
+    try:
+        from fsspec.core import url_to_fs
+    except ImportError:
+        raise BadInput(f"{show(name)} needs fsspec: pip install 'opsin[batch]'.") from None
+    system, path = url_to_fs(name)
+    return system, path
+
+
+def _root(pattern: str) -> str:
+    """The folder before the first wildcard."""
+    return re.split(r"[*?\[]", pattern, maxsplit=1)[0].rpartition("/")[0]
+
+
+def _expand(text: str) -> list[str]:
+    """The names that ranges in braces stand for; numbers keep their zeros in front."""
+    pieces = _RANGE.split(text)  # text, first, last, text, first, last, text
+    numbers = [range(int(a), int(b) + 1) for a, b in zip(pieces[1::3], pieces[2::3], strict=True)]
+    if not 0 < math.prod(map(len, numbers)) <= _MOST_NAMES:
+        raise BadInput(f"The range in {show(text)} stands for no file, or for more than {_MOST_NAMES:,}: correct it.")
+    widths = [len(first) for first in pieces[1::3]]
+    filled = [[f"{number:0{width}}" for number in some] for some, width in zip(numbers, widths, strict=True)]
+    return ["".join(itertools.chain(*zip(pieces[::3], (*one, ""), strict=True))) for one in itertools.product(*filled)]

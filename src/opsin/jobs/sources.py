@@ -1,0 +1,145 @@
+"""Any input of a job: a folder, a pattern, one image, a list, a table or a tar, here or where fsspec reads."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from io import BufferedReader
+from pathlib import Path
+from typing import cast
+from urllib.parse import unquote, urlsplit
+
+from opsin.core.errors import BadImage, BadInput, BadParameter
+from opsin.core.files import expand
+from opsin.images import ENDINGS
+from opsin.images.folder import is_image
+from opsin.images.sniff import image_format
+from opsin.images.source import show
+from opsin.jobs.files import WEB, clean, find_files, is_address, open_file, reading
+from opsin.jobs.item import Item, Source
+from opsin.jobs.tables import MAX_ROW, open_csv, open_jsonl, open_parquet
+from opsin.jobs.tars import open_tars
+
+__all__ = ["Source", "open_source"]
+
+_Opener = Callable[[Sequence[str], str | None, str | None], Source]
+_OPENERS: dict[tuple[str, ...], _Opener] = {
+    (".parquet",): open_parquet,
+    (".tar", ".tar.gz", ".tgz"): open_tars,
+    (".jsonl", ".ndjson"): open_jsonl,
+    (".csv", ".tsv"): open_csv,
+}
+_KINDS = (
+    "a folder, a pattern in quotes, an image, a .jsonl, .csv, .tsv, .parquet or .tar file, or - for a list of images"
+)
+_BLOCK = 2**16
+
+
+def open_source(
+    text: str, *, image_column: str | None = None, id_column: str | None = None, recursive: bool = True
+) -> Source:
+    """The rows of an input. `image_column` and `id_column` are those of a table; `recursive`: folders in folders, too.
+
+    Raises BadInput for an input that cannot be read or holds no rows, BadParameter for a column where there are none.
+    """
+    with reading(text):
+        source = _listed() if text == "-" else _open(text, image_column, id_column, recursive=recursive)
+    if source.columns is None and (image_column or id_column):
+        raise BadParameter(f"{show(text)} is no table, so it has no columns: leave out --image-column and --id.")
+    return source
+
+
+def _open(text: str, image_column: str | None, id_column: str | None, *, recursive: bool) -> Source:
+    if text[:7].lower() == "file://":
+        text = unquote(urlsplit(text).path)
+    if text.startswith("~") and not os.path.lexists(text):
+        text = os.fspath(expand(text))
+    if not text.strip():
+        raise BadInput(f"The input is empty: give {_KINDS}.")
+    skipped: Counter[str] = Counter()
+    found = find_files(text, skipped, recursive=recursive)
+    if found is None:
+        opener = _opener(text)
+        return _one_image(text) if opener is None else opener([text], image_column, id_column)
+    root, names = found
+    remote = is_address(text)
+    images = [name for name in names if (name.lower().endswith(ENDINGS) if remote else is_image(name))]
+    if images:
+        taken = set(images)
+        skipped.update(_ending(name) for name in names if name not in taken)
+        return Source(
+            partial(_images, root, images), len(images), folder=None if remote else Path(root), skipped=skipped
+        )
+    for opener in _OPENERS.values():
+        if parts := [name for name in names if _opener(name) is opener]:
+            return opener(parts, image_column, id_column)
+    raise BadInput(f"There is no image in {show(text)}: no file there is named like one that can be read.")
+
+
+def _opener(name: str) -> _Opener | None:
+    """What reads the rows of a file of that name; None where the file is one image, or nothing that is known."""
+    path = urlsplit(name).path if is_address(name) else name
+    if name[:5].lower() == "data:":
+        return None
+    return next((opener for endings, opener in _OPENERS.items() if path.lower().endswith(endings)), None)
+
+
+def _images(root: str, names: Sequence[str]) -> Iterator[Item]:
+    for name in names:
+        key = name.removeprefix(root).replace(os.sep, "/").lstrip("/")
+        yield Item(clean(key), clean(name), (name,))
+
+
+def _ending(name: str) -> str:
+    ending = Path(name).suffix.lower()
+    return "no file" if ending in ENDINGS else ending or "without an ending"
+
+
+def _one_image(text: str) -> Source:
+    name = text.lower()
+    if not name.startswith(WEB) and not name.endswith(ENDINGS):
+        with open_file(text) as file:
+            try:
+                image_format(file.read(4096), show(text))
+            except BadImage:
+                raise BadInput(f"{show(text)} is no kind of input that is known: give {_KINDS}.") from None
+    if is_address(text):
+        return Source(lambda: iter([_item(text, 1)]), 1)
+    parent = os.fspath(Path(text).parent)
+    return Source(partial(_images, parent, [text]), 1, folder=Path(parent))
+
+
+def _listed() -> Source:
+    if sys.stdin.isatty():
+        raise BadInput("The list of images is missing: find photos -name '*.jpg' | opsin batch - …")
+    return Source(_read_list)
+
+
+def _read_list() -> Iterator[Item]:
+    with reading("standard input"):
+        for number, name in enumerate(_names(cast("BufferedReader", sys.stdin.buffer)), 1):
+            yield _item(os.fsdecode(name), number)
+
+
+def _item(name: str, number: int) -> Item:
+    """An image of a list; a `data:` address is too long for a name."""
+    key, source = (str(number), f"-#{number}") if name[:5].lower() == "data:" else (clean(name), clean(name))
+    return Item(key, source, (name,))
+
+
+def _names(file: BufferedReader) -> Iterator[bytes]:
+    """Lines, or what stands between NULs where there are any; empty ones are left out."""
+    left, separator = b"", b""
+    while block := file.read1(_BLOCK):
+        left += block
+        separator = separator or (b"\0" if b"\0" in left else b"\n" if b"\n" in left else b"")
+        if separator and separator in block:
+            *names, left = left.split(separator)
+            yield from filter(None, (name.rstrip(b"\r") if separator == b"\n" else name for name in names))
+        if len(left) > MAX_ROW:
+            raise BadInput(f"A line on standard input is longer than {MAX_ROW:,} bytes: give one image a line.")
+    if left:
+        yield left

@@ -1,0 +1,269 @@
+"""Rows of tables: JSON Lines, OpenAI's batch form among them, CSV and Parquet."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from io import BufferedReader
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from pydantic_core import from_json
+
+from opsin.core.errors import BadInput
+from opsin.images.source import show
+from opsin.jobs.files import clean, is_address, open_file, reading
+from opsin.jobs.item import ImageRef, Item, Source
+
+MAX_ROW = 2**26
+"""Bytes of one row of text."""
+IMAGE_COLUMNS = ("image", "image_path", "path", "file", "filename", "file_name", "url", "image_url", "images")
+_LOOKED_AT = 100  # rows that tell the columns of JSON Lines
+_COUNTED = 2**26  # bytes of files that are read once more to count their rows
+_BATCH_BYTES, _BATCH_ROWS = 2**30, 1024
+
+Cells = Mapping[str, Any]
+Rows = Iterator[tuple[int, Cells | ValueError]]
+"""The line or row in a file, and its cells, or what is wrong with it as the end of a sentence."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """Files with rows of one kind. `image` and `id` are columns; `image` is None for OpenAI's batch form."""
+
+    names: Sequence[str]
+    rows: Callable[[str], Rows]
+    image: str | None
+    id: str | None
+
+    def items(self) -> Iterator[Item]:
+        """The rows, numbered over all files."""
+        number = 0
+        for name in self.names:
+            with reading(name):
+                for place, cells in self.rows(name):
+                    number += 1
+                    yield self._item(name, place, number, cells)
+
+    def _item(self, name: str, place: int, number: int, cells: Cells | ValueError) -> Item:
+        named = self.image is None or self.id is not None
+        key, source = f"row {number}" if named else str(number), f"{clean(name)}#{place}"
+        try:
+            if isinstance(cells, ValueError):
+                raise cells
+            if self.image is None:
+                return Item(name_of(cells, "custom_id"), source, body=_body(cells))
+            key = key if self.id is None else name_of(cells, self.id)
+            images = tuple(_images(cells.get(self.image)))
+        except ValueError as error:
+            return Item(key, source, error=BadInput(f"Row {place} of {show(name)} {error}."))
+        if isinstance(images[0], str) and images[0][:5].lower() != "data:":
+            source = clean(images[0])
+        columns = {column: cells[column] for column in cells if column != self.image or isinstance(cells[column], str)}
+        return Item(key, source, tuple(_beside(name, image) for image in images), columns)
+
+
+def open_jsonl(names: Sequence[str], image: str | None, row_id: str | None) -> Source:
+    """JSON Lines: OpenAI's batch form, or with a column `image`, and one of ids. Raises BadInput and OSError."""
+    seen = [cells for _, cells in islice(_json_rows(names[0]), _LOOKED_AT) if not isinstance(cells, ValueError)]
+    if not seen:
+        raise BadInput(f"{show(names[0])} holds no JSON objects, one a line: check its format.")
+    if {"custom_id", "body"} <= seen[0].keys():
+        return Source(_Table(names, _json_rows, None, None).items, _count(names, _json_rows), is_requests=True)
+    columns = dict.fromkeys(column for cells in seen for column in cells)
+    return _source(names, _json_rows, tuple(columns), _count(names, _json_rows), (image, row_id))
+
+
+def open_csv(names: Sequence[str], image: str | None, row_id: str | None) -> Source:
+    """CSV in UTF-8 with a header, separated by comma, semicolon or tab. Raises BadInput and OSError."""
+    with open_file(names[0]) as file:
+        columns, _ = _open_csv(_Lines(file), names[0])
+    return _source(names, _csv_rows, tuple(columns), _count(names, _csv_rows), (image, row_id))
+
+
+def open_parquet(names: Sequence[str], image: str | None, row_id: str | None) -> Source:
+    """Parquet files, the parts of one table. Raises BadInput and OSError."""
+    total, columns = 0, tuple[str, ...]()
+    for name in names:
+        with open_file(name) as file, _open_parquet(file, name) as parquet:
+            total += parquet.metadata.num_rows
+            columns = columns or tuple(parquet.schema_arrow.names)
+    return _source(names, _parquet_rows, columns, total, (image, row_id))
+
+
+def _source(
+    names: Sequence[str],
+    rows: Callable[[str], Rows],
+    columns: tuple[str, ...],
+    total: int | None,
+    wanted: tuple[str | None, str | None],
+) -> Source:
+    """The table, with its image column found by its name unless it is `wanted`."""
+    table, there = show(names[0]), f"it has {', '.join(map(show, columns))}"
+    if total == 0:
+        raise BadInput(f"{table} holds no rows: give a table with some.")
+    for column in filter(None, wanted):
+        if column not in columns:
+            raise BadInput(f"{table} has no column {show(column)}: {there}.")
+    folded = {column.casefold(): column for column in reversed(columns)}
+    image = wanted[0] or next((folded[name] for name in IMAGE_COLUMNS if name in folded), None)
+    if image is None:
+        raise BadInput(f"No column of {table} is named like images: say which with --image-column; {there}.")
+    note = "" if wanted[0] else f"(images are taken from the column {image!r}; --image-column takes another)"
+    return Source(_Table(names, rows, image, wanted[1]).items, total, columns, note=note)
+
+
+def _count(names: Sequence[str], rows: Callable[[str], Rows]) -> int | None:
+    """How many rows there are, where it takes little time to read them once more."""
+    if any(map(is_address, names)) or sum(Path(name).stat().st_size for name in names) > _COUNTED:
+        return None
+    return sum(1 for name in names for _ in rows(name))
+
+
+def name_of(cells: Cells, column: str) -> str:
+    """The id of a row. Raises ValueError with the end of a sentence."""
+    value = cells.get(column)
+    if value is None or value == "" or isinstance(value, (bytes, list, dict)):
+        raise ValueError(f"has no id in {column!r}: give each row its own")
+    return clean(str(value))
+
+
+def _body(cells: Cells) -> Cells:
+    if not str(cells.get("url")).endswith("/chat/completions"):
+        raise ValueError("has another url than /v1/chat/completions, the only one that is answered here")
+    if isinstance(body := cells.get("body"), dict):
+        return body
+    raise ValueError("has no body: give a chat request as a JSON object")
+
+
+def _images(value: Any) -> Iterator[ImageRef]:
+    """The images of a cell. Raises ValueError with the end of a sentence."""
+    if isinstance(value, dict):  # as Hugging Face keeps images: where there are bytes, the path names no file
+        value = value["bytes"] if isinstance(value.get("bytes"), bytes) else value.get("path")
+    if isinstance(value, str) and value[:1] == "[":  # a list in a cell of CSV, or a path
+        with suppress(ValueError):
+            value = from_json(value)
+    if isinstance(value, list) and value and not any(isinstance(one, list) for one in value):
+        for one in value:
+            yield from _images(one)
+    elif isinstance(value, (str, bytes)) and value.strip():
+        yield value
+    else:
+        found = "is empty" if not value or isinstance(value, str) else f"is of the type {type(value).__name__}"
+        raise ValueError(f"has no image, its cell {found}: give a path, an address or bytes")
+
+
+def _beside(name: str, image: ImageRef) -> ImageRef:
+    """A path in a table is relative to the table's folder."""
+    if not isinstance(image, str) or is_address(image) or image.startswith(("/", "~")):
+        return image
+    folder, slash, _ = name.rpartition("/")
+    return f"{folder}{slash}{image}"
+
+
+class _Lines:
+    """Lines of text, which go on after an error. Raises ValueError once `left` bytes are used up."""
+
+    def __init__(self, file: BufferedReader) -> None:
+        self._file, self.number, self.left = file, 0, MAX_ROW
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._file.readline(self.left + 1)
+        if not line:
+            raise StopIteration
+        self.number += 1
+        self.left -= len(line)
+        if self.left < 0:
+            while line and not line.endswith(b"\n"):
+                line = self._file.readline(MAX_ROW)
+            raise ValueError(f"more than {MAX_ROW:,} bytes")
+        return line.decode("utf-8-sig" if self.number == 1 else "utf-8")
+
+
+def _read(lines: _Lines, rows: Iterator[Cells | None]) -> Rows:
+    """The rows that are made of the lines; None are left out."""
+    while True:
+        lines.left = MAX_ROW
+        try:
+            if (cells := next(rows)) is not None:
+                yield lines.number, cells
+        except StopIteration:
+            return
+        except (ValueError, csv.Error) as error:
+            yield lines.number, ValueError(f"cannot be read ({error}): correct it")
+
+
+def json_object(line: str) -> Cells | None:
+    """The JSON object in a line, None in an empty one. Raises ValueError."""
+    if not line.strip():
+        return None
+    if isinstance(cells := from_json(line), dict):
+        return cells
+    raise ValueError("no JSON object")
+
+
+def _json_rows(name: str) -> Rows:
+    with open_file(name) as file:
+        lines = _Lines(file)
+        yield from _read(lines, map(json_object, lines))
+
+
+def _open_csv(lines: _Lines, name: str) -> tuple[list[str], Iterator[list[str]]]:
+    """The columns, and the rows after the header."""
+    csv.field_size_limit(MAX_ROW)
+    try:
+        head = next(lines)
+        delimiter = max("\t,;", key=re.sub('"[^"]*"', "", head).count)
+        rows = csv.reader(chain([head], lines), delimiter=delimiter)
+        return [column.strip() for column in next(rows)], rows
+    except (StopIteration, ValueError, csv.Error) as error:
+        why = str(error) or "it is empty"
+        raise BadInput(f"{show(name)} has no header that can be read ({why}): give a table in UTF-8.") from None
+
+
+def _csv_rows(name: str) -> Rows:
+    def cells(row: list[str]) -> Cells | None:
+        if any(row[len(columns) :]):
+            raise ValueError(f"{len(row)} cells for {len(columns)} columns, so a text needs quotes")
+        return dict(zip(columns, row, strict=False)) if row else None
+
+    with open_file(name) as file:
+        lines = _Lines(file)
+        columns, rows = _open_csv(lines, name)
+        yield from _read(lines, map(cells, rows))
+
+
+def _open_parquet(file: BufferedReader, name: str) -> Any:
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise BadInput("Parquet needs pyarrow: pip install 'opsin[batch]'.") from None
+    try:
+        return ParquetFile(file, buffer_size=2**20)
+    except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's own are kinds of these
+        why = show(str(error).partition("\n")[0].rstrip("."))
+        raise BadInput(f"{show(name)} is damaged, encrypted or no Parquet file ({why}): write it again.") from None
+
+
+def _parquet_rows(name: str) -> Rows:
+    with open_file(name) as file, _open_parquet(file, name) as parquet:
+        about, done = parquet.metadata, 0
+        groups = map(about.row_group, range(about.num_row_groups))
+        chunks = (group.column(number) for group in groups for number in range(group.num_columns))
+        # A value is at most as large as all that its group stores, and a dictionary may repeat it in each row.
+        largest = max((one.total_uncompressed_size for one in chunks if one.physical_type == "BYTE_ARRAY"), default=0)
+        size = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, largest)))
+        with suppress(OSError, ValueError, NotImplementedError):
+            for batch in parquet.iter_batches(size, use_threads=False):
+                for cells in batch.to_pylist():
+                    done += 1
+                    yield done, cells
+        for number in range(done, about.num_rows):  # so that rows of later files keep their numbers
+            yield number + 1, ValueError("cannot be read: the file is damaged or encrypted from here on")
