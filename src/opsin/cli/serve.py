@@ -81,7 +81,7 @@ class _Front:
             settings.mmproj,
             settings,
             workers=settings.workers,
-            max_queue=settings.max_queue,
+            max_queue=settings.max_queue + settings.parallel,  # rows of batches take no places from live requests
             idle_seconds=settings.idle_unload_seconds,
             changed=lambda _: loop.call_soon_threadsafe(self._changed.set),
             command=(sys.executable, "-P", "-c", _WORKER),
@@ -93,10 +93,12 @@ class _Front:
         server = http_server(app, settings.slow_reader_seconds, settings.trusted_proxies)
         serving = asyncio.create_task(server.serve(sockets=[self._listener]))
         try:
+            await app.state.batches.start()
             return await self._watch(model, images)
         finally:
             server.should_exit = True
             await serving
+            await app.state.batches.close()
             await asyncio.to_thread(engine.close)
             images.close()
             for traces in tracing:

@@ -124,6 +124,13 @@ class ServerSettings(EngineSettings):
     max_schema_bytes: int = Field(64 * 2**10, ge=64, le=MAX_SCHEMA, description="bytes of a JSON schema or grammar")
     requests_per_minute: int | None = Field(None, ge=1, description="requests a minute for each key (default: any)")
     concurrent_requests: int | None = Field(None, ge=1, description="requests at once for each key (default: any)")
+    batch_store: str | None = Field(
+        None, description="database of files and batches, as postgresql://HOST/NAME (default: a file; none: no batches)"
+    )
+    max_file_bytes: int = Field(200 * 2**20, ge=1, description="bytes of a file that is uploaded for a batch")
+    max_stored_bytes: int = Field(8 * 2**30, ge=1, description="bytes of all files of a key")
+    max_batch_rows: int = Field(50_000, ge=1, description="requests of a batch")
+    keep_days: int = Field(30, ge=1, le=3650, description="days that files and ended batches are kept")
     slow_reader_seconds: float = Field(30.0, gt=0, description="close a connection after so long without progress")
 
     max_tokens: int | None = Field(None, ge=1, description=MAX_TOKENS_HELP)

@@ -6,6 +6,8 @@ The page loads nothing from elsewhere, no script or style stands in its markup, 
 from __future__ import annotations
 
 import asyncio
+import copy
+import hashlib
 import time
 import tomllib
 from collections.abc import Sequence
@@ -20,7 +22,8 @@ from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 
 from opsin import __version__
-from opsin.server import chat, responses
+from opsin.server import batches, chat, files, responses
+from opsin.server.batch_runner import BatchRunner
 from opsin.server.errors import HANDLERS, RESPONSES, UnknownModel
 from opsin.server.handler import ModelManager, StatsMiddleware, Watcher
 from opsin.server.images import FairQueue, ImageLoader
@@ -29,6 +32,7 @@ from opsin.server.schema import dumps
 from opsin.server.watchers import Metrics
 
 _ROUTES = [route for room in (chat, responses) for route in room.router.routes if isinstance(route, Route)]
+_CREATE = [route for route in batches.router.routes if isinstance(route, Route) and route.name == "create"]
 
 
 def create_app(
@@ -40,6 +44,8 @@ def create_app(
     ahead = min(model.slots, settings.max_queue)
     queue = FairQueue(model.slots + ahead, settings.max_queue - ahead)
     metrics = Metrics(model, queue)
+    labels = [hashlib.sha256(key.encode()).hexdigest()[:16] for key in keys]
+    runner = BatchRunner(settings, model, labels, lambda: rows_app(model, images))
     # FastAPI's own pages for documentation load scripts from elsewhere.
     app = FastAPI(
         title="Opsin",
@@ -51,15 +57,33 @@ def create_app(
         exception_handlers=HANDLERS,
     )
     app.state.model, app.state.images, app.state.queue, app.state.metrics = model, images, queue, metrics
+    app.state.priority, app.state.batches, app.state.uploads = 0, runner, asyncio.Semaphore(files.MAX_UPLOADS)
     app.state.root = f"/{path}" if (path := settings.root_path.strip("/")) else ""
-    for one in (chat.router, responses.router, router):
+    batch_api = () if settings.batch_store == "none" else (files.router, batches.router)
+    for one in (chat.router, responses.router, *batch_api, router):
         app.include_router(one)
     # The last one added is the outermost.
-    app.add_middleware(Limits, settings=settings, routes=_ROUTES)
+    app.add_middleware(Limits, settings=settings, routes=_ROUTES + _CREATE)
     app.add_middleware(SecurityMiddleware, settings=settings, keys=keys)
-    paths = {route.path for route in _ROUTES}
+    paths = {*(route.path for route in _ROUTES + _CREATE), "/v1/files"}
     watching = (metrics.finished, *watchers)
     app.add_middleware(StatsMiddleware, watchers=watching, paths=paths, root_path=app.state.root)
+    return app
+
+
+def rows_app(model: ModelManager, images: ImageLoader) -> FastAPI:
+    """What answers rows of batches: as live requests are answered, but at low priority and beside their limits."""
+    settings = model.settings.model_copy(update={"requests_per_minute": None, "concurrent_requests": None})
+    # Rows hold no pixels that live requests may hold, and take no turns from them.
+    images = copy.copy(images)
+    images.room = FairQueue(images.max_pixels)
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, exception_handlers=HANDLERS)
+    app.state.model, app.state.images, app.state.queue = model, images, FairQueue(model.slots)
+    app.state.priority, app.state.root = -1, ""
+    for one in (chat.router, responses.router):
+        app.include_router(one)
+    app.add_middleware(Limits, settings=settings, routes=_ROUTES)
+    app.add_middleware(StatsMiddleware, watchers=(), paths=set())
     return app
 
 

@@ -26,7 +26,9 @@ _TAGS = frozenset((
 ))  # fmt: skip
 
 # A path of the API behind no base path, or behind one too many.
-_NEARLY = re.compile(r"(/v1/v1|/api/v1|/openai/v1|/api|)/(chat/completions|completions|responses|models)(/.*)?")
+_NEARLY = re.compile(
+    r"(/v1/v1|/api/v1|/openai/v1|/api|)/(chat/completions|completions|responses|models|files|batches)(/.*)?"
+)
 
 
 class BadField(BadParameter):
@@ -44,6 +46,14 @@ class UnknownModel(BadField, http_status=404):
 
     def __init__(self, name: str, served: str) -> None:
         super().__init__(f"The model {name[:100]!r} is not served here: ask for {served!r}.", "model")
+
+
+class NotFound(BadField, http_status=404):
+    """No file or batch of the key is called so."""
+
+
+class StoreFailed(OpsinError, http_status=503):
+    """The database of files and batches does not do its part."""
 
 
 def error_body(status: int, message: str, code: str, param: str | None = None) -> dict[str, Any]:
@@ -149,9 +159,9 @@ def _path(loc: Iterable[int | str]) -> str | None:
             continue
         # Members of unions are named as well: as `literal[…]`, by their class, or by the tag that chose them.
         is_tag = path.endswith("]") and not before and step in _TAGS
-        if not is_tag and step not in {before, "body"} and "[" not in step and not step[:1].isupper():
+        if not is_tag and step not in {before, "body", "query"} and "[" not in step and not step[:1].isupper():
             path = f"{path}.{step}" if path else step
-        before = "/" if is_tag else "" if step == "body" else step
+        before = "/" if is_tag else "" if step in {"body", "query"} else step
     return _short(path) or None
 
 

@@ -145,10 +145,11 @@ class CompletionHandler(Response):
             waited = time.perf_counter() - began
             # The time spent waiting counts towards the limit.
             left = {} if max_seconds is None else {"max_seconds": max(max_seconds - waited, 1e-3)}
+            same = {"waited_since": stats.began, "salt": key, "priority": server.priority}
             streams: list[AnswerStream] = []
             for prompt, params in asked:
                 limited, waited_ms = params.model_copy(update=left), waited * 1e3
-                stream = model.engine.submit(prompt, limited, queue_ms=waited_ms, waited_since=stats.began, salt=key)
+                stream = model.engine.submit(prompt, limited, queue_ms=waited_ms, **same)
                 held.callback(stream.cancel)  # without effect on one that has ended
                 streams.append(stream)
                 stats.deltas.append([])

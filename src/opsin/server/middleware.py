@@ -182,7 +182,7 @@ class SecurityMiddleware:
         self._cors = CORSMiddleware(
             self._let_in,
             allow_origins=self._origins,
-            allow_methods=("GET", "POST"),
+            allow_methods=("GET", "POST", "DELETE"),
             allow_headers=("*",),
             expose_headers=("Opsin-Ignored", "Opsin-Notes", "Retry-After", "Server-Timing", "X-Request-Id"),
         )
@@ -318,7 +318,7 @@ class Limits:
         key = state.get("key", "")
         found = self._wrong_headers(Headers(scope=scope)) or self._over(key) or await self._read(receive)
         if isinstance(found, bytes):
-            found = _wrong_json(found) or self._over(key) or found  # again: the body may have taken its time
+            found = wrong_json(found) or self._over(key) or found  # again: the body may have taken its time
         if isinstance(found, ErrorResponse):
             await found(scope, receive, send)
             return
@@ -388,7 +388,7 @@ class Limits:
         return ErrorResponse(429, message, "rate_limit_exceeded", headers={"Retry-After": str(seconds)})
 
 
-def _wrong_json(body: bytes) -> ErrorResponse | None:
+def wrong_json(body: bytes) -> ErrorResponse | None:
     """Refuse bodies whose reading would hold up the event loop: many elements cost far more than many bytes."""
     if b"\0" in body:
         return ErrorResponse(400, "The body is not JSON in UTF-8: send it in UTF-8.", "bad_parameter")
