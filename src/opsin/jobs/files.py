@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import glob
 import io
-import itertools
-import math
 import os
 import re
 from collections import Counter
@@ -18,12 +16,10 @@ from opsin.core.errors import BadInput, OpsinError
 from opsin.images.folder import list_files, natural
 from opsin.images.source import show
 
-UNREADABLE = "folder that cannot be read"
 _ADDRESS = re.compile(r"[A-Za-z][\w+.:-]*://|data:", re.IGNORECASE)
 WEB = ("http://", "https://", "data:")
 _RANGE = re.compile(r"\{([0-9]{1,9})\.\.([0-9]{1,9})\}")
 _MOST_NAMES = 100_000  # that ranges in braces stand for
-_BUFFER = 2**20
 
 
 def is_address(text: str) -> bool:
@@ -58,7 +54,7 @@ def open_file(name: str) -> io.BufferedReader:
         return Path(name).open("rb")
     system, path = _remote(name)
     # Not every file of fsspec reads a line of a bounded length by itself.
-    return io.BufferedReader(system.open(path, "rb"), _BUFFER)
+    return io.BufferedReader(system.open(path, "rb"), 2**20)
 
 
 def find_files(text: str, skipped: Counter[str], *, recursive: bool) -> tuple[str, list[str]] | None:
@@ -72,15 +68,15 @@ def find_files(text: str, skipped: Counter[str], *, recursive: bool) -> tuple[st
     if path.is_file():
         return None
     if path.is_dir():
-        files, _ = list_files(text, recursive=recursive, on_error=lambda _: skipped.update([UNREADABLE]))
+        files, _ = list_files(
+            text, recursive=recursive, on_error=lambda _: skipped.update(["folder that cannot be read"])
+        )
         return os.fspath(path), files
     if path.exists():
         raise BadInput(f"{show(text)} is a pipe or a device: give a file, or - for a list on standard input.")
-    names = _expand(text)
-    if names != [text]:
-        for name in names:
-            if not Path(name).is_file():
-                raise BadInput(f"There is no file {show(name)}: check the range in braces.")
+    if (names := _expand(text)) != [text]:
+        if missing := next((name for name in names if not Path(name).is_file()), None):
+            raise BadInput(f"There is no file {show(missing)}: check the range in braces.")
         return "", names
     if glob.has_magic(text):
         names = glob.glob(text, recursive=recursive)  # noqa: PTH207 - pathlib lists hidden files, too
@@ -122,10 +118,9 @@ def _root(pattern: str) -> str:
 
 def _expand(text: str) -> list[str]:
     """The names that ranges in braces stand for; numbers keep their zeros in front."""
-    pieces = _RANGE.split(text)  # text, first, last, text, first, last, text
-    numbers = [range(int(a), int(b) + 1) for a, b in zip(pieces[1::3], pieces[2::3], strict=True)]
-    if not 0 < math.prod(map(len, numbers)) <= _MOST_NAMES:
+    if (found := _RANGE.search(text)) is None:
+        return [text]
+    numbers, ends = range(int(found[1]), int(found[2]) + 1), _expand(text[found.end() :])
+    if not 0 < len(numbers) * len(ends) <= _MOST_NAMES:
         raise BadInput(f"The range in {show(text)} stands for no file, or for more than {_MOST_NAMES:,}: correct it.")
-    widths = [len(first) for first in pieces[1::3]]
-    filled = [[f"{number:0{width}}" for number in some] for some, width in zip(numbers, widths, strict=True)]
-    return ["".join(itertools.chain(*zip(pieces[::3], (*one, ""), strict=True))) for one in itertools.product(*filled)]
+    return [f"{text[: found.start()]}{number:0{len(found[1])}}{end}" for number in numbers for end in ends]

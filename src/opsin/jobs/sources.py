@@ -66,10 +66,11 @@ def _open(text: str, image_column: str | None, id_column: str | None, *, recursi
         return _one_image(text) if opener is None else opener([text], image_column, id_column)
     root, names = found
     remote = is_address(text)
-    images = [name for name in names if (name.lower().endswith(ENDINGS) if remote else is_image(name))]
+    images, others = list[str](), list[str]()
+    for name in names:
+        (images if (name.lower().endswith(ENDINGS) if remote else is_image(name)) else others).append(name)
     if images:
-        taken = set(images)
-        skipped.update(_ending(name) for name in names if name not in taken)
+        skipped.update(map(_ending, others))
         return Source(
             partial(_images, root, images), len(images), folder=None if remote else Path(root), skipped=skipped
         )

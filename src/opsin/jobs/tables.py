@@ -60,7 +60,8 @@ class _Table:
             key = key if self.id is None else name_of(cells, self.id)
             images = tuple(_images(cells.get(self.image)))
         except ValueError as error:
-            return Item(key, source, error=BadInput(f"Row {place} of {show(name)} {error}."))
+            counted = "Row" if self.rows is _parquet_rows else "Line"
+            return Item(key, source, error=BadInput(f"{counted} {place} of {show(name)} {error}."))
         if isinstance(images[0], str) and images[0][:5].lower() != "data:":
             source = clean(images[0])
         columns = {column: cells[column] for column in cells if column != self.image or isinstance(cells[column], str)}

@@ -15,7 +15,7 @@ from typing import IO, Any, Literal, Self, cast
 from opsin.core.errors import BadInput
 from opsin.images import ENDINGS
 from opsin.images.source import show
-from opsin.jobs.files import clean, is_address, open_file
+from opsin.jobs.files import clean, is_address, open_file, reading
 from opsin.jobs.item import FilePart, ImageRef, Item, Source
 from opsin.jobs.tables import json_object, name_of
 
@@ -32,14 +32,15 @@ def open_tars(names: Sequence[str], image: str | None, row_id: str | None) -> So
     def items() -> Generator[Item]:
         skipped.clear()
         for name in names:
-            yield from _Shard(name, image, row_id, skipped).items()
+            with reading(name):
+                yield from _Shard(name, image, row_id, skipped).items()
 
     with closing(items()) as rows:
         first = list(islice(rows, _LOOKED_AT))
     if not first:
         raise BadInput(f"{show(names[0])} holds no images that can be read: give a WebDataset with some.")
-    if len(first) == 1 and first[0].error is not None:
-        raise first[0].error
+    if len(first) < _LOOKED_AT and (wrong := first[0].error) and all(item.error for item in first):
+        raise wrong
     columns = dict.fromkeys(column for item in first for column in item.columns)
     return Source(items, columns=tuple(columns), skipped=skipped)
 
@@ -89,7 +90,7 @@ class _Shard:
                     self._take(row, tar, member, ending.lower())
         except _BROKEN as error:
             name, key, why = show(self._name), clean(row.key or self._name), show(str(error).rstrip("."))
-            wrong = BadInput(f"{name} is damaged, or no tar, at {show(key)} ({why}): copy it again.")
+            wrong = BadInput(f"{name} cannot be read as a tar at {show(key)} ({why}): copy it again.")
             yield Item(key, clean(f"{self._name}#{row.key}"), error=wrong)
         else:
             yield from self._items(row)

@@ -614,6 +614,7 @@ def test_remote_inputs(memory: Any, tmp_path: Path) -> None:
         memory.pipe(f"/t/{number}.tar", Path(packed).read_bytes())
     assert rows(open_source("memory://t/{1..2}.tar")) == [("1", (b"x",)), ("2", (b"x",))]
     refused("memory://nothing/in.csv")
+    refused("memory://nothing/{1..2}.tar")
     refused("nosuchscheme://x/in.csv")
 
 
