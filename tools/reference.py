@@ -76,7 +76,7 @@ def _shown(argument: Any) -> str:
 
 def rows_page() -> str:
     """Every field of a row of `opsin ask --json`."""
-    from opsin.cli.ask_rows import NOT_IN_JSON
+    from opsin.jobs.row import NOT_IN_JSON
     from opsin.core.answer import Answer
     from opsin.core.model_info import ModelInfo, Placement
 

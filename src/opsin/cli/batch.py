@@ -22,11 +22,13 @@ from opsin.core.config import checked, current_folder, read_config
 from opsin.core.errors import BadParameter, OpsinError
 from opsin.core.files import expand, read_text
 from opsin.core.request import SamplingParams
-from opsin.core.settings import MAX_SCHEMA, EngineSettings
+from opsin.core.settings import MAX_SCHEMA, EngineSettings, ServerSettings
+from opsin.images.fetch import system_addresses
 from opsin.jobs.asker import Asker, ImageAsker, Question
 from opsin.jobs.item import Item
 from opsin.jobs.ledger import Ledger, differences, fingerprint
 from opsin.jobs.output import ENDINGS, CsvOutput, Output, StoredOutput
+from opsin.jobs.report import report_text, write_report
 from opsin.jobs.row import Row, schema_fields
 from opsin.jobs.runner import Run, sample, without_sidecars
 from opsin.jobs.sidecar import sidecar_path, write_sidecar
@@ -35,7 +37,10 @@ from opsin.jobs.spec import job_spec
 from opsin.jobs.template import PromptTemplate
 from opsin.models import locate, resolve
 from opsin.prompt import PromptBuilder
-from opsin.worker import WorkerEngine
+from opsin.server.handler import ModelManager
+from opsin.server.images import ImageLoader
+from opsin.server.request_asker import RequestAsker
+from opsin.worker import DecoderPool, WorkerEngine, WorkerPool, open_workers
 
 SLOTS = 8
 PROCESSES = max(2, min(16, os.cpu_count() or 1))
@@ -73,6 +78,10 @@ class _Target:
     def ledger(self, place: Path) -> Iterator[Ledger]:
         """The ledger beside the output. Raises BadParameter where the output is there without one."""
         path = place.with_name(f"{place.name}.opsin")
+        if not os.access(path.parent, os.W_OK):
+            raise BadParameter(
+                f"The folder {path.parent} is not there or not writable: make it, or give another output."
+            )
         if self.overwrite:
             for old in (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm"))):
                 old.unlink(missing_ok=True)
@@ -176,7 +185,9 @@ def batch(
         given["json_schema"] = read_text(expand(json_schema), MAX_SCHEMA)
     params = checked(SamplingParams, given)
     rows = open_source(source, image_column=image_column, id_column=id_column)
-    template = _template(question, rows)
+    if rows.note:
+        tell(f"({rows.note})")
+    template = _template(question, rows, params, system)
     chosen = o.given(EngineSettings, flags)
     config = read_config(chosen, os.environ, current_folder(), locate=locate, parallel=1 if flags["ctx"] else SLOTS)
     settings = config.engine(parallel=SLOTS if config.origins["ctx"] == "default" else 1)
@@ -187,7 +198,13 @@ def batch(
         raise typer.Exit(_Batch(chosen_rows, asked, settings, workers=workers, to=to, stack=stack).run())
 
 
-def _template(question: str | None, rows: Source) -> PromptTemplate:
+def _template(question: str | None, rows: Source, asked: SamplingParams, system: str | None) -> PromptTemplate:
+    if rows.is_requests:
+        if question or system or asked.json_schema:
+            raise BadParameter(
+                "Each request of this input has its own prompt: leave out PROMPT, --system, --json-schema."
+            )
+        return PromptTemplate("")
     if not (question or "").strip():
         raise BadParameter('The prompt is missing: opsin batch INPUT -o OUTPUT "Describe this image."')
     return PromptTemplate(question or "", rows.columns)
@@ -222,7 +239,7 @@ class _Batch:
         self._rows, self._asked, self._settings, self._workers, self._to = rows, asked, settings, workers, to
         self._stack, self._skipped = stack, Counter[str]()
         self._fields = schema_fields(asked.params.json_schema)
-        self._engine: WorkerEngine | None = None
+        self._engine: WorkerEngine | WorkerPool | None = None
 
     def run(self) -> int:
         """Ask all rows; the exit code."""
@@ -246,7 +263,6 @@ class _Batch:
             self._open_asker,
             ledger,
             output,
-            parallel=self._settings.parallel * (self._workers or 1),
             ahead=PROCESSES,
             dead=lambda: self._engine.error if self._engine else None,
             total=self._rows.total,
@@ -267,6 +283,7 @@ class _Batch:
         line.stop()
         self._tell_skipped()
         tell(f"({summary(run.figures)})")
+        self._report(ledger, job, place)
         done, failed = ledger.counts(job)
         if failed:
             say(f"opsin: {failed:,} of {done + failed:,} rows failed; --retry-failed asks them again")
@@ -276,7 +293,7 @@ class _Batch:
         """The model, when the first row is to be asked."""
         settings = self._settings
         with working("loading the model"):
-            engine = WorkerEngine(settings.model, settings.mmproj, settings)
+            engine = open_workers(settings.model, settings.mmproj, settings, workers=self._workers)
             self._stack.callback(engine.close)
             loaded = await asyncio.to_thread(engine.wait_ready)
             prompts = await asyncio.to_thread(PromptBuilder, loaded.source)
@@ -284,9 +301,30 @@ class _Batch:
         for notice in filter(None, (DEMO if loaded.is_demo else None, loaded.notice)):
             tell(notice)
         about = {"placement": loaded.placement.as_dict(), "model": loaded.info.as_dict()}
-        asker = ImageAsker(engine, prompts, self._asked, processes=PROCESSES, about=about)
+        asker: ImageAsker | RequestAsker
+        if self._rows.rows.is_requests:
+            asker = self._request_asker(engine, about)
+        else:
+            asker = ImageAsker(engine, prompts, self._asked, processes=PROCESSES, about=about)
         self._stack.callback(asker.close)
         return asker
+
+    def _request_asker(self, engine: WorkerEngine | WorkerPool, about: Row) -> RequestAsker:
+        """What answers whole requests, whose images may lie beside the input, too."""
+        values = self._settings.model_dump(exclude_unset=True) | {"fetch_images": True}
+        settings = ServerSettings(**values, media_path=self._rows.rows.folder)
+        resolve = system_addresses if self._asked.private else None
+        images = ImageLoader(settings, resolve=resolve, pool=DecoderPool(self._asked.seconds))
+        defaults = self._asked.params.model_dump(exclude_unset=True, exclude={"json_schema"})
+        return RequestAsker(ModelManager(settings, engine, slots=engine.slots), images, about, defaults)
+
+    def _report(self, ledger: Ledger, job: str, place: Path) -> None:
+        path = self._to.report or place.with_name(f"{place.name}.report.html")
+        for line in report_text(ledger, job).splitlines():
+            tell(line)
+        if path.name != "none":
+            write_report(ledger, job, path, title=f"opsin batch: {place.name}")
+            tell(f"(report: {path})")
 
     def _tell_skipped(self) -> None:
         skipped = self._skipped + self._rows.rows.skipped

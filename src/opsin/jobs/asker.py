@@ -20,7 +20,7 @@ from opsin.jobs.item import ImageRef, Item
 from opsin.jobs.row import Row, answer_row
 from opsin.jobs.template import PromptTemplate
 from opsin.prompt import Message, PromptBuilder
-from opsin.worker import DecoderPool, WorkerEngine
+from opsin.worker import DecoderPool, WorkerEngine, WorkerPool
 
 _PIXEL_BYTES = 2**30
 """Pixels that wait for the engine; while there are more, no image is decoded."""
@@ -37,7 +37,9 @@ class Asked:
 
 
 class Asker(Protocol):
-    """Prepares rows, and asks them."""
+    """Prepares rows, and asks them. `slots` are how many are answered at the same time."""
+
+    slots: int
 
     async def prepare(self, item: Item) -> Asked:
         """Load what the row needs. Raises BadInput and its kinds."""
@@ -68,9 +70,16 @@ class ImageAsker:
     """Asks about the images of each row; `processes` decode them, `about` goes into each answer's row."""
 
     def __init__(
-        self, engine: WorkerEngine, prompts: PromptBuilder, question: Question, *, processes: int, about: Row
+        self,
+        engine: WorkerEngine | WorkerPool,
+        prompts: PromptBuilder,
+        question: Question,
+        *,
+        processes: int,
+        about: Row,
     ) -> None:
         self._engine, self._prompts, self._question, self._about = engine, prompts, question, about
+        self.slots = engine.slots
         self._seen_edge = engine.limits.image_edge
         self._pool = DecoderPool(question.seconds)
         self._threads = ThreadPoolExecutor(processes, "opsin-decode")
@@ -96,7 +105,7 @@ class ImageAsker:
         messages = [Message("system", system)] if system else []
         messages.append(Message("user", [*asked.images, asked.text]))
         prompt = self._prompts.build(messages, thinking=params.thinking)
-        answer = await self._engine.submit(prompt, params).answer()
+        answer = await self._engine.submit(prompt, params, priority=-1).answer()
         if params.json_schema is None:
             return answer_row(answer) | self._about
         check_whole(answer)

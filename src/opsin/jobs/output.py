@@ -197,23 +197,17 @@ class StoredOutput(Output):
         """Nothing is open."""
 
     def _write(self, path: Path, *, by_input: bool) -> None:
-        arrow, parquet = import_arrow()
-        kinds = {"integer": arrow.int64(), "number": arrow.float64(), "boolean": arrow.bool_()}
-        own = [kinds.get(kind, arrow.string()) for kind in self._fields.values()]
-        text, whole, real = arrow.string(), arrow.int64(), arrow.float64()
-        known = dict.fromkeys((*BEFORE, *AFTER), text) | dict.fromkeys((*COUNTS, "attempt"), whole)
-        known |= dict.fromkeys(TIMES, real)
-        types = [*map(known.get, BEFORE), *own, *map(known.get, AFTER)]
-        schema = arrow.schema(list(zip(columns(self._fields), types, strict=True)))
+        _, parquet = import_arrow()
+        schema = table_schema(self._fields)
         with replacing(path, 0o644) as part, parquet.ParquetWriter(part, schema) as writer:
             rows = list[list[Any]]()
             for stored in self._ledger.stored(by_input=by_input):
                 rows.append(flat(json.loads(stored), self._fields))
                 if len(rows) == _ROWS_AT_ONCE:
-                    writer.write_table(_table(arrow, rows, schema))
+                    writer.write_table(table(rows, schema))
                     rows.clear()
             if rows:
-                writer.write_table(_table(arrow, rows, schema))
+                writer.write_table(table(rows, schema))
 
 
 def import_arrow() -> tuple[Any, Any]:
@@ -224,7 +218,21 @@ def import_arrow() -> tuple[Any, Any]:
         raise BadParameter("Parquet needs pyarrow: pip install 'opsin[batch]', or use JSONL or CSV.") from None
 
 
-def _table(arrow: Any, rows: Sequence[Sequence[Any]], schema: Any) -> Any:
+def table_schema(fields: Mapping[str, str]) -> Any:
+    """The Arrow schema of a table with these fields. Raises BadParameter without pyarrow."""
+    arrow, _ = import_arrow()
+    kinds = {"integer": arrow.int64(), "number": arrow.float64(), "boolean": arrow.bool_()}
+    own = [kinds.get(kind, arrow.string()) for kind in fields.values()]
+    text, whole, real = arrow.string(), arrow.int64(), arrow.float64()
+    known = dict.fromkeys((*BEFORE, *AFTER), text) | dict.fromkeys((*COUNTS, "attempt"), whole)
+    known |= dict.fromkeys(TIMES, real)
+    types = [*map(known.get, BEFORE), *own, *map(known.get, AFTER)]
+    return arrow.schema(list(zip(columns(fields), types, strict=True)))
+
+
+def table(rows: Sequence[Sequence[Any]], schema: Any) -> Any:
+    """An Arrow table of flat rows, at least one."""
+    arrow, _ = import_arrow()
     arrays = []
     for column, field in zip(zip(*rows, strict=True), schema, strict=True):
         wants_text = field.type == arrow.string()

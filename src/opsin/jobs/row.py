@@ -17,7 +17,7 @@ AFTER = (
 )  # fmt: skip
 COUNTS = ("prompt_tokens", "image_tokens", "cached_tokens", "completion_tokens")
 TIMES = ("encode_ms", "prefill_ms", "decode_ms", "total_ms")
-_NOT_IN_JSON = {"tiles", "cached", "orientation"}
+NOT_IN_JSON = {"tiles", "cached", "orientation"}
 
 Row = dict[str, Any]
 
@@ -27,7 +27,7 @@ def answer_row(outcome: Answer | OpsinError) -> Row:
     if isinstance(outcome, OpsinError):
         return {"error": {"code": outcome.code, "message": str(outcome)}, "text": None}
     row = asdict(outcome)
-    told = [{name: value for name, value in info.items() if name not in _NOT_IN_JSON} for info in row["images"]]
+    told = [{name: value for name, value in info.items() if name not in NOT_IN_JSON} for info in row["images"]]
     times = {key: {name: round(value, 3) for name, value in row[key].items()} for key in ("stages", "timings")}
     same = {name: row[name] for name in ("text", "reasoning", "finish_reason", "usage", "guard")}
     return {"error": None, **same, "images": told, **times}

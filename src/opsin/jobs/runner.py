@@ -77,8 +77,8 @@ class Run:
     """One run of a job over an input.
 
     `items` are asked unless the ledger says that they were; `open_asker` is called when the first is to be asked.
-    `parallel` rows are in the engine's slots, as many again wait there, and `ahead` are loaded meanwhile. `dead` tells
-    why nothing can be asked any more, None while the engine lives. `sidecar` writes a row beside its image.
+    As many rows as the engine has slots are asked, as many again wait there, and `ahead` are loaded meanwhile. `dead`
+    tells why nothing can be asked any more, None while the engine lives. `sidecar` writes a row beside its image.
     """
 
     def __init__(
@@ -89,7 +89,6 @@ class Run:
         ledger: Ledger,
         output: Output,
         *,
-        parallel: int,
         ahead: int,
         dead: Callable[[], OpsinError | None],
         total: int | None = None,
@@ -101,8 +100,9 @@ class Run:
         self._asker: Asker
         self._dead, self._sidecar, self._tell = dead, sidecar, tell
         self.figures = Figures(total)
-        self._slots = _Slots(2 * parallel)
-        self._places = asyncio.Semaphore(2 * parallel + ahead)
+        self._ahead = ahead
+        self._slots: _Slots
+        self._places: asyncio.Semaphore
         self._tasks: set[asyncio.Task[None]] = set()
         self._fault: BaseException | None = None
         self._asking: dict[bytes, asyncio.Future[Row | None]] = {}
@@ -122,7 +122,7 @@ class Run:
         try:
             async for item, attempt in self._to_ask():
                 if not hasattr(self, "_asker"):
-                    self._asker = await self._open_asker()
+                    await self._open()
                 await self._places.acquire()
                 if self._fault is not None:
                     break
@@ -139,6 +139,11 @@ class Run:
             if not isinstance(self._fault, OutputFailed):
                 self._flush()
         return self.figures
+
+    async def _open(self) -> None:
+        self._asker = asker = await self._open_asker()
+        self._slots, self._places = _Slots(2 * asker.slots), asyncio.Semaphore(2 * asker.slots + self._ahead)
+        self.figures.began = time.monotonic()
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -248,7 +253,8 @@ class Run:
         if "same_as" not in ended.row:
             figures.images += len(ended.row.get("images") or ())
             figures.tokens += usage.get("completion_tokens", 0)
-            figures.cached += usage.get("cached_tokens", 0) > 0
+            stages = ended.row.get("stages") or {}
+            figures.cached += bool(ended.row.get("images")) and not stages.get("encode_ms")
         self._group.append(ended)
         if ended.question is not None and ended.state == DONE:
             self._recent[ended.question] = dict(ended.row)

@@ -44,6 +44,8 @@ def row_of(text: str, **more: Any) -> Row:
 class FakeAsker:
     """Answers with what was asked; the engine dies under ids that begin with "dies", and images can be bad."""
 
+    slots = 2
+
     def __init__(self, *, seed: int = 0, kill_after: int = 10**9, spare: Iterable[str] = ()) -> None:
         self.asked: list[str] = []
         self.running: set[str] = set()
@@ -106,7 +108,7 @@ def go(folder: Path, ending: str, rows: Iterable[Item], asker: FakeAsker, **opti
                 async def opened() -> FakeAsker:
                     return asker
 
-                run = Run("job", rows, opened, ledger, output, parallel=2, ahead=2, dead=lambda: asker.error, **options)
+                run = Run("job", rows, opened, ledger, output, ahead=2, dead=lambda: asker.error, **options)
                 return await run.run()
 
             figures = asyncio.run(run())
