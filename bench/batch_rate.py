@@ -3,8 +3,8 @@
 
     python bench/batch_rate.py --model m.gguf --mmproj mmproj.gguf --server llama-server --images 200 --runs 2
 
-The same PNGs of 640×480 pixels, questions, answer lengths and threads for all three, in turn in one run. Loading does
-not count. `--questions 10` asks that many about each image; `--scenes` takes drawn scenes, which the demo model knows,
+The same PNGs of 640×480 pixels, questions and answer lengths for all three, in turn in one run; all cores for the others,
+and what Opsin chooses by itself. Loading does not count. `--questions 10` asks that many about each image; `--scenes` takes drawn scenes, which the demo model knows,
 and compares every text with that of `opsin ask`. Needs the package `opsin`, Pillow, numpy and httpx.
 """
 
@@ -178,7 +178,7 @@ def by_server(rows: list[tuple[str, str, str]], given: argparse.Namespace) -> di
 
 def pair(given: argparse.Namespace) -> list[str]:
     """The flags that name the pair."""
-    return ["--model", given.model, "--mmproj", given.mmproj, "--threads", str(given.threads)]
+    return ["--model", given.model, "--mmproj", given.mmproj]
 
 
 def main() -> None:
@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=1, help="questions about each image (1)")
     parser.add_argument("--scenes", action="store_true", help="drawn scenes instead of noise")
     parser.add_argument("--max-tokens", type=int, default=32, help="tokens of an answer (32)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of each")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of the others")
     parser.add_argument("--runs", type=int, default=2, help="runs of each (2)")
     parser.add_argument("--json-out", type=Path, help="also write the JSON document to this file")
     given = parser.parse_args()

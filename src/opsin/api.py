@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import json
 import os
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, cast
 
 from opsin.compose import Runtime, open_runtime
-from opsin.core.answer import Answer
+from opsin.core.answer import Answer, parsed
 from opsin.core.config import checked, current_folder, read_config, settle_old
-from opsin.core.errors import BadParameter
+from opsin.core.errors import BadParameter, OpsinError
 from opsin.core.model_info import ModelInfo, Placement
 from opsin.core.request import Image, Prompt, SamplingParams
 from opsin.core.settings import RENAMED, RETIRED, EngineSettings, ImageSettings
@@ -24,6 +28,24 @@ from opsin.worker import WorkerEngine
 
 Images = object | Sequence[object]
 Tools = list[dict[str, Any]] | None
+
+
+_LOADERS, _SLOTS = 4, 8  # threads that load images ahead; answers at the same time where nobody says how many
+
+
+@dataclass(frozen=True, slots=True)
+class Mapped:
+    """What `map` gives for one element: the answer, and under a schema its value as `output`; or the `error`."""
+
+    source: Images
+    answer: Answer | None = None
+    output: Any = None
+    error: OpsinError | None = None
+
+    @property
+    def text(self) -> str | None:
+        """The answer's text; None after an error."""
+        return None if self.answer is None else self.answer.text
 
 
 class Opsin:
@@ -65,6 +87,7 @@ class Opsin:
         self.engine: Engine = runtime.engine
         self.info: ModelInfo = runtime.engine.info
         self.load_ms: float = runtime.engine.load_ms
+        self._slots = settings.parallel
         self.is_demo, self.setup = runtime.is_demo, runtime.setup
         # An engine that still computes while the process ends would end it with an abort.
         atexit.register(self._runtime.close)
@@ -91,6 +114,46 @@ class Opsin:
         """
         loaded = await asyncio.gather(*(asyncio.to_thread(self.image, source) for source in _listed(images)))
         return await self.submit(question_about(loaded, question, system), **params).answer()
+
+    def map(
+        self, images: Iterable[Images], question: str, *, schema: Any = None, system: str | None = None, **params: Any
+    ) -> Iterator[Mapped]:
+        """Ask one question about each of many images, as many at a time as there are slots; answers come in order.
+
+        An element of `images` may be several images for one question. `schema` is a JSON schema: its text, a dict, or a
+        pydantic model. A bad image is an answer with an error. Raises BadParameter, and EngineError if the engine dies.
+        """
+        if schema is not None:
+            schema = schema.model_json_schema() if hasattr(schema, "model_json_schema") else schema
+            params["json_schema"] = schema if isinstance(schema, str) else json.dumps(schema)
+        checked(SamplingParams, params)
+
+        def begin(sources: Images) -> AnswerStream:
+            loaded = [self.image(source) for source in _listed(sources)]
+            return self.submit(question_about(loaded, question, system), **params)
+
+        pending: deque[tuple[Images, Future[AnswerStream]]] = deque()
+        with ThreadPoolExecutor(_LOADERS, "opsin-map") as threads:
+            try:
+                for sources in images:
+                    pending.append((sources, threads.submit(begin, sources)))
+                    if len(pending) > 2 * self._slots:
+                        yield self._mapped(*pending.popleft(), schema is not None)
+                while pending:
+                    yield self._mapped(*pending.popleft(), schema is not None)
+            finally:
+                for _, begun in pending:
+                    if not begun.cancel():
+                        begun.add_done_callback(_leave)
+
+    def _mapped(self, sources: Images, begun: Future[AnswerStream], constrained: bool) -> Mapped:
+        try:
+            answer = begun.result().result()
+            return Mapped(sources, answer, parsed(answer) if constrained else None)
+        except OpsinError as error:
+            if self.engine.error is not None:
+                raise
+            return Mapped(sources, error=error)
 
     def submit(
         self, messages: Sequence[Message], *, tools: Tools = None, load_ms: float = 0.0, **params: Any
@@ -127,6 +190,17 @@ def ask(images: Images, question: str, **params: Any) -> Answer:
     """Open the default model, ask once, close it. For more than one question keep an `Opsin`."""
     with Opsin() as opsin:
         return opsin.ask(images, question, **params)
+
+
+def _leave(begun: Future[AnswerStream]) -> None:
+    if begun.exception() is None:
+        begun.result().cancel()
+
+
+def map(images: Iterable[Images], question: str, *, schema: Any = None, **params: Any) -> Iterator[Mapped]:  # noqa: A001
+    """Open the default model and ask about each of many images, eight at a time; see `Opsin.map`."""
+    with Opsin(parallel=_SLOTS) as opsin:
+        yield from opsin.map(images, question, schema=schema, **params)
 
 
 def _open_isolated(model: str | Path | None, mmproj: str | Path | None, settings: EngineSettings) -> Runtime:

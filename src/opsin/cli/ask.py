@@ -26,9 +26,9 @@ from opsin.cli import options as o
 from opsin.cli.ask_files import check_question, expand_sources
 from opsin.cli.ask_rows import Format, Rows
 from opsin.cli.console import DEMO, hush, printable, say, tell, working
-from opsin.core.answer import Answer, Finished, Progress, TextDelta
+from opsin.core.answer import Answer, Finished, Progress, TextDelta, parsed
 from opsin.core.config import checked, current_folder, read_config
-from opsin.core.errors import BadParameter, ConstraintFailed, OpsinError
+from opsin.core.errors import BadParameter, OpsinError
 from opsin.core.files import expand, read_text
 from opsin.core.model_info import BackendShare, Placement
 from opsin.core.request import Image, SamplingParams
@@ -40,6 +40,7 @@ from opsin.images import load_image
 from opsin.models import locate
 
 BAR = 32
+_MANY = 50
 SLOTS = 4
 _PROOF_MS = 500.0  # an image that takes longer than this is not computed once more only to see where it runs
 _PARALLEL = f"{SLOTS} for several images, unless --ctx is given"
@@ -91,6 +92,8 @@ def ask(
     hush(quiet=quiet)
     found = expand_sources(sources, recursive=recursive)
     groups = [found] if together else [[source] for source in found]
+    if len(groups) > _MANY:
+        tell(f"(for {len(groups):,} images see opsin batch: it goes on where it was stopped, and is faster)")
     settings = settings_of(flags, min(SLOTS, len(groups)))
     timed = False if quiet and timed is None else timed
     _Run(groups, "jsonl" if as_json else form, timed, settings, (question, system, params)).all()
@@ -181,10 +184,8 @@ class _Run:
         whole = "json_schema" in self._params  # half a JSON document is none
         streamed = self._alone and self._form == "text" and not whole
         answer = follow(stream, self._line, quiet=not streamed) if self._alone else stream.result()
-        if whole and answer.limit is not None:
-            endless = "(it repeats itself: give the schema's texts and lists a maxLength and maxItems)"
-            cut = endless if answer.limit == "guard" else _CUTS[answer.limit].format(answer)
-            raise ConstraintFailed(f"The answer is not whole, so it does not fit the schema {cut}.")
+        if whole:
+            parsed(answer)
         self._line.stop()
         wall_ms = seconds_since_start() * 1e3
         if self._form == "jsonl" or self._timed:

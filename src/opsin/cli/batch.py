@@ -17,6 +17,7 @@ import typer
 
 from opsin.cli import options as o
 from opsin.cli.batch_progress import ProgressLine, summary
+from opsin.cli.batch_ray import ToRay
 from opsin.cli.console import DEMO, hush, say, tell, working
 from opsin.core.config import checked, current_folder, read_config
 from opsin.core.errors import BadParameter, OpsinError
@@ -45,6 +46,7 @@ from opsin.worker import DecoderPool, WorkerEngine, WorkerPool, open_workers
 SLOTS = 8
 PROCESSES = max(2, min(16, os.cpu_count() or 1))
 """Processes that load images."""
+_TINY = 64 * 2**20  # bytes of a pair that is so small that one thread is best: then each core gets a worker
 Sidecar = Literal["txt", "json", "xmp"]
 _PARALLEL = f"{SLOTS}, unless --ctx is given"
 _JOB, _OUT = {"rich_help_panel": "Job"}, {"rich_help_panel": "Output"}
@@ -147,7 +149,9 @@ def batch(
     skip_existing: Annotated[
         bool, typer.Option("--skip-existing", help="skip images that have a sidecar", **_OUT)
     ] = False,
-    order: Annotated[Literal["input", "done"], typer.Option(help="order of the rows at the end", **_OUT)] = "input",
+    order: Annotated[
+        Literal["input", "done"] | None, typer.Option(help="order of the rows at the end [default: input]", **_OUT)
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(help="HTML report [default: OUTPUT.report.html; none: no report]", **_OUT)
     ] = None,
@@ -162,7 +166,18 @@ def batch(
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="ask failed rows again", **_JOB)] = False,
     new: Annotated[bool, typer.Option("--new", help="add a changed job's rows to the same output", **_JOB)] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="start over and replace the output", **_JOB)] = False,
-    workers: Annotated[int | None, typer.Option(min=1, help="model processes (default: one a GPU)", **_JOB)] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="model processes (default: one a GPU; one on a CPU, or one a core for tiny models)", **_JOB
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None, typer.Option(metavar="[ADDRESS]", help="run on a Ray cluster; the output is a folder", **_JOB)
+    ] = None,
+    cpus_per_worker: Annotated[
+        int | None, typer.Option(min=1, help="with --ray: CPUs for each worker (default: one GPU)", **_JOB)
+    ] = None,
     fetch_private: Annotated[
         bool, typer.Option("--fetch-private", help="fetch images from private hosts and any port, too", **_JOB)
     ] = False,
@@ -176,7 +191,11 @@ def batch(
 ) -> None:
     """Ask one question about each image of a folder or each row of a table; resume where a run was stopped."""
     hush(quiet=quiet)
-    if output is None and sidecar is None:
+    if ray is not None:
+        _refuse(sidecar=sidecar, skip_existing=skip_existing, order=order, report=report, new=new)
+    elif cpus_per_worker is not None:
+        raise BadParameter("--cpus-per-worker is for a cluster: give --ray, too, or --workers and --threads instead.")
+    elif output is None and sidecar is None:
         raise BadParameter("The output is missing: give -o FILE.jsonl (or .csv, .parquet), or --sidecar txt.")
     if skip_existing and sidecar is None:
         raise BadParameter("--skip-existing needs --sidecar: an output file keeps what is done by itself.")
@@ -193,7 +212,13 @@ def batch(
     settings = config.engine(parallel=SLOTS if config.origins["ctx"] == "default" else 1)
     asked = Question(template, params, system, seconds=image_seconds, private=fetch_private)
     chosen_rows = _Chosen(rows, limit, sampled)
-    to = _Target(output, sidecar, skip_existing, order, new, overwrite, retry_failed, report)
+    if ray is not None:
+        if rows.is_requests:
+            raise BadParameter("Requests in OpenAI's form are not asked on a cluster: leave out --ray.")
+        items = list(chosen_rows) if source == "-" else chosen_rows  # standard input is this process's own
+        to_ray = ToRay(output, ray, workers, cpus_per_worker, retry_failed, overwrite, quiet)
+        raise typer.Exit(to_ray.run(items, asked, settings))
+    to = _Target(output, sidecar, skip_existing, order or "input", new, overwrite, retry_failed, report)
     with ExitStack() as stack:
         raise typer.Exit(_Batch(chosen_rows, asked, settings, workers=workers, to=to, stack=stack).run())
 
@@ -208,6 +233,13 @@ def _template(question: str | None, rows: Source, asked: SamplingParams, system:
     if not (question or "").strip():
         raise BadParameter('The prompt is missing: opsin batch INPUT -o OUTPUT "Describe this image."')
     return PromptTemplate(question or "", rows.columns)
+
+
+def _refuse(**flags: Any) -> None:
+    for name, value in flags.items():
+        if value:
+            flag = f"--{name.replace('_', '-')}"
+            raise BadParameter(f"{flag} does not go with --ray, which writes a folder of Parquet parts: leave it out.")
 
 
 class _Chosen:
@@ -245,6 +277,8 @@ class _Batch:
         """Ask all rows; the exit code."""
         to, place = self._to, self._to.place(self._rows.rows)
         pair = resolve(self._settings.model, self._settings.mmproj)
+        if self._workers is None and sum(file.stat().st_size for file in (pair.llm, pair.mmproj) if file) < _TINY:
+            self._workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
         prompt, system = self._asked.template.text, self._asked.system
         spec = job_spec(pair, self._settings, self._asked.params, prompt=prompt, system=system)
         ledger = self._stack.enter_context(to.ledger(place))

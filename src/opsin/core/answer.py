@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import enum
+import json
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+from opsin.core.errors import ConstraintFailed
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -193,3 +196,19 @@ class Finished:
 
 
 Event = Progress | TextDelta | Finished
+
+
+_CUTS = {
+    "tokens": "cut after {0.max_tokens} tokens; --max-tokens N lifts the limit",
+    "seconds": "cut by --max-seconds",
+    "context": "cut because the context is full; --ctx N makes it larger",
+    "guard": "it repeats itself: give the schema's texts and lists a maxLength and maxItems",
+}
+
+
+def parsed(answer: Answer) -> Any:
+    """The value of an answer under a JSON schema. Raises ConstraintFailed for one that was cut: half of it is none."""
+    if answer.limit is not None:
+        why = _CUTS[answer.limit].format(answer)
+        raise ConstraintFailed(f"The answer is not whole, so it does not fit the schema ({why}).")
+    return json.loads(answer.text)

@@ -11,8 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from opsin.core.answer import Answer
-from opsin.core.errors import ConstraintFailed
+from opsin.core.answer import parsed
 from opsin.core.request import Image, SamplingParams
 from opsin.core.settings import ImageSettings
 from opsin.jobs import load
@@ -108,8 +107,7 @@ class ImageAsker:
         answer = await self._engine.submit(prompt, params, priority=-1).answer()
         if params.json_schema is None:
             return answer_row(answer) | self._about
-        check_whole(answer)
-        return answer_row(answer) | self._about | {"output": json.loads(answer.text)}
+        return answer_row(answer) | self._about | {"output": parsed(answer)}
 
     def drop(self, asked: Asked) -> None:
         """Its pixels are not needed any more."""
@@ -134,21 +132,6 @@ class ImageAsker:
         question = self._question
         request = (work, *values, question.limits, question.private)
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._pool.call, *request)
-
-
-def check_whole(answer: Answer) -> None:
-    """Raise ConstraintFailed for an answer under a schema that was cut: half a JSON document is none."""
-    if answer.limit is None:
-        return
-    if answer.limit == "guard":
-        why = "it repeats itself: give the schema's texts and lists a maxLength and maxItems"
-    else:
-        why = {
-            "tokens": f"cut after {answer.max_tokens} tokens; --max-tokens N lifts the limit",
-            "seconds": "cut by --max-seconds",
-            "context": "cut because the context is full; --ctx N makes it larger",
-        }[answer.limit]
-    raise ConstraintFailed(f"The answer is not whole, so it does not fit the schema ({why}).")
 
 
 def thumbnail(images: Sequence[Image], edge: int = 200) -> bytes | None:
