@@ -289,7 +289,7 @@ class _Batch:
             output.rewrite(by_input=False)
         line = self._stack.enter_context(ProgressLine(self._rows.total))
         items: Iterable[Item] = self._rows
-        if to.skip_existing:
+        if to.skip_existing and to.sidecar is not None:
             items = without_sidecars(items, partial(sidecar_path, kind=to.sidecar), self._skipped)
         run = Run(
             job,

@@ -88,6 +88,11 @@ class OpenImage:
         self.width, self.height = self._image.size
         check_size(self.width, self.height, name, settings, wide=self._image.mode in {"I", "F"})
 
+    @property
+    def header(self) -> PIL.Image.Image:
+        """The image before its pixels are decoded."""
+        return self._image
+
     def decode(self, longest_edge: int | None = None, seen_edge: int = 0) -> Image:
         """Decode the whole file, once. Of several frames or pages the first is taken, and a note says so.
 

@@ -43,11 +43,17 @@ class AddressPolicy:
     A name is looked up once, all of its addresses must be public, and exactly these are connected to: so it makes no
     difference how an address is written, nor what a name leads to a moment later. `hosts` are names like
     `example.org`, `example.org:8443` or `*.example.org` (its subdomains); without any, every public host is allowed on
-    ports 80 and 443. `where` and `instead` are pieces of its sentences, `lookup` is for tests. Raises BadParameter for a host that is written in another way.
+    ports 80 and 443. `where` and `instead` are pieces of its sentences, `lookup` is for tests. Raises BadParameter for
+    a host that is written in another way.
     """
 
     def __init__(
-        self, hosts: Sequence[str] = (), *, lookup: Resolver = system_addresses, where: str = _WHERE, instead: str = INSTEAD
+        self,
+        hosts: Sequence[str] = (),
+        *,
+        lookup: Resolver = system_addresses,
+        where: str = _WHERE,
+        instead: str = INSTEAD,
     ) -> None:
         named = [pair for host in hosts for pair in _read_host(host)]
         self._hosts = frozenset(named or [("*", port) for port in _WEB_PORTS])

@@ -300,7 +300,7 @@ def sample(items: Iterable[Item], count: int) -> list[Item]:
 def without_sidecars(items: Iterable[Item], path_of: Callable[[Path], Path], skipped: Counter[str]) -> Iterator[Item]:
     """The items that have no sidecar yet; the others are counted."""
     for item in items:
-        if item.error is None and path_of(Path(item.source)).exists():
+        if item.images and isinstance(item.images[0], str) and path_of(Path(item.images[0])).exists():
             skipped["sidecar"] += 1
         else:
             yield item
