@@ -94,6 +94,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(ROOT / "tests" / "logs" / "llama-server-0c1e570-runaway.log", place / "server.log")
     for name in ("forms.jsonl", "people.jsonl"):  # what a command wrote before, whichever test runs first
         (place / name).write_text('{"source": "1.png", "error": null, "text": "{}"}\n')
+    (place / "things.csv").write_text("file,thing\nphoto.jpg,square\nphotos/p2.jpg,circle\n")
     for name in ("src", "tests", "tools", "docs", "bench", "training"):
         (place / name).symlink_to(ROOT / name)
     return place
