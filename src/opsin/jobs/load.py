@@ -36,7 +36,7 @@ def load(ref: ImageRef, seen_edge: int, limits: ImageSettings, private: bool) ->
 
 def metadata(ref: ImageRef, limits: ImageSettings, private: bool) -> dict[str, str]:
     """What the file says of itself. Raises as `load` does."""
-    return read_metadata(_read(ref, limits, private))
+    return read_metadata(_read(ref, limits, private), limits)
 
 
 def _read(ref: ImageRef, limits: ImageSettings, private: bool) -> bytes:

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
-from xml.etree import ElementTree as ET
+from xml.dom import minidom
+from xml.parsers.expat import ExpatError
 
 from opsin.core.errors import BadInput
 from opsin.core.files import write_whole
 from opsin.images import ENDINGS
-from opsin.images.metadata import parse_xmp
+from opsin.images.metadata import xmp_text
+from opsin.jobs.output import OutputFailed
 
 Kind = Literal["txt", "json", "xmp"]
-_SPACES = {
-    "rdf": "http://www.w3.org/1999/02/22-rdf-syntax-ns#",
-    "x": "adobe:ns:meta/",
-    "dc": "http://purl.org/dc/elements/1.1/",
-    "xmp": "http://ns.adobe.com/xap/1.0/",
-}
-_RDF, _DC, _XMP = (f"{{{_SPACES[name]}}}" for name in ("rdf", "dc", "xmp"))
-_LANGUAGE = "{http://www.w3.org/XML/1998/namespace}lang"
-_EMPTY = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"/></x:xmpmeta>'
+_RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
+_SPACES = {"dc": "http://purl.org/dc/elements/1.1/", "xmp": "http://ns.adobe.com/xap/1.0/"}
+_EMPTY = f'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="{_RDF}"/></x:xmpmeta>'.encode()
+_NOT_XML = re.compile("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+# minidom writes these as they are, and a reader makes blanks of them. What stands for them meanwhile is in no XML.
+_BLANKS = {9: "\x01", 10: "\x02", 13: "\x03"}
+_ESCAPES = {1: "&#9;", 2: "&#10;", 3: "&#13;"}
 
 
 class SidecarUnreadable(BadInput):
@@ -30,68 +31,92 @@ class SidecarUnreadable(BadInput):
 
 
 def sidecar_path(image: Path, kind: Kind) -> Path:
-    """Where the answer about an image goes: its name with another ending, as Adobe's programs have it.
+    """Where the answer about an image goes: its name with another ending, as Adobe's programs have it (`photo.xmp`).
 
-    `a.png` beside `a.jpg` gets `a.png.txt`: `a.txt` belongs to the image whose ending comes first in the alphabet.
+    Where that could be another image's, it is the whole name with one more: `a.jpg` and `a.png` in one folder get
+    `a.jpg.txt` and `a.png.txt`, and so does a name that has no image's ending, or two of them.
     """
-    plain = image.with_suffix(f".{kind}")
-    first = next(
-        (one for one in sorted(ENDINGS) for name in (one, one.upper()) if image.with_suffix(name).exists()), None
-    )
-    owner = first is None or image.suffix.lower() == first
-    return plain if owner else image.with_name(f"{image.name}.{kind}")
+    if image.suffix.lower() not in ENDINGS or Path(image.stem).suffix.lower() in ENDINGS:
+        return image.with_name(f"{image.name}.{kind}")
+    names = [image.with_suffix(ending) for one in ("", *ENDINGS) for ending in {one, one.upper()} - {image.suffix}]
+    # On a disk that ignores case, the image has all these names.
+    plain = not any(one.is_file() and not (image.exists() and one.samefile(image)) for one in names)
+    return image.with_suffix(f".{kind}") if plain else image.with_name(f"{image.name}.{kind}")
 
 
 def write_sidecar(path: Path, kind: Kind, row: dict[str, Any]) -> None:
     """Write the text, the whole row as JSON, or an XMP description with keywords, title and rating of the `output`.
 
-    What else an XMP file holds stays. Raises SidecarUnreadable for one that cannot be read, and OSError.
+    What else an XMP file holds stays; keywords are added to those that are there. Others may read the file if they may
+    read the one that it replaces, or the folder. Raises SidecarUnreadable for one that cannot be read, OutputFailed.
     """
-    if kind == "xmp":
-        data = _xmp(path, row)
-    else:
-        text = row["text"] or ""
-        data = (json.dumps(row, ensure_ascii=False, indent=2) if kind == "json" else text).encode(
-            "utf-8", "replace"
-        ) + b"\n"
-    write_whole(path, data, 0o644)
+    text = json.dumps(row, ensure_ascii=False, indent=2) if kind == "json" else row["text"] or ""
+    try:
+        data = _xmp(path, row) if kind == "xmp" else f"{text}\n".encode("utf-8", "replace")
+        write_whole(path, data, 0o600 | 0o044 & (path if path.exists() else path.parent).stat().st_mode)
+    except OSError as error:
+        raise OutputFailed(
+            f"{path} cannot be written ({error.strerror or error}): free some space or check the folder, and run the "
+            "same command again."
+        ) from None
 
 
 def _xmp(path: Path, row: dict[str, Any]) -> bytes:
-    try:
-        root = parse_xmp(path.read_bytes() if path.exists() else _EMPTY)
-        rdf = root if root.tag == f"{_RDF}RDF" else root.find(f"{_RDF}RDF")
-    except ET.ParseError:
-        rdf = None
-    if rdf is None:
-        raise SidecarUnreadable(f"{path} is no XMP that can be read, and it is kept: move it away first.")
-    for name, space in _SPACES.items():
-        ET.register_namespace(name, space)
-    description = rdf.find(f"{_RDF}Description")
-    if description is None:
-        description = ET.SubElement(rdf, f"{_RDF}Description", {f"{_RDF}about": ""})
+    """The XMP file at `path`, or a new one, with the answer in it."""
     output = row.get("output")
     given = output if isinstance(output, dict) else {}
-    _put(rdf, description, f"{_DC}description", "Alt", [row["text"] or ""])
-    if isinstance(title := given.get("title"), str):
-        _put(rdf, description, f"{_DC}title", "Alt", [title])
-    words = given.get("keywords", given.get("tags"))
-    if isinstance(words, list):
-        _put(rdf, description, f"{_DC}subject", "Bag", [str(word) for word in words])
-    if isinstance(rating := given.get("rating"), (int, float)):
-        _put(rdf, description, f"{_XMP}Rating", "", [str(rating)])
-    data: bytes = ET.tostring(root, encoding="utf-8", xml_declaration=True)
-    return data
+    try:
+        document: Any = minidom.parseString(xmp_text(path.read_bytes() if path.exists() else _EMPTY))  # noqa: S318
+        rdf = document.getElementsByTagNameNS(_RDF, "RDF")[0]
+        _put(rdf, "dc:description", "Alt", [row["text"] or ""])
+        if isinstance(title := given.get("title"), str):
+            _put(rdf, "dc:title", "Alt", [title])
+        words = given.get("keywords", given.get("tags"))
+        if isinstance(words, list):
+            _put(rdf, "dc:subject", "Bag", [word for word in words if isinstance(word, str) and word.strip()])
+        if isinstance(rating := given.get("rating"), (int, float)) and not isinstance(rating, bool):
+            _put(rdf, "xmp:Rating", "", [f"{rating:g}"])
+        for node in document.getElementsByTagName("*"):
+            for one in node.attributes.values():
+                one.value = one.value.translate(_BLANKS)
+        written: str = document.toxml()
+    except (ValueError, ExpatError, IndexError, RecursionError):
+        raise SidecarUnreadable(f"{path} is no XMP that can be read, and it is kept: move it away first.") from None
+    return written.translate(_ESCAPES).encode()
 
 
-def _put(rdf: ET.Element, description: ET.Element, name: str, kind: str, values: Sequence[str]) -> None:
-    """Replace a property, wherever it stood: an array of that kind, or a plain text."""
-    for one in rdf.iter(f"{_RDF}Description"):
-        one.attrib.pop(name, None)
-        for old in one.findall(name):
-            one.remove(old)
-    made = ET.SubElement(description, name)
-    array = ET.SubElement(made, f"{_RDF}{kind}") if kind else made
+def _put(rdf: Any, name: str, kind: str, values: Sequence[str]) -> None:
+    """Set a property, wherever it stood: an array of that kind, or a plain text.
+
+    Of an alternative only what is for no language changes; a bag keeps what it has.
+    """
+    document, (prefix, _, local) = rdf.ownerDocument, name.partition(":")
+    space, of_rdf = _SPACES[prefix], f"{rdf.prefix}:" if rdf.prefix else ""
+    groups = [node for node in rdf.childNodes if node.localName == "Description" and node.namespaceURI == _RDF]
+    if not groups:
+        groups = [rdf.appendChild(document.createElementNS(_RDF, f"{of_rdf}Description"))]
+        groups[0].setAttributeNS(_RDF, f"{of_rdf}about", "")
+    made = document.createElementNS(space, name)
+    made.setAttribute(f"xmlns:{prefix}", space)  # whatever the prefix means around it
+    array = made.appendChild(document.createElementNS(_RDF, f"{of_rdf}{kind}")) if kind else made
+    kept = [item for group in groups for item in _take_out(group, space, local)]
+    groups[0].appendChild(made)
+    if kind == "Bag":
+        there = {"".join(getattr(node, "data", "") for node in array.appendChild(one).childNodes) for one in kept}
+        values = [value for value in dict.fromkeys(values) if value not in there]
     for value in values:
-        item = ET.SubElement(array, f"{_RDF}li", {_LANGUAGE: "x-default"} if kind == "Alt" else {}) if kind else made
-        item.text = "".join(char for char in value if char.isprintable() or char in "\n\t")
+        item = array.appendChild(document.createElementNS(_RDF, f"{of_rdf}li")) if kind else made
+        if kind == "Alt":
+            item.setAttribute("xml:lang", "x-default")
+        item.appendChild(document.createTextNode(_NOT_XML.sub("", value)))
+    for one in kept if kind == "Alt" else ():
+        if one.getAttribute("xml:lang") not in {"x-default", ""}:
+            array.appendChild(one)
+
+
+def _take_out(group: Any, space: str, local: str) -> list[Any]:
+    """Remove a property from a description; what its array held."""
+    if group.hasAttributeNS(space, local):
+        group.removeAttributeNS(space, local)
+    found = [node for node in group.childNodes if (node.namespaceURI, node.localName) == (space, local)]
+    return [item for node in found for item in group.removeChild(node).getElementsByTagNameNS(_RDF, "li")]

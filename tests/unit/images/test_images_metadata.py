@@ -1,6 +1,7 @@
 """What files say of themselves, in the forms that cameras and agencies write, and in damaged ones."""
 
 import io
+import zlib
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 from opsin.core.errors import BadImage
+from opsin.core.settings import ImageSettings
 from opsin.images.metadata import NAMES, read_metadata
 
 XMP = """<?xpacket begin=""?><x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF
@@ -40,7 +42,7 @@ def exif() -> Image.Exif:
 
 
 def iptc(**texts: str) -> bytes:
-    numbers = {"caption": 120, "city": 90, "keywords": 25}
+    numbers = {"caption": 120, "city": 90, "keywords": 25, "date": 55, "time": 60}
     body = b""
     for name, text in texts.items():
         data = text.encode()
@@ -120,3 +122,60 @@ def test_what_says_nothing_is_empty_and_what_is_no_image_is_refused() -> None:
     assert set(read_metadata(saved("PNG"))) <= set(NAMES)
     with pytest.raises(BadImage):
         read_metadata(b"no image")
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return len(body).to_bytes(4) + kind + body + zlib.crc32(kind + body).to_bytes(4)
+
+
+def test_metadata_behind_the_pixels_of_a_png_is_read_and_the_pixels_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(image: object) -> None:
+        raise AssertionError(image)
+
+    plain, exif_data = saved("PNG"), exif().tobytes().removeprefix(b"Exif\0\0")
+    late = plain[:-12] + chunk(b"eXIf", exif_data) + chunk(b"tEXt", b"Title\0Late") + plain[-12:]
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
+    found = read_metadata(late)
+    assert (found["title"], found["camera"]) == ("Late", "NIKON D750")
+    assert "camera" not in read_metadata(plain)
+
+
+def test_texts_in_utf_8_and_utf_16() -> None:
+    made = Image.Exif()
+    made[0x013B] = "M@@nchen"
+    made[0x9C9B], made[0x9C9E] = "Café ☕\0".encode("utf-16-le"), "a;b\0".encode("utf-16-le")
+    made[0x8769] = {0x9286: b"UNICODE\0" + "Grüße".encode("utf-16-le")}
+    made.endian = "<"
+    found = read_metadata(saved("JPEG", exif=made.tobytes().replace(b"M@@nchen", "München".encode())))
+    assert (found["creator"], found["title"], found["keywords"]) == ("München", "Café ☕", "a, b")
+    assert found["exif_user_comment"] == "Grüße"
+    assert read_metadata(saved("JPEG", xmp=XMP.encode("utf-16")))["city"] == "Bergen"
+
+
+def test_values_that_are_none_are_left_out() -> None:
+    made = exif()
+    made[0x8769] = {0x9003: "0000:00:00 00:00:00", 0x829D: 0.0, 0x920A: 0.0}
+    made[0x8825] = {1: "N", 2: (99.0, 0.0, 0.0), 3: "W", 4: (10.0, 30.0, 0.0)}
+    found = read_metadata(saved("JPEG", exif=made))
+    assert not {"date", "aperture", "focal_length", "latitude"} & found.keys()
+    assert found["longitude"] == "-10.500000"
+    assert found["exif_gps_longitude_ref"] == "W"
+
+
+def test_dates_of_agencies_and_of_xmp() -> None:
+    data = with_segment(saved("JPEG"), 0xED, iptc(date="20240503", time="101112+0200"))
+    assert read_metadata(data)["date"] == "2024-05-03T10:11:12+02:00"
+    assert read_metadata(with_segment(saved("JPEG"), 0xED, iptc(date="20240503")))["date"] == "2024-05-03"
+    for written, expected in (("2024-05", "2024-05"), ("2024-05-03T10:11:12.25Z", "2024-05-03T10:11:12+00:00")):
+        xmp = XMP.replace("xmp:Rating", f'photoshop:DateCreated="{written}" xmp:Rating')
+        assert read_metadata(saved("JPEG", xmp=xmp.encode()))["date"] == expected
+
+
+def test_of_several_languages_the_default_is_taken() -> None:
+    german = XMP.replace("<rdf:Alt>", '<rdf:Alt><rdf:li xml:lang="de">Ein Boot</rdf:li>')
+    assert read_metadata(saved("JPEG", xmp=german.encode()))["caption"] == "A boat & a pier"
+
+
+def test_the_jobs_limits_count() -> None:
+    with pytest.raises(BadImage):
+        read_metadata(saved("PNG"), ImageSettings(max_edge=4))
