@@ -17,7 +17,7 @@ import typer
 
 from opsin.cli import options as o
 from opsin.cli.batch_progress import ProgressLine, summary
-from opsin.cli.batch_ray import ToRay
+from opsin.cli.batch_ray import Address, CpusPerWorker, ToRay, refuse
 from opsin.cli.console import DEMO, hush, say, tell, working
 from opsin.core.config import checked, current_folder, read_config
 from opsin.core.errors import BadParameter, OpsinError
@@ -172,12 +172,8 @@ def batch(
             min=1, help="model processes (default: one a GPU; one on a CPU, or one a core for tiny models)", **_JOB
         ),
     ] = None,
-    ray: Annotated[
-        str | None, typer.Option(metavar="[ADDRESS]", help="run on a Ray cluster; the output is a folder", **_JOB)
-    ] = None,
-    cpus_per_worker: Annotated[
-        int | None, typer.Option(min=1, help="with --ray: CPUs for each worker (default: one GPU)", **_JOB)
-    ] = None,
+    ray: Address = None,
+    cpus_per_worker: CpusPerWorker = None,
     fetch_private: Annotated[
         bool, typer.Option("--fetch-private", help="fetch images from private hosts and any port, too", **_JOB)
     ] = False,
@@ -192,13 +188,9 @@ def batch(
     """Ask one question about each image of a folder or each row of a table; resume where a run was stopped."""
     hush(quiet=quiet)
     if ray is not None:
-        _refuse(sidecar=sidecar, skip_existing=skip_existing, order=order, report=report, new=new)
-    elif cpus_per_worker is not None:
-        raise BadParameter("--cpus-per-worker is for a cluster: give --ray, too, or --workers and --threads instead.")
-    elif output is None and sidecar is None:
-        raise BadParameter("The output is missing: give -o FILE.jsonl (or .csv, .parquet), or --sidecar txt.")
-    if skip_existing and sidecar is None:
-        raise BadParameter("--skip-existing needs --sidecar: an output file keeps what is done by itself.")
+        refuse(sidecar=sidecar, skip_existing=skip_existing, order=order, report=report, new=new)
+    else:
+        _check_output(output, sidecar, skip_existing=skip_existing, cpus=cpus_per_worker)
     given = o.given(SamplingParams, flags)
     if json_schema is not None:
         given["json_schema"] = read_text(expand(json_schema), MAX_SCHEMA)
@@ -213,14 +205,20 @@ def batch(
     asked = Question(template, params, system, seconds=image_seconds, private=fetch_private)
     chosen_rows = _Chosen(rows, limit, sampled)
     if ray is not None:
-        if rows.is_requests:
-            raise BadParameter("Requests in OpenAI's form are not asked on a cluster: leave out --ray.")
-        items = list(chosen_rows) if source == "-" else chosen_rows  # standard input is this process's own
         to_ray = ToRay(output, ray, workers, cpus_per_worker, retry_failed, overwrite, quiet)
-        raise typer.Exit(to_ray.run(items, asked, settings))
+        raise typer.Exit(to_ray.run(chosen_rows, asked, settings, is_list=source == "-", is_requests=rows.is_requests))
     to = _Target(output, sidecar, skip_existing, order or "input", new, overwrite, retry_failed, report)
     with ExitStack() as stack:
         raise typer.Exit(_Batch(chosen_rows, asked, settings, workers=workers, to=to, stack=stack).run())
+
+
+def _check_output(output: Path | None, sidecar: Sidecar | None, *, skip_existing: bool, cpus: int | None) -> None:
+    if output is None and sidecar is None:
+        raise BadParameter("The output is missing: give -o FILE.jsonl (or .csv, .parquet), or --sidecar txt.")
+    if skip_existing and sidecar is None:
+        raise BadParameter("--skip-existing needs --sidecar: an output file keeps what is done by itself.")
+    if cpus is not None:
+        raise BadParameter("--cpus-per-worker is for a cluster: give --ray, too, or --workers and --threads instead.")
 
 
 def _template(question: str | None, rows: Source, asked: SamplingParams, system: str | None) -> PromptTemplate:
@@ -233,13 +231,6 @@ def _template(question: str | None, rows: Source, asked: SamplingParams, system:
     if not (question or "").strip():
         raise BadParameter('The prompt is missing: opsin batch INPUT -o OUTPUT "Describe this image."')
     return PromptTemplate(question or "", rows.columns)
-
-
-def _refuse(**flags: Any) -> None:
-    for name, value in flags.items():
-        if value:
-            flag = f"--{name.replace('_', '-')}"
-            raise BadParameter(f"{flag} does not go with --ray, which writes a folder of Parquet parts: leave it out.")
 
 
 class _Chosen:

@@ -41,6 +41,12 @@ System = Annotated[
 class GroupedCommand(TyperCommand):
     """A command whose help has its options under the headings of `GROUPS`."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As always, but `--ray` may stand without its address."""
+        pairs = zip(args, [*args[1:], "-"], strict=True)
+        args = ["--ray=auto" if one == "--ray" and behind.startswith("-") else one for one, behind in pairs]
+        return super().parse_args(ctx, args)
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Arguments, then options without a group, then the groups."""
         records: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": [], **{name: [] for name in GROUPS}}
