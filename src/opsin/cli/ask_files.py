@@ -52,7 +52,7 @@ def _in_folder(folder: str, *, recursive: bool) -> list[str]:
     def unread(error: OSError) -> None:
         tell(f"({error.filename}: {error.strerror})")
 
-    files, folders = list_files(folder, recursive=recursive, on_error=unread)
+    files, folders = list_files(Path(folder), recursive=recursive, on_error=unread)
     images = [path for path in files if is_image(path)]
     taken = set(images)
     _say_left_out([path for path in files if path not in taken], "file", "no image that can be read")

@@ -10,13 +10,13 @@ from pathlib import Path
 from opsin.images.sniff import ENDINGS
 
 
-def list_files(folder: str, *, recursive: bool, on_error: Callable[[OSError], None]) -> tuple[list[str], list[str]]:
+def list_files(folder: Path, *, recursive: bool, on_error: Callable[[OSError], None]) -> tuple[list[str], list[str]]:
     """Paths of a folder's files in natural order, and of the folders that were not read because not `recursive`.
 
     Hidden files and folders are left out, and links to folders are not followed.
     """
     files, folders = list[str](), list[str]()
-    for here, below, names in os.walk(Path(folder), onerror=on_error):
+    for here, below, names in os.walk(folder, onerror=on_error):
         below[:] = [name for name in below if not name.startswith(".")]
         files += [os.fspath(Path(here, name)) for name in names if not name.startswith(".")]  # the Mac's ._ files, too
         if not recursive:
@@ -39,7 +39,5 @@ def natural(path: str) -> str:
 
 
 def _sortable(found: re.Match[str]) -> str:
-    if found.group() == "/":
-        return "\0\0"
-    digits = "".join(str(int(digit)) for digit in found.group()).lstrip("0") or "0"
-    return f"\0{chr(min(len(digits), 0xD7FF))}{digits}"
+    digits = found[0] if found[0] == "/" else str(int(found[0]))
+    return "\0\0" if digits == "/" else f"\0{chr(len(digits))}{digits}"

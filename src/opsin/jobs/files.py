@@ -34,7 +34,7 @@ def clean(text: str) -> str:
 
 @contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Whatever the disk, the network or a file system of fsspec raises becomes a BadInput about the file `name`."""
+    """Whatever the disk, pyarrow or a file system of fsspec raises becomes a BadInput about the file `name`."""
     try:
         yield
     except OpsinError:
@@ -42,8 +42,8 @@ def reading(name: str) -> Iterator[None]:
     except FileNotFoundError:
         raise BadInput(f"There is no file or folder {show(name)}: check the name.") from None
     except Exception as error:
-        if not isinstance(error, OSError) and not is_address(name):
-            raise
+        if not isinstance(error, (OSError, ValueError, NotImplementedError)) and not is_address(name):
+            raise  # pyarrow's own errors are kinds of those
         why = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0] or type(error).__name__
         raise BadInput(f"{show(name)} cannot be read ({show(why).rstrip('.')}): check it, and try again.") from None
 
@@ -62,33 +62,27 @@ def find_files(text: str, skipped: Counter[str], *, recursive: bool) -> tuple[st
 
     None: the text is the name of one file. Hidden files are left out. Raises BadInput, and what `reading` knows.
     """
-    if is_address(text):
-        return _find_remote(text, recursive=recursive)
-    path = Path(text)
-    if path.is_file():
-        return None
-    if path.is_dir():
-        files, _ = list_files(
-            text, recursive=recursive, on_error=lambda _: skipped.update(["folder that cannot be read"])
-        )
-        return os.fspath(path), files
-    if path.exists():
-        raise BadInput(f"{show(text)} is a pipe or a device: give a file, or - for a list on standard input.")
-    if (names := _expand(text)) != [text]:
-        if missing := next((name for name in names if not Path(name).is_file()), None):
+    if not os.path.lexists(text) and (names := _expand(text)) != [text]:
+        if missing := next((name for name in names if not is_address(name) and not Path(name).is_file()), None):
             raise BadInput(f"There is no file {show(missing)}: check the range in braces.")
-        return "", names
-    if glob.has_magic(text):
+        return _root(text), names
+    if is_address(text):
+        return None if text.lower().startswith(WEB) else _find_remote(text, recursive=recursive)
+    path = Path(text)
+    if path.is_dir():
+        files, _ = list_files(path, recursive=recursive, on_error=lambda _: skipped.update(["unreadable folder"]))
+        return os.fspath(path), files
+    if glob.has_magic(text) and not path.exists():
         names = glob.glob(text, recursive=recursive)  # noqa: PTH207 - pathlib lists hidden files, too
         return _root(text), sorted(filter(os.path.isfile, names), key=natural)
-    raise FileNotFoundError
+    if not path.exists():
+        raise FileNotFoundError
+    if not path.is_file():
+        raise BadInput(f"{show(text)} is a pipe or a device: give a file, or - for a list on standard input.")
+    return None
 
 
 def _find_remote(text: str, *, recursive: bool) -> tuple[str, list[str]] | None:
-    if (names := _expand(text)) != [text]:
-        return "", names
-    if text.lower().startswith(WEB):
-        return None
     system, path = _remote(text)
     if glob.has_magic(path):
         root, found = _root(path), system.glob(path)
@@ -96,9 +90,9 @@ def _find_remote(text: str, *, recursive: bool) -> tuple[str, list[str]] | None:
         root, found = path.rstrip("/"), system.find(path, maxdepth=None if recursive else 1)
     else:
         return None
-    seen = [name for name in found if not any(part.startswith(".") for part in name[len(root) :].split("/"))]
+    shown = [name for name in found if "/." not in name[len(root) :]]
     address = system.unstrip_protocol
-    return address(root), [address(name) for name in sorted(seen, key=natural)]
+    return address(root), [address(name) for name in sorted(shown, key=natural)]
 
 
 def _remote(name: str) -> tuple[Any, str]:
@@ -112,8 +106,8 @@ def _remote(name: str) -> tuple[Any, str]:
 
 
 def _root(pattern: str) -> str:
-    """The folder before the first wildcard."""
-    return re.split(r"[*?\[]", pattern, maxsplit=1)[0].rpartition("/")[0]
+    """The folder before the first wildcard or range."""
+    return re.split(r"[*?\[{]", pattern, maxsplit=1)[0].rpartition("/")[0]
 
 
 def _expand(text: str) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from io import BufferedReader
 from pathlib import Path
@@ -20,7 +20,7 @@ from opsin.images.sniff import image_format
 from opsin.images.source import show
 from opsin.jobs.files import WEB, clean, find_files, is_address, open_file, reading
 from opsin.jobs.item import Item, Source
-from opsin.jobs.tables import MAX_ROW, open_csv, open_jsonl, open_parquet
+from opsin.jobs.tables import MAX_ROW, csv_rows, json_rows, open_lines, open_parquet
 from opsin.jobs.tars import open_tars
 
 __all__ = ["Source", "open_source"]
@@ -29,8 +29,8 @@ _Opener = Callable[[Sequence[str], str | None, str | None], Source]
 _OPENERS: dict[tuple[str, ...], _Opener] = {
     (".parquet",): open_parquet,
     (".tar", ".tar.gz", ".tgz"): open_tars,
-    (".jsonl", ".ndjson"): open_jsonl,
-    (".csv", ".tsv"): open_csv,
+    (".jsonl", ".ndjson"): partial(open_lines, json_rows),
+    (".csv", ".tsv"): partial(open_lines, csv_rows),
 }
 _KINDS = (
     "a folder, a pattern in quotes, an image, a .jsonl, .csv, .tsv, .parquet or .tar file, or - for a list of images"
@@ -62,18 +62,17 @@ def _open(text: str, image_column: str | None, id_column: str | None, *, recursi
     skipped: Counter[str] = Counter()
     found = find_files(text, skipped, recursive=recursive)
     if found is None:
-        opener = _opener(text)
-        return _one_image(text) if opener is None else opener([text], image_column, id_column)
+        if (opener := _opener(text)) is not None:
+            return opener([text], image_column, id_column)
+        _check_image(text)
+        return _image_files(os.fspath(Path(text).parent), [text], skipped)
     root, names = found
-    remote = is_address(text)
     images, others = list[str](), list[str]()
     for name in names:
-        (images if (name.lower().endswith(ENDINGS) if remote else is_image(name)) else others).append(name)
+        (images if name.lower().endswith(ENDINGS) and (is_address(name) or is_image(name)) else others).append(name)
     if images:
         skipped.update(map(_ending, others))
-        return Source(
-            partial(_images, root, images), len(images), folder=None if remote else Path(root), skipped=skipped
-        )
+        return _image_files(root, images, skipped)
     for opener in _OPENERS.values():
         if parts := [name for name in names if _opener(name) is opener]:
             return opener(parts, image_column, id_column)
@@ -88,10 +87,19 @@ def _opener(name: str) -> _Opener | None:
     return next((opener for endings, opener in _OPENERS.items() if path.lower().endswith(endings)), None)
 
 
-def _images(root: str, names: Sequence[str]) -> Iterator[Item]:
-    for name in names:
-        key = name.removeprefix(root).replace(os.sep, "/").lstrip("/")
-        yield Item(clean(key), clean(name), (name,))
+def _image_files(root: str, names: Sequence[str], skipped: Counter[str]) -> Source:
+    """Images, whose ids are their names below `root`."""
+    folder = None if is_address(names[0]) else Path(root)
+    prefix = root and f"{root}/"
+    return Source(partial(_items, prefix, names), len(names), folder=folder, skipped=skipped)
+
+
+def _items(root: str, names: Iterable[str]) -> Iterator[Item]:
+    for number, name in enumerate(names, 1):
+        if name[:5].lower() == "data:":  # too long for a name
+            yield Item(str(number), f"-#{number}", (name,))
+        else:
+            yield Item(clean(name.removeprefix(root).lstrip("/") if root else name), clean(name), (name,))
 
 
 def _ending(name: str) -> str:
@@ -99,48 +107,35 @@ def _ending(name: str) -> str:
     return "no file" if ending in ENDINGS else ending or "without an ending"
 
 
-def _one_image(text: str) -> Source:
-    name = text.lower()
-    if not name.startswith(WEB) and not name.endswith(ENDINGS):
-        with open_file(text) as file:
-            try:
-                image_format(file.read(4096), show(text))
-            except BadImage:
-                raise BadInput(f"{show(text)} is no kind of input that is known: give {_KINDS}.") from None
-    if is_address(text):
-        return Source(lambda: iter([_item(text, 1)]), 1)
-    parent = os.fspath(Path(text).parent)
-    return Source(partial(_images, parent, [text]), 1, folder=Path(parent))
+def _check_image(text: str) -> None:
+    """Raise BadInput unless a file is named like an image or begins like one."""
+    if text.lower().startswith(WEB) or text.lower().endswith(ENDINGS):
+        return
+    with open_file(text) as file:
+        try:
+            image_format(file.read(4096), show(text))
+        except BadImage:
+            raise BadInput(f"{show(text)} is no kind of input that is known: give {_KINDS}.") from None
 
 
 def _listed() -> Source:
     if sys.stdin.isatty():
         raise BadInput("The list of images is missing: find photos -name '*.jpg' | opsin batch - …")
-    return Source(_read_list)
+    return Source(lambda: _items("", _read_list()))
 
 
-def _read_list() -> Iterator[Item]:
-    with reading("standard input"):
-        for number, name in enumerate(_names(cast("BufferedReader", sys.stdin.buffer)), 1):
-            yield _item(os.fsdecode(name), number)
-
-
-def _item(name: str, number: int) -> Item:
-    """An image of a list; a `data:` address is too long for a name."""
-    key, source = (str(number), f"-#{number}") if name[:5].lower() == "data:" else (clean(name), clean(name))
-    return Item(key, source, (name,))
-
-
-def _names(file: BufferedReader) -> Iterator[bytes]:
-    """Lines, or what stands between NULs where there are any; empty ones are left out."""
+def _read_list() -> Iterator[str]:
+    """Lines of standard input, or what stands between NULs where there are any; empty ones are left out."""
     left, separator = b"", b""
-    while block := file.read1(_BLOCK):
-        left += block
-        separator = separator or (b"\0" if b"\0" in left else b"\n" if b"\n" in left else b"")
-        if separator and separator in block:
-            *names, left = left.split(separator)
-            yield from filter(None, (name.rstrip(b"\r") if separator == b"\n" else name for name in names))
-        if len(left) > MAX_ROW:
-            raise BadInput(f"A line on standard input is longer than {MAX_ROW:,} bytes: give one image a line.")
-    if left:
-        yield left
+    with reading("standard input"):
+        while block := cast("BufferedReader", sys.stdin.buffer).read1(_BLOCK):
+            left += block
+            separator = separator or (b"\0" if b"\0" in left else b"\n" if b"\n" in left else b"")
+            if separator:
+                *names, left = left.split(separator)
+                ends = b"\r" if separator == b"\n" else b""
+                yield from map(os.fsdecode, filter(None, (name.rstrip(ends) for name in names)))
+            if len(left) > MAX_ROW:
+                raise BadInput(f"A line on standard input is longer than {MAX_ROW:,} bytes: give one image a line.")
+        if left:
+            yield os.fsdecode(left)

@@ -18,6 +18,7 @@ from opsin.core.errors import BadInput
 from opsin.images.source import show
 from opsin.jobs.files import clean, is_address, open_file, reading
 from opsin.jobs.item import ImageRef, Item, Source
+from opsin.jobs.output import import_arrow
 
 MAX_ROW = 2**26
 """Bytes of one row of text."""
@@ -68,29 +69,25 @@ class _Table:
         return Item(key, source, tuple(_beside(name, image) for image in images), columns)
 
 
-def open_jsonl(names: Sequence[str], image: str | None, row_id: str | None) -> Source:
-    """JSON Lines: OpenAI's batch form, or with a column `image`, and one of ids. Raises BadInput and OSError."""
-    seen = [cells for _, cells in islice(_json_rows(names[0]), _LOOKED_AT) if not isinstance(cells, ValueError)]
-    if not seen:
-        raise BadInput(f"{show(names[0])} holds no JSON objects, one a line: check its format.")
-    if {"custom_id", "body"} <= seen[0].keys():
-        return Source(_Table(names, _json_rows, None, None).items, _count(names, _json_rows), is_requests=True)
-    columns = dict.fromkeys(column for cells in seen for column in cells)
-    return _source(names, _json_rows, tuple(columns), _count(names, _json_rows), (image, row_id))
-
-
-def open_csv(names: Sequence[str], image: str | None, row_id: str | None) -> Source:
-    """CSV in UTF-8 with a header, separated by comma, semicolon or tab. Raises BadInput and OSError."""
-    with open_file(names[0]) as file:
-        columns, _ = _open_csv(_Lines(file), names[0])
-    return _source(names, _csv_rows, tuple(columns), _count(names, _csv_rows), (image, row_id))
+def open_lines(rows: Callable[[str], Rows], names: Sequence[str], image: str | None, row_id: str | None) -> Source:
+    """CSV, JSON Lines, or these in OpenAI's batch form. Raises BadInput and OSError."""
+    columns, total = dict[str, None](), None
+    for _, cells in islice(rows(names[0]), _LOOKED_AT):
+        columns |= {} if isinstance(cells, ValueError) else dict.fromkeys(cells)
+    if not columns:
+        raise BadInput(f"{show(names[0])} holds no rows that can be read: check its format.")
+    if not any(map(is_address, names)) and sum(Path(name).stat().st_size for name in names) <= _COUNTED:
+        total = sum(1 for name in names for _ in rows(name))
+    if rows is json_rows and {"custom_id", "body"} <= columns.keys():
+        return Source(_Table(names, rows, None, None).items, total, is_requests=True)
+    return _source(names, rows, tuple(columns), total, (image, row_id))
 
 
 def open_parquet(names: Sequence[str], image: str | None, row_id: str | None) -> Source:
-    """Parquet files, the parts of one table. Raises BadInput and OSError."""
+    """Parquet files, the parts of one table. Raises BadInput, and what `reading` knows."""
     total, columns = 0, tuple[str, ...]()
     for name in names:
-        with open_file(name) as file, _open_parquet(file, name) as parquet:
+        with open_file(name) as file, _open_parquet(file) as parquet:
             total += parquet.metadata.num_rows
             columns = columns or tuple(parquet.schema_arrow.names)
     return _source(names, _parquet_rows, columns, total, (image, row_id))
@@ -118,13 +115,6 @@ def _source(
     return Source(_Table(names, rows, image, wanted[1]).items, total, columns, note=note)
 
 
-def _count(names: Sequence[str], rows: Callable[[str], Rows]) -> int | None:
-    """How many rows there are, where it takes little time to read them once more."""
-    if any(map(is_address, names)) or sum(Path(name).stat().st_size for name in names) > _COUNTED:
-        return None
-    return sum(1 for name in names for _ in rows(name))
-
-
 def name_of(cells: Cells, column: str) -> str:
     """The id of a row. Raises ValueError with the end of a sentence."""
     value = cells.get(column)
@@ -143,19 +133,16 @@ def _body(cells: Cells) -> Cells:
 
 def _images(value: Any) -> Iterator[ImageRef]:
     """The images of a cell. Raises ValueError with the end of a sentence."""
-    if isinstance(value, dict):  # as Hugging Face keeps images: where there are bytes, the path names no file
-        value = value["bytes"] if isinstance(value.get("bytes"), bytes) else value.get("path")
     if isinstance(value, str) and value[:1] == "[":  # a list in a cell of CSV, or a path
         with suppress(ValueError):
             value = from_json(value)
-    if isinstance(value, list) and value and not any(isinstance(one, list) for one in value):
-        for one in value:
-            yield from _images(one)
-    elif isinstance(value, (str, bytes)) and value.strip():
-        yield value
-    else:
-        found = "is empty" if not value or isinstance(value, str) else f"is of the type {type(value).__name__}"
-        raise ValueError(f"has no image, its cell {found}: give a path, an address or bytes")
+    for one in value if value and isinstance(value, list) else [value]:
+        image = one
+        if isinstance(one, dict):  # as Hugging Face keeps images: where there are bytes, the path names no file
+            image = one["bytes"] if isinstance(one.get("bytes"), bytes) else one.get("path")
+        if not isinstance(image, (str, bytes)) or not image.strip():
+            raise ValueError("has no image in its cell: give a path, an address or bytes")
+        yield image
 
 
 def _beside(name: str, image: ImageRef) -> ImageRef:
@@ -167,38 +154,33 @@ def _beside(name: str, image: ImageRef) -> ImageRef:
 
 
 class _Lines:
-    """Lines of text, which go on after an error. Raises ValueError once `left` bytes are used up."""
+    """Lines of text, and the rows that are made of them, of at most MAX_ROW bytes each; both go on after an error."""
 
     def __init__(self, file: BufferedReader) -> None:
-        self._file, self.number, self.left = file, 0, MAX_ROW
+        self._file, self._number, self._left = file, 0, MAX_ROW
 
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        line = self._file.readline(self.left + 1)
-        if not line:
-            raise StopIteration
-        self.number += 1
-        self.left -= len(line)
-        if self.left < 0:
+    def next(self) -> str:
+        """The next line, "" at the end. Raises ValueError where it is no text, or its row too long."""
+        line = self._file.readline(self._left + 1)
+        self._number += bool(line)
+        self._left -= len(line)
+        if self._left < 0:
             while line and not line.endswith(b"\n"):
                 line = self._file.readline(MAX_ROW)
             raise ValueError(f"more than {MAX_ROW:,} bytes")
-        return line.decode("utf-8-sig" if self.number == 1 else "utf-8")
+        return line.decode("utf-8-sig" if self._number == 1 else "utf-8")
 
-
-def _read(lines: _Lines, rows: Iterator[Cells | None]) -> Rows:
-    """The rows that are made of the lines; None are left out."""
-    while True:
-        lines.left = MAX_ROW
-        try:
-            if (cells := next(rows)) is not None:
-                yield lines.number, cells
-        except StopIteration:
-            return
-        except (ValueError, csv.Error) as error:
-            yield lines.number, ValueError(f"cannot be read ({error}): correct it")
+    def rows(self, rows: Iterator[Cells | None]) -> Rows:
+        """Those of `rows` that are not None, with the number of their last line."""
+        while True:
+            self._left = MAX_ROW
+            try:
+                if (cells := next(rows)) is not None:
+                    yield self._number, cells
+            except StopIteration:
+                return
+            except (ValueError, csv.Error) as error:
+                yield self._number, ValueError(f"cannot be read ({error}): correct it")
 
 
 def json_object(line: str) -> Cells | None:
@@ -210,51 +192,41 @@ def json_object(line: str) -> Cells | None:
     raise ValueError("no JSON object")
 
 
-def _json_rows(name: str) -> Rows:
+def json_rows(name: str) -> Rows:
+    """JSON Lines."""
     with open_file(name) as file:
         lines = _Lines(file)
-        yield from _read(lines, map(json_object, lines))
+        yield from lines.rows(map(json_object, iter(lines.next, "")))
 
 
-def _open_csv(lines: _Lines, name: str) -> tuple[list[str], Iterator[list[str]]]:
-    """The columns, and the rows after the header."""
+def csv_rows(name: str) -> Rows:
+    """CSV in UTF-8 with a header, separated by comma, semicolon or tab. Raises BadInput for the header."""
     csv.field_size_limit(MAX_ROW)
-    try:
-        head = next(lines)
-        delimiter = max("\t,;", key=re.sub('"[^"]*"', "", head).count)
-        rows = csv.reader(chain([head], lines), delimiter=delimiter)
-        return [column.strip() for column in next(rows)], rows
-    except (StopIteration, ValueError, csv.Error) as error:
-        why = str(error) or "it is empty"
-        raise BadInput(f"{show(name)} has no header that can be read ({why}): give a table in UTF-8.") from None
-
-
-def _csv_rows(name: str) -> Rows:
-    def cells(row: list[str]) -> Cells | None:
-        if any(row[len(columns) :]):
-            raise ValueError(f"{len(row)} cells for {len(columns)} columns, so a text needs quotes")
-        return dict(zip(columns, row, strict=False)) if row else None
-
     with open_file(name) as file:
         lines = _Lines(file)
-        columns, rows = _open_csv(lines, name)
-        yield from _read(lines, map(cells, rows))
+        try:
+            head = lines.next()
+            delimiter = max("\t,;", key=re.sub('"[^"]*"', "", head).count)
+            rows = csv.DictReader(chain([head], iter(lines.next, "")), delimiter=delimiter)
+            rows.fieldnames = [column.strip() for column in rows.fieldnames or ()]
+        except (ValueError, csv.Error) as error:
+            raise BadInput(f"{show(name)} has no header that can be read ({error}): give a table in UTF-8.") from None
+        yield from lines.rows(map(_cells, rows))
 
 
-def _open_parquet(file: BufferedReader, name: str) -> Any:
-    try:
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise BadInput("Parquet needs pyarrow: pip install 'opsin[batch]'.") from None
-    try:
-        return ParquetFile(file, buffer_size=2**20)
-    except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's own are kinds of these
-        why = show(str(error).partition("\n")[0].rstrip("."))
-        raise BadInput(f"{show(name)} is damaged, encrypted or no Parquet file ({why}): write it again.") from None
+def _cells(row: dict[Any, Any]) -> Cells:
+    if any(row.pop(None, ())):
+        raise ValueError("more cells than columns, so a text needs quotes")
+    return row
+
+
+def _open_parquet(file: BufferedReader) -> Any:
+    _, parquet = import_arrow()
+    return parquet.ParquetFile(file, buffer_size=2**20)
 
 
 def _parquet_rows(name: str) -> Rows:
-    with open_file(name) as file, _open_parquet(file, name) as parquet:
+    with open_file(name) as file, _open_parquet(file) as parquet:
         about, done = parquet.metadata, 0
         groups = map(about.row_group, range(about.num_row_groups))
         chunks = (group.column(number) for group in groups for number in range(group.num_columns))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
 from io import BufferedReader
-from itertools import islice
-from typing import IO, Any, Literal, Self, cast
+from itertools import groupby, islice
+from operator import itemgetter
+from typing import Any
 
 from opsin.core.errors import BadInput
 from opsin.images import ENDINGS
@@ -23,6 +24,8 @@ MOST_BYTES = 2**26
 """Of a file in a tar that is read into memory."""
 _LOOKED_AT = 16  # rows that tell the columns
 _BROKEN = (tarfile.TarError, EOFError, zlib.error, OSError, ValueError, RecursionError)
+Files = Iterator[tuple[str, str, tarfile.TarInfo]]
+"""The key of a file, its ending and its header."""
 
 
 def open_tars(names: Sequence[str], image: str | None, row_id: str | None) -> Source:
@@ -45,26 +48,16 @@ def open_tars(names: Sequence[str], image: str | None, row_id: str | None) -> So
     return Source(items, columns=tuple(columns), skipped=skipped)
 
 
-@dataclass(slots=True)
-class _Row:
-    """The files of one key, as far as they were met. `ending` is that of the image."""
+class _Bounded:
+    """A file that refuses what headers ask for beyond reason."""
 
-    key: str
-    ending: str = ""
-    image: ImageRef | None = None
-    columns: dict[str, Any] = field(default_factory=dict)
-    wrong: str = ""
+    def __init__(self, file: BufferedReader | gzip.GzipFile) -> None:
+        self._file, self.seek, self.tell = file, file.seek, file.tell
 
-
-class _Member(tarfile.TarInfo):
-    """A header that asks for no memory beyond reason, and leads forwards."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        member = super().frombuf(buf, encoding, errors)
-        if member.size < 0 or (member.size > MOST_BYTES and not member.isreg()):
-            raise tarfile.ReadError(f"a header of {member.size:,} bytes")
-        return member
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= MOST_BYTES:
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        return self._file.read(size)
 
 
 class _Shard:
@@ -73,78 +66,75 @@ class _Shard:
     def __init__(self, name: str, image: str | None, row_id: str | None, skipped: Counter[str]) -> None:
         self._name, self._id, self._skipped = name, row_id, skipped
         self._image = image and image.lower().lstrip(".")
+        self._tar: Any = None
+        self._in_place = not is_address(name)  # images are read later, from where they are
 
     def items(self) -> Iterator[Item]:
         """The rows; where the tar is damaged, an error row is the last."""
-        row = _Row("")
+        key = ""
         try:
             with open_file(self._name) as file:
-                for tar, member in _members(file):
-                    folder, slash, base = member.name.removeprefix("./").rpartition("/")
-                    stem, _, ending = base.partition(".")
-                    if not member.isreg() or member.issparse() or not stem:
-                        continue  # folders, links, hidden files
-                    if row.key != (key := folder + slash + stem):
-                        yield from self._items(row)
-                        row = _Row(key)
-                    self._take(row, tar, member, ending.lower())
+                packed = file.peek(2)[:2] == b"\x1f\x8b"
+                self._in_place = self._in_place and not packed
+                bounded = _Bounded(gzip.GzipFile(fileobj=file) if packed else file)
+                for key, files in groupby(self._files(bounded), itemgetter(0)):
+                    yield from self._row(key, files)
         except _BROKEN as error:
-            name, key, why = show(self._name), clean(row.key or self._name), show(str(error).rstrip("."))
+            name, key, why = show(self._name), clean(key or self._name), show(str(error).rstrip("."))
             wrong = BadInput(f"{name} cannot be read as a tar at {show(key)} ({why}): copy it again.")
-            yield Item(key, clean(f"{self._name}#{row.key}"), error=wrong)
-        else:
-            yield from self._items(row)
+            yield Item(key, clean(f"{self._name}#{key}"), error=wrong)
 
-    def _take(self, row: _Row, tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str) -> None:
-        last = f".{ending.rpartition('.')[2]}"
-        is_image = last in ENDINGS if self._image is None else ending == self._image
-        # 1.jpg is the image also where 1.depth.png is before it.
-        if is_image and row.image is not None and ("." in ending or "." not in row.ending):
-            is_image = False
-        if not is_image and ending not in {"json", "txt"}:
-            self._skipped[last if ending else "without an ending"] += 1
-            return
-        if is_image and isinstance(tar.fileobj, BufferedReader) and not is_address(self._name):
-            row.image, row.ending = FilePart(self._name, member.offset_data, member.size), ending
-            return
-        if member.size > MOST_BYTES:
-            row.wrong = f"holds a file of more than {MOST_BYTES:,} bytes, {show(member.name)}: make it smaller"
-            return
-        data = cast("IO[bytes]", tar.extractfile(member)).read()
-        if is_image:
-            row.image, row.ending = data, ending
-        elif ending == "txt":
-            row.columns["caption"] = data.decode("utf-8", "replace").strip()
-        else:
-            try:
-                row.columns = {**(json_object(data.decode()) or {}), **row.columns}
-            except ValueError as error:
-                row.wrong = f"holds {show(member.name)}, which cannot be read ({error}): correct it"
-
-    def _items(self, row: _Row) -> Iterator[Item]:
-        """The row's item; none where it holds nothing of use."""
-        key, source = clean(row.key), clean(f"{self._name}#{row.key}{row.ending and '.'}{row.ending}")
-        if row.image is not None and not row.wrong:
-            try:
-                key = name_of(row.columns, self._id) if self._id else key
-                yield Item(key, source, (row.image,), row.columns)
-            except ValueError as error:
-                row.wrong = str(error)
-        elif row.columns:
-            row.wrong = row.wrong or "has no image that can be read"
-        if row.wrong:
-            yield Item(key, source, error=BadInput(f"{show(key)} of {show(self._name)} {row.wrong}."))
-
-
-def _members(file: BufferedReader) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    mode: Literal["r:gz", "r:"] = "r:gz" if file.peek(2)[:2] == b"\x1f\x8b" else "r:"
-    with tarfile.open(fileobj=file, mode=mode, tarinfo=_Member) as tar:
-        while (member := tar.next()) is not None:
-            cast("Any", tar).members.clear()  # tarfile would keep all of them
-            if member.size < 0:
-                raise tarfile.ReadError("a file of a negative size")
-            yield tar, member
-        if mode == "r:":  # tarfile takes a broken header for the end; gzip has a checksum
-            file.seek(cast("Any", tar).offset)
+    def _files(self, file: Any) -> Files:
+        with tarfile.open(fileobj=file, mode="r:") as self._tar:
+            while (member := self._tar.next()) is not None:
+                self._tar.members.clear()  # tarfile would keep all of them
+                if member.size < 0:
+                    raise tarfile.ReadError("a file of a negative size")
+                folder, slash, base = member.name.removeprefix("./").rpartition("/")
+                stem, _, ending = base.partition(".")
+                if member.isreg() and not member.issparse() and stem:  # no folder, link or hidden file
+                    yield folder + slash + stem, ending.lower(), member
+            file.seek(self._tar.offset)  # tarfile takes a broken header for the end
             if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
                 raise tarfile.ReadError("a broken header")
+
+    def _row(self, key: str, files: Files) -> Iterator[Item]:
+        """The row's item; none where it holds nothing of use."""
+        image: ImageRef | None = None
+        columns: dict[str, Any] = {}
+        chosen = wrong = ""
+        for _, ending, member in files:
+            last = f".{ending.rpartition('.')[2]}"
+            is_image = last in ENDINGS if self._image is None else ending == self._image
+            try:
+                # 1.jpg is the image also where 1.depth.png is before it.
+                if is_image and (image is None or ("." in chosen and "." not in ending)):
+                    image, chosen = self._image_in(member), ending
+                elif ending == "txt":
+                    columns["caption"] = self._read(member).decode("utf-8", "replace").strip()
+                elif ending == "json":
+                    columns = {**(json_object(self._read(member).decode()) or {}), **columns}
+                else:
+                    self._skipped[last if ending else "without an ending"] += 1
+            except ValueError as error:
+                wrong = f"holds {show(member.name)}, which cannot be read ({error}): correct it"
+        source = clean(f"{self._name}#{key}{chosen and '.'}{chosen}")
+        row_id, wrong = clean(key), wrong or ("has no image that can be read" if image is None and columns else "")
+        if self._id and image is not None and not wrong:
+            try:
+                row_id = name_of(columns, self._id)
+            except ValueError as error:
+                wrong = str(error)
+        if wrong:
+            yield Item(row_id, source, error=BadInput(f"{show(key)} of {show(self._name)} {wrong}."))
+        elif image is not None:
+            yield Item(row_id, source, (image,), columns)
+
+    def _image_in(self, member: tarfile.TarInfo) -> ImageRef:
+        return FilePart(self._name, member.offset_data, member.size) if self._in_place else self._read(member)
+
+    def _read(self, member: tarfile.TarInfo) -> bytes:
+        if member.size > MOST_BYTES:
+            raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
+        data: bytes = self._tar.extractfile(member).read()
+        return data
