@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import json
 import logging
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import secrets
+from collections.abc import Awaitable, Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from operator import methodcaller
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import httpx
 from platformdirs import user_data_path
-from starlette.types import ASGIApp, Receive, Scope, Send
+from pydantic import Field, ValidationError
+from starlette.types import ASGIApp
 
-from opsin.core.errors import OpsinError
+from opsin.core.errors import OpsinError, found_wrong
 from opsin.core.settings import ServerSettings
-from opsin.server.errors import BadField
 from opsin.server.handler import ModelManager
 from opsin.server.middleware import wrong_json
-from opsin.server.schema import dumps
+from opsin.server.schema import Sent, dumps
 
 if TYPE_CHECKING:  # SQLAlchemy takes long to import, and most servers never need it
-    from sqlalchemy import RowMapping
-
     from opsin.server.batch_store import BatchStore
     from opsin.server.batch_tables import Row
 
@@ -43,6 +41,11 @@ MOST_RETRIES = 3
 _POLL_SECONDS, _RENEW_SECONDS, _CLEAN_SECONDS = 1.0, 5.0, 300.0
 # Nothing that a row could help: it does not count as an attempt.
 _NOT_ITS_FAULT = frozenset(("not_ready", "engine_closed"))
+_JSON = {"content-type": "application/json"}
+_EXPIRED = {
+    "code": "batch_expired",
+    "message": "The batch's completion window ended before this request was answered: send it in a new batch.",
+}
 
 
 def default_file() -> Path:
@@ -68,8 +71,7 @@ class BatchRunner:
         self.settings = settings
         self.model = model
         self._keys = {owner_of(key): key for key in ("", *keys)}
-        self._make_app = make_app
-        self._app: ASGIApp | None = None
+        self._make_app = functools.cache(make_app)
         self._store: BatchStore | None = None
         self._opening = Lock()
         self._threads = ThreadPoolExecutor(4, "opsin-batches")
@@ -86,20 +88,12 @@ class BatchRunner:
     async def close(self) -> None:
         """End all work; what is not finished is given back."""
         tasks = [*self._tasks, *self._running]
-        rows = list(self._running.values())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        if (store := self._store) is not None:
-
-            def end() -> None:
-                with contextlib.suppress(OpsinError):  # else they come back when their leases end
-                    for row in rows:
-                        store.give_back(row, 0, counted=False)
-                store.close()
-
-            await asyncio.to_thread(end)
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        await asyncio.to_thread(self._threads.shutdown, cancel_futures=True)
+        if self._store is not None:
+            await asyncio.to_thread(self._store.close)
 
     async def call(self, work: Callable[[BatchStore], T]) -> T:
         """What `work` makes of the store, in a thread. Raises StoreFailed, and BadParameter if it cannot be opened."""
@@ -114,31 +108,34 @@ class BatchRunner:
 
         done = await asyncio.get_running_loop().run_in_executor(self._threads, do)
         if not self._tasks:
-            self._tasks = [asyncio.create_task(self._feed()), asyncio.create_task(self._keep())]
+            works = (
+                (self._feed, self._feed_now, _POLL_SECONDS),
+                (self._keep, self._keep_now, _POLL_SECONDS),
+                (self._renew, asyncio.Event(), _RENEW_SECONDS),
+                (self._clean_up, asyncio.Event(), _CLEAN_SECONDS),
+            )
+            self._tasks = [asyncio.create_task(_repeat(*one)) for one in works]
         return done
 
     def wake(self) -> None:
         """There is something new to do."""
         self._keep_now.set()
 
+    async def _renew(self) -> None:
+        rows = tuple(self._running.values())
+        await self.call(lambda store: store.renew(rows))
+
+    async def _clean_up(self) -> None:
+        await self.call(lambda store: store.clean_up(self.settings.keep_days * 86_400))
+
     async def _feed(self) -> None:
-        """Keep as many rows running as there are slots, and renew their leases."""
-        renewed = 0.0
-        while True:
-            self._feed_now.clear()
-            found: list[Row] = []
-            with _complaining():
-                if time.monotonic() - renewed >= _RENEW_SECONDS:
-                    held = tuple(self._running.values())
-                    await self.call(methodcaller("renew", held))
-                    renewed = time.monotonic()
-                if self.model.ready and (room := self.model.slots - len(self._running)) > 0:
-                    found = await self.call(methodcaller("claim", self.model.name, room))
-            for row in found:
+        """Keep as many rows running as there are slots."""
+        room = self.model.slots - len(self._running)
+        if self.model.ready and room > 0:
+            for row in await self.call(lambda store: store.claim(self.model.name, room)):
                 task = asyncio.create_task(self._answer(row))  # one each: it enters the model as a request does
                 self._running[task] = row
                 task.add_done_callback(self._answered)
-            await _wait(self._feed_now)
 
     def _answered(self, task: asyncio.Task[None]) -> None:
         del self._running[task]
@@ -146,45 +143,34 @@ class BatchRunner:
 
     async def _answer(self, row: Row) -> None:
         with _complaining():
-            status, request_id, body = await self._ask(row)
+            response = await self._ask(row)
+            status, body = response["status_code"], response["body"]
             if status in {429, 503}:
-                code = json.loads(body)["error"]["code"]
-                counted = code not in _NOT_ITS_FAULT
+                counted = body["error"]["code"] not in _NOT_ITS_FAULT
                 if not counted or row.attempt < MOST_RETRIES:
                     wait = 2.0**row.attempt
                     await self.call(lambda store: store.give_back(row, wait, counted=counted))
                     return
-            response = dumps({"status_code": status, "request_id": request_id})[:-1] + b',"body":' + body + b"}"
-            line = _result_line(row.batch_id, row.n, row.custom_id, response, b"null")
+            line = _result(row.custom_id, response=response)
             if await self.call(lambda store: store.finish(row, line, good=status == 200)):
                 self.wake()
 
-    async def _ask(self, row: Row) -> tuple[int, str, bytes]:
-        """Status, id and body of the answer to a row, by the way that live requests take from their limits on."""
-        app = self._app = self._app or self._make_app()
-        key = self._keys.get(row.owner, row.owner)
-
-        async def as_owner(scope: Scope, receive: Receive, send: Send) -> None:
-            await app({**scope, "state": {"key": key}}, receive, send)
-
-        # A line that was cut off, because its file was damaged, is answered as any body that is no JSON.
-        body = await asyncio.to_thread(_body_of, row.line)
+    async def _ask(self, row: Row) -> dict[str, Any]:
+        """The answer to a row, by the way that live requests take from their limits on."""
+        app, state = self._make_app(), {"key": self._keys.get(row.owner, row.owner)}
+        transport = httpx.ASGITransport(
+            lambda scope, receive, send: app({**scope, "state": state}, receive, send), raise_app_exceptions=False
+        )
+        body = await asyncio.to_thread(lambda: json.dumps(json.loads(row.line)["body"]).encode())
         request = httpx.Request("POST", f"http://127.0.0.1{row.endpoint}", content=body, headers=_JSON)
-        response = await httpx.ASGITransport(as_owner, raise_app_exceptions=False).handle_async_request(request)
-        return response.status_code, response.headers.get("x-request-id", ""), await response.aread()
+        reply = await transport.handle_async_request(request)
+        request_id, answer = reply.headers.get("x-request-id", ""), json.loads(await reply.aread())
+        return {"status_code": reply.status_code, "request_id": request_id, "body": answer}
 
     async def _keep(self) -> None:
-        """Check new batches, end those that are through, and clean up."""
-        cleaned = 0.0
-        while True:
-            self._keep_now.clear()
-            with _complaining():
-                if time.monotonic() - cleaned >= _CLEAN_SECONDS or not cleaned:
-                    await self.call(lambda store: store.clean_up(self.settings.keep_days * 86_400))
-                    cleaned = time.monotonic()
-                while await self.call(self._work_on_one):
-                    self._feed_now.set()
-            await _wait(self._keep_now)
+        """Check new batches, and end those that are through."""
+        while await self.call(self._work_on_one):
+            self._feed_now.set()
 
     def _work_on_one(self, store: BatchStore) -> bool:
         """Check or end one batch; False when there is none."""
@@ -192,118 +178,95 @@ class BatchRunner:
         if batch is None:
             return False
         if batch["status"] == "validating":
-            errors: list[dict[str, Any]] = []
-            try:
-                total = store.begin_rows(batch, self._rows(store, batch, errors))
-            except BadField as error:  # its file's time is over
-                errors = [_wrong(None, "file_not_found", str(error), None)]
+            rows, errors = self._read(store.lines(batch, self.settings.max_body_bytes), batch["endpoint"])
             if errors:
                 store.move(batch, "failed", errors=errors)
             else:
-                store.move(batch, "in_progress", total=total)
-            return True
-        expired = batch["status"] == "finalizing" and batch["completed"] + batch["failed"] < batch["total"]
-
-        def missing(n: int, custom_id: str) -> bytes:
-            return _result_line(batch["id"], n, custom_id, b"null", dumps(_EXPIRED))
-
-        files = {
-            "output_file_id": store.write_results(batch, good=True),
-            "error_file_id": store.write_results(batch, good=False, missing=missing if expired else None),
-        }
-        if batch["status"] == "cancelling":
-            store.move(batch, "cancelled", **files)
-        elif expired:
-            store.move(batch, "expired", failed=batch["total"] - batch["completed"], **files)
+                store.move(batch, "in_progress", rows)
+        elif batch["status"] == "cancelling":
+            store.end(batch, "cancelled")
+        elif batch["completed"] + batch["failed"] == batch["total"]:
+            store.end(batch, "completed")
         else:
-            store.move(batch, "completed", **files)
+            failed = batch["total"] - batch["completed"]
+            store.end(batch, "expired", functools.partial(_result, error=_EXPIRED), failed=failed)
         return True
 
-    def _rows(
-        self, store: BatchStore, batch: RowMapping, errors: list[dict[str, Any]]
-    ) -> Iterator[tuple[str, int, int]]:
-        """The rows of a batch's input; none come behind a wrong line, and `errors` says what is wrong with those."""
-        seen: set[str] = set()
-        settings, count = self.settings, 0
-        for number, (start, line) in enumerate(store.lines(batch, settings.max_body_bytes), 1):
+    def _read(
+        self, lines: Iterable[tuple[int, bytes]], endpoint: str
+    ) -> tuple[list[tuple[str, int, int]], list[dict[str, Any]]]:
+        """The rows of a batch's input, or what is wrong with them, as the batch's `errors` say it."""
+        rows: dict[str, tuple[str, int, int]] = {}
+        errors: list[dict[str, Any]] = []
+        for number, (start, line) in enumerate(lines, 1):
             if not line.strip():
                 continue
-            count += 1
-            if count > settings.max_batch_rows:
-                text = f"The file has more than {settings.max_batch_rows:,} rows, the limit: split it."
-                errors.append(_wrong(number, "too_many_rows", text, None))
-            elif len(line) > settings.max_body_bytes:
-                text = f"The line has more than {settings.max_body_bytes:,} bytes, the limit: send smaller images."
-                errors.append(_wrong(number, "line_too_long", text, None))
-            elif isinstance(found := _read_line(line, batch["endpoint"], seen), str):
-                seen.add(found)
-                if not errors:
-                    yield found, start, len(line)
+            if len(rows) == self.settings.max_batch_rows:
+                text = f"The file has more than {len(rows):,} rows, the limit: split it."
+                errors.append(_wrong("too_many_rows", text, line=number))
+                break
+            found = self._read_line(line, endpoint, rows)
+            if isinstance(found, str):
+                rows[found] = found, start, len(line)
             else:
-                errors.append(_wrong(number, *found))
-            if len(errors) >= MAX_ERRORS or count > settings.max_batch_rows:
-                return
-        if not count:
-            errors.append(_wrong(None, "empty_file", "The file has no rows: write one JSON object a line.", None))
+                errors.append({**found, "line": number})
+                if len(errors) == MAX_ERRORS:
+                    break
+        if not rows and not errors:
+            errors.append(_wrong("empty_file", "The file has no rows: write one JSON object a line."))
+        return list(rows.values()), errors
+
+    def _read_line(self, line: bytes, endpoint: str, known: Container[str]) -> str | dict[str, Any]:
+        """The custom_id of a row, or what is wrong with it."""
+        if len(line) > (most := self.settings.max_body_bytes):
+            return _wrong("line_too_long", f"The line has more than {most:,} bytes, the limit: send smaller images.")
+        if wrong_json(line):
+            return _wrong("invalid_json_line", "The line has NUL bytes, or too many keys or elements: split it.")
+        try:
+            row = _Line.model_validate_json(line)
+        except ValidationError as error:
+            found = error.errors()[0]
+            param = str(found["loc"][0]) if found["loc"] else None
+            return _wrong(f"invalid_{param or 'json_line'}", f"{found_wrong(param or 'line', found['msg'])}.", param)
+        checks = (
+            (
+                row.custom_id in known,
+                "duplicate_custom_id",
+                "An earlier line has this custom_id: change one.",
+                "custom_id",
+            ),
+            (row.url != endpoint, "invalid_url", f"The url must be {endpoint}, the endpoint of the batch.", "url"),
+            (row.body.get("stream"), "streaming_unsupported", "Leave stream out: a batch does not.", "body.stream"),
+        )
+        return next((_wrong(code, said, field) for wrong, code, said, field in checks if wrong), row.custom_id)
 
 
-_JSON = {"content-type": "application/json"}
-_EXPIRED = {
-    "code": "batch_expired",
-    "message": "The batch's completion window ended before this request was answered: send it in a new batch.",
-}
+class _Line(Sent):
+    custom_id: str = Field(max_length=MAX_CUSTOM_ID, pattern=r"^[^\x00]+$")  # PostgreSQL keeps no NUL
+    method: Literal["POST"]
+    url: str
+    body: dict[str, Any]
 
 
-def _wrong(line: int | None, code: str, message: str, param: str | None) -> dict[str, Any]:
+def _wrong(code: str, message: str, param: str | None = None, line: int | None = None) -> dict[str, Any]:
     return {"code": code, "message": message, "param": param, "line": line}
 
 
-def _result_line(batch: str, n: int, custom_id: str, response: bytes, error: bytes) -> bytes:
-    name = hashlib.sha256(f"{batch} {n}".encode()).hexdigest()[:32]
-    head = dumps({"id": f"batch_req_{name}", "custom_id": custom_id})[:-1]
-    return head + b',"response":' + response + b',"error":' + error + b"}\n"
+def _result(custom_id: str, *, response: Any = None, error: Any = None) -> bytes:
+    """A line of a batch's files."""
+    name = f"batch_req_{secrets.token_hex(16)}"
+    return dumps({"id": name, "custom_id": custom_id, "response": response, "error": error}) + b"\n"
 
 
-def _read_line(line: bytes, endpoint: str, seen: set[str]) -> str | tuple[str, str, str | None]:
-    """The custom_id of a row, or code, sentence and field of what is wrong with it."""
-    try:
-        value = None if wrong_json(line) else json.loads(line)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        return "invalid_json_line", "The line is no JSON object in UTF-8, or a too large one: write one a line.", None
-    name, body = value.get("custom_id"), value.get("body")
-    streams = [field for field in ("stream", "stream_options") if isinstance(body, dict) and body.get(field)]
-    wrong: tuple[str, str, str] | None = None
-    if not isinstance(name, str) or not 0 < len(name) <= MAX_CUSTOM_ID:
-        said = f"The custom_id is no text of 1 to {MAX_CUSTOM_ID} characters: give each row one of its own."
-        return "invalid_custom_id", said, "custom_id"
-    if name in seen:
-        wrong = "duplicate_custom_id", f"An earlier line has the custom_id {name[:100]!r}: change one.", "custom_id"
-    elif value.get("method") != "POST":
-        wrong = "invalid_method", "The method must be POST.", "method"
-    elif value.get("url") != endpoint:
-        wrong = "invalid_url", f"The url must be {endpoint}, the endpoint of the batch.", "url"
-    elif not isinstance(body, dict):
-        wrong = "invalid_body", "The body is no JSON object: give what the endpoint takes.", "body"
-    elif streams:
-        field = streams[0]
-        wrong = "streaming_unsupported", f"Answers of a batch do not stream: leave {field} out.", f"body.{field}"
-    return wrong or name
-
-
-def _body_of(line: bytes) -> bytes:
-    try:
-        value: Mapping[str, Any] = json.loads(line)
-        return json.dumps(value["body"]).encode()
-    except (ValueError, RecursionError):
-        return line
-
-
-async def _wait(event: asyncio.Event) -> None:
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_POLL_SECONDS):
-            await event.wait()
+async def _repeat(work: Callable[[], Awaitable[None]], now: asyncio.Event, seconds: float) -> None:
+    """Work at once, whenever `now` is set, and after that many seconds without."""
+    while True:
+        now.clear()
+        with _complaining():
+            await work()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await now.wait()
 
 
 @contextlib.contextmanager

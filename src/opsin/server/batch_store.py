@@ -7,48 +7,21 @@ the next server that asks, and what the loser still writes changes nothing. Time
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import os
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from threading import Lock
-from typing import Any, Literal
+from tempfile import TemporaryFile
+from typing import IO, Any, Literal
 
-from filelock import FileLock, Timeout
-from sqlalchemy import (
-    Connection,
-    LargeBinary,
-    RowMapping,
-    and_,
-    delete,
-    exists,
-    func,
-    insert,
-    or_,
-    select,
-    text,
-    update,
-)
+import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
 from opsin.core.errors import BadParameter, QueueFull
-from opsin.server.batch_tables import (
-    BATCHES,
-    CHUNK,
-    CHUNKS,
-    CLAIMED,
-    DONE,
-    FAILED,
-    FILES,
-    ROWS,
-    TABLES,
-    WAITING,
-    Row,
-    chunks,
-    connect,
-    read_url,
-)
+from opsin.server.batch_tables import BATCHES, CHUNK, CHUNKS, FILES, ROWS, TABLES, Row, connect, read_url
 from opsin.server.errors import BadField, NotFound, StoreFailed
 
 _LOG = logging.getLogger("opsin.server")
@@ -59,8 +32,8 @@ MAX_FILES = 10_000
 MAX_OPEN = 100
 """Batches of a key that have not ended."""
 OPEN = ("validating", "in_progress", "finalizing", "cancelling")
-_GROUP = 32  # results, or new rows times 32, that are in memory together
 _KINDS = {"file": FILES, "batch": BATCHES}
+_RESULTS = {"yield_per": 32}  # so many are in memory together
 Kind = Literal["file", "batch"]
 
 
@@ -73,14 +46,12 @@ class BatchStore:
 
     def __init__(self, place: Path | str) -> None:
         url = read_url(place)
-        sqlite = url.drivername == "sqlite"
         self.holder = secrets.token_hex(8)
         self._owners_turn, self._ahead = "", 0.0
-        self._lock: Any = Lock() if sqlite else contextlib.nullcontext()
-        self._only = FileLock(f"{url.database}.lock", timeout=0, mode=0o600, thread_local=False) if sqlite else None
         try:
             self._engine = connect(url)
-            self._make_tables()
+            with self._engine.begin() as c:
+                self._make_tables(c)
         except ImportError:
             raise BadParameter("PostgreSQL needs psycopg: pip install 'opsin[postgres]'.") from None
         except (SQLAlchemyError, OSError) as error:
@@ -89,31 +60,27 @@ class BatchStore:
                 f"The batch store {shown} cannot be opened ({reason}): give another (--batch-store)."
             ) from None
 
-    def _make_tables(self) -> None:
-        with self._lock, self._engine.begin() as c:
-            if self._only is None:
-                c.execute(text("SELECT pg_advisory_xact_lock(7206319)"))  # two servers may start together
-                self._ahead = float(c.scalar(text("SELECT extract(epoch FROM clock_timestamp())")) or 0) - time.time()
-            TABLES.create_all(c)
-            if self._only is not None:
-                with contextlib.suppress(Timeout):  # another server on this machine has the file, too
-                    self._only.acquire()
-                    for table in (ROWS, BATCHES):  # whoever held them is gone
-                        c.execute(update(table).where(table.c.lease > 0).values(lease=0.0))
+    def _make_tables(self, c: sa.Connection) -> None:
+        if postgresql := c.dialect.name != "sqlite":
+            c.execute(sa.text("SELECT pg_advisory_xact_lock(7206319)"))  # two servers may start together
+            self._ahead = float(c.scalar(sa.text("SELECT extract(epoch FROM clock_timestamp())")) or 0) - time.time()
+        TABLES.create_all(c)
+        if not postgresql:
+            _free(c)  # whoever held them is gone; another server that has the file, too, only does some work twice
 
     def close(self) -> None:
-        """Let the database go."""
+        """Let the database go, and what this server holds, too."""
+        with contextlib.suppress(StoreFailed), self._begin() as c:  # else others have it when the leases end
+            _free(c, self.holder)
         self._engine.dispose()
-        if self._only is not None:
-            self._only.release()
 
     @contextlib.contextmanager
-    def _begin(self) -> Iterator[Connection]:
+    def _begin(self) -> Iterator[sa.Connection]:
         """A transaction; SQLite's are immediate, and one at a time."""
         try:
-            with self._lock, self._engine.begin() as connection:
+            with self._engine.begin() as connection:
                 yield connection
-        except SQLAlchemyError as error:
+        except (SQLAlchemyError, OSError) as error:
             _LOG.error("the batch store failed: %s", _reason(error))
             raise StoreFailed("The store of files and batches cannot be used now: the server's log says why.") from None
 
@@ -123,24 +90,22 @@ class BatchStore:
 
     # Files and batches of one owner.
 
-    def find(self, kind: Kind, owner: str, name: str, param: str | None = None) -> RowMapping:
+    def find(self, kind: Kind, owner: str, name: str) -> sa.RowMapping:
         """The owner's file or batch. Raises NotFound."""
         with self._begin() as c:
-            return _found(c, kind, owner, name, param)
+            return _found(c, kind, owner, name)
 
     def page(
         self, kind: Kind, owner: str, after: str | None, limit: int, *, oldest_first: bool = False, purpose: str = ""
-    ) -> tuple[Sequence[RowMapping], bool]:
+    ) -> tuple[Sequence[sa.RowMapping], bool]:
         """At most `limit` of the owner's, newest first unless told otherwise, and whether there are more.
 
         Raises NotFound if `after` names none.
         """
         table = _KINDS[kind]
-        query = select(table).where(table.c.owner == owner)
-        if kind == "file":
-            query = query.where(FILES.c.whole)
-            query = query.where(FILES.c.purpose == purpose) if purpose else query
-        number = table.c.number
+        number, query = table.c.number, sa.select(table).where(table.c.owner == owner)
+        if purpose:
+            query = query.where(FILES.c.purpose == purpose)
         with self._begin() as c:
             if after is not None:
                 last = _found(c, kind, owner, after, "after")["number"]
@@ -149,292 +114,249 @@ class BatchStore:
             rows = c.execute(query).mappings().all()
         return rows[:limit], len(rows) > limit
 
-    def put(
-        self, owner: str, filename: str, pieces: Iterable[bytes], *, size: int, seconds: int, most_stored: int
-    ) -> RowMapping:
-        """Keep an uploaded file of `size` bytes for that long. Raises BadField when the owner has too much."""
+    def put(self, owner: str, filename: str, file: IO[bytes], *, seconds: int, most_stored: int) -> sa.RowMapping:
+        """Keep an uploaded file for that long. Raises BadField when the owner has too much."""
+        mine = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(FILES.c.bytes), 0)).where(FILES.c.owner == owner)
         with self._begin() as c:
-            mine = select(func.count(), func.coalesce(func.sum(FILES.c.bytes), 0)).where(FILES.c.owner == owner)
             count, stored = c.execute(mine).one()
-            if count >= MAX_FILES or stored + size > most_stored:
+            if count >= MAX_FILES or stored + file.seek(0, os.SEEK_END) > most_stored:
                 raise BadField(
                     f"This key has {count:,} files of {stored:,} bytes; {MAX_FILES:,} of {most_stored:,} bytes "
                     "together are the limit: delete some.",
                     "file",
                 )
-        number, name = self._write(owner, filename, "batch", pieces, seconds=seconds, size=size)
-        with self._begin() as c:
-            c.execute(update(FILES).where(FILES.c.number == number).values(whole=True))
-            return _found(c, "file", owner, name)
+            return self._write(c, file, seconds, owner=owner, filename=filename, purpose="batch")
 
-    def _write(
-        self, owner: str, filename: str, purpose: str, pieces: Iterable[bytes], *, seconds: int, size: int = 0
-    ) -> tuple[int, str]:
-        """Write a file that is not whole yet; its number and its id."""
-        name, now = f"file-{secrets.token_hex(16)}", int(self.now())
-        values = {"id": name, "owner": owner, "filename": filename, "purpose": purpose, "bytes": size, "whole": False}
-        values |= {"created_at": now, "expires_at": now + seconds}
-        with self._begin() as c:
-            number = c.execute(insert(FILES).values(values).returning(FILES.c.number)).scalar_one()
-        written = 0
-        for n, data in enumerate(chunks(pieces)):
-            with self._begin() as c:
-                c.execute(insert(CHUNKS).values(file=number, n=n, data=data))
-            written += len(data)
-        with self._begin() as c:
-            c.execute(update(FILES).where(FILES.c.number == number).values(bytes=written))
-        return number, name
+    def _write(self, c: sa.Connection, file: IO[bytes], seconds: int, **values: str) -> sa.RowMapping:
+        now = int(self.now())
+        times = {"created_at": now, "expires_at": now + seconds}
+        row = {"id": f"file-{secrets.token_hex(16)}", "bytes": file.seek(0, os.SEEK_END), **times, **values}
+        kept = c.execute(sa.insert(FILES).values(row).returning(FILES)).mappings().one()
+        file.seek(0)
+        for n, data in enumerate(iter(functools.partial(file.read, CHUNK), b"")):
+            c.execute(sa.insert(CHUNKS).values(file=kept["number"], n=n, data=data))
+        return kept
 
     def chunk(self, number: int, n: int) -> bytes:
         """A chunk of a file; empty behind its end."""
         with self._begin() as c:
-            return c.scalar(select(CHUNKS.c.data).where(CHUNKS.c.file == number, CHUNKS.c.n == n)) or b""
+            return c.scalar(sa.select(CHUNKS.c.data).where(CHUNKS.c.file == number, CHUNKS.c.n == n)) or b""
 
     def delete_file(self, owner: str, name: str) -> None:
         """Raises NotFound, and BadField while a batch reads it."""
         with self._begin() as c:
             number = _found(c, "file", owner, name)["number"]
-            reading = select(BATCHES.c.id).where(BATCHES.c.input_file_id == name, BATCHES.c.status.in_(OPEN))
+            reading = sa.select(BATCHES.c.id).where(BATCHES.c.input_file_id == name, BATCHES.c.status.in_(OPEN))
             if (batch := c.scalar(reading.limit(1))) is not None:
                 raise BadField(f"The file is the input of {batch}: wait for its end, or cancel it first.", "file_id")
-        self._drop(FILES.c.number == number)
+            _drop(c, FILES.c.number == number)
 
-    def _drop(self, which: Any) -> None:
-        with self._begin() as c:
-            numbers = c.scalars(select(FILES.c.number).where(which)).all()
-        for number in numbers:
-            with self._begin() as c:
-                c.execute(delete(FILES).where(FILES.c.number == number))
-                c.execute(delete(CHUNKS).where(CHUNKS.c.file == number))
-
-    def create(self, owner: str, seconds: int, **values: Any) -> RowMapping:
+    def create(self, owner: str, seconds: int, **values: Any) -> sa.RowMapping:
         """A new batch that ends after `seconds`. Raises NotFound for its input, BadField, and QueueFull."""
-        now, name = int(self.now()), f"batch_{secrets.token_hex(16)}"
+        now = int(self.now())
+        values |= {"id": f"batch_{secrets.token_hex(16)}", "owner": owner, "status": "validating", "created_at": now}
         with self._begin() as c:
             file = _found(c, "file", owner, values["input_file_id"], "input_file_id")
             if file["purpose"] != "batch":
                 raise BadField("The input was not uploaded for a batch: upload it with purpose batch.", "input_file_id")
-            open_ones = select(func.count()).where(BATCHES.c.owner == owner, BATCHES.c.status.in_(OPEN))
+            open_ones = sa.select(sa.func.count()).where(BATCHES.c.owner == owner, BATCHES.c.status.in_(OPEN))
             if (c.scalar(open_ones) or 0) >= MAX_OPEN:
                 raise QueueFull(f"This key has {MAX_OPEN} batches that have not ended, the limit: wait for one.")
-            values |= {"id": name, "owner": owner, "status": "validating", "created_at": now}
-            c.execute(insert(BATCHES).values(**values, expires_at=now + seconds))
-            return _found(c, "batch", owner, name)
+            made = sa.insert(BATCHES).values(**values, expires_at=now + seconds).returning(BATCHES)
+            return c.execute(made).mappings().one()
 
-    def cancel(self, owner: str, name: str) -> RowMapping:
+    def cancel(self, owner: str, name: str) -> sa.RowMapping:
         """Begin no more of its requests. Raises NotFound, and BadField for a batch that has ended."""
+        values = {"status": "cancelling", "cancelling_at": int(self.now()), "holder": None, "lease": 0.0}
         with self._begin() as c:
-            status = _found(c, "batch", owner, name)["status"]
-            if status in {"validating", "in_progress"}:
-                values = {"status": "cancelling", "cancelling_at": int(self.now())}
-                c.execute(update(BATCHES).where(BATCHES.c.id == name, BATCHES.c.status == status).values(values))
-            elif status != "cancelling":
-                raise BadField(
-                    f"The batch is {status}: only one that is validated or runs can be cancelled.", "batch_id"
-                )
-            return _found(c, "batch", owner, name)
+            which = sa.and_(BATCHES.c.id == name, BATCHES.c.owner == owner)
+            c.execute(
+                sa.update(BATCHES).where(which, BATCHES.c.status.in_(("validating", "in_progress"))).values(values)
+            )
+            batch = _found(c, "batch", owner, name)
+        if batch["status"] != "cancelling":
+            said = f"The batch is {batch['status']}: only one that is validated or runs can be cancelled."
+            raise BadField(said, "batch_id")
+        return batch
 
     # Batches that begin or end: one server at a time works on one.
 
-    def take_batch(self) -> RowMapping | None:
-        """A batch that is to be checked or ended, with a lease; None when there is none."""
-        now, b = self.now(), BATCHES.c
-        running = exists().where(ROWS.c.batch == b.number, ROWS.c.state == CLAIMED, ROWS.c.lease > now)
-        over = and_(b.status == "in_progress", or_(b.completed + b.failed >= b.total, b.expires_at <= now))
-        due = or_(b.status.in_(("validating", "finalizing")), and_(or_(over, b.status == "cancelling"), ~running))
-        query = select(BATCHES).where(due, b.lease <= now).order_by(b.number).limit(1)
-        with self._begin() as c:
-            found = c.execute(query.with_for_update(skip_locked=True)).mappings().first()
-            if found is None:
-                return None
-            values: dict[str, Any] = {"holder": self.holder, "lease": now + LEASE_SECONDS}
-            if found["status"] == "in_progress":
-                values |= {"status": "finalizing", "finalizing_at": int(now)}
-            c.execute(update(BATCHES).where(b.number == found["number"]).values(values))
-            return _found(c, "batch", found["owner"], found["id"])
+    def take_batch(self) -> sa.RowMapping | None:
+        """A batch that is to be checked or ended, with a lease; None when there is none.
 
-    def lines(self, batch: RowMapping, most: int) -> Iterator[tuple[int, bytes]]:
+        One that this server holds already comes last: its work has failed.
+        """
+        now, b = self.now(), BATCHES.c
+        running = sa.exists().where(ROWS.c.batch == b.number, ROWS.c.good.is_(None), ROWS.c.lease > now)
+        over = sa.and_(b.status == "in_progress", sa.or_(b.completed + b.failed >= b.total, b.expires_at <= now))
+        due = sa.or_(
+            b.status.in_(("validating", "finalizing")), sa.and_(sa.or_(over, b.status == "cancelling"), ~running)
+        )
+        free = sa.or_(b.lease <= now, b.holder == self.holder)
+        first = sa.select(b.number).where(due, free).order_by(b.lease, b.number).limit(1)
+        began = b.status == "in_progress"
+        values = {
+            "holder": self.holder,
+            "lease": now + LEASE_SECONDS,
+            "status": sa.case((began, "finalizing"), else_=b.status),
+            "finalizing_at": sa.case((began, int(now)), else_=b.finalizing_at),
+        }
+        with self._begin() as c:
+            number = first.with_for_update(skip_locked=True).scalar_subquery()
+            taken = sa.update(BATCHES).where(b.number == number).values(values).returning(BATCHES)
+            return c.execute(taken).mappings().first()
+
+    def lines(self, batch: sa.RowMapping, most: int) -> Iterator[tuple[int, bytes]]:
         """The lines of its input, each with its place in the file; nothing comes after one of more than `most` bytes.
 
         Raises NotFound.
         """
         number = self.find("file", batch["owner"], batch["input_file_id"])["number"]
-        held, start, n = bytearray(), 0, 0
-        while data := self.chunk(number, n):
-            searched = len(held)
-            held += data
+        held, start, n = b"", 0, 0
+        while len(held) <= most and (data := self.chunk(number, n)):
+            *whole, held = (held + data).split(b"\n")
             n += 1
-            while (end := held.find(b"\n", searched)) >= 0:
-                yield start, bytes(held[:end])
-                del held[: end + 1]
-                start, searched = start + end + 1, 0
-            if len(held) > most:
-                break
+            for line in whole:
+                yield start, line
+                start += len(line) + 1
         if held:
-            yield start, bytes(held)
+            yield start, held
 
-    def begin_rows(self, batch: RowMapping, rows: Iterable[tuple[str, int, int]]) -> int:
-        """Write the rows of a batch anew, of custom_id, place and size; how many they are."""
-        with self._begin() as c:
-            c.execute(delete(ROWS).where(ROWS.c.batch == batch["number"]))
-        count, group = 0, list[dict[str, Any]]()
+    def move(self, batch: sa.RowMapping, status: str, rows: Iterable[tuple[str, int, int]] = (), **values: Any) -> None:
+        """Give a batch that this server holds its next status, and `rows` of custom_id, place and size.
 
-        def write() -> None:
-            if group:
-                with self._begin() as c:
-                    c.execute(insert(ROWS), group)
-                group.clear()
-
-        for count, (custom_id, start, size) in enumerate(rows, 1):
-            values = {"batch": batch["number"], "n": count, "custom_id": custom_id, "start": start, "size": size}
-            group.append(values)
-            if len(group) == _GROUP * 32:
-                write()
-        write()
-        return count
-
-    def move(self, batch: RowMapping, status: str, **values: Any) -> bool:
-        """Give a batch that this server holds its next status; False if it was cancelled or lost meanwhile.
-
-        With one that is final its files become whole and its rows go.
+        Raises StoreFailed if it was cancelled or lost meanwhile.
         """
-        b, values = BATCHES.c, values | {"status": status, f"{status}_at": int(self.now()), "holder": None, "lease": 0}
-        mine = and_(b.number == batch["number"], b.holder == self.holder, b.status == batch["status"])
+        new = [
+            {"batch": batch["number"], "n": n, "custom_id": name, "start": start, "size": size}
+            for n, (name, start, size) in enumerate(rows)
+        ]
         with self._begin() as c:
-            if not c.execute(update(BATCHES).where(mine).values(values)).rowcount:
-                c.execute(update(BATCHES).where(b.number == batch["number"], b.holder == self.holder).values(lease=0))
-                return False
-            if status not in OPEN:
-                made = (values.get("output_file_id"), values.get("error_file_id"))
-                c.execute(update(FILES).where(FILES.c.id.in_(made)).values(whole=True))
-                c.execute(delete(ROWS).where(ROWS.c.batch == batch["number"]))
-            return True
+            if new:
+                c.execute(sa.insert(ROWS), new)
+            self._move(c, batch, status, {**values, "total": len(new)})
 
-    def write_results(
-        self, batch: RowMapping, *, good: bool, missing: Callable[[int, str], bytes] | None = None
-    ) -> str | None:
-        """The id of a new file with the good or the other results, in their order; None when there are none.
+    def _move(self, c: sa.Connection, batch: sa.RowMapping, status: str, values: dict[str, Any]) -> None:
+        b = BATCHES.c
+        mine = sa.and_(b.number == batch["number"], b.holder == self.holder, b.status == batch["status"])
+        values |= {"status": status, f"{status}_at": int(self.now()), "holder": None, "lease": 0.0}
+        if not c.execute(sa.update(BATCHES).where(mine).values(values)).rowcount:
+            raise StoreFailed(f"{batch['id']} was cancelled, or another server has it now.")
 
-        `missing` gives the line of a row that was not answered.
+    def end(
+        self, batch: sa.RowMapping, status: str, missing: Callable[[str], bytes] | None = None, **values: Any
+    ) -> None:
+        """Give a batch its last status and its files, which have the results in the order of their rows.
+
+        `missing` gives the line of a row without a result, by its custom_id. Raises StoreFailed as `move` does.
         """
-        states = (DONE,) if good else (FAILED,) if missing is None else (FAILED, WAITING, CLAIMED)
-        suffix, r = "output" if good else "error", ROWS.c
-
-        def pieces() -> Iterator[bytes]:
-            last = 0
-            while True:
-                mine = and_(r.batch == batch["number"], r.state.in_(states), r.n > last)
-                query = select(r.n, r.custom_id, r.result).where(mine).order_by(r.n).limit(_GROUP)
-                with self._begin() as c:
-                    found = c.execute(query).all()
-                if not found:
-                    return
-                for last, custom_id, result in found:
-                    yield result if result is not None or missing is None else missing(last, custom_id)
-
-        name = f"{batch['id']}_{suffix}.jsonl"
-        number, file = self._write(batch["owner"], name, "batch_output", pieces(), seconds=batch["output_seconds"])
-        if self.chunk(number, 0):
-            return file
-        self._drop(FILES.c.number == number)
-        return None
+        r = ROWS.c
+        mine = sa.select(r.custom_id, r.good, r.result).where(r.batch == batch["number"]).order_by(r.n)
+        with self._begin() as c, TemporaryFile() as output, TemporaryFile() as error:
+            for row in c.execute(mine, execution_options=_RESULTS):
+                if row.good is not None:
+                    (output if row.good else error).write(row.result)
+                elif missing is not None:
+                    error.write(missing(row.custom_id))
+            for kind, file in (("output", output), ("error", error)):
+                if file.tell():
+                    names = {"filename": f"{batch['id']}_{kind}.jsonl", "purpose": "batch_output"}
+                    made = self._write(c, file, batch["output_seconds"], owner=batch["owner"], **names)
+                    values[f"{kind}_file_id"] = made["id"]
+            c.execute(sa.delete(ROWS).where(r.batch == batch["number"]))
+            self._move(c, batch, status, values)
 
     # Rows: each with one server at a time.
 
     def claim(self, model: str, room: int) -> list[Row]:
         """At most `room` rows for the server of that model. Owners take turns, each with its oldest batch first."""
-        now, b, r = self.now(), BATCHES.c, ROWS.c
         rows: list[Row] = []
-        running = select(BATCHES).where(b.status == "in_progress", b.model == model, b.expires_at > now)
         with self._begin() as c:
-            batches = c.execute(running.order_by(b.number)).mappings().all()
-            owners = sorted({batch["owner"] for batch in batches}, key=lambda one: (one <= self._owners_turn, one))
-            for left, owner in zip(range(len(owners), 0, -1), owners, strict=True):
-                share = -(-(room - len(rows)) // left)
-                for batch in (batch for batch in batches if batch["owner"] == owner):
-                    waiting = and_(r.batch == batch["number"], r.state == WAITING, r.lease <= now)
-                    query = select(ROWS).where(waiting).order_by(r.n).limit(share)
-                    found = c.execute(query.with_for_update(skip_locked=True)).mappings().all()
-                    share -= len(found)
-                    rows += [self._claimed(c, batch, one) for one in found]
-                    if found:
-                        self._owners_turn = owner
-                    if not share:
-                        break
+            while len(rows) < room and (row := self._claim_one(c, model)) is not None:
+                self._owners_turn = row.owner
+                rows.append(row)
         return rows
 
-    def _claimed(self, c: Connection, batch: RowMapping, row: RowMapping) -> Row:
-        where, values = _row(batch["number"], row["n"]), {"state": CLAIMED, "holder": self.holder}
-        c.execute(update(ROWS).where(where).values(lease=self.now() + LEASE_SECONDS, **values))
-        start, left, line = row["start"], row["size"], b""
-        file = select(FILES.c.number).where(FILES.c.id == batch["input_file_id"]).scalar_subquery()
-        while left:
-            n, skip = divmod(start, CHUNK)
-            part = func.substr(CHUNKS.c.data, skip + 1, min(left, CHUNK - skip), type_=LargeBinary)
-            data = c.scalar(select(part).where(CHUNKS.c.file == file, CHUNKS.c.n == n))
-            if not data:
-                break  # what is left is no JSON, and becomes an error of the row
-            line += data
-            start, left = start + len(data), left - len(data)
-        names = (batch["number"], row["n"], batch["owner"], batch["id"], batch["endpoint"])
-        return Row(*names, row["custom_id"], row["attempt"], line)
+    def _claim_one(self, c: sa.Connection, model: str) -> Row | None:
+        now, b, r = self.now(), BATCHES.c, ROWS.c
+        waiting = sa.and_(r.batch == b.number, r.good.is_(None), r.lease <= now)
+        going = sa.and_(b.status == "in_progress", b.model == model, b.expires_at > now, sa.exists().where(waiting))
+        order = (b.owner <= self._owners_turn, b.owner, b.number)
+        batch = c.execute(sa.select(BATCHES).where(going).order_by(*order).limit(1)).mappings().first()
+        if batch is None:
+            return None
+        which = sa.and_(r.batch == batch["number"], r.good.is_(None), r.lease <= now)
+        n = sa.select(r.n).where(which).order_by(r.n).limit(1).with_for_update(skip_locked=True).scalar_subquery()
+        values = {"holder": self.holder, "lease": now + LEASE_SECONDS}
+        taken = sa.update(ROWS).where(r.batch == batch["number"], r.n == n).values(values).returning(ROWS)
+        if (row := c.execute(taken).mappings().first()) is None:
+            return None  # another server takes it at this moment
+        first, skip = divmod(row["start"], CHUNK)
+        f, k = FILES.c, CHUNKS.c
+        part = sa.func.substr(k.data, sa.case((k.n == first, skip + 1), else_=1), row["size"], type_=sa.LargeBinary)
+        among = k.n.between(first, (row["start"] + row["size"] - 1) // CHUNK)
+        parts = sa.select(part).where(f.id == batch["input_file_id"], k.file == f.number, among).order_by(k.n)
+        line = b"".join(c.scalars(parts))[: row["size"]]
+        same = {name: row[name] for name in ("batch", "n", "custom_id", "attempt")}
+        return Row(**same, owner=batch["owner"], endpoint=batch["endpoint"], line=line)
 
     def finish(self, row: Row, result: bytes, *, good: bool) -> bool:
         """Keep a row's result, unless this server has lost the row; whether its batch has all now."""
         b = BATCHES.c
-        values = {"state": DONE if good else FAILED, "result": result, "holder": None}
+        count = b.completed if good else b.failed
         with self._begin() as c:
-            if not c.execute(update(ROWS).where(self._mine(row)).values(values)).rowcount:
+            if not c.execute(sa.update(ROWS).where(self._mine(row)).values(good=good, result=result)).rowcount:
                 return False
-            count = {"completed": b.completed + 1} if good else {"failed": b.failed + 1}
-            c.execute(update(BATCHES).where(b.number == row.batch).values(count))
-            return bool(c.scalar(select(b.completed + b.failed >= b.total).where(b.number == row.batch)))
+            counted = sa.update(BATCHES).where(b.number == row.batch).values({count: count + 1})
+            return bool(c.scalar(counted.returning(b.completed + b.failed >= b.total)))
 
     def give_back(self, row: Row, seconds: float, *, counted: bool) -> None:
         """Let another try a row, after that many seconds; `counted` is one attempt more."""
-        values = {"state": WAITING, "holder": None, "lease": self.now() + seconds, "attempt": row.attempt + counted}
+        values = {"holder": None, "lease": self.now() + seconds, "attempt": row.attempt + counted}
         with self._begin() as c:
-            c.execute(update(ROWS).where(self._mine(row)).values(values))
+            c.execute(sa.update(ROWS).where(self._mine(row)).values(values))
 
     def _mine(self, row: Row) -> Any:
-        return and_(_row(row.batch, row.n), ROWS.c.holder == self.holder, ROWS.c.state == CLAIMED)
+        r = ROWS.c
+        return sa.and_(r.batch == row.batch, r.n == row.n, r.holder == self.holder, r.good.is_(None))
 
     def renew(self, rows: Iterable[Row]) -> None:
-        """Keep what this server holds, and let others have what a server that died held."""
-        now, r = self.now(), ROWS.c
-        going = select(BATCHES.c.number).where(BATCHES.c.status == "in_progress")
+        """Keep `rows` and the batch that this server works on."""
+        b = BATCHES.c
+        held = [sa.update(ROWS).where(self._mine(row)) for row in rows]
+        held.append(sa.update(BATCHES).where(b.holder == self.holder))
         with self._begin() as c:
-            for row in rows:
-                c.execute(update(ROWS).where(self._mine(row)).values(lease=now + LEASE_SECONDS))
-            held = update(BATCHES).where(BATCHES.c.holder == self.holder, BATCHES.c.lease > 0)
-            c.execute(held.values(lease=now + LEASE_SECONDS))
-            lost = and_(r.batch.in_(going), r.state == CLAIMED, r.lease <= now)
-            c.execute(update(ROWS).where(lost).values(state=WAITING, holder=None))
+            for one in held:
+                c.execute(one.values(lease=self.now() + LEASE_SECONDS))
 
     def clean_up(self, keep_seconds: int) -> None:
-        """Delete files whose time is over, what is left of broken ones, and batches that ended that long ago."""
-        now, f, b = self.now(), FILES.c, BATCHES.c
-        read = select(b.input_file_id).where(b.status.in_(OPEN))
-        broken = and_(~f.whole, f.created_at < now - 3600)
-        self._drop(and_(or_(f.expires_at <= now, broken), f.id.not_in(read)))
+        """Delete files whose time is over, and batches that ended that long ago."""
+        now, b = self.now(), BATCHES.c
+        read = sa.select(b.input_file_id).where(b.status.in_(OPEN))
         with self._begin() as c:
-            c.execute(delete(BATCHES).where(b.status.not_in(OPEN), b.created_at <= now - keep_seconds))
+            _drop(c, sa.and_(FILES.c.expires_at <= now, FILES.c.id.not_in(read)))
+            c.execute(sa.delete(BATCHES).where(b.status.not_in(OPEN), b.created_at <= now - keep_seconds))
 
 
 def _reason(error: Exception) -> str:
     return str(getattr(error, "orig", None) or error).partition("\n")[0].rstrip(".")
 
 
-def _row(batch: int, n: int) -> Any:
-    return and_(ROWS.c.batch == batch, ROWS.c.n == n)
+def _drop(c: sa.Connection, which: Any) -> None:
+    c.execute(sa.delete(CHUNKS).where(CHUNKS.c.file.in_(sa.select(FILES.c.number).where(which))))
+    c.execute(sa.delete(FILES).where(which))
 
 
-def _found(c: Connection, kind: Kind, owner: str, name: str, param: str | None = None) -> RowMapping:
+def _free(c: sa.Connection, holder: str | None = None) -> None:
+    """End the leases of a holder, or of all."""
+    for table in (ROWS, BATCHES):
+        held = sa.update(table).where(table.c.lease > 0)
+        c.execute((held if holder is None else held.where(table.c.holder == holder)).values(lease=0.0))
+
+
+def _found(c: sa.Connection, kind: Kind, owner: str, name: str, param: str | None = None) -> sa.RowMapping:
     table = _KINDS[kind]
-    query = select(table).where(table.c.id == name, table.c.owner == owner)
-    if kind == "file":
-        query = query.where(FILES.c.whole)
-    found = c.execute(query).mappings().first()
+    found = c.execute(sa.select(table).where(table.c.id == name, table.c.owner == owner)).mappings().first()
     if found is None:
         raise NotFound(f"There is no {kind} {name[:100]!r} of this key: it may have been deleted.", param)
     return found

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
 from pydantic import Field
-from starlette.responses import Response
 
-from opsin.core.settings import ServerSettings
 from opsin.server.batch_runner import BatchRunner, owner_of
-from opsin.server.schema import Sent, dumps
+from opsin.server.schema import Sent
 
 LEAST_KEPT_SECONDS = 3_600
 """The shortest time that a client may have a file kept for."""
@@ -39,63 +37,63 @@ class BatchRequest(Sent):
     output_expires_after: ExpiresAfter | None = None
 
 
+class Client(NamedTuple):
+    """Who asks, and what works on batches here."""
+
+    owner: str
+    runner: BatchRunner
+
+    def kept_seconds(self, wanted: ExpiresAfter | None) -> int:
+        """How long a file is kept: as long as a client wants, but not longer than the settings say."""
+        most = self.runner.settings.keep_days * 86_400
+        return most if wanted is None else min(most, wanted.seconds)
+
+
+def _client(request: Request) -> Client:
+    return Client(owner_of(request.state.key), request.app.state.batches)
+
+
+Asking = Annotated[Client, Depends(_client)]
+
+
 @router.post("/v1/batches")
-async def create(body: BatchRequest, request: Request) -> Response:
+async def create(body: BatchRequest, client: Asking) -> dict[str, Any]:
     """Begin a batch."""
-    runner, owner = of(request)
+    owner, runner = client
     values = body.model_dump(exclude={"output_expires_after"})
-    values |= {"model": runner.model.name, "output_seconds": kept_seconds(runner.settings, body.output_expires_after)}
+    values |= {"model": runner.model.name, "output_seconds": client.kept_seconds(body.output_expires_after)}
     made = await runner.call(lambda store: store.create(owner, _WINDOW_SECONDS, **values))
     runner.wake()
-    return reply(_shown(made))
+    return _shown(made)
 
 
 @router.get("/v1/batches")
 async def batches(
-    request: Request, after: str | None = None, limit: Annotated[int, Query(ge=1, le=100)] = 20
-) -> Response:
+    client: Asking, after: str | None = None, limit: Annotated[int, Query(ge=1, le=100)] = 20
+) -> dict[str, Any]:
     """The key's batches, newest first."""
-    runner, owner = of(request)
-    return page(*await runner.call(lambda store: store.page("batch", owner, after, limit)), _shown)
+    return page(*await client.runner.call(lambda store: store.page("batch", client.owner, after, limit)), _shown)
 
 
 @router.get("/v1/batches/{batch_id}")
-async def batch(batch_id: str, request: Request) -> Response:
+async def batch(batch_id: str, client: Asking) -> dict[str, Any]:
     """How far a batch is."""
-    runner, owner = of(request)
-    return reply(_shown(await runner.call(lambda store: store.find("batch", owner, batch_id))))
+    return _shown(await client.runner.call(lambda store: store.find("batch", client.owner, batch_id)))
 
 
 @router.post("/v1/batches/{batch_id}/cancel")
-async def cancel(batch_id: str, request: Request) -> Response:
+async def cancel(batch_id: str, client: Asking) -> dict[str, Any]:
     """Begin no more requests of a batch; what is answered becomes its output."""
-    runner, owner = of(request)
-    cancelled = await runner.call(lambda store: store.cancel(owner, batch_id))
-    runner.wake()
-    return reply(_shown(cancelled))
+    cancelled = await client.runner.call(lambda store: store.cancel(client.owner, batch_id))
+    client.runner.wake()
+    return _shown(cancelled)
 
 
-def of(request: Request) -> tuple[BatchRunner, str]:
-    """What works on batches here, and who asks."""
-    return request.app.state.batches, owner_of(request.state.key)
-
-
-def kept_seconds(settings: ServerSettings, wanted: ExpiresAfter | None) -> int:
-    """How long a file is kept: as long as a client wants, but not longer than the settings say."""
-    most = settings.keep_days * 86_400
-    return most if wanted is None else min(most, wanted.seconds)
-
-
-def page(rows: Sequence[Any], more: bool, shown: Callable[[Any], dict[str, Any]]) -> Response:
+def page(rows: Sequence[Any], more: bool, shown: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
     """A part of a list, as OpenAI's clients page through it."""
     data = [shown(row) for row in rows]
     ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
-    return reply({"object": "list", "data": data, **ends, "has_more": more})
-
-
-def reply(value: dict[str, Any]) -> Response:
-    """JSON."""
-    return Response(dumps(value), media_type="application/json")
+    return {"object": "list", "data": data, **ends, "has_more": more}
 
 
 _SAME = (

@@ -3,42 +3,43 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import functools
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
+from operator import methodcaller
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response, StreamingResponse
 
+from opsin.core.errors import Cancelled
 from opsin.core.settings import ServerSettings
-from opsin.server.batches import ExpiresAfter, kept_seconds, of, page, reply
+from opsin.server.batches import Asking, Client, ExpiresAfter, page
 from opsin.server.errors import BadField, ErrorResponse, StoreFailed
 from opsin.server.middleware import LEAST_BYTES_PER_SECOND
 
 MAX_UPLOADS = 4
 """Files that arrive at the same time; each lies in the folder for temporary files until it is whole."""
 _FORM_BYTES = 64 * 2**10  # what a form may have beside its file
-_PIECE = 2**20
 
 router = APIRouter(tags=["Batch"])
 
 
-class _TooLarge(Exception):
-    pass
+class TooLarge(BadField, http_status=413):
+    """The file has too many bytes."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(f"The file is larger than {most:,} bytes, the limit: split it.", "file")
 
 
-@router.post("/v1/files")
-async def upload(request: Request) -> Response:
+@router.post("/v1/files", response_model=None)
+async def upload(request: Request, client: Asking) -> Response | dict[str, Any]:
     """Keep a file for a batch."""
-    runner, _ = of(request)
-    settings, uploads = runner.settings, request.app.state.uploads
+    uploads = request.app.state.uploads
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "multipart/form-data":
         return ErrorResponse(415, "Send a form, with Content-Type: multipart/form-data.", "wrong_content_type")
@@ -47,61 +48,28 @@ async def upload(request: Request) -> Response:
         return ErrorResponse(503, f"{MAX_UPLOADS} files arrive already: try again.", "busy", headers=wait)
     async with uploads:
         try:
-            parser = MultiPartParser(request.headers, _pieces(request, settings), max_files=1, max_fields=8)
-            form = await parser.parse()
-        except _TooLarge:
-            message = f"The file is larger than {settings.max_file_bytes:,} bytes, the limit: split it."
-            return ErrorResponse(413, message, "too_large")
+            pieces = _pieces(request, client.runner.settings)
+            form = await MultiPartParser(request.headers, pieces, max_files=1, max_fields=8).parse()
         except TimeoutError:
             return ErrorResponse(408, "The file came too slowly: send it faster, or in parts.", "timeout")
         except ClientDisconnect:
-            return ErrorResponse(499, "The client left before its file was whole.", "cancelled")
+            raise Cancelled("The client left before its file was whole.") from None
         except MultiPartException as error:
             reason = error.message.rstrip(".")
             raise BadField(f"The form cannot be read ({reason}): send it as curl -F does.", None) from None
         except OSError as error:
             raise StoreFailed(f"The file cannot be kept now ({error.strerror}): try again later.") from None
-        async with contextlib.AsyncExitStack() as held:
-            held.push_async_callback(form.close)
-            return await _keep(request, form)
-
-
-async def _keep(request: Request, form: Any) -> Response:
-    runner, owner = of(request)
-    settings, file = runner.settings, form.get("file")
-    if not isinstance(file, UploadFile):
-        raise BadField("The field 'file' is missing: send the file in it.", "file")
-    if form.get("purpose") != "batch":
-        raise BadField("The purpose must be batch: files serve nothing else here.", "purpose")
-    size = file.size or 0
-    if size > settings.max_file_bytes:
-        message = f"The file is larger than {settings.max_file_bytes:,} bytes, the limit: split it."
-        return ErrorResponse(413, message, "too_large", "file")
-    wanted = {"anchor": form.get("expires_after[anchor]"), "seconds": form.get("expires_after[seconds]")}
-    try:
-        after = ExpiresAfter.model_validate(wanted, strict=False) if any(wanted.values()) else None
-    except ValidationError as error:
-        raise RequestValidationError(error.errors()) from None
-    name = "".join(sign if sign.isprintable() else "?" for sign in (file.filename or "")[-255:])
-    kept = await runner.call(
-        lambda store: store.put(
-            owner,
-            name,
-            iter(functools.partial(file.file.read, _PIECE), b""),
-            size=size,
-            seconds=kept_seconds(settings, after),
-            most_stored=settings.max_stored_bytes,
-        )
-    )
-    return reply(_shown(kept))
+        try:
+            return await _keep(client, form)
+        finally:
+            await form.close()
 
 
 async def _pieces(request: Request, settings: ServerSettings) -> AsyncGenerator[bytes, None]:
-    """The body as it comes. Raises _TooLarge, TimeoutError, and ClientDisconnect."""
-    most = settings.max_file_bytes + _FORM_BYTES
+    """The body as it comes. Raises TooLarge, TimeoutError, and ClientDisconnect."""
     size, began, patience = 0, time.monotonic(), settings.slow_reader_seconds
-    stream = aiter(request.stream())
-    while int(request.headers.get("content-length", "0")) <= most and size <= most:
+    most, stream = settings.max_file_bytes + _FORM_BYTES, aiter(request.stream())
+    while max(size, int(request.headers.get("content-length", "0"))) <= most:
         left = began + patience + size / LEAST_BYTES_PER_SECOND - time.monotonic()
         async with asyncio.timeout(min(patience, left)):
             piece = await anext(stream, None)
@@ -109,51 +77,62 @@ async def _pieces(request: Request, settings: ServerSettings) -> AsyncGenerator[
             return
         size += len(piece)
         yield piece
-    raise _TooLarge
+    raise TooLarge(settings.max_file_bytes)
+
+
+async def _keep(client: Client, form: FormData) -> dict[str, Any]:
+    settings, file = client.runner.settings, form.get("file")
+    if not isinstance(file, UploadFile):
+        raise BadField("The field 'file' is missing: send the file in it.", "file")
+    if form.get("purpose") != "batch":
+        raise BadField("The purpose must be batch: files serve nothing else here.", "purpose")
+    if (file.size or 0) > settings.max_file_bytes:
+        raise TooLarge(settings.max_file_bytes)
+    wanted = {name: form.get(f"expires_after[{name}]") for name in ("anchor", "seconds")}
+    try:
+        after = ExpiresAfter.model_validate(wanted, strict=False) if any(wanted.values()) else None
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from None
+    name = "".join(sign if sign.isprintable() else "?" for sign in (file.filename or "")[-255:])
+    limits = {"seconds": client.kept_seconds(after), "most_stored": settings.max_stored_bytes}
+    return _shown(await client.runner.call(lambda store: store.put(client.owner, name, file.file, **limits)))
 
 
 @router.get("/v1/files")
 async def files(
-    request: Request,
+    client: Asking,
     after: str | None = None,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
     order: Literal["asc", "desc"] = "desc",
     purpose: str = "",
-) -> Response:
+) -> dict[str, Any]:
     """The key's files."""
-    runner, owner = of(request)
-    oldest = order == "asc"
-    found = await runner.call(
-        lambda store: store.page("file", owner, after, limit, oldest_first=oldest, purpose=purpose)
-    )
+    which: dict[str, Any] = {"oldest_first": order == "asc", "purpose": purpose}
+    found = await client.runner.call(lambda store: store.page("file", client.owner, after, limit, **which))
     return page(*found, _shown)
 
 
 @router.get("/v1/files/{file_id}")
-async def file_by_id(file_id: str, request: Request) -> Response:
+async def file_by_id(file_id: str, client: Asking) -> dict[str, Any]:
     """What is known of a file."""
-    runner, owner = of(request)
-    return reply(_shown(await runner.call(lambda store: store.find("file", owner, file_id))))
+    return _shown(await client.runner.call(lambda store: store.find("file", client.owner, file_id)))
 
 
 @router.delete("/v1/files/{file_id}")
-async def delete(file_id: str, request: Request) -> Response:
+async def delete(file_id: str, client: Asking) -> dict[str, Any]:
     """Delete a file that no running batch reads."""
-    runner, owner = of(request)
-    await runner.call(lambda store: store.delete_file(owner, file_id))
-    return reply({"id": file_id, "object": "file", "deleted": True})
+    await client.runner.call(lambda store: store.delete_file(client.owner, file_id))
+    return {"id": file_id, "object": "file", "deleted": True}
 
 
 @router.get("/v1/files/{file_id}/content")
-async def content(file_id: str, request: Request) -> Response:
+async def content(file_id: str, client: Asking) -> Response:
     """The file itself."""
-    runner, owner = of(request)
-    file = await runner.call(lambda store: store.find("file", owner, file_id))
-    number = file["number"]
+    file = await client.runner.call(lambda store: store.find("file", client.owner, file_id))
 
-    async def pieces() -> AsyncIterator[bytes]:
+    async def pieces() -> AsyncGenerator[bytes, None]:
         n = 0
-        while data := await runner.call(lambda store, n=n: store.chunk(number, n)):  # type: ignore[misc]
+        while data := await client.runner.call(methodcaller("chunk", file["number"], n)):
             yield data
             n += 1
 

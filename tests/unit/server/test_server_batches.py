@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import json
 import stat
 import time
@@ -401,13 +402,13 @@ def held(path: Path, rows: int = 4) -> tuple[BatchStore, BatchStore, Any]:
 
 def add(store: BatchStore, owner: str, rows: int) -> Any:
     data = jsonl(*(row(f"{owner}{i}") for i in range(rows)))
-    file = store.put(owner, "f", [data], size=len(data), seconds=99, most_stored=10**6)
+    file = store.put(owner, "f", io.BytesIO(data), seconds=99, most_stored=10**6)
     values = {"model": "m", "endpoint": CHAT, "completion_window": "24h", "metadata": None, "output_seconds": 99}
     store.create(owner, 99, input_file_id=file["id"], **values)
     batch = store.take_batch()
     assert batch is not None
     places = [(f"{owner}{i}", start, len(line)) for i, (start, line) in enumerate(store.lines(batch, 10**6))]
-    assert store.move(batch, "in_progress", total=store.begin_rows(batch, places))
+    store.move(batch, "in_progress", places)
     return batch
 
 
@@ -451,7 +452,7 @@ def test_old_files_and_batches_go_but_not_the_input_of_a_running_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, two, batch = held(tmp_path)
-    store.put("me", "old", [b"x"], size=1, seconds=9, most_stored=10**6)
+    store.put("me", "old", io.BytesIO(b"x"), seconds=9, most_stored=10**6)
     later = time.time() + 100
     monkeypatch.setattr(time, "time", lambda: later)
     store.clean_up(50)
@@ -460,7 +461,7 @@ def test_old_files_and_batches_go_but_not_the_input_of_a_running_one(
     store.cancel("me", batch["id"])
     ending = store.take_batch()
     assert ending is not None
-    assert store.move(ending, "cancelled")
+    store.end(ending, "cancelled")
     store.clean_up(50)
     assert store.page("file", "me", None, 9)[0] == store.page("batch", "me", None, 9)[0] == []
     for one in (store, two):
