@@ -23,6 +23,7 @@ State = Literal["new", "pending", "done", "failed", "seen"]
 """Of an id: never asked, begun or to be asked again, answered, an error row, or met before in this run."""
 
 PENDING, DONE, FAILED = 0, 1, 2
+_STATES: dict[int, State] = {PENDING: "pending", DONE: "done", FAILED: "failed"}
 _NUMBERS = (*COUNTS, *TIMES)
 _TABLES = f"""
 CREATE TABLE IF NOT EXISTS jobs (job TEXT PRIMARY KEY, spec TEXT NOT NULL, begun REAL NOT NULL);
@@ -109,19 +110,24 @@ class Ledger:
 
     def claim(self, job: str, items: Sequence[tuple[str, int]]) -> list[tuple[State, int]]:
         """Note ids with their place in the input; for each, how it stands and how often it was asked."""
+        marks = ", ".join("?" * len(items))
+        query = f"SELECT id, state, attempt, run FROM rows WHERE job = ? AND id IN ({marks})"  # noqa: S608 - question marks
+        known = {name: rest for name, *rest in self._all(query, job, *(name for name, _ in items))}
         found: list[tuple[State, int]] = []
-        names: dict[int, State] = {PENDING: "pending", DONE: "done", FAILED: "failed"}
-        self._do("BEGIN")
+        new, old = list[tuple[Any, ...]](), list[tuple[Any, ...]]()
         for name, seq in items:
-            known = self._one("SELECT state, attempt, run FROM rows WHERE job = ? AND id = ?", job, name)
-            if known is None:
-                self._do("INSERT INTO rows (job, id, seq, run) VALUES (?, ?, ?, ?)", job, name, seq, self._run)
+            if name not in known:
+                new.append((job, name, seq, self._run))
                 found.append(("new", 0))
-            elif known[2] == self._run:
+            elif known[name][2] == self._run:
                 found.append(("seen", 0))
             else:
-                self._do("UPDATE rows SET seq = ?, run = ? WHERE job = ? AND id = ?", seq, self._run, job, name)
-                found.append((names[known[0]], known[1]))
+                old.append((seq, self._run, job, name))
+                found.append((_STATES[known[name][0]], known[name][1]))
+            known[name] = [PENDING, 0, self._run]
+        self._do("BEGIN")
+        self._db.executemany("INSERT INTO rows (job, id, seq, run) VALUES (?, ?, ?, ?)", new)
+        self._db.executemany("UPDATE rows SET seq = ?, run = ? WHERE job = ? AND id = ?", old)
         self._do("COMMIT")
         return found
 

@@ -23,7 +23,7 @@ from opsin.worker import NotReady
 
 SAMPLES = 24
 """Images that the report shows."""
-_AT_ONCE = 64  # rows that are read from the input together
+_AT_ONCE = 256  # rows that are read from the input together
 _GROUP_ROWS, _GROUP_SECONDS = 256, 1.0
 _DEATHS = 2  # of the engine under a row, after which it is asked alone
 _AGAIN_SECONDS = 0.2
