@@ -7,12 +7,11 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opsin.core.files import write_whole
 from opsin.jobs.ledger import Ledger
 from opsin.jobs.output import OutputFailed
 from opsin.jobs.row import COUNTS, TIMES
@@ -90,7 +89,7 @@ class _Stats:
         """Of all rows' time, in percent."""
         return f"{100 * ms / (self.sums['total_ms'] or 1):.0f}%"
 
-    def throughput(self) -> _Plot | None:
+    def throughput(self) -> dict[str, Any] | None:
         """Rows per second or minute over the time of the job."""
         if not self.wall:
             return None
@@ -103,9 +102,10 @@ class _Stats:
         unit = "s" if max(values) >= 1 else "min"
         values = values if unit == "s" else [60 * value for value in values]
         name, size = _unit(self.wall)
-        return _plot(0, self.wall / size / bins, values, f"time, without pauses ({name})", f"rows per {unit}")
+        titles = {"x_title": f"time, without pauses ({name})", "y_title": f"rows per {unit}"}
+        return {"start": 0, "width": self.wall / size / bins, "values": values, **titles}
 
-    def times(self) -> _Plot | None:
+    def times(self) -> dict[str, Any] | None:
         """How many rows took how long; the 1 % at each end are left out where they lie far away."""
         if not self.asked:
             return None
@@ -117,100 +117,23 @@ class _Stats:
             if place < len(values):
                 values[place] = count
         name, size = _unit(stop)
-        return _plot(start / size, width / size, values, f"time of one row ({name})", "rows")
-
-
-@dataclass(frozen=True, slots=True)
-class _Plot:
-    """A plot of bars in a box of 720 by 240: each bar's place, size and words; both axes' ticks and titles."""
-
-    bars: list[tuple[float, float, float, float, str]]
-    x: list[tuple[float, str]]
-    y: list[tuple[float, str]]
-    x_title: str
-    y_title: str
-    count: float
-
-
-def _plot(start: float, width: float, values: Sequence[float], x_title: str, y_title: str) -> _Plot:
-    left, top, across, down = 64.0, 8.0, 648.0, 184.0
-    step = _nice(max(values) / 4)
-    ceiling = step * math.ceil(max(values) / step)
-    end = start + width * len(values)
-    x_step = _nice((end - start) / 8)
-    bars = []
-    for number, value in enumerate(values):
-        begin, height, each = start + number * width, down * value / ceiling, across / len(values)
-        words = f"{_number(begin)} to {_number(begin + width)}: {_number(value)}"
-        bars.append((left + number * each, top + down - height, max(0.5, each - 1), height, words))
-    ticks = [x_step * place for place in range(math.ceil(start / x_step), math.floor(end / x_step) + 1)]
-    return _Plot(
-        bars,
-        [(left + across * (at - start) / (end - start), f"{at:,.6g}") for at in ticks],
-        [
-            (top + down * (1 - at / ceiling), f"{at:,.6g}")
-            for at in (step * n for n in range(round(ceiling / step) + 1))
-        ],
-        x_title,
-        y_title,
-        sum(values),
-    )
+        titles = {"x_title": f"time of one row ({name})", "y_title": "rows"}
+        return {"start": start / size, "width": width / size, "values": values, **titles}
 
 
 def report_text(ledger: Ledger, job: str) -> str:
     """How a job went, in lines of at most 80 columns without a line break at the end."""
-    stats = _Stats(ledger, job)
-    if not stats.ended:
-        return "No row has ended yet."
-    sums = {name: f"{value:,.0f}" for name, value in stats.sums.items()}
-    same = f" ({stats.same:,} with the answer of an equal row)" if stats.same else ""
-    left = f", {sums['left']} begun and not ended" if stats.sums["left"] else ""
-    lines = [
-        ("Rows", f"{sums['answered']} answered{same}, {sums['failed']} failed{left}"),
-        ("Time", f"{_time(stats.wall)} without pauses: {stats.rates}"),
-    ]
-    if stats.asked:
-        stages = ", ".join(f"{name} {_time(ms)} ({stats.share(ms)})" for name, ms in stats.stages.items())
-        prompt = (
-            f"{sums['prompt_tokens']} in prompts ({sums['image_tokens']} of images, {sums['cached_tokens']} cached)"
-        )
-        one = f"median {_time(stats.median)}, 99% within {_time(stats.high)}, longest {_time(stats.longest)}"
-        lines += [
-            ("Stages", f"{stages}, summed over rows"),
-            ("Tokens", f"{prompt}, {sums['completion_tokens']} answered"),
-            ("One row", one),
-        ]
-    slowest = [f"{_time(row[4]):>8}  {_cut(row[0], 58)}" for row in stats.slowest[:5]]
-    errors = [
-        f"{many:>8,}  {code}, such as {_cut(ids[0], 46 - len(code))}" for code, (many, ids) in stats.errors.items()
-    ]
-    text = [textwrap.fill(line, 80, initial_indent=f"{name:<10}", subsequent_indent=" " * 10) for name, line in lines]
-    for name, rows in (("Slowest", slowest), ("Errors", errors)):
-        text += [f"{name if not number else '':<10}{row}" for number, row in enumerate(rows)]
-    return "\n".join(text)
+    lines = _render("report.txt.j2", stats=_Stats(ledger, job)).splitlines()
+    return "\n".join(textwrap.fill(line, 80, subsequent_indent=" " * 10) for line in lines)
 
 
 def write_report(ledger: Ledger, job: str, path: Path, *, title: str) -> None:
     """Write the report as one HTML file without scripts or links. Raises OutputFailed and LedgerBroken."""
-    from jinja2 import Environment, StrictUndefined
-
-    from opsin.core.files import write_whole
-
-    stats, spec = _Stats(ledger, job), dict(ledger.jobs().get(job, {}))
-    shape = spec.get("json_schema")
-    with suppress(ValueError):  # what is not JSON is shown as it is
-        shape = json.dumps(json.loads(shape), indent=2, ensure_ascii=False) if shape else spec.get("grammar")
-    texts = {"System": spec.get("system"), "Prompt": spec.get("prompt"), "Schema or grammar": shape}
-    apart = {"system", "prompt", "json_schema", "grammar"}
-    settings = {name: value for name, value in spec.items() if name not in apart and value not in (None, {}, [])}
-    found = ledger.query(_SAMPLES, job, _IMAGES)
-    samples = [(name, base64.b64encode(jpeg).decode(), *rest) for name, jpeg, *rest in found]
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page.filters.update(time=_time, number=_number, id=_shown, text=_lines)
-    template = page.from_string(Path(__file__).with_suffix(".html.j2").read_text(encoding="utf-8"))
-    html = template.render(
-        title=title, job=job, stats=stats, sums=stats.sums, texts=texts, settings=settings, samples=samples
-    )
+    spec = dict(ledger.jobs().get(job, {}))
+    with suppress(ValueError, TypeError):  # what is not JSON is shown as it is
+        spec["json_schema"] = json.dumps(json.loads(spec.get("json_schema") or ""), indent=2, ensure_ascii=False)
+    samples = ledger.query(_SAMPLES, job, _IMAGES)
+    html = _render("report.html.j2", title=title, job=job, stats=_Stats(ledger, job), spec=spec, samples=samples)
     try:
         write_whole(path, html, 0o644)
     except OSError as error:
@@ -218,6 +141,25 @@ def write_report(ledger: Ledger, job: str, path: Path, *, title: str) -> None:
             f"The report {path} cannot be written ({error.strerror or error}): free some space or check the folder; "
             "the rows are not touched."
         ) from None
+
+
+def _render(name: str, **values: Any) -> str:
+    """A template beside this file, filled in."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
+    page = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=select_autoescape(["html.j2"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page.filters.update(time=_time, number=_number, id=_shown, text=_lines, cut=_cut, base64=_base64, ticks=_ticks)
+    return page.get_template(name).render(values)
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
 
 
 def _shown(text: str, longest: int = _LONGEST_ID) -> str:
@@ -253,6 +195,12 @@ def _time(ms: float) -> str:
 def _number(value: float) -> str:
     """Three digits, or all before the point."""
     return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
+
+
+def _ticks(end: float, start: float, count: int) -> list[float]:
+    """About so many round numbers, the first at most `start` and the last at least `end`."""
+    step = _nice((end - start) / count)
+    return [step * place for place in range(math.floor(start / step), math.ceil(end / step) + 1)]
 
 
 def _nice(value: float) -> float:
