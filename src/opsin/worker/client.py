@@ -67,7 +67,32 @@ class _Request:
     asked: float
 
 
-class WorkerEngine:
+class Ready:
+    """What is known once the model is loaded: each of these waits for the first loading."""
+
+    wait_ready: Callable[[], Loaded]
+
+    @property
+    def info(self) -> ModelInfo:
+        """Names of the loaded pair."""
+        return self.wait_ready().info
+
+    @property
+    def limits(self) -> BackendLimits:
+        """Sizes of the loaded pair."""
+        return self.wait_ready().limits
+
+    @property
+    def load_ms(self) -> float:
+        """Milliseconds that loading took."""
+        return self.wait_ready().load_ms
+
+    def placement(self) -> Placement:
+        """Where encoder and language model ran in the warm-up."""
+        return self.wait_ready().placement
+
+
+class WorkerEngine(Ready):
     """An engine in a process of its own, started at once.
 
     `model`, `mmproj`, `settings` and `max_queue` are those of `compose.open_runtime`. The worker is ready when it has
@@ -124,25 +149,6 @@ class WorkerEngine:
         """What the worker is doing. It is `unloaded` when it was idle, and `failed` when it cannot be started."""
         stalled = self._silent >= STALLED_SECONDS or self._call_seconds > STALLED_SHARE * self._call_limit
         return "stalled" if self._state == "ready" and stalled else self._state
-
-    @property
-    def info(self) -> ModelInfo:
-        """Names of the loaded pair. This and the next three wait for the first loading."""
-        return self.wait_ready().info
-
-    @property
-    def limits(self) -> BackendLimits:
-        """Sizes of the loaded pair."""
-        return self.wait_ready().limits
-
-    @property
-    def load_ms(self) -> float:
-        """Milliseconds that loading took."""
-        return self.wait_ready().load_ms
-
-    def placement(self) -> Placement:
-        """Where encoder and language model ran in the warm-up."""
-        return self.wait_ready().placement
 
     @property
     def stats(self) -> Snapshot:

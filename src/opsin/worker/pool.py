@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import logging
-import operator
 import os
 import re
 import subprocess
@@ -16,16 +14,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib.util import find_spec
+from itertools import cycle, islice
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from opsin.core.backend import BackendLimits
-from opsin.core.errors import OpsinError, copy_of
-from opsin.core.model_info import ModelInfo, Placement
+from opsin.core.errors import OpsinError
 from opsin.core.request import Prompt, SamplingParams
 from opsin.core.settings import EngineSettings
 from opsin.engine import AnswerStream, Snapshot
-from opsin.worker.client import State, WorkerEngine
+from opsin.worker.client import Ready, State, WorkerEngine
 from opsin.worker.messages import Loaded
 
 log = logging.getLogger(__name__)
@@ -35,8 +33,8 @@ _LOOK_SECONDS = 60.0
 _ROOM = 1.2  # of a pair's weights: what must be free on a GPU that is to hold a worker alone
 _NO_GPU = re.compile(r"ggml-(base|cpu|blas|rpc)")
 # The lower, the better for a new request.
-_RANKS = ("ready", "reloading unloaded", "stalled", "restarting", "warming loading", "failed closed")
-_RANK = {state: rank for rank, states in enumerate(_RANKS) for state in states.split()}
+_RANK = {"ready": 0, "reloading": 1, "unloaded": 1, "stalled": 2, "restarting": 3, "warming": 4, "loading": 4}
+_RANK |= {"failed": 5, "closed": 5}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -80,16 +78,13 @@ def spread(settings: EngineSettings, workers: int | None, machine: Machine) -> l
         workers = len(gpus) if fits else 1
     if workers <= 1:
         return [settings]
-    found = []
-    for index in range(workers):
-        own: dict[str, Any] = {}
-        if gpus:
-            gpu, _ = gpus[index % len(gpus)]
-            own = {name: gpu for name in ("device", "mmproj_device") if getattr(settings, name) is None}
-        if machine.threads and settings.threads is None and (not gpus or _on_cpu(settings)):
-            own["threads"] = max(1, machine.threads // workers)
-        found.append(settings.model_copy(update=own))
-    return found
+    own: dict[str, Any] = {}
+    on_cpu = not gpus or settings.gpu_layers == 0 or (settings.device or "").strip().lower() in {"none", "cpu"}
+    if machine.threads and settings.threads is None and on_cpu:
+        own["threads"] = max(1, machine.threads // workers)
+    unset = [name for name in ("device", "mmproj_device") if getattr(settings, name) is None]
+    places = islice(cycle([name for name, _ in gpus] or [None]), workers)
+    return [settings.model_copy(update=own | dict.fromkeys(unset, place)) for place in places]
 
 
 def _placed(settings: EngineSettings) -> bool:
@@ -97,16 +92,11 @@ def _placed(settings: EngineSettings) -> bool:
     return settings.device is not None or settings.mmproj_device is not None or settings.gpu_layers == 0
 
 
-def _on_cpu(settings: EngineSettings) -> bool:
-    return settings.gpu_layers == 0 or (settings.device or "").strip().lower() in {"none", "cpu"}
-
-
 def _may_have_gpus() -> bool:
     """Whether the installed llama.cpp can have a GPU, by the names of its libraries: loading them takes long."""
-    spec = find_spec("llama_cpp")
-    own = [Path(folder, "lib") for folder in (spec and spec.submodule_search_locations) or ()]
-    given = os.environ.get("LLAMA_CPP_LIB_PATH")
-    names = [path.name for folder in ([Path(given)] if given else own) for path in folder.glob("*ggml-*")]
+    given, spec = os.environ.get("LLAMA_CPP_LIB_PATH"), find_spec("llama_cpp")
+    folders = [given] if given else [f"{folder}/lib" for folder in (spec and spec.submodule_search_locations) or ()]
+    names = [path.name for folder in folders for path in Path(folder).glob("*ggml-*")]
     return not names or not all(_NO_GPU.search(name) for name in names)  # a static build has everything in one file
 
 
@@ -124,7 +114,7 @@ def _look(model: str | Path | None, mmproj: str | Path | None) -> Machine:
         return Machine()
 
 
-class WorkerPool:
+class WorkerPool(Ready):
     """Workers with the same pair, one for each of the `settings`; offers what `WorkerEngine` offers.
 
     A request about an image goes to the worker that has seen that image, unless it has far more to do than another; one
@@ -143,64 +133,40 @@ class WorkerPool:
         **options: Any,
     ) -> None:
         self._changed = changed
-        self._size = len(settings)
-        crashes: dict[str, list[float]] = {}
-        self.engines: list[WorkerEngine] = []
-        options |= {"changed": self._on_change, "crashes": crashes}
-        for one in settings:
-            self.engines.append(WorkerEngine(model, mmproj, one, **options))
+        self.slots = sum(one.parallel for one in settings)
+        options |= {"changed": self._on_change, "crashes": dict[str, list[float]]()}
+        self.engines: list[WorkerEngine] = []  # until all are started
+        self.engines = [WorkerEngine(model, mmproj, one, **options) for one in settings]
 
     @property
     def state(self) -> State:
         """`loading` or `warming` while one is loaded for the first time, else the state of the best one."""
-        states = [engine.state for engine in self.engines]
-        if len(states) < self._size or "loading" in states:
-            return "loading"
-        return "warming" if "warming" in states else min(states, key=lambda state: (_RANK[state], state))
+        states = [engine.state for engine in self.engines] or ["loading"]
+        first = [state for state in ("loading", "warming") if state in states]
+        return first[0] if first else min(states, key=lambda state: (_RANK[state], state))
 
     @property
     def error(self) -> OpsinError | None:
         """Why nothing can be asked any more; None while one worker lives."""
         errors = [engine.error for engine in self.engines]
-        return errors[0] if all(errors) and len(errors) == self._size else None
+        return errors[0] if errors and all(errors) else None
 
     @property
     def loaded(self) -> Loaded | None:
-        """The model as a worker loaded it; its context is that of all workers together."""
+        """The model as a worker loaded it; its context is that of all workers together, its time the longest."""
         every = [loaded for engine in self.engines if (loaded := engine.loaded)]
         if not every:
             return None
-        limits = dataclasses.replace(
-            every[0].limits,
-            n_ctx=sum(one.limits.n_ctx for one in every),
-            n_ctx_seq=min(one.limits.n_ctx_seq for one in every),
-        )
+        sizes = [one.limits for one in every]
+        n_ctx, n_ctx_seq = sum(one.n_ctx for one in sizes), min(one.n_ctx_seq for one in sizes)
+        limits = dataclasses.replace(sizes[0], n_ctx=n_ctx, n_ctx_seq=n_ctx_seq)
         return dataclasses.replace(every[0], limits=limits, load_ms=max(one.load_ms for one in every))
-
-    @property
-    def info(self) -> ModelInfo:
-        """Names of the loaded pair. This and the next three wait for the first loading."""
-        return self.wait_ready().info
-
-    @property
-    def limits(self) -> BackendLimits:
-        """Sizes of the loaded pair, the context of all workers together."""
-        return self.wait_ready().limits
-
-    @property
-    def load_ms(self) -> float:
-        """Milliseconds that the slowest worker took to load."""
-        return self.wait_ready().load_ms
-
-    def placement(self) -> Placement:
-        """Where encoder and language model ran in the warm-up of the first worker."""
-        return self.wait_ready().placement
 
     @property
     def stats(self) -> Snapshot:
         """Counters over all workers so far, and what is so now."""
-        every = [dataclasses.astuple(engine.stats) for engine in self.engines]
-        return Snapshot(*functools.reduce(lambda one, two: tuple(map(operator.add, one, two)), every))
+        every = (dataclasses.astuple(engine.stats) for engine in self.engines)
+        return Snapshot(*map(sum, zip(*every, strict=True)))
 
     @property
     def restarts(self) -> int:
@@ -211,11 +177,6 @@ class WorkerPool:
     def progress(self) -> float:
         """How much of the language model the slowest worker that lives has loaded, from 0 to 1."""
         return min((engine.progress for engine in self.engines if engine.error is None), default=0.0)
-
-    @property
-    def slots(self) -> int:
-        """How many answers are generated at the same time, at most."""
-        return sum(engine.slots for engine in self.engines)
 
     @property
     def pids(self) -> list[int]:
@@ -241,27 +202,24 @@ class WorkerPool:
 
     def submit(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> AnswerStream:
         """See `WorkerEngine.submit`."""
-        if (error := self.error) is not None:
-            raise copy_of(error)
         return self._choose(prompt).submit(prompt, params, **options)
 
     def close(self) -> None:
         """End all workers at the same time. Twice does no harm."""
-        with ThreadPoolExecutor(self._size) as threads:
+        with ThreadPoolExecutor(len(self.engines)) as threads:
             list(threads.map(WorkerEngine.close, self.engines))
 
     def _choose(self, prompt: Prompt) -> WorkerEngine:
         ranks = [_RANK[engine.state] for engine in self.engines]
         best = [index for index, rank in enumerate(ranks) if rank == min(ranks)]
-        load = {index: self.engines[index].in_flight for index in best}
-        chosen = least = min(best, key=lambda index: load[index])
-        if prompt.images:
-            # Rendezvous hashing: an image moves only when the worker that it belongs to is not there.
-            image = prompt.images[0].sha256
-            home = max(best, key=lambda index: hashlib.sha256(f"{image} {index}".encode()).digest())
-            crowded = load[home] > self.engines[home].slots and load[home] >= 2 * load[least]
-            chosen = least if crowded else home
-        return self.engines[chosen]
+        least = min((self.engines[index] for index in best), key=attrgetter("in_flight"))
+        if not prompt.images:
+            return least
+        # Rendezvous hashing: an image moves only when the worker that it belongs to is not there.
+        image = prompt.images[0].sha256
+        home = self.engines[max(best, key=lambda index: hashlib.sha256(f"{image} {index}".encode()).digest())]
+        crowded = home.in_flight > home.slots and home.in_flight >= 2 * least.in_flight
+        return least if crowded else home
 
     def _on_change(self, state: State) -> None:
         if state == "failed" and self.error is None:
