@@ -11,16 +11,13 @@ import os
 import socket
 import ssl
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import httpx
 from anyio.to_thread import run_sync
 
 from opsin.core.errors import FetchFailed
+from opsin.core.settings import ImageSettings
 from opsin.images.source import check_bytes, show
-
-if TYPE_CHECKING:
-    from opsin.core.settings import ImageSettings
 
 Resolver = Callable[[str, int], Sequence[str]]
 """Host and port in, the IP addresses that may be connected to out, best first; raises FetchFailed to refuse them."""

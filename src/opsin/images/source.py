@@ -8,14 +8,11 @@ import contextlib
 import os
 import select
 import stat
-from typing import TYPE_CHECKING
 from urllib.parse import unquote_to_bytes
 
 from opsin.core.errors import BadImage, ImageTooLarge
 from opsin.core.files import expand
-
-if TYPE_CHECKING:
-    from opsin.core.settings import ImageSettings
+from opsin.core.settings import ImageSettings
 
 _LONGEST_NAME = 160
 _PIPE_SECONDS = 5.0

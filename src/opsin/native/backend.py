@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from opsin.core.errors import BadParameter, ModelNotFound
 from opsin.core.model_info import ModelInfo, Placement
+from opsin.core.settings import EngineSettings
 from opsin.native import logs
 from opsin.native.constraint import Constraints
 from opsin.native.context import Context
-from opsin.native.model import Model
+from opsin.native.model import Loading, Model
 from opsin.native.probe import probe_placement
 from opsin.native.vision import Encoder
-
-if TYPE_CHECKING:
-    from opsin.core.settings import EngineSettings
-    from opsin.native.model import Loading
 
 
 class NativeBackend(Context):

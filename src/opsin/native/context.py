@@ -9,36 +9,37 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from opsin.core.answer import TokenLogprob
-from opsin.core.backend import BackendLimits
+from opsin.core.backend import BackendLimits, Sample
 from opsin.core.errors import BadInput, BadParameter, DecodeFailed, ModelError, OpsinError
 from opsin.core.ggml_types import KV_TYPES
-from opsin.core.request import EmbeddingRows, TextPart
-from opsin.core.settings import CTX_PER_SEQUENCE
+from opsin.core.request import (
+    Embedding,
+    EmbeddingRows,
+    ImageChunk,
+    Part,
+    SamplingParams,
+    TextPart,
+    TokenBatch,
+    TokenizedPrompt,
+)
+from opsin.core.settings import CTX_PER_SEQUENCE, EngineSettings
 from opsin.native import logs
+from opsin.native.constraint import Constraint, Constraints
 from opsin.native.devices import default_threads
 from opsin.native.memory import OUTPUTS, SPARE_SEQUENCES
-from opsin.native.model import Owned, TokenTable, floats
+from opsin.native.model import Model, Owned, TokenTable, floats
 from opsin.native.sampler import NativeSampler
+from opsin.native.vision import Encoder
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from numpy.typing import NDArray
-
-    from opsin.core.backend import Sample
-    from opsin.core.request import Embedding, ImageChunk, Part, SamplingParams, TokenBatch, TokenizedPrompt
-    from opsin.core.settings import EngineSettings
-    from opsin.native.constraint import Constraint, Constraints
-    from opsin.native.model import Model
-    from opsin.native.vision import Encoder
-
-    _Sampled = tuple[int, TokenLogprob | None] | OpsinError
+_Sampled = tuple[int, TokenLogprob | None] | OpsinError
 
 _MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
 _READERS = 16  # threads that may tokenize at once

@@ -6,29 +6,23 @@ import ctypes
 import os
 import re
 import threading
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from opsin.core.errors import EngineClosed, ModelUnreadable
 from opsin.core.ggml_types import TENSOR_TYPES
-from opsin.core.request import TextChunk, TokenizedPrompt
+from opsin.core.request import Embedding, TextChunk, TextPart, TokenizedPrompt
+from opsin.core.settings import EngineSettings
 from opsin.native import logs
 from opsin.native.devices import Device, devices, pick
 from opsin.native.ggml import GgufInitParams
 from opsin.native.library import Library, library
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from pathlib import Path
-
-    from numpy.typing import NDArray
-
-    from opsin.core.request import Embedding, TextPart
-    from opsin.core.settings import EngineSettings
-
-    Loading = Callable[[float], None]  # hears how much of a model is loaded, from 0 to 1
-
+Loading = Callable[[float], None]  # hears how much of a model is loaded, from 0 to 1
 # Architectures whose graph does the same to a token's embedding and to an image's (llama.cpp's src/models). Others
 # scale a token's (gemma), or take more of a token than its embedding.
 _PLAIN = frozenset({"internlm2", "llama", "mistral3", "qwen2", "qwen2vl", "qwen3", "qwen3vl", "qwen3vlmoe", "smollm3"})

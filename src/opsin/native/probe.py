@@ -11,21 +11,17 @@ import math
 import time
 from collections import Counter
 from contextlib import closing
-from typing import TYPE_CHECKING
 
 from opsin.core.model_info import BackendShare, Placement
 from opsin.core.request import ImageChunk, ImagePart, TokenBatch
+from opsin.core.settings import EngineSettings
 from opsin.native.context import Context
 from opsin.native.devices import devices
 from opsin.native.ggml import Tensor
+from opsin.native.library import Library
+from opsin.native.model import Model
 from opsin.native.trial import drawn_image
-from opsin.native.vision import EvalHook
-
-if TYPE_CHECKING:
-    from opsin.core.settings import EngineSettings
-    from opsin.native.library import Library
-    from opsin.native.model import Model
-    from opsin.native.vision import Encoder
+from opsin.native.vision import Encoder, EvalHook
 
 _COMPUTES_NOTHING = frozenset({"NONE", "VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE"})
 # Fewer than 32: from there on llama.cpp copies weights that lie in host memory to a GPU for the one batch, which would

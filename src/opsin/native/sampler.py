@@ -7,22 +7,16 @@ is applied to the logits and the chain samples again: permitting one token takes
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from opsin.core.errors import BadParameter, ConstraintFailed
-from opsin.native.model import Owned
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from numpy.typing import NDArray
-
-    from opsin.core.request import SamplingParams
-    from opsin.native.constraint import Constraint
-    from opsin.native.model import Model
-
+from opsin.core.request import SamplingParams
+from opsin.native.constraint import Constraint
+from opsin.native.model import Model, Owned
 
 _TOKEN = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
 _NEAR, _FEW = (8.0, 12.0, 16.0), 4096  # so far below the best logit a trained model has dozens to hundreds of tokens

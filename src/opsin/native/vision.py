@@ -7,35 +7,29 @@ import hashlib
 import math
 import struct
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count, groupby, takewhile
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from opsin.core.answer import ImageInfo
 from opsin.core.errors import BadImage, BadInput, Cancelled, EncodeFailed, ModelUnreadable, NativeMismatch, PairMismatch
-from opsin.core.request import Chunk, ImageChunk, TextChunk, TextPart, TokenizedPrompt
+from opsin.core.request import Chunk, Embedding, Image, ImageChunk, Part, TextChunk, TextPart, TokenizedPrompt
+from opsin.core.settings import EngineSettings
 from opsin.native import logs
 from opsin.native.devices import default_threads, devices, pick
 from opsin.native.ggml import Tensor, op_names
 from opsin.native.library import ADVICE
-from opsin.native.model import Owned, floats
+from opsin.native.model import Model, Owned, floats
 from opsin.native.projector import fingerprint, read_projector
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-    from collections.abc import Set as AbstractSet
-    from pathlib import Path
-
-    from numpy.typing import NDArray
-
-    from opsin.core.request import Embedding, Image, Part
-    from opsin.core.settings import EngineSettings
-    from opsin.native.model import Model
-
-    _Input = tuple[str, bool] | Image  # a text, with whether names of control tokens are those, or an image
+_Input = tuple[str, bool] | Image  # a text, with whether names of control tokens are those, or an image
 
 _HEAVY = frozenset({"MUL_MAT", "MUL_MAT_ID", "FLASH_ATTN_EXT", "CONV_2D", "CONV_3D"})  # nearly all of the time
 _TEXT, _IMAGE = 0, 1  # mtmd_input_chunk_type
