@@ -18,11 +18,11 @@ os.environ.update(
 )
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 90, what: str = "it") -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = 90, what: str = "it", every: float = 0.02) -> Any:
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, f"waited {seconds} s for {what}"
-        time.sleep(0.02)
+        time.sleep(every)
     return found
 
 

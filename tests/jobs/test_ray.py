@@ -1,5 +1,6 @@
 """`opsin batch --ray` on a cluster of several raylets, on the demo model."""
 
+import contextlib
 import json
 import os
 import random
@@ -10,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from PIL import Image, ImageDraw
 
-pytest.importorskip("ray")
 pq = pytest.importorskip("pyarrow.parquet")
 
 from ray_cluster import Raylets, raylets, wait_for  # noqa: E402
@@ -144,7 +145,7 @@ def test_a_job_whose_driver_was_killed_goes_on_and_a_second_run_is_refused(
     out = tmp_path / "out"
     process = start(cluster, photos, out)
     wait_for(lambda: committed(out) or process.poll() is not None, what="the first part")
-    end(start(cluster, photos, out), 2)
+    end(start(cluster, photos, out), 2)  # another run on the same output
     assert process.poll() is None
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
@@ -159,3 +160,25 @@ def test_what_a_cluster_does_not_offer_is_refused_by_name(cluster: Raylets, phot
         assert flags[0] in end(start(cluster, photos, tmp_path / "out", *flags), 2)
     assert "out.csv" in end(start(cluster, photos, tmp_path / "out.csv"), 2)
     assert not list(tmp_path.iterdir())
+
+
+def test_without_a_cluster_one_is_started_that_nobody_else_can_reach(photos: Path, tmp_path: Path) -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [*COMMAND, photos, QUESTION, "-o", tmp_path / "out", "--cpus-per-worker", "1", "--limit", "8", "--ray"]
+    # A folder of its own, where no other cluster is noted.
+    process = subprocess.Popen(
+        [*map(str, command)], stderr=subprocess.PIPE, env={**env, "RAY_TMPDIR": "/tmp/opsin-ray"}
+    )
+    addresses = set[str]()
+
+    def look() -> bool:
+        for one in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                addresses.update(link.laddr.ip for link in one.net_connections() if link.status == psutil.CONN_LISTEN)
+        return bool(committed(tmp_path / "out")) or process.poll() is not None
+
+    wait_for(look, what="the first part", every=1.0)
+    assert addresses
+    assert addresses <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+    end(process, 1)
+    assert len(rows_of(tmp_path / "out")) == 8

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from typing import Annotated, Any
 
 import typer
@@ -16,15 +17,19 @@ import typer
 from opsin.cli.console import DEMO, say
 from opsin.cli.options import flags_of, given
 from opsin.core.config import current_folder, read_config
+from opsin.core.errors import BadParameter
 from opsin.core.settings import ServerSettings
-from opsin.models import locate
+from opsin.jobs.ray_data import connect, worker_resources
+from opsin.models import locate, resolve
 from opsin.server.app import create_app, warm_up
 from opsin.server.handler import ModelManager
 from opsin.server.images import ImageLoader
 from opsin.server.listener import address_of, bind, check_binding, http_server, read_keys
+from opsin.server.ray_serve import deploy
 from opsin.server.watchers import AccessLog, Tracing
 from opsin.worker import ENDING, DecoderPool, open_workers
 
+_LOOK_SECONDS = 0.5
 # The doctor's look at this machine needs the native library, which this process does not load.
 _WORKER = (
     "from opsin.doctor.build import unused_gpu_hint; from opsin.worker.process import main; "
@@ -38,6 +43,11 @@ def serve(
     print_config: Annotated[
         bool, typer.Option("--print-config", help="print the settings and where each is from, and end")
     ] = False,
+    ray: Annotated[str | None, typer.Option(metavar="[ADDRESS]", help="run on a Ray cluster, with Ray Serve")] = None,
+    replicas: Annotated[int | None, typer.Option(min=1, help="with --ray: models (default: one a GPU)")] = None,
+    cpus_per_worker: Annotated[
+        int | None, typer.Option(min=1, help="with --ray: CPUs for each replica (default: one GPU)")
+    ] = None,
     **flags: Any,
 ) -> None:
     """Answer OpenAI-compatible requests over HTTP, and show the web page.
@@ -52,12 +62,40 @@ def serve(
     settings = config.settings
     keys = read_keys(settings, os.environ)
     check_binding(settings, keys)
+    if ray is None and (replicas or cpus_per_worker):
+        raise BadParameter("--replicas and --cpus-per-worker are for a cluster: give --ray, too, or --workers instead.")
+    if ray is not None:
+        raise typer.Exit(_serve_on_ray(settings, keys, ray, replicas, cpus_per_worker))
     with bind(settings.host, settings.port) as listener:
         logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
         logging.getLogger("opsin").setLevel(logging.DEBUG if settings.verbose else logging.INFO)
         say("loading the model; GET /ready answers 200 once it is loaded")
         code = asyncio.run(_Front(settings, listener).run(keys))
     raise typer.Exit(code)
+
+
+def _serve_on_ray(
+    settings: ServerSettings, keys: tuple[str, ...], address: str, replicas: int | None, cpus: int | None
+) -> int:
+    """Serve on a cluster until a signal; the exit code."""
+    if settings.workers is not None:
+        raise BadParameter("--workers is for one machine: with --ray, give --replicas.")
+    resolve(settings.model, settings.mmproj)
+    if cpus is not None and settings.threads is None:
+        settings = settings.model_copy(update={"threads": cpus})
+    with bind(settings.host, settings.port) as listener:  # Ray Serve would not say that the port is taken
+        place, port = address_of(listener), listener.getsockname()[1]
+    count, resources = worker_resources(connect(address), replicas, cpus)
+    told: list[int] = []
+    for number in ENDING:
+        signal.signal(number, lambda number, _: told.append(number))
+    say(f"starting {count} replicas")
+    running = deploy(settings, keys, port=port, replicas=count, resources=resources)
+    say(f"ready at http://{place} (the page, and /v1 for OpenAI's clients)")
+    while not told:
+        time.sleep(_LOOK_SECONDS)
+    running.shutdown()
+    return 130 if told[0] == signal.SIGINT else 0
 
 
 class _Front:

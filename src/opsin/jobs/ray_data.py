@@ -40,6 +40,7 @@ from opsin.worker import WorkerEngine
 BLOCK_ROWS, PART_ROWS = 32, 256
 """Rows that a worker gets at a time, and the least in one part of the output, except for the last ones."""
 _BLOCKS = 2  # that a worker asks at the same time, so that its slots are full while one of them ends
+_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # 0: Ray listens on 127.0.0.1 alone
 _CONNECT_SECONDS = 10.0
 _READ_BYTES = 8 * 2**20
 _FILTER_BYTES = 2**28  # memory of a process that leaves out what is done
@@ -93,8 +94,12 @@ def connect(address: str) -> Any:
             ray.init(address, **options)
             return ray
         if address == "auto" and "RAY_ADDRESS" not in os.environ:
+            # Ray's ports let in whoever reaches them: on one machine nobody else needs to. It reads this when imported.
+            os.environ[_LOOPBACK] = "0"
+            constants: Any = importlib.import_module("ray._private.ray_constants")
+            constants.ENABLE_RAY_CLUSTER = False
             cpus = (os.cpu_count() or 1) + _OWN_CPUS
-            ray.init("local", num_cpus=cpus, include_dashboard=False, _node_ip_address="127.0.0.1", **options)
+            ray.init("local", num_cpus=cpus, include_dashboard=False, **options)
             return ray
     except (OSError, RuntimeError, ValueError) as error:
         raise RayFailed(f"Ray cannot be used ({str(error).partition(chr(10))[0]}): check it with ray status.") from None
