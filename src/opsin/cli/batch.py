@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -28,11 +28,12 @@ from opsin.images.fetch import system_addresses
 from opsin.jobs.asker import Asker, ImageAsker, Question
 from opsin.jobs.item import Item
 from opsin.jobs.ledger import Ledger, differences, fingerprint
+from opsin.jobs.options import BatchOptions
 from opsin.jobs.output import ENDINGS, CsvOutput, Output, StoredOutput
 from opsin.jobs.report import report_text, write_report
 from opsin.jobs.row import Row, schema_fields
 from opsin.jobs.runner import Run, sample, without_sidecars
-from opsin.jobs.sidecar import sidecar_path, write_sidecar
+from opsin.jobs.sidecar import Kind, sidecar_path, write_sidecar
 from opsin.jobs.sources import Source, open_source
 from opsin.jobs.spec import job_spec
 from opsin.jobs.template import PromptTemplate
@@ -47,23 +48,15 @@ SLOTS = 8
 PROCESSES = max(2, min(16, os.cpu_count() or 1))
 """Processes that load images."""
 _TINY = 64 * 2**20  # bytes of a pair that is so small that one thread is best: then each core gets a worker
-Sidecar = Literal["txt", "json", "xmp"]
 _PARALLEL = f"{SLOTS}, unless --ctx is given"
-_JOB, _OUT = {"rich_help_panel": "Job"}, {"rich_help_panel": "Output"}
 
 
 @dataclass(frozen=True, slots=True)
 class _Target:
-    """Where the rows go. See the flags of the same names."""
+    """Where the rows go."""
 
     output: Path | None
-    sidecar: Sidecar | None
-    skip_existing: bool
-    order: Literal["input", "done"]
-    new: bool
-    overwrite: bool
-    retry_failed: bool
-    report: Path | None
+    options: BatchOptions
 
     def place(self, rows: Source) -> Path:
         """The file that the ledger lies beside: the output, or the folder of the images."""
@@ -84,7 +77,7 @@ class _Target:
             raise BadParameter(
                 f"The folder {path.parent} is not there or not writable: make it, or give another output."
             )
-        if self.overwrite:
+        if self.options.overwrite:
             for old in (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm"))):
                 old.unlink(missing_ok=True)
             if self.output is not None:
@@ -100,7 +93,7 @@ class _Target:
     def job(self, ledger: Ledger, spec: dict[str, Any]) -> str:
         """The name of this job in the ledger. Raises BadParameter for another job than before."""
         name, known = fingerprint(spec), ledger.jobs()
-        if known and name not in known and not self.new:
+        if known and name not in known and not self.options.new:
             changed = "; ".join(differences(list(known.values())[-1], spec))
             raise BadParameter(
                 f"The output belongs to another job: {changed}. Use another output, --new to add this job's rows to "
@@ -119,10 +112,10 @@ class _Target:
     @property
     def beside(self) -> Callable[[Item, Row], None] | None:
         """What writes a row beside its image."""
-        return None if self.sidecar is None else partial(_beside, self.sidecar)
+        return None if self.options.sidecar is None else partial(_beside, self.options.sidecar)
 
 
-def _beside(kind: Sidecar, item: Item, row: Row) -> None:
+def _beside(kind: Kind, item: Item, row: Row) -> None:
     if not isinstance(item.images[0], str) or "://" in item.images[0] or item.images[0].startswith("data:"):
         raise BadParameter("The image is no file, so nothing can be written beside it.")
     write_sidecar(sidecar_path(Path(item.images[0]), kind), kind, row)
@@ -130,6 +123,7 @@ def _beside(kind: Sidecar, item: Item, row: Row) -> None:
 
 @o.flags_of(SamplingParams, *o.ANSWER)
 @o.flags_of(EngineSettings, *o.ENGINE, "image_max_tokens", "image_min_tokens", "disk_cache", parallel=_PARALLEL)
+@o.flags_of(BatchOptions, *BatchOptions.model_fields)
 def batch(
     source: Annotated[
         str,
@@ -137,48 +131,13 @@ def batch(
     ],
     question: Annotated[
         str | None,
-        typer.Argument(metavar="[PROMPT]", help="the question; {filename}, {caption}, {COLUMN} are filled in"),
+        typer.Argument(metavar="PROMPT", help="the question; {filename}, {caption}, {COLUMN} are filled in"),
     ] = None,
     *,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="a .jsonl, .csv or .parquet file", **_OUT)
-    ] = None,
-    sidecar: Annotated[
-        Sidecar | None, typer.Option(help="write each answer beside its image: txt, json, xmp", **_OUT)
-    ] = None,
-    skip_existing: Annotated[
-        bool, typer.Option("--skip-existing", help="skip images that have a sidecar", **_OUT)
-    ] = False,
-    order: Annotated[
-        Literal["input", "done"] | None, typer.Option(help="order of the rows at the end [default: input]", **_OUT)
-    ] = None,
-    report: Annotated[
-        Path | None, typer.Option(help="HTML report [default: OUTPUT.report.html; none: no report]", **_OUT)
-    ] = None,
-    image_column: Annotated[
-        str | None, typer.Option(help="column with the image (default: found by its name)", **_JOB)
-    ] = None,
-    id_column: Annotated[
-        str | None, typer.Option("--id", help="column that names the rows (default: numbers)", **_JOB)
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="ask the first N rows only", **_JOB)] = None,
-    sampled: Annotated[int | None, typer.Option("--sample", min=1, help="ask N rows chosen at random", **_JOB)] = None,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="ask failed rows again", **_JOB)] = False,
-    new: Annotated[bool, typer.Option("--new", help="add a changed job's rows to the same output", **_JOB)] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="start over and replace the output", **_JOB)] = False,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="model processes (default: one a GPU; one on a CPU, or one a core for tiny models)", **_JOB
-        ),
-    ] = None,
+    output: Annotated[Path | None, o.output("-o", "--output", help="a .jsonl, .csv or .parquet file")] = None,
     ray: Address = None,
     cpus_per_worker: CpusPerWorker = None,
-    fetch_private: Annotated[
-        bool, typer.Option("--fetch-private", help="fetch images from private hosts and any port, too", **_JOB)
-    ] = False,
-    image_seconds: Annotated[float, typer.Option(min=0.1, help="longest time to load one image", **_JOB)] = 60.0,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="print errors only", **_OUT)] = False,
+    quiet: Annotated[bool, o.output("-q", "--quiet", help="print errors only")] = False,
     json_schema: Annotated[
         Path | None, typer.Option(help="file with a JSON schema; its fields become columns", rich_help_panel="Answer")
     ] = None,
@@ -187,35 +146,35 @@ def batch(
 ) -> None:
     """Ask one question about each image of a folder or each row of a table; resume where a run was stopped."""
     hush(quiet=quiet)
+    options = checked(BatchOptions, o.given(BatchOptions, flags))
     if ray is not None:
-        refuse(sidecar=sidecar, skip_existing=skip_existing, order=order, report=report, new=new)
+        refuse(**options.model_dump(include={"sidecar", "skip_existing", "order", "report", "new"}))
     else:
-        _check_output(output, sidecar, skip_existing=skip_existing, cpus=cpus_per_worker)
+        _check_output(output, options, cpus_per_worker)
     given = o.given(SamplingParams, flags)
     if json_schema is not None:
         given["json_schema"] = read_text(expand(json_schema), MAX_SCHEMA)
     params = checked(SamplingParams, given)
-    rows = open_source(source, image_column=image_column, id_column=id_column)
+    rows = open_source(source, image_column=options.image_column, id_column=options.id)
     if rows.note:
         tell(f"({rows.note})")
     template = _template(question, rows, params, system)
     chosen = o.given(EngineSettings, flags)
     config = read_config(chosen, os.environ, current_folder(), locate=locate, parallel=1 if flags["ctx"] else SLOTS)
     settings = config.engine(parallel=SLOTS if config.origins["ctx"] == "default" else 1)
-    asked = Question(template, params, system, seconds=image_seconds, private=fetch_private)
-    chosen_rows = _Chosen(rows, limit, sampled)
+    asked = Question(template, params, system, seconds=options.image_seconds, private=options.fetch_private)
+    chosen_rows = _Chosen(rows, options)
     if ray is not None:
-        to_ray = ToRay(output, ray, workers, cpus_per_worker, retry_failed, overwrite, quiet)
+        to_ray = ToRay(output, ray, options, cpus_per_worker, quiet)
         raise typer.Exit(to_ray.run(chosen_rows, asked, settings, is_list=source == "-", is_requests=rows.is_requests))
-    to = _Target(output, sidecar, skip_existing, order or "input", new, overwrite, retry_failed, report)
     with ExitStack() as stack:
-        raise typer.Exit(_Batch(chosen_rows, asked, settings, workers=workers, to=to, stack=stack).run())
+        raise typer.Exit(_Batch(chosen_rows, asked, settings, _Target(output, options), stack).run())
 
 
-def _check_output(output: Path | None, sidecar: Sidecar | None, *, skip_existing: bool, cpus: int | None) -> None:
-    if output is None and sidecar is None:
+def _check_output(output: Path | None, options: BatchOptions, cpus: int | None) -> None:
+    if output is None and options.sidecar is None:
         raise BadParameter("The output is missing: give -o FILE.jsonl (or .csv, .parquet), or --sidecar txt.")
-    if skip_existing and sidecar is None:
+    if options.skip_existing and options.sidecar is None:
         raise BadParameter("--skip-existing needs --sidecar: an output file keeps what is done by itself.")
     if cpus is not None:
         raise BadParameter("--cpus-per-worker is for a cluster: give --ray, too, or --workers and --threads instead.")
@@ -236,9 +195,9 @@ def _template(question: str | None, rows: Source, asked: SamplingParams, system:
 class _Chosen:
     """The rows of an input that are asked: the first ones, or some at random."""
 
-    def __init__(self, rows: Source, limit: int | None, sampled: int | None) -> None:
-        self.rows, self._limit, self._sampled = rows, limit, sampled
-        sizes = (rows.total, limit, sampled)
+    def __init__(self, rows: Source, options: BatchOptions) -> None:
+        self.rows, self._limit, self._sampled = rows, options.limit, options.sample
+        sizes = (rows.total, options.limit, options.sample)
         self.total = min((size for size in sizes if size is not None), default=None)
 
     def __iter__(self) -> Iterator[Item]:
@@ -249,24 +208,15 @@ class _Chosen:
 class _Batch:
     """One run of the command. What it opens is closed with `stack`."""
 
-    def __init__(
-        self,
-        rows: _Chosen,
-        asked: Question,
-        settings: EngineSettings,
-        *,
-        workers: int | None,
-        to: _Target,
-        stack: ExitStack,
-    ) -> None:
-        self._rows, self._asked, self._settings, self._workers, self._to = rows, asked, settings, workers, to
-        self._stack, self._skipped = stack, Counter[str]()
+    def __init__(self, rows: _Chosen, asked: Question, settings: EngineSettings, to: _Target, stack: ExitStack) -> None:
+        self._rows, self._asked, self._settings, self._to = rows, asked, settings, to
+        self._workers, self._stack, self._skipped = to.options.workers, stack, Counter[str]()
         self._fields = schema_fields(asked.params.json_schema)
         self._engine: WorkerEngine | WorkerPool | None = None
 
     def run(self) -> int:
         """Ask all rows; the exit code."""
-        to, place = self._to, self._to.place(self._rows.rows)
+        to, options, place = self._to, self._to.options, self._to.place(self._rows.rows)
         pair = resolve(self._settings.model, self._settings.mmproj)
         if self._workers is None and sum(file.stat().st_size for file in (pair.llm, pair.mmproj) if file) < _TINY:
             self._workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
@@ -276,12 +226,12 @@ class _Batch:
         job = to.job(ledger, spec)
         output = to.open(place, self._fields, ledger)
         self._stack.callback(output.close)
-        if to.retry_failed and ledger.retry_failed(job):
+        if options.retry_failed and ledger.retry_failed(job):
             output.rewrite(by_input=False)
         line = self._stack.enter_context(ProgressLine(self._rows.total))
         items: Iterable[Item] = self._rows
-        if to.skip_existing and to.sidecar is not None:
-            items = without_sidecars(items, partial(sidecar_path, kind=to.sidecar), self._skipped)
+        if options.skip_existing and options.sidecar is not None:
+            items = without_sidecars(items, partial(sidecar_path, kind=options.sidecar), self._skipped)
         run = Run(
             job,
             items,
@@ -304,7 +254,7 @@ class _Batch:
             line.stop()
             say(f"opsin: {summary(run.figures)}; the same command goes on from here")
             raise
-        output.finish(by_input=to.order == "input")
+        output.finish(by_input=options.order != "done")
         line.stop()
         self._tell_skipped()
         tell(f"({summary(run.figures)})")
@@ -344,7 +294,7 @@ class _Batch:
         return RequestAsker(ModelManager(settings, engine, slots=engine.slots), images, about, defaults)
 
     def _report(self, ledger: Ledger, job: str, place: Path) -> None:
-        path = self._to.report or place.with_name(f"{place.name}.report.html")
+        path = self._to.options.report or place.with_name(f"{place.name}.report.html")
         for line in report_text(ledger, job).splitlines():
             tell(line)
         if path.name != "none":

@@ -19,6 +19,7 @@ from opsin.core.files import expand
 from opsin.core.settings import EngineSettings
 from opsin.jobs.asker import Question
 from opsin.jobs.item import Item
+from opsin.jobs.options import BatchOptions
 from opsin.jobs.output import ENDINGS, OutputFailed
 from opsin.jobs.ray_data import RayJob, RayOutput, connect, run_on_ray, worker_resources
 from opsin.jobs.row import schema_fields
@@ -52,10 +53,8 @@ class ToRay:
 
     output: Path | None
     address: str
-    workers: int | None
+    options: BatchOptions
     cpus: int | None
-    retry_failed: bool
-    overwrite: bool
     quiet: bool
 
     @property
@@ -85,10 +84,10 @@ class ToRay:
         processes = max(2, min(16, cpus or os.cpu_count() or 1))
         job = RayJob(spec, asked, settings, schema_fields(asked.params.json_schema), str(Path.cwd()), processes)
         try:
-            with closing(RayOutput(place, spec, overwrite=self.overwrite)) as to:
+            with closing(RayOutput(place, spec, overwrite=self.options.overwrite)) as to:
                 ray = connect(self.address)
-                count, resources = worker_resources(ray, self.workers, cpus)
-                if self.retry_failed:
+                count, resources = worker_resources(ray, self.options.workers, cpus)
+                if self.options.retry_failed:
                     to.retry_failed()
                 progress = sys.stderr.isatty() and not self.quiet
                 run_on_ray(ray, job, items, to, workers=count, resources=resources, progress=progress)
