@@ -49,17 +49,15 @@ def _is_word(source: str) -> bool:
 
 
 def _in_folder(folder: str, *, recursive: bool) -> list[str]:
-    def unread(error: OSError) -> None:
-        tell(f"({error.filename}: {error.strerror})")
-
-    files, folders = list_files(Path(folder), recursive=recursive, on_error=unread)
-    images = [path for path in files if is_image(path)]
-    taken = set(images)
-    _say_left_out([path for path in files if path not in taken], "file", "no image that can be read")
+    files, folders = list_files(
+        Path(folder), recursive=recursive, on_error=lambda error: tell(f"({error.filename}: {error.strerror})")
+    )
+    images = dict.fromkeys(path for path in files if is_image(path))
+    _say_left_out([path for path in files if path not in images], "file", "no image that can be read")
     _say_left_out(folders, "folder", "-r reads folders, too")
     if not images:
         raise BadParameter(f"There is no image in the folder {folder}: it holds no file named like one.")
-    return images
+    return list(images)
 
 
 def _say_left_out(found: Sequence[str], what: str, why: str, most: int = 5) -> None:

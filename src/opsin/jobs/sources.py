@@ -20,17 +20,17 @@ from opsin.images.sniff import image_format
 from opsin.images.source import show
 from opsin.jobs.files import WEB, clean, find_files, is_address, open_file, reading
 from opsin.jobs.item import Item, Source
-from opsin.jobs.tables import MAX_ROW, csv_rows, json_rows, open_lines, open_parquet
+from opsin.jobs.tables import MAX_ROW, csv_rows, json_rows, open_table, parquet_rows
 from opsin.jobs.tars import open_tars
 
 __all__ = ["Source", "open_source"]
 
 _Opener = Callable[[Sequence[str], str | None, str | None], Source]
 _OPENERS: dict[tuple[str, ...], _Opener] = {
-    (".parquet",): open_parquet,
+    (".parquet",): partial(open_table, parquet_rows),
     (".tar", ".tar.gz", ".tgz"): open_tars,
-    (".jsonl", ".ndjson"): partial(open_lines, json_rows),
-    (".csv", ".tsv"): partial(open_lines, csv_rows),
+    (".jsonl", ".ndjson"): partial(open_table, json_rows),
+    (".csv", ".tsv"): partial(open_table, csv_rows),
 }
 _KINDS = (
     "a folder, a pattern in quotes, an image, a .jsonl, .csv, .tsv, .parquet or .tar file, or - for a list of images"
@@ -67,11 +67,8 @@ def _open(text: str, image_column: str | None, id_column: str | None, *, recursi
         _check_image(text)
         return _image_files(os.fspath(Path(text).parent), [text], skipped)
     root, names = found
-    images, others = list[str](), list[str]()
-    for name in names:
-        (images if name.lower().endswith(ENDINGS) and (is_address(name) or is_image(name)) else others).append(name)
-    if images:
-        skipped.update(map(_ending, others))
+    if images := [name for name in names if name.lower().endswith(ENDINGS) and (is_address(name) or is_image(name))]:
+        skipped.update(map(_ending, set(names).difference(images)))
         return _image_files(root, images, skipped)
     for opener in _OPENERS.values():
         if parts := [name for name in names if _opener(name) is opener]:

@@ -51,8 +51,7 @@ class _Table:
                     yield self._item(name, place, number, cells)
 
     def _item(self, name: str, place: int, number: int, cells: Cells | ValueError) -> Item:
-        named = self.image is None or self.id is not None
-        key, source = f"row {number}" if named else str(number), f"{clean(name)}#{place}"
+        key, source = str(number) if self.id is None else f"row {number}", f"{clean(name)}#{place}"
         try:
             if isinstance(cells, ValueError):
                 raise cells
@@ -61,7 +60,7 @@ class _Table:
             key = key if self.id is None else name_of(cells, self.id)
             images = tuple(_images(cells.get(self.image)))
         except ValueError as error:
-            counted = "Row" if self.rows is _parquet_rows else "Line"
+            counted = "Row" if self.rows is parquet_rows else "Line"
             return Item(key, source, error=BadInput(f"{counted} {place} of {show(name)} {error}."))
         if isinstance(images[0], str) and images[0][:5].lower() != "data:":
             source = clean(images[0])
@@ -69,50 +68,45 @@ class _Table:
         return Item(key, source, tuple(_beside(name, image) for image in images), columns)
 
 
-def open_lines(rows: Callable[[str], Rows], names: Sequence[str], image: str | None, row_id: str | None) -> Source:
-    """CSV, JSON Lines, or these in OpenAI's batch form. Raises BadInput and OSError."""
-    columns, total = dict[str, None](), None
-    for _, cells in islice(rows(names[0]), _LOOKED_AT):
-        columns |= {} if isinstance(cells, ValueError) else dict.fromkeys(cells)
-    if not columns:
-        raise BadInput(f"{show(names[0])} holds no rows that can be read: check its format.")
-    if not any(map(is_address, names)) and sum(Path(name).stat().st_size for name in names) <= _COUNTED:
-        total = sum(1 for name in names for _ in rows(name))
+def open_table(rows: Callable[[str], Rows], names: Sequence[str], image: str | None, row_id: str | None) -> Source:
+    """Files of one kind, the parts of one table; its image column is found by its name unless it is given.
+
+    Raises BadInput, and what `reading` knows.
+    """
+    columns, total = _parquet_head(names) if rows is parquet_rows else _text_head(rows, names)
     if rows is json_rows and {"custom_id", "body"} <= columns.keys():
-        return Source(_Table(names, rows, None, None).items, total, is_requests=True)
-    return _source(names, rows, tuple(columns), total, (image, row_id))
-
-
-def open_parquet(names: Sequence[str], image: str | None, row_id: str | None) -> Source:
-    """Parquet files, the parts of one table. Raises BadInput, and what `reading` knows."""
-    total, columns = 0, tuple[str, ...]()
-    for name in names:
-        with open_file(name) as file, _open_parquet(file) as parquet:
-            total += parquet.metadata.num_rows
-            columns = columns or tuple(parquet.schema_arrow.names)
-    return _source(names, _parquet_rows, columns, total, (image, row_id))
-
-
-def _source(
-    names: Sequence[str],
-    rows: Callable[[str], Rows],
-    columns: tuple[str, ...],
-    total: int | None,
-    wanted: tuple[str | None, str | None],
-) -> Source:
-    """The table, with its image column found by its name unless it is `wanted`."""
+        return Source(_Table(names, rows, None, "custom_id").items, total, is_requests=True)
     table, there = show(names[0]), f"it has {', '.join(map(show, columns))}"
-    if total == 0:
-        raise BadInput(f"{table} holds no rows: give a table with some.")
-    for column in filter(None, wanted):
+    if total == 0 or not columns:
+        raise BadInput(f"{table} holds no rows that can be read: check its format.")
+    for column in filter(None, (image, row_id)):
         if column not in columns:
             raise BadInput(f"{table} has no column {show(column)}: {there}.")
     folded = {column.casefold(): column for column in reversed(columns)}
-    image = wanted[0] or next((folded[name] for name in IMAGE_COLUMNS if name in folded), None)
-    if image is None:
+    found = image or next((folded[name] for name in IMAGE_COLUMNS if name in folded), None)
+    if found is None:
         raise BadInput(f"No column of {table} is named like images: say which with --image-column; {there}.")
-    note = "" if wanted[0] else f"(images are taken from the column {image!r}; --image-column takes another)"
-    return Source(_Table(names, rows, image, wanted[1]).items, total, columns, note=note)
+    note = "" if image else f"(images are taken from the column {found!r}; --image-column takes another)"
+    return Source(_Table(names, rows, found, row_id).items, total, tuple(columns), note=note)
+
+
+def _text_head(rows: Callable[[str], Rows], names: Sequence[str]) -> tuple[dict[str, None], int | None]:
+    """The columns, and how many rows there are where it takes little time to read them once more."""
+    columns = dict[str, None]()
+    for _, cells in islice(rows(names[0]), _LOOKED_AT):
+        columns |= {} if isinstance(cells, ValueError) else dict.fromkeys(cells)
+    if any(map(is_address, names)) or sum(Path(name).stat().st_size for name in names) > _COUNTED:
+        return columns, None
+    return columns, sum(1 for name in names for _ in rows(name))
+
+
+def _parquet_head(names: Sequence[str]) -> tuple[dict[str, None], int]:
+    columns, total = dict[str, None](), 0
+    for name in names:
+        with open_file(name) as file, _open_parquet(file) as parquet:
+            total += parquet.metadata.num_rows
+            columns = columns or dict.fromkeys(parquet.schema_arrow.names)
+    return columns, total
 
 
 def name_of(cells: Cells, column: str) -> str:
@@ -124,11 +118,10 @@ def name_of(cells: Cells, column: str) -> str:
 
 
 def _body(cells: Cells) -> Cells:
-    if not str(cells.get("url")).endswith("/chat/completions"):
-        raise ValueError("has another url than /v1/chat/completions, the only one that is answered here")
-    if isinstance(body := cells.get("body"), dict):
-        return body
-    raise ValueError("has no body: give a chat request as a JSON object")
+    body = cells.get("body")
+    if not isinstance(body, dict) or not str(cells.get("url")).endswith("/chat/completions"):
+        raise ValueError("is no chat request: give the url /v1/chat/completions and a body that is a JSON object")
+    return body
 
 
 def _images(value: Any) -> Iterator[ImageRef]:
@@ -225,7 +218,8 @@ def _open_parquet(file: BufferedReader) -> Any:
     return parquet.ParquetFile(file, buffer_size=2**20)
 
 
-def _parquet_rows(name: str) -> Rows:
+def parquet_rows(name: str) -> Rows:
+    """Parquet."""
     with open_file(name) as file, _open_parquet(file) as parquet:
         about, done = parquet.metadata, 0
         groups = map(about.row_group, range(about.num_row_groups))

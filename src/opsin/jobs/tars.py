@@ -109,7 +109,8 @@ class _Shard:
             try:
                 # 1.jpg is the image also where 1.depth.png is before it.
                 if is_image and (image is None or ("." in chosen and "." not in ending)):
-                    image, chosen = self._image_in(member), ending
+                    part = FilePart(self._name, member.offset_data, member.size)
+                    image, chosen = part if self._in_place else self._read(member), ending
                 elif ending == "txt":
                     columns["caption"] = self._read(member).decode("utf-8", "replace").strip()
                 elif ending == "json":
@@ -129,9 +130,6 @@ class _Shard:
             yield Item(row_id, source, error=BadInput(f"{show(key)} of {show(self._name)} {wrong}."))
         elif image is not None:
             yield Item(row_id, source, (image,), columns)
-
-    def _image_in(self, member: tarfile.TarInfo) -> ImageRef:
-        return FilePart(self._name, member.offset_data, member.size) if self._in_place else self._read(member)
 
     def _read(self, member: tarfile.TarInfo) -> bytes:
         if member.size > MOST_BYTES:
