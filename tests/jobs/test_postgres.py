@@ -125,7 +125,7 @@ def test_the_store_on_postgresql(database: str) -> None:
     assert stores[0].take_batch() is None
     assert (batch["id"], batch["metadata"]) == (made["id"], {"ü": "x"})
     # One row of the whole file: its place is not within one chunk.
-    stores[1].move(batch, "in_progress", [("a", 5, 2 * 2**20)])
+    stores[1].begin(batch, [("a", 5, 2 * 2**20)])
     (row,) = stores[0].claim("m", 3)
     assert row.line == data[5 : 5 + 2 * 2**20]
     assert stores[1].claim("m", 3) == []

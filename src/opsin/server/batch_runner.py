@@ -175,26 +175,16 @@ class BatchRunner:
     def _work_on_one(self, store: BatchStore) -> bool:
         """Check or end one batch; False when there is none."""
         batch = store.take_batch()
-        if batch is None:
-            return False
-        if batch["status"] == "validating":
+        if batch is not None and batch["status"] == "validating":
             rows, errors = self._read(store.lines(batch, self.settings.max_body_bytes), batch["endpoint"])
-            if errors:
-                store.move(batch, "failed", errors=errors)
-            else:
-                store.move(batch, "in_progress", rows)
-        elif batch["status"] == "cancelling":
-            store.end(batch, "cancelled")
-        elif batch["completed"] + batch["failed"] == batch["total"]:
-            store.end(batch, "completed")
-        else:
-            failed = batch["total"] - batch["completed"]
-            store.end(batch, "expired", functools.partial(_result, error=_EXPIRED), failed=failed)
-        return True
+            store.begin(batch, rows, errors)
+        elif batch is not None:
+            store.end(batch, functools.partial(_result, error=_EXPIRED))
+        return batch is not None
 
     def _read(
         self, lines: Iterable[tuple[int, bytes]], endpoint: str
-    ) -> tuple[list[tuple[str, int, int]], list[dict[str, Any]]]:
+    ) -> tuple[Iterable[tuple[str, int, int]], list[dict[str, Any]]]:
         """The rows of a batch's input, or what is wrong with them, as the batch's `errors` say it."""
         rows: dict[str, tuple[str, int, int]] = {}
         errors: list[dict[str, Any]] = []
@@ -214,7 +204,7 @@ class BatchRunner:
                     break
         if not rows and not errors:
             errors.append(_wrong("empty_file", "The file has no rows: write one JSON object a line."))
-        return list(rows.values()), errors
+        return rows.values(), errors
 
     def _read_line(self, line: bytes, endpoint: str, known: Container[str]) -> str | dict[str, Any]:
         """The custom_id of a row, or what is wrong with it."""

@@ -33,6 +33,7 @@ MAX_OPEN = 100
 """Batches of a key that have not ended."""
 OPEN = ("validating", "in_progress", "finalizing", "cancelling")
 _KINDS = {"file": FILES, "batch": BATCHES}
+_F, _B, _R = FILES.c, BATCHES.c, ROWS.c
 _RESULTS = {"yield_per": 32}  # so many are in memory together
 Kind = Literal["file", "batch"]
 
@@ -47,26 +48,20 @@ class BatchStore:
     def __init__(self, place: Path | str) -> None:
         url = read_url(place)
         self.holder = secrets.token_hex(8)
-        self._owners_turn, self._ahead = "", 0.0
+        self._owners_turn = ""
         try:
             self._engine = connect(url)
             with self._engine.begin() as c:
-                self._make_tables(c)
+                if url.drivername != "sqlite":
+                    c.execute(sa.text("SELECT pg_advisory_xact_lock(7206319)"))  # two servers may start together
+                TABLES.create_all(c)
+                if url.drivername == "sqlite":  # whoever held something is gone; else some work is done twice
+                    _free(c)
         except ImportError:
             raise BadParameter("PostgreSQL needs psycopg: pip install 'opsin[postgres]'.") from None
         except (SQLAlchemyError, OSError) as error:
-            reason, shown = _reason(error), url.render_as_string(hide_password=True)
-            raise BadParameter(
-                f"The batch store {shown} cannot be opened ({reason}): give another (--batch-store)."
-            ) from None
-
-    def _make_tables(self, c: sa.Connection) -> None:
-        if postgresql := c.dialect.name != "sqlite":
-            c.execute(sa.text("SELECT pg_advisory_xact_lock(7206319)"))  # two servers may start together
-            self._ahead = float(c.scalar(sa.text("SELECT extract(epoch FROM clock_timestamp())")) or 0) - time.time()
-        TABLES.create_all(c)
-        if not postgresql:
-            _free(c)  # whoever held them is gone; another server that has the file, too, only does some work twice
+            said = f"The batch store {url.render_as_string(hide_password=True)} cannot be opened ({_reason(error)})"
+            raise BadParameter(f"{said}: give another (--batch-store).") from None
 
     def close(self) -> None:
         """Let the database go, and what this server holds, too."""
@@ -83,10 +78,6 @@ class BatchStore:
         except (SQLAlchemyError, OSError) as error:
             _LOG.error("the batch store failed: %s", _reason(error))
             raise StoreFailed("The store of files and batches cannot be used now: the server's log says why.") from None
-
-    def now(self) -> float:
-        """The time, by the database's clock, which its servers share."""
-        return time.time() + self._ahead
 
     # Files and batches of one owner.
 
@@ -105,7 +96,7 @@ class BatchStore:
         table = _KINDS[kind]
         number, query = table.c.number, sa.select(table).where(table.c.owner == owner)
         if purpose:
-            query = query.where(FILES.c.purpose == purpose)
+            query = query.where(_F.purpose == purpose)
         with self._begin() as c:
             if after is not None:
                 last = _found(c, kind, owner, after, "after")["number"]
@@ -116,7 +107,7 @@ class BatchStore:
 
     def put(self, owner: str, filename: str, file: IO[bytes], *, seconds: int, most_stored: int) -> sa.RowMapping:
         """Keep an uploaded file for that long. Raises BadField when the owner has too much."""
-        mine = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(FILES.c.bytes), 0)).where(FILES.c.owner == owner)
+        mine = sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(_F.bytes), 0)).where(_F.owner == owner)
         with self._begin() as c:
             count, stored = c.execute(mine).one()
             if count >= MAX_FILES or stored + file.seek(0, os.SEEK_END) > most_stored:
@@ -128,7 +119,7 @@ class BatchStore:
             return self._write(c, file, seconds, owner=owner, filename=filename, purpose="batch")
 
     def _write(self, c: sa.Connection, file: IO[bytes], seconds: int, **values: str) -> sa.RowMapping:
-        now = int(self.now())
+        now = int(time.time())
         times = {"created_at": now, "expires_at": now + seconds}
         row = {"id": f"file-{secrets.token_hex(16)}", "bytes": file.seek(0, os.SEEK_END), **times, **values}
         kept = c.execute(sa.insert(FILES).values(row).returning(FILES)).mappings().one()
@@ -146,20 +137,18 @@ class BatchStore:
         """Raises NotFound, and BadField while a batch reads it."""
         with self._begin() as c:
             number = _found(c, "file", owner, name)["number"]
-            reading = sa.select(BATCHES.c.id).where(BATCHES.c.input_file_id == name, BATCHES.c.status.in_(OPEN))
+            reading = sa.select(_B.id).where(_B.input_file_id == name, _B.status.in_(OPEN))
             if (batch := c.scalar(reading.limit(1))) is not None:
                 raise BadField(f"The file is the input of {batch}: wait for its end, or cancel it first.", "file_id")
-            _drop(c, FILES.c.number == number)
+            _drop(c, _F.number == number)
 
     def create(self, owner: str, seconds: int, **values: Any) -> sa.RowMapping:
-        """A new batch that ends after `seconds`. Raises NotFound for its input, BadField, and QueueFull."""
-        now = int(self.now())
+        """A new batch that ends after `seconds`. Raises NotFound for its input, and QueueFull."""
+        now = int(time.time())
         values |= {"id": f"batch_{secrets.token_hex(16)}", "owner": owner, "status": "validating", "created_at": now}
         with self._begin() as c:
-            file = _found(c, "file", owner, values["input_file_id"], "input_file_id")
-            if file["purpose"] != "batch":
-                raise BadField("The input was not uploaded for a batch: upload it with purpose batch.", "input_file_id")
-            open_ones = sa.select(sa.func.count()).where(BATCHES.c.owner == owner, BATCHES.c.status.in_(OPEN))
+            _found(c, "file", owner, values["input_file_id"], "input_file_id")
+            open_ones = sa.select(sa.func.count()).where(_B.owner == owner, _B.status.in_(OPEN))
             if (c.scalar(open_ones) or 0) >= MAX_OPEN:
                 raise QueueFull(f"This key has {MAX_OPEN} batches that have not ended, the limit: wait for one.")
             made = sa.insert(BATCHES).values(**values, expires_at=now + seconds).returning(BATCHES)
@@ -167,17 +156,16 @@ class BatchStore:
 
     def cancel(self, owner: str, name: str) -> sa.RowMapping:
         """Begin no more of its requests. Raises NotFound, and BadField for a batch that has ended."""
-        values = {"status": "cancelling", "cancelling_at": int(self.now()), "holder": None, "lease": 0.0}
+        which = (_B.id == name, _B.owner == owner, _B.status.in_(("validating", "in_progress", "cancelling")))
+        since = sa.func.coalesce(_B.cancelling_at, int(time.time()))
+        values = {"status": "cancelling", "cancelling_at": since, "holder": None, "lease": 0.0}
         with self._begin() as c:
-            which = sa.and_(BATCHES.c.id == name, BATCHES.c.owner == owner)
-            c.execute(
-                sa.update(BATCHES).where(which, BATCHES.c.status.in_(("validating", "in_progress"))).values(values)
-            )
-            batch = _found(c, "batch", owner, name)
-        if batch["status"] != "cancelling":
-            said = f"The batch is {batch['status']}: only one that is validated or runs can be cancelled."
-            raise BadField(said, "batch_id")
-        return batch
+            cancelled = sa.update(BATCHES).where(*which).values(values).returning(BATCHES)
+            if (batch := c.execute(cancelled).mappings().first()) is None:
+                status = _found(c, "batch", owner, name)["status"]
+                said = f"The batch is {status}: only one that is validated or runs can be cancelled."
+                raise BadField(said, "batch_id")
+            return batch
 
     # Batches that begin or end: one server at a time works on one.
 
@@ -186,24 +174,23 @@ class BatchStore:
 
         One that this server holds already comes last: its work has failed.
         """
-        now, b = self.now(), BATCHES.c
-        running = sa.exists().where(ROWS.c.batch == b.number, ROWS.c.good.is_(None), ROWS.c.lease > now)
-        over = sa.and_(b.status == "in_progress", sa.or_(b.completed + b.failed >= b.total, b.expires_at <= now))
-        due = sa.or_(
-            b.status.in_(("validating", "finalizing")), sa.and_(sa.or_(over, b.status == "cancelling"), ~running)
-        )
-        free = sa.or_(b.lease <= now, b.holder == self.holder)
-        first = sa.select(b.number).where(due, free).order_by(b.lease, b.number).limit(1)
-        began = b.status == "in_progress"
+        now = time.time()
+        running = sa.exists().where(_R.batch == _B.number, _R.good.is_(None), _R.lease > now)
+        began = _B.status == "in_progress"
+        over = sa.and_(began, sa.or_(_B.completed + _B.failed >= _B.total, _B.expires_at <= now))
+        ends = sa.and_(sa.or_(over, _B.status == "cancelling"), ~running)
+        due = sa.or_(_B.status.in_(("validating", "finalizing")), ends)
+        free = sa.or_(_B.lease <= now, _B.holder == self.holder)
+        first = sa.select(_B.number).where(due, free).order_by(_B.lease, _B.number).limit(1)
         values = {
             "holder": self.holder,
             "lease": now + LEASE_SECONDS,
-            "status": sa.case((began, "finalizing"), else_=b.status),
-            "finalizing_at": sa.case((began, int(now)), else_=b.finalizing_at),
+            "status": sa.case((began, "finalizing"), else_=_B.status),
+            "finalizing_at": sa.case((began, int(now)), else_=_B.finalizing_at),
         }
+        number = first.with_for_update(skip_locked=True).scalar_subquery()
         with self._begin() as c:
-            number = first.with_for_update(skip_locked=True).scalar_subquery()
-            taken = sa.update(BATCHES).where(b.number == number).values(values).returning(BATCHES)
+            taken = sa.update(BATCHES).where(_B.number == number).values(values).returning(BATCHES)
             return c.execute(taken).mappings().first()
 
     def lines(self, batch: sa.RowMapping, most: int) -> Iterator[tuple[int, bytes]]:
@@ -222,8 +209,8 @@ class BatchStore:
         if held:
             yield start, held
 
-    def move(self, batch: sa.RowMapping, status: str, rows: Iterable[tuple[str, int, int]] = (), **values: Any) -> None:
-        """Give a batch that this server holds its next status, and `rows` of custom_id, place and size.
+    def begin(self, batch: sa.RowMapping, rows: Iterable[tuple[str, int, int]], errors: Sequence[Any] = ()) -> None:
+        """Let a batch that this server holds run, with `rows` of custom_id, place and size; with `errors` it fails.
 
         Raises StoreFailed if it was cancelled or lost meanwhile.
         """
@@ -232,39 +219,42 @@ class BatchStore:
             for n, (name, start, size) in enumerate(rows)
         ]
         with self._begin() as c:
-            if new:
+            if errors:
+                self._move(c, batch, "failed", errors=errors)
+            else:
                 c.execute(sa.insert(ROWS), new)
-            self._move(c, batch, status, {**values, "total": len(new)})
+                self._move(c, batch, "in_progress", total=len(new))
 
-    def _move(self, c: sa.Connection, batch: sa.RowMapping, status: str, values: dict[str, Any]) -> None:
-        b = BATCHES.c
-        mine = sa.and_(b.number == batch["number"], b.holder == self.holder, b.status == batch["status"])
-        values |= {"status": status, f"{status}_at": int(self.now()), "holder": None, "lease": 0.0}
-        if not c.execute(sa.update(BATCHES).where(mine).values(values)).rowcount:
+    def _move(self, c: sa.Connection, batch: sa.RowMapping, status: str, **values: Any) -> None:
+        mine = (_B.number == batch["number"], _B.holder == self.holder, _B.status == batch["status"])
+        values |= {"status": status, f"{status}_at": int(time.time()), "holder": None, "lease": 0.0}
+        if not c.execute(sa.update(BATCHES).where(*mine).values(values)).rowcount:
             raise StoreFailed(f"{batch['id']} was cancelled, or another server has it now.")
 
-    def end(
-        self, batch: sa.RowMapping, status: str, missing: Callable[[str], bytes] | None = None, **values: Any
-    ) -> None:
+    def end(self, batch: sa.RowMapping, missing: Callable[[str], bytes]) -> None:
         """Give a batch its last status and its files, which have the results in the order of their rows.
 
-        `missing` gives the line of a row without a result, by its custom_id. Raises StoreFailed as `move` does.
+        `missing` gives the line of a row that an expired batch did not answer, by its custom_id. Raises StoreFailed
+        as `begin` does.
         """
-        r = ROWS.c
-        mine = sa.select(r.custom_id, r.good, r.result).where(r.batch == batch["number"]).order_by(r.n)
+        counts, status = {"failed": batch["failed"]}, "cancelled" if batch["status"] == "cancelling" else "completed"
+        if status == "completed" and batch["completed"] + batch["failed"] < batch["total"]:
+            counts, status = {"failed": batch["total"] - batch["completed"]}, "expired"
+        mine, files = _R.batch == batch["number"], {}
+        results = sa.select(_R.custom_id, _R.good, _R.result).where(mine).order_by(_R.n)
         with self._begin() as c, TemporaryFile() as output, TemporaryFile() as error:
-            for row in c.execute(mine, execution_options=_RESULTS):
-                if row.good is not None:
+            for row in c.execute(results, execution_options=_RESULTS):
+                if row.result is not None:
                     (output if row.good else error).write(row.result)
-                elif missing is not None:
+                elif status == "expired":
                     error.write(missing(row.custom_id))
             for kind, file in (("output", output), ("error", error)):
                 if file.tell():
                     names = {"filename": f"{batch['id']}_{kind}.jsonl", "purpose": "batch_output"}
                     made = self._write(c, file, batch["output_seconds"], owner=batch["owner"], **names)
-                    values[f"{kind}_file_id"] = made["id"]
-            c.execute(sa.delete(ROWS).where(r.batch == batch["number"]))
-            self._move(c, batch, status, values)
+                    files[f"{kind}_file_id"] = made["id"]
+            c.execute(sa.delete(ROWS).where(mine))
+            self._move(c, batch, status, **counts, **files)
 
     # Rows: each with one server at a time.
 
@@ -278,64 +268,60 @@ class BatchStore:
         return rows
 
     def _claim_one(self, c: sa.Connection, model: str) -> Row | None:
-        now, b, r = self.now(), BATCHES.c, ROWS.c
-        waiting = sa.and_(r.batch == b.number, r.good.is_(None), r.lease <= now)
-        going = sa.and_(b.status == "in_progress", b.model == model, b.expires_at > now, sa.exists().where(waiting))
-        order = (b.owner <= self._owners_turn, b.owner, b.number)
-        batch = c.execute(sa.select(BATCHES).where(going).order_by(*order).limit(1)).mappings().first()
-        if batch is None:
+        now = time.time()
+        waiting = (_R.good.is_(None), _R.lease <= now)
+        going = (_B.status == "in_progress", _B.model == model, _B.expires_at > now)
+        some = sa.select(BATCHES).where(*going, sa.exists().where(_R.batch == _B.number, *waiting))
+        next_one = some.order_by(_B.owner <= self._owners_turn, _B.owner, _B.number).limit(1)
+        if (batch := c.execute(next_one).first()) is None:
             return None
-        which = sa.and_(r.batch == batch["number"], r.good.is_(None), r.lease <= now)
-        n = sa.select(r.n).where(which).order_by(r.n).limit(1).with_for_update(skip_locked=True).scalar_subquery()
+        mine = _R.batch == batch.number
+        n = sa.select(_R.n).where(mine, *waiting).order_by(_R.n).limit(1).with_for_update(skip_locked=True)
         values = {"holder": self.holder, "lease": now + LEASE_SECONDS}
-        taken = sa.update(ROWS).where(r.batch == batch["number"], r.n == n).values(values).returning(ROWS)
-        if (row := c.execute(taken).mappings().first()) is None:
+        taken = sa.update(ROWS).where(mine, _R.n == n.scalar_subquery()).values(values).returning(ROWS)
+        if (row := c.execute(taken).first()) is None:
             return None  # another server takes it at this moment
-        first, skip = divmod(row["start"], CHUNK)
-        f, k = FILES.c, CHUNKS.c
-        part = sa.func.substr(k.data, sa.case((k.n == first, skip + 1), else_=1), row["size"], type_=sa.LargeBinary)
-        among = k.n.between(first, (row["start"] + row["size"] - 1) // CHUNK)
-        parts = sa.select(part).where(f.id == batch["input_file_id"], k.file == f.number, among).order_by(k.n)
-        line = b"".join(c.scalars(parts))[: row["size"]]
-        same = {name: row[name] for name in ("batch", "n", "custom_id", "attempt")}
-        return Row(**same, owner=batch["owner"], endpoint=batch["endpoint"], line=line)
+        chunk, (first, skip) = CHUNKS.c, divmod(row.start, CHUNK)
+        part = sa.func.substr(chunk.data, sa.case((chunk.n == first, skip + 1), else_=1), row.size)
+        among = chunk.n.between(first, (row.start + row.size - 1) // CHUNK)
+        file = sa.and_(_F.id == batch.input_file_id, _F.number == chunk.file)
+        parts = c.scalars(sa.select(sa.type_coerce(part, sa.LargeBinary)).where(file, among).order_by(chunk.n))
+        line = b"".join(parts)[: row.size]
+        return Row(row.batch, row.n, row.custom_id, row.attempt, batch.owner, batch.endpoint, line)
+
+    def _change(self, c: sa.Connection, row: Row, **values: Any) -> bool:
+        """Change a row; False if this server has lost it."""
+        mine = (_R.batch == row.batch, _R.n == row.n, _R.holder == self.holder, _R.good.is_(None))
+        return bool(c.execute(sa.update(ROWS).where(*mine).values(values)).rowcount)
 
     def finish(self, row: Row, result: bytes, *, good: bool) -> bool:
         """Keep a row's result, unless this server has lost the row; whether its batch has all now."""
-        b = BATCHES.c
-        count = b.completed if good else b.failed
+        count = _B.completed if good else _B.failed
+        counted = sa.update(BATCHES).where(_B.number == row.batch).values({count: count + 1})
         with self._begin() as c:
-            if not c.execute(sa.update(ROWS).where(self._mine(row)).values(good=good, result=result)).rowcount:
-                return False
-            counted = sa.update(BATCHES).where(b.number == row.batch).values({count: count + 1})
-            return bool(c.scalar(counted.returning(b.completed + b.failed >= b.total)))
+            changed = self._change(c, row, good=good, result=result)
+            return changed and bool(c.scalar(counted.returning(_B.completed + _B.failed >= _B.total)))
 
     def give_back(self, row: Row, seconds: float, *, counted: bool) -> None:
         """Let another try a row, after that many seconds; `counted` is one attempt more."""
-        values = {"holder": None, "lease": self.now() + seconds, "attempt": row.attempt + counted}
         with self._begin() as c:
-            c.execute(sa.update(ROWS).where(self._mine(row)).values(values))
-
-    def _mine(self, row: Row) -> Any:
-        r = ROWS.c
-        return sa.and_(r.batch == row.batch, r.n == row.n, r.holder == self.holder, r.good.is_(None))
+            self._change(c, row, holder=None, lease=time.time() + seconds, attempt=row.attempt + counted)
 
     def renew(self, rows: Iterable[Row]) -> None:
         """Keep `rows` and the batch that this server works on."""
-        b = BATCHES.c
-        held = [sa.update(ROWS).where(self._mine(row)) for row in rows]
-        held.append(sa.update(BATCHES).where(b.holder == self.holder))
+        lease = time.time() + LEASE_SECONDS
         with self._begin() as c:
-            for one in held:
-                c.execute(one.values(lease=self.now() + LEASE_SECONDS))
+            for row in rows:
+                self._change(c, row, lease=lease)
+            c.execute(sa.update(BATCHES).where(_B.holder == self.holder).values(lease=lease))
 
     def clean_up(self, keep_seconds: int) -> None:
         """Delete files whose time is over, and batches that ended that long ago."""
-        now, b = self.now(), BATCHES.c
-        read = sa.select(b.input_file_id).where(b.status.in_(OPEN))
+        now = time.time()
+        read = sa.select(_B.input_file_id).where(_B.status.in_(OPEN))
         with self._begin() as c:
-            _drop(c, sa.and_(FILES.c.expires_at <= now, FILES.c.id.not_in(read)))
-            c.execute(sa.delete(BATCHES).where(b.status.not_in(OPEN), b.created_at <= now - keep_seconds))
+            _drop(c, sa.and_(_F.expires_at <= now, _F.id.not_in(read)))
+            c.execute(sa.delete(BATCHES).where(_B.status.not_in(OPEN), _B.created_at <= now - keep_seconds))
 
 
 def _reason(error: Exception) -> str:
@@ -343,7 +329,7 @@ def _reason(error: Exception) -> str:
 
 
 def _drop(c: sa.Connection, which: Any) -> None:
-    c.execute(sa.delete(CHUNKS).where(CHUNKS.c.file.in_(sa.select(FILES.c.number).where(which))))
+    c.execute(sa.delete(CHUNKS).where(CHUNKS.c.file.in_(sa.select(_F.number).where(which))))
     c.execute(sa.delete(FILES).where(which))
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.engine import URL, make_url
@@ -16,6 +14,7 @@ from opsin.core.errors import BadParameter
 
 CHUNK = 2**20
 """Bytes of a piece of a file."""
+_PRAGMAS = "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL; PRAGMA journal_size_limit=67108864"
 TABLES = sa.MetaData()
 _NUMBER = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 
@@ -70,8 +69,7 @@ ROWS = sa.Table(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """A request of a batch, held by this server. `attempt` is how often it failed for reasons that are not its own."""
 
     batch: int
@@ -102,14 +100,9 @@ def connect(url: URL) -> sa.Engine:
         return sa.create_engine(url, pool_pre_ping=True, connect_args={"connect_timeout": 10})
     file = Path(url.database or "")
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))
+    file.touch(0o600)
     # One transaction at a time, which holds the file from its beginning on.
     engine = sa.create_engine(url, pool_size=1, max_overflow=0, connect_args={"timeout": 30, "isolation_level": None})
-    sa.event.listen(engine, "connect", _prepare_sqlite)
+    sa.event.listen(engine, "connect", lambda c, _: c.executescript(_PRAGMAS))
     sa.event.listen(engine, "begin", lambda c: c.exec_driver_sql("BEGIN IMMEDIATE"))
     return engine
-
-
-def _prepare_sqlite(connection: Any, _: Any) -> None:
-    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "journal_size_limit=67108864"):
-        connection.execute(f"PRAGMA {pragma}").close()

@@ -40,8 +40,7 @@ class TooLarge(BadField, http_status=413):
 async def upload(request: Request, client: Asking) -> Response | dict[str, Any]:
     """Keep a file for a batch."""
     uploads = request.app.state.uploads
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "multipart/form-data":
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         return ErrorResponse(415, "Send a form, with Content-Type: multipart/form-data.", "wrong_content_type")
     if uploads.locked():
         wait = {"Retry-After": "1"}

@@ -408,7 +408,7 @@ def add(store: BatchStore, owner: str, rows: int) -> Any:
     batch = store.take_batch()
     assert batch is not None
     places = [(f"{owner}{i}", start, len(line)) for i, (start, line) in enumerate(store.lines(batch, 10**6))]
-    store.move(batch, "in_progress", places)
+    store.begin(batch, places)
     return batch
 
 
@@ -461,7 +461,7 @@ def test_old_files_and_batches_go_but_not_the_input_of_a_running_one(
     store.cancel("me", batch["id"])
     ending = store.take_batch()
     assert ending is not None
-    store.end(ending, "cancelled")
+    store.end(ending, str.encode)
     store.clean_up(50)
     assert store.page("file", "me", None, 9)[0] == store.page("batch", "me", None, 9)[0] == []
     for one in (store, two):
