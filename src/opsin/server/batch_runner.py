@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -27,8 +27,7 @@ from opsin.server.middleware import wrong_json
 from opsin.server.schema import Sent, dumps
 
 if TYPE_CHECKING:  # SQLAlchemy takes long to import, and most servers never need it
-    from opsin.server.batch_store import BatchStore
-    from opsin.server.batch_tables import Row
+    from opsin.server.batch_store import BatchStore, Row
 
 T = TypeVar("T")
 _LOG = logging.getLogger("opsin.server")
@@ -189,25 +188,21 @@ class BatchRunner:
         rows: dict[str, tuple[str, int, int]] = {}
         errors: list[dict[str, Any]] = []
         for number, (start, line) in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            if len(rows) == self.settings.max_batch_rows:
-                text = f"The file has more than {len(rows):,} rows, the limit: split it."
-                errors.append(_wrong("too_many_rows", text, line=number))
-                break
-            found = self._read_line(line, endpoint, rows)
+            found = self._read_line(line, endpoint, rows) if line.strip() else None
             if isinstance(found, str):
                 rows[found] = found, start, len(line)
-            else:
+            elif found is not None:
                 errors.append({**found, "line": number})
-                if len(errors) == MAX_ERRORS:
+                if len(errors) == MAX_ERRORS or found["code"] == "too_many_rows":
                     break
         if not rows and not errors:
             errors.append(_wrong("empty_file", "The file has no rows: write one JSON object a line."))
         return rows.values(), errors
 
-    def _read_line(self, line: bytes, endpoint: str, known: Container[str]) -> str | dict[str, Any]:
+    def _read_line(self, line: bytes, endpoint: str, known: Collection[str]) -> str | dict[str, Any]:
         """The custom_id of a row, or what is wrong with it."""
+        if len(known) == self.settings.max_batch_rows:
+            return _wrong("too_many_rows", f"The file has more than {len(known):,} rows, the limit: split it.")
         if len(line) > (most := self.settings.max_body_bytes):
             return _wrong("line_too_long", f"The line has more than {most:,} bytes, the limit: send smaller images.")
         if wrong_json(line):
@@ -218,17 +213,13 @@ class BatchRunner:
             found = error.errors()[0]
             param = str(found["loc"][0]) if found["loc"] else None
             return _wrong(f"invalid_{param or 'json_line'}", f"{found_wrong(param or 'line', found['msg'])}.", param)
+        url = f"The url must be {endpoint}, the endpoint of the batch."
         checks = (
-            (
-                row.custom_id in known,
-                "duplicate_custom_id",
-                "An earlier line has this custom_id: change one.",
-                "custom_id",
-            ),
-            (row.url != endpoint, "invalid_url", f"The url must be {endpoint}, the endpoint of the batch.", "url"),
-            (row.body.get("stream"), "streaming_unsupported", "Leave stream out: a batch does not.", "body.stream"),
+            (row.custom_id in known, "duplicate_custom_id", "custom_id", "An earlier line has this custom_id."),
+            (row.url != endpoint, "invalid_url", "url", url),
+            (row.body.get("stream"), "streaming_unsupported", "body.stream", "Leave stream out: a batch does not."),
         )
-        return next((_wrong(code, said, field) for wrong, code, said, field in checks if wrong), row.custom_id)
+        return next((_wrong(code, said, field) for wrong, code, field, said in checks if wrong), row.custom_id)
 
 
 class _Line(Sent):
@@ -238,8 +229,8 @@ class _Line(Sent):
     body: dict[str, Any]
 
 
-def _wrong(code: str, message: str, param: str | None = None, line: int | None = None) -> dict[str, Any]:
-    return {"code": code, "message": message, "param": param, "line": line}
+def _wrong(code: str, message: str, param: str | None = None) -> dict[str, Any]:
+    return {"code": code, "message": message, "param": param, "line": None}
 
 
 def _result(custom_id: str, *, response: Any = None, error: Any = None) -> bytes:

@@ -20,8 +20,7 @@ from opsin.core.errors import BadParameter, EngineDied
 from opsin.core.settings import ServerSettings
 from opsin.server import batch_runner, batch_store
 from opsin.server.batch_runner import BatchRunner, owner_of
-from opsin.server.batch_store import BatchStore
-from opsin.server.batch_tables import CHUNK
+from opsin.server.batch_store import CHUNK, BatchStore
 
 pytestmark = pytest.mark.slow
 
