@@ -139,6 +139,8 @@ def test_the_other_endpoints(tmp_path: Path, path: str, body: dict[str, Any], ke
         (b"{" + b'"a":1,' * 60_000 + b'"b":1}\n', "invalid_json_line", 1),
         (jsonl(row("a"), row("b"), row("a")), "duplicate_custom_id", 3),
         (jsonl({**row("a"), "custom_id": 7}), "invalid_custom_id", 1),
+        (jsonl(row("a\0b")), "invalid_custom_id", 1),
+        (jsonl(row("a" * 513)), "invalid_custom_id", 1),
         (jsonl({**row("a"), "url": "/v1/embeddings"}), "invalid_url", 1),
         (jsonl({**row("a"), "method": "GET"}), "invalid_method", 1),
         (jsonl({**row("a"), "body": None}), "invalid_body", 1),
@@ -354,6 +356,31 @@ def test_a_row_is_asked_again_when_the_model_dies_under_it_but_not_for_ever(
             assert len(tries) == (4 if times == 9 else 3)
 
     run(go())
+
+
+def test_the_end_of_a_batch_that_fails_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_runner, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(batch_runner, "_RENEW_SECONDS", 0.01)
+    move: Any = BatchStore._move
+    tries: list[str] = []
+
+    def fail_once(self: BatchStore, c: Any, batch: Any, status: str, **values: Any) -> None:
+        tries.append(status)
+        if tries.count("completed") == 1:
+            raise OSError(28, "No space left on device")
+        move(self, c, batch, status, **values)
+
+    monkeypatch.setattr(BatchStore, "_move", fail_once)
+
+    async def go() -> None:
+        async with batching(tmp_path) as w:
+            done = await ended(w, await begin(w, jsonl(row("a"))))
+            assert (done["status"], len(await lines(w, done["output_file_id"]))) == ("completed", 1)
+            files = (await w.client.get("/v1/files", params={"purpose": "batch_output"})).json()["data"]
+            assert len(files) == 1
+
+    run(go())
+    assert tries == ["in_progress", "completed", "completed"]
 
 
 def test_an_expired_batch_says_which_rows_were_not_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
