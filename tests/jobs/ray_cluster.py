@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import psutil
+import pytest
 
-# The first one keeps Ray on the loopback address.
-os.environ.update(
-    RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0", RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0"
-)
+# The first one keeps Ray on the loopback address; Ray reads it when it is imported.
+os.environ.update(dict.fromkeys(("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_USAGE_STATS_ENABLED"), "0"))
+pytest.importorskip("ray")
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 90, what: str = "it", every: float = 0.02) -> Any:

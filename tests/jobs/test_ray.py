@@ -165,10 +165,7 @@ def test_what_a_cluster_does_not_offer_is_refused_by_name(cluster: Raylets, phot
 def test_without_a_cluster_one_is_started_that_nobody_else_can_reach(photos: Path, tmp_path: Path) -> None:
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     command = [*COMMAND, photos, QUESTION, "-o", tmp_path / "out", "--cpus-per-worker", "1", "--limit", "8", "--ray"]
-    # A folder of its own, where no other cluster is noted.
-    process = subprocess.Popen(
-        [*map(str, command)], stderr=subprocess.PIPE, env={**env, "RAY_TMPDIR": "/tmp/opsin-ray"}
-    )
+    process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, env=env)
     addresses = set[str]()
 
     def look() -> bool:

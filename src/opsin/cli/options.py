@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -13,6 +12,7 @@ import typer
 from pydantic import BaseModel
 from typer.core import TyperCommand
 
+from opsin.core.files import read_table
 from opsin.core.settings import RENAMED, RETIRED, EngineSettings, kind_of
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -21,7 +21,7 @@ PAIR = ("model", "mmproj", "ctx", "gpu_layers", "device", "mmproj_device", "kv_t
 ENGINE = (*PAIR, "threads", "threads_batch")
 ANSWER = ("max_tokens", "max_seconds", "temperature", "seed", "guard", "thinking", "max_thinking_tokens")
 
-GROUPS: dict[str, list[str]] = tomllib.loads(Path(__file__).with_name("groups.toml").read_text(encoding="utf-8"))
+GROUPS: dict[str, list[str]] = read_table(__file__, "groups.toml")
 """Under which heading of the help a field's flag stands."""
 _GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 
@@ -44,7 +44,7 @@ class GroupedCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """As always, but `--ray` may stand without its address."""
         pairs = zip(args, [*args[1:], "-"], strict=True)
-        args = ["--ray=auto" if one == "--ray" and behind.startswith("-") else one for one, behind in pairs]
+        args = ["--ray=" if one == "--ray" and behind.startswith("-") else one for one, behind in pairs]
         return super().parse_args(ctx, args)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:

@@ -78,32 +78,30 @@ def import_ray() -> Any:
 
 
 def connect(address: str) -> Any:
-    """Join the cluster; `auto`: that of RAY_ADDRESS or of this machine, or else a new one for this process.
+    """Join a cluster; an empty address is that of RAY_ADDRESS, or else a new cluster that ends with this process.
 
     Raises BadParameter without Ray, and RayFailed where no cluster answers.
     """
     ray = import_ray()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what goes wrong comes as an error, too
-    options = {"logging_level": logging.ERROR, "log_to_driver": False, "ignore_reinit_error": True}
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "ignore_reinit_error": True}
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local":
+        # Ray's ports let in whoever reaches them: on one machine nobody else needs to. It reads this when imported.
+        os.environ[_LOOPBACK] = "0"
+        constants: Any = importlib.import_module("ray._private.ray_constants")
+        constants.ENABLE_RAY_CLUSTER = False
+        options |= {"num_cpus": (os.cpu_count() or 1) + _OWN_CPUS, "include_dashboard": False}
     try:
         host, _, port = address.rpartition(":")
-        with contextlib.suppress(ConnectionError):
-            if port.isdigit() and "://" not in address:  # Ray itself waits for minutes
-                socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
-            ray.init(address, **options)
-            return ray
-        if address == "auto" and "RAY_ADDRESS" not in os.environ:
-            # Ray's ports let in whoever reaches them: on one machine nobody else needs to. It reads this when imported.
-            os.environ[_LOOPBACK] = "0"
-            constants: Any = importlib.import_module("ray._private.ray_constants")
-            constants.ENABLE_RAY_CLUSTER = False
-            cpus = (os.cpu_count() or 1) + _OWN_CPUS
-            ray.init("local", num_cpus=cpus, include_dashboard=False, **options)
-            return ray
+        if port.isdigit() and "://" not in address:  # Ray itself waits for minutes
+            socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
+        ray.init(address, **options)
     except (OSError, RuntimeError, ValueError) as error:
-        raise RayFailed(f"Ray cannot be used ({str(error).partition(chr(10))[0]}): check it with ray status.") from None
-    raise RayFailed(f"No Ray cluster answers at {address}: start one with ray start --head, or give its address.")
+        why = str(error).partition("\n")[0]
+        raise RayFailed(f"No Ray cluster can be used at {address} ({why}): start one with ray start --head.") from None
+    return ray
 
 
 def worker_resources(ray: Any, workers: int | None, cpus: int | None) -> tuple[int, dict[str, Any]]:
