@@ -26,7 +26,7 @@ from opsin.cli import options as o
 from opsin.cli.ask_files import check_question, expand_sources
 from opsin.cli.ask_rows import Format, Rows
 from opsin.cli.console import DEMO, hush, printable, say, tell, working
-from opsin.core.answer import Answer, Finished, Progress, TextDelta, parsed
+from opsin.core.answer import CUTS, Answer, Finished, Progress, TextDelta, parsed
 from opsin.core.config import checked, current_folder, read_config
 from opsin.core.errors import BadParameter, OpsinError
 from opsin.core.files import expand, read_text
@@ -51,12 +51,6 @@ _What = tuple[str, str | None, _Dict]
 _Asked = tuple[list[str], AnswerStream | OpsinError]
 _OF_IMAGES = {"image_decode", "preprocess", "encode", "image_prefill"}
 _LABELS = {"start": "start Python", "load": "load model", "encode": "vision encode"}
-_CUTS = {
-    "tokens": "(cut after {0.max_tokens} tokens; --max-tokens N lifts the limit)",
-    "seconds": "(cut by --max-seconds)",
-    "context": "(cut because the context is full; --ctx N makes it larger)",
-    "guard": "(ended by the guard: {0.guard.reason} at token {0.guard.at_token}; --no-guard lets it go on)",
-}
 
 
 @o.flags_of(SamplingParams, *o.ANSWER)
@@ -195,7 +189,7 @@ class _Run:
         if self._form == "jsonl":
             self._rows.add(group, answer, placement=placement.as_dict(), model=self._opsin.info.as_dict())
         elif not streamed:
-            self._rows.add(group, answer, cut=_CUTS[answer.limit].format(answer) if answer.limit else "")
+            self._rows.add(group, answer, cut=CUTS[answer.limit].format(answer) if answer.limit else "")
         name = "" if self._alone else f"{', '.join(group)}: "
         if self._form != "jsonl":  # whose rows have both
             for note in (note for image in answer.images for note in image.notes):
@@ -259,7 +253,7 @@ def follow(stream: Iterable[object], line: Status, *, quiet: bool = False) -> An
 def show_limits(answer: Answer, name: str = "") -> None:
     """Say what cut an answer, and how to lift it; `name` says which one."""
     if answer.limit is not None:
-        tell(name + _CUTS[answer.limit].format(answer))
+        tell(name + CUTS[answer.limit].format(answer))
 
 
 def _read_image(source: str) -> Image:

@@ -7,18 +7,17 @@ computed, are refused by name unless they have their default. `options.toml` lis
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from opsin.core.errors import BadParameter
-from opsin.core.files import read_text
+from opsin.core.files import read_table, read_text
 from opsin.core.ggml_types import KV_TYPES
 from opsin.core.settings import MAX_SCHEMA
 
-_TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+_TABLE = read_table(__file__, "options.toml")
 _SAMPLING = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repeat_penalty", "guard")
 
 

@@ -198,17 +198,19 @@ class Finished:
 Event = Progress | TextDelta | Finished
 
 
-_CUTS = {
-    "tokens": "cut after {0.max_tokens} tokens; --max-tokens N lifts the limit",
-    "seconds": "cut by --max-seconds",
-    "context": "cut because the context is full; --ctx N makes it larger",
-    "guard": "it repeats itself: give the schema's texts and lists a maxLength and maxItems",
+CUTS = {
+    "tokens": "(cut after {0.max_tokens} tokens; --max-tokens N lifts the limit)",
+    "seconds": "(cut by --max-seconds)",
+    "context": "(cut because the context is full; --ctx N makes it larger)",
+    "guard": "(ended by the guard: {0.guard.reason} at token {0.guard.at_token}; --no-guard lets it go on)",
 }
+"""What cut an answer, by its `limit`, and how to lift that."""
 
 
 def parsed(answer: Answer) -> Any:
     """The value of an answer under a JSON schema. Raises ConstraintFailed for one that was cut: half of it is none."""
     if answer.limit is not None:
-        why = _CUTS[answer.limit].format(answer)
-        raise ConstraintFailed(f"The answer is not whole, so it does not fit the schema ({why}).")
+        endless = "(it repeats itself: give the schema's texts and lists a maxLength and maxItems)"
+        cut = endless if answer.limit == "guard" else CUTS[answer.limit].format(answer)
+        raise ConstraintFailed(f"The answer is not whole, so it does not fit the schema {cut}.")
     return json.loads(answer.text)

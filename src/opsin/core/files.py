@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import stat
 import tempfile
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from opsin.core.errors import BadParameter
 
@@ -61,3 +63,8 @@ def expand(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         raise BadParameter(f"{path} names a home folder that does not exist: give the whole path.") from None
+
+
+def read_table(module: str, name: str) -> dict[str, Any]:
+    """A TOML file of the package, which lies beside the module with that `__file__`."""
+    return tomllib.loads(Path(module).with_name(name).read_text(encoding="utf-8"))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import tomllib
-from pathlib import Path
+from opsin.core.files import read_table
 
-_TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+_TABLES = read_table(__file__, "ggml_types.toml")
 
 TENSOR_TYPES: dict[int, tuple[str, int, int]] = {
     int(number): (name, values, size) for number, (name, values, size) in _TABLES["tensor_types"].items()

@@ -8,13 +8,13 @@ import re
 import shutil
 import subprocess
 import sys
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from opsin.core.files import read_table
 from opsin.native.devices import control_groups, physical_cores
 from opsin.native.devices import read_system_file as read
 
@@ -22,7 +22,7 @@ AMD = "0x1002"
 _AMD_RIGHTS = ("join the groups render and video, then log in again", 'sudo usermod -a -G render,video "$(id -un)"')
 TOOLS = ("nvcc", "hipconfig", "glslc", "uv")
 
-KNOWN = tomllib.loads(Path(__file__).with_name("machine.toml").read_text(encoding="utf-8"))
+KNOWN = read_table(__file__, "machine.toml")
 Run = Callable[[list[str]], str]
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import tomllib
-from pathlib import Path
 
 from opsin.core.errors import BadImage, ImageUnsupported
+from opsin.core.files import read_table
 
-_KINDS = tomllib.loads(Path(__file__).with_name("kinds.toml").read_text(encoding="utf-8"))
+_KINDS = read_table(__file__, "kinds.toml")
 ENDINGS: tuple[str, ...] = tuple(_KINDS["endings"])
 """Endings of the names of images that can be read, in lower case."""
 _CONTROL = re.compile(rb"[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f]")

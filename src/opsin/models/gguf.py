@@ -10,7 +10,6 @@ from __future__ import annotations
 import mmap
 import re
 import struct
-import tomllib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from opsin.core.errors import ModelNotFound, ModelUnreadable
+from opsin.core.files import read_table
 from opsin.core.ggml_types import FILE_TYPES, TENSOR_TYPES
 
 Scalar = int | float | bool | str
@@ -33,7 +33,7 @@ _CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q
 _SCALARS = {kind: struct.Struct("<" + code) for kind, code in _CODES.items()}
 _U32, _STRING, _ARRAY, _U64 = 4, 8, 9, 10
 
-_FOREIGN = tomllib.loads(Path(__file__).with_name("foreign.toml").read_text(encoding="utf-8"))["foreign"]
+_FOREIGN = read_table(__file__, "foreign.toml")["foreign"]
 
 _NAME = re.compile(r"(?P<prefix>.+?)(?:-(?P<part>\d{5})-of-(?P<parts>\d{5}))?\.gguf", re.DOTALL)
 _TAG = re.compile(r"[-.]([A-Za-z0-9_]+)$")
@@ -52,10 +52,7 @@ class ProjectorType:
     whole: bool = False
 
 
-_TYPES_FILE = Path(__file__).with_name("projectors.toml")
-PROJECTOR_TYPES = {
-    name: ProjectorType(**row) for name, row in tomllib.loads(_TYPES_FILE.read_text(encoding="utf-8")).items()
-}
+PROJECTOR_TYPES = {name: ProjectorType(**row) for name, row in read_table(__file__, "projectors.toml").items()}
 
 
 class GgufName(NamedTuple):

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
 
 from opsin.core.errors import ModelError, PairMismatch
+from opsin.core.files import read_table
 from opsin.models.gguf import GgufInfo, best_projectors, is_projector, read_info, stem
 
-_FAMILIES = tomllib.loads(Path(__file__).with_name("families.toml").read_text(encoding="utf-8"))
+_FAMILIES = read_table(__file__, "families.toml")
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
 
 from opsin.core.errors import ModelNotFound
+from opsin.core.files import read_table
 from opsin.models.gguf import best_model, best_projectors
-
-_FILE = Path(__file__).with_name("known.toml")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +32,7 @@ class KnownModel:
     mmproj_file: str | None = None
 
 
-KNOWN_MODELS = tuple(KnownModel(name, **row) for name, row in tomllib.loads(_FILE.read_text(encoding="utf-8")).items())
+KNOWN_MODELS = tuple(KnownModel(name, **row) for name, row in read_table(__file__, "known.toml").items())
 
 
 @dataclass(frozen=True, slots=True)

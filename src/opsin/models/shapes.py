@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+
+from opsin.core.files import read_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +82,11 @@ class PairShape:
     note: str = ""
 
 
-_FILE = Path(__file__).with_name("shapes.toml")
 KNOWN_SHAPES = {
     name: PairShape(
         name, VisionShape(**row["vision"], **row.get("image", {})), TextShape(**row["text"]), row.get("note", "")
     )
-    for name, row in tomllib.loads(_FILE.read_text(encoding="utf-8")).items()
+    for name, row in read_table(__file__, "shapes.toml").items()
 }
 SHAPES = {name: shape for name, shape in KNOWN_SHAPES.items() if not shape.vision.tile_tokens}
 """Those like LLaVA, of which `tools/synth` writes files."""

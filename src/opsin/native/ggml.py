@@ -9,6 +9,8 @@ import ctypes
 from types import SimpleNamespace
 from typing import Any
 
+from opsin.core.files import read_table
+
 _P, _STR, _SIZE, _INT, _BOOL = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_bool
 _I64 = ctypes.c_int64
 
@@ -63,46 +65,33 @@ class TypeTraits(ctypes.Structure):
     ]
 
 
-# Result and arguments, and the functions that have these.
-_FUNCTIONS: list[tuple[Any, list[Any], str]] = [
-    (None, [_P], "ggml_free gguf_free ggml_backend_free ggml_backend_synchronize ggml_backend_buffer_free"),
-    (None, [_P, _P], "ggml_build_forward_expand"),
-    (None, [_P, ctypes.c_uint8], "ggml_backend_buffer_clear"),
-    (None, [_P, ctypes.POINTER(_SIZE), ctypes.POINTER(_SIZE)], "ggml_backend_dev_memory"),
-    (_SIZE, [], "ggml_tensor_overhead ggml_graph_overhead ggml_backend_dev_count ggml_backend_reg_count"),
-    (_INT, [_P], "ggml_backend_dev_type"),
-    (_INT, [_P, _P], "ggml_backend_graph_compute"),
-    (_INT, [_P, _I64], "gguf_get_kv_type gguf_get_tensor_type"),
-    (_I64, [_P, _STR], "gguf_find_key gguf_find_tensor"),
-    (_SIZE, [_P], "gguf_get_data_offset"),
-    (_SIZE, [_P, _I64], "gguf_get_tensor_offset gguf_get_tensor_size"),
-    (ctypes.POINTER(TypeTraits), [_INT], "ggml_get_type_traits"),
-    (_BOOL, [_P], "ggml_backend_buft_is_host"),
-    (_STR, [], "ggml_commit"),
-    (_STR, [_INT], "ggml_op_name"),
-    (_STR, [_P], "ggml_backend_buffer_name ggml_backend_dev_name ggml_backend_dev_description ggml_backend_reg_name"),
-    (_STR, [_P, _I64], "gguf_get_val_str"),
-    (ctypes.c_uint32, [_P, _I64], "gguf_get_val_u32"),
-    (_P, [_P], "ggml_new_graph ggml_backend_buffer_get_type ggml_backend_buft_get_device ggml_backend_dev_backend_reg"),
-    (_P, [_P, _P], "ggml_backend_alloc_ctx_tensors"),
-    (_P, [_P, _STR], "ggml_backend_dev_init ggml_backend_reg_get_proc_address"),
-    (_P, [_P, _P, _P], "ggml_mul_mat"),
-    (_P, [_P, _INT, _I64, _I64, _I64, _I64], "ggml_new_tensor_4d"),
-    (_P, [_SIZE], "ggml_backend_dev_get ggml_backend_reg_get"),
-    (_P, [InitParams], "ggml_init"),
-    (_P, [_STR, GgufInitParams], "gguf_init_from_file"),
-]
+# The names of types in `ggml.toml`.
+_TYPES: dict[str, Any] = {
+    "void": None,
+    "p": _P,
+    "str": _STR,
+    "size": _SIZE,
+    "int": _INT,
+    "i64": _I64,
+    "bool": _BOOL,
+    "u8": ctypes.c_uint8,
+    "u32": ctypes.c_uint32,
+    "size*": ctypes.POINTER(_SIZE),
+    "traits*": ctypes.POINTER(TypeTraits),
+    "params": InitParams,
+    "gguf_params": GgufInitParams,
+}
 
 
 def bind(libraries: list[ctypes.CDLL]) -> SimpleNamespace:
-    """The functions above, each from the first library that has it. Raises AttributeError where none has."""
+    """The functions of `ggml.toml`, each from the first library that has it. Raises AttributeError where none has."""
     bound: dict[str, Any] = {}
-    for result, arguments, names in _FUNCTIONS:
+    for result, arguments, names in read_table(__file__, "ggml.toml")["functions"]:
         for name in names.split():
             holder = next((library for library in libraries if hasattr(library, name)), libraries[0])
             # Item access makes a new function object: nobody else's argtypes are changed.
             bound[name] = holder[name]
-            bound[name].argtypes, bound[name].restype = arguments, result
+            bound[name].argtypes, bound[name].restype = [_TYPES[kind] for kind in arguments.split()], _TYPES[result]
     return SimpleNamespace(**bound)
 
 

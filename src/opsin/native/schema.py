@@ -16,41 +16,20 @@ from decimal import Decimal
 from typing import Any
 
 from opsin.core.errors import BadGrammar
+from opsin.core.files import read_table
 
 Node = dict[str, Any]
 
 MAX_DEPTH = 64
-# Compiling takes time that grows with the square of these (pairs of patterns are compared with each other), or worse.
-_LIMITS = {"properties": 1000, "$defs": 1000, "definitions": 1000, "required": 1000, "patternProperties": 32}
-_UNEVALUATED = {"unevaluatedProperties": 100, "unevaluatedItems": 100}  # each follows all references below it
-_LIMITS |= _UNEVALUATED
 _MAX_MULTIPLE = 10_000
-_MAPS = frozenset(("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies"))
-_SCHEMAS = frozenset((
-    "allOf", "anyOf", "oneOf", "prefixItems", "additionalProperties", "unevaluatedProperties", "items",
-    "unevaluatedItems", "contains", "not", "if", "then", "else", "propertyNames",
-))  # fmt: skip
-_OPENING = frozenset((
-    "additionalProperties", "unevaluatedProperties", "patternProperties", "propertyNames", "minProperties", "allOf",
-    "anyOf", "oneOf", "$ref", "if", "not",
-))  # fmt: skip
-_ANNOTATIONS = frozenset(("title", "description", "$comment", "examples", "default", "deprecated"))
-
-_DATE = (
-    r"[1-9]\d{3}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12]\d|3[01])|(?:0[469]|11)-(?:0[1-9]|[12]\d|30)"
-    r"|02-(?:0[1-9]|1\d|2[0-8]))|[1-9]\d(?:0[48]|[2468][048]|[13579][26])-02-29|(?:[2468][048]|1[26]|[3579][26])00-02-29"
-)
-_TIME = r"(?:[01]\d|2[0-3]):[0-5]\d:[0-5]\d(?:\.\d{1,6})?(?:Z|[+-](?:[01]\d|2[0-3]):[0-5]\d)"
-# llguidance's own have no upper bound, or permit days and seconds that no calendar has.
-_FORMATS = {"date": f"^(?:{_DATE})$", "time": f"^{_TIME}$", "date-time": f"^(?:{_DATE})T{_TIME}$"} | {
-    f"uuid{n}": f"^[0-9a-f]{{8}}-[0-9a-f]{{4}}-{n}[0-9a-f]{{3}}-[89ab][0-9a-f]{{3}}-[0-9a-f]{{12}}$"
-    for n in range(1, 9)
-}
-# llguidance enforces or refuses these. Any other name is somebody's own and restricts nothing.
-_STANDARD_FORMATS = frozenset((
-    "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri", "idn-email", "idn-hostname", "uri-reference", "iri",
-    "iri-reference", "uri-template", "json-pointer", "relative-json-pointer", "regex",
-))  # fmt: skip
+_TABLE = read_table(__file__, "schema.toml")
+_UNEVALUATED: dict[str, int] = _TABLE["unevaluated"]
+_LIMITS: dict[str, int] = _TABLE["sizes"] | _UNEVALUATED
+_KEYWORDS = {kind: frozenset(names) for kind, names in _TABLE["keywords"].items()}
+_DATE, _TIME = _TABLE["formats"]["date"], _TABLE["formats"]["time"]
+_FORMATS = {"date": f"^(?:{_DATE})$", "time": f"^{_TIME}$", "date-time": f"^(?:{_DATE})T{_TIME}$"}
+_FORMATS |= {f"uuid{n}": _TABLE["formats"]["uuid"].replace("VERSION", str(n)) for n in range(1, 9)}
+_STANDARD_FORMATS = frozenset(_TABLE["formats"]["standard"])
 _MOST_VALUES = 1000  # of a list of which one must be left
 _SHORT: dict[str, list[Any]] = {"boolean": [False, True], "null": [None]}
 _COMBINED = ("allOf", "anyOf", "oneOf")
@@ -86,7 +65,7 @@ def _close(node: Any, *, definitions: bool) -> None:
     if not isinstance(node, dict):
         return
     properties = node.get("properties", {})
-    if properties.keys() >= set(node.get("required", ())) and properties and not node.keys() & _OPENING:
+    if properties.keys() >= set(node.get("required", ())) and properties and not node.keys() & _KEYWORDS["opening"]:
         node["additionalProperties"] = False
     inner = [*properties.values(), *node.get("prefixItems", ()), node.get("items")]
     if not properties:
@@ -118,10 +97,10 @@ def _rewritten(node: Any, root: Node, sizes: Counter[str], depth: int) -> Any:
                 raise _refused(f"its {keyword} have {sizes[keyword]} entries or more, and {most} are the limit")
         if keyword == "uniqueItems":
             sizes[keyword] += value is True
-        elif keyword in _MAPS and isinstance(value, dict):
+        elif keyword in _KEYWORDS["maps"] and isinstance(value, dict):
             made[keyword] = {name: _rewritten(inner, root, sizes, depth + 1) for name, inner in value.items()}
         else:
-            made[keyword] = _rewritten(value, root, sizes, depth + 1) if keyword in _SCHEMAS else value
+            made[keyword] = _rewritten(value, root, sizes, depth + 1) if keyword in _KEYWORDS["schemas"] else value
     sizes["multiple"] = math.lcm(sizes["multiple"] or 1, _coefficient(node.get("multipleOf")))
     if sizes["multiple"] > _MAX_MULTIPLE:
         raise _refused("the numbers of its multipleOf are too large")
@@ -159,7 +138,7 @@ def _rewrite_property_names(node: Node, root: Node) -> None:
     if not isinstance(names, dict) or "patternProperties" in node:
         return
     properties, rest = node.get("properties", {}), node.get("additionalProperties", True)
-    restricting = names.keys() - _ANNOTATIONS - {"type"}
+    restricting = names.keys() - _KEYWORDS["annotations"] - {"type"}
     if restricting in ({"enum"}, {"const"}):
         allowed = [name for name in names.get("enum", [names.get("const")]) if isinstance(name, str)]
         node["properties"] = {name: properties.get(name, rest) for name in allowed}

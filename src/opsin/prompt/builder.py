@@ -11,13 +11,11 @@ import json
 import re
 import secrets
 import time
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from jinja2 import TemplateSyntaxError
@@ -25,6 +23,7 @@ from jinja2.meta import find_undeclared_variables
 
 from opsin.core.answer import ReasoningStyle
 from opsin.core.errors import BadPrompt
+from opsin.core.files import read_table
 from opsin.core.request import Image, ImagePart, Part, Prompt, TextPart
 from opsin.prompt.template import TemplateSource, TooCostly, built_in, check_template, choose, environment, one_line
 
@@ -37,7 +36,7 @@ Shape = Literal["string", "list"]
 _ROLES: tuple[str, ...] = get_args(Role)
 _SHAPES: tuple[Shape, ...] = get_args(Shape)
 _SWITCHES = ("enable_thinking", "thinking")  # the second is Kimi's and DeepSeek's
-_STYLES = tomllib.loads(Path(__file__).with_name("styles.toml").read_text(encoding="utf-8"))
+_STYLES = read_table(__file__, "styles.toml")
 
 _MAX_INPUT_CHARS = 2_000_000
 _MAX_OUTPUT_CHARS = 4_000_000

@@ -9,9 +9,7 @@ import asyncio
 import copy
 import hashlib
 import time
-import tomllib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -22,6 +20,7 @@ from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 
 from opsin import __version__
+from opsin.core.files import read_table
 from opsin.server import batches, chat, files, responses
 from opsin.server.batch_runner import BatchRunner
 from opsin.server.errors import HANDLERS, RESPONSES, UnknownModel
@@ -87,7 +86,7 @@ def rows_app(model: ModelManager, images: ImageLoader) -> FastAPI:
     return app
 
 
-_WARM_UP = tomllib.loads(Path(__file__).with_name("warm_up.toml").read_text(encoding="utf-8"))["requests"]
+_WARM_UP = read_table(__file__, "warm_up.toml")["requests"]
 _QUICK_SECONDS = 1.0
 
 
@@ -100,7 +99,7 @@ async def warm_up(model: ModelManager, images: ImageLoader) -> None:
                 await asyncio.create_task(client.post("/v1/chat/completions", json=body))
 
 
-_PAGE_HEADERS = tomllib.loads(Path(__file__).with_name("page.toml").read_text(encoding="utf-8"))
+_PAGE_HEADERS = read_table(__file__, "page.toml")
 
 router = APIRouter(tags=["server"])
 _page = StaticFiles(packages=[("opsin.server", "page")])

@@ -140,9 +140,8 @@ async def responses(body: ResponsesRequest, request: Request) -> Response:
 
 
 async def _prepare(body: ResponsesRequest, model: ModelManager, images: RequestImages) -> tuple[Asked, Writer]:
-    settings, tools = model.settings, None
-    if body.tools or body.tool_choice:
-        tools = plan_tools(body.tools or (), body.tool_choice, model.prompts, settings)
+    settings = model.settings
+    tools = plan_tools(body.tools or (), body.tool_choice, model.prompts, settings)
     wanted = None if body.text is None else body.text.format
     params = schema.sampling(
         body,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi.exceptions import RequestValidationError
@@ -20,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from opsin.core.files import read_table
 from opsin.core.request import SamplingParams
 from opsin.core.settings import ServerSettings
 from opsin.server.errors import BadField
@@ -260,7 +259,7 @@ Thinking = Annotated[
         json_schema_input_type=bool | dict[str, Any],
     ),
 ]
-_FIELDS = tomllib.loads(Path(__file__).with_name("fields.toml").read_text(encoding="utf-8"))
+_FIELDS = read_table(__file__, "fields.toml")
 _ALIASES: dict[str, str] = _FIELDS["aliases"]
 _REFUSED = {name: advice for advice, names in _FIELDS["refused"].items() for name in names}
 # Of fields that another API has, those whose neglect changes an answer little enough, or not at all.

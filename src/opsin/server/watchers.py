@@ -6,7 +6,6 @@ no name, path or text that a client chose becomes one.
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import re
@@ -14,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -23,6 +22,7 @@ from prometheus_client.registry import Collector
 from opsin import __version__
 from opsin.core.answer import Answer, Stage
 from opsin.core.errors import BadParameter
+from opsin.core.files import read_table
 from opsin.engine.clock import stage_row
 from opsin.server.handler import ModelManager, RequestStats
 from opsin.server.images import FairQueue
@@ -32,15 +32,7 @@ if TYPE_CHECKING:
     from opentelemetry.util.types import AttributeValue
 
 
-# The boundaries in seconds that OpenTelemetry's conventions advise for gen_ai.server.time_to_first_token,
-# .time_per_output_token and .request.duration:
-# https://github.com/open-telemetry/semantic-conventions-genai/blob/main/docs/gen-ai/gen-ai-metrics.md
-FIRST_TOKEN: Final = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
-PER_TOKEN: Final = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
-DURATION: Final = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
-# They give none for the parts of a request, which are as short as a first token and as long as a whole answer.
-PART: Final = (*FIRST_TOKEN, 20.48, 40.96, 81.92)
-
+_TABLE = read_table(__file__, "metrics.toml")
 NAME = "opsin.access"
 
 
@@ -52,73 +44,55 @@ class Metrics(Collector):
         self.registry = CollectorRegistry()
         self.registry.register(self)
 
-        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-            return Histogram(f"opsin:{name}", text, labels, buckets=buckets, registry=self.registry)
-
-        self._first_token = histogram("time_to_first_token_seconds", "From arrival to the first text.", FIRST_TOKEN)
-        self._per_token = histogram("time_per_output_token_seconds", "Time by token after the first.", PER_TOKEN)
-        self._duration = histogram("e2e_request_latency_seconds", "From arrival to the last byte.", DURATION)
-        self._queue = histogram("request_queue_time_seconds", "Time of an answer spent on others.", PART)
-        self._pause = histogram("longest_pause_seconds", "The longest time between two pieces of a stream.", PART)
-        self._stages = histogram("stage_seconds", "Time of an answer in a stage it went through.", PART, "stage")
-        counter = functools.partial(Counter, registry=self.registry)
-        self._success = counter("opsin:request_success", "Answers, by why they ended.", ["finished_reason"])
-        self._guard_stops = counter("opsin:guard_stops", "Answers that the guard ended, by why.", ["reason"])
-        self._refused = counter("opsin:requests_refused", "Requests without a whole answer, by error code.", ["reason"])
+        self._histograms = {
+            name: Histogram(f"opsin:{name}", text, labels, buckets=_TABLE["buckets"][buckets], registry=self.registry)
+            for name, (text, buckets, *labels) in _TABLE["histograms"].items()
+        }
+        self._counters = {
+            name: Counter(f"opsin:{name}", text, labels, registry=self.registry)
+            for name, (text, *labels) in _TABLE["labelled_counters"].items()
+        }
 
     def finished(self, stats: RequestStats) -> None:
         """Count a request (a Watcher)."""
         if stats.refused == "cancelled":
-            self._success.labels("cancelled").inc()
+            self._counters["request_success"].labels("cancelled").inc()
         elif stats.refused is not None:
-            self._refused.labels(stats.refused).inc()
+            self._counters["requests_refused"].labels(stats.refused).inc()
         if not stats.answers:
             return
-        self._duration.observe(stats.ended - stats.began)
+        observed = {"e2e_request_latency_seconds": stats.ended - stats.began}
         if stats.first_token_s is not None:
-            self._first_token.observe(stats.first_token_s)
+            observed["time_to_first_token_seconds"] = stats.first_token_s
         if any(len(times) > 1 for times in stats.deltas):
-            self._pause.observe(stats.longest_pause_s)
-        more = sum(answer.usage.completion_tokens - 1 for answer in stats.answers)
-        if more > 0:
-            self._per_token.observe(sum(times[-1] - times[0] for times in stats.deltas if times) / more)
+            observed["longest_pause_seconds"] = stats.longest_pause_s
+        if (more := sum(answer.usage.completion_tokens - 1 for answer in stats.answers)) > 0:
+            after_first = sum(times[-1] - times[0] for times in stats.deltas if times)
+            observed["time_per_output_token_seconds"] = after_first / more
+        for name, seconds in observed.items():
+            self._histograms[name].observe(seconds)
         for answer in stats.answers:
             self._note(answer)
 
     def _note(self, answer: Answer) -> None:
-        self._success.labels(answer.finish_reason).inc()
+        self._counters["request_success"].labels(answer.finish_reason).inc()
         if answer.guard is not None:
-            self._guard_stops.labels(answer.guard.reason).inc()
-        self._queue.observe(answer.stages.queue_ms / 1e3)
+            self._counters["guard_stops"].labels(answer.guard.reason).inc()
+        self._histograms["request_queue_time_seconds"].observe(answer.stages.queue_ms / 1e3)
         for stage in Stage:
             if ms := getattr(answer.stages, f"{stage.value}_ms"):
-                self._stages.labels(stage.value).observe(ms / 1e3)
+                self._histograms["stage_seconds"].labels(stage.value).observe(ms / 1e3)
 
     def collect(self) -> Iterator[Metric]:
         """What the engine says about itself when it is asked; zeros before a model is loaded."""
         engine = self._manager.engine
         now, loaded = engine.stats, engine.loaded
         used = 0.0 if loaded is None else now.cells_used / loaded.limits.n_ctx
-        for name, text, value in (
-            ("num_requests_running", "Answers that are computed.", now.running),
-            ("num_requests_waiting", "Answers that wait for their turn.", now.waiting + self._before.waiting),
-            ("kv_cache_usage_perc", "Share of the KV cache in use, 1 when full; prefixes count.", used),
-            ("num_idle_prefixes", "Prompts kept of ended answers, swapped out or not.", now.idle_prefixes),
-            ("ready", "1 when requests are answered.", float(self._manager.ready)),
-        ):
-            yield GaugeMetricFamily(f"opsin:{name}", text, value)
-        for name, text, value in (
-            ("prompt_tokens", "Tokens of prompts, cached ones included.", now.prompt_tokens),
-            ("generation_tokens", "Tokens that were sampled.", now.generated_tokens),
-            ("prefix_cache_queries", "Tokens looked up in the KV cache.", now.prompt_tokens),
-            ("prefix_cache_hits", "Tokens found in the KV cache.", now.prefix_hits),
-            ("image_cache_queries", "Pieces of images looked up.", now.image_hits + now.encodes),
-            ("image_cache_hits", "Pieces of images that were not encoded again.", now.image_hits),
-            ("picture_cache_queries", "Old name of image_cache_queries.", now.image_hits + now.encodes),
-            ("picture_cache_hits", "Old name of image_cache_hits.", now.image_hits),
-            ("num_preemptions", "Answers put back into the queue because the KV cache was full.", now.preemptions),
-        ):
-            yield CounterMetricFamily(f"opsin:{name}", text, value)
+        values: dict[str, float] = {**asdict(now), "used": used, "ready": float(self._manager.ready)}
+        values |= {"waiting": now.waiting + self._before.waiting, "images": now.image_hits + now.encodes}
+        for kind, family in (("gauges", GaugeMetricFamily), ("counters", CounterMetricFamily)):
+            for name, text, value in _TABLE[kind]:
+                yield family(f"opsin:{name}", text, values[value])
 
 
 class AccessLog:

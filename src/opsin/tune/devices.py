@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import difflib
 import re
-import tomllib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from opsin.core.errors import BadParameter
+from opsin.core.files import read_table
 
 Group = Literal["cuda", "hbm", "metal", "ultra", "cpu", "measured-cpu"]
 
@@ -40,7 +39,7 @@ class Device:
         return self.memory * (2 / 3 if self.memory <= 36 * _GIB else 3 / 4)
 
 
-_TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+_TABLE = read_table(__file__, "devices.toml")
 REACHED: dict[Group, dict[str, float]] = _TABLE["reached"]
 """Shares of a device's rate (encode, prefill) and of its bandwidth (decode) that llama.cpp reaches."""
 DEVICES: dict[str, Device] = {

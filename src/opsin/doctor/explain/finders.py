@@ -5,12 +5,11 @@ A finder gives nothing, or what fills the sentences of its cause, with the cost 
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from statistics import median
 from typing import Any
 
+from opsin.core.files import read_table
 from opsin.doctor.explain.facts import Facts, Request
 
 _Found = Mapping[str, Any] | None
@@ -30,7 +29,7 @@ _PART = range(90)  # layers that may be less than all of a model; more are asked
 _LEAST_REPROCESSED_MS = 1000.0
 _USUAL_CONTEXT = 262_144
 _SEVERAL = 2  # loads of one model
-TABLE = tomllib.loads(Path(__file__).with_name("causes.toml").read_text(encoding="utf-8"))
+TABLE = read_table(__file__, "causes.toml")
 FLOORS: dict[str, float] = TABLE["floors"]
 
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import io
 import re
-import tomllib
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
 from functools import reduce
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from opsin.core.answer import Stage
 from opsin.core.errors import BadInput
+from opsin.core.files import read_table
 from opsin.doctor.explain.facts import Batch, Facts, Request, Setup
 
 KEPT = 1000
@@ -50,7 +49,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(re.sub(r"\{([a-z_]+)\}", group, pattern))
 
 
-_TABLE = tomllib.loads(Path(__file__).with_name("lines.toml").read_text(encoding="utf-8"))
+_TABLE = read_table(__file__, "lines.toml")
 _TOOLS = [(name, re.compile(pattern)) for name, pattern in _TABLE["tools"].items()]
 _LINES = [(how, _compiled(row["like"]), row.get("says", {})) for how, rows in _TABLE["lines"].items() for row in rows]
 _PATTERNS = {name: _compiled(pattern) for name, pattern in _TABLE["patterns"].items()}
