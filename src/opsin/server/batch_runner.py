@@ -255,7 +255,5 @@ def _complaining() -> Iterator[None]:
     """What fails here is tried again later."""
     try:
         yield
-    except OpsinError as error:
-        _LOG.warning("batches: %s", error)
-    except Exception:  # noqa: BLE001 - whatever it is, the next row must not wait for it
-        _LOG.exception("batches: this failed and is tried again")
+    except Exception as error:  # noqa: BLE001 - whatever it is, the next row must not wait for it
+        _LOG.warning("batches: this is tried again: %s", error, exc_info=not isinstance(error, OpsinError))
