@@ -21,7 +21,7 @@ from starlette.staticfiles import StaticFiles
 
 from opsin import __version__
 from opsin.core.files import read_table
-from opsin.server import batches, chat, files, responses
+from opsin.server import batches, chat, responses
 from opsin.server.batch_runner import BatchRunner
 from opsin.server.errors import HANDLERS, RESPONSES, UnknownModel
 from opsin.server.handler import ModelManager, StatsMiddleware, Watcher
@@ -56,9 +56,9 @@ def create_app(
         exception_handlers=HANDLERS,
     )
     app.state.model, app.state.images, app.state.queue, app.state.metrics = model, images, queue, metrics
-    app.state.priority, app.state.batches, app.state.uploads = 0, runner, asyncio.Semaphore(files.MAX_UPLOADS)
+    app.state.priority, app.state.batches, app.state.uploads = 0, runner, asyncio.Semaphore(batches.MAX_UPLOADS)
     app.state.root = f"/{path}" if (path := settings.root_path.strip("/")) else ""
-    batch_api = () if settings.batch_store == "none" else (files.router, batches.router)
+    batch_api = () if settings.batch_store == "none" else (batches.router,)
     for one in (chat.router, responses.router, *batch_api, router):
         app.include_router(one)
     # The last one added is the outermost.
