@@ -14,20 +14,10 @@ from typer.core import TyperGroup
 from opsin import __version__
 from opsin.cli.console import new_app, open_standard_streams, say
 from opsin.core.errors import OpsinError
+from opsin.core.files import read_table
 
-COMMANDS = {
-    "ask": "Ask a question about images.",
-    "batch": "Ask one question about many images, and write a row for each; resumes.",
-    "chat": "Talk about images in the terminal.",
-    "serve": "Answer OpenAI-compatible requests over HTTP, with a web page.",
-    "pull": "Download a model by name.",
-    "models": "List the models that are here, and choose the default.",
-    "bench": "Measure the engine against the limits of this machine.",
-    "doctor": "Check the build, the pair and how it runs; prove where the vision encoder runs.",
-    "explain": "Say why a request was slow, from a log of this tool or of another.",
-    "tune": "Measure settings on this machine, and write those that win to opsin.toml.",
-    "predict": "Expected stage times of a model on a device.",
-}
+COMMANDS: dict[str, str] = read_table(__file__, "commands.toml")
+"""What `--help` says of each command, by its name."""
 _FILES = {"explain": "doctor"}
 
 

@@ -4,6 +4,7 @@ It keeps the contract of core.backend and checks its caller: positions must foll
 known, batches must fit, everything must be closed in order.
 """
 
+# ruff: noqa: D102 - as in `core.backend.Backend`, where nothing else is said
 from __future__ import annotations
 
 import hashlib
@@ -196,11 +197,9 @@ class FakeBackend:
         return params.json_schema or params.grammar
 
     def sampler(self, params: SamplingParams, seed: int, compiled: object = None) -> Sampler:  # noqa: ARG002 - draws nothing
-        """Follows the reply."""
         return _Handle(self, params.ignore_eos, params.min_tokens)
 
     def sample(self, samples: Sequence[Sample]) -> list[tuple[int, TokenLogprob | None] | OpsinError]:
-        """Each follows its reply."""
         results: list[tuple[int, TokenLogprob | None] | OpsinError] = []
         for sampler, row, top in samples:
             try:
@@ -217,11 +216,9 @@ class FakeBackend:
         return TokenLogprob(token, self.piece(token), 0.0 if token == best else -10.0, alternatives)
 
     def piece(self, token: int) -> bytes:
-        """The byte; nothing for control tokens."""
         return bytes([token]) if token < 256 else b""
 
     def kv_remove(self, seq_id: int, start: int, end: int) -> bool:
-        """Cut a sequence's cells."""
         cells = self._sequences[seq_id]
         del cells[start : len(cells) if end < 0 else end]
         if not cells:
@@ -229,23 +226,19 @@ class FakeBackend:
         return True
 
     def kv_copy(self, source: int, target: int, start: int, end: int) -> None:
-        """Copy cells to the end of another sequence."""
         cells, held = self._sequences[source], self._sequences[target]
         assert len(held) == start, "a copy continues where the target ends"
         held.extend(cells[start : len(cells) if end < 0 else end])
 
     def kv_save(self, seq_id: int) -> list[int | str]:
-        """The entries of its cells."""
         return [entry for [entry] in self._sequences[seq_id]]
 
     def kv_load(self, seq_id: int, saved: list[int | str]) -> None:
-        """Cells of its own."""
         assert self.kv_last(seq_id) < 0, "only an empty sequence can be loaded"
         for pos, entry in enumerate(saved):
             self._append(seq_id, pos, entry)
 
     def kv_last(self, seq_id: int) -> int:
-        """The last position held, -1 for none."""
         return len(self._sequences.get(seq_id, ())) - 1
 
     def placement(self) -> Placement:
