@@ -126,8 +126,8 @@ class Ledger:
                 found.append((_STATES[known[name][0]], known[name][1]))
             known[name] = [PENDING, 0, self._run]
         self._do("BEGIN")
-        self._db.executemany("INSERT INTO rows (job, id, seq, run) VALUES (?, ?, ?, ?)", new)
-        self._db.executemany("UPDATE rows SET seq = ?, run = ? WHERE job = ? AND id = ?", old)
+        self._do("INSERT INTO rows (job, id, seq, run) VALUES (?, ?, ?, ?)", *new, many=True)
+        self._do("UPDATE rows SET seq = ?, run = ? WHERE job = ? AND id = ?", *old, many=True)
         self._do("COMMIT")
         return found
 
@@ -201,9 +201,9 @@ class Ledger:
         """Rows for the report."""
         return self._all(sql, *values)
 
-    def _do(self, sql: str, *values: Any) -> sqlite3.Cursor:
+    def _do(self, sql: str, *values: Any, many: bool = False) -> sqlite3.Cursor:
         try:
-            return self._db.execute(sql, values)
+            return self._db.executemany(sql, values) if many else self._db.execute(sql, values)
         except sqlite3.Error as error:
             raise self._broken(error) from None
 

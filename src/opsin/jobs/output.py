@@ -120,13 +120,17 @@ class Output:
         there, noted = self.path.stat().st_size, int(self._ledger.note("size") or 0)
         if there < noted:  # it lost its end with the power, or was deleted
             self._ledger.forget_after(there)
-            last = list(
-                self._ledger.query("SELECT at + length FROM rows WHERE at IS NOT NULL ORDER BY at DESC LIMIT 1")
+        last = self._ledger.query("SELECT at, at + length FROM rows WHERE at IS NOT NULL ORDER BY at DESC LIMIT 1")
+        begin, end = last[0] if last else (0, 0)
+        ends = [self._file.read(1) for place in (begin, end) if place and self._file.seek(place - 1) >= 0]
+        if any(one != b"\n" for one in ends):
+            self._file.close()
+            raise OutputFailed(
+                f"{self.path} was changed by another program, so its rows are not where the ledger has them: give "
+                "another output, or --overwrite to start over."
             )
-            noted = int(last[0][0]) if last else 0
-            self._ledger.take_note("size", str(noted))
-        self._file.truncate(noted)
-        return noted
+        self._file.truncate(end)
+        return int(end)
 
     def _failed(self, error: OSError) -> OutputFailed:
         return OutputFailed(

@@ -192,6 +192,17 @@ def test_an_output_that_lost_its_end_is_filled_up(tmp_path: Path) -> None:
     assert [row["id"] for row in read(path)] == names
 
 
+@pytest.mark.parametrize("ending", [".csv", ".jsonl"])
+def test_an_output_that_another_program_has_changed_is_not_touched(tmp_path: Path, ending: str) -> None:
+    names = [str(number) for number in range(20)]
+    go(tmp_path, ending, items(names), FakeAsker())
+    path = tmp_path / f"out{ending}"
+    path.write_text(changed := path.read_text().replace("answer", "a longer answer"))
+    with pytest.raises(OutputFailed):
+        go(tmp_path, ending, items([*names, "20"]), FakeAsker())
+    assert path.read_text() == changed
+
+
 @pytest.mark.parametrize("ending", KINDS)
 def test_failed_rows_are_asked_again_only_when_that_is_wanted_and_the_input_may_grow(
     tmp_path: Path, ending: str
