@@ -10,7 +10,7 @@ export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell nproc 2>/dev/null || sysctl -n hw.n
 # Where bytecode is not kept, every run compiles the package and rewrites the tests anew: a fifth of `make check`.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup setup-dev demo browser test test-full test-clients test-offload check format soak docs attack clean
+.PHONY: setup setup-dev demo browser postgres test test-jobs test-full test-clients test-offload check format soak docs attack clean
 
 setup: $(VENV)/.ready
 	@# It does nothing where the environment has this build already.
@@ -40,8 +40,23 @@ browser:
 	  && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium \
 	  >/dev/null; } || echo "no chromium: the tests of the web page will be skipped"
 
-test: setup-dev browser
+# The store that several servers share is tested on Debian's PostgreSQL, where it can be installed.
+postgres:
+	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	  && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends postgresql \
+	  >/dev/null; } || echo "no PostgreSQL: its tests will be skipped"
+
+test: setup-dev browser postgres
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+$(VENV)/.ready-jobs: $(VENV)/.ready-dev requirements-jobs.lock
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-jobs.lock
+	touch $@
+
+# Batch jobs at length: Ray clusters, PostgreSQL, 100,000 rows, 30 kills.
+test-jobs: $(VENV)/.ready-jobs postgres
+	$(BIN)/python -m pytest -m "" tests/jobs -q -s
+	OPSIN_KILLS=30 $(BIN)/python -m pytest tests/e2e/test_cli_batch.py -q -k kills --timeout 1200
 
 # What takes many minutes: every schema on two models with three seeds, and forty answers under the guard.
 test-full: setup-dev

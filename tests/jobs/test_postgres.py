@@ -27,7 +27,7 @@ openai = pytest.importorskip("openai", reason="the clients are tested where they
 pytest.importorskip("psycopg", reason="opsin[postgres] is not installed")
 BIN = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)), None)
 pytestmark = [
-    pytest.mark.jobs,
+    pytest.mark.slow,
     pytest.mark.skipif(BIN is None, reason="no PostgreSQL: apt-get install -y --no-install-recommends postgresql"),
     pytest.mark.skipif(os.geteuid() != 0, reason="PostgreSQL is started as another user, which only root can do"),
 ]
