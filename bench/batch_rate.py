@@ -3,9 +3,10 @@
 
     python bench/batch_rate.py --model m.gguf --mmproj mmproj.gguf --server llama-server --images 200 --runs 2
 
-The same PNGs of 640×480 pixels, questions and answer lengths for all three, in turn in one run; all cores for the others,
-and what Opsin chooses by itself. Loading does not count. `--questions 10` asks that many about each image; `--scenes` takes drawn scenes, which the demo model knows,
-and compares every text with that of `opsin ask`. Needs the package `opsin`, Pillow, numpy and httpx.
+The same PNGs of 640×480 pixels, questions and answer lengths for all three, in turn in one run; the others get all
+cores, Opsin chooses by itself. Loading does not count. `--questions 10` asks that many about each image; `--scenes`
+takes drawn scenes, which the demo model knows, and compares every text with that of `opsin ask`. Needs the package
+`opsin`, Pillow, numpy and httpx.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def by_batch(rows: list[tuple[str, str, str]], given: argparse.Namespace, folder
         csv.writer(file).writerows([("id", "image", "question"), *rows])
     command = [sys.executable, "-m", "opsin", "batch", str(table), "{question}", "-o", str(out), "--overwrite"]
     command += ["--id", "id", "--image-column", "image", "--no-disk-cache", "--no-guard", "--temperature", "0"]
-    command += ["--parallel", str(SLOTS), "--ctx", str(CTX), "--max-tokens", str(given.max_tokens), *pair(given)]
+    command += ["--max-tokens", str(given.max_tokens), *pair(given)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     said = re.search(r"rows in ([\d.,]+) s", done.stderr)

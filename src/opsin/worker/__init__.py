@@ -8,7 +8,7 @@ from opsin.engine.request import AnswerStream
 from opsin.worker.client import ImageBlocked, NotReady, WorkerEngine
 from opsin.worker.decoders import DecoderPool
 from opsin.worker.messages import ENDING, Loaded, share
-from opsin.worker.pool import WorkerPool, open_workers
+from opsin.worker.pool import WorkerPool, may_have_gpus, open_workers
 
 __all__ = [
     "ENDING",
@@ -19,6 +19,7 @@ __all__ = [
     "NotReady",
     "WorkerEngine",
     "WorkerPool",
+    "may_have_gpus",
     "open_workers",
     "share",
 ]

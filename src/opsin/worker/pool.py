@@ -62,7 +62,7 @@ def open_workers(
     `options` are those of `WorkerEngine`. Where it depends on the GPUs, a child process looks at them first, which
     takes a second or more.
     """
-    look = workers > 1 if workers else not _placed(settings) and _may_have_gpus()
+    look = workers > 1 if workers else not _placed(settings) and may_have_gpus()
     every = spread(settings, workers, _look(model, mmproj) if look else Machine())
     if len(every) == 1:
         return WorkerEngine(model, mmproj, every[0], **options)
@@ -92,7 +92,7 @@ def _placed(settings: EngineSettings) -> bool:
     return settings.device is not None or settings.mmproj_device is not None or settings.gpu_layers == 0
 
 
-def _may_have_gpus() -> bool:
+def may_have_gpus() -> bool:
     """Whether the installed llama.cpp can have a GPU, by the names of its libraries: loading them takes long."""
     given, spec = os.environ.get("LLAMA_CPP_LIB_PATH"), find_spec("llama_cpp")
     folders = [given] if given else [f"{folder}/lib" for folder in (spec and spec.submodule_search_locations) or ()]
