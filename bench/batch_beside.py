@@ -51,13 +51,13 @@ class Live(threading.Thread):
     def __init__(self, client: OpenAI, begin: int, tokens: int) -> None:
         super().__init__(daemon=True)
         self._client, self._number, self._tokens = client, begin, tokens
-        self._stop = threading.Event()
+        self._told = threading.Event()
         self.first: list[float] = []
         self.start()
 
     def run(self) -> None:
         """Ask until `end` is called."""
-        while not self._stop.is_set():
+        while not self._told.is_set():
             sent = body(self._number, self._tokens, stream=True)
             began = time.perf_counter()
             seen = False
@@ -66,11 +66,11 @@ class Live(threading.Thread):
                     self.first.append(time.perf_counter() - began)
                     seen = True
             self._number += 1
-            self._stop.wait(max(0.0, EVERY - (time.perf_counter() - began)))
+            self._told.wait(max(0.0, EVERY - (time.perf_counter() - began)))
 
     def end(self) -> list[float]:
         """Stop, and what was measured."""
-        self._stop.set()
+        self._told.set()
         self.join()
         return self.first
 

@@ -44,8 +44,7 @@ from opsin.server.images import ImageLoader
 from opsin.server.request_asker import RequestAsker
 from opsin.worker import DecoderPool, WorkerEngine, WorkerPool, may_have_gpus, open_workers
 
-# On a CPU more cells of the KV cache make each prefill slower, and fewer rows each decode step: measured on 0.2 B.
-CPU_SLOTS, GPU_SLOTS = 3, 16
+CPU_SLOTS, GPU_SLOTS = 8, 16
 PROCESSES = max(2, min(16, os.cpu_count() or 1))
 """Processes that load images."""
 _TINY = 64 * 2**20  # bytes of a pair that is so small that one thread is best: then each core gets a worker
@@ -221,7 +220,7 @@ class _Batch:
         to, options, place = self._to, self._to.options, self._to.place(self._rows.rows)
         pair = resolve(self._settings.model, self._settings.mmproj)
         if self._workers is None and sum(file.stat().st_size for file in (pair.llm, pair.mmproj) if file) < _TINY:
-            self._workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+            self._workers = min(8, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else 1
         prompt, system = self._asked.template.text, self._asked.system
         spec = job_spec(pair, self._settings, self._asked.params, prompt=prompt, system=system)
         ledger = self._stack.enter_context(to.ledger(place))

@@ -18,6 +18,7 @@ class Policy:
 
     Sequences of a priority below 0 are nobody's stream: they fill what is left. Their tokens wait while images are
     worked on, and for `beside_live` seconds after a live request their prefill steps take about `low_slice_seconds`.
+    Together they hold at most `low_cells` of the KV cache (None: all of it), one of them in any case.
 
     `wait_for` is how many more tokens a prefix that is being filled must share than one that is ready, for a request
     to wait for it. The prefixes of ended sequences go into main memory as soon as somebody else runs, `swap_cells` of
@@ -35,6 +36,7 @@ class Policy:
     decode_in_encode: bool = True
     beside_live: float = 10.0
     low_slice_seconds: float = 0.04
+    low_cells: int | None = None
     wait_for: int = 32
     idle_cells: int | None = None
     swap_cells: int = 0
@@ -50,7 +52,7 @@ class Policy:
         copying them: 4,000 of them make the prefill of an image half as long again.
         """
         if not gpu:
-            return cls(parallel, idle_cells=4096, swap_cells=swap_cells, max_queue=max_queue)
+            return cls(parallel, idle_cells=4096, low_cells=2048, swap_cells=swap_cells, max_queue=max_queue)
         return cls(
             parallel, slice=512, slice_seconds=0.05, stream_share=0.5, decode_in_encode=False, max_queue=max_queue
         )

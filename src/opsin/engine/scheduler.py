@@ -247,7 +247,7 @@ class Scheduler:
                 return None  # somebody fills what this one needs: forking it later is cheaper than filling it twice
             # The last token is always decoded again, so that there are logits.
             source, ready = match.prefix, min(match.ready, len(prefix.units) - 1)
-        if not self._has_room(prefix, source, ready):
+        if not (self._may_hold(sequence, ready) and self._has_room(prefix, source, ready)):
             if self.running:
                 return False
             # Only the source itself is left: without it, a prompt that fits the context fits now.
@@ -259,6 +259,14 @@ class Scheduler:
         sequence.start()
         self._to_end_of_line(sequence)
         return True
+
+    def _may_hold(self, sequence: Sequence, ready: int) -> bool:
+        """Whether a sequence of low priority may hold what it needs beside the `ready` units that it shares."""
+        most, prefix = self._policy.low_cells, sequence.prefix
+        if most is None or sequence.request.priority >= 0 or not self.running:
+            return True
+        held = self.kv.cells.held_by(s.seq_id for s in self.running) + sum(s.to_fill for s in self.running)
+        return held + prefix.cells(len(prefix.units)) - prefix.cells(ready) <= most
 
     def _give_way(self, sequence: Sequence) -> bool:
         """Put a running sequence of lower priority back for this one; False if there is none."""

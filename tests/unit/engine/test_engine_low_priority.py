@@ -124,3 +124,16 @@ def test_low_priority_ends_with_its_reader() -> None:
     live.stream.cancel()
     made.run()
     assert made.scheduler.idle
+
+
+def test_batch_work_holds_few_cells_unless_it_shares_them() -> None:
+    made = driver(parallel=6, low_cells=160)
+    for i in range(4):
+        made.ask(prompt_of(i), priority=-1)
+    made.run()
+    assert max(len(plan.step.decode) for plan in made.plans if isinstance(plan.step, Tokens)) == 2
+    same = driver(parallel=6, low_cells=160)
+    for i in range(4):
+        same.ask(prompt_of(1, f"{i}"), priority=-1, max_tokens=40)
+    same.run()
+    assert max(len(plan.step.decode) for plan in same.plans if isinstance(plan.step, Tokens)) == 4
