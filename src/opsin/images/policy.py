@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import ipaddress
-import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
-import httpx
-
-from opsin.core.errors import BadParameter, FetchFailed
+from opsin.core.errors import FetchFailed
 from opsin.images.fetch import Resolver, system_addresses
 
 INSTEAD = "or send the image as a data: address."
 _WHERE = "the hosts and ports that --image-hosts names, or else from the ports 80 and 443 of any"
-_NAME = re.compile(r"[a-z0-9_.-]+|[0-9a-f:.]+")
-_WEB_PORTS = frozenset((80, 443))
+WEB_PORTS = frozenset((80, 443))
 _UNICAST_6 = ipaddress.IPv6Network("2000::/3")
 _TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 _INSIDE = tuple(map(ipaddress.ip_network, _TABLE["inside"]))
@@ -41,22 +37,20 @@ class AddressPolicy:
     """Says which addresses of a host and port may be connected to; see `opsin.images.fetch.Resolver`.
 
     A name is looked up once, all of its addresses must be public, and exactly these are connected to: so it makes no
-    difference how an address is written, nor what a name leads to a moment later. `hosts` are names like
-    `example.org`, `example.org:8443` or `*.example.org` (its subdomains); without any, every public host is allowed on
-    ports 80 and 443. `where` and `instead` are pieces of its sentences, `lookup` is for tests. Raises BadParameter for
-    a host that is written in another way.
+    difference how an address is written, nor what a name leads to a moment later. `hosts` are names, as `example.org`
+    or `*.example.org` (its subdomains), with a port; without any, every public host is allowed on ports 80 and 443.
+    `where` and `instead` are pieces of its sentences, `lookup` is for tests.
     """
 
     def __init__(
         self,
-        hosts: Sequence[str] = (),
+        hosts: Sequence[tuple[str, int]] = (),
         *,
         lookup: Resolver = system_addresses,
         where: str = _WHERE,
         instead: str = INSTEAD,
     ) -> None:
-        named = [pair for host in hosts for pair in _read_host(host)]
-        self._hosts = frozenset(named or [("*", port) for port in _WEB_PORTS])
+        self._hosts = frozenset(hosts or [("*", port) for port in WEB_PORTS])
         self._lookup, self._where, self._instead = lookup, where, instead
 
     def __call__(self, host: str, port: int) -> Sequence[str]:
@@ -76,30 +70,3 @@ class AddressPolicy:
                 f"check the address, {self._instead}"
             )
         return addresses
-
-
-def _read_host(host: str) -> list[tuple[str, int]]:
-    """The name and the ports of an entry of --image-hosts."""
-    name, port = parse_host(host.removeprefix("*."))
-    if not name:
-        raise BadParameter(
-            f"{host!r} is not a host that images can be fetched from: write example.org, example.org:8443 "
-            "or *.example.org."
-        )
-    star = "*." if host.startswith("*.") else ""
-    return [(star + name, one) for one in (_WEB_PORTS if port is None else (port,))]
-
-
-def parse_host(text: str) -> tuple[str, int | None]:
-    """The name or address in `name:port`, in lower case and without its last dot, and the port if there is one.
-
-    As in a Host header: IPv6 addresses stand in brackets. The name is empty if the text is malformed.
-    """
-    try:
-        url = httpx.URL(f"ftp://{text}")  # a scheme whose usual port nobody means
-    except httpx.InvalidURL:
-        return "", None
-    name = url.raw_host.decode("ascii").lower().rstrip(".")
-    if not _NAME.fullmatch(name) or any(sign in text for sign in "/?#@"):
-        return "", None
-    return name, url.port

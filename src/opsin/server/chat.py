@@ -45,7 +45,8 @@ async def completions(body: schema.CompletionRequest, request: Request) -> Respo
 
 async def _prepare_chat(body: schema.ChatRequest, model: ModelManager, images: RequestImages) -> tuple[Asked, Writer]:
     settings = model.settings
-    tools = plan_tools(body.tools or (), body.tool_choice, model.prompts, settings)
+    wanted = body.tools or body.tool_choice
+    tools = plan_tools(body.tools or (), body.tool_choice, model.prompts, settings) if wanted else None
     top, shown = body.top_logprobs or body.n_probs or 0, body.logprobs or bool(body.n_probs)
     schema.at_most(settings.max_top_logprobs, top, "alternatives", "top_logprobs")
     if top and not shown:

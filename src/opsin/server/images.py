@@ -20,6 +20,7 @@ from opsin.core.settings import ImageSettings, ServerSettings
 from opsin.images.fetch import Resolver, fetch
 from opsin.images.policy import INSTEAD, AddressPolicy
 from opsin.server.folder import ImageFolder
+from opsin.server.middleware import image_host
 from opsin.worker import DecoderPool, decoders
 
 T = TypeVar("T")
@@ -128,7 +129,7 @@ class ImageLoader:
         self.max_pixels = settings.max_pixels_in_flight
         self.room = FairQueue(self.max_pixels)
         self._pool, self._decode = pool, pool.call if pool else operator.call
-        self._resolve = resolve or AddressPolicy(settings.image_hosts)
+        self._resolve = resolve or AddressPolicy([pair for host in settings.image_hosts for pair in image_host(host)])
         self._folder = None if settings.media_path is None else ImageFolder(settings.media_path)
         self._fetching = FairQueue(16)
         self._decoders = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "opsin-decode")

@@ -17,6 +17,7 @@ from typing import cast
 from urllib.parse import unquote
 
 import h11
+import httpx
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute, Match
@@ -25,11 +26,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from opsin.core.errors import BadParameter
 from opsin.core.settings import ServerSettings
-from opsin.images.policy import parse_host
+from opsin.images.policy import WEB_PORTS
 from opsin.server.errors import ErrorResponse
 
 _LOG = logging.getLogger("opsin.server")
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*")
+_NAME = re.compile(r"[a-z0-9_.-]+|[0-9a-f:.]+")
 _ABSOLUTE = re.compile(rb"(?i:https?)://([^/]*)(.*)")
 OPEN_PATHS = frozenset(("/", "/health", "/ready", "/favicon.ico"))
 """What needs no key; the page's own files below /page/ need none either."""
@@ -253,6 +255,33 @@ def read_origin(origin: str) -> str:
         likely = f"{scheme.lower()}://{name}" + (f":{port}" if port else "") if name else "https://example.org"
         raise BadParameter(f"{origin!r} is not an origin: write {likely}, in lower case and without a path.")
     return origin
+
+
+def parse_host(text: str) -> tuple[str, int | None]:
+    """The name or address in `name:port`, in lower case and without its last dot, and the port if there is one.
+
+    As in a Host header: IPv6 addresses stand in brackets. The name is empty if the text is malformed.
+    """
+    try:
+        url = httpx.URL(f"ftp://{text}")  # a scheme whose usual port nobody means
+    except httpx.InvalidURL:
+        return "", None
+    name = url.raw_host.decode("ascii").lower().rstrip(".")
+    if not _NAME.fullmatch(name) or any(sign in text for sign in "/?#@"):
+        return "", None
+    return name, url.port
+
+
+def image_host(host: str) -> list[tuple[str, int]]:
+    """The name and the ports of an entry of --image-hosts. Raises BadParameter."""
+    name, port = parse_host(host.removeprefix("*."))
+    if not name:
+        raise BadParameter(
+            f"{host!r} is not a host that images can be fetched from: write example.org, example.org:8443 "
+            "or *.example.org."
+        )
+    star = "*." if host.startswith("*.") else ""
+    return [(star + name, one) for one in (WEB_PORTS if port is None else (port,))]
 
 
 def is_loopback(name: str) -> bool:

@@ -31,6 +31,7 @@ from opsin.prompt import TemplateSource
 from opsin.server.app import create_app
 from opsin.server.handler import ModelManager
 from opsin.server.images import ImageLoader
+from opsin.server.middleware import image_host
 from opsin.testing import FakeBackend
 from opsin.testing.fake_backend import N_VOCAB, TURN_TEXT
 
@@ -356,7 +357,13 @@ def test_a_name_that_changes_between_redirects_is_checked_again(model: LocalEngi
 )
 def test_named_hosts_are_the_only_ones(model: LocalEngine, wire: Wire, url: str, fits: bool) -> None:
     hosts = ("cdn.example", "files.example:8443", "*.star.example", "Bücher.example", "[2606:4700::9]:81")
-    check_refused(ask(model, url, AddressPolicy(hosts, lookup=lambda name, port: [PUBLIC])))
+    check_refused(
+        ask(
+            model,
+            url,
+            AddressPolicy([pair for host in hosts for pair in image_host(host)], lookup=lambda name, port: [PUBLIC]),
+        )
+    )
     assert [host for host, _ in wire.tried] == ([PUBLIC] if fits else [])
 
 
