@@ -43,7 +43,7 @@ class GroupedCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """As always, but `--ray` may stand without its address."""
-        pairs = zip(args, [*args[1:], "-"], strict=True)
+        pairs = zip(args, [*args, "-"][1:], strict=True)
         args = ["--ray=" if one == "--ray" and behind.startswith("-") else one for one, behind in pairs]
         return super().parse_args(ctx, args)
 
