@@ -16,7 +16,7 @@ from opsin import Opsin
 
 pytestmark = pytest.mark.slow
 
-LONG = {"max_tokens": 400, "ignore_eos": True, "guard": False, "temperature": 0}
+LONG = {"max_tokens": 600, "ignore_eos": True, "guard": False, "temperature": 0}
 
 
 def ask(server: Served, url: str | None = None, **fields: object) -> httpx.Response:
