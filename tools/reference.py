@@ -76,9 +76,9 @@ def _shown(argument: Any) -> str:
 
 def rows_page() -> str:
     """Every field of a row of `opsin ask --json`."""
-    from opsin.jobs.row import NOT_IN_JSON
     from opsin.core.answer import Answer
     from opsin.core.model_info import ModelInfo, Placement
+    from opsin.jobs.row import NOT_IN_JSON
 
     texts = dict(TEXTS["json"]["fields"])
     rows = [(f"`{name}`", kind, texts.pop(name)) for name, kind in (("source", "text or texts"), ("error", "object"))]
