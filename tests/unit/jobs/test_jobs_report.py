@@ -297,6 +297,7 @@ def test_a_report_that_cannot_be_written(ledger: Ledger, tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix == ".tmp") == []
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_rows_take_less_than_five_seconds(ledger: Ledger, clock: Clock, tmp_path: Path) -> None:
     for group in range(0, 100_000, 250):
         clock.now += 1

@@ -154,6 +154,7 @@ def test_a_cell_that_a_spreadsheet_would_execute_is_text(tmp_path: Path) -> None
         assert row["kind"].startswith("'=")
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kills=st.lists(st.integers(0, 25), max_size=5), ending=st.sampled_from(list(KINDS)), seed=st.integers(0, 99))
 def test_every_row_is_there_once_wherever_runs_are_killed(
