@@ -127,6 +127,7 @@ class Opsin:
             schema = schema.model_json_schema() if hasattr(schema, "model_json_schema") else schema
             params["json_schema"] = schema if isinstance(schema, str) else json.dumps(schema)
         checked(SamplingParams, params)
+        question_about((), question)
 
         def begin(sources: Images) -> AnswerStream:
             loaded = [self.image(source) for source in _listed(sources)]

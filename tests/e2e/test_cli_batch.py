@@ -148,6 +148,7 @@ def test_tables_templates_schemas_and_columns(opsin_env: dict[str, str], photos:
     assert rows[3]["error_code"] == "bad_image"
     batch(opsin_env, source, "Which {size} is this?", "-o", tmp_path / "x.csv", code=2)
     batch(opsin_env, *arguments, "-o", tmp_path / "out.csv", "--limit", "2")
+    batch(opsin_env, *arguments[:-2], "-o", tmp_path / "out.csv", "--limit", "2", "--new", code=2)
     assert [row["id"] for row in table(tmp_path / "out.csv")] == ["sp1.png", "sp2.png"]
 
 
@@ -272,7 +273,7 @@ def test_ctrl_c_and_a_full_disk_leave_what_was_written(opsin_env: dict[str, str]
 
 def test_a_second_run_on_one_output_is_refused(opsin_env: dict[str, str], tmp_path: Path) -> None:
     folder, out = tmp_path / "in", tmp_path / "out.jsonl"
-    for number in range(60):
+    for number in range(400):
         paint(folder / f"p{number:03}.png", number)
     command = [sys.executable, "-m", "opsin", "batch", folder, QUESTION, "-o", out, "--no-disk-cache"]
     first = subprocess.Popen(command, env=opsin_env, stderr=subprocess.DEVNULL)
@@ -281,5 +282,6 @@ def test_a_second_run_on_one_output_is_refused(opsin_env: dict[str, str], tmp_pa
         time.sleep(0.01)
     done = batch(opsin_env, folder, QUESTION, "-o", out, code=2)
     assert b"Another" in done.stderr
+    batch(opsin_env, folder, QUESTION, "-o", out, "--overwrite", code=2)
     assert first.wait(120) == 0
-    assert len(lines(out)) == 60
+    assert len(lines(out)) == 400

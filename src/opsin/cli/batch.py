@@ -27,7 +27,7 @@ from opsin.core.settings import MAX_SCHEMA, EngineSettings, ServerSettings
 from opsin.images.fetch import system_addresses
 from opsin.jobs.asker import Asker, ImageAsker, Question
 from opsin.jobs.item import Item
-from opsin.jobs.ledger import Ledger, differences, fingerprint
+from opsin.jobs.ledger import Ledger, LedgerBroken, differences, fingerprint
 from opsin.jobs.options import BatchOptions
 from opsin.jobs.output import ENDINGS, CsvOutput, Output, StoredOutput
 from opsin.jobs.report import report_text, write_report
@@ -60,6 +60,8 @@ class _Target:
 
     def place(self, rows: Source) -> Path:
         """The file that the ledger lies beside: the output, or the folder of the images."""
+        if rows.is_requests and self.options.sidecar is not None:
+            raise BadParameter("Requests in OpenAI's form have no files to write beside: leave out --sidecar.")
         if self.output is None:
             if rows.folder is None:
                 raise BadParameter("Answers beside images of a list or table need -o, too: it keeps what is done.")
@@ -77,20 +79,27 @@ class _Target:
             raise BadParameter(
                 f"The folder {path.parent} is not there or not writable: make it, or give another output."
             )
-        if self.options.overwrite:
+        overwrite = self.options.overwrite
+        if self.output is not None and place.exists() and not path.exists() and not overwrite:
+            raise BadParameter(f"{place} is there already and has no ledger ({path.name}): --overwrite replaces it.")
+        try:
+            opened = Ledger(path, str(place))
+        except LedgerBroken:
+            if not overwrite:
+                raise
             for old in (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm"))):
                 old.unlink(missing_ok=True)
-            if self.output is not None:
-                place.unlink(missing_ok=True)
-        elif self.output is not None and place.exists() and not path.exists():
-            raise BadParameter(f"{place} is there already and has no ledger ({path.name}): --overwrite replaces it.")
-        opened = Ledger(path, str(place))
+            opened = Ledger(path, str(place))
         try:
+            if overwrite:  # nobody else has the ledger open now
+                opened.clear()
+                if self.output is not None:
+                    place.unlink(missing_ok=True)
             yield opened
         finally:
             opened.close()
 
-    def job(self, ledger: Ledger, spec: dict[str, Any]) -> str:
+    def job(self, place: Path, ledger: Ledger, spec: dict[str, Any]) -> str:
         """The name of this job in the ledger. Raises BadParameter for another job than before."""
         name, known = fingerprint(spec), ledger.jobs()
         if known and name not in known and not self.options.new:
@@ -99,6 +108,9 @@ class _Target:
                 f"The output belongs to another job: {changed}. Use another output, --new to add this job's rows to "
                 "it, or --overwrite to start over."
             )
+        fields = [schema_fields(one["json_schema"]) for one in (spec, *known.values())]
+        if place.suffix.lower() in {".csv", ".parquet"} and any(one != fields[0] for one in fields):
+            raise BadParameter("The schema has other fields, so its rows need other columns: give another output.")
         ledger.begin(name, spec)
         return name
 
@@ -224,12 +236,12 @@ class _Batch:
         prompt, system = self._asked.template.text, self._asked.system
         spec = job_spec(pair, self._settings, self._asked.params, prompt=prompt, system=system)
         ledger = self._stack.enter_context(to.ledger(place))
-        job = to.job(ledger, spec)
+        job = to.job(place, ledger, spec)
+        if options.retry_failed:
+            ledger.retry_failed(job)
         output = to.open(place, self._fields, ledger)
         self._stack.callback(output.close)
-        if options.retry_failed and ledger.retry_failed(job):
-            output.rewrite(by_input=False)
-        line = self._stack.enter_context(ProgressLine(self._rows.total))
+        line = ProgressLine(self._rows.total)
         items: Iterable[Item] = self._rows
         if options.skip_existing and options.sidecar is not None:
             items = without_sidecars(items, partial(sidecar_path, kind=options.sidecar), self._skipped)
@@ -246,17 +258,12 @@ class _Batch:
             tell=line.show,
         )
         try:
-            asyncio.run(run.run())
-        except KeyboardInterrupt:
-            line.stop()
+            with line:
+                asyncio.run(run.run())
+                output.finish(by_input=options.order != "done")
+        except (KeyboardInterrupt, OpsinError):
             say(f"opsin: stopped: {summary(run.figures)}; the same command goes on from here")
             raise
-        except OpsinError:
-            line.stop()
-            say(f"opsin: {summary(run.figures)}; the same command goes on from here")
-            raise
-        output.finish(by_input=options.order != "done")
-        line.stop()
         self._tell_skipped()
         tell(f"({summary(run.figures)})")
         self._report(ledger, job, place)
@@ -286,9 +293,9 @@ class _Batch:
         return asker
 
     def _request_asker(self, engine: WorkerEngine | WorkerPool, about: Row) -> RequestAsker:
-        """What answers whole requests, whose images may lie beside the input, too."""
+        """What answers whole requests; their images are data: or http(s) addresses."""
         values = self._settings.model_dump(exclude_unset=True) | {"fetch_images": True}
-        settings = ServerSettings(**values, media_path=self._rows.rows.folder)
+        settings = ServerSettings(**values)
         resolve = system_addresses if self._asked.private else None
         images = ImageLoader(settings, resolve=resolve, pool=DecoderPool(self._asked.seconds))
         defaults = self._asked.params.model_dump(exclude_unset=True, exclude={"json_schema"})

@@ -33,22 +33,19 @@ class ProgressLine:
             of = f" of {figures.total:,}" if figures.total else ""
             console.tell(f"({figures.before + figures.done:,}{of} rows, {rates(figures)})")
 
-    def stop(self) -> None:
-        """Take the bar away; twice does no harm."""
-        self._bar.stop()
-
     def __enter__(self) -> Self:
         self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
+        self._bar.stop()
 
 
 def rates(figures: Figures) -> str:
-    """Images and tokens a second, what was remembered, and errors by kind."""
+    """Rows, images and tokens a second, what was remembered, and errors by kind."""
     seconds = max(1e-9, time.monotonic() - figures.began)
-    parts = [f"{figures.done / seconds:,.1f} rows/s", f"{figures.tokens / seconds:,.0f} tokens/s"]
+    parts = [f"{figures.done / seconds:,.1f} rows/s", f"{figures.images / seconds:,.1f} images/s"]
+    parts += [f"{figures.tokens / seconds:,.0f} tokens/s"]
     parts += [f"{figures.cached:,} with a remembered image"] if figures.cached else []
     parts += [f"{figures.same:,} the same as another row"] if figures.same else []
     return ", ".join([*parts, *(f"{count:,} {code}" for code, count in figures.errors.most_common())])

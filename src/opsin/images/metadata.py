@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 import re
 import struct
-import tomllib
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import date, datetime
-from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
+from opsin.core.files import read_table
 from opsin.core.settings import ImageSettings
 from opsin.images.decode import OpenImage
 
-_TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+_TABLE = read_table(__file__, "metadata.toml")
 _SOURCES: dict[str, list[str]] = _TABLE["names"]
 NAMES = (*_SOURCES, "camera", "latitude", "longitude")
 """Names that are found in whatever form a file has them; beside them raw ones that begin with exif_, xmp_ and iptc_."""

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import ipaddress
-import tomllib
 from collections.abc import Sequence
-from pathlib import Path
 
 from opsin.core.errors import FetchFailed
+from opsin.core.files import read_table
 from opsin.images.fetch import Resolver, system_addresses
 
 INSTEAD = "or send the image as a data: address."
 _WHERE = "the hosts and ports that --image-hosts names, or else from the ports 80 and 443 of any"
 WEB_PORTS = frozenset((80, 443))
 _UNICAST_6 = ipaddress.IPv6Network("2000::/3")
-_TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+_TABLE = read_table(__file__, "policy.toml")
 _INSIDE = tuple(map(ipaddress.ip_network, _TABLE["inside"]))
 _ISATAP = frozenset((0x0000_5EFE, 0x0200_5EFE))
 

@@ -43,6 +43,8 @@ _UPDATE = f"""
 UPDATE rows SET state = ?, attempt = ?, question = ?, at = ?, length = ?, row = ?, error_code = ?, ended = ?, text = ?,
   {", ".join(f"{name} = ?" for name in _NUMBERS)} WHERE job = ? AND id = ?
 """  # noqa: S608 - the names are our own
+HOLES = "holes"
+"""The note that the output holds rows which the ledger does not have there any more."""
 BUSY = "Another `opsin batch` writes to {}: wait for it, or give another output."
 
 
@@ -102,7 +104,7 @@ class Ledger:
 
     def jobs(self) -> dict[str, dict[str, Any]]:
         """What each job asks, by its name."""
-        return {job: json.loads(spec) for job, spec in self._all("SELECT job, spec FROM jobs ORDER BY begun")}
+        return {job: json.loads(spec) for job, spec in self.query("SELECT job, spec FROM jobs ORDER BY begun")}
 
     def begin(self, job: str, spec: Mapping[str, Any]) -> None:
         """Note that this job writes to the output from now on."""
@@ -112,7 +114,7 @@ class Ledger:
         """Note ids with their place in the input; for each, how it stands and how often it was asked."""
         marks = ", ".join("?" * len(items))
         query = f"SELECT id, state, attempt, run FROM rows WHERE job = ? AND id IN ({marks})"  # noqa: S608 - question marks
-        known = {name: rest for name, *rest in self._all(query, job, *(name for name, _ in items))}
+        known = {name: rest for name, *rest in self.query(query, job, *(name for name, _ in items))}
         found: list[tuple[State, int]] = []
         new, old = list[tuple[Any, ...]](), list[tuple[Any, ...]]()
         for name, seq in items:
@@ -159,13 +161,26 @@ class Ledger:
         return self._do("UPDATE rows SET state = 0, at = NULL WHERE at + length > ?", size).rowcount
 
     def retry_failed(self, job: str) -> int:
-        """Error rows are to be asked again, and leave the output; how many."""
+        """Error rows are to be asked again, and the output is to be written anew without them; how many."""
+        self._do("BEGIN")
         query = "UPDATE rows SET state = 0, at = NULL, row = NULL WHERE job = ? AND state = 2"
-        return self._do(query, job).rowcount
+        count = self._do(query, job).rowcount
+        if count:
+            self.take_note(HOLES, "1")
+        self._do("COMMIT")
+        return count
+
+    def clear(self) -> None:
+        """Forget all jobs and rows."""
+        self._do("BEGIN")
+        for table in ("rows", "jobs", "samples"):
+            self._do(f"DELETE FROM {table}")  # noqa: S608 - our own names
+        self._do("DELETE FROM notes WHERE name <> 'run'")  # rows of this run are told from the next one's
+        self._do("COMMIT")
 
     def counts(self, job: str) -> tuple[int, int]:
         """Answered and failed rows of a job."""
-        found = dict(self._all("SELECT state, count(*) FROM rows WHERE job = ? GROUP BY state", job))
+        found = dict(self.query("SELECT state, count(*) FROM rows WHERE job = ? GROUP BY state", job))
         return found.get(DONE, 0), found.get(FAILED, 0)
 
     def places(self, *, by_input: bool) -> Iterator[tuple[int, int]]:
@@ -186,9 +201,10 @@ class Ledger:
             "WHERE rows.job = placed.job AND rows.id = placed.id",
             head,
         )
-        (size,) = self._all("SELECT coalesce(max(at + length), ?) FROM rows", head)[0]
+        (size,) = self.query("SELECT coalesce(max(at + length), ?) FROM rows", head)[0]
         self.take_note("size", str(size))
         self.take_note(flag, "1")
+        self.take_note(HOLES, "0")
         self._do("COMMIT")
         return int(size)
 
@@ -196,10 +212,6 @@ class Ledger:
         """The rows of an output that is written at the end."""
         for (row,) in self._db.execute(f"SELECT row FROM rows WHERE row IS NOT NULL ORDER BY {_ORDER[by_input]}"):  # noqa: S608
             yield row
-
-    def query(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
-        """Rows for the report."""
-        return self._all(sql, *values)
 
     def _do(self, sql: str, *values: Any, many: bool = False) -> sqlite3.Cursor:
         try:
@@ -211,7 +223,8 @@ class Ledger:
         found: tuple[Any, ...] | None = self._do(sql, *values).fetchone()
         return found
 
-    def _all(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
+    def query(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
+        """All rows of an answer of the database."""
         return self._do(sql, *values).fetchall()
 
     def _broken(self, error: sqlite3.Error) -> LedgerBroken:

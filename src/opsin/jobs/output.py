@@ -14,7 +14,7 @@ from typing import Any
 
 from opsin.core.errors import BadParameter, OpsinError
 from opsin.core.files import replacing
-from opsin.jobs.ledger import Ledger
+from opsin.jobs.ledger import HOLES, Ledger
 from opsin.jobs.row import AFTER, BEFORE, COUNTS, TIMES, Row, columns, flat, from_flat
 
 ENDINGS = (".jsonl", ".ndjson", ".csv", ".parquet")
@@ -48,6 +48,9 @@ class Output:
                 self.size = len(self._waiting)
         except OSError as error:
             raise self._failed(error) from None
+        if ledger.note(HOLES) == "1":
+            self._waiting.clear()
+            self.rewrite(by_input=False)
 
     def add(self, row: Row) -> tuple[int | None, int | None, bytes | None]:
         """Put a row at the end: its place and length in bytes, or the row as the ledger keeps it."""
@@ -77,9 +80,7 @@ class Output:
         if stored is not None:
             row: Row = json.loads(stored)
             return row
-        assert at is not None
-        assert length is not None
-        self._file.seek(at)
+        self._file.seek(at or 0)
         return self._row(self._file.read(length))
 
     def finish(self, *, by_input: bool) -> None:
@@ -193,9 +194,6 @@ class StoredOutput(Output):
                     f"{self._target} cannot be written ({error.strerror or error}): its ledger has all rows; free some "
                     "space or check the folder, and run the same command again."
                 ) from None
-
-    def rewrite(self, *, by_input: bool) -> None:
-        """It is written at the end."""
 
     def close(self) -> None:
         """Nothing is open."""

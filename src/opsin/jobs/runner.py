@@ -10,9 +10,10 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from opsin.core.answer import Stages
 from opsin.core.errors import BadInput, EngineClosed, EngineDied, OpsinError, copy_of
 from opsin.jobs.asker import Asked, Asker, thumbnail
 from opsin.jobs.item import Item
@@ -46,11 +47,6 @@ class Figures:
     tokens: int = 0
     errors: Counter[str] = field(default_factory=Counter)
     began: float = field(default_factory=time.monotonic)
-
-    @property
-    def failed(self) -> int:
-        """Rows of this run that are error rows."""
-        return sum(self.errors.values())
 
 
 class _Slots:
@@ -224,11 +220,9 @@ class Run:
     def _same(self, row: Row) -> Row:
         """A row's answer for another one: it took no time."""
         self.figures.same += 1
-        dropped = ("id", "source", "attempt", "job", "timings", "stages", "same_as")
-        return {
-            **{name: row[name] for name in row if name not in dropped},
-            "same_as": row.get("same_as", row.get("id")),
-        }
+        own = ("id", "source", "attempt", "job")
+        kept = {name: row[name] for name in row if name not in own}
+        return {**kept, "stages": asdict(Stages()), "timings": None, "same_as": row.get("same_as", row.get("id"))}
 
     async def _ask(self, asked: Asked) -> Row:
         """Ask until there is an answer, or the engine died while it had nothing but this row."""

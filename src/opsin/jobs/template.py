@@ -11,14 +11,14 @@ from opsin.core.errors import BadParameter
 from opsin.images.metadata import NAMES
 from opsin.jobs.item import Item
 
-_NAME = re.compile(r"\{\{|\}\}|\{([A-Za-z_]\w*)\}")
+_NAME = re.compile(r"\{\{([A-Za-z_]\w*)\}\}|\{([A-Za-z_]\w*)\}")
 OWN = ("filename", "stem", "folder", "path", "id")
 _RAW = ("exif_", "xmp_", "iptc_")
 _LONGEST = 10_000  # characters of one value
 
 
 class PromptTemplate:
-    """`text` with `{name}` for each value; `{{` and `}}` are braces, and other braces stay as they are.
+    """`text` with `{name}` for each value; `{{name}}` is `{name}`, and all other braces stay, as those of JSON.
 
     `columns` are those of a table, or None. What is no column is looked up in the image's metadata. Raises BadParameter
     for a name that nothing has.
@@ -26,7 +26,7 @@ class PromptTemplate:
 
     def __init__(self, text: str, columns: Collection[str] | None = None) -> None:
         self.text = text
-        self.names = frozenset(filter(None, _NAME.findall(text)))
+        self.names = frozenset(name for _, name in _NAME.findall(text) if name)
         known = {*(columns or ()), *OWN}
         self.metadata = frozenset(self.names - known)
         """Names that only the image's metadata can have."""
@@ -40,16 +40,14 @@ class PromptTemplate:
 
     def fill(self, item: Item, metadata: Mapping[str, str]) -> str:
         """The question of a row; what it lacks is empty."""
-        if not self.names:
-            return _NAME.sub(lambda found: found.group()[0], self.text)
         path = PurePosixPath(item.source)
         own = {"filename": path.name, "stem": path.stem, "folder": path.parent.name, "path": item.source, "id": item.id}
         values: dict[str, Any] = {**metadata, **own, **item.columns}
 
         def value(found: re.Match[str]) -> str:
-            if found[1] is None:
-                return found.group()[0]
-            text = values.get(found[1])
+            if found[1] is not None:
+                return f"{{{found[1]}}}"
+            text = values.get(found[2])
             return "" if text is None else str(text)[:_LONGEST]
 
         return _NAME.sub(value, self.text)

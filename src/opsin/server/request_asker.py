@@ -80,11 +80,7 @@ def _row(found: dict[str, Any], body: dict[str, Any]) -> Row:
         **{name: found.get(name) for name in ("guard", "images", "stages", "timings")},
         "response": found,
     }
-    wanted = body.get("response_format")
-    if (
-        isinstance(wanted, dict)
-        and wanted.get("type") in {"json_schema", "json_object"}
-        and choice["finish_reason"] == "stop"
-    ):
+    wanted = (body.get("response_format") or {}).get("type")
+    if wanted in {"json_schema", "json_object"} and choice["finish_reason"] == "stop":
         row["output"] = json.loads(row["text"])
     return row

@@ -24,6 +24,7 @@ from opsin.jobs.ledger import Ledger, differences, fingerprint
 from opsin.jobs.output import CsvOutput, Output, OutputFailed, StoredOutput
 from opsin.jobs.row import Row, columns, schema_fields
 from opsin.jobs.runner import Figures, Run, sample
+from opsin.jobs.template import PromptTemplate
 
 SCHEMA = json.dumps({"type": "object", "properties": {"kind": {"type": "string"}, "count": {"type": "integer"}}})
 FIELDS = schema_fields(SCHEMA)
@@ -98,11 +99,11 @@ def go(folder: Path, ending: str, rows: Iterable[Item], asker: FakeAsker, **opti
     retry, order = options.pop("retry", False), options.pop("order", "input")
     ledger = Ledger(folder / f"{path.name}.opsin", str(path))
     try:
+        if retry:
+            ledger.retry_failed("job")
         output = KINDS[ending](path, FIELDS, ledger)
         try:
             ledger.begin("job", {"prompt": "x"})
-            if retry and ledger.retry_failed("job"):
-                output.rewrite(by_input=False)
 
             async def run() -> Figures:
                 async def opened() -> FakeAsker:
@@ -221,6 +222,26 @@ def test_failed_rows_are_asked_again_only_when_that_is_wanted_and_the_input_may_
     assert codes == [None, None, None, None, "bad_image"]
 
 
+def test_a_retry_that_is_killed_at_once_leaves_each_row_once(tmp_path: Path) -> None:
+    names = ["a", "bad1", "c"]
+    go(tmp_path, ".jsonl", items(names), FakeAsker())
+    ledger = Ledger(tmp_path / "out.jsonl.opsin", "out.jsonl")
+    assert ledger.retry_failed("job") == 1
+    ledger.close()  # and nothing else happened
+    go(tmp_path, ".jsonl", items(names), FakeAsker(spare=["bad1"]))
+    rows = read(tmp_path / "out.jsonl")
+    assert [row["id"] for row in rows] == names
+    assert all(row["error"] is None for row in rows)
+
+
+def test_braces_of_json_in_a_prompt_stay() -> None:
+    item = Item("x", "a/b.png", columns={"name": "cat"})
+    text = 'Answer as {"a": {"b": 1}} about {name}, not {{name}}: {"c": {name}}'
+    filled = PromptTemplate(text, ("name",)).fill(item, {})
+    assert filled == 'Answer as {"a": {"b": 1}} about cat, not {name}: {"c": cat}'
+    assert PromptTemplate('{"a": {"b": 1}}').fill(item, {}) == '{"a": {"b": 1}}'
+
+
 def test_the_same_question_about_equal_pixels_is_asked_once(tmp_path: Path) -> None:
     rows = [Item(str(n), f"{n}.png", columns={"same": n % 5}) for n in range(60)]
     figures = go(tmp_path, ".jsonl", rows[:40], asker := FakeAsker())
@@ -232,6 +253,7 @@ def test_the_same_question_about_equal_pixels_is_asked_once(tmp_path: Path) -> N
     found = read(tmp_path / "out.jsonl")
     assert [row["text"] for row in found] == [f"answer to {n % 5}" for n in range(60)]
     assert sum("same_as" not in row for row in found) == 5
+    assert all(row["stages"]["total_ms"] == 0 for row in found if "same_as" in row)
 
 
 def test_an_id_that_comes_twice_is_an_error_row(tmp_path: Path) -> None:
