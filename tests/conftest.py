@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,15 +19,17 @@ def pytest_configure() -> None:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.fixture(autouse=True)
-def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test reads or writes the caches and settings of whoever runs it."""
-    home = tmp_path_factory.getbasetemp() / "home"
-    for name, folder in {"XDG_CACHE_HOME": "cache", "XDG_DATA_HOME": "data", "XDG_CONFIG_HOME": "config"}.items():
-        monkeypatch.setenv(name, str(home / folder))
-    for name in ("HF_HOME", "HF_HUB_CACHE", "LLAMA_CACHE", "HF_ENDPOINT", "HF_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_HOME", str(home / "hf"))
+@pytest.fixture(autouse=True, scope="session")
+def _own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test, nor a server that a whole module uses, reads or writes the data and settings of whoever runs it."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("CACHE", "DATA", "CONFIG"):
+            patch.setenv(f"XDG_{name}_HOME", str(home / name.lower()))
+        for name in ("HF_HUB_CACHE", "LLAMA_CACHE", "HF_ENDPOINT", "HF_TOKEN"):
+            patch.delenv(name, raising=False)
+        patch.setenv("HF_HOME", str(home / "hf"))
+        yield
 
 
 @pytest.fixture

@@ -26,6 +26,8 @@ class Image:
     `rgb` holds `height * width * 3` bytes, row by row, maybe in memory that other processes map. `sha256` (hex) covers
     width, height and pixels, not the file. `orientation` is the file's EXIF value (1 to 8), which was applied. `notes`
     are sentences for the user about what was done to it. `fetch_ms` and `decode_ms` are wall times in milliseconds.
+    `source_size` is the whole upright file's width and height, if they differ from these; `region` is the part of it
+    that was cut out: left, top, width and height in its pixels.
     """
 
     rgb: bytes | mmap = field(repr=False)
@@ -37,6 +39,8 @@ class Image:
     notes: tuple[str, ...] = ()
     fetch_ms: float = 0.0
     decode_ms: float = 0.0
+    source_size: tuple[int, int] | None = None
+    region: tuple[int, int, int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp
 
 from opsin.core.errors import OpsinError, found_wrong
 from opsin.core.settings import ServerSettings
+from opsin.server.errors import StoreFailed
 from opsin.server.handler import ModelManager
 from opsin.server.middleware import wrong_json
 from opsin.server.schema import Sent, dumps
@@ -105,7 +106,11 @@ class BatchRunner:
                     self._store = BatchStore(self.settings.batch_store or default_file())
             return work(self._store)
 
-        done = await asyncio.get_running_loop().run_in_executor(self._threads, do)
+        try:
+            answer = asyncio.get_running_loop().run_in_executor(self._threads, do)
+        except RuntimeError as error:  # no memory for a thread
+            raise StoreFailed(f"The store of files and batches cannot be used now: {error}.") from None
+        done = await answer
         if not self._tasks:
             works = (
                 (self._feed, self._feed_now, _POLL_SECONDS),

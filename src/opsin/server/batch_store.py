@@ -114,6 +114,7 @@ class BatchStore:
 
     def __init__(self, place: Path | str) -> None:
         url = _read_url(place)
+        said = f"The batch store {url.render_as_string(hide_password=True)}"
         self.holder = secrets.token_hex(8)
         self._owners_turn = ""
         try:
@@ -122,13 +123,14 @@ class BatchStore:
                 if url.drivername != "sqlite":
                     c.execute(sa.text("SELECT pg_advisory_xact_lock(7206319)"))  # two servers may start together
                 TABLES.create_all(c)
+                if not _fits(c):
+                    raise BadParameter(f"{said} is of another version of Opsin: give another (--batch-store).")
                 if url.drivername == "sqlite":  # whoever held something is gone; else some work is done twice
                     _free(c)
         except ImportError:
             raise BadParameter("PostgreSQL needs psycopg: pip install 'opsin[postgres]'.") from None
         except (SQLAlchemyError, OSError) as error:
-            said = f"The batch store {url.render_as_string(hide_password=True)} cannot be opened ({_reason(error)})"
-            raise BadParameter(f"{said}: give another (--batch-store).") from None
+            raise BadParameter(f"{said} cannot be opened ({_reason(error)}): give another (--batch-store).") from None
 
     def close(self) -> None:
         """Let the database go, and what this server holds, too."""
@@ -416,6 +418,12 @@ def _connect(url: URL) -> sa.Engine:
     sa.event.listen(engine, "connect", lambda c, _: c.executescript(_PRAGMAS))
     sa.event.listen(engine, "begin", lambda c: c.exec_driver_sql("BEGIN IMMEDIATE"))
     return engine
+
+
+def _fits(c: sa.Connection) -> bool:
+    """Whether the tables are those of this version."""
+    there = sa.inspect(c)
+    return all({one["name"] for one in there.get_columns(t.name)} == set(t.c.keys()) for t in TABLES.sorted_tables)
 
 
 def _reason(error: Exception) -> str:

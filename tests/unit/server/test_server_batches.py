@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import io
 import json
+import sqlite3
 import stat
 import time
 from collections.abc import AsyncIterator
@@ -507,6 +508,13 @@ def test_a_damaged_store_and_a_missing_driver_are_told(tmp_path: Path, monkeypat
     monkeypatch.setitem(__import__("sys").modules, "psycopg", None)
     with pytest.raises(BadParameter, match=r"opsin\[postgres\]"):
         BatchStore("postgresql://:secret@h/d")
+
+
+def test_a_store_of_another_version_is_told_apart(tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "b.sqlite")) as old:
+        old.execute("CREATE TABLE opsin_rows (batch INTEGER, n INTEGER)")
+    with pytest.raises(BadParameter, match="another version"):
+        BatchStore(tmp_path / "b.sqlite")
 
 
 def test_a_password_is_never_shown() -> None:
