@@ -18,8 +18,9 @@ from opsin.core.errors import DecodeFailed, EngineClosed, EngineDied, EngineErro
 from opsin.engine.policy import Policy
 from opsin.engine.request import AnswerStream, Sequence, State, Wake, wake_readers
 from opsin.engine.runner import Runner, Watch, unwatched
-from opsin.engine.scheduler import Encode, PrefillImage, Scheduler, Step, Tokens, members_of
+from opsin.engine.scheduler import Scheduler
 from opsin.engine.stats import Snapshot
+from opsin.engine.step import Encode, PrefillImage, Step, Tokens, members_of
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -18,7 +18,7 @@ from opsin.core.errors import DecodeFailed, OpsinError
 from opsin.core.request import EmbeddingRows, ImageChunk, TokenBatch
 from opsin.engine.clock import GroupClock, Now
 from opsin.engine.request import Sequence, State
-from opsin.engine.scheduler import Encode, PrefillImage, Step, Tokens
+from opsin.engine.step import Encode, PrefillImage, Step, Tokens
 
 Sampled = tuple[Sequence, int, TokenLogprob | None]
 

@@ -8,97 +8,19 @@ ubatch, and counts as done when `ran` is called with it.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
 
 from opsin.cache.kv_cache import KVCacheManager, Prefix
 from opsin.core.backend import BackendLimits
 from opsin.core.request import ImageChunk, TextChunk
 from opsin.engine.policy import Policy
 from opsin.engine.request import Sequence, State
+from opsin.engine.step import Encode, PrefillImage, Slice, Step, Tokens, cells_needed, without
 
 _FEWEST_ROWS = 32
 """Rows of a prefill step that reads all weights once. On a CPU 16 of them cost a quarter more each, for a 1 B model.
 A whole tile is cheaper by a quarter or more, as attention in tiles is: taken unless it lasts `_LONGEST_SLICE` seconds.
 """
 _LONGEST_SLICE = 0.75
-
-
-@dataclass(frozen=True, slots=True)
-class Encode:
-    """Run the vision encoder on the image chunk at the sequence's cursor, unless its embedding is known.
-
-    `beside` are chunks that the encoder can take in the same call, with the sequences that have them.
-    """
-
-    sequence: Sequence
-    chunk: ImageChunk
-    beside: tuple[tuple[Sequence, ImageChunk], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillImage:
-    """Decode embedding rows [start, stop) of the image chunk at the cursor; `last` asks for logits.
-
-    `decode` get their next token in the same ubatch. `text` is the chunk behind the image, and goes with its last rows.
-    """
-
-    sequence: Sequence
-    chunk: ImageChunk
-    start: int
-    stop: int
-    last: bool
-    decode: tuple[Sequence, ...] = ()
-    text: tuple[int, ...] = ()
-
-    @property
-    def rows(self) -> int:
-        """Of its sequence."""
-        return self.stop - self.start + len(self.text)
-
-
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """Some tokens of one sequence, at its next positions; `last` asks for the last one's logits."""
-
-    sequence: Sequence
-    tokens: tuple[int, ...]
-    last: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """One new token for each sequence that answers, and slices of prompts, all in one ubatch."""
-
-    decode: tuple[Sequence, ...]
-    prefill: tuple[Slice, ...] = ()
-
-
-Step = Encode | PrefillImage | Tokens
-
-
-def cells_needed(step: Step) -> int:
-    """KV cells that a step takes."""
-    if isinstance(step, Tokens):
-        return len(step.decode) + sum(len(part.tokens) for part in step.prefill)
-    return len(step.decode) + step.rows if isinstance(step, PrefillImage) else 0
-
-
-def members_of(step: Step) -> tuple[Sequence, ...]:
-    """All sequences that a step computes for."""
-    if isinstance(step, Tokens):
-        return (*step.decode, *(part.sequence for part in step.prefill))
-    return (*step.decode, step.sequence) if isinstance(step, PrefillImage) else (step.sequence,)
-
-
-def _without(step: Step, sequence: Sequence) -> Step | None:
-    """What is left of a step when one sequence is not part of it any more."""
-    if isinstance(step, Encode):
-        return None if step.sequence is sequence else step
-    decode = tuple(s for s in step.decode if s is not sequence)
-    if isinstance(step, PrefillImage) and step.sequence is not sequence:
-        return replace(step, decode=decode)
-    prefill = tuple(part for part in step.prefill if part.sequence is not sequence) if isinstance(step, Tokens) else ()
-    return Tokens(decode, prefill) if decode or prefill else None
 
 
 class Scheduler:
@@ -296,7 +218,7 @@ class Scheduler:
                 last.end("length", "context")
                 return None
             self._preempt(last)
-            step = _without(step, last)
+            step = without(step, last)
         return step
 
     def _last_in_line(self) -> Sequence:

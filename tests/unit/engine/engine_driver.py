@@ -27,7 +27,8 @@ from opsin.engine.clock import StageClock
 from opsin.engine.loop import Loop
 from opsin.engine.output import AnswerText
 from opsin.engine.request import AnswerStream, Request, Sequence, State
-from opsin.engine.scheduler import Scheduler, Step, Tokens, members_of
+from opsin.engine.scheduler import Scheduler
+from opsin.engine.step import Step, Tokens, members_of
 from opsin.testing import FakeBackend, FakeClock, image
 from opsin.testing.fake_backend import TURN_TEXT
 

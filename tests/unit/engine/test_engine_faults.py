@@ -10,7 +10,7 @@ from opsin.core.answer import ReasoningStyle
 from opsin.core.errors import BadGrammar
 from opsin.core.request import ImageChunk, ImagePart, Prompt, SamplingParams, TextPart, TokenizedPrompt
 from opsin.engine import Engine, Policy
-from opsin.engine.scheduler import PrefillImage, Tokens
+from opsin.engine.step import PrefillImage, Tokens
 from opsin.testing import FakeBackend, FakeClock, image
 from opsin.testing.fake_backend import TURN_TEXT
 

@@ -6,7 +6,7 @@ from engine_driver import Backend, Driver, limits, prompt_of
 from opsin.core.backend import BackendLimits
 from opsin.engine import Policy
 from opsin.engine.request import State
-from opsin.engine.scheduler import Encode, PrefillImage, Tokens, members_of
+from opsin.engine.step import Encode, PrefillImage, Tokens, members_of
 from opsin.testing import FakeClock, image
 
 

@@ -14,7 +14,7 @@ from opsin.core.backend import BackendLimits
 from opsin.core.errors import Cancelled, DecodeFailed, EncodeFailed
 from opsin.engine import Policy
 from opsin.engine.request import State
-from opsin.engine.scheduler import PrefillImage, Tokens, cells_needed
+from opsin.engine.step import PrefillImage, Tokens, cells_needed
 from opsin.testing import FakeClock
 
 
