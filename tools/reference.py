@@ -127,13 +127,14 @@ def _paths(name: str, kind: Any, left_out: set[str]) -> Iterator[tuple[str, str]
 
 
 def request_fields(api: str) -> str:
-    """The fields of a request; `api` is chat, responses, completions, or common for what all three share."""
-    from opsin.server import responses, schema
+    """The fields of a request; `api` is chat, responses, completions, messages, or common for what all share."""
+    from opsin.server import blocks, responses, schema
 
     models = {
         "chat": schema.ChatRequest,
         "completions": schema.CompletionRequest,
         "responses": responses.ResponsesRequest,
+        "messages": blocks.MessagesRequest,
         "common": schema.Common,
     }
     texts = dict(TEXTS["requests"][api])

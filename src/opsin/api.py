@@ -171,6 +171,14 @@ class Opsin:
         """A conversation as the model's template writes it, ready for `engine.submit`. Raises BadPrompt."""
         return self._runtime.prompts.build(messages, tools=tools, thinking=thinking)
 
+    def count_tokens(self, images: Images, question: str, *, system: str | None = None) -> int:
+        """The tokens of the prompt that `ask` would make, with those of its images, none of which is encoded.
+
+        Raises BadInput, EngineError.
+        """
+        prompt = self.prompt(question_about([self.image(source) for source in _listed(images)], question, system))
+        return self.engine.submit(prompt, count_only=True).result().usage.prompt_tokens
+
     def placement(self) -> Placement:
         """Prove where encoder and language model run, by running each once."""
         return self.engine.placement()

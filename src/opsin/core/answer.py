@@ -153,8 +153,8 @@ class GuardVerdict:
 class Answer:
     """One finished answer.
 
-    `limit` names what cut it when `finish_reason` is "length"; `max_tokens` was in force. `intervals` say when each
-    stage ran; their seconds add up to `stages`.
+    `limit` names what cut it when `finish_reason` is "length"; `max_tokens` was in force. `stop` is the stop string
+    that ended it. `intervals` say when each stage ran; their seconds add up to `stages`.
     """
 
     text: str
@@ -170,6 +170,7 @@ class Answer:
     tokens: tuple[int, ...] = field(default=(), repr=False)
     max_tokens: int = 0
     intervals: tuple[Interval, ...] = field(default=(), repr=False)
+    stop: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

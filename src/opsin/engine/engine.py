@@ -11,12 +11,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Self, TypeVar
 
 from opsin.cache import EmbeddingCache, salted
-from opsin.core.answer import ReasoningStyle, Stage
+from opsin.core.answer import Answer, Finished, ReasoningStyle, Stage, Usage
 from opsin.core.backend import Backend, BackendLimits
 from opsin.core.errors import ContextOverflow, EngineClosed, OpsinError, QueueFull, copy_of
 from opsin.core.model_info import ModelInfo, Placement
 from opsin.core.request import Embedding, ImageChunk, Prompt, SamplingParams, TextChunk, TextPart, TokenizedPrompt
-from opsin.engine.clock import StageClock
+from opsin.engine.clock import StageClock, timings
 from opsin.engine.guard import Guard
 from opsin.engine.loop import Loop
 from opsin.engine.output import AnswerText, ReasoningSplitter
@@ -100,13 +100,15 @@ class Engine:
         waited_since: float | None = None,
         priority: int = 0,
         salt: str = "",
+        count_only: bool = False,
     ) -> AnswerStream:
         """Ask. Never blocks; the stream raises what goes wrong from here on.
 
         `load_ms` is the loading time to be shown in this answer's stages, `queue_ms` how long it waited for its turn
         before. `waited_since` is when the caller began to load the images side by side, in seconds of the engine's
         clock: the stages go back to then. Higher `priority` goes first. Requests of different `salt` share nothing
-        that is remembered. Raises EngineClosed, EngineDied, or QueueFull.
+        that is remembered. With `count_only` nothing is encoded or answered: the `usage` of an empty answer has the
+        prompt's tokens. Raises EngineClosed, EngineDied, or QueueFull.
         """
         if self._loop.error is not None:
             raise copy_of(self._loop.error)
@@ -137,7 +139,8 @@ class Engine:
         stream.on_end = self._room.release
         constrained = params.json_schema is not None or params.grammar is not None
         workers = self._compilers if constrained else self._workers
-        self._work(workers, lambda: self._prepare(request, stream, clock), stream)
+        work = self._count if count_only else self._prepare
+        self._work(workers, lambda: work(request, stream, clock), stream)
         return stream
 
     @staticmethod
@@ -177,6 +180,14 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _count(self, request: Request, stream: AnswerStream, clock: StageClock) -> None:
+        with clock.stage(Stage.PREPROCESS):
+            tokenized = self._preparer.tokenize(request)
+        tokenized.close()
+        usage, stages = Usage(tokenized.n_tokens, image_tokens=tokenized.n_image_tokens), clock.freeze()
+        rates = timings(stages, prompt_tokens=usage.prompt_tokens, cached_tokens=0, predicted_tokens=0)
+        stream.deliver(Finished(Answer("", None, "stop", usage, stages, rates, tokenized.images)))
+
     def _prepare(self, request: Request, stream: AnswerStream, clock: StageClock) -> None:
         sequence = self._preparer.sequence(request, stream, clock)
         if sequence is None:
@@ -206,7 +217,7 @@ class Preparer:
         if stream.done:
             return None
         with clock.stage(Stage.PREPROCESS):
-            tokenized = self._tokenize(request, embeddings)
+            tokenized = self.tokenize(request, embeddings)
         try:
             _check_fit(tokenized, self._backend.limits)
             text, closing = self._text(request)
@@ -218,8 +229,12 @@ class Preparer:
         sequence.cached_images |= {chunk.image for chunk in known}
         return sequence
 
-    def _tokenize(self, request: Request, embeddings: dict[str, Embedding]) -> TokenizedPrompt:
+    def tokenize(self, request: Request, embeddings: dict[str, Embedding] | None = None) -> TokenizedPrompt:
+        """The tokens and pixels; `embeddings` gets those that are known, None asks for no pixels. Raises BadInput."""
+
         def known(identity: str) -> bool:
+            if embeddings is None:
+                return True
             embedding = self._images.get(salted(identity, request.salt))
             if embedding is not None:
                 embeddings[identity] = embedding

@@ -17,27 +17,28 @@ class StopStrings:
     """Cuts streamed text before the first stop string.
 
     First is the one that is complete first; when two end at the same character, the longer one. So an answer ends at
-    the earliest moment at which its text contains a stop string, whatever the borders of its tokens.
+    the earliest moment at which its text contains a stop string, whatever the borders of its tokens. `met` is the one
+    that ended it.
     """
 
     def __init__(self, stops: Iterable[str]) -> None:
         self._stops = tuple(stops)
         self._held = ""
-        self.met = False
+        self.met: str | None = None
 
     def feed(self, text: str) -> str:
         """Text that can be shown now; nothing any more once a stop string was `met`.
 
         The longest end of the text that may still become a stop string is held back, no more.
         """
-        if self.met or not self._stops:
-            return "" if self.met else text
+        if self.met is not None or not self._stops:
+            return text if self.met is None else ""
         # What is held back is shorter than any stop string that it begins, so every hit ends in the new text.
         whole, self._held = self._held + text, ""
-        hits = [(at + len(stop), at) for stop in self._stops if (at := whole.find(stop)) >= 0]
+        hits = [(at + len(stop), at, stop) for stop in self._stops if (at := whole.find(stop)) >= 0]
         if hits:
-            self.met = True
-            return whole[: min(hits)[1]]
+            _, at, self.met = min(hits)
+            return whole[:at]
         shown = len(whole) - max(_overlap(whole, stop) for stop in self._stops)
         self._held = whole[shown:]
         return whole[:shown]
@@ -125,7 +126,7 @@ class ReasoningSplitter:
 class AnswerText:
     """The growing answer of one request; knows no backend and no clock.
 
-    `stopped` turns True at a stop string, `verdict` is set when the guard speaks. Stop strings are looked for in the
+    `stopped` is set at a stop string, `verdict` is set when the guard speaks. Stop strings are looked for in the
     answer only, never in the reasoning. White space at the answer's start is the template's, and left out unless
     `keep_space`. `tags` gives bytes to control tokens that mark reasoning: as tokens they have no text, and the
     splitter would not see them.
@@ -156,8 +157,8 @@ class AnswerText:
         self._pending: list[TokenLogprob] = []
 
     @property
-    def stopped(self) -> bool:
-        """Whether a stop string was met."""
+    def stopped(self) -> str | None:
+        """The stop string that was met."""
         return self._stops.met
 
     @property

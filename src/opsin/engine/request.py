@@ -365,7 +365,7 @@ class Sequence:
         request, output = self.request, self.output
         for delta in output.read(token, piece):
             self.stream.add(delta)
-        if output.stopped:
+        if output.stopped is not None:
             self.end("stop")
         elif output.verdict is not None:
             self.end("length", "guard")
@@ -435,4 +435,5 @@ class Sequence:
             tokens=tuple(output.tokens),
             max_tokens=self.request.max_tokens,
             intervals=self.clock.intervals(),
+            stop=output.stopped,
         )

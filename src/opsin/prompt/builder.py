@@ -94,9 +94,8 @@ class PromptBuilder:
         self.template = text
         """The chat template's text: the model's own, or the built-in one that stands in for it."""
         self._template = ChatTemplate(text, bos_token=source.bos_token, eos_token=source.eos_token)
-        # Names that the template reads from outside.
-        self._variables = find_undeclared_variables(environment().parse(text))
-        self.knows_tools = "tools" in self._variables
+        outside = find_undeclared_variables(environment().parse(text))  # names that the template does not define
+        self.knows_tools = "tools" in outside
         """Whether the template has a place for `tools`."""
         self._tokens = ControlTokens({*source.control_tokens, source.bos_token, source.eos_token})
         written = [marker for marker in _STYLES["turns"] if marker in text]
@@ -105,8 +104,10 @@ class PromptBuilder:
             self._stop += ("USER:",)
         self.reasoning = style = find_style(source, text)
         """How this model marks its thoughts; None where it has none."""
+        self.can_think = style is not None or not outside.isdisjoint(_SWITCHES)
+        """Whether thoughts can be asked for."""
         # Found out by rendering: now, not at the first request.
-        _ = self._template.system_shape, self._template.system_anywhere, self._template.shows_results
+        _ = self._template.system_shape, self._template.system_anywhere, self._template.result_shape
         self._thinks_apart = style is not None and (
             "reasoning_content" in text or not self._template.keeps_thoughts(style.opening, style.closing)
         )
@@ -133,7 +134,7 @@ class PromptBuilder:
             *before, last = messages
             if not last.tool_calls and all(isinstance(part, str) for part in last.parts):
                 messages, begun = before, "\n".join(map(str, last.parts)).rstrip()
-        if thinking and style is None and not self._variables.intersection(_SWITCHES):
+        if thinking and not self.can_think:
             raise BadPrompt("This model does not think before it answers: leave `thinking` out.")
         if tools and not self.knows_tools:
             raise BadPrompt("This model's chat template knows no tools: leave them out.")
@@ -165,7 +166,7 @@ class PromptBuilder:
         System messages behind the first are joined with it, calls and results of functions become text.
         """
         calls = any(message.role == "tool" or message.tool_calls for message in messages)
-        if calls and not self._template.shows_results:
+        if calls and self._template.result_shape is None:
             messages = list(_as_text(messages))
         systems = [message for message in messages if message.role == "system"]
         if (len(systems) > 1 or messages[0] not in systems[:1]) and systems and not self._template.system_anywhere:
@@ -194,9 +195,10 @@ class PromptBuilder:
         if message.role == "assistant" and parts == (text,) and style is not None and self._thinks_apart:
             found, answer = style.split(text)
             parts, thoughts = (answer,), thoughts if found is None else found
-        shapes, system = self._template.user_shapes, self._template.system_shape
-        shape = system if message.role == "system" and system is not None else shapes[0]
-        if "list" in shapes and any(isinstance(part, Image) for part in parts):
+        shapes = self._template.user_shapes
+        own = {"system": self._template.system_shape, "tool": self._template.result_shape}.get(message.role)
+        shape = own or shapes[0]
+        if "list" in shapes and message.role != "tool" and any(isinstance(part, Image) for part in parts):
             shape = "list"
         texts: list[str] = []
         for is_image, group in groupby(parts, lambda part: isinstance(part, Image)):
@@ -287,15 +289,15 @@ class ChatTemplate:
         return self._shows(texts, *messages)
 
     @cached_property
-    def shows_results(self) -> bool:
-        """Whether a call of a function and its result come out."""
-        shape = self.user_shapes[0]
+    def result_shape(self) -> Shape | None:
+        """That of a function's result; None where the call or the result does not come out."""
         function = {"name": "opsincall", "arguments": {}}
         call = {"id": "call_1", "type": "function", "function": function}
-        asked, done = message_of("user", "opsinuser", shape), message_of("tool", "opsinresult", shape)
+        asked = message_of("user", "opsinuser", self.user_shapes[0])
         called: Json = {"role": "assistant", "content": "", "tool_calls": [call]}
-        words = ["opsinuser", "opsincall", "opsinresult"]
-        return self._shows(words, asked, called, {**done, "tool_call_id": "call_1", "name": "opsincall"})
+        about, words = {"tool_call_id": "call_1", "name": "opsincall"}, ["opsinuser", "opsincall", "opsinresult"]
+        results = ((shape, {**message_of("tool", "opsinresult", shape), **about}) for shape in _SHAPES)
+        return next((shape for shape, result in results if self._shows(words, asked, called, result)), None)
 
     def keeps_thoughts(self, opening: str, closing: str) -> bool:
         """Whether a block of thoughts in an older answer comes out as text."""

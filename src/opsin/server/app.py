@@ -21,7 +21,7 @@ from starlette.staticfiles import StaticFiles
 
 from opsin import __version__
 from opsin.core.files import read_table
-from opsin.server import batches, chat, responses
+from opsin.server import batches, chat, messages, responses
 from opsin.server.batch_runner import BatchRunner
 from opsin.server.errors import HANDLERS, RESPONSES, UnknownModel
 from opsin.server.handler import ModelManager, StatsMiddleware, Watcher
@@ -30,7 +30,7 @@ from opsin.server.middleware import Limits, SecurityMiddleware
 from opsin.server.schema import dumps
 from opsin.server.watchers import Metrics
 
-_ROUTES = [route for room in (chat, responses) for route in room.router.routes if isinstance(route, Route)]
+_ROUTES = [route for room in (chat, responses, messages) for route in room.router.routes if isinstance(route, Route)]
 _CREATE = [route for route in batches.router.routes if isinstance(route, Route) and route.name == "create"]
 
 
@@ -59,7 +59,7 @@ def create_app(
     app.state.priority, app.state.batches, app.state.uploads = 0, runner, asyncio.Semaphore(batches.MAX_UPLOADS)
     app.state.root = f"/{path}" if (path := settings.root_path.strip("/")) else ""
     batch_api = () if settings.batch_store == "none" else (batches.router,)
-    for one in (chat.router, responses.router, *batch_api, router):
+    for one in (chat.router, responses.router, messages.router, *batch_api, router):
         app.include_router(one)
     # The last one added is the outermost.
     app.add_middleware(Limits, settings=settings, routes=_ROUTES + _CREATE)
@@ -109,7 +109,8 @@ _demo = StaticFiles(packages=[("opsin.models", "demo")])
 @router.get("/v1/models")
 async def models(request: Request) -> Response:
     """The one model that is served."""
-    return _reply({"object": "list", "data": [_card(_facts(request))]})
+    card = _card(_facts(request))
+    return _reply({"object": "list", "data": [card], "has_more": False, "first_id": card["id"], "last_id": card["id"]})
 
 
 @router.get("/v1/models/{name:path}")
@@ -192,6 +193,10 @@ def _card(facts: dict[str, Any]) -> dict[str, Any]:
         "object": "model",
         "created": 0,
         "owned_by": "opsin",
+        # As Anthropic tells it.
+        "type": "model",
+        "display_name": facts["model_alias"],
+        "created_at": "1970-01-01T00:00:00Z",
         # As llama-server and OpenRouter tell it.
         "capabilities": ["completion", "multimodal"] if sees else ["completion"],
         "architecture": {"input_modalities": ["text", "image"] if sees else ["text"], "output_modalities": ["text"]},

@@ -19,6 +19,7 @@ from opsin.core.answer import Answer, Finished, TextDelta, TokenLogprob
 from opsin.core.request import Image, Prompt, TextPart
 from opsin.prompt import Content, Message
 from opsin.server import schema
+from opsin.server.counting import CountHandler
 from opsin.server.errors import BadField
 from opsin.server.handler import Asked, CompletionHandler, ModelManager, Writer, extensions
 from opsin.server.images import RequestImages, Wanted
@@ -35,6 +36,12 @@ router = APIRouter(tags=["OpenAI"])
 async def chat(body: schema.ChatRequest, request: Request) -> Response:
     """Answer a conversation of texts and images."""
     return CompletionHandler(request, body, _prepare_chat)
+
+
+@router.post("/v1/chat/completions/input_tokens")
+async def count_chat(body: schema.ChatRequest, request: Request) -> Response:
+    """Count the tokens that a chat completion's prompt would cost, with those of its images."""
+    return CountHandler(request, body, _prepare_chat)
 
 
 @router.post("/v1/completions")

@@ -1,4 +1,4 @@
-"""Every error leaves the server as OpenAI's error body."""
+"""Every error leaves the server as OpenAI's error body, or as Anthropic's where its API is used."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from opsin.core.errors import BadParameter, EngineDied, ModelError, OpsinError, 
 
 _LOG = logging.getLogger("opsin.server")
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+_ANTHROPIC_TYPES = {**_TYPES, 408: "timeout_error", 413: "request_too_large", 503: "overloaded_error"}
 _NO_OBJECT = frozenset(("missing", "model_attributes_type", "model_type", "dict_type"))
 # pydantic's locations also contain the tag that chose the member of a union.
 _TAGS = frozenset((
     "text", "image_url", "input_text", "input_image", "output_text", "message", "function_call",
-    "function_call_output", "reasoning",
+    "function_call_output", "reasoning", "image", "tool_use", "tool_result", "thinking", "redacted_thinking",
 ))  # fmt: skip
 
 # A path of the API behind no base path, or behind one too many.
 _NEARLY = re.compile(
-    r"(/v1/v1|/api/v1|/openai/v1|/api|)/(chat/completions|completions|responses|models|files|batches)(/.*)?"
+    r"(/v1/v1|/api/v1|/openai/v1|/api|)/(chat/completions|completions|responses|models|files|batches|messages)(/.*)?"
 )
 
 
@@ -62,15 +63,31 @@ def error_body(status: int, message: str, code: str, param: str | None = None) -
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def is_anthropic(scope: Scope) -> bool:
+    """Whether a request is for Anthropic's API, or from one of its clients."""
+    return scope["path"].startswith("/v1/messages") or any(name == b"anthropic-version" for name, _ in scope["headers"])
+
+
+def anthropic_error(status: int, message: str, code: str, request_id: str | None = None) -> dict[str, Any]:
+    """The error object of Anthropic's API; `details` has the code."""
+    kind = _ANTHROPIC_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
+    error = {"type": kind, "message": message, "details": {"error_code": code}}
+    return {"type": "error", "error": error, "request_id": request_id}
+
+
 _EXAMPLE = error_body(400, "The field 'messages' is missing.", "bad_parameter", "messages")
 RESPONSES: dict[int | str, dict[str, Any]] = {
     "default": {"description": "An error.", "content": {"application/json": {"example": _EXAMPLE}}}
 }
 """What the OpenAPI document says about errors."""
+_ANTHROPIC_EXAMPLE = anthropic_error(400, "The field 'messages' is missing.", "bad_parameter", "5ccf7d0a…")
+ANTHROPIC_RESPONSES: dict[int | str, dict[str, Any]] = {
+    "default": {"description": "An error.", "content": {"application/json": {"example": _ANTHROPIC_EXAMPLE}}}
+}
 
 
 class ErrorResponse(Response):
-    """An error as OpenAI's clients expect it. Sending it also notes its code in the request's stats."""
+    """An error as the API's clients expect it. Sending it also notes its code in the request's stats."""
 
     media_type = "application/json"
 
@@ -80,12 +97,16 @@ class ErrorResponse(Response):
         body = json.dumps(error_body(status, message, code, param), ensure_ascii=False)
         # Lone surrogates, which a client may have sent in a name, become question marks.
         super().__init__(body.encode("utf-8", "replace"), status, headers)
-        self._code = code
+        self._code, self._message = code, message
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
         if (stats := scope.get("state", {}).get("stats")) is not None:
             stats.refused = self._code
+        if is_anthropic(scope):
+            body = anthropic_error(self.status_code, self._message, self._code, stats and stats.id)
+            self.body = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
+            self.headers["content-length"] = str(len(self.body))
         await super().__call__(scope, receive, send)
 
 
@@ -114,8 +135,9 @@ def explain(error: Exception) -> tuple[int, str, str, str | None]:
 
 async def _respond(request: Request, error: Exception) -> Response:
     status, message, code, param = explain(error)
-    if code == "not_found" and _NEARLY.fullmatch(request.url.path):
-        base = f"{request.url.scheme}://{request.url.netloc}{request.app.state.root}/v1"
+    if code == "not_found" and (near := _NEARLY.fullmatch(request.url.path)):
+        base = f"{request.url.scheme}://{request.url.netloc}{request.app.state.root}"
+        base += "" if near[2] == "messages" or is_anthropic(request.scope) else "/v1"
         message = f"There is nothing at this address: the base URL of this API is {base}, so set that in your client."
     headers = dict(getattr(error, "headers", None) or {})
     if status in {429, 503}:

@@ -10,7 +10,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,13 @@ _STREAM_HEADERS = [
 
 
 class Writer:
-    """Writes answers in the shape of one API. Frames are bytes of server-sent events, as many as are due."""
+    """Writes answers in the shape of one API. Frames are bytes of server-sent events, as many as are due.
+
+    `waiting` is the frame that keeps a connection alive, `ignored` names fields that have no effect on this model.
+    """
+
+    waiting = b": the answer is being worked on\n\n"
+    ignored: tuple[str, ...] = ()
 
     def begin(self) -> bytes:
         """Frames before the first event."""
@@ -62,7 +68,7 @@ class Writer:
         """Frames after every choice is finished."""
         return b""
 
-    def failed(self, body: dict[str, Any]) -> bytes:
+    def failed(self, status: int, body: dict[str, Any]) -> bytes:  # noqa: ARG002 - some APIs tell errors apart by it
         """The frame that tells of an error in the middle of a stream; nothing follows it."""
         return b"data: " + dumps(body) + b"\n\n"
 
@@ -82,6 +88,8 @@ class CompletionHandler(Response):
     raised, for the error handlers; what goes wrong later becomes an event of the stream. A client that goes away ends
     its answers at once.
     """
+
+    count_only = False
 
     def __init__(
         self,
@@ -119,48 +127,57 @@ class CompletionHandler(Response):
         # Those who ask at once share alike: by their keys, or where there are none by their addresses.
         who = key or getattr(self._request.client, "host", "")
         model: ModelManager = server.model
-        queue: FairQueue = server.queue
-        bucket: RateBucket = self._request.state.bucket
         with contextlib.ExitStack() as held:
             loaded = model.engine.loaded
-            images = RequestImages(server.images, who, loaded.limits.image_edge if loaded else 0)
+            edge = loaded.limits.image_edge if loaded else 0
+            images = RequestImages(server.images, who, edge, count_only=self.count_only)
             held.callback(images.hold, 0)
             model.enter()
             stats.model = model.name
             model.engine.wake()  # it loads while images are decoded
             model.check(self._body.model)
-            self._note_ignored(strict=model.settings.strict_fields)
+            self._note_ignored(ignored(self._body), strict=model.settings.strict_fields)
             asked, writer = await self._prepare(self._body, model, images)
+            self._note_ignored(writer.ignored, strict=model.settings.strict_fields)
             if any(prompt.folded for prompt, _ in asked):
                 self._notes["Opsin-Notes"] = FOLDED
             stats.images = len({image.sha256 for prompt, _ in asked for image in prompt.images})
-            stats.streamed = bool(self._body.stream)
-            count, max_seconds, began = len(asked), asked[0][1].max_seconds, time.perf_counter()
-            held.enter_context(bucket.counted(count - 1))
-            # When the time is over it goes on without room: the engine ends it at once, and says why.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(max_seconds):
-                    await queue.take(who, count)
-                    held.callback(queue.leave, count)
-            waited = time.perf_counter() - began
-            # The time spent waiting counts towards the limit.
-            left = {} if max_seconds is None else {"max_seconds": max(max_seconds - waited, 1e-3)}
-            same = {"waited_since": stats.began, "salt": key, "priority": server.priority}
-            streams: list[AnswerStream] = []
-            for prompt, params in asked:
-                limited, waited_ms = params.model_copy(update=left), waited * 1e3
-                stream = model.engine.submit(prompt, limited, queue_ms=waited_ms, **same)
-                held.callback(stream.cancel)  # without effect on one that has ended
-                streams.append(stream)
-                stats.deltas.append([])
-            del prompt
-            asked.clear()  # the pixels belong to the engine now, which frees them as soon as it can
-            answers = _Answers(streams, images, stats)
-            await (self._stream if stats.streamed else self._whole)(writer, answers, send)
+            await self._ask(asked, writer, images, held, send=send)
 
-    def _note_ignored(self, *, strict: bool) -> None:
+    async def _ask(
+        self, asked: Asked, writer: Writer, images: RequestImages, held: contextlib.ExitStack, *, send: Send
+    ) -> None:
+        """Ask the model when it is the request's turn, and send what it answers; `held` is undone at the end."""
+        server, stats, key = self._request.app.state, self._stats, self._request.state.key
+        queue: FairQueue = server.queue
+        bucket: RateBucket = self._request.state.bucket
+        stats.streamed = bool(self._body.stream)
+        count, max_seconds, began = len(asked), asked[0][1].max_seconds, time.perf_counter()
+        held.enter_context(bucket.counted(count - 1))
+        # When the time is over it goes on without room: the engine ends it at once, and says why.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max_seconds):
+                await queue.take(images.key, count)
+                held.callback(queue.leave, count)
+        waited = time.perf_counter() - began
+        # The time spent waiting counts towards the limit.
+        left = {} if max_seconds is None else {"max_seconds": max(max_seconds - waited, 1e-3)}
+        same = {"waited_since": stats.began, "salt": key, "priority": server.priority}
+        streams: list[AnswerStream] = []
+        for prompt, params in asked:
+            limited, waited_ms = params.model_copy(update=left), waited * 1e3
+            stream = server.model.engine.submit(prompt, limited, queue_ms=waited_ms, **same)
+            held.callback(stream.cancel)  # without effect on one that has ended
+            streams.append(stream)
+            stats.deltas.append([])
+        del prompt
+        asked.clear()  # the pixels belong to the engine now, which frees them as soon as it can
+        answers = _Answers(streams, images, stats)
+        await (self._stream if stats.streamed else self._whole)(writer, answers, send)
+
+    def _note_ignored(self, found: Iterable[str], *, strict: bool) -> None:
         """Name the request's fields without effect, in the log and in a header. Raises BadField."""
-        names = [_UNSEEMLY.sub("?", name)[:64] for name in itertools.islice(ignored(self._body), MOST_IGNORED)]
+        names = [_UNSEEMLY.sub("?", name)[:64] for name in itertools.islice(found, MOST_IGNORED)]
         if not names:
             return
         if strict:
@@ -168,7 +185,7 @@ class CompletionHandler(Response):
                 f"The field {names[0]!r} has no effect here: leave it out (--strict-fields is on).", names[0]
             )
         _LOG.info("fields without effect: %s", ", ".join(names))
-        self._notes["Opsin-Ignored"] = ", ".join(names)
+        self._notes["Opsin-Ignored"] = ", ".join(filter(None, (self._notes.get("Opsin-Ignored"), *names)))
 
     async def _whole(self, writer: Writer, answers: _Answers, send: Send) -> None:
         while answers.running:
@@ -193,7 +210,7 @@ class CompletionHandler(Response):
                 part = b"".join([writer.event(index, event) for index, event in found])
                 spoken = spoken or bool(part)
                 if not spoken and now() >= due:
-                    part = b": the answer is being worked on\n\n"
+                    part = writer.waiting
                 if part:
                     if not started:
                         notes = [(name.lower().encode(), value.encode()) for name, value in self._notes.items()]
@@ -206,9 +223,10 @@ class CompletionHandler(Response):
         except Exception as error:
             if not started:
                 raise
-            body = error_body(*explain(error))
+            told = explain(error)
+            body = error_body(*told)
             self._stats.refused = body["error"]["code"]
-            last = writer.failed(body)
+            last = writer.failed(told[0], body)
         await send({"type": "http.response.body", "body": last})
 
 
@@ -416,7 +434,8 @@ class StatsMiddleware:
         async def noting(message: Message) -> None:
             if message["type"] == "http.response.start":
                 stats.status = message["status"]
-                message.setdefault("headers", []).append((b"x-request-id", stats.id.encode()))
+                names = (b"x-request-id", b"request-id")  # OpenAI's and Anthropic's
+                message.setdefault("headers", []).extend((name, stats.id.encode()) for name in names)
             await send(message)
 
         try:

@@ -128,6 +128,7 @@ class ImageLoader:
         )
         self.max_pixels = settings.max_pixels_in_flight
         self.room = FairQueue(self.max_pixels)
+        self.count_room = FairQueue(self.max_pixels // 4)
         self._pool, self._decode = pool, pool.call if pool else operator.call
         self._resolve = resolve or AddressPolicy([pair for host in settings.image_hosts for pair in image_host(host)])
         self._folder = None if settings.media_path is None else ImageFolder(settings.media_path)
@@ -179,11 +180,13 @@ class ImageLoader:
 class RequestImages:
     """Loads the images of one request of `key`, and holds their pixels until it is told to hold none.
 
-    `seen_edge` is the edge in pixels of what the model sees of any image (0: not known).
+    `seen_edge` is the edge in pixels of what the model sees of any image (0: not known). Who only counts does not
+    wait for the pixels of those who wait for the model.
     """
 
-    def __init__(self, loader: ImageLoader, key: str, seen_edge: int = 0) -> None:
+    def __init__(self, loader: ImageLoader, key: str, seen_edge: int = 0, *, count_only: bool = False) -> None:
         self._loader = loader
+        self._room = loader.count_room if count_only else loader.room
         self.key = key
         self._seen_edge = seen_edge
         self._pixels = 0
@@ -202,7 +205,7 @@ class RequestImages:
                 f"The images of this request have more than {self._loader.max_pixels:,} pixels together; "
                 "send fewer, or scale them down first."
             )
-        await self._loader.room.take(self.key, pixels)
+        await self._room.take(self.key, pixels)
         self._pixels = pixels
         images = await _side_by_side(self._decode, wanted)
         self.hold(sum(image.width * image.height for image in images))
@@ -210,7 +213,7 @@ class RequestImages:
 
     def hold(self, pixels: int) -> None:
         """Hold so many pixels from now on, and give the others back."""
-        self._loader.room.leave(self._pixels - pixels)
+        self._room.leave(self._pixels - pixels)
         self._pixels = pixels
 
     async def _open(self, one: Wanted) -> None:

@@ -234,7 +234,7 @@ class SecurityMiddleware:
         if any(matches):
             scope["state"]["key"] = digest.hex()[:16]
         elif self._digests and scope["path"] not in OPEN_PATHS and not scope["path"].startswith("/page/"):
-            message = "An API key of this server is needed: send it as Authorization: Bearer KEY."
+            message = "An API key of this server is needed: send it as Authorization: Bearer KEY, or as x-api-key: KEY."
             app = ErrorResponse(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         await app(scope, receive, send)
 

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import hashlib
 import importlib
-import json
 import logging
 import os
 import re
@@ -27,13 +26,13 @@ from opsin.core.errors import ImageTooLarge, OpsinError
 from opsin.core.settings import ServerSettings
 from opsin.jobs.ray_data import RayFailed
 from opsin.server.app import create_app, warm_up
-from opsin.server.errors import error_body, explain
+from opsin.server.errors import ErrorResponse, explain
 from opsin.server.handler import ModelManager
 from opsin.server.images import ImageLoader
 from opsin.server.middleware import is_loopback
 from opsin.worker import DecoderPool, NotReady, WorkerEngine
 
-_IMAGE = re.compile(rb'"(?:image_url|url)"\s*:\s*"([^"\\]{1,200000000})')
+_IMAGE = re.compile(rb'"(?:image_url|url|data)"\s*:\s*"([^"\\]{1,200000000})')
 _ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 _MOST_REQUESTS = 256  # that a front passes on at the same time
 _MOST_FRONTS = 4
@@ -141,8 +140,7 @@ async def _bodies(first: list[Message], messages: AsyncIterator[list[Message]]) 
 
 
 def _failed(error: OpsinError) -> Response:
-    body = error_body(*explain(error))
-    return Response(json.dumps(body), error.http_status, media_type="application/json")
+    return ErrorResponse(*explain(error))
 
 
 def deploy(

@@ -16,6 +16,7 @@ from opsin.core.answer import Answer, Finished, TextDelta
 from opsin.core.request import SamplingParams
 from opsin.server import schema
 from opsin.server.chat import build_prompt
+from opsin.server.counting import CountHandler
 from opsin.server.errors import BadField
 from opsin.server.handler import Asked, CompletionHandler, ModelManager, Writer, extensions
 from opsin.server.images import RequestImages
@@ -137,6 +138,12 @@ class ResponsesRequest(schema.Conversation):
 async def responses(body: ResponsesRequest, request: Request) -> Response:
     """Answer a conversation: sent whole, or what is new behind an answer that is still remembered."""
     return CompletionHandler(request, body, _prepare)
+
+
+@router.post("/v1/responses/input_tokens")
+async def count_input_tokens(body: ResponsesRequest, request: Request) -> Response:
+    """Count the tokens that a request to /v1/responses would cost, with those of its images."""
+    return CountHandler(request, body, _prepare)
 
 
 async def _prepare(body: ResponsesRequest, model: ModelManager, images: RequestImages) -> tuple[Asked, Writer]:
@@ -290,7 +297,7 @@ class _ResponsesWriter(Writer):
         text = self._reader.feed(event.text) if self._reader else event.text
         return (self._say("message", text) if text else b"") + self._calls()
 
-    def failed(self, body: dict[str, Any]) -> bytes:
+    def failed(self, status: int, body: dict[str, Any]) -> bytes:  # noqa: ARG002 - there is one kind here
         error = {"code": "server_error", "message": body["error"]["message"]}
         return self._event("failed", response=self._base | {"status": "failed", "error": error, "output": self._output})
 

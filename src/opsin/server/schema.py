@@ -267,7 +267,7 @@ _HINTS = frozenset(("logprobs", "modalities", "n", "n_probs", "stream_options", 
 
 
 class Common(Sent):
-    """Fields that all three APIs share: sampling, and extensions. Those without effect here are ignored and named."""
+    """Fields that all APIs share: sampling, and extensions. Those without effect here are ignored and named."""
 
     model: str | None = None
     stream: bool | None = None

@@ -163,7 +163,8 @@ def _plain(fields: dict[str, Any]) -> str:
     return " ".join((*words, *(f"end={answer['limit'] or answer['finish_reason']}" for answer in answers)))
 
 
-_OPERATIONS = {"/v1/chat/completions": "chat", "/v1/responses": "chat", "/v1/completions": "text_completion"}
+_OPERATIONS = dict.fromkeys(("/v1/chat/completions", "/v1/responses", "/v1/messages"), "chat")
+_OPERATIONS["/v1/completions"] = "text_completion"
 LAST_SPANS_SECONDS = 2.0
 """How long a server that ends waits for the collector."""
 

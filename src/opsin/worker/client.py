@@ -187,6 +187,7 @@ class WorkerEngine(Ready):
         waited_since: float | None = None,
         priority: int = 0,
         salt: str = "",
+        count_only: bool = False,
     ) -> AnswerStream:
         """See `Engine.submit`. A request waits for a worker that was idle or has crashed once, with its `load_ms`.
 
@@ -203,7 +204,7 @@ class WorkerEngine(Ready):
         stream = AnswerStream(lambda: None)
         stream.on_end = lambda: self._ended(number, stream)
         options: dict[str, Any] = {"load_ms": load_ms, "queue_ms": queue_ms, "waited_since": waited_since}
-        options |= {"priority": priority, "salt": salt}
+        options |= {"priority": priority, "salt": salt, "count_only": count_only}
         request = _Request(stream, share_all(prompt), params or SamplingParams(), options, time.perf_counter())
         with self._condition:
             if self.error is not None:

@@ -112,6 +112,11 @@ def image_part(data: bytes) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url, "detail": "low"}}
 
 
+def image_block(data: bytes) -> dict[str, Any]:
+    source = {"type": "base64", "media_type": "image/png", "data": base64.b64encode(data).decode()}
+    return {"type": "image", "source": source}
+
+
 SEEDS: list[tuple[str, dict[str, Any]]] = [
     (
         "/v1/chat/completions",
@@ -157,6 +162,28 @@ SEEDS: list[tuple[str, dict[str, Any]]] = [
         },
     ),
     ("/v1/completions", {"model": "fake", "prompt": "Once", "max_tokens": 4, "logprobs": 1, "stop": "."}),
+    (
+        "/v1/messages",
+        {
+            "model": "fake",
+            "max_tokens": 4,
+            "system": [{"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}}],
+            "messages": [
+                {"role": "user", "content": [image_block(FILES[0]), {"type": "text", "text": "Look."}]},
+                {"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "look", "input": {}}]},
+                {
+                    "role": "user",
+                    "content": [{"type": "tool_result", "tool_use_id": "a", "content": [image_block(FILES[0])]}],
+                },
+            ],
+            "tools": [{"name": "look", "input_schema": CALL["parameters"]}],
+            "tool_choice": {"type": "auto", "disable_parallel_tool_use": True},
+            "stop_sequences": ["#"],
+            "thinking": {"type": "disabled"},
+        },
+    ),
+    ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": "Hello."}]}),
+    ("/v1/chat/completions/input_tokens", {"messages": [{"role": "user", "content": "Hello."}]}),
 ]
 
 ODD: list[Any] = [
@@ -257,6 +284,9 @@ def fault(answer: httpx.Response) -> str | None:
         return "an inner error shows"
     if answer.status_code >= 400:
         error = answer.json().get("error", {})
+        if answer.request.url.path.startswith("/v1/messages"):
+            wrong = set(answer.json()) != {"type", "error", "request_id"} or not error["message"] or not error["type"]
+            return "not Anthropic's error body" if wrong else None
         if set(error) != {"message", "type", "param", "code"} or not error["message"]:
             return "not OpenAI's error body"
     return None
@@ -326,6 +356,7 @@ def test_requests_made_from_the_openapi_document_give_no_server_error(server: Se
         check(result.ok())  # type: ignore[union-attr]
     print(asked)
     assert {"POST /v1/chat/completions", "POST /v1/responses", "POST /v1/completions", "GET /v1/models"} <= set(asked)
+    assert {"POST /v1/messages", "POST /v1/messages/count_tokens"} <= set(asked)
     assert all(count > 0 for count in asked.values())
     server.check_idle()
 

@@ -22,7 +22,7 @@ def test_tags_that_are_control_tokens_have_no_bytes_and_still_split() -> None:
 def test_stop_strings_end_the_answer_but_not_the_reasoning() -> None:
     output = AnswerText(("stop",), ReasoningSplitter(STYLE, starts_inside=True), None)
     read(output, [(1, b"don't stop "), (2, b"</think>"), (3, b"go st"), (4, b"op now")])
-    assert (output.reasoning, output.text, output.stopped) == ("don't stop", "go ", True)
+    assert (output.reasoning, output.text, output.stopped) == ("don't stop", "go ", "stop")
 
 
 def test_a_character_cut_over_tokens_comes_whole_with_both_logprobs() -> None:

@@ -278,6 +278,24 @@ def test_calls_and_results_that_a_template_drops_are_told_as_text():
     assert flat(bare(drops).build(messages)) == told
 
 
+@pytest.mark.parametrize("result", ["{{ m.content }}", "{% for p in m.content %}{{ p.text }}{% endfor %}"])
+def test_an_image_in_a_result_comes_out_however_a_template_writes_results(result):
+    template = (
+        "{% for m in messages %}{% if m.role == 'tool' %}" + result + "{% elif m.content is string %}{{ m.content }}"
+        "{% else %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}"
+        "{{ m.tool_calls | tojson if m.tool_calls }};{% endfor %}"
+    )
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {}}}
+    messages = [
+        Message("user", [B, "a"]),
+        Message("assistant", "", tool_calls=[call]),
+        Message("tool", ["see ", A], tool_call_id="1"),
+    ]
+    prompt = bare(template).build(messages)
+    assert prompt.images == (B, A)
+    assert flat(prompt).endswith(";see ¤;")
+
+
 def test_an_image_in_a_system_message_without_such_a_role_goes_before_the_question():
     prompt = builder("mistral").build([Message("system", ["See", A]), Message("user", "what?")])
     assert flat(prompt) == "<s>[INST] See¤what? [/INST]"
@@ -320,6 +338,10 @@ def test_tools_for_a_template_without_tools_are_refused():
 
 
 class TestThinking:
+    def test_which_models_can_think_is_known(self):
+        assert builder("glm4v").can_think
+        assert not builder("vicuna").can_think
+
     def test_an_open_block_at_the_end_is_seen(self):
         prompt = builder("glm4v").build([Message("user", "x")])
         assert prompt.thinking is True

@@ -232,7 +232,7 @@ def test_without_keys_each_address_is_somebody(monkeypatch: pytest.MonkeyPatch) 
         asked.append(key)
         await take(self, key, n)
 
-    def made(self: RequestImages, loader: Any, key: str, *edge: int) -> None:
+    def made(self: RequestImages, loader: Any, key: str, *rest: Any, **more: Any) -> None:
         asked.append(key)
         make(self, loader, key)
 
