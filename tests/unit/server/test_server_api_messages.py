@@ -6,9 +6,10 @@ import re
 from typing import Any
 
 import pytest
-from api_driver import CHAT, PLAIN, QUESTION, WITH_TOOLS, Gate, data_url, run, until, world
+from api_driver import CHAT, PLAIN, QUESTION, WITH_TOOLS, Caller, Gate, data_url, run, until, world
 
 from opsin.core.errors import EngineDied, QueueFull
+from opsin.server import handler
 from opsin.testing.fake_backend import TURN_TEXT
 
 pytestmark = pytest.mark.slow
@@ -346,6 +347,22 @@ def test_an_error_in_the_middle_of_a_stream_is_an_event() -> None:
             events = frames((await asking).text)
             assert events[0]["type"] == "message_start"
             assert events[-1]["error"]["type"] == "api_error"
+
+    run(work())
+
+
+def test_pings_keep_the_connection_alive_until_the_first_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handler, "KEEP_ALIVE_SECONDS", 0.02)
+    gate = Gate("done", stop_at=0)
+
+    async def work() -> None:
+        async with world(gate) as w:
+            caller = Caller(w.app, {**ASKED, "stream": True}, MESSAGES)
+            await until(lambda: caller.text.count("event: ping") >= 4)
+            gate.open.set()
+            await caller.task
+            assert frames(caller.text)[0]["type"] == "message_start"
+            assert told(frames(caller.text)) == [{"type": "text", "text": "done"}]
 
     run(work())
 
