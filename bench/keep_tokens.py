@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""What an image may lose: the demo model's exam with a half, a quarter and an eighth of each image's tokens.
+"""What an image may lose: the demo model's exam with a half, a quarter and a ninth of each image's tokens.
 
-    python bench/keep_tokens.py --scenes 2000 --json-out docs/results/keep_tokens.json
+    python bench/keep_tokens.py --scenes 1000 --json-out docs/results/keep_tokens.json
 
 The encoder's output is cut down before the language model reads it: by max-min diversity (Alvar et al., "DivPrune:
 Diversity-based Visual Token Pruning for Large Multimodal Models", CVPR 2025), at random, by leaving out rows and
