@@ -19,17 +19,19 @@ from opsin.core.config import checked, current_folder, read_config, settle_old
 from opsin.core.errors import BadParameter, OpsinError
 from opsin.core.model_info import ModelInfo, Placement
 from opsin.core.request import Image, Prompt, SamplingParams
-from opsin.core.settings import RENAMED, RETIRED, EngineSettings, ImageSettings
+from opsin.core.settings import RENAMED, RETIRED, EngineSettings, ImageSettings, VideoSettings
 from opsin.engine import AnswerStream, Engine
 from opsin.images import load_image
 from opsin.models import locate
 from opsin.prompt import Message, PromptBuilder
 from opsin.worker import WorkerEngine
+from opsin.worker.videos import check_videos, join, load_source
 
 Images = object | Sequence[object]
 Tools = list[dict[str, Any]] | None
 
 
+_OF_VIDEOS = ("frames", "fps", "max_frames")
 _LOADERS, _SLOTS = 4, 8  # threads that load images ahead; answers at the same time where nobody says how many
 
 
@@ -99,20 +101,34 @@ class Opsin:
         """
         return load_image(source, self._image_settings)
 
-    def ask(self, images: Images, question: str, *, system: str | None = None, **params: Any) -> Answer:
-        """Ask one question about one image, or about several together, and wait for the whole answer.
+    def images(self, source: object, *, frames: bool = False, **video: Any) -> list[Image]:
+        """Read what `image` reads, or the frames of a video (file, bytes or address), for messages of one's own.
 
-        `params` are the fields of SamplingParams. Raises BadInput, EngineError.
+        `video` are `fps` (1) and `max_frames` (16); `frames` reads an animation (GIF, APNG) as a video, too. Raises
+        BadImage, FetchFailed, BadParameter.
         """
-        loaded = [self.image(source) for source in _listed(images)]
+        return load_source(source, self._image_settings, checked(VideoSettings, video), frames=frames)
+
+    def ask(self, images: Images, question: str, *, system: str | None = None, **params: Any) -> Answer:
+        """Ask one question about one image or video, or about several together, and wait for the whole answer.
+
+        `params` are the fields of SamplingParams, `fps` and `max_frames` of videos, and `frames`: whether the images
+        are frames of one video, in this order. Raises BadInput, EngineError.
+        """
+        reading = _of_videos(params)
+        check_videos(_listed(images), **reading)
+        loaded = join([self.images(source, **reading) for source in _listed(images)], **reading)
         return self.submit(question_about(loaded, question, system), **params).result()
 
     async def ask_async(self, images: Images, question: str, *, system: str | None = None, **params: Any) -> Answer:
-        """`ask` for an event loop: images are read in a thread, and nothing blocks. Cancelling it ends the answer.
+        """`ask` for an event loop: images are read in threads, and nothing blocks. Cancelling it ends the answer.
 
         Raises BadInput, EngineError.
         """
-        loaded = await asyncio.gather(*(asyncio.to_thread(self.image, source) for source in _listed(images)))
+        reading = _of_videos(params)
+        check_videos(_listed(images), **reading)
+        read = (asyncio.to_thread(self.images, source, **reading) for source in _listed(images))
+        loaded = join(await asyncio.gather(*read), **reading)
         return await self.submit(question_about(loaded, question, system), **params).answer()
 
     def map(
@@ -120,17 +136,19 @@ class Opsin:
     ) -> Iterator[Mapped]:
         """Ask one question about each of many images, as many at a time as there are slots; answers come in order.
 
-        An element of `images` may be several images for one question. `schema` is a JSON schema: its text, a dict, or a
-        pydantic model. A bad image is an answer with an error. Raises BadParameter, and EngineError if the engine dies.
+        An element of `images` may be several images for one question, or a video. `schema` is a JSON schema: its text,
+        a dict, or a pydantic model. A bad image is an answer with an error. Raises BadParameter, and EngineError if the
+        engine dies.
         """
         if schema is not None:
             schema = schema.model_json_schema() if hasattr(schema, "model_json_schema") else schema
             params["json_schema"] = schema if isinstance(schema, str) else json.dumps(schema)
+        reading = _of_videos(params)
         checked(SamplingParams, params)
         question_about((), question)
 
         def begin(sources: Images) -> AnswerStream:
-            loaded = [self.image(source) for source in _listed(sources)]
+            loaded = join([self.images(source, **reading) for source in _listed(sources)], **reading)
             return self.submit(question_about(loaded, question, system), **params)
 
         pending: deque[tuple[Images, Future[AnswerStream]]] = deque()
@@ -221,6 +239,13 @@ def _open_isolated(model: str | Path | None, mmproj: str | Path | None, settings
     except BaseException:
         engine.close()
         raise
+
+
+def _of_videos(params: dict[str, Any]) -> dict[str, Any]:
+    """What is said of videos among these, taken out. Raises BadParameter."""
+    reading: dict[str, Any] = {name: params.pop(name) for name in _OF_VIDEOS if name in params}
+    checked(VideoSettings, {name: value for name, value in reading.items() if name != "frames"})
+    return reading
 
 
 def _listed(images: object) -> Sequence[object]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from drawn_videos import scene, video
 from serve_process import Served, served
 
 import opsin.models
@@ -87,6 +88,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     for number, name in enumerate([*names, "photos/p2.jpg", "photos/p10.jpg", "photos/more/p1.jpg"]):
         shapes.rotate(90 * number).resize((120 + number, 120)).save(place / name)
+    (place / "clip.mp4").write_bytes(video(frames=60, size=shapes.size, draw=lambda *_: shapes))
+    for number in range(1, 5):
+        scene(10 * number, 320, 240).save(place / f"frame{number}.jpg")
+    pair = write_pair("qwen2.5vl-tiny", tmp_path_factory.mktemp("qwen"))
+    shutil.copy(pair.llm, place / "qwen.gguf")
+    shutil.copy(pair.mmproj, place / "qwen-mmproj.gguf")
     forms = (ROOT / "docs" / "forms-to-json.md").read_text(encoding="utf-8")
     schema = re.search(r"```json\n(.*?)```", forms, re.DOTALL)
     assert schema is not None

@@ -32,12 +32,12 @@ from opsin.core.errors import BadParameter, OpsinError
 from opsin.core.files import expand, read_text
 from opsin.core.model_info import BackendShare, Placement
 from opsin.core.request import Image, SamplingParams
-from opsin.core.settings import MAX_SCHEMA, EngineSettings, ImageSettings
+from opsin.core.settings import MAX_SCHEMA, EngineSettings, ImageSettings, VideoSettings
 from opsin.doctor.build import unused_gpu_hint
 from opsin.doctor.placement import remembered_placement
 from opsin.engine import AnswerStream
-from opsin.images import load_image
 from opsin.models import locate
+from opsin.worker.videos import check_videos, join, load_source
 
 BAR = 32
 _MANY = 50
@@ -47,7 +47,7 @@ _PARALLEL = f"{SLOTS} for several images, unless --ctx is given"
 _TIMELINE = "show stage times (default: for one image, on a terminal)"
 _QUIET = "print answers and errors only"
 _Dict = dict[str, Any]
-_What = tuple[str, str | None, _Dict]
+_What = tuple[str, str | None, _Dict, _Dict]
 _Asked = tuple[list[str], AnswerStream | OpsinError]
 _OF_IMAGES = {"image_decode", "preprocess", "encode", "image_prefill"}
 _LABELS = {"start": "start Python", "load": "load model", "encode": "vision encode"}
@@ -55,6 +55,7 @@ _LABELS = {"start": "start Python", "load": "load model", "encode": "vision enco
 
 @o.flags_of(SamplingParams, *o.ANSWER)
 @o.flags_of(EngineSettings, *o.ENGINE, "image_max_tokens", "image_min_tokens", "disk_cache", parallel=_PARALLEL)
+@o.flags_of(VideoSettings, "fps", "max_frames")
 def ask(
     arguments: Annotated[
         list[str],
@@ -62,6 +63,7 @@ def ask(
     ],
     *,
     together: Annotated[bool, typer.Option("--together", help="ask one question about all images together")] = False,
+    frames: Annotated[bool, typer.Option("--frames", help="the images are frames of one video: ask together")] = False,
     recursive: Annotated[bool, typer.Option("-r", "--recursive", help="read the folders in folders, too")] = False,
     as_json: Annotated[bool, o.output("--json", help="the same as --format jsonl")] = False,
     form: Annotated[Format, o.output("--format", help="what is printed; jsonl: a JSON object a line")] = "text",
@@ -73,7 +75,7 @@ def ask(
     system: o.System = None,
     **flags: Any,
 ) -> None:
-    """Ask one question about each image, or about all of them together.
+    """Ask one question about each image or video, or about all of them together.
 
     Settings of model, hardware and images can also be given in opsin.toml or as OPSIN_* environment variables.
     """
@@ -85,12 +87,15 @@ def ask(
     check_question(sources, question)
     hush(quiet=quiet)
     found = expand_sources(sources, recursive=recursive)
-    groups = [found] if together else [[source] for source in found]
+    groups = [found] if together or frames else [[source] for source in found]
     if len(groups) > _MANY:
         tell(f"(for {len(groups):,} images see opsin batch: it goes on where it was stopped, and is faster)")
     settings = settings_of(flags, min(SLOTS, len(groups)))
     timed = False if quiet and timed is None else timed
-    _Run(groups, "jsonl" if as_json else form, timed, settings, (question, system, params)).all()
+    reading = {"frames": frames, **o.given(VideoSettings, flags)}
+    checked(VideoSettings, o.given(VideoSettings, flags))
+    check_videos(found, **reading)
+    _Run(groups, "jsonl" if as_json else form, timed, settings, (question, system, params, reading)).all()
 
 
 class _Run:
@@ -103,7 +108,7 @@ class _Run:
         self, groups: list[list[str]], form: Format, timed: bool | None, settings: EngineSettings, asked: _What
     ) -> None:
         self._groups, self._form, self._settings, self._alone = groups, form, settings, len(groups) == 1
-        self._question, self._system, self._params = asked
+        self._question, self._system, self._params, self._reading = asked
         self._timed = form == "text" and self._alone and sys.stderr.isatty() if timed is None else timed
         self._rows, self._line = Rows(form, alone=self._alone), working("reading the image")
         self._done = self._failed = 0
@@ -146,7 +151,7 @@ class _Run:
 
     def _ask(self, group: list[str]) -> _Asked:
         try:
-            images = [_read_image(source) for source in group]
+            images = join([_read_images(source, **self._reading) for source in group], **self._reading)
         except OpsinError as error:
             return group, error
         load_ms = 0.0 if "_opsin" in vars(self) else self._opsin.load_ms  # what is wrong with the model, is for all
@@ -256,12 +261,12 @@ def show_limits(answer: Answer, name: str = "") -> None:
         tell(name + CUTS[answer.limit].format(answer))
 
 
-def _read_image(source: str) -> Image:
+def _read_images(source: str, *, frames: bool = False, **video: Any) -> list[Image]:
     if not source:
         raise BadParameter("The image's name is empty: give a file, a folder, an address, or -.")
     # One byte more than an image may have is enough to refuse it.
     data = sys.stdin.buffer.read(ImageSettings().max_bytes + 1) if source == "-" else source
-    return load_image(data, ImageSettings(fetch=True))
+    return load_source(data, ImageSettings(fetch=True), VideoSettings(**video), frames=frames)
 
 
 def timeline(answer: Answer, placement: Placement, wall_ms: float = 0.0, width: int = 100) -> Table:

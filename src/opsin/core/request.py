@@ -27,7 +27,8 @@ class Image:
     width, height and pixels, not the file. `orientation` is the file's EXIF value (1 to 8), which was applied. `notes`
     are sentences for the user about what was done to it. `fetch_ms` and `decode_ms` are wall times in milliseconds.
     `source_size` is the whole upright file's width and height, if they differ from these; `region` is the part of it
-    that was cut out: left, top, width and height in its pixels.
+    that was cut out: left, top, width and height in its pixels. `frame` is its number in a video: where it follows the
+    number of the image before, both are of one video (None: a still image).
     """
 
     rgb: bytes | mmap = field(repr=False)
@@ -41,6 +42,7 @@ class Image:
     decode_ms: float = 0.0
     source_size: tuple[int, int] | None = None
     region: tuple[int, int, int, int] | None = None
+    frame: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +141,8 @@ class TextChunk:
 class ImageChunk:
     """One chunk of one image: `n_tokens` embeddings; equal `identity` (by content) means equal embeddings.
 
+    Some models merge `frames` of a video into one chunk: that image, and those that follow it.
+
     Under M-RoPE `n_pos` is less than `n_tokens`, `positions` is int32 [n_tokens, 4] (time, height, width, one more) for
     a chunk that starts at 0, and `moves` of the same shape is 1 where a position counts from the chunk's first (None:
     everywhere); else both are None. `causal=False`: the chunk attends in both directions and must go in one ubatch.
@@ -152,6 +156,7 @@ class ImageChunk:
     n_pos: int
     causal: bool = True
     placeholder: bool = False
+    frames: int = 1
     positions: NDArray[np.int32] | None = field(default=None, repr=False, compare=False)
     moves: NDArray[np.int32] | None = field(default=None, repr=False, compare=False)
     handle: Any = field(default=None, repr=False, compare=False)

@@ -85,6 +85,17 @@ class ImageSettings(BaseModel):
     fetch_redirects: int = Field(3, ge=0, le=10, description="redirects followed")
 
 
+class VideoSettings(BaseModel):
+    """Which frames of a video are read, and limits that are checked before one is decoded."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fps: float = Field(1.0, gt=0, le=1000, description="frames read of each second of a video")
+    max_frames: int = Field(16, ge=1, le=256, description="most frames of a video; of more, some are taken evenly")
+    max_bytes: int = Field(2**30, ge=1, description="bytes of a video file")
+    max_seconds: float = Field(4 * 3600.0, gt=0, description="length of a video")
+
+
 class ServerSettings(EngineSettings):
     """One frozen value for the whole server. API keys are no part of it, so that it can be printed."""
 
@@ -111,7 +122,8 @@ class ServerSettings(EngineSettings):
     media_path: Path | None = Field(None, description="folder whose images may be named by file: addresses")
 
     max_body_bytes: int = Field(64 * 2**20, ge=1024, description="bytes of a request")
-    max_images: int = Field(16, ge=0, description="images of a request")
+    max_images: int = Field(16, ge=0, description="images of a request, a video counted as one")
+    max_frames: int = Field(32, ge=1, le=256, description="frames of a request's videos")
     max_image_bytes: int = Field(32 * 2**20, ge=1, description="bytes of an image file")
     max_pixels: int = Field(100_000_000, ge=1, description="pixels of an image")
     max_pixels_in_flight: int = Field(200_000_000, ge=1, description="pixels decoded at the same time; more wait")

@@ -416,6 +416,9 @@ class Sequence:
         stages, output, tokenized = self.clock.freeze(), self.output, self.tokenized
         usage = Usage(tokenized.n_tokens, len(output.tokens), tokenized.n_image_tokens, self.cached)
         remembered = self.cached_images - self.encoded_images
+        # Of merged frames the first is counted.
+        merged = [chunk for chunk in tokenized.chunks if isinstance(chunk, ImageChunk) and chunk.image in remembered]
+        remembered |= {chunk.image + chunk.frames - 1 for chunk in merged}
         return Answer(
             text=output.text,
             reasoning=output.reasoning,

@@ -195,7 +195,7 @@ def load_image(
     if isinstance(source, Image):
         return source
     begin = time.perf_counter()
-    name, found = _read(source, settings)
+    name, found = read_source(source, settings)
     fetched = time.perf_counter()
     # Neither Pillow nor NumPy is imported for a source that is neither.
     pil, numpy = sys.modules.get("PIL.Image"), sys.modules.get("numpy")
@@ -214,8 +214,11 @@ def load_image(
     return dataclasses.replace(image, fetch_ms=(fetched - begin) * 1e3, decode_ms=(decoded - fetched) * 1e3)
 
 
-def _read(source: object, settings: ImageSettings) -> tuple[str, Any]:
-    """A name for error sentences, and the bytes of a file; a source that is open already comes back as it is."""
+def read_source(source: object, settings: ImageSettings) -> tuple[str, Any]:
+    """A name for error sentences, and the bytes of a file; a source that is open already comes back as it is.
+
+    Raises BadImage, ImageTooLarge, FetchFailed.
+    """
     if isinstance(source, bytes | bytearray | memoryview):
         check_bytes(memoryview(source).nbytes, _NAME, settings)
         return _NAME, bytes(source)

@@ -24,6 +24,7 @@ from opsin.core.request import Chunk, Embedding, Image, ImageChunk, Part, TextCh
 from opsin.core.settings import EngineSettings
 from opsin.native import logs
 from opsin.native.devices import default_threads, devices, pick
+from opsin.native.frames import mergeable, notes
 from opsin.native.ggml import Tensor, op_names
 from opsin.native.library import ADVICE
 from opsin.native.model import Model, Owned, floats
@@ -206,7 +207,8 @@ class Encoder(Owned):
         everything = frozenset(range(sum(not isinstance(given, tuple) for given in inputs)))
         tokenized = self._tokenized(inputs, begin, everything)
         chunks = (chunk for chunk in tokenized.chunks if isinstance(chunk, ImageChunk))
-        unknown = {chunk.image for chunk in chunks if not (known and known(chunk.identity))}
+        new = [chunk for chunk in chunks if not (known and known(chunk.identity))]
+        unknown = {number for chunk in new for number in range(chunk.image, chunk.image + chunk.frames)}
         if not unknown:
             return tokenized
         tokenized.close()
@@ -225,11 +227,11 @@ class Encoder(Owned):
             owned.close()
             raise
         seen = [chunk for chunk in chunks if isinstance(chunk, ImageChunk)]
-        infos = (_info(image, [chunk for chunk in seen if chunk.image == at]) for at, image in enumerate(images))
+        infos = (_info(at, images, seen) for at in range(len(images)))
         return TokenizedPrompt(tuple(chunks), tuple(infos), owned)
 
     def _fill(self, chunks: int, inputs: Sequence[_Input], placeholders: AbstractSet[int]) -> None:
-        mtmd, parts, numbers = self.lib.mtmd, [], count()
+        mtmd, parts, numbers, frames = self.lib.mtmd, [], count(), mergeable(inputs)
         with ExitStack() as bitmaps:
             for given in inputs:
                 if isinstance(given, tuple):
@@ -245,6 +247,7 @@ class Encoder(Owned):
                 bitmaps.callback(mtmd.mtmd_bitmap_free, bitmap)
                 # The chunks made of it carry this number back: one image may become many.
                 mtmd.mtmd_bitmap_set_id(bitmap, str(number).encode())
+                mtmd.mtmd_bitmap_set_mergeable(bitmap, number in frames)
                 parts.append(mtmd.mtmd_input_part(None, bitmap))
             pointers = (ctypes.POINTER(mtmd.mtmd_input_part) * len(parts))(*map(ctypes.pointer, parts))
             mark = logs.SINK.mark
@@ -275,7 +278,8 @@ class Encoder(Owned):
             number = int(mtmd.mtmd_input_chunk_get_id(native))
             meta, n_tokens = _read_meta(mtmd, native), mtmd.mtmd_input_chunk_get_n_tokens(native)
             positions = _positions(mtmd, native, n_tokens, 0) if self._mrope else None
-            name = (images[number].sha256, seen[number], *self._identity, *meta)
+            merged = images[number : number + meta.frames]
+            name = ("+".join(image.sha256 for image in merged), seen[number], *self._identity, *meta)
             yield ImageChunk(
                 identity=hashlib.sha256(repr(name).encode()).hexdigest(),
                 image=number,
@@ -283,6 +287,7 @@ class Encoder(Owned):
                 n_pos=mtmd.mtmd_input_chunk_get_n_pos(native),
                 causal=not mtmd.mtmd_decode_use_non_causal(self.pointer, native),
                 placeholder=number in placeholders,
+                frames=meta.frames,
                 positions=positions,
                 moves=None if positions is None else _positions(mtmd, native, n_tokens, 1) - positions,
                 handle=ChunkHandle(owned, native, meta),
@@ -311,13 +316,19 @@ class ChunkMeta(NamedTuple):
     """What mtmd saves of an image chunk besides its pixels.
 
     `entries` are the preprocessed images in it, each (view separator, newline, leading padding, width, height).
-    `order` are the fields that place it in the prompt: some families encode the same image differently by them.
+    `order` are the fields that place it in the prompt: some families encode the same image differently by them. The
+    last is how many frames of a video the family merges.
     """
 
     n_x: int
     n_y: int
     order: tuple[int, ...]
     entries: tuple[tuple[Any, ...], ...]
+
+    @property
+    def frames(self) -> int:
+        """How many images are merged in this chunk."""
+        return len(self.entries) if self.order[-1] > 1 else 1
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
@@ -348,8 +359,10 @@ def _positions(mtmd: Any, chunk: int, n_tokens: int, first: int) -> NDArray[np.i
     return np.ascontiguousarray(fields[:, [0, 2, 1, 3]].astype(np.int32))
 
 
-def _info(image: Image, chunks: list[ImageChunk]) -> ImageInfo:
-    sizes = [size for chunk in chunks for size in chunk.handle.meta.sizes]
+def _info(at: int, images: Sequence[Image], seen: Sequence[ImageChunk]) -> ImageInfo:
+    """What became of the image with that number; the tokens of merged frames are counted with the first of them."""
+    image, chunks = images[at], [chunk for chunk in seen if chunk.image <= at < chunk.image + chunk.frames]
+    sizes = [size for chunk in chunks for size in chunk.handle.meta.sizes[:: chunk.frames]]
     width, height = sizes[0] if sizes else (0, 0)
     return ImageInfo(
         sha256=image.sha256,
@@ -357,10 +370,10 @@ def _info(image: Image, chunks: list[ImageChunk]) -> ImageInfo:
         height=image.height,
         resized_width=width,
         resized_height=height,
-        tokens=sum(chunk.n_tokens for chunk in chunks),
+        tokens=sum(chunk.n_tokens for chunk in chunks if chunk.image == at),
         tiles=len(sizes),
         orientation=image.orientation,
-        notes=image.notes,
+        notes=(*image.notes, *notes(images, seen, at)),
     )
 
 

@@ -25,7 +25,8 @@ from opsin.core.settings import ServerSettings
 from opsin.server.errors import StoreFailed
 from opsin.server.handler import ModelManager
 from opsin.server.middleware import wrong_json
-from opsin.server.schema import Sent, dumps
+from opsin.server.parts import Sent
+from opsin.server.schema import dumps
 
 if TYPE_CHECKING:  # SQLAlchemy takes long to import, and most servers never need it
     from opsin.server.batch_store import BatchStore, Row

@@ -24,7 +24,7 @@ from opsin.core.settings import ServerSettings
 from opsin.server.batch_runner import BatchRunner, owner_of
 from opsin.server.errors import BadField, ErrorResponse, StoreFailed
 from opsin.server.middleware import LEAST_BYTES_PER_SECOND
-from opsin.server.schema import Sent
+from opsin.server.parts import Sent
 
 MAX_UPLOADS = 4
 """Files that arrive at the same time; each lies in the folder for temporary files until it is whole."""

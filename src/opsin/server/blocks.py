@@ -9,20 +9,21 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from opsin.server import schema
+from opsin.server.parts import MAX_PARTS, History, ImagePartIn, ImageUrl, PartIn, Sent, TextPartIn, or_text
 from opsin.server.responses import FlatSchemaFormat
 
 _BILLING = "x-anthropic-billing-header:"
 """Begins a system block that Claude Code puts first, another one each time: no prefix could be remembered behind it."""
 
 
-class TextBlock(schema.History):
+class TextBlock(History):
     """Text."""
 
     type: Literal["text"]
     text: str
 
 
-class ImageSource(schema.History):
+class ImageSource(History):
     """The bytes of an image, or its address, as the server's settings allow it."""
 
     type: Literal["base64", "url"]
@@ -31,21 +32,21 @@ class ImageSource(schema.History):
     url: str = ""
 
 
-class ImageBlock(schema.History):
+class ImageBlock(History):
     """An image."""
 
     type: Literal["image"]
     source: ImageSource
 
 
-class ThinkingBlock(schema.History):
+class ThinkingBlock(History):
     """What a model thought before an earlier answer; thoughts that only Anthropic can read are left out."""
 
     type: Literal["thinking", "redacted_thinking"]
     thinking: str = ""
 
 
-class CallBlock(schema.History):
+class CallBlock(History):
     """A call of a tool that the model made earlier."""
 
     type: Literal["tool_use"]
@@ -59,28 +60,28 @@ def _text(text: str) -> list[dict[str, str]]:
 
 
 Shown = Annotated[TextBlock | ImageBlock, Field(discriminator="type")]
-_Texts = Annotated[list[TextBlock], Field(max_length=schema.MAX_PARTS)]
-_Shown = Annotated[list[Shown], Field(max_length=schema.MAX_PARTS)]
+_Texts = Annotated[list[TextBlock], Field(max_length=MAX_PARTS)]
+_Shown = Annotated[list[Shown], Field(max_length=MAX_PARTS)]
 
 
-class ResultBlock(schema.History):
+class ResultBlock(History):
     """What a tool returned."""
 
     type: Literal["tool_result"]
     tool_use_id: str
-    content: Annotated[_Shown, schema.or_text(_text, str | _Shown)] | None = None
+    content: Annotated[_Shown, or_text(_text, str | _Shown)] | None = None
     is_error: bool | None = None
 
 
 _Block = Annotated[TextBlock | ImageBlock | CallBlock | ResultBlock | ThinkingBlock, Field(discriminator="type")]
-_Blocks = Annotated[list[_Block], Field(max_length=schema.MAX_PARTS)]
+_Blocks = Annotated[list[_Block], Field(max_length=MAX_PARTS)]
 
 
-class AnthropicMessage(schema.History):
+class AnthropicMessage(History):
     """One message of the conversation."""
 
     role: Literal["user", "assistant", "system"]
-    content: Annotated[_Blocks, schema.or_text(_text, str | _Blocks)]
+    content: Annotated[_Blocks, or_text(_text, str | _Blocks)]
 
 
 class AnthropicTool(schema.FunctionIn):
@@ -98,7 +99,7 @@ class BuiltInTool(schema.OtherTool):
     type: str = Field(pattern="_")
 
 
-class AnthropicChoice(schema.Sent):
+class AnthropicChoice(Sent):
     """Whether a tool is called, and which."""
 
     type: Literal["auto", "any", "tool", "none"]
@@ -113,7 +114,7 @@ class AnthropicChoice(schema.Sent):
         return "required" if self.type == "any" else self.type
 
 
-class OutputConfig(schema.Sent):
+class OutputConfig(Sent):
     """The format of the text."""
 
     format: FlatSchemaFormat | None = None
@@ -123,7 +124,7 @@ class MessagesRequest(schema.Conversation):
     """POST /v1/messages."""
 
     messages: list[AnthropicMessage] = Field(min_length=1, max_length=schema.MAX_MESSAGES)
-    system: Annotated[_Texts, schema.or_text(_text, str | _Texts)] | None = None
+    system: Annotated[_Texts, or_text(_text, str | _Texts)] | None = None
     max_tokens: schema.Limit = None
     stop_sequences: list[str] | None = None
     tools: list[AnthropicTool | BuiltInTool] | None = None
@@ -176,10 +177,10 @@ def _message(role: Any, blocks: Sequence[TextBlock | ImageBlock], **more: Any) -
     return schema.MessageIn.model_construct(role=role, content=list(map(_part, blocks)), **more)
 
 
-def _part(block: TextBlock | ImageBlock) -> schema.PartIn:
+def _part(block: TextBlock | ImageBlock) -> PartIn:
     if isinstance(block, TextBlock):
-        return schema.TextPartIn.model_construct(type="text", text=block.text)
+        return TextPartIn.model_construct(type="text", text=block.text)
     source = block.source
     url = source.url if source.type == "url" else f"data:{source.media_type};base64,{source.data}"
-    address = schema.ImageUrl.model_construct(url=url)
-    return schema.ImagePartIn.model_construct(type="image_url", image_url=address)
+    address = ImageUrl.model_construct(url=url)
+    return ImagePartIn.model_construct(type="image_url", image_url=address)

@@ -17,12 +17,15 @@ from starlette.responses import Response
 
 from opsin.core.answer import Answer, Finished, TextDelta, TokenLogprob
 from opsin.core.request import Image, Prompt, TextPart
+from opsin.core.settings import VideoSettings
+from opsin.images.video import as_frames
 from opsin.prompt import Content, Message
 from opsin.server import schema
 from opsin.server.counting import CountHandler
 from opsin.server.errors import BadField
 from opsin.server.handler import Asked, CompletionHandler, ModelManager, Writer, extensions
 from opsin.server.images import RequestImages, Wanted
+from opsin.server.parts import ImagePartIn, TextPartIn, VideoPartIn
 from opsin.server.tools import CallReader, ToolPlan, plan_tools
 
 _ROLES: dict[str, Any] = {"developer": "system", "function": "tool"}
@@ -97,17 +100,23 @@ async def build_prompt(
 
     Raises BadField for too many images or too much text, BadPrompt, and what loading an image raises.
     """
-    wanted, characters = [], 0
+    wanted, count, characters = list[Wanted](), 0, 0
+    parts = [part for message in messages for part in message.content or ()]
+    most = model.settings.max_frames // max(1, sum(isinstance(part, VideoPartIn) for part in parts))
     for i, message in enumerate(messages):
         for j, part in enumerate(message.content or ()):
-            if isinstance(part, schema.ImagePartIn):
+            if isinstance(part, TextPartIn):
+                characters += len(part.text)
+                continue
+            count += 1
+            if isinstance(part, ImagePartIn):
                 param = f"messages[{i}].content[{j}].image_url"
                 wanted.append(Wanted(part.image_url.url, part.detail or part.image_url.detail or None, param))
             else:
-                characters += len(part.text)
+                wanted += _of_video(part, f"messages[{i}].content[{j}].{part.type}", most)
         characters += len(message.reasoning_content or "")
         characters += sum(len(call.function.arguments) for call in message.tool_calls or ())
-    schema.at_most(model.settings.max_images, len(wanted), "images", "messages")
+    schema.at_most(model.settings.max_images, count, "images", "messages")
     schema.at_most(model.settings.max_prompt_chars, characters, "characters", "messages")
     loaded = iter(await images.load(wanted))
     conversation = [_message(message, loaded) for message in messages]
@@ -121,10 +130,23 @@ async def build_prompt(
     )
 
 
-def _message(message: schema.MessageIn, images: Iterator[Image]) -> Message:
-    content: list[Content] = [
-        next(images) if isinstance(part, schema.ImagePartIn) else part.text for part in message.content or ()
-    ]
+def _of_video(part: VideoPartIn, param: str, most: int) -> list[Wanted]:
+    """A video as one file, of at most so many frames, or each of its frames. Raises BadField."""
+    schema.at_most(most, len(part.addresses) if part.is_listed else part.max_frames or 0, "frames", param)
+    if part.is_listed:
+        return [Wanted(url, param=param) for url in part.addresses]
+    chosen = part.model_dump(include={"fps", "max_frames"}, exclude_none=True)
+    default = {"max_frames": max(1, min(most, VideoSettings().max_frames))}
+    return [Wanted(part.address, param=param, video=VideoSettings(**default | chosen))]
+
+
+def _message(message: schema.MessageIn, images: Iterator[list[Image]]) -> Message:
+    content: list[Content] = []
+    for part in message.content or ():
+        if isinstance(part, VideoPartIn) and part.is_listed:
+            content += as_frames([image for _ in part.addresses for image in next(images)], part.max_frames)
+        else:
+            content += [part.text] if isinstance(part, TextPartIn) else next(images)
     calls = [call.model_dump() for call in message.tool_calls or ()]
     for call in calls:
         with contextlib.suppress(ValueError, RecursionError):

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple, TypeVar
 
 from opsin.core.errors import FetchFailed, ImageTooLarge, OpsinError, QueueFull
 from opsin.core.request import Image
-from opsin.core.settings import ImageSettings, ServerSettings
+from opsin.core.settings import ImageSettings, ServerSettings, VideoSettings
 from opsin.images.fetch import Resolver, fetch
 from opsin.images.policy import INSTEAD, AddressPolicy
+from opsin.images.video import PIXELS
 from opsin.server.folder import ImageFolder
 from opsin.server.middleware import image_host
 from opsin.worker import DecoderPool, decoders
@@ -101,12 +102,14 @@ class FairQueue:
 class Wanted:
     """An image of a request: its address, `low` to have it shrunk to 512 pixels, and the field that names it.
 
-    The rest is found out: the file, its number of pixels, and the milliseconds that it took to get these.
+    Of a `video` those frames are read. The rest is found out: the file, its number of pixels, and the milliseconds that
+    it took to get these.
     """
 
     url: str
     detail: str | None = None
     param: str | None = None
+    video: VideoSettings | None = None
     file: bytes | str = b""
     pixels: int = 0
     fetch_ms: float = 0.0
@@ -191,8 +194,8 @@ class RequestImages:
         self._seen_edge = seen_edge
         self._pixels = 0
 
-    async def load(self, wanted: Sequence[Wanted]) -> list[Image]:
-        """The images, loaded side by side. Waits until there is room for the pixels of all; call it once.
+    async def load(self, wanted: Sequence[Wanted]) -> list[list[Image]]:
+        """The images of each, loaded side by side. Waits until there is room for the pixels of all; call it once.
 
         Raises BadImage, ImageTooLarge, ImageUnsupported and FetchFailed; `param` names the field then.
         """
@@ -208,7 +211,7 @@ class RequestImages:
         await self._room.take(self.key, pixels)
         self._pixels = pixels
         images = await _side_by_side(self._decode, wanted)
-        self.hold(sum(image.width * image.height for image in images))
+        self.hold(sum(image.width * image.height for some in images for image in some))
         return images
 
     def hold(self, pixels: int) -> None:
@@ -219,13 +222,22 @@ class RequestImages:
     async def _open(self, one: Wanted) -> None:
         begin = time.perf_counter()
         file = await self._loader.file(one.url, self.key)
+        if one.video is not None:
+            one.file, one.pixels = file, PIXELS
+            return
         one.pixels, data = await self._loader.call(decoders.measure, file, self._loader.limits)
         one.file = data or file
         one.fetch_ms = (time.perf_counter() - begin) * 1e3
 
-    async def _decode(self, one: Wanted) -> Image:
+    async def _decode(self, one: Wanted) -> list[Image]:
+        limits = self._loader.limits
+        if one.video is not None:
+            frames: list[Image] = await self._loader.call(
+                decoders.decode_video, one.file, limits, one.video.model_copy(update={"max_bytes": limits.max_bytes})
+            )
+            return frames
         image = await self._loader.call(decoders.decode, one.file, self._loader.limits, one.detail, self._seen_edge)
-        return dataclasses.replace(image, fetch_ms=one.fetch_ms)
+        return [dataclasses.replace(image, fetch_ms=one.fetch_ms)]
 
 
 async def _side_by_side(work: Callable[[Wanted], Awaitable[T]], wanted: Sequence[Wanted]) -> list[T]:

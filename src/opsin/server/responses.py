@@ -20,6 +20,7 @@ from opsin.server.counting import CountHandler
 from opsin.server.errors import BadField
 from opsin.server.handler import Asked, CompletionHandler, ModelManager, Writer, extensions
 from opsin.server.images import RequestImages
+from opsin.server.parts import ContentIn, History, Sent, TextPartIn, or_text
 from opsin.server.stored import KEPT_SECONDS, StoredResponses
 from opsin.server.tools import CallReader, plan_tools
 
@@ -40,7 +41,7 @@ class InputMessage(schema.MessageIn):
     """A message; earlier answers may be sent back as they came."""
 
     type: Literal["message"] = "message"
-    content: schema.ContentIn
+    content: ContentIn
 
 
 class InputCall(schema.CalledFunction):
@@ -50,22 +51,22 @@ class InputCall(schema.CalledFunction):
     call_id: str
 
 
-class InputCallOutput(schema.History):
+class InputCallOutput(History):
     """What a function returned."""
 
     type: Literal["function_call_output"]
     call_id: str
-    output: schema.ContentIn
+    output: ContentIn
 
 
-class InputReference(schema.History):
+class InputReference(History):
     """An item of an earlier answer, by its id."""
 
     type: Literal["item_reference"]
     id: str
 
 
-class InputOther(schema.History):
+class InputOther(History):
     """The reasoning before an earlier answer, which chat templates leave out; and what only OpenAI's tools write."""
 
     type: str
@@ -90,7 +91,7 @@ InputItem = Annotated[
 ]
 
 
-class TextOptions(schema.Sent):
+class TextOptions(Sent):
     """The format of the text."""
 
     format: (
@@ -98,7 +99,7 @@ class TextOptions(schema.Sent):
     ) = None
 
 
-class ReasoningOptions(schema.Sent):
+class ReasoningOptions(Sent):
     """How long the model thinks: `effort` "none" switches it off."""
 
     effort: str | None = None
@@ -112,7 +113,7 @@ class ResponsesRequest(schema.Conversation):
     """POST /v1/responses."""
 
     input: Annotated[
-        list[InputItem], schema.or_text(lambda text: [{"role": "user", "content": text}], str | list[InputItem])
+        list[InputItem], or_text(lambda text: [{"role": "user", "content": text}], str | list[InputItem])
     ] = Field(min_length=1, max_length=schema.MAX_MESSAGES)
     instructions: str | None = None
     max_output_tokens: schema.Limit = None
@@ -206,7 +207,7 @@ def _size(items: Sequence[Any]) -> int:
     size = 0
     for item in items:
         parts = getattr(item, "content", None) or getattr(item, "output", None) or ()
-        size += sum(len(part.image_url.url if isinstance(part, schema.ImagePartIn) else part.text) for part in parts)
+        size += sum(len(part.text if isinstance(part, TextPartIn) else part.address) for part in parts)
         size += len(getattr(item, "arguments", "")) + 1024
     return size
 

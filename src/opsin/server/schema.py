@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal
 
 from fastapi.exceptions import RequestValidationError
 from pydantic import (
     AfterValidator,
     AliasChoices,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     model_validator,
@@ -22,38 +20,11 @@ from opsin.core.files import read_table
 from opsin.core.request import SamplingParams
 from opsin.core.settings import ServerSettings
 from opsin.server.errors import BadField
+from opsin.server.parts import ContentIn, History, Sent, or_text
 
 NAME = r"^[a-zA-Z0-9_.-]{1,64}$"
-MAX_MESSAGES = MAX_PARTS = 1_000
+MAX_MESSAGES = 1_000
 MAX_DEPTH = 64
-
-
-class Sent(BaseModel):
-    """What a client sends: a value that is null is as good as absent; fields that are not known stay apart."""
-
-    model_config = ConfigDict(extra="allow", strict=True, hide_input_in_errors=True, protected_namespaces=())
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, value: Any) -> Any:
-        return {key: one for key, one in value.items() if one is not None} if isinstance(value, dict) else value
-
-    def without_effect(self) -> Iterable[str]:
-        """The fields that are known and change nothing here."""
-        return ()
-
-
-class History(Sent):
-    """A piece of the conversation. Whatever else a client, or an answer sent back, has there does not matter."""
-
-    model_config = ConfigDict(extra="ignore")
-
-
-def or_text(make: Callable[[str], Any], accepted: Any) -> BeforeValidator:
-    """Plain text is short for what `make` makes of it; `accepted` is what the API document shows."""
-    return BeforeValidator(
-        lambda value: make(value) if isinstance(value, str) else value, json_schema_input_type=accepted
-    )
 
 
 def is_deep(value: Any) -> bool:
@@ -76,33 +47,6 @@ Schema = Annotated[dict[str, Any], AfterValidator(_shallow)]
 
 # Where pydantic has to check a text, it refuses halves of characters (lone surrogates), too.
 WholeText = Annotated[str, Field(min_length=0)]
-
-
-class TextPartIn(History):
-    """Text. Parts of an earlier answer may be sent back as they came."""
-
-    type: Literal["text", "input_text", "output_text", "refusal"]
-    text: str = Field(validation_alias=AliasChoices("text", "refusal"))
-
-
-class ImageUrl(History):
-    """Where an image is: a `data:` address, or another kind that the server's settings allow."""
-
-    url: str = Field(min_length=1)
-    detail: Literal["auto", "low", "high", "original", ""] | None = None
-
-
-class ImagePartIn(History):
-    """An image, as chat completions (`image_url`) or the Responses API (`input_image`) write it."""
-
-    type: Literal["image_url", "input_image"]
-    image_url: Annotated[ImageUrl, or_text(lambda url: {"url": url}, ImageUrl | str)]
-    detail: Literal["auto", "low", "high", "original", ""] | None = None
-
-
-PartIn = Annotated[TextPartIn | ImagePartIn, Field(discriminator="type")]
-Parts = Annotated[list[PartIn], Field(max_length=MAX_PARTS)]
-ContentIn = Annotated[Parts, or_text(lambda text: [{"type": "text", "text": text}], str | Parts)]
 
 
 def _arguments(value: Any) -> Any:

@@ -16,7 +16,8 @@ from typing import Any
 from opsin import images
 from opsin.core.errors import BadImage, OpsinError
 from opsin.core.request import Image
-from opsin.core.settings import ImageSettings
+from opsin.core.settings import ImageSettings, VideoSettings
+from opsin.images.video import read_video
 from opsin.worker.messages import ENDING, Channel, Pixels, portable, share, signal_name, start_process
 
 DECODE_SECONDS = 60.0
@@ -40,6 +41,11 @@ def decode(data: bytes, limits: ImageSettings, detail: str | None, seen_edge: in
     return dataclasses.replace(image, rgb=share(image.rgb))
 
 
+def decode_video(source: object, limits: ImageSettings, video: VideoSettings) -> list[Image]:
+    """The frames of a video, in memory that a worker can map. Raises BadImage and its kinds, and FetchFailed."""
+    return [dataclasses.replace(image, rgb=share(image.rgb)) for image in read_video(source, limits, video)]
+
+
 def main() -> None:
     """A decoder process: answers one request after another until the front is gone."""
     for number in ENDING:
@@ -53,9 +59,10 @@ def main() -> None:
                 result = request[0](*request[1:])
             except Exception as error:  # noqa: BLE001 - it belongs to whoever asked
                 result = portable(error)
-            pixels = result.rgb if isinstance(result, Image) else None
-            channel.send((result,), *[pixels.fd] if isinstance(pixels, Pixels) else ())
-            del request, result, pixels
+            found = result if isinstance(result, list) else [result]
+            pixels = [image.rgb for image in found if isinstance(image, Image)]
+            channel.send((result,), *[one.fd for one in pixels if isinstance(one, Pixels)])
+            del request, result, found, pixels
         except (EOFError, OSError):
             os._exit(0)
 
@@ -82,19 +89,28 @@ class DecoderPool:
             answer = channel.receive(self._seconds)
         except (EOFError, OSError):
             raise BadImage(
-                f"The image made its decoder crash ({signal_name(_end(process, channel))}): the file is damaged, save "
-                "it again."
+                f"The file made its decoder crash ({signal_name(_end(process, channel))}): it is damaged, save it "
+                "again."
             ) from None
+        except BaseException:  # Ctrl-C: nobody waits for it any more
+            _end(process, channel)
+            raise
         if answer is None:
             _end(process, channel)
-            raise BadImage(f"The image took longer than {self._seconds:.0f} s to decode: save it in another way.")
+            raise BadImage(f"The file took longer than {self._seconds:.0f} s to decode: save it in another way.")
         self._idle.append((process, channel))
         result, *files = answer
         if isinstance(result, OpsinError):
             raise result
-        if files:  # the pixels came apart
-            return dataclasses.replace(result, rgb=Pixels(files[0], result.width * result.height * 3))
-        return result
+        if not files:
+            return result
+        # The pixels of large images came apart.
+        apart = iter(files)
+        images = [
+            image if image.rgb else dataclasses.replace(image, rgb=Pixels(next(apart), image.width * image.height * 3))
+            for image in (result if isinstance(result, list) else [result])
+        ]
+        return images if isinstance(result, list) else images[0]
 
     def close(self) -> None:
         """End the processes that are idle; busy ones end with this process."""

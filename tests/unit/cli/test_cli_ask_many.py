@@ -78,7 +78,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     monkeypatch.setattr(command, "Opsin", opened)
     monkeypatch.setattr(command, "AnswerStream", Stream)
-    monkeypatch.setattr(command, "_read_image", lambda source: Image(b"", 1, 1, "0", "PNG", notes=(source,)))
+    monkeypatch.setattr(command, "_read_images", lambda source, **_: [Image(b"", 1, 1, "0", "PNG", notes=(source,))])
     monkeypatch.setattr(command, "remembered_placement", lambda *_: Placement({}, {}, 0, 0))
     return made
 

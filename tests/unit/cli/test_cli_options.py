@@ -46,7 +46,7 @@ def test_options_stand_in_groups_and_every_setting_has_one() -> None:
     command = get_command(cli).get_command(None, "ask")  # type: ignore[attr-defined]
     shown = CliRunner().invoke(cli, ["ask", "--help"]).output
     heads = [line.removesuffix(":") for line in shown.splitlines() if line.endswith(":") and not line.startswith(" ")]
-    assert heads == ["Arguments", "Options", "Model", "Hardware", "Images", "Answer", "Limits", "Output"]
+    assert heads == ["Arguments", "Options", "Model", "Hardware", "Images", "Video", "Answer", "Limits", "Output"]
     assert "[default: 0.2]" in shown  # the temperature's
     assert all(getattr(one, "help", None) for one in command.params if not getattr(one, "hidden", False))
     grouped = [name for names in GROUPS.values() for name in names]

@@ -45,7 +45,7 @@ def data_url(data: bytes) -> str:
 async def load(gate: ImageLoader, *urls: str, detail: str | None = None) -> list[Any]:
     images = RequestImages(gate, "")
     try:
-        return await images.load([Wanted(url, detail) for url in urls])
+        return [image for found in await images.load([Wanted(url, detail) for url in urls]) for image in found]
     finally:
         images.hold(0)
 

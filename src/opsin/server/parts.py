@@ -1,0 +1,128 @@
+"""The parts that messages are made of: text, images and videos."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+MAX_PARTS = 1_000
+_JPEGS = "data:video/jpeg;base64,"
+
+
+class Sent(BaseModel):
+    """What a client sends: a value that is null is as good as absent; fields that are not known stay apart."""
+
+    model_config = ConfigDict(extra="allow", strict=True, hide_input_in_errors=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, value: Any) -> Any:
+        return {key: one for key, one in value.items() if one is not None} if isinstance(value, dict) else value
+
+    def without_effect(self) -> Iterable[str]:
+        """The fields that are known and change nothing here."""
+        return ()
+
+
+class History(Sent):
+    """A piece of the conversation. Whatever else a client, or an answer sent back, has there does not matter."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+def or_text(make: Callable[[str], Any], accepted: Any) -> BeforeValidator:
+    """Plain text is short for what `make` makes of it; `accepted` is what the API document shows."""
+    return BeforeValidator(
+        lambda value: make(value) if isinstance(value, str) else value, json_schema_input_type=accepted
+    )
+
+
+class TextPartIn(History):
+    """Text. Parts of an earlier answer may be sent back as they came."""
+
+    type: Literal["text", "input_text", "output_text", "refusal"]
+    text: str = Field(validation_alias=AliasChoices("text", "refusal"))
+
+
+class ImageUrl(History):
+    """Where an image is: a `data:` address, or another kind that the server's settings allow."""
+
+    url: str = Field(min_length=1)
+    detail: Literal["auto", "low", "high", "original", ""] | None = None
+
+
+class ImagePartIn(History):
+    """An image, as chat completions (`image_url`) or the Responses API (`input_image`) write it."""
+
+    type: Literal["image_url", "input_image"]
+    image_url: Annotated[ImageUrl, or_text(lambda url: {"url": url}, ImageUrl | str)]
+    detail: Literal["auto", "low", "high", "original", ""] | None = None
+
+    @property
+    def address(self) -> str:
+        """Where it is."""
+        return self.image_url.url
+
+
+class VideoUrl(History):
+    """Where a video is, as an image's address is written; `data` may be base64 alone, as llama-server takes it."""
+
+    url: str = Field(min_length=1, validation_alias=AliasChoices("url", "data"))
+
+
+VideoAddress = Annotated[VideoUrl, or_text(lambda url: {"url": url}, VideoUrl | str)]
+
+
+class VideoPartIn(History):
+    """A video as vLLM (`video_url`), llama-server (`input_video`) or Qwen (`video`) write it, or a list of its frames.
+
+    `fps` and `max_frames` say which frames of a file are read.
+    """
+
+    type: Literal["video_url", "input_video", "video"]
+    video_url: VideoAddress | None = None
+    input_video: VideoAddress | None = None
+    video: Annotated[list[VideoAddress], Field(min_length=1)] | VideoAddress | None = None
+    fps: float | None = Field(None, gt=0, le=1000)
+    max_frames: int | None = Field(None, ge=1, le=256, validation_alias=AliasChoices("max_frames", "nframes"))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole(cls, value: Any) -> Any:
+        if isinstance(value, dict) and (cut := sorted({"video_start", "video_end"} & value.keys())):
+            raise ValueError(f"{cut[0]} is not supported: cut the video first")
+        return value
+
+    @model_validator(mode="after")
+    def _is_somewhere(self) -> Self:
+        if not (self.video_url or self.input_video or self.video):
+            raise ValueError("no video in it: give video_url with the url of one, or video with a list of its frames")
+        return self
+
+    @property
+    def addresses(self) -> list[str]:
+        """Where the video is, as images are addressed, or where each of its frames is."""
+        found = self.video_url or self.input_video or self.video
+        if not isinstance(found, VideoUrl):
+            return [one.url for one in found or ()]
+        if found.url.startswith(_JPEGS):  # what vLLM's client joins with commas
+            return [f"data:image/jpeg;base64,{one}" for one in found.url.removeprefix(_JPEGS).split(",")]
+        return [found.url if ":" in found.url[:20] else f"data:;base64,{found.url}"]
+
+    @property
+    def address(self) -> str:
+        """All of them."""
+        return "".join(self.addresses)
+
+    @property
+    def is_listed(self) -> bool:
+        """Whether the addresses are those of frames."""
+        found = self.video_url or self.input_video or self.video
+        return not isinstance(found, VideoUrl) or found.url.startswith(_JPEGS)
+
+
+PartIn = Annotated[TextPartIn | ImagePartIn | VideoPartIn, Field(discriminator="type")]
+Parts = Annotated[list[PartIn], Field(max_length=MAX_PARTS)]
+ContentIn = Annotated[Parts, or_text(lambda text: [{"type": "text", "text": text}], str | Parts)]

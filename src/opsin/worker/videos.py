@@ -1,0 +1,44 @@
+"""What a command or a program names as images: a video among them is read in a process that can be ended."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from opsin.core.errors import BadParameter
+from opsin.core.request import Image
+from opsin.core.settings import ImageSettings, VideoSettings
+from opsin.images import load_image
+from opsin.images.video import as_frames, is_video
+from opsin.worker.decoders import DecoderPool, decode_video
+
+VIDEO_SECONDS = 120.0
+"""What one video may take; in a server as long as an image."""
+
+
+def load_source(source: object, limits: ImageSettings, video: VideoSettings, *, frames: bool = False) -> list[Image]:
+    """The frames of a video, or one image; with `frames` also those of an animation (GIF, APNG).
+
+    Raises BadImage and its kinds, FetchFailed, BadParameter.
+    """
+    if not is_video(source, animations=frames):
+        return [load_image(source, limits)]
+    with contextlib.closing(DecoderPool(VIDEO_SECONDS)) as pool:
+        images: list[Image] = pool.call(decode_video, source, limits, video)
+        return images
+
+
+def join(groups: Iterable[Sequence[Image]], *, frames: bool = False, **video: Any) -> list[Image]:
+    """The images of several sources; as `frames` they are one video, of which some are taken if there are too many."""
+    images = [image for group in groups for image in group]
+    return as_frames(images, video.get("max_frames")) if frames else images
+
+
+def check_videos(sources: Sequence[object], *, frames: bool = False, **video: Any) -> None:
+    """Raise BadParameter if somebody made a setting of videos, and no source is one ("-" may be)."""
+    without_effect = sorted(video.keys() - ({"max_frames"} if frames else set()))
+    if without_effect and not any(
+        (isinstance(one, str) and one == "-") or is_video(one, animations=frames) for one in sources
+    ):
+        raise BadParameter(f"{without_effect[0]} is for videos, and there is none: leave it out, or give a video.")
