@@ -46,13 +46,17 @@ def body(number: int, tokens: int, **more: Any) -> dict[str, Any]:
 
 
 class Live(threading.Thread):
-    """Live requests, one every two seconds, until told to stop; `first` are seconds to the first token."""
+    """Live requests, one every two seconds, until told to stop; `first` are seconds to the first token.
+
+    `stages` are those of each answer, in milliseconds.
+    """
 
     def __init__(self, client: OpenAI, begin: int, tokens: int) -> None:
         super().__init__(daemon=True)
         self._client, self._number, self._tokens = client, begin, tokens
         self._told = threading.Event()
         self.first: list[float] = []
+        self.stages: list[dict[str, float]] = []
         self.start()
 
     def run(self) -> None:
@@ -65,14 +69,21 @@ class Live(threading.Thread):
                 if not seen and event.choices and event.choices[0].delta.content:
                     self.first.append(time.perf_counter() - began)
                     seen = True
+                if stages := (event.model_extra or {}).get("stages"):
+                    self.stages.append(stages)
             self._number += 1
             self._told.wait(max(0.0, EVERY - (time.perf_counter() - began)))
 
-    def end(self) -> list[float]:
-        """Stop, and what was measured."""
+    def end(self) -> Live:
+        """Stop."""
         self._told.set()
         self.join()
-        return self.first
+        return self
+
+    def medians(self) -> dict[str, float]:
+        """Of the stages that took time."""
+        found = {name: median(one.get(name, 0.0) for one in self.stages) for name in self.stages[0]}
+        return {name: ms for name, ms in found.items() if ms >= 1.0}
 
 
 def run_batch(client: OpenAI, path: Path) -> float:
@@ -129,17 +140,19 @@ def main() -> None:
             client = OpenAI(base_url=f"{found[1]}/v1", api_key="none", timeout=600, max_retries=0)
             live = Live(client, 10_000_000, given.max_tokens)
             time.sleep(given.alone)
-            alone = live.end()
+            live_alone = live.end()
             rate_alone = run_batch(client, halves[0])
             live = Live(client, 20_000_000, given.max_tokens)
             rate_beside = run_batch(client, halves[1])
-            beside = live.end()
+            live_beside = live.end()
         finally:
             process.terminate()
             process.wait()
+    alone, beside = live_alone.first, live_beside.first
     document = {
         "kind": "batch_beside", "opsin": version("opsin"), "model": Path(given.model).name, "rows": given.rows,
         "first_token_s": {"alone": median(alone), "beside": median(beside), "requests": [len(alone), len(beside)]},
+        "stages_ms": {"alone": live_alone.medians(), "beside": live_beside.medians()},
         "rows_s": {"alone": rate_alone, "beside": rate_beside},
         "first_token_ratio": median(beside) / median(alone), "rate_ratio": rate_beside / rate_alone,
     }  # fmt: skip
