@@ -39,7 +39,7 @@ class LocalEngine:
             raise NotReady("The model is being loaded: ask again in a moment.")
         return self.engine.submit(*args, **options)
 
-    def wake(self) -> None:
+    def wake(self, *, low: bool = False) -> None:
         """It is awake."""
 
     def close(self) -> None:

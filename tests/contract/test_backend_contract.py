@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from token_rows import TokenRow, batch
 
-from opsin.core.backend import BackendLimits
+from opsin.core.backend import BackendLimits, Stopped
 from opsin.core.errors import BadGrammar
 from opsin.core.request import EmbeddingRows, ImageChunk, ImagePart, SamplingParams, TextChunk, TextPart, TokenBatch
 from opsin.core.settings import EngineSettings
@@ -26,7 +26,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(scope="module", params=["fake", "native"])
 def backend(request: pytest.FixtureRequest) -> Iterator[Any]:
     if request.param == "fake":
-        limits = BackendLimits(n_ctx=512, n_ubatch=64, n_seq_max=4, n_vocab=259, n_embd=4, n_ctx_seq=512, mixed_rows=64)
+        limits = BackendLimits(
+            n_ctx=512, n_ubatch=64, n_seq_max=4, n_vocab=259, n_embd=4, n_ctx_seq=512, mixed_rows=64, stops=True
+        )
         made: Any = FakeBackend(lambda text: f"{len(text)} things", limits=limits)
     else:
         from opsin.native import open_backend
@@ -220,6 +222,25 @@ def test_no_room_is_false_and_changes_nothing(backend: Any) -> None:
     assert backend.kv_last(0) == pos - 1
     backend.kv_remove(0, 0, -1)
     assert backend.decode(batch([TokenRow(65, 0, 0, logits=True)]))
+
+
+def test_a_decode_that_may_stop_ends_when_told_and_leaves_no_trace(backend: Any) -> None:
+    row = fill(backend, 0, "What is this?")
+    wanted = greedy(backend, 0, row)
+    row = fill(backend, 0, "What is this?")
+    held, more = backend.kv_last(0), TokenBatch()
+    more.append((65,) * 40, held + 1, 0, logits=True)
+    backend.stop(True)
+    if backend.limits.stops:
+        with pytest.raises(Stopped):
+            backend.decode(more, may_stop=True)
+        assert backend.kv_last(0) == held
+        row = fill(backend, 0, "What is this?")  # no other decode stops
+        assert greedy(backend, 0, row) == wanted
+    backend.stop(False)
+    fill(backend, 0, "What is this?")
+    assert backend.decode(more, may_stop=True)
+    backend.kv_remove(0, 0, -1)
 
 
 def test_a_bad_grammar_is_refused(backend: Any) -> None:

@@ -61,11 +61,11 @@ class Backend(FakeBackend):
             hang(ctypes.CDLL(None))
         return super().encode(run, between)
 
-    def decode(self, rows: TokenBatch | EmbeddingRows) -> bool:
+    def decode(self, rows: TokenBatch | EmbeddingRows, *, may_stop: bool = False) -> bool:
         if isinstance(rows, EmbeddingRows) and self._encoding == CRASHES_IN_PREFILL:
             os.kill(os.getpid(), 11)
         time.sleep(0.01)
-        return super().decode(rows)
+        return super().decode(rows, may_stop=may_stop)
 
 
 def open_model(

@@ -26,6 +26,7 @@ class BackendLimits:
     `tile`; `encode_batch` image chunks may be encoded at once. A ubatch of up to `mixed_rows` may hold an image's
     rows and tokens of other sequences (0: none may). `image_edge` is the edge in pixels of what the encoder sees of any
     image (0: it depends on the image). `asynchronous`: `decode` comes back long before its work is done.
+    `stops`: a `decode` that may stop does.
     """
 
     n_ctx: int
@@ -41,6 +42,11 @@ class BackendLimits:
     mixed_rows: int = 0
     image_edge: int = 0
     asynchronous: bool = False
+    stops: bool = False
+
+
+class Stopped(Exception):
+    """Native work was ended early for something more urgent, and changed nothing."""
 
 
 class Sampler(Protocol):
@@ -89,11 +95,15 @@ class Backend(Protocol):
     def encode_many(self, runs: Sequence[ImageChunk]) -> list[Embedding]:
         """Encode several chunks, those of equal pixel sizes at once; in the same order. Raises EncodeFailed."""
 
-    def decode(self, rows: TokenBatch | EmbeddingRows) -> bool:
+    def decode(self, rows: TokenBatch | EmbeddingRows, *, may_stop: bool = False) -> bool:
         """Start one ubatch of at most `n_ubatch` rows; `synchronize` waits for it. Raises DecodeFailed.
 
-        False: there is no room in the KV cache, and nothing changed.
+        False: there is no room in the KV cache, and nothing changed. With `may_stop` it raises Stopped once another
+        thread says so, where the backend can.
         """
+
+    def stop(self, on: bool) -> None:
+        """Let a `decode` with `may_stop` end at once, now and until this is called with False. Any thread."""
 
     def synchronize(self) -> None:
         """Wait until all that was started is done; a stage ends after this."""

@@ -163,6 +163,10 @@ class Engine:
         """Prove where encoder and language model run, by running them once; not while answers are timed."""
         return self.call(lambda backend: backend.placement())
 
+    def expect(self) -> None:
+        """Let work of low priority wait a moment for a request that is being prepared."""
+        self._loop.expect()
+
     def call(self, work: Callable[[Backend], T]) -> T:
         """Do `work` on the engine's thread between two steps. Raises EngineClosed, EngineDied and what `work` does."""
         return self._loop.call(work).result()

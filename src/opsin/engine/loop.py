@@ -13,23 +13,20 @@ from typing import TypeVar
 
 from opsin.cache import EmbeddingCache
 from opsin.core.answer import Finished, Stage
-from opsin.core.backend import Backend
+from opsin.core.backend import Backend, Stopped
 from opsin.core.errors import DecodeFailed, EngineClosed, EngineDied, EngineError, OpsinError, copy_of
 from opsin.engine.policy import Policy
 from opsin.engine.request import AnswerStream, Sequence, State, Wake, wake_readers
 from opsin.engine.runner import Runner, Watch, unwatched
 from opsin.engine.scheduler import Scheduler
 from opsin.engine.stats import Snapshot
-from opsin.engine.step import Encode, PrefillImage, Step, Tokens, members_of
+from opsin.engine.step import Encode, PrefillImage, Step, Tokens, members_of, priority_of
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 _LOWEST = -(2**31)
+_EXPECT_SECONDS = 0.3
 _IDLE_SECONDS = 0.01  # between two questions of one user there is more
-
-
-class Interrupted(Exception):
-    """An encode was ended early for a request of higher priority."""
 
 
 class Loop:
@@ -67,6 +64,7 @@ class Loop:
         self._unread: list[tuple[Sequence, int]] = []  # tokens that are shown while the next ones are computed
         self._counts = Snapshot()
         self._highest = _LOWEST  # priority of those that came in since the last step
+        self._expected = 0.0  # until then work of low priority waits for a request that is on its way
         self.error: OpsinError | None = None
 
     def start(self) -> Backend:
@@ -77,7 +75,19 @@ class Loop:
     def put(self, sequence: Sequence) -> None:
         """Hand a request over. Raises EngineClosed or EngineDied."""
         self._post(lambda: self._scheduler.add(sequence))
-        self._highest = max(self._highest, sequence.request.priority)
+        if sequence.request.priority >= 0:
+            self._expected = 0.0
+            self._hurry()
+
+    def expect(self) -> None:
+        """A request is being prepared: work of low priority ends now, and waits for it a moment."""
+        self._expected = self._now() + _EXPECT_SECONDS
+        self._hurry()
+        self.wake()
+
+    def _hurry(self) -> None:
+        self._highest = max(self._highest, 0)
+        self._backend.stop(True)
 
     def wake(self) -> None:
         """Look at cancellations now."""
@@ -160,11 +170,13 @@ class Loop:
     def _receive(self) -> bool:
         """Take the inbox in, waiting while there is nothing else to do; False when the loop shall end."""
         block, self._highest = self._scheduler.idle, _LOWEST
+        self._backend.stop(False)
         if block:
             self._self_check()
         while not self._closing:
+            wait = 0.0 if block or self._scheduler.serves_live else max(0.0, self._expected - self._now())
             try:
-                item = self._inbox.get(block, _IDLE_SECONDS)
+                item = self._inbox.get(block or wait > 0, wait or _IDLE_SECONDS)
             except queue.Empty:
                 if not block:
                     break
@@ -227,9 +239,9 @@ class Loop:
         started = self._runner.now = self._now()
         encodes = self._runner.encodes
         try:
-            room = self._runner.run(step, self._between(step))
-        except Interrupted:
-            return
+            room = self._runner.run(step, self._between(step), may_stop=priority_of(step) < 0)
+        except Stopped:
+            return  # it is done again later
         except OpsinError as error:
             self._show_unread()  # whose answer is complete with that, did not fail
             for sequence in members_of(step):
@@ -269,7 +281,7 @@ class Loop:
 
         def low() -> None:
             if self._highest > priority:
-                raise Interrupted  # it is encoded again later
+                raise Stopped
             if streaming:
                 self._turn(encoding)
 

@@ -17,8 +17,9 @@ class Policy:
     With `decode_in_encode` streams get their tokens between two layers of an encode, too.
 
     Sequences of a priority below 0 are nobody's stream: they fill what is left. Their tokens wait while images are
-    worked on, and for `beside_live` seconds after a live request their prefill steps take about `low_slice_seconds`.
-    Together they hold at most `low_cells` of the KV cache (None: all of it), one of them in any case.
+    worked on, and for `beside_live` seconds after a live request their prefill steps take about `low_slice_seconds`,
+    streams have `low_stream_share` of the time beside them, and one slot stays free. Together they hold at most
+    `low_cells` of the KV cache (None: all of it), one of them in any case.
 
     `wait_for` is how many more tokens a prefix that is being filled must share than one that is ready, for a request
     to wait for it. The prefixes of ended sequences go into main memory as soon as somebody else runs, `swap_cells` of
@@ -36,6 +37,7 @@ class Policy:
     decode_in_encode: bool = True
     beside_live: float = 10.0
     low_slice_seconds: float = 0.04
+    low_stream_share: float = 0.5
     low_cells: int | None = None
     wait_for: int = 32
     idle_cells: int | None = None

@@ -92,15 +92,16 @@ class Runner:
         sequence.embeddings.clear()
         sequence.tokenized.close()
 
-    def run(self, step: Step, between: Callable[[], None] | None = None) -> bool:
+    def run(self, step: Step, between: Callable[[], None] | None = None, *, may_stop: bool = False) -> bool:
         """Compute a step; tokens are sampled apart. False: no room in the KV cache, and nothing changed.
 
-        `between` is called while an image is encoded, or while tokens are computed. Raises EncodeFailed, DecodeFailed.
+        `between` is called while an image is encoded, or while tokens are computed. Raises EncodeFailed, DecodeFailed,
+        and Stopped, with which nothing changed, if it `may_stop`.
         """
         if isinstance(step, Tokens):
-            return self._tokens(step, between)
+            return self._tokens(step, between, may_stop=may_stop)
         if isinstance(step, PrefillImage):
-            return self._prefill_image(step)
+            return self._prefill_image(step, may_stop=may_stop)
         self._encode(step, between)
         return True
 
@@ -197,7 +198,7 @@ class Runner:
             owner.embeddings[encoded.identity] = embedding
             self._images.put(name, embedding)
 
-    def _prefill_image(self, step: PrefillImage) -> bool:
+    def _prefill_image(self, step: PrefillImage, *, may_stop: bool) -> bool:
         sequence, chunk = step.sequence, step.chunk
         embedding = sequence.embedding
         assert embedding is not None, "an image is encoded before it is prefilled"
@@ -210,22 +211,24 @@ class Runner:
         group = Stage.DECODE if step.decode else Stage.QUEUE
         with self._native([sequence], Stage.IMAGE_PREFILL, group, (_sha256(sequence, chunk),)):
             began = self._clock()
-            done = self._decode(rows)
+            done = self._decode(rows, may_stop=may_stop)
             if step.text:  # rows of one product take the same time
                 image = (step.stop - step.start) / step.rows
                 sequence.clock.switch(Stage.TEXT_PREFILL, began + image * (self._clock() - began))
             return done
 
-    def _tokens(self, step: Tokens, meanwhile: Callable[[], None] | None) -> bool:
+    def _tokens(self, step: Tokens, meanwhile: Callable[[], None] | None, *, may_stop: bool) -> bool:
         batch = _next_tokens(step.decode)
         filling = [part.sequence for part in step.prefill]
         for part in step.prefill:
             batch.append(part.tokens, part.sequence.n_pos, part.sequence.seq_id, logits=part.last)
         with self._native(filling, Stage.TEXT_PREFILL, Stage.DECODE if step.decode else Stage.QUEUE, ()):
-            return self._decode(batch, meanwhile)
+            return self._decode(batch, meanwhile, may_stop=may_stop)
 
-    def _decode(self, rows: TokenBatch | EmbeddingRows, meanwhile: Callable[[], None] | None = None) -> bool:
-        done = self._backend.decode(rows)
+    def _decode(
+        self, rows: TokenBatch | EmbeddingRows, meanwhile: Callable[[], None] | None = None, *, may_stop: bool
+    ) -> bool:
+        done = self._backend.decode(rows, may_stop=may_stop)
         if done:
             if meanwhile is not None:
                 meanwhile()

@@ -38,6 +38,7 @@ class Scheduler:
         self._parallel = min(policy.parallel, limits.n_ubatch)
         self._last_decode = self._live_at = float("-inf")
         self._step_seconds = self._row_seconds = 0.0
+        self._beside_live = False
         self._asked: float | None = None
         self._text_next = True
         self._kept_waiting = False
@@ -54,6 +55,11 @@ class Scheduler:
         """Whether there is nothing to do."""
         return not self.waiting and not self.running
 
+    @property
+    def serves_live(self) -> bool:
+        """Whether anybody is not of low priority."""
+        return any(s.request.priority >= 0 for s in (*self.running, *self.waiting))
+
     def add(self, sequence: Sequence) -> None:
         """Let a sequence wait for its turn."""
         self.waiting.append(sequence)
@@ -61,10 +67,11 @@ class Scheduler:
 
     def plan(self, now: float) -> Step | None:
         """Admit who can be admitted, then choose one step; None when there is nothing to compute."""
+        self._beside_live = now - self._live_at < self._policy.beside_live
         if self.waiting:
             self._admit()
         if any(s.request.priority >= 0 for s in self.running):
-            self._live_at = now
+            self._live_at, self._beside_live = now, True
         return self._secured(self._choose(now))
 
     def plan_turn(self, now: float, priority: int = 0) -> Tokens | None:
@@ -77,7 +84,7 @@ class Scheduler:
             return None
         # Asked again and again in an encode: the next time is as far ahead as the last one is behind.
         since, self._asked = self._asked, now
-        due = self._due(now, 0.0 if since is None else now - since)
+        due = self._due(now, priority, 0.0 if since is None else now - since)
         return Tokens(decoding) if due and len(decoding) <= self.kv.room else None
 
     def ran(self, step: Step, now: float, seconds: float = 0.0) -> None:
@@ -185,7 +192,11 @@ class Scheduler:
     def _may_hold(self, sequence: Sequence, ready: int) -> bool:
         """Whether a sequence of low priority may hold what it needs beside the `ready` units that it shares."""
         most, prefix = self._policy.low_cells, sequence.prefix
-        if most is None or sequence.request.priority >= 0 or not self.running:
+        if sequence.request.priority >= 0 or not self.running:
+            return True
+        if self._beside_live and len(self.running) + 1 >= self._parallel > 1:
+            return False  # the last slot is for whoever comes next: making room would cost somebody's work
+        if most is None:
             return True
         held = self.kv.cells.held_by(s.seq_id for s in self.running) + sum(s.to_fill for s in self.running)
         return held + prefix.cells(len(prefix.units)) - prefix.cells(ready) <= most
@@ -251,13 +262,14 @@ class Scheduler:
         if decode or not self._decoding():
             self._last_decode = now  # a first token counts: its stream has not waited yet
 
-    def _due(self, now: float, ahead: float = 0.0) -> bool:
-        """Whether streams have waited long enough for their next token while others are worked on.
+    def _due(self, now: float, priority: int, ahead: float = 0.0) -> bool:
+        """Whether streams have waited long enough for their next token while others of `priority` are worked on.
 
         `ahead` is how long the next piece of that work takes: when most of it would come too late, it waits.
         """
         policy = self._policy
-        share = min(policy.longest_wait, self._step_seconds / policy.stream_share)
+        part = policy.stream_share if priority >= 0 else max(policy.stream_share, policy.low_stream_share)
+        share = min(policy.longest_wait, self._step_seconds / part)
         wait = max(policy.shortest_wait, self._crowded(share))
         return now + 0.75 * ahead - self._last_decode >= wait
 
@@ -270,10 +282,10 @@ class Scheduler:
         filling = [s for s in self.running if s.state is State.PREFILL and s.request.priority == top]
         decoding = tuple([s for s in decoding if s.request.priority >= top])
         streams = self.streams_beside(top)
-        sliced = self._sliced(top, streams, now)
+        sliced = self._sliced(top, streams)
         texts = [s for s in filling if isinstance(s.chunk, TextChunk)]
         images = [s for s in filling if isinstance(s.chunk, ImageChunk)]
-        if streams and self._kept_waiting and self._due(now, self._row_seconds * self._rows(sliced)):
+        if streams and self._kept_waiting and self._due(now, top, self._row_seconds * self._rows(sliced)):
             # Alone: a stream that waited for a slice of an image does not wait for a prompt's text, too.
             return Tokens(decoding)
         if texts and (self._text_next or not images):
@@ -284,10 +296,10 @@ class Scheduler:
         # One image after another, not one request after another: a small one does not wait for ten images.
         return self._image(min(images, key=lambda s: s.turn), streams, sliced)
 
-    def _sliced(self, priority: int, streams: tuple[Sequence, ...], now: float) -> float | None:
+    def _sliced(self, priority: int, streams: tuple[Sequence, ...]) -> float | None:
         """How long a prefill step may take, as others wait for it; None: as long as it likes."""
         policy = self._policy
-        if priority < 0 and now - self._live_at < policy.beside_live:
+        if priority < 0 and self._beside_live and (streams or not self._limits.stops):
             return policy.low_slice_seconds
         return self._crowded(policy.slice_seconds) if streams else None
 

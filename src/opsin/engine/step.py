@@ -75,6 +75,15 @@ def members_of(step: Step) -> tuple[Sequence, ...]:
     return (*step.decode, step.sequence) if isinstance(step, PrefillImage) else (step.sequence,)
 
 
+def priority_of(step: Step) -> int:
+    """That of what is filled; where nothing is, the highest of those that decode."""
+    decode = () if isinstance(step, Encode) else step.decode
+    filled = members_of(step)[len(decode) :]
+    if filled:
+        return min(s.request.priority for s in filled)
+    return max(s.request.priority for s in decode)
+
+
 def without(step: Step, sequence: Sequence) -> Step | None:
     """What is left of a step when one sequence is not part of it any more."""
     if isinstance(step, Encode):

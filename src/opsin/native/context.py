@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opsin.core.answer import TokenLogprob
-from opsin.core.backend import BackendLimits, Sample
+from opsin.core.backend import BackendLimits, Sample, Stopped
 from opsin.core.errors import BadInput, BadParameter, DecodeFailed, ModelError, OpsinError
 from opsin.core.ggml_types import KV_TYPES
 from opsin.core.request import (
@@ -37,6 +37,7 @@ from opsin.native.devices import default_threads
 from opsin.native.memory import OUTPUTS, SPARE_SEQUENCES
 from opsin.native.model import Model, Owned, TokenTable, floats
 from opsin.native.sampler import NativeSampler
+from opsin.native.stop import StopFlag
 from opsin.native.vision import Encoder
 
 _Sampled = tuple[int, TokenLogprob | None] | OpsinError
@@ -44,6 +45,7 @@ _Sampled = tuple[int, TokenLogprob | None] | OpsinError
 _MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
 _READERS = 16  # threads that may tokenize at once
 _TILE = 64  # rows that flash attention takes at once in ggml's CPU kernel; with fewer it is slower than without
+_STOPPED = 2  # what `llama_decode` gives then
 _PAUSE_SOFT = 1  # omp_pause_soft: what was set stays
 
 _NOT_A_NUMBER = (
@@ -121,11 +123,15 @@ class Context:
             encode_batch=1 if encoder is None else encoder.batch,
             image_edge=0 if encoder is None else encoder.edge,
             asynchronous=model.offloaded,
+            # Of a batch that was stopped llama.cpp forgets all from its first position on, in its first sequence: too
+            # little where a keeper holds the same cells, too much where slices of an image share a position.
+            stops=model.device is None and not (model.whole_states_only or slides or model.n_pos > 1),
             # Flash attention in tiles would compute every row of a tile for the cells of all its sequences.
             mixed_rows=0 if self._table is None else n_ubatch if model.device else _TILE - 1,
         )
         self._arrays = BatchArrays(llama.llama_batch, self.limits.n_ubatch, model.n_pos, self._keeper)
         self._causal = True
+        self._stop = StopFlag(llama, pointer, usable=self.limits.stops)
         self._outputs: dict[int, int] = {}  # rows of the last batch that have logits, and where these are
 
     @property
@@ -150,7 +156,7 @@ class Context:
         assert self._encoder is not None, "only an encoder makes image chunks"
         return self._encoder.encode_many(chunks)
 
-    def decode(self, rows: TokenBatch | EmbeddingRows) -> bool:
+    def decode(self, rows: TokenBatch | EmbeddingRows, *, may_stop: bool = False) -> bool:
         pointer, causal = self.handle.pointer, True
         if isinstance(rows, EmbeddingRows):
             self._check_embeddings(rows)
@@ -170,11 +176,14 @@ class Context:
         if causal != self._causal:
             self._llama.llama_set_causal_attn(pointer, causal)
             self._causal = causal
+        self._stop.allow(may_stop)
         mark = logs.SINK.mark
         code = self._llama.llama_decode(pointer, batch)
         if code == 1:
             return False
         self._outputs = {}
+        if code == _STOPPED:
+            raise Stopped
         if code != 0:
             raise DecodeFailed(
                 f"The language model failed on a batch (llama_decode returned {code}: {logs.SINK.cause(mark)}): "
@@ -182,6 +191,9 @@ class Context:
             )
         self._outputs = {row: index for index, row in enumerate(outputs)}
         return True
+
+    def stop(self, on: bool) -> None:
+        self._stop.set(on)
 
     def _check_tokens(self, rows: TokenBatch) -> None:
         """What llama.cpp answers with an abort; unknown tokens, and positions with gaps, it refuses itself."""

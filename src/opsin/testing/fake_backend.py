@@ -16,7 +16,7 @@ from typing import cast
 import numpy as np
 
 from opsin.core.answer import ImageInfo, TokenLogprob
-from opsin.core.backend import BackendLimits, Sample, Sampler
+from opsin.core.backend import BackendLimits, Sample, Sampler, Stopped
 from opsin.core.errors import BadGrammar, DecodeFailed, EncodeFailed, OpsinError
 from opsin.core.model_info import BackendShare, ModelInfo, Placement
 from opsin.core.request import (
@@ -108,6 +108,8 @@ class FakeBackend:
         self.encoded: list[str] = []
         self.fail_encode: Exception | None = None
         self.fail_decode: Exception | None = None
+        self.on_decode: Callable[[], None] = lambda: None
+        self.stopped = False
         self.open_handles = 0
         self.closed = False
         # A KV cell is a list with a token, or an image row's identity. Forks share cells.
@@ -159,7 +161,7 @@ class FakeBackend:
         self.clock.spend(-self.encode_ms * (len(chunks) - 1))
         return embeddings
 
-    def decode(self, rows: TokenBatch | EmbeddingRows) -> bool:
+    def decode(self, rows: TokenBatch | EmbeddingRows, *, may_stop: bool = False) -> bool:
         """Append to the sequences' cells, checking what llama.cpp would abort on."""
         error, self.fail_decode = self.fail_decode, None
         if error is not None:
@@ -176,6 +178,9 @@ class FakeBackend:
             positions += range(rows.behind_at, rows.behind_at + len(rows.behind))
             seq_ids += [rows.seq_id] * (len(rows.rows) + len(rows.behind))
             ms = self.image_token_ms * len(entries)
+        self.on_decode()
+        if may_stop and self.stopped:
+            raise Stopped
         count = len(entries)
         assert 0 < count <= self.limits.n_ubatch, "a ubatch holds 1 to n_ubatch rows"
         if self.cells_used + count > self.limits.n_ctx:
@@ -186,6 +191,10 @@ class FakeBackend:
             self._rows.append((seq_id, len(self._sequences[seq_id])))
         self.clock.spend(ms)
         return True
+
+    def stop(self, on: bool) -> None:
+        """Let decodes that may stop end."""
+        self.stopped = on
 
     def synchronize(self) -> None:
         """All is done when `decode` returns."""

@@ -170,9 +170,14 @@ class WorkerEngine(Ready):
                 raise copy_of(self.error)
             return self.loaded
 
-    def wake(self) -> None:
-        """Start an unloaded worker for a request that is about to come; the loading goes on if it does not."""
+    def wake(self, *, low: bool = False) -> None:
+        """A request is about to come: start an unloaded worker, or let work of low priority wait, unless it is `low`.
+
+        The loading goes on if it does not come.
+        """
         with self._condition:
+            if self._state == "ready" and self._child is not None and not low:
+                self._child.post(("expect",))
             self._used = time.monotonic()
             self._woken = self._state == "unloaded"
             self._condition.notify_all()

@@ -1,7 +1,8 @@
 """What front and worker send each other, pickled tuples over a local socket, and the worker's process itself.
 
-Front to worker: `open` (settings), `submit`, `cancel`, `ping`, `close`. Worker to front: `loading`, `warming`, `ready`,
-`failed`, `events` (what happened to each request since the last message), `images` (those in native code now), `pong`.
+Front to worker: `open` (settings), `expect` (a request comes soon), `submit`, `cancel`, `ping`, `close`. Worker to
+front: `loading`, `warming`, `ready`, `failed`, `events` (what happened to each request since the last message),
+`images` (those in native code now), `pong`.
 The worker is our own child, which makes unpickling what it sends as safe as running it.
 """
 

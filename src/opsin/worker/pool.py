@@ -195,10 +195,10 @@ class WorkerPool(Ready):
                 engine.wait_ready()
         return self.loaded or self.engines[0].wait_ready()
 
-    def wake(self) -> None:
-        """Start all unloaded workers for a request that is about to come."""
+    def wake(self, *, low: bool = False) -> None:
+        """See `WorkerEngine.wake`; all workers, as nobody knows which one will be asked."""
         for engine in self.engines:
-            engine.wake()
+            engine.wake(low=low)
 
     def submit(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> AnswerStream:
         """See `WorkerEngine.submit`."""

@@ -101,6 +101,9 @@ class _Worker:
         self._numbers[stream] = number
         self._wake((stream,))  # for what came before
 
+    def _on_expect(self) -> None:
+        self._engine.expect()
+
     def _on_cancel(self, number: int) -> None:
         for stream in [one for one, known in list(self._numbers.items()) if known == number]:
             stream.cancel()

@@ -30,9 +30,9 @@ def spend(seconds: float) -> None:
 class BusyFake(FakeBackend):
     """A model whose every decode call takes CPU time."""
 
-    def decode(self, rows: Any) -> bool:
+    def decode(self, rows: Any, *, may_stop: bool = False) -> bool:
         spend(SPENT_S)
-        return super().decode(rows)
+        return super().decode(rows, may_stop=may_stop)
 
 
 def backend() -> BusyFake:

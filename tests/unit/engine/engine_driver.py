@@ -55,11 +55,11 @@ class Backend(FakeBackend):
     layers = 1
     out_of_room = 0
 
-    def decode(self, rows: TokenBatch | EmbeddingRows) -> bool:
+    def decode(self, rows: TokenBatch | EmbeddingRows, *, may_stop: bool = False) -> bool:
         if self.out_of_room:
             self.out_of_room -= 1
             return False
-        return super().decode(rows)
+        return super().decode(rows, may_stop=may_stop)
 
     def encode(self, run: ImageChunk, between=None):  # type: ignore[no-untyped-def]
         def layers() -> None:

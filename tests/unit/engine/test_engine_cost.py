@@ -24,7 +24,7 @@ class Free(FakeBackend):
         super().__init__(limits=limits)
         self.cells: Counter[int] = Counter()
 
-    def decode(self, rows: Any) -> bool:
+    def decode(self, rows: Any, *, may_stop: bool = False) -> bool:
         assert isinstance(rows, TokenBatch)
         self.cells.update(rows.seq_ids)
         return True

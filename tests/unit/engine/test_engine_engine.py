@@ -184,9 +184,9 @@ class Asynchronous(FakeBackend):
 
     owed = 0.0
 
-    def decode(self, rows: TokenBatch | EmbeddingRows) -> bool:
+    def decode(self, rows: TokenBatch | EmbeddingRows, *, may_stop: bool = False) -> bool:
         began = self.clock.seconds
-        done = super().decode(rows)
+        done = super().decode(rows, may_stop=may_stop)
         self.owed, self.clock.seconds = self.owed + self.clock.seconds - began, began
         return done
 
@@ -517,9 +517,9 @@ def test_pixels_of_32_requests_are_given_back_as_each_is_encoded() -> None:
     surplus: list[int] = []
 
     class Backend(FakeBackend):
-        def decode(self, rows: TokenBatch | EmbeddingRows) -> bool:
+        def decode(self, rows: TokenBatch | EmbeddingRows, *, may_stop: bool = False) -> bool:
             surplus.append(len(held) + len(self.encoded) - 32)
-            return super().decode(rows)
+            return super().decode(rows, may_stop=may_stop)
 
     def asked(seed: int) -> Prompt:
         rgb = Rgb(-1, 4096)

@@ -68,9 +68,9 @@ def test_what_is_refused_has_computed_nothing_and_what_is_asked_is_laid_out_once
             self.laid_out += 1
             return super().tokenize(*args, **options)
 
-        def decode(self, rows: Any) -> bool:
+        def decode(self, rows: Any, *, may_stop: bool = False) -> bool:
             self.decoded += 1
-            return super().decode(rows)
+            return super().decode(rows, may_stop=may_stop)
 
     backend = Counted(lambda _: "fine")
     with Engine(lambda: backend) as engine:

@@ -21,9 +21,9 @@ class Recorder(Backend):
         super().__init__(*args, **options)
         self.said: list[str] = []
 
-    def decode(self, rows: TokenBatch | EmbeddingRows) -> bool:
+    def decode(self, rows: TokenBatch | EmbeddingRows, *, may_stop: bool = False) -> bool:
         self.said.append("decode")
-        return super().decode(rows)
+        return super().decode(rows, may_stop=may_stop)
 
     def synchronize(self) -> None:
         self.said.append("wait")

@@ -1,5 +1,8 @@
 """Batch work beside live requests: it fills what is left and gives way at once."""
 
+from dataclasses import replace
+from threading import Timer
+
 import pytest
 from engine_driver import Backend, Driver, limits, prompt_of
 
@@ -137,3 +140,62 @@ def test_batch_work_holds_few_cells_unless_it_shares_them() -> None:
         same.ask(prompt_of(1, f"{i}"), priority=-1, max_tokens=40)
     same.run()
     assert max(len(plan.step.decode) for plan in same.plans if isinstance(plan.step, Tokens)) == 4
+
+
+def test_the_decode_of_a_batch_row_ends_at_once_for_a_live_request_and_is_done_again() -> None:
+    made = driver(size=replace(limits(n_ctx=2000, n_ubatch=64), stops=True))
+    low = made.ask(prompt_of(1), priority=-1)
+
+    def arriving() -> None:
+        if low.sequence.embedding is not None and len(made.asked) == 1:
+            made.ask("live")
+
+    made.backend.on_decode = arriving
+    while len(made.asked) == 1:
+        made.step()
+    assert low.sequence.n_cells == 1, "the step was lost"
+    live = made.asked[1]
+    made.run()
+    assert live.first_token_at is not None
+    assert low.first_token_at is not None
+    assert live.first_token_at < low.first_token_at
+    assert low.answer.usage.prompt_tokens == 1 + 64 + 1
+
+
+def test_the_last_slot_stays_free_beside_live_requests() -> None:
+    made = driver(parallel=3)
+    for i in range(4):
+        made.ask(f"batch {i}", priority=-1, max_tokens=100)
+    made.step()
+    assert len(made.scheduler.running) == 3
+    made.ask("live", max_tokens=1)
+    made.run(2_000)
+    begin = len(made.plans)
+    for i in range(4):
+        made.ask(f"more {i}", priority=-1)
+    made.step()
+    assert len(made.scheduler.running) == 2
+    made.backend.clock.spend(60_000)
+    made.step()
+    assert len(made.scheduler.running) == 3
+    made.run()
+    assert len(made.plans) > begin
+
+
+def test_work_of_low_priority_waits_a_moment_for_a_request_that_is_on_its_way() -> None:
+    made = driver()
+    low = made.ask("batch", priority=-1, max_tokens=100)
+    made.step()
+    made.loop.expect()
+    held = low.sequence.n_cells
+    Timer(0.05, made.ask, ("live",)).start()  # while the loop waits
+    made.step()
+    assert made.last_step() == (made.asked[1].sequence,)
+    assert low.sequence.n_cells == held
+    made.loop.expect()
+    made.backend.clock.spend(1_000)
+    made.asked[1].stream.cancel()
+    made.step()
+    assert made.last_step() == (low.sequence,), "it does not wait for ever"
+    low.stream.cancel()
+    made.run()

@@ -26,9 +26,9 @@ TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}" + TU
 class SlowFake(FakeBackend):
     """Its decode takes time, so that several answers run together."""
 
-    def decode(self, rows: Any) -> bool:
+    def decode(self, rows: Any, *, may_stop: bool = False) -> bool:
         time.sleep(0.002)
-        return super().decode(rows)
+        return super().decode(rows, may_stop=may_stop)
 
 
 def runtime(answer: str = "".join(map(chr, range(33, 126))) * 2) -> Any:
