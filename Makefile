@@ -46,7 +46,8 @@ postgres:
 	  && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends postgresql \
 	  >/dev/null; } || echo "no PostgreSQL: its tests will be skipped"
 
-test: setup-dev browser postgres
+# With Ray, on whose clusters a job must lose nothing.
+test: $(VENV)/.ready-jobs browser postgres
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 $(VENV)/.ready-jobs: $(VENV)/.ready-dev requirements-jobs.lock

@@ -3,8 +3,9 @@
 
     python bench/batch_beside.py --model m.gguf --mmproj mmproj.gguf --rows 1000 --json-out batch_beside.json
 
-`opsin serve` gets a live streamed request with a new image every two seconds; a batch of that many rows with an image
-each is answered beside it, and alone. Needs the package `opsin`, openai, Pillow and numpy.
+`opsin serve` gets a live streamed request every two seconds, with a new image each or (`--known`) about one image; a
+batch of that many rows with an image each is answered beside it, and alone. Needs the package `opsin`, openai, Pillow
+and numpy.
 """
 
 from __future__ import annotations
@@ -51,9 +52,11 @@ class Live(threading.Thread):
     `stages` are those of each answer, in milliseconds.
     """
 
-    def __init__(self, client: OpenAI, begin: int, tokens: int) -> None:
+    def __init__(self, client: OpenAI, begin: int, tokens: int, *, known: bool) -> None:
         super().__init__(daemon=True)
-        self._client, self._number, self._tokens = client, begin, tokens
+        self._client, self._number, self._tokens, self._known = client, begin, tokens, known
+        if known:
+            list(client.chat.completions.create(**body(begin, tokens, stream=True)))
         self._told = threading.Event()
         self.first: list[float] = []
         self.stages: list[dict[str, float]] = []
@@ -63,6 +66,8 @@ class Live(threading.Thread):
         """Ask until `end` is called."""
         while not self._told.is_set():
             sent = body(self._number, self._tokens, stream=True)
+            if self._known:
+                sent["messages"][0]["content"][1]["text"] = f"Question {len(self.first)}: what is in this picture?"
             began = time.perf_counter()
             seen = False
             for event in self._client.chat.completions.create(**sent):
@@ -71,7 +76,7 @@ class Live(threading.Thread):
                     seen = True
                 if stages := (event.model_extra or {}).get("stages"):
                     self.stages.append(stages)
-            self._number += 1
+            self._number += not self._known
             self._told.wait(max(0.0, EVERY - (time.perf_counter() - began)))
 
     def end(self) -> Live:
@@ -109,6 +114,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1000, help="rows of the batch (1,000)")
     parser.add_argument("--alone", type=float, default=60.0, help="seconds of live requests alone (60)")
     parser.add_argument("--max-tokens", type=int, default=32, help="tokens of an answer (32)")
+    parser.add_argument("--known", action="store_true", help="live requests are new questions about one image")
     parser.add_argument("--json-out", type=Path, help="also write the JSON document to this file")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -138,11 +144,11 @@ def main() -> None:
             found = next(match for line in process.stderr if (match := re.search(r"ready at (http://\S+)", line)))
             threading.Thread(target=lambda: [None for _ in process.stderr or ()], daemon=True).start()
             client = OpenAI(base_url=f"{found[1]}/v1", api_key="none", timeout=600, max_retries=0)
-            live = Live(client, 10_000_000, given.max_tokens)
+            live = Live(client, 10_000_000, given.max_tokens, known=given.known)
             time.sleep(given.alone)
             live_alone = live.end()
             rate_alone = run_batch(client, halves[0])
-            live = Live(client, 20_000_000, given.max_tokens)
+            live = Live(client, 20_000_000, given.max_tokens, known=given.known)
             rate_beside = run_batch(client, halves[1])
             live_beside = live.end()
         finally:
@@ -151,6 +157,7 @@ def main() -> None:
     alone, beside = live_alone.first, live_beside.first
     document = {
         "kind": "batch_beside", "opsin": version("opsin"), "model": Path(given.model).name, "rows": given.rows,
+        "known": given.known,
         "first_token_s": {"alone": median(alone), "beside": median(beside), "requests": [len(alone), len(beside)]},
         "stages_ms": {"alone": live_alone.medians(), "beside": live_beside.medians()},
         "rows_s": {"alone": rate_alone, "beside": rate_beside},

@@ -19,7 +19,8 @@ pq = pytest.importorskip("pyarrow.parquet")
 
 from ray_cluster import Raylets, raylets, wait_for  # noqa: E402
 
-pytestmark = pytest.mark.jobs
+pytestmark = [pytest.mark.slow, pytest.mark.native]
+long = pytest.mark.jobs  # CI has the short form: one killed worker and one killed node
 
 QUESTION = "What is in this picture?"
 COLOURS = ("red", "green", "blue", "yellow", "orange", "purple", "black", "white")
@@ -95,6 +96,7 @@ def committed(out: Path) -> list[Path]:
     return [path for path in out.with_name(f"{out.name}.opsin").glob("ids/*.parquet") if ".pending." not in path.name]
 
 
+@long
 def test_a_job_equals_that_of_one_machine_goes_on_with_more_images_and_asks_failed_rows_again(
     cluster: Raylets, photos: Path, undisturbed: dict[str, tuple[str | None, str | None]], tmp_path: Path
 ) -> None:
@@ -139,6 +141,7 @@ def test_a_killed_worker_and_a_killed_node_lose_nothing(
     check(out, undisturbed)
 
 
+@long
 def test_a_job_whose_driver_was_killed_goes_on_and_a_second_run_is_refused(
     cluster: Raylets, photos: Path, undisturbed: dict[str, tuple[str | None, str | None]], tmp_path: Path
 ) -> None:
@@ -155,6 +158,7 @@ def test_a_job_whose_driver_was_killed_goes_on_and_a_second_run_is_refused(
     check(out, undisturbed)
 
 
+@long
 def test_what_a_cluster_does_not_offer_is_refused_by_name(cluster: Raylets, photos: Path, tmp_path: Path) -> None:
     for flags in (["--new"], ["--order", "input"], ["--sidecar", "txt"], ["--report", "r.html"]):
         assert flags[0] in end(start(cluster, photos, tmp_path / "out", *flags), 2)
@@ -162,6 +166,7 @@ def test_what_a_cluster_does_not_offer_is_refused_by_name(cluster: Raylets, phot
     assert not list(tmp_path.iterdir())
 
 
+@long
 def test_without_a_cluster_one_is_started_that_nobody_else_can_reach(photos: Path, tmp_path: Path) -> None:
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     command = [*COMMAND, photos, QUESTION, "-o", tmp_path / "out", "--cpus-per-worker", "1", "--limit", "8", "--ray"]

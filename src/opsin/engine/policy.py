@@ -17,9 +17,10 @@ class Policy:
     With `decode_in_encode` streams get their tokens between two layers of an encode, too.
 
     Sequences of a priority below 0 are nobody's stream: they fill what is left. Their tokens wait while images are
-    worked on, and for `beside_live` seconds after a live request their prefill steps take about `low_slice_seconds`,
-    streams have `low_stream_share` of the time beside them, and one slot stays free. Together they hold at most
-    `low_cells` of the KV cache (None: all of it), one of them in any case.
+    worked on. For `beside_live` seconds after a live request their prefill steps take about `low_slice_seconds`, or
+    `slice_seconds` where nobody streams and the backend can stop them, streams have `low_stream_share` of the time, and
+    one slot stays free. Together they hold at most `low_cells` of the KV cache (None: all of it), one of them in any
+    case.
 
     `wait_for` is how many more tokens a prefix that is being filled must share than one that is ready, for a request
     to wait for it. The prefixes of ended sequences go into main memory as soon as somebody else runs, `swap_cells` of

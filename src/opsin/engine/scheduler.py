@@ -299,8 +299,8 @@ class Scheduler:
     def _sliced(self, priority: int, streams: tuple[Sequence, ...]) -> float | None:
         """How long a prefill step may take, as others wait for it; None: as long as it likes."""
         policy = self._policy
-        if priority < 0 and self._beside_live and (streams or not self._limits.stops):
-            return policy.low_slice_seconds
+        if priority < 0 and self._beside_live:  # a step that stops is lost
+            return policy.slice_seconds if self._limits.stops and not streams else policy.low_slice_seconds
         return self._crowded(policy.slice_seconds) if streams else None
 
     def _image(self, sequence: Sequence, decoding: tuple[Sequence, ...], sliced: float | None) -> Step:
