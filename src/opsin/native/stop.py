@@ -18,7 +18,7 @@ class StopFlag:
         self._llama, self._context, self._usable = llama, context, usable
         self._text = ctypes.create_string_buffer(2)
         self._look = ctypes.cast(ctypes.CDLL("msvcrt" if os.name == "nt" else None).strlen, llama.ggml_abort_callback)
-        self._never = ctypes.cast(None, llama.ggml_abort_callback)
+        self._never = llama.ggml_abort_callback()  # a null pointer
         self._allowed = False
 
     def allow(self, on: bool) -> None:
@@ -29,4 +29,4 @@ class StopFlag:
 
     def set(self, on: bool) -> None:
         """Stop the call that runs, and those to come. Any thread."""
-        self._text[0] = int(on)
+        self._text[0] = bytes([on])
