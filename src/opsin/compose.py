@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,6 +34,8 @@ from opsin.prompt import PromptBuilder, TemplateSource
 
 __all__ = ["Runtime", "end_with_parent", "gpu_names", "machine_for", "open_backend", "open_runtime", "template_source"]
 
+DRAFT_BESIDE = 4
+"""Answers at a time that get drafts, with `speculation`."""
 SWAP_BYTES = 2**30
 """Main memory for prefixes that were swapped out of the KV cache, at most; no more than an eighth of what is free."""
 
@@ -94,9 +96,10 @@ def open_runtime(
     gpu = any(device.is_gpu for device in present) and not on_cpu
     cell_bytes = sum(layer.kv_values for layer in facts.model.layers) * bytes_per_value(settings.kv_type)
     swap_cells = int(min(SWAP_BYTES, free.get(HOST, 0) // 8) / max(1.0, cell_bytes))
+    policy = Policy.for_device(gpu=gpu, parallel=settings.parallel, max_queue=max_queue, swap_cells=swap_cells)
     engine = Engine(
         lambda: open_backend(settings, progress),
-        policy=Policy.for_device(gpu=gpu, parallel=settings.parallel, max_queue=max_queue, swap_cells=swap_cells),
+        policy=replace(policy, draft_beside=DRAFT_BESIDE if settings.speculation else 0),
         images=EmbeddingCache(settings.image_cache_bytes, store),
         max_tokens=MAX_ANSWER_TOKENS,
         watch=watch,

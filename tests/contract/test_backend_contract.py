@@ -303,3 +303,23 @@ def test_rows_of_a_batch_are_sampled_at_once_as_they_are_one_by_one(backend: Any
     for seq_id, sampler in enumerate(samplers):
         sampler.close()
         backend.kv_remove(seq_id, 0, -1)
+
+
+def test_the_end_of_a_sequence_can_be_forgotten_and_another_put_there(backend: Any) -> None:
+    """As a draft is verified: rows of one sequence that all have logits, of which the last are cut off."""
+    tokens = greedy(backend, 0, fill(backend, 0, "what is this?", shot=3), count=4)
+    row = fill(backend, 1, "what is this?", shot=3)
+    sampler = backend.sampler(SamplingParams(temperature=0.0), 1)
+    first = backend.kv_last(1) + 1
+    assert sampler.sample(row) == tokens[0]
+    wrong = next(token for token in range(5, 9) if token != tokens[2])
+    draft = [TokenRow(token, first + i, 1, logits=True) for i, token in enumerate([*tokens[:2], wrong, wrong])]
+    assert backend.decode(batch(draft))
+    assert [sampler.sample(row) for row in range(2)] == tokens[1:3]
+    assert backend.kv_remove(1, first + 2, -1)
+    assert backend.kv_last(1) == first + 1
+    assert backend.decode(batch([TokenRow(tokens[2], first + 2, 1, logits=True)]))
+    assert sampler.sample(0) == tokens[3]
+    sampler.close()
+    backend.kv_remove(0, 0, -1)
+    backend.kv_remove(1, 0, -1)

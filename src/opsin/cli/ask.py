@@ -301,13 +301,15 @@ def _notes(answer: Answer, placement: Placement) -> dict[str, str]:
     usage, stages = answer.usage, answer.stages
     known = answer.images and all(image.cached for image in answer.images)
     where = ", remembered: the encoder did not run" if known else _where(placement.encoder)
+    timings = answer.timings
+    drafts = f", {timings.draft_n_accepted} of {timings.draft_n} drafted tokens accepted" if timings.draft_n else ""
     sizes = {f"{i.width}×{i.height} → {i.resized_width}×{i.resized_height}" for i in answer.images}
     return {
         "preprocess": ", ".join(sorted(sizes)),
         "encode": f"{usage.image_tokens} image tokens{where}",
         "image_prefill": _rate(usage.image_tokens, stages.image_prefill_ms),
         "text_prefill": _rate(usage.prompt_tokens - usage.image_tokens, stages.text_prefill_ms),
-        "decode": _rate(usage.completion_tokens, answer.timings.predicted_ms) + _where(placement.language_model),
+        "decode": _rate(usage.completion_tokens, timings.predicted_ms) + drafts + _where(placement.language_model),
     }
 
 

@@ -64,6 +64,9 @@ class EngineSettings(BaseModel):
     vision_flash_attention: bool | None = Field(
         None, description="flash attention of the vision encoder (default: as flash_attention)"
     )
+    speculation: bool = Field(
+        False, description="decode several guessed tokens at once where answers repeat earlier ones"
+    )
     image_max_tokens: int | None = Field(None, ge=1, description="most tokens of an image, if the model can choose")
     image_min_tokens: int | None = Field(None, ge=1, description="fewest tokens of an image, if the model can choose")
     image_cache_bytes: int = Field(512 * 2**20, ge=0, description="memory for embeddings of images, in bytes")

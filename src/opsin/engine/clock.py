@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 
 from opsin.core.answer import Interval, Stage, Stages, Timings
+from opsin.engine.draft import Drafter
 
 Now = Callable[[], float]
 
@@ -158,7 +159,9 @@ def stage_row(stages: Stages) -> dict[str, float]:
     return {name: round(value, 3) for name, value in asdict(stages).items()}
 
 
-def timings(stages: Stages, *, prompt_tokens: int, cached_tokens: int, predicted_tokens: int) -> Timings:
+def timings(
+    stages: Stages, *, prompt_tokens: int, cached_tokens: int, predicted_tokens: int, drafter: Drafter | None = None
+) -> Timings:
     """llama-server's `timings` of one request, from its stages and counts.
 
     `prompt_tokens` counts the whole prompt, `cached_tokens` the part found in the KV cache; as in llama-server
@@ -178,4 +181,6 @@ def timings(stages: Stages, *, prompt_tokens: int, cached_tokens: int, predicted
         predicted_ms=predicted_ms,
         predicted_per_token_ms=predicted_ms / predicted_tokens if predicted_tokens else 0.0,
         predicted_per_second=predicted_tokens * 1e3 / predicted_ms if predicted_ms > 0 else 0.0,
+        draft_n=0 if drafter is None else drafter.drafted,
+        draft_n_accepted=0 if drafter is None else drafter.accepted,
     )

@@ -24,7 +24,8 @@ class Policy:
 
     `wait_for` is how many more tokens a prefix that is being filled must share than one that is ready, for a request
     to wait for it. The prefixes of ended sequences go into main memory as soon as somebody else runs, `swap_cells` of
-    them; at most `idle_cells` stay in the KV cache (None: until the room is needed). `max_queue` requests may wait.
+    them; at most `idle_cells` stay in the KV cache (None: until the room is needed). They get
+    drafts while at most `draft_beside` answer. `max_queue` requests may wait.
     """
 
     parallel: int = 1
@@ -43,6 +44,7 @@ class Policy:
     wait_for: int = 32
     idle_cells: int | None = None
     swap_cells: int = 0
+    draft_beside: int = 0
     max_queue: int = 256
     keep_prefixes: bool = True
 

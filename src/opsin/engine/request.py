@@ -16,6 +16,7 @@ from opsin.core.backend import Sampler
 from opsin.core.errors import Cancelled, OpsinError, copy_of
 from opsin.core.request import Chunk, Embedding, ImageChunk, Prompt, SamplingParams, TextChunk, TokenizedPrompt
 from opsin.engine.clock import StageClock, timings
+from opsin.engine.draft import Drafter
 from opsin.engine.output import AnswerText
 
 MAX_UNREAD = 8192
@@ -231,7 +232,7 @@ class Sequence:
     close a reasoning block. `compiled` is its schema or grammar, ready for the sampler. `prefix` is its entry in the
     KV cache manager. `embeddings` are the known ones of its image chunks, by identity; `cached_images` had a chunk
     whose embedding was remembered, `encoded_images` one that was encoded for this request. `turn` orders who works on
-    an image next.
+    an image next. `drafter` guesses how its answer goes on.
     """
 
     request: Request
@@ -254,6 +255,7 @@ class Sequence:
     preemptions: int = 0
     last_token: int = -1
     forced: list[int] = field(default_factory=list)
+    drafter: Drafter | None = None
     cached_images: set[int] = field(default_factory=set)
     encoded_images: set[int] = field(default_factory=set)
     turn: int = 0
@@ -430,6 +432,7 @@ class Sequence:
                 prompt_tokens=usage.prompt_tokens,
                 cached_tokens=usage.cached_tokens,
                 predicted_tokens=usage.completion_tokens,
+                drafter=self.drafter,
             ),
             images=tuple(replace(image, cached=i in remembered) for i, image in enumerate(tokenized.images)),
             guard=output.verdict,

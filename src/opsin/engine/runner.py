@@ -111,10 +111,24 @@ class Runner:
         Who fails ends alone, with its error.
         """
         rows = [(sequence, row) for sequence, row in _rows(step) if sequence.state is not State.DONE]
-        if not rows:
-            return []
         # Those that decoded share the group's clock; the others get their first token.
-        first = [s for s, row in rows if row >= len(step.decode)]
+        return self._sample(rows, [s for s, row in rows if row >= len(step.decode)]) if rows else []
+
+    def sample_behind(self, sequence: Sequence, row: int) -> list[Sampled]:
+        """Sample the token behind one of a draft, which is in this row of the batch."""
+        return self._sample([(sequence, row)], [])
+
+    def forget_draft(self, sequence: Sequence, drafted: int, right: int) -> None:
+        """Of so many tokens of a draft so many were right, and the others leave the KV cache."""
+        assert sequence.drafter is not None, "a draft has its drafter"
+        sequence.drafter.drafted += drafted
+        sequence.drafter.accepted += right
+        try:
+            self._forget(sequence.seq_id, sequence.n_pos)
+        except OpsinError as error:
+            sequence.end_with(error)
+
+    def _sample(self, rows: list[tuple[Sequence, int]], first: list[Sequence]) -> list[Sampled]:
         self._switch(first, Stage.SAMPLE, Stage.SAMPLE, self.now)
         wanted: list[tuple[Sampler, int, int | None]] = []
         tokens: list[Sampled] = []
@@ -149,10 +163,15 @@ class Runner:
                 sequence.clock.switch(self.idle_stage, now)
 
     def leave_reasoning(self, sequence: Sequence) -> None:
-        """The answer begins: from here on the constraint holds."""
-        if sequence.sampler is not None and sequence.compiled is not None:
-            sequence.sampler.close()
-            sequence.sampler = self._backend.sampler(sequence.request.params, sequence.request.seed, sequence.compiled)
+        """The answer begins: from here on the constraint holds. Who fails ends alone."""
+        if sequence.sampler is None or sequence.compiled is None:
+            return
+        sequence.sampler.close()
+        request = sequence.request
+        try:
+            sequence.sampler = self._backend.sampler(request.params, request.seed, sequence.compiled)
+        except OpsinError as error:
+            sequence.end_with(error)
 
     def _switch(self, sequences: Iterable[Sequence], own: Stage, group: Stage, now: float) -> None:
         self.group.switch(group, now)
@@ -222,6 +241,9 @@ class Runner:
         filling = [part.sequence for part in step.prefill]
         for part in step.prefill:
             batch.append(part.tokens, part.sequence.n_pos, part.sequence.seq_id, logits=part.last)
+        for sequence, draft in zip(step.decode, step.drafts, strict=False):
+            for at, token in enumerate(draft, 1):
+                batch.append((token,), sequence.n_pos + at, sequence.seq_id, logits=True)
         with self._native(filling, Stage.TEXT_PREFILL, Stage.DECODE if step.decode else Stage.QUEUE, ()):
             return self._decode(batch, meanwhile, may_stop=may_stop)
 

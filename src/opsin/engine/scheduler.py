@@ -14,6 +14,7 @@ from opsin.core.backend import BackendLimits
 from opsin.core.request import ImageChunk, TextChunk
 from opsin.engine.policy import Policy
 from opsin.engine.request import Sequence, State
+from opsin.engine.speculation import Speculation
 from opsin.engine.step import Encode, PrefillImage, Slice, Step, Tokens, cells_needed, without
 
 _FEWEST_ROWS = 32
@@ -45,6 +46,7 @@ class Scheduler:
         self._turns = 0
         # More than twice the cache would hardly be asked for again, however small a cell is.
         swap_cells = min(policy.swap_cells, 2 * limits.n_ctx)
+        self._speculation = Speculation(limits, policy.draft_beside) if policy.draft_beside else None
         self.kv = KVCacheManager(limits, keep_prefixes=policy.keep_prefixes, swap_cells=swap_cells)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -92,10 +94,8 @@ class Scheduler:
         self._learn(step, now, seconds)
         if isinstance(step, Encode):
             return
-        append = self.kv.cells.append
         for sequence in step.decode:
-            sequence.decoded()
-            append(sequence.prefix.seq_id, 1)
+            self.decoded(sequence)
         if isinstance(step, PrefillImage):
             self._advance(step.sequence, step.stop - step.start)
             if step.text:
@@ -106,6 +106,11 @@ class Scheduler:
             for part in step.prefill:
                 self._advance(part.sequence, len(part.tokens))
 
+    def decoded(self, sequence: Sequence) -> None:
+        """The last token of a sequence is in the KV cache."""
+        sequence.decoded()
+        self.kv.cells.append(sequence.prefix.seq_id, 1)
+
     def release(self, sequence: Sequence, *, keep: bool) -> None:
         """A sequence ended: its cells stay as an idle prefix (`keep`), or are free."""
         if sequence in self.waiting:
@@ -113,6 +118,8 @@ class Scheduler:
         elif sequence in self.running:
             self.running.remove(sequence)
             if keep:
+                if self._speculation is not None:
+                    self._speculation.ended(sequence)
                 self.kv.retire(sequence.prefix)
                 if self.running:
                     self.kv.swap_out_idle()
@@ -255,6 +262,8 @@ class Scheduler:
         if image or prefill:
             self._text_next = image
         elif decode:
+            if self._speculation is not None and isinstance(step, Tokens):
+                self._speculation.learn(step, seconds)
             self._step_seconds = seconds
         rows = cells_needed(step)
         if (image or not decode) and rows >= _FEWEST_ROWS:  # fewer cost nearly as much as so many
@@ -277,7 +286,9 @@ class Scheduler:
         """The next step; None when nobody has anything to compute."""
         decoding = self._decoding()
         if len(decoding) == len(self.running):
-            return Tokens(decoding) if decoding else None
+            if self._speculation is None or not decoding:
+                return Tokens(decoding) if decoding else None
+            return Tokens(decoding, drafts=self._speculation.drafts(decoding, self.kv.room))
         top = max(s.request.priority for s in self.running if s.state is State.PREFILL)
         filling = [s for s in self.running if s.state is State.PREFILL and s.request.priority == top]
         decoding = tuple([s for s in decoding if s.request.priority >= top])

@@ -30,4 +30,6 @@ class Snapshot:
     decode_steps: int = 0
     decode_tokens: int = 0
     decode_seconds: float = 0.0
+    draft_tokens: int = 0
+    draft_accepted: int = 0
     prefill_tokens: int = 0

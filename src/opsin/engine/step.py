@@ -52,10 +52,19 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """One new token for each sequence that answers, and slices of prompts, all in one ubatch."""
+    """One new token for each sequence that answers, and slices of prompts, all in one ubatch.
+
+    `drafts` has, for each that answers, the tokens that may come behind its new one; empty where nobody has any.
+    """
 
     decode: tuple[Sequence, ...]
     prefill: tuple[Slice, ...] = ()
+    drafts: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def drafted(self) -> int:
+        """Tokens of all drafts."""
+        return sum(map(len, self.drafts))
 
 
 Step = Encode | PrefillImage | Tokens
@@ -64,7 +73,7 @@ Step = Encode | PrefillImage | Tokens
 def cells_needed(step: Step) -> int:
     """KV cells that a step takes."""
     if isinstance(step, Tokens):
-        return len(step.decode) + sum(len(part.tokens) for part in step.prefill)
+        return len(step.decode) + sum(len(part.tokens) for part in step.prefill) + step.drafted
     return len(step.decode) + step.rows if isinstance(step, PrefillImage) else 0
 
 

@@ -44,6 +44,17 @@ def test_every_stage_that_took_time_has_a_row_and_others_have_none() -> None:
     assert "fetch" not in text
 
 
+def test_drafts_are_counted_behind_decode_where_there_are_any() -> None:
+    assert "drafted" not in "\n".join(shown(answer(), NOWHERE, 160))
+    timings = dataclasses.replace(TIMINGS, draft_n=14, draft_n_accepted=9)
+    (decode,) = (
+        line
+        for line in shown(dataclasses.replace(answer(), timings=timings), NOWHERE, 160)
+        if line.startswith("decode")
+    )
+    assert "20 tokens, 99 token/s, 9 of 14 drafted tokens accepted" in decode
+
+
 def test_bars_stand_one_after_another_and_inside_the_frame() -> None:
     bars = [line for line in shown(answer(), NOWHERE) if "█" in line]
     starts = [line.index("█") for line in bars]

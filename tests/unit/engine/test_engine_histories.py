@@ -56,6 +56,7 @@ class World:
     image_tokens: int
     mixed_rows: int
     asynchronous: bool
+    draft_beside: int
 
 
 span = st.sampled_from(["a", "b", "ab", "abba" * 2, "ab" * 8])
@@ -85,6 +86,7 @@ worlds = st.builds(
     image_tokens=st.sampled_from([1, 4, 12]),
     mixed_rows=st.sampled_from([0, 3, 16]),
     asynchronous=st.booleans(),
+    draft_beside=st.sampled_from([0, 1, 4]),
 )
 faults = st.dictionaries(st.integers(0, 40), st.sampled_from(["encode", "decode", "room"]), max_size=3)
 
@@ -109,6 +111,7 @@ def live(world: World, history: list[Ask], mishaps: dict[int, str], *, keep_pref
         slice_seconds=world.slice / 1000,
         wait_for=world.wait_for,
         swap_cells=world.swap_cells,
+        draft_beside=world.draft_beside,
         keep_prefixes=keep_prefixes,
     )
     driver = Driver(size, policy, backend, EmbeddingCache(world.image_bytes))

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.slow
 TIMINGS = {
     "cache_n", "prompt_n", "prompt_ms", "prompt_per_token_ms", "prompt_per_second",
     "predicted_n", "predicted_ms", "predicted_per_token_ms", "predicted_per_second",
+    "draft_n", "draft_n_accepted",
 }  # fmt: skip
 
 
