@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from io import BytesIO
 
 import pytest
+from drawn_videos import video
 from PIL import Image
 
 from opsin.core.errors import BadImage, ImageUnsupported
-from opsin.core.settings import ImageSettings
+from opsin.core.settings import ImageSettings, VideoSettings
 from opsin.worker import DecoderPool, decoders
+from opsin.worker.messages import Pixels
 
 pytestmark = pytest.mark.slow
 
@@ -84,3 +86,22 @@ def test_a_file_that_takes_too_long_is_refused_while_others_are_decoded(monkeypa
     assert len(told) == 1
     assert "longer than 8 s" in told[0]
     pool.close()
+
+
+def test_frames_come_as_they_are_read_here_and_large_ones_in_shared_memory(pool: DecoderPool) -> None:
+    data, chosen = video(size=(1920, 1080), frames=3, rate=1), VideoSettings(max_frames=2)
+    apart = pool.call(decoders.decode_video, data, LIMITS, chosen)
+    here = decoders.decode_video(data, LIMITS, chosen)
+    assert [(one.sha256, one.frame, one.notes) for one in apart] == [(one.sha256, one.frame, one.notes) for one in here]
+    assert [bytes(one.rgb) for one in apart] == [bytes(one.rgb) for one in here]
+    assert all(isinstance(one.rgb, Pixels) for one in apart)
+
+
+def test_a_video_that_takes_too_long_ends_with_its_process(pool: DecoderPool) -> None:
+    hasty = DecoderPool(0.05)
+    try:
+        slow = video(size=(1920, 1080), frames=60, options={"g": "60"})
+        with pytest.raises(BadImage, match="took longer than"):
+            hasty.call(decoders.decode_video, slow, LIMITS, VideoSettings(fps=1000, max_frames=256))
+    finally:
+        hasty.close()
