@@ -31,9 +31,7 @@ def mergeable(inputs: Sequence[object]) -> set[int]:
 
 
 def notes(images: Sequence[Image], chunks: Sequence[ImageChunk], at: int) -> tuple[str, ...]:
-    """What is said with the first frame of a video: whether the model sees the frames one by one."""
-    if images[at].frame != 0:
-        return ()
+    """What is said with the first frame of a video, at that number: whether the model sees the frames one by one."""
     count = sum(1 for _ in takewhile(lambda pair: pair[1].frame == pair[0], enumerate(images[at:])))
     mine = [chunk for chunk in chunks if at <= chunk.image < at + count]
     if any(chunk.frames > 1 for chunk in mine):

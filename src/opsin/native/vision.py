@@ -230,7 +230,9 @@ class Encoder(Owned):
         return TokenizedPrompt(tuple(chunks), tuple(infos), owned)
 
     def _fill(self, chunks: int, inputs: Sequence[_Input], placeholders: AbstractSet[int]) -> None:
-        mtmd, parts, numbers, frames = self.lib.mtmd, [], count(), mergeable(inputs)
+        mtmd, parts, numbers = self.lib.mtmd, [], count()
+        is_video = any(isinstance(given, Image) and given.frame is not None for given in inputs)
+        frames = mergeable(inputs) if is_video else set[int]()
         with ExitStack() as bitmaps:
             for given in inputs:
                 if isinstance(given, tuple):
@@ -372,7 +374,7 @@ def _info(at: int, images: Sequence[Image], seen: Sequence[ImageChunk]) -> Image
         tokens=sum(chunk.n_tokens for chunk in chunks if chunk.image == at),
         tiles=len(sizes),
         orientation=image.orientation,
-        notes=(*image.notes, *notes(images, seen, at)),
+        notes=(*image.notes, *(notes(images, seen, at) if image.frame == 0 else ())),
     )
 
 
