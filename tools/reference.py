@@ -83,7 +83,7 @@ def rows_page() -> str:
     texts = dict(TEXTS["json"]["fields"])
     rows = [(f"`{name}`", kind, texts.pop(name)) for name, kind in (("source", "text or texts"), ("error", "object"))]
     hints = get_type_hints(Answer)
-    for name in ("text", "reasoning", "finish_reason", "usage", "guard", "images", "stages", "timings"):
+    for name in ("text", "reasoning", "finish_reason", "usage", "guard", "boxes", "images", "stages", "timings"):
         rows += [(f"`{path}`", kind, texts.pop(path)) for path, kind in _paths(name, hints[name], NOT_IN_JSON)]
     for name, made in (("placement", Placement), ("model", ModelInfo)):
         rows += [(f"`{path}`", kind, texts.pop(path)) for path, kind in _paths(name, made, set())]

@@ -94,10 +94,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pair = write_pair("qwen2.5vl-tiny", tmp_path_factory.mktemp("qwen"))
     shutil.copy(pair.llm, place / "qwen.gguf")
     shutil.copy(pair.mmproj, place / "qwen-mmproj.gguf")
-    forms = (ROOT / "docs" / "forms-to-json.md").read_text(encoding="utf-8")
-    schema = re.search(r"```json\n(.*?)```", forms, re.DOTALL)
-    assert schema is not None
-    (place / "form.schema.json").write_text(schema[1])
+    for page, name in (("forms-to-json.md", "form.schema.json"), ("boxes.md", "boxes.schema.json")):
+        schema = re.search(r"```json\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.DOTALL)
+        assert schema is not None
+        (place / name).write_text(schema[1])
     shutil.copy(ROOT / "tests" / "logs" / "llama-server-0c1e570-runaway.log", place / "server.log")
     for name in ("forms.jsonl", "people.jsonl"):  # what a command wrote before, whichever test runs first
         (place / name).write_text('{"source": "1.png", "error": null, "text": "{}"}\n')

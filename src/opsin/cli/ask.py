@@ -22,9 +22,10 @@ from rich.text import Text
 
 import opsin
 from opsin.api import Opsin, question_about
+from opsin.boxes import check_boxes
 from opsin.cli import options as o
 from opsin.cli.ask_files import check_question, expand_sources
-from opsin.cli.ask_rows import Format, Rows
+from opsin.cli.ask_rows import Format, Rows, check_boxes_out, show_boxes
 from opsin.cli.console import DEMO, hush, printable, say, tell, working
 from opsin.core.answer import CUTS, Answer, Finished, Progress, TextDelta, parsed
 from opsin.core.config import checked, current_folder, read_config
@@ -36,6 +37,8 @@ from opsin.core.settings import MAX_SCHEMA, EngineSettings, ImageSettings, Video
 from opsin.doctor.build import unused_gpu_hint
 from opsin.doctor.placement import remembered_placement
 from opsin.engine import AnswerStream
+from opsin.images import load_image
+from opsin.images.draw import draw_boxes
 from opsin.models import locate
 from opsin.worker.videos import check_videos, join, load_source
 
@@ -47,13 +50,13 @@ _PARALLEL = f"{SLOTS} for several images, unless --ctx is given"
 _TIMELINE = "show stage times (default: for one image, on a terminal)"
 _QUIET = "print answers and errors only"
 _Dict = dict[str, Any]
-_What = tuple[str, str | None, _Dict, _Dict]
+_What = tuple[str, str | None, _Dict, _Dict, Path | None]
 _Asked = tuple[list[str], AnswerStream | OpsinError]
 _OF_IMAGES = {"image_decode", "preprocess", "encode", "image_prefill"}
 _LABELS = {"start": "start Python", "load": "load model", "encode": "vision encode"}
 
 
-@o.flags_of(SamplingParams, *o.ANSWER)
+@o.flags_of(SamplingParams, *o.ANSWER, "boxes")
 @o.flags_of(EngineSettings, *o.ENGINE, "image_max_tokens", "image_min_tokens", "disk_cache", parallel=_PARALLEL)
 @o.flags_of(VideoSettings, "fps", "max_frames")
 def ask(
@@ -69,6 +72,7 @@ def ask(
     form: Annotated[Format, o.output("--format", help="what is printed; jsonl: a JSON object a line")] = "text",
     timed: Annotated[bool | None, o.output("--timeline/--no-timeline", help=_TIMELINE)] = None,
     quiet: Annotated[bool, o.output("-q", "--quiet", help=_QUIET)] = False,
+    draw: Annotated[Path | None, o.output("--draw", help="also write the image with the answer's boxes")] = None,
     json_schema: Annotated[
         Path | None, typer.Option(help="file with a JSON schema that the answer will fit", rich_help_panel="Answer")
     ] = None,
@@ -79,7 +83,7 @@ def ask(
 
     Settings of model, hardware and images can also be given in opsin.toml or as OPSIN_* environment variables.
     """
-    params = o.given(SamplingParams, flags)
+    params = o.given(SamplingParams, flags) | ({} if draw is None else {"boxes": True})
     if json_schema is not None:
         params["json_schema"] = read_text(expand(json_schema), MAX_SCHEMA)
     checked(SamplingParams, params)  # before a model is loaded
@@ -88,6 +92,9 @@ def ask(
     hush(quiet=quiet)
     found = expand_sources(sources, recursive=recursive)
     groups = [found] if together or frames else [[source] for source in found]
+    form = "jsonl" if as_json else form
+    if params.get("boxes"):
+        check_boxes_out(form, draw, groups)
     if len(groups) > _MANY:
         tell(f"(for {len(groups):,} images see opsin batch: it goes on where it was stopped, and is faster)")
     settings = settings_of(flags, min(SLOTS, len(groups)))
@@ -95,7 +102,7 @@ def ask(
     reading = {"frames": frames, **o.given(VideoSettings, flags)}
     checked(VideoSettings, o.given(VideoSettings, flags))
     check_videos(found, **reading)
-    _Run(groups, "jsonl" if as_json else form, timed, settings, (question, system, params, reading)).all()
+    _Run(groups, form, timed, settings, (question, system, params, reading, draw)).all()
 
 
 class _Run:
@@ -108,7 +115,7 @@ class _Run:
         self, groups: list[list[str]], form: Format, timed: bool | None, settings: EngineSettings, asked: _What
     ) -> None:
         self._groups, self._form, self._settings, self._alone = groups, form, settings, len(groups) == 1
-        self._question, self._system, self._params, self._reading = asked
+        self._question, self._system, self._params, self._reading, self._draw = asked
         self._timed = form == "text" and self._alone and sys.stderr.isatty() if timed is None else timed
         self._rows, self._line = Rows(form, alone=self._alone), working("reading the image")
         self._done = self._failed = 0
@@ -117,6 +124,8 @@ class _Run:
     def _opsin(self) -> Opsin:
         self._line.stop()  # another line says that the model is loaded
         model = self._stack.enter_context(opened(self._settings))
+        if self._params.get("boxes"):
+            check_boxes(model.info)
         self._line.start()
         return model
 
@@ -196,6 +205,9 @@ class _Run:
         elif not streamed:
             self._rows.add(group, answer, cut=CUTS[answer.limit].format(answer) if answer.limit else "")
         name = "" if self._alone else f"{', '.join(group)}: "
+        show_boxes(answer, group, self._form, alone=self._alone)
+        if self._draw:
+            draw_boxes(load_image(group[0], ImageSettings(fetch=True)), answer.boxes or (), self._draw)
         if self._form != "jsonl":  # whose rows have both
             for note in (note for image in answer.images for note in image.notes):
                 tell(f"({name}{note})")

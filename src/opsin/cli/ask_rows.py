@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from pathlib import Path
 from typing import Any, Literal
 
 import typer
 
 from opsin.cli.console import escaped, printable
 from opsin.core.answer import Answer
-from opsin.core.errors import OpsinError
+from opsin.core.errors import BadParameter, OpsinError
+from opsin.images.draw import check_drawing
 from opsin.jobs.row import answer_row
 
 Format = Literal["text", "jsonl", "csv", "md"]
@@ -50,6 +52,24 @@ class Rows:
             typer.echo(f"{typer.style(escaped(name), bold=True)}\n{text.strip()}\n")
         elif answer:
             typer.echo(f"{escaped(name)}\t{' '.join(text.split())}")
+
+
+def check_boxes_out(form: Format, draw: Path | None, groups: list[list[str]]) -> None:
+    """Raise BadParameter where boxes cannot be printed, or drawn."""
+    if form in {"csv", "md"}:
+        raise BadParameter(f"--format {form} has no place for boxes: use text or jsonl.")
+    if draw is not None:
+        if len(groups) != 1 or len(groups[0]) != 1 or groups[0] == ["-"]:
+            raise BadParameter("--draw draws over one image, which is read twice: ask about one file or address.")
+        check_drawing(draw)
+
+
+def show_boxes(answer: Answer, group: list[str], form: Format, *, alone: bool) -> None:
+    """A line of text for each box: left, top, right and lower edge, and its label."""
+    for box in answer.boxes or () if form == "text" else ():
+        edges = ",".join(f"{edge:.10g}" for edge in (box.x1, box.y1, box.x2, box.y2))
+        words = [edges, escaped(box.label)] if alone else [escaped(", ".join(group)), edges, escaped(box.label)]
+        typer.echo((" " if alone else "\t").join(words).rstrip())
 
 
 def _cell(text: str) -> str:

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from opsin.boxes import check_boxes
 from opsin.cli import options as o
 from opsin.cli.batch_progress import ProgressLine, summary
 from opsin.cli.batch_ray import Address, CpusPerWorker, ToRay, refuse
@@ -133,7 +134,7 @@ def _beside(kind: Kind, item: Item, row: Row) -> None:
     write_sidecar(sidecar_path(Path(item.images[0]), kind), kind, row)
 
 
-@o.flags_of(SamplingParams, *o.ANSWER)
+@o.flags_of(SamplingParams, *o.ANSWER, "boxes")
 @o.flags_of(EngineSettings, *o.ENGINE, "image_max_tokens", "image_min_tokens", "disk_cache", parallel=_PARALLEL)
 @o.flags_of(BatchOptions, *BatchOptions.model_fields)
 def batch(
@@ -167,6 +168,8 @@ def batch(
     if json_schema is not None:
         given["json_schema"] = read_text(expand(json_schema), MAX_SCHEMA)
     params = checked(SamplingParams, given)
+    if params.boxes and (ray is not None or (output is not None and output.suffix.lower() != ".jsonl")):
+        raise BadParameter("Tables have no place for boxes: give -o FILE.jsonl with --boxes.")
     rows = open_source(source, image_column=options.image_column, id_column=options.id)
     if rows.note:
         tell(f"({rows.note})")
@@ -281,6 +284,8 @@ class _Batch:
             loaded = await asyncio.to_thread(engine.wait_ready)
             prompts = await asyncio.to_thread(PromptBuilder, loaded.source)
         self._engine = engine
+        if self._asked.params.boxes:
+            check_boxes(loaded.info)
         for notice in filter(None, (DEMO if loaded.is_demo else None, loaded.notice)):
             tell(notice)
         about = {"placement": loaded.placement.as_dict(), "model": loaded.info.as_dict()}

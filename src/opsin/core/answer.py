@@ -101,7 +101,8 @@ class ImageInfo:
     """One image as it went in: identity, size, the size that the encoder saw, and tokens.
 
     `tiles` counts the pieces the preprocessing cut it into. `cached`: the encoder did not have to run. `orientation`
-    is the file's EXIF value (1: upright). `notes` are sentences about what else was done to it.
+    is the file's EXIF value (1: upright). `notes` are sentences about what else was done to it. `source_size` and
+    `region` are those of `core.request.Image`.
     """
 
     sha256: str
@@ -114,6 +115,37 @@ class ImageInfo:
     cached: bool = False
     orientation: int = 1
     notes: tuple[str, ...] = ()
+    source_size: tuple[int, int] | None = None
+    region: tuple[int, int, int, int] | None = None
+
+    @property
+    def file_size(self) -> tuple[int, int]:
+        """Width and height of the whole file, upright."""
+        return self.source_size or (self.width, self.height)
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """What an answer points at, in pixels of the upright file, as viewers show it: left, top, right and lower edge.
+
+    A point has no size: its edges are equal.
+    """
+
+    label: str
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+
+    def stored(self, image: ImageInfo) -> Box:
+        """The box in the pixels as the file stores them, before its EXIF orientation (CIPA DC-008) turns them."""
+        turned, (width, height) = image.orientation, image.file_size
+        xs, ys = [self.x1, self.x2], [self.y1, self.y2]
+        if turned >= 5:  # rows are columns
+            xs, ys, width, height = ys, xs, height, width
+        xs = [width - x for x in xs] if turned in {2, 3, 7, 8} else xs
+        ys = [height - y for y in ys] if turned in {3, 4, 6, 7} else ys
+        return Box(self.label, min(xs), min(ys), max(xs), max(ys))
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +188,8 @@ class Answer:
     """One finished answer.
 
     `limit` names what cut it when `finish_reason` is "length"; `max_tokens` was in force. `stop` is the stop string
-    that ended it. `intervals` say when each stage ran; their seconds add up to `stages`.
+    that ended it. `intervals` say when each stage ran; their seconds add up to `stages`. `boxes` is None where nobody
+    asked for them.
     """
 
     text: str
@@ -173,6 +206,7 @@ class Answer:
     max_tokens: int = 0
     intervals: tuple[Interval, ...] = field(default=(), repr=False)
     stop: str | None = None
+    boxes: tuple[Box, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

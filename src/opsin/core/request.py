@@ -110,6 +110,7 @@ class SamplingParams(BaseModel):
     stop: tuple[Annotated[str, Field(max_length=1000)], ...] = Field((), max_length=MAX_STOP)
     ignore_eos: bool = False
     guard: bool = Field(True, description=GUARD_HELP)
+    boxes: bool = Field(False, description="boxes of the answer in pixels of the file, for models that can point")
     json_schema: str | None = Field(None, max_length=MAX_SCHEMA, description="a JSON schema as text")
     grammar: str | None = Field(None, max_length=MAX_SCHEMA, description="a GBNF grammar as text")
     logprobs: int | None = Field(None, ge=0, le=20, description="most likely tokens to report; 0: the chosen alone")

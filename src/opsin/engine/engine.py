@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Self, TypeVar
 
+from opsin.boxes import check_boxes
 from opsin.cache import EmbeddingCache, salted
 from opsin.core.answer import Answer, Finished, ReasoningStyle, Stage, Usage
 from opsin.core.backend import Backend, BackendLimits
@@ -108,11 +109,13 @@ class Engine:
         before. `waited_since` is when the caller began to load the images side by side, in seconds of the engine's
         clock: the stages go back to then. Higher `priority` goes first. Requests of different `salt` share nothing
         that is remembered. With `count_only` nothing is encoded or answered: the `usage` of an empty answer has the
-        prompt's tokens. Raises EngineClosed, EngineDied, or QueueFull.
+        prompt's tokens. Raises EngineClosed, EngineDied, QueueFull, or BadParameter for boxes that it cannot read.
         """
         if self._loop.error is not None:
             raise copy_of(self._loop.error)
         params = params or SamplingParams()
+        if params.boxes:
+            check_boxes(self.info, len(prompt.images))
         request = Request(
             prompt=prompt,
             params=params,

@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import TypeVar
 
+from opsin.boxes import with_boxes
 from opsin.cache import EmbeddingCache
 from opsin.core.answer import Finished, Stage
 from opsin.core.backend import Backend, Stopped
@@ -429,6 +430,8 @@ class Loop:
             for delta in sequence.output.finish():
                 sequence.stream.add(delta)
         answer = sequence.answer()
+        if sequence.request.params.boxes:
+            answer = with_boxes(answer, self._backend.info)
         self._release(sequence)
         self._counts.finished += 1
         self._counts.guard_stops += answer.guard is not None

@@ -123,7 +123,10 @@ class OpenImage:
             image = make_image(self._image, self._kind, self._name, longest_edge, notes + part)
             if self._kind == "JPEG" and self._is_cut_short():
                 raise damaged(self._kind, self._name)
-            return image
+            if not part:
+                return image
+            size = (self.width, self.height) if image.orientation < 5 else (self.height, self.width)
+            return dataclasses.replace(image, source_size=size)
 
     def _frames(self) -> tuple[str, ...]:
         """A note for a file of several frames or pages, of which one is read."""
@@ -264,17 +267,18 @@ def make_image(
         flat, more = flatten(upright, name)
         turned = (f"turned upright (EXIF orientation {orientation})",) if orientation != 1 else ()
         notes = (*notes, *turned, *more)
-        longer = max(flat.size)
+        longer, whole = max(flat.size), None
         if longest_edge is not None and longer > longest_edge:
             from PIL.Image import Resampling
 
             width, height = (max(1, edge * longest_edge // longer) for edge in flat.size)
+            whole = flat.size
             flat = flat.resize((width, height), Resampling.LANCZOS)
             notes = (*notes, f"shrunk to {width} by {height} pixels")
         rgb = flat.tobytes()
         digest = hashlib.sha256(struct.pack("<II", *flat.size))  # 32 bit, little-endian
         digest.update(rgb)
-        return Image(rgb, *flat.size, digest.hexdigest(), kind, orientation, notes)
+        return Image(rgb, *flat.size, digest.hexdigest(), kind, orientation, notes, source_size=whole)
 
 
 def check_jpeg(data: bytes, name: str, settings: ImageSettings) -> tuple[int, bool, int]:

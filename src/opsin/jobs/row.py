@@ -17,7 +17,7 @@ AFTER = (
 )  # fmt: skip
 COUNTS = ("prompt_tokens", "image_tokens", "cached_tokens", "completion_tokens")
 TIMES = ("encode_ms", "prefill_ms", "decode_ms", "total_ms")
-NOT_IN_JSON = {"tiles", "cached", "orientation"}
+NOT_IN_JSON = {"tiles", "cached", "orientation", "source_size", "region"}
 
 Row = dict[str, Any]
 
@@ -30,6 +30,8 @@ def answer_row(outcome: Answer | OpsinError) -> Row:
     told = [{name: value for name, value in info.items() if name not in NOT_IN_JSON} for info in row["images"]]
     times = {key: {name: round(value, 3) for name, value in row[key].items()} for key in ("stages", "timings")}
     same = {name: row[name] for name in ("text", "reasoning", "finish_reason", "usage", "guard")}
+    if row["boxes"] is not None:
+        same["boxes"] = row["boxes"]
     return {"error": None, **same, "images": told, **times}
 
 

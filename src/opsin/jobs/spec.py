@@ -10,6 +10,8 @@ from opsin.core.request import SamplingParams
 from opsin.core.settings import EngineSettings
 from opsin.models import Pair
 
+# Fields that jobs of earlier versions do not know, and that change nothing where they are off.
+_ADDED = ("boxes",)
 _HEAD = 2**20  # bytes of a model file's ends that are looked at
 
 
@@ -22,7 +24,7 @@ def job_spec(
         "projector": None if pair.mmproj is None else _file(pair.mmproj),
         "prompt": prompt,
         "system": system,
-        **params.model_dump(mode="json"),
+        **params.model_dump(mode="json", exclude={name for name in _ADDED if not getattr(params, name)}),
         "image_max_tokens": settings.image_max_tokens,
         "image_min_tokens": settings.image_min_tokens,
     }

@@ -375,6 +375,8 @@ def _info(at: int, images: Sequence[Image], seen: Sequence[ImageChunk]) -> Image
         tiles=len(sizes),
         orientation=image.orientation,
         notes=(*image.notes, *(notes(images, seen, at) if image.frame == 0 else ())),
+        source_size=image.source_size,
+        region=image.region,
     )
 
 

@@ -15,7 +15,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from opsin.boxes import check_boxes
 from opsin.core.answer import Answer, Finished, TextDelta, TokenLogprob
+from opsin.core.errors import BadParameter
 from opsin.core.request import Image, Prompt, TextPart
 from opsin.core.settings import VideoSettings
 from opsin.images.video import as_frames
@@ -118,6 +120,11 @@ async def build_prompt(
         characters += sum(len(call.function.arguments) for call in message.tool_calls or ())
     schema.at_most(model.settings.max_images, count, "images", "messages")
     schema.at_most(model.settings.max_prompt_chars, characters, "characters", "messages")
+    if body.boxes:
+        try:
+            check_boxes(model.facts.info, len(wanted))
+        except BadParameter as error:
+            raise BadField(str(error), "boxes") from None
     loaded = iter(await images.load(wanted))
     conversation = [_message(message, loaded) for message in messages]
     # In a thread: the template of an unknown model may take its time.

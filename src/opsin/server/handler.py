@@ -277,13 +277,14 @@ class _Answers:
 
 
 def extensions(answer: Answer) -> dict[str, Any]:
-    """What Opsin adds to OpenAI's fields: llama-server's timings, stages, images, the guard, what cut the answer."""
+    """What Opsin adds to OpenAI's fields: llama-server's timings, stages, images, the guard, what cut it, boxes."""
     return {
         "timings": asdict(answer.timings),
         "stages": stage_row(answer.stages),
         "images": [asdict(image) for image in answer.images],
         "guard": None if answer.guard is None else asdict(answer.guard),
         "limit": answer.limit,
+        **({} if answer.boxes is None else {"boxes": [asdict(box) for box in answer.boxes]}),
     }
 
 

@@ -78,6 +78,7 @@ def _row(found: dict[str, Any], body: dict[str, Any]) -> Row:
         "finish_reason": choice["finish_reason"],
         "usage": counts,
         **{name: found.get(name) for name in ("guard", "images", "stages", "timings")},
+        **({"boxes": found["boxes"]} if "boxes" in found else {}),
         "response": found,
     }
     wanted = (body.get("response_format") or {}).get("type")

@@ -244,6 +244,7 @@ class Conversation(Common):
 
     thinking: Thinking | None = None
     max_thinking_tokens: Whole | None = None
+    boxes: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
 
