@@ -131,7 +131,7 @@ class Context:
         )
         self._arrays = BatchArrays(llama.llama_batch, self.limits.n_ubatch, model.n_pos, self._keeper)
         self._causal = True
-        self._stop = StopFlag(llama, pointer, usable=self.limits.stops)
+        self._stop, self._may_stop = StopFlag(llama, pointer, usable=self.limits.stops), False
         self._outputs: dict[int, int] = {}  # rows of the last batch that have logits, and where these are
 
     @property
@@ -176,7 +176,9 @@ class Context:
         if causal != self._causal:
             self._llama.llama_set_causal_attn(pointer, causal)
             self._causal = causal
-        self._stop.allow(may_stop)
+        if may_stop is not self._may_stop:
+            self._stop.watch(may_stop)
+            self._may_stop = may_stop
         mark = logs.SINK.mark
         code = self._llama.llama_decode(pointer, batch)
         if code == 1:
@@ -193,7 +195,7 @@ class Context:
         return True
 
     def stop(self, on: bool) -> None:
-        self._stop.set(on)
+        self._stop.text[0] = bytes([on])
 
     def _check_tokens(self, rows: TokenBatch) -> None:
         """What llama.cpp answers with an abort; unknown tokens, and positions with gaps, it refuses itself."""

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class StopFlag:
-    """A byte that llama.cpp looks at before each node of a graph, on CPUs. Lives as long as the context.
+    """`text`: when it has a byte, llama.cpp stops before the next node of a graph, on CPUs. Lives as long as the context.
 
     The callback is the C library's `strlen`: it gives 0, which is false, for an empty string, and 1 for one of one
     byte. Unless `usable`, nothing ever stops. Source: `llama_set_abort_callback` in llama.h.
@@ -16,17 +16,11 @@ class StopFlag:
 
     def __init__(self, llama: Any, context: int, *, usable: bool) -> None:
         self._llama, self._context, self._usable = llama, context, usable
-        self._text = ctypes.create_string_buffer(2)
+        self.text = ctypes.create_string_buffer(2)
         self._look = ctypes.cast(ctypes.CDLL("msvcrt" if os.name == "nt" else None).strlen, llama.ggml_abort_callback)
         self._never = llama.ggml_abort_callback()  # a null pointer
-        self._allowed = False
 
-    def allow(self, on: bool) -> None:
+    def watch(self, on: bool) -> None:
         """Whether the next calls of `llama_decode` may be stopped."""
-        if on is not self._allowed and self._usable:
-            self._llama.llama_set_abort_callback(self._context, self._look if on else self._never, self._text)
-            self._allowed = on
-
-    def set(self, on: bool) -> None:
-        """Stop the call that runs, and those to come. Any thread."""
-        self._text[0] = bytes([on])
+        if self._usable:
+            self._llama.llama_set_abort_callback(self._context, self._look if on else self._never, self.text)
