@@ -20,6 +20,7 @@ from opsin.engine.policy import Policy
 from opsin.engine.request import AnswerStream, Sequence, State, Wake, wake_readers
 from opsin.engine.runner import Runner, Sampled, Watch, unwatched
 from opsin.engine.scheduler import Scheduler
+from opsin.engine.speculation import verify
 from opsin.engine.stats import Snapshot
 from opsin.engine.step import Encode, PrefillImage, Step, Tokens, members_of, priority_of
 
@@ -308,31 +309,21 @@ class Loop:
         """A step of the language model is done, `alone` or within an encode: count it, and sample what follows."""
         runner, counts = self._runner, self._counts
         self._scheduler.ran(step, runner.now, seconds)
-        counts.decode_steps += bool(step.decode)
-        counts.decode_tokens += len(step.decode)
-        if isinstance(step, PrefillImage):
-            counts.prefill_tokens += step.rows
-        else:
-            counts.prefill_tokens += sum(len(part.tokens) for part in step.prefill)
-            if alone and not step.prefill:
-                counts.decode_seconds += seconds
-        drafts = step.drafts if isinstance(step, Tokens) else ()
+        counts.count_step(step, seconds, alone=alone)
+        drafts = step if isinstance(step, Tokens) and step.drafts else None
         sampled = runner.sample(step)
         if not sampled and not drafts:
             return
         self._take(sampled, lags=self._lags and alone and isinstance(step, Tokens) and not drafts)
-        row = len(step.decode)
-        for sequence, draft in zip(step.decode, drafts, strict=False):
-            self._verify(sequence, draft, row)
-            row += len(draft)
+        if drafts:
+            counts.count_drafts(drafts.drafted, verify(drafts, self._sample_behind, runner.forget_draft))
         runner.settled(step)
 
     def _take(self, sampled: list[Sampled], *, lags: bool) -> None:
         """Process tokens that were sampled; with `lags` they are shown later, where the sequence allows it."""
-        thinking = [s for s, _, _ in sampled if s.output.thinking]
-        piece, eog_tokens, n_ctx = self._piece, self._eog_tokens, self._n_ctx
+        thinking, piece, n_ctx = [s for s, _, _ in sampled if s.output.thinking], self._piece, self._n_ctx
         for sequence, token, logprob in sampled:
-            if not sequence.take(token, logprob, ends_turn=token in eog_tokens):
+            if not sequence.take(token, logprob, ends_turn=token in self._eog_tokens):
                 continue
             if lags and sequence.may_lag(n_ctx):
                 self._unread.append((sequence, token))
@@ -341,21 +332,11 @@ class Loop:
                 self._touched.append(sequence.stream)
         self._counts.generated_tokens += len(sampled)
         for sequence in thinking:
-            if not sequence.output.thinking and sequence.state is not State.DONE:
-                self._runner.leave_reasoning(sequence)
+            self._runner.leave_reasoning(sequence)
 
-    def _verify(self, sequence: Sequence, draft: tuple[int, ...], row: int) -> None:
-        """Sample behind each token of a draft that was sampled itself; the others are forgotten. `row` is its first."""
-        right = 0
-        while right < len(draft) and sequence.state is State.DECODE and sequence.last_token == draft[right]:
-            self._scheduler.decoded(sequence)
-            self._take(self._runner.sample_behind(sequence, row + right), lags=False)
-            right += 1
-        self._counts.decode_tokens += right
-        self._counts.draft_tokens += len(draft)
-        self._counts.draft_accepted += right
-        if draft:
-            self._runner.forget_draft(sequence, len(draft), right)
+    def _sample_behind(self, sequence: Sequence, row: int) -> None:
+        self._scheduler.decoded(sequence)
+        self._take(self._runner.sample_behind(sequence, row), lags=False)
 
     def _show_unread(self) -> None:
         """Show the tokens of the step before that were not shown yet."""

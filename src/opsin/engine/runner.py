@@ -163,7 +163,9 @@ class Runner:
                 sequence.clock.switch(self.idle_stage, now)
 
     def leave_reasoning(self, sequence: Sequence) -> None:
-        """The answer begins: from here on the constraint holds. Who fails ends alone."""
+        """Where the answer begins: from here on the constraint holds. Who fails ends alone."""
+        if sequence.output.thinking or sequence.state is State.DONE:
+            return
         if sequence.sampler is None or sequence.compiled is None:
             return
         sequence.sampler.close()

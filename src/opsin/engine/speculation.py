@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from opsin.core.backend import BackendLimits
 from opsin.engine.draft import Drafter, Lookup
-from opsin.engine.request import Sequence
+from opsin.engine.request import Sequence, State
 from opsin.engine.step import Tokens
 
 _LONGEST = 7
@@ -79,3 +80,21 @@ class Speculation:
         if salt not in self._earlier or len(self._earlier[salt].tokens) > _REMEMBERED:
             self._earlier[salt] = Lookup()
         return self._earlier[salt]
+
+
+def verify(step: Tokens, sample: Callable[[Sequence, int], None], forget: Callable[[Sequence, int, int], None]) -> int:
+    """Sample behind each token of a draft that was sampled itself, and forget the others; gives how many there were.
+
+    `sample` gets a row of the batch, `forget` how many tokens a draft had and how many of them were right.
+    """
+    row, accepted = len(step.decode), 0
+    for sequence, draft in zip(step.decode, step.drafts, strict=True):
+        right = 0
+        while right < len(draft) and sequence.state is State.DECODE and sequence.last_token == draft[right]:
+            sample(sequence, row + right)
+            right += 1
+        if draft:
+            forget(sequence, len(draft), right)
+        row += len(draft)
+        accepted += right
+    return accepted

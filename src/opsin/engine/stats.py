@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from opsin.engine.step import PrefillImage, Tokens
+
 
 @dataclass(slots=True)
 class Snapshot:
@@ -33,3 +35,20 @@ class Snapshot:
     draft_tokens: int = 0
     draft_accepted: int = 0
     prefill_tokens: int = 0
+
+    def count_step(self, step: Tokens | PrefillImage, seconds: float, *, alone: bool) -> None:
+        """A step of the language model took so long, `alone` or within an encode."""
+        self.decode_steps += bool(step.decode)
+        self.decode_tokens += len(step.decode)
+        if isinstance(step, PrefillImage):
+            self.prefill_tokens += step.rows
+            return
+        self.prefill_tokens += sum(len(part.tokens) for part in step.prefill)
+        if alone and not step.prefill:
+            self.decode_seconds += seconds
+
+    def count_drafts(self, drafted: int, accepted: int) -> None:
+        """So many tokens of drafts were computed, and so many of them accepted."""
+        self.draft_tokens += drafted
+        self.draft_accepted += accepted
+        self.decode_tokens += accepted

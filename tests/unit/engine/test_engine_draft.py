@@ -27,10 +27,10 @@ class Priced(Backend):
 
     row_ms = 1.0
 
-    def decode(self, rows: TokenBatch | EmbeddingRows) -> bool:
+    def decode(self, rows: TokenBatch | EmbeddingRows, *, may_stop: bool = False) -> bool:
         if isinstance(rows, TokenBatch):
             self.clock.spend(self.row_ms * (len(rows.tokens) - 1))
-        return super().decode(rows)
+        return super().decode(rows, may_stop=may_stop)
 
 
 def driver(text: str, beside: int = 4, *, row_ms: float = 1.0, **changed: Any) -> Driver:
