@@ -17,6 +17,7 @@ from opsin.compose import Runtime, open_runtime
 from opsin.core.answer import Answer, parsed
 from opsin.core.config import checked, current_folder, read_config, settle_old
 from opsin.core.errors import BadParameter, OpsinError
+from opsin.core.image_options import ImageOptions
 from opsin.core.model_info import ModelInfo, Placement
 from opsin.core.request import Image, Prompt, SamplingParams
 from opsin.core.settings import RENAMED, RETIRED, EngineSettings, ImageSettings, VideoSettings
@@ -94,30 +95,38 @@ class Opsin:
         # An engine that still computes while the process ends would end it with an abort.
         atexit.register(self._runtime.close)
 
-    def image(self, source: object) -> Image:
-        """Read and check an image: path, address, bytes, PIL image or array; an image is returned as it is.
+    def image(self, source: object, **shown: Any) -> Image:
+        """Read and check an image: path, address, bytes, PIL image, array, or an image that was read before.
 
-        Raises BadImage or FetchFailed.
+        `shown` are the fields of ImageOptions: `region` as "10%,20%,50%,50%" (left, top, width, height) is the part of
+        it that the model sees, `max_tokens` in how many tokens. Raises BadImage, FetchFailed, BadParameter.
         """
-        return load_image(source, self._image_settings)
+        cut, rest = checked(ImageOptions, shown).split()
+        read = load_image(source, self._image_settings, cut)  # the whole file, whatever the model sees of it
+        return load_image(read, self._image_settings, rest, self.engine.limits.images)
 
-    def images(self, source: object, *, frames: bool = False, **video: Any) -> list[Image]:
+    def images(self, source: object, *, frames: bool = False, **reading: Any) -> list[Image]:
         """Read what `image` reads, or the frames of a video (file, bytes or address), for messages of one's own.
 
-        `video` are `fps` (1) and `max_frames` (16); `frames` reads an animation (GIF, APNG) as a video, too. Raises
-        BadImage, FetchFailed, BadParameter.
+        `reading` are `fps` (1) and `max_frames` (16), and the fields of ImageOptions: behind an image come its `tiles`
+        ("2x2"), row by row. `frames` reads an animation (GIF, APNG) as a video, too. Raises BadImage, FetchFailed,
+        BadParameter.
         """
-        return load_source(source, self._image_settings, checked(VideoSettings, video), frames=frames)
+        shown = {name: reading.pop(name) for name in ImageOptions.model_fields if name in reading}
+        cut, rest = checked(ImageOptions, shown).split()
+        read = load_source(source, self._image_settings, checked(VideoSettings, reading), cut, frames=frames)
+        return [load_image(one, self._image_settings, rest, self.engine.limits.images) for one in read]
 
     def ask(self, images: Images, question: str, *, system: str | None = None, **params: Any) -> Answer:
         """Ask one question about one image or video, or about several together, and wait for the whole answer.
 
         `params` are the fields of SamplingParams, `fps` and `max_frames` of videos, and `frames`: whether the images
-        are frames of one video, in this order. Raises BadInput, EngineError.
+        are frames of one video, in this order; `image_max_tokens`, `image_region` and `image_tiles` for all of the
+        images (see `image`). Raises BadInput, EngineError.
         """
-        reading = _of_videos(params)
+        reading, shown = _of_videos(params), _of_images(params)
         check_videos(_listed(images), **reading)
-        loaded = join([self.images(source, **reading) for source in _listed(images)], **reading)
+        loaded = join([self.images(source, **reading, **shown) for source in _listed(images)], **reading)
         return self.submit(question_about(loaded, question, system), **params).result()
 
     async def ask_async(self, images: Images, question: str, *, system: str | None = None, **params: Any) -> Answer:
@@ -125,9 +134,9 @@ class Opsin:
 
         Raises BadInput, EngineError.
         """
-        reading = _of_videos(params)
+        reading, shown = _of_videos(params), _of_images(params)
         check_videos(_listed(images), **reading)
-        read = (asyncio.to_thread(self.images, source, **reading) for source in _listed(images))
+        read = (asyncio.to_thread(self.images, source, **reading, **shown) for source in _listed(images))
         loaded = join(await asyncio.gather(*read), **reading)
         return await self.submit(question_about(loaded, question, system), **params).answer()
 
@@ -143,12 +152,12 @@ class Opsin:
         if schema is not None:
             schema = schema.model_json_schema() if hasattr(schema, "model_json_schema") else schema
             params["json_schema"] = schema if isinstance(schema, str) else json.dumps(schema)
-        reading = _of_videos(params)
+        reading, shown = _of_videos(params), _of_images(params)
         checked(SamplingParams, params)
         question_about((), question)
 
         def begin(sources: Images) -> AnswerStream:
-            loaded = join([self.images(source, **reading) for source in _listed(sources)], **reading)
+            loaded = join([self.images(source, **reading, **shown) for source in _listed(sources)], **reading)
             return self.submit(question_about(loaded, question, system), **params)
 
         pending: deque[tuple[Images, Future[AnswerStream]]] = deque()
@@ -189,12 +198,15 @@ class Opsin:
         """A conversation as the model's template writes it, ready for `engine.submit`. Raises BadPrompt."""
         return self._runtime.prompts.build(messages, tools=tools, thinking=thinking)
 
-    def count_tokens(self, images: Images, question: str, *, system: str | None = None) -> int:
+    def count_tokens(self, images: Images, question: str, *, system: str | None = None, **params: Any) -> int:
         """The tokens of the prompt that `ask` would make, with those of its images, none of which is encoded.
 
         Raises BadInput, EngineError.
         """
-        prompt = self.prompt(question_about([self.image(source) for source in _listed(images)], question, system))
+        reading, shown = _of_videos(params), _of_images(params)
+        checked(SamplingParams, params)
+        loaded = join([self.images(source, **reading, **shown) for source in _listed(images)], **reading)
+        prompt = self.prompt(question_about(loaded, question, system))
         return self.engine.submit(prompt, count_only=True).result().usage.prompt_tokens
 
     def placement(self) -> Placement:
@@ -250,6 +262,13 @@ def _of_videos(params: dict[str, Any]) -> dict[str, Any]:
 
 def _listed(images: object) -> Sequence[object]:
     return images if isinstance(images, (list, tuple)) else [images]
+
+
+def _of_images(params: dict[str, Any]) -> dict[str, Any]:
+    """The options of images among these, taken out. Raises BadParameter."""
+    shown = {name: params.pop(f"image_{name}") for name in ImageOptions.model_fields if f"image_{name}" in params}
+    checked(ImageOptions, shown)
+    return shown
 
 
 def question_about(images: Sequence[Image], question: str, system: str | None = None) -> list[Message]:

@@ -10,6 +10,7 @@ from typing import Any, cast
 from opsin.cache import DiskStore, EmbeddingCache, default_folder
 from opsin.core.errors import OpsinError
 from opsin.core.ggml_types import bytes_per_value
+from opsin.core.image_options import ANY_SIZES
 from opsin.core.model_info import PairFacts
 from opsin.core.settings import MAX_ANSWER_TOKENS, EngineSettings
 from opsin.engine import Engine, Policy, Wake, Watch, unwatched, wake_readers
@@ -92,13 +93,14 @@ def open_runtime(
     if trial and not pair.is_demo:
         ensure_loadable(pair.llm, pair.mmproj, settings)
     store = DiskStore(default_folder(), settings.disk_cache_bytes) if settings.disk_cache else None
+    sizes = facts.projector.image_sizes(asked) if facts.projector else ANY_SIZES
     on_cpu = settings.gpu_layers == 0 or (settings.device or "").lower() in CPU_NAMES
     gpu = any(device.is_gpu for device in present) and not on_cpu
     cell_bytes = sum(layer.kv_values for layer in facts.model.layers) * bytes_per_value(settings.kv_type)
     swap_cells = int(min(SWAP_BYTES, free.get(HOST, 0) // 8) / max(1.0, cell_bytes))
     policy = Policy.for_device(gpu=gpu, parallel=settings.parallel, max_queue=max_queue, swap_cells=swap_cells)
     engine = Engine(
-        lambda: open_backend(settings, progress),
+        lambda: open_backend(settings, progress, sizes),
         policy=replace(policy, draft_beside=DRAFT_BESIDE if settings.speculation else 0),
         images=EmbeddingCache(settings.image_cache_bytes, store),
         max_tokens=MAX_ANSWER_TOKENS,

@@ -72,6 +72,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pair = write_pair("tiny", tmp_path_factory.mktemp("pair"))
     shutil.copy(pair.llm, place / "llava.gguf")
     shutil.copy(pair.mmproj, place / "mmproj.gguf")
+    sized = write_pair("qwen2.5vl-tiny", tmp_path_factory.mktemp("sized"))  # a model that keeps the size of an image
+    (place / "vl").mkdir()
+    shutil.copy(sized.llm, place / "vl" / "model.gguf")
+    shutil.copy(sized.mmproj, place / "vl" / "mmproj.gguf")
     (place / "photos" / "more").mkdir(parents=True)
     (place / "forms").mkdir()
     shapes = Image.open(DEMO / "shapes.png").convert("RGB")
@@ -88,6 +92,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     for number, name in enumerate([*names, "photos/p2.jpg", "photos/p10.jpg", "photos/more/p1.jpg"]):
         shapes.rotate(90 * number).resize((120 + number, 120)).save(place / name)
+    shapes.resize((1600, 1200)).save(place / "scan.jpg")
     (place / "clip.mp4").write_bytes(video(frames=60, size=shapes.size, draw=lambda *_: shapes))
     for number in range(1, 5):
         scene(10 * number, 320, 240).save(place / f"frame{number}.jpg")

@@ -31,6 +31,7 @@ from opsin.core.answer import CUTS, Answer, Finished, Progress, TextDelta, parse
 from opsin.core.config import checked, current_folder, read_config
 from opsin.core.errors import BadParameter, OpsinError
 from opsin.core.files import expand, read_text
+from opsin.core.image_options import ImageOptions
 from opsin.core.model_info import BackendShare, Placement
 from opsin.core.request import Image, SamplingParams
 from opsin.core.settings import MAX_SCHEMA, EngineSettings, ImageSettings, VideoSettings
@@ -50,7 +51,7 @@ _PARALLEL = f"{SLOTS} for several images, unless --ctx is given"
 _TIMELINE = "show stage times (default: for one image, on a terminal)"
 _QUIET = "print answers and errors only"
 _Dict = dict[str, Any]
-_What = tuple[str, str | None, _Dict, _Dict, Path | None]
+_What = tuple[str, str | None, _Dict, _Dict, Path | None, ImageOptions]
 _Asked = tuple[list[str], AnswerStream | OpsinError]
 _OF_IMAGES = {"image_decode", "preprocess", "encode", "image_prefill"}
 _LABELS = {"start": "start Python", "load": "load model", "encode": "vision encode"}
@@ -58,6 +59,7 @@ _LABELS = {"start": "start Python", "load": "load model", "encode": "vision enco
 
 @o.flags_of(SamplingParams, *o.ANSWER, "boxes")
 @o.flags_of(EngineSettings, *o.ENGINE, "image_max_tokens", "image_min_tokens", "disk_cache", parallel=_PARALLEL)
+@o.flags_of(ImageOptions, *o.IMAGES)
 @o.flags_of(VideoSettings, "fps", "max_frames")
 def ask(
     arguments: Annotated[
@@ -102,7 +104,8 @@ def ask(
     reading = {"frames": frames, **o.given(VideoSettings, flags)}
     checked(VideoSettings, o.given(VideoSettings, flags))
     check_videos(found, **reading)
-    _Run(groups, form, timed, settings, (question, system, params, reading, draw)).all()
+    shown = checked(ImageOptions, {name: flags[name] for name in o.IMAGES})
+    _Run(groups, form, timed, settings, (question, system, params, reading, draw, shown)).all()
 
 
 class _Run:
@@ -115,7 +118,7 @@ class _Run:
         self, groups: list[list[str]], form: Format, timed: bool | None, settings: EngineSettings, asked: _What
     ) -> None:
         self._groups, self._form, self._settings, self._alone = groups, form, settings, len(groups) == 1
-        self._question, self._system, self._params, self._reading, self._draw = asked
+        self._question, self._system, self._params, self._reading, self._draw, self._shown = asked
         self._timed = form == "text" and self._alone and sys.stderr.isatty() if timed is None else timed
         self._rows, self._line = Rows(form, alone=self._alone), working("reading the image")
         self._done = self._failed = 0
@@ -160,11 +163,12 @@ class _Run:
 
     def _ask(self, group: list[str]) -> _Asked:
         try:
-            images = join([_read_images(source, **self._reading) for source in group], **self._reading)
+            images = join([_read_images(source, self._shown, **self._reading) for source in group], **self._reading)
         except OpsinError as error:
             return group, error
         load_ms = 0.0 if "_opsin" in vars(self) else self._opsin.load_ms  # what is wrong with the model, is for all
         try:
+            images = [self._opsin.image(image) for image in images]  # in as many tokens as the settings say
             messages = question_about(images, self._question, self._system)
             return group, self._opsin.submit(messages, **self._params, load_ms=load_ms)
         except OpsinError as error:
@@ -273,12 +277,12 @@ def show_limits(answer: Answer, name: str = "") -> None:
         tell(name + CUTS[answer.limit].format(answer))
 
 
-def _read_images(source: str, *, frames: bool = False, **video: Any) -> list[Image]:
+def _read_images(source: str, shown: ImageOptions, *, frames: bool = False, **video: Any) -> list[Image]:
     if not source:
         raise BadParameter("The image's name is empty: give a file, a folder, an address, or -.")
     # One byte more than an image may have is enough to refuse it.
     data = sys.stdin.buffer.read(ImageSettings().max_bytes + 1) if source == "-" else source
-    return load_source(data, ImageSettings(fetch=True), VideoSettings(**video), frames=frames)
+    return load_source(data, ImageSettings(fetch=True), VideoSettings(**video), shown, frames=frames)
 
 
 def timeline(answer: Answer, placement: Placement, wall_ms: float = 0.0, width: int = 100) -> Table:

@@ -23,6 +23,7 @@ from opsin.cli.console import DEMO, hush, say, tell, working
 from opsin.core.config import checked, current_folder, read_config
 from opsin.core.errors import BadParameter, OpsinError
 from opsin.core.files import expand, read_text
+from opsin.core.image_options import ImageOptions
 from opsin.core.request import SamplingParams
 from opsin.core.settings import MAX_SCHEMA, EngineSettings, ServerSettings
 from opsin.images.fetch import system_addresses
@@ -136,6 +137,7 @@ def _beside(kind: Kind, item: Item, row: Row) -> None:
 
 @o.flags_of(SamplingParams, *o.ANSWER, "boxes")
 @o.flags_of(EngineSettings, *o.ENGINE, "image_max_tokens", "image_min_tokens", "disk_cache", parallel=_PARALLEL)
+@o.flags_of(ImageOptions, *o.IMAGES)
 @o.flags_of(BatchOptions, *BatchOptions.model_fields)
 def batch(
     source: Annotated[
@@ -178,7 +180,10 @@ def batch(
     slots = GPU_SLOTS if may_have_gpus() and flags["gpu_layers"] != 0 else CPU_SLOTS
     config = read_config(chosen, os.environ, current_folder(), locate=locate, parallel=1 if flags["ctx"] else slots)
     settings = config.engine(parallel=slots if config.origins["ctx"] == "default" else 1)
-    asked = Question(template, params, system, seconds=options.image_seconds, private=options.fetch_private)
+    loading = {"seconds": options.image_seconds, "private": options.fetch_private}
+    asked = Question(
+        template, params, system, images=checked(ImageOptions, {name: flags[name] for name in o.IMAGES}), **loading
+    )
     chosen_rows = _Chosen(rows, options)
     if ray is not None:
         to_ray = ToRay(output, ray, options, cpus_per_worker, quiet)
@@ -236,8 +241,8 @@ class _Batch:
         pair = resolve(self._settings.model, self._settings.mmproj)
         if self._workers is None and sum(file.stat().st_size for file in (pair.llm, pair.mmproj) if file) < _TINY:
             self._workers = min(8, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else 1
-        prompt, system = self._asked.template.text, self._asked.system
-        spec = job_spec(pair, self._settings, self._asked.params, prompt=prompt, system=system)
+        asked, prompt = self._asked, self._asked.template.text
+        spec = job_spec(pair, self._settings, asked.params, prompt=prompt, system=asked.system) | asked.images.fields()
         ledger = self._stack.enter_context(to.ledger(place))
         job = to.job(place, ledger, spec)
         if options.retry_failed:
@@ -304,6 +309,7 @@ class _Batch:
         resolve = system_addresses if self._asked.private else None
         images = ImageLoader(settings, resolve=resolve, pool=DecoderPool(self._asked.seconds))
         defaults = self._asked.params.model_dump(exclude_unset=True, exclude={"json_schema"})
+        defaults |= self._asked.images.fields()
         return RequestAsker(ModelManager(settings, engine, slots=engine.slots), images, about, defaults)
 
     def _report(self, ledger: Ledger, job: str, place: Path) -> None:

@@ -18,8 +18,10 @@ from opsin.cli import options as o
 from opsin.cli.ask import follow, opened, settings_of, show_limits
 from opsin.cli.console import say, working
 from opsin.core.answer import Answer
+from opsin.core.config import checked
 from opsin.core.errors import BadInput, BadParameter, ContextOverflow
 from opsin.core.files import expand, write_whole
+from opsin.core.image_options import ImageOptions
 from opsin.core.request import Image, SamplingParams
 from opsin.core.settings import EngineSettings
 from opsin.prompt import Message
@@ -34,6 +36,7 @@ _WORD = re.compile(r"""'[^']*'|"(?:\\.|[^"\\])*"|(?:\\.|[^\s\\])+""")
 
 @o.flags_of(SamplingParams, *o.ANSWER)
 @o.flags_of(EngineSettings, *o.ENGINE, "image_max_tokens", "image_min_tokens", "disk_cache")
+@o.flags_of(ImageOptions, *o.IMAGES)
 def chat(
     images: Annotated[list[str] | None, typer.Argument(metavar="IMAGE…", help="files or addresses")] = None,
     *,
@@ -45,9 +48,10 @@ def chat(
     Settings of model, hardware and images can also be given in opsin.toml or as OPSIN_* environment variables.
     """
     params = o.given(SamplingParams, flags)
+    shown: ImageOptions = checked(ImageOptions, {name: flags[name] for name in o.IMAGES})
     with opened(settings_of(flags)) as opsin:
         begin = [Message("system", system)] if system else []
-        talk = _Talk(opsin, params, begin, [opsin.image(source) for source in images or []])
+        talk = _Talk(opsin, params, begin, shown, images or [])
         say(HELP)
         read = _reader()
         while (line := read()) is not None:
@@ -62,10 +66,12 @@ def chat(
 class _Talk:
     """What was said, and the images that go with the next question."""
 
-    def __init__(self, opsin: Opsin, params: dict[str, Any], begin: list[Message], first: list[Image]) -> None:
-        self._opsin, self._params = opsin, params
-        self._begin, self._first = begin, first
-        self._said, self._new = begin, first
+    def __init__(
+        self, opsin: Opsin, params: dict[str, Any], begin: list[Message], shown: ImageOptions, first: list[str]
+    ) -> None:
+        self._opsin, self._params, self._shown = opsin, params, shown
+        self._begin, self._first = begin, self._read(first)
+        self._said, self._new = begin, self._first
 
     def take(self, line: str) -> None:
         """Do what a line says. Raises BadInput."""
@@ -74,7 +80,7 @@ class _Talk:
         if command == "/image" and rest.strip():
             sources, more = find_images(rest)
             names = [*sources, more] if more else sources
-            self._new = [*self._new, *map(self._opsin.image, names)]
+            self._new = [*self._new, *self._read(names)]
             say("(the image goes with your next question)")
         elif command == "/new":
             self._said, self._new = self._begin, self._first
@@ -84,11 +90,15 @@ class _Talk:
         elif command.startswith("/") and not sources:
             say(HELP)
         elif line:
-            self._new = [*self._new, *map(self._opsin.image, sources)]
+            self._new = [*self._new, *self._read(sources)]
             if question:
                 self._ask(question)
             else:
                 say("(the image goes with your next question)")
+
+    def _read(self, sources: list[str]) -> list[Image]:
+        shown = self._shown.model_dump()
+        return [image for source in sources for image in self._opsin.images(source, **shown)]
 
     def _ask(self, question: str) -> None:
         asked = [*self._said, Message("user", [*self._new, question])]

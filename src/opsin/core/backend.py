@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from opsin.core.answer import TokenLogprob
 from opsin.core.errors import OpsinError
+from opsin.core.image_options import ANY_SIZES, ImageSizes
 from opsin.core.model_info import ModelInfo, Placement
 from opsin.core.request import Embedding, EmbeddingRows, ImageChunk, Part, SamplingParams, TokenBatch, TokenizedPrompt
 
@@ -24,9 +25,8 @@ class BackendLimits:
     is less where the model was trained for less. `forks=False`: one state for each sequence, which cannot be shared or
     forgotten in part. `swaps=False`: `kv_save` does not give all. Image rows are prefilled fastest in multiples of
     `tile`; `encode_batch` image chunks may be encoded at once. A ubatch of up to `mixed_rows` may hold an image's
-    rows and tokens of other sequences (0: none may). `image_edge` is the edge in pixels of what the encoder sees of any
-    image (0: it depends on the image). `asynchronous`: `decode` comes back long before its work is done.
-    `stops`: a `decode` that may stop does.
+    rows and tokens of other sequences (0: none may). `images` is what the encoder makes of the sizes of images.
+    `asynchronous`: `decode` comes back long before its work is done. `stops`: a `decode` that may stop does.
     """
 
     n_ctx: int
@@ -40,7 +40,7 @@ class BackendLimits:
     tile: int = 1
     encode_batch: int = 1
     mixed_rows: int = 0
-    image_edge: int = 0
+    images: ImageSizes = ANY_SIZES
     asynchronous: bool = False
     stops: bool = False
 

@@ -8,6 +8,9 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from opsin.core.image_options import ImageSizes
+from opsin.core.settings import EngineSettings
+
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
@@ -62,7 +65,8 @@ class ProjectorFacts:
 
     `patches` and `tokens` are those of the largest image that is encoded at once (`tokens` is None where the file
     does not tell), `patch_values` are the numbers that one patch comes as. `causal` is False where the tokens of an
-    image attend to each other in both directions, so that all of them must go in one ubatch.
+    image attend to each other in both directions, so that all of them must go in one ubatch. `cell` and `least` are
+    those of ImageSizes; `limited`: llama.cpp keeps a limit on tokens that it was opened with, although `cell` is 0.
     """
 
     name: str
@@ -74,6 +78,16 @@ class ProjectorFacts:
     heads: int
     feed_forward: int
     causal: bool = True
+    cell: int = 0
+    least: int = 0
+    limited: bool = False
+
+    def image_sizes(self, settings: EngineSettings) -> ImageSizes:
+        """What it makes of the sizes of images, opened with these settings."""
+        usual, least = settings.image_max_tokens, settings.image_min_tokens or self.least
+        if not self.cell or self.tokens is None:
+            return ImageSizes(usual=None if self.limited else usual)
+        return ImageSizes(cell=self.cell, least=least, most=min(usual or self.tokens, self.tokens), usual=usual)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@ them to sRGB without transparency and hashes their pixels. It knows no models, p
 
 from __future__ import annotations
 
-from opsin.images.decode import OpenImage, load_image
+from opsin.images.decode import OpenImage, load_image, load_images
 from opsin.images.sniff import ENDINGS
 from opsin.images.source import read_data_url
 
-__all__ = ["ENDINGS", "OpenImage", "load_image", "read_data_url"]
+__all__ = ["ENDINGS", "OpenImage", "load_image", "load_images", "read_data_url"]

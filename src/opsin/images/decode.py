@@ -22,8 +22,10 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from opsin.core.errors import BadImage, BadParameter, FetchFailed, ImageTooLarge, ImageUnsupported, OpsinError
+from opsin.core.image_options import ANY_SIZES, AS_IT_IS, ImageOptions, ImageSizes
 from opsin.core.request import Image
 from opsin.images.colour import array_image, flatten
+from opsin.images.show import fitted, shown, shown_again
 from opsin.images.sniff import image_format
 from opsin.images.source import check_bytes, check_size, damaged, read_data_url, read_file, show
 
@@ -44,6 +46,7 @@ _TILE_TAGS = (0x0142, 0x0143)
 # Pillow decodes run-length BMP in Python: these bounds keep it within seconds.
 _RLE_MAX_PIXELS = 16_000_000
 _RLE_MAX_BYTES = 8 * 2**20
+_SIDEWAYS = 5  # from this EXIF orientation on, width and height change places
 _SPARE = 2  # pixels of a JPEG that is read in part, for one that the model sees
 # Of JPEG; source: ITU-T T.81, annex B.
 MAX_SCANS = 100
@@ -93,19 +96,17 @@ class OpenImage:
         """The image before its pixels are decoded."""
         return self._image
 
-    def decode(self, longest_edge: int | None = None, seen_edge: int = 0) -> Image:
-        """Decode the whole file, once. Of several frames or pages the first is taken, and a note says so.
+    def decode(self, options: ImageOptions = AS_IT_IS, sizes: ImageSizes = ANY_SIZES) -> list[Image]:
+        """Decode the whole file, once: the image as the options show it. Of several frames or pages the first is taken.
 
-        A JPEG that lacks nothing but its end marker is read, and a note says so; one that has far more pixels than a
-        model that sees `seen_edge` of them an edge is read at a half, a quarter or an eighth of its size, by libjpeg.
-        Raises BadImage for bytes that are damaged or cut short: grey is never invented for what is missing.
+        A JPEG that lacks nothing but its end marker is read; one that has far more pixels than what the model sees of
+        it is read at a half, a quarter or an eighth of its size, by libjpeg. Notes say so. Raises BadImage for bytes
+        that are damaged or cut short: grey is never invented for what is missing.
         """
         with _one_sentence(self._kind, self._name):
             part: tuple[str, ...] = ()
-            if self._scales and seen_edge:
-                self._image.draft(None, (_SPARE * seen_edge, _SPARE * seen_edge))
-                times = round(self.width / self._image.width)
-                part = (f"read at 1/{times} of its size, as the model sees {seen_edge} pixels",) if times > 1 else ()
+            if self._scales and not (options.region or options.tiles):
+                part = self._read_in_part(options, sizes)
             if self._kind == "TIFF":
                 self._check_tiff()
             elif self._kind == "PNG":
@@ -120,13 +121,23 @@ class OpenImage:
                 if b"irot" not in boxes and b"imir" not in boxes:
                     self._image.info["original_orientation"] = 1
             notes = ("the end marker of the JPEG is missing, and nothing else",) if self._jpeg_open else self._frames()
-            image = make_image(self._image, self._kind, self._name, longest_edge, notes + part)
+            about = Image(b"", self.width, self.height, "", self._kind, notes=notes + part)
+            images = make_images(self._image, about, self._name, options, sizes)
             if self._kind == "JPEG" and self._is_cut_short():
                 raise damaged(self._kind, self._name)
-            if not part:
-                return image
-            size = (self.width, self.height) if image.orientation < 5 else (self.height, self.width)
-            return dataclasses.replace(image, source_size=size)
+            return images
+
+    def _read_in_part(self, options: ImageOptions, sizes: ImageSizes) -> tuple[str, ...]:
+        """Let libjpeg leave out pixels of a large JPEG; a note where nothing else says that it has fewer."""
+        across, down, _ = fitted(self.width, self.height, options, sizes)
+        is_fitted = (across, down) != (self.width, self.height)
+        if not is_fitted:
+            across = down = sizes.edge
+        if across:
+            self._image.draft(None, (_SPARE * across, _SPARE * down))
+        times = round(self.width / self._image.width)
+        read = f"read at 1/{times} of its size, as the model sees {sizes.edge} pixels"
+        return (read,) if times > 1 and not is_fitted else ()
 
     def _frames(self) -> tuple[str, ...]:
         """A note for a file of several frames or pages, of which one is read."""
@@ -182,39 +193,51 @@ class OpenImage:
 
 
 def load_image(
-    source: object, settings: ImageSettings, longest_edge: int | None = None, *, seen_edge: int = 0
+    source: object, settings: ImageSettings, options: ImageOptions = AS_IT_IS, sizes: ImageSizes = ANY_SIZES
 ) -> Image:
+    """`load_images` for options without tiles: one image."""
+    return load_images(source, settings, options, sizes)[0]
+
+
+def load_images(
+    source: object, settings: ImageSettings, options: ImageOptions = AS_IT_IS, sizes: ImageSizes = ANY_SIZES
+) -> list[Image]:
     """Turn `source` into a checked image: decoded, upright, opaque, in sRGB, within limits, with its identity.
 
     `source` is a path, the bytes of a file, a Pillow image (its current frame), a NumPy array ((h, w), (h, w, 3) or
-    (h, w, 4); uint8, uint16 or floats 0..1), a `data:` address, with `settings.fetch` an http(s) address, or an image,
-    which is returned as it is; it is never changed. EXIF orientation and colour profiles (ICC) are applied. An image
-    larger than `longest_edge` pixels is shrunk, and a file may be where the model sees `seen_edge` of them. `~` in a
-    path is the home folder. May be called from any thread.
+    (h, w, 4); uint8, uint16 or floats 0..1), a `data:` address, with `settings.fetch` an http(s) address, or an image
+    that was loaded before; it is never changed. EXIF orientation and colour profiles (ICC) are applied. `options` say
+    which part of it is shown, and in how many tokens; with tiles these follow the whole image. `sizes` are the model's:
+    a file may have fewer pixels than it has, where the model sees no more. `~` in a path is the home folder. May be
+    called from any thread.
 
     `fetch_ms` is the time to get the bytes, `decode_ms` all the rest, both wall time in milliseconds. Raises
-    BadImage, ImageTooLarge, ImageUnsupported, FetchFailed, or BadParameter for a source of another type.
+    BadImage, ImageTooLarge, ImageUnsupported, FetchFailed, or BadParameter for a source of another type and a part that
+    is not there.
     """
     if isinstance(source, Image):
-        return source
+        return shown_again(source, options, sizes)
     begin = time.perf_counter()
     name, found = read_source(source, settings)
     fetched = time.perf_counter()
     # Neither Pillow nor NumPy is imported for a source that is neither.
     pil, numpy = sys.modules.get("PIL.Image"), sys.modules.get("numpy")
     if isinstance(found, bytes):
-        image = OpenImage(found, settings, name).decode(longest_edge, seen_edge)
+        images = OpenImage(found, settings, name).decode(options, sizes)
     elif pil is not None and isinstance(found, pil.Image):
         check_size(found.width, found.height, _NAME, settings)
-        image = make_image(found, found.format or "PIL", _NAME, longest_edge)
+        about = Image(b"", found.width, found.height, "", found.format or "PIL")
+        images = make_images(found, about, _NAME, options, sizes)
     elif numpy is not None and isinstance(found, numpy.ndarray):
-        image = make_image(array_image(found, settings), "array", _NAME, longest_edge)
+        made = array_image(found, settings)
+        images = make_images(made, Image(b"", made.width, made.height, "", "array"), _NAME, options, sizes)
     else:
         raise BadParameter(
             f"A {type(source).__name__} is no image: give a path, bytes, a Pillow image, a NumPy array or an address."
         )
     decoded = time.perf_counter()
-    return dataclasses.replace(image, fetch_ms=(fetched - begin) * 1e3, decode_ms=(decoded - fetched) * 1e3)
+    fetch_ms, decode_ms = (fetched - begin) * 1e3, (decoded - fetched) * 1e3
+    return [dataclasses.replace(images[0], fetch_ms=fetch_ms, decode_ms=decode_ms), *images[1:]]
 
 
 def read_source(source: object, settings: ImageSettings) -> tuple[str, Any]:
@@ -248,15 +271,17 @@ def read_source(source: object, settings: ImageSettings) -> tuple[str, Any]:
         return show_url(source), portal.call(fetch, source, settings)
 
 
-def make_image(
-    image: PIL.Image.Image, kind: str, name: str, longest_edge: int | None, notes: tuple[str, ...] = ()
-) -> Image:
-    """Load an image whose size was checked, turn it upright, flatten it, and shrink it to `longest_edge` pixels.
+def make_images(
+    image: PIL.Image.Image, about: Image, name: str, options: ImageOptions, sizes: ImageSizes
+) -> list[Image]:
+    """Load an image whose size was checked, turn it upright, flatten it, and show it as the options say.
 
-    The image is not changed. Raises BadImage, ImageTooLarge.
+    `about` has the file's size before any turn, format and notes. The image is not changed. Raises BadImage,
+    ImageTooLarge, BadParameter.
     """
-    with _one_sentence(kind, name):
-        orientation = _orientation(image)
+    with _one_sentence(about.format, name):
+        orientation, size = _orientation(image), (about.width, about.height)
+        in_part = image.size != size
         image.load()
         upright = image
         # TIFF pixels come turned out of Pillow, HEIC pixels out of libheif: they must not be turned twice.
@@ -266,19 +291,9 @@ def make_image(
             upright = ImageOps.exif_transpose(image)
         flat, more = flatten(upright, name)
         turned = (f"turned upright (EXIF orientation {orientation})",) if orientation != 1 else ()
-        notes = (*notes, *turned, *more)
-        longer, whole = max(flat.size), None
-        if longest_edge is not None and longer > longest_edge:
-            from PIL.Image import Resampling
-
-            width, height = (max(1, edge * longest_edge // longer) for edge in flat.size)
-            whole = flat.size
-            flat = flat.resize((width, height), Resampling.LANCZOS)
-            notes = (*notes, f"shrunk to {width} by {height} pixels")
-        rgb = flat.tobytes()
-        digest = hashlib.sha256(struct.pack("<II", *flat.size))  # 32 bit, little-endian
-        digest.update(rgb)
-        return Image(rgb, *flat.size, digest.hexdigest(), kind, orientation, notes, source_size=whole)
+        about = dataclasses.replace(about, orientation=orientation, notes=(*about.notes, *turned, *more))
+        whole = flat.size if not in_part else size[::-1] if orientation >= _SIDEWAYS else size
+        return shown(flat, whole, about, options, sizes)
 
 
 def check_jpeg(data: bytes, name: str, settings: ImageSettings) -> tuple[int, bool, int]:

@@ -16,9 +16,10 @@ from typing import Any
 
 from opsin.core.errors import BadImage, ImageTooLarge, ImageUnsupported, OpsinError
 from opsin.core.files import expand
+from opsin.core.image_options import ANY_SIZES, AS_IT_IS
 from opsin.core.request import Image
 from opsin.core.settings import ImageSettings, VideoSettings
-from opsin.images.decode import make_image, read_source
+from opsin.images.decode import make_images, read_source
 from opsin.images.sniff import image_format, video_format
 from opsin.images.source import check_size, damaged
 
@@ -167,4 +168,5 @@ class _Frames:
         upright = frame.to_image(**size, interpolation="AREA")
         if frame.rotation:
             upright = upright.rotate(frame.rotation, expand=True)
-        return make_image(upright, "video", self._name, None)
+        about = Image(b"", upright.width, upright.height, "", "video")
+        return make_images(upright, about, self._name, AS_IT_IS, ANY_SIZES)[0]

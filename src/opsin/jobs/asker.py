@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from opsin.core.answer import parsed
+from opsin.core.image_options import AS_IT_IS, ImageOptions
 from opsin.core.request import Image, SamplingParams
 from opsin.core.settings import ImageSettings
 from opsin.jobs import load
@@ -54,7 +55,8 @@ class Asker(Protocol):
 class Question:
     """What is asked about each row, and how its images are loaded.
 
-    `seconds` is what loading one image may take; `private` allows images from hosts that are not public.
+    `seconds` is what loading one image may take; `private` allows images from hosts that are not public. `images` say
+    how they are shown.
     """
 
     template: PromptTemplate
@@ -63,6 +65,7 @@ class Question:
     limits: ImageSettings = field(default_factory=lambda: ImageSettings(fetch=True))
     seconds: float = 60.0
     private: bool = False
+    images: ImageOptions = AS_IT_IS
 
 
 class ImageAsker:
@@ -79,7 +82,7 @@ class ImageAsker:
     ) -> None:
         self._engine, self._prompts, self._question, self._about = engine, prompts, question, about
         self.slots = engine.slots
-        self._seen_edge = engine.limits.image_edge
+        self._sizes = engine.limits.images
         self._pool = DecoderPool(question.seconds)
         self._threads = ThreadPoolExecutor(processes, "opsin-decode")
         self._waiting_bytes = 0
@@ -94,9 +97,10 @@ class ImageAsker:
         if template.metadata and item.images:
             metadata = await self._call(load.metadata, item.images[0])
         text = template.fill(item, metadata)
-        images = await asyncio.gather(*(self._load(ref) for ref in item.images))
+        loaded = await asyncio.gather(*(self._load(ref) for ref in item.images))
+        images = [image for some in loaded for image in some]
         name = json.dumps([text, [image.sha256 for image in images]])
-        return Asked(item, hashlib.sha256(name.encode()).digest()[:16], list(images), text)
+        return Asked(item, hashlib.sha256(name.encode()).digest()[:16], images, text)
 
     async def ask(self, asked: Asked) -> Row:
         """See Asker."""
@@ -121,12 +125,12 @@ class ImageAsker:
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._pool.close()
 
-    async def _load(self, ref: ImageRef) -> Image:
-        image: Image = await self._call(load.load, ref, self._seen_edge)
-        self._waiting_bytes += len(image.rgb)
+    async def _load(self, ref: ImageRef) -> list[Image]:
+        images: list[Image] = await self._call(load.load, ref, self._question.images, self._sizes)
+        self._waiting_bytes += sum(len(image.rgb) for image in images)
         if self._waiting_bytes >= _PIXEL_BYTES:
             self._room.clear()
-        return image
+        return images
 
     async def _call(self, work: Callable[..., Any], *values: Any) -> Any:
         question = self._question

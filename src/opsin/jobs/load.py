@@ -9,9 +9,10 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from opsin.core.errors import BadImage, BadParameter, FetchFailed
+from opsin.core.image_options import ImageOptions, ImageSizes
 from opsin.core.request import Image
 from opsin.core.settings import ImageSettings
-from opsin.images import load_image, read_data_url
+from opsin.images import load_images, read_data_url
 from opsin.images.fetch import fetch, system_addresses
 from opsin.images.metadata import read_metadata
 from opsin.images.policy import AddressPolicy
@@ -22,16 +23,17 @@ from opsin.worker import share
 _public = AddressPolicy(where="ports 80 and 443 of public hosts", instead="or allow any with --fetch-private.")
 
 
-def load(ref: ImageRef, seen_edge: int, limits: ImageSettings, private: bool) -> Image:
-    """The image, in memory that a worker can map. `seen_edge` is what the model sees, `private` allows any host.
+def load(ref: ImageRef, options: ImageOptions, sizes: ImageSizes, limits: ImageSettings, private: bool) -> list[Image]:
+    """What `load_images` makes of it, in memory that a worker can map; `private` allows any host.
 
-    Raises BadImage and its kinds, and FetchFailed.
+    Raises BadImage and its kinds, FetchFailed, and BadParameter for a part that is not there.
     """
     begin = time.perf_counter()
     data = _read(ref, limits, private)
     fetch_ms = (time.perf_counter() - begin) * 1e3
-    image = load_image(data, limits, seen_edge=seen_edge)
-    return dataclasses.replace(image, rgb=share(image.rgb), fetch_ms=fetch_ms)
+    first, *tiles = load_images(data, limits, options, sizes)
+    images = dataclasses.replace(first, fetch_ms=fetch_ms), *tiles
+    return [dataclasses.replace(image, rgb=share(image.rgb)) for image in images]
 
 
 def metadata(ref: ImageRef, limits: ImageSettings, private: bool) -> dict[str, str]:

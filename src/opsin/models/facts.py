@@ -77,20 +77,24 @@ def _projector_facts(header: GgufHeader, model_width: int, image_max_tokens: int
     merge = next((found for key in keys if (found := header.integer(key))), usual.merge)
     patch = header.integer("clip.vision.patch_size") or 14
     edge = header.integer("clip.vision.image_size") or 336
-    patches = (edge // patch) ** 2
+    patches, pixels = (edge // patch) ** 2, header.integer("clip.vision.image_max_pixels")
     if usual.most_tokens:
         patches = (image_max_tokens or usual.most_tokens) * merge**2
-    elif pixels := header.integer("clip.vision.image_max_pixels"):
+    elif pixels:
         patches = pixels // patch**2
+    keeps_size = bool(usual.most_tokens or (usual.keeps_size and pixels))
     width = header.integer("clip.vision.embedding_length") or 1024
     return ProjectorFacts(
         name=header.path.name,
         bytes=sum(-(-tensor.size // _ALIGNMENT) * _ALIGNMENT for tensor in header.tensors),
         patches=patches,
         patch_values=3 * patch**2,
-        tokens=patches // merge**2 if usual.most_tokens or usual.one_size else None,
+        tokens=patches // merge**2 if keeps_size or usual.one_size else None,
         width=width,
         heads=header.integer("clip.vision.attention.head_count") or 1,
         feed_forward=header.integer("clip.vision.feed_forward_length") or 4 * width,
         causal=not usual.whole or (kind == "gemma4v" and model_width in _CAUSAL_GEMMA4),
+        cell=patch * merge if keeps_size else 0,
+        least=usual.least_tokens or (header.integer("clip.vision.image_min_pixels") or 0) // (patch * merge) ** 2,
+        limited=usual.limited,
     )

@@ -47,7 +47,10 @@ class ProjectorType:
 
     width: tuple[str, int] = ("", 0)
     merge: int = 1
+    least_tokens: int = 0
     most_tokens: int | None = None
+    keeps_size: bool = False
+    limited: bool = False
     one_size: bool = False
     whole: bool = False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from opsin.core.errors import BadParameter, ModelNotFound
+from opsin.core.image_options import ANY_SIZES, ImageSizes
 from opsin.core.model_info import ModelInfo, Placement
 from opsin.core.settings import EngineSettings
 from opsin.native import logs
@@ -35,10 +36,12 @@ class NativeBackend(Context):
         return probe_placement(self.model, self._encoder, self.settings)
 
 
-def open_backend(settings: EngineSettings, progress: Loading = lambda _: None) -> NativeBackend:
+def open_backend(
+    settings: EngineSettings, progress: Loading = lambda _: None, sizes: ImageSizes = ANY_SIZES
+) -> NativeBackend:
     """Load a pair, or free what was loaded of it and raise NativeMismatch, ModelError (of any kind) or BadParameter.
 
-    `progress` hears how much of the language model is loaded, from 0 to 1.
+    `progress` hears how much of the language model is loaded, from 0 to 1; `sizes` is what its projector's header says.
     """
     if settings.model is None:
         raise ModelNotFound("No model was given: name one with --model.")
@@ -49,7 +52,7 @@ def open_backend(settings: EngineSettings, progress: Loading = lambda _: None) -
     logs.show(settings.verbose)
     model = Model(settings.model, settings, progress)
     try:
-        encoder = Encoder(model, settings.mmproj, settings) if settings.mmproj is not None else None
+        encoder = Encoder(model, settings.mmproj, settings, sizes) if settings.mmproj is not None else None
         return NativeBackend(model, settings, encoder)
     except BaseException:
         model.close()

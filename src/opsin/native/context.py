@@ -20,6 +20,7 @@ from opsin.core.answer import TokenLogprob
 from opsin.core.backend import BackendLimits, Sample, Stopped
 from opsin.core.errors import BadInput, BadParameter, DecodeFailed, ModelError, OpsinError
 from opsin.core.ggml_types import KV_TYPES
+from opsin.core.image_options import ANY_SIZES
 from opsin.core.request import (
     Embedding,
     EmbeddingRows,
@@ -121,7 +122,7 @@ class Context:
             swaps=not slides,  # llama.cpp saves no cells behind the window, which a shorter prefix would need
             tile=_TILE if model.device is None else 1,
             encode_batch=1 if encoder is None else encoder.batch,
-            image_edge=0 if encoder is None else encoder.edge,
+            images=ANY_SIZES if encoder is None else encoder.sizes,
             asynchronous=model.offloaded,
             # Of a batch that was stopped llama.cpp forgets all from its first position on, in its first sequence: too
             # little where a keeper holds the same cells, too much where slices of an image share a position.

@@ -183,7 +183,8 @@ class MemoryPlanner:
         if self.settings.ctx is not None:
             return [self.settings.ctx]
         parallel = self.settings.parallel
-        each = min(self.pair.model.context or CTX_PER_SEQUENCE, CTX_PER_SEQUENCE)
+        usual = max(CTX_PER_SEQUENCE, self._image_tokens + 2 * _TEXT_TOKENS)
+        each = min(self.pair.model.context or CTX_PER_SEQUENCE, usual)
         least = min(max(_LEAST_CTX, self._image_tokens + _TEXT_TOKENS), each) * parallel
         sizes, size = [], each * parallel
         while size >= least:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, groupby, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from opsin.core.answer import ImageInfo
 from opsin.core.errors import BadImage, BadInput, Cancelled, EncodeFailed, ModelUnreadable, NativeMismatch, PairMismatch
+from opsin.core.image_options import ANY_SIZES, ImageSizes
 from opsin.core.request import Chunk, Embedding, Image, ImageChunk, Part, TextChunk, TextPart, TokenizedPrompt
 from opsin.core.settings import EngineSettings
 from opsin.native import logs
@@ -95,10 +96,11 @@ class _EncodeSteps:
 class Encoder(Owned):
     """An mtmd context over a language model. Prompts may be tokenized by any thread, and images encoded by one."""
 
-    def __init__(self, model: Model, path: Path, settings: EngineSettings) -> None:
+    def __init__(self, model: Model, path: Path, settings: EngineSettings, sizes: ImageSizes = ANY_SIZES) -> None:
         self.lib = model.lib
         self.path = path
-        self.kind, self.edge, self._row_end = read_projector(path)
+        self.kind, edge, self._row_end = read_projector(path)
+        self.sizes = replace(sizes, edge=edge)
         self._model = model
         self._hook = EvalHook(self.lib)
         self._heavy = frozenset(number for number, name in enumerate(op_names(self.lib)) if name in _HEAVY)

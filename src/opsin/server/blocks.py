@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from opsin.server import schema
-from opsin.server.parts import MAX_PARTS, History, ImagePartIn, ImageUrl, PartIn, Sent, TextPartIn, or_text
+from opsin.server.parts import MAX_PARTS, History, ImageFields, ImagePartIn, ImageUrl, PartIn, Sent, TextPartIn, or_text
 from opsin.server.responses import FlatSchemaFormat
 
 _BILLING = "x-anthropic-billing-header:"
@@ -32,7 +32,7 @@ class ImageSource(History):
     url: str = ""
 
 
-class ImageBlock(History):
+class ImageBlock(History, ImageFields):
     """An image."""
 
     type: Literal["image"]
@@ -183,4 +183,5 @@ def _part(block: TextBlock | ImageBlock) -> PartIn:
     source = block.source
     url = source.url if source.type == "url" else f"data:{source.media_type};base64,{source.data}"
     address = ImageUrl.model_construct(url=url)
-    return ImagePartIn.model_construct(type="image_url", image_url=address)
+    shown = {name: getattr(block, name) for name in ImageFields.model_fields}
+    return ImagePartIn.model_construct(type="image_url", image_url=address, **shown)

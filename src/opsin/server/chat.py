@@ -18,6 +18,7 @@ from starlette.responses import Response
 from opsin.boxes import check_boxes
 from opsin.core.answer import Answer, Finished, TextDelta, TokenLogprob
 from opsin.core.errors import BadParameter
+from opsin.core.image_options import ImageOptions, options_of
 from opsin.core.request import Image, Prompt, TextPart
 from opsin.core.settings import VideoSettings
 from opsin.images.video import as_frames
@@ -110,12 +111,13 @@ async def build_prompt(
             if isinstance(part, TextPartIn):
                 characters += len(part.text)
                 continue
-            count += 1
             if isinstance(part, ImagePartIn):
                 param = f"messages[{i}].content[{j}].image_url"
-                wanted.append(Wanted(part.image_url.url, part.detail or part.image_url.detail or None, param))
+                wanted.append(Wanted(part.image_url.url, options_of(part, part.image_url, body), param))
+                count += wanted[-1].options.count
             else:
-                wanted += _of_video(part, f"messages[{i}].content[{j}].{part.type}", most)
+                wanted += _of_video(part, options_of(part, body), f"messages[{i}].content[{j}].{part.type}", most)
+                count += 1
         characters += len(message.reasoning_content or "")
         characters += sum(len(call.function.arguments) for call in message.tool_calls or ())
     schema.at_most(model.settings.max_images, count, "images", "messages")
@@ -137,14 +139,16 @@ async def build_prompt(
     )
 
 
-def _of_video(part: VideoPartIn, param: str, most: int) -> list[Wanted]:
+def _of_video(part: VideoPartIn, shown: ImageOptions, param: str, most: int) -> list[Wanted]:
     """A video as one file, of at most so many frames, or each of its frames. Raises BadField."""
+    if shown.tiles:
+        raise BadField("Tiles are for images, not for the frames of a video: leave out image_tiles.", param)
     schema.at_most(most, len(part.addresses) if part.is_listed else part.max_frames or 0, "frames", param)
     if part.is_listed:
-        return [Wanted(url, param=param) for url in part.addresses]
+        return [Wanted(url, shown, param) for url in part.addresses]
     chosen = part.model_dump(include={"fps", "max_frames"}, exclude_none=True)
     default = {"max_frames": max(1, min(most, VideoSettings().max_frames))}
-    return [Wanted(part.address, param=param, video=VideoSettings(**default | chosen))]
+    return [Wanted(part.address, shown, param, VideoSettings(**default | chosen))]
 
 
 def _message(message: schema.MessageIn, images: Iterator[list[Image]]) -> Message:

@@ -129,8 +129,8 @@ class CompletionHandler(Response):
         model: ModelManager = server.model
         with contextlib.ExitStack() as held:
             loaded = model.engine.loaded
-            edge = loaded.limits.image_edge if loaded else 0
-            images = RequestImages(server.images, who, edge, count_only=self.count_only)
+            sizes = loaded.limits.images if loaded else None
+            images = RequestImages(server.images, who, sizes, count_only=self.count_only)
             held.callback(images.hold, 0)
             model.enter()
             stats.model = model.name

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 from opsin.core.errors import FetchFailed, ImageTooLarge, OpsinError, QueueFull
+from opsin.core.image_options import ANY_SIZES, AS_IT_IS, ImageOptions, ImageSizes
 from opsin.core.request import Image
 from opsin.core.settings import ImageSettings, ServerSettings, VideoSettings
 from opsin.images.fetch import Resolver, fetch
@@ -100,14 +101,14 @@ class FairQueue:
 
 @dataclass(slots=True)
 class Wanted:
-    """An image of a request: its address, `low` to have it shrunk to 512 pixels, and the field that names it.
+    """An image of a request: its address, how it is shown, and the field that names it.
 
     Of a `video` those frames are read. The rest is found out: the file, its number of pixels, and the milliseconds that
     it took to get these.
     """
 
     url: str
-    detail: str | None = None
+    options: ImageOptions = AS_IT_IS
     param: str | None = None
     video: VideoSettings | None = None
     file: bytes | str = b""
@@ -183,15 +184,17 @@ class ImageLoader:
 class RequestImages:
     """Loads the images of one request of `key`, and holds their pixels until it is told to hold none.
 
-    `seen_edge` is the edge in pixels of what the model sees of any image (0: not known). Who only counts does not
-    wait for the pixels of those who wait for the model.
+    `sizes` is what the model makes of the sizes of images. Who only counts does not wait for the pixels of those who
+    wait for the model.
     """
 
-    def __init__(self, loader: ImageLoader, key: str, seen_edge: int = 0, *, count_only: bool = False) -> None:
+    def __init__(
+        self, loader: ImageLoader, key: str, sizes: ImageSizes | None = None, *, count_only: bool = False
+    ) -> None:
         self._loader = loader
         self._room = loader.count_room if count_only else loader.room
         self.key = key
-        self._seen_edge = seen_edge
+        self._sizes = sizes or ANY_SIZES
         self._pixels = 0
 
     async def load(self, wanted: Sequence[Wanted]) -> list[list[Image]]:
@@ -225,19 +228,19 @@ class RequestImages:
         if one.video is not None:
             one.file, one.pixels = file, PIXELS
             return
-        one.pixels, data = await self._loader.call(decoders.measure, file, self._loader.limits)
+        pixels, data = await self._loader.call(decoders.measure, file, self._loader.limits)
+        one.pixels = pixels * min(2, one.options.count)  # the tiles have as many as the whole
         one.file = data or file
         one.fetch_ms = (time.perf_counter() - begin) * 1e3
 
     async def _decode(self, one: Wanted) -> list[Image]:
-        limits = self._loader.limits
+        limits, shown = self._loader.limits, (one.options, self._sizes)
         if one.video is not None:
-            frames: list[Image] = await self._loader.call(
-                decoders.decode_video, one.file, limits, one.video.model_copy(update={"max_bytes": limits.max_bytes})
-            )
+            video = one.video.model_copy(update={"max_bytes": limits.max_bytes})
+            frames: list[Image] = await self._loader.call(decoders.decode_video, one.file, limits, video, *shown)
             return frames
-        image = await self._loader.call(decoders.decode, one.file, self._loader.limits, one.detail, self._seen_edge)
-        return [dataclasses.replace(image, fetch_ms=one.fetch_ms)]
+        first, *tiles = await self._loader.call(decoders.decode, one.file, limits, *shown)
+        return [dataclasses.replace(first, fetch_ms=one.fetch_ms), *tiles]
 
 
 async def _side_by_side(work: Callable[[Wanted], Awaitable[T]], wanted: Sequence[Wanted]) -> list[T]:

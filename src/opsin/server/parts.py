@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from opsin.core.image_options import Detail, Region, Tiles
+
 MAX_PARTS = 1_000
 _JPEGS = "data:video/jpeg;base64,"
 
@@ -46,19 +48,31 @@ class TextPartIn(History):
     text: str = Field(validation_alias=AliasChoices("text", "refusal"))
 
 
-class ImageUrl(History):
+class ImageFields(BaseModel):
+    """How images are shown to the model: for all of a request, or in the part of one."""
+
+    image_max_tokens: int | None = Field(None, ge=1)
+    image_region: Region | None = None
+    image_tiles: Tiles | None = None
+
+
+class OneImageFields(ImageFields):
+    """The same for one image, with what OpenAI has for it."""
+
+    detail: Detail | None = None
+
+
+class ImageUrl(History, OneImageFields):
     """Where an image is: a `data:` address, or another kind that the server's settings allow."""
 
     url: str = Field(min_length=1)
-    detail: Literal["auto", "low", "high", "original", ""] | None = None
 
 
-class ImagePartIn(History):
+class ImagePartIn(History, OneImageFields):
     """An image, as chat completions (`image_url`) or the Responses API (`input_image`) write it."""
 
     type: Literal["image_url", "input_image"]
     image_url: Annotated[ImageUrl, or_text(lambda url: {"url": url}, ImageUrl | str)]
-    detail: Literal["auto", "low", "high", "original", ""] | None = None
 
     @property
     def address(self) -> str:
@@ -75,7 +89,7 @@ class VideoUrl(History):
 VideoAddress = Annotated[VideoUrl, or_text(lambda url: {"url": url}, VideoUrl | str)]
 
 
-class VideoPartIn(History):
+class VideoPartIn(History, ImageFields):
     """A video as vLLM (`video_url`), llama-server (`input_video`) or Qwen (`video`) write it, or a list of its frames.
 
     `fps` and `max_frames` say which frames of a file are read.

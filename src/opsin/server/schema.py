@@ -20,7 +20,7 @@ from opsin.core.files import read_table
 from opsin.core.request import SamplingParams
 from opsin.core.settings import ServerSettings
 from opsin.server.errors import BadField
-from opsin.server.parts import ContentIn, History, Sent, or_text
+from opsin.server.parts import ContentIn, History, ImageFields, Sent, or_text
 
 NAME = r"^[a-zA-Z0-9_.-]{1,64}$"
 MAX_MESSAGES = 1_000
@@ -239,7 +239,7 @@ class Common(Sent):
         return others | {key: one for key, one in value.items() if key not in _ALIASES and one is not None}
 
 
-class Conversation(Common):
+class Conversation(Common, ImageFields):
     """Fields of the two APIs that use the chat template, which `chat_template_kwargs` go to."""
 
     thinking: Thinking | None = None

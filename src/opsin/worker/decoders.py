@@ -15,6 +15,7 @@ from typing import Any
 
 from opsin import images
 from opsin.core.errors import BadImage, OpsinError
+from opsin.core.image_options import ImageOptions, ImageSizes
 from opsin.core.request import Image
 from opsin.core.settings import ImageSettings, VideoSettings
 from opsin.images.video import read_video
@@ -32,18 +33,17 @@ def measure(file: bytes | str, limits: ImageSettings) -> tuple[int, bytes | None
     return opened.width * opened.height, data if isinstance(file, str) else None
 
 
-def decode(data: bytes, limits: ImageSettings, detail: str | None, seen_edge: int = 0) -> Image:
-    """The image, in memory that a worker can map; shrunk to 512 pixels an edge if `detail` is low.
-
-    `seen_edge` is how many of them the model sees (0: not known). Raises BadImage.
-    """
-    image = images.load_image(data, limits, 512 if detail == "low" else None, seen_edge=seen_edge)
-    return dataclasses.replace(image, rgb=share(image.rgb))
+def decode(data: bytes, limits: ImageSettings, options: ImageOptions, sizes: ImageSizes) -> list[Image]:
+    """What `load_images` makes of it, in memory that a worker can map. Raises BadImage and BadParameter."""
+    return [dataclasses.replace(one, rgb=share(one.rgb)) for one in images.load_images(data, limits, options, sizes)]
 
 
-def decode_video(source: object, limits: ImageSettings, video: VideoSettings) -> list[Image]:
+def decode_video(
+    source: object, limits: ImageSettings, video: VideoSettings, options: ImageOptions, sizes: ImageSizes
+) -> list[Image]:
     """The frames of a video, in memory that a worker can map. Raises BadImage and its kinds, and FetchFailed."""
-    return [dataclasses.replace(image, rgb=share(image.rgb)) for image in read_video(source, limits, video)]
+    frames = [images.load_image(one, limits, options, sizes) for one in read_video(source, limits, video)]
+    return [dataclasses.replace(image, rgb=share(image.rgb)) for image in frames]
 
 
 def main() -> None:

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from opsin.core.errors import BadParameter
+from opsin.core.image_options import ANY_SIZES, ImageOptions
 from opsin.core.request import Image
 from opsin.core.settings import ImageSettings, VideoSettings
-from opsin.images import load_image
+from opsin.images import load_images
 from opsin.images.video import as_frames, is_video
 from opsin.worker.decoders import DecoderPool, decode_video
 
@@ -17,15 +18,20 @@ VIDEO_SECONDS = 120.0
 """What one video may take; in a server as long as an image."""
 
 
-def load_source(source: object, limits: ImageSettings, video: VideoSettings, *, frames: bool = False) -> list[Image]:
-    """The frames of a video, or one image; with `frames` also those of an animation (GIF, APNG).
+def load_source(
+    source: object, limits: ImageSettings, video: VideoSettings, options: ImageOptions, *, frames: bool = False
+) -> list[Image]:
+    """The frames of a video, or one image and its tiles; with `frames` also those of an animation (GIF, APNG).
 
     Raises BadImage and its kinds, FetchFailed, BadParameter.
     """
-    if not is_video(source, animations=frames):
-        return [load_image(source, limits)]
+    is_one = is_video(source, animations=frames)
+    if options.tiles and (frames or is_one):
+        raise BadParameter("Tiles are for images, not for the frames of a video: leave them out.")
+    if not is_one:
+        return load_images(source, limits, options)
     with contextlib.closing(DecoderPool(VIDEO_SECONDS)) as pool:
-        images: list[Image] = pool.call(decode_video, source, limits, video)
+        images: list[Image] = pool.call(decode_video, source, limits, video, options, ANY_SIZES)
         return images
 
 

@@ -62,6 +62,9 @@ class Opsin:
     def __exit__(self, *_: object) -> None:
         pass
 
+    def image(self, image: Image) -> Image:
+        return image
+
     def submit(self, messages: Any, **_: Any) -> Stream:
         self.asked += 1
         images = [part for message in messages for part in message.parts if isinstance(part, Image)]
@@ -78,7 +81,9 @@ def model(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     monkeypatch.setattr(command, "Opsin", opened)
     monkeypatch.setattr(command, "AnswerStream", Stream)
-    monkeypatch.setattr(command, "_read_images", lambda source, **_: [Image(b"", 1, 1, "0", "PNG", notes=(source,))])
+    monkeypatch.setattr(
+        command, "_read_images", lambda source, *_, **__: [Image(b"", 1, 1, "0", "PNG", notes=(source,))]
+    )
     monkeypatch.setattr(command, "remembered_placement", lambda *_: Placement({}, {}, 0, 0))
     return made
 

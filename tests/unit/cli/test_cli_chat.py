@@ -9,6 +9,7 @@ import pytest
 from opsin.cli import chat
 from opsin.cli.chat import find_images
 from opsin.core.errors import BadInput
+from opsin.core.image_options import AS_IT_IS
 from opsin.core.request import Image
 from opsin.prompt import Message
 from opsin.testing import image
@@ -61,14 +62,15 @@ def talk(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[list[Message]]]:
         asked.append(messages)
         return SimpleNamespace(text=f"answer {len(asked)}")
 
-    def load(source: str) -> Image:
+    def load(source: str, **shown: object) -> list[Image]:
+        assert shown["tiles"] is None
         if "missing" in source:
             raise BadInput(f"There is no {source}.")
-        return image(len(source))
+        return [image(len(source))]
 
     monkeypatch.setattr(chat, "_answer", answer)
-    opsin: Any = SimpleNamespace(image=load)
-    return chat._Talk(opsin, {}, [Message("system", "Be brief.")], [image(99)]), asked
+    opsin: Any = SimpleNamespace(images=load)
+    return chat._Talk(opsin, {}, [Message("system", "Be brief.")], AS_IT_IS, ["x.png"]), asked
 
 
 def parts(message: Message) -> list[str]:

@@ -11,8 +11,10 @@ from image_samples import LIMITS, rgb_of
 from PIL import Image
 
 from opsin.core.errors import BadImage
+from opsin.core.image_options import AS_IT_IS, ImageSizes
 from opsin.images import load_image
 
+SEEN = ImageSizes(edge=336)
 MOST = 2.0
 """How far, in steps of 255, what the model sees may be from the same of the whole file, on average."""
 
@@ -45,7 +47,7 @@ def file(image: Image.Image, **options: object) -> bytes:
 )
 def test_how_much_of_a_file_is_read(size: tuple[int, int], edge: int, read: tuple[int, int]) -> None:
     data = file(photo(*size))
-    image, whole = load_image(data, LIMITS, seen_edge=edge), load_image(data, LIMITS)
+    image, whole = load_image(data, LIMITS, AS_IT_IS, ImageSizes(edge=edge)), load_image(data, LIMITS)
     assert (image.width, image.height) == read
     assert bool(image.notes) == (read != size)
     if edge:
@@ -57,7 +59,7 @@ def test_how_much_of_a_file_is_read(size: tuple[int, int], edge: int, read: tupl
 def test_it_is_upright_and_its_note_says_both() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    image = load_image(file(photo(2000, 1500), exif=exif.tobytes()), LIMITS, seen_edge=336)
+    image = load_image(file(photo(2000, 1500), exif=exif.tobytes()), LIMITS, AS_IT_IS, SEEN)
     assert (image.width, image.height) == (750, 1000)
     assert image.notes[:2] == ("read at 1/2 of its size, as the model sees 336 pixels", image.notes[1])
     assert "upright" in image.notes[1]
@@ -65,15 +67,15 @@ def test_it_is_upright_and_its_note_says_both() -> None:
 
 def test_a_file_that_is_cut_short_is_still_refused() -> None:
     data = file(Image.new("RGB", (2000, 1500), "white"))
-    assert load_image(data, LIMITS, seen_edge=336).width == 1000
+    assert load_image(data, LIMITS, AS_IT_IS, SEEN).width == 1000
     with pytest.raises(BadImage):
-        load_image(file(photo(2000, 1500))[:-40_000], LIMITS, seen_edge=336)
+        load_image(file(photo(2000, 1500))[:-40_000], LIMITS, AS_IT_IS, SEEN)
 
 
 def test_other_files_are_read_whole() -> None:
     out = io.BytesIO()
     photo(2000, 1500).save(out, "PNG", compress_level=1)
-    assert load_image(out.getvalue(), LIMITS, seen_edge=336).width == 2000
+    assert load_image(out.getvalue(), LIMITS, AS_IT_IS, SEEN).width == 2000
 
 
 def lossless(width: int, height: int) -> bytes:
@@ -90,6 +92,6 @@ def lossless(width: int, height: int) -> bytes:
 
 def test_lossless_files_are_read_whole() -> None:
     """libjpeg cannot decode them at a part of their size."""
-    image = load_image(lossless(1600, 1600), LIMITS, seen_edge=336)
+    image = load_image(lossless(1600, 1600), LIMITS, AS_IT_IS, SEEN)
     assert (image.width, image.notes) == (1600, ())
     assert set(image.rgb) == {128}

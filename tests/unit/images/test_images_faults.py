@@ -24,10 +24,12 @@ from PIL import JpegImagePlugin
 
 import opsin
 from opsin.core.errors import BadImage, BadInput, ImageTooLarge
+from opsin.core.image_options import ImageOptions, ImageSizes
 from opsin.core.request import Image
 from opsin.core.settings import ImageSettings
 from opsin.images import load_image
 
+FEWER, SIZES = ImageOptions(max_tokens=70), ImageSizes(cell=16, most=500)
 NOISE = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 255, (224, 320, 3), np.uint8))
 
 
@@ -311,18 +313,18 @@ def test_a_file_is_opened_once_and_hashed_once(monkeypatch: pytest.MonkeyPatch) 
     header, digest = JpegImagePlugin.JpegImageFile._open, hashlib.sha256  # type: ignore[attr-defined]
     monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "_open", lambda pil: opened.append(1) or header(pil))
     monkeypatch.setattr(hashlib, "sha256", lambda data: hashed.append(1) or digest(data))
-    image = load_image(data, LIMITS, 160)
+    image = load_image(data, LIMITS, FEWER, SIZES)
     assert (image.width, image.height) == (160, 112)
-    assert image.notes == ("shrunk to 160 by 112 pixels",)
+    assert image.notes == ("resized to 160 by 112 pixels for 70 tokens",)
     assert len(opened) == len(hashed) == 1
     assert len(image.rgb) == 160 * 112 * 3
 
 
 def test_a_smaller_image_is_not_shrunk() -> None:
-    image = load_image(encode(scene(), "PNG"), LIMITS, 48)
+    image = load_image(encode(scene(), "PNG"), LIMITS, ImageOptions(max_tokens=6), SIZES)
     assert (image.width, image.height, image.notes) == (48, 32, ())
 
 
 def test_an_image_held_in_memory_counts_too() -> None:
     image = PIL.Image.open(io.BytesIO(encode(NOISE, "JPEG")))
-    assert load_image(image, LIMITS, 100).width == 100
+    assert load_image(image, LIMITS, FEWER, SIZES).width == 160

@@ -126,6 +126,16 @@ def test_an_image_that_is_read_at_once_raises_the_ubatch() -> None:
     assert planned(LLAVA, ubatch=64).ubatch == 64
 
 
+def test_the_largest_image_fits_the_context_where_the_model_was_trained_for_it() -> None:
+    assert SMALL.projector is None
+    assert LLAVA.projector is not None
+    large = replace(LLAVA.projector, tokens=14_400)
+    for trained, least, most in ((131_072, 14_400 + 320, 16_384), (8192, 8192, 8192), (4096, 4096, 4096)):
+        pair = PairFacts(replace(SMALL.model, context=trained), large)
+        assert least <= planned(pair).ctx <= most
+    assert planned(PairFacts(replace(SMALL.model, context=131_072), LLAVA.projector)).ctx == 8192
+
+
 def test_slots_share_the_context() -> None:
     assert planned(SMALL, parallel=8).ctx == 8 * 4096
 

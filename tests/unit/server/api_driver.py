@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from local_engine import LocalEngine
 from PIL import Image
 
-from opsin.core.backend import Sampler
+from opsin.core.backend import BackendLimits, Sampler
 from opsin.core.request import SamplingParams
 from opsin.core.settings import ServerSettings
 from opsin.engine import Engine, Policy
@@ -128,10 +128,11 @@ async def world(
     template: str = PLAIN,
     keys: tuple[str, ...] = (),
     start: bool = True,
+    limits: BackendLimits | None = None,
     **settings: Any,
 ) -> AsyncIterator[World]:
     """An application with its model loaded and warm."""
-    backend = Backend(reply)
+    backend = Backend(reply, limits=limits)
     source = TemplateSource(template, "llama", "fake", None, "", "", frozenset({TURN_TEXT}))
     native = Engine(lambda: backend, policy=Policy(parallel=8))
     engine = LocalEngine(native, source, state="ready" if start else "loading")

@@ -25,8 +25,9 @@ from opsin.core.errors import (
     ImageUnsupported,
     OpsinError,
 )
+from opsin.core.image_options import ImageOptions
 from opsin.core.settings import ServerSettings
-from opsin.images import load_image
+from opsin.images import load_images
 from opsin.server.images import ImageLoader, RequestImages, Wanted
 
 T = TypeVar("T")
@@ -45,7 +46,8 @@ def data_url(data: bytes) -> str:
 async def load(gate: ImageLoader, *urls: str, detail: str | None = None) -> list[Any]:
     images = RequestImages(gate, "")
     try:
-        return [image for found in await images.load([Wanted(url, detail) for url in urls]) for image in found]
+        loaded = await images.load([Wanted(url, ImageOptions.model_validate({"detail": detail})) for url in urls])
+        return [image for some in loaded for image in some]
     finally:
         images.hold(0)
 
@@ -122,7 +124,8 @@ class Slow:
         self.go, self.full = threading.Event(), threading.Event()
 
         def slow(*args: Any, **options: Any) -> Any:
-            image = load_image(*args, **options)
+            images = load_images(*args, **options)
+            image = images[0]
             with self.lock:
                 self.inside += image.width * image.height
                 self.most = max(self.most, self.inside)
@@ -131,9 +134,9 @@ class Slow:
             assert self.go.wait(10)
             with self.lock:
                 self.inside -= image.width * image.height
-            return image
+            return images
 
-        monkeypatch.setattr("opsin.images.load_image", slow)
+        monkeypatch.setattr("opsin.images.load_images", slow)
 
 
 def test_no_more_pixels_than_allowed_are_decoded_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +185,7 @@ def test_what_low_detail_and_failures_leave_is_given_back() -> None:
                 await load(gate, data_url(broken))
         held = [RequestImages(gate, "") for _ in range(3)]
         for images in held:
-            await images.load([Wanted(data_url(png(1000, 500)), "low")])
+            await images.load([Wanted(data_url(png(1000, 500)), ImageOptions(detail="low"))])
         for images in held:
             images.hold(0)
         assert gate.room._used == 0
