@@ -32,6 +32,7 @@ Images = object | Sequence[object]
 Tools = list[dict[str, Any]] | None
 
 
+_OF_PAGES = ("pages", "max_pages")
 _OF_VIDEOS = ("frames", "fps", "max_frames")
 _LOADERS, _SLOTS = 4, 8  # threads that load images ahead; answers at the same time where nobody says how many
 
@@ -106,23 +107,26 @@ class Opsin:
         return load_image(read, self._image_settings, rest, self.engine.limits.images)
 
     def images(self, source: object, *, frames: bool = False, **reading: Any) -> list[Image]:
-        """Read what `image` reads, or the frames of a video (file, bytes or address), for messages of one's own.
+        """Read what `image` reads, the frames of a video, or the pages of a PDF, for messages of one's own.
 
         `reading` are `fps` (1) and `max_frames` (16), and the fields of ImageOptions: behind an image come its `tiles`
-        ("2x2"), row by row. `frames` reads an animation (GIF, APNG) as a video, too. Raises BadImage, FetchFailed,
-        BadParameter.
+        ("2x2"), row by row. `frames` reads an animation (GIF, APNG) as a video, too. `pages` chooses pages of a PDF or
+        a TIFF, as "1-3,7"; of a PDF without it all are read, up to `max_pages` (20). Notes of the first image name what
+        was left out. Raises BadImage, FetchFailed, BadParameter.
         """
+        pages = {name: reading.pop(name) for name in _OF_PAGES if name in reading}
+        settings: ImageSettings = checked(ImageSettings, {**self._image_settings.model_dump(), **pages})
         shown = {name: reading.pop(name) for name in ImageOptions.model_fields if name in reading}
-        cut, rest = checked(ImageOptions, shown).split()
-        read = load_source(source, self._image_settings, checked(VideoSettings, reading), cut, frames=frames)
-        return [load_image(one, self._image_settings, rest, self.engine.limits.images) for one in read]
+        options, video = checked(ImageOptions, shown), checked(VideoSettings, reading)
+        read = load_source(source, settings, video, options, lambda: self.engine.limits.images, frames=frames)
+        return [load_image(one, settings, options.split()[1], self.engine.limits.images) for one in read]
 
     def ask(self, images: Images, question: str, *, system: str | None = None, **params: Any) -> Answer:
-        """Ask one question about one image or video, or about several together, and wait for the whole answer.
+        """Ask one question about one image, video or document, or several together, and wait for the whole answer.
 
         `params` are the fields of SamplingParams, `fps` and `max_frames` of videos, and `frames`: whether the images
         are frames of one video, in this order; `image_max_tokens`, `image_region` and `image_tiles` for all of the
-        images (see `image`). Raises BadInput, EngineError.
+        images, `pages` and `max_pages` for documents (see `images`). Raises BadInput, EngineError.
         """
         reading, shown = _of_videos(params), _of_images(params)
         check_videos(_listed(images), **reading)
@@ -268,7 +272,9 @@ def _of_images(params: dict[str, Any]) -> dict[str, Any]:
     """The options of images among these, taken out. Raises BadParameter."""
     shown = {name: params.pop(f"image_{name}") for name in ImageOptions.model_fields if f"image_{name}" in params}
     checked(ImageOptions, shown)
-    return shown
+    pages: dict[str, Any] = {name: params.pop(name) for name in _OF_PAGES if name in params}
+    checked(ImageSettings, pages)
+    return shown | pages
 
 
 def question_about(images: Sequence[Image], question: str, system: str | None = None) -> list[Message]:

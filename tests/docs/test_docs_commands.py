@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from drawn_videos import scene, video
+from pdf_files import write_images_pdf
 from serve_process import Served, served
 
 import opsin.models
@@ -99,6 +100,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pair = write_pair("qwen2.5vl-tiny", tmp_path_factory.mktemp("qwen"))
     shutil.copy(pair.llm, place / "qwen.gguf")
     shutil.copy(pair.mmproj, place / "qwen-mmproj.gguf")
+    pages = [shapes, shapes.rotate(90), shapes.rotate(180), shapes.rotate(270)]
+    (place / "reports").mkdir()
+    shutil.copy(write_images_pdf(place / "report.pdf", *pages), place / "reports")
+    shapes.save(place / "scan.tiff", save_all=True, append_images=pages[1:])
+    (place / "letter.docx").write_bytes(b"PK\x03\x04" + bytes(40))
     for page, name in (("forms-to-json.md", "form.schema.json"), ("boxes.md", "boxes.schema.json")):
         schema = re.search(r"```json\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.DOTALL)
         assert schema is not None

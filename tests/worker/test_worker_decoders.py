@@ -51,7 +51,7 @@ def pool() -> Iterator[DecoderPool]:
 
 def test_a_process_decodes_what_this_one_does(pool: DecoderPool) -> None:
     data = png(1024, 600)
-    assert pool.call(decoders.measure, data, LIMITS) == (1024 * 600, None)
+    assert pool.call(decoders.measure, data, LIMITS) == (1024 * 600, 1, None)
     low, tiles = ImageOptions(detail="low"), ImageOptions(tiles="2x1")
     for file, options in ((data, AS_IT_IS), (data, low), (png(2000, 1000), AS_IT_IS), (png(2000, 1400), tiles)):
         asked = file, LIMITS, options, ANY_SIZES
@@ -61,7 +61,7 @@ def test_a_process_decodes_what_this_one_does(pool: DecoderPool) -> None:
             assert (apart.sha256, apart.width, apart.notes) == (wanted.sha256, wanted.width, wanted.notes)
             assert bytes(apart.rgb) == bytes(wanted.rgb)  # type: ignore[arg-type]
     with pytest.raises(ImageUnsupported):
-        pool.call(decoders.decode, b"%PDF-1.7 and more", *AS_ALWAYS)
+        pool.call(decoders.decode, b"%!PS and more", *AS_ALWAYS)
 
 
 def test_a_file_that_crashes_its_decoder_is_refused_and_the_others_are_decoded(

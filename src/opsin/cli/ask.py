@@ -29,7 +29,7 @@ from opsin.cli.ask_rows import Format, Rows, check_boxes_out, show_boxes
 from opsin.cli.console import DEMO, hush, printable, say, tell, working
 from opsin.core.answer import CUTS, Answer, Finished, Progress, TextDelta, parsed
 from opsin.core.config import checked, current_folder, read_config
-from opsin.core.errors import BadParameter, OpsinError
+from opsin.core.errors import BadInput, BadParameter, OpsinError
 from opsin.core.files import expand, read_text
 from opsin.core.image_options import ImageOptions
 from opsin.core.model_info import BackendShare, Placement
@@ -51,7 +51,7 @@ _PARALLEL = f"{SLOTS} for several images, unless --ctx is given"
 _TIMELINE = "show stage times (default: for one image, on a terminal)"
 _QUIET = "print answers and errors only"
 _Dict = dict[str, Any]
-_What = tuple[str, str | None, _Dict, _Dict, Path | None, ImageOptions]
+_What = tuple[str, str | None, _Dict, _Dict, Path | None, ImageOptions, ImageSettings]
 _Asked = tuple[list[str], AnswerStream | OpsinError]
 _OF_IMAGES = {"image_decode", "preprocess", "encode", "image_prefill"}
 _LABELS = {"start": "start Python", "load": "load model", "encode": "vision encode"}
@@ -61,10 +61,11 @@ _LABELS = {"start": "start Python", "load": "load model", "encode": "vision enco
 @o.flags_of(EngineSettings, *o.ENGINE, "image_max_tokens", "image_min_tokens", "disk_cache", parallel=_PARALLEL)
 @o.flags_of(ImageOptions, *o.IMAGES)
 @o.flags_of(VideoSettings, "fps", "max_frames")
+@o.flags_of(ImageSettings, *o.PAGES)
 def ask(
     arguments: Annotated[
         list[str],
-        typer.Argument(metavar="IMAGE… QUESTION", help="files, folders, addresses, or - for standard input"),
+        typer.Argument(metavar="IMAGE… QUESTION", help="images, PDFs, folders, addresses, or - for standard input"),
     ],
     *,
     together: Annotated[bool, typer.Option("--together", help="ask one question about all images together")] = False,
@@ -89,6 +90,7 @@ def ask(
     if json_schema is not None:
         params["json_schema"] = read_text(expand(json_schema), MAX_SCHEMA)
     checked(SamplingParams, params)  # before a model is loaded
+    limits = checked(ImageSettings, {"fetch": True, **o.given(ImageSettings, flags)})
     *sources, question = arguments
     check_question(sources, question)
     hush(quiet=quiet)
@@ -105,7 +107,8 @@ def ask(
     checked(VideoSettings, o.given(VideoSettings, flags))
     check_videos(found, **reading)
     shown = checked(ImageOptions, {name: flags[name] for name in o.IMAGES})
-    _Run(groups, form, timed, settings, (question, system, params, reading, draw, shown)).all()
+    asked = question, system, params, reading, draw, shown, limits
+    _Run(groups, form, timed, settings, asked).all()
 
 
 class _Run:
@@ -118,10 +121,11 @@ class _Run:
         self, groups: list[list[str]], form: Format, timed: bool | None, settings: EngineSettings, asked: _What
     ) -> None:
         self._groups, self._form, self._settings, self._alone = groups, form, settings, len(groups) == 1
-        self._question, self._system, self._params, self._reading, self._draw, self._shown = asked
+        self._question, self._system, self._params, self._reading, self._draw, self._shown, self._limits = asked
         self._timed = form == "text" and self._alone and sys.stderr.isatty() if timed is None else timed
         self._rows, self._line = Rows(form, alone=self._alone), working("reading the image")
         self._done = self._failed = 0
+        self._told_load = False
 
     @cached_property
     def _opsin(self) -> Opsin:
@@ -163,10 +167,12 @@ class _Run:
 
     def _ask(self, group: list[str]) -> _Asked:
         try:
-            images = join([_read_images(source, self._shown, **self._reading) for source in group], **self._reading)
-        except OpsinError as error:
+            how = (self._limits, self._shown, lambda: self._opsin.engine.limits.images)
+            images = join([_read_images(source, *how, **self._reading) for source in group], **self._reading)
+        except BadInput as error:  # what is wrong with the model, is for all
             return group, error
-        load_ms = 0.0 if "_opsin" in vars(self) else self._opsin.load_ms  # what is wrong with the model, is for all
+        load_ms = 0.0 if self._told_load else self._opsin.load_ms
+        self._told_load = True
         try:
             images = [self._opsin.image(image) for image in images]  # in as many tokens as the settings say
             messages = question_about(images, self._question, self._system)
@@ -213,7 +219,7 @@ class _Run:
         if self._draw:
             draw_boxes(load_image(group[0], ImageSettings(fetch=True)), answer.boxes or (), self._draw)
         if self._form != "jsonl":  # whose rows have both
-            for note in (note for image in answer.images for note in image.notes):
+            for note in dict.fromkeys(note for image in answer.images for note in image.notes):
                 tell(f"({name}{note})")
             show_limits(answer, name)
         if self._timed:
@@ -277,12 +283,12 @@ def show_limits(answer: Answer, name: str = "") -> None:
         tell(name + CUTS[answer.limit].format(answer))
 
 
-def _read_images(source: str, shown: ImageOptions, *, frames: bool = False, **video: Any) -> list[Image]:
+def _read_images(source: str, limits: ImageSettings, *how: Any, frames: bool = False, **video: Any) -> list[Image]:
     if not source:
         raise BadParameter("The image's name is empty: give a file, a folder, an address, or -.")
     # One byte more than an image may have is enough to refuse it.
-    data = sys.stdin.buffer.read(ImageSettings().max_bytes + 1) if source == "-" else source
-    return load_source(data, ImageSettings(fetch=True), VideoSettings(**video), shown, frames=frames)
+    data = sys.stdin.buffer.read(limits.max_bytes + 1) if source == "-" else source
+    return load_source(data, limits, VideoSettings(**video), *how, frames=frames)
 
 
 def timeline(answer: Answer, placement: Placement, wall_ms: float = 0.0, width: int = 100) -> Table:

@@ -25,7 +25,7 @@ from opsin.core.errors import BadParameter, OpsinError
 from opsin.core.files import expand, read_text
 from opsin.core.image_options import ImageOptions
 from opsin.core.request import SamplingParams
-from opsin.core.settings import MAX_SCHEMA, EngineSettings, ServerSettings
+from opsin.core.settings import MAX_SCHEMA, EngineSettings, ImageSettings, ServerSettings
 from opsin.images.fetch import system_addresses
 from opsin.jobs.asker import Asker, ImageAsker, Question
 from opsin.jobs.item import Item
@@ -138,6 +138,7 @@ def _beside(kind: Kind, item: Item, row: Row) -> None:
 @o.flags_of(SamplingParams, *o.ANSWER, "boxes")
 @o.flags_of(EngineSettings, *o.ENGINE, "image_max_tokens", "image_min_tokens", "disk_cache", parallel=_PARALLEL)
 @o.flags_of(ImageOptions, *o.IMAGES)
+@o.flags_of(ImageSettings, *o.PAGES)
 @o.flags_of(BatchOptions, *BatchOptions.model_fields)
 def batch(
     source: Annotated[
@@ -172,15 +173,18 @@ def batch(
     params = checked(SamplingParams, given)
     if params.boxes and (ray is not None or (output is not None and output.suffix.lower() != ".jsonl")):
         raise BadParameter("Tables have no place for boxes: give -o FILE.jsonl with --boxes.")
+    limits = checked(ImageSettings, {"fetch": True, **o.given(ImageSettings, flags)})
     rows = open_source(source, image_column=options.image_column, id_column=options.id)
     if rows.note:
         tell(f"({rows.note})")
     template = _template(question, rows, params, system)
+    if rows.is_requests and limits.pages:
+        raise BadParameter("Each request of this input chooses pages in its file parts: leave out --pages.")
     chosen = o.given(EngineSettings, flags)
     slots = GPU_SLOTS if may_have_gpus() and flags["gpu_layers"] != 0 else CPU_SLOTS
     config = read_config(chosen, os.environ, current_folder(), locate=locate, parallel=1 if flags["ctx"] else slots)
     settings = config.engine(parallel=slots if config.origins["ctx"] == "default" else 1)
-    loading = {"seconds": options.image_seconds, "private": options.fetch_private}
+    loading = {"limits": limits, "seconds": options.image_seconds, "private": options.fetch_private}
     asked = Question(
         template, params, system, images=checked(ImageOptions, {name: flags[name] for name in o.IMAGES}), **loading
     )
@@ -242,7 +246,8 @@ class _Batch:
         if self._workers is None and sum(file.stat().st_size for file in (pair.llm, pair.mmproj) if file) < _TINY:
             self._workers = min(8, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else 1
         asked, prompt = self._asked, self._asked.template.text
-        spec = job_spec(pair, self._settings, asked.params, prompt=prompt, system=asked.system) | asked.images.fields()
+        spec = job_spec(pair, self._settings, asked.params, prompt=prompt, system=asked.system)
+        spec |= asked.images.fields() | asked.limits.chosen()
         ledger = self._stack.enter_context(to.ledger(place))
         job = to.job(place, ledger, spec)
         if options.retry_failed:
@@ -304,7 +309,8 @@ class _Batch:
 
     def _request_asker(self, engine: WorkerEngine | WorkerPool, about: Row) -> RequestAsker:
         """What answers whole requests; their images are data: or http(s) addresses."""
-        values = self._settings.model_dump(exclude_unset=True) | {"fetch_images": True}
+        values = self._settings.model_dump(exclude_unset=True)
+        values |= {"fetch_images": True, "max_pages": self._asked.limits.max_pages}
         settings = ServerSettings(**values)
         resolve = system_addresses if self._asked.private else None
         images = ImageLoader(settings, resolve=resolve, pool=DecoderPool(self._asked.seconds))

@@ -81,7 +81,7 @@ class ToRay:
             settings = settings.model_copy(update={"threads": cpus})
         pair = resolve(settings.model, settings.mmproj)
         spec = job_spec(pair, settings, asked.params, prompt=asked.template.text, system=asked.system)
-        spec |= asked.images.fields()
+        spec |= asked.images.fields() | asked.limits.chosen()
         processes = max(2, min(16, cpus or os.cpu_count() or 1))
         job = RayJob(spec, asked, settings, schema_fields(asked.params.json_schema), str(Path.cwd()), processes)
         try:

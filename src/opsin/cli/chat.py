@@ -23,7 +23,7 @@ from opsin.core.errors import BadInput, BadParameter, ContextOverflow
 from opsin.core.files import expand, write_whole
 from opsin.core.image_options import ImageOptions
 from opsin.core.request import Image, SamplingParams
-from opsin.core.settings import EngineSettings
+from opsin.core.settings import EngineSettings, ImageSettings
 from opsin.prompt import Message
 
 HELP = (
@@ -37,8 +37,9 @@ _WORD = re.compile(r"""'[^']*'|"(?:\\.|[^"\\])*"|(?:\\.|[^\s\\])+""")
 @o.flags_of(SamplingParams, *o.ANSWER)
 @o.flags_of(EngineSettings, *o.ENGINE, "image_max_tokens", "image_min_tokens", "disk_cache")
 @o.flags_of(ImageOptions, *o.IMAGES)
+@o.flags_of(ImageSettings, *o.PAGES)
 def chat(
-    images: Annotated[list[str] | None, typer.Argument(metavar="IMAGE…", help="files or addresses")] = None,
+    images: Annotated[list[str] | None, typer.Argument(metavar="IMAGE…", help="images, PDFs or addresses")] = None,
     *,
     system: o.System = None,
     **flags: Any,
@@ -47,8 +48,9 @@ def chat(
 
     Settings of model, hardware and images can also be given in opsin.toml or as OPSIN_* environment variables.
     """
-    params = o.given(SamplingParams, flags)
-    shown: ImageOptions = checked(ImageOptions, {name: flags[name] for name in o.IMAGES})
+    params, pages = o.given(SamplingParams, flags), o.given(ImageSettings, flags)
+    checked(ImageSettings, pages)  # before a model is loaded
+    shown = checked(ImageOptions, {name: flags[name] for name in o.IMAGES}).model_dump() | pages
     with opened(settings_of(flags)) as opsin:
         begin = [Message("system", system)] if system else []
         talk = _Talk(opsin, params, begin, shown, images or [])
@@ -67,7 +69,7 @@ class _Talk:
     """What was said, and the images that go with the next question."""
 
     def __init__(
-        self, opsin: Opsin, params: dict[str, Any], begin: list[Message], shown: ImageOptions, first: list[str]
+        self, opsin: Opsin, params: dict[str, Any], begin: list[Message], shown: dict[str, Any], first: list[str]
     ) -> None:
         self._opsin, self._params, self._shown = opsin, params, shown
         self._begin, self._first = begin, self._read(first)
@@ -97,8 +99,10 @@ class _Talk:
                 say("(the image goes with your next question)")
 
     def _read(self, sources: list[str]) -> list[Image]:
-        shown = self._shown.model_dump()
-        return [image for source in sources for image in self._opsin.images(source, **shown)]
+        found = [image for source in sources for image in self._opsin.images(source, **self._shown)]
+        for note in dict.fromkeys(note for image in found for note in image.notes):
+            say(f"({note})")
+        return found
 
     def _ask(self, question: str) -> None:
         asked = [*self._said, Message("user", [*self._new, question])]

@@ -20,6 +20,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 PAIR = ("model", "mmproj", "ctx", "gpu_layers", "device", "mmproj_device", "kv_type", "verbose")
 ENGINE = (*PAIR, "threads", "threads_batch", "speculation")
 IMAGES = ("region", "tiles")
+PAGES = ("pages", "max_pages")
 ANSWER = ("max_tokens", "max_seconds", "temperature", "seed", "guard", "thinking", "max_thinking_tokens")
 
 GROUPS: dict[str, list[str]] = read_table(__file__, "groups.toml")

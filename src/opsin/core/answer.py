@@ -101,8 +101,8 @@ class ImageInfo:
     """One image as it went in: identity, size, the size that the encoder saw, and tokens.
 
     `tiles` counts the pieces the preprocessing cut it into. `cached`: the encoder did not have to run. `orientation`
-    is the file's EXIF value (1: upright). `notes` are sentences about what else was done to it. `source_size` and
-    `region` are those of `core.request.Image`.
+    is the file's EXIF value (1: upright). `notes` are sentences about what else was done to it. `source_size`,
+    `region` and `page` are those of `core.request.Image`.
     """
 
     sha256: str
@@ -117,6 +117,7 @@ class ImageInfo:
     notes: tuple[str, ...] = ()
     source_size: tuple[int, int] | None = None
     region: tuple[int, int, int, int] | None = None
+    page: int | None = None
 
     @property
     def file_size(self) -> tuple[int, int]:

@@ -28,7 +28,7 @@ class Image:
     are sentences for the user about what was done to it. `fetch_ms` and `decode_ms` are wall times in milliseconds.
     `source_size` is the whole upright file's width and height, if they differ from these; `region` is the part of it
     that was cut out: left, top, width and height in its pixels. `frame` is its number in a video: where it follows the
-    number of the image before, both are of one video (None: a still image).
+    number of the image before, both are of one video (None: a still image). `page` is its number in a document, from 1.
     """
 
     rgb: bytes | mmap = field(repr=False)
@@ -43,6 +43,7 @@ class Image:
     source_size: tuple[int, int] | None = None
     region: tuple[int, int, int, int] | None = None
     frame: int | None = None
+    page: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

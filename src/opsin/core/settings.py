@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 KvType = Literal["f16", "bf16", "f32", "q8_0", "q4_0"]
@@ -21,6 +22,8 @@ MAX_TOKENS_HELP = f"longest answer in tokens (default: {MAX_ANSWER_TOKENS:,})"
 MAX_SECONDS_HELP = "longest time for an answer in seconds, waiting included"
 GUARD_HELP = "end answers that repeat themselves without end"
 _MANY, _THREADS = 2**31 - 1, 1024
+MAX_PAGES, MOST_PAGES = 20, 200  # of a document: read unless somebody says more, and asked for at most
+_RANGE = re.compile(r"(\d{1,9})(?:(-)(\d{1,9})?)?", re.ASCII)
 
 RETIRED = ("prefill_rows", "slice_seconds", "turn_share", "longest_turn", "profile")
 """Settings of earlier versions that have no effect any more: they are accepted for one version, with a warning."""
@@ -75,8 +78,20 @@ class EngineSettings(BaseModel):
     verbose: bool = Field(False, description="show llama.cpp's own log")
 
 
+def page_ranges(text: str) -> list[tuple[int, int | None]]:
+    """First and last page of each range of a text as `1-3,7,9-` (None: to the end). Raises ValueError."""
+    found = [_RANGE.fullmatch(one.strip()) for one in text.split(",")]
+    ranges = [(int(one[1]), int(one[3]) if one[3] else None if one[2] else int(one[1])) for one in found if one]
+    if len(ranges) < len(found) or not all(1 <= first <= (last or first) for first, last in ranges):
+        raise ValueError("not a list of pages: write it as 3, 1-3, 2,5-7 or 4-")
+    return ranges
+
+
+PageList = Annotated[str, Field(max_length=1000), AfterValidator(lambda text: page_ranges(text) and text)]
+
+
 class ImageSettings(BaseModel):
-    """Limits on images, checked before a pixel is decoded."""
+    """Limits on images, checked before a pixel is decoded, and which pages of documents are read."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -86,6 +101,14 @@ class ImageSettings(BaseModel):
     fetch: bool = Field(False, description="whether http(s) addresses are fetched")
     fetch_seconds: float = Field(20.0, gt=0, description="time limit of a fetch")
     fetch_redirects: int = Field(3, ge=0, le=10, description="redirects followed")
+    pages: PageList | None = Field(
+        None, description="pages of documents, as 1-3,7 (default: all up to --max-pages; the first of a TIFF)"
+    )
+    max_pages: int = Field(MAX_PAGES, ge=1, le=MOST_PAGES, description="most pages of a document")
+
+    def chosen(self) -> dict[str, Any]:
+        """What is said of pages, where it is not the default."""
+        return self.model_dump(include={"pages", "max_pages"}, exclude_defaults=True)
 
 
 class VideoSettings(BaseModel):
@@ -125,7 +148,8 @@ class ServerSettings(EngineSettings):
     media_path: Path | None = Field(None, description="folder whose images may be named by file: addresses")
 
     max_body_bytes: int = Field(64 * 2**20, ge=1024, description="bytes of a request")
-    max_images: int = Field(16, ge=0, description="images of a request, a video counted as one")
+    max_images: int = Field(16, ge=0, description="images of a request, a document counted as one")
+    max_pages: int = Field(MAX_PAGES, ge=1, le=MOST_PAGES, description="pages of a request's documents")
     max_frames: int = Field(32, ge=1, le=256, description="frames of a request's videos")
     max_image_bytes: int = Field(32 * 2**20, ge=1, description="bytes of an image file")
     max_pixels: int = Field(100_000_000, ge=1, description="pixels of an image")

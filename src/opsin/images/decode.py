@@ -26,7 +26,7 @@ from opsin.core.image_options import ANY_SIZES, AS_IT_IS, ImageOptions, ImageSiz
 from opsin.core.request import Image
 from opsin.images.colour import array_image, flatten
 from opsin.images.show import fitted, shown, shown_again
-from opsin.images.sniff import image_format
+from opsin.images.sniff import PDF, image_format
 from opsin.images.source import check_bytes, check_size, damaged, read_data_url, read_file, show
 
 if TYPE_CHECKING:
@@ -70,14 +70,16 @@ _PLUGINS = {"PNG": "Png", "JPEG": "Jpeg", "WEBP": "WebP", "GIF": "Gif", "BMP": "
 class OpenImage:
     """An image file whose header was read and whose size was checked; no pixel is decoded yet.
 
-    `width` and `height` are the file's, before any turn. Raises ImageUnsupported, ImageTooLarge, or BadImage for bytes
-    that are damaged.
+    `width` and `height` are the file's, before any turn. Of a TIFF `page` is read (None: the first, with a note that
+    there are others). Raises ImageUnsupported, ImageTooLarge, or BadImage for bytes that are damaged.
     """
 
-    def __init__(self, data: bytes, settings: ImageSettings, name: str = _NAME) -> None:
+    def __init__(self, data: bytes, settings: ImageSettings, name: str = _NAME, page: int | None = None) -> None:
         check_bytes(len(data), name, settings)
-        self._data, self._name, self._settings = data, name, settings
+        self._data, self._name, self._settings, self._page = data, name, settings, page
         self._kind = image_format(data, name)
+        if self._kind == PDF:
+            raise ImageUnsupported(f"{name} is a PDF document and not one image; read its pages with Opsin.images.")
         end, scans_whole, frame = check_jpeg(data, name, settings) if self._kind == "JPEG" else (0, False, 0)
         self._scales = self._kind == "JPEG" and frame not in _LOSSLESS
         self._jpeg_open = self._kind == "JPEG" and data[end : end + 2] != _JPEG_END
@@ -86,8 +88,10 @@ class OpenImage:
                 raise damaged(self._kind, name)
             data = data[:end].rstrip(b"\xff") + _JPEG_END  # it may have half of its end marker
         self._jpeg_end = end if not self._jpeg_open else len(data) - 2
-        with _one_sentence(self._kind, name):
+        with one_sentence(self._kind, name):
             self._image = _open(self._kind, data)
+            if page is not None:
+                self._image.seek(page - 1)
         self.width, self.height = self._image.size
         check_size(self.width, self.height, name, settings, wide=self._image.mode in {"I", "F"})
 
@@ -96,6 +100,19 @@ class OpenImage:
         """The image before its pixels are decoded."""
         return self._image
 
+    @property
+    def pages(self) -> int:
+        """How many pages a TIFF has, up to 1,000; any other file has one."""
+        if self._kind != "TIFF":
+            return 1
+        pages = 0
+        with one_sentence(self._kind, self._name), suppress(EOFError):
+            other = _open(self._kind, self._data)
+            while pages < _MAX_PAGES:  # Pillow's own way to count takes quadratic time
+                other.seek(pages)
+                pages += 1
+        return pages
+
     def decode(self, options: ImageOptions = AS_IT_IS, sizes: ImageSizes = ANY_SIZES) -> list[Image]:
         """Decode the whole file, once: the image as the options show it. Of several frames or pages the first is taken.
 
@@ -103,7 +120,7 @@ class OpenImage:
         it is read at a half, a quarter or an eighth of its size, by libjpeg. Notes say so. Raises BadImage for bytes
         that are damaged or cut short: grey is never invented for what is missing.
         """
-        with _one_sentence(self._kind, self._name):
+        with one_sentence(self._kind, self._name):
             part: tuple[str, ...] = ()
             if self._scales and not (options.region or options.tiles):
                 part = self._read_in_part(options, sizes)
@@ -141,15 +158,11 @@ class OpenImage:
 
     def _frames(self) -> tuple[str, ...]:
         """A note for a file of several frames or pages, of which one is read."""
-        if not getattr(self._image, "is_animated", False):
+        if self._page is not None or not getattr(self._image, "is_animated", False):
             return ()
         count = "several"
-        if self._kind == "TIFF":  # Pillow's own way to count takes quadratic time
-            other, pages = _open(self._kind, self._data), 0
-            with suppress(EOFError):
-                while pages < _MAX_PAGES:
-                    other.seek(pages)
-                    pages += 1
+        if self._kind == "TIFF":
+            pages = self.pages
             count = f"{pages:,}{' or more' if pages == _MAX_PAGES else ''}"
         elif self._kind != "GIF" or len(self._data) <= _MAX_COUNTED:
             count = f"{getattr(self._image, 'n_frames', 1):,}"
@@ -200,7 +213,11 @@ def load_image(
 
 
 def load_images(
-    source: object, settings: ImageSettings, options: ImageOptions = AS_IT_IS, sizes: ImageSizes = ANY_SIZES
+    source: object,
+    settings: ImageSettings,
+    options: ImageOptions = AS_IT_IS,
+    sizes: ImageSizes = ANY_SIZES,
+    name: str = _NAME,
 ) -> list[Image]:
     """Turn `source` into a checked image: decoded, upright, opaque, in sRGB, within limits, with its identity.
 
@@ -208,8 +225,8 @@ def load_images(
     (h, w, 4); uint8, uint16 or floats 0..1), a `data:` address, with `settings.fetch` an http(s) address, or an image
     that was loaded before; it is never changed. EXIF orientation and colour profiles (ICC) are applied. `options` say
     which part of it is shown, and in how many tokens; with tiles these follow the whole image. `sizes` are the model's:
-    a file may have fewer pixels than it has, where the model sees no more. `~` in a path is the home folder. May be
-    called from any thread.
+    a file may have fewer pixels than it has, where the model sees no more. `~` in a path is the home folder. `name`
+    is what sentences call a source that has none. May be called from any thread.
 
     `fetch_ms` is the time to get the bytes, `decode_ms` all the rest, both wall time in milliseconds. Raises
     BadImage, ImageTooLarge, ImageUnsupported, FetchFailed, or BadParameter for a source of another type and a part that
@@ -218,7 +235,7 @@ def load_images(
     if isinstance(source, Image):
         return shown_again(source, options, sizes)
     begin = time.perf_counter()
-    name, found = read_source(source, settings)
+    name, found = read_source(source, settings, name)
     fetched = time.perf_counter()
     # Neither Pillow nor NumPy is imported for a source that is neither.
     pil, numpy = sys.modules.get("PIL.Image"), sys.modules.get("numpy")
@@ -240,14 +257,14 @@ def load_images(
     return [dataclasses.replace(images[0], fetch_ms=fetch_ms, decode_ms=decode_ms), *images[1:]]
 
 
-def read_source(source: object, settings: ImageSettings) -> tuple[str, Any]:
+def read_source(source: object, settings: ImageSettings, name: str = _NAME) -> tuple[str, Any]:
     """A name for error sentences, and the bytes of a file; a source that is open already comes back as it is.
 
-    Raises BadImage, ImageTooLarge, FetchFailed.
+    Raises what `load_images` raises of files and addresses.
     """
     if isinstance(source, bytes | bytearray | memoryview):
-        check_bytes(memoryview(source).nbytes, _NAME, settings)
-        return _NAME, bytes(source)
+        check_bytes(memoryview(source).nbytes, name, settings)
+        return name, bytes(source)
     if isinstance(source, os.PathLike):
         return show(source), read_file(source, settings)
     if not isinstance(source, str):
@@ -279,7 +296,7 @@ def make_images(
     `about` has the file's size before any turn, format and notes. The image is not changed. Raises BadImage,
     ImageTooLarge, BadParameter.
     """
-    with _one_sentence(about.format, name):
+    with one_sentence(about.format, name):
         orientation, size = _orientation(image), (about.width, about.height)
         in_part = image.size != size
         image.load()
@@ -362,7 +379,7 @@ def _orientation(image: PIL.Image.Image) -> int:
 
 
 @contextmanager
-def _one_sentence(kind: str, name: str) -> Iterator[None]:
+def one_sentence(kind: str, name: str) -> Iterator[None]:
     """Turn whatever Pillow's parsers raise on a damaged header (SyntaxError, struct.error, …) into one sentence.
 
     Pillow's remarks on metadata are kept from the caller, also as errors under `-W error`. The filter is set for each

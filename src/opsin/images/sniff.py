@@ -9,7 +9,8 @@ from opsin.core.files import read_table
 
 _KINDS = read_table(__file__, "kinds.toml")
 ENDINGS: tuple[str, ...] = tuple(_KINDS["endings"])
-"""Endings of the names of images that can be read, in lower case."""
+"""Endings of the names of images and documents that can be read, in lower case."""
+PDF = "PDF"  # the one kind without pixels: its pages are drawn
 _CONTROL = re.compile(rb"[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f]")
 
 
@@ -38,6 +39,11 @@ def video_format(data: bytes, *, animations: bool = False) -> str | None:
     if animations and (kind := _first("animations", head)):
         return kind
     return None if _first("images", head) else _refused(head).get("demuxer")
+
+
+def is_pdf(data: bytes) -> bool:
+    """Whether a file begins like a PDF."""
+    return _first("images", data[:4096]) == PDF
 
 
 def _first(table: str, head: bytes) -> str:

@@ -1,4 +1,4 @@
-"""Getting one image of a row, in a process of the decoder pool: nothing that a file or a host does holds up a job."""
+"""Getting one file of a row, in a process of the decoder pool: nothing that a file or a host does holds up a job."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from opsin.core.errors import BadImage, BadParameter, FetchFailed
 from opsin.core.image_options import ImageOptions, ImageSizes
 from opsin.core.request import Image
 from opsin.core.settings import ImageSettings
-from opsin.images import load_images, read_data_url
+from opsin.images import is_pdf, read_data_url
 from opsin.images.fetch import fetch, system_addresses
 from opsin.images.metadata import read_metadata
 from opsin.images.policy import AddressPolicy
 from opsin.images.source import check_bytes, read_file, show
 from opsin.jobs.item import FilePart, ImageRef
-from opsin.worker import share
+from opsin.worker import decoders
 
 _public = AddressPolicy(where="ports 80 and 443 of public hosts", instead="or allow any with --fetch-private.")
 
 
 def load(ref: ImageRef, options: ImageOptions, sizes: ImageSizes, limits: ImageSettings, private: bool) -> list[Image]:
-    """What `load_images` makes of it, in memory that a worker can map; `private` allows any host.
+    """What the model gets of it, in memory that a worker can map; `private` allows any host.
 
     Raises BadImage and its kinds, FetchFailed, and BadParameter for a part that is not there.
     """
     begin = time.perf_counter()
     data = _read(ref, limits, private)
     fetch_ms = (time.perf_counter() - begin) * 1e3
-    first, *tiles = load_images(data, limits, options, sizes)
-    images = dataclasses.replace(first, fetch_ms=fetch_ms), *tiles
-    return [dataclasses.replace(image, rgb=share(image.rgb)) for image in images]
+    first, *others = decoders.decode(data, limits, options, sizes)
+    return [dataclasses.replace(first, fetch_ms=fetch_ms), *others]
 
 
 def metadata(ref: ImageRef, limits: ImageSettings, private: bool) -> dict[str, str]:
-    """What the file says of itself. Raises as `load` does."""
-    return read_metadata(_read(ref, limits, private), limits)
+    """What the file says of itself: nothing, if it is a document. Raises as `load` does."""
+    data = _read(ref, limits, private)
+    return {} if is_pdf(data) else read_metadata(data, limits)
 
 
 def _read(ref: ImageRef, limits: ImageSettings, private: bool) -> bytes:

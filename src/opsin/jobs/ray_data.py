@@ -393,7 +393,7 @@ class _Worker:
             os.chdir(job.folder)
         pair = resolve(settings.model, settings.mmproj)
         here = job_spec(pair, settings, asked.params, prompt=job.spec["prompt"], system=job.spec["system"])
-        here |= asked.images.fields()
+        here |= asked.images.fields() | asked.limits.chosen()
         if here != job.spec:
             changed = "; ".join(differences(job.spec, here))
             raise ModelError(f"{os.uname().nodename} has another model: {changed}. Give all nodes the same files.")

@@ -379,6 +379,7 @@ def _info(at: int, images: Sequence[Image], seen: Sequence[ImageChunk]) -> Image
         notes=(*image.notes, *(notes(images, seen, at) if image.frame == 0 else ())),
         source_size=image.source_size,
         region=image.region,
+        page=image.page,
     )
 
 

@@ -33,9 +33,9 @@ class ImageSource(History):
 
 
 class ImageBlock(History, ImageFields):
-    """An image."""
+    """An image, or a PDF, whose pages become images."""
 
-    type: Literal["image"]
+    type: Literal["image", "document"]
     source: ImageSource
 
 

@@ -21,6 +21,7 @@ from opsin.core.errors import BadParameter
 from opsin.core.image_options import ImageOptions, options_of
 from opsin.core.request import Image, Prompt, TextPart
 from opsin.core.settings import VideoSettings
+from opsin.images.source import show
 from opsin.images.video import as_frames
 from opsin.prompt import Content, Message
 from opsin.server import schema
@@ -28,7 +29,7 @@ from opsin.server.counting import CountHandler
 from opsin.server.errors import BadField
 from opsin.server.handler import Asked, CompletionHandler, ModelManager, Writer, extensions
 from opsin.server.images import RequestImages, Wanted
-from opsin.server.parts import ImagePartIn, TextPartIn, VideoPartIn
+from opsin.server.parts import FilePartIn, ImagePartIn, TextPartIn, VideoPartIn
 from opsin.server.tools import CallReader, ToolPlan, plan_tools
 
 _ROLES: dict[str, Any] = {"developer": "system", "function": "tool"}
@@ -114,6 +115,10 @@ async def build_prompt(
             if isinstance(part, ImagePartIn):
                 param = f"messages[{i}].content[{j}].image_url"
                 wanted.append(Wanted(part.image_url.url, options_of(part, part.image_url, body), param))
+                count += wanted[-1].options.count
+            elif isinstance(part, FilePartIn):
+                param, name = f"messages[{i}].content[{j}].file", show(part.filename)
+                wanted.append(Wanted(part.address, options_of(part, body), param, name=name, pages=part.pages))
                 count += wanted[-1].options.count
             else:
                 wanted += _of_video(part, options_of(part, body), f"messages[{i}].content[{j}].{part.type}", most)

@@ -24,7 +24,7 @@ _NO_OBJECT = frozenset(("missing", "model_attributes_type", "model_type", "dict_
 _TAGS = frozenset((
     "text", "image_url", "input_text", "input_image", "output_text", "message", "function_call",
     "function_call_output", "reasoning", "image", "tool_use", "tool_result", "thinking", "redacted_thinking",
-    "video_url", "input_video", "video",
+    "video_url", "input_video", "video", "file", "input_file", "document",
 ))  # fmt: skip
 
 # A path of the API behind no base path, or behind one too many.

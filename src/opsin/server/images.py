@@ -103,16 +103,19 @@ class FairQueue:
 class Wanted:
     """An image of a request: its address, how it is shown, and the field that names it.
 
-    Of a `video` those frames are read. The rest is found out: the file, its number of pixels, and the milliseconds that
-    it took to get these.
+    Of a `video` those frames are read; a file may have a `name`, and say which `pages` are read. The rest is found
+    out: the file, its numbers of pixels and pages, and the milliseconds that it took to get these.
     """
 
     url: str
     options: ImageOptions = AS_IT_IS
     param: str | None = None
     video: VideoSettings | None = None
+    name: str = ""
+    pages: str | None = None
     file: bytes | str = b""
     pixels: int = 0
+    count: int = 1
     fetch_ms: float = 0.0
 
 
@@ -127,9 +130,8 @@ class ImageLoader:
     def __init__(
         self, settings: ServerSettings, *, resolve: Resolver | None = None, pool: DecoderPool | None = None
     ) -> None:
-        self.limits = ImageSettings(
-            max_bytes=settings.max_image_bytes, max_pixels=settings.max_pixels, fetch=settings.fetch_images
-        )
+        same = {name: getattr(settings, name) for name in ("max_pixels", "max_pages")}
+        self.limits = ImageSettings(max_bytes=settings.max_image_bytes, fetch=settings.fetch_images, **same)
         self.max_pixels = settings.max_pixels_in_flight
         self.room = FairQueue(self.max_pixels)
         self.count_room = FairQueue(self.max_pixels // 4)
@@ -211,6 +213,12 @@ class RequestImages:
                 f"The images of this request have more than {self._loader.max_pixels:,} pixels together; "
                 "send fewer, or scale them down first."
             )
+        pages, most = sum(one.count for one in wanted if one.count > 1), self._loader.limits.max_pages
+        if pages > most:
+            raise ImageTooLarge(
+                f"The documents of this request have {pages:,} pages together, and {most} are the limit: send fewer, "
+                "or choose some with `pages`."
+            )
         await self._room.take(self.key, pixels)
         self._pixels = pixels
         images = await _side_by_side(self._decode, wanted)
@@ -228,7 +236,7 @@ class RequestImages:
         if one.video is not None:
             one.file, one.pixels = file, PIXELS
             return
-        pixels, data = await self._loader.call(decoders.measure, file, self._loader.limits)
+        pixels, one.count, data = await self._loader.call(decoders.measure, file, *self._how(one))
         one.pixels = pixels * min(2, one.options.count)  # the tiles have as many as the whole
         one.file = data or file
         one.fetch_ms = (time.perf_counter() - begin) * 1e3
@@ -239,8 +247,12 @@ class RequestImages:
             video = one.video.model_copy(update={"max_bytes": limits.max_bytes})
             frames: list[Image] = await self._loader.call(decoders.decode_video, one.file, limits, video, *shown)
             return frames
-        first, *tiles = await self._loader.call(decoders.decode, one.file, limits, *shown)
-        return [dataclasses.replace(first, fetch_ms=one.fetch_ms), *tiles]
+        first, *others = await self._loader.call(decoders.decode, one.file, *self._how(one))
+        return [dataclasses.replace(first, fetch_ms=one.fetch_ms), *others]
+
+    def _how(self, one: Wanted) -> tuple[ImageSettings, ImageOptions, ImageSizes, str]:
+        limits = self._loader.limits.model_copy(update={"pages": one.pages} if one.pages else {})
+        return limits, one.options, self._sizes, one.name
 
 
 async def _side_by_side(work: Callable[[Wanted], Awaitable[T]], wanted: Sequence[Wanted]) -> list[T]:

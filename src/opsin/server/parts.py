@@ -1,4 +1,4 @@
-"""The parts that messages are made of: text, images and videos."""
+"""The parts that messages are made of: text, images, videos and files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from opsin.core.image_options import Detail, Region, Tiles
+from opsin.core.settings import PageList
 
 MAX_PARTS = 1_000
 _JPEGS = "data:video/jpeg;base64,"
@@ -137,6 +138,37 @@ class VideoPartIn(History, ImageFields):
         return not isinstance(found, VideoUrl) or found.url.startswith(_JPEGS)
 
 
-PartIn = Annotated[TextPartIn | ImagePartIn | VideoPartIn, Field(discriminator="type")]
+class FilePartIn(History, ImageFields):
+    """A PDF or an image as a file: base64 or a `data:` address in `file_data`, or where it is in `file_url`.
+
+    Chat completions have these in `file`. `pages` chooses pages of a PDF or a TIFF, as "1-3,7".
+    """
+
+    type: Literal["file", "input_file"]
+    file_data: str | None = Field(None, min_length=1)
+    file_url: str | None = Field(None, min_length=1)
+    filename: str = ""
+    pages: PageList | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flat(cls, value: Any) -> Any:
+        inner = value.get("file") if isinstance(value, dict) else None
+        return {**value, **inner} if isinstance(inner, dict) else value
+
+    @model_validator(mode="after")
+    def _has_one(self) -> Self:
+        if (self.file_data is None) == (self.file_url is None):
+            raise ValueError("give file_data, in base64, or file_url; file_id is not read: uploads serve batches alone")
+        return self
+
+    @property
+    def address(self) -> str:
+        """Where it is, as images are addressed."""
+        data = self.file_data or ""
+        return self.file_url or (data if data.lstrip()[:5].lower() == "data:" else f"data:;base64,{data}")
+
+
+PartIn = Annotated[TextPartIn | ImagePartIn | VideoPartIn | FilePartIn, Field(discriminator="type")]
 Parts = Annotated[list[PartIn], Field(max_length=MAX_PARTS)]
 ContentIn = Annotated[Parts, or_text(lambda text: [{"type": "text", "text": text}], str | Parts)]

@@ -134,7 +134,8 @@ class FakeBackend:
             identity = f"{image.sha256}:0"
             placeholder = known is not None and known(identity)
             chunks.append(ImageChunk(identity, len(images), size, size, placeholder=placeholder))
-            images.append(ImageInfo(image.sha256, image.width, image.height, 8, 8, size, notes=image.notes))
+            about = ImageInfo(image.sha256, image.width, image.height, 8, 8, size, notes=image.notes, page=image.page)
+            images.append(about)
             if not placeholder:
                 self.clock.spend(self.preprocess_ms)
         if tokens:

@@ -5,12 +5,16 @@ What comes as a `data:` address is measured as such, and decoded as the bytes it
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from opsin import images
@@ -23,19 +27,24 @@ from opsin.worker.messages import ENDING, Channel, Pixels, portable, share, sign
 
 DECODE_SECONDS = 60.0
 """What one file may take."""
+DOCUMENT_BYTES = 2 * 2**30  # that drawing a document may take, beside what its process has already
+_DRAWING = threading.Lock()
 _START = "import sys; sys.path[:] = filter(None, sys.path); from opsin.worker.decoders import main; main()"
 
 
-def measure(file: bytes | str, limits: ImageSettings) -> tuple[int, bytes | None]:
-    """How many pixels the file has, from its head alone, and what its `data:` address holds. Raises BadImage."""
+def measure(file: bytes | str, limits: ImageSettings, *how: Any) -> tuple[int, int, bytes | None]:
+    """Pixels and pages that are read of the file, by its head, and what its `data:` address holds. Raises BadImage."""
     data = images.read_data_url(file, limits) if isinstance(file, str) else file
-    opened = images.OpenImage(data, limits)
-    return opened.width * opened.height, data if isinstance(file, str) else None
+    with _bounded_memory(data):
+        opened = images.OpenPages(data, limits, *how)
+    return opened.pixels, opened.count, data if isinstance(file, str) else None
 
 
-def decode(data: bytes, limits: ImageSettings, options: ImageOptions, sizes: ImageSizes) -> list[Image]:
-    """What `load_images` makes of it, in memory that a worker can map. Raises BadImage and BadParameter."""
-    return [dataclasses.replace(one, rgb=share(one.rgb)) for one in images.load_images(data, limits, options, sizes)]
+def decode(data: bytes, limits: ImageSettings, options: ImageOptions, sizes: ImageSizes, name: str = "") -> list[Image]:
+    """What the model gets of an image or of pages, in memory that a worker can map. Raises BadImage, BadParameter."""
+    with _bounded_memory(data):
+        found = images.OpenPages(data, limits, options, sizes, name).load()
+    return [dataclasses.replace(one, rgb=share(one.rgb)) for one in found]
 
 
 def decode_video(
@@ -44,6 +53,25 @@ def decode_video(
     """The frames of a video, in memory that a worker can map. Raises BadImage and its kinds, and FetchFailed."""
     frames = [images.load_image(one, limits, options, sizes) for one in read_video(source, limits, video)]
     return [dataclasses.replace(image, rgb=share(image.rgb)) for image in frames]
+
+
+@contextlib.contextmanager
+def _bounded_memory(data: bytes) -> Iterator[None]:
+    """Let PDFium end this process rather than the machine's memory, on Linux. It serves one thread at a time."""
+    if not images.is_pdf(data) or not sys.platform.startswith("linux"):
+        yield
+        return
+    import resource
+
+    with _DRAWING:
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        held = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+        most = (one for one in (soft, held + DOCUMENT_BYTES) if one != resource.RLIM_INFINITY)
+        resource.setrlimit(resource.RLIMIT_AS, (min(most), hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def main() -> None:

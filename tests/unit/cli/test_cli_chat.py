@@ -9,7 +9,6 @@ import pytest
 from opsin.cli import chat
 from opsin.cli.chat import find_images
 from opsin.core.errors import BadInput
-from opsin.core.image_options import AS_IT_IS
 from opsin.core.request import Image
 from opsin.prompt import Message
 from opsin.testing import image
@@ -70,7 +69,7 @@ def talk(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[list[Message]]]:
 
     monkeypatch.setattr(chat, "_answer", answer)
     opsin: Any = SimpleNamespace(images=load)
-    return chat._Talk(opsin, {}, [Message("system", "Be brief.")], AS_IT_IS, ["x.png"]), asked
+    return chat._Talk(opsin, {}, [Message("system", "Be brief.")], {"tiles": None}, ["x.png"]), asked
 
 
 def parts(message: Message) -> list[str]:

@@ -3,7 +3,7 @@
 import { el } from "./dom.js";
 
 const KINDS = /^image\//;
-const NAMES = /\.(png|apng|jpg|jpeg|jpe|jfif|jif|pjpeg|pjp|gif|tif|tiff|bmp|dib|webp|avif|avifs|heic|heif|heics|heifs|hif)$/i;
+const NAMES = /\.(png|apng|jpg|jpeg|jpe|jfif|jif|pjpeg|pjp|gif|tif|tiff|bmp|dib|webp|avif|avifs|heic|heif|heics|heifs|hif|pdf)$/i;
 
 /** A list of thumbnails that can be taken away again; `changed` is called with their number. */
 export class Tray {
