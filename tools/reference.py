@@ -77,6 +77,7 @@ def _shown(argument: Any) -> str:
 def rows_page() -> str:
     """Every field of a row of `opsin ask --json`."""
     from opsin.core.answer import Answer
+    from opsin.core.choice import CHOICE_FIELDS, Choice
     from opsin.core.model_info import ModelInfo, Placement
     from opsin.jobs.row import NOT_IN_JSON
 
@@ -85,6 +86,11 @@ def rows_page() -> str:
     hints = get_type_hints(Answer)
     for name in ("text", "reasoning", "finish_reason", "usage", "guard", "boxes", "images", "stages", "timings"):
         rows += [(f"`{path}`", kind, texts.pop(path)) for path, kind in _paths(name, hints[name], NOT_IN_JSON)]
+    hints = get_type_hints(Choice)
+    rows += [("`confidence`", "object", texts.pop("confidence"))]
+    rows += [
+        (f"`{path}`", kind, texts.pop(path)) for one in CHOICE_FIELDS for path, kind in _paths(one, hints[one], set())
+    ]
     for name, made in (("placement", Placement), ("model", ModelInfo)):
         rows += [(f"`{path}`", kind, texts.pop(path)) for path, kind in _paths(name, made, set())]
     if texts:

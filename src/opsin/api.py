@@ -39,7 +39,7 @@ _LOADERS, _SLOTS = 4, 8  # threads that load images ahead; answers at the same t
 
 @dataclass(frozen=True, slots=True)
 class Mapped:
-    """What `map` gives for one element: the answer, and under a schema its value as `output`; or the `error`."""
+    """What `map` gives for one element: the answer, with the value of JSON or a choice as `output`; or the `error`."""
 
     source: Images
     answer: Answer | None = None
@@ -157,7 +157,7 @@ class Opsin:
             schema = schema.model_json_schema() if hasattr(schema, "model_json_schema") else schema
             params["json_schema"] = schema if isinstance(schema, str) else json.dumps(schema)
         reading, shown = _of_videos(params), _of_images(params)
-        checked(SamplingParams, params)
+        has_value = checked(SamplingParams, params).has_value
         question_about((), question)
 
         def begin(sources: Images) -> AnswerStream:
@@ -170,9 +170,9 @@ class Opsin:
                 for sources in images:
                     pending.append((sources, threads.submit(begin, sources)))
                     if len(pending) > 2 * self._slots:
-                        yield self._mapped(*pending.popleft(), schema is not None)
+                        yield self._mapped(*pending.popleft(), has_value)
                 while pending:
-                    yield self._mapped(*pending.popleft(), schema is not None)
+                    yield self._mapped(*pending.popleft(), has_value)
             finally:
                 for _, begun in pending:
                     if not begun.cancel():

@@ -295,6 +295,23 @@ class KVCacheManager:
         if self._keeps:
             self.index.add(prefix)
 
+    @property
+    def spare_ids(self) -> int:
+        """Sequence ids that are free."""
+        return len(self._free_ids)
+
+    def branch(self, prefix: Prefix) -> int:
+        """A free id that shares all that a prefix holds, until `drop`."""
+        seq_id = self._free_ids.pop()
+        self._ops.append(Fork(seq_id, prefix.seq_id, prefix.positions(prefix.ready)))
+        self.cells.fork(prefix.seq_id, seq_id, prefix.cells(prefix.ready))
+        return seq_id
+
+    def drop(self, seq_id: int) -> None:
+        """Forget what an id holds, and give it back."""
+        self._ops.append(Forget(seq_id))
+        self._give_back(seq_id)
+
     def _take_from(self, source: Prefix, prefix: Prefix) -> None:
         cells, end = prefix.cells(prefix.ready), prefix.positions(prefix.ready)
         if source.swapped:
@@ -368,8 +385,7 @@ class KVCacheManager:
         if prefix.swapped:
             self.swapped.remove(prefix)
             return
-        self._ops.append(Forget(prefix.seq_id))
-        self._give_back(prefix.seq_id)
+        self.drop(prefix.seq_id)
 
     def _give_back(self, seq_id: int) -> None:
         self.idle.pop(seq_id, None)

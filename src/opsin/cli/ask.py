@@ -25,7 +25,7 @@ from opsin.api import Opsin, question_about
 from opsin.boxes import check_boxes
 from opsin.cli import options as o
 from opsin.cli.ask_files import check_question, expand_sources
-from opsin.cli.ask_rows import Format, Rows, check_boxes_out, show_boxes
+from opsin.cli.ask_rows import Format, Rows, check_boxes_out, probable, show_boxes
 from opsin.cli.console import DEMO, hush, printable, say, tell, working
 from opsin.core.answer import CUTS, Answer, Finished, Progress, TextDelta, parsed
 from opsin.core.config import checked, current_folder, read_config
@@ -57,7 +57,7 @@ _OF_IMAGES = {"image_decode", "preprocess", "encode", "image_prefill"}
 _LABELS = {"start": "start Python", "load": "load model", "encode": "vision encode"}
 
 
-@o.flags_of(SamplingParams, *o.ANSWER, "boxes")
+@o.flags_of(SamplingParams, *o.ANSWER, "boxes", "confidence")
 @o.flags_of(EngineSettings, *o.ENGINE, "image_max_tokens", "image_min_tokens", "disk_cache", parallel=_PARALLEL)
 @o.flags_of(ImageOptions, *o.IMAGES)
 @o.flags_of(VideoSettings, "fps", "max_frames")
@@ -79,6 +79,10 @@ def ask(
     json_schema: Annotated[
         Path | None, typer.Option(help="file with a JSON schema that the answer will fit", rich_help_panel="Answer")
     ] = None,
+    choices: o.Choices = None,
+    scale: o.Scale = None,
+    boolean: o.Boolean = False,
+    reasons: o.Reasons = False,
     system: o.System = None,
     **flags: Any,
 ) -> None:
@@ -89,6 +93,7 @@ def ask(
     params = o.given(SamplingParams, flags) | ({} if draw is None else {"boxes": True})
     if json_schema is not None:
         params["json_schema"] = read_text(expand(json_schema), MAX_SCHEMA)
+    params |= o.labels(choices, scale, boolean=boolean, reasons=reasons)
     checked(SamplingParams, params)  # before a model is loaded
     limits = checked(ImageSettings, {"fetch": True, **o.given(ImageSettings, flags)})
     *sources, question = arguments
@@ -123,6 +128,7 @@ class _Run:
         self._groups, self._form, self._settings, self._alone = groups, form, settings, len(groups) == 1
         self._question, self._system, self._params, self._reading, self._draw, self._shown, self._limits = asked
         self._timed = form == "text" and self._alone and sys.stderr.isatty() if timed is None else timed
+        self._whole = checked(SamplingParams, self._params).has_value
         self._rows, self._line = Rows(form, alone=self._alone), working("reading the image")
         self._done = self._failed = 0
         self._told_load = False
@@ -199,7 +205,7 @@ class _Run:
             self._line.start()
 
     def _answered(self, group: list[str], stream: AnswerStream) -> None:
-        whole = "json_schema" in self._params  # half a JSON document is none
+        whole = self._whole  # half a JSON document is none
         streamed = self._alone and self._form == "text" and not whole
         answer = follow(stream, self._line, quiet=not streamed) if self._alone else stream.result()
         if whole:
@@ -278,9 +284,11 @@ def follow(stream: Iterable[object], line: Status, *, quiet: bool = False) -> An
 
 
 def show_limits(answer: Answer, name: str = "") -> None:
-    """Say what cut an answer, and how to lift it; `name` says which one."""
+    """Say what cut an answer, and how to lift it, or how likely its choice is; `name` says which one."""
     if answer.limit is not None:
         tell(name + CUTS[answer.limit].format(answer))
+    if answer.choice is not None:
+        tell(name + probable(answer.choice))
 
 
 def _read_images(source: str, limits: ImageSettings, *how: Any, frames: bool = False, **video: Any) -> list[Image]:

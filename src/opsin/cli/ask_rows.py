@@ -12,10 +12,12 @@ import typer
 
 from opsin.cli.console import escaped, printable
 from opsin.core.answer import Answer
+from opsin.core.choice import Choice
 from opsin.core.errors import BadParameter, OpsinError
 from opsin.images.draw import check_drawing
 from opsin.jobs.row import answer_row
 
+_SURE = 0.5  # below, a free answer most often begins with something else
 Format = Literal["text", "jsonl", "csv", "md"]
 
 
@@ -70,6 +72,15 @@ def show_boxes(answer: Answer, group: list[str], form: Format, *, alone: bool) -
         edges = ",".join(f"{edge:.10g}" for edge in (box.x1, box.y1, box.x2, box.y2))
         words = [edges, escaped(box.label)] if alone else [escaped(", ".join(group)), edges, escaped(box.label)]
         typer.echo((" " if alone else "\t").join(words).rstrip())
+
+
+def probable(choice: Choice) -> str:
+    """How likely the likeliest labels are, and a word about labels that the model would not have said by itself."""
+    best = sorted(choice.probabilities.items(), key=lambda one: -one[1])[:5]
+    shown = ", ".join(f"{printable(label)} {share:.1%}" for label, share in best)
+    mean = "" if choice.expected is None else f"; mean {choice.expected:.2f}"
+    own = f"; a free answer begins so in {choice.coverage:.1%} of cases" if choice.coverage < _SURE else ""
+    return f"({shown}{mean}{own})"
 
 
 def _cell(text: str) -> str:

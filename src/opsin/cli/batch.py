@@ -33,7 +33,7 @@ from opsin.jobs.ledger import Ledger, LedgerBroken, differences, fingerprint
 from opsin.jobs.options import BatchOptions
 from opsin.jobs.output import ENDINGS, CsvOutput, Output, StoredOutput
 from opsin.jobs.report import report_text, write_report
-from opsin.jobs.row import Row, schema_fields
+from opsin.jobs.row import Row, output_fields
 from opsin.jobs.runner import Run, sample, without_sidecars
 from opsin.jobs.sidecar import Kind, sidecar_path, write_sidecar
 from opsin.jobs.sources import Source, open_source
@@ -110,7 +110,7 @@ class _Target:
                 f"The output belongs to another job: {changed}. Use another output, --new to add this job's rows to "
                 "it, or --overwrite to start over."
             )
-        fields = [schema_fields(one["json_schema"]) for one in (spec, *known.values())]
+        fields = [output_fields(one) for one in (spec, *known.values())]
         if place.suffix.lower() in {".csv", ".parquet"} and any(one != fields[0] for one in fields):
             raise BadParameter("The schema has other fields, so its rows need other columns: give another output.")
         ledger.begin(name, spec)
@@ -135,7 +135,7 @@ def _beside(kind: Kind, item: Item, row: Row) -> None:
     write_sidecar(sidecar_path(Path(item.images[0]), kind), kind, row)
 
 
-@o.flags_of(SamplingParams, *o.ANSWER, "boxes")
+@o.flags_of(SamplingParams, *o.ANSWER, "boxes", "confidence")
 @o.flags_of(EngineSettings, *o.ENGINE, "image_max_tokens", "image_min_tokens", "disk_cache", parallel=_PARALLEL)
 @o.flags_of(ImageOptions, *o.IMAGES)
 @o.flags_of(ImageSettings, *o.PAGES)
@@ -157,6 +157,10 @@ def batch(
     json_schema: Annotated[
         Path | None, typer.Option(help="file with a JSON schema; its fields become columns", rich_help_panel="Answer")
     ] = None,
+    choices: o.Choices = None,
+    scale: o.Scale = None,
+    boolean: o.Boolean = False,
+    reasons: o.Reasons = False,
     system: o.System = None,
     **flags: Any,
 ) -> None:
@@ -170,6 +174,7 @@ def batch(
     given = o.given(SamplingParams, flags)
     if json_schema is not None:
         given["json_schema"] = read_text(expand(json_schema), MAX_SCHEMA)
+    given |= o.labels(choices, scale, boolean=boolean, reasons=reasons)
     params = checked(SamplingParams, given)
     if params.boxes and (ray is not None or (output is not None and output.suffix.lower() != ".jsonl")):
         raise BadParameter("Tables have no place for boxes: give -o FILE.jsonl with --boxes.")
@@ -207,9 +212,9 @@ def _check_output(output: Path | None, options: BatchOptions, cpus: int | None) 
 
 def _template(question: str | None, rows: Source, asked: SamplingParams, system: str | None) -> PromptTemplate:
     if rows.is_requests:
-        if question or system or asked.json_schema:
+        if question or system or asked.has_value:
             raise BadParameter(
-                "Each request of this input has its own prompt: leave out PROMPT, --system, --json-schema."
+                "Each request of this input has its own prompt: leave out PROMPT, --system, --json-schema, --choices."
             )
         return PromptTemplate("")
     if not (question or "").strip():
@@ -236,7 +241,7 @@ class _Batch:
     def __init__(self, rows: _Chosen, asked: Question, settings: EngineSettings, to: _Target, stack: ExitStack) -> None:
         self._rows, self._asked, self._settings, self._to = rows, asked, settings, to
         self._workers, self._stack, self._skipped = to.options.workers, stack, Counter[str]()
-        self._fields = schema_fields(asked.params.json_schema)
+        self._fields = output_fields(asked.params.model_dump())
         self._engine: WorkerEngine | WorkerPool | None = None
 
     def run(self) -> int:

@@ -22,7 +22,7 @@ from opsin.jobs.item import Item
 from opsin.jobs.options import BatchOptions
 from opsin.jobs.output import ENDINGS, OutputFailed
 from opsin.jobs.ray_data import RayJob, RayOutput, connect, run_on_ray, worker_resources
-from opsin.jobs.row import schema_fields
+from opsin.jobs.row import output_fields
 from opsin.jobs.spec import job_spec
 from opsin.models import resolve
 
@@ -83,7 +83,7 @@ class ToRay:
         spec = job_spec(pair, settings, asked.params, prompt=asked.template.text, system=asked.system)
         spec |= asked.images.fields() | asked.limits.chosen()
         processes = max(2, min(16, cpus or os.cpu_count() or 1))
-        job = RayJob(spec, asked, settings, schema_fields(asked.params.json_schema), str(Path.cwd()), processes)
+        job = RayJob(spec, asked, settings, output_fields(asked.params.model_dump()), str(Path.cwd()), processes)
         try:
             with closing(RayOutput(place, spec, overwrite=self.options.overwrite)) as to:
                 ray = connect(self.address)

@@ -12,6 +12,7 @@ import typer
 from pydantic import BaseModel
 from typer.core import TyperCommand
 
+from opsin.core.errors import BadParameter
 from opsin.core.files import read_table
 from opsin.core.settings import RENAMED, RETIRED, EngineSettings, kind_of
 
@@ -38,6 +39,33 @@ JsonOut = Annotated[Path | None, output("--json-out", help="also write the JSON 
 System = Annotated[
     str | None, typer.Option("--system", help="system message before the question", rich_help_panel="Answer")
 ]
+
+
+def _kind(flag: str, text: str, shown: str | None = None) -> Any:
+    return typer.Option(flag, metavar=shown, help=text, rich_help_panel="Answer")
+
+
+Choices = Annotated[str | None, _kind("--choices", "answer with one of these, and how likely each is", "A,B,…")]
+Scale = Annotated[str | None, _kind("--scale", "answer with a number of a scale", "1-5")]
+Boolean = Annotated[bool, _kind("--bool", "answer with yes or no")]
+Reasons = Annotated[bool, _kind("--reasons", "with these three: in its own words first, then the choice")]
+
+
+def labels(choices: str | None, scale: str | None, *, boolean: bool, reasons: bool) -> dict[str, Any]:
+    """The fields of SamplingParams for `--choices` (with commas, or a JSON list), `--scale`, `--bool`, `--reasons`."""
+    found: dict[str, Any] = {"scale": scale} if scale is not None else {}
+    if reasons:
+        found["reasons"] = True
+    if boolean:
+        found["boolean"] = True
+    if choices is not None:
+        found["choices"] = [one.strip() for one in choices.split(",")]
+        if choices.lstrip().startswith("["):
+            try:
+                found["choices"] = json.loads(choices)
+            except ValueError as error:
+                raise BadParameter(f"--choices begins as a JSON list and is none ({error}).") from None
+    return found
 
 
 class GroupedCommand(TyperCommand):

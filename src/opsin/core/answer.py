@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import enum
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from opsin.core.choice import Choice, choice_fields
 from opsin.core.errors import ConstraintFailed
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -88,12 +89,29 @@ class ReasoningStyle:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token, its bytes and its natural log probability before any sampler changed the logits; `top` alternatives."""
+    """A token, its bytes and its natural log probability before any sampler changed the logits; `top` alternatives.
+
+    Under a schema or grammar `permitted` is its log probability among the tokens that were permitted (None: not asked
+    for), and `overruled` says that the likeliest of all was not.
+    """
 
     token: int
     piece: bytes
     logprob: float
     top: tuple[tuple[int, bytes, float], ...] = ()
+    permitted: float | None = None
+    overruled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Confidence:
+    """Of one value: the product of its tokens' probabilities, each among the tokens that the schema permitted there.
+
+    `changed`: at one of them the model's likeliest token was not permitted, so it would have written something else.
+    """
+
+    probability: float
+    changed: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +208,8 @@ class Answer:
 
     `limit` names what cut it when `finish_reason` is "length"; `max_tokens` was in force. `stop` is the stop string
     that ended it. `intervals` say when each stage ran; their seconds add up to `stages`. `boxes` is None where nobody
-    asked for them.
+    asked for them. `choice` is there where the request had a list of labels, `confidence` in each value of JSON, by its
+    JSON pointer, where it was asked for.
     """
 
     text: str
@@ -208,6 +227,18 @@ class Answer:
     intervals: tuple[Interval, ...] = field(default=(), repr=False)
     stop: str | None = None
     boxes: tuple[Box, ...] | None = None
+    choice: Choice | None = None
+    confidence: dict[str, Confidence] | None = None
+
+    @property
+    def probabilities(self) -> dict[str, float] | None:
+        """How likely each label is; they add up to 1. None where the answer was free."""
+        return None if self.choice is None else self.choice.probabilities
+
+    @property
+    def margin(self) -> float | None:
+        """How far the likeliest label is ahead of the second, in probability."""
+        return None if self.choice is None else self.choice.margin
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,9 +277,19 @@ CUTS = {
 
 
 def parsed(answer: Answer) -> Any:
-    """The value of an answer under a JSON schema. Raises ConstraintFailed for one that was cut: half of it is none."""
+    """The value of an answer that is a choice, or JSON. Raises ConstraintFailed for one that was cut: half is none."""
+    if answer.choice is not None:
+        return answer.choice.value
     if answer.limit is not None:
         endless = "(it repeats itself: give the schema's texts and lists a maxLength and maxItems)"
         cut = endless if answer.limit == "guard" else CUTS[answer.limit].format(answer)
         raise ConstraintFailed(f"The answer is not whole, so it does not fit the schema {cut}.")
     return json.loads(answer.text)
+
+
+def more_fields(answer: Answer) -> dict[str, Any]:
+    """What rows and responses show of an answer that is more than text: its choice, the confidence in its values."""
+    found: dict[str, Any] = {} if answer.boxes is None else {"boxes": [asdict(box) for box in answer.boxes]}
+    if answer.confidence is not None:
+        found["confidence"] = {pointer: asdict(one) for pointer, one in answer.confidence.items()}
+    return choice_fields(answer.choice) | found

@@ -25,8 +25,9 @@ class BackendLimits:
     is less where the model was trained for less. `forks=False`: one state for each sequence, which cannot be shared or
     forgotten in part. `swaps=False`: `kv_save` does not give all. Image rows are prefilled fastest in multiples of
     `tile`; `encode_batch` image chunks may be encoded at once. A ubatch of up to `mixed_rows` may hold an image's
-    rows and tokens of other sequences (0: none may). `images` is what the encoder makes of the sizes of images.
-    `asynchronous`: `decode` comes back long before its work is done. `stops`: a `decode` that may stop does.
+    rows and tokens of other sequences (0: none may). `images` is what the encoder makes of the sizes of images. At most
+    `n_outputs` rows of a ubatch have logits. `asynchronous`: `decode` comes back long before its work is done.
+    `stops`: a `decode` that may stop does.
     """
 
     n_ctx: int
@@ -41,6 +42,7 @@ class BackendLimits:
     encode_batch: int = 1
     mixed_rows: int = 0
     images: ImageSizes = ANY_SIZES
+    n_outputs: int = 64
     asynchronous: bool = False
     stops: bool = False
 
@@ -119,6 +121,9 @@ class Backend(Protocol):
 
     def logprobs(self, row: int, token: int, top: int) -> TokenLogprob:
         """Log probabilities of the raw logits at batch row `row`: the token's own, and the `top` most likely."""
+
+    def score(self, row: int, tokens: Sequence[int]) -> list[float]:
+        """Natural log probabilities of these tokens by the raw logits at batch row `row`. Raises DecodeFailed."""
 
     def piece(self, token: int) -> bytes:
         """The bytes a token stands for; control tokens are empty."""

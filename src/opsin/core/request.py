@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from opsin.core.answer import ImageInfo, ReasoningStyle
+from opsin.core.choice import BOOLEAN, MAX_CHOICES, MAX_LABEL_CHARS, Value, scale_labels
 from opsin.core.settings import GUARD_HELP, MAX_LOGIT_BIAS, MAX_SCHEMA, MAX_SECONDS_HELP, MAX_STOP, MAX_TOKENS_HELP
 
 if TYPE_CHECKING:  # images are decoded in processes that need no numpy
@@ -115,11 +116,62 @@ class SamplingParams(BaseModel):
     json_schema: str | None = Field(None, max_length=MAX_SCHEMA, description="a JSON schema as text")
     grammar: str | None = Field(None, max_length=MAX_SCHEMA, description="a GBNF grammar as text")
     logprobs: int | None = Field(None, ge=0, le=20, description="most likely tokens to report; 0: the chosen alone")
+    choices: tuple[Annotated[str, Field(max_length=MAX_LABEL_CHARS)], ...] = Field(
+        (), max_length=MAX_CHOICES, description="labels that the answer is one of"
+    )
+    scale: str | None = Field(None, description="whole numbers to rate with: 1-5")
+    boolean: bool = Field(False, description="the answer is yes or no")
+    reasons: bool = Field(False, description="before the label, an answer in the model's own words")
+
+    confidence: bool = Field(False, description="how sure the model is of each value of a JSON schema's answer")
+
+    @property
+    def labels(self) -> dict[str, Value]:
+        """What the answer may be, and what each label stands for; empty where it is free."""
+        if self.scale is not None:
+            return scale_labels(self.scale)
+        return dict(BOOLEAN) if self.boolean else {label: label for label in self.choices}
+
+    @property
+    def has_value(self) -> bool:
+        """Whether a whole answer is a value: JSON that fits a schema, or a label."""
+        return self.json_schema is not None or bool(self.labels)
+
+    @model_validator(mode="after")
+    def _a_list(self) -> SamplingParams:
+        """Labels that can be told apart, and nothing beside them that could not be honoured."""
+        kinds = [name for name in ("choices", "scale", "boolean") if getattr(self, name)]
+        if len(kinds) > 1:
+            raise ValueError(f"{' and '.join(kinds)} cannot be used together: give one of them")
+        if self.reasons and not kinds:
+            raise ValueError("reasons come before a label: give choices, scale or boolean, too")
+        alone = (
+            "json_schema",
+            "grammar",
+            "logprobs",
+            "logit_bias",
+            "thinking",
+            "ignore_eos",
+            "max_thinking_tokens",
+            "boxes",
+        )
+        for name in alone if kinds else ():
+            value = getattr(self, name)
+            if not (value is None or value is False or value == {}):
+                raise ValueError(f"{name} cannot be used with {kinds[0]}: leave one of them out")
+        labels = [label.strip() for label in self.labels]
+        if self.choices and (len(labels) < 2 or "" in labels or len(labels) < len(self.choices)):
+            raise ValueError("choices must be two or more labels, none of them empty or twice the same")
+        if labels != list(self.labels):
+            raise ValueError("choices must not begin or end with white space: leave it out")
+        return self
 
     @model_validator(mode="after")
     def _one_shape(self) -> SamplingParams:
         if self.json_schema is not None and self.grammar is not None:
             raise ValueError("json_schema and grammar cannot be used together: give one of them")
+        if self.confidence and self.json_schema is None:
+            raise ValueError("confidence is that of a JSON schema's values: give a schema, too")
         if "" in self.stop:
             raise ValueError("a stop string is empty: leave it out")
         return self
@@ -211,12 +263,16 @@ class TokenizedPrompt:
 
 @dataclass(slots=True)
 class TokenBatch:
-    """Tokens of one ubatch, row by row: the token, its position, its sequence; `outputs` are rows that want logits."""
+    """Tokens of one ubatch, row by row: the token, its position, its sequence; `outputs` are rows that want logits.
+
+    `shared` are further sequences, which hold the same cells before it, that a row belongs to.
+    """
 
     tokens: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     seq_ids: list[int] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
+    shared: dict[int, list[int]] = field(default_factory=dict)
 
     def append(self, tokens: Sequence[int], start: int, seq_id: int, *, logits: bool) -> None:
         """Tokens of one sequence from position `start` on; with `logits` the last one's are wanted."""

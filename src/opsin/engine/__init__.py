@@ -5,8 +5,8 @@ Refuses to know llama.cpp, files, templates, HTTP and the terminal; it runs on w
 
 from opsin.engine.engine import Engine
 from opsin.engine.policy import Policy
-from opsin.engine.request import AnswerStream, Wake, wake_readers
 from opsin.engine.runner import Watch, unwatched
 from opsin.engine.stats import Snapshot
+from opsin.engine.stream import AnswerStream, Wake, wake_readers
 
 __all__ = ["AnswerStream", "Engine", "Policy", "Snapshot", "Wake", "Watch", "unwatched", "wake_readers"]

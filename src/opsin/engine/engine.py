@@ -8,29 +8,33 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Self, TypeVar
 
 from opsin.boxes import check_boxes
 from opsin.cache import EmbeddingCache, salted
 from opsin.core.answer import Answer, Finished, ReasoningStyle, Stage, Usage
 from opsin.core.backend import Backend, BackendLimits
-from opsin.core.errors import ContextOverflow, EngineClosed, OpsinError, QueueFull, copy_of
+from opsin.core.errors import BadParameter, ContextOverflow, EngineClosed, OpsinError, QueueFull, copy_of
 from opsin.core.model_info import ModelInfo, Placement
 from opsin.core.request import Embedding, ImageChunk, Prompt, SamplingParams, TextChunk, TextPart, TokenizedPrompt
 from opsin.engine.clock import StageClock, timings
 from opsin.engine.guard import Guard
+from opsin.engine.labels import MAX_LABEL_TOKENS, LabelTree, spellings
 from opsin.engine.loop import Loop
 from opsin.engine.output import AnswerText, ReasoningSplitter
 from opsin.engine.policy import Policy
-from opsin.engine.request import AnswerStream, Request, Sequence, Wake, wake_readers
+from opsin.engine.request import Request, Sequence
 from opsin.engine.runner import Watch, unwatched
 from opsin.engine.stats import Snapshot
+from opsin.engine.stream import AnswerStream, Wake, wake_readers
 
 T = TypeVar("T")
 
 PREPARE_WORKERS = 2
 IMAGE_BYTES = 512 * 2**20
 """Embeddings kept in memory: about 200 images of a 7B LLaVA, in bytes."""
+_OWN_WORDS = ReasoningStyle("\0", "\0")  # no text has them: all that is said before a label is its reasons
 _CLOSED = "The engine was closed before the answer was complete."
 
 
@@ -226,15 +230,30 @@ class Preparer:
         with clock.stage(Stage.PREPROCESS):
             tokenized = self.tokenize(request, embeddings)
         try:
-            _check_fit(tokenized, self._backend.limits)
+            labels = self._labels(request)
+            _check_fit(tokenized, self._backend.limits, labels.longest if labels else 0)
             text, closing = self._text(request)
             sequence = Sequence(request, stream, clock, text, tokenized, embeddings, closing, compiled)
+            sequence.labels, sequence.later = (None, labels) if request.params.reasons else (labels, None)
         except BaseException:
             tokenized.close()
             raise
         known = [chunk for chunk in tokenized.chunks if isinstance(chunk, ImageChunk) and chunk.identity in embeddings]
         sequence.cached_images |= {chunk.image for chunk in known}
         return sequence
+
+    def _labels(self, request: Request) -> LabelTree | None:
+        """The labels that it may answer with, as paths of tokens. Raises BadParameter."""
+        labels, limits = request.params.labels, self._backend.limits
+        if not labels:
+            return None
+        tree = LabelTree(spellings(list(labels), partial(self._tokens, special=False), self._backend.piece))
+        if tree.longest and limits.n_seq_max < 2:
+            raise BadParameter("Choices of several tokens need a second sequence on this model: give --parallel 2.")
+        most = min(MAX_LABEL_TOKENS, limits.n_ubatch)
+        if tree.longest > most:
+            raise BadParameter(f"A choice takes {tree.longest} tokens, and {most} are the limit: give shorter ones.")
+        return tree
 
     def tokenize(self, request: Request, embeddings: dict[str, Embedding] | None = None) -> TokenizedPrompt:
         """The tokens and pixels; `embeddings` gets those that are known, None asks for no pixels. Raises BadInput."""
@@ -247,14 +266,16 @@ class Preparer:
                 embeddings[identity] = embedding
             return embedding is not None
 
-        prompt = request.prompt
+        prompt, parts = request.prompt, request.prompt.parts
+        if request.params.labels and not request.params.reasons and prompt.thinking and prompt.reasoning:
+            parts = (*parts, TextPart(f"\n{prompt.reasoning.closing}\n\n"))  # labels are no thoughts
         with self._watch(tuple(image.sha256 for image in prompt.images)):
-            return self._backend.tokenize(prompt.parts, add_bos=prompt.add_bos, known=known)
+            return self._backend.tokenize(parts, add_bos=prompt.add_bos, known=known)
 
     def _text(self, request: Request) -> tuple[AnswerText, tuple[int, ...]]:
         """Its answer's text, and the tokens that close a reasoning block."""
         prompt, params = request.prompt, request.params
-        style = prompt.reasoning
+        style = _OWN_WORDS if params.reasons else prompt.reasoning
         if style is not None and style not in self._styles:
             tokens = {tag: self._tokens(tag) for tag in style.tags}
             # The control tokens among the tags, with the text they stand for.
@@ -262,26 +283,27 @@ class Preparer:
             self._styles[style] = {tokens[tag][0]: tag.encode() for tag in control}, tokens[style.closing]
         tags, closing = ({}, ()) if style is None else self._styles[style]
         prompt_texts = [part.text for part in prompt.parts if isinstance(part, TextPart)]
+        inside = prompt.thinking or params.reasons
         text = AnswerText(
             stop=(*params.stop, *prompt.stop),
-            splitter=None if style is None else ReasoningSplitter(style, starts_inside=prompt.thinking),
+            splitter=None if style is None else ReasoningSplitter(style, starts_inside=inside),
             guard=Guard("".join(prompt_texts)) if params.guard else None,
             tags=tags,
             keep_space=prompt.continues or params.logprobs is not None,
         )
         return text, closing
 
-    def _tokens(self, text: str) -> tuple[int, ...]:
-        tokenized = self._backend.tokenize([TextPart(text)], add_bos=False)
+    def _tokens(self, text: str, special: bool = True) -> tuple[int, ...]:
+        tokenized = self._backend.tokenize([TextPart(text, special)], add_bos=False)
         tokenized.close()
         return tuple(token for chunk in tokenized.chunks if isinstance(chunk, TextChunk) for token in chunk.tokens)
 
 
-def _check_fit(tokenized: TokenizedPrompt, limits: BackendLimits) -> None:
-    """A prompt needs its cells and one more for the first new token; what attends both ways goes in one ubatch."""
+def _check_fit(tokenized: TokenizedPrompt, limits: BackendLimits, labels: int = 0) -> None:
+    """A prompt needs its cells and one more, or its longest label's; what attends both ways goes in one ubatch."""
     if tokenized.n_tokens == 0:
         raise ContextOverflow("The prompt is empty: ask a question.")
-    if tokenized.n_tokens >= limits.n_ctx_seq:
+    if tokenized.n_tokens + max(0, labels - 1) >= limits.n_ctx_seq:
         images = f", {tokenized.n_image_tokens} of them for images" if tokenized.n_image_tokens else ""
         if limits.n_ctx_seq < limits.n_ctx:
             fix = f"this model was trained for {limits.n_ctx_seq} at most: shorten it, or give fewer or smaller images."

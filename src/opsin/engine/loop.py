@@ -17,12 +17,13 @@ from opsin.core.answer import Finished, Stage
 from opsin.core.backend import Backend, Stopped
 from opsin.core.errors import DecodeFailed, EngineClosed, EngineDied, EngineError, OpsinError, copy_of
 from opsin.engine.policy import Policy
-from opsin.engine.request import AnswerStream, Sequence, State, Wake, wake_readers
+from opsin.engine.request import Sequence, State
 from opsin.engine.runner import Runner, Sampled, Watch, unwatched
 from opsin.engine.scheduler import Scheduler
 from opsin.engine.speculation import verify
 from opsin.engine.stats import Snapshot
 from opsin.engine.step import Encode, PrefillImage, Step, Tokens, members_of, priority_of
+from opsin.engine.stream import AnswerStream, Wake, wake_readers
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -311,6 +312,7 @@ class Loop:
         self._scheduler.ran(step, runner.now, seconds)
         counts.count_step(step, seconds, alone=alone)
         drafts = step if isinstance(step, Tokens) and step.drafts else None
+        self._touched += [sequence.stream for sequence in runner.score(step)]
         sampled = runner.sample(step)
         if not sampled and not drafts:
             return
@@ -388,6 +390,8 @@ class Loop:
             self._fail(sequence, sequence.error)
         elif sequence.stream.done:
             self._release(sequence)
+        elif sequence.later is not None and sequence.limit != "seconds":
+            self._scheduler.turn_to_labels(sequence)
         else:
             self._finish(sequence)
 

@@ -193,6 +193,11 @@ class AnswerText:
             self.logprobs.append(logprob)
             self._pending.append(logprob)
 
+    def write(self, text: str, tokens: Iterable[int]) -> list[TextDelta]:
+        """The answer, which these tokens stand for."""
+        self.tokens += tokens
+        return self._show(text)
+
     def read(self, token: int, piece: bytes) -> list[TextDelta]:
         """What may be shown now. Bytes that can be no character become U+FFFD."""
         data = self._cut + (piece or self._tags.get(token, b""))

@@ -1,192 +1,24 @@
-"""One request: what its caller reads, where its prompt stands, what it answered, and why it ended."""
+"""One request: where its prompt stands, what it answered, and why it ended."""
 
 from __future__ import annotations
 
-import asyncio
 import enum
-import threading
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from opsin.cache import Prefix, units_of
-from opsin.core.answer import Answer, Event, Finished, FinishReason, TokenLogprob, Usage
+from opsin.core.answer import Answer, FinishReason, TokenLogprob, Usage
 from opsin.core.backend import Sampler
-from opsin.core.errors import Cancelled, OpsinError, copy_of
+from opsin.core.confidence import confidence_of
+from opsin.core.errors import OpsinError
 from opsin.core.request import Chunk, Embedding, ImageChunk, Prompt, SamplingParams, TextChunk, TokenizedPrompt
 from opsin.engine.clock import StageClock, timings
 from opsin.engine.draft import Drafter
+from opsin.engine.labels import LabelTree
 from opsin.engine.output import AnswerText
-
-MAX_UNREAD = 8192
-"""Events that may wait for their reader."""
+from opsin.engine.stream import AnswerStream
 
 Limit = Literal["tokens", "seconds", "context", "guard"]
-
-
-class AnswerStream:
-    """The events of one answer, read by one reader: `for` in plain code, `async for` on an event loop.
-
-    Delivery never blocks the engine. The stream ends after `Finished`, or raises the request's error. `on_cancel` and
-    `on_end` are called once, when the reader goes away and when the last event is in. `wake` tells readers of several
-    streams that there is something to read. `done` is True once the last event or the error is in.
-    """
-
-    def __init__(self, on_cancel: Callable[[], None], wake: Wake | None = None) -> None:
-        self._on_cancel = on_cancel
-        self._wake = wake or wake_readers
-        self._events: deque[Event] = deque()
-        self._changed = threading.Condition()
-        self._error: BaseException | None = None
-        self._waiting = False
-        self.on_end: Callable[[], None] | None = None
-        self.done = self.cancelled = False
-        self.only_end = False  # its reader waits for the whole answer
-        self.reader: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
-
-    def add(self, event: Event) -> None:
-        """Put an event in without waking the reader: the engine wakes the readers of a whole step at once."""
-        if self.done:
-            return
-        if isinstance(event, Finished):
-            self._events.append(event)
-            self._end(None)
-        elif not self.only_end:
-            self._events.append(event)
-            if len(self._events) > MAX_UNREAD:
-                # Nobody reads: the answer ends here, and its memory is for others.
-                self.cancelled = True
-                self._end(Cancelled(f"The reader is {MAX_UNREAD} events behind: the answer was cut."))
-
-    def deliver(self, event: Event) -> None:
-        """Hand one event over."""
-        self.add(event)
-        self._wake((self,))
-
-    def fail(self, error: BaseException) -> None:
-        """End the stream with an error; the first end counts."""
-        self._end(error)
-        self._wake((self,))
-
-    def cancel(self) -> None:
-        """Go away: the engine frees the sequence within one step."""
-        self.cancelled = True
-        self.fail(Cancelled("The answer was cancelled."))
-        self._on_cancel()
-
-    def _end(self, error: BaseException | None) -> None:
-        with self._changed:
-            if self.done:
-                return
-            self._error, self.done = error, True
-            on_end, self.on_end = self.on_end, None
-        if on_end is not None:
-            on_end()
-
-    def notify(self) -> None:
-        """Wake a reader that waits in a thread."""
-        # The reader sets the flag before it looks for events a last time, so none is missed.
-        if self._waiting and (self.done or not self.only_end):
-            with self._changed:
-                self._changed.notify_all()
-
-    def read_with(self, loop: asyncio.AbstractEventLoop, ready: asyncio.Event) -> None:
-        """From now on `ready` is set, in that loop, whenever something can be taken: for a reader of many streams."""
-        self.reader = (loop, ready)
-        if self._events or self.done:
-            ready.set()
-
-    def take(self) -> tuple[list[Event], BaseException | None]:
-        """What has come since the last time, without waiting, and the error that the stream has ended with."""
-        return [self._events.popleft() for _ in range(len(self._events))], self._error
-
-    def _raise(self) -> None:
-        """All is read: raise the error, if that is how it ended."""
-        # What is raised holds the frames it went through, and they hold this stream and the reader's images. Kept here,
-        # it would close a ring that only a full garbage collection opens, after megabytes of them.
-        error, self._error = self._error, copy_of(self._error) if self._error is not None else None
-        try:
-            if error is not None:
-                raise error
-        finally:
-            del error
-
-    def __iter__(self) -> Iterator[Event]:
-        """Events as they come, waiting in this thread."""
-        while True:
-            done = self.done  # asked first, so that what was put in just before the end is read
-            while self._events:
-                yield self._events.popleft()
-            if done:
-                self._raise()
-                return
-            with self._changed:
-                self._waiting = True
-                self._changed.wait_for(lambda: self._events or self.done)
-                self._waiting = False
-
-    async def __aiter__(self) -> AsyncIterator[Event]:
-        """Events as they come, without blocking the running loop; leaving early cancels."""
-        ready = asyncio.Event()
-        self.reader = (asyncio.get_running_loop(), ready)
-        try:
-            while True:
-                ready.clear()
-                done = self.done
-                while self._events:
-                    yield self._events.popleft()
-                if done:
-                    self._raise()
-                    return
-                await ready.wait()
-        finally:
-            self.reader = None
-            if not self.done:
-                self.cancel()
-
-    def result(self) -> Answer:
-        """Wait for the whole answer. Raises the request's error."""
-        self.only_end = True
-        for event in self:
-            if isinstance(event, Finished):
-                return event.answer
-        raise Cancelled("The answer was already read.")
-
-    async def answer(self) -> Answer:
-        """Wait for the whole answer without blocking the loop. Raises the request's error."""
-        self.only_end = True
-        async for event in self:
-            if isinstance(event, Finished):
-                return event.answer
-        raise Cancelled("The answer was already read.")
-
-
-Wake = Callable[[Iterable[AnswerStream]], None]
-"""Called once a step with the streams that got events."""
-
-
-def wake_readers(streams: Iterable[AnswerStream]) -> None:
-    """Tell the readers of these streams that there is something to read, each event loop once."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[AnswerStream]] = {}
-    for stream in streams:
-        if stream.reader is None:
-            stream.notify()
-        elif stream.done or not stream.only_end:
-            by_loop.setdefault(stream.reader[0], []).append(stream)
-    for loop, readers in by_loop.items():
-        try:
-            loop.call_soon_threadsafe(_set_all, readers)
-        except RuntimeError:  # the loop was closed under its readers: that is leaving, and not this thread's fault
-            for stream in readers:
-                stream.reader, stream.cancelled = None, True
-                stream.fail(Cancelled("The event loop of the answer's reader was closed."))
-
-
-def _set_all(streams: Iterable[AnswerStream]) -> None:
-    for stream in streams:
-        if stream.reader is not None:
-            stream.reader[1].set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,10 +40,11 @@ class Request:
 
 
 class State(enum.Enum):
-    """A sequence goes down this list, may go from any line to the last, and from the middle back to the first."""
+    """A sequence scores labels or decodes, may go from any line to the last, and from the middle back to the first."""
 
     WAITING = "waiting"
     PREFILL = "prefill"
+    SCORE = "score"
     DECODE = "decode"
     DONE = "done"
 
@@ -232,7 +65,8 @@ class Sequence:
     close a reasoning block. `compiled` is its schema or grammar, ready for the sampler. `prefix` is its entry in the
     KV cache manager. `embeddings` are the known ones of its image chunks, by identity; `cached_images` had a chunk
     whose embedding was remembered, `encoded_images` one that was encoded for this request. `turn` orders who works on
-    an image next. `drafter` guesses how its answer goes on.
+    an image next. `drafter` guesses how its answer goes on. `labels` are to be scored behind its prompt, `later` those
+    behind its own words. `weighed` are the tokens of an answer with `confidence`.
     """
 
     request: Request
@@ -243,6 +77,8 @@ class Sequence:
     embeddings: dict[str, Embedding] = field(default_factory=dict, repr=False)
     closing: tuple[int, ...] = ()
     compiled: object = None
+    labels: LabelTree | None = None
+    later: LabelTree | None = None
     chunks: list[Chunk] = field(init=False)
     prefix: Prefix = field(init=False)
     state: State = State.WAITING
@@ -262,14 +98,15 @@ class Sequence:
     finish_reason: FinishReason | None = None
     limit: Limit | None = None
     error: OpsinError | None = None
+    weighed: list[TokenLogprob] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
         self._read_chunks()
 
     def _read_chunks(self) -> None:
         self.chunks = [chunk for chunk in self.tokenized.chunks if chunk.n_tokens]
-        if self.output.tokens:
-            self.chunks.append(TextChunk(tuple(self.output.tokens)))
+        if words := self.output.tokens[: None if self.labels is None else self.labels.behind]:
+            self.chunks.append(TextChunk(tuple(words)))
         self.prefix = Prefix(units_of(self.chunks, self.request.salt))
 
     @property
@@ -335,7 +172,7 @@ class Sequence:
             self.chunk_index += 1
             self.chunk_offset = 0
             if self.chunk_index == len(self.chunks) and self.state is State.PREFILL:
-                self.state = State.DECODE
+                self.state = State.DECODE if self.labels is None else State.SCORE
 
     def decoded(self) -> None:
         """The last token sampled is in the KV cache now."""
@@ -351,8 +188,25 @@ class Sequence:
         if ends_turn and not self.request.params.ignore_eos:
             self.end("stop")
             return False
-        self.output.take(token, logprob)
+        if self.request.params.confidence and logprob is not None:
+            self.weighed.append(logprob)
+        self.output.take(token, None if self.request.params.logprobs is None else logprob)
         return True
+
+    def turn_to_labels(self) -> None:
+        """Its own words are over: its labels are scored where the last one of them stands."""
+        self.labels, self.later = self.later, None
+        if self.labels is not None and self.limit != "context":
+            self.labels.behind = self.labels.named_last(self.output.tokens)
+        self.preempt()
+
+    def decide(self) -> None:
+        """All labels are scored: the likeliest is the answer."""
+        assert self.labels is not None
+        choice = self.labels.decide(self.request.params.labels)
+        for delta in self.output.write(choice.label, self.labels.likeliest(choice.label)):
+            self.stream.add(delta)
+        self.end("stop")
 
     def may_lag(self, n_ctx: int) -> bool:
         """Whether its next token may be computed before the last one is shown. The first is shown at once."""
@@ -415,7 +269,7 @@ class Sequence:
     def answer(self) -> Answer:
         """The whole answer, with the account of its time; called once, at the end."""
         assert self.finish_reason is not None
-        stages, output, tokenized = self.clock.freeze(), self.output, self.tokenized
+        stages, output, tokenized, request = self.clock.freeze(), self.output, self.tokenized, self.request
         usage = Usage(tokenized.n_tokens, len(output.tokens), tokenized.n_image_tokens, self.cached)
         remembered = self.cached_images - self.encoded_images
         # Of merged frames the first is counted.
@@ -439,7 +293,9 @@ class Sequence:
             limit=self.limit,
             logprobs=tuple(output.logprobs),
             tokens=tuple(output.tokens),
-            max_tokens=self.request.max_tokens,
+            max_tokens=request.max_tokens,
             intervals=self.clock.intervals(),
             stop=output.stopped,
+            confidence=confidence_of(output.text, self.weighed) if request.params.confidence else None,
+            choice=None if self.labels is None else self.labels.choice,
         )

@@ -18,7 +18,7 @@ from opsin.core.errors import DecodeFailed, OpsinError
 from opsin.core.request import EmbeddingRows, ImageChunk, TokenBatch
 from opsin.engine.clock import GroupClock, Now
 from opsin.engine.request import Sequence, State
-from opsin.engine.step import Encode, PrefillImage, Step, Tokens
+from opsin.engine.step import Encode, PrefillImage, Step, Tokens, branch_rows, cells_needed
 
 Sampled = tuple[Sequence, int, TokenLogprob | None]
 
@@ -110,7 +110,8 @@ class Runner:
 
         Who fails ends alone, with its error.
         """
-        rows = [(sequence, row) for sequence, row in _rows(step) if sequence.state is not State.DONE]
+        alive = [(sequence, row) for sequence, row in _rows(step) if sequence.state is not State.DONE]
+        rows = [(sequence, row) for sequence, row in alive if sequence.labels is None]
         # Those that decoded share the group's clock; the others get their first token.
         return self._sample(rows, [s for s, row in rows if row >= len(step.decode)]) if rows else []
 
@@ -134,7 +135,8 @@ class Runner:
         tokens: list[Sampled] = []
         sampling: list[Sequence] = []
         for sequence, row in rows:
-            top = sequence.request.params.logprobs
+            params = sequence.request.params
+            top = 0 if params.logprobs is None and params.confidence else params.logprobs
             if sequence.forced:
                 token = sequence.forced.pop(0)
                 tokens.append((sequence, token, None if top is None else self._backend.logprobs(row, token, top)))
@@ -150,6 +152,28 @@ class Runner:
         self.now = self._clock()
         self._switch(first, Stage.DETOKENIZE, Stage.DETOKENIZE, self.now)
         return tokens
+
+    def score(self, step: Tokens | PrefillImage) -> list[Sequence]:
+        """Read what the step computed for labels; gives those whose labels are all scored, and who failed alone."""
+        found: list[tuple[Sequence, int, tuple[int, ...]]]
+        found = [(sequence, row, ()) for sequence, row in _rows(step) if sequence.labels is not None]
+        if isinstance(step, Tokens):
+            rows = branch_rows(step)
+            start = cells_needed(step) - len(rows)
+            found += [(some[0].sequence, start + at, path) for at, ((_, path), some) in enumerate(rows.items())]
+        for sequence, row, path in found:
+            labels = sequence.labels
+            if sequence.state is State.SCORE and labels is not None and (tokens := labels.unknown(path)):
+                with sequence.clock.stage(Stage.SAMPLE):
+                    try:
+                        labels.take(path, self._backend.score(row, tokens))
+                    except OpsinError as error:
+                        sequence.end_with(error)
+        scored = list({id(sequence): sequence for sequence, _, _ in found}.values())
+        for sequence in scored:
+            if sequence.state is State.SCORE and sequence.labels is not None and not sequence.labels.pending:
+                sequence.decide()
+        return scored
 
     def settled(self, step: Tokens | PrefillImage) -> None:
         """The step's output is processed: its stages end, and whoever answers from here on joins the group."""
@@ -246,7 +270,15 @@ class Runner:
         for sequence, draft in zip(step.decode, step.drafts, strict=False):
             for at, token in enumerate(draft, 1):
                 batch.append((token,), sequence.n_pos + at, sequence.seq_id, logits=True)
-        with self._native(filling, Stage.TEXT_PREFILL, Stage.DECODE if step.decode else Stage.QUEUE, ()):
+        for (_, path), (first, *others) in branch_rows(step).items():
+            if others:
+                batch.shared[len(batch.tokens)] = [one.seq_id for one in others]
+            batch.append(path[-1:], first.sequence.n_pos + len(path) - 1, first.seq_id, logits=True)
+        scoring = list({id(branch.sequence): branch.sequence for branch in step.branches}.values())
+        group = Stage.DECODE if step.decode else Stage.QUEUE
+        with self._native([*filling, *scoring], Stage.TEXT_PREFILL, group, ()):
+            for sequence in scoring:
+                sequence.clock.switch(Stage.DECODE)
             return self._decode(batch, meanwhile, may_stop=may_stop)
 
     def _decode(

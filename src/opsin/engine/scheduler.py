@@ -8,6 +8,7 @@ ubatch, and counts as done when `ran` is called with it.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 from opsin.cache.kv_cache import KVCacheManager, Prefix
 from opsin.core.backend import BackendLimits
@@ -15,7 +16,7 @@ from opsin.core.request import ImageChunk, TextChunk
 from opsin.engine.policy import Policy
 from opsin.engine.request import Sequence, State
 from opsin.engine.speculation import Speculation
-from opsin.engine.step import Encode, PrefillImage, Slice, Step, Tokens, cells_needed, without
+from opsin.engine.step import Branch, Encode, PrefillImage, Slice, Step, Tokens, cells_needed, without
 
 _FEWEST_ROWS = 32
 """Rows of a prefill step that reads all weights once. On a CPU 16 of them cost a quarter more each, for a 1 B model.
@@ -51,6 +52,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
+        self._branches: list[Branch] = []  # of the step that was planned last
 
     @property
     def idle(self) -> bool:
@@ -74,7 +76,9 @@ class Scheduler:
             self._admit()
         if any(s.request.priority >= 0 for s in self.running):
             self._live_at, self._beside_live = now, True
-        return self._secured(self._choose(now))
+        self._drop_branches(self._branches)
+        self._free_an_id()
+        return self._branched(self._secured(self._choose(now)))
 
     def plan_turn(self, now: float, priority: int = 0) -> Tokens | None:
         """A decode step between two layers of an encode: no admission, no fork, no eviction; None if it is not due.
@@ -92,6 +96,7 @@ class Scheduler:
     def ran(self, step: Step, now: float, seconds: float = 0.0) -> None:
         """A step was carried out: move cursors and counts on. Sampled tokens come through the sequences."""
         self._learn(step, now, seconds)
+        self._drop_branches(self._branches)
         if isinstance(step, Encode):
             return
         for sequence in step.decode:
@@ -117,6 +122,7 @@ class Scheduler:
             self.waiting.remove(sequence)
         elif sequence in self.running:
             self.running.remove(sequence)
+            self._drop_branches([branch for branch in self._branches if branch.sequence is sequence])
             if keep:
                 if self._speculation is not None:
                     self._speculation.ended(sequence)
@@ -129,6 +135,12 @@ class Scheduler:
             else:
                 self.kv.free(sequence.prefix)
 
+    def turn_to_labels(self, sequence: Sequence) -> None:
+        """Its own words are over: it waits again, and finds what it needs in the KV cache."""
+        self.release(sequence, keep=True)
+        sequence.turn_to_labels()
+        self.add(sequence)
+
     def relieve(self) -> bool:
         """The backend had no room although the counts said so: give something up. False when nothing is left."""
         if self.kv.evict_oldest():
@@ -140,7 +152,7 @@ class Scheduler:
 
     def check(self) -> None:
         """The counts agree with each other. Raises AssertionError."""
-        self.kv.check(s.seq_id for s in self.running)
+        self.kv.check([*(s.seq_id for s in self.running), *(branch.seq_id for branch in self._branches)])
         for sequence in self.running:
             assert self.kv.cells.held(sequence.seq_id) == sequence.n_cells, "a sequence's cells differ from the count"
             assert sequence.n_cells <= self._limits.n_ctx_seq, "a sequence holds more than it may"
@@ -231,6 +243,9 @@ class Scheduler:
         while step is not None and cells_needed(step) > self.kv.room:
             if self.kv.evict_oldest():
                 continue
+            if isinstance(step, Tokens) and len(step.branches) > 1:
+                step = replace(step, branches=step.branches[:-1])  # the others later
+                continue
             last = self._last_in_line()
             if len(self.running) == 1:
                 last.end("length", "context")
@@ -238,6 +253,24 @@ class Scheduler:
             self._preempt(last)
             step = without(step, last)
         return step
+
+    def _free_an_id(self) -> None:
+        """Labels are scored under ids of their own: where none is free, the last in line gives its own away."""
+        while any(s.state is State.SCORE for s in self.running) and not self.kv.spare_ids:
+            if not self.kv.evict_oldest():
+                self._preempt(self._last_in_line())
+
+    def _branched(self, step: Step | None) -> Step | None:
+        """The step, with an id for each of its labels."""
+        if isinstance(step, Tokens) and step.branches:
+            self._branches = [replace(one, seq_id=self.kv.branch(one.sequence.prefix)) for one in step.branches]
+            return replace(step, branches=tuple(self._branches))
+        return step
+
+    def _drop_branches(self, branches: list[Branch]) -> None:
+        self._branches = [one for one in self._branches if one not in branches]
+        for one in branches:
+            self.kv.drop(one.seq_id)
 
     def _last_in_line(self) -> Sequence:
         """Whoever goes first when there is too little room. The first in line never does, so somebody gets on."""
@@ -255,7 +288,7 @@ class Scheduler:
     def _learn(self, step: Step, now: float, seconds: float) -> None:
         """A step took so long; nothing was moved on yet."""
         decode = () if isinstance(step, Encode) else step.decode
-        prefill = step.prefill if isinstance(step, Tokens) else ()
+        prefill = (*step.prefill, *step.branches) if isinstance(step, Tokens) else ()
         image = not isinstance(step, Tokens)
         self._kept_waiting = image and not decode
         self._asked = None if image else now
@@ -289,23 +322,41 @@ class Scheduler:
             if self._speculation is None or not decoding:
                 return Tokens(decoding) if decoding else None
             return Tokens(decoding, drafts=self._speculation.drafts(decoding, self.kv.room))
-        top = max(s.request.priority for s in self.running if s.state is State.PREFILL)
+        top = max(s.request.priority for s in self.running if s.state is not State.DECODE)
         filling = [s for s in self.running if s.state is State.PREFILL and s.request.priority == top]
         decoding = tuple([s for s in decoding if s.request.priority >= top])
         streams = self.streams_beside(top)
         sliced = self._sliced(top, streams)
         texts = [s for s in filling if isinstance(s.chunk, TextChunk)]
         images = [s for s in filling if isinstance(s.chunk, ImageChunk)]
+        scoring = [s for s in self.running if s.state is State.SCORE and s.request.priority == top]
         if streams and self._kept_waiting and self._due(now, top, self._row_seconds * self._rows(sliced)):
             # Alone: a stream that waited for a slice of an image does not wait for a prompt's text, too.
             return Tokens(decoding)
-        if texts and (self._text_next or not images):
-            # Everyone's next token, and text of prompts as far as the slice and the ubatch go.
+        if (texts or scoring) and (self._text_next or not images):
+            # Everyone's next token, labels, and text of prompts as far as the slice and the ubatch go.
             budget = min(self._limits.n_ubatch - len(decoding), self._rows(sliced))
-            shares = zip(texts, _shares(texts, budget), strict=True)
-            return Tokens(decoding, tuple([_slice(sequence, share) for sequence, share in shares if share]))
+            branches = self._labels(scoring, min(budget, self._limits.n_outputs - len(self.running)))
+            budget -= sum(len(branch.tokens) for branch in branches)
+            if branches and budget < 0:  # not even one label beside all the streams: it goes alone
+                return Tokens((), (), branches)
+            shares = zip(texts, _shares(texts, budget), strict=True) if texts and budget else ()
+            return Tokens(decoding, tuple([_slice(one, share) for one, share in shares if share]), branches)
         # One image after another, not one request after another: a small one does not wait for ten images.
         return self._image(min(images, key=lambda s: s.turn), streams, sliced)
+
+    def _labels(self, sequences: list[Sequence], budget: int) -> tuple[Branch, ...]:
+        """Labels to be scored, as many as take so many rows, but one in any case; idle prefixes give way to them."""
+        branches: list[Branch] = []
+        for sequence in sequences:
+            assert sequence.labels is not None, "only labels are scored"
+            for path in sequence.labels.pending:
+                budget -= len(path)
+                no_id = len(branches) == self.kv.spare_ids and not self.kv.evict_oldest()
+                if no_id or (branches and budget < 0):
+                    return tuple(branches)
+                branches.append(Branch(sequence, path))
+        return tuple(branches)
 
     def _sliced(self, priority: int, streams: tuple[Sequence, ...]) -> float | None:
         """How long a prefill step may take, as others wait for it; None: as long as it likes."""

@@ -51,14 +51,27 @@ class Slice:
 
 
 @dataclass(frozen=True, slots=True)
+class Branch:
+    """Tokens of a label behind the whole prompt of a sequence, in cells that are theirs for this step; all have logits.
+
+    `seq_id` shares the prompt's cells.
+    """
+
+    sequence: Sequence
+    tokens: tuple[int, ...]
+    seq_id: int = -1
+
+
+@dataclass(frozen=True, slots=True)
 class Tokens:
-    """One new token for each sequence that answers, and slices of prompts, all in one ubatch.
+    """One new token for each sequence that answers, slices of prompts, and labels to be scored, all in one ubatch.
 
     `drafts` has, for each that answers, the tokens that may come behind its new one; empty where nobody has any.
     """
 
     decode: tuple[Sequence, ...]
     prefill: tuple[Slice, ...] = ()
+    branches: tuple[Branch, ...] = ()
     drafts: tuple[tuple[int, ...], ...] = ()
 
     @property
@@ -70,17 +83,27 @@ class Tokens:
 Step = Encode | PrefillImage | Tokens
 
 
+def branch_rows(step: Tokens) -> dict[tuple[int, tuple[int, ...]], list[Branch]]:
+    """The rows of labels, in order: a sequence's id and a path behind its prompt, and the labels that share the row."""
+    rows: dict[tuple[int, tuple[int, ...]], list[Branch]] = {}
+    for branch in step.branches:
+        for end in range(1, len(branch.tokens) + 1):
+            rows.setdefault((branch.sequence.seq_id, branch.tokens[:end]), []).append(branch)
+    return rows
+
+
 def cells_needed(step: Step) -> int:
     """KV cells that a step takes."""
     if isinstance(step, Tokens):
-        return len(step.decode) + sum(len(part.tokens) for part in step.prefill) + step.drafted
+        filled = sum(len(part.tokens) for part in step.prefill)
+        return len(step.decode) + filled + step.drafted + len(branch_rows(step))
     return len(step.decode) + step.rows if isinstance(step, PrefillImage) else 0
 
 
 def members_of(step: Step) -> tuple[Sequence, ...]:
     """All sequences that a step computes for."""
     if isinstance(step, Tokens):
-        return (*step.decode, *(part.sequence for part in step.prefill))
+        return (*step.decode, *(part.sequence for part in step.prefill), *(one.sequence for one in step.branches))
     return (*step.decode, step.sequence) if isinstance(step, PrefillImage) else (step.sequence,)
 
 
@@ -100,5 +123,8 @@ def without(step: Step, sequence: Sequence) -> Step | None:
     decode = tuple(s for s in step.decode if s is not sequence)
     if isinstance(step, PrefillImage) and step.sequence is not sequence:
         return replace(step, decode=decode)
-    prefill = tuple(part for part in step.prefill if part.sequence is not sequence) if isinstance(step, Tokens) else ()
-    return Tokens(decode, prefill) if decode or prefill else None
+    if isinstance(step, PrefillImage):
+        return Tokens(decode) if decode else None
+    prefill = tuple(part for part in step.prefill if part.sequence is not sequence)
+    branches = tuple(part for part in step.branches if part.sequence is not sequence)
+    return Tokens(decode, prefill, branches) if decode or prefill or branches else None

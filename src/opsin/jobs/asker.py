@@ -11,13 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from opsin.core.answer import parsed
 from opsin.core.image_options import AS_IT_IS, ImageOptions
 from opsin.core.request import Image, SamplingParams
 from opsin.core.settings import ImageSettings
 from opsin.jobs import load
 from opsin.jobs.item import ImageRef, Item
-from opsin.jobs.row import Row, answer_row
+from opsin.jobs.row import Row, answer_row, output_of
 from opsin.jobs.template import PromptTemplate
 from opsin.prompt import Message, PromptBuilder
 from opsin.worker import DecoderPool, WorkerEngine, WorkerPool
@@ -109,9 +108,7 @@ class ImageAsker:
         messages.append(Message("user", [*asked.images, asked.text]))
         prompt = self._prompts.build(messages, thinking=params.thinking)
         answer = await self._engine.submit(prompt, params, priority=-1).answer()
-        if params.json_schema is None:
-            return answer_row(answer) | self._about
-        return answer_row(answer) | self._about | {"output": parsed(answer)}
+        return answer_row(answer) | self._about | ({"output": output_of(answer)} if params.has_value else {})
 
     def drop(self, asked: Asked) -> None:
         """Its pixels are not needed any more."""

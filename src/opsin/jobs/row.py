@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from opsin.core.answer import Answer
+from opsin.core.answer import Answer, more_fields, parsed
 from opsin.core.errors import OpsinError
 
 BEFORE = ("id", "source", "image_sha256", "text")
@@ -30,9 +30,24 @@ def answer_row(outcome: Answer | OpsinError) -> Row:
     told = [{name: value for name, value in info.items() if name not in NOT_IN_JSON} for info in row["images"]]
     times = {key: {name: round(value, 3) for name, value in row[key].items()} for key in ("stages", "timings")}
     same = {name: row[name] for name in ("text", "reasoning", "finish_reason", "usage", "guard")}
-    if row["boxes"] is not None:
-        same["boxes"] = row["boxes"]
-    return {"error": None, **same, "images": told, **times}
+    return {"error": None, **same, **more_fields(outcome), "images": told, **times}
+
+
+def output_of(answer: Answer) -> Any:
+    """The value of an answer as columns show it. Raises ConstraintFailed."""
+    value, choice = parsed(answer), answer.choice
+    if choice is None:
+        return value
+    return {"choice": value, "probability": choice.probabilities[choice.label], "margin": choice.margin}
+
+
+def output_fields(asked: Mapping[str, Any]) -> dict[str, str]:
+    """The columns that the answers of a job add to a table, with their types; `asked` has its SamplingParams."""
+    kinds = {"boolean": "boolean", "scale": "integer", "choices": "string"}
+    kind = next((kinds[name] for name in kinds if asked.get(name)), None)
+    if kind is not None:
+        return {"choice": kind, "probability": "number", "margin": "number"}
+    return schema_fields(asked.get("json_schema"))
 
 
 def schema_fields(schema: str | None) -> dict[str, str]:

@@ -8,9 +8,11 @@ the call, and raises instead.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -37,7 +39,7 @@ from opsin.native.constraint import Constraint, Constraints
 from opsin.native.devices import default_threads
 from opsin.native.memory import OUTPUTS, SPARE_SEQUENCES
 from opsin.native.model import Model, Owned, TokenTable, floats
-from opsin.native.sampler import NativeSampler
+from opsin.native.sampler import NativeSampler, log_norm
 from opsin.native.stop import StopFlag
 from opsin.native.vision import Encoder
 
@@ -123,6 +125,7 @@ class Context:
             tile=_TILE if model.device is None else 1,
             encode_batch=1 if encoder is None else encoder.batch,
             images=ANY_SIZES if encoder is None else encoder.sizes,
+            n_outputs=self._outputs_max,
             asynchronous=model.offloaded,
             # Of a batch that was stopped llama.cpp forgets all from its first position on, in its first sequence: too
             # little where a keeper holds the same cells, too much where slices of an image share a position.
@@ -130,7 +133,8 @@ class Context:
             # Flash attention in tiles would compute every row of a tile for the cells of all its sequences.
             mixed_rows=0 if self._table is None else n_ubatch if model.device else _TILE - 1,
         )
-        self._arrays = BatchArrays(llama.llama_batch, self.limits.n_ubatch, model.n_pos, self._keeper)
+        most = self.limits.n_seq_max
+        self._arrays = BatchArrays(llama.llama_batch, self.limits.n_ubatch, model.n_pos, self._keeper, most)
         self._causal = True
         self._stop, self._may_stop = StopFlag(llama, pointer, usable=self.limits.stops), False
         self._outputs: dict[int, int] = {}  # rows of the last batch that have logits, and where these are
@@ -202,7 +206,7 @@ class Context:
         """What llama.cpp answers with an abort; unknown tokens, and positions with gaps, it refuses itself."""
         self._check_count(len(rows.tokens))
         _require(len(rows.outputs) <= self._outputs_max, f"More than {self._outputs_max} rows of a batch want logits.")
-        self._check_sequences(min(rows.seq_ids), max(rows.seq_ids))
+        self._check_sequences(min(rows.seq_ids), max(rows.seq_ids), *itertools.chain(*rows.shared.values()))
 
     def _check_embeddings(self, rows: EmbeddingRows) -> None:
         data, times, n_embd, n_pos = rows.rows, rows.positions[0], self.limits.n_embd, self.model.n_pos
@@ -287,10 +291,17 @@ class Context:
             token = sampler.sample(row)
         except OpsinError as error:
             return error
-        return token, None if raw is None else token_logprob(raw, token, top or 0, self.piece)
+        found = None if raw is None else token_logprob(raw, token, top or 0, self.piece)
+        if found is not None and sampler.permitted is not None:
+            found = replace(found, permitted=sampler.permitted[0], overruled=sampler.permitted[1])
+        return token, found
 
     def logprobs(self, row: int, token: int, top: int) -> TokenLogprob:
         return token_logprob(self.logits(row), token, top, self.piece)
+
+    def score(self, row: int, tokens: Sequence[int]) -> list[float]:
+        logits = self.logits(row)
+        return (logits[np.array(tokens, np.intp)].astype(np.float64) - log_norm(logits)).tolist()
 
     def kv_last(self, seq_id: int) -> int:
         self._check_sequences(seq_id)
@@ -363,16 +374,17 @@ class BatchArrays:
     """The arrays of one ubatch of `capacity` rows, made once: `llama_batch` is a struct of bare pointers into them.
 
     A row has `n_pos` positions: 1, or 4 under M-RoPE, section after section, for which `llama_batch_init` has no room.
-    It belongs to its sequence, and with a `keeper` offset also to the sequence that many ids further on.
+    It belongs to its sequence, and with a `keeper` offset also to the sequence that many ids further on; a row of a
+    label to as many as share it, `most` at most.
     """
 
-    def __init__(self, batch_type: Any, capacity: int, n_pos: int, keeper: int = 0) -> None:
+    def __init__(self, batch_type: Any, capacity: int, n_pos: int, keeper: int = 0, most: int = 1) -> None:
         self._n_pos = n_pos
         # Added to a row's sequence: its ids. llama.cpp masks by any one of them: both hold the same cells.
         self._ids = np.array([0, keeper] if keeper else [0], np.int32)
         self._token, self._pos = np.zeros(capacity, np.int32), np.zeros(capacity * n_pos, np.int32)
         self._n_seq_id = np.full(capacity, len(self._ids), np.int32)
-        self._seq_id = np.zeros((capacity, len(self._ids)), np.int32)
+        self._seq_id = np.zeros((capacity, most * len(self._ids)), np.int32)
         self._logits = np.zeros(capacity, np.int8)
         # A row's list of ids is one row of _seq_id.
         self._rows = self._seq_id.ctypes.data + self._seq_id.strides[0] * np.arange(capacity, dtype=np.uintp)
@@ -406,14 +418,20 @@ class BatchArrays:
         positions[:, tokens:end] = rows.positions
         positions[:, end:] = np.arange(rows.behind_at, rows.behind_at + count - end)
         positions[3:, :tokens] = positions[3:, end:] = 0
-        self._seq_id[tokens:count] = rows.seq_id + self._ids
+        self._seq_id[tokens:count, : len(self._ids)] = rows.seq_id + self._ids
         self._logits[count - 1] |= rows.logits
         self._batch.n_tokens, self._batch.token, self._batch.embd = count, None, self._pointer(data, "embd")
         return self._batch
 
     def _owners(self, batch: TokenBatch, count: int) -> None:
         """The sequences of a batch's tokens, and which of `count` rows want logits."""
-        self._seq_id[: len(batch.tokens)] = np.array(batch.seq_ids, np.int32)[:, np.newaxis] + self._ids
+        width = len(self._ids)
+        self._seq_id[: len(batch.tokens), :width] = np.array(batch.seq_ids, np.int32)[:, np.newaxis] + self._ids
+        self._n_seq_id[:count] = width
+        for row, others in batch.shared.items():
+            ids = np.add.outer(others, self._ids).ravel()
+            self._seq_id[row, width : width + len(ids)] = ids
+            self._n_seq_id[row] += len(ids)
         self._logits[:count] = 0
         self._logits[batch.outputs] = 1
 
@@ -421,10 +439,9 @@ class BatchArrays:
 def token_logprob(logits: NDArray[np.float32], token: int, top: int, piece: Callable[[int], bytes]) -> TokenLogprob:
     """The log probability of `token`, and the `top` most likely tokens, best first, ties by token id.
 
-    `logits` is float32 [n_vocab]. The sum is taken in float64: with 150,000 terms float32 loses the fourth digit.
+    `logits` is float32 [n_vocab].
     """
-    peak = float(logits.max())
-    norm = peak + float(np.log(np.exp(logits.astype(np.float64) - peak).sum()))
+    norm = log_norm(logits)
     top = min(top, len(logits))
     chosen = np.argpartition(logits, -top)[-top:] if top > 0 else np.array([], np.intp)
     order = chosen[np.lexsort((chosen, -logits[chosen]))]

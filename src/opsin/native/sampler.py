@@ -42,6 +42,9 @@ class NativeSampler(Owned):
         self._llama = llama = model.lib.llama
         self._context, self._logits, self._constraint = context, logits, constraint
         self._eog_tokens = model.eog_tokens
+        self._weighs = params.confidence and constraint is not None
+        self.permitted: tuple[float, bool] | None = None
+        """With `params.confidence`, see `TokenLogprob`, of the last token."""
         self._before_end = 0 if constraint else params.min_tokens
         biases = _biases(model, params, constrained=constraint is not None)
         penalties = params.repeat_penalty != 1.0 or bool(params.presence_penalty or params.frequency_penalty)
@@ -85,6 +88,7 @@ class NativeSampler(Owned):
                 self._before_end -= 1
                 logits[list(self._eog_tokens)] = -np.inf
             return self._sampled(logits, row)
+        raw = logits.copy() if self._weighs else logits
         token = -1 if self._mask_first else self._sampled(logits, row)
         if token < 0 or not constraint.permits(token):
             np.copyto(logits, -np.inf, where=~constraint.mask(self.forbidden))
@@ -92,6 +96,9 @@ class NativeSampler(Owned):
                 logits[token] = -np.inf
                 if logits.max() == -np.inf:
                     raise ConstraintFailed("Every item that may follow is in this array already: it wants them unique.")
+        if self._weighs:  # before it is taken in
+            mask = constraint.mask(self.forbidden)
+            self.permitted = float(raw[token]) - log_norm(raw[mask]), not mask[raw.argmax()]
         if token not in self._eog_tokens:
             constraint.accept(token)
         return token
@@ -110,6 +117,12 @@ class NativeSampler(Owned):
         array = llama.llama_token_data_array(first, len(tokens), -1, False)
         llama.llama_sampler_apply(self.pointer, ctypes.byref(array))
         return int(array.data[array.selected].id)
+
+
+def log_norm(logits: NDArray[np.float32]) -> float:
+    """The logarithm of the sum of all exponentials, in float64: with 150,000 terms float32 loses the fourth digit."""
+    peak = float(logits.max())
+    return peak + float(np.log(np.exp(logits.astype(np.float64) - peak).sum()))
 
 
 def most_likely(logits: NDArray[np.float32], count: int) -> NDArray[Any] | None:

@@ -25,6 +25,7 @@ from opsin.images.source import show
 from opsin.images.video import as_frames
 from opsin.prompt import Content, Message
 from opsin.server import schema
+from opsin.server.choices import check_alone, labels_of
 from opsin.server.counting import CountHandler
 from opsin.server.errors import BadField
 from opsin.server.handler import Asked, CompletionHandler, ModelManager, Writer, extensions
@@ -73,7 +74,9 @@ async def _prepare_chat(body: schema.ChatRequest, model: ModelManager, images: R
         json_schema=(tools and tools.schema)
         or schema.schema_of(body.response_format or body.json_schema, settings.max_schema_bytes),
         thinking=body.wants_thinking,
+        **labels_of(body.response_format),
     )
+    check_alone(params, body.n, tools=tools is not None)
     each = schema.choices(params, body.n, settings)
     writer = _ChatWriter(model.name, body, [CallReader(tools) if tools else None for _ in each])
     prompt = await build_prompt(body, body.messages, tools, model, images)
@@ -87,7 +90,9 @@ async def _prepare_text(body: schema.CompletionRequest, model: ModelManager, _: 
     top = body.n_probs if body.logprobs is None else body.logprobs
     schema.at_most(settings.max_top_logprobs, top or 0, "alternatives", "logprobs")
     json_schema = schema.schema_of(body.response_format or body.json_schema, settings.max_schema_bytes)
-    params = schema.sampling(body, settings, body.max_tokens, logprobs=top, json_schema=json_schema)
+    labels = labels_of(body.response_format)
+    params = schema.sampling(body, settings, body.max_tokens, logprobs=top, json_schema=json_schema, **labels)
+    check_alone(params, body.n, tools=False)
     each = schema.choices(params, body.n, settings)
     prompts = [Prompt((TextPart(text),), continues=True) for text in body.prompt]
     return [(prompt, one) for prompt in prompts for one in each], _TextWriter(model.name, body)

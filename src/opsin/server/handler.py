@@ -19,7 +19,7 @@ from fastapi import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from opsin.core.answer import Answer, Finished, TextDelta
+from opsin.core.answer import Answer, Finished, TextDelta, more_fields
 from opsin.core.request import Prompt, SamplingParams
 from opsin.core.settings import ServerSettings
 from opsin.engine.clock import stage_row
@@ -284,7 +284,7 @@ def extensions(answer: Answer) -> dict[str, Any]:
         "images": [asdict(image) for image in answer.images],
         "guard": None if answer.guard is None else asdict(answer.guard),
         "limit": answer.limit,
-        **({} if answer.boxes is None else {"boxes": [asdict(box) for box in answer.boxes]}),
+        **more_fields(answer),
     }
 
 

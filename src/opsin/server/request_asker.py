@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 from starlette.types import Receive, Scope, Send
 
+from opsin.core.choice import CHOICE_FIELDS
 from opsin.core.errors import BadInput, EngineDied
 from opsin.jobs.asker import Asked
 from opsin.jobs.item import Item
@@ -78,7 +79,7 @@ def _row(found: dict[str, Any], body: dict[str, Any]) -> Row:
         "finish_reason": choice["finish_reason"],
         "usage": counts,
         **{name: found.get(name) for name in ("guard", "images", "stages", "timings")},
-        **({"boxes": found["boxes"]} if "boxes" in found else {}),
+        **{name: found[name] for name in (*CHOICE_FIELDS, "confidence", "boxes") if found.get(name) is not None},
         "response": found,
     }
     wanted = (body.get("response_format") or {}).get("type")

@@ -16,6 +16,7 @@ from opsin.core.answer import Answer, Finished, TextDelta
 from opsin.core.request import SamplingParams
 from opsin.server import schema
 from opsin.server.chat import build_prompt
+from opsin.server.choices import ChoicesFormat, check_alone, labels_of
 from opsin.server.counting import CountHandler
 from opsin.server.errors import BadField
 from opsin.server.handler import Asked, CompletionHandler, ModelManager, Writer, extensions
@@ -95,7 +96,10 @@ class TextOptions(Sent):
     """The format of the text."""
 
     format: (
-        Annotated[schema.TextFormat | schema.ObjectFormat | FlatSchemaFormat, Field(discriminator="type")] | None
+        Annotated[
+            schema.TextFormat | schema.ObjectFormat | FlatSchemaFormat | ChoicesFormat, Field(discriminator="type")
+        ]
+        | None
     ) = None
 
 
@@ -157,7 +161,9 @@ async def _prepare(body: ResponsesRequest, model: ModelManager, images: RequestI
         body.max_output_tokens,
         json_schema=(tools and tools.schema) or schema.schema_of(wanted, settings.max_schema_bytes),
         thinking=body.wants_thinking,
+        **labels_of(wanted),
     )
+    check_alone(params, None, tools=tools is not None)
     items = _conversation(body, images.key, model.stored)
     messages = _messages(body.instructions, items)
     if not messages:

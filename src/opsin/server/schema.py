@@ -19,6 +19,7 @@ from pydantic import (
 from opsin.core.files import read_table
 from opsin.core.request import SamplingParams
 from opsin.core.settings import ServerSettings
+from opsin.server.choices import ChoicesFormat
 from opsin.server.errors import BadField
 from opsin.server.parts import ContentIn, History, ImageFields, Sent, or_text
 
@@ -228,6 +229,7 @@ class Common(Sent):
     guard: bool | None = None
     max_seconds: float | None = None
     grammar: str | None = None
+    confidence: bool | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -270,7 +272,9 @@ class Choices(Common):
     logit_bias: dict[Annotated[int, Field(strict=False)], float] | None = None
     max_tokens: Limit = None
     n_probs: Whole | None = Field(None, ge=0)
-    response_format: Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")] | None = None
+    response_format: (
+        Annotated[TextFormat | ObjectFormat | SchemaFormat | ChoicesFormat, Field(discriminator="type")] | None
+    ) = None
     json_schema: Schema | None = None
     stream_options: StreamOptions | None = None
 
@@ -367,10 +371,10 @@ def choices(params: SamplingParams, n: int | None, settings: ServerSettings) -> 
 
 
 def schema_of(
-    wanted: TextFormat | ObjectFormat | SchemaFormat | JsonSchema | dict[str, Any] | None, limit: int
+    wanted: TextFormat | ObjectFormat | SchemaFormat | ChoicesFormat | JsonSchema | dict[str, Any] | None, limit: int
 ) -> str | None:
     """The JSON schema that a response format asks for, of at most `limit` bytes. Raises BadField."""
-    if wanted is None or isinstance(wanted, TextFormat):
+    if wanted is None or isinstance(wanted, (TextFormat, ChoicesFormat)):
         return None
     if not isinstance(wanted, dict):
         wanted = (wanted.json_schema if isinstance(wanted, SchemaFormat) else wanted).schema_

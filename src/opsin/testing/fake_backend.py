@@ -187,8 +187,11 @@ class FakeBackend:
         if self.cells_used + count > self.limits.n_ctx:
             return False
         self._rows = []
-        for entry, pos, seq_id in zip(entries, positions, seq_ids, strict=True):
+        for row, (entry, pos, seq_id) in enumerate(zip(entries, positions, seq_ids, strict=True)):
             self._append(seq_id, pos, entry)
+            for other in batch.shared.get(row, ()):
+                assert self._sequences[other] == self._sequences[seq_id][:-1], "they hold the same before"
+                self._sequences[other].append(self._sequences[seq_id][-1])
             self._rows.append((seq_id, len(self._sequences[seq_id])))
         self.clock.spend(ms)
         return True
@@ -224,6 +227,10 @@ class FakeBackend:
         best = self.next_token(row)
         alternatives = ((best, self.piece(best), 0.0),)[:top]
         return TokenLogprob(token, self.piece(token), 0.0 if token == best else -10.0, alternatives)
+
+    def score(self, row: int, tokens: Sequence[int]) -> list[float]:
+        """As `logprobs`: the next byte of the reply is certain, all others are as unlikely as each other."""
+        return [self.logprobs(row, token, 0).logprob for token in tokens]
 
     def piece(self, token: int) -> bytes:
         return bytes([token]) if token < 256 else b""

@@ -4,7 +4,7 @@ For: whoever must outlive llama.cpp (the server, batch jobs, `Opsin(isolated=Tru
 `client` and `pool` import nothing native, so that the process in front stays small.
 """
 
-from opsin.engine.request import AnswerStream
+from opsin.engine.stream import AnswerStream
 from opsin.worker.client import ImageBlocked, NotReady, WorkerEngine
 from opsin.worker.decoders import DecoderPool
 from opsin.worker.messages import ENDING, Loaded, share

@@ -26,9 +26,10 @@ from opsin.engine import Policy
 from opsin.engine.clock import StageClock
 from opsin.engine.loop import Loop
 from opsin.engine.output import AnswerText
-from opsin.engine.request import AnswerStream, Request, Sequence, State
+from opsin.engine.request import Request, Sequence, State
 from opsin.engine.scheduler import Scheduler
 from opsin.engine.step import Step, Tokens, members_of
+from opsin.engine.stream import AnswerStream
 from opsin.testing import FakeBackend, FakeClock, image
 from opsin.testing.fake_backend import TURN_TEXT
 
