@@ -8,7 +8,7 @@ from typing import Any
 
 
 class StopFlag:
-    """`text`: when it has a byte, llama.cpp stops before the next node of a graph, on CPUs. Lives as long as the context.
+    """When `text` has a byte, llama.cpp stops before the next node of a graph, on CPUs. It must outlive the context.
 
     The callback is the C library's `strlen`: it gives 0, which is false, for an empty string, and 1 for one of one
     byte. Unless `usable`, nothing ever stops. Source: `llama_set_abort_callback` in llama.h.
