@@ -129,7 +129,7 @@ def test_the_template_gets_its_options() -> None:
         ("guided_json", SCHEMA, "response_format"),
         ("structured_outputs", {"json": SCHEMA}, "response_format"),
         ("guided_regex", "a+", "grammar"),
-        ("guided_choice", ["a", "b"], "grammar"),
+        ("guided_choice", ["a", "b"], "response_format"),
         ("guided_grammar", 'root ::= "a"', "grammar"),
         ("functions", [PAINT["function"]], "tools"),
         ("function_call", "auto", "tools"),
