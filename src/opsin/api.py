@@ -208,9 +208,9 @@ class Opsin:
         Raises BadInput, EngineError.
         """
         reading, shown = _of_videos(params), _of_images(params)
-        checked(SamplingParams, params)
+        thinking = checked(SamplingParams, params).thinking
         loaded = join([self.images(source, **reading, **shown) for source in _listed(images)], **reading)
-        prompt = self.prompt(question_about(loaded, question, system))
+        prompt = self.prompt(question_about(loaded, question, system), thinking=thinking)
         return self.engine.submit(prompt, count_only=True).result().usage.prompt_tokens
 
     def placement(self) -> Placement:

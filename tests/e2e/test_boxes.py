@@ -76,6 +76,7 @@ def test_the_command_prints_and_draws_them(pair: Pair, photo: Path, opsin_env: d
     [
         (["--boxes", "--format", "csv"], "no place for boxes"),
         (["--draw", "drawn.gif"], "is not known by its name"),
+        (["--draw", "drawn.png", "--pages", "1"], "save the page"),
         (["--draw", "nowhere/drawn.png"], "is not there"),
         (["photo.png", "--draw", "drawn.png"], "one image"),
         (["photo.png", "--boxes", "--together"], "there are 2"),

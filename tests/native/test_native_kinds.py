@@ -121,9 +121,9 @@ def test_one_that_goes_away_behind_its_image_leaves_the_books_right(kind: str, p
     backend = pairs(kind, ubatch=512)  # half an image would be no unit of the cache
     decode, streams, submitted = backend.decode, [], threading.Event()
 
-    def decode_and_go(rows: Any) -> bool:
+    def decode_and_go(rows: Any, **how: Any) -> bool:
         assert submitted.wait(60)
-        done = decode(rows)
+        done = decode(rows, **how)
         if isinstance(rows, EmbeddingRows) and streams:
             streams.pop().cancel()
         return done

@@ -9,6 +9,7 @@ import pytest
 from native_help import draw, generate, prefill
 from token_rows import TokenRow, batch
 
+from opsin.core.backend import Stopped
 from opsin.core.errors import BadParameter, Cancelled, EncodeFailed, ModelUnreadable, PairMismatch
 from opsin.core.request import ImagePart, SamplingParams, TextPart
 
@@ -58,7 +59,7 @@ def test_others_get_turns_and_nothing_is_lost(backend: Any, run: Any) -> None:
     assert np.abs(noisy - quiet).max() < 1e-5
 
 
-@pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt(), Cancelled("gone")])
+@pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt(), Cancelled("gone"), Stopped()])
 def test_what_a_turn_raises_is_raised_after_the_encode(backend: Any, run: Any, error: BaseException) -> None:
     before = backend.encode(run)
 

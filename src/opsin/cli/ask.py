@@ -40,6 +40,8 @@ from opsin.doctor.placement import remembered_placement
 from opsin.engine import AnswerStream
 from opsin.images import load_image
 from opsin.images.draw import draw_boxes
+from opsin.images.source import read_stream
+from opsin.images.video import is_video
 from opsin.models import locate
 from opsin.worker.videos import check_videos, join, load_source
 
@@ -104,6 +106,12 @@ def ask(
     form = "jsonl" if as_json else form
     if params.get("boxes"):
         check_boxes_out(form, draw, groups)
+        if draw is not None and (limits.pages or frames or is_video(found[0]) or found[0].lower().endswith(".pdf")):
+            raise BadParameter(
+                "--draw draws over an image file: save the page or the frame as one, and ask about that."
+            )
+    if params.get("confidence") and form != "jsonl":
+        raise BadParameter("--confidence is shown in JSON alone: give --json, too.")
     if len(groups) > _MANY:
         tell(f"(for {len(groups):,} images see opsin batch: it goes on where it was stopped, and is faster)")
     settings = settings_of(flags, min(SLOTS, len(groups)))
@@ -294,9 +302,11 @@ def show_limits(answer: Answer, name: str = "") -> None:
 def _read_images(source: str, limits: ImageSettings, *how: Any, frames: bool = False, **video: Any) -> list[Image]:
     if not source:
         raise BadParameter("The image's name is empty: give a file, a folder, an address, or -.")
-    # One byte more than an image may have is enough to refuse it.
-    data = sys.stdin.buffer.read(limits.max_bytes + 1) if source == "-" else source
-    return load_source(data, limits, VideoSettings(**video), *how, frames=frames)
+    settings = VideoSettings(**video)
+    # One byte more than a file may have is enough to refuse it.
+    most = max(limits.max_bytes, settings.max_bytes) + 1
+    data = read_stream(sys.stdin.buffer, most) if source == "-" else source
+    return load_source(data, limits, settings, *how, frames=frames)
 
 
 def timeline(answer: Answer, placement: Placement, wall_ms: float = 0.0, width: int = 100) -> Table:

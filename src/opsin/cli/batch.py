@@ -176,8 +176,10 @@ def batch(
         given["json_schema"] = read_text(expand(json_schema), MAX_SCHEMA)
     given |= o.labels(choices, scale, boolean=boolean, reasons=reasons)
     params = checked(SamplingParams, given)
-    if params.boxes and (ray is not None or (output is not None and output.suffix.lower() != ".jsonl")):
-        raise BadParameter("Tables have no place for boxes: give -o FILE.jsonl with --boxes.")
+    whole = ray is None and (options.sidecar == "json" if output is None else output.suffix.lower() == ".jsonl")
+    for name in ("boxes", "confidence"):
+        if getattr(params, name) and not whole:
+            raise BadParameter(f"Tables and texts have no place for {name}: give -o FILE.jsonl with --{name}.")
     limits = checked(ImageSettings, {"fetch": True, **o.given(ImageSettings, flags)})
     rows = open_source(source, image_column=options.image_column, id_column=options.id)
     if rows.note:

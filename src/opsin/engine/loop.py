@@ -361,7 +361,7 @@ class Loop:
         if self._scheduler.relieve():
             self._apply()
             return
-        for sequence in members_of(step):
+        for sequence in {id(one): one for one in members_of(step)}.values():
             full = f"The KV cache is full at {sequence.n_cells} tokens"
             self._fail(sequence, DecodeFailed(f"{full}: ask for a larger context (--ctx), or for shorter answers."))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from opsin.cache import Prefix, units_of
-from opsin.core.answer import Answer, FinishReason, TokenLogprob, Usage
+from opsin.core.answer import Answer, FinishReason, Stage, TokenLogprob, Usage
 from opsin.core.backend import Sampler
 from opsin.core.confidence import confidence_of
 from opsin.core.errors import OpsinError
@@ -245,14 +245,19 @@ class Sequence:
     def preempt(self) -> None:
         """Its cells are needed elsewhere: it waits again, with what it answered so far as a part of its prompt."""
         self.clock.leave()
+        self.clock.switch(Stage.QUEUE)
         self._read_chunks()
         self.chunk_index = self.chunk_offset = 0
         self.state = State.WAITING
         self.preemptions += 1
 
     def drop_pixels(self) -> None:
-        """When all images are encoded nobody needs their pixels: with 12 megapixels each they fill the memory."""
-        if self.request.prompt.parts and not self.to_encode:
+        """When all images are encoded nobody needs their pixels: with 12 megapixels each they fill the memory.
+
+        Those that the KV cache alone knows may have to be encoded after all, when the sequence is put back.
+        """
+        images = [chunk for chunk in self.chunks if isinstance(chunk, ImageChunk)]
+        if self.request.prompt.parts and all(chunk.identity in self.embeddings for chunk in images):
             self.tokenized.close()
             self.request = replace(self.request, prompt=replace(self.request.prompt, parts=()))
 

@@ -72,11 +72,11 @@ class Scheduler:
     def plan(self, now: float) -> Step | None:
         """Admit who can be admitted, then choose one step; None when there is nothing to compute."""
         self._beside_live = now - self._live_at < self._policy.beside_live
+        self._drop_branches(self._branches)  # of a step that was stopped, or found no room
         if self.waiting:
             self._admit()
         if any(s.request.priority >= 0 for s in self.running):
             self._live_at, self._beside_live = now, True
-        self._drop_branches(self._branches)
         self._free_an_id()
         return self._branched(self._secured(self._choose(now)))
 
@@ -211,6 +211,9 @@ class Scheduler:
     def _may_hold(self, sequence: Sequence, ready: int) -> bool:
         """Whether a sequence of low priority may hold what it needs beside the `ready` units that it shares."""
         most, prefix = self._policy.low_cells, sequence.prefix
+        scored = any(s.labels is not None and s.labels.longest for s in (*self.running, sequence))
+        if scored and self.running and self.kv.spare_ids + len(self.kv.idle) < 2:
+            return False  # labels need an id beside those that run
         if sequence.request.priority >= 0 or not self.running:
             return True
         if self._beside_live and len(self.running) + 1 >= self._parallel > 1:
@@ -337,8 +340,10 @@ class Scheduler:
             # Everyone's next token, labels, and text of prompts as far as the slice and the ubatch go.
             budget = min(self._limits.n_ubatch - len(decoding), self._rows(sliced))
             branches = self._labels(scoring, min(budget, self._limits.n_outputs - len(self.running)))
-            budget -= sum(len(branch.tokens) for branch in branches)
-            if branches and budget < 0:  # not even one label beside all the streams: it goes alone
+            rows = sum(len(branch.tokens) for branch in branches)
+            budget -= rows
+            if branches and (budget < 0 or rows > self._limits.n_outputs - len(self.running)):
+                # Not even one label beside all the streams: it goes alone.
                 return Tokens((), (), branches)
             shares = zip(texts, _shares(texts, budget), strict=True) if texts and budget else ()
             return Tokens(decoding, tuple([_slice(one, share) for one, share in shares if share]), branches)

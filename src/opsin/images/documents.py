@@ -107,15 +107,19 @@ def _chosen(count: int, settings: ImageSettings, name: str) -> tuple[list[int], 
         left = (f"only the first {most} of {count:,} pages were read: `pages` chooses others",) if count > most else ()
         return list(range(1, min(count, most) + 1)), left
     ranges = page_ranges(settings.pages)
-    # A range that ends behind the last page may have any length.
-    pages = list(dict.fromkeys(page for first, last in ranges for page in range(first, min(last or count, count) + 1)))
+    # A file may claim a million pages, and each range may name all of them: the first one too many ends it.
+    asked = (page for first, last in ranges for page in range(first, min(last or count, count) + 1))
+    found: dict[int, None] = {}
+    for page in asked:
+        found[page] = None
+        if len(found) > most:
+            raise BadImage(
+                f"More than {most} pages of {name} are asked for, which is the limit: choose fewer, or raise max_pages."
+            )
+    pages = list(found)
     has = f"{name} has {count:,} page{'s' * (count != 1)}"
     if not pages:
         raise BadImage(f"{has}, so there is no page {settings.pages}: choose others.")
-    if len(pages) > most:
-        raise BadImage(
-            f"{len(pages):,} pages of {name} are asked for, and {most} are the limit: choose fewer, or raise max_pages."
-        )
     missing = any((last or first) > count for first, last in ranges)
     return pages, (f"{has}, so not all of the pages {settings.pages} are there",) if missing else ()
 

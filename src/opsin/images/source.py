@@ -8,6 +8,7 @@ import contextlib
 import os
 import select
 import stat
+from typing import BinaryIO
 from urllib.parse import unquote_to_bytes
 
 from opsin.core.errors import BadImage, ImageTooLarge
@@ -16,6 +17,7 @@ from opsin.core.settings import ImageSettings
 
 _LONGEST_NAME = 160
 _PIPE_SECONDS = 5.0
+_PIECE = 16 * 2**20
 
 
 def show(name: object) -> str:
@@ -74,7 +76,7 @@ def read_file(path: str | os.PathLike[str], settings: ImageSettings) -> bytes:
                 check_bytes(info.st_size, name, settings)
             else:
                 raise BadImage(f"{name} is a device, not a file; give an image file.")
-            data = file.read(settings.max_bytes + 1)
+            data = read_stream(file, settings.max_bytes + 1)
     except ValueError:
         raise BadImage(f"The path {name} holds a character that no path can; check it.") from None
     except IsADirectoryError:
@@ -86,6 +88,15 @@ def read_file(path: str | os.PathLike[str], settings: ImageSettings) -> bytes:
         raise BadImage(f"{name} cannot be read ({why}); check the path, its permissions and its disk.") from error
     check_bytes(len(data), name, settings)
     return data
+
+
+def read_stream(file: BinaryIO, most: int) -> bytes:
+    """At most so many bytes. `file.read(most)` would take the memory for all of them at once."""
+    pieces: list[bytes] = []
+    while most > 0 and (piece := file.read(min(most, _PIECE))):
+        pieces.append(piece)
+        most -= len(piece)
+    return b"".join(pieces)
 
 
 def _wait_for_writer(descriptor: int, name: str) -> None:

@@ -11,7 +11,7 @@ from opsin.core.settings import EngineSettings
 from opsin.models import Pair
 
 # Fields that jobs of earlier versions do not know, and that change nothing where they are off.
-_ADDED = ("boxes",)
+_ADDED = ("boxes", "choices", "scale", "boolean", "reasons", "confidence")
 _HEAD = 2**20  # bytes of a model file's ends that are looked at
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opsin.core.answer import ImageInfo
+from opsin.core.backend import Stopped
 from opsin.core.errors import BadImage, BadInput, Cancelled, EncodeFailed, ModelUnreadable, NativeMismatch, PairMismatch
 from opsin.core.image_options import ANY_SIZES, ImageSizes
 from opsin.core.request import Chunk, Embedding, Image, ImageChunk, Part, TextChunk, TextPart, TokenizedPrompt
@@ -65,7 +66,7 @@ class EvalHook:
         except BaseException as error:  # noqa: BLE001 - kept, and raised by `observing` behind the native call
             self._observer, self._error = None, error
             # False ends the graph early. Its numbers are wrong then, which is no harm: the caller never gets them.
-            return not ask and not isinstance(error, Cancelled)
+            return not ask and not isinstance(error, (Cancelled, Stopped))
         return True
 
     @contextmanager

@@ -57,6 +57,7 @@ def create_app(
     )
     app.state.model, app.state.images, app.state.queue, app.state.metrics = model, images, queue, metrics
     app.state.priority, app.state.batches, app.state.uploads = 0, runner, asyncio.Semaphore(batches.MAX_UPLOADS)
+    app.state.counts = FairQueue(2, settings.max_queue)  # prompts that are only counted: two are prepared at a time
     app.state.root = f"/{path}" if (path := settings.root_path.strip("/")) else ""
     batch_api = () if settings.batch_store == "none" else (batches.router,)
     for one in (chat.router, responses.router, messages.router, *batch_api, router):

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from opsin.core.settings import PageList
 from opsin.server import schema
 from opsin.server.parts import MAX_PARTS, History, ImageFields, ImagePartIn, ImageUrl, PartIn, Sent, TextPartIn, or_text
 from opsin.server.responses import FlatSchemaFormat
@@ -37,6 +38,7 @@ class ImageBlock(History, ImageFields):
 
     type: Literal["image", "document"]
     source: ImageSource
+    pages: PageList | None = None
 
 
 class ThinkingBlock(History):
@@ -184,4 +186,4 @@ def _part(block: TextBlock | ImageBlock) -> PartIn:
     url = source.url if source.type == "url" else f"data:{source.media_type};base64,{source.data}"
     address = ImageUrl.model_construct(url=url)
     shown = {name: getattr(block, name) for name in ImageFields.model_fields}
-    return ImagePartIn.model_construct(type="image_url", image_url=address, **shown)
+    return ImagePartIn.model_construct(type="image_url", image_url=address, pages=block.pages, **shown)

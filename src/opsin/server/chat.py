@@ -76,7 +76,7 @@ async def _prepare_chat(body: schema.ChatRequest, model: ModelManager, images: R
         thinking=body.wants_thinking,
         **labels_of(body.response_format),
     )
-    check_alone(params, body.n, tools=tools is not None)
+    check_alone(params, body.n, tools=tools is not None, schema=body.json_schema)
     each = schema.choices(params, body.n, settings)
     writer = _ChatWriter(model.name, body, [CallReader(tools) if tools else None for _ in each])
     prompt = await build_prompt(body, body.messages, tools, model, images)
@@ -92,7 +92,7 @@ async def _prepare_text(body: schema.CompletionRequest, model: ModelManager, _: 
     json_schema = schema.schema_of(body.response_format or body.json_schema, settings.max_schema_bytes)
     labels = labels_of(body.response_format)
     params = schema.sampling(body, settings, body.max_tokens, logprobs=top, json_schema=json_schema, **labels)
-    check_alone(params, body.n, tools=False)
+    check_alone(params, body.n, tools=False, schema=body.json_schema)
     each = schema.choices(params, body.n, settings)
     prompts = [Prompt((TextPart(text),), continues=True) for text in body.prompt]
     return [(prompt, one) for prompt in prompts for one in each], _TextWriter(model.name, body)
@@ -119,7 +119,8 @@ async def build_prompt(
                 continue
             if isinstance(part, ImagePartIn):
                 param = f"messages[{i}].content[{j}].image_url"
-                wanted.append(Wanted(part.image_url.url, options_of(part, part.image_url, body), param))
+                shown = options_of(part, part.image_url, body)
+                wanted.append(Wanted(part.image_url.url, shown, param, pages=part.pages))
                 count += wanted[-1].options.count
             elif isinstance(part, FilePartIn):
                 param, name = f"messages[{i}].content[{j}].file", show(part.filename)

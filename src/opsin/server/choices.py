@@ -37,10 +37,12 @@ def labels_of(wanted: object) -> dict[str, Any]:
     return {**asked, "reasons": wanted.reasons}
 
 
-def check_alone(params: SamplingParams, n: int | None, *, tools: bool) -> None:
+def check_alone(params: SamplingParams, n: int | None, *, tools: bool, schema: object = None) -> None:
     """Raise BadField for what cannot be honoured beside labels."""
     if not params.labels:
         return
+    if schema is not None:
+        raise BadField("json_schema cannot be used with choices: leave one of them out.", "json_schema")
     if n is not None and n > 1:
         raise BadField(f"n: {n} answers of choices would all be the same: leave n out.", "n")
     if tools:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Send
 
 from opsin.server.handler import Asked, CompletionHandler
+from opsin.server.images import RequestImages
 from opsin.server.schema import dumps
 
 
@@ -20,8 +22,21 @@ class CountHandler(CompletionHandler):
 
     count_only = True
 
-    async def _ask(self, asked: Asked, *rest: Any, send: Send) -> None:  # noqa: ARG002 - all else is for answers
-        stream = self._request.app.state.model.engine.submit(asked[0][0], count_only=True)
+    async def _ask(
+        self,
+        asked: Asked,
+        writer: Any,  # noqa: ARG002 - it is for answers
+        images: RequestImages,
+        held: contextlib.ExitStack,
+        *,
+        send: Send,
+    ) -> None:
+        server, (prompt, params) = self._request.app.state, asked[0]
+        await server.counts.take(images.key, 1)  # keys take turns
+        held.callback(server.counts.leave, 1)
+        params = params.model_copy(update={"json_schema": None, "grammar": None, "max_seconds": None})
+        stream = server.model.engine.submit(prompt, params, count_only=True)
+        held.callback(stream.cancel)
         count = (await stream.answer()).usage.prompt_tokens
         body = dumps({"object": "response.input_tokens", "input_tokens": count})
         response = Response(body, headers=self._notes, media_type="application/json")

@@ -134,7 +134,7 @@ class CompletionHandler(Response):
             held.callback(images.hold, 0)
             model.enter()
             stats.model = model.name
-            model.engine.wake(low=server.priority < 0)  # it loads while images are decoded
+            model.engine.wake(low=self.count_only or server.priority < 0)  # it loads while images are decoded
             model.check(self._body.model)
             self._note_ignored(ignored(self._body), strict=model.settings.strict_fields)
             asked, writer = await self._prepare(self._body, model, images)

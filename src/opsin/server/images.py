@@ -213,11 +213,12 @@ class RequestImages:
                 f"The images of this request have more than {self._loader.max_pixels:,} pixels together; "
                 "send fewer, or scale them down first."
             )
-        pages, most = sum(one.count for one in wanted if one.count > 1), self._loader.limits.max_pages
+        most = self._loader.limits.max_pages
+        pages = sum(one.count * one.options.count for one in wanted if one.count > 1)  # each with its tiles
         if pages > most:
             raise ImageTooLarge(
-                f"The documents of this request have {pages:,} pages together, and {most} are the limit: send fewer, "
-                "or choose some with `pages`."
+                f"The documents of this request have {pages:,} pages and tiles together, and {most} are the limit: "
+                "send fewer, or choose some with `pages`."
             )
         await self._room.take(self.key, pixels)
         self._pixels = pixels

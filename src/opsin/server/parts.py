@@ -74,6 +74,7 @@ class ImagePartIn(History, OneImageFields):
 
     type: Literal["image_url", "input_image"]
     image_url: Annotated[ImageUrl, or_text(lambda url: {"url": url}, ImageUrl | str)]
+    pages: PageList | None = None
 
     @property
     def address(self) -> str:

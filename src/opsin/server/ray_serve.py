@@ -32,7 +32,7 @@ from opsin.server.images import ImageLoader
 from opsin.server.middleware import is_loopback
 from opsin.worker import DecoderPool, NotReady, WorkerEngine
 
-_IMAGE = re.compile(rb'"(?:image_url|url|data)"\s*:\s*"([^"\\]{1,200000000})')
+_IMAGE = re.compile(rb'"(?:image_url|url|data|file_data|file_url|video|input_video)"\s*:\s*"([^"\\]{1,200000000})')
 _ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 _MOST_REQUESTS = 256  # that a front passes on at the same time
 _MOST_FRONTS = 4

@@ -149,7 +149,7 @@ def test_errors_are_the_clients_own(client: Any) -> None:
         client.chat.completions.create(model="any", messages=[])
     assert caught.value.param == "messages"
     file: Any = [{"role": "user", "content": [{"type": "file", "file": {"file_id": "x"}}]}]
-    with pytest.raises(openai.BadRequestError, match="'file'"):
+    with pytest.raises(openai.BadRequestError, match="file_data"):
         client.chat.completions.create(model="any", messages=file)
     broken: Any = [
         {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]}

@@ -74,6 +74,7 @@ def test_a_scale_a_boolean_and_reasons() -> None:
         ({"n": 2}, "n"),
         ({"tools": [TOOL]}, "tools"),
         ({"grammar": "root ::= x"}, "grammar"),
+        ({"json_schema": {"type": "string"}}, "json_schema"),
         ({"logprobs": True}, "logprobs"),
         ({"logit_bias": {"1": 2}}, "logit_bias"),
         ({"thinking": True}, "thinking"),

@@ -160,8 +160,8 @@ def test_a_format_becomes_a_schema(wanted: Any) -> None:
         ({"input": [{"type": "computer_call"}]}, "input", "no message"),
         (
             {"input": [{"role": "user", "content": [{"type": "input_file"}]}]},
-            "input[0].content[0].type",
-            "'input_file'",
+            "input[0].content[0]",
+            "file_data",
         ),
         ({"input": [{"type": "reasoning", "summary": []}]}, "input", "no message"),
         ({"tools": [{"type": "web_search"}], "tool_choice": "required"}, "tool_choice", "no functions"),

@@ -136,6 +136,8 @@ def test_pages_of_a_request_are_bounded_and_what_is_left_out_is_said() -> None:
             assert "first 4 of 5" in reply["images"][0]["notes"][0]
             refused = await w.post(messages=asked(file_part(THREE), file_part(THREE)))
             assert refused.status_code == 413
-            assert "6 pages together, and 4 are the limit" in refused.text
+            assert "6 pages and tiles together, and 4 are the limit" in refused.text
+            tiled = await w.post(messages=asked(file_part(THREE)), image_tiles="2x2")  # each page is five images
+            assert (tiled.status_code, "15 pages" in tiled.text) == (413, True)
 
     run(go())
