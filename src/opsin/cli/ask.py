@@ -304,8 +304,11 @@ def _read_images(source: str, limits: ImageSettings, *how: Any, frames: bool = F
         raise BadParameter("The image's name is empty: give a file, a folder, an address, or -.")
     settings = VideoSettings(**video)
     # One byte more than a file may have is enough to refuse it.
-    most = max(limits.max_bytes, settings.max_bytes) + 1
-    data = read_stream(sys.stdin.buffer, most) if source == "-" else source
+    data: str | bytes = source
+    if source == "-":
+        data = read_stream(sys.stdin.buffer, limits.max_bytes + 1)
+        if is_video(data):
+            data += read_stream(sys.stdin.buffer, settings.max_bytes + 1 - len(data))
     return load_source(data, limits, settings, *how, frames=frames)
 
 
