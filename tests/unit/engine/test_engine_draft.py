@@ -53,6 +53,7 @@ def told(asked: Asked) -> object:
     return answer.text, answer.tokens, answer.finish_reason, answer.limit, answer.logprobs, answer.usage, asked.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "params",
     [
@@ -185,6 +186,7 @@ def test_a_model_with_one_state_for_all_tokens_gets_no_drafts() -> None:
     made.close()
 
 
+@pytest.mark.slow
 def test_rows_that_cost_more_than_steps_are_hardly_drafted() -> None:
     made = driver(LOOP, row_ms=12.0)
     for _ in range(12):
@@ -197,6 +199,7 @@ def test_rows_that_cost_more_than_steps_are_hardly_drafted() -> None:
     made.close()
 
 
+@pytest.mark.slow
 def test_guesses_that_are_wrong_are_not_drafted_for_long() -> None:
     """Every three letters came before, and never went on so."""
     letters = [f"abc{chr(first)}{chr(second)}" for first, second in itertools.product(range(65, 91), range(65, 91))]

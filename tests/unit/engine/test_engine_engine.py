@@ -121,6 +121,7 @@ def test_max_seconds_keeps_what_is_there() -> None:
     assert answer.stages.total_ms < 120
 
 
+@pytest.mark.slow
 def test_the_guard_ends_a_loop_and_off_means_off() -> None:
     def reply(_: str) -> str:
         return "the chair, the table, " * 200

@@ -205,6 +205,7 @@ def test_slices_are_longer_while_many_wait_for_a_first_token() -> None:
     assert all(row <= 40 for row in rows[-3 * 6 :])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("row_ms", "wanted"), [(8.0, 64), (13.0, 32)])
 def test_slow_rows_come_in_whole_tiles_unless_that_takes_too_long(row_ms: float, wanted: int) -> None:
     """Slices of 32 rows cost a quarter more a row than those of 64, which a 1 B model does in half a second."""

@@ -445,6 +445,7 @@ def test_parquet_that_cannot_be_read(tmp_path: Path) -> None:
     assert "text" in refused(path)
 
 
+@pytest.mark.slow
 def test_rows_of_a_dictionary_that_repeats_a_large_value_are_read_in_small_groups(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -130,6 +130,7 @@ def test_no_template_reaches_python(name):
     assert messages == [{"role": "user", "content": "hi"}]
 
 
+@pytest.mark.slow
 def test_a_template_that_passed_is_still_bounded_when_it_writes():
     """The trial cannot see every conversation."""
     many = "{% for i in range(99999) %}{% for j in range(99999) %}{{ '' }}{% endfor %}{% endfor %}"
