@@ -128,10 +128,12 @@ class Opsin:
         are frames of one video, in this order; `image_max_tokens`, `image_region` and `image_tiles` for all of the
         images, `pages` and `max_pages` for documents (see `images`). Raises BadInput, EngineError.
         """
-        reading, shown = _of_videos(params), _of_images(params)
-        check_videos(_listed(images), **reading)
-        loaded = join([self.images(source, **reading, **shown) for source in _listed(images)], **reading)
+        loaded = self._read(images, _of_videos(params), _of_images(params))
         return self.submit(question_about(loaded, question, system), **params).result()
+
+    def _read(self, images: Images, reading: dict[str, Any], shown: dict[str, Any]) -> list[Image]:
+        check_videos(_listed(images), **reading)
+        return join([self.images(source, **reading, **shown) for source in _listed(images)], **reading)
 
     async def ask_async(self, images: Images, question: str, *, system: str | None = None, **params: Any) -> Answer:
         """`ask` for an event loop: images are read in threads, and nothing blocks. Cancelling it ends the answer.
@@ -161,6 +163,7 @@ class Opsin:
         question_about((), question)
 
         def begin(sources: Images) -> AnswerStream:
+            # No check for videos: where some elements are, others may be images.
             loaded = join([self.images(source, **reading, **shown) for source in _listed(sources)], **reading)
             return self.submit(question_about(loaded, question, system), **params)
 
@@ -209,7 +212,7 @@ class Opsin:
         """
         reading, shown = _of_videos(params), _of_images(params)
         thinking = checked(SamplingParams, params).thinking
-        loaded = join([self.images(source, **reading, **shown) for source in _listed(images)], **reading)
+        loaded = self._read(images, reading, shown)
         prompt = self.prompt(question_about(loaded, question, system), thinking=thinking)
         return self.engine.submit(prompt, count_only=True).result().usage.prompt_tokens
 

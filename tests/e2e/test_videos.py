@@ -111,6 +111,8 @@ def test_from_python_frames_cost_half_where_the_encoder_merges_them(clip: Path, 
         for wrong, error in (({"fps": 1}, BadParameter), ({"max_frames": 2.5}, BadParameter)):
             with pytest.raises(error):
                 opsin.ask(clip / "frame0.png", "What?", **wrong)
+            with pytest.raises(error):
+                opsin.count_tokens(clip / "frame0.png", "What?", **wrong)
         with pytest.raises(ImageUnsupported, match="video_url part"):
             opsin.image(clip / "clip.mp4")
         with pytest.raises(BadImage, match="cut short"):

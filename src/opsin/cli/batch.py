@@ -253,8 +253,7 @@ class _Batch:
         if self._workers is None and sum(file.stat().st_size for file in (pair.llm, pair.mmproj) if file) < _TINY:
             self._workers = min(8, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else 1
         asked, prompt = self._asked, self._asked.template.text
-        spec = job_spec(pair, self._settings, asked.params, prompt=prompt, system=asked.system)
-        spec |= asked.images.fields() | asked.limits.chosen()
+        spec = job_spec(pair, self._settings, asked, prompt=prompt, system=asked.system)
         ledger = self._stack.enter_context(to.ledger(place))
         job = to.job(place, ledger, spec)
         if options.retry_failed:

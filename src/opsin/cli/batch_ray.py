@@ -80,8 +80,7 @@ class ToRay:
         if cpus is not None and settings.threads is None:
             settings = settings.model_copy(update={"threads": cpus})
         pair = resolve(settings.model, settings.mmproj)
-        spec = job_spec(pair, settings, asked.params, prompt=asked.template.text, system=asked.system)
-        spec |= asked.images.fields() | asked.limits.chosen()
+        spec = job_spec(pair, settings, asked, prompt=asked.template.text, system=asked.system)
         processes = max(2, min(16, cpus or os.cpu_count() or 1))
         job = RayJob(spec, asked, settings, output_fields(asked.params.model_dump()), str(Path.cwd()), processes)
         try:

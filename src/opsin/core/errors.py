@@ -45,7 +45,7 @@ class ImageTooLarge(BadImage, http_status=413):
 
 
 class ImageUnsupported(BadImage, http_status=415):
-    """A kind of file that is refused by name: an Office document, video, audio."""
+    """A kind of file that is refused by name: an Office document, audio, a video where none can be read."""
 
 
 class FetchFailed(BadInput):

@@ -14,7 +14,7 @@ from opsin.core.errors import BadParameter
 MAX_TILES = 16
 LEAST_LOW = 64
 """Tokens that an image of `detail: low` has at least; otherwise it has a quarter of the model's most."""
-Box = tuple[int, int, int, int]
+Rect = tuple[int, int, int, int]
 """Left, top, width and height in pixels."""
 Detail = Literal["auto", "low", "high", "original", ""]
 
@@ -94,7 +94,7 @@ class ImageOptions(BaseModel):
         columns, _, rows = (self.tiles or "0x0").partition("x")
         return int(columns), int(rows)
 
-    def boxes(self, width: int, height: int) -> list[Box]:
+    def parts(self, width: int, height: int) -> list[Rect]:
         """What is cut out of an upright image of this size: all or a part of it, then its tiles, row by row.
 
         Raises BadParameter where the part does not lie in the image, or is too small for the tiles.
@@ -107,7 +107,7 @@ class ImageOptions(BaseModel):
         tiles = [(x, right, y, bottom) for y, bottom in pairwise(ys) for x, right in pairwise(xs)]
         return [whole, *((left + x, top + y, right - x, bottom - y) for x, right, y, bottom in tiles)]
 
-    def _part(self, width: int, height: int) -> Box:
+    def _part(self, width: int, height: int) -> Rect:
         if self.region is None:
             return 0, 0, width, height
         found, words = list[int](), self.region.split(",")

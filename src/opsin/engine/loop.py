@@ -27,7 +27,6 @@ from opsin.engine.stream import AnswerStream, Wake, wake_readers
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-_LOWEST = -(2**31)
 _EXPECT_SECONDS = 0.3
 _IDLE_SECONDS = 0.01  # between two questions of one user there is more
 
@@ -66,7 +65,7 @@ class Loop:
         self._touched: list[AnswerStream] = []
         self._unread: list[tuple[Sequence, int]] = []  # tokens that are shown while the next ones are computed
         self._counts = Snapshot()
-        self._highest = _LOWEST  # priority of those that came in since the last step
+        self._hurried = False  # whether work of low priority shall end
         self._expected = 0.0  # until then work of low priority waits for a request that is on its way
         self.error: OpsinError | None = None
 
@@ -79,17 +78,15 @@ class Loop:
         """Hand a request over. Raises EngineClosed or EngineDied."""
         self._post(lambda: self._scheduler.add(sequence))
         if sequence.request.priority >= 0:
-            self._expected = 0.0
-            self._hurry()
+            self._hurry(0.0)
 
     def expect(self) -> None:
         """A request is being prepared: work of low priority ends now, and waits for it a moment."""
-        self._expected = self._now() + _EXPECT_SECONDS
-        self._hurry()
+        self._hurry(self._now() + _EXPECT_SECONDS)
         self.wake()
 
-    def _hurry(self) -> None:
-        self._highest = max(self._highest, 0)
+    def _hurry(self, expected: float) -> None:
+        self._hurried, self._expected = True, expected
         self._backend.stop(True)
 
     def wake(self) -> None:
@@ -172,7 +169,7 @@ class Loop:
 
     def _receive(self) -> bool:
         """Take the inbox in, waiting while there is nothing else to do; False when the loop shall end."""
-        block, self._highest = self._scheduler.idle, _LOWEST
+        block, self._hurried = self._scheduler.idle, False
         self._backend.stop(False)
         if block:
             self._self_check()
@@ -283,7 +280,7 @@ class Loop:
             return (lambda: self._turn(encoding)) if streaming else None
 
         def low() -> None:
-            if self._highest > priority:
+            if self._hurried:
                 raise Stopped
             if streaming:
                 self._turn(encoding)

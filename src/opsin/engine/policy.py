@@ -24,8 +24,8 @@ class Policy:
 
     `wait_for` is how many more tokens a prefix that is being filled must share than one that is ready, for a request
     to wait for it. The prefixes of ended sequences go into main memory as soon as somebody else runs, `swap_cells` of
-    them; at most `idle_cells` stay in the KV cache (None: until the room is needed). They get
-    drafts while at most `draft_beside` answer. `max_queue` requests may wait.
+    them; at most `idle_cells` stay in the KV cache (None: until the room is needed). Answers get drafts while at most
+    `draft_beside` of them are being written. `max_queue` requests may wait.
     """
 
     parallel: int = 1

@@ -18,7 +18,8 @@ from opsin.images.source import check_bytes
 _POINTS, _DPI = 72, 300  # a PDF's own units in an inch; and how fine a page is drawn, at most
 _EDGE, _SPARE = 1536, 2  # pixels of a page's longer edge where nobody gives a budget; and for one that the model sees
 _UNDER = 0.95  # of a budget, so that rounding to whole tokens keeps to it
-_MOST, _END = 2, 2048
+_MOST = 2  # times the pixels that one image may have, for all pages together
+_END = 2048  # last bytes of a PDF, where its end marker stands
 _ENCRYPTED = 4  # PDFium's code: FPDF_ERR_PASSWORD
 
 

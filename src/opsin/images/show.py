@@ -66,9 +66,9 @@ def shown(
     from PIL.Image import Resampling
 
     made = []
-    for box in options.boxes(*whole):
-        left, top, across, down = box
-        is_part, notes = box != (0, 0, *whole), image.notes
+    for rect in options.parts(*whole):
+        left, top, across, down = rect
+        is_part, notes = rect != (0, 0, *whole), image.notes
         width, height, more = fitted(across, down, options, sizes)
         part = flat
         if is_part:
@@ -81,7 +81,7 @@ def shown(
         digest.update(rgb)
         one = dataclasses.replace(image, rgb=rgb, width=part.width, height=part.height, sha256=digest.hexdigest())
         source_size = whole if is_part or part.size != whole else None
-        region = box if is_part else None
+        region = rect if is_part else None
         made.append(dataclasses.replace(one, notes=(*notes, *more), source_size=source_size, region=region))
         image = dataclasses.replace(image, fetch_ms=0.0, decode_ms=0.0)  # the tiles took no time of their own
     return made

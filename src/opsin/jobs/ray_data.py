@@ -392,8 +392,7 @@ class _Worker:
         with contextlib.suppress(OSError):
             os.chdir(job.folder)
         pair = resolve(settings.model, settings.mmproj)
-        here = job_spec(pair, settings, asked.params, prompt=job.spec["prompt"], system=job.spec["system"])
-        here |= asked.images.fields() | asked.limits.chosen()
+        here = job_spec(pair, settings, asked, prompt=job.spec["prompt"], system=job.spec["system"])
         if here != job.spec:
             changed = "; ".join(differences(job.spec, here))
             raise ModelError(f"{os.uname().nodename} has another model: {changed}. Give all nodes the same files.")

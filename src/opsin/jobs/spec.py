@@ -6,8 +6,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from opsin.core.request import SamplingParams
 from opsin.core.settings import EngineSettings
+from opsin.jobs.asker import Question
 from opsin.models import Pair
 
 # Fields that jobs of earlier versions do not know, and that change nothing where they are off.
@@ -16,9 +16,10 @@ _HEAD = 2**20  # bytes of a model file's ends that are looked at
 
 
 def job_spec(
-    pair: Pair, settings: EngineSettings, params: SamplingParams, *, prompt: str | None, system: str | None
+    pair: Pair, settings: EngineSettings, asked: Question, *, prompt: str | None, system: str | None
 ) -> dict[str, Any]:
-    """Model, projector, prompt, schema, sampling and image settings. Raises OSError."""
+    """Model, projector, prompt, schema, sampling, image settings and pages. Raises OSError."""
+    params = asked.params
     return {
         "model": _file(pair.llm),
         "projector": None if pair.mmproj is None else _file(pair.mmproj),
@@ -27,6 +28,8 @@ def job_spec(
         **params.model_dump(mode="json", exclude={name for name in _ADDED if not getattr(params, name)}),
         "image_max_tokens": settings.image_max_tokens,
         "image_min_tokens": settings.image_min_tokens,
+        **asked.images.fields(),
+        **asked.limits.chosen(),
     }
 
 

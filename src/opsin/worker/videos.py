@@ -32,12 +32,16 @@ def load_source(
     is_one = is_video(source, animations=frames)
     if options.tiles and (frames or is_one):
         raise BadParameter("Tiles are for images, not for the frames of a video: leave them out.")
+    if is_one and limits.pages:
+        raise BadParameter("Pages are those of documents, and this is a video: leave them out.")
     if is_one:
         with contextlib.closing(DecoderPool(VIDEO_SECONDS)) as pool:
             images: list[Image] = pool.call(decode_video, source, limits, video, options.split()[0], ANY_SIZES)
             return images
     begin = time.perf_counter()
     name, found = read_source(source, limits)
+    if limits.pages and not isinstance(found, bytes):
+        raise BadParameter("Pages are those of files: leave them out for an image that is open already.")
     fetch_ms = (time.perf_counter() - begin) * 1e3
     if isinstance(found, bytes) and (limits.pages or is_pdf(found)):
         with contextlib.closing(DecoderPool()) as pool:

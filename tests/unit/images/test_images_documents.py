@@ -12,9 +12,10 @@ from PIL import Image
 from opsin.core.config import checked
 from opsin.core.errors import BadImage, BadParameter, ImageTooLarge, ImageUnsupported
 from opsin.core.image_options import ANY_SIZES, AS_IT_IS, ImageOptions, ImageSizes
-from opsin.core.settings import ImageSettings, page_ranges
+from opsin.core.settings import ImageSettings, VideoSettings, page_ranges
 from opsin.images import OpenPages, is_pdf, load_image
 from opsin.images.documents import _chosen
+from opsin.worker.videos import load_source
 
 LIMITS, SMALL = ImageSettings(), ImageSizes(edge=50)
 MOST = 1536
@@ -154,3 +155,12 @@ def test_a_page_has_the_pixels_that_the_model_wants() -> None:
     assert width / height == pytest.approx(3 / 4, abs=0.02)
     assert size(b"0 0 72 72") == (300, 300), "no finer than 300 dpi"
     assert size(region="0%,0%,50%,50%") == (1250, 1667), "a part is cut out of the finest"
+
+
+def test_pages_of_what_has_none_are_refused() -> None:
+    chosen = LIMITS.model_copy(update={"pages": "2"})
+    how = (VideoSettings(), ImageOptions(), lambda: ANY_SIZES)
+    with pytest.raises(BadParameter, match="open already"):
+        load_source(Image.new("RGB", (8, 8)), chosen, *how, frames=False)
+    with pytest.raises(BadParameter, match="a video"):
+        load_source("https://example.org/clip.mp4", chosen, *how, frames=False)

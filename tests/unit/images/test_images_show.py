@@ -136,7 +136,7 @@ def test_a_part_is_cut_from_the_upright_pixels_before_anything_is_reduced(orient
 def test_parts_in_percent_that_touch_share_no_pixel_and_leave_none_out() -> None:
     for width in (7, 100, 101, 333):
         cuts = [
-            ImageOptions(region=f"{at}%,0,{size}%,1").boxes(width, 1)[0] for at, size in ((0, 33), (33, 34), (67, 33))
+            ImageOptions(region=f"{at}%,0,{size}%,1").parts(width, 1)[0] for at, size in ((0, 33), (33, 34), (67, 33))
         ]
         assert [cut[0] for cut in cuts[1:]] == [cut[0] + cut[2] for cut in cuts[:-1]]
         assert cuts[-1][0] + cuts[-1][2] == width
