@@ -13,12 +13,15 @@ from typer.core import TyperGroup
 
 from opsin import __version__
 from opsin.cli.console import new_app, open_standard_streams, say
-from opsin.core.errors import OpsinError
+from opsin.core.errors import EngineError, OpsinError
 from opsin.core.files import read_table
 
 COMMANDS: dict[str, str] = read_table(__file__, "commands.toml")
 """What `--help` says of each command, by its name."""
 _FILES = {"explain": "doctor"}
+LEAST_ADDRESS_SPACE = 768 << 20
+"""Bytes of address space (`ulimit -v`) that any command needs. With less, whatever asks first for memory fails, in
+threads and libraries that do not survive it."""
 
 
 class LazyGroup(TyperGroup):
@@ -28,6 +31,7 @@ class LazyGroup(TyperGroup):
         """The command of that name; None when there is none."""
         if cmd_name in self.commands or cmd_name not in COMMANDS:
             return super().get_command(ctx, cmd_name)
+        _check_address_space()
         module = importlib.import_module(f"opsin.cli.{_FILES.get(cmd_name, cmd_name)}")
         sub = getattr(module, "app", None)
         if sub is None:
@@ -61,6 +65,20 @@ def opsin(*, version: bool = typer.Option(False, "--version", "-V", help="Print 
     if version:
         typer.echo(__version__)
         raise typer.Exit
+
+
+def _check_address_space() -> None:
+    """Raise EngineError where a process may have less than Opsin needs."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    most = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if most != resource.RLIM_INFINITY and most < LEAST_ADDRESS_SPACE:
+        raise EngineError(
+            f"A process may have {most / 1e6:,.0f} MB of address space here, and Opsin needs "
+            f"{LEAST_ADDRESS_SPACE / 1e6:,.0f} MB and room for the model: raise the limit (ulimit -v unlimited)."
+        )
 
 
 def main() -> None:

@@ -144,7 +144,7 @@ class BatchStore:
         try:
             with self._engine.begin() as connection:
                 yield connection
-        except (SQLAlchemyError, OSError) as error:
+        except (SQLAlchemyError, OSError, MemoryError) as error:
             _LOG.error("the batch store failed: %s", _reason(error))
             raise StoreFailed("The store of files and batches cannot be used now: the server's log says why.") from None
 
@@ -427,7 +427,8 @@ def _fits(c: sa.Connection) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    return str(getattr(error, "orig", None) or error).partition("\n")[0].rstrip(".")
+    said = str(getattr(error, "orig", None) or error).partition("\n")[0].rstrip(".")
+    return said or type(error).__name__
 
 
 def _drop(c: sa.Connection, which: Any) -> None:
