@@ -323,7 +323,11 @@ class _Reader:
         stream = chunk[1] if chunk else ""
         book.same, self._stream = bool(stream) and stream == self._stream, stream or self._stream
         self._said(line)
-        if book.has("finish") and not book.same and any(word and name in _TABLE["ends"] for name, _number, word in pairs):
+        if (
+            book.has("finish")
+            and not book.same
+            and any(word and name in _TABLE["ends"] for name, _number, word in pairs)
+        ):
             book.finish()
         for name, number, word in pairs:
             if word and name in _TABLE["ends"]:
