@@ -11,82 +11,64 @@ from typing import Any
 
 from opsin.core.files import read_table
 
-_P, _STR, _SIZE, _INT, _BOOL = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_bool
-_I64 = ctypes.c_int64
+_P, _SIZE, _I64 = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64
+ToFloat = ctypes.CFUNCTYPE(None, _P, _P, _I64)
+"""`ggml_to_float_t` (ggml.h): a block's or row's address, that of its float32 values, and their number."""
+_TABLE = read_table(__file__, "ggml.toml")
+# The names of types in `ggml.toml`.
+_TYPES: dict[str, Any] = {
+    "void": None,
+    "p": _P,
+    "str": ctypes.c_char_p,
+    "char": ctypes.c_char,
+    "size": _SIZE,
+    "int": ctypes.c_int,
+    "i32": ctypes.c_int32,
+    "i64": _I64,
+    "bool": ctypes.c_bool,
+    "u8": ctypes.c_uint8,
+    "u32": ctypes.c_uint32,
+    "size*": ctypes.POINTER(_SIZE),
+    "to_float": ToFloat,
+}
+
+
+def _fields(struct: str) -> list[tuple[str, Any]]:
+    rows = _TABLE["structs"][struct]
+    return [(name, _TYPES[kind] * count[0] if count else _TYPES[kind]) for name, kind, *count in rows]
 
 
 class Tensor(ctypes.Structure):
     """`struct ggml_tensor` (ggml.h)."""
 
-    _fields_ = [
-        ("type", _INT),
-        ("buffer", _P),
-        ("ne", _I64 * 4),
-        ("nb", _SIZE * 4),
-        ("op", _INT),
-        ("op_params", ctypes.c_int32 * 16),
-        ("flags", ctypes.c_int32),
-        ("src", _P * 10),
-        ("view_src", _P),
-        ("view_offs", _SIZE),
-        ("data", _P),
-        ("name", ctypes.c_char * 64),
-        ("extra", _P),
-        ("padding", ctypes.c_char * 8),
-    ]
+    _fields_ = _fields("tensor")
 
 
 class InitParams(ctypes.Structure):
     """`struct ggml_init_params` (ggml.h)."""
 
-    _fields_ = [("mem_size", _SIZE), ("mem_buffer", _P), ("no_alloc", _BOOL)]
+    _fields_ = _fields("init_params")
 
 
 class GgufInitParams(ctypes.Structure):
     """`struct gguf_init_params` (gguf.h); `ctx` is the address of a `ggml_context *`, null for none."""
 
-    _fields_ = [("no_alloc", _BOOL), ("ctx", _P)]
-
-
-ToFloat = ctypes.CFUNCTYPE(None, _P, _P, _I64)
-"""`ggml_to_float_t` (ggml.h): a block's or row's address, that of its float32 values, and their number."""
+    _fields_ = _fields("gguf_init_params")
 
 
 class TypeTraits(ctypes.Structure):
     """The beginning of `struct ggml_type_traits` (ggml.h): `block` values take `size` bytes; f32 has no `to_float`."""
 
-    _fields_ = [
-        ("name", _STR),
-        ("block", _I64),
-        ("interleave", _I64),
-        ("size", _SIZE),
-        ("is_quantized", _BOOL),
-        ("to_float", ToFloat),
-    ]
+    _fields_ = _fields("type_traits")
 
 
-# The names of types in `ggml.toml`.
-_TYPES: dict[str, Any] = {
-    "void": None,
-    "p": _P,
-    "str": _STR,
-    "size": _SIZE,
-    "int": _INT,
-    "i64": _I64,
-    "bool": _BOOL,
-    "u8": ctypes.c_uint8,
-    "u32": ctypes.c_uint32,
-    "size*": ctypes.POINTER(_SIZE),
-    "traits*": ctypes.POINTER(TypeTraits),
-    "params": InitParams,
-    "gguf_params": GgufInitParams,
-}
+_TYPES |= {"params": InitParams, "gguf_params": GgufInitParams, "traits*": ctypes.POINTER(TypeTraits)}
 
 
 def bind(libraries: list[ctypes.CDLL]) -> SimpleNamespace:
     """The functions of `ggml.toml`, each from the first library that has it. Raises AttributeError where none has."""
     bound: dict[str, Any] = {}
-    for result, arguments, names in read_table(__file__, "ggml.toml")["functions"]:
+    for result, arguments, names in _TABLE["functions"]:
         for name in names.split():
             holder = next((library for library in libraries if hasattr(library, name)), libraries[0])
             # Item access makes a new function object: nobody else's argtypes are changed.

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from opsin.boxes.text import find_spots
+from opsin.boxes.answer import find_spots
 
 SAME = (10.0, 20.0, 30.0, 40.0)
 

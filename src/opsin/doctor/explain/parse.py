@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
@@ -20,23 +21,8 @@ KEPT = 1000
 _MANY = 256  # images and batches kept of one request, and loads of a log
 _LONGEST = 1 << 20  # characters of a piece: a longer line (a logged image) comes in several
 _LONGEST_FACT = 2000  # characters of a line in which facts are looked for; only answers, in JSON, are longer
-_BOMS = (b"\xff\xfe", b"\xfe\xff")
 _STAGES = frozenset({"total", *(stage.value for stage in Stage)})
 _COUNT, _NUMBER = "[0-9]{1,9}", r"[0-9]{1,15}(?:\.[0-9]{1,20})?"
-
-_COLOURS = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
-_SERVER_CLOCK = re.compile(r"(?<!\S)(\d{1,9})\.(\d\d\.\d{3})\.(\d{3}) [A-Z] ")
-_DATE = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,]\d{1,9})?", re.ASCII)
-# Values of answers are found by their names, so that a pretty-printed answer, a Python dictionary and an answer inside
-# another log line all serve.
-_PAIR = re.compile(
-    r"""(?<!\\)["']?\b([a-z_]{4,24})(?<!\\)["']\s*:\s*(?:(\d{1,18}(?:\.\d{1,18})?)|["']([^"'\\]{1,40})["'])"""
-)
-# The first word of what an answer says and thinks, and who says it. A chunk of a stream names its answer, or has none.
-_SAID = re.compile(r'"(role|content|reasoning_content|reasoning|thinking)"\s*:\s*"([^"]{0,9})')
-_ID = re.compile(r'"id"\s*:\s*"([^"]{1,80})"')
-_ENDS = frozenset({"finish_reason", "done_reason"})
-_GO = re.compile(r"(\d{1,12}(?:\.\d{1,12})?)(h|ms|m|µs|us|μs|ns|s)")
 _GO_MS = {"h": 3.6e6, "m": 6e4, "s": 1e3, "ms": 1.0, "µs": 1e-3, "μs": 1e-3, "us": 1e-3, "ns": 1e-6}
 
 
@@ -77,20 +63,20 @@ def parse(stream: BinaryIO) -> Facts:
 def _lines(stream: BinaryIO) -> Iterator[tuple[int, str]]:
     """UTF-8, and UTF-16 with a mark; other bytes become replacement signs. Nothing but the line in hand is kept."""
     buffered = stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(io.BytesIO(stream.read()))
-    encoding = "utf-16" if buffered.peek(2)[:2] in _BOMS else "utf-8"
+    encoding = "utf-16" if buffered.peek(2)[:2] in {BOM_UTF16_LE, BOM_UTF16_BE} else "utf-8"
     text = io.TextIOWrapper(buffered, encoding=encoding, errors="replace")
     number = 0
     while raw := text.readline(_LONGEST):
         number += raw.endswith("\n")
-        yield number, _COLOURS.sub("", raw).rstrip()
+        yield number, _PATTERNS["colours"].sub("", raw).rstrip()
     text.detach()
 
 
 def _clock(text: str) -> float | None:
     """The time of a line in seconds of any origin, where it has one."""
-    if found := _SERVER_CLOCK.search(text):
+    if found := _PATTERNS["server_clock"].search(text):
         return float(found[1]) * 60 + float(f"{found[2]}{found[3]}")
-    if found := _DATE.search(text):
+    if found := _PATTERNS["date"].search(text):
         with suppress(ValueError):
             return datetime.fromisoformat(f"{found[0]}+00:00").timestamp()
     return None
@@ -332,15 +318,19 @@ class _Reader:
 
     def _answer(self, line: str) -> None:
         """OpenAI's `usage`, llama-server's `timings`, Ollama's durations, and Opsin's stages."""
-        book, pairs = self.book, _PAIR.findall(line)
-        chunk = _ID.search(line) if "chat.completion.chunk" in line else None
+        book, pairs = self.book, _PATTERNS["pair"].findall(line)
+        chunk = _PATTERNS["id"].search(line) if "chat.completion.chunk" in line else None
         stream = chunk[1] if chunk else ""
         book.same, self._stream = bool(stream) and stream == self._stream, stream or self._stream
         self._said(line)
-        if book.has("finish") and not book.same and any(word and name in _ENDS for name, _number, word in pairs):
+        if (
+            book.has("finish")
+            and not book.same
+            and any(word and name in _TABLE["ends"] for name, _number, word in pairs)
+        ):
             book.finish()
         for name, number, word in pairs:
-            if word and name in _ENDS:
+            if word and name in _TABLE["ends"]:
                 book.once(finish=word)
                 self._role = ""
             elif number and name in _TIMES:
@@ -355,7 +345,7 @@ class _Reader:
 
     def _said(self, line: str) -> None:
         """Whether an answer has words, and thinking; what a question says is neither."""
-        for name, word in _SAID.findall(line):
+        for name, word in _PATTERNS["said"].findall(line):
             if name == "role":
                 self._role = word
             elif word and (name != "content" or self._role not in {"user", "system", "tool", "developer"}):
@@ -388,5 +378,5 @@ def _value(name: str, text: str) -> Any:
 
 def go_duration(text: str) -> float | None:
     """Milliseconds of a duration as Go prints it ("1m2.5s", "78.93µs"); None if it is none."""
-    parts = _GO.findall(text)
+    parts = _PATTERNS["go_duration"].findall(text)
     return sum(float(number) * _GO_MS[unit] for number, unit in parts) if parts else None
