@@ -26,7 +26,7 @@ from opsin.images import load_image
 from opsin.models import locate
 from opsin.prompt import Message, PromptBuilder
 from opsin.worker import WorkerEngine
-from opsin.worker.videos import check_videos, join, load_source
+from opsin.worker.decoders import check_videos, join, load_source
 
 Images = object | Sequence[object]
 Tools = list[dict[str, Any]] | None

@@ -17,7 +17,7 @@ from opsin.core.errors import BadImage
 from opsin.core.image_options import ANY_SIZES, AS_IT_IS, ImageSizes
 from opsin.core.settings import ImageSettings, VideoSettings
 from opsin.worker import DecoderPool, decoders
-from opsin.worker.videos import load_source
+from opsin.worker.decoders import load_source
 
 pytestmark = [pytest.mark.slow, pytest.mark.native]
 

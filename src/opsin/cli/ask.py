@@ -43,7 +43,7 @@ from opsin.images.draw import draw_boxes
 from opsin.images.source import read_stream
 from opsin.images.video import is_video
 from opsin.models import locate
-from opsin.worker.videos import check_videos, join, load_source
+from opsin.worker.decoders import check_videos, join, load_source
 
 BAR = 32
 _MANY = 50

@@ -28,7 +28,7 @@ from opsin.core.request import SamplingParams
 from opsin.core.settings import MAX_SCHEMA, EngineSettings, ImageSettings, ServerSettings
 from opsin.images.fetch import system_addresses
 from opsin.jobs.asker import Asker, ImageAsker, Question
-from opsin.jobs.item import Item
+from opsin.jobs.item import Item, Source
 from opsin.jobs.ledger import Ledger, LedgerBroken, differences, fingerprint
 from opsin.jobs.options import BatchOptions
 from opsin.jobs.output import ENDINGS, CsvOutput, Output, StoredOutput
@@ -36,7 +36,7 @@ from opsin.jobs.report import report_text, write_report
 from opsin.jobs.row import Row, output_fields
 from opsin.jobs.runner import Run, sample, without_sidecars
 from opsin.jobs.sidecar import Kind, sidecar_path, write_sidecar
-from opsin.jobs.sources import Source, all_differ, open_source
+from opsin.jobs.sources import all_differ, open_source
 from opsin.jobs.spec import job_spec
 from opsin.jobs.template import PromptTemplate
 from opsin.models import locate, resolve

@@ -70,8 +70,8 @@ _PLUGINS = {"PNG": "Png", "JPEG": "Jpeg", "WEBP": "WebP", "GIF": "Gif", "BMP": "
 class OpenImage:
     """An image file whose header was read and whose size was checked; no pixel is decoded yet.
 
-    `width` and `height` are the file's, before any turn. Of a TIFF `page` is read (None: the first, with a note that
-    there are others). Raises ImageUnsupported, ImageTooLarge, or BadImage for bytes that are damaged.
+    `image` is Pillow's, `width` and `height` are the file's, before any turn. Of a TIFF `page` is read (None: the
+    first, with a note that there are others). Raises ImageUnsupported, ImageTooLarge, or BadImage for damaged bytes.
     """
 
     def __init__(self, data: bytes, settings: ImageSettings, name: str = _NAME, page: int | None = None) -> None:
@@ -89,16 +89,11 @@ class OpenImage:
             data = data[:end].rstrip(b"\xff") + _JPEG_END  # it may have half of its end marker
         self._jpeg_end = end if not self._jpeg_open else len(data) - 2
         with one_sentence(self._kind, name):
-            self._image = _open(self._kind, data)
+            self.image = _open(self._kind, data)
             if page is not None:
-                self._image.seek(page - 1)
-        self.width, self.height = self._image.size
-        check_size(self.width, self.height, name, settings, wide=self._image.mode in {"I", "F"})
-
-    @property
-    def header(self) -> PIL.Image.Image:
-        """The image before its pixels are decoded."""
-        return self._image
+                self.image.seek(page - 1)
+        self.width, self.height = self.image.size
+        check_size(self.width, self.height, name, settings, wide=self.image.mode in {"I", "F"})
 
     @property
     def pages(self) -> int:
@@ -130,16 +125,16 @@ class OpenImage:
                 self._correct_transparency()
             elif self._kind == "BMP":
                 slow = self.width * self.height > _RLE_MAX_PIXELS or len(self._data) > _RLE_MAX_BYTES
-                if slow and self._image.info.get("compression") in {1, 2}:
+                if slow and self.image.info.get("compression") in {1, 2}:
                     raise ImageTooLarge(f"{self._name} is too large for a run-length BMP; save it as PNG.")
             elif self._kind == "HEIF":
                 # The container's own turn counts, and libheif has applied it; EXIF beside it is only a copy.
                 boxes = self._data.partition(b"mdat")[0]
                 if b"irot" not in boxes and b"imir" not in boxes:
-                    self._image.info["original_orientation"] = 1
+                    self.image.info["original_orientation"] = 1
             notes = ("the end marker of the JPEG is missing, and nothing else",) if self._jpeg_open else self._frames()
             about = Image(b"", self.width, self.height, "", self._kind, notes=notes + part)
-            images = make_images(self._image, about, self._name, options, sizes)
+            images = make_images(self.image, about, self._name, options, sizes)
             if self._kind == "JPEG" and self._is_cut_short():
                 raise damaged(self._kind, self._name)
             return images
@@ -151,25 +146,25 @@ class OpenImage:
         if not is_fitted:
             across = down = sizes.edge
         if across:
-            self._image.draft(None, (_SPARE * across, _SPARE * down))
-        times = round(self.width / self._image.width)
+            self.image.draft(None, (_SPARE * across, _SPARE * down))
+        times = round(self.width / self.image.width)
         read = f"read at 1/{times} of its size, as the model sees {sizes.edge} pixels"
         return (read,) if times > 1 and not is_fitted else ()
 
     def _frames(self) -> tuple[str, ...]:
         """A note for a file of several frames or pages, of which one is read."""
-        if self._page is not None or not getattr(self._image, "is_animated", False):
+        if self._page is not None or not getattr(self.image, "is_animated", False):
             return ()
         count = "several"
         if self._kind == "TIFF":
             pages = self.pages
             count = f"{pages:,}{' or more' if pages == _MAX_PAGES else ''}"
         elif self._kind != "GIF" or len(self._data) <= _MAX_COUNTED:
-            count = f"{getattr(self._image, 'n_frames', 1):,}"
+            count = f"{getattr(self.image, 'n_frames', 1):,}"
         return (f"only the {'main one' if self._kind == 'HEIF' else 'first'} of {count} frames or pages was read",)
 
     def _check_tiff(self) -> None:
-        tags: Any = getattr(self._image, "tag_v2", {})
+        tags: Any = getattr(self.image, "tag_v2", {})
         if _DNG_VERSION_TAG in tags:
             raise ImageUnsupported(f"{self._name} is a camera's raw file (DNG), which cannot be read; save it as JPEG.")
         # libtiff allocates a whole tile, however small the image is.
@@ -179,7 +174,7 @@ class OpenImage:
 
     def _correct_transparency(self) -> None:
         """Pillow brings samples to 8 bits, but leaves the transparent colour in the file's own depth."""
-        info, mode, depth = self._image.info, self._image.mode, self._data[24]
+        info, mode, depth = self.image.info, self.image.mode, self._data[24]
         clear = info.get("transparency")
         if clear is not None and mode == "RGB" and depth == 16:
             info["transparency"] = tuple(value >> 8 for value in clear)
@@ -193,7 +188,7 @@ class OpenImage:
         and without some bytes put in where its pixels end: they change nothing unless pixels are missing. Without an
         end marker a part of the last block may be missing: then it is decoded at its full size, with more such bytes.
         """
-        corner: Any = self._image.getpixel((self._image.width - 1, self._image.height - 1))
+        corner: Any = self.image.getpixel((self.image.width - 1, self.image.height - 1))
         if not self._jpeg_open and any(abs(v - 128) > 8 for v in (corner if isinstance(corner, tuple) else (corner,))):
             return False
         looks = set()

@@ -38,7 +38,7 @@ def read_metadata(data: bytes, limits: ImageSettings | None = None) -> dict[str,
     Dates are ISO 8601, latitude and longitude decimal degrees. Raises BadImage and its kinds for bytes that are no
     image within `limits`.
     """
-    image = OpenImage(_without_pixels(data), limits or ImageSettings()).header
+    image = OpenImage(_without_pixels(data), limits or ImageSettings()).image
     raw: dict[str, str] = {}
     for read in (_exif, _iptc, _xmp):
         with suppress(Exception):  # foreign bytes may raise anything, and spoil nothing but themselves

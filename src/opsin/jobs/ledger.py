@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from opsin.core.errors import BadParameter, OpsinError
-from opsin.jobs.row import COUNTS, TIMES
+from opsin.jobs.row import COUNTS, TIMES, numbers
 
 State = Literal["new", "pending", "done", "failed", "seen"]
 """Of an id: never asked, begun or to be asked again, answered, an error row, or met before in this run."""
@@ -137,14 +137,11 @@ class Ledger:
         """Commit a group of rows; `size` is the output's in bytes after them."""
         self._do("BEGIN")
         for one in rows:
-            usage, stages = one.row.get("usage") or {}, one.row.get("stages") or {}
-            stages = {**stages, "prefill_ms": stages.get("image_prefill_ms", 0) + stages.get("text_prefill_ms", 0)}
-            values = [usage.get(name, 0) for name in COUNTS] + [stages.get(name, 0.0) for name in TIMES]
             error = (one.row["error"] or {}).get("code")
             self._do(
                 _UPDATE,
                 *(one.state, one.attempt, one.question, one.at, one.length, one.stored, error, time.time()),
-                *((one.row["text"] or "")[:_SAMPLE_TEXT], *values, job, one.id),
+                *((one.row["text"] or "")[:_SAMPLE_TEXT], *numbers(one.row).values(), job, one.id),
             )
         for name, (rank, jpeg) in samples.items():
             self._do("INSERT OR REPLACE INTO samples VALUES (?, ?, ?, ?)", job, name, rank, jpeg)
@@ -155,10 +152,6 @@ class Ledger:
         """Where the answer to a question is: its place and length in the output, or the row itself."""
         query = "SELECT at, length, row FROM rows WHERE job = ? AND question = ? AND state = 1 LIMIT 1"
         return self._one(query, job, question)
-
-    def forget_after(self, size: int) -> int:
-        """Rows that lie behind so many bytes of the output are to be asked again; how many."""
-        return self._do("UPDATE rows SET state = 0, at = NULL WHERE at + length > ?", size).rowcount
 
     def retry_failed(self, job: str) -> int:
         """Error rows are to be asked again, and the output is to be written anew without them; how many."""

@@ -13,9 +13,8 @@ from opsin.core.image_options import ImageOptions, ImageSizes
 from opsin.core.request import Image
 from opsin.core.settings import ImageSettings
 from opsin.images import is_pdf, read_data_url
-from opsin.images.fetch import fetch, system_addresses
+from opsin.images.fetch import AddressPolicy, fetch, system_addresses
 from opsin.images.metadata import read_metadata
-from opsin.images.policy import AddressPolicy
 from opsin.images.source import check_bytes, read_file, show
 from opsin.jobs.item import FilePart, ImageRef
 from opsin.worker import decoders

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,7 @@ class Output:
     def read(self, at: int | None, length: int | None, stored: bytes | None) -> Row:
         """A row that was added and flushed. Raises ValueError where there is none."""
         if stored is not None:
-            row: Row = json.loads(stored)
-            return row
+            return dict(json.loads(stored))
         self._file.seek(at or 0)
         return self._row(self._file.read(length))
 
@@ -120,7 +120,7 @@ class Output:
         """Make file and ledger agree: the shorter one counts."""
         there, noted = self.path.stat().st_size, int(self._ledger.note("size") or 0)
         if there < noted:  # it lost its end with the power, or was deleted
-            self._ledger.forget_after(there)
+            self._ledger.query("UPDATE rows SET state = 0, at = NULL WHERE at + length > ?", there)
         last = self._ledger.query("SELECT at, at + length FROM rows WHERE at IS NOT NULL ORDER BY at DESC LIMIT 1")
         begin, end = last[0] if last else (0, 0)
         ends = [self._file.read(1) for place in (begin, end) if place and self._file.seek(place - 1) >= 0]
@@ -146,8 +146,7 @@ class Output:
         return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace")
 
     def _row(self, line: bytes) -> Row:
-        row: Row = json.loads(line)
-        return row
+        return dict(json.loads(line))
 
 
 class CsvOutput(Output):
@@ -157,18 +156,13 @@ class CsvOutput(Output):
         return _csv(columns(self._fields))
 
     def _line(self, row: Row) -> bytes:
-        return _csv(
-            [f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell for cell in self._flat(row)]
-        )
+        cells = [json.dumps(cell) if isinstance(cell, bool) else cell for cell in flat(row, self._fields)]
+        return _csv([f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell for cell in cells])
 
     def _row(self, line: bytes) -> Row:
         cells = next(csv.reader(io.StringIO(line.decode(), newline="")))
-        return from_flat(
-            [cell[1:] if cell[:1] == "'" and cell[1:2] in _FORMULA else cell for cell in cells], self._fields
-        )
-
-    def _flat(self, row: Row) -> list[Any]:
-        return [json.dumps(cell) if isinstance(cell, bool) else cell for cell in flat(row, self._fields)]
+        cells = [cell[1:] if cell[:1] == "'" and cell[1:2] in _FORMULA else cell for cell in cells]
+        return from_flat(cells, self._fields)
 
 
 class StoredOutput(Output):
@@ -186,30 +180,22 @@ class StoredOutput(Output):
 
     def finish(self, *, by_input: bool) -> None:
         """Write the Parquet file, if there is one."""
-        if self._target is not None:
-            try:
-                self._write(self._target, by_input=by_input)
-            except OSError as error:
-                raise OutputFailed(
-                    f"{self._target} cannot be written ({error.strerror or error}): its ledger has all rows; free some "
-                    "space or check the folder, and run the same command again."
-                ) from None
+        if self._target is None:
+            return
+        _, parquet = import_arrow()
+        schema, stored = table_schema(self._fields), self._ledger.stored(by_input=by_input)
+        try:
+            with replacing(self._target, 0o644) as part, parquet.ParquetWriter(part, schema) as writer:
+                while rows := [flat(json.loads(row), self._fields) for row in islice(stored, _ROWS_AT_ONCE)]:
+                    writer.write_table(table(rows, schema))
+        except OSError as error:
+            raise OutputFailed(
+                f"{self._target} cannot be written ({error.strerror or error}): its ledger has all rows; free some "
+                "space or check the folder, and run the same command again."
+            ) from None
 
     def close(self) -> None:
         """Nothing is open."""
-
-    def _write(self, path: Path, *, by_input: bool) -> None:
-        _, parquet = import_arrow()
-        schema = table_schema(self._fields)
-        with replacing(path, 0o644) as part, parquet.ParquetWriter(part, schema) as writer:
-            rows = list[list[Any]]()
-            for stored in self._ledger.stored(by_input=by_input):
-                rows.append(flat(json.loads(stored), self._fields))
-                if len(rows) == _ROWS_AT_ONCE:
-                    writer.write_table(table(rows, schema))
-                    rows.clear()
-            if rows:
-                writer.write_table(table(rows, schema))
 
 
 def import_arrow() -> tuple[Any, Any]:
@@ -224,11 +210,9 @@ def table_schema(fields: Mapping[str, str]) -> Any:
     """The Arrow schema of a table with these fields. Raises BadParameter without pyarrow."""
     arrow, _ = import_arrow()
     kinds = {"integer": arrow.int64(), "number": arrow.float64(), "boolean": arrow.bool_()}
-    own = [kinds.get(kind, arrow.string()) for kind in fields.values()]
-    text, whole, real = arrow.string(), arrow.int64(), arrow.float64()
-    known = dict.fromkeys((*BEFORE, *AFTER), text) | dict.fromkeys((*COUNTS, "attempt"), whole)
-    known |= dict.fromkeys(TIMES, real)
-    types = [*map(known.get, BEFORE), *own, *map(known.get, AFTER)]
+    known = dict.fromkeys((*COUNTS, "attempt"), "integer") | dict.fromkeys(TIMES, "number")
+    before, after = ([known.get(name, "string") for name in names] for names in (BEFORE, AFTER))
+    types = [kinds.get(kind, arrow.string()) for kind in (*before, *fields.values(), *after)]
     return arrow.schema(list(zip(columns(fields), types, strict=True)))
 
 
@@ -237,10 +221,9 @@ def table(rows: Sequence[Sequence[Any]], schema: Any) -> Any:
     arrow, _ = import_arrow()
     arrays = []
     for column, field in zip(zip(*rows, strict=True), schema, strict=True):
-        wants_text = field.type == arrow.string()
-        cells = [
-            str(cell) if wants_text and cell is not None and not isinstance(cell, str) else cell for cell in column
-        ]
+        cells = list(column)
+        if field.type == arrow.string():
+            cells = [cell if cell is None else str(cell) for cell in column]
         try:
             arrays.append(arrow.array(cells, field.type))
         except (arrow.ArrowInvalid, arrow.ArrowTypeError, OverflowError):  # an answer that does not fit: see `text`

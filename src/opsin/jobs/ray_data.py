@@ -69,20 +69,15 @@ class RayJob:
         return fingerprint(self.spec)
 
 
-def import_ray() -> Any:
-    """The module ray. Raises BadParameter where it is not installed."""
-    try:
-        return importlib.import_module("ray")
-    except ImportError:
-        raise BadParameter("--ray needs Ray: pip install 'opsin[ray]'.") from None
-
-
 def connect(address: str) -> Any:
     """Join a cluster; an empty address is that of RAY_ADDRESS, or else a new cluster that ends with this process.
 
     Raises BadParameter without Ray, and RayFailed where no cluster answers.
     """
-    ray = import_ray()
+    try:
+        ray: Any = importlib.import_module("ray")
+    except ImportError:
+        raise BadParameter("--ray needs Ray: pip install 'opsin[ray]'.") from None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what goes wrong comes as an error, too
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "ignore_reinit_error": True}

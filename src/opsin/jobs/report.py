@@ -132,7 +132,8 @@ def write_report(ledger: Ledger, job: str, path: Path, *, title: str) -> None:
     spec = dict(ledger.jobs().get(job, {}))
     with suppress(ValueError, TypeError):  # what is not JSON is shown as it is
         spec["json_schema"] = json.dumps(json.loads(spec.get("json_schema") or ""), indent=2, ensure_ascii=False)
-    samples = ledger.query(_SAMPLES, job, _IMAGES)
+    found = ledger.query(_SAMPLES, job, _IMAGES)
+    samples = [(name, base64.b64encode(jpeg).decode(), *answer) for name, jpeg, *answer in found]
     html = _render("report.html.j2", title=title, job=job, stats=_Stats(ledger, job), spec=spec, samples=samples)
     try:
         write_whole(path, html, 0o644)
@@ -154,12 +155,8 @@ def _render(name: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page.filters.update(time=_time, number=_number, id=_shown, text=_lines, cut=_cut, base64=_base64, ticks=_ticks)
+    page.filters.update(time=_time, number=_number, id=_shown, text=_lines, cut=_cut, ticks=_ticks)
     return page.get_template(name).render(values)
-
-
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
 
 
 def _shown(text: str, longest: int = _LONGEST_ID) -> str:

@@ -54,14 +54,10 @@ def schema_fields(schema: str | None) -> dict[str, str]:
     """The columns that a JSON schema adds to a table: the properties of its object, with their types ("" for any)."""
     try:
         properties = json.loads(schema or "{}").get("properties", {})
-        return {str(name): _type(one) for name, one in properties.items()}
+        kinds = {name: one.get("type") if isinstance(one, dict) else None for name, one in properties.items()}
     except (ValueError, AttributeError, RecursionError):
         return {}
-
-
-def _type(schema: Any) -> str:
-    kind = schema.get("type") if isinstance(schema, dict) else None
-    return kind if isinstance(kind, str) else ""
+    return {name: kind if isinstance(kind, str) else "" for name, kind in kinds.items()}
 
 
 def columns(fields: Collection[str]) -> tuple[str, ...]:
@@ -72,26 +68,27 @@ def columns(fields: Collection[str]) -> tuple[str, ...]:
 
 def flat(row: Mapping[str, Any], fields: Collection[str]) -> list[Any]:
     """The values of `columns(fields)`: texts, numbers, booleans and None; what is nested in a field becomes JSON."""
-    usage, stages, output = row.get("usage") or {}, row.get("stages") or {}, row.get("output")
-    error, guard = row["error"] or {}, row.get("guard") or {}
-    prefill = stages.get("image_prefill_ms", 0.0) + stages.get("text_prefill_ms", 0.0)
-    times = {"prefill_ms": round(prefill, 3), **{name: stages.get(name, 0.0) for name in TIMES if name != "prefill_ms"}}
+    output, error, guard = row.get("output"), row["error"] or {}, row.get("guard") or {}
     plain = {
-        "id": row["id"],
-        "source": row["source"],
+        **row,
+        **numbers(row),
         "image_sha256": " ".join(image["sha256"] for image in row.get("images") or ()) or None,
-        "text": row["text"],
         "error_code": error.get("code"),
         "error": error.get("message"),
-        "finish_reason": row.get("finish_reason"),
         "guard": guard.get("reason"),
-        **{name: usage.get(name, 0) for name in COUNTS},
-        **times,
-        "attempt": row["attempt"],
-        "job": row["job"],
     }
     given = output if isinstance(output, dict) else {}
-    return [plain[name] for name in BEFORE] + [_cell(given.get(name)) for name in fields] + [plain[n] for n in AFTER]
+    before, after = ([plain.get(name) for name in names] for names in (BEFORE, AFTER))
+    return before + [_cell(given.get(name)) for name in fields] + after
+
+
+def numbers(row: Mapping[str, Any]) -> dict[str, int | float]:
+    """The counts and times of a row, 0 where it has none. Times are in milliseconds."""
+    usage, stages = row.get("usage") or {}, row.get("stages") or {}
+    prefill = stages.get("image_prefill_ms", 0.0) + stages.get("text_prefill_ms", 0.0)
+    none = dict.fromkeys(COUNTS, 0) | dict.fromkeys(TIMES, 0.0)
+    found = {**none, **usage, **stages, "prefill_ms": round(prefill, 3)}
+    return {name: found[name] for name in none}
 
 
 def _cell(value: Any) -> Any:

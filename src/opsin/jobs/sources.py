@@ -25,8 +25,6 @@ from opsin.jobs.item import Item, Source
 from opsin.jobs.tables import MAX_ROW, csv_rows, json_rows, open_table, parquet_rows
 from opsin.jobs.tars import open_tars
 
-__all__ = ["Source", "open_source"]
-
 _Opener = Callable[[Sequence[str], str | None, str | None], Source]
 _OPENERS: dict[tuple[str, ...], _Opener] = {
     (".parquet",): partial(open_table, parquet_rows),
@@ -50,7 +48,12 @@ def open_source(
     Raises BadInput for an input that cannot be read or holds no rows, BadParameter for a column where there are none.
     """
     with reading(text):
-        source = _listed() if text == "-" else _open(text, image_column, id_column, recursive=recursive)
+        if text != "-":
+            source = _open(text, image_column, id_column, recursive=recursive)
+        elif sys.stdin.isatty():
+            raise BadInput("The list of images is missing: find photos -name '*.jpg' | opsin batch - …")
+        else:
+            source = Source(lambda: _items("", _read_list()))
     if source.columns is None and (image_column or id_column):
         raise BadParameter(f"{show(text)} is no table, so it has no columns: leave out --image-column and --id.")
     return source
@@ -129,12 +132,6 @@ def _check_image(text: str) -> None:
             image_format(file.read(4096), show(text))
         except BadImage:
             raise BadInput(f"{show(text)} is no kind of input that is known: give {_KINDS}.") from None
-
-
-def _listed() -> Source:
-    if sys.stdin.isatty():
-        raise BadInput("The list of images is missing: find photos -name '*.jpg' | opsin batch - …")
-    return Source(lambda: _items("", _read_list()))
 
 
 def _read_list() -> Iterator[str]:

@@ -9,7 +9,7 @@ from urllib.parse import unquote, urlsplit
 
 from opsin.core.errors import BadParameter, FetchFailed
 from opsin.core.settings import ImageSettings
-from opsin.images.policy import INSTEAD
+from opsin.images.fetch import INSTEAD
 from opsin.images.source import check_bytes
 
 

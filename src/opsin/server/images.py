@@ -18,8 +18,7 @@ from opsin.core.errors import FetchFailed, ImageTooLarge, OpsinError, QueueFull
 from opsin.core.image_options import ANY_SIZES, AS_IT_IS, ImageOptions, ImageSizes
 from opsin.core.request import Image
 from opsin.core.settings import ImageSettings, ServerSettings, VideoSettings
-from opsin.images.fetch import Resolver, fetch
-from opsin.images.policy import INSTEAD, AddressPolicy
+from opsin.images.fetch import INSTEAD, AddressPolicy, Resolver, fetch
 from opsin.images.video import PIXELS
 from opsin.server.folder import ImageFolder
 from opsin.server.middleware import image_host

@@ -26,7 +26,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from opsin.core.errors import BadParameter
 from opsin.core.settings import ServerSettings
-from opsin.images.policy import WEB_PORTS
+from opsin.images.fetch import WEB_PORTS
 from opsin.server.errors import ErrorResponse
 
 _LOG = logging.getLogger("opsin.server")

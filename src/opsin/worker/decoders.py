@@ -1,6 +1,7 @@
 """Decoding one image file, usually in a process of its own: a file that crashes it, or keeps it, harms nobody else.
 
-What comes as a `data:` address is measured as such, and decoded as the bytes it holds.
+What comes as a `data:` address is measured as such, and decoded as the bytes it holds. What a command or a program
+names as images is loaded here, too: videos and documents are read in a process that can be ended.
 """
 
 from __future__ import annotations
@@ -13,20 +14,23 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from opsin import images
-from opsin.core.errors import BadImage, OpsinError
-from opsin.core.image_options import ImageOptions, ImageSizes
+from opsin.core.errors import BadImage, BadParameter, OpsinError
+from opsin.core.image_options import ANY_SIZES, ImageOptions, ImageSizes
 from opsin.core.request import Image
 from opsin.core.settings import ImageSettings, VideoSettings
-from opsin.images.video import read_video
+from opsin.images.decode import read_source
+from opsin.images.video import as_frames, is_video, read_video
 from opsin.worker.messages import ENDING, Channel, Pixels, portable, share, signal_name, start_process
 
-DECODE_SECONDS = 60.0
-"""What one file may take."""
+Sizes = Callable[[], ImageSizes]
+DECODE_SECONDS, VIDEO_SECONDS = 60.0, 120.0
+"""What one file may take, and what one video may; in a server as long as an image."""
 DOCUMENT_BYTES = 2 * 2**30  # that drawing a document may take, beside what its process has already
 _DRAWING = threading.Lock()
 _START = "import sys; sys.path[:] = filter(None, sys.path); from opsin.worker.decoders import main; main()"
@@ -151,3 +155,47 @@ def _end(process: subprocess.Popen[bytes], channel: Channel) -> int:
     process.kill()  # one that a signal has ended keeps its exit code
     channel.close()
     return process.wait()
+
+
+def load_source(
+    source: object, limits: ImageSettings, video: VideoSettings, options: ImageOptions, sizes: Sizes, *, frames: bool
+) -> list[Image]:
+    """The frames of a video, an image and its tiles, or pages; with `frames` also those of an animation (GIF, APNG).
+
+    `sizes` is asked for documents that can be read. Raises BadImage and its kinds, FetchFailed, BadParameter.
+    """
+    is_one = is_video(source, animations=frames)
+    if options.tiles and (frames or is_one):
+        raise BadParameter("Tiles are for images, not for the frames of a video: leave them out.")
+    if is_one and limits.pages:
+        raise BadParameter("Pages are those of documents, and this is a video: leave them out.")
+    if is_one:
+        with contextlib.closing(DecoderPool(VIDEO_SECONDS)) as pool:
+            return list(pool.call(decode_video, source, limits, video, options.split()[0], ANY_SIZES))
+    begin = time.perf_counter()
+    name, found = read_source(source, limits)
+    if limits.pages and not isinstance(found, bytes):
+        raise BadParameter("Pages are those of files: leave them out for an image that is open already.")
+    fetch_ms = (time.perf_counter() - begin) * 1e3
+    if isinstance(found, bytes) and (limits.pages or images.is_pdf(found)):
+        with contextlib.closing(DecoderPool()) as pool:
+            pool.call(measure, found, limits, options, ANY_SIZES, name)
+            loaded: list[Image] = pool.call(decode, found, limits, options, sizes(), name)
+    else:
+        loaded = images.load_images(found, limits, options.split()[0], name=name)
+    return [dataclasses.replace(loaded[0], fetch_ms=fetch_ms), *loaded[1:]] if isinstance(found, bytes) else loaded
+
+
+def join(groups: Iterable[Sequence[Image]], *, frames: bool = False, **video: Any) -> list[Image]:
+    """The images of several sources; as `frames` they are one video, of which some are taken if there are too many."""
+    every = [image for group in groups for image in group]
+    return as_frames(every, video.get("max_frames")) if frames else every
+
+
+def check_videos(sources: Sequence[object], *, frames: bool = False, **video: Any) -> None:
+    """Raise BadParameter if somebody made a setting of videos, and no source is one ("-" may be)."""
+    without_effect = sorted(video.keys() - ({"max_frames"} if frames else set()))
+    if without_effect and not any(
+        (isinstance(one, str) and one == "-") or is_video(one, animations=frames) for one in sources
+    ):
+        raise BadParameter(f"{without_effect[0]} is for videos, and there is none: leave it out, or give a video.")

@@ -15,7 +15,7 @@ from opsin.core.image_options import ANY_SIZES, AS_IT_IS, ImageOptions, ImageSiz
 from opsin.core.settings import ImageSettings, VideoSettings, page_ranges
 from opsin.images import OpenPages, is_pdf, load_image
 from opsin.images.documents import _chosen
-from opsin.worker.videos import load_source
+from opsin.worker.decoders import load_source
 
 LIMITS, SMALL = ImageSettings(), ImageSizes(edge=50)
 MOST = 1536

@@ -23,8 +23,8 @@ from opsin.core.errors import BadInput, OpsinError
 from opsin.images.folder import natural
 from opsin.jobs import tables, tars
 from opsin.jobs.files import clean, is_address
-from opsin.jobs.item import FilePart, Item
-from opsin.jobs.sources import Source, all_differ, open_source
+from opsin.jobs.item import FilePart, Item, Source
+from opsin.jobs.sources import all_differ, open_source
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")

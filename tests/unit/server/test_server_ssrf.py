@@ -25,8 +25,7 @@ from opsin.core.backend import BackendLimits
 from opsin.core.errors import BadParameter, FetchFailed
 from opsin.core.settings import ServerSettings
 from opsin.engine import Engine
-from opsin.images.fetch import system_addresses
-from opsin.images.policy import AddressPolicy, is_public
+from opsin.images.fetch import AddressPolicy, is_public, system_addresses
 from opsin.prompt import TemplateSource
 from opsin.server.app import create_app
 from opsin.server.handler import ModelManager
