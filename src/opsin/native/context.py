@@ -85,7 +85,7 @@ class Context:
         # the window of the only sequence that holds it as free, also with swa_full and while others are empty: a
         # prefix would lose its beginning. A cell of two sequences stays.
         slides = llama.llama_model_n_swa(model.pointer) > 0 and not model.whole_states_only
-        self._unified = settings.kv_unified is not False
+        params.kv_unified = self._unified = settings.kv_unified is not False
         sequences = _sequences(model, settings, params.n_ubatch, _MAX_SEQUENCES // (2 if slides else 1))
         self._keeper = sequences if slides and self._unified else 0
         params.n_seq_max = sequences + self._keeper
@@ -96,7 +96,6 @@ class Context:
         params.n_threads_batch = settings.threads_batch or params.n_threads
         params.type_k = params.type_v = KV_TYPES[settings.kv_type]
         params.flash_attn_type = -1 if settings.flash_attention is None else int(settings.flash_attention)
-        params.kv_unified = self._unified
         # Sliding-window layers keep everything, so that prefixes stay whole.
         params.swa_full = True
         if callback is not None:
@@ -135,8 +134,7 @@ class Context:
             # Flash attention in tiles would compute every row of a tile for the cells of all its sequences.
             mixed_rows=0 if self._table is None else n_ubatch if model.device else _TILE - 1,
         )
-        most = self.limits.n_seq_max
-        self._arrays = BatchArrays(llama.llama_batch, self.limits.n_ubatch, model.n_pos, self._keeper, most)
+        self._arrays = BatchArrays(llama.llama_batch, n_ubatch, model.n_pos, self._keeper, self.limits.n_seq_max)
         self._causal = True
         self._stop, self._may_stop = StopFlag(llama, pointer, usable=self.limits.stops), False
         self._outputs: dict[int, int] = {}  # rows of the last batch that have logits, and where these are

@@ -427,8 +427,7 @@ def _fits(c: sa.Connection) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    said = str(getattr(error, "orig", None) or error).partition("\n")[0].rstrip(".")
-    return said or type(error).__name__
+    return (str(getattr(error, "orig", None) or error) or "out of memory").partition("\n")[0].rstrip(".")
 
 
 def _drop(c: sa.Connection, which: Any) -> None:
