@@ -78,7 +78,7 @@ async def _prepare_chat(body: schema.ChatRequest, model: ModelManager, images: R
     )
     check_alone(params, body.n, tools=tools is not None, schema=body.json_schema)
     each = schema.choices(params, body.n, settings)
-    writer = _ChatWriter(model.name, body, [CallReader(tools) for _ in each])
+    writer = _ChatWriter(model.name, body, [CallReader(tools) if tools else None for _ in each])
     prompt = await build_prompt(body, body.messages, tools, model, images)
     return [(prompt, one) for one in each], writer
 
@@ -249,7 +249,7 @@ class _ChoicesWriter(Writer):
 
 
 class _ChatWriter(_ChoicesWriter):
-    def __init__(self, model: str, body: schema.ChatRequest, readers: Sequence[CallReader]) -> None:
+    def __init__(self, model: str, body: schema.ChatRequest, readers: Sequence[CallReader | None]) -> None:
         super().__init__(model, body, "chatcmpl", "chat.completion", "chat.completion.chunk")
         self._readers = readers
 
@@ -262,20 +262,21 @@ class _ChatWriter(_ChoicesWriter):
             return self._finish(index, event.answer)
         if event.reasoning:
             return self._delta(index, {"reasoning_content": event.text}, event.logprobs)
-        text = self._readers[index].feed(event.text)
+        reader = self._readers[index]
+        text = reader.feed(event.text) if reader else event.text
         said = self._said(index, text, event.logprobs) if text or event.logprobs else b""
-        return said + self._calls(index)
+        return said + self._calls(index, reader) if reader else said
 
     def content(self, index: int, text: str, logprobs: Sequence[TokenLogprob] = ()) -> bytes:
         return self._delta(index, {"content": text}, logprobs)
 
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
         reader = self._readers[index]
-        text = reader.feed(answer.text) + reader.finish()
+        text = reader.feed(answer.text) + reader.finish() if reader else answer.text
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if answer.reasoning is not None:
             message["reasoning_content"] = answer.reasoning
-        if reader.calls:
+        if reader and reader.calls:
             message |= {"content": text.strip() or None, "tool_calls": reader.calls}
         return {
             "index": index,
@@ -285,14 +286,15 @@ class _ChatWriter(_ChoicesWriter):
         }
 
     def _finish(self, index: int, answer: Answer) -> bytes:
-        reader = self._readers[index]
-        rest = reader.finish()
-        said = self._said(index, rest) if rest else b""
+        reader, said = self._readers[index], b""
+        if reader:
+            rest = reader.finish()
+            said = (self._said(index, rest) if rest else b"") + self._calls(index, reader)
         last = {"index": index, "delta": {}, "logprobs": None, "finish_reason": _finish_reason(answer, reader)}
-        return said + self._calls(index) + self._chunk(last, **extensions(answer))
+        return said + self._chunk(last, **extensions(answer))
 
-    def _calls(self, index: int) -> bytes:
-        return b"".join([self._delta(index, {"tool_calls": [told]}) for told in self._readers[index].take_told()])
+    def _calls(self, index: int, reader: CallReader) -> bytes:
+        return b"".join([self._delta(index, {"tool_calls": [told]}) for told in reader.take_told()])
 
     def _delta(self, index: int, delta: dict[str, Any], logprobs: Sequence[TokenLogprob] = ()) -> bytes:
         shown = _token_logprobs(logprobs)

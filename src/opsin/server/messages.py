@@ -52,7 +52,7 @@ async def _prepare(body: MessagesRequest, model: ModelManager, images: RequestIm
     json_schema = (tools and tools.schema) or schema.schema_of(wanted, settings.max_schema_bytes)
     more = {"stop": stops, "json_schema": json_schema, "thinking": body.wants_thinking}
     params = schema.sampling(body, settings, body.max_tokens, **more)
-    writer = _MessageWriter(model.name, stops, CallReader(tools))
+    writer = _MessageWriter(model.name, stops, CallReader(tools) if tools else None)
     writer.one_call = bool(choice and choice.disable_parallel_tool_use)
     writer.ignored = ("thinking",) if cannot else ()
     return [(await build_prompt(body, conversation(body), tools, model, images), params)], writer
@@ -71,7 +71,7 @@ class _MessageWriter(Writer):
     waiting = _frame("ping")
     one_call = False
 
-    def __init__(self, model: str, stops: Sequence[str], reader: CallReader) -> None:
+    def __init__(self, model: str, stops: Sequence[str], reader: CallReader | None) -> None:
         self._base = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": model}
         self._reader, self._stops = reader, stops
         self._blocks: list[dict[str, Any]] = []
@@ -87,7 +87,7 @@ class _MessageWriter(Writer):
             return self._finish(event.answer)
         if event.reasoning:
             return self._say("thinking", event.text)
-        return self._say("text", self._reader.feed(event.text)) + self._calls()
+        return self._say("text", self._reader.feed(event.text) if self._reader else event.text) + self._calls()
 
     def failed(self, status: int, body: dict[str, Any]) -> bytes:
         error = body["error"]
@@ -105,13 +105,13 @@ class _MessageWriter(Writer):
         return {**self._base, "content": self._blocks, **self._end(answer), **about}
 
     def _finish(self, answer: Answer) -> bytes:
-        frames = self._say("text", self._reader.finish()) + self._calls() + self._close()
+        frames = self._say("text", self._reader.finish() if self._reader else "") + self._calls() + self._close()
         about = {"usage": _usage(answer.usage), **extensions(answer)}
         return frames + _frame("message_delta", delta=self._end(answer), **about) + _frame("message_stop")
 
     def _end(self, answer: Answer) -> dict[str, str | None]:
         """Why the answer ended."""
-        if self._reader.calls and not self._reader.cut:
+        if self._reader is not None and self._reader.calls and not self._reader.cut:
             return {"stop_reason": "tool_use", "stop_sequence": None}
         if answer.finish_reason == "length":
             full = answer.limit == "context"
@@ -121,7 +121,7 @@ class _MessageWriter(Writer):
 
     def _say(self, kind: str, text: str) -> bytes:
         """More text of a block; a new block if another kind is open. White space behind a call is none."""
-        if not text or (self._reader.calls and not text.strip()):
+        if not text or (self._reader and self._reader.calls and not text.strip()):
             return b""
         opened = b"" if self._open and self._open["type"] == kind else self._begin({"type": kind, kind: ""})
         return opened + self._more(text)
@@ -129,7 +129,7 @@ class _MessageWriter(Writer):
     def _calls(self) -> bytes:
         """What is new of the calls."""
         frames = b""
-        for told in self._reader.take_told():
+        for told in self._reader.take_told() if self._reader else ():
             if told["index"] and self.one_call:
                 continue
             if "id" in told:

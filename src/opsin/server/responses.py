@@ -169,7 +169,7 @@ async def _prepare(body: ResponsesRequest, model: ModelManager, images: RequestI
     if not messages:
         raise BadField("input has no message: ask something.", "input")
     prompt = await build_prompt(body, messages, tools, model, images)
-    writer = _ResponsesWriter(model.name, body, params, CallReader(tools))
+    writer = _ResponsesWriter(model.name, body, params, CallReader(tools) if tools else None)
     if body.store is not False:
         writer.keep = partial(_keep, model.stored, images.key, items)
     return [(prompt, params)], writer
@@ -243,7 +243,7 @@ def _messages(instructions: str | None, items: Sequence[Any]) -> list[schema.Mes
 _ITEMS: TypeAdapter[list[Any]] = TypeAdapter(list[InputItem])
 
 # What kinds of items have in their ids, in events about their text, and in their only part.
-_PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc"}
+_PREFIXES = {"message": "msg", "reasoning": "rs"}
 _EVENTS: dict[str, dict[str, Any]] = {"message": {"logprobs": []}, "reasoning": {}}
 _PARTS: dict[str, dict[str, Any]] = {
     "message": {"type": "output_text", "annotations": [], "logprobs": []},
@@ -254,7 +254,7 @@ _PARTS: dict[str, dict[str, Any]] = {
 class _ResponsesWriter(Writer):
     """Writes the answer to one request: one object, or events in OpenAI's order."""
 
-    def __init__(self, model: str, body: ResponsesRequest, params: SamplingParams, reader: CallReader) -> None:
+    def __init__(self, model: str, body: ResponsesRequest, params: SamplingParams, reader: CallReader | None) -> None:
         echoed = body.model_dump(include={"tools", "tool_choice", "text", "metadata"}, by_alias=True, exclude_none=True)
         # What every state of a response has in common.
         self._base: dict[str, Any] = {
@@ -285,6 +285,7 @@ class _ResponsesWriter(Writer):
             "user": body.user,
         }
         self._reader = reader
+        self._calling: list[dict[str, Any]] = []
         self.keep: Callable[[str, list[Any]], None] | None = None
         """Told the response's id and its items when it is whole."""
         self._number = 0
@@ -300,7 +301,7 @@ class _ResponsesWriter(Writer):
             return self._finish(event.answer)
         if event.reasoning:
             return self._say("reasoning", event.text)
-        text = self._reader.feed(event.text)
+        text = self._reader.feed(event.text) if self._reader else event.text
         return (self._say("message", text) if text else b"") + self._calls()
 
     def failed(self, status: int, body: dict[str, Any]) -> bytes:  # noqa: ARG002 - there is one kind here
@@ -317,12 +318,14 @@ class _ResponsesWriter(Writer):
         return self._ended(answer)
 
     def _finish(self, answer: Answer) -> bytes:
-        rest, calls = self._reader.finish(), self._reader.calls
+        reader = self._reader
+        rest = reader.finish() if reader else ""
         frames = (self._say("message", rest) if rest else b"") + self._calls()
-        if self._open is None and not self._output:
+        if self._open is None and not self._output and not self._calling:
             frames += self._say("message", "")
-        cut = self._reader.cut if calls else answer.finish_reason == "length"
-        frames += self._close("incomplete" if cut else "completed")
+        status = "incomplete" if answer.finish_reason == "length" else "completed"
+        frames += self._close("completed" if self._calling else status)
+        frames += self._close_call("incomplete" if reader and reader.cut else "completed")
         response = self._ended(answer)
         if self.keep is not None:
             self.keep(self._base["id"], self._output)
@@ -348,20 +351,18 @@ class _ResponsesWriter(Writer):
     def _say(self, kind: str, text: str) -> bytes:
         """More text of an item; a new item if another kind is open."""
         frames = b""
-        if self._open is None or self._open["type"] != kind:
+        if self._open is not None and self._open["type"] != kind:
+            frames += self._close("completed")
+        if self._open is None:
             more: dict[str, Any] = {"role": "assistant"} if kind == "message" else {"summary": []}
-            frames = self._begin(kind, content=[], **more)
+            item_id = f"{_PREFIXES[kind]}_{uuid.uuid4().hex}"
+            self._open = {"id": item_id, "type": kind, "status": "in_progress", "content": [], **more}
+            frames += self._event("output_item.added", item=self._open)
             frames += self._event("content_part.added", self._open, part={**_PARTS[kind], "text": ""})
         if text:
             self._text.append(text)
             frames += self._event(f"{_PARTS[kind]['type']}.delta", self._open, delta=text, **_EVENTS[kind])
         return frames
-
-    def _begin(self, kind: str, **more: Any) -> bytes:
-        """A new item; one that is still open ends."""
-        frames = self._close("completed")
-        self._open = {"id": f"{_PREFIXES[kind]}_{uuid.uuid4().hex}", "type": kind, "status": "in_progress", **more}
-        return frames + self._event("output_item.added", item=self._open)
 
     def _close(self, status: str) -> bytes:
         """The end of the open item, if there is one."""
@@ -369,15 +370,10 @@ class _ResponsesWriter(Writer):
         if item is None:
             return b""
         kind = item["type"]
-        if kind == "function_call":
-            whole = {**item, "status": status, "arguments": text}
-            about = {"item_id": item["id"], "name": item["name"], "arguments": text}
-            frames = self._event("function_call_arguments.done", **about)
-        else:
-            part = {**_PARTS[kind], "text": text}
-            whole = {**item, "status": status, "content": [part]}
-            frames = self._event(f"{part['type']}.done", item, text=text, **_EVENTS[kind])
-            frames += self._event("content_part.done", item, part=part)
+        part = {**_PARTS[kind], "text": text}
+        whole = {**item, "status": status, "content": [part]}
+        frames = self._event(f"{part['type']}.done", item, text=text, **_EVENTS[kind])
+        frames += self._event("content_part.done", item, part=part)
         frames += self._event("output_item.done", item=whole)
         self._output.append(whole)
         self._open = None
@@ -387,12 +383,29 @@ class _ResponsesWriter(Writer):
     def _calls(self) -> bytes:
         """What is new of the calls."""
         frames = b""
-        for told in self._reader.take_told():
+        for told in self._reader.take_told() if self._reader else ():
             if "id" in told:
-                frames += self._begin("function_call", call_id=told["id"], name=told["function"]["name"], arguments="")
-            if (piece := told["function"]["arguments"]) and self._open is not None:
-                self._text.append(piece)
-                frames += self._event("function_call_arguments.delta", item_id=self._open["id"], delta=piece)
+                frames += self._close("completed") + self._close_call("completed")
+                name = told["function"]["name"]
+                item = {"type": "function_call", "id": f"fc_{uuid.uuid4().hex}", "call_id": told["id"], "name": name}
+                self._calling.append({**item, "arguments": "", "status": "in_progress"})
+                frames += self._event("output_item.added", item=self._calling[-1])
+            if piece := told["function"]["arguments"]:
+                call = self._calling[-1]
+                call["arguments"] += piece
+                frames += self._event("function_call_arguments.delta", item_id=call["id"], delta=piece)
+        return frames
+
+    def _close_call(self, status: str) -> bytes:
+        """The end of the open call, if there is one."""
+        if not self._calling or self._calling[-1]["status"] != "in_progress":
+            return b""
+        call = self._calling[-1]
+        call["status"] = status
+        about = {"item_id": call["id"], "name": call["name"], "arguments": call["arguments"]}
+        frames = self._event("function_call_arguments.done", **about)
+        frames += self._event("output_item.done", item=call)
+        self._output.append(call)
         return frames
 
     def _event(self, kind: str, inside: dict[str, Any] | None = None, **rest: Any) -> bytes:

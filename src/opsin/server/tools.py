@@ -117,13 +117,11 @@ class CallReader:
     With a forced call the answer is one JSON object. Otherwise calls are looked for in the forms that models are
     trained on: JSON inside <tool_call> tags, a list after [TOOL_CALLS], and an answer that is a JSON object with the
     name of a known function. A call whose name comes first is told as it is written; of others everything is held back
-    until the end. What turns out not to be a call is text. Without tools all is.
+    until the end. What turns out not to be a call is text.
     """
 
-    def __init__(self, tools: ToolPlan | None) -> None:
-        self._tools = tools
-        self._names = tools.names if tools else frozenset[str]()
-        self._holds = tools is not None and tools.schema is not None
+    def __init__(self, tools: ToolPlan) -> None:
+        self._names, self._holds = tools.names, tools.schema is not None
         self._held = ""
         self._said = False
         self._arguments: _ObjectEnd | None = None
@@ -143,8 +141,6 @@ class CallReader:
 
     def feed(self, text: str) -> str:
         """Take text; return what is certainly not part of a call."""
-        if self._tools is None:
-            return text
         self._held += text
         while self._arguments is not None or self._opens():
             if not self._read_arguments():
