@@ -69,10 +69,10 @@ def opsin(*, version: bool = typer.Option(False, "--version", "-V", help="Print 
 
 def _check_address_space() -> None:
     """Raise EngineError where a process may have less than Opsin needs."""
-    if sys.platform == "win32":
+    try:
+        import resource
+    except ImportError:  # not on Windows
         return
-    import resource
-
     most = resource.getrlimit(resource.RLIMIT_AS)[0]
     if most != resource.RLIM_INFINITY and most < LEAST_ADDRESS_SPACE:
         raise EngineError(
