@@ -77,17 +77,12 @@ def paint(folder: Path, images: int, *, scenes: bool) -> list[Path]:
 
 
 def by_batch(rows: list[tuple[str, str, str]], given: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """`opsin batch` over a table of the rows, or over the folder where there is one question."""
-    out = folder / "out.jsonl"
-    if given.questions > 1:
-        table = folder / "rows.csv"
-        with table.open("w", newline="") as file:
-            csv.writer(file).writerows([("id", "image", "question"), *rows])
-        source = [str(table), "{question}", "--id", "id", "--image-column", "image"]
-    else:
-        source = [str(Path(rows[0][1]).parent), rows[0][2]]
-    command = [sys.executable, "-m", "opsin", "batch", *source, "-o", str(out), "--overwrite"]
-    command += ["--no-disk-cache", "--no-guard", "--temperature", "0"]
+    """`opsin batch` over a table of the rows."""
+    table, out = folder / "rows.csv", folder / "out.jsonl"
+    with table.open("w", newline="") as file:
+        csv.writer(file).writerows([("id", "image", "question"), *rows])
+    command = [sys.executable, "-m", "opsin", "batch", str(table), "{question}", "-o", str(out), "--overwrite"]
+    command += ["--id", "id", "--image-column", "image", "--no-disk-cache", "--no-guard", "--temperature", "0"]
     command += ["--max-tokens", str(given.max_tokens), *pair(given)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
@@ -95,7 +90,7 @@ def by_batch(rows: list[tuple[str, str, str]], given: argparse.Namespace, folder
     assert said, done.stderr
     found = [json.loads(line) for line in out.read_text().splitlines()]
     tokens = sum(row["usage"]["completion_tokens"] for row in found)
-    texts = {row["id"].replace(".png", "-0"): row["text"] for row in found}
+    texts = {row["id"]: row["text"] for row in found}
     return {"seconds": float(said[1].replace(",", "")), "tokens": tokens, "rows": len(found), "texts": texts}
 
 

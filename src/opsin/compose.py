@@ -37,8 +37,6 @@ __all__ = ["Runtime", "end_with_parent", "gpu_names", "machine_for", "open_backe
 
 DRAFT_BESIDE = 4
 """Answers at a time that get drafts, with `speculation`."""
-LEAST_PART = 4096
-"""Tokens of a slot with a part of the KV cache of its own, where no context is asked for; or all the model can."""
 SWAP_BYTES = 2**30
 """Main memory for prefixes that were swapped out of the KV cache, at most; no more than an eighth of what is free."""
 
@@ -92,9 +90,6 @@ def open_runtime(
     present = devices()
     free = free_memory(present)
     settings = MemoryPlanner(facts, present, asked, free, cpu_features()).plan().applied(asked)
-    part = min(LEAST_PART, facts.model.context or LEAST_PART)
-    if asked.kv_unified is False and asked.ctx is None and (settings.ctx or 0) < settings.parallel * part:
-        settings = settings.model_copy(update={"kv_unified": True})
     if trial and not pair.is_demo:
         ensure_loadable(pair.llm, pair.mmproj, settings)
     store = DiskStore(default_folder(), settings.disk_cache_bytes) if settings.disk_cache else None
@@ -103,13 +98,7 @@ def open_runtime(
     gpu = any(device.is_gpu for device in present) and not on_cpu
     cell_bytes = sum(layer.kv_values for layer in facts.model.layers) * bytes_per_value(settings.kv_type)
     swap_cells = int(min(SWAP_BYTES, free.get(HOST, 0) // 8) / max(1.0, cell_bytes))
-    policy = Policy.for_device(
-        gpu=gpu,
-        parallel=settings.parallel,
-        max_queue=max_queue,
-        swap_cells=swap_cells,
-        unified=settings.kv_unified is not False,
-    )
+    policy = Policy.for_device(gpu=gpu, parallel=settings.parallel, max_queue=max_queue, swap_cells=swap_cells)
     engine = Engine(
         lambda: open_backend(settings, progress, sizes),
         policy=replace(policy, draft_beside=DRAFT_BESIDE if settings.speculation else 0),

@@ -36,7 +36,7 @@ from opsin.jobs.report import report_text, write_report
 from opsin.jobs.row import Row, output_fields
 from opsin.jobs.runner import Run, sample, without_sidecars
 from opsin.jobs.sidecar import Kind, sidecar_path, write_sidecar
-from opsin.jobs.sources import all_differ, open_source
+from opsin.jobs.sources import open_source
 from opsin.jobs.spec import job_spec
 from opsin.jobs.template import PromptTemplate
 from opsin.models import locate, resolve
@@ -191,8 +191,6 @@ def batch(
     slots = GPU_SLOTS if may_have_gpus() and flags["gpu_layers"] != 0 else CPU_SLOTS
     config = read_config(chosen, os.environ, current_folder(), locate=locate, parallel=1 if flags["ctx"] else slots)
     settings = config.engine(parallel=slots if config.origins["ctx"] == "default" else 1)
-    if settings.kv_unified is None and slots == CPU_SLOTS and not params.labels and source != "-" and all_differ(rows):
-        settings = settings.model_copy(update={"kv_unified": False})
     loading = {"limits": limits, "seconds": options.image_seconds, "private": options.fetch_private}
     asked = Question(
         template, params, system, images=checked(ImageOptions, {name: flags[name] for name in o.IMAGES}), **loading

@@ -22,12 +22,12 @@ class BackendLimits:
     """Sizes that plans must keep to: tokens or sequences, and `n_embd`, the width of an embedding row.
 
     All sequences share one KV cache of `n_ctx` cells, as forks share cells; one holds at most `n_ctx_seq` tokens, which
-    is less where the model was trained for less. `forks=False`: one state for each sequence, or a part of the cells,
-    which cannot be shared or forgotten in part. `swaps=False`: `kv_save` does not give all. Image rows are prefilled
-    fastest in multiples of `tile`; `encode_batch` image chunks may be encoded at once. A ubatch of up to `mixed_rows`
-    may hold an image's rows and tokens of other sequences (0: none may). `images` is what the encoder makes of the
-    sizes of images. At most `n_outputs` rows of a ubatch have logits. `asynchronous`: `decode` comes back long before
-    its work is done. `stops`: a `decode` that may stop does. `couples`: a token may be of several sequences.
+    is less where the model was trained for less. `forks=False`: one state for each sequence, which cannot be shared or
+    forgotten in part. `swaps=False`: `kv_save` does not give all. Image rows are prefilled fastest in multiples of
+    `tile`; `encode_batch` image chunks may be encoded at once. A ubatch of up to `mixed_rows` may hold an image's
+    rows and tokens of other sequences (0: none may). `images` is what the encoder makes of the sizes of images. At most
+    `n_outputs` rows of a ubatch have logits. `asynchronous`: `decode` comes back long before its work is done.
+    `stops`: a `decode` that may stop does.
     """
 
     n_ctx: int
@@ -45,7 +45,6 @@ class BackendLimits:
     n_outputs: int = 64
     asynchronous: bool = False
     stops: bool = False
-    couples: bool = True
 
 
 class Stopped(Exception):

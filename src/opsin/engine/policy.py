@@ -49,17 +49,15 @@ class Policy:
     keep_prefixes: bool = True
 
     @classmethod
-    def for_device(cls, *, gpu: bool, parallel: int, max_queue: int, swap_cells: int, unified: bool = True) -> Policy:
+    def for_device(cls, *, gpu: bool, parallel: int, max_queue: int, swap_cells: int) -> Policy:
         """What suits the device that the language model is on; main memory has room for `swap_cells`.
 
         On a GPU an image takes 20 to 50 ms and stopping its graph costs more than that is worth, so streams get their
         turn between steps, and half of the time. On a CPU attention looks at idle cells, too, which costs more than
-        copying them: 4,000 of them make the prefill of an image half as long again. Not so if each slot has cells of
-        its own (`unified` is False).
+        copying them: 4,000 of them make the prefill of an image half as long again.
         """
         if not gpu:
-            low = 2048 if unified else None
-            return cls(parallel, idle_cells=4096, low_cells=low, swap_cells=swap_cells, max_queue=max_queue)
+            return cls(parallel, idle_cells=4096, low_cells=2048, swap_cells=swap_cells, max_queue=max_queue)
         return cls(
             parallel, slice=512, slice_seconds=0.05, stream_share=0.5, decode_in_encode=False, max_queue=max_queue
         )

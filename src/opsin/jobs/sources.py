@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from io import BufferedReader
-from itertools import islice
 from pathlib import Path
 from typing import cast
 from urllib.parse import unquote, urlsplit
@@ -36,8 +34,6 @@ _KINDS = (
     "a folder, a pattern in quotes, an image, a .jsonl, .csv, .tsv, .parquet or .tar file, or - for a list of images"
 )
 _BLOCK = 2**16
-_LOOKED_AT = 100  # rows
-_DOCUMENTS = (".pdf", ".tif", ".tiff")
 
 
 def open_source(
@@ -57,18 +53,6 @@ def open_source(
     if source.columns is None and (image_column or id_column):
         raise BadParameter(f"{show(text)} is no table, so it has no columns: leave out --image-column and --id.")
     return source
-
-
-def all_differ(rows: Source) -> bool:
-    """Whether each row is about one image of its own; of a table or tar its first rows tell. Documents are many."""
-    seen: set[int] = set()
-    with contextlib.suppress(BadInput):  # the job itself tells of it, behind the rows that can be read
-        for item in islice(rows, _LOOKED_AT if rows.folder is None else None):
-            image = item.images[0] if len(item.images) == 1 else None
-            if hash(image) in seen or image is None or (isinstance(image, str) and image.lower().endswith(_DOCUMENTS)):
-                return False
-            seen.add(hash(image))
-    return not rows.is_requests
 
 
 def _open(text: str, image_column: str | None, id_column: str | None, *, recursive: bool) -> Source:

@@ -85,9 +85,8 @@ class Context:
         # the window of the only sequence that holds it as free, also with swa_full and while others are empty: a
         # prefix would lose its beginning. A cell of two sequences stays.
         slides = llama.llama_model_n_swa(model.pointer) > 0 and not model.whole_states_only
-        params.kv_unified = self._unified = settings.kv_unified is not False
         sequences = _sequences(model, settings, params.n_ubatch, _MAX_SEQUENCES // (2 if slides else 1))
-        self._keeper = sequences if slides and self._unified else 0
+        self._keeper = sequences if slides else 0
         params.n_seq_max = sequences + self._keeper
         # Without it room is reserved for the logits of a whole ubatch: 0.6 GB with a vocabulary of 150,000.
         params.n_outputs_max = self._outputs_max = max(OUTPUTS, params.n_seq_max)
@@ -96,6 +95,7 @@ class Context:
         params.n_threads_batch = settings.threads_batch or params.n_threads
         params.type_k = params.type_v = KV_TYPES[settings.kv_type]
         params.flash_attn_type = -1 if settings.flash_attention is None else int(settings.flash_attention)
+        params.kv_unified = True
         # Sliding-window layers keep everything, so that prefixes stay whole.
         params.swa_full = True
         if callback is not None:
@@ -114,13 +114,13 @@ class Context:
         with suppress(LookupError):
             self._table = TokenTable(model)
         self.limits = BackendLimits(
-            n_ctx=llama.llama_n_ctx(pointer),
+            n_ctx=(n_ctx := llama.llama_n_ctx(pointer)),
             n_ubatch=(n_ubatch := llama.llama_n_ubatch(pointer)),
             n_seq_max=llama.llama_n_seq_max(pointer) - self._keeper,
             n_vocab=model.n_vocab,
             n_embd=model.n_embd,
-            n_ctx_seq=min(room := llama.llama_n_ctx_seq(pointer), model.n_ctx_train or room),
-            forks=self._unified and not model.whole_states_only,
+            n_ctx_seq=min(n_ctx, model.n_ctx_train or n_ctx),
+            forks=not model.whole_states_only,
             swaps=not slides,  # llama.cpp saves no cells behind the window, which a shorter prefix would need
             tile=_TILE if model.device is None else 1,
             encode_batch=1 if encoder is None else encoder.batch,
@@ -130,11 +130,11 @@ class Context:
             # Of a batch that was stopped llama.cpp forgets all from its first position on, in its first sequence: too
             # little where a keeper holds the same cells, too much where slices of an image share a position.
             stops=model.device is None and not (model.whole_states_only or slides or model.n_pos > 1),
-            couples=self._unified,
             # Flash attention in tiles would compute every row of a tile for the cells of all its sequences.
             mixed_rows=0 if self._table is None else n_ubatch if model.device else _TILE - 1,
         )
-        self._arrays = BatchArrays(llama.llama_batch, n_ubatch, model.n_pos, self._keeper, self.limits.n_seq_max)
+        most = self.limits.n_seq_max
+        self._arrays = BatchArrays(llama.llama_batch, self.limits.n_ubatch, model.n_pos, self._keeper, most)
         self._causal = True
         self._stop, self._may_stop = StopFlag(llama, pointer, usable=self.limits.stops), False
         self._outputs: dict[int, int] = {}  # rows of the last batch that have logits, and where these are
@@ -314,10 +314,9 @@ class Context:
     def kv_copy(self, source: int, target: int, start: int, end: int) -> None:
         self._check_sequences(source, target)
         part = start > 0 or 0 <= end <= self.kv_last(source)
-        whole = self.model.whole_states_only or not self._unified  # llama.cpp aborts on a part, and on an end
-        _require(not (part and whole), "A part of this model's state cannot be copied.")
+        _require(not (part and self.model.whole_states_only), "A part of this model's state cannot be copied.")
         for one in self._ids(target) if source != target else ():
-            self._llama.llama_memory_seq_cp(self._memory, source, one, start, -1 if whole else end)
+            self._llama.llama_memory_seq_cp(self._memory, source, one, start, end)
 
     def kv_save(self, seq_id: int) -> NDArray[np.uint8]:
         self._check_sequences(seq_id)
@@ -366,8 +365,8 @@ def _sequences(model: Model, settings: EngineSettings, n_ubatch: int, most: int)
             f"{settings.parallel} answers at a time do not fit a ubatch of {n_ubatch}: "
             "give a smaller --parallel or a larger --ctx."
         )
-    # Where each id has a state or a part of the context of its own, there is none to spare.
-    spare = 0 if model.whole_states_only or settings.kv_unified is False else SPARE_SEQUENCES
+    # A recurrent model keeps a whole state for each id: none to spare there.
+    spare = 0 if model.whole_states_only else SPARE_SEQUENCES
     return min(settings.parallel + spare, most, n_ubatch)
 
 
