@@ -153,6 +153,10 @@ class Ledger:
         query = "SELECT at, length, row FROM rows WHERE job = ? AND question = ? AND state = 1 LIMIT 1"
         return self._one(query, job, question)
 
+    def forget_after(self, size: int) -> None:
+        """Rows that lie behind so many bytes of the output are to be asked again."""
+        self._do("UPDATE rows SET state = 0, at = NULL WHERE at + length > ?", size)
+
     def retry_failed(self, job: str) -> int:
         """Error rows are to be asked again, and the output is to be written anew without them; how many."""
         self._do("BEGIN")

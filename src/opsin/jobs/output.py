@@ -79,7 +79,8 @@ class Output:
     def read(self, at: int | None, length: int | None, stored: bytes | None) -> Row:
         """A row that was added and flushed. Raises ValueError where there is none."""
         if stored is not None:
-            return dict(json.loads(stored))
+            row: Row = json.loads(stored)
+            return row
         self._file.seek(at or 0)
         return self._row(self._file.read(length))
 
@@ -120,7 +121,7 @@ class Output:
         """Make file and ledger agree: the shorter one counts."""
         there, noted = self.path.stat().st_size, int(self._ledger.note("size") or 0)
         if there < noted:  # it lost its end with the power, or was deleted
-            self._ledger.query("UPDATE rows SET state = 0, at = NULL WHERE at + length > ?", there)
+            self._ledger.forget_after(there)
         last = self._ledger.query("SELECT at, at + length FROM rows WHERE at IS NOT NULL ORDER BY at DESC LIMIT 1")
         begin, end = last[0] if last else (0, 0)
         ends = [self._file.read(1) for place in (begin, end) if place and self._file.seek(place - 1) >= 0]
@@ -146,7 +147,8 @@ class Output:
         return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace")
 
     def _row(self, line: bytes) -> Row:
-        return dict(json.loads(line))
+        row: Row = json.loads(line)
+        return row
 
 
 class CsvOutput(Output):

@@ -427,7 +427,7 @@ def _fits(c: sa.Connection) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    return (str(getattr(error, "orig", None) or error) or "out of memory").partition("\n")[0].rstrip(".")
+    return (str(getattr(error, "orig", None) or error) or type(error).__name__).partition("\n")[0].rstrip(".")
 
 
 def _drop(c: sa.Connection, which: Any) -> None:

@@ -22,6 +22,7 @@ from opsin.core.settings import ServerSettings
 from opsin.server import batch_runner, batch_store
 from opsin.server.batch_runner import BatchRunner, owner_of
 from opsin.server.batch_store import CHUNK, BatchStore
+from opsin.server.errors import StoreFailed
 
 pytestmark = pytest.mark.slow
 
@@ -547,3 +548,13 @@ def test_owners_are_hashes() -> None:
     assert owner_of("") != owner_of("0123456789abcdef")
     assert "0123" not in owner_of("0123456789abcdef")
     assert ServerSettings().batch_store is None
+
+
+def test_too_little_memory_is_a_failed_store_and_one_line_of_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = BatchStore(f"sqlite:///{tmp_path}/batches.sqlite")
+    with pytest.raises(StoreFailed), store._begin():
+        raise MemoryError
+    assert [record.getMessage() for record in caplog.records] == ["the batch store failed: MemoryError"]
+    store.close()

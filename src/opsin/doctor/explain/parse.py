@@ -39,7 +39,7 @@ _TABLE = read_table(__file__, "lines.toml")
 _TOOLS = [(name, re.compile(pattern)) for name, pattern in _TABLE["tools"].items()]
 _LINES = [(how, _compiled(row["like"]), row.get("says", {})) for how, rows in _TABLE["lines"].items() for row in rows]
 _PATTERNS = {name: _compiled(pattern) for name, pattern in _TABLE["patterns"].items()}
-_TIMERS, _TIMES, _COUNTS = _TABLE["timers"], _TABLE["times"], _TABLE["counts"]
+_TIMERS, _TIMES, _COUNTS, _ENDS = _TABLE["timers"], _TABLE["times"], _TABLE["counts"], frozenset(_TABLE["ends"])
 
 
 def parse(stream: BinaryIO) -> Facts:
@@ -323,14 +323,10 @@ class _Reader:
         stream = chunk[1] if chunk else ""
         book.same, self._stream = bool(stream) and stream == self._stream, stream or self._stream
         self._said(line)
-        if (
-            book.has("finish")
-            and not book.same
-            and any(word and name in _TABLE["ends"] for name, _number, word in pairs)
-        ):
+        if book.has("finish") and not book.same and any(word and name in _ENDS for name, _number, word in pairs):
             book.finish()
         for name, number, word in pairs:
-            if word and name in _TABLE["ends"]:
+            if word and name in _ENDS:
                 book.once(finish=word)
                 self._role = ""
             elif number and name in _TIMES:
