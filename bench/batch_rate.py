@@ -61,11 +61,11 @@ print(json.dumps({{"seconds": time.perf_counter() - began, "tokens": sum(n for _
 
 
 def paint(folder: Path, images: int, *, scenes: bool) -> list[Path]:
-    """PNGs, all different: smooth noise, or drawn scenes."""
+    """PNGs, all different: smooth noise, or drawn scenes; the last one is to warm up with."""
     if scenes:
         sys.path.append(str(ROOT))
         from training.scenes import make_scene, render  # type: ignore[import-not-found]
-    paths = [folder / f"{number:06}.png" for number in range(images)]
+    paths = [folder / f"{number:06}.png" for number in range(images + 1)]
     for number, path in enumerate(paths):
         draw = np.random.default_rng(number)
         if scenes:
@@ -112,19 +112,21 @@ def differing(rows: list[tuple[str, str, str]], texts: dict[str, str], given: ar
     return [name for name, path, _ in rows if texts[name] != alone[path]]
 
 
-def by_loop(rows: list[tuple[str, str, str]], given: argparse.Namespace) -> dict[str, Any]:
-    """llama-cpp-python, one row after another; the first one warms it up and does not count."""
+def by_loop(rows: list[tuple[str, str, str]], warm: tuple[str, str, str], given: argparse.Namespace) -> dict[str, Any]:
+    """llama-cpp-python, one row after another; `warm` is asked before and does not count."""
     arguments = [given.model, given.mmproj, str(given.threads), str(given.max_tokens)]
     code = LOOP.format(user=given.user, assistant=given.assistant)
-    text = json.dumps([rows[0], *rows])
+    text = json.dumps([warm, *rows])
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], input=text, capture_output=True, text=True, check=True
     )
     return {**json.loads(done.stdout.splitlines()[-1]), "rows": len(rows)}
 
 
-def by_server(rows: list[tuple[str, str, str]], given: argparse.Namespace) -> dict[str, Any]:
-    """llama-server, with as many clients as it has slots."""
+def by_server(
+    rows: list[tuple[str, str, str]], warm: tuple[str, str, str], given: argparse.Namespace
+) -> dict[str, Any]:
+    """llama-server, with as many clients as it has slots; `warm` is asked before and does not count."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -167,7 +169,7 @@ def by_server(rows: list[tuple[str, str, str]], given: argparse.Namespace) -> di
                 answer = http.post("/v1/chat/completions", json=body).raise_for_status().json()
                 return int(answer["usage"]["completion_tokens"])
 
-            ask(rows[0])
+            ask(warm)
             with ThreadPoolExecutor(CLIENTS) as clients:
                 began = time.perf_counter()
                 tokens = sum(clients.map(ask, rows))
@@ -203,15 +205,16 @@ def main() -> None:
         folder = Path(name)
         asked = [f"Question {number}: what is in this picture?" for number in range(given.questions)]
         asked = asked if given.questions > 1 else ["What is in this picture?"]
-        paths = paint(folder, given.images, scenes=given.scenes)
+        *paths, last = paint(folder, given.images, scenes=given.scenes)
+        warm = (last.stem, str(last), "What is in this picture?")
         rows = [(f"{path.stem}-{number}", str(path), text) for path in paths for number, text in enumerate(asked)]
         texts: dict[str, str] = {}
         for run in range(given.runs):
             sides = [
                 ("opsin batch", lambda: by_batch(rows, given, folder)),
-                ("llama-cpp-python", lambda: by_loop(rows, given)),
+                ("llama-cpp-python", lambda: by_loop(rows, warm, given)),
             ]
-            sides += [("llama-server", lambda: by_server(rows, given))] if given.server else []
+            sides += [("llama-server", lambda: by_server(rows, warm, given))] if given.server else []
             for side, measure in sides if run % 2 == 0 else reversed(sides):
                 one = measure()
                 texts = one.pop("texts", texts)

@@ -1,7 +1,5 @@
 """The plain Python API: open a model, ask about images, read whole answers or streams."""
 
-from __future__ import annotations
-
 import asyncio
 import atexit
 import json

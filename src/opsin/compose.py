@@ -1,7 +1,5 @@
 """Settings in, running engine out: the one file that joins `native` to `engine`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,12 +26,22 @@ from opsin.native.devices import (
     devices,
     free_memory,
     measure_device,
+    physical_cores,
 )
 from opsin.native.memory import MemoryPlanner
 from opsin.native.trial import end_with_parent, ensure_loadable, fingerprint
 from opsin.prompt import PromptBuilder, TemplateSource
 
-__all__ = ["Runtime", "end_with_parent", "gpu_names", "machine_for", "open_backend", "open_runtime", "template_source"]
+__all__ = [
+    "Runtime",
+    "end_with_parent",
+    "gpu_names",
+    "host_room",
+    "machine_for",
+    "open_backend",
+    "open_runtime",
+    "template_source",
+]
 
 DRAFT_BESIDE = 4
 """Answers at a time that get drafts, with `speculation`."""
@@ -120,6 +128,11 @@ def open_runtime(
 def gpu_names() -> tuple[str, ...]:
     """The GPUs that this build computes on, as ggml names them."""
     return tuple(device.name for device in devices() if device.is_gpu)
+
+
+def host_room() -> tuple[int, int]:
+    """Physical cores, and free bytes of main memory; loads no native library."""
+    return physical_cores(), free_memory(()).get(HOST, 0)
 
 
 def machine_for(model: str, mmproj: str) -> dict[str, Any]:

@@ -40,8 +40,9 @@ def test_the_answers_are_the_same_and_a_crash_costs_no_more_than_its_requests() 
 def test_the_class_and_ask_stay_in_process_by_default(opsin_env: dict[str, str], start: str) -> None:
     code = f"""
 import subprocess, sys
-def Popen(*_, **__):
-    raise SystemExit("a process was started")
+class Popen(subprocess.Popen):
+    def __init__(self, *_, **__):
+        raise SystemExit("a process was started")
 subprocess.Popen = Popen
 from opsin import Opsin
 from opsin.__main__ import main

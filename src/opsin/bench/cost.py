@@ -3,8 +3,6 @@
 An operation is one multiplication or addition of a matrix product. Of experts only those a token uses are counted.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What can be measured: the engine in this process, and any OpenAI-compatible vision server."""
 
-from __future__ import annotations
-
 import base64
 import json
 import os

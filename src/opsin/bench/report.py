@@ -1,7 +1,5 @@
 """Results as a JSON document and as text."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass

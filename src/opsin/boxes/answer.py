@@ -5,8 +5,6 @@ JSON (`bbox_2d`, `box_2d`, `point_2d` …), `<box>[[x1, y1, x2, y2]]</box>`, `<|
 From there it goes through mtmd's borders, a region, and a smaller reading.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import replace

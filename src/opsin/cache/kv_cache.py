@@ -187,6 +187,10 @@ class CellBook:
             seen.add(seq_id)
         return total
 
+    def own(self, seq_id: int) -> int:
+        """Cells that no other sequence sees."""
+        return self.held(seq_id) - max(self._shared.get(seq_id, {}).values(), default=0)
+
     def append(self, seq_id: int, cells: int) -> None:
         """A sequence took new cells at its end."""
         self._held[seq_id] = self._held.get(seq_id, 0) + cells
@@ -204,8 +208,8 @@ class CellBook:
 
     def drop(self, seq_id: int) -> None:
         """A sequence forgets everything."""
-        shared = self._shared.pop(seq_id, {})
-        self.used -= self._held.pop(seq_id, 0) - max(shared.values(), default=0)
+        self.used -= self.own(seq_id)
+        shared, _ = self._shared.pop(seq_id, {}), self._held.pop(seq_id, 0)
         for other in shared:
             del self._shared[other][seq_id]
 
@@ -261,7 +265,7 @@ class KVCacheManager:
     def __init__(self, limits: BackendLimits, *, keep_prefixes: bool, swap_cells: int = 0) -> None:
         self._limits = limits
         self._keeps = keep_prefixes and limits.forks
-        self._swap_cells = swap_cells if limits.swaps else 0
+        self.swap_cells = swap_cells if limits.swaps and self._keeps else 0
         self._ops: list[KVOp] = []
         self._free_ids = list(range(limits.n_seq_max - 1, -1, -1))
         self.index = PrefixIndex()
@@ -340,6 +344,11 @@ class KVCacheManager:
             self.free(other)
         self.idle[prefix.seq_id] = prefix
 
+    def park(self, prefix: Prefix) -> None:
+        """Its sequence will come back: it waits in main memory."""
+        self.retire(prefix)
+        self._evict(prefix)
+
     def evict_oldest(self, keep: Prefix | None = None) -> bool:
         """Evict the idle prefix that was used longest ago, but not `keep`; False when there is none."""
         victim = next((prefix for prefix in self.idle.values() if prefix is not keep), None)
@@ -357,15 +366,15 @@ class KVCacheManager:
     def swap_out_idle(self, keep: Prefix | None = None) -> None:
         """Idle prefixes make room for those that run, whose attention looks at their cells, too."""
         for prefix in list(self.idle.values()):
-            if prefix is not keep and prefix.cells(prefix.ready) <= self._swap_cells:
+            if prefix is not keep and prefix.cells(prefix.ready) <= self.swap_cells:
                 self._evict(prefix)
 
     def _evict(self, prefix: Prefix) -> None:
         cells, seq_id = prefix.cells(prefix.ready), prefix.seq_id
-        if cells > self._swap_cells or self._mostly_held_elsewhere(prefix):
+        if cells > self.swap_cells or self._mostly_held_elsewhere(prefix):
             self.free(prefix)
             return
-        while sum(other.cells(other.ready) for other in self.swapped) + cells > self._swap_cells:
+        while sum(other.cells(other.ready) for other in self.swapped) + cells > self.swap_cells:
             self.free(self.swapped[0])
         self._ops.append(SwapOut(seq_id, prefix))
         self._give_back(seq_id)

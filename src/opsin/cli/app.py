@@ -1,7 +1,5 @@
 """The `opsin` command: finds the file of a command by its name, so that `--help` imports none of them."""
 
-from __future__ import annotations
-
 import errno
 import importlib
 import os

@@ -1,7 +1,5 @@
 """`opsin ask IMAGE… QUESTION`: the answer as it comes, or one for each of many images; then where the time went."""
 
-from __future__ import annotations
-
 import os
 import sys
 import time

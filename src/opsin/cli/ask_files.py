@@ -1,7 +1,5 @@
 """Which images a command line of `opsin ask` means: files, addresses and what is in folders."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Answers of `opsin ask` on standard output: as text, or as JSON Lines, CSV or Markdown with a row for each image."""
 
-from __future__ import annotations
-
 import csv
 import json
 import sys

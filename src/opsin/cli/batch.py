@@ -1,7 +1,5 @@
 """`opsin batch`: one question about many images, each row exactly once, into one output or beside the images."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 from collections import Counter
@@ -49,7 +47,7 @@ from opsin.worker import DecoderPool, WorkerEngine, WorkerPool, may_have_gpus, o
 CPU_SLOTS, GPU_SLOTS = 8, 16
 PROCESSES = max(2, min(16, os.cpu_count() or 1))
 """Processes that load images."""
-_TINY = 64 * 2**20  # bytes of a pair that is so small that one thread is best: then each core gets a worker
+_MOST_WORKERS = 8  # that nobody asked for
 _PARALLEL = f"{CPU_SLOTS} on a CPU, {GPU_SLOTS} on a GPU; 1 with --ctx"
 
 
@@ -188,7 +186,7 @@ def batch(
     if rows.is_requests and limits.pages:
         raise BadParameter("Each request of this input chooses pages in its file parts: leave out --pages.")
     chosen = o.given(EngineSettings, flags)
-    slots = GPU_SLOTS if may_have_gpus() and flags["gpu_layers"] != 0 else CPU_SLOTS
+    slots = GPU_SLOTS if _may_use_gpu(flags["gpu_layers"]) else CPU_SLOTS
     config = read_config(chosen, os.environ, current_folder(), locate=locate, parallel=1 if flags["ctx"] else slots)
     settings = config.engine(parallel=slots if config.origins["ctx"] == "default" else 1)
     loading = {"limits": limits, "seconds": options.image_seconds, "private": options.fetch_private}
@@ -201,6 +199,19 @@ def batch(
         raise typer.Exit(to_ray.run(chosen_rows, asked, settings, is_list=source == "-", is_requests=rows.is_requests))
     with ExitStack() as stack:
         raise typer.Exit(_Batch(chosen_rows, asked, settings, _Target(output, options), stack).run())
+
+
+def _may_use_gpu(layers: int | None) -> bool:
+    return layers != 0 and may_have_gpus()
+
+
+def workers_on_cpu(size: int, rows: int | None, cores: int, free: int) -> int:
+    """Workers for a pair of `size` bytes: one a core, each with a group of rows, all in half of the `free` bytes.
+
+    Threads wait for each other behind each operation of a graph, and those of several workers do not: docs/log.md.
+    """
+    groups = _MOST_WORKERS if rows is None else rows // CPU_SLOTS
+    return max(1, min(_MOST_WORKERS, cores, groups, free // (4 * max(1, size))))  # weights twice, as some are repacked
 
 
 def _check_output(output: Path | None, options: BatchOptions, cpus: int | None) -> None:
@@ -250,8 +261,11 @@ class _Batch:
         """Ask all rows; the exit code."""
         to, options, place = self._to, self._to.options, self._to.place(self._rows.rows)
         pair = resolve(self._settings.model, self._settings.mmproj)
-        if self._workers is None and sum(file.stat().st_size for file in (pair.llm, pair.mmproj) if file) < _TINY:
-            self._workers = min(8, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else 1
+        if self._workers is None and self._settings.threads is None and not _may_use_gpu(self._settings.gpu_layers):
+            from opsin.compose import host_room
+
+            size = sum(file.stat().st_size for file in (pair.llm, pair.mmproj) if file)
+            self._workers = workers_on_cpu(size, self._rows.total, *host_room())
         asked, prompt = self._asked, self._asked.template.text
         spec = job_spec(pair, self._settings, asked, prompt=prompt, system=asked.system)
         ledger = self._stack.enter_context(to.ledger(place))

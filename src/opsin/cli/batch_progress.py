@@ -1,7 +1,5 @@
 """The progress line of `opsin batch`, and its summary."""
 
-from __future__ import annotations
-
 import sys
 import time
 from typing import Self

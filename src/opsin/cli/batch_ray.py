@@ -1,7 +1,5 @@
 """`opsin batch --ray`: the same job on a cluster, into a folder of Parquet parts."""
 
-from __future__ import annotations
-
 import os
 import re
 import sys

@@ -1,7 +1,5 @@
 """`opsin bench`: measure this machine, this engine, and servers."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform

@@ -1,7 +1,5 @@
 """`opsin chat IMAGE…`: a conversation about images in the terminal."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 import sys

@@ -1,7 +1,5 @@
 """`opsin doctor` looks at this machine, this build and this pair; `opsin explain` at a log. Both say what to fix."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

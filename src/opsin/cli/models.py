@@ -1,7 +1,5 @@
 """`opsin models`: which models are here, and which is the default."""
 
-from __future__ import annotations
-
 import json
 from contextlib import suppress
 from dataclasses import asdict

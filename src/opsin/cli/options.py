@@ -1,7 +1,5 @@
 """Flags made of the fields of settings: a flag's help is its field's description, its default the field's own."""
 
-from __future__ import annotations
-
 import inspect
 import json
 from collections.abc import Callable, Mapping

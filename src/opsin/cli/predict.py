@@ -1,7 +1,5 @@
 """`opsin predict`: how long a model will take on a device, before it is downloaded or bought."""
 
-from __future__ import annotations
-
 import json
 from contextlib import closing
 from dataclasses import asdict, replace

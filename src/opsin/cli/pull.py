@@ -1,7 +1,5 @@
 """`opsin pull`: download a model and make it the default."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

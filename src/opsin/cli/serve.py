@@ -1,7 +1,5 @@
 """`opsin serve`: settings from all their places, then the process that speaks HTTP and keeps the model's worker."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import logging

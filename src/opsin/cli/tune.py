@@ -1,7 +1,5 @@
 """`opsin tune`: measure settings on this machine, and write those that are faster to opsin.toml."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator

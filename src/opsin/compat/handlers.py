@@ -4,8 +4,6 @@ Where a model file ships its own template, or its family's is built into Opsin, 
 llama-cpp-python's own formats drop line breaks behind tags; prompts here are those the models were trained with.
 """
 
-from __future__ import annotations
-
 import os
 from dataclasses import replace
 from fnmatch import fnmatch

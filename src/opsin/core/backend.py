@@ -4,8 +4,6 @@ Threads: `tokenize` and `check` may be called by any thread, also while the engi
 to the one thread that owns the backend.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol

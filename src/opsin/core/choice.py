@@ -1,7 +1,5 @@
 """Answers from a list: which labels a request allows, and how likely the model finds each of them."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping

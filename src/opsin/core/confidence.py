@@ -1,7 +1,5 @@
 """How sure a model is of each value in its JSON answer."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

@@ -4,8 +4,6 @@ The file's table `[tuned]`, which `opsin tune` writes, holds for the model that 
 it. It is ignored for another model; what was measured for its number of slots, also for another number.
 """
 
-from __future__ import annotations
-
 import difflib
 import json
 import logging

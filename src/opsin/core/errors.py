@@ -4,8 +4,6 @@ A class says how a command ends (`exit_code`) and what a server answers (`http_s
 parent's. Exit codes: 1 anything else, 2 bad input, 3 the model, 4 the engine, 130 interrupted.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any, ClassVar, TypeVar
 

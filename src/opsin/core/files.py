@@ -1,7 +1,5 @@
 """Write a file whole or not at all, and read one that may be anything."""
 
-from __future__ import annotations
-
 import os
 import stat
 import tempfile

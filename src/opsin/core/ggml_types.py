@@ -1,7 +1,5 @@
 """ggml's tensor types and llama.cpp's file types, for every room: `ggml_types.toml` beside this file has the tables."""
 
-from __future__ import annotations
-
 from opsin.core.files import read_table
 
 _TABLES = read_table(__file__, "ggml_types.toml")

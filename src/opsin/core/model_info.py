@@ -1,7 +1,5 @@
 """What is known of a pair of language model and projector: its names, its size by its headers, and where it ran."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any

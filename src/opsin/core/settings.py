@@ -1,7 +1,5 @@
 """Every option of an engine and of a server. Command line help, defaults and docs are read from here."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from types import NoneType

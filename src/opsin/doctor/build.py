@@ -1,7 +1,5 @@
 """Does the installed llama.cpp fit this machine, and which command installs one that does?"""
 
-from __future__ import annotations
-
 import os
 import shlex
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """One finding of doctor as data, and the commands that fix it."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field

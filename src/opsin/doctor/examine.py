@@ -1,7 +1,5 @@
 """The whole examination: from what is safe to what loads the pair, each step only where those before allow it."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing

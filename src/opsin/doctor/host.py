@@ -1,7 +1,5 @@
 """What this host has: GPUs and what keeps a program from using them, CPU instructions, cores, and build tools."""
 
-from __future__ import annotations
-
 import os
 import platform
 import re

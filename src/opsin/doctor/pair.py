@@ -1,7 +1,5 @@
 """Do two files belong together, and are they good? Told from their headers; more once they are loaded."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path

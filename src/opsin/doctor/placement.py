@@ -1,7 +1,5 @@
 """Where a pair really runs, judged by the nodes that were computed and not by what a log promises."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict

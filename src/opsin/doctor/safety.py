@@ -1,7 +1,5 @@
 """Is it safe to load a pair: does it fit the memory, and does llama.cpp get through it in a process of its own?"""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path

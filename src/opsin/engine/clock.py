@@ -4,8 +4,6 @@ A request has a `StageClock` of its own until it decodes. Those that decode shar
 `GroupClock`, which is read once a stage and step however many they are.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -5,8 +5,6 @@ and in earlier answers: those to one JSON schema share many tokens. A draft is d
 front of it, and sampled position by position while each sample is its next token: the answer is the one without drafts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 from opsin.core.request import Chunk, TextChunk

@@ -1,7 +1,5 @@
 """The façade: submit a prompt, read a stream of events; and what a prompt needs before the engine's thread sees it."""
 
-from __future__ import annotations
-
 import itertools
 import secrets
 import threading

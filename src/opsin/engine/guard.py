@@ -6,8 +6,6 @@ and only then as near to the runaways as that left room. Runaway lists in code o
 and the limit: there, repetition is the normal case. So is endless counting: each number is new.
 """
 
-from __future__ import annotations
-
 import re
 import zlib
 from collections import deque

@@ -9,8 +9,6 @@ different events, so labels of different lengths can be compared as they are: no
 and what follows it (a full stop, a reason) does not matter.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence

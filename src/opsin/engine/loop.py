@@ -1,14 +1,12 @@
 """The one thread that owns the backend: inbox, plan, run, process output; and what happens when it dies."""
 
-from __future__ import annotations
-
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import replace
+from contextlib import contextmanager
 from typing import TypeVar
 
 from opsin.boxes import with_boxes
@@ -67,6 +65,8 @@ class Loop:
         self._counts = Snapshot()
         self._hurried = False  # whether work of low priority shall end
         self._expected = 0.0  # until then work of low priority waits for a request that is on its way
+        self._paused: Sequence | None = None  # whose encode stands still for others, so that its image must stay
+        self._paused_seconds = 0.0  # of all encodes
         self.error: OpsinError | None = None
 
     def start(self) -> Backend:
@@ -101,6 +101,9 @@ class Loop:
             if self.error is not None:  # the inbox is emptied after the end, too
                 future.set_exception(copy_of(self.error))
                 return
+            if self._paused is not None:  # the backend is not free
+                self._inbox.put(run)
+                raise Stopped
             try:
                 future.set_result(work(self._backend))
             except Exception as error:  # noqa: BLE001 - it belongs to the caller, who waits for the future
@@ -119,15 +122,7 @@ class Loop:
 
     def snapshot(self) -> Snapshot:
         """Now: each number is true, though a step may end between two of them."""
-        scheduler = self._scheduler
-        return replace(
-            self._counts,
-            running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
-            idle_prefixes=len(scheduler.kv.idle) + len(scheduler.kv.swapped),
-            cells_used=scheduler.kv.cells.used,
-            preemptions=scheduler.preemptions,
-        )
+        return self._counts.seen(self._scheduler)
 
     def _post(self, item: Callable[[], None]) -> None:
         with self._lock:
@@ -190,15 +185,20 @@ class Loop:
     def _self_check(self) -> None:
         """With nobody waiting there is time to ask the backend whether it holds what was counted."""
         self._scheduler.check()
-        for seq_id, expected in self._scheduler.kv.expected_positions().items():
-            last = self._backend.kv_last(seq_id)
-            assert last == expected, f"sequence {seq_id} ends at {last}, the count says {expected}"
+        self._runner.check(self._scheduler.kv.expected_positions())
 
-    def _step(self) -> None:
+    def _step(self) -> bool:
+        """Plan a step, and compute it; while an encode stands still, not one of low priority: False if that is all.
+
+        Raises Stopped if the step needs the encoder that stands still, or the row that it works for has ended.
+        """
         self._sweep()
+        paused = self._paused
+        if paused is not None and paused.state is State.DONE:
+            raise Stopped
         step = self._scheduler.plan(self._runner.now)
         self._apply()
-        self._set_idle_stages()
+        self._runner.set_idle_stages(self._scheduler.running)
         for sequence in [s for s in self._scheduler.running if s.sampler is None]:
             self._begin(sequence)
         if shown := bool(self._unread) and not isinstance(step, Tokens):
@@ -206,9 +206,14 @@ class Loop:
         self._sweep_done()
         if shown:
             self._flush()  # an encode may take long
+        if paused is not None and (step is None or priority_of(step) < 0):
+            return False
+        if paused is not None and isinstance(step, Encode) and not self._runner.knows(step):
+            raise Stopped
         if step is not None and all(s.state is not State.DONE for s in members_of(step)):
             self._run(step)
         self._flush()
+        return True
 
     def _flush(self) -> None:
         """Wake the readers of all streams that got something in this step."""
@@ -223,30 +228,18 @@ class Loop:
             for sequence in [s for s in self._scheduler.running if s.seq_id in failed]:
                 self._fail(sequence, failed[sequence.seq_id])
 
-    def _set_idle_stages(self) -> None:
-        """What the time between steps is: waiting for others, or the engine's own work on the next token."""
-        running, runner = self._scheduler.running, self._runner
-        filling = [s for s in running if s.state is State.PREFILL]
-        rest = Stage.QUEUE if len(running) > 1 else Stage.OTHER
-        if rest is not runner.idle_stage:
-            runner.idle_stage = rest
-            for sequence in filling:
-                sequence.clock.switch(rest)
-        runner.group_idle = Stage.QUEUE if filling else Stage.DECODE
-        runner.group.switch(runner.group_idle, runner.now)
-
     def _run(self, step: Step) -> None:
         started = self._runner.now = self._now()
-        encodes = self._runner.encodes
+        encodes, paused = self._runner.encodes, self._paused_seconds
         try:
             room = self._runner.run(step, self._between(step), may_stop=priority_of(step) < 0)
-        except Stopped:
-            return  # it is done again later
+        except Stopped:  # it is done again later
+            self._sweep_done()
+            return
         except OpsinError as error:
             self._show_unread()  # whose answer is complete with that, did not fail
-            for sequence in members_of(step):
-                if sequence.state is not State.DONE:
-                    self._fail(sequence, error)
+            for sequence in [s for s in members_of(step) if s.state is not State.DONE]:
+                self._fail(sequence, error)
             self._sweep_done()
             return
         if not room:
@@ -255,10 +248,7 @@ class Loop:
         seconds = self._runner.now - started
         if isinstance(step, Encode):
             self._scheduler.ran(step, self._runner.now, seconds)
-            counts, chunks = self._counts, self._runner.encodes - encodes
-            counts.encodes += chunks
-            counts.encode_seconds += seconds if chunks else 0.0
-            counts.image_hits += not chunks
+            self._counts.count_encode(self._runner.encodes - encodes, seconds - (self._paused_seconds - paused))
             for owner in {id(s): s for s in (step.sequence, *(s for s, _ in step.beside))}.values():
                 owner.drop_pixels()
         else:
@@ -275,17 +265,35 @@ class Loop:
         if not isinstance(step, Encode) or not self._policy.decode_in_encode:
             return None
         encoding, priority = step.sequence, step.sequence.request.priority
-        streaming = bool(self._scheduler.streams_beside(priority))
-        if priority >= 0:
-            return (lambda: self._turn(encoding)) if streaming else None
 
-        def low() -> None:
-            if self._hurried:
-                raise Stopped
-            if streaming:
-                self._turn(encoding)
+        def look() -> None:
+            if priority < 0 and self._hurried:
+                self._pause(encoding)
+            self._turn(encoding)
 
-        return low
+        return look if priority < 0 or self._scheduler.streams_beside(priority) else None
+
+    def _pause(self, encoding: Sequence) -> None:
+        """An encode of low priority stands still until whoever came meanwhile has a first token.
+
+        Raises Stopped where they need the encoder, or what the row holds.
+        """
+        self._paused = encoding
+        try:
+            with self._standing_still(encoding):
+                while self._receive() and self._step():
+                    pass
+        finally:
+            self._paused = None
+        if self._closing or encoding.state is not State.PREFILL:
+            raise Stopped
+
+    @contextmanager
+    def _standing_still(self, encoding: Sequence) -> Iterator[None]:
+        started = self._now()
+        with encoding.clock.stage(Stage.QUEUE):
+            yield
+        self._paused_seconds += self._now() - started
 
     def _turn(self, encoding: Sequence) -> None:
         """A nested decode step: it only decodes and samples. Who ends in it is freed after the encode."""
@@ -293,7 +301,7 @@ class Loop:
         step = self._scheduler.plan_turn(started, encoding.request.priority)
         if step is None:
             return
-        with encoding.clock.stage(Stage.QUEUE):  # its encode stands still for the others
+        with self._standing_still(encoding):
             try:
                 if self._runner.run(step):
                     self._ran(step, self._runner.now - started, alone=False)
@@ -369,16 +377,14 @@ class Loop:
         if ended := [s for s in everybody if s.stream.done or s.is_late(now)]:
             self._show_unread()  # which may end an answer for another reason
             for sequence in ended:
-                if sequence.stream.done:
-                    sequence.end("cancelled")
-                else:
-                    sequence.end("length", "seconds")
+                gone = sequence.stream.done
+                sequence.end("cancelled" if gone else "length", None if gone else "seconds")
         self._sweep_done()
 
     def _sweep_done(self) -> None:
         """Free and answer all that ended."""
         for sequence in (*self._scheduler.running, *self._scheduler.waiting):
-            if sequence.state is State.DONE:
+            if sequence.state is State.DONE and sequence is not self._paused:
                 self._end(sequence)
 
     def _end(self, sequence: Sequence) -> None:
@@ -393,11 +399,7 @@ class Loop:
             self._finish(sequence)
 
     def _begin(self, sequence: Sequence) -> None:
-        sequence.clock.switch(self._runner.idle_stage)
-        counts = self._counts
-        counts.prompt_tokens += sequence.tokenized.n_tokens
-        counts.prefix_hits += sequence.cached
-        counts.image_hits += sum(chunk.identity in sequence.embeddings for chunk in sequence.images_ahead)
+        self._counts.count_prompt(sequence)
         try:
             self._runner.begin(sequence)
         except OpsinError as error:
@@ -415,8 +417,7 @@ class Loop:
         if sequence.request.params.boxes:
             answer = with_boxes(answer, self._backend.info)
         self._release(sequence)
-        self._counts.finished += 1
-        self._counts.guard_stops += answer.guard is not None
+        self._counts.count_answer(answer)
         sequence.stream.add(Finished(answer))
         self._touched.append(sequence.stream)
 

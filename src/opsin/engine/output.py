@@ -3,8 +3,6 @@
 The readers are incremental: however the input is cut, the pieces they give join to what reading it whole would give.
 """
 
-from __future__ import annotations
-
 import codecs
 import re
 from collections.abc import Iterable, Mapping, Sequence

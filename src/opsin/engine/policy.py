@@ -19,8 +19,8 @@ class Policy:
     Sequences of a priority below 0 are nobody's stream: they fill what is left. Their tokens wait while images are
     worked on. For `beside_live` seconds after a live request their prefill steps take about `low_slice_seconds`, or
     `slice_seconds` where nobody streams and the backend can stop them, streams have `low_stream_share` of the time, and
-    one slot stays free. Together they hold at most `low_cells` of the KV cache (None: all of it), one of them in any
-    case.
+    one slot stays free. Those that are answered leave the KV cache for main memory while anybody fills more than
+    `park_beside` cells (None: never): attention would look at theirs, too.
 
     `wait_for` is how many more tokens a prefix that is being filled must share than one that is ready, for a request
     to wait for it. The prefixes of ended sequences go into main memory as soon as somebody else runs, `swap_cells` of
@@ -40,7 +40,7 @@ class Policy:
     beside_live: float = 10.0
     low_slice_seconds: float = 0.04
     low_stream_share: float = 0.5
-    low_cells: int | None = None
+    park_beside: int | None = None
     wait_for: int = 32
     idle_cells: int | None = None
     swap_cells: int = 0
@@ -57,7 +57,7 @@ class Policy:
         copying them: 4,000 of them make the prefill of an image half as long again.
         """
         if not gpu:
-            return cls(parallel, idle_cells=4096, low_cells=2048, swap_cells=swap_cells, max_queue=max_queue)
+            return cls(parallel, idle_cells=4096, park_beside=256, swap_cells=swap_cells, max_queue=max_queue)
         return cls(
             parallel, slice=512, slice_seconds=0.05, stream_share=0.5, decode_in_encode=False, max_queue=max_queue
         )

@@ -66,7 +66,7 @@ class Sequence:
     KV cache manager. `embeddings` are the known ones of its image chunks, by identity; `cached_images` had a chunk
     whose embedding was remembered, `encoded_images` one that was encoded for this request. `turn` orders who works on
     an image next. `drafter` guesses how its answer goes on. `labels` are to be scored behind its prompt, `later` those
-    behind its own words. `weighed` are the tokens of an answer with `confidence`.
+    behind its own words. `parked`: it waits in main memory. `weighed` are the tokens of an answer with `confidence`.
     """
 
     request: Request
@@ -89,6 +89,7 @@ class Sequence:
     n_cells: int = 0
     cached: int = 0
     preemptions: int = 0
+    parked: bool = False
     last_token: int = -1
     forced: list[int] = field(default_factory=list)
     drafter: Drafter | None = None
@@ -148,7 +149,7 @@ class Sequence:
         while self.chunk_offset >= self.chunks[self.chunk_index].n_tokens:  # at least one unit is left to be decoded
             self.chunk_offset -= self.chunks[self.chunk_index].n_tokens
             self.chunk_index += 1
-        self.state = State.PREFILL
+        self.state, self.parked = State.PREFILL, False
         if self.preemptions == 0:
             self.cached = self.n_cells
             before = self.chunks[: self.chunk_index]

@@ -4,8 +4,6 @@ A native stage ends after `synchronize`: on a GPU `decode` returns before the wo
 of prefill and decode would be found in whichever call reads the logits next.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -76,8 +74,26 @@ class Runner:
         if not self._backend.kv_remove(seq_id, start, -1):
             raise DecodeFailed(f"The KV cache cannot forget sequence {seq_id}: load the model again.")
 
+    def check(self, positions: dict[int, int]) -> None:
+        """The backend holds what was counted: the last position of each sequence, by id. Raises AssertionError."""
+        for seq_id, expected in positions.items():
+            last = self._backend.kv_last(seq_id)
+            assert last == expected, f"sequence {seq_id} ends at {last}, the count says {expected}"
+
+    def set_idle_stages(self, running: list[Sequence]) -> None:
+        """What the time between steps is: waiting for others, or the engine's own work on the next token."""
+        filling = [s for s in running if s.state is State.PREFILL]
+        rest = Stage.QUEUE if len(running) > 1 else Stage.OTHER
+        if rest is not self.idle_stage:
+            self.idle_stage = rest
+            for sequence in filling:
+                sequence.clock.switch(rest)
+        self.group_idle = Stage.QUEUE if filling else Stage.DECODE
+        self.group.switch(self.group_idle, self.now)
+
     def begin(self, sequence: Sequence) -> None:
         """An admitted sequence gets its sampler, and keeps it over preemptions."""
+        sequence.clock.switch(self.idle_stage)
         request = sequence.request
         # A schema describes the answer, not the reasoning before it.
         compiled = None if sequence.output.thinking else sequence.compiled
@@ -104,6 +120,10 @@ class Runner:
             return self._prefill_image(step, may_stop=may_stop)
         self._encode(step, between)
         return True
+
+    def knows(self, step: Encode) -> bool:
+        """Whether the encoder is not needed for it."""
+        return self._images.in_memory(salted(step.chunk.identity, step.sequence.request.salt)) is not None
 
     def sample(self, step: Tokens | PrefillImage) -> list[Sampled]:
         """Sample a token for everyone whose logits the step computed, and who has not ended meanwhile.
@@ -265,6 +285,7 @@ class Runner:
     def _tokens(self, step: Tokens, meanwhile: Callable[[], None] | None, *, may_stop: bool) -> bool:
         batch = _next_tokens(step.decode)
         filling = [part.sequence for part in step.prefill]
+        returning = [part.sequence for part in step.prefill if part.sequence.output.tokens and len(part.tokens) == 1]
         for part in step.prefill:
             batch.append(part.tokens, part.sequence.n_pos, part.sequence.seq_id, logits=part.last)
         for sequence, draft in zip(step.decode, step.drafts, strict=False):
@@ -277,7 +298,7 @@ class Runner:
         scoring = list({id(branch.sequence): branch.sequence for branch in step.branches}.values())
         group = Stage.DECODE if step.decode else Stage.QUEUE
         with self._native([*filling, *scoring], Stage.TEXT_PREFILL, group, ()):
-            for sequence in scoring:
+            for sequence in (*scoring, *returning):
                 sequence.clock.switch(Stage.DECODE)
             return self._decode(batch, meanwhile, may_stop=may_stop)
 

@@ -5,8 +5,6 @@ gives the same steps. What has to be done in the KV cache before a step collects
 ubatch, and counts as done when `ran` is called with it.
 """
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import replace
 
@@ -16,7 +14,7 @@ from opsin.core.request import ImageChunk, TextChunk
 from opsin.engine.policy import Policy
 from opsin.engine.request import Sequence, State
 from opsin.engine.speculation import Speculation
-from opsin.engine.step import Branch, Encode, PrefillImage, Slice, Step, Tokens, cells_needed, without
+from opsin.engine.step import Branch, Encode, PrefillImage, Step, Tokens, cells_needed, slices, without
 
 _FEWEST_ROWS = 32
 """Rows of a prefill step that reads all weights once. On a CPU 16 of them cost a quarter more each, for a 1 B model.
@@ -67,7 +65,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Let a sequence wait for its turn."""
         self.waiting.append(sequence)
-        self.waiting.sort(key=lambda s: (-s.request.priority, s.request.number))
+        self.waiting.sort(key=lambda s: (-s.request.priority, s.parked, s.request.number))
 
     def plan(self, now: float) -> Step | None:
         """Admit who can be admitted, then choose one step; None when there is nothing to compute."""
@@ -75,6 +73,7 @@ class Scheduler:
         self._drop_branches(self._branches)  # of a step that was stopped, or found no room
         if self.waiting:
             self._admit()
+        self._park()
         if any(s.request.priority >= 0 for s in self.running):
             self._live_at, self._beside_live = now, True
         self._free_an_id()
@@ -178,6 +177,8 @@ class Scheduler:
 
     def _admit(self) -> None:
         for sequence in list(self.waiting):
+            if self._out_of_turn(sequence):
+                continue
             if len(self.running) >= self._parallel and not self._give_way(sequence):
                 return
             admitted = self._admit_one(sequence)
@@ -195,7 +196,7 @@ class Scheduler:
                 return None  # somebody fills what this one needs: forking it later is cheaper than filling it twice
             # The last token is always decoded again, so that there are logits.
             source, ready = match.prefix, min(match.ready, len(prefix.units) - 1)
-        if not (self._may_hold(sequence, ready) and self._has_room(prefix, source, ready)):
+        if not (self._may_run(sequence) and self._has_room(prefix, source, ready)):
             if self.running:
                 return False
             # Only the source itself is left: without it, a prompt that fits the context fits now.
@@ -208,20 +209,43 @@ class Scheduler:
         self._to_end_of_line(sequence)
         return True
 
-    def _may_hold(self, sequence: Sequence, ready: int) -> bool:
-        """Whether a sequence of low priority may hold what it needs beside the `ready` units that it shares."""
-        most, prefix = self._policy.low_cells, sequence.prefix
+    def _may_run(self, sequence: Sequence) -> bool:
+        """Whether an id is left for its labels, and a slot for a sequence of low priority."""
         scored = any(s.labels is not None and s.labels.longest for s in (*self.running, sequence))
         if scored and self.running and self.kv.spare_ids + len(self.kv.idle) < 2:
             return False  # labels need an id beside those that run
         if sequence.request.priority >= 0 or not self.running:
             return True
-        if self._beside_live and len(self.running) + 1 >= self._parallel > 1:
-            return False  # the last slot is for whoever comes next: making room would cost somebody's work
-        if most is None:
-            return True
-        held = self.kv.cells.held_by(s.seq_id for s in self.running) + sum(s.to_fill for s in self.running)
-        return held + prefix.cells(len(prefix.units)) - prefix.cells(ready) <= most
+        # The last slot is for whoever comes next: making room would cost somebody's work.
+        return not (self._beside_live and len(self.running) + 1 >= self._parallel > 1)
+
+    def _out_of_turn(self, sequence: Sequence) -> bool:
+        """A parked row waits until no prompt is filled, a new one until there are fewer than slots, parked or not."""
+        if sequence.parked:
+            return self._filling
+        parked = sum(s.parked for s in self.waiting) if sequence.request.priority < 0 else 0
+        return parked > 0 and len(self.running) + parked >= self._parallel - self._beside_live
+
+    @property
+    def _filling(self) -> bool:
+        """Whether the prompt of anybody has so much left that it is cheaper to park others."""
+        least = self._policy.park_beside
+        return least is not None and any(s.state is State.PREFILL and s.to_fill > least for s in self.running)
+
+    def _park(self) -> None:
+        """Let answers of low priority wait in main memory while a prompt is filled, unless they share most cells."""
+        if not self._filling:
+            return
+        rows = [s for s in self._decoding() if s.request.priority < 0]
+        room = self.kv.swap_cells // 2 - sum(s.n_cells for s in self.waiting if s.parked)  # the rest is for idle ones
+        for sequence in rows:
+            if sequence.n_cells <= room and 2 * self.kv.cells.own(sequence.seq_id) > sequence.n_cells:
+                room -= sequence.n_cells
+                self.running.remove(sequence)
+                self.kv.park(sequence.prefix)
+                sequence.preempt()
+                sequence.parked = True
+                self.add(sequence)
 
     def _give_way(self, sequence: Sequence) -> bool:
         """Put a running sequence of lower priority back for this one; False if there is none."""
@@ -345,8 +369,7 @@ class Scheduler:
             if branches and (budget < 0 or rows > self._limits.n_outputs - len(self.running)):
                 # Not even one label beside all the streams: it goes alone.
                 return Tokens((), (), branches)
-            shares = zip(texts, _shares(texts, budget), strict=True) if texts and budget else ()
-            return Tokens(decoding, tuple([_slice(one, share) for one, share in shares if share]), branches)
+            return Tokens(decoding, slices(texts, budget) if texts and budget else (), branches)
         # One image after another, not one request after another: a small one does not wait for ten images.
         return self._image(min(images, key=lambda s: s.turn), streams, sliced)
 
@@ -423,27 +446,3 @@ class Scheduler:
         """How long a stream may be held up, when it is `seconds` while few are served."""
         crowd = max(1.0, len(self.running) / self._policy.few)
         return max(seconds, min(self._policy.crowded_wait, crowd**2 * seconds))
-
-
-def _slice(sequence: Sequence, budget: int) -> Slice:
-    chunk = sequence.chunk
-    assert isinstance(chunk, TextChunk)
-    start = sequence.chunk_offset
-    tokens = chunk.tokens[start : start + budget]
-    last = start + len(tokens) == chunk.n_tokens and sequence.chunk_index == len(sequence.chunks) - 1
-    return Slice(sequence, tokens, last)
-
-
-def _shares(sequences: list[Sequence], budget: int) -> list[int]:
-    """How many tokens each gets of a step: the first most, but half is for the others, so that none waits for it."""
-    wanted = [s.chunk.n_tokens - s.chunk_offset for s in sequences if s.chunk is not None]
-    least = max(1, budget // (2 * len(wanted) - 2)) if len(wanted) > 1 else 0
-    shares, left = [1], budget - 1
-    for want in wanted[1:]:
-        shares.append(min(want, least, left))
-        left -= shares[-1]
-    for place, want in enumerate(wanted):
-        more = min(want - shares[place], left)
-        shares[place] += more
-        left -= more
-    return shares

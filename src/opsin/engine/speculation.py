@@ -1,7 +1,5 @@
 """When a draft is worth its rows."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from opsin.core.answer import Answer
+from opsin.engine.request import Sequence
+from opsin.engine.scheduler import Scheduler
 from opsin.engine.step import PrefillImage, Tokens
 
 
@@ -46,6 +49,34 @@ class Snapshot:
         self.prefill_tokens += sum(len(part.tokens) for part in step.prefill)
         if alone and not step.prefill:
             self.decode_seconds += seconds
+
+    def seen(self, scheduler: Scheduler) -> Snapshot:
+        """A copy, with what is so now: each number is true, though a step may end between two of them."""
+        return replace(
+            self,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            idle_prefixes=len(scheduler.kv.idle) + len(scheduler.kv.swapped),
+            cells_used=scheduler.kv.cells.used,
+            preemptions=scheduler.preemptions,
+        )
+
+    def count_prompt(self, sequence: Sequence) -> None:
+        """A request was admitted."""
+        self.prompt_tokens += sequence.tokenized.n_tokens
+        self.prefix_hits += sequence.cached
+        self.image_hits += sum(chunk.identity in sequence.embeddings for chunk in sequence.images_ahead)
+
+    def count_answer(self, answer: Answer) -> None:
+        """A request was answered."""
+        self.finished += 1
+        self.guard_stops += answer.guard is not None
+
+    def count_encode(self, chunks: int, seconds: float) -> None:
+        """An encode of so many chunks took so long, and stood still in none of it; with no chunks it was remembered."""
+        self.encodes += chunks
+        self.encode_seconds += seconds if chunks else 0.0
+        self.image_hits += not chunks
 
     def count_drafts(self, drafted: int, accepted: int) -> None:
         """So many tokens of drafts were computed, and so many of them accepted."""

@@ -1,10 +1,8 @@
 """What a step computes: an image chunk, rows of an image, or tokens."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
-from opsin.core.request import ImageChunk
+from opsin.core.request import ImageChunk, TextChunk
 from opsin.engine.request import Sequence
 
 
@@ -128,3 +126,33 @@ def without(step: Step, sequence: Sequence) -> Step | None:
     prefill = tuple(part for part in step.prefill if part.sequence is not sequence)
     branches = tuple(part for part in step.branches if part.sequence is not sequence)
     return Tokens(decode, prefill, branches) if decode or prefill or branches else None
+
+
+def slices(sequences: list[Sequence], budget: int) -> tuple[Slice, ...]:
+    """Tokens of the text chunks at their cursors, as many as the budget: the first gets most, others half of it."""
+    shares = zip(sequences, _shares(sequences, budget), strict=True)
+    return tuple([_slice(one, share) for one, share in shares if share])
+
+
+def _slice(sequence: Sequence, budget: int) -> Slice:
+    chunk = sequence.chunk
+    assert isinstance(chunk, TextChunk)
+    start = sequence.chunk_offset
+    tokens = chunk.tokens[start : start + budget]
+    last = start + len(tokens) == chunk.n_tokens and sequence.chunk_index == len(sequence.chunks) - 1
+    return Slice(sequence, tokens, last)
+
+
+def _shares(sequences: list[Sequence], budget: int) -> list[int]:
+    """How many tokens each gets of a step: the first most, but half is for the others, so that none waits for it."""
+    wanted = [s.chunk.n_tokens - s.chunk_offset for s in sequences if s.chunk is not None]
+    least = max(1, budget // (2 * len(wanted) - 2)) if len(wanted) > 1 else 0
+    shares, left = [1], budget - 1
+    for want in wanted[1:]:
+        shares.append(min(want, least, left))
+        left -= shares[-1]
+    for place, want in enumerate(wanted):
+        more = min(want - shares[place], left)
+        shares[place] += more
+        left -= more
+    return shares

@@ -4,8 +4,6 @@ This room recognises files by their bytes, bounds them before they are decoded, 
 them to sRGB without transparency and hashes their pixels. It knows no models, prompts or HTTP servers.
 """
 
-from __future__ import annotations
-
 from opsin.images.decode import OpenImage, load_image, load_images
 from opsin.images.documents import OpenPages
 from opsin.images.sniff import ENDINGS, is_pdf

@@ -1,7 +1,5 @@
 """Files of one or more pages: a TIFF, any image, or a PDF, which is to be drawn in a process that can be stopped."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import time

@@ -1,7 +1,5 @@
 """Boxes drawn over the image that they are about."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

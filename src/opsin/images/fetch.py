@@ -4,8 +4,6 @@ A host name is resolved once a request, a policy may refuse its addresses, and t
 policy says which hosts of the web may be read from: public ones, or those that are named.
 """
 
-from __future__ import annotations
-
 import asyncio
 import functools
 import ipaddress

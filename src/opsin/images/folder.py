@@ -1,7 +1,5 @@
 """The files of a folder, in the order in which people count."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable

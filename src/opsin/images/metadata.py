@@ -1,7 +1,5 @@
 """What an image file says of itself: EXIF, IPTC and XMP, as plain texts for a prompt. No pixel is decoded."""
 
-from __future__ import annotations
-
 import math
 import re
 import struct

@@ -1,7 +1,5 @@
 """What a file is, by its first bytes and never by its name: `kinds.toml` beside this file has the table."""
 
-from __future__ import annotations
-
 import re
 
 from opsin.core.errors import BadImage, ImageUnsupported

@@ -1,7 +1,5 @@
 """Bytes of an image from a path, a pipe or a `data:` address, within limits that are checked before they are read."""
 
-from __future__ import annotations
-
 import base64
 import binascii
 import contextlib

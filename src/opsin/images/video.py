@@ -3,8 +3,6 @@
 FFmpeg gets the bytes with the one demuxer that `sniff` has named, so no playlist leads it to other files.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import os

@@ -1,7 +1,5 @@
 """What becomes of one row: its images are loaded, the question is asked, and a row of output comes back."""
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import io

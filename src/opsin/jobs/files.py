@@ -1,7 +1,5 @@
 """The files of a job's input: on this machine, or wherever fsspec reads; one name, a pattern or a folder."""
 
-from __future__ import annotations
-
 import glob
 import io
 import os

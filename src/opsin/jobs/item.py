@@ -1,7 +1,5 @@
 """The rows of a job's input: each has a name, images, and what a prompt's template may use."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ The output is written first and the ledger after it, in groups. What the output 
 cut off when the job goes on, so each row is there exactly once wherever it was killed.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sqlite3

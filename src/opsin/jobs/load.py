@@ -1,7 +1,5 @@
 """Getting one file of a row, in a process of the decoder pool: nothing that a file or a host does holds up a job."""
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 import time

@@ -1,7 +1,5 @@
 """What a user may say about a job beside the question; each field is a flag of `opsin batch`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +25,7 @@ class BatchOptions(BaseModel):
     new: bool = Field(False, description="add the rows of a changed job to the same output")
     overwrite: bool = Field(False, description="start over and replace the output")
     workers: int | None = Field(
-        None, ge=1, description="model processes (default: one a GPU; one on a CPU, or one a core for tiny models)"
+        None, ge=1, description="model processes (default: one a GPU; on a CPU one a core, as memory allows)"
     )
     fetch_private: bool = Field(False, description="fetch images from private hosts and any port, too")
     image_seconds: float = Field(60.0, gt=0, description="longest time to load one image")

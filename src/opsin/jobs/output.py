@@ -1,7 +1,5 @@
 """Where rows go: JSON Lines and CSV grow row by row; Parquet is written at the end from rows that the ledger keeps."""
 
-from __future__ import annotations
-
 import csv
 import importlib
 import io

@@ -5,8 +5,6 @@ there as `….pending.parquet` before its part is, and gets its name afterwards;
 deleted together with its part. So each row is in the output exactly once, whatever dies.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import importlib

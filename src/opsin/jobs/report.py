@@ -1,7 +1,5 @@
 """The report of a job, from its ledger: some lines for the terminal, and one HTML file that needs nothing else."""
 
-from __future__ import annotations
-
 import base64
 import json
 import math

@@ -1,7 +1,5 @@
 """One row of output: the JSON of an answer or of an error, and its flat form for tables."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """Asks the rows of an input: reads and decodes ahead, keeps the engine's slots full, writes in groups."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import hashlib

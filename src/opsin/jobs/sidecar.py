@@ -1,7 +1,5 @@
 """Answers in files beside their images: `photo.jpg` gets `photo.txt`, `photo.json` or `photo.xmp`."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Any input of a job: a folder, a pattern, one image, a list, a table or a tar, here or where fsspec reads."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections import Counter

@@ -1,7 +1,5 @@
 """What a job asks, as plain values: two runs with equal ones belong to one job."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 from typing import Any

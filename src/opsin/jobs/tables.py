@@ -1,7 +1,5 @@
 """Rows of tables: JSON Lines, OpenAI's batch form among them, CSV and Parquet."""
 
-from __future__ import annotations
-
 import csv
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence

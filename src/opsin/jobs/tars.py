@@ -1,7 +1,5 @@
 """Rows of WebDataset tars: files that share a name up to its first dot are one row. Nothing in a tar is unpacked."""
 
-from __future__ import annotations
-
 import gzip
 import tarfile
 import zlib

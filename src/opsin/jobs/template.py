@@ -1,7 +1,5 @@
 """A job's question: one text, or a template with names in braces that each row fills from its columns or metadata."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Mapping
 from pathlib import PurePosixPath

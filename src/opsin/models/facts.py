@@ -1,7 +1,5 @@
 """From two headers to the numbers that the memory planner works with."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter, defaultdict
 from pathlib import Path

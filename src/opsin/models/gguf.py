@@ -5,8 +5,6 @@ names are paths with forward slashes, relative to a repository or a folder. Of t
 `ggml/src/gguf.cpp`) arrays are skipped, so reading takes a few milliseconds, also where a file lies about its counts.
 """
 
-from __future__ import annotations
-
 import mmap
 import re
 import struct

@@ -1,7 +1,5 @@
 """A language model and its projector: which file belongs to which, judged by what the files say of themselves."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from difflib import SequenceMatcher

@@ -1,7 +1,5 @@
 """The names users know, and the repository each stands for, as `known.toml` lists them."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Downloads lie in the Hugging Face cache, which llama.cpp shares: `models--OWNER-
 huggingface_hub and llama.cpp's `common/hf-cache.cpp` write it. The default is one small file in the user's data folder.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -1,7 +1,5 @@
 """Sizes of pairs, for predictions without a file: of the known models, and LLaVA-like ones for `tools/synth`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Opening a pair: model, vision encoder and context, and the proof of where they compute."""
 
-from __future__ import annotations
-
 from opsin.core.errors import BadParameter, ModelNotFound
 from opsin.core.image_options import ANY_SIZES, ImageSizes
 from opsin.core.model_info import ModelInfo, Placement

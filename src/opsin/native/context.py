@@ -5,8 +5,6 @@ the call, and raises instead.
 """
 
 # ruff: noqa: D102 - the public methods are described in `core.backend.Backend`
-from __future__ import annotations
-
 import ctypes
 import itertools
 import threading

@@ -1,7 +1,5 @@
 """What the installed llama.cpp can compute on: its build, its devices, their free memory and rates, and CPU cores."""
 
-from __future__ import annotations
-
 import ctypes
 import math
 import os

@@ -1,7 +1,5 @@
 """Frames of a video: llama.cpp's Qwen encoders read two of them as one image with time in it (temporal merge)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import takewhile
 

@@ -5,8 +5,6 @@ never ends. It also writes `\u0041` and `\[` in ways that llguidance refuses. He
 exact. Only literals whose first character nothing else in the grammar can match stay whole, to save steps.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import re

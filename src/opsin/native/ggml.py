@@ -3,8 +3,6 @@
 `Tensor` mirrors `struct ggml_tensor` of the pinned version; `opsin.native.library` compares their sizes.
 """
 
-from __future__ import annotations
-
 import ctypes
 from types import SimpleNamespace
 from typing import Any

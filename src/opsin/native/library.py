@@ -4,8 +4,6 @@ The ctypes mirror of llama-cpp-python changes between patch releases, and a stru
 error but a crash later. Importing the bindings fails where the library lacks a function; the rest is compared here.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os

@@ -4,8 +4,6 @@ The libraries hand over fragments, which are joined into whole lines here. The l
 message can quote the cause.
 """
 
-from __future__ import annotations
-
 import ctypes
 import logging
 import sys

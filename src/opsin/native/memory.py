@@ -4,8 +4,6 @@ Weights and KV cache are counted exactly. Compute buffers follow the widest step
 were fitted to what the pinned version reserves, and a test compares the sum with what a process really takes.
 """
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_right
 from collections import Counter

@@ -5,8 +5,6 @@ node is computed and synchronised alone, far slower than a timed run, so this ru
 of a result names the backend, except for accelerators beside the CPU (BLAS, Accelerate), which a note then tells.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections import Counter

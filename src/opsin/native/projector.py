@@ -1,7 +1,5 @@
 """What type a projector is, read through llama.cpp's own GGUF functions, and a name for its content."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from pathlib import Path

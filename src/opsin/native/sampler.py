@@ -4,8 +4,6 @@ The chain samples first, as in llama.cpp itself. Only if the constraint refuses 
 is applied to the logits and the chain samples again: permitting one token takes microseconds, a mask far longer.
 """
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Ends a running `llama_decode` from another thread, without a word of Python on the threads that compute."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 from typing import Any

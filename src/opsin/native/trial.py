@@ -4,8 +4,6 @@ Damaged files make llama.cpp abort or crash in many ways, which only trying tell
 begins; the last one is where it ended. What was found out is kept as JSON in the user's cache.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import hashlib

@@ -1,7 +1,5 @@
 """The vision encoder: mtmd's context, prompts with images into chunks, and images into embeddings."""
 
-from __future__ import annotations
-
 import ctypes
 import hashlib
 import math

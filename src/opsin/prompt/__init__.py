@@ -4,8 +4,6 @@ This room knows no model runtime, token numbers, files or HTTP. What it needs of
 `TemplateSource`.
 """
 
-from __future__ import annotations
-
 from opsin.prompt.builder import Content, Message, PromptBuilder
 from opsin.prompt.template import TemplateSource
 

@@ -4,8 +4,6 @@ Jinja's sandbox keeps a template away from Python, but not from working for ever
 a process of its own, which the operating system can end.
 """
 
-from __future__ import annotations
-
 import datetime as dt
 import hashlib
 import json

@@ -3,8 +3,6 @@
 Any template can loop for ever or repeat a string until memory is full, and no thread can be stopped.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json

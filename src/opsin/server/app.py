@@ -3,8 +3,6 @@
 The page loads nothing from elsewhere, no script or style stands in its markup, and text cannot become markup.
 """
 
-from __future__ import annotations
-
 import asyncio
 import copy
 import hashlib

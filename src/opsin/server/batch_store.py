@@ -4,8 +4,6 @@ A file is a row and chunks of at most `CHUNK` bytes. Work is taken with a lease:
 the next server that asks, and what the loser still writes changes nothing. Times are Unix seconds.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import logging

@@ -3,8 +3,6 @@
 Uploads and downloads pass through in pieces.
 """
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence

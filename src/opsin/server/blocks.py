@@ -1,7 +1,5 @@
 """What a request to /v1/messages may contain, and its conversation as messages of chat completions."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal

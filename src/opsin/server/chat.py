@@ -1,7 +1,5 @@
 """POST /v1/chat/completions and /v1/completions: answers that consist of choices."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import itertools

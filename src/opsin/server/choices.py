@@ -1,7 +1,5 @@
 """A response format of Opsin's own: the answer is one of a list, with the probability of each label."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field

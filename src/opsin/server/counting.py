@@ -1,7 +1,5 @@
 """How many tokens a request's prompt costs: counted by the model's process, beside the answers that it writes."""
 
-from __future__ import annotations
-
 import contextlib
 from typing import Any
 

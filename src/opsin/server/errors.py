@@ -1,7 +1,5 @@
 """Every error leaves the server as OpenAI's error body, or as Anthropic's where its API is used."""
 
-from __future__ import annotations
-
 import json
 import logging
 import re

@@ -1,7 +1,5 @@
 """The folder whose images may be named by `file:` addresses."""
 
-from __future__ import annotations
-
 import os
 import stat
 from pathlib import Path

@@ -1,7 +1,5 @@
 """How images come in: `data:` always; from the web and from a folder only where the settings allow it."""
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 import math

@@ -1,7 +1,5 @@
 """What a server needs once, at its start: API keys, a check of who could reach it, a socket, and uvicorn."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import ipaddress

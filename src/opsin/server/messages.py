@@ -1,7 +1,5 @@
 """POST /v1/messages and /v1/messages/count_tokens: conversations in Anthropic's shape."""
 
-from __future__ import annotations
-
 import json
 import uuid
 from collections.abc import Sequence

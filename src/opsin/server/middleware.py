@@ -1,7 +1,5 @@
 """What stands before every request: a patient connection, who may ask from where, and what a request may cost."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import hashlib

@@ -1,7 +1,5 @@
 """The parts that messages are made of: text, images, videos and files."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal, Self
 

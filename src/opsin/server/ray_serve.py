@@ -5,8 +5,6 @@ itself: its hash is Ray Serve's session, and a consistent hash of sessions choos
 runs in each replica, so keys, limits and stored responses are a replica's own.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import hashlib

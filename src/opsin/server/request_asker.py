@@ -1,7 +1,5 @@
 """Rows of a job that are whole chat requests: answered as the server answers them, without a server."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a request to chat completions and completions may contain, and the parameters that it becomes."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal

@@ -1,7 +1,5 @@
 """Answers of the Responses API that later requests may go on from, for a while and within bounds."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Functions that the model may call: how it is told of them, and how its calls are found in what it writes."""
 
-from __future__ import annotations
-
 import json
 import re
 import uuid

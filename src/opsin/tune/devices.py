@@ -1,7 +1,5 @@
 """The devices of `devices.toml`: what they can do by their data sheets, and the share that llama.cpp reaches of it."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The table `[tuned]` of an opsin.toml: everything else in the file stays as it is, to the letter."""
 
-from __future__ import annotations
-
 import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A projector file in another type: large matrices are converted, everything else is copied as it is."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from pathlib import Path

@@ -4,8 +4,6 @@ One thread owns the worker's process for as long as the engine is open. Whoever 
 time: the owner goes on, and the next one who asks finds what it has done.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import logging

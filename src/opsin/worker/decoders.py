@@ -4,8 +4,6 @@ What comes as a `data:` address is measured as such, and decoded as the bytes it
 names as images is loaded here, too: videos and documents are read in a process that can be ended.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import os

@@ -6,8 +6,6 @@ front: `loading`, `warming`, `ready`, `failed`, `events` (what happened to each 
 The worker is our own child, which makes unpickling what it sends as safe as running it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import mmap

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 _LOOK = "import json, sys; from opsin.compose import machine_for; print(json.dumps(machine_for(*sys.argv[1:])))"
 _LOOK_SECONDS = 60.0
+_HOMES = 10_000  # images whose worker is known: more than any of them remembers
 _ROOM = 1.2  # of a pair's weights: what must be free on a GPU that is to hold a worker alone
 _NO_GPU = re.compile(r"ggml-(base|cpu|blas|rpc)")
 # The lower, the better for a new request.
@@ -133,6 +134,8 @@ class WorkerPool(Ready):
         **options: Any,
     ) -> None:
         self._changed = changed
+        self._homes: dict[str, WorkerEngine] = {}  # by image
+        self._lock = threading.Lock()
         self.slots = sum(one.parallel for one in settings)
         options |= {"changed": self._on_change, "crashes": dict[str, list[float]]()}
         self.engines: list[WorkerEngine] = []  # until all are started
@@ -215,10 +218,15 @@ class WorkerPool(Ready):
         least = min((self.engines[index] for index in best), key=attrgetter("in_flight"))
         if not prompt.images:
             return least
-        # Rendezvous hashing: an image moves only when the worker that it belongs to is not there.
         image = prompt.images[0].sha256
-        home = self.engines[max(best, key=lambda index: hashlib.sha256(f"{image} {index}".encode()).digest())]
-        crowded = home.in_flight > home.slots and home.in_flight >= 2 * least.in_flight
+        with self._lock:
+            home = self._homes.pop(image, least)
+            crowded = home.in_flight > home.slots and home.in_flight >= 2 * least.in_flight
+            if not crowded and self.engines.index(home) not in best:
+                home = least
+            self._homes[image] = home
+            if len(self._homes) > _HOMES:
+                del self._homes[next(iter(self._homes))]
         return least if crowded else home
 
     def _on_change(self, state: State) -> None:

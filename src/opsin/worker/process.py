@@ -1,7 +1,5 @@
 """The worker process: an engine, a thread that reads messages, and a thread that sends what happened."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import logging

@@ -1,15 +1,20 @@
 """Batch work beside live requests: it fills what is left and gives way at once."""
 
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from threading import Timer
+from unittest.mock import Mock
 
 import pytest
-from engine_driver import Backend, Driver, limits, prompt_of
+from engine_driver import Asked, Backend, Driver, limits, prompt_of
 
+from opsin.cache.kv_cache import SwapOut
 from opsin.core.backend import BackendLimits
+from opsin.core.request import EmbeddingRows, TokenBatch
 from opsin.engine import Policy
 from opsin.engine.request import State
-from opsin.engine.step import Encode, PrefillImage, Tokens, members_of
+from opsin.engine.step import PrefillImage, Tokens, members_of
 from opsin.testing import FakeClock, image
 
 
@@ -56,23 +61,27 @@ def test_nothing_of_low_priority_is_computed_before_the_first_token_of_a_live_re
     assert made.turns == []
 
 
-def test_an_encode_of_low_priority_ends_early_for_a_live_request_and_is_done_again() -> None:
-    made = driver()
+def in_the_midst_of_an_encode(made: Driver, arriving: Callable[[], object]) -> Asked:
+    """A batch row whose image is being encoded when `arriving` is called, and later has been."""
     made.backend.layers = 10
     low = made.ask(prompt_of(1), priority=-1)
-    seen: list[float] = []
-
-    spend = made.backend.clock.spend
+    spend, left = made.backend.clock.spend, [3]
 
     def spending(ms: float) -> None:
         spend(ms)
-        seen.append(ms)
-        if len(seen) == 3:  # in the midst of the encode
-            made.ask(prompt_of(2))
+        left[0] -= 1
+        if left[0] == 0:
+            arriving()
 
     made.backend.clock.spend = spending  # type: ignore[method-assign]
-    while not isinstance(made.plans[-1].step if made.plans else None, Encode):
+    while left[0] > 0:
         made.step()
+    return low
+
+
+def test_an_encode_of_low_priority_ends_early_for_a_live_image_and_is_done_again() -> None:
+    made = driver()
+    low = in_the_midst_of_an_encode(made, lambda: made.ask(prompt_of(2)))
     assert made.backend.encoded == [], "it was not finished"
     assert low.sequence.embedding is None
     made.run()
@@ -82,6 +91,70 @@ def test_an_encode_of_low_priority_ends_early_for_a_live_request_and_is_done_aga
     assert live.first_token_at is not None
     assert low.first_token_at is not None
     assert live.first_token_at < low.first_token_at
+
+
+@pytest.mark.parametrize("prompt", [("hello",), (9, "a known image")])
+def test_an_encode_of_low_priority_stands_still_for_a_live_request_that_needs_no_encoder(
+    prompt: tuple[str | int, ...],
+) -> None:
+    made = driver()
+    made.ask(prompt_of(9, "before"), max_tokens=1)
+    made.run()
+    before, seconds = len(made.backend.encoded), made.loop.snapshot().encode_seconds
+    low = in_the_midst_of_an_encode(made, lambda: made.ask(prompt_of(*prompt), max_tokens=5))
+    live = made.asked[-1]
+    assert len(live.sequence.output.tokens) >= 1, "within the encode"
+    assert len(made.backend.encoded) == before + 1, "which went on to its end"
+    assert low.sequence.embedding is not None
+    made.run()
+    assert len(made.backend.encoded) == before + 1
+    stages, alone = low.answer.stages, driver()
+    other = alone.ask(prompt_of(1), priority=-1)
+    alone.run()
+    assert stages.encode_ms == pytest.approx(other.answer.stages.encode_ms)
+    assert made.loop.snapshot().encode_seconds - seconds == pytest.approx(stages.encode_ms / 1e3)
+    assert low.answer.text == other.answer.text
+
+
+@pytest.mark.parametrize("live_too", [False, True])
+def test_a_batch_row_that_ends_while_its_encode_stands_still_is_freed_behind_it(live_too: bool) -> None:
+    made = driver()
+
+    def arriving() -> None:
+        if live_too:
+            made.ask("hello", max_tokens=1)
+        made.asked[0].stream.cancel()
+        made.loop.expect()
+
+    low = in_the_midst_of_an_encode(made, arriving)
+    made.run()
+    assert low.sequence.state is State.DONE
+    assert made.backend.encoded == []
+    assert made.scheduler.idle
+
+
+def test_a_batch_row_whose_encode_stands_still_may_lose_its_place() -> None:
+    made = driver(parallel=1)
+    low = in_the_midst_of_an_encode(made, lambda: made.ask("hello", max_tokens=3))
+    live = made.asked[-1]
+    made.run()
+    assert made.scheduler.preemptions == 1
+    assert live.ended_at is not None
+    assert low.ended_at is not None
+    assert live.ended_at < low.ended_at
+
+
+def test_what_needs_the_backend_waits_for_the_end_of_an_encode_and_not_for_all_of_it() -> None:
+    made = driver()
+    asked: list[Future[bool]] = []
+
+    def arriving() -> None:
+        asked.append(made.loop.call(lambda backend: made.loop._paused is None))
+        made.loop.expect()
+
+    in_the_midst_of_an_encode(made, arriving)
+    made.run()
+    assert asked[0].result(0)
 
 
 def test_streams_get_their_tokens_beside_batch_images_as_beside_any() -> None:
@@ -129,17 +202,86 @@ def test_low_priority_ends_with_its_reader() -> None:
     assert made.scheduler.idle
 
 
-def test_batch_work_holds_few_cells_unless_it_shares_them() -> None:
-    made = driver(parallel=6, low_cells=160)
-    for i in range(4):
-        made.ask(prompt_of(i), priority=-1)
+def parking(rows: int, swap_cells: int = 2000, **policy: object) -> Driver:
+    made = driver(size=limits(n_ctx=1000, n_ubatch=64), swap_cells=swap_cells, park_beside=32, **policy)
+    for i in range(rows):
+        made.ask(prompt_of(i), priority=-1, max_tokens=20 + i)
+    return made
+
+
+def beside_fills(made: Driver) -> list[int]:
+    """How many cells others held while an image's rows were computed."""
+    found: list[int] = []
+    decode = made.backend.decode
+
+    def noting(rows: TokenBatch | EmbeddingRows, *, may_stop: bool = False) -> bool:
+        if isinstance(rows, EmbeddingRows):
+            found.append(made.scheduler.kv.cells.used - made.scheduler.kv.cells.held(rows.seq_id))
+        return decode(rows, may_stop=may_stop)
+
+    made.backend.decode = noting  # type: ignore[method-assign]
+    return found
+
+
+def test_batch_rows_that_are_answered_leave_the_cache_while_another_prompt_is_filled() -> None:
+    made = parking(7, parallel=4)
+    held, kv = beside_fills(made), made.scheduler.kv
+    parked = kv.park = Mock(side_effect=kv.park)  # type: ignore[method-assign]
     made.run()
-    assert max(len(plan.step.decode) for plan in made.plans if isinstance(plan.step, Tokens)) == 2
-    same = driver(parallel=6, low_cells=160)
+    assert len(held) == 7
+    assert max(held) <= 3, "the first tokens of prompts, and no image"
+    decoded = [len(plan.step.decode) for plan in made.plans if isinstance(plan.step, Tokens) and not plan.step.prefill]
+    assert max(decoded) == 4
+    assert len(made.backend.encoded) == 7, "no image is read twice"
+    usages = [one.answer.usage for one in made.asked]
+    computed = sum(usage.prompt_tokens - usage.cached_tokens for usage in usages)
+    assert made.loop.snapshot().prefill_tokens == computed + parked.call_count, "no row is computed twice"
+    assert parked.call_count == sum(one.sequence.preemptions for one in made.asked) > 3
+    assert made.scheduler.preemptions == 0
+    alone = driver(parallel=1)
+    texts = [alone.ask(prompt_of(i), max_tokens=20 + i) for i in range(7)]
+    alone.run()
+    assert [one.answer.text for one in made.asked] == [one.answer.text for one in texts]
+
+
+def test_a_live_prompt_is_filled_beside_no_batch_row_and_they_go_on_behind_it() -> None:
+    made = parking(3, parallel=4)
+    while sum(bool(one.sequence.output.tokens) for one in made.asked) < 3:
+        made.step()
+    held = beside_fills(made)
+    live = made.ask(prompt_of(9), max_tokens=1)
+    made.run()
+    assert held == [0]
+    assert live.ended_at is not None
+    assert all(one.ended_at is not None and live.ended_at < one.ended_at for one in made.asked[:3])
+
+
+@pytest.mark.parametrize(("swap_cells", "parallel"), [(0, 4), (100, 4), (270, 4)])
+def test_where_main_memory_has_no_room_batch_rows_stay_in_the_cache(swap_cells: int, parallel: int) -> None:
+    made = parking(4, swap_cells, parallel=parallel)
+    held = beside_fills(made)
+    made.run()
+    assert max(held) >= 64
+    assert len(made.backend.encoded) == 4
+
+
+def test_rows_about_one_image_share_its_cells_and_stay_in_the_cache() -> None:
+    made = parking(0, parallel=5)
     for i in range(4):
-        same.ask(prompt_of(1, f"{i}"), priority=-1, max_tokens=40)
-    same.run()
-    assert max(len(plan.step.decode) for plan in same.plans if isinstance(plan.step, Tokens)) == 4
+        made.ask(prompt_of(1, f"{i}"), priority=-1, max_tokens=60)
+    made.ask(prompt_of(2), priority=-1, max_tokens=60)
+    made.run()
+    assert max(len(plan.step.decode) for plan in made.plans if isinstance(plan.step, Tokens)) == 5
+    assert not any(isinstance(op, SwapOut) for plan in made.plans[:-5] for op in plan.memory)
+
+
+def test_a_parked_row_ends_with_its_reader() -> None:
+    made = parking(3, parallel=3)
+    while not made.asked[0].sequence.parked:
+        made.step()
+    made.asked[0].stream.cancel()
+    made.run()
+    assert made.scheduler.idle
 
 
 def test_the_decode_of_a_batch_row_ends_at_once_for_a_live_request_and_is_done_again() -> None:

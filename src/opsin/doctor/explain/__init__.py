@@ -3,8 +3,6 @@
 Refuses to load a model, to measure, and to guess a number that the log does not hold.
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO
 

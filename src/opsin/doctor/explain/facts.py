@@ -1,7 +1,5 @@
 """What a log tells as plain values: its requests, and the setup that they ran on."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple

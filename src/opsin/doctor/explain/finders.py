@@ -3,8 +3,6 @@
 A finder gives nothing, or what fills the sentences of its cause, with the cost (`ms`) where it is known.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any

@@ -1,7 +1,5 @@
 """A log in, facts out: which tool wrote it, what it ran on, and its requests. `lines.toml` knows most of the lines."""
 
-from __future__ import annotations
-
 import io
 import re
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE

@@ -3,8 +3,6 @@
 What costs little beside the whole request is dropped by `explain`, not here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
