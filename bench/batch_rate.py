@@ -198,6 +198,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=32, help="tokens of an answer (32)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of the others")
     parser.add_argument("--runs", type=int, default=2, help="runs of each (2)")
+    parser.add_argument("--loop-rows", type=int, help="rows that the loop is asked, from the first on (all)")
     parser.add_argument("--json-out", type=Path, help="also write the JSON document to this file")
     given = parser.parse_args()
     found: dict[str, list[dict[str, Any]]] = {"opsin batch": [], "llama-cpp-python": [], "llama-server": []}
@@ -212,7 +213,7 @@ def main() -> None:
         for run in range(given.runs):
             sides = [
                 ("opsin batch", lambda: by_batch(rows, given, folder)),
-                ("llama-cpp-python", lambda: by_loop(rows, warm, given)),
+                ("llama-cpp-python", lambda: by_loop(rows[: given.loop_rows], warm, given)),
             ]
             sides += [("llama-server", lambda: by_server(rows, warm, given))] if given.server else []
             for side, measure in sides if run % 2 == 0 else reversed(sides):

@@ -36,7 +36,6 @@ __all__ = [
     "Runtime",
     "end_with_parent",
     "gpu_names",
-    "host_room",
     "machine_for",
     "open_backend",
     "open_runtime",
@@ -130,9 +129,21 @@ def gpu_names() -> tuple[str, ...]:
     return tuple(device.name for device in devices() if device.is_gpu)
 
 
-def host_room() -> tuple[int, int]:
-    """Physical cores, and free bytes of main memory; loads no native library."""
-    return physical_cores(), free_memory(()).get(HOST, 0)
+def plan_workers(pair: Pair, settings: EngineSettings, most: int) -> tuple[int, EngineSettings]:
+    """How many workers on the CPU half of the free memory holds, at most so many and one a core; and their settings.
+
+    They divide a context that nobody chose, as long as a sequence may be as long as before. Reads headers alone. Raises
+    ModelError.
+    """
+    facts = read_facts(pair.llm, pair.mmproj, settings.image_max_tokens)
+    free, whole = free_memory(()).get(HOST, 0), MemoryPlanner(facts, (), settings, {}).needed().ctx
+    longest = min(whole, facts.model.context or whole)
+    for count in range(min(most, physical_cores()), 1, -1):
+        each = settings.model_copy(update={"ctx": settings.ctx or max(longest, whole // count)})
+        needs = MemoryPlanner(facts, (), each, {}).needed().by_device[HOST]
+        if count * (needs.total + min(SWAP_BYTES, free // 8)) <= free // 2:
+            return count, each
+    return 1, settings
 
 
 def machine_for(model: str, mmproj: str) -> dict[str, Any]:

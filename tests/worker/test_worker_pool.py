@@ -18,6 +18,7 @@ from test_worker import COMMAND, PARAMS, begun, first_text, prompt, wait_until
 from opsin import compose
 from opsin.core.errors import EngineClosed, EngineDied, ModelNotFound
 from opsin.core.settings import EngineSettings
+from opsin.models import resolve
 from opsin.native.devices import Device
 from opsin.testing import image
 from opsin.worker import ImageBlocked, NotReady, WorkerEngine, WorkerPool, client, open_workers, pool
@@ -134,6 +135,38 @@ def workers(model: str | None = None, *, parallel: int = 8, **options: Any) -> I
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("free", "cores", "most", "given", "workers"),
+    [
+        (64 * GIB, 4, 8, {}, 4),
+        (64 * GIB, 64, 8, {}, 8),
+        (64 * GIB, 64, 1, {}, 1),
+        (64 * GIB, 64, 0, {}, 1),
+        (8 * GIB, 2, 8, {}, 2),
+        (2 * GIB, 2, 8, {}, 1),
+        (0, 8, 8, {}, 1),
+        (64 * GIB, 4, 8, {"ctx": 2048}, 4),
+    ],
+)
+def test_on_a_cpu_workers_share_the_context_and_half_of_the_free_memory(
+    monkeypatch: pytest.MonkeyPatch, free: int, cores: int, most: int, given: dict[str, int], workers: int
+) -> None:
+    monkeypatch.setattr(compose, "free_memory", lambda _: {"CPU": free})
+    monkeypatch.setattr(compose, "physical_cores", lambda: cores)
+    pair, settings = resolve(None, None), EngineSettings(parallel=8, **given)
+    count, each = compose.plan_workers(pair, settings, most)
+    assert count == workers
+    if count == 1:
+        assert each == settings
+        return
+    facts = compose.read_facts(pair.llm, pair.mmproj, None)
+    trained = facts.model.context
+    assert trained
+    assert each.ctx == given.get("ctx", max(trained, 8 * trained // count))
+    needs = compose.MemoryPlanner(facts, (), each, {}).needed().by_device["CPU"].total
+    assert count * needs <= free // 2
+
+
 def test_it_offers_what_one_worker_offers() -> None:
     states: list[str] = []
     options: dict[str, Any] = {"command": COMMAND, "changed": states.append}

@@ -347,7 +347,8 @@ class KVCacheManager:
     def park(self, prefix: Prefix) -> None:
         """Its sequence will come back: it waits in main memory."""
         self.retire(prefix)
-        self._evict(prefix)
+        if prefix.seq_id in self.idle:
+            self._evict(prefix)
 
     def evict_oldest(self, keep: Prefix | None = None) -> bool:
         """Evict the idle prefix that was used longest ago, but not `keep`; False when there is none."""

@@ -44,11 +44,11 @@ from opsin.server.images import ImageLoader
 from opsin.server.request_asker import RequestAsker
 from opsin.worker import DecoderPool, WorkerEngine, WorkerPool, may_have_gpus, open_workers
 
-CPU_SLOTS, GPU_SLOTS = 8, 16
+SLOTS = 16
 PROCESSES = max(2, min(16, os.cpu_count() or 1))
 """Processes that load images."""
 _MOST_WORKERS = 8  # that nobody asked for
-_PARALLEL = f"{CPU_SLOTS} on a CPU, {GPU_SLOTS} on a GPU; 1 with --ctx"
+_PARALLEL = f"{SLOTS}; 1 with --ctx"
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,9 +186,8 @@ def batch(
     if rows.is_requests and limits.pages:
         raise BadParameter("Each request of this input chooses pages in its file parts: leave out --pages.")
     chosen = o.given(EngineSettings, flags)
-    slots = GPU_SLOTS if _may_use_gpu(flags["gpu_layers"]) else CPU_SLOTS
-    config = read_config(chosen, os.environ, current_folder(), locate=locate, parallel=1 if flags["ctx"] else slots)
-    settings = config.engine(parallel=slots if config.origins["ctx"] == "default" else 1)
+    config = read_config(chosen, os.environ, current_folder(), locate=locate, parallel=1 if flags["ctx"] else SLOTS)
+    settings = config.engine(parallel=SLOTS if config.origins["ctx"] == "default" else 1)
     loading = {"limits": limits, "seconds": options.image_seconds, "private": options.fetch_private}
     asked = Question(
         template, params, system, images=checked(ImageOptions, {name: flags[name] for name in o.IMAGES}), **loading
@@ -201,17 +200,8 @@ def batch(
         raise typer.Exit(_Batch(chosen_rows, asked, settings, _Target(output, options), stack).run())
 
 
-def _may_use_gpu(layers: int | None) -> bool:
-    return layers != 0 and may_have_gpus()
-
-
-def workers_on_cpu(size: int, rows: int | None, cores: int, free: int) -> int:
-    """Workers for a pair of `size` bytes: one a core, each with a group of rows, all in half of the `free` bytes.
-
-    Threads wait for each other behind each operation of a graph, and those of several workers do not: docs/log.md.
-    """
-    groups = _MOST_WORKERS if rows is None else rows // CPU_SLOTS
-    return max(1, min(_MOST_WORKERS, cores, groups, free // (4 * max(1, size))))  # weights twice, as some are repacked
+def _threads(settings: EngineSettings) -> int | None:
+    return settings.threads or settings.threads_batch or settings.threads_encode
 
 
 def _check_output(output: Path | None, options: BatchOptions, cpus: int | None) -> None:
@@ -254,6 +244,7 @@ class _Batch:
     def __init__(self, rows: _Chosen, asked: Question, settings: EngineSettings, to: _Target, stack: ExitStack) -> None:
         self._rows, self._asked, self._settings, self._to = rows, asked, settings, to
         self._workers, self._stack, self._skipped = to.options.workers, stack, Counter[str]()
+        self._each = settings  # of each worker
         self._fields = output_fields(asked.params.model_dump())
         self._engine: WorkerEngine | WorkerPool | None = None
 
@@ -261,11 +252,16 @@ class _Batch:
         """Ask all rows; the exit code."""
         to, options, place = self._to, self._to.options, self._to.place(self._rows.rows)
         pair = resolve(self._settings.model, self._settings.mmproj)
-        if self._workers is None and self._settings.threads is None and not _may_use_gpu(self._settings.gpu_layers):
-            from opsin.compose import host_room
+        if (
+            self._workers is None
+            and not _threads(self._settings)
+            and not (self._settings.gpu_layers != 0 and may_have_gpus())
+        ):
+            from opsin.compose import plan_workers
 
-            size = sum(file.stat().st_size for file in (pair.llm, pair.mmproj) if file)
-            self._workers = workers_on_cpu(size, self._rows.total, *host_room())
+            # Threads wait for each other behind each operation of a graph, those of several workers do not.
+            groups = _MOST_WORKERS if self._rows.total is None else self._rows.total // SLOTS
+            self._workers, self._each = plan_workers(pair, self._settings, min(_MOST_WORKERS, groups))
         asked, prompt = self._asked, self._asked.template.text
         spec = job_spec(pair, self._settings, asked, prompt=prompt, system=asked.system)
         ledger = self._stack.enter_context(to.ledger(place))
@@ -307,7 +303,7 @@ class _Batch:
 
     async def _open_asker(self) -> Asker:
         """The model, when the first row is to be asked."""
-        settings = self._settings
+        settings = self._each
         with working("loading the model"):
             engine = open_workers(settings.model, settings.mmproj, settings, workers=self._workers)
             self._stack.callback(engine.close)

@@ -63,8 +63,8 @@ class Loop:
         self._touched: list[AnswerStream] = []
         self._unread: list[tuple[Sequence, int]] = []  # tokens that are shown while the next ones are computed
         self._counts = Snapshot()
-        self._hurried = False  # whether work of low priority shall end
-        self._expected = 0.0  # until then work of low priority waits for a request that is on its way
+        # Whether work of low priority shall end, and until when it waits for a request that is on its way.
+        self._hurried, self._expected = False, 0.0
         self._paused: Sequence | None = None  # whose encode stands still for others, so that its image must stay
         self._paused_seconds = 0.0  # of all encodes
         self.error: OpsinError | None = None
@@ -156,9 +156,8 @@ class Loop:
             backend.close()
 
     def _attach(self, backend: Backend) -> None:
-        self._backend = backend
+        self._backend, self._lags = backend, backend.limits.asynchronous
         self._piece, self._eog_tokens, self._n_ctx = backend.piece, backend.eog_tokens, backend.limits.n_ctx_seq
-        self._lags = backend.limits.asynchronous
         self._runner = Runner(backend, self._images, self._now, self._watch)
         self._scheduler = Scheduler(backend.limits, self._policy)
 
@@ -207,6 +206,7 @@ class Loop:
         if shown:
             self._flush()  # an encode may take long
         if paused is not None and (step is None or priority_of(step) < 0):
+            self._read_meanwhile()
             return False
         if paused is not None and isinstance(step, Encode) and not self._runner.knows(step):
             raise Stopped
@@ -305,8 +305,7 @@ class Loop:
             try:
                 if self._runner.run(step):
                     self._ran(step, self._runner.now - started, alone=False)
-            except EngineError as error:
-                # The image being encoded is not at fault: its encode goes on.
+            except EngineError as error:  # the image being encoded is not at fault: its encode goes on
                 for sequence in step.decode:
                     sequence.end_with(error)
         self._flush()
@@ -423,6 +422,9 @@ class Loop:
 
     def _fail(self, sequence: Sequence, error: OpsinError) -> None:
         self._show_unread()
+        if sequence is self._paused:  # told when its encode has stopped
+            sequence.end_with(error)
+            return
         sequence.state = State.DONE
         self._release(sequence, keep=False)
         self._counts.failed += 1

@@ -122,8 +122,15 @@ class Runner:
         return True
 
     def knows(self, step: Encode) -> bool:
-        """Whether the encoder is not needed for it."""
-        return self._images.in_memory(salted(step.chunk.identity, step.sequence.request.salt)) is not None
+        """Whether the encoder is not needed for it; then its embedding is the sequence's from now on."""
+        sequence, chunk = step.sequence, step.chunk
+        if chunk.identity in sequence.embeddings:
+            return True
+        known = self._images.in_memory(salted(chunk.identity, sequence.request.salt))
+        if known is not None:
+            sequence.embeddings[chunk.identity] = known
+            sequence.cached_images.add(chunk.image)
+        return known is not None
 
     def sample(self, step: Tokens | PrefillImage) -> list[Sampled]:
         """Sample a token for everyone whose logits the step computed, and who has not ended meanwhile.
@@ -237,14 +244,10 @@ class Runner:
 
     def _encode(self, step: Encode, between: Callable[[], None] | None) -> None:
         sequence, chunk = step.sequence, step.chunk
-        name = salted(chunk.identity, sequence.request.salt)
-        known = self._images.in_memory(name)
-        if known is not None:
-            sequence.embeddings[chunk.identity] = known
-            sequence.cached_images.add(chunk.image)
+        if self.knows(step):
             return
         sequence.stream.deliver(Progress(f"reading image {chunk.image + 1} of {len(sequence.tokenized.images)}"))
-        batch = {name: (sequence, chunk)}
+        batch = {salted(chunk.identity, sequence.request.salt): (sequence, chunk)}
         for owner, other in step.beside:
             name = salted(other.identity, owner.request.salt)
             # Since the plan was made an owner may have ended and closed its chunks.

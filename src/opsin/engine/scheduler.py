@@ -176,16 +176,18 @@ class Scheduler:
         sequence.turn = self._turns
 
     def _admit(self) -> None:
+        parked, no_room = [s.request.number for s in self.waiting if s.parked], False
         for sequence in list(self.waiting):
-            if self._out_of_turn(sequence):
+            if self._out_of_turn(sequence, parked) or (no_room and not sequence.parked):
                 continue
             if len(self.running) >= self._parallel and not self._give_way(sequence):
                 return
             admitted = self._admit_one(sequence)
             while admitted is False and self._give_way(sequence):
                 admitted = self._admit_one(sequence)
-            if admitted is False:
+            if admitted is False and (sequence.parked or sequence.request.priority >= 0):
                 return  # cells come back when somebody ends
+            no_room = no_room or admitted is False
 
     def _admit_one(self, sequence: Sequence) -> bool | None:
         """Let it run; False where there is no room for it, None where it had better wait for a prefix."""
@@ -214,17 +216,18 @@ class Scheduler:
         scored = any(s.labels is not None and s.labels.longest for s in (*self.running, sequence))
         if scored and self.running and self.kv.spare_ids + len(self.kv.idle) < 2:
             return False  # labels need an id beside those that run
-        if sequence.request.priority >= 0 or not self.running:
-            return True
         # The last slot is for whoever comes next: making room would cost somebody's work.
-        return not (self._beside_live and len(self.running) + 1 >= self._parallel > 1)
+        last = self._beside_live and len(self.running) + 1 >= self._parallel > 1
+        return sequence.parked or sequence.request.priority >= 0 or not (self.running and last)
 
-    def _out_of_turn(self, sequence: Sequence) -> bool:
+    def _out_of_turn(self, sequence: Sequence, parked: list[int]) -> bool:
         """A parked row waits until no prompt is filled, a new one until there are fewer than slots, parked or not."""
         if sequence.parked:
             return self._filling
-        parked = sum(s.parked for s in self.waiting) if sequence.request.priority < 0 else 0
-        return parked > 0 and len(self.running) + parked >= self._parallel - self._beside_live
+        if sequence.request.priority >= 0 or not parked:
+            return False
+        passed_enough = sequence.request.number >= min(parked) + 2 * self._parallel
+        return passed_enough or len(self.running) + len(parked) >= self._parallel - self._beside_live
 
     @property
     def _filling(self) -> bool:
@@ -236,9 +239,8 @@ class Scheduler:
         """Let answers of low priority wait in main memory while a prompt is filled, unless they share most cells."""
         if not self._filling:
             return
-        rows = [s for s in self._decoding() if s.request.priority < 0]
         room = self.kv.swap_cells // 2 - sum(s.n_cells for s in self.waiting if s.parked)  # the rest is for idle ones
-        for sequence in rows:
+        for sequence in [s for s in self._decoding() if s.request.priority < 0]:
             if sequence.n_cells <= room and 2 * self.kv.cells.own(sequence.seq_id) > sequence.n_cells:
                 room -= sequence.n_cells
                 self.running.remove(sequence)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -51,10 +52,11 @@ def prompt_of(*parts: str | int) -> Prompt:
 
 
 class Backend(FakeBackend):
-    """A fake that can also be out of room, and that calls back more than once in an encode."""
+    """A fake that can also be out of room, calls back more than once in an encode, and lets others arrive in it."""
 
     layers = 1
     out_of_room = 0
+    arriving: Callable[[], object] = staticmethod(lambda: None)
 
     def decode(self, rows: TokenBatch | EmbeddingRows, *, may_stop: bool = False) -> bool:
         if self.out_of_room:
@@ -66,6 +68,7 @@ class Backend(FakeBackend):
         def layers() -> None:
             for _ in range(self.layers):
                 self.clock.spend(self.encode_ms / self.layers)
+                self.arriving()
                 between()
 
         return super().encode(run, None if between is None else layers)

@@ -57,6 +57,8 @@ class World:
     mixed_rows: int
     asynchronous: bool
     draft_beside: int
+    park_beside: int | None
+    inside: bool  # whether requests come in the midst of an encode, too
 
 
 span = st.sampled_from(["a", "b", "ab", "abba" * 2, "ab" * 8])
@@ -87,6 +89,8 @@ worlds = st.builds(
     mixed_rows=st.sampled_from([0, 3, 16]),
     asynchronous=st.booleans(),
     draft_beside=st.sampled_from([0, 1, 4]),
+    park_beside=st.sampled_from([None, 1, 4, 32]),
+    inside=st.booleans(),
 )
 faults = st.dictionaries(st.integers(0, 40), st.sampled_from(["encode", "decode", "room"]), max_size=3)
 
@@ -112,18 +116,24 @@ def live(world: World, history: list[Ask], mishaps: dict[int, str], *, keep_pref
         wait_for=world.wait_for,
         swap_cells=world.swap_cells,
         draft_beside=world.draft_beside,
+        park_beside=world.park_beside,
         keep_prefixes=keep_prefixes,
     )
     driver = Driver(size, policy, backend, EmbeddingCache(world.image_bytes))
     cancels: dict[int, list[int]] = {}
     coming = list(enumerate(history))
     due = coming[0][1].after if coming else 0
+
+    def arrive() -> None:
+        number, ask = coming.pop(0)
+        driver.ask(ask.prompt, max_tokens=ask.max_tokens, priority=ask.priority, salt=ask.salt, seconds=ask.seconds)
+        if ask.cancel_after is not None:
+            cancels.setdefault(driver.steps + ask.cancel_after, []).append(number)
+
+    backend.arriving = lambda: arrive() if coming and world.inside else None
     while coming or any(not asked.stream.done for asked in driver.asked):
         while coming and driver.steps >= due:
-            number, ask = coming.pop(0)
-            driver.ask(ask.prompt, max_tokens=ask.max_tokens, priority=ask.priority, salt=ask.salt, seconds=ask.seconds)
-            if ask.cancel_after is not None:
-                cancels.setdefault(driver.steps + ask.cancel_after, []).append(number)
+            arrive()
             due = driver.steps + coming[0][1].after if coming else 0
         for number in cancels.pop(driver.steps, ()):
             if not driver.asked[number].stream.done:

@@ -265,6 +265,18 @@ def test_where_main_memory_has_no_room_batch_rows_stay_in_the_cache(swap_cells: 
     assert len(made.backend.encoded) == 4
 
 
+@pytest.mark.parametrize("labels", [False, True])
+def test_parked_rows_are_not_passed_for_ever(labels: bool) -> None:
+    size = limits(n_ctx=600 if labels else 200, n_ubatch=64, n_seq_max=10)
+    made = driver(parallel=6, size=size, swap_cells=400, park_beside=32)
+    for i in range(30):
+        first_token = labels and i >= 5
+        made.ask(prompt_of(i), priority=-1, max_tokens=1 if first_token else 20)
+    made.run()
+    ends = [one.ended_at or 0 for one in made.asked]
+    assert max(ends[:2]) < (ends[-1] if labels else min(ends[20:])), "the first ones do not wait for the last ones"
+
+
 def test_rows_about_one_image_share_its_cells_and_stay_in_the_cache() -> None:
     made = parking(0, parallel=5)
     for i in range(4):
