@@ -111,6 +111,25 @@ def test_the_same_prompt_gives_the_same_answer_and_another_image_another(backend
     assert first == again
 
 
+def test_a_prompt_may_be_filled_and_answered_between_two_layers_of_an_encode(backend: Any) -> None:
+    tokenized = backend.tokenize([ImagePart(image(5, 40, 30))], add_bos=False)
+    run = next(run for run in tokenized.chunks if isinstance(run, ImageChunk))
+    alone, wanted = backend.encode(run, lambda: None), greedy(backend, 0, fill(backend, 0, "what is this?"))
+    found: list[list[int]] = []
+
+    def beside() -> None:
+        if not found:
+            found.append(greedy(backend, 1, fill(backend, 1, "what is this?")))
+            saved = backend.kv_save(1)
+            assert backend.kv_remove(1, 0, -1)
+            backend.kv_load(1, saved)
+
+    np.testing.assert_array_equal(backend.encode(run, beside), alone)
+    assert found == [wanted]
+    assert backend.kv_last(1) == backend.kv_last(0)
+    tokenized.close()
+
+
 def test_a_prompt_in_slices_gives_the_same_answer(backend: Any) -> None:
     whole = greedy(backend, 0, fill(backend, 0, "what is this?", 1))
     sliced = greedy(backend, 1, fill(backend, 1, "what is this?", 1, chunk=5))

@@ -210,6 +210,24 @@ def test_an_image_stays_with_the_worker_that_knows_it() -> None:
 
 
 @pytest.mark.slow
+def test_new_images_of_a_batch_are_dealt_out_evenly_and_those_known_stay() -> None:
+    with workers(parallel=4) as two:
+        two.wait_ready()
+        first = [two.submit(prompt(image(number)), PARAMS, priority=-1) for number in range(4)]
+        for stream in first[::2]:
+            stream.cancel()
+        wait_until(lambda: sorted(engine.in_flight for engine in two.engines) == [0, 2])
+        more = [two.submit(prompt(image(number)), PARAMS, priority=-1) for number in range(4, 8)]
+        assert sorted(engine.in_flight for engine in two.engines) == [2, 4], "not two for the one that is less busy"
+        again = [two.submit(prompt(image(number), text="b"), PARAMS, priority=-1) for number in (4, 6)]
+        assert sorted(engine.in_flight for engine in two.engines) in ([2, 6], [4, 4])
+        live = two.submit(prompt(image(9)), PARAMS)
+        assert min(engine.in_flight for engine in two.engines) > 2
+        for stream in (*first[1::2], *more, *again, live):
+            stream.cancel()
+
+
+@pytest.mark.slow
 def test_a_crowd_about_one_image_and_text_alone_are_for_both() -> None:
     with workers(parallel=2) as two:
         two.wait_ready()

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -135,6 +136,7 @@ class WorkerPool(Ready):
     ) -> None:
         self._changed = changed
         self._homes: dict[str, WorkerEngine] = {}  # by image
+        self._given = Counter[int]()  # images of low priority, by engine: even counts end at the same time
         self._lock = threading.Lock()
         self.slots = sum(one.parallel for one in settings)
         options |= {"changed": self._on_change, "crashes": dict[str, list[float]]()}
@@ -205,28 +207,34 @@ class WorkerPool(Ready):
 
     def submit(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> AnswerStream:
         """See `WorkerEngine.submit`."""
-        return self._choose(prompt).submit(prompt, params, **options)
+        with self._lock:
+            chosen = self._choose(prompt, low=options.get("priority", 0) < 0)
+        return chosen.submit(prompt, params, **options)
 
     def close(self) -> None:
         """End all workers at the same time. Twice does no harm."""
         with ThreadPoolExecutor(len(self.engines)) as threads:
             list(threads.map(WorkerEngine.close, self.engines))
 
-    def _choose(self, prompt: Prompt) -> WorkerEngine:
+    def _choose(self, prompt: Prompt, *, low: bool) -> WorkerEngine:
         ranks = [_RANK[engine.state] for engine in self.engines]
-        best = [index for index, rank in enumerate(ranks) if rank == min(ranks)]
-        least = min((self.engines[index] for index in best), key=attrgetter("in_flight"))
+        best = [engine for engine, rank in zip(self.engines, ranks, strict=True) if rank == min(ranks)]
+        least = min(best, key=attrgetter("in_flight"))
         if not prompt.images:
             return least
         image = prompt.images[0].sha256
-        with self._lock:
-            home = self._homes.pop(image, least)
-            crowded = home.in_flight > home.slots and home.in_flight >= 2 * least.in_flight
-            if not crowded and self.engines.index(home) not in best:
-                home = least
-            self._homes[image] = home
-            if len(self._homes) > _HOMES:
-                del self._homes[next(iter(self._homes))]
+        home = self._homes.pop(image, None)
+        crowded = False
+        if home is None or home not in best:
+            even = low and max(engine.in_flight for engine in best) < least.in_flight + 2 * least.slots
+            home = min(best, key=lambda engine: self._given[id(engine)]) if even else least
+            self._given[id(home)] += low
+        else:
+            most = home.slots * (2 if low else 1)
+            crowded = home.in_flight > most and home.in_flight >= 2 * least.in_flight
+        self._homes[image] = home
+        if len(self._homes) > _HOMES:
+            del self._homes[next(iter(self._homes))]
         return least if crowded else home
 
     def _on_change(self, state: State) -> None:
