@@ -32,15 +32,7 @@ from opsin.native.memory import MemoryPlanner
 from opsin.native.trial import end_with_parent, ensure_loadable, fingerprint
 from opsin.prompt import PromptBuilder, TemplateSource
 
-__all__ = [
-    "Runtime",
-    "end_with_parent",
-    "gpu_names",
-    "machine_for",
-    "open_backend",
-    "open_runtime",
-    "template_source",
-]
+__all__ = ["Runtime", "end_with_parent", "gpu_names", "machine_for", "open_backend", "open_runtime", "template_source"]
 
 DRAFT_BESIDE = 4
 """Answers at a time that get drafts, with `speculation`."""

@@ -200,10 +200,6 @@ def batch(
         raise typer.Exit(_Batch(chosen_rows, asked, settings, _Target(output, options), stack).run())
 
 
-def _threads(settings: EngineSettings) -> int | None:
-    return settings.threads or settings.threads_batch or settings.threads_encode
-
-
 def _check_output(output: Path | None, options: BatchOptions, cpus: int | None) -> None:
     if output is None and options.sidecar is None:
         raise BadParameter("The output is missing: give -o FILE.jsonl (or .csv, .parquet), or --sidecar txt.")
@@ -252,16 +248,14 @@ class _Batch:
         """Ask all rows; the exit code."""
         to, options, place = self._to, self._to.options, self._to.place(self._rows.rows)
         pair = resolve(self._settings.model, self._settings.mmproj)
-        if (
-            self._workers is None
-            and not _threads(self._settings)
-            and not (self._settings.gpu_layers != 0 and may_have_gpus())
-        ):
+        given = self._settings
+        on_cpu = given.gpu_layers == 0 or not may_have_gpus()
+        if self._workers is None and on_cpu and not (given.threads or given.threads_batch or given.threads_encode):
             from opsin.compose import plan_workers
 
             # Threads wait for each other behind each operation of a graph, those of several workers do not.
             groups = _MOST_WORKERS if self._rows.total is None else self._rows.total // SLOTS
-            self._workers, self._each = plan_workers(pair, self._settings, min(_MOST_WORKERS, groups))
+            self._workers, self._each = plan_workers(pair, given, min(_MOST_WORKERS, groups))
         asked, prompt = self._asked, self._asked.template.text
         spec = job_spec(pair, self._settings, asked, prompt=prompt, system=asked.system)
         ledger = self._stack.enter_context(to.ledger(place))

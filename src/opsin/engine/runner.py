@@ -288,6 +288,7 @@ class Runner:
     def _tokens(self, step: Tokens, meanwhile: Callable[[], None] | None, *, may_stop: bool) -> bool:
         batch = _next_tokens(step.decode)
         filling = [part.sequence for part in step.prefill]
+        # Who was parked comes back with the one token that was sampled last: for it this is a decode step.
         returning = [part.sequence for part in step.prefill if part.sequence.output.tokens and len(part.tokens) == 1]
         for part in step.prefill:
             batch.append(part.tokens, part.sequence.n_pos, part.sequence.seq_id, logits=part.last)

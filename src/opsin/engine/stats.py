@@ -73,7 +73,7 @@ class Snapshot:
         self.guard_stops += answer.guard is not None
 
     def count_encode(self, chunks: int, seconds: float) -> None:
-        """An encode of so many chunks took so long, and stood still in none of it; with no chunks it was remembered."""
+        """An encode of so many chunks took so long, standing still aside; without chunks it was remembered."""
         self.encodes += chunks
         self.encode_seconds += seconds if chunks else 0.0
         self.image_hits += not chunks
