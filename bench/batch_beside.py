@@ -112,16 +112,18 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="language model, a GGUF file")
     parser.add_argument("--mmproj", required=True, help="projector, a GGUF file")
     parser.add_argument("--rows", type=int, default=1000, help="rows of the batch (1,000)")
+    parser.add_argument("--rows-alone", type=int, help="rows of the batch that runs alone (as many)")
     parser.add_argument("--alone", type=float, default=60.0, help="seconds of live requests alone (60)")
     parser.add_argument("--max-tokens", type=int, default=32, help="tokens of an answer (32)")
     parser.add_argument("--known", action="store_true", help="live requests are new questions about one image")
     parser.add_argument("--json-out", type=Path, help="also write the JSON document to this file")
     given = parser.parse_args()
+    rows_alone = given.rows_alone or given.rows
     with tempfile.TemporaryDirectory() as name:
         halves = [Path(name) / "first.jsonl", Path(name) / "second.jsonl"]
         for half, path in enumerate(halves):
             with path.open("w") as file:
-                for number in range(half * given.rows, (half + 1) * given.rows):
+                for number in range(half * rows_alone, rows_alone + half * given.rows):
                     request = {"custom_id": str(number), "method": "POST", "url": "/v1/chat/completions"}
                     file.write(json.dumps({**request, "body": body(number, given.max_tokens)}) + "\n")
         command = [
@@ -157,7 +159,7 @@ def main() -> None:
     alone, beside = live_alone.first, live_beside.first
     document = {
         "kind": "batch_beside", "opsin": version("opsin"), "model": Path(given.model).name, "rows": given.rows,
-        "known": given.known,
+        "rows_alone": rows_alone, "known": given.known,
         "first_token_s": {"alone": median(alone), "beside": median(beside), "requests": [len(alone), len(beside)]},
         "stages_ms": {"alone": live_alone.medians(), "beside": live_beside.medians()},
         "rows_s": {"alone": rate_alone, "beside": rate_beside},

@@ -17,10 +17,10 @@ class Policy:
     With `decode_in_encode` streams get their tokens between two layers of an encode, too.
 
     Sequences of a priority below 0 are nobody's stream: they fill what is left. Their tokens wait while images are
-    worked on. For `beside_live` seconds after a live request their prefill steps take about `low_slice_seconds`, or
-    `slice_seconds` where nobody streams and the backend can stop them, streams have `low_stream_share` of the time, and
-    one slot stays free. Those that are answered leave the KV cache for main memory while anybody fills more than
-    `park_beside` cells (None: never): attention would look at theirs, too.
+    worked on. Beside them live streams have `low_stream_share` of the time, as long as they last. For `beside_live`
+    seconds after a live request their prefill steps take about `low_slice_seconds`, or `slice_seconds` where nobody
+    streams and the backend can stop them, and one slot stays free. Those that are answered leave the KV cache for main
+    memory while anybody fills more than `park_beside` cells (None: never): attention would look at theirs, too.
 
     `wait_for` is how many more tokens a prefix that is being filled must share than one that is ready, for a request
     to wait for it. The prefixes of ended sequences go into main memory as soon as somebody else runs, `swap_cells` of
@@ -39,7 +39,7 @@ class Policy:
     decode_in_encode: bool = True
     beside_live: float = 10.0
     low_slice_seconds: float = 0.04
-    low_stream_share: float = 0.5
+    low_stream_share: float = 0.8
     park_beside: int | None = None
     wait_for: int = 32
     idle_cells: int | None = None

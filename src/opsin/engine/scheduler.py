@@ -11,16 +11,11 @@ from dataclasses import replace
 from opsin.cache.kv_cache import KVCacheManager, Prefix
 from opsin.core.backend import BackendLimits
 from opsin.core.request import ImageChunk, TextChunk
+from opsin.engine.pace import Pace
 from opsin.engine.policy import Policy
 from opsin.engine.request import Sequence, State
 from opsin.engine.speculation import Speculation
 from opsin.engine.step import Branch, Encode, PrefillImage, Step, Tokens, cells_needed, slices, without
-
-_FEWEST_ROWS = 32
-"""Rows of a prefill step that reads all weights once. On a CPU 16 of them cost a quarter more each, for a 1 B model.
-A whole tile is cheaper by a quarter or more, as attention in tiles is: taken unless it lasts `_LONGEST_SLICE` seconds.
-"""
-_LONGEST_SLICE = 0.75
 
 
 class Scheduler:
@@ -36,12 +31,10 @@ class Scheduler:
         self._limits = limits
         self._policy = policy
         self._parallel = min(policy.parallel, limits.n_ubatch)
-        self._last_decode = self._live_at = float("-inf")
-        self._step_seconds = self._row_seconds = 0.0
+        self._pace = Pace(limits, policy)
+        self._live_at = float("-inf")
         self._beside_live = False
-        self._asked: float | None = None
         self._text_next = True
-        self._kept_waiting = False
         self._turns = 0
         # More than twice the cache would hardly be asked for again, however small a cell is.
         swap_cells = min(policy.swap_cells, 2 * limits.n_ctx)
@@ -87,14 +80,12 @@ class Scheduler:
         decoding = self.streams_beside(priority)
         if not decoding:
             return None
-        # Asked again and again in an encode: the next time is as far ahead as the last one is behind.
-        since, self._asked = self._asked, now
-        due = self._due(now, priority, 0.0 if since is None else now - since)
+        due = self._pace.due_in_encode(now, priority, len(self.running))
         return Tokens(decoding) if due and len(decoding) <= self.kv.room else None
 
     def ran(self, step: Step, now: float, seconds: float = 0.0) -> None:
         """A step was carried out: move cursors and counts on. Sampled tokens come through the sequences."""
-        self._learn(step, now, seconds)
+        self._learn(step, seconds, now)
         self._drop_branches(self._branches)
         if isinstance(step, Encode):
             return
@@ -314,44 +305,27 @@ class Scheduler:
 
     # What a step computes: time is shared between streams, images and the text of prompts. Cells do not matter here.
 
-    def _learn(self, step: Step, now: float, seconds: float) -> None:
+    def _learn(self, step: Step, seconds: float, now: float) -> None:
         """A step took so long; nothing was moved on yet."""
-        decode = () if isinstance(step, Encode) else step.decode
-        prefill = (*step.prefill, *step.branches) if isinstance(step, Tokens) else ()
-        image = not isinstance(step, Tokens)
-        self._kept_waiting = image and not decode
-        self._asked = None if image else now
-        if image or prefill:
-            self._text_next = image
-        elif decode:
-            if self._speculation is not None and isinstance(step, Tokens):
-                self._speculation.learn(step, seconds)
-            self._step_seconds = seconds
-        rows = cells_needed(step)
-        if (image or not decode) and rows >= _FEWEST_ROWS:  # fewer cost nearly as much as so many
-            self._row_seconds = seconds / rows
-        if decode or not self._decoding():
-            self._last_decode = now  # a first token counts: its stream has not waited yet
-
-    def _due(self, now: float, priority: int, ahead: float = 0.0) -> bool:
-        """Whether streams have waited long enough for their next token while others of `priority` are worked on.
-
-        `ahead` is how long the next piece of that work takes: when most of it would come too late, it waits.
-        """
-        policy = self._policy
-        part = policy.stream_share if priority >= 0 else max(policy.stream_share, policy.low_stream_share)
-        share = min(policy.longest_wait, self._step_seconds / part)
-        wait = max(policy.shortest_wait, self._crowded(share))
-        return now + 0.75 * ahead - self._last_decode >= wait
+        if not isinstance(step, Tokens):
+            self._text_next = True
+        elif step.prefill or step.branches:
+            self._text_next = False
+        elif self._speculation is not None:
+            self._speculation.learn(step, seconds)
+        self._pace.learn(step, seconds, now, live=bool(self.streams_beside(0)), streams=bool(self._decoding()))
 
     def _choose(self, now: float) -> Step | None:
         """The next step; None when nobody has anything to compute."""
-        decoding = self._decoding()
-        if len(decoding) == len(self.running):
+        decoding, live = self._decoding(), self.streams_beside(0)
+        top = max((s.request.priority for s in self.running if s.state is not State.DECODE), default=-1)
+        late = live and self._pace.behind and top < 0
+        if late and self._policy.park_beside is not None:
+            decoding = live  # on a CPU each row of others takes its time
+        if late or len(decoding) == len(self.running):
             if self._speculation is None or not decoding:
                 return Tokens(decoding) if decoding else None
             return Tokens(decoding, drafts=self._speculation.drafts(decoding, self.kv.room))
-        top = max(s.request.priority for s in self.running if s.state is not State.DECODE)
         filling = [s for s in self.running if s.state is State.PREFILL and s.request.priority == top]
         decoding = tuple([s for s in decoding if s.request.priority >= top])
         streams = self.streams_beside(top)
@@ -359,12 +333,12 @@ class Scheduler:
         texts = [s for s in filling if isinstance(s.chunk, TextChunk)]
         images = [s for s in filling if isinstance(s.chunk, ImageChunk)]
         scoring = [s for s in self.running if s.state is State.SCORE and s.request.priority == top]
-        if streams and self._kept_waiting and self._due(now, top, self._row_seconds * self._rows(sliced)):
+        if streams and top >= 0 and self._pace.due(now, len(self.running), sliced):
             # Alone: a stream that waited for a slice of an image does not wait for a prompt's text, too.
             return Tokens(decoding)
         if (texts or scoring) and (self._text_next or not images):
             # Everyone's next token, labels, and text of prompts as far as the slice and the ubatch go.
-            budget = min(self._limits.n_ubatch - len(decoding), self._rows(sliced))
+            budget = min(self._limits.n_ubatch - len(decoding), self._pace.rows(sliced))
             branches = self._labels(scoring, min(budget, self._limits.n_outputs - len(self.running)))
             rows = sum(len(branch.tokens) for branch in branches)
             budget -= rows
@@ -393,7 +367,7 @@ class Scheduler:
         policy = self._policy
         if priority < 0 and self._beside_live:  # a step that stops is lost
             return policy.slice_seconds if self._limits.stops and not streams else policy.low_slice_seconds
-        return self._crowded(policy.slice_seconds) if streams else None
+        return self._pace.crowded(policy.slice_seconds, len(self.running)) if streams else None
 
     def _image(self, sequence: Sequence, decoding: tuple[Sequence, ...], sliced: float | None) -> Step:
         chunk = sequence.chunk
@@ -409,7 +383,7 @@ class Scheduler:
         ahead = sequence.chunks[sequence.chunk_index + 1 :] if start + rows == chunk.n_tokens else [chunk]
         if ahead and isinstance(ahead[0], TextChunk) and chunk.causal and self._limits.mixed_rows:
             most = min(self._limits.n_ubatch, self._limits.mixed_rows if together else self._limits.n_ubatch)
-            if rows + ahead[0].n_tokens <= min(most - len(together), self._rows(sliced)):
+            if rows + ahead[0].n_tokens <= min(most - len(together), self._pace.rows(sliced)):
                 text, ahead = ahead[0].tokens, ahead[1:]
         return PrefillImage(sequence, chunk, start, start + rows, not ahead, together, text)
 
@@ -424,27 +398,10 @@ class Scheduler:
 
     def _part(self, rows: int, beside: int, sliced: float | None) -> int:
         """How many of so many rows a step takes: equal parts, as the last step would cost as much as a whole one."""
-        most, tile = min(self._rows(sliced), self._limits.n_ubatch - beside), self._limits.tile
+        most, tile = min(self._pace.rows(sliced), self._limits.n_ubatch - beside), self._limits.tile
         if most < tile:
             tile //= 2  # 48 rows take longer than 64
         even = -(-rows // -(-rows // most))
         if most >= tile:
             even = min(most // tile, -(-even // tile)) * tile
         return min(rows, even)
-
-    def _rows(self, seconds: float | None) -> int:
-        """The most rows of a prefill step that may take so long."""
-        most = self._limits.n_ubatch
-        if seconds is not None:
-            most = self._policy.slice
-            if self._row_seconds > 0:
-                fewest = max(_FEWEST_ROWS, self._limits.tile)
-                if self._row_seconds * fewest > _LONGEST_SLICE:
-                    fewest = _FEWEST_ROWS
-                most = max(min(most, fewest), int(seconds / self._row_seconds))
-        return max(1, min(most, self._limits.n_ubatch))
-
-    def _crowded(self, seconds: float) -> float:
-        """How long a stream may be held up, when it is `seconds` while few are served."""
-        crowd = max(1.0, len(self.running) / self._policy.few)
-        return max(seconds, min(self._policy.crowded_wait, crowd**2 * seconds))

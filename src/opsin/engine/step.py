@@ -98,6 +98,14 @@ def cells_needed(step: Step) -> int:
     return len(step.decode) + step.rows if isinstance(step, PrefillImage) else 0
 
 
+def low_rows(step: Step) -> int:
+    """Rows of a step that are of low priority."""
+    decode = () if isinstance(step, Encode) else step.decode
+    filled = members_of(step)[len(decode) :]
+    low = sum(s.request.priority < 0 for s in decode)
+    return low + (cells_needed(step) - len(decode) if filled and filled[0].request.priority < 0 else 0)
+
+
 def members_of(step: Step) -> tuple[Sequence, ...]:
     """All sequences that a step computes for."""
     if isinstance(step, Tokens):

@@ -157,17 +157,51 @@ def test_what_needs_the_backend_waits_for_the_end_of_an_encode_and_not_for_all_o
     assert asked[0].result(0)
 
 
-def test_streams_get_their_tokens_beside_batch_images_as_beside_any() -> None:
-    made = driver(shortest_wait=0.03, stream_share=1.0)
+@pytest.mark.parametrize("share", [0.5, 0.8])
+@pytest.mark.parametrize("park_beside", [None, 256])
+def test_a_live_stream_has_its_share_of_the_time_beside_batch_rows(share: float, park_beside: int | None) -> None:
+    made = driver(low_stream_share=share, park_beside=park_beside)
     made.backend.layers = 10
-    stream = made.ask("talk", max_tokens=200)
+    for i in range(40):
+        made.ask(prompt_of(i), priority=-1, max_tokens=40)
     made.step()
-    made.ask(prompt_of(1), priority=-1)
-    made.ask(prompt_of(2), priority=-1)
-    made.run()
-    assert made.turns
-    assert all(made.asked[0].sequence in step.decode for step in made.turns)
-    assert stream.answer.finish_reason == "length"
+    live = made.ask("talk", max_tokens=200)
+    while live.first_token_at is None:
+        made.step()
+    clock, tokens, begin = made.backend.clock, len(live.sequence.output.tokens), len(made.backend.encoded)
+    began = clock()
+    while not live.stream.done:
+        made.step()
+    alone = (200 - tokens) * made.backend.decode_ms / 1e3
+    # More where it shares its steps with rows that are answered: they count in part, and here a step takes no longer.
+    assert share - 0.05 < alone / (clock() - began) < 0.9
+    assert made.turns, "within encodes, too"
+    assert len(made.backend.encoded) >= begin + 2, "the batch gets on"
+
+
+def test_batch_rows_that_are_answered_do_not_slow_a_live_stream_down_where_each_takes_its_time() -> None:
+    """As on a CPU: a step takes as long as it has rows."""
+    made = driver(park_beside=256, low_stream_share=0.8)
+    decode = made.backend.decode
+
+    def slow(rows: TokenBatch | EmbeddingRows, *, may_stop: bool = False) -> bool:
+        if isinstance(rows, TokenBatch):
+            made.backend.clock.spend(made.backend.decode_ms * (len(rows.outputs) - 1))
+        return decode(rows, may_stop=may_stop)
+
+    made.backend.decode = slow  # type: ignore[method-assign]
+    low = [made.ask(f"batch {i}", priority=-1, max_tokens=500) for i in range(3)]
+    for _ in range(5):
+        made.step()
+    live = made.ask("talk", max_tokens=200)
+    while live.first_token_at is None:
+        made.step()
+    began, before = made.backend.clock(), len(low[0].sequence.output.tokens)
+    while not live.stream.done:
+        made.step()
+    alone = 199 * made.backend.decode_ms / 1e3
+    assert alone / (made.backend.clock() - began) == pytest.approx(0.8, abs=0.05)
+    assert len(low[0].sequence.output.tokens) > before + 10, "which goes on"
 
 
 @pytest.mark.parametrize("live", [False, True])
