@@ -46,11 +46,13 @@ class Pace:
             self._last_decode = now  # a first token counts: its stream has not waited yet
         if not live:
             self._owed = 0.0
-        elif rows:
+        elif not self._policy.rows_cost and priority_of(step) < 0:
+            self._owe(seconds)
+        elif not self._policy.rows_cost:
+            self._owed = max(0.0, self._owed - seconds * bool(decode))
+        elif rows:  # an encode told of itself piece by piece
             self._owe(seconds * low_rows(step) / rows)
             self._owed = max(0.0, self._owed - seconds * sum(s.request.priority >= 0 for s in decode) / rows)
-        elif priority_of(step) < 0 and not self._policy.decode_in_encode:
-            self._owe(seconds)
 
     def due(self, now: float, served: int, sliced: float | None) -> bool:
         """Whether streams waited long enough for a slice of an image, `served` being all that run.

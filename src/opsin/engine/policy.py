@@ -14,7 +14,8 @@ class Policy:
     long that their steps take `stream_share` of the time, but at least `shortest_wait` and at most `longest_wait`. When
     more than `few` are served, waits and slices grow with the square of that, up to `crowded_wait`: the more streams
     there are, the more a step of theirs costs, and the cheaper it is to decode all of them together afterwards.
-    With `decode_in_encode` streams get their tokens between two layers of an encode, too.
+    With `decode_in_encode` streams get their tokens between two layers of an encode, too. Where `rows_cost`, a step takes
+    longer for each sequence in it.
 
     Sequences of a priority below 0 are nobody's stream: they fill what is left. Their tokens wait while images are
     worked on. Beside them live streams have `low_stream_share` of the time, as long as they last. For `beside_live`
@@ -37,6 +38,7 @@ class Policy:
     few: int = 4
     stream_share: float = 0.05
     decode_in_encode: bool = True
+    rows_cost: bool = True
     beside_live: float = 10.0
     low_slice_seconds: float = 0.04
     low_stream_share: float = 0.8
@@ -59,5 +61,11 @@ class Policy:
         if not gpu:
             return cls(parallel, idle_cells=4096, park_beside=256, swap_cells=swap_cells, max_queue=max_queue)
         return cls(
-            parallel, slice=512, slice_seconds=0.05, stream_share=0.5, decode_in_encode=False, max_queue=max_queue
+            parallel,
+            slice=512,
+            slice_seconds=0.05,
+            stream_share=0.5,
+            decode_in_encode=False,
+            rows_cost=False,
+            max_queue=max_queue,
         )

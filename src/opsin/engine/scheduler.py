@@ -320,8 +320,8 @@ class Scheduler:
         decoding, live = self._decoding(), self.streams_beside(0)
         top = max((s.request.priority for s in self.running if s.state is not State.DECODE), default=-1)
         late = live and self._pace.behind and top < 0
-        if late and self._policy.park_beside is not None:
-            decoding = live  # on a CPU each row of others takes its time
+        if late and self._policy.rows_cost:
+            decoding = live
         if late or len(decoding) == len(self.running):
             if self._speculation is None or not decoding:
                 return Tokens(decoding) if decoding else None
