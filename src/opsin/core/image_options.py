@@ -18,13 +18,13 @@ Rect = tuple[int, int, int, int]
 """Left, top, width and height in pixels."""
 Detail = Literal["auto", "low", "high", "original", ""]
 
-_WHOLE, _PERCENT = re.compile(r"\d{1,6}"), re.compile(r"\d{1,3}(\.\d{1,6})?%")
+_LENGTH = re.compile(r"\d{1,6}|\d{1,3}(\.\d{1,6})?%")
 _GRID = re.compile(r"([1-9]\d?)x([1-9]\d?)")
 
 
 def _region(text: str) -> str:
     words = "".join(text.split()).split(",")
-    if len(words) != 4 or not all(_WHOLE.fullmatch(word) or _PERCENT.fullmatch(word) for word in words):
+    if len(words) != 4 or not all(map(_LENGTH.fullmatch, words)):
         raise ValueError("not left,top,width,height: four numbers in pixels as 10,20,300,200, or in percent as 10%,…")
     if any(float(word.rstrip("%")) == 0 for word in words[2:]):
         raise ValueError("width and height of the part must be more than 0")

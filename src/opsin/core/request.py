@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # images are decoded in processes that need no numpy
     from numpy.typing import NDArray
 
 Embedding: TypeAlias = "NDArray[np.float32]"
+_ALONE = ("json_schema", "grammar", "logprobs", "logit_bias", "thinking", "ignore_eos", "max_thinking_tokens", "boxes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,17 +145,7 @@ class SamplingParams(BaseModel):
             raise ValueError(f"{' and '.join(kinds)} cannot be used together: give one of them")
         if self.reasons and not kinds:
             raise ValueError("reasons come before a label: give choices, scale or boolean, too")
-        alone = (
-            "json_schema",
-            "grammar",
-            "logprobs",
-            "logit_bias",
-            "thinking",
-            "ignore_eos",
-            "max_thinking_tokens",
-            "boxes",
-        )
-        for name in alone if kinds else ():
+        for name in _ALONE if kinds else ():
             value = getattr(self, name)
             if not (value is None or value is False or value == {}):
                 raise ValueError(f"{name} cannot be used with {kinds[0]}: leave one of them out")
