@@ -90,13 +90,16 @@ def _gpu(build: Build, host: Host) -> Check:
     told = [{"name": device.name, "description": device.description} for device in seen]
     evidence = {"here": [gpu.name for gpu in usable], "backends": list(build.backends), "seen": told}
     if not usable:
-        message = f"llama.cpp computes on {_names(seen)}." if seen else "No GPU here: everything runs on the CPU."
-        if not seen and host.gpus:
+        status: Status = "warn"
+        if seen:
+            status, message = "ok", f"llama.cpp computes on {_names(seen)}."
+        elif host.gpus:
             message = "A GPU cannot be used until build.driver is fixed."
-        elif not seen and any(device.is_gpu for device in build.devices):
+        elif any(device.is_gpu for device in build.devices):
             message = "The only GPU is made of software: what is offloaded to it runs on the CPU; offload nothing."
-        nothing = seen or not (host.gpus or any(device.is_gpu for device in build.devices))
-        return Check(name, "ok" if nothing else "warn", message, evidence)
+        else:
+            status, message = "ok", "No GPU here: everything runs on the CPU."
+        return Check(name, status, message, evidence)
     if _lacks_backend(build, host):
         command, note = _install_for(usable[0], build, host)
         message = f"{_no_backend(usable[0])}, so it is not used: install one{note}."
@@ -108,7 +111,7 @@ def _gpu(build: Build, host: Host) -> Check:
     if len(cards) >= expected:
         return Check(name, "ok", f"llama.cpp computes on {_names(seen)}.", evidence)
     start = f"{expected} GPUs are here ({best.name}), and llama.cpp sees {len(cards)} of them"
-    status: Status = "warn" if cards else "fail"
+    status = "warn" if cards else "fail"
     hiding = [word for word in HIDES if word in os.environ]
     if hiding:
         values = ", ".join(f"{word} is {os.environ[word]!r}" for word in hiding)
