@@ -25,12 +25,9 @@ _GO_MS = {"h": 3.6e6, "m": 6e4, "s": 1e3, "ms": 1.0, "µs": 1e-3, "μs": 1e-3, "
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
-    """A pattern of the table: `{name}` stands for a number."""
-
-    def group(name: re.Match[str]) -> str:
-        return f"(?P<{name[1]}>{_NUMBER if name[1].endswith(('_ms', '_s')) else _COUNT})"
-
-    return re.compile(re.sub(r"\{([a-z_]+)\}", group, pattern))
+    """A pattern of the table: `{name}` stands for a number, which is a whole one unless the name ends in _s or _ms."""
+    pattern = re.sub(r"\{([a-z_]*_m?s)\}", rf"(?P<\1>{_NUMBER})", pattern)
+    return re.compile(re.sub(r"\{([a-z_]+)\}", rf"(?P<\1>{_COUNT})", pattern))
 
 
 _TABLE = read_table(__file__, "lines.toml")
@@ -146,12 +143,13 @@ class _Book:
     def progress(self, **values: float) -> None:
         """How far a request is that may be unfinished when the log ends."""
         values["progress_s"] = values.pop("progress_percent", 100 * values.get("progress_s", 1)) / 100
-        if self.has("eval_ms") or values["progress_s"] < self.open.get(self._task, {}).get("at progress_s", 0.0):
+        before = self.open.get(self._task, {}).get("at", {})
+        if self.has("eval_ms") or values["progress_s"] < before.get("progress_s", 0.0):
             self.finish(self._task)
         if "decoded" not in values:
             values["prompt_to"] = _clock(self.text) or _clock(self.stamp) or 0.0
             self.once(begun=(values["prompt_to"], values.get("prompt_at", 0)))
-        self._current().update({f"at {name}": value for name, value in values.items()})
+        self._current().setdefault("at", {}).update(values)
 
     def http(self, status: int = 200, wall_ms: float | None = None, why: str = "") -> None:
         """A line of an HTTP server: what it refused, or how long a request took in all."""
@@ -183,7 +181,7 @@ class _Book:
             if request.tells:
                 self.count += 1
                 self.done += [request] if len(self.done) < KEPT else []
-                self.slowest = request if request.whole >= self.slowest.whole else self.slowest
+                self.slowest = max(request, self.slowest, key=lambda one: one.whole)  # of equal ones the later
 
     def _current(self) -> dict[str, Any]:
         current = self.open.setdefault(self._task, {"line": self.line})
@@ -194,7 +192,7 @@ class _Book:
 
 def _unfinished(values: dict[str, Any]) -> dict[str, Any]:
     """The values of a request; times and counts that no timer told are those of its last line of progress."""
-    at = {name[3:]: values.pop(name) for name in list(values) if name.startswith("at ")}
+    at = values.pop("at", {})
     since, until, shifted, begun = (values.pop(n, 0) for n in ("shifted_from", "shifted_to", "shifted_by", "begun"))
     if "eval_ms" in values or "total_ms" in values:
         return values
