@@ -1,6 +1,7 @@
 """Do two files belong together, and are they good? Told from their headers; more once they are loaded."""
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,12 +94,9 @@ def _get_projector(llm: GgufInfo, settings: EngineSettings) -> str | None:
     """The command with the fitting projector that lies beside the model, or the one that downloads the pair."""
     if llm.is_projector:
         return None
-    try:
-        beside = find_projector(llm.path)
-    except (ModelError, OSError):  # none that fits, or a folder that cannot be listed
-        beside = None
-    if beside is not None:
-        return serve_command(settings, mmproj=beside)
+    with suppress(ModelError, OSError):  # none that fits, or a folder that cannot be listed
+        if beside := find_projector(llm.path):
+            return serve_command(settings, mmproj=beside)
     known = next((name for name in (llm.name, stem(llm.path.name)) if name and is_known(name)), None)
     return f"opsin pull {look_up(known).name}" if known else None
 

@@ -89,8 +89,7 @@ class Hub:
         repo, commit = files[0].repo, files[0].commit
         folder = self.cache / f"models--{repo.replace('/', '--')}"
         snapshot, locks = folder / "snapshots" / commit, self.cache / ".locks" / folder.name
-        names = [file.sha256 or f"{commit}-{quote(file.path, safe='')}" for file in files]
-        blobs = [(folder / "blobs" / name, file) for name, file in zip(names, files, strict=True)]
+        blobs = [(folder / "blobs" / (file.sha256 or f"{commit}-{quote(file.path, safe='')}"), file) for file in files]
         try:
             for needed in (locks, folder / "blobs"):
                 needed.mkdir(parents=True, exist_ok=True)

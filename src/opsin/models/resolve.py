@@ -225,10 +225,9 @@ def cached_repos() -> dict[str, tuple[Path, list[str]]]:
 
 def _snapshot(folder: Path) -> Path | None:
     """The commit `main` points at, else the newest."""
-    try:
+    commit = ""
+    with suppress(OSError, UnicodeDecodeError):
         commit = (folder / "refs" / "main").read_text().strip()
-    except (OSError, UnicodeDecodeError):
-        commit = ""
     snapshots = [path for path in (folder / "snapshots").glob("*") if path.is_dir()]
     return max(snapshots, key=lambda path: (path.name == commit, path.stat().st_mtime), default=None)
 
