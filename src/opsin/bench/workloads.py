@@ -21,8 +21,6 @@ _WARM_UP_RUN = 10_000  # its images are those of no measured run
 class RequestFailed(OpsinError):
     """A server refused a question or broke off its answer."""
 
-    code = "request_failed"
-
 
 Driver = Callable[[bytes, str, int], Generator[float, None, Usage]]
 """Answers a question about an image (its bytes) greedily, with an engine in this process or a server, by any thread.
