@@ -198,8 +198,7 @@ def read_info(path: Path) -> GgufInfo:
 
     Raises ModelNotFound (no such file, or a part is missing) and ModelUnreadable (not GGUF, cut short, no model).
     """
-    header = read_header(path)
-    return info_of([header, *(read_header(part) for part in parts_of(path)[1:])])
+    return info_of([read_header(path), *(read_header(part) for part in parts_of(path)[1:])])
 
 
 def info_of(headers: list[GgufHeader]) -> GgufInfo:

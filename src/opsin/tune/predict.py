@@ -209,8 +209,7 @@ def check_fits(prediction: Prediction) -> None:
         return
     weight = needs.cost.weight_bytes / (needs.cost.weights + needs.cost.head)
     smaller = {kind: needed - needs.model_bytes * (1 - size / weight) for kind, size in WEIGHT_BYTES.items()}
-    fitting = [f"the model as {kind} ({size / 1e9:.1f} GB)" for kind, size in smaller.items() if size <= there]
-    ways = fitting[:1]
+    ways = [f"the model as {kind} ({size / 1e9:.1f} GB)" for kind, size in smaller.items() if size <= there][:1]
     halved = needed - prediction.memory["kv"] / 2
     if halved <= there:
         ways.append(f"--ctx {ctx // 2} ({halved / 1e9:.1f} GB)")
