@@ -176,8 +176,7 @@ class _Book:
         for task in tasks or (self._task,):
             values = self.open.pop(task, {})
             times = {name: values.pop(f"stage {name}") for name in _STAGES if f"stage {name}" in values}
-            values = _unfinished(values)
-            request = Request(**values, stages=times)
+            request = Request(**_unfinished(values), stages=times)
             if request.tells:
                 self.count += 1
                 self.done += [request] if len(self.done) < KEPT else []
@@ -229,10 +228,10 @@ class _Reader:
 
     def feed(self, number: int, line: str) -> None:
         """One line that may hold a fact."""
-        self.book.line, self.book.text = number, line[:_LONGEST_FACT]
+        text = line[:_LONGEST_FACT]
+        self.book.line, self.book.text = number, text
         self.book.stamp = line[:40] if line.startswith("20") else self.book.stamp
         self.rank = next((i for i, (_name, mark) in enumerate(_TOOLS[: self.rank]) if mark.search(line)), self.rank)
-        text = line[:_LONGEST_FACT]
         for how, pattern, says in _LINES:
             if found := pattern.search(text):
                 keep = self.found.update if how == "setup" else getattr(self.book, how)
