@@ -23,7 +23,6 @@ from opsin.images.source import show
 from opsin.images.video import as_frames
 from opsin.prompt import Content, Message
 from opsin.server import schema
-from opsin.server.choices import check_alone, labels_of
 from opsin.server.counting import CountHandler
 from opsin.server.errors import BadField
 from opsin.server.handler import Asked, CompletionHandler, ModelManager, Writer, extensions
@@ -68,14 +67,11 @@ async def _prepare_chat(body: schema.ChatRequest, model: ModelManager, images: R
         body,
         settings,
         body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
+        body.response_format or body.json_schema,
+        tools.schema if tools else None,
         logprobs=top if shown else None,
-        json_schema=(tools and tools.schema)
-        or schema.schema_of(body.response_format or body.json_schema, settings.max_schema_bytes),
-        thinking=body.wants_thinking,
-        **labels_of(body.response_format),
     )
-    check_alone(params, body.n, tools=tools is not None, schema=body.json_schema)
-    each = schema.choices(params, body.n, settings)
+    each = schema.choices(body, params, settings, tools=tools is not None)
     writer = _ChatWriter(model.name, body, [CallReader(tools) if tools else None for _ in each])
     prompt = await build_prompt(body, body.messages, tools, model, images)
     return [(prompt, one) for one in each], writer
@@ -87,11 +83,8 @@ async def _prepare_text(body: schema.CompletionRequest, model: ModelManager, _: 
     schema.at_most(settings.max_n, len(body.prompt) * (body.n or 1), "answers (prompts times n)", "prompt")
     top = body.n_probs if body.logprobs is None else body.logprobs
     schema.at_most(settings.max_top_logprobs, top or 0, "alternatives", "logprobs")
-    json_schema = schema.schema_of(body.response_format or body.json_schema, settings.max_schema_bytes)
-    labels = labels_of(body.response_format)
-    params = schema.sampling(body, settings, body.max_tokens, logprobs=top, json_schema=json_schema, **labels)
-    check_alone(params, body.n, tools=False, schema=body.json_schema)
-    each = schema.choices(params, body.n, settings)
+    wanted = body.response_format or body.json_schema
+    each = schema.choices(body, schema.sampling(body, settings, body.max_tokens, wanted, logprobs=top), settings)
     prompts = [Prompt((TextPart(text),), continues=True) for text in body.prompt]
     return [(prompt, one) for prompt in prompts for one in each], _TextWriter(model.name, body)
 

@@ -47,9 +47,7 @@ async def _prepare(body: MessagesRequest, model: ModelManager, images: RequestIm
     stops = tuple(filter(None, body.stop_sequences or ()))
     schema.at_most(settings.max_stop, len(stops), "strings", "stop_sequences")
     wanted = body.output_config.format if body.output_config else None
-    json_schema = (tools and tools.schema) or schema.schema_of(wanted, settings.max_schema_bytes)
-    more = {"stop": stops, "json_schema": json_schema, "thinking": body.wants_thinking}
-    params = schema.sampling(body, settings, body.max_tokens, **more)
+    params = schema.sampling(body, settings, body.max_tokens, wanted, tools.schema if tools else None, stop=stops)
     writer = _MessageWriter(model.name, stops, CallReader(tools) if tools else None)
     writer.one_call = bool(choice and choice.disable_parallel_tool_use)
     writer.ignored = ("thinking",) if cannot else ()

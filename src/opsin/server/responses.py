@@ -14,7 +14,7 @@ from opsin.core.answer import Answer, Finished, TextDelta
 from opsin.core.request import SamplingParams
 from opsin.server import schema
 from opsin.server.chat import build_prompt
-from opsin.server.choices import ChoicesFormat, check_alone, labels_of
+from opsin.server.choices import ChoicesFormat, check_alone
 from opsin.server.counting import CountHandler
 from opsin.server.errors import BadField
 from opsin.server.handler import Asked, CompletionHandler, ModelManager, Writer, extensions
@@ -153,14 +153,7 @@ async def _prepare(body: ResponsesRequest, model: ModelManager, images: RequestI
     settings = model.settings
     tools = plan_tools(body.tools or (), body.tool_choice, model.prompts, settings)
     wanted = None if body.text is None else body.text.format
-    params = schema.sampling(
-        body,
-        settings,
-        body.max_output_tokens,
-        json_schema=(tools and tools.schema) or schema.schema_of(wanted, settings.max_schema_bytes),
-        thinking=body.wants_thinking,
-        **labels_of(wanted),
-    )
+    params = schema.sampling(body, settings, body.max_output_tokens, wanted, tools.schema if tools else None)
     check_alone(params, None, tools=tools is not None)
     items = _conversation(body, images.key, model.stored)
     messages = _messages(body.instructions, items)

@@ -5,19 +5,12 @@ from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal
 
 from fastapi.exceptions import RequestValidationError
-from pydantic import (
-    AfterValidator,
-    AliasChoices,
-    BeforeValidator,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, ValidationError, model_validator
 
 from opsin.core.files import read_table
 from opsin.core.request import SamplingParams
 from opsin.core.settings import ServerSettings
-from opsin.server.choices import ChoicesFormat
+from opsin.server.choices import ChoicesFormat, check_alone, labels_of
 from opsin.server.errors import BadField
 from opsin.server.parts import ContentIn, History, ImageFields, Sent, or_text
 
@@ -182,6 +175,9 @@ class SchemaFormat(Sent):
         return {"type": value.get("type"), "json_schema": {name: value[name] for name in value if name != "type"}}
 
 
+Format = TextFormat | ObjectFormat | SchemaFormat | ChoicesFormat
+
+
 class StreamOptions(Sent):
     """`include_usage` asks for one more event with the token counts."""
 
@@ -270,9 +266,7 @@ class Choices(Common):
     logit_bias: dict[Annotated[int, Field(strict=False)], float] | None = None
     max_tokens: Limit = None
     n_probs: Whole | None = Field(None, ge=0)
-    response_format: (
-        Annotated[TextFormat | ObjectFormat | SchemaFormat | ChoicesFormat, Field(discriminator="type")] | None
-    ) = None
+    response_format: Annotated[Format, Field(discriminator="type")] | None = None
     json_schema: Schema | None = None
     stream_options: StreamOptions | None = None
 
@@ -330,12 +324,22 @@ _SEEDS = 2**32 - 1
 _SAME = set(SamplingParams.model_fields) - {"json_schema", "logprobs", "max_tokens", "seed", "stop"}
 
 
-def sampling(body: Common, settings: ServerSettings, max_tokens: int | None, **more: Any) -> SamplingParams:
+def sampling(
+    body: Common,
+    settings: ServerSettings,
+    max_tokens: int | None,
+    wanted: Format | JsonSchema | dict[str, Any] | None,
+    forced: str | None = None,
+    **more: Any,
+) -> SamplingParams:
     """The parameters of a request; `more` are fields of SamplingParams that the caller made itself.
 
-    What a request leaves out comes from the settings, then from SamplingParams. Raises BadField and
-    RequestValidationError.
+    The answer has the format `wanted`, or the schema of a `forced` call. What a request leaves out comes from the
+    settings, then from SamplingParams. Raises BadField and RequestValidationError.
     """
+    more |= {"json_schema": forced or _schema_of(wanted, settings.max_schema_bytes), **labels_of(wanted)}
+    if isinstance(body, Conversation):
+        more["thinking"] = body.wants_thinking
     values = {"guard": settings.guard} | body.model_dump(include=_SAME, exclude_none=True)
     values |= {name: value for name, value in more.items() if value is not None}
     values["max_tokens"] = settings.max_tokens if max_tokens is None else max_tokens
@@ -359,18 +363,19 @@ def sampling(body: Common, settings: ServerSettings, max_tokens: int | None, **m
         raise RequestValidationError(error.errors()) from None
 
 
-def choices(params: SamplingParams, n: int | None, settings: ServerSettings) -> list[SamplingParams]:
+def choices(
+    body: Choices, params: SamplingParams, settings: ServerSettings, *, tools: bool = False
+) -> list[SamplingParams]:
     """The parameters of each of `n` choices: the same, but with seeds of their own. Raises BadField."""
-    n = n or 1
+    check_alone(params, body.n, tools=tools, schema=body.json_schema)
+    n = body.n or 1
     at_most(settings.max_n, n, "choices", "n")
     if params.seed is None:
         return [params] * n
     return [params.model_copy(update={"seed": (params.seed + i) % _SEEDS}) for i in range(n)]
 
 
-def schema_of(
-    wanted: TextFormat | ObjectFormat | SchemaFormat | ChoicesFormat | JsonSchema | dict[str, Any] | None, limit: int
-) -> str | None:
+def _schema_of(wanted: Format | JsonSchema | dict[str, Any] | None, limit: int) -> str | None:
     """The JSON schema that a response format asks for, of at most `limit` bytes. Raises BadField."""
     if wanted is None or isinstance(wanted, (TextFormat, ChoicesFormat)):
         return None
