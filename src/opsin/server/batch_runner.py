@@ -161,16 +161,12 @@ class BatchRunner:
                 self.wake()
 
     async def _ask(self, row: Row) -> dict[str, Any]:
-        """The answer to a row, by the way that live requests take from their limits on."""
-        app, state = self._make_app(), {"key": self._keys.get(row.owner, row.owner)}
-        transport = httpx.ASGITransport(
-            lambda scope, receive, send: app({**scope, "state": state}, receive, send), raise_app_exceptions=False
-        )
+        """The answer to a row."""
+        key = self._keys.get(row.owner, row.owner)
         body = await asyncio.to_thread(lambda: json.dumps(json.loads(row.line)["body"]).encode())
-        request = httpx.Request("POST", f"http://127.0.0.1{row.endpoint}", content=body, headers=_JSON)
-        reply = await transport.handle_async_request(request)
-        request_id, answer = reply.headers.get("x-request-id", ""), json.loads(await reply.aread())
-        return {"status_code": reply.status_code, "request_id": request_id, "body": answer}
+        reply = await post(self._make_app(), key, row.endpoint, content=body, headers=_JSON)
+        request_id = reply.headers.get("x-request-id", "")
+        return {"status_code": reply.status_code, "request_id": request_id, "body": json.loads(reply.content)}
 
     async def _keep(self) -> None:
         """Check new batches, and end those that are through."""
@@ -226,6 +222,17 @@ class BatchRunner:
             (row.body.get("stream"), "streaming_unsupported", "body.stream", "Leave stream out: a batch does not."),
         )
         return next((_wrong(code, said, field) for wrong, code, field, said in checks if wrong), row.custom_id)
+
+
+async def post(app: ASGIApp, key: str, path: str, **body: Any) -> httpx.Response:
+    """What an application answers to a request of `key`, by the way that live ones take from their limits on."""
+    state = {"key": key}
+    transport = httpx.ASGITransport(
+        lambda scope, receive, send: app({**scope, "state": state}, receive, send), raise_app_exceptions=False
+    )
+    response = await transport.handle_async_request(httpx.Request("POST", f"http://127.0.0.1{path}", **body))
+    await response.aread()
+    return response
 
 
 class _Line(Sent):

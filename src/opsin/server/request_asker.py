@@ -3,15 +3,13 @@
 import json
 from typing import Any
 
-import httpx
-from starlette.types import Receive, Scope, Send
-
 from opsin.core.choice import CHOICE_FIELDS
 from opsin.core.errors import BadInput, EngineDied
 from opsin.jobs.asker import Asked
 from opsin.jobs.item import Item
 from opsin.jobs.row import Row
 from opsin.server.app import rows_app
+from opsin.server.batch_runner import post
 from opsin.server.handler import ModelManager
 from opsin.server.images import ImageLoader
 from opsin.worker import NotReady
@@ -30,12 +28,7 @@ class RequestAsker:
     """
 
     def __init__(self, model: ModelManager, images: ImageLoader, about: Row, defaults: Row) -> None:
-        app = rows_app(model, images)
-
-        async def without_key(scope: Scope, receive: Receive, send: Send) -> None:
-            await app({**scope, "state": {"key": ""}}, receive, send)
-
-        self._transport = httpx.ASGITransport(without_key, raise_app_exceptions=False)
+        self._app = rows_app(model, images)
         self._about, self._images, self.slots, self._defaults = about, images, model.slots, defaults
 
     async def prepare(self, item: Item) -> Asked:
@@ -45,9 +38,8 @@ class RequestAsker:
     async def ask(self, asked: Asked) -> Row:
         """The answer's row, and the whole response. Raises RequestRefused, NotReady, EngineDied."""
         body = {**self._defaults, **(asked.item.body or {}), "stream": False}
-        request = httpx.Request("POST", "http://127.0.0.1/v1/chat/completions", json=body)
-        response = await self._transport.handle_async_request(request)
-        found: dict[str, Any] = json.loads(await response.aread())
+        response = await post(self._app, "", "/v1/chat/completions", json=body)
+        found: dict[str, Any] = json.loads(response.content)
         if "error" in found:
             code, said = str(found["error"].get("code")), str(found["error"].get("message"))
             if code in _AGAIN:
