@@ -170,26 +170,23 @@ def _conversation(body: ResponsesRequest, key: str, stored: StoredResponses) -> 
     """All items of the conversation, also those that the request only refers to. Raises BadField."""
     items: list[Any] = []
     if body.previous_response_id is not None:
-        before = stored.conversation(key, body.previous_response_id)
-        if before is None:
-            raise BadField(_forgotten("previous_response_id"), "previous_response_id")
-        items += before
+        items += _known(stored.conversation(key, body.previous_response_id), "previous_response_id")
     for index, item in enumerate(body.input):
         if isinstance(item, InputReference):
-            found = stored.item(key, item.id)
-            if found is None:
-                raise BadField(_forgotten(f"input[{index}].id"), f"input[{index}].id")
-            items.append(found)
+            items.append(_known(stored.item(key, item.id), f"input[{index}].id"))
         else:
             items.append(item)
     return items
 
 
-def _forgotten(param: str) -> str:
-    return (
-        f"{param} names what this server does not know, or no longer: answers are remembered for "
-        f"{KEPT_SECONDS / 60:.0f} minutes unless store is false, so send the conversation whole."
-    )
+def _known(found: Any, param: str) -> Any:
+    if found is None:
+        raise BadField(
+            f"{param} names what this server does not know, or no longer: answers are remembered for "
+            f"{KEPT_SECONDS / 60:.0f} minutes unless store is false, so send the conversation whole.",
+            param,
+        )
+    return found
 
 
 def _keep(stored: StoredResponses, key: str, asked: list[Any], name: str, output: list[dict[str, Any]]) -> None:
