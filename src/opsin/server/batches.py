@@ -7,7 +7,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from operator import methodcaller
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.exceptions import RequestValidationError
@@ -53,11 +53,12 @@ class BatchRequest(Sent):
     output_expires_after: ExpiresAfter | None = None
 
 
-class Client(NamedTuple):
+class Client:
     """Who asks, and what works on batches here."""
 
-    owner: str
-    runner: BatchRunner
+    def __init__(self, request: Request) -> None:
+        self.owner = owner_of(request.state.key)
+        self.runner: BatchRunner = request.app.state.batches
 
     def kept_seconds(self, wanted: ExpiresAfter | None) -> int:
         """How long a file is kept: as long as a client wants, but not longer than the settings say."""
@@ -65,20 +66,16 @@ class Client(NamedTuple):
         return most if wanted is None else min(most, wanted.seconds)
 
 
-def _client(request: Request) -> Client:
-    return Client(owner_of(request.state.key), request.app.state.batches)
-
-
-Asking = Annotated[Client, Depends(_client)]
+Asking = Annotated[Client, Depends()]
 
 
 @router.post("/v1/batches")
 async def create(body: BatchRequest, client: Asking) -> dict[str, Any]:
     """Begin a batch."""
-    owner, runner = client
+    runner = client.runner
     values = body.model_dump(exclude={"output_expires_after"})
     values |= {"model": runner.model.name, "output_seconds": client.kept_seconds(body.output_expires_after)}
-    made = await runner.call(lambda store: store.create(owner, _WINDOW_SECONDS, **values))
+    made = await runner.call(lambda store: store.create(client.owner, _WINDOW_SECONDS, **values))
     runner.wake()
     return _shown(made)
 
