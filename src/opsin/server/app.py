@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import httpx
 from fastapi import APIRouter, FastAPI, Request
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from starlette.responses import Response
@@ -20,7 +19,7 @@ from starlette.staticfiles import StaticFiles
 from opsin import __version__
 from opsin.core.files import read_table
 from opsin.server import batches, chat, messages, responses
-from opsin.server.batch_runner import BatchRunner
+from opsin.server.batch_runner import BatchRunner, post
 from opsin.server.errors import HANDLERS, RESPONSES, UnknownModel
 from opsin.server.handler import ModelManager, StatsMiddleware, Watcher
 from opsin.server.images import FairQueue, ImageLoader
@@ -91,11 +90,10 @@ _QUICK_SECONDS = 1.0
 
 async def warm_up(model: ModelManager, images: ImageLoader) -> None:
     """Answer requests of the server's own as long as they are quick: past its keys, metrics and logs."""
-    transport, began = httpx.ASGITransport(create_app(model, images), raise_app_exceptions=False), time.perf_counter()
-    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=60) as client:
-        for body in _WARM_UP:
-            if time.perf_counter() - began < _QUICK_SECONDS:
-                await asyncio.create_task(client.post("/v1/chat/completions", json=body))
+    app, began = create_app(model, images), time.perf_counter()
+    for body in _WARM_UP:
+        if time.perf_counter() - began < _QUICK_SECONDS:
+            await asyncio.create_task(post(app, "", "/v1/chat/completions", json=body))
 
 
 _PAGE_HEADERS = read_table(__file__, "page.toml")
