@@ -162,11 +162,10 @@ class CompletionHandler(Response):
         waited = time.perf_counter() - began
         # The time spent waiting counts towards the limit.
         left = {} if max_seconds is None else {"max_seconds": max(max_seconds - waited, 1e-3)}
-        same = {"waited_since": stats.began, "salt": key, "priority": server.priority}
+        same = {"waited_since": stats.began, "queue_ms": waited * 1e3, "salt": key, "priority": server.priority}
         streams: list[AnswerStream] = []
         for prompt, params in asked:
-            limited, waited_ms = params.model_copy(update=left), waited * 1e3
-            stream = server.model.engine.submit(prompt, limited, queue_ms=waited_ms, **same)
+            stream = server.model.engine.submit(prompt, params.model_copy(update=left), **same)
             held.callback(stream.cancel)  # without effect on one that has ended
             streams.append(stream)
             stats.deltas.append([])

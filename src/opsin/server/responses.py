@@ -219,12 +219,8 @@ def _messages(instructions: str | None, items: Sequence[Any]) -> list[schema.Mes
         elif isinstance(item, InputCall):
             function = schema.CalledFunction(name=item.name, arguments=item.arguments)
             call = schema.ToolCallIn(id=item.call_id, function=function)
-            if found and found[-1].role == "assistant":
-                before = found.pop()
-                calls = [*(before.tool_calls or ()), call]
-                found.append(before.model_copy(update={"tool_calls": calls}))
-            else:
-                found.append(schema.MessageIn(role="assistant", tool_calls=[call]))
+            before = found.pop() if found and found[-1].role == "assistant" else schema.MessageIn(role="assistant")
+            found.append(before.model_copy(update={"tool_calls": [*(before.tool_calls or ()), call]}))
     return found
 
 
