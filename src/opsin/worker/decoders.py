@@ -24,7 +24,7 @@ from opsin.core.request import Image
 from opsin.core.settings import ImageSettings, VideoSettings
 from opsin.images.decode import read_source
 from opsin.images.video import as_frames, is_video, read_video
-from opsin.worker.messages import ENDING, Channel, Pixels, portable, share, signal_name, start_process
+from opsin.worker.messages import ENDING, Channel, Pixels, portable, share, signal_name, start_process, take_pixels
 
 Sizes = Callable[[], ImageSizes]
 DECODE_SECONDS, VIDEO_SECONDS = 60.0, 120.0
@@ -89,10 +89,9 @@ def main() -> None:
                 result = request[0](*request[1:])
             except Exception as error:  # noqa: BLE001 - it belongs to whoever asked
                 result = portable(error)
-            found = result if isinstance(result, list) else [result]
-            pixels = [image.rgb for image in found if isinstance(image, Image)]
-            channel.send((result,), *[one.fd for one in pixels if isinstance(one, Pixels)])
-            del request, result, found, pixels
+            found: list[Image] = result if isinstance(result, list) else []
+            channel.send((result,), *[one.rgb.fd for one in found if isinstance(one.rgb, Pixels)])
+            del request, result, found
         except (EOFError, OSError):
             os._exit(0)
 
@@ -132,15 +131,9 @@ class DecoderPool:
         result, *files = answer
         if isinstance(result, OpsinError):
             raise result
-        if not files:
-            return result
-        # The pixels of large images came apart.
-        apart = iter(files)
-        images = [
-            image if image.rgb else dataclasses.replace(image, rgb=Pixels(next(apart), image.width * image.height * 3))
-            for image in (result if isinstance(result, list) else [result])
-        ]
-        return images if isinstance(result, list) else images[0]
+        if files:  # of large images
+            take_pixels(result, files)
+        return result
 
     def close(self) -> None:
         """End the processes that are idle; busy ones end with this process."""

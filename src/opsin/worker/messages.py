@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -29,7 +29,7 @@ from opsin.core.answer import Event, TextDelta
 from opsin.core.backend import BackendLimits
 from opsin.core.errors import EngineError, ModelError, ModelUnreadable, OpsinError, copy_of
 from opsin.core.model_info import ModelInfo, Placement
-from opsin.core.request import ImagePart, Prompt
+from opsin.core.request import Image, ImagePart, Prompt
 from opsin.prompt import TemplateSource
 
 # Images from this size on are shared: smaller ones are copied faster, and each shared one takes open files, of which
@@ -97,6 +97,12 @@ def share_all(prompt: Prompt) -> Prompt:
     for index, image in images[:MOST_SHARED]:
         parts[index] = ImagePart(dataclasses.replace(image, rgb=share(image.rgb)))
     return dataclasses.replace(prompt, parts=tuple(parts))
+
+
+def take_pixels(images: Iterable[Image], fds: Sequence[int]) -> None:
+    """Give images that came without their pixels those that came apart, in the same order."""
+    for image, fd in zip([one for one in images if not one.rgb], fds, strict=True):
+        object.__setattr__(image, "rgb", Pixels(fd, image.width * image.height * 3))
 
 
 class Channel:

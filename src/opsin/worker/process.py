@@ -19,7 +19,7 @@ from opsin.core.model_info import Placement
 from opsin.core.request import Prompt, SamplingParams
 from opsin.engine import AnswerStream, Engine, wake_readers
 from opsin.prompt import Message
-from opsin.worker.messages import ENDING, Channel, Loaded, Packed, Pixels, pack, portable
+from opsin.worker.messages import ENDING, Channel, Loaded, Packed, pack, portable, take_pixels
 
 log = logging.getLogger(__name__)
 
@@ -89,8 +89,7 @@ class _Worker:
         self, number: int, prompt: Prompt, params: SamplingParams, options: dict[str, Any], *fds: int
     ) -> None:
         engine = self._engine
-        for image, fd in zip([image for image in prompt.images if not image.rgb], fds, strict=True):
-            object.__setattr__(image, "rgb", Pixels(fd, image.width * image.height * 3))
+        take_pixels(prompt.images, fds)
         try:
             stream = engine.submit(prompt, params, **options)
         except OpsinError as error:
