@@ -134,7 +134,7 @@ class Context:
         most = self.limits.n_seq_max
         self._arrays = BatchArrays(llama.llama_batch, self.limits.n_ubatch, model.n_pos, self._keeper, most)
         self._causal = True
-        self._stop, self._may_stop = StopFlag(llama, pointer, usable=self.limits.stops), False
+        self._stop, self._may_stop = StopFlag(llama, pointer), False
         self._outputs: dict[int, int] = {}  # rows of the last batch that have logits, and where these are
 
     @property
@@ -179,7 +179,7 @@ class Context:
         if causal != self._causal:
             self._llama.llama_set_causal_attn(pointer, causal)
             self._causal = causal
-        if may_stop is not self._may_stop:
+        if self.limits.stops and may_stop is not self._may_stop:
             self._stop.watch(may_stop)
             self._may_stop = may_stop
         mark = logs.SINK.mark

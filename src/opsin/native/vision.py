@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import count, groupby, takewhile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,19 +80,6 @@ class EvalHook:
             raise error
 
 
-class _EncodeSteps:
-    """Calls `between` behind every heavy node: six or seven times a layer, which costs a hundredth of the time."""
-
-    def __init__(self, heavy: frozenset[int], between: Callable[[], None]) -> None:
-        self._heavy, self._between = heavy, between
-
-    def wants(self, node: Tensor) -> bool:
-        return node.op in self._heavy
-
-    def seen(self, _node: Tensor) -> None:
-        self._between()
-
-
 class Encoder(Owned):
     """An mtmd context over a language model. Prompts may be tokenized by any thread, and images encoded by one."""
 
@@ -143,7 +131,11 @@ class Encoder(Owned):
 
     def encode(self, chunk: ImageChunk, between: Callable[[], None] | None = None) -> Embedding:
         """float32 [n_tokens, n_embd] of one chunk, owned by the caller; see `Backend.encode`."""
-        return self.observed(chunk, _EncodeSteps(self._heavy, between) if between is not None else None)
+        steps = None
+        if between is not None:
+            # Behind every heavy node: six or seven times a layer, which costs a hundredth of the time.
+            steps = SimpleNamespace(wants=lambda node: node.op in self._heavy, seen=lambda _node: between())
+        return self.observed(chunk, steps)
 
     def observed(self, chunk: ImageChunk, observer: Any) -> Embedding:
         """Encode while `observer` looks at the nodes; what it raises is raised here and the embedding is lost."""
