@@ -33,9 +33,9 @@ def natural(path: str) -> str:
     One string, because a million of them fit in memory: a number is its length and its digits, after a NUL that sorts
     before all that a name may hold.
     """
-    return re.sub(r"\d+|/", _sortable, path.casefold())
+    return re.sub(r"\d+", _sortable, path.casefold().replace("/", "\0\0"))
 
 
-def _sortable(found: re.Match[str]) -> str:
-    digits = found[0] if found[0] == "/" else str(int(found[0]))
-    return "\0\0" if digits == "/" else f"\0{chr(len(digits))}{digits}"
+def _sortable(number: re.Match[str]) -> str:
+    digits = str(int(number[0]))
+    return f"\0{chr(len(digits))}{digits}"

@@ -138,10 +138,8 @@ def xmp_properties(packet: bytes) -> Iterator[tuple[str, ET.Element | str]]:
     """
     root = ET.fromstring(xmp_text(packet))  # noqa: S314 - without a document type there are no entities
     for description in root.iter(f"{_RDF}Description"):
-        properties: list[tuple[str, Any]] = [
-            *description.attrib.items(),
-            *((child.tag, child) for child in description),
-        ]
+        children = ((child.tag, child) for child in description)
+        properties: list[tuple[str, Any]] = [*description.attrib.items(), *children]
         for key, value in properties:
             space, _, local = key.lstrip("{").rpartition("}")
             prefix = _PREFIXES.get(space) or re.split(r"[/#]", space.strip("/#"))[-1].lower()
