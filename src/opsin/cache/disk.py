@@ -133,4 +133,4 @@ def _read(path: Path) -> Embedding:
 
 def _remove(path: Path) -> None:
     with contextlib.suppress(OSError):
-        path.unlink(missing_ok=True)
+        path.unlink()
