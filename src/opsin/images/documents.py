@@ -67,7 +67,8 @@ class OpenPages:
         if not self._is_document:
             return list(self._file.decode(*how))
         if self._drawn:
-            drawn = self._draw(page)
+            with one_sentence(f"page {page} of the PDF", self._name):
+                drawn = self._file[page - 1].render(self._scale(page), rev_byteorder=True).to_pil()
             made = make_images(drawn, Image(b"", drawn.width, drawn.height, "", "PDF"), self._name, *how)
         else:
             made = OpenImage(self._data, self._settings, self._name, page).decode(*how)
@@ -79,10 +80,6 @@ class OpenPages:
             return int(math.prod(edge * scale + 1 for edge in self._file.get_page_size(page - 1)))
         image = OpenImage(self._data, self._settings, self._name, page) if self._is_document else self._file
         return int(image.width * image.height)
-
-    def _draw(self, page: int) -> Any:
-        with one_sentence(f"page {page} of the PDF", self._name):
-            return self._file[page - 1].render(self._scale(page), rev_byteorder=True).to_pil()
 
     def _scale(self, page: int) -> float:
         """Pixels for each point of a page: what the model's budget of tokens makes, or twice what it sees."""
