@@ -112,7 +112,7 @@ def build_info() -> Build:
         commit=ggml.ggml_commit().decode(),
         backends=tuple("Metal" if name == "MTL" else name for name in names),
         cpu_features=cpu_features(),
-        devices=devices(lib),
+        devices=devices(),
         assertions=has_assertions(lib.path.parent),
     )
 
@@ -134,9 +134,9 @@ def has_assertions(folder: Path) -> bool:
     return any(name in path.read_bytes() for path in files[:1] for name in _ASSERTS)
 
 
-def devices(lib: Library | None = None) -> tuple[Device, ...]:
+def devices() -> tuple[Device, ...]:
     """All devices, in ggml's order. Raises NativeMismatch."""
-    ggml = (lib or library()).ggml
+    ggml = library().ggml
 
     def device(handle: int) -> Device:
         free, total = ctypes.c_size_t(0), ctypes.c_size_t(0)

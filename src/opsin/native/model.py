@@ -87,7 +87,7 @@ class Model(Owned):
     def __init__(self, path: Path, settings: EngineSettings, progress: Loading = lambda _: None) -> None:
         self.lib: Library = library()
         self.path = path
-        self.device, self.n_gpu_layers = _placement(settings, devices(self.lib))
+        self.device, self.n_gpu_layers = _placement(settings, devices())
         llama = self.lib.llama
         pointer = _load(self.lib, path, self._params(settings.device, progress))
         super().__init__("language model", pointer, llama.llama_model_free)

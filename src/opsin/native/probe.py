@@ -101,7 +101,7 @@ def flops(name: str, node: Tensor) -> float:
 def probe_placement(model: Model, encoder: Encoder | None, settings: EngineSettings) -> Placement:
     """Watch one encode of a drawn image and one short prefill. Raises EncodeFailed, DecodeFailed, ModelError."""
     notes = []
-    if any(device.type == "accel" for device in devices(model.lib)):
+    if any(device.type == "accel" for device in devices()):
         notes.append("An accelerator writes into host memory: some products shown as CPU may be its own.")
     encode, prefill, hook = NodeCounter(model.lib), NodeCounter(model.lib), EvalHook(model.lib)
     if encoder is not None:

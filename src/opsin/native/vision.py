@@ -91,7 +91,7 @@ class Encoder(Owned):
         self._model = model
         self._hook = EvalHook(self.lib)
         self._heavy = frozenset(number for number, name in enumerate(op_names(self.lib)) if name in _HEAVY)
-        picked = pick(settings.mmproj_device, "--mmproj-device", devices(self.lib))
+        picked = pick(settings.mmproj_device, "--mmproj-device", devices())
         params = self.lib.mtmd.mtmd_context_params_default()
         params.use_gpu = bool(picked)
         if picked and settings.mmproj_device is not None:  # else mtmd takes the first
