@@ -62,7 +62,9 @@ def _written(kind: str, text: str, names: dict[str, str], whole: set[str]) -> st
         case "set":
             return f"/{_as_set(text)}/"
         case "repeat":
-            return _repetition(text)
+            if any(len(bound) > 4 or int(bound) > MAX_REPETITIONS for bound in re.findall(r"\d+", text)):
+                raise _refused(f"it repeats something {text[:20]} times, and {MAX_REPETITIONS} are the limit")
+            return re.sub(r"\s", "", text)
         case "literal":
             literal = _unescaped(text)
             return _quoted(literal) if len(literal) < 2 or literal in whole else f"({' '.join(map(_quoted, literal))})"
@@ -101,12 +103,6 @@ def _whole(tokens: list[tuple[str, str]]) -> set[str]:
         if not any(text[:length] in texts for length in lengths if length < len(text))
         and not any(re.match(one, text[0]) for one in sets)
     }
-
-
-def _repetition(text: str) -> str:
-    if any(len(bound) > 4 or int(bound) > MAX_REPETITIONS for bound in re.findall(r"\d+", text)):
-        raise _refused(f"it repeats something {text[:20]} times, and {MAX_REPETITIONS} are the limit")
-    return re.sub(r"\s", "", text)
 
 
 def _character(text: str) -> str:

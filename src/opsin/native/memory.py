@@ -167,7 +167,10 @@ class MemoryPlanner:
             layers = [min(self.settings.gpu_layers, count)]
         choices = [(ctx, layers[0]) for ctx in large] + [(large[-1], n) for n in layers[1:]]
         choices += [(ctx, n) for ctx in contexts[len(large) :] for n in layers]
-        yield from (self._planned(ctx, ubatch, n) for ctx, n in choices for ubatch in self._ubatches(ctx))
+        for ctx, n in choices:
+            for ubatch in self._ubatches(ctx):
+                plan = MemoryPlan(ctx, ubatch, n if self._gpus else None, self._layers(n), {})
+                yield replace(plan, by_device=self._needs(plan))
 
     @property
     def _image_tokens(self) -> int:
@@ -199,11 +202,6 @@ class MemoryPlanner:
         sizes = [asked, *(size for size in _UBATCHES if size < asked == default)]
         padded = -(-least // 64) * 64
         return list(dict.fromkeys(min(size if size >= least else padded, ctx) for size in sizes))
-
-    def _planned(self, ctx: int, ubatch: int, gpu_layers: int) -> MemoryPlan:
-        layers = self._layers(gpu_layers)
-        plan = MemoryPlan(ctx, ubatch, gpu_layers if self._gpus else None, layers, {})
-        return replace(plan, by_device=self._needs(plan))
 
     def _layers(self, on_gpu: int) -> tuple[str, ...]:
         """The devices of the layers: llama.cpp fills the GPUs from the end, in the proportion of their free memory."""

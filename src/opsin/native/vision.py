@@ -224,8 +224,7 @@ class Encoder(Owned):
 
     def _fill(self, chunks: int, inputs: Sequence[_Input], placeholders: AbstractSet[int]) -> None:
         mtmd, parts, numbers = self.lib.mtmd, [], count()
-        is_video = any(isinstance(given, Image) and given.frame is not None for given in inputs)
-        frames = mergeable(inputs) if is_video else set[int]()
+        frames = mergeable(inputs)
         with ExitStack() as bitmaps:
             for given in inputs:
                 if isinstance(given, tuple):
