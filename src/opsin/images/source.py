@@ -118,8 +118,7 @@ def read_data_url(url: str, settings: ImageSettings) -> bytes:
         raise BadImage(f"{name} has no comma, so no contents; write data:image/png;base64,… instead.")
     # Percent signs can shrink it by a factor of three, base64 by a factor of four thirds.
     check_bytes(max(1, len(body) // 4 - 1024), name, settings)
-    data = body.encode("utf-8", "replace")
-    data = unquote_to_bytes(data) if b"%" in data else data
+    data = unquote_to_bytes(body.encode("utf-8", "replace"))
     if head.rstrip().lower().endswith(";base64"):
         packed = b"".join(data.split()).rstrip(b"=").translate(bytes.maketrans(b"-_", b"+/"))
         try:

@@ -163,7 +163,7 @@ def pick(name: str | None, option: str, present: Sequence[Device]) -> list[Devic
     found = found or [gpu for gpu in gpus if gpu.name.lower().rstrip("0123456789") == _KINDS.get(wanted, wanted)]
     if found:
         return found
-    here = ", ".join(device.name for device in present if device.is_gpu)
+    here = ", ".join(gpu.name for gpu in gpus)
     advice = f"this build sees {here}, or give none for the CPU" if here else "this build of llama.cpp sees no GPU"
     raise BadParameter(f"There is no device {name!r} for {option}: {advice}.")
 

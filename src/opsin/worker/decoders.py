@@ -131,7 +131,7 @@ class DecoderPool:
         result, *files = answer
         if isinstance(result, OpsinError):
             raise result
-        if files:  # of large images
+        if files:  # the pixels of large images came apart
             take_pixels(result, files)
         return result
 

@@ -122,7 +122,7 @@ class Channel:
         data = _HEAD.pack(len(body), len(fds)) + body
         with self._sending:
             sent = socket.send_fds(self._sock, [data], fds) if fds else 0
-            self._sock.sendall(data[sent:] if sent else data)
+            self._sock.sendall(data[sent:])
 
     def receive(self, seconds: float | None = None) -> tuple[Any, ...] | None:
         """The next message, open files that came with it as its last elements; None when none came in time.
