@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,13 +26,12 @@ from opsin.cli.ask_files import check_question, expand_sources
 from opsin.cli.ask_rows import Format, Rows, check_boxes_out, probable, show_boxes
 from opsin.cli.console import DEMO, hush, printable, say, tell, working
 from opsin.core.answer import CUTS, Answer, Finished, Progress, TextDelta, parsed
-from opsin.core.config import checked, current_folder, read_config
+from opsin.core.config import checked
 from opsin.core.errors import BadInput, BadParameter, OpsinError
-from opsin.core.files import expand, read_text
 from opsin.core.image_options import ImageOptions
 from opsin.core.model_info import BackendShare, Placement
 from opsin.core.request import Image, SamplingParams
-from opsin.core.settings import MAX_SCHEMA, EngineSettings, ImageSettings, VideoSettings
+from opsin.core.settings import EngineSettings, ImageSettings, VideoSettings
 from opsin.doctor.build import unused_gpu_hint
 from opsin.doctor.placement import remembered_placement
 from opsin.engine import AnswerStream
@@ -40,7 +39,6 @@ from opsin.images import load_image
 from opsin.images.draw import draw_boxes
 from opsin.images.source import read_stream
 from opsin.images.video import is_video
-from opsin.models import locate
 from opsin.worker.decoders import check_videos, join, load_source
 
 BAR = 32
@@ -50,8 +48,6 @@ _PROOF_MS = 500.0  # an image that takes longer than this is not computed once m
 _PARALLEL = f"{SLOTS} for several images, unless --ctx is given"
 _TIMELINE = "show stage times (default: for one image, on a terminal)"
 _QUIET = "print answers and errors only"
-_Dict = dict[str, Any]
-_What = tuple[str, str | None, _Dict, _Dict, Path | None, ImageOptions, ImageSettings]
 _Asked = tuple[list[str], AnswerStream | OpsinError]
 _OF_IMAGES = {"image_decode", "preprocess", "encode", "image_prefill"}
 _LABELS = {"start": "start Python", "load": "load model", "encode": "vision encode"}
@@ -90,11 +86,9 @@ def ask(
 
     Settings of model, hardware and images can also be given in opsin.toml or as OPSIN_* environment variables.
     """
-    params = o.given(SamplingParams, flags) | ({} if draw is None else {"boxes": True})
-    if json_schema is not None:
-        params["json_schema"] = read_text(expand(json_schema), MAX_SCHEMA)
-    params |= o.labels(choices, scale, boolean=boolean, reasons=reasons)
-    checked(SamplingParams, params)  # before a model is loaded
+    params = o.answer_fields(flags, json_schema, choices, scale=scale, boolean=boolean, reasons=reasons)
+    params |= {} if draw is None else {"boxes": True}
+    whole = checked(SamplingParams, params).has_value  # before a model is loaded
     limits = checked(ImageSettings, {"fetch": True, **o.given(ImageSettings, flags)})
     *sources, question = arguments
     check_question(sources, question)
@@ -112,38 +106,48 @@ def ask(
         raise BadParameter("--confidence is shown in JSON alone: give --json, too.")
     if len(groups) > _MANY:
         tell(f"(for {len(groups):,} images see opsin batch: it goes on where it was stopped, and is faster)")
-    settings = settings_of(flags, min(SLOTS, len(groups)))
-    timed = False if quiet and timed is None else timed
-    reading = {"frames": frames, **o.given(VideoSettings, flags)}
-    checked(VideoSettings, o.given(VideoSettings, flags))
+    settings = o.settings_of(flags, min(SLOTS, len(groups)))
+    if timed is None:
+        timed = form == "text" and len(groups) == 1 and not quiet and sys.stderr.isatty()
+    video = o.given(VideoSettings, flags)
+    checked(VideoSettings, video)
+    reading = {"frames": frames, **video}
     check_videos(found, **reading)
     shown = checked(ImageOptions, {name: flags[name] for name in o.IMAGES})
-    asked = question, system, params, reading, draw, shown, limits
-    _Run(groups, form, timed, settings, asked).all()
+    _Run(groups, form, timed, whole, settings, question, system, params, reading, draw, shown, limits).all()
 
 
+@dataclass
 class _Run:
     """Asks about groups of images, several at the same time, and prints the answers in their order.
 
     At most one group more than there are slots is held in memory. The model is loaded when the first image was read.
     """
 
-    def __init__(
-        self, groups: list[list[str]], form: Format, timed: bool | None, settings: EngineSettings, asked: _What
-    ) -> None:
-        self._groups, self._form, self._settings, self._alone = groups, form, settings, len(groups) == 1
-        self._question, self._system, self._params, self._reading, self._draw, self._shown, self._limits = asked
-        self._timed = form == "text" and self._alone and sys.stderr.isatty() if timed is None else timed
-        self._whole = checked(SamplingParams, self._params).has_value
-        self._rows, self._line = Rows(form, alone=self._alone), working("reading the image")
+    groups: list[list[str]]
+    form: Format
+    timed: bool
+    whole: bool
+    settings: EngineSettings
+    question: str
+    system: str | None
+    params: dict[str, Any]
+    reading: dict[str, Any]
+    draw: Path | None
+    shown: ImageOptions
+    limits: ImageSettings
+
+    def __post_init__(self) -> None:
+        self._alone = len(self.groups) == 1
+        self._rows, self._line = Rows(self.form, alone=self._alone), working("reading the image")
         self._done = self._failed = 0
         self._told_load = False
 
     @cached_property
     def _opsin(self) -> Opsin:
         self._line.stop()  # another line says that the model is loaded
-        model = self._stack.enter_context(opened(self._settings))
-        if self._params.get("boxes"):
+        model = self._stack.enter_context(opened(self.settings))
+        if self.params.get("boxes"):
             check_boxes(model.info)
         self._line.start()
         return model
@@ -155,9 +159,9 @@ class _Run:
             with ExitStack() as self._stack:
                 self._stack.callback(self._end_line)
                 self._line.start()
-                for group in self._groups:
+                for group in self.groups:
                     pending.append(self._ask(group))
-                    if len(pending) > self._settings.parallel:
+                    if len(pending) > self.settings.parallel:
                         self._finish(*pending.popleft())
                 while pending:
                     self._finish(*pending.popleft())
@@ -175,20 +179,20 @@ class _Run:
 
     def _progress(self) -> str:
         failed = f", {self._failed:,} failed" if self._failed else ""
-        return f"{self._done - self._failed:,} of {len(self._groups):,} done{failed}"
+        return f"{self._done - self._failed:,} of {len(self.groups):,} done{failed}"
 
     def _ask(self, group: list[str]) -> _Asked:
         try:
-            how = (self._limits, self._shown, lambda: self._opsin.engine.limits.images)
-            images = join([_read_images(source, *how, **self._reading) for source in group], **self._reading)
+            how = (self.limits, self.shown, lambda: self._opsin.engine.limits.images)
+            images = join([_read_images(source, *how, **self.reading) for source in group], **self.reading)
         except BadInput as error:  # what is wrong with the model, is for all
             return group, error
         load_ms = 0.0 if self._told_load else self._opsin.load_ms
         self._told_load = True
         try:
             images = [self._opsin.image(image) for image in images]  # in as many tokens as the settings say
-            messages = question_about(images, self._question, self._system)
-            return group, self._opsin.submit(messages, **self._params, load_ms=load_ms)
+            messages = question_about(images, self.question, self.system)
+            return group, self._opsin.submit(messages, **self.params, load_ms=load_ms)
         except OpsinError as error:
             return group, error
 
@@ -211,41 +215,33 @@ class _Run:
             self._line.start()
 
     def _answered(self, group: list[str], stream: AnswerStream) -> None:
-        whole = self._whole  # half a JSON document is none
-        streamed = self._alone and self._form == "text" and not whole
+        streamed = self._alone and self.form == "text" and not self.whole  # half a JSON document is none
         answer = follow(stream, self._line, quiet=not streamed) if self._alone else stream.result()
-        if whole:
+        if self.whole:
             parsed(answer)
         self._line.stop()
         wall_ms = seconds_since_start() * 1e3
-        if self._form == "jsonl" or self._timed:
+        if self.form == "jsonl" or self.timed:
             stages = answer.stages
             quick = stages.encode_ms + stages.image_prefill_ms + stages.text_prefill_ms < _PROOF_MS
             placement = remembered_placement(self._opsin.setup, self._opsin.placement if quick else None)
-        if self._form == "jsonl":
+        if self.form == "jsonl":
             self._rows.add(group, answer, placement=placement.as_dict(), model=self._opsin.info.as_dict())
         elif not streamed:
             self._rows.add(group, answer, cut=CUTS[answer.limit].format(answer) if answer.limit else "")
         name = "" if self._alone else f"{', '.join(group)}: "
-        show_boxes(answer, group, self._form, alone=self._alone)
-        if self._draw:
-            draw_boxes(load_image(group[0], ImageSettings(fetch=True)), answer.boxes or (), self._draw)
-        if self._form != "jsonl":  # whose rows have both
+        show_boxes(answer, group, self.form, alone=self._alone)
+        if self.draw:
+            draw_boxes(load_image(group[0], ImageSettings(fetch=True)), answer.boxes or (), self.draw)
+        if self.form != "jsonl":  # whose rows have both
             for note in dict.fromkeys(note for image in answer.images for note in image.notes):
                 tell(f"({name}{note})")
             show_limits(answer, name)
-        if self._timed:
+        if self.timed:
             screen = Console(stderr=True)
             screen.print("", timeline(answer, placement, wall_ms, screen.width), sep="\n")
             if not placement.proven:
                 tell("(`opsin doctor` proves which device computed it)")
-
-
-def settings_of(flags: _Dict, slots: int = 1) -> EngineSettings:
-    """All settings; `slots` where nobody gives a number, or the context that they share. Raises BadParameter."""
-    given = o.given(EngineSettings, flags)
-    config = read_config(given, os.environ, current_folder(), locate=locate, parallel=1 if flags["ctx"] else slots)
-    return config.engine(parallel=slots if config.origins["ctx"] == "default" else 1)
 
 
 @contextmanager

@@ -18,12 +18,12 @@ from opsin.cli import options as o
 from opsin.cli.batch_progress import ProgressLine, summary
 from opsin.cli.batch_ray import Address, CpusPerWorker, ToRay, refuse
 from opsin.cli.console import DEMO, hush, say, tell, working
-from opsin.core.config import checked, current_folder, read_config
+from opsin.core.config import checked
 from opsin.core.errors import BadParameter, OpsinError
-from opsin.core.files import expand, read_text
+from opsin.core.files import expand
 from opsin.core.image_options import ImageOptions
 from opsin.core.request import SamplingParams
-from opsin.core.settings import MAX_SCHEMA, EngineSettings, ImageSettings, ServerSettings
+from opsin.core.settings import EngineSettings, ImageSettings, ServerSettings
 from opsin.images.fetch import system_addresses
 from opsin.jobs.asker import Asker, ImageAsker, Question
 from opsin.jobs.item import Item, Source
@@ -37,7 +37,7 @@ from opsin.jobs.sidecar import Kind, sidecar_path, write_sidecar
 from opsin.jobs.sources import open_source
 from opsin.jobs.spec import job_spec
 from opsin.jobs.template import PromptTemplate
-from opsin.models import locate, resolve
+from opsin.models import resolve
 from opsin.prompt import PromptBuilder
 from opsin.server.handler import ModelManager
 from opsin.server.images import ImageLoader
@@ -169,10 +169,7 @@ def batch(
         refuse(**options.model_dump(include={"sidecar", "skip_existing", "order", "report", "new"}))
     else:
         _check_output(output, options, cpus_per_worker)
-    given = o.given(SamplingParams, flags)
-    if json_schema is not None:
-        given["json_schema"] = read_text(expand(json_schema), MAX_SCHEMA)
-    given |= o.labels(choices, scale, boolean=boolean, reasons=reasons)
+    given = o.answer_fields(flags, json_schema, choices, scale=scale, boolean=boolean, reasons=reasons)
     params = checked(SamplingParams, given)
     whole = ray is None and (options.sidecar == "json" if output is None else output.suffix.lower() == ".jsonl")
     for name in ("boxes", "confidence"):
@@ -185,9 +182,7 @@ def batch(
     template = _template(question, rows, params, system)
     if rows.is_requests and limits.pages:
         raise BadParameter("Each request of this input chooses pages in its file parts: leave out --pages.")
-    chosen = o.given(EngineSettings, flags)
-    config = read_config(chosen, os.environ, current_folder(), locate=locate, parallel=1 if flags["ctx"] else SLOTS)
-    settings = config.engine(parallel=SLOTS if config.origins["ctx"] == "default" else 1)
+    settings = o.settings_of(flags, SLOTS)
     loading = {"limits": limits, "seconds": options.image_seconds, "private": options.fetch_private}
     asked = Question(
         template, params, system, images=checked(ImageOptions, {name: flags[name] for name in o.IMAGES}), **loading

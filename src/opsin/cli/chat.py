@@ -13,7 +13,7 @@ import typer
 
 from opsin.api import Opsin
 from opsin.cli import options as o
-from opsin.cli.ask import follow, opened, settings_of, show_limits
+from opsin.cli.ask import follow, opened, show_limits
 from opsin.cli.console import say, working
 from opsin.core.answer import Answer
 from opsin.core.config import checked
@@ -49,7 +49,7 @@ def chat(
     params, pages = o.given(SamplingParams, flags), o.given(ImageSettings, flags)
     checked(ImageSettings, pages)  # before a model is loaded
     shown = checked(ImageOptions, {name: flags[name] for name in o.IMAGES}).model_dump() | pages
-    with opened(settings_of(flags)) as opsin:
+    with opened(o.settings_of(flags)) as opsin:
         begin = [Message("system", system)] if system else []
         talk = _Talk(opsin, params, begin, shown, images or [])
         say(HELP)

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -10,11 +11,15 @@ import typer
 from pydantic import BaseModel
 from typer.core import TyperCommand
 
+from opsin.core.config import current_folder, read_config
 from opsin.core.errors import BadParameter
-from opsin.core.files import read_table
-from opsin.core.settings import RENAMED, RETIRED, EngineSettings, kind_of
+from opsin.core.files import expand, read_table, read_text
+from opsin.core.request import SamplingParams
+from opsin.core.settings import MAX_SCHEMA, RENAMED, RETIRED, EngineSettings, kind_of
+from opsin.models import locate
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+Flags = Mapping[str, Any]
 
 PAIR = ("model", "mmproj", "ctx", "gpu_layers", "device", "mmproj_device", "kv_type", "verbose")
 ENGINE = (*PAIR, "threads", "threads_batch", "speculation")
@@ -49,13 +54,15 @@ Boolean = Annotated[bool, _kind("--bool", "answer with yes or no")]
 Reasons = Annotated[bool, _kind("--reasons", "with these three: in its own words first, then the choice")]
 
 
-def labels(choices: str | None, scale: str | None, *, boolean: bool, reasons: bool) -> dict[str, Any]:
-    """The fields of SamplingParams for `--choices` (with commas, or a JSON list), `--scale`, `--bool`, `--reasons`."""
-    found: dict[str, Any] = {"scale": scale} if scale is not None else {}
-    if reasons:
-        found["reasons"] = True
-    if boolean:
-        found["boolean"] = True
+def answer_fields(flags: Flags, json_schema: Path | None, choices: str | None, **labels: Any) -> dict[str, Any]:
+    """The fields of SamplingParams for `flags`, for a file with a schema, and for the flags of labels.
+
+    `choices` has commas or is a JSON list, `labels` are `scale`, `boolean` and `reasons`. Raises BadParameter.
+    """
+    found = given(SamplingParams, flags)
+    if json_schema is not None:
+        found["json_schema"] = read_text(expand(json_schema), MAX_SCHEMA)
+    found |= {name: value for name, value in labels.items() if value not in (None, False)}
     if choices is not None:
         found["choices"] = [one.strip() for one in choices.split(",")]
         if choices.lstrip().startswith("["):
@@ -108,10 +115,17 @@ def flags_of(model: type[BaseModel], *names: str, **defaults: str) -> Callable[[
     return decorate
 
 
-def given(model: type[BaseModel], flags: Mapping[str, Any]) -> dict[str, Any]:
+def given(model: type[BaseModel], flags: Flags) -> dict[str, Any]:
     """The flags that the user set and that are fields of the model; all others keep their default in one place."""
     known = {*model.model_fields, *((*RENAMED, *RETIRED) if issubclass(model, EngineSettings) else ())}
     return {name: value for name, value in flags.items() if name in known and value not in (None, [])}
+
+
+def settings_of(flags: Flags, slots: int = 1) -> EngineSettings:
+    """All settings; `slots` where nobody gives a number, or the context that they share. Raises BadParameter."""
+    chosen = given(EngineSettings, flags)
+    config = read_config(chosen, os.environ, current_folder(), locate=locate, parallel=1 if flags["ctx"] else slots)
+    return config.engine(parallel=slots if config.origins["ctx"] == "default" else 1)
 
 
 def write_out(path: Path | None, document: dict[str, Any]) -> None:
