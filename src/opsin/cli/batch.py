@@ -3,9 +3,9 @@
 import asyncio
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,7 @@ import typer
 from opsin.boxes import check_boxes
 from opsin.cli import options as o
 from opsin.cli.batch_progress import ProgressLine, summary
-from opsin.cli.batch_ray import Address, CpusPerWorker, ToRay, refuse
+from opsin.cli.batch_ray import batch_on_ray, refuse
 from opsin.cli.console import DEMO, hush, say, tell, working
 from opsin.core.config import checked
 from opsin.core.errors import BadParameter, OpsinError
@@ -90,14 +90,12 @@ class _Target:
             for old in (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm"))):
                 old.unlink(missing_ok=True)
             opened = Ledger(path, str(place))
-        try:
+        with closing(opened):
             if overwrite:  # nobody else has the ledger open now
                 opened.clear()
                 if self.output is not None:
                     place.unlink(missing_ok=True)
             yield opened
-        finally:
-            opened.close()
 
     def job(self, place: Path, ledger: Ledger, spec: dict[str, Any]) -> str:
         """The name of this job in the ledger. Raises BadParameter for another job than before."""
@@ -120,11 +118,6 @@ class _Target:
         if self.output is None or kind == ".parquet":
             return StoredOutput(place if self.output else None, fields, ledger)
         return (CsvOutput if kind == ".csv" else Output)(place, fields, ledger)
-
-    @property
-    def beside(self) -> Callable[[Item, Row], None] | None:
-        """What writes a row beside its image."""
-        return None if self.options.sidecar is None else partial(_beside, self.options.sidecar)
 
 
 def _beside(kind: Kind, item: Item, row: Row) -> None:
@@ -149,8 +142,14 @@ def batch(
     ] = None,
     *,
     output: Annotated[Path | None, o.output("-o", "--output", help="a .jsonl, .csv or .parquet file")] = None,
-    ray: Address = None,
-    cpus_per_worker: CpusPerWorker = None,
+    ray: Annotated[
+        str | None,
+        typer.Option("--ray", metavar="[ADDRESS]", help="run on a Ray cluster; -o is a folder", rich_help_panel="Job"),
+    ] = None,
+    cpus_per_worker: Annotated[
+        int | None,
+        typer.Option(min=1, help="with --ray: CPUs for each worker (default: one GPU)", rich_help_panel="Job"),
+    ] = None,
     quiet: Annotated[bool, o.output("-q", "--quiet", help="print errors only")] = False,
     json_schema: Annotated[
         Path | None, typer.Option(help="file with a JSON schema; its fields become columns", rich_help_panel="Answer")
@@ -176,23 +175,20 @@ def batch(
         if getattr(params, name) and not whole:
             raise BadParameter(f"Tables and texts have no place for {name}: give -o FILE.jsonl with --{name}.")
     limits = checked(ImageSettings, {"fetch": True, **o.given(ImageSettings, flags)})
-    rows = open_source(source, image_column=options.image_column, id_column=options.id)
+    rows = _chosen(open_source(source, image_column=options.image_column, id_column=options.id), options)
     if rows.note:
         tell(f"({rows.note})")
     template = _template(question, rows, params, system)
     if rows.is_requests and limits.pages:
         raise BadParameter("Each request of this input chooses pages in its file parts: leave out --pages.")
     settings = o.settings_of(flags, SLOTS)
-    loading = {"limits": limits, "seconds": options.image_seconds, "private": options.fetch_private}
-    asked = Question(
-        template, params, system, images=checked(ImageOptions, {name: flags[name] for name in o.IMAGES}), **loading
-    )
-    chosen_rows = _Chosen(rows, options)
+    shown = checked(ImageOptions, {name: flags[name] for name in o.IMAGES})
+    asked = Question(template, params, system, limits, options.image_seconds, options.fetch_private, shown)
     if ray is not None:
-        to_ray = ToRay(output, ray, options, cpus_per_worker, quiet)
-        raise typer.Exit(to_ray.run(chosen_rows, asked, settings, is_list=source == "-", is_requests=rows.is_requests))
+        job = rows, asked, settings, options, output
+        raise typer.Exit(batch_on_ray(*job, address=ray, cpus=cpus_per_worker, is_list=source == "-"))
     with ExitStack() as stack:
-        raise typer.Exit(_Batch(chosen_rows, asked, settings, _Target(output, options), stack).run())
+        raise typer.Exit(_Batch(rows, asked, settings, _Target(output, options), stack).run())
 
 
 def _check_output(output: Path | None, options: BatchOptions, cpus: int | None) -> None:
@@ -216,23 +212,21 @@ def _template(question: str | None, rows: Source, asked: SamplingParams, system:
     return PromptTemplate(question or "", rows.columns)
 
 
-class _Chosen:
+def _chosen(rows: Source, options: BatchOptions) -> Source:
     """The rows of an input that are asked: the first ones, or some at random."""
 
-    def __init__(self, rows: Source, options: BatchOptions) -> None:
-        self.rows, self._limit, self._sampled = rows, options.limit, options.sample
-        sizes = (rows.total, options.limit, options.sample)
-        self.total = min((size for size in sizes if size is not None), default=None)
+    def read() -> Iterator[Item]:
+        items: Iterable[Item] = rows if options.sample is None else sample(rows, options.sample)
+        return islice(items, options.limit)
 
-    def __iter__(self) -> Iterator[Item]:
-        items: Iterable[Item] = self.rows if self._sampled is None else sample(self.rows, self._sampled)
-        return islice(items, self._limit)
+    sizes = (rows.total, options.limit, options.sample)
+    return replace(rows, read=read, total=min((size for size in sizes if size is not None), default=None))
 
 
 class _Batch:
     """One run of the command. What it opens is closed with `stack`."""
 
-    def __init__(self, rows: _Chosen, asked: Question, settings: EngineSettings, to: _Target, stack: ExitStack) -> None:
+    def __init__(self, rows: Source, asked: Question, settings: EngineSettings, to: _Target, stack: ExitStack) -> None:
         self._rows, self._asked, self._settings, self._to = rows, asked, settings, to
         self._workers, self._stack, self._skipped = to.options.workers, stack, Counter[str]()
         self._each = settings  # of each worker
@@ -241,7 +235,7 @@ class _Batch:
 
     def run(self) -> int:
         """Ask all rows; the exit code."""
-        to, options, place = self._to, self._to.options, self._to.place(self._rows.rows)
+        to, options, place = self._to, self._to.options, self._to.place(self._rows)
         pair = resolve(self._settings.model, self._settings.mmproj)
         given = self._settings
         on_cpu = given.gpu_layers == 0 or not may_have_gpus()
@@ -251,8 +245,8 @@ class _Batch:
             # Threads wait for each other behind each operation of a graph, those of several workers do not.
             groups = _MOST_WORKERS if self._rows.total is None else self._rows.total // SLOTS
             self._workers, self._each = plan_workers(pair, given, min(_MOST_WORKERS, groups))
-        asked, prompt = self._asked, self._asked.template.text
-        spec = job_spec(pair, self._settings, asked, prompt=prompt, system=asked.system)
+        asked = self._asked
+        spec = job_spec(pair, given, asked, prompt=asked.template.text, system=asked.system)
         ledger = self._stack.enter_context(to.ledger(place))
         job = to.job(place, ledger, spec)
         if options.retry_failed:
@@ -272,7 +266,7 @@ class _Batch:
             ahead=PROCESSES,
             dead=lambda: self._engine.error if self._engine else None,
             total=self._rows.total,
-            sidecar=to.beside,
+            sidecar=None if options.sidecar is None else partial(_beside, options.sidecar),
             tell=line.show,
         )
         try:
@@ -305,7 +299,7 @@ class _Batch:
             tell(notice)
         about = {"placement": loaded.placement.as_dict(), "model": loaded.info.as_dict()}
         asker: ImageAsker | RequestAsker
-        if self._rows.rows.is_requests:
+        if self._rows.is_requests:
             asker = self._request_asker(engine, about)
         else:
             asker = ImageAsker(engine, prompts, self._asked, processes=PROCESSES, about=about)
@@ -332,6 +326,6 @@ class _Batch:
             tell(f"(report: {path})")
 
     def _tell_skipped(self) -> None:
-        skipped = self._skipped + self._rows.rows.skipped
+        skipped = self._skipped + self._rows.skipped
         if skipped:
             tell(f"(left out: {', '.join(f'{count:,} × {why}' for why, count in skipped.most_common(8))})")

@@ -5,18 +5,14 @@ import re
 import sys
 from collections.abc import Iterable
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from opsin.cli.console import say, tell
+from opsin.cli.console import is_quiet, say, tell
 from opsin.core.errors import BadParameter
 from opsin.core.files import expand
 from opsin.core.settings import EngineSettings
 from opsin.jobs.asker import Question
-from opsin.jobs.item import Item
+from opsin.jobs.item import Item, Source
 from opsin.jobs.options import BatchOptions
 from opsin.jobs.output import ENDINGS, OutputFailed
 from opsin.jobs.ray_data import RayJob, RayOutput, connect, run_on_ray, worker_resources
@@ -27,16 +23,6 @@ from opsin.models import resolve
 _ADDRESS = re.compile(r"([A-Za-z][\w+.-]+):/(?=[^/])")  # what a Path makes of s3://
 
 
-Address = Annotated[
-    str | None,
-    typer.Option("--ray", metavar="[ADDRESS]", help="run on a Ray cluster; -o is a folder", rich_help_panel="Job"),
-]
-CpusPerWorker = Annotated[
-    int | None,
-    typer.Option(min=1, help="with --ray: CPUs for each worker (default: one GPU)", rich_help_panel="Job"),
-]
-
-
 def refuse(**flags: object) -> None:
     """Raise BadParameter for a flag that is given and has no meaning on a cluster."""
     for name, value in flags.items():
@@ -45,57 +31,55 @@ def refuse(**flags: object) -> None:
             raise BadParameter(f"{flag} does not go with --ray, which writes a folder of Parquet parts: leave it out.")
 
 
-@dataclass(frozen=True, slots=True)
-class ToRay:
-    """Where the job runs and what becomes of its rows. See the flags of the same names."""
+def batch_on_ray(
+    rows: Source,
+    asked: Question,
+    settings: EngineSettings,
+    options: BatchOptions,
+    output: Path | None,
+    *,
+    address: str,
+    cpus: int | None,
+    is_list: bool,
+) -> int:
+    """Ask all rows on the cluster; the exit code. `is_list`: standard input, which only this process can read."""
+    if rows.is_requests:
+        raise BadParameter("Requests in OpenAI's form are not asked on a cluster: leave out --ray.")
+    items: Iterable[Item] = list(rows) if is_list else rows
+    place = _place(output)
+    if cpus is not None and settings.threads is None:
+        settings = settings.model_copy(update={"threads": cpus})
+    pair = resolve(settings.model, settings.mmproj)
+    spec = job_spec(pair, settings, asked, prompt=asked.template.text, system=asked.system)
+    processes = max(2, min(16, cpus or os.cpu_count() or 1))
+    job = RayJob(spec, asked, settings, output_fields(asked.params.model_dump()), str(Path.cwd()), processes)
+    try:
+        with closing(RayOutput(place, spec, overwrite=options.overwrite)) as to:
+            ray = connect(address)
+            count, resources = worker_resources(ray, options.workers, cpus)
+            if options.retry_failed:
+                to.retry_failed()
+            progress = sys.stderr.isatty() and not is_quiet()
+            run_on_ray(ray, job, items, to, workers=count, resources=resources, progress=progress)
+            done, failed = to.counts()
+    except KeyboardInterrupt:
+        say("opsin: stopped; the same command goes on from here")
+        raise
+    except OSError as error:
+        raise OutputFailed(f"{place} cannot be read or written ({error}): check it, and try again.") from None
+    tell(f"({done:,} rows answered, {failed:,} failed)")
+    if failed:
+        say(f"opsin: {failed:,} of {done + failed:,} rows failed; --retry-failed asks them again")
+    return 1 if failed else 0
 
-    output: Path | None
-    address: str
-    options: BatchOptions
-    cpus: int | None
-    quiet: bool
 
-    @property
-    def place(self) -> str:
-        """The folder of parts, absolute, or its address. Raises BadParameter for what is none."""
-        if self.output is None:
-            raise BadParameter("The output is missing: with --ray, give -o FOLDER for the Parquet parts.")
-        if self.output.name.lower().endswith(ENDINGS[:3]) or expand(self.output).is_file():
-            raise BadParameter(
-                f"With --ray the output is a folder of Parquet parts, and {self.output} is a file: give -o FOLDER."
-            )
-        text = str(self.output)
-        return _ADDRESS.sub(r"\1://", text, count=1) if _ADDRESS.match(text) else str(expand(self.output).absolute())
-
-    def run(
-        self, items: Iterable[Item], asked: Question, settings: EngineSettings, *, is_list: bool, is_requests: bool
-    ) -> int:
-        """Ask all rows on the cluster; the exit code. `is_list`: standard input, which only this process can read."""
-        if is_requests:
-            raise BadParameter("Requests in OpenAI's form are not asked on a cluster: leave out --ray.")
-        items = list(items) if is_list else items
-        place, cpus = self.place, self.cpus
-        if cpus is not None and settings.threads is None:
-            settings = settings.model_copy(update={"threads": cpus})
-        pair = resolve(settings.model, settings.mmproj)
-        spec = job_spec(pair, settings, asked, prompt=asked.template.text, system=asked.system)
-        processes = max(2, min(16, cpus or os.cpu_count() or 1))
-        job = RayJob(spec, asked, settings, output_fields(asked.params.model_dump()), str(Path.cwd()), processes)
-        try:
-            with closing(RayOutput(place, spec, overwrite=self.options.overwrite)) as to:
-                ray = connect(self.address)
-                count, resources = worker_resources(ray, self.options.workers, cpus)
-                if self.options.retry_failed:
-                    to.retry_failed()
-                progress = sys.stderr.isatty() and not self.quiet
-                run_on_ray(ray, job, items, to, workers=count, resources=resources, progress=progress)
-                done, failed = to.counts()
-        except KeyboardInterrupt:
-            say("opsin: stopped; the same command goes on from here")
-            raise
-        except OSError as error:
-            raise OutputFailed(f"{place} cannot be read or written ({error}): check it, and try again.") from None
-        tell(f"({done:,} rows answered, {failed:,} failed)")
-        if failed:
-            say(f"opsin: {failed:,} of {done + failed:,} rows failed; --retry-failed asks them again")
-        return 1 if failed else 0
+def _place(output: Path | None) -> str:
+    """The folder of parts, absolute, or its address. Raises BadParameter for what is none."""
+    if output is None:
+        raise BadParameter("The output is missing: with --ray, give -o FOLDER for the Parquet parts.")
+    if output.name.lower().endswith(ENDINGS[:3]) or expand(output).is_file():
+        raise BadParameter(
+            f"With --ray the output is a folder of Parquet parts, and {output} is a file: give -o FOLDER."
+        )
+    text = str(output)
+    return _ADDRESS.sub(r"\1://", text, count=1) if _ADDRESS.match(text) else str(expand(output).absolute())
