@@ -126,7 +126,7 @@ class Opsin:
         are frames of one video, in this order; `image_max_tokens`, `image_region` and `image_tiles` for all of the
         images, `pages` and `max_pages` for documents (see `images`). Raises BadInput, EngineError.
         """
-        loaded = self._read(images, _of_videos(params), _of_images(params))
+        loaded = self._read(images, *_take_reading(params))
         return self.submit(question_about(loaded, question, system), **params).result()
 
     def _read(self, images: Images, reading: dict[str, Any], shown: dict[str, Any]) -> list[Image]:
@@ -138,7 +138,7 @@ class Opsin:
 
         Raises BadInput, EngineError.
         """
-        reading, shown = _of_videos(params), _of_images(params)
+        reading, shown = _take_reading(params)
         check_videos(_listed(images), **reading)
         read = (asyncio.to_thread(self.images, source, **reading, **shown) for source in _listed(images))
         loaded = join(await asyncio.gather(*read), **reading)
@@ -156,7 +156,7 @@ class Opsin:
         if schema is not None:
             schema = schema.model_json_schema() if hasattr(schema, "model_json_schema") else schema
             params["json_schema"] = schema if isinstance(schema, str) else json.dumps(schema)
-        reading, shown = _of_videos(params), _of_images(params)
+        reading, shown = _take_reading(params)
         has_value = checked(SamplingParams, params).has_value
         question_about((), question)
 
@@ -208,7 +208,7 @@ class Opsin:
 
         Raises BadInput, EngineError.
         """
-        reading, shown = _of_videos(params), _of_images(params)
+        reading, shown = _take_reading(params)
         thinking = checked(SamplingParams, params).thinking
         loaded = self._read(images, reading, shown)
         prompt = self.prompt(question_about(loaded, question, system), thinking=thinking)
@@ -258,24 +258,19 @@ def _open_isolated(model: str | Path | None, mmproj: str | Path | None, settings
         raise
 
 
-def _of_videos(params: dict[str, Any]) -> dict[str, Any]:
-    """What is said of videos among these, taken out. Raises BadParameter."""
-    reading: dict[str, Any] = {name: params.pop(name) for name in _OF_VIDEOS if name in params}
+def _take_reading(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Take out what is said of videos, and of images and pages. Raises BadParameter."""
+    reading = {name: params.pop(name) for name in _OF_VIDEOS if name in params}
     checked(VideoSettings, {name: value for name, value in reading.items() if name != "frames"})
-    return reading
+    shown = {name: params.pop(f"image_{name}") for name in ImageOptions.model_fields if f"image_{name}" in params}
+    checked(ImageOptions, shown)
+    pages = {name: params.pop(name) for name in _OF_PAGES if name in params}
+    checked(ImageSettings, pages)
+    return reading, shown | pages
 
 
 def _listed(images: object) -> Sequence[object]:
     return images if isinstance(images, (list, tuple)) else [images]
-
-
-def _of_images(params: dict[str, Any]) -> dict[str, Any]:
-    """The options of images among these, taken out. Raises BadParameter."""
-    shown = {name: params.pop(f"image_{name}") for name in ImageOptions.model_fields if f"image_{name}" in params}
-    checked(ImageOptions, shown)
-    pages: dict[str, Any] = {name: params.pop(name) for name in _OF_PAGES if name in params}
-    checked(ImageSettings, pages)
-    return shown | pages
 
 
 def question_about(images: Sequence[Image], question: str, system: str | None = None) -> list[Message]:
