@@ -166,8 +166,12 @@ def batch(
     options = checked(BatchOptions, o.given(BatchOptions, flags))
     if ray is not None:
         refuse(**options.model_dump(include={"sidecar", "skip_existing", "order", "report", "new"}))
-    else:
-        _check_output(output, options, cpus_per_worker)
+    elif output is None and options.sidecar is None:
+        raise BadParameter("The output is missing: give -o FILE.jsonl (or .csv, .parquet), or --sidecar txt.")
+    elif options.skip_existing and options.sidecar is None:
+        raise BadParameter("--skip-existing needs --sidecar: an output file keeps what is done by itself.")
+    elif cpus_per_worker is not None:
+        raise BadParameter("--cpus-per-worker is for a cluster: give --ray, too, or --workers and --threads instead.")
     given = o.answer_fields(flags, json_schema, choices, scale=scale, boolean=boolean, reasons=reasons)
     params = checked(SamplingParams, given)
     whole = ray is None and (options.sidecar == "json" if output is None else output.suffix.lower() == ".jsonl")
@@ -189,15 +193,6 @@ def batch(
         raise typer.Exit(batch_on_ray(*job, address=ray, cpus=cpus_per_worker, is_list=source == "-"))
     with ExitStack() as stack:
         raise typer.Exit(_Batch(rows, asked, settings, _Target(output, options), stack).run())
-
-
-def _check_output(output: Path | None, options: BatchOptions, cpus: int | None) -> None:
-    if output is None and options.sidecar is None:
-        raise BadParameter("The output is missing: give -o FILE.jsonl (or .csv, .parquet), or --sidecar txt.")
-    if options.skip_existing and options.sidecar is None:
-        raise BadParameter("--skip-existing needs --sidecar: an output file keeps what is done by itself.")
-    if cpus is not None:
-        raise BadParameter("--cpus-per-worker is for a cluster: give --ray, too, or --workers and --threads instead.")
 
 
 def _template(question: str | None, rows: Source, asked: SamplingParams, system: str | None) -> PromptTemplate:
