@@ -61,11 +61,6 @@ class RayJob:
     folder: str
     processes: int
 
-    @property
-    def name(self) -> str:
-        """The job's name in each row."""
-        return fingerprint(self.spec)
-
 
 def connect(address: str) -> Any:
     """Join a cluster; an empty address is that of RAY_ADDRESS, or else a new cluster that ends with this process.
@@ -124,22 +119,20 @@ class RayOutput:
     def __init__(self, place: str, spec: Mapping[str, Any], *, overwrite: bool = False) -> None:
         import_arrow()
         self._arrow: Any = importlib.import_module("pyarrow.fs")
-        self.place, self.beside = place, f"{place}.opsin"
-        self.ids = f"{self.beside}/ids"
+        self.place, self.ids = place, f"{place}.opsin/ids"
         self._files, self._path = self._arrow.FileSystem.from_uri(place)
         if overwrite:
             for folder in (self._path, f"{self._path}.opsin"):
                 if self._there(folder):
                     self._files.delete_dir(folder)
         self._files.create_dir(f"{self._path}.opsin/ids")
-        self._lock = None if "://" in place else FileLock(f"{self.beside}/lock", timeout=0)
+        self._lock = None if "://" in place else FileLock(f"{place}.opsin/lock", timeout=0)
         with contextlib.ExitStack() as on_error:
             if self._lock is not None:
                 try:
-                    self._lock.acquire()
+                    on_error.enter_context(self._lock)
                 except Timeout:
                     raise BadParameter(BUSY.format(place)) from None
-                on_error.callback(self._lock.release)
             self._claim(spec)
             on_error.pop_all()
 
@@ -358,7 +351,7 @@ class _Worker:
         job, ledger = self._job, Ledger(Path(":memory:"), "")
         items = [pickle.loads(one) for one in block["item"].to_pylist()]  # noqa: S301 - from our own job
         run = _BlockRun(
-            *(job.name, items, self._open, ledger, StoredOutput(None, job.fields, ledger)),
+            *(fingerprint(job.spec), items, self._open, ledger, StoredOutput(None, job.fields, ledger)),
             ahead=job.processes,
             dead=lambda: self._engine.error if self._engine else None,
         )
