@@ -76,11 +76,10 @@ class Output:
 
     def read(self, at: int | None, length: int | None, stored: bytes | None) -> Row:
         """A row that was added and flushed. Raises ValueError where there is none."""
-        if stored is not None:
-            row: Row = json.loads(stored)
-            return row
-        self._file.seek(at or 0)
-        return self._row(self._file.read(length))
+        if stored is None:
+            self._file.seek(at or 0)
+            stored = self._file.read(length)
+        return self._row(stored)
 
     def finish(self, *, by_input: bool) -> None:
         """Bring the rows into the order of the input, if that is asked for."""

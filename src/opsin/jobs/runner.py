@@ -8,7 +8,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from opsin.core.answer import Stages
@@ -147,12 +147,10 @@ class Run:
 
     async def _to_ask(self) -> AsyncIterator[tuple[Item, int]]:
         """The rows that were not asked, and how often they were tried. Reading is done in a thread."""
-        source, seq = iter(self._items), 0
+        source = enumerate(self._items, 1)
         while chunk := await asyncio.to_thread(lambda: list(itertools.islice(source, _AT_ONCE))):
-            numbered = [(item, seq + number) for number, item in enumerate(chunk, 1)]
-            seq += len(chunk)
-            states = self._ledger.claim(self._job, [(item.id, place) for item, place in numbered])
-            for (item, place), (state, attempt) in zip(numbered, states, strict=True):
+            states = self._ledger.claim(self._job, [(item.id, place) for place, item in chunk])
+            for (place, item), (state, attempt) in zip(chunk, states, strict=True):
                 row, tried = item, (state, attempt)
                 if state == "seen":
                     error = DuplicateId(f"The id {item.id!r} is that of an earlier row: give each row its own (--id).")
@@ -165,20 +163,20 @@ class Run:
 
     async def _one(self, item: Item, attempt: int) -> None:
         asked, state = Asked(item), DONE
+        begin: Row = {"id": item.id, "source": item.source, "output": None}
+        end: Row = {"attempt": attempt, "job": self._job}
         try:
             if item.error is not None:
                 raise copy_of(item.error)
             asked = await self._asker.prepare(item)
             self._sample(asked)
-            row = await self._answer(asked)
-            row = {"id": item.id, "source": item.source, "output": None, **row, "attempt": attempt, "job": self._job}
+            row = {**begin, **await self._answer(asked), **end}
             if self._sidecar is not None:
                 await asyncio.to_thread(self._sidecar, item, row)
         except OpsinError as error:
             if self._dead() is not None or isinstance(error, (LedgerBroken, OutputFailed)):
                 raise
-            row, state = answer_row(error), FAILED
-            row = {"id": item.id, "source": item.source, "output": None, **row, "attempt": attempt, "job": self._job}
+            row, state = {**begin, **answer_row(error), **end}, FAILED
             self.figures.errors[error.code] += 1
         finally:
             self._asker.drop(asked)
@@ -218,8 +216,7 @@ class Run:
     def _same(self, row: Row) -> Row:
         """A row's answer for another one: it took no time."""
         self.figures.same += 1
-        own = ("id", "source", "attempt", "job")
-        kept = {name: row[name] for name in row if name not in own}
+        kept = {name: value for name, value in row.items() if name not in {"id", "source", "attempt", "job"}}
         return {**kept, "stages": asdict(Stages()), "timings": None, "same_as": row.get("same_as", row.get("id"))}
 
     async def _ask(self, asked: Asked) -> Row:
@@ -260,7 +257,7 @@ class Run:
             placed = []
             for one in group:
                 at, length, stored = self._output.add(dict(one.row))
-                placed.append(Ended(one.id, one.state, one.attempt, one.row, one.question, at, length, stored))
+                placed.append(replace(one, at=at, length=length, stored=stored))
             self._output.flush()
             self._ledger.end(self._job, placed, self._output.size, self._samples)
         self._recent.clear()
