@@ -43,7 +43,11 @@ def models(
         chosen = [f"* {row['name']} is a good first choice for this machine. " for row in rows if row["first_choice"]]
         typer.echo(f"{''.join(chosen)}Sizes are estimates; memory is with a context of 4,096 tokens.")
     else:
-        rows = [{**row, **_shown(row)} for row in rows]
+        for row in rows:
+            row[""] = "*" if row["is_default"] else ""
+            row["model"] = f"{row['architecture']} + {row['projector']}" if row["architecture"] else ""
+            row["size"] = _size(row["size"]) if row["size"] else ""
+            row["where"] = row["problem"] or row["llm_file"]
         _print_table(rows, "", "name", "model", "quantisation", "size", "where")
         typer.echo("* the default; change it with `opsin models use NAME`, get more with `opsin pull NAME`")
 
@@ -73,15 +77,6 @@ def _known() -> list[dict[str, Any]]:
         # A GPU inside a CPU has the main memory, and not more time than the CPU.
         choice = first_choice(rows, device.memory_total, is_gpu=device.type == "gpu")
     return [{**row, "first_choice": row["name"] == choice} for row in rows]
-
-
-def _shown(row: dict[str, Any]) -> dict[str, str]:
-    return {
-        "": "*" if row["is_default"] else "",
-        "model": f"{row['architecture']} + {row['projector']}" if row["architecture"] else "",
-        "size": _size(row["size"]) if row["size"] else "",
-        "where": row["problem"] or row["llm_file"],
-    }
 
 
 def _size(size: int) -> str:
