@@ -223,16 +223,15 @@ class _Batch:
 
     def __init__(self, rows: Source, asked: Question, settings: EngineSettings, to: _Target, stack: ExitStack) -> None:
         self._rows, self._asked, self._settings, self._to = rows, asked, settings, to
-        self._workers, self._stack, self._skipped = to.options.workers, stack, Counter[str]()
+        self._workers, self._stack = to.options.workers, stack
         self._each = settings  # of each worker
-        self._fields = output_fields(asked.params.model_dump())
         self._engine: WorkerEngine | WorkerPool | None = None
 
     def run(self) -> int:
         """Ask all rows; the exit code."""
         to, options, place = self._to, self._to.options, self._to.place(self._rows)
-        pair = resolve(self._settings.model, self._settings.mmproj)
-        given = self._settings
+        given, asked = self._settings, self._asked
+        pair = resolve(given.model, given.mmproj)
         on_cpu = given.gpu_layers == 0 or not may_have_gpus()
         if self._workers is None and on_cpu and not (given.threads or given.threads_batch or given.threads_encode):
             from opsin.compose import plan_workers
@@ -240,18 +239,18 @@ class _Batch:
             # Threads wait for each other behind each operation of a graph, those of several workers do not.
             groups = _MOST_WORKERS if self._rows.total is None else self._rows.total // SLOTS
             self._workers, self._each = plan_workers(pair, given, min(_MOST_WORKERS, groups))
-        asked = self._asked
         spec = job_spec(pair, given, asked, prompt=asked.template.text, system=asked.system)
         ledger = self._stack.enter_context(to.ledger(place))
         job = to.job(place, ledger, spec)
         if options.retry_failed:
             ledger.retry_failed(job)
-        output = to.open(place, self._fields, ledger)
+        output = to.open(place, output_fields(asked.params.model_dump()), ledger)
         self._stack.callback(output.close)
         line = ProgressLine(self._rows.total)
         items: Iterable[Item] = self._rows
+        skipped = Counter[str]()
         if options.skip_existing and options.sidecar is not None:
-            items = without_sidecars(items, partial(sidecar_path, kind=options.sidecar), self._skipped)
+            items = without_sidecars(items, partial(sidecar_path, kind=options.sidecar), skipped)
         run = Run(
             job,
             items,
@@ -271,7 +270,8 @@ class _Batch:
         except (KeyboardInterrupt, OpsinError):
             say(f"opsin: stopped: {summary(run.figures)}; the same command goes on from here")
             raise
-        self._tell_skipped()
+        if skipped := skipped + self._rows.skipped:
+            tell(f"(left out: {', '.join(f'{count:,} × {why}' for why, count in skipped.most_common(8))})")
         tell(f"({summary(run.figures)})")
         self._report(ledger, job, place)
         done, failed = ledger.counts(job)
@@ -319,8 +319,3 @@ class _Batch:
         if path.name != "none":
             write_report(ledger, job, path, title=f"opsin batch: {place.name}")
             tell(f"(report: {path})")
-
-    def _tell_skipped(self) -> None:
-        skipped = self._skipped + self._rows.skipped
-        if skipped:
-            tell(f"(left out: {', '.join(f'{count:,} × {why}' for why, count in skipped.most_common(8))})")
