@@ -72,9 +72,7 @@ def ask(
     timed: Annotated[bool | None, o.output("--timeline/--no-timeline", help=_TIMELINE)] = None,
     quiet: Annotated[bool, o.output("-q", "--quiet", help=_QUIET)] = False,
     draw: Annotated[Path | None, o.output("--draw", help="also write the image with the answer's boxes")] = None,
-    json_schema: Annotated[
-        Path | None, typer.Option(help="file with a JSON schema that the answer will fit", rich_help_panel="Answer")
-    ] = None,
+    json_schema: Annotated[Path | None, o.answer(help="file with a JSON schema that the answer will fit")] = None,
     choices: o.Choices = None,
     scale: o.Scale = None,
     boolean: o.Boolean = False,

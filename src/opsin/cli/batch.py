@@ -142,18 +142,12 @@ def batch(
     ] = None,
     *,
     output: Annotated[Path | None, o.output("-o", "--output", help="a .jsonl, .csv or .parquet file")] = None,
-    ray: Annotated[
-        str | None,
-        typer.Option("--ray", metavar="[ADDRESS]", help="run on a Ray cluster; -o is a folder", rich_help_panel="Job"),
-    ] = None,
+    ray: Annotated[str | None, o.job(metavar="[ADDRESS]", help="run on a Ray cluster; -o is a folder")] = None,
     cpus_per_worker: Annotated[
-        int | None,
-        typer.Option(min=1, help="with --ray: CPUs for each worker (default: one GPU)", rich_help_panel="Job"),
+        int | None, o.job(min=1, help="with --ray: CPUs for each worker (default: one GPU)")
     ] = None,
     quiet: Annotated[bool, o.output("-q", "--quiet", help="print errors only")] = False,
-    json_schema: Annotated[
-        Path | None, typer.Option(help="file with a JSON schema; its fields become columns", rich_help_panel="Answer")
-    ] = None,
+    json_schema: Annotated[Path | None, o.answer(help="file with a JSON schema; its fields become columns")] = None,
     choices: o.Choices = None,
     scale: o.Scale = None,
     boolean: o.Boolean = False,

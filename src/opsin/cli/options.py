@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -32,26 +33,20 @@ GROUPS: dict[str, list[str]] = read_table(__file__, "groups.toml")
 _GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 
 
-def output(*names: str, **options: Any) -> Any:
-    """An option that says what is printed, under that heading."""
-    return typer.Option(*names, rich_help_panel="Output", **options)
+def _under(panel: str) -> Callable[..., Any]:
+    """What makes options that the help shows under this heading."""
+    return partial(typer.Option, rich_help_panel=panel)
 
 
+answer, job, output = _under("Answer"), _under("Job"), _under("Output")
 AsJson = Annotated[bool, output("--json", help="print JSON instead of text")]
 JsonOut = Annotated[Path | None, output("--json-out", help="also write the JSON document to this file")]
-System = Annotated[
-    str | None, typer.Option("--system", help="system message before the question", rich_help_panel="Answer")
-]
-
-
-def _kind(flag: str, text: str, shown: str | None = None) -> Any:
-    return typer.Option(flag, metavar=shown, help=text, rich_help_panel="Answer")
-
-
-Choices = Annotated[str | None, _kind("--choices", "answer with one of these, and how likely each is", "A,B,…")]
-Scale = Annotated[str | None, _kind("--scale", "answer with a number of a scale", "1-5")]
-Boolean = Annotated[bool, _kind("--bool", "answer with yes or no")]
-Reasons = Annotated[bool, _kind("--reasons", "with these three: in its own words first, then the choice")]
+System = Annotated[str | None, answer("--system", help="system message before the question")]
+_CHOICES = "answer with one of these, and how likely each is"
+Choices = Annotated[str | None, answer("--choices", metavar="A,B,…", help=_CHOICES)]
+Scale = Annotated[str | None, answer("--scale", metavar="1-5", help="answer with a number of a scale")]
+Boolean = Annotated[bool, answer("--bool", help="answer with yes or no")]
+Reasons = Annotated[bool, answer("--reasons", help="with these three: in its own words first, then the choice")]
 
 
 def answer_fields(flags: Flags, json_schema: Path | None, choices: str | None, **labels: Any) -> dict[str, Any]:
