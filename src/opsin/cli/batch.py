@@ -233,7 +233,7 @@ class _Batch:
             # Threads wait for each other behind each operation of a graph, those of several workers do not.
             groups = _MOST_WORKERS if self._rows.total is None else self._rows.total // SLOTS
             self._workers, self._each = plan_workers(pair, given, min(_MOST_WORKERS, groups))
-        spec = job_spec(pair, given, asked, prompt=asked.template.text, system=asked.system)
+        spec = job_spec(pair, given, asked)
         ledger = self._stack.enter_context(to.ledger(place))
         job = to.job(place, ledger, spec)
         if options.retry_failed:

@@ -49,8 +49,7 @@ def batch_on_ray(
     place = _place(output)
     if cpus is not None and settings.threads is None:
         settings = settings.model_copy(update={"threads": cpus})
-    pair = resolve(settings.model, settings.mmproj)
-    spec = job_spec(pair, settings, asked, prompt=asked.template.text, system=asked.system)
+    spec = job_spec(resolve(settings.model, settings.mmproj), settings, asked)
     processes = max(2, min(16, cpus or os.cpu_count() or 1))
     job = RayJob(spec, asked, settings, output_fields(asked.params.model_dump()), str(Path.cwd()), processes)
     try:

@@ -377,8 +377,7 @@ class _Worker:
         job, settings, asked = self._job, self._job.settings, self._job.asked
         with contextlib.suppress(OSError):
             os.chdir(job.folder)
-        pair = resolve(settings.model, settings.mmproj)
-        here = job_spec(pair, settings, asked, prompt=job.spec["prompt"], system=job.spec["system"])
+        here = job_spec(resolve(settings.model, settings.mmproj), settings, asked)
         if here != job.spec:
             changed = "; ".join(differences(job.spec, here))
             raise ModelError(f"{os.uname().nodename} has another model: {changed}. Give all nodes the same files.")

@@ -13,16 +13,14 @@ _ADDED = ("boxes", "choices", "scale", "boolean", "reasons", "confidence")
 _HEAD = 2**20  # bytes of a model file's ends that are looked at
 
 
-def job_spec(
-    pair: Pair, settings: EngineSettings, asked: Question, *, prompt: str | None, system: str | None
-) -> dict[str, Any]:
+def job_spec(pair: Pair, settings: EngineSettings, asked: Question) -> dict[str, Any]:
     """Model, projector, prompt, schema, sampling, image settings and pages. Raises OSError."""
     params = asked.params
     return {
         "model": _file(pair.llm),
         "projector": None if pair.mmproj is None else _file(pair.mmproj),
-        "prompt": prompt,
-        "system": system,
+        "prompt": asked.template.text,
+        "system": asked.system,
         **params.model_dump(mode="json", exclude={name for name in _ADDED if not getattr(params, name)}),
         "image_max_tokens": settings.image_max_tokens,
         "image_min_tokens": settings.image_min_tokens,

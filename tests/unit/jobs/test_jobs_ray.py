@@ -36,7 +36,7 @@ FAKE = Path(__file__).parents[2] / "worker"
 def job(folder: Path, **more: Any) -> RayJob:
     settings = EngineSettings(parallel=4)
     asked = Question(PromptTemplate("What?"), SamplingParams(max_tokens=5, guard=False))
-    spec = job_spec(resolve(None, None), settings, asked, prompt="What?", system=None)
+    spec = job_spec(resolve(None, None), settings, asked)
     return RayJob({**spec, **more}, asked, settings, {}, str(folder), 2)
 
 
