@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from importlib.metadata import version
 from pathlib import Path
@@ -159,7 +158,7 @@ def _about_server(driver: Any) -> dict[str, str]:
     return {"url": driver.url, "model": Path(driver.model).name if Path(driver.model).is_absolute() else driver.model}
 
 
-def _print(text: str, document: dict[str, Any], json_out: Path | None, targets: Sequence[Target] = ()) -> None:
+def _print(text: str, document: dict[str, Any], json_out: Path | None, targets: list[Target]) -> None:
     """Text, then the document in one line; ends with 1 if a result is invalid."""
     o.write_out(json_out, document)
     typer.echo(text)

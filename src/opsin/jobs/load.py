@@ -54,10 +54,9 @@ def _read(ref: ImageRef, limits: ImageSettings, private: bool) -> bytes:
 
 def _inside(ref: bytes | FilePart, limits: ImageSettings) -> bytes:
     """Bytes of a table's cell, or of a part of a file."""
+    check_bytes(len(ref) if isinstance(ref, bytes) else ref.size, "The image", limits)
     if isinstance(ref, bytes):
-        check_bytes(len(ref), "The image", limits)
         return ref
-    check_bytes(ref.size, "The image", limits)
     try:
         with Path(ref.path).open("rb") as file:
             file.seek(ref.offset)

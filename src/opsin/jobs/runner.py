@@ -205,13 +205,10 @@ class Run:
     def _known(self, question: bytes) -> Row | None:
         if question in self._recent:
             return self._recent[question]
-        place = self._ledger.answered(self._job, question)
-        if place is None:
-            return None
-        try:
-            return self._output.read(*place)
-        except (ValueError, KeyError, StopIteration, TypeError):  # somebody has changed the file
-            return None
+        if (place := self._ledger.answered(self._job, question)) is not None:
+            with contextlib.suppress(ValueError, KeyError, StopIteration, TypeError):  # somebody has changed the file
+                return self._output.read(*place)
+        return None
 
     def _same(self, row: Row) -> Row:
         """A row's answer for another one: it took no time."""
