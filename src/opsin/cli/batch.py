@@ -159,7 +159,7 @@ def batch(
     hush(quiet=quiet)
     options = checked(BatchOptions, o.given(BatchOptions, flags))
     if ray is not None:
-        refuse(**options.model_dump(include={"sidecar", "skip_existing", "order", "report", "new"}))
+        refuse(options)
     elif output is None and options.sidecar is None:
         raise BadParameter("The output is missing: give -o FILE.jsonl (or .csv, .parquet), or --sidecar txt.")
     elif options.skip_existing and options.sidecar is None:

@@ -23,10 +23,10 @@ from opsin.models import resolve
 _ADDRESS = re.compile(r"([A-Za-z][\w+.-]+):/(?=[^/])")  # what a Path makes of s3://
 
 
-def refuse(**flags: object) -> None:
+def refuse(options: BatchOptions) -> None:
     """Raise BadParameter for a flag that is given and has no meaning on a cluster."""
-    for name, value in flags.items():
-        if value:
+    for name in ("sidecar", "skip_existing", "order", "report", "new"):
+        if getattr(options, name):
             flag = f"--{name.replace('_', '-')}"
             raise BadParameter(f"{flag} does not go with --ray, which writes a folder of Parquet parts: leave it out.")
 

@@ -133,7 +133,7 @@ class ImageAsker:
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._pool.call, *request)
 
 
-def thumbnail(images: Sequence[Image], edge: int = 200) -> bytes | None:
+def thumbnail(images: Sequence[Image]) -> bytes | None:
     """A small JPEG of the first image, for the report."""
     from PIL import Image as Pil
 
@@ -142,6 +142,6 @@ def thumbnail(images: Sequence[Image], edge: int = 200) -> bytes | None:
     first, file = images[0], io.BytesIO()
     pixels: Any = first.rgb
     small = Pil.frombuffer("RGB", (first.width, first.height), pixels, "raw", "RGB", 0, 1)
-    small.thumbnail((edge, edge))
+    small.thumbnail((200, 200))
     small.save(file, "JPEG", quality=80)
     return file.getvalue()
