@@ -226,18 +226,19 @@ class _Batch:
         to, options, place = self._to, self._to.options, self._to.place(self._rows)
         given, asked = self._settings, self._asked
         pair = resolve(given.model, given.mmproj)
-        on_cpu = given.gpu_layers == 0 or not may_have_gpus()
-        if self._workers is None and on_cpu and not (given.threads or given.threads_batch or given.threads_encode):
-            from opsin.compose import plan_workers
-
-            # Threads wait for each other behind each operation of a graph, those of several workers do not.
-            groups = _MOST_WORKERS if self._rows.total is None else self._rows.total // SLOTS
-            self._workers, self._each = plan_workers(pair, given, min(_MOST_WORKERS, groups))
         spec = job_spec(pair, given, asked)
         ledger = self._stack.enter_context(to.ledger(place))
         job = to.job(place, ledger, spec)
         if options.retry_failed:
             ledger.retry_failed(job)
+        on_cpu = given.gpu_layers == 0 or not may_have_gpus()
+        if self._workers is None and on_cpu and not (given.threads or given.threads_batch or given.threads_encode):
+            from opsin.compose import plan_workers
+
+            # Threads wait for each other behind each operation of a graph, those of several workers do not.
+            left = None if self._rows.total is None else max(0, self._rows.total - sum(ledger.counts(job)))
+            groups = _MOST_WORKERS if left is None else left // SLOTS
+            self._workers, self._each = plan_workers(pair, given, min(_MOST_WORKERS, groups))
         output = to.open(place, output_fields(asked.params.model_dump()), ledger)
         self._stack.callback(output.close)
         line = ProgressLine(self._rows.total)

@@ -14,8 +14,8 @@ class Policy:
     long that their steps take `stream_share` of the time, but at least `shortest_wait` and at most `longest_wait`. When
     more than `few` are served, waits and slices grow with the square of that, up to `crowded_wait`: the more streams
     there are, the more a step of theirs costs, and the cheaper it is to decode all of them together afterwards.
-    With `decode_in_encode` streams get their tokens between two layers of an encode, too. Where `rows_cost`, a step takes
-    longer for each sequence in it.
+    With `decode_in_encode` streams get their tokens between two layers of an encode, too. Where `rows_cost`, a step
+    takes longer for each sequence in it.
 
     Sequences of a priority below 0 are nobody's stream: they fill what is left. Their tokens wait while images are
     worked on. Beside them live streams have `low_stream_share` of the time, as long as they last. For `beside_live`

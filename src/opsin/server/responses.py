@@ -339,6 +339,7 @@ class _ResponsesWriter(Writer):
         if self._open is None:
             more: dict[str, Any] = {"role": "assistant"} if kind == "message" else {"summary": []}
             item_id = f"{_PREFIXES[kind]}_{uuid.uuid4().hex}"
+            frames += self._close_call("completed")
             self._open = {"id": item_id, "type": kind, "status": "in_progress", "content": [], **more}
             frames += self._event("output_item.added", item=self._open)
             frames += self._event("content_part.added", self._open, part={**_PARTS[kind], "text": ""})

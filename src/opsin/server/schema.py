@@ -340,7 +340,8 @@ def sampling(
     more |= {"json_schema": forced or _schema_of(wanted, settings.max_schema_bytes), **labels_of(wanted)}
     if isinstance(body, Conversation):
         more["thinking"] = body.wants_thinking
-    values = {"guard": settings.guard} | body.model_dump(include=_SAME, exclude_none=True)
+    # A field that the API does not have is ignored, also if SamplingParams has one of its name.
+    values = {"guard": settings.guard} | body.model_dump(include=_SAME & {*type(body).model_fields}, exclude_none=True)
     values |= {name: value for name, value in more.items() if value is not None}
     values["max_tokens"] = settings.max_tokens if max_tokens is None else max_tokens
     # Any number is a seed; -1 chooses one at random, as with llama-server.

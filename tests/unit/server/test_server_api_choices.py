@@ -55,6 +55,21 @@ def test_a_stream_has_the_label_in_one_piece_and_its_probabilities_at_the_end() 
     run(work())
 
 
+@pytest.mark.parametrize("path", BODIES)
+def test_fields_that_only_the_command_has_are_ignored_by_name(path: str) -> None:
+    strange = {"choices": ["red", "green"], "scale": "1-5", "boolean": True, "reasons": True}
+
+    async def work() -> None:
+        async with world(lambda _: "it is red") as w:
+            body = {name: value for name, value in BODIES[path].items() if name not in {"response_format", "text"}}
+            reply = await w.post(path, **body, **strange)
+            assert reply.status_code == 200, reply.text
+            assert said(reply.json()) == "it is red"
+            assert set(reply.headers["opsin-ignored"].split(", ")) == set(strange)
+
+    run(work())
+
+
 def test_a_scale_a_boolean_and_reasons() -> None:
     async def work() -> None:
         async with world(lambda _: "as it is round, so 4.") as w:

@@ -96,6 +96,28 @@ def test_thoughts_and_calls_are_items_of_their_own() -> None:
     run(work())
 
 
+def test_text_behind_a_call_is_an_item_behind_it() -> None:
+    async def work() -> None:
+        async with world(lambda _: f"<tool_call>{CALL}</tool_call> Done so.", template=WITH_TOOLS) as w:
+            found = events((await w.post(RESPONSES, input="paint", tools=[TOOL], stream=True)).text)
+            output = found[-1]["response"]["output"]
+            assert [item["type"] for item in output] == ["function_call", "message"]
+            assert output[1]["content"][0]["text"].strip() == "Done so."
+            added = {
+                event["item"]["id"]: event["output_index"]
+                for event in found
+                if "added" in event["type"] and "item" in event
+            }
+            done = {
+                event["item"]["id"]: event["output_index"] for event in found if event["type"].endswith("item.done")
+            }
+            assert added == done == {item["id"]: index for index, item in enumerate(output)}
+            whole = (await w.post(RESPONSES, input="paint", tools=[TOOL])).json()["output"]
+            assert [item["type"] for item in whole] == ["function_call", "message"]
+
+    run(work())
+
+
 def test_a_conversation_is_sent_back_as_it_came() -> None:
     prompts: list[str] = []
 
