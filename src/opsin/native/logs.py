@@ -83,10 +83,12 @@ class LogSink:
 SINK = LogSink()
 
 
-# typedef void (*ggml_log_callback)(enum ggml_log_level level, const char * text, void * user_data);
-@ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-def _callback(level: int, text: bytes | None, _user_data: object) -> None:
+def _write(level: int, text: bytes | None, _user_data: object) -> None:
     SINK.write(level, text or b"")
+
+
+# typedef void (*ggml_log_callback)(enum ggml_log_level level, const char * text, void * user_data);
+_callback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(_write)
 
 
 def install(llama: Any, mtmd: Any) -> None:
