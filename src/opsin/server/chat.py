@@ -1,7 +1,9 @@
 """POST /v1/chat/completions and /v1/completions: answers that consist of choices."""
 
 import asyncio
+import contextlib
 import itertools
+import json
 import time
 import uuid
 from collections import Counter
@@ -70,7 +72,7 @@ async def _prepare_chat(body: schema.ChatRequest, model: ModelManager, images: R
         logprobs=top if shown else None,
     )
     each = schema.choices(body, params, settings, tools=tools is not None)
-    writer = _ChatWriter(model.name, body, [CallReader(tools) for _ in each])
+    writer = _ChatWriter(model.name, body, [CallReader(tools) if tools else None for _ in each])
     prompt = await build_prompt(body, body.messages, tools, model, images)
     return [(prompt, one) for one in each], writer
 
@@ -160,9 +162,10 @@ def _message(message: schema.MessageIn, images: Iterator[list[Image]]) -> Messag
             content += [part.text] if isinstance(part, TextPartIn) else next(images)
     calls = [call.model_dump() for call in message.tool_calls or ()]
     for call in calls:
-        arguments = schema.loads(call["function"]["arguments"])
-        if isinstance(arguments, dict) and not schema.is_deep(arguments):
-            call["function"]["arguments"] = arguments  # templates want an object
+        with contextlib.suppress(ValueError, RecursionError):
+            arguments = json.loads(call["function"]["arguments"])
+            if isinstance(arguments, dict) and not schema.is_deep(arguments):
+                call["function"]["arguments"] = arguments  # templates want an object
     return Message(
         _ROLES.get(message.role, message.role),
         content or "",
@@ -237,7 +240,7 @@ class _ChoicesWriter(Writer):
 
 
 class _ChatWriter(_ChoicesWriter):
-    def __init__(self, model: str, body: schema.ChatRequest, readers: Sequence[CallReader]) -> None:
+    def __init__(self, model: str, body: schema.ChatRequest, readers: Sequence[CallReader | None]) -> None:
         super().__init__(model, body, "chatcmpl", "chat.completion", "chat.completion.chunk")
         self._readers = readers
 
@@ -250,20 +253,21 @@ class _ChatWriter(_ChoicesWriter):
             return self._finish(index, event.answer)
         if event.reasoning:
             return self._delta(index, {"reasoning_content": event.text}, event.logprobs)
-        text = self._readers[index].feed(event.text)
+        reader = self._readers[index]
+        text = reader.feed(event.text) if reader else event.text
         said = self._said(index, text, event.logprobs) if text or event.logprobs else b""
-        return said + self._calls(index)
+        return said + self._calls(index, reader) if reader else said
 
     def content(self, index: int, text: str, logprobs: Sequence[TokenLogprob] = ()) -> bytes:
         return self._delta(index, {"content": text}, logprobs)
 
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
         reader = self._readers[index]
-        text = reader.feed(answer.text) + reader.finish()
+        text = reader.feed(answer.text) + reader.finish() if reader else answer.text
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if answer.reasoning is not None:
             message["reasoning_content"] = answer.reasoning
-        if reader.calls:
+        if reader and reader.calls:
             message |= {"content": text.strip() or None, "tool_calls": reader.calls}
         return {
             "index": index,
@@ -273,14 +277,15 @@ class _ChatWriter(_ChoicesWriter):
         }
 
     def _finish(self, index: int, answer: Answer) -> bytes:
-        reader = self._readers[index]
-        rest = reader.finish()
-        said = (self._said(index, rest) if rest else b"") + self._calls(index)
+        reader, said = self._readers[index], b""
+        if reader:
+            rest = reader.finish()
+            said = (self._said(index, rest) if rest else b"") + self._calls(index, reader)
         last = {"index": index, "delta": {}, "logprobs": None, "finish_reason": _finish_reason(answer, reader)}
         return said + self._chunk(last, **extensions(answer))
 
-    def _calls(self, index: int) -> bytes:
-        return b"".join([self._delta(index, {"tool_calls": [told]}) for told in self._readers[index].take_told()])
+    def _calls(self, index: int, reader: CallReader) -> bytes:
+        return b"".join([self._delta(index, {"tool_calls": [told]}) for told in reader.take_told()])
 
     def _delta(self, index: int, delta: dict[str, Any], logprobs: Sequence[TokenLogprob] = ()) -> bytes:
         shown = _token_logprobs(logprobs)

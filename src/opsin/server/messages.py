@@ -1,5 +1,6 @@
 """POST /v1/messages and /v1/messages/count_tokens: conversations in Anthropic's shape."""
 
+import json
 import uuid
 from collections.abc import Sequence
 from typing import Any
@@ -47,7 +48,7 @@ async def _prepare(body: MessagesRequest, model: ModelManager, images: RequestIm
     schema.at_most(settings.max_stop, len(stops), "strings", "stop_sequences")
     wanted = body.output_config.format if body.output_config else None
     params = schema.sampling(body, settings, body.max_tokens, wanted, tools.schema if tools else None, stop=stops)
-    writer = _MessageWriter(model.name, stops, CallReader(tools))
+    writer = _MessageWriter(model.name, stops, CallReader(tools) if tools else None)
     writer.one_call = bool(choice and choice.disable_parallel_tool_use)
     writer.ignored = ("thinking",) if cannot else ()
     return [(await build_prompt(body, conversation(body), tools, model, images), params)], writer
@@ -66,7 +67,7 @@ class _MessageWriter(Writer):
     waiting = _frame("ping")
     one_call = False
 
-    def __init__(self, model: str, stops: Sequence[str], reader: CallReader) -> None:
+    def __init__(self, model: str, stops: Sequence[str], reader: CallReader | None) -> None:
         self._base = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": model}
         self._reader, self._stops = reader, stops
         self._blocks: list[dict[str, Any]] = []
@@ -82,11 +83,13 @@ class _MessageWriter(Writer):
             return self._finish(event.answer)
         if event.reasoning:
             return self._say("thinking", event.text)
-        return self._say("text", self._reader.feed(event.text)) + self._calls()
+        return self._say("text", self._reader.feed(event.text) if self._reader else event.text) + self._calls()
 
     def failed(self, status: int, body: dict[str, Any]) -> bytes:
         error = body["error"]
-        return _frame("error", **anthropic_error(status, error["message"], error["code"]))
+        return (
+            b"event: error\ndata: " + schema.dumps(anthropic_error(status, error["message"], error["code"])) + b"\n\n"
+        )
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         # It is the result of a stream's events.
@@ -98,13 +101,13 @@ class _MessageWriter(Writer):
         return {**self._base, "content": self._blocks, **self._end(answer), **about}
 
     def _finish(self, answer: Answer) -> bytes:
-        frames = self._say("text", self._reader.finish()) + self._calls() + self._close()
+        frames = self._say("text", self._reader.finish() if self._reader else "") + self._calls() + self._close()
         about = {"usage": _usage(answer.usage), **extensions(answer)}
         return frames + _frame("message_delta", delta=self._end(answer), **about) + _frame("message_stop")
 
     def _end(self, answer: Answer) -> dict[str, str | None]:
         """Why the answer ended."""
-        if self._reader.calls and not self._reader.cut:
+        if self._reader is not None and self._reader.calls and not self._reader.cut:
             return {"stop_reason": "tool_use", "stop_sequence": None}
         if answer.finish_reason == "length":
             full = answer.limit == "context"
@@ -114,7 +117,7 @@ class _MessageWriter(Writer):
 
     def _say(self, kind: str, text: str) -> bytes:
         """More text of a block; a new block if another kind is open. White space behind a call is none."""
-        if not text or (self._reader.calls and not text.strip()):
+        if not text or (self._reader and self._reader.calls and not text.strip()):
             return b""
         opened = b"" if self._open and self._open["type"] == kind else self._begin({"type": kind, kind: ""})
         return opened + self._more(text)
@@ -122,7 +125,7 @@ class _MessageWriter(Writer):
     def _calls(self) -> bytes:
         """What is new of the calls."""
         frames = b""
-        for told in self._reader.take_told():
+        for told in self._reader.take_told() if self._reader else ():
             if told["index"] and self.one_call:
                 continue
             if "id" in told:
@@ -149,11 +152,7 @@ class _MessageWriter(Writer):
         if block is None:
             return frames
         kind, said = block["type"], "".join(self._pieces)
-        if kind == "tool_use":  # one that was cut has no arguments
-            arguments = schema.loads(said)
-            block["input"] = arguments if isinstance(arguments, dict) else {}
-        else:
-            block[kind] = said
+        block |= {"input": _object(said)} if kind == "tool_use" else {kind: said}
         if kind == "thinking":
             block["signature"] = _SIGNATURE
             frames = _frame("content_block_delta", index=at, delta={"type": "signature_delta", "signature": _SIGNATURE})
@@ -169,3 +168,12 @@ def _usage(usage: Usage) -> dict[str, int]:
         "cache_read_input_tokens": usage.cached_tokens,
         "output_tokens": usage.completion_tokens,
     }
+
+
+def _object(arguments: str) -> dict[str, Any]:
+    """The arguments of a call; none of one that was cut."""
+    try:
+        value = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -160,7 +160,7 @@ async def _prepare(body: ResponsesRequest, model: ModelManager, images: RequestI
     if not messages:
         raise BadField("input has no message: ask something.", "input")
     prompt = await build_prompt(body, messages, tools, model, images)
-    writer = _ResponsesWriter(model.name, body, params, CallReader(tools))
+    writer = _ResponsesWriter(model.name, body, params, CallReader(tools) if tools else None)
     if body.store is not False:
         writer.keep = partial(_keep, model.stored, images.key, items)
     return [(prompt, params)], writer
@@ -238,7 +238,7 @@ _PARTS: dict[str, dict[str, Any]] = {
 class _ResponsesWriter(Writer):
     """Writes the answer to one request: one object, or events in OpenAI's order."""
 
-    def __init__(self, model: str, body: ResponsesRequest, params: SamplingParams, reader: CallReader) -> None:
+    def __init__(self, model: str, body: ResponsesRequest, params: SamplingParams, reader: CallReader | None) -> None:
         echoed = body.model_dump(include={"tools", "tool_choice", "text", "metadata"}, by_alias=True, exclude_none=True)
         # What every state of a response has in common.
         self._base: dict[str, Any] = {
@@ -285,7 +285,7 @@ class _ResponsesWriter(Writer):
             return self._finish(event.answer)
         if event.reasoning:
             return self._say("reasoning", event.text)
-        text = self._reader.feed(event.text)
+        text = self._reader.feed(event.text) if self._reader else event.text
         return (self._say("message", text) if text else b"") + self._calls()
 
     def failed(self, status: int, body: dict[str, Any]) -> bytes:  # noqa: ARG002 - there is one kind here
@@ -302,13 +302,14 @@ class _ResponsesWriter(Writer):
         return self._ended(answer)
 
     def _finish(self, answer: Answer) -> bytes:
-        rest = self._reader.finish()
+        reader = self._reader
+        rest = reader.finish() if reader else ""
         frames = (self._say("message", rest) if rest else b"") + self._calls()
         if self._open is None and not self._output and not self._calling:
             frames += self._say("message", "")
         status = "incomplete" if answer.finish_reason == "length" else "completed"
         frames += self._close("completed" if self._calling else status)
-        frames += self._close_call("incomplete" if self._reader.cut else "completed")
+        frames += self._close_call("incomplete" if reader and reader.cut else "completed")
         response = self._ended(answer)
         if self.keep is not None:
             self.keep(self._base["id"], self._output)
@@ -367,7 +368,7 @@ class _ResponsesWriter(Writer):
     def _calls(self) -> bytes:
         """What is new of the calls."""
         frames = b""
-        for told in self._reader.take_told():
+        for told in self._reader.take_told() if self._reader else ():
             if "id" in told:
                 frames += self._close("completed") + self._close_call("completed")
                 name = told["function"]["name"]

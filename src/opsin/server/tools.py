@@ -10,7 +10,7 @@ from typing import Any
 from opsin.core.settings import ServerSettings
 from opsin.prompt import Message, PromptBuilder
 from opsin.server.errors import BadField
-from opsin.server.schema import AnyTool, ChosenTool, FunctionIn, ToolIn, at_most, loads
+from opsin.server.schema import AnyTool, ChosenTool, FunctionIn, ToolIn, at_most
 
 _SHAPE = '{"name": the function\'s name, "arguments": an object with its arguments}'
 _FORCED = f"Call one of these functions. Answer with JSON alone:\n{_SHAPE}"
@@ -115,12 +115,11 @@ class CallReader:
     With a forced call the answer is one JSON object. Otherwise calls are looked for in the forms that models are
     trained on: JSON inside <tool_call> tags, a list after [TOOL_CALLS], and an answer that is a JSON object with the
     name of a known function. A call whose name comes first is told as it is written; of others everything is held back
-    until the end. What turns out not to be a call is text. Without tools all is text.
+    until the end. What turns out not to be a call is text.
     """
 
-    def __init__(self, tools: ToolPlan | None) -> None:
-        self._names = tools.names if tools else frozenset[str]()
-        self._holds = tools is not None and tools.schema is not None
+    def __init__(self, tools: ToolPlan) -> None:
+        self._names, self._holds = tools.names, tools.schema is not None
         self._held = ""
         self._said = False
         self._arguments: _ObjectEnd | None = None
@@ -140,8 +139,6 @@ class CallReader:
 
     def feed(self, text: str) -> str:
         """Take text; return what is certainly not part of a call."""
-        if not self._names:
-            return text
         self._held += text
         while self._arguments is not None or self._opens():
             if not self._read_arguments():
@@ -174,7 +171,7 @@ class CallReader:
         if not (self._holds or self.calls or not self._said):
             return False
         head = _HEAD.match(self._held)
-        if head is None or (name := loads(head[1])) not in self._names:
+        if head is None or (name := _string(head[1])) not in self._names:
             return False
         self._add(name, "")
         self._held, self._arguments = self._held[head.end() :], _ObjectEnd()
@@ -201,7 +198,10 @@ class CallReader:
 
     def _read(self, text: str) -> bool:
         """Read calls from JSON text; False if it holds none, or anything else."""
-        value = loads(text)
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            return False
         items = value if isinstance(value, list) else [value]
         if not items or not all(isinstance(item, dict) and str(item.get("name")) in self._names for item in items):
             return False
@@ -235,6 +235,13 @@ class _ObjectEnd:
                     self.over = True
                     return at + 1
         return len(piece)
+
+
+def _string(text: str) -> str:
+    try:
+        return str(json.loads(text))
+    except ValueError:
+        return ""
 
 
 def _may_open(text: str) -> int:
