@@ -224,7 +224,8 @@ class Encoder(Owned):
 
     def _fill(self, chunks: int, inputs: Sequence[_Input], placeholders: AbstractSet[int]) -> None:
         mtmd, parts, numbers = self.lib.mtmd, [], count()
-        frames = mergeable(inputs)
+        is_video = any(isinstance(given, Image) and given.frame is not None for given in inputs)
+        frames = mergeable(inputs) if is_video else set[int]()
         with ExitStack() as bitmaps:
             for given in inputs:
                 if isinstance(given, tuple):

@@ -5,7 +5,6 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from opsin.core.choice import MAX_CHOICES
-from opsin.core.request import SamplingParams
 from opsin.server.errors import BadField
 
 
@@ -24,10 +23,8 @@ class ChoicesFormat(BaseModel):
     reasons: bool = False
 
 
-def labels_of(wanted: object) -> dict[str, Any]:
-    """The fields of SamplingParams that a response format of this kind asks for. Raises BadField."""
-    if not isinstance(wanted, ChoicesFormat):
-        return {}
+def labels_of(wanted: ChoicesFormat) -> dict[str, Any]:
+    """The fields of SamplingParams that it asks for. Raises BadField."""
     asked = wanted.model_dump(exclude={"type", "reasons"}, exclude_none=True)
     if len(asked) != 1:
         given = " and ".join(asked) or "none of them"
@@ -35,10 +32,8 @@ def labels_of(wanted: object) -> dict[str, Any]:
     return {**asked, "reasons": wanted.reasons}
 
 
-def check_alone(params: SamplingParams, n: int | None, *, tools: bool, schema: object = None) -> None:
+def check_alone(n: int | None, *, tools: bool, schema: object = None) -> None:
     """Raise BadField for what cannot be honoured beside labels."""
-    if not params.labels:
-        return
     if schema is not None:
         raise BadField("json_schema cannot be used with choices: leave one of them out.", "json_schema")
     if n is not None and n > 1:

@@ -154,7 +154,8 @@ async def _prepare(body: ResponsesRequest, model: ModelManager, images: RequestI
     tools = plan_tools(body.tools or (), body.tool_choice, model.prompts, settings)
     wanted = None if body.text is None else body.text.format
     params = schema.sampling(body, settings, body.max_output_tokens, wanted, tools.schema if tools else None)
-    check_alone(params, None, tools=tools is not None)
+    if params.labels:
+        check_alone(None, tools=tools is not None)
     items = _conversation(body, images.key, model.stored)
     messages = _messages(body.instructions, items)
     if not messages:

@@ -337,7 +337,9 @@ def sampling(
     The answer has the format `wanted`, or the schema of a `forced` call. What a request leaves out comes from the
     settings, then from SamplingParams. Raises BadField and RequestValidationError.
     """
-    more |= {"json_schema": forced or _schema_of(wanted, settings.max_schema_bytes), **labels_of(wanted)}
+    more["json_schema"] = forced or _schema_of(wanted, settings.max_schema_bytes)
+    if isinstance(wanted, ChoicesFormat):
+        more |= labels_of(wanted)
     if isinstance(body, Conversation):
         more["thinking"] = body.wants_thinking
     # A field that the API does not have is ignored, also if SamplingParams has one of its name.
@@ -368,7 +370,8 @@ def choices(
     body: Choices, params: SamplingParams, settings: ServerSettings, *, tools: bool = False
 ) -> list[SamplingParams]:
     """The parameters of each of `n` choices: the same, but with seeds of their own. Raises BadField."""
-    check_alone(params, body.n, tools=tools, schema=body.json_schema)
+    if params.labels:
+        check_alone(body.n, tools=tools, schema=body.json_schema)
     n = body.n or 1
     at_most(settings.max_n, n, "choices", "n")
     if params.seed is None:

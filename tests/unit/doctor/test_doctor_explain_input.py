@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,12 @@ def whatever(data: bytes) -> None:
 @settings(max_examples=60, deadline=None)
 def test_no_bytes_raise_anything_but_our_own_error(data: bytes) -> None:
     whatever(data)
+
+
+def test_a_request_that_took_no_time_by_its_own_total() -> None:
+    line = next(line for line in LINES if " total=" in line and "queue=" in line)
+    told = re.sub(r"total=[\d.]+s", "total=0.000s", line, count=1)
+    whatever(re.sub(r"queue=[\d.]+", "queue=99999", told, count=1).encode())
 
 
 @given(st.lists(st.sampled_from(LINES), max_size=30), st.lists(numbers, min_size=1, max_size=9), st.randoms())

@@ -118,7 +118,7 @@ def _notes(facts: Facts, stages: tuple[StageRow, ...], causes: list[Cause]) -> l
         )
     if worst.unfinished:
         notes.append("The log ends before the request does: times and tokens are those of its lines of progress.")
-    if causes and stages and worst.timed:
+    if causes and stages and worst.timed and worst.whole > 0:
         most = max(stages, key=lambda row: row.ms)
         notes.append(f"Most of the time is {most.name}: {most.ms / 1e3:.2f} s, {most.ms / worst.whole:.0%}.")
     if facts.setup.vision and worst.counts_encoder and worst.prompt_ms:
