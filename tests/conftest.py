@@ -7,6 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# A case that is slow on a busy machine is no failure.
+settings.register_profile("opsin", deadline=None)
+settings.load_profile("opsin")
 
 # Half an hour of soaking is asked for by name: make soak.
 collect_ignore = [] if "SOAK_MINUTES" in os.environ else ["soak"]
