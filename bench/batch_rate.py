@@ -94,8 +94,10 @@ def by_batch(rows: list[tuple[str, str, str]], given: argparse.Namespace, folder
     return {"seconds": float(said[1].replace(",", "")), "tokens": tokens, "rows": len(found), "texts": texts}
 
 
-def differing(rows: list[tuple[str, str, str]], texts: dict[str, str], given: argparse.Namespace) -> list[str]:
-    """The ids whose text is not that of `opsin ask`."""
+def differing(
+    rows: list[tuple[str, str, str]], texts: dict[str, str], given: argparse.Namespace
+) -> list[dict[str, str]]:
+    """The rows whose text is not that of `opsin ask`, with both."""
     command = [sys.executable, "-m", "opsin", "ask", str(Path(rows[0][1]).parent), rows[0][2], "--json", "-q"]
     command += [
         "--no-disk-cache",
@@ -109,7 +111,8 @@ def differing(rows: list[tuple[str, str, str]], texts: dict[str, str], given: ar
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     alone = {row["source"]: row["text"] for row in map(json.loads, done.stdout.splitlines())}
-    return [name for name, path, _ in rows if texts[name] != alone[path]]
+    both = ({"id": name, "batch": texts[name], "ask": alone[path]} for name, path, _ in rows)
+    return [one for one in both if one["batch"] != one["ask"]]
 
 
 def by_loop(rows: list[tuple[str, str, str]], warm: tuple[str, str, str], given: argparse.Namespace) -> dict[str, Any]:
