@@ -31,8 +31,8 @@ class Pace:
         """Whether live streams come before any work of low priority."""
         return self._owed > self._step_seconds
 
-    def learn(self, step: Step, seconds: float, now: float, *, live: bool, streams: bool) -> None:
-        """A step took so long, while somebody `streams`, and live requests do."""
+    def learn(self, step: Step, now: float, seconds: float, *, live: bool, streams: bool) -> None:
+        """A step took so long; before it somebody was being answered (`streams`), or a live request was (`live`)."""
         decode = () if isinstance(step, Encode) else step.decode
         image = not isinstance(step, Tokens)
         self._kept_waiting = image and not decode
@@ -55,9 +55,9 @@ class Pace:
             self._owed = max(0.0, self._owed - seconds * sum(s.request.priority >= 0 for s in decode) / rows)
 
     def due(self, now: float, served: int, sliced: float | None) -> bool:
-        """Whether streams waited long enough for a slice of an image, `served` being all that run.
+        """Whether streams waited long enough for a slice of an image, while so many are `served`.
 
-        When most of another one, `sliced` like that, would end too late, it waits.
+        When most of another one, which takes `sliced` seconds or is whole (None), would end too late, it waits.
         """
         return self._kept_waiting and self._is_due(now, served, self._row_seconds * self.rows(sliced))
 

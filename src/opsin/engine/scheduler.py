@@ -85,7 +85,7 @@ class Scheduler:
 
     def ran(self, step: Step, now: float, seconds: float = 0.0) -> None:
         """A step was carried out: move cursors and counts on. Sampled tokens come through the sequences."""
-        self._learn(step, seconds, now)
+        self._learn(step, now, seconds)
         self._drop_branches(self._branches)
         if isinstance(step, Encode):
             return
@@ -305,7 +305,7 @@ class Scheduler:
 
     # What a step computes: time is shared between streams, images and the text of prompts. Cells do not matter here.
 
-    def _learn(self, step: Step, seconds: float, now: float) -> None:
+    def _learn(self, step: Step, now: float, seconds: float) -> None:
         """A step took so long; nothing was moved on yet."""
         if not isinstance(step, Tokens):
             self._text_next = True
@@ -313,13 +313,13 @@ class Scheduler:
             self._text_next = False
         elif self._speculation is not None:
             self._speculation.learn(step, seconds)
-        self._pace.learn(step, seconds, now, live=bool(self.streams_beside(0)), streams=bool(self._decoding()))
+        self._pace.learn(step, now, seconds, live=bool(self.streams_beside(0)), streams=bool(self._decoding()))
 
     def _choose(self, now: float) -> Step | None:
         """The next step; None when nobody has anything to compute."""
         decoding, live = self._decoding(), self.streams_beside(0)
         top = max((s.request.priority for s in self.running if s.state is not State.DECODE), default=-1)
-        late = live and self._pace.behind and top < 0
+        late = bool(live) and self._pace.behind and top < 0
         if late and self._policy.rows_cost:
             decoding = live
         if late or len(decoding) == len(self.running):
