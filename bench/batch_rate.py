@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +33,9 @@ from typing import Any
 import httpx
 import numpy as np
 from PIL import Image
+
+from opsin import Opsin
+from opsin.core.answer import TokenLogprob
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = (640, 480)
@@ -96,8 +100,11 @@ def by_batch(rows: list[tuple[str, str, str]], given: argparse.Namespace, folder
 
 def differing(
     rows: list[tuple[str, str, str]], texts: dict[str, str], given: argparse.Namespace
-) -> list[dict[str, str]]:
-    """The rows whose text is not that of `opsin ask`, with both."""
+) -> list[dict[str, Any]]:
+    """The rows whose text is not that of `opsin ask`, with both.
+
+    `gap` is how far apart in log probability the two likeliest tokens were where one differs from a third answer.
+    """
     command = [sys.executable, "-m", "opsin", "ask", str(Path(rows[0][1]).parent), rows[0][2], "--json", "-q"]
     command += [
         "--no-disk-cache",
@@ -111,8 +118,26 @@ def differing(
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     alone = {row["source"]: row["text"] for row in map(json.loads, done.stdout.splitlines())}
-    both = ({"id": name, "batch": texts[name], "ask": alone[path]} for name, path, _ in rows)
-    return [one for one in both if one["batch"] != one["ask"]]
+    both = ({"id": name, "batch": texts[name], "ask": alone[path], "path": path} for name, path, _ in rows)
+    found: list[dict[str, Any]] = [one for one in both if one["batch"] != one["ask"]]
+    if found:
+        with Opsin(given.model, given.mmproj, disk_cache=False, config=False) as opsin:
+            for one in found:
+                answer = opsin.ask(
+                    one.pop("path"), rows[0][2], temperature=0, max_tokens=given.max_tokens, guard=False, logprobs=2
+                )
+                one["gap"] = max(gap(answer.logprobs, one["batch"]), gap(answer.logprobs, one["ask"]))
+    return found
+
+
+def gap(steps: Sequence[TokenLogprob], text: str) -> float:
+    """How far apart the two likeliest tokens were where an answer first differs from a text; 0 where it does not."""
+    so_far = b""
+    for step in steps:
+        so_far += step.piece
+        if not text.strip().encode().startswith(so_far.strip()):
+            return step.top[0][2] - step.top[1][2]
+    return 0.0
 
 
 def by_loop(rows: list[tuple[str, str, str]], warm: tuple[str, str, str], given: argparse.Namespace) -> dict[str, Any]:

@@ -98,6 +98,8 @@ def open_runtime(
     cell_bytes = sum(layer.kv_values for layer in facts.model.layers) * bytes_per_value(settings.kv_type)
     swap_cells = int(min(SWAP_BYTES, free.get(HOST, 0) // 8) / max(1.0, cell_bytes))
     policy = Policy.for_device(gpu=gpu, parallel=settings.parallel, max_queue=max_queue, swap_cells=swap_cells)
+    if not settings.kv_unified:
+        policy = replace(policy, park_beside=None)  # nobody's attention looks at the cells of others
     engine = Engine(
         lambda: open_backend(settings, progress, sizes),
         policy=replace(policy, draft_beside=DRAFT_BESIDE if settings.speculation else 0),
@@ -121,17 +123,22 @@ def gpu_names() -> tuple[str, ...]:
     return tuple(device.name for device in devices() if device.is_gpu)
 
 
-def plan_workers(pair: Pair, settings: EngineSettings, most: int) -> tuple[int, EngineSettings]:
+def plan_workers(pair: Pair, settings: EngineSettings, most: int, *, apart: bool = False) -> tuple[int, EngineSettings]:
     """How many workers on the CPU half of the free memory holds, at most so many and one a core; and their settings.
 
-    They divide a context that nobody chose, as long as a sequence may be as long as before. Reads headers alone. Raises
+    They divide a context that nobody chose, as long as a sequence may be as long as before. Rows that share nothing
+    (`apart`) get a part of the KV cache for each slot, as long as it would be alone. Reads headers alone. Raises
     ModelError.
     """
     facts = read_facts(pair.llm, pair.mmproj, settings.image_max_tokens)
     free, whole = free_memory(()).get(HOST, 0), MemoryPlanner(facts, (), settings, {}).needed().ctx
     longest = min(whole, facts.model.context or whole)
-    for count in range(min(most, physical_cores()), 1, -1):
-        each = settings.model_copy(update={"ctx": settings.ctx or max(longest, whole // count)})
+    workers = range(min(most, physical_cores()), 1, -1)
+    plans = [(count, settings.ctx or max(longest, whole // count), True) for count in workers]
+    if apart and settings.ctx is None:
+        plans = [(count, whole, False) for count in workers or (1,)] + plans
+    for count, ctx, unified in plans:
+        each = settings.model_copy(update={"ctx": ctx, "kv_unified": settings.kv_unified and unified})
         needs = MemoryPlanner(facts, (), each, {}).needed().by_device[HOST]
         if count * (needs.total + min(SWAP_BYTES, free // 8)) <= free // 2:
             return count, each

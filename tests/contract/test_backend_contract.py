@@ -23,7 +23,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return write_pair("tiny", Path(tmp_path_factory.mktemp("pair")))
 
 
-@pytest.fixture(scope="module", params=["fake", "native"])
+@pytest.fixture(scope="module", params=["fake", "native", "parts"])
 def backend(request: pytest.FixtureRequest) -> Iterator[Any]:
     if request.param == "fake":
         limits = BackendLimits(
@@ -34,7 +34,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Any]:
         from opsin.native import open_backend
 
         pair = request.getfixturevalue("tiny")
-        made = open_backend(EngineSettings(model=pair.llm, mmproj=pair.mmproj, ctx=512, parallel=4, ubatch=64))
+        kind = {"ctx": 4 * 512, "kv_unified": False} if request.param == "parts" else {"ctx": 512}
+        made = open_backend(EngineSettings(model=pair.llm, mmproj=pair.mmproj, parallel=4, ubatch=64, **kind))
     yield made
     made.close()
     made.close()

@@ -93,6 +93,12 @@ def test_many_at_once_and_remembered_answer_as_one_alone_does(
         # The second time round everything but the last token is in the memory.
         assert all(answer.usage.cached_tokens == all_but_one(engine, answer) for answer in together)
         assert engine.error is None
+    with Engine(lambda: pairs(kind, parallel=4, ctx=8192, kv_unified=False), policy=Policy(parallel=4)) as engine:
+        for _ in range(2):
+            apart = [stream.result() for stream in [engine.submit(each, PARAMS) for each in asked]]
+            assert all(agree(*each) for each in zip(alone, apart, strict=True))
+        assert any(answer.usage.cached_tokens for answer in apart) == engine.call(lambda backend: backend.limits.forks)
+        assert engine.error is None
 
 
 @pytest.mark.parametrize("kind", KINDS)

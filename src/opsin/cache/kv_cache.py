@@ -401,6 +401,7 @@ class KVCacheManager:
         self.idle.pop(seq_id, None)
         self.cells.drop(seq_id)
         self._free_ids.append(seq_id)
+        self._free_ids.sort(reverse=True)  # with a part of the cells each, neighbours alone are decoded together
 
     def expected_positions(self) -> dict[int, int]:
         """The last position of each sequence id while no sequence runs: -1 for all but idle prefixes."""

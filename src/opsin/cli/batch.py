@@ -34,7 +34,7 @@ from opsin.jobs.report import report_text, write_report
 from opsin.jobs.row import Row, output_fields
 from opsin.jobs.runner import Run, sample, without_sidecars
 from opsin.jobs.sidecar import Kind, sidecar_path, write_sidecar
-from opsin.jobs.sources import open_source
+from opsin.jobs.sources import all_differ, open_source
 from opsin.jobs.spec import job_spec
 from opsin.jobs.template import PromptTemplate
 from opsin.models import resolve
@@ -238,7 +238,8 @@ class _Batch:
             # Threads wait for each other behind each operation of a graph, those of several workers do not.
             left = None if self._rows.total is None else max(0, self._rows.total - sum(ledger.counts(job)))
             groups = _MOST_WORKERS if left is None else left // SLOTS
-            self._workers, self._each = plan_workers(pair, given, min(_MOST_WORKERS, groups))
+            apart = not asked.params.labels and all_differ(self._rows)
+            self._workers, self._each = plan_workers(pair, given, min(_MOST_WORKERS, groups), apart=apart)
         output = to.open(place, output_fields(asked.params.model_dump()), ledger)
         self._stack.callback(output.close)
         line = ProgressLine(self._rows.total)

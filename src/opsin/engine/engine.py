@@ -248,6 +248,8 @@ class Preparer:
         tree = LabelTree(spellings(list(labels), partial(self._tokens, special=False), self._backend.piece))
         if tree.longest and limits.n_seq_max < 2:
             raise BadParameter("Choices of several tokens need a second sequence on this model: give --parallel 2.")
+        if tree.longest and not limits.unified:
+            raise BadParameter("Choices of several tokens need one KV cache for all slots: give --kv-unified.")
         most = min(MAX_LABEL_TOKENS, limits.n_ubatch)
         if tree.longest > most:
             raise BadParameter(f"A choice takes {tree.longest} tokens, and {most} are the limit: give shorter ones.")
@@ -303,10 +305,10 @@ def _check_fit(tokenized: TokenizedPrompt, limits: BackendLimits, labels: int = 
         raise ContextOverflow("The prompt is empty: ask a question.")
     if tokenized.n_tokens + max(0, labels - 1) >= limits.n_ctx_seq:
         images = f", {tokenized.n_image_tokens} of them for images" if tokenized.n_image_tokens else ""
-        if limits.n_ctx_seq < limits.n_ctx:
+        if limits.unified and limits.n_ctx_seq < limits.n_ctx:
             fix = f"this model was trained for {limits.n_ctx_seq} at most: shorten it, or give fewer or smaller images."
         else:
-            fix = f"the context holds {limits.n_ctx}: ask for a larger one (--ctx), or for fewer or smaller images."
+            fix = f"the context holds {limits.n_ctx_seq}: ask for a larger one (--ctx), or for fewer or smaller images."
         raise ContextOverflow(f"The prompt takes {tokenized.n_tokens} tokens{images}, and {fix}")
     for chunk in tokenized.chunks:
         if isinstance(chunk, ImageChunk) and not chunk.causal and chunk.n_tokens > limits.n_ubatch:

@@ -40,7 +40,7 @@ class Item:
 
 @dataclass(slots=True)
 class Source:
-    """The rows of an input, from the start each time (a list on standard input: once). Iterating raises BadInput.
+    """The rows of an input, from the start each time (or only `once`). Iterating raises BadInput.
 
     `total` rows, where that is cheap to know; `columns` of a table; `folder` that ids are relative to; `skipped` counts
     files that are no rows, by why; `is_requests`: OpenAI's batch form; `note` is a sentence for the user.
@@ -52,6 +52,7 @@ class Source:
     folder: Path | None = None
     skipped: Counter[str] = field(default_factory=Counter)
     is_requests: bool = False
+    once: bool = False
     note: str = ""
 
     def __iter__(self) -> Iterator[Item]:

@@ -4,8 +4,10 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from io import BufferedReader
+from itertools import islice
 from pathlib import Path
 from typing import cast
 from urllib.parse import unquote, urlsplit
@@ -32,6 +34,8 @@ _KINDS = (
     "a folder, a pattern in quotes, an image, a .jsonl, .csv, .tsv, .parquet or .tar file, or - for a list of images"
 )
 _BLOCK = 2**16
+_LOOKED_AT = 100  # rows
+_DOCUMENTS = (".pdf", ".tif", ".tiff")
 
 
 def open_source(
@@ -47,10 +51,23 @@ def open_source(
         elif sys.stdin.isatty():
             raise BadInput("The list of images is missing: find photos -name '*.jpg' | opsin batch - …")
         else:
-            source = Source(lambda: _items("", _read_list()))
+            source = Source(lambda: _items("", _read_list()), once=True)
     if source.columns is None and (image_column or id_column):
         raise BadParameter(f"{show(text)} is no table, so it has no columns: leave out --image-column and --id.")
     return source
+
+
+def all_differ(rows: Source) -> bool:
+    """Whether each row is about one image of its own; of a table or tar its first rows tell. Documents have many."""
+    seen: set[int] = set()
+    with suppress(BadInput):  # the job itself tells of it, behind the rows that can be read
+        for item in () if rows.once else islice(rows, _LOOKED_AT if rows.folder is None else None):
+            image = item.images[0] if len(item.images) == 1 else None
+            many = isinstance(image, str) and image.lower().endswith(_DOCUMENTS)
+            if many or image is None or hash(image) in seen:
+                return False
+            seen.add(hash(image))
+    return not (rows.is_requests or rows.once)
 
 
 def _open(text: str, image_column: str | None, id_column: str | None, *, recursive: bool) -> Source:

@@ -37,7 +37,7 @@ from opsin.native.constraint import Constraint, Constraints
 from opsin.native.devices import default_threads
 from opsin.native.memory import OUTPUTS, SPARE_SEQUENCES
 from opsin.native.model import Model, Owned, TokenTable, floats
-from opsin.native.sampler import NativeSampler, log_norm
+from opsin.native.sampler import NativeSampler, log_norm, token_logprob
 from opsin.native.stop import StopFlag
 from opsin.native.vision import Encoder
 
@@ -83,7 +83,10 @@ class Context:
         # the window of the only sequence that holds it as free, also with swa_full and while others are empty: a
         # prefix would lose its beginning. A cell of two sequences stays.
         slides = llama.llama_model_n_swa(model.pointer) > 0 and not model.whole_states_only
-        sequences = _sequences(model, settings, params.n_ubatch, _MAX_SEQUENCES // (2 if slides else 1))
+        unified = settings.kv_unified or slides or model.whole_states_only  # a fork apart is a copy of what is saved
+        # Where each id has a whole state, or a part of the cells, none is to spare.
+        spare = SPARE_SEQUENCES if unified and not model.whole_states_only else 0
+        sequences = _sequences(settings, spare, params.n_ubatch, _MAX_SEQUENCES // (2 if slides else 1))
         self._keeper = sequences if slides else 0
         params.n_seq_max = sequences + self._keeper
         # Without it room is reserved for the logits of a whole ubatch: 0.6 GB with a vocabulary of 150,000.
@@ -93,7 +96,7 @@ class Context:
         params.n_threads_batch = settings.threads_batch or params.n_threads
         params.type_k = params.type_v = KV_TYPES[settings.kv_type]
         params.flash_attn_type = -1 if settings.flash_attention is None else int(settings.flash_attention)
-        params.kv_unified = True
+        params.kv_unified = unified
         # Sliding-window layers keep everything, so that prefixes stay whole.
         params.swa_full = True
         if callback is not None:
@@ -112,12 +115,12 @@ class Context:
         with suppress(LookupError):
             self._table = TokenTable(model)
         self.limits = BackendLimits(
-            n_ctx=(n_ctx := llama.llama_n_ctx(pointer)),
+            n_ctx=llama.llama_n_ctx(pointer),
             n_ubatch=(n_ubatch := llama.llama_n_ubatch(pointer)),
             n_seq_max=llama.llama_n_seq_max(pointer) - self._keeper,
             n_vocab=model.n_vocab,
             n_embd=model.n_embd,
-            n_ctx_seq=min(n_ctx, model.n_ctx_train or n_ctx),
+            n_ctx_seq=min(room := llama.llama_n_ctx_seq(pointer), model.n_ctx_train or room),
             forks=not model.whole_states_only,
             swaps=not slides,  # llama.cpp saves no cells behind the window, which a shorter prefix would need
             tile=_TILE if model.device is None else 1,
@@ -127,7 +130,8 @@ class Context:
             asynchronous=model.offloaded,
             # Of a batch that was stopped llama.cpp forgets all from its first position on, in its first sequence: too
             # little where a keeper holds the same cells, too much where slices of an image share a position.
-            stops=model.device is None and not (model.whole_states_only or slides or model.n_pos > 1),
+            stops=model.device is None and unified and not (model.whole_states_only or slides or model.n_pos > 1),
+            unified=unified,
             # Flash attention in tiles would compute every row of a tile for the cells of all its sequences.
             mixed_rows=0 if self._table is None else n_ubatch if model.device else _TILE - 1,
         )
@@ -312,8 +316,12 @@ class Context:
     def kv_copy(self, source: int, target: int, start: int, end: int) -> None:
         self._check_sequences(source, target)
         part = start > 0 or 0 <= end <= self.kv_last(source)
-        _require(not (part and self.model.whole_states_only), "A part of this model's state cannot be copied.")
-        for one in self._ids(target) if source != target else ():
+        refused = part and (self.model.whole_states_only or (start > 0 and not self.limits.unified))
+        _require(not refused, "A part of this model's state cannot be copied.")
+        if source != target and not self.limits.unified:  # llama.cpp would copy a part with all its empty cells
+            self.kv_load(target, self.kv_save(source))
+            self.kv_remove(target, end if end >= 0 else self.limits.n_ctx, -1)
+        for one in self._ids(target) if source != target and self.limits.unified else ():
             self._llama.llama_memory_seq_cp(self._memory, source, one, start, end)
 
     def kv_save(self, seq_id: int) -> NDArray[np.uint8]:
@@ -356,15 +364,13 @@ def _require(holds: bool, otherwise: str) -> None:
         raise DecodeFailed(otherwise)
 
 
-def _sequences(model: Model, settings: EngineSettings, n_ubatch: int, most: int) -> int:
+def _sequences(settings: EngineSettings, spare: int, n_ubatch: int, most: int) -> int:
     """Sequence ids to ask for. A decode step of all of them must fit a ubatch, else llama.cpp aborts."""
     if settings.parallel > n_ubatch:
         raise BadParameter(
             f"{settings.parallel} answers at a time do not fit a ubatch of {n_ubatch}: "
             "give a smaller --parallel or a larger --ctx."
         )
-    # A recurrent model keeps a whole state for each id: none to spare there.
-    spare = 0 if model.whole_states_only else SPARE_SEQUENCES
     return min(settings.parallel + spare, most, n_ubatch)
 
 
@@ -432,16 +438,3 @@ class BatchArrays:
             self._n_seq_id[row] += len(ids)
         self._logits[:count] = 0
         self._logits[batch.outputs] = 1
-
-
-def token_logprob(logits: NDArray[np.float32], token: int, top: int, piece: Callable[[int], bytes]) -> TokenLogprob:
-    """The log probability of `token`, and the `top` most likely tokens, best first, ties by token id.
-
-    `logits` is float32 [n_vocab].
-    """
-    norm = log_norm(logits)
-    top = min(top, len(logits))
-    chosen = np.argpartition(logits, -top)[-top:] if top > 0 else np.array([], np.intp)
-    order = chosen[np.lexsort((chosen, -logits[chosen]))]
-    best = tuple((int(one), piece(int(one)), float(logits[one]) - norm) for one in order)
-    return TokenLogprob(token, piece(token), float(logits[token]) - norm, best)

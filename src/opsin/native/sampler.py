@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from opsin.core.answer import TokenLogprob
 from opsin.core.errors import BadParameter, ConstraintFailed
 from opsin.core.request import SamplingParams
 from opsin.native.constraint import Constraint
@@ -121,6 +122,19 @@ def log_norm(logits: NDArray[np.float32]) -> float:
     """The logarithm of the sum of all exponentials, in float64: with 150,000 terms float32 loses the fourth digit."""
     peak = float(logits.max())
     return peak + float(np.log(np.exp(logits.astype(np.float64) - peak).sum()))
+
+
+def token_logprob(logits: NDArray[np.float32], token: int, top: int, piece: Callable[[int], bytes]) -> TokenLogprob:
+    """The log probability of `token`, and the `top` most likely tokens, best first, ties by token id.
+
+    `logits` is float32 [n_vocab].
+    """
+    norm = log_norm(logits)
+    top = min(top, len(logits))
+    chosen = np.argpartition(logits, -top)[-top:] if top > 0 else np.array([], np.intp)
+    order = chosen[np.lexsort((chosen, -logits[chosen]))]
+    best = tuple((int(one), piece(int(one)), float(logits[one]) - norm) for one in order)
+    return TokenLogprob(token, piece(token), float(logits[token]) - norm, best)
 
 
 def most_likely(logits: NDArray[np.float32], count: int) -> NDArray[Any] | None:

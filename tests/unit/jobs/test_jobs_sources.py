@@ -24,7 +24,7 @@ from opsin.images.folder import natural
 from opsin.jobs import tables, tars
 from opsin.jobs.files import clean, is_address
 from opsin.jobs.item import FilePart, Item
-from opsin.jobs.sources import Source, open_source
+from opsin.jobs.sources import Source, all_differ, open_source
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -688,3 +688,21 @@ def test_bytes_of_data_addresses_are_not_repeated(tmp_path: Path) -> None:
     (item,) = open_source(str(path))
     assert item.images == (address,)
     assert len(item.id) + len(item.source) < 500
+
+
+def test_whether_each_row_is_about_an_image_of_its_own(tmp_path: Path) -> None:
+    def differ(name: str, text: str) -> bool:
+        (tmp_path / name).write_text(text)
+        return all_differ(open_source(str(tmp_path / name)))
+
+    assert differ("one.csv", "image,a\nx.png,1\ny.png,2\n")
+    assert not differ("two.csv", "image,a\nx.png,1\nx.png,2\n")
+    assert not differ("document.csv", "image,a\nx.png,1\ny.PDF,2\n")
+    assert not differ("requests.jsonl", '{"custom_id": "1", "body": {}}\n')
+    assert not differ("none.jsonl", '{"image": "x.png"}\n{"image": null}\n')
+    assert not all_differ(Source(lambda: iter(()), once=True))
+    for number in range(200):
+        (tmp_path / f"{number}.png").write_bytes(PNG)
+    assert all_differ(open_source(str(tmp_path)))
+    (tmp_path / "zz.pdf").write_bytes(b"%PDF-1.4")
+    assert not all_differ(open_source(str(tmp_path)))
