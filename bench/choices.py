@@ -2,13 +2,15 @@
 
     python bench/choices.py [--questions N] [--pairs N] [--model GGUF] [--to FILE]
 
-Questions are held-out ones of the demo model's exam whose answer is one of a list. Each is asked three times at
-temperature 0: free, with the list as choices, and with choices after the model's own words (`reasons`). The expected
-calibration error is that of the likeliest label in ten bins of equal width (Guo et al., "On Calibration of Modern
-Neural Networks", 2017): the sum over bins of their share of all questions × |share that is right - mean probability|.
+Questions are held-out ones of the demo model's exam whose answer is one of a list. Each is asked four times at
+temperature 0: free, with the list as choices (own words where they are needed, the default), with choices and never own
+words (`--no-reasons`), and with choices and always own words (`--reasons`). The expected calibration error is that of
+the likeliest label in ten bins of equal width (Guo et al., "On Calibration of Modern Neural Networks", 2017): the sum
+over bins of their share of all questions × |share that is right - mean probability|.
 
 The cost is the wall time of ten labels of four tokens by that of a free answer of 16 tokens, about images that were not
-seen before, in turn. Signs are drawn with matplotlib's fonts: pip install -e '.[training]'.
+seen before, in turn. The labels are scored without own words: mostly they are none that the model would say, and own
+words would be timed instead. Signs are drawn with matplotlib's fonts: pip install -e '.[training]'.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from opsin import Opsin
 BINS = 10
 OUTRIGHT = ("colour", "shape", "size", "where", "place")
 """Kinds that the demo model answers with the label itself; of others it says first what they rest on."""
+WAYS = {"choices": None, "no_reasons": False, "reasons": True}
 THINGS = [f"a {size} {colour} {shape}" for size in SIZES for colour in COLOURS for shape in SHAPES]
 LABELS: dict[str, list[str]] = {
     "colour": list(COLOURS),
@@ -77,14 +80,14 @@ def calibration_error(scored: list[tuple[float, bool]]) -> float:
 
 
 def exam(model: Opsin, count: int) -> dict[str, Any]:
-    """All three ways, by kind."""
+    """All four ways, by kind."""
     free: dict[str, list[bool]] = {}
-    ways: dict[str, dict[str, list[tuple[float, bool]]]] = {"choices": {}, "reasons": {}}
+    ways: dict[str, dict[str, list[tuple[float, bool]]]] = {way: {} for way in WAYS}
     for picture, question, label in questions(count):
         answer = model.ask(picture, question.text, temperature=0)
         free.setdefault(question.kind, []).append(judge(question, answer.text))
         for way, scored in ways.items():
-            asked = {"choices": LABELS[question.kind], "reasons": way == "reasons", "temperature": 0}
+            asked = {"choices": LABELS[question.kind], "reasons": WAYS[way], "temperature": 0}
             choice = model.ask(picture, question.text, **asked).choice
             assert choice is not None
             result = (choice.probabilities[choice.label], choice.label == label)
@@ -116,7 +119,7 @@ def cost(model: Opsin, pairs: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {"free": [], "choices": []}
     ways: dict[str, dict[str, Any]] = {
         "free": {"max_tokens": 16, "ignore_eos": True, "guard": False, "temperature": 0},
-        "choices": {"choices": ten},
+        "choices": {"choices": ten, "reasons": False},
     }
     for number in range(-2, pairs):  # the first two warm up
         for turn, way in enumerate(sorted(ways, reverse=number % 2 == 0)):

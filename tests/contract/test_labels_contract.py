@@ -79,7 +79,7 @@ def one_at_a_time(backend: Any, asked: Prompt, ways: dict[tuple[int, ...], str])
 def test_labels_scored_together_are_as_likely_as_each_of_them_alone(engine: Engine, shots: tuple[int, ...]) -> None:
     asked = prompt("what is this?", shots)
     streams = [engine.submit(prompt(f"beside {n}", ()), SamplingParams(max_tokens=40, guard=False)) for n in range(2)]
-    answer = engine.submit(asked, SamplingParams(choices=LABELS)).result()
+    answer = engine.submit(asked, SamplingParams(choices=LABELS, reasons=False)).result()
     for stream in streams:
         stream.result()
     assert answer.choice is not None
@@ -113,7 +113,7 @@ def test_labels_scored_together_are_as_likely_as_each_of_them_alone(engine: Engi
 
 def test_a_question_asked_again_finds_its_prompt_and_gives_the_same(engine: Engine) -> None:
     asked = prompt("which one?", (2,))
-    first, again = (engine.submit(asked, SamplingParams(choices=LABELS)).result() for _ in range(2))
+    first, again = (engine.submit(asked, SamplingParams(choices=LABELS, reasons=False)).result() for _ in range(2))
     assert again.usage.cached_tokens == again.usage.prompt_tokens - 1
     assert first.probabilities == pytest.approx(again.probabilities, abs=2e-3)
     engine.call(lambda _: engine._loop._self_check())

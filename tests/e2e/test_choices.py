@@ -33,15 +33,20 @@ def test_the_label_is_printed_with_its_probability_beside_it(opsin_env: dict[str
     assert (row["text"], row["value"], list(row["probabilities"])) == ("blue", "blue", ["red", "blue"])
 
 
-def test_labels_that_the_model_would_not_say_are_told_of(opsin_env: dict[str, str]) -> None:
-    said = opsin(opsin_env, "ask", IMAGE, "Is there a star?", "--bool")
+def test_a_model_that_hardly_begins_with_a_label_speaks_first_unless_told_not_to(opsin_env: dict[str, str]) -> None:
+    asked = ("ask", IMAGE, "Is there a star?", "--bool", "--temperature", "0")
+    for flags in ((), ("--reasons",)):
+        row = json.loads(opsin(opsin_env, *asked, *flags, "--json").stdout)
+        assert (row["value"], row["text"]) == (True, "yes")
+        assert row["reasoning"].endswith("so yes.")
+        assert row["coverage"] > 0.9
+    assert opsin(opsin_env, *asked).stdout == "yes\n"
+    said = opsin(opsin_env, *asked, "--no-reasons")
     assert said.stdout in {"yes\n", "no\n"}
     assert "a free answer begins so in 0." in said.stderr
-    reasoned = opsin(opsin_env, "ask", IMAGE, "Is there a star?", "--bool", "--reasons", "--temperature", "0", "--json")
-    row = json.loads(reasoned.stdout)
-    assert (row["value"], row["text"]) == (True, "yes")
-    assert row["reasoning"].endswith("so yes.")
-    assert row["coverage"] > 0.9
+    outright = json.loads(opsin(opsin_env, "ask", IMAGE, COLOUR, "--choices", "red,blue", "--json").stdout)
+    assert outright["reasoning"] is None
+    assert outright["usage"]["completion_tokens"] == 1
 
 
 @pytest.mark.parametrize(
@@ -77,7 +82,8 @@ def test_a_batch_has_columns_for_the_choice_and_its_probability(opsin_env: dict[
     rows = list(csv.DictReader((tmp_path / "out.csv").read_text().splitlines()))
     assert [(row["text"], row["choice"]) for row in rows] == [("yes", "true")] * 3
     assert all(float(row["probability"]) > 0.9 and float(row["margin"]) > 0.8 for row in rows)
-    assert "another job" in opsin(opsin_env, *arguments[:-1], code=2).stderr, "another question is another job"
+    for others in (arguments[:-1], (*arguments[:-1], "--no-reasons")):
+        assert "another job" in opsin(opsin_env, *others, code=2).stderr, "another question is another job"
     opsin(opsin_env, "batch", f"{tmp_path}/*.png", COLOUR, "-o", str(tmp_path / "o.jsonl"), "--choices", "red,blue")
     lines = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
     assert {line["output"]["choice"] for line in lines} == {"blue"}
@@ -92,7 +98,7 @@ def test_from_python_in_this_process_and_in_one_of_its_own() -> None:
             assert answer.probabilities is not None
             assert sum(answer.probabilities.values()) == pytest.approx(1)
             assert answer.margin is not None
-            (mapped,) = model.map([IMAGE], "Is there a star?", boolean=True, reasons=True, temperature=0)
+            (mapped,) = model.map([IMAGE], "Is there a star?", boolean=True, temperature=0)
             assert mapped.output is True
             several = [f"a {size} {colour} circle" for size in ("small", "large") for colour in ("red", "blue")]
             placed = model.ask(IMAGE, "What is on the left?", choices=[*several, "nothing"]).choice

@@ -76,7 +76,7 @@ def ask(
     choices: o.Choices = None,
     scale: o.Scale = None,
     boolean: o.Boolean = False,
-    reasons: o.Reasons = False,
+    reasons: o.Reasons = None,
     system: o.System = None,
     **flags: Any,
 ) -> None:

@@ -151,7 +151,7 @@ def batch(
     choices: o.Choices = None,
     scale: o.Scale = None,
     boolean: o.Boolean = False,
-    reasons: o.Reasons = False,
+    reasons: o.Reasons = None,
     system: o.System = None,
     **flags: Any,
 ) -> None:

@@ -46,7 +46,8 @@ _CHOICES = "answer with one of these, and how likely each is"
 Choices = Annotated[str | None, answer("--choices", metavar="A,B,…", help=_CHOICES)]
 Scale = Annotated[str | None, answer("--scale", metavar="1-5", help="answer with a number of a scale")]
 Boolean = Annotated[bool, answer("--bool", help="answer with yes or no")]
-Reasons = Annotated[bool, answer("--reasons", help="with these three: in its own words first, then the choice")]
+_REASONS = "with these three: own words before the choice (default: where the model hardly begins with a label)"
+Reasons = Annotated[bool | None, answer("--reasons/--no-reasons", help=_REASONS)]
 
 
 def answer_fields(flags: Flags, json_schema: Path | None, choices: str | None, **labels: Any) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def answer_fields(flags: Flags, json_schema: Path | None, choices: str | None, *
     found = given(SamplingParams, flags)
     if json_schema is not None:
         found["json_schema"] = read_text(expand(json_schema), MAX_SCHEMA)
-    found |= {name: value for name, value in labels.items() if value not in (None, False)}
+    found |= {name: value for name, value in labels.items() if value or (value is False and name == "reasons")}
     if choices is not None:
         found["choices"] = [one.strip() for one in choices.split(",")]
         if choices.lstrip().startswith("["):

@@ -122,7 +122,7 @@ class SamplingParams(BaseModel):
     )
     scale: str | None = Field(None, description="whole numbers to rate with: 1-5")
     boolean: bool = Field(False, description="the answer is yes or no")
-    reasons: bool = Field(False, description="before the label, an answer in the model's own words")
+    reasons: bool | None = Field(None, description="own words before the label; unset: where it hardly begins with one")
     confidence: bool = Field(False, description="how sure the model is of each value of a JSON schema's answer")
 
     @property

@@ -32,7 +32,7 @@ T = TypeVar("T")
 PREPARE_WORKERS = 2
 IMAGE_BYTES = 512 * 2**20
 """Embeddings kept in memory: about 200 images of a 7B LLaVA, in bytes."""
-_OWN_WORDS = ReasoningStyle("\0", "\0")  # no text has them: all that is said before a label is its reasons
+_OWN_WORDS = ReasoningStyle("\0own", "\0words")  # no text has them: all that is said before a label is its reasons
 _CLOSED = "The engine was closed before the answer was complete."
 
 
@@ -229,10 +229,10 @@ class Preparer:
             tokenized = self.tokenize(request, embeddings)
         try:
             labels = self._labels(request)
-            _check_fit(tokenized, self._backend.limits, labels.longest if labels else 0)
+            _check_fit(tokenized, self._backend.limits, max(tree.longest if tree else 0 for tree in labels))
             text, closing = self._text(request)
             sequence = Sequence(request, stream, clock, text, tokenized, embeddings, closing, compiled)
-            sequence.labels, sequence.later = (None, labels) if request.params.reasons else (labels, None)
+            sequence.labels, sequence.later = labels
         except BaseException:
             tokenized.close()
             raise
@@ -240,12 +240,13 @@ class Preparer:
         sequence.cached_images |= {chunk.image for chunk in known}
         return sequence
 
-    def _labels(self, request: Request) -> LabelTree | None:
-        """The labels that it may answer with, as paths of tokens. Raises BadParameter."""
-        labels, limits = request.params.labels, self._backend.limits
+    def _labels(self, request: Request) -> tuple[LabelTree | None, LabelTree | None]:
+        """The labels to be scored behind the prompt, and those behind its own words. Raises BadParameter."""
+        labels, reasons, limits = request.params.labels, request.params.reasons, self._backend.limits
         if not labels:
-            return None
-        tree = LabelTree(spellings(list(labels), partial(self._tokens, special=False), self._backend.piece))
+            return None, None
+        paths = spellings(list(labels), partial(self._tokens, special=False), self._backend.piece)
+        tree = LabelTree(paths)
         if tree.longest and limits.n_seq_max < 2:
             raise BadParameter("Choices of several tokens need a second sequence on this model: give --parallel 2.")
         if tree.longest and not limits.unified:
@@ -253,7 +254,7 @@ class Preparer:
         most = min(MAX_LABEL_TOKENS, limits.n_ubatch)
         if tree.longest > most:
             raise BadParameter(f"A choice takes {tree.longest} tokens, and {most} are the limit: give shorter ones.")
-        return tree
+        return None if reasons else tree, None if reasons is False else LabelTree(paths)
 
     def tokenize(self, request: Request, embeddings: dict[str, Embedding] | None = None) -> TokenizedPrompt:
         """The tokens and pixels; `embeddings` gets those that are known, None asks for no pixels. Raises BadInput."""
@@ -275,7 +276,7 @@ class Preparer:
     def _text(self, request: Request) -> tuple[AnswerText, tuple[int, ...]]:
         """Its answer's text, and the tokens that close a reasoning block."""
         prompt, params = request.prompt, request.params
-        style = _OWN_WORDS if params.reasons else prompt.reasoning
+        style = _OWN_WORDS if params.labels else prompt.reasoning
         if style is not None and style not in self._styles:
             tokens = {tag: self._tokens(tag) for tag in style.tags}
             # The control tokens among the tags, with the text they stand for.
@@ -283,7 +284,7 @@ class Preparer:
             self._styles[style] = {tokens[tag][0]: tag.encode() for tag in control}, tokens[style.closing]
         tags, closing = ({}, ()) if style is None else self._styles[style]
         prompt_texts = [part.text for part in prompt.parts if isinstance(part, TextPart)]
-        inside = prompt.thinking or params.reasons
+        inside = prompt.thinking or bool(params.labels)
         text = AnswerText(
             stop=(*params.stop, *prompt.stop),
             splitter=None if style is None else ReasoningSplitter(style, starts_inside=inside),

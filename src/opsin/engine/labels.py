@@ -17,6 +17,8 @@ from opsin.core.choice import Choice, Value, choose
 
 Path = tuple[int, ...]
 MAX_LABEL_TOKENS = 32
+LEAST_COVERAGE = 0.1
+"""A model whose answers begin with labels more rarely says something first. The demo's coverage is < 0.07 or > 0.97."""
 _UNLIKELY = math.log(0.01)
 _LEAST = -1e4
 _SEAM = "\n"

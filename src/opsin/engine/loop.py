@@ -393,7 +393,7 @@ class Loop:
         elif sequence.stream.done:
             self._release(sequence)
         elif sequence.later is not None and sequence.limit != "seconds":
-            self._scheduler.turn_to_labels(sequence)
+            self._scheduler.next_phase(sequence)
         else:
             self._finish(sequence)
 

@@ -14,7 +14,7 @@ from opsin.core.errors import OpsinError
 from opsin.core.request import Chunk, Embedding, ImageChunk, Prompt, SamplingParams, TextChunk, TokenizedPrompt
 from opsin.engine.clock import StageClock, timings
 from opsin.engine.draft import Drafter
-from opsin.engine.labels import LabelTree
+from opsin.engine.labels import LEAST_COVERAGE, LabelTree
 from opsin.engine.output import AnswerText
 from opsin.engine.stream import AnswerStream
 
@@ -40,7 +40,7 @@ class Request:
 
 
 class State(enum.Enum):
-    """A sequence scores labels or decodes, may go from any line to the last, and from the middle back to the first."""
+    """A sequence scores labels or decodes, may go from any line to the last, and from those below back to the first."""
 
     WAITING = "waiting"
     PREFILL = "prefill"
@@ -65,8 +65,9 @@ class Sequence:
     close a reasoning block. `compiled` is its schema or grammar, ready for the sampler. `prefix` is its entry in the
     KV cache manager. `embeddings` are the known ones of its image chunks, by identity; `cached_images` had a chunk
     whose embedding was remembered, `encoded_images` one that was encoded for this request. `turn` orders who works on
-    an image next. `drafter` guesses how its answer goes on. `labels` are to be scored behind its prompt, `later` those
-    behind its own words. `parked`: it waits in main memory. `weighed` are the tokens of an answer with `confidence`.
+    an image next. `drafter` guesses how its answer goes on. `labels` are to be scored now, `later` those behind its
+    own words; with both, it says these only if it hardly begins with a label. `parked`: it waits in main memory.
+    `weighed` are the tokens of an answer with `confidence`.
     """
 
     request: Request
@@ -194,19 +195,21 @@ class Sequence:
         self.output.take(token, None if self.request.params.logprobs is None else logprob)
         return True
 
-    def turn_to_labels(self) -> None:
-        """Its own words are over: its labels are scored where the last one of them stands."""
-        self.labels, self.later = self.later, None
+    def next_phase(self) -> None:
+        """Behind labels come its own words; behind these its labels are scored where the last one of them stands."""
+        self.labels, self.later = (self.later, None) if self.labels is None else (None, self.later)
         if self.labels is not None and self.limit != "context":
             self.labels.behind = self.labels.named_last(self.output.tokens)
         self.preempt()
 
     def decide(self) -> None:
-        """All labels are scored: the likeliest is the answer."""
+        """All labels are scored: the likeliest is the answer, unless its own words have to come before."""
         assert self.labels is not None
         choice = self.labels.decide(self.request.params.labels)
-        for delta in self.output.write(choice.label, self.labels.likeliest(choice.label)):
-            self.stream.add(delta)
+        if self.later is None or choice.coverage >= LEAST_COVERAGE:
+            self.later = None
+            for delta in self.output.write(choice.label, self.labels.likeliest(choice.label)):
+                self.stream.add(delta)
         self.end("stop")
 
     def may_lag(self, n_ctx: int) -> bool:

@@ -125,10 +125,10 @@ class Scheduler:
             else:
                 self.kv.free(sequence.prefix)
 
-    def turn_to_labels(self, sequence: Sequence) -> None:
-        """Its own words are over: it waits again, and finds what it needs in the KV cache."""
+    def next_phase(self, sequence: Sequence) -> None:
+        """Its labels or its own words are done: it waits again, and finds what it needs in the KV cache."""
         self.release(sequence, keep=True)
-        sequence.turn_to_labels()
+        sequence.next_phase()
         self.add(sequence)
 
     def relieve(self) -> bool:

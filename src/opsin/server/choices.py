@@ -11,7 +11,7 @@ from opsin.server.errors import BadField
 class ChoicesFormat(BaseModel):
     """One of `choices`, a whole number of a `scale` such as "1-5", or with `boolean` yes or no.
 
-    With `reasons` the model answers in its own words before.
+    With `reasons` the model answers in its own words before; null: where it hardly begins an answer with a label.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
@@ -20,7 +20,7 @@ class ChoicesFormat(BaseModel):
     choices: list[str] | None = Field(None, min_length=2, max_length=MAX_CHOICES)
     scale: str | None = None
     boolean: Literal[True] | None = None
-    reasons: bool = False
+    reasons: bool | None = None
 
 
 def labels_of(wanted: ChoicesFormat) -> dict[str, Any]:

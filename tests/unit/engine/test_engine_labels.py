@@ -5,11 +5,12 @@ import hashlib
 import itertools
 import math
 import threading
+import time
 from collections.abc import Iterator, Sequence
 
 import pytest
 
-from opsin.core.answer import Answer, Finished, TextDelta
+from opsin.core.answer import Answer, Finished, ReasoningStyle, TextDelta
 from opsin.core.backend import BackendLimits
 from opsin.core.choice import choose
 from opsin.core.errors import BadParameter, Cancelled, ContextOverflow, DecodeFailed
@@ -97,8 +98,11 @@ def assert_right(answer: Answer, labels: Sequence[str], history: list[int | str]
 
 
 def ask(backend: FakeBackend, question: Prompt | None = None, **params: object) -> Answer:
+    """An answer without own words, unless `reasons` asks for them."""
     with Engine(lambda: backend, now=backend.clock) as engine:
-        return engine.submit(question or prompt(), SamplingParams(**params)).result()  # type: ignore[arg-type]
+        answer = engine.submit(question or prompt(), SamplingParams(**{"reasons": False, **params})).result()  # type: ignore[arg-type]
+        engine.call(lambda _: engine._loop._self_check())
+    return answer
 
 
 def test_every_label_has_its_probability_also_one_that_another_begins_with() -> None:
@@ -134,7 +138,7 @@ def test_several_at_once_and_streams_beside_them_disturb_nobody() -> None:
     with Engine(lambda: backend, policy=Policy(parallel=4), now=backend.clock) as engine:
         streams = []
         for number, question in enumerate(questions):
-            kind = {"choices": WORDS} if number % 3 else {"guard": False}
+            kind = {"choices": WORDS, "reasons": False} if number % 3 else {"guard": False}
             streams.append(engine.submit(question, SamplingParams(**kind)))  # type: ignore[arg-type]
         answers = [stream.result() for stream in streams]
         engine.call(lambda _: engine._loop._self_check())
@@ -151,7 +155,9 @@ def test_as_many_run_as_there_are_sequences() -> None:
     backend = Chancy(lambda text: "abcdefgh" * 9, limits=limits)
     with Engine(lambda: backend, policy=Policy(parallel=3), now=backend.clock) as engine:
         free = [engine.submit(prompt(f"say {n}", 0), SamplingParams(guard=False)) for n in range(2)]
-        scored = [engine.submit(prompt(f"which {n}", 0), SamplingParams(choices=WORDS)) for n in range(4)]
+        scored = [
+            engine.submit(prompt(f"which {n}", 0), SamplingParams(choices=WORDS, reasons=False)) for n in range(4)
+        ]
         for number, stream in enumerate(scored):
             assert_right(stream.result(), WORDS, history_of(prompt(f"which {number}", 0)))
         assert {stream.result().text for stream in free} == {"abcdefgh" * 9}
@@ -160,7 +166,7 @@ def test_as_many_run_as_there_are_sequences() -> None:
 def test_the_label_comes_as_one_piece_of_text() -> None:
     backend = Chancy(limits=LIMITS)
     with Engine(lambda: backend, now=backend.clock) as engine:
-        events = list(engine.submit(prompt(), SamplingParams(choices=WORDS)))
+        events = list(engine.submit(prompt(), SamplingParams(choices=WORDS, reasons=False)))
     assert isinstance(events[-1], Finished)
     assert [event.text for event in events if isinstance(event, TextDelta)] == [events[-1].answer.text]
 
@@ -195,6 +201,146 @@ def test_with_reasons_that_name_no_label_the_prompts_end_counts() -> None:
     assert_right(answer, ["yes", "no"], history_of(prompt()))
 
 
+SHAPES = ["a star", "a ring", "a cube"]  # of many tokens, so that the model hardly ever begins with one of them
+SEEN = "I see a ring at the left."
+
+
+@pytest.mark.parametrize("kind", [Chancy, FakeBackend])
+def test_unset_its_own_words_come_where_it_hardly_begins_with_a_label(kind: type[FakeBackend]) -> None:
+    answers = {reasons: ask(kind(lambda _: SEEN), choices=SHAPES, reasons=reasons) for reasons in (None, True, False)}
+    for found, wanted in ((answers[None], answers[True]),):
+        assert found.reasoning == wanted.reasoning == SEEN
+        assert found.choice == wanted.choice
+        assert (found.text, found.tokens, found.usage) == (wanted.text, wanted.tokens, wanted.usage)
+        assert (found.finish_reason, found.limit) == ("stop", None)
+    assert answers[False].reasoning is None
+    assert answers[False].choice is not None
+    assert answers[False].choice.coverage < 0.1
+
+
+def test_labels_are_scored_anew_behind_own_words_that_unset_reasons_led_to() -> None:
+    answer = ask(Chancy(lambda _: SEEN), choices=SHAPES, reasons=None)
+    assert_right(answer, SHAPES, history_of(prompt(), SEEN[: SEEN.index(" a ring")]))
+    silent = ask(Chancy(lambda _: ""), choices=SHAPES, reasons=None)
+    assert_right(silent, SHAPES, history_of(prompt()))
+    assert silent.reasoning is None
+    one = ask(Chancy(lambda _: SEEN), choices=SHAPES, reasons=None, max_tokens=1)
+    assert one.reasoning == "I"
+    assert_right(one, SHAPES, history_of(prompt()))
+
+
+def test_unset_nothing_is_said_nor_computed_where_it_begins_with_a_label() -> None:
+    backends = [FakeBackend(lambda _: "a ring, as it is round") for _ in range(2)]
+    work: list[list[int]] = [[], []]
+    for backend, rows in zip(backends, work, strict=True):
+        backend.on_decode = lambda backend=backend, rows=rows: rows.append(backend.cells_used)  # type: ignore[misc]
+    found, wanted = (ask(backends[at], choices=SHAPES, reasons=(None, False)[at]) for at in range(2))
+    assert (found.text, found.reasoning, found.choice) == ("a ring", None, wanted.choice)
+    assert found.choice is not None
+    assert found.choice.coverage > 0.9
+    assert work[0] == work[1]
+    assert backends[0].clock.seconds == backends[1].clock.seconds
+
+
+def test_own_words_find_the_prompt_and_its_image_in_the_kv_cache() -> None:
+    long = prompt("what is it? " * 20)
+    found, wanted = Chancy(lambda _: SEEN), Chancy(lambda _: SEEN)
+    ask(found, long, choices=SHAPES, reasons=None)
+    scored = Chancy(limits=LIMITS)
+    ask(scored, long, choices=SHAPES)
+    ask(wanted, long, choices=SHAPES, reasons=True)
+    assert len(found.encoded) == 1
+    # The first scoring is what `wanted` does not do, and the prompt's last token is computed again.
+    labels_alone = sum(scored.batches) - len(history_of(long))
+    assert sum(found.batches) == sum(wanted.batches) + labels_alone + 1
+
+
+def test_own_words_that_unset_reasons_led_to_are_streamed_then_the_label() -> None:
+    backend = FakeBackend(lambda _: SEEN)
+    with Engine(lambda: backend, now=backend.clock) as engine:
+        events = list(engine.submit(prompt(), SamplingParams(choices=SHAPES)))
+    deltas = [event for event in events if isinstance(event, TextDelta)]
+    assert len(deltas) > 10
+    assert "".join(one.text for one in deltas if one.reasoning) == SEEN
+    assert [one.text for one in deltas if not one.reasoning] == ["a ring"]
+    assert not deltas[-1].reasoning
+
+
+def test_unset_many_at_once_with_little_room_are_as_each_alone() -> None:
+    def reply(text: str) -> str:
+        return f"{text[-5:-1]} means that there is {SHAPES[len(text) % 3]}, or so I say."
+
+    limits = dataclasses.replace(LIMITS, n_ctx=160, n_ctx_seq=160)
+    questions = [prompt(f"which{'!' * number}", images=number % 2) for number in range(9)]
+    params = SamplingParams(choices=SHAPES, guard=False)
+    backend, all_there = Chancy(reply, limits=limits), threading.Event()
+    backend.on_decode = lambda: all_there.wait(20) or None
+    policy = Policy(parallel=4, swap_cells=64, park_beside=8)
+    with Engine(lambda: backend, policy=policy, now=backend.clock) as engine:
+        streams = [engine.submit(one, params, priority=-(at % 3)) for at, one in enumerate(questions)]
+        scheduler, inbox = engine._loop._scheduler, engine._loop._inbox
+        while len(scheduler.running) + len(scheduler.waiting) + inbox.qsize() < len(questions):
+            time.sleep(0.001)
+        all_there.set()
+        answers = [stream.result() for stream in streams]
+        engine.call(lambda _: engine._loop._self_check())
+        assert engine.stats.preemptions > 0
+    for question, answer in zip(questions, answers, strict=True):
+        alone = ask(Chancy(reply, limits=limits), question, choices=SHAPES, guard=False, reasons=True)
+        assert (answer.text, answer.reasoning, answer.choice) == (alone.text, alone.reasoning, alone.choice)
+    assert backend.open_handles == 0
+
+
+def test_unset_a_prompt_that_leaves_no_room_for_words_has_the_label_that_it_had_at_first() -> None:
+    full = prompt("x" * (512 - 4 - 2 - 1 - len(SHAPES[0])), 1)
+    for n in range(3):  # more room by a token each
+        part = full.parts[1]
+        assert isinstance(part, TextPart)
+        question = Prompt((full.parts[0], TextPart(part.text[n:])))
+        answer = ask(Chancy(lambda _: "So I said.", limits=LIMITS), question, choices=SHAPES, reasons=None)
+        assert_right(answer, SHAPES, history_of(question))
+        assert answer.limit is None
+
+
+def test_unset_the_clock_and_a_caller_that_leaves_end_own_words() -> None:
+    long = "and so on, " * 20
+    whole = ask(Chancy(lambda _: long), choices=SHAPES, reasons=None, guard=False)
+    assert whole.reasoning == long.strip()
+    for seconds in (0.03, 0.08, 0.2, 0.5, 1.0):
+        late = ask(Chancy(lambda _: long), choices=SHAPES, reasons=None, guard=False, max_seconds=seconds)
+        assert (late.text, late.choice, late.finish_reason, late.limit) == ("", None, "length", "seconds")
+        assert long.startswith(late.reasoning or "")
+    backend = Chancy(lambda _: long)
+    with Engine(lambda: backend, now=backend.clock) as engine:
+        stream = engine.submit(prompt(), SamplingParams(choices=SHAPES, guard=False))
+        for event in stream:
+            if isinstance(event, TextDelta):
+                break
+        stream.cancel()
+        with pytest.raises(Cancelled):
+            stream.result()
+        again = engine.submit(prompt(), SamplingParams(choices=SHAPES, guard=False)).result()
+        assert (again.choice, again.reasoning) == (whole.choice, whole.reasoning)
+        engine.call(lambda _: engine._loop._self_check())
+    assert backend.open_handles == 0
+
+
+def test_unset_a_model_that_thinks_says_its_words_without_thoughts() -> None:
+    style = ReasoningStyle("<think>", "</think>")
+    thinks = dataclasses.replace(prompt(), thinking=True, reasoning=style)
+    closed = Prompt((*thinks.parts, TextPart("\n</think>\n\n")))
+    skip = "." * len("\n</think>\n\n")  # the fake takes what stands behind its mark for said
+    answer = ask(Chancy(lambda _: skip + SEEN), thinks, choices=SHAPES, reasons=None)
+    assert answer.reasoning == SEEN
+    assert_right(answer, SHAPES, history_of(closed, SEEN[: SEEN.index(" a ring")]))
+
+
+def test_no_byte_of_its_own_words_ends_them() -> None:
+    words = "a \0 or two, so no."
+    answer = ask(FakeBackend(lambda _: words), boolean=True, reasons=True)
+    assert (answer.text, answer.reasoning) == ("no", words)
+
+
 def test_the_clock_and_a_caller_that_leaves_end_it() -> None:
     late = ask(Chancy(limits=LIMITS), choices=WORDS, max_seconds=0.01)
     assert (late.text, late.choice, late.finish_reason, late.limit) == ("", None, "length", "seconds")
@@ -207,12 +353,14 @@ def test_the_clock_and_a_caller_that_leaves_end_it() -> None:
 
     backend = Waiting(limits=LIMITS)
     with Engine(lambda: backend, now=backend.clock) as engine:
-        stream = engine.submit(prompt(), SamplingParams(choices=WORDS))
+        stream = engine.submit(prompt(), SamplingParams(choices=WORDS, reasons=False))
         stream.cancel()
         left.set()
         with pytest.raises(Cancelled):
             stream.result()
-        assert_right(engine.submit(prompt(), SamplingParams(choices=WORDS)).result(), WORDS, history_of(prompt()))
+        assert_right(
+            engine.submit(prompt(), SamplingParams(choices=WORDS, reasons=False)).result(), WORDS, history_of(prompt())
+        )
 
 
 def test_a_batch_that_fails_fails_its_own_and_leaves_nothing_behind() -> None:
@@ -226,8 +374,10 @@ def test_a_batch_that_fails_fails_its_own_and_leaves_nothing_behind() -> None:
     backend = Failing(limits=LIMITS)
     with Engine(lambda: backend, now=backend.clock) as engine:
         with pytest.raises(DecodeFailed):
-            engine.submit(prompt(), SamplingParams(choices=WORDS)).result()
-        assert_right(engine.submit(prompt(), SamplingParams(choices=WORDS)).result(), WORDS, history_of(prompt()))
+            engine.submit(prompt(), SamplingParams(choices=WORDS, reasons=False)).result()
+        assert_right(
+            engine.submit(prompt(), SamplingParams(choices=WORDS, reasons=False)).result(), WORDS, history_of(prompt())
+        )
         engine.call(lambda _: engine._loop._self_check())
 
 

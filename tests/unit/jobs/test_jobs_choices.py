@@ -8,7 +8,12 @@ from opsin.core.answer import Answer, Stages, Timings, Usage, parsed
 from opsin.core.choice import choose
 from opsin.core.errors import ConstraintFailed
 from opsin.core.request import SamplingParams
+from opsin.core.settings import EngineSettings
+from opsin.jobs.asker import Question
 from opsin.jobs.row import answer_row, columns, flat, output_fields, output_of
+from opsin.jobs.spec import job_spec
+from opsin.jobs.template import PromptTemplate
+from opsin.models import resolve
 
 TIMINGS = Timings(0, 0, 0, 0, 0, 0, 0, 0, 0)
 
@@ -41,6 +46,16 @@ def test_the_value_is_what_the_label_stands_for(params: dict[str, object], value
     cells = dict(zip(columns(fields), flat(whole, fields), strict=True))
     assert cells["choice"] == value
     assert cells["probability"] == pytest.approx(max(row["probabilities"].values()))
+
+
+def test_a_job_of_an_earlier_version_goes_on_where_reasons_are_unset() -> None:
+    def fields(**params: object) -> dict[str, object]:
+        asked = Question(PromptTemplate("What?"), SamplingParams(**params))  # type: ignore[arg-type]
+        return job_spec(resolve(None, None), EngineSettings(), asked)
+
+    assert not {"choices", "scale", "boolean", "reasons", "boxes", "confidence"} & fields().keys()
+    assert "reasons" not in fields(boolean=True)
+    assert [fields(boolean=True, reasons=one)["reasons"] for one in (True, False)] == [True, False]
 
 
 def test_an_answer_that_was_cut_has_no_value() -> None:

@@ -73,11 +73,15 @@ def test_fields_that_only_the_command_has_are_ignored_by_name(path: str) -> None
 def test_a_scale_a_boolean_and_reasons() -> None:
     async def work() -> None:
         async with world(lambda _: "as it is round, so 4.") as w:
-            wanted = {"type": "choices", "scale": "1-5", "reasons": True}
-            body = await w.chat(response_format=wanted)
-            assert (said(body), body["value"]) == ("4", 4)
-            assert body["choices"][0]["message"]["reasoning_content"] == "as it is round, so 4."
-            assert body["expected"] == pytest.approx(4, abs=0.1)
+            wanted = {"type": "choices", "scale": "1-5"}
+            for more in ({}, {"reasons": None}, {"reasons": True}):
+                body = await w.chat(response_format={**wanted, **more})
+                assert (said(body), body["value"]) == ("4", 4)
+                assert body["choices"][0]["message"]["reasoning_content"] == "as it is round, so 4."
+                assert body["expected"] == pytest.approx(4, abs=0.1)
+            body = await w.chat(response_format={**wanted, "reasons": False})
+            assert body["choices"][0]["message"].get("reasoning_content") is None
+            assert body["coverage"] < 0.1
             assert (await w.chat(response_format={"type": "choices", "boolean": True}))["value"] in {True, False}
 
     run(work())
