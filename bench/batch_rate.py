@@ -131,12 +131,18 @@ def differing(
 
 
 def gap(steps: Sequence[TokenLogprob], text: str) -> float:
-    """How far apart the two likeliest tokens were where an answer first differs from a text; 0 where it does not."""
-    so_far = b""
+    """How far apart the two likeliest tokens were where an answer first differs from a text; 0 where it does not.
+
+    Where both of them fit the text (" a" and " an"), it may have been there.
+    """
+    least, so_far, whole = float("inf"), b"", text.strip().encode()
     for step in steps:
+        (_, _, first), (_, other, second) = step.top[:2]
+        if whole.startswith((so_far + other).lstrip()):
+            least = min(least, first - second)
         so_far += step.piece
-        if not text.strip().encode().startswith(so_far.strip()):
-            return step.top[0][2] - step.top[1][2]
+        if not whole.startswith(so_far.strip()):
+            return min(least, first - second)
     return 0.0
 
 

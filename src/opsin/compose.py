@@ -1,5 +1,6 @@
 """Settings in, running engine out: the one file that joins `native` to `engine`."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -98,7 +99,7 @@ def open_runtime(
     cell_bytes = sum(layer.kv_values for layer in facts.model.layers) * bytes_per_value(settings.kv_type)
     swap_cells = int(min(SWAP_BYTES, free.get(HOST, 0) // 8) / max(1.0, cell_bytes))
     policy = Policy.for_device(gpu=gpu, parallel=settings.parallel, max_queue=max_queue, swap_cells=swap_cells)
-    if not settings.kv_unified:
+    if settings.kv_unified is False:
         policy = replace(policy, park_beside=None)  # nobody's attention looks at the cells of others
     engine = Engine(
         lambda: open_backend(settings, progress, sizes),
@@ -133,12 +134,13 @@ def plan_workers(pair: Pair, settings: EngineSettings, most: int, *, apart: bool
     facts = read_facts(pair.llm, pair.mmproj, settings.image_max_tokens)
     free, whole = free_memory(()).get(HOST, 0), MemoryPlanner(facts, (), settings, {}).needed().ctx
     longest = min(whole, facts.model.context or whole)
-    workers = range(min(most, physical_cores()), 1, -1)
-    plans = [(count, settings.ctx or max(longest, whole // count), True) for count in workers]
-    if apart and settings.ctx is None:
-        plans = [(count, whole, False) for count in workers or (1,)] + plans
-    for count, ctx, unified in plans:
-        each = settings.model_copy(update={"ctx": ctx, "kv_unified": settings.kv_unified and unified})
+    apart = apart and settings.ctx is None and settings.kv_unified is None and not facts.model.slides
+    for count, parts in itertools.product(range(max(1, min(most, physical_cores())), 0, -1), (True, False)):
+        if not (apart if parts else count > 1):
+            continue
+        unified = False if parts else settings.kv_unified
+        ctx = settings.ctx or (whole if unified is False else max(longest, whole // count))
+        each = settings.model_copy(update={"ctx": ctx, "kv_unified": unified})
         needs = MemoryPlanner(facts, (), each, {}).needed().by_device[HOST]
         if count * (needs.total + min(SWAP_BYTES, free // 8)) <= free // 2:
             return count, each

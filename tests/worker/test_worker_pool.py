@@ -173,19 +173,22 @@ def test_on_a_cpu_workers_share_the_context_and_half_of_the_free_memory(
     [
         (64 * GIB, 4, {}, 4, False),
         (64 * GIB, 1, {}, 1, False),
-        (2 * GIB, 2, {}, 1, True),
-        (64 * GIB, 4, {"ctx": 2048}, 4, True),
+        (2 * GIB, 2, {}, 1, False),
+        (0, 4, {}, 1, None),
+        (64 * GIB, 4, {"ctx": 2048}, 4, None),
+        (64 * GIB, 4, {"kv_unified": True}, 4, True),
+        (64 * GIB, 4, {"kv_unified": False}, 4, False),
     ],
 )
 def test_rows_that_share_nothing_get_parts_as_long_as_one_alone_would(
-    monkeypatch: pytest.MonkeyPatch, free: int, cores: int, given: dict[str, int], workers: int, unified: bool
+    monkeypatch: pytest.MonkeyPatch, free: int, cores: int, given: dict[str, int], workers: int, unified: bool | None
 ) -> None:
     monkeypatch.setattr(compose, "free_memory", lambda _: {"CPU": free})
     monkeypatch.setattr(compose, "physical_cores", lambda: cores)
     pair, settings = resolve(None, None), EngineSettings(parallel=8, **given)
     count, each = compose.plan_workers(pair, settings, 8, apart=True)
     assert (count, each.kv_unified) == (workers, unified)
-    if not unified:
+    if unified is False:
         assert each.ctx == 8 * (compose.read_facts(pair.llm, pair.mmproj, None).model.context or 0)
 
 

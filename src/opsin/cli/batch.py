@@ -238,7 +238,7 @@ class _Batch:
             # Threads wait for each other behind each operation of a graph, those of several workers do not.
             left = None if self._rows.total is None else max(0, self._rows.total - sum(ledger.counts(job)))
             groups = _MOST_WORKERS if left is None else left // SLOTS
-            apart = not asked.params.labels and all_differ(self._rows)
+            apart = not asked.params.labels and asked.images.tiles is None and all_differ(self._rows)
             self._workers, self._each = plan_workers(pair, given, min(_MOST_WORKERS, groups), apart=apart)
         output = to.open(place, output_fields(asked.params.model_dump()), ledger)
         self._stack.callback(output.close)

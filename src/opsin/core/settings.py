@@ -60,9 +60,8 @@ class EngineSettings(BaseModel):
     )
     parallel: int = Field(1, ge=1, le=256, description="slots: how many answers are generated at the same time")
     ubatch: int = Field(1024, ge=32, le=16384, description="tokens computed at once (llama.cpp's physical batch)")
-    kv_unified: bool = Field(
-        True,
-        description="one KV cache for all slots, which shares prefixes (batch on a CPU: a part each, if images differ)",
+    kv_unified: bool | None = Field(
+        None, description="one KV cache for all slots, which shares prefixes (default: yes; batch: if images repeat)"
     )
     kv_type: KvType = Field("f16", description="type of the KV cache")
     flash_attention: bool | None = Field(None, description="flash attention (default: where it is supported)")

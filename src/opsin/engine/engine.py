@@ -291,6 +291,7 @@ class Preparer:
             guard=Guard("".join(prompt_texts)) if params.guard else None,
             tags=tags,
             keep_space=prompt.continues or params.logprobs is not None,
+            stop_reasoning=bool(params.labels),
         )
         return text, closing
 

@@ -125,9 +125,9 @@ class AnswerText:
     """The growing answer of one request; knows no backend and no clock.
 
     `stopped` is set at a stop string, `verdict` is set when the guard speaks. Stop strings are looked for in the
-    answer only, never in the reasoning. White space at the answer's start is the template's, and left out unless
-    `keep_space`. `tags` gives bytes to control tokens that mark reasoning: as tokens they have no text, and the
-    splitter would not see them.
+    answer; in the reasoning only if `stop_reasoning`. White space at the answer's start is the template's, and left
+    out unless `keep_space`. `tags` gives bytes to control tokens that mark reasoning: as tokens they have no text, and
+    the splitter would not see them.
     """
 
     def __init__(
@@ -138,6 +138,7 @@ class AnswerText:
         tags: Mapping[int, bytes] | None = None,
         *,
         keep_space: bool = False,
+        stop_reasoning: bool = False,
     ) -> None:
         self.verdict: GuardVerdict | None = None
         self.tokens: list[int] = []
@@ -146,7 +147,7 @@ class AnswerText:
         self._splitter = splitter
         self._guard = guard
         self._tags = tags or {}
-        self._keep_space = keep_space
+        self._keep_space, self._stop_reasoning = keep_space, stop_reasoning
         self._cut = b""  # the beginning of a character whose other bytes have not come yet
         self._stops = StopStrings(stop)
         self._plain = splitter is None and not stop
@@ -192,9 +193,10 @@ class AnswerText:
             self._pending.append(logprob)
 
     def write(self, text: str, tokens: Iterable[int]) -> list[TextDelta]:
-        """The answer, which these tokens stand for."""
+        """The answer, which these tokens stand for, behind all of the reasoning."""
+        deltas = self.finish()
         self.tokens += tokens
-        return self._show(text)
+        return deltas + self._show(text)
 
     def read(self, token: int, piece: bytes) -> list[TextDelta]:
         """What may be shown now. Bytes that can be no character become U+FFFD."""
@@ -210,13 +212,16 @@ class AnswerText:
         return self._split(text)
 
     def finish(self) -> list[TextDelta]:
-        """Give what was held back; called once, at the end."""
-        deltas = self._split(self._cut.decode("utf-8", "replace"))
+        """Give what was held back, now that no more comes."""
+        cut, self._cut = self._cut, b""
+        deltas = self._split(cut.decode("utf-8", "replace"))
         if self._splitter is not None:
-            deltas += self._deltas(*self._splitter.finish())
+            held = self._stops.flush() if self._stop_reasoning else ""
+            deltas += self._deltas(*self._splitter.feed(held)) + self._deltas(*self._splitter.finish())
         return deltas + self._show(self._stops.flush())
 
     def _split(self, text: str) -> list[TextDelta]:
+        text = self._stops.feed(text) if self._stop_reasoning else text
         return self._deltas("", text) if self._splitter is None else self._deltas(*self._splitter.feed(text))
 
     def _deltas(self, reasoning: str, text: str) -> list[TextDelta]:

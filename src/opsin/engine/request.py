@@ -304,7 +304,7 @@ class Sequence:
             tokens=tuple(output.tokens),
             max_tokens=request.max_tokens,
             intervals=self.clock.intervals(),
-            stop=output.stopped,
+            stop=None if request.params.labels else output.stopped,
             confidence=confidence_of(output.text, self.weighed) if request.params.confidence else None,
             choice=None if self.labels is None else self.labels.choice,
         )

@@ -151,11 +151,12 @@ class Scheduler:
     def streams_beside(self, priority: int) -> tuple[Sequence, ...]:
         """Those who wait for their next token while a sequence of that priority is filled."""
         least = max(0, priority)
-        return tuple([s for s in self.running if s.state is State.DECODE and s.request.priority >= least])
+        return tuple([s for s in self._decoding() if s.request.priority >= least])
 
     def _decoding(self) -> tuple[Sequence, ...]:
-        """Those whose answers have begun."""
-        return tuple([s for s in self.running if s.state is State.DECODE])
+        """Those whose answers have begun; by ids with parts of the cells: llama.cpp decodes neighbours together."""
+        found = tuple([s for s in self.running if s.state is State.DECODE])
+        return found if self._limits.unified else tuple(sorted(found, key=lambda s: s.seq_id))
 
     def _advance(self, sequence: Sequence, tokens: int) -> None:
         self.kv.cells.append(sequence.seq_id, tokens)
@@ -189,6 +190,9 @@ class Scheduler:
                 return None  # somebody fills what this one needs: forking it later is cheaper than filling it twice
             # The last token is always decoded again, so that there are logits.
             source, ready = match.prefix, min(match.ready, len(prefix.units) - 1)
+        if source is not None and not self.kv.spare_ids and [*self.kv.idle.values()] == [source]:
+            self.kv.evict_oldest()  # nobody else has an id to give; from main memory it can be had
+            source, ready = (source, ready) if source.swapped else (None, 0)
         if not (self._may_run(sequence) and self._has_room(prefix, source, ready)):
             if self.running:
                 return False

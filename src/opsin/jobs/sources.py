@@ -35,7 +35,7 @@ _KINDS = (
 )
 _BLOCK = 2**16
 _LOOKED_AT = 100  # rows
-_DOCUMENTS = (".pdf", ".tif", ".tiff")
+_PICTURES = tuple(ending for ending in ENDINGS if ending not in {".pdf", ".tif", ".tiff"})
 
 
 def open_source(
@@ -58,15 +58,14 @@ def open_source(
 
 
 def all_differ(rows: Source) -> bool:
-    """Whether each row is about one image of its own; of a table or tar its first rows tell. Documents have many."""
+    """Whether each row is about an image of its own, by its name no document; of a table or tar the first rows tell."""
     seen: set[int] = set()
     with suppress(BadInput):  # the job itself tells of it, behind the rows that can be read
         for item in () if rows.once else islice(rows, _LOOKED_AT if rows.folder is None else None):
-            image = item.images[0] if len(item.images) == 1 else None
-            many = isinstance(image, str) and image.lower().endswith(_DOCUMENTS)
-            if many or image is None or hash(image) in seen:
+            one = len(item.images) == 1 and item.source.lower().endswith(_PICTURES) and hash(item.images) not in seen
+            if not (one or item.error):
                 return False
-            seen.add(hash(image))
+            seen.add(hash(item.images))
     return not (rows.is_requests or rows.once)
 
 

@@ -83,8 +83,8 @@ class Context:
         # the window of the only sequence that holds it as free, also with swa_full and while others are empty: a
         # prefix would lose its beginning. A cell of two sequences stays.
         slides = llama.llama_model_n_swa(model.pointer) > 0 and not model.whole_states_only
-        unified = settings.kv_unified or slides or model.whole_states_only  # a fork apart is a copy of what is saved
-        # Where each id has a whole state, or a part of the cells, none is to spare.
+        # With parts of the cells a fork is a copy of what is saved. Where each id has a part or state none is spare.
+        unified = settings.kv_unified is not False or slides or model.whole_states_only
         spare = SPARE_SEQUENCES if unified and not model.whole_states_only else 0
         sequences = _sequences(settings, spare, params.n_ubatch, _MAX_SEQUENCES // (2 if slides else 1))
         self._keeper = sequences if slides else 0

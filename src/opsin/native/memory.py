@@ -252,7 +252,8 @@ class MemoryPlanner:
 
     def _compute(self, plan: MemoryPlan, outputs: int) -> float:
         """The mask, and rows of a ubatch times what the widest step holds at once; without flash its scores."""
-        model, rows, cells = self.pair.model, plan.ubatch, -(-plan.ctx // 256) * 256
+        parts = self.settings.parallel if self.settings.kv_unified is False else 1
+        model, rows, cells = self.pair.model, plan.ubatch, -(-plan.ctx // parts // 256) * 256
         flash = self.settings.flash_attention is not False
         attention = rows * 6 * model.width * 4 + (0 if flash else rows * cells * model.heads * 4)
         forward = rows * (3 * model.feed_forward + 4 * model.width) * 4

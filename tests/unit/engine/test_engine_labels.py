@@ -242,6 +242,13 @@ def test_unset_nothing_is_said_nor_computed_where_it_begins_with_a_label() -> No
     assert backends[0].clock.seconds == backends[1].clock.seconds
 
 
+def test_own_words_end_at_a_stop_string_and_no_label_behind_it_counts() -> None:
+    said = "It swims. USER: Is it a ring?"
+    answer = ask(Chancy(lambda _: said), choices=SHAPES, reasons=None, stop=("USER:",))
+    assert (answer.reasoning, answer.stop) == ("It swims.", None)
+    assert_right(answer, SHAPES, history_of(prompt()))
+
+
 def test_own_words_find_the_prompt_and_its_image_in_the_kv_cache() -> None:
     long = prompt("what is it? " * 20)
     found, wanted = Chancy(lambda _: SEEN), Chancy(lambda _: SEEN)

@@ -25,6 +25,20 @@ def test_stop_strings_end_the_answer_but_not_the_reasoning() -> None:
     assert (output.reasoning, output.text, output.stopped) == ("don't stop", "go ", "stop")
 
 
+def test_stop_strings_end_own_words_before_a_label_and_what_was_held_back_comes_before_it() -> None:
+    def own() -> AnswerText:
+        splitter = ReasoningSplitter(ReasoningStyle("\0a", "\0b"), starts_inside=True)
+        return AnswerText(("USER:",), splitter, None, stop_reasoning=True)
+
+    output = own()
+    read(output, [(1, b"a fish. US"), (2, b"ER: Is it"), (3, b" a ring?")])
+    assert (output.reasoning, output.text, output.stopped) == ("a fish.", "", "USER:")
+    output = own()
+    deltas = output.feed(1, b"in the US", None) + output.write("a fish", [2, 3]) + output.finish()
+    assert [(delta.text, delta.reasoning) for delta in deltas] == [("in the", True), (" US", True), ("a fish", False)]
+    assert (output.tokens, output.stopped) == ([1, 2, 3], None)
+
+
 def test_a_character_cut_over_tokens_comes_whole_with_both_logprobs() -> None:
     output = AnswerText((), None, None)
     smile = "\N{SLIGHTLY SMILING FACE}".encode()

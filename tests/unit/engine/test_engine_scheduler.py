@@ -12,6 +12,7 @@ from opsin.cache.kv_cache import Fork
 from opsin.core.answer import Finished
 from opsin.core.backend import BackendLimits
 from opsin.core.errors import Cancelled, DecodeFailed, EncodeFailed
+from opsin.core.request import TokenBatch
 from opsin.engine import Policy
 from opsin.engine.request import State
 from opsin.engine.step import PrefillImage, Tokens, cells_needed
@@ -650,6 +651,36 @@ def test_no_more_idle_cells_stay_in_the_cache_than_the_policy_says() -> None:
     cached = [made.ask(name * 200 + "!", max_tokens=1) for name in "cb"]
     made.run()
     assert [asked.answer.usage.cached_tokens > 200 for asked in cached] == [True, False]
+
+
+@pytest.mark.parametrize("unified", [True, False])
+def test_with_parts_of_the_cells_sequences_decode_in_the_order_of_their_ids(unified: bool) -> None:
+    """llama.cpp decodes neighbours together, and cuts a batch wherever an id does not follow on the one before."""
+    made = driver(size=dataclasses.replace(limits(n_ctx=2000), unified=unified), answer=long)
+    decode, orders = made.backend.decode, []
+
+    def noted(rows, **options: bool) -> bool:  # type: ignore[no-untyped-def]
+        if isinstance(rows, TokenBatch) and len(rows.tokens) == len(rows.outputs):
+            orders.append(list(rows.seq_ids))
+        return decode(rows, **options)
+
+    made.backend.decode = noted  # type: ignore[method-assign]
+    for number in range(12):
+        made.ask(f"{number} talk", max_tokens=3 + 7 * number % 11)
+    made.run()
+    assert {len(order) for order in orders} >= {3, 4}
+    assert all(order == sorted(order) for order in orders) is not unified
+    made.close()
+
+
+def test_who_needs_what_the_only_id_holds_gets_it_from_main_memory() -> None:
+    made = driver(1, dataclasses.replace(limits(n_ctx=2000, n_seq_max=1), unified=False), answer=long, swap_cells=1000)
+    made.ask("a beginning" * 9, max_tokens=2)
+    made.run()
+    again = made.ask("a beginning" * 9 + "!", max_tokens=2)
+    made.run()
+    assert again.answer.usage.cached_tokens > 90
+    made.close()
 
 
 def test_a_kv_operation_that_fails_ends_its_own_sequence_alone() -> None:
