@@ -668,7 +668,7 @@ def test_with_parts_of_the_cells_sequences_decode_in_the_order_of_their_ids(unif
     for number in range(12):
         made.ask(f"{number} talk", max_tokens=3 + 7 * number % 11)
     made.run()
-    assert {len(order) for order in orders} >= {3, 4}
+    assert 4 in {len(order) for order in orders}
     assert all(order == sorted(order) for order in orders) is not unified
     made.close()
 
