@@ -35,7 +35,7 @@ _KINDS = (
 )
 _BLOCK = 2**16
 _LOOKED_AT = 100  # rows
-_PICTURES = tuple(ending for ending in ENDINGS if ending not in {".pdf", ".tif", ".tiff"})
+_ONE_PAGE = tuple(ending for ending in ENDINGS if ending not in {".pdf", ".tif", ".tiff"})
 
 
 def open_source(
@@ -62,7 +62,7 @@ def all_differ(rows: Source) -> bool:
     seen: set[int] = set()
     with suppress(BadInput):  # the job itself tells of it, behind the rows that can be read
         for item in () if rows.once else islice(rows, _LOOKED_AT if rows.folder is None else None):
-            one = len(item.images) == 1 and item.source.lower().endswith(_PICTURES) and hash(item.images) not in seen
+            one = len(item.images) == 1 and item.source.lower().endswith(_ONE_PAGE) and hash(item.images) not in seen
             if not (one or item.error):
                 return False
             seen.add(hash(item.images))
