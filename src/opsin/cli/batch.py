@@ -127,7 +127,9 @@ def _beside(kind: Kind, item: Item, row: Row) -> None:
 
 
 @o.flags_of(SamplingParams, *o.ANSWER, "boxes", "confidence")
-@o.flags_of(EngineSettings, *o.ENGINE, "image_max_tokens", "image_min_tokens", "disk_cache", parallel=_PARALLEL)
+@o.flags_of(
+    EngineSettings, *o.ENGINE, "kv_unified", "image_max_tokens", "image_min_tokens", "disk_cache", parallel=_PARALLEL
+)
 @o.flags_of(ImageOptions, *o.IMAGES)
 @o.flags_of(ImageSettings, *o.PAGES)
 @o.flags_of(BatchOptions, *BatchOptions.model_fields)
