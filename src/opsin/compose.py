@@ -1,13 +1,12 @@
 """Settings in, running engine out: the one file that joins `native` to `engine`."""
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 from opsin.cache import DiskStore, EmbeddingCache, default_folder
-from opsin.core.errors import OpsinError
+from opsin.core.errors import BadParameter, OpsinError
 from opsin.core.ggml_types import bytes_per_value
 from opsin.core.image_options import ANY_SIZES
 from opsin.core.model_info import PairFacts
@@ -98,9 +97,12 @@ def open_runtime(
     gpu = any(device.is_gpu for device in present) and not on_cpu
     cell_bytes = sum(layer.kv_values for layer in facts.model.layers) * bytes_per_value(settings.kv_type)
     swap_cells = int(min(SWAP_BYTES, free.get(HOST, 0) // 8) / max(1.0, cell_bytes))
-    policy = Policy.for_device(gpu=gpu, parallel=settings.parallel, max_queue=max_queue, swap_cells=swap_cells)
-    if settings.kv_unified is False:
-        policy = replace(policy, park_beside=None)  # nobody's attention looks at the cells of others
+    unified = settings.kv_unified is not False
+    if not unified and facts.model.slides:
+        raise BadParameter("A model with a sliding window needs one KV cache for all slots: leave out --no-kv-unified.")
+    policy = Policy.for_device(
+        gpu=gpu, parallel=settings.parallel, max_queue=max_queue, swap_cells=swap_cells, unified=unified
+    )
     engine = Engine(
         lambda: open_backend(settings, progress, sizes),
         policy=replace(policy, draft_beside=DRAFT_BESIDE if settings.speculation else 0),
@@ -135,15 +137,13 @@ def plan_workers(pair: Pair, settings: EngineSettings, most: int, *, apart: bool
     free, whole = free_memory(()).get(HOST, 0), MemoryPlanner(facts, (), settings, {}).needed().ctx
     longest = min(whole, facts.model.context or whole)
     apart = apart and settings.ctx is None and settings.kv_unified is None and not facts.model.slides
-    for count, parts in itertools.product(range(max(1, min(most, physical_cores())), 0, -1), (True, False)):
-        if not (apart if parts else count > 1):
-            continue
-        unified = False if parts else settings.kv_unified
-        ctx = settings.ctx or (whole if unified is False else max(longest, whole // count))
-        each = settings.model_copy(update={"ctx": ctx, "kv_unified": unified})
-        needs = MemoryPlanner(facts, (), each, {}).needed().by_device[HOST]
-        if count * (needs.total + min(SWAP_BYTES, free // 8)) <= free // 2:
-            return count, each
+    for count in range(max(1, min(most, physical_cores())), 0, -1):
+        for unified in ([False] if apart else []) + ([settings.kv_unified] if count > 1 else []):
+            ctx = settings.ctx or (whole if unified is False else max(longest, whole // count))
+            each = settings.model_copy(update={"ctx": ctx, "kv_unified": unified})
+            needs = MemoryPlanner(facts, (), each, {}).needed().by_device[HOST]
+            if count * (needs.total + min(SWAP_BYTES, free // 8)) <= free // 2:
+                return count, each
     return 1, settings
 
 

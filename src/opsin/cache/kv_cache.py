@@ -401,8 +401,7 @@ class KVCacheManager:
         self.idle.pop(seq_id, None)
         self.cells.drop(seq_id)
         self._free_ids.append(seq_id)
-        # With parts of the cells llama.cpp decodes sequences together only if each id follows on the one before.
-        self._free_ids.sort(reverse=True)
+        self._free_ids.sort(reverse=True)  # low ids first, so that those in use follow on each other
 
     def expected_positions(self) -> dict[int, int]:
         """The last position of each sequence id while no sequence runs: -1 for all but idle prefixes."""

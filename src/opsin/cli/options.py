@@ -58,7 +58,7 @@ def answer_fields(flags: Flags, json_schema: Path | None, choices: str | None, *
     found = given(SamplingParams, flags)
     if json_schema is not None:
         found["json_schema"] = read_text(expand(json_schema), MAX_SCHEMA)
-    found |= {name: value for name, value in labels.items() if value or (value is False and name == "reasons")}
+    found |= {name: value for name, value in labels.items() if value is not None}
     if choices is not None:
         found["choices"] = [one.strip() for one in choices.split(",")]
         if choices.lstrip().startswith("["):

@@ -143,7 +143,7 @@ class SamplingParams(BaseModel):
         kinds = [name for name in ("choices", "scale", "boolean") if getattr(self, name)]
         if len(kinds) > 1:
             raise ValueError(f"{' and '.join(kinds)} cannot be used together: give one of them")
-        if self.reasons and not kinds:
+        if self.reasons is not None and not kinds:
             raise ValueError("reasons come before a label: give choices, scale or boolean, too")
         for name in _ALONE if kinds else ():
             value = getattr(self, name)

@@ -51,15 +51,17 @@ class Policy:
     keep_prefixes: bool = True
 
     @classmethod
-    def for_device(cls, *, gpu: bool, parallel: int, max_queue: int, swap_cells: int) -> Policy:
+    def for_device(cls, *, gpu: bool, parallel: int, max_queue: int, swap_cells: int, unified: bool = True) -> Policy:
         """What suits the device that the language model is on; main memory has room for `swap_cells`.
 
         On a GPU an image takes 20 to 50 ms and stopping its graph costs more than that is worth, so streams get their
         turn between steps, and half of the time. On a CPU attention looks at idle cells, too, which costs more than
-        copying them: 4,000 of them make the prefill of an image half as long again.
+        copying them: 4,000 of them make the prefill of an image half as long again. Not so if each slot has a part
+        of the cells (`unified` is False).
         """
         if not gpu:
-            return cls(parallel, idle_cells=4096, park_beside=256, swap_cells=swap_cells, max_queue=max_queue)
+            beside = 256 if unified else None
+            return cls(parallel, idle_cells=4096, park_beside=beside, swap_cells=swap_cells, max_queue=max_queue)
         return cls(
             parallel,
             slice=512,

@@ -154,9 +154,11 @@ class Scheduler:
         return tuple([s for s in self._decoding() if s.request.priority >= least])
 
     def _decoding(self) -> tuple[Sequence, ...]:
-        """Those whose answers have begun; by ids with parts of the cells: llama.cpp decodes neighbours together."""
-        found = tuple([s for s in self.running if s.state is State.DECODE])
-        return found if self._limits.unified else tuple(sorted(found, key=lambda s: s.seq_id))
+        """Those whose answers have begun."""
+        found = [s for s in self.running if s.state is State.DECODE]
+        if not self._limits.unified:  # llama.cpp decodes only those together whose ids follow on each other
+            found.sort(key=lambda s: s.seq_id)
+        return tuple(found)
 
     def _advance(self, sequence: Sequence, tokens: int) -> None:
         self.kv.cells.append(sequence.seq_id, tokens)

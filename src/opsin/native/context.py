@@ -318,10 +318,13 @@ class Context:
         part = start > 0 or 0 <= end <= self.kv_last(source)
         refused = part and (self.model.whole_states_only or (start > 0 and not self.limits.unified))
         _require(not refused, "A part of this model's state cannot be copied.")
-        if source != target and not self.limits.unified:  # llama.cpp would copy a part with all its empty cells
+        if source == target:
+            return
+        if not self.limits.unified:  # llama.cpp would copy a part with all its empty cells
             self.kv_load(target, self.kv_save(source))
             self.kv_remove(target, end if end >= 0 else self.limits.n_ctx, -1)
-        for one in self._ids(target) if source != target and self.limits.unified else ():
+            return
+        for one in self._ids(target):
             self._llama.llama_memory_seq_cp(self._memory, source, one, start, end)
 
     def kv_save(self, seq_id: int) -> NDArray[np.uint8]:

@@ -1,9 +1,7 @@
 """POST /v1/chat/completions and /v1/completions: answers that consist of choices."""
 
 import asyncio
-import contextlib
 import itertools
-import json
 import time
 import uuid
 from collections import Counter
@@ -162,10 +160,9 @@ def _message(message: schema.MessageIn, images: Iterator[list[Image]]) -> Messag
             content += [part.text] if isinstance(part, TextPartIn) else next(images)
     calls = [call.model_dump() for call in message.tool_calls or ()]
     for call in calls:
-        with contextlib.suppress(ValueError, RecursionError):
-            arguments = json.loads(call["function"]["arguments"])
-            if isinstance(arguments, dict) and not schema.is_deep(arguments):
-                call["function"]["arguments"] = arguments  # templates want an object
+        arguments = schema.loads(call["function"]["arguments"])
+        if isinstance(arguments, dict) and not schema.is_deep(arguments):
+            call["function"]["arguments"] = arguments  # templates want an object
     return Message(
         _ROLES.get(message.role, message.role),
         content or "",

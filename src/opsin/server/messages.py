@@ -1,6 +1,5 @@
 """POST /v1/messages and /v1/messages/count_tokens: conversations in Anthropic's shape."""
 
-import json
 import uuid
 from collections.abc import Sequence
 from typing import Any
@@ -87,9 +86,7 @@ class _MessageWriter(Writer):
 
     def failed(self, status: int, body: dict[str, Any]) -> bytes:
         error = body["error"]
-        return (
-            b"event: error\ndata: " + schema.dumps(anthropic_error(status, error["message"], error["code"])) + b"\n\n"
-        )
+        return _frame("error", **anthropic_error(status, error["message"], error["code"]))
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         # It is the result of a stream's events.
@@ -152,7 +149,11 @@ class _MessageWriter(Writer):
         if block is None:
             return frames
         kind, said = block["type"], "".join(self._pieces)
-        block |= {"input": _object(said)} if kind == "tool_use" else {kind: said}
+        if kind == "tool_use":  # one that was cut has no arguments
+            arguments = schema.loads(said)
+            block["input"] = arguments if isinstance(arguments, dict) else {}
+        else:
+            block[kind] = said
         if kind == "thinking":
             block["signature"] = _SIGNATURE
             frames = _frame("content_block_delta", index=at, delta={"type": "signature_delta", "signature": _SIGNATURE})
@@ -168,12 +169,3 @@ def _usage(usage: Usage) -> dict[str, int]:
         "cache_read_input_tokens": usage.cached_tokens,
         "output_tokens": usage.completion_tokens,
     }
-
-
-def _object(arguments: str) -> dict[str, Any]:
-    """The arguments of a call; none of one that was cut."""
-    try:
-        value = json.loads(arguments)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}

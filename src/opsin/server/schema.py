@@ -396,3 +396,11 @@ _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 def dumps(value: Any) -> bytes:
     """Compact JSON in UTF-8. Lone surrogates, which a client may have sent in a name, become question marks."""
     return _JSON.encode(value).encode("utf-8", "replace")
+
+
+def loads(text: str) -> Any:
+    """What JSON text says; None if it cannot be read."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None

@@ -10,7 +10,7 @@ from typing import Any
 from opsin.core.settings import ServerSettings
 from opsin.prompt import Message, PromptBuilder
 from opsin.server.errors import BadField
-from opsin.server.schema import AnyTool, ChosenTool, FunctionIn, ToolIn, at_most
+from opsin.server.schema import AnyTool, ChosenTool, FunctionIn, ToolIn, at_most, loads
 
 _SHAPE = '{"name": the function\'s name, "arguments": an object with its arguments}'
 _FORCED = f"Call one of these functions. Answer with JSON alone:\n{_SHAPE}"
@@ -171,7 +171,7 @@ class CallReader:
         if not (self._holds or self.calls or not self._said):
             return False
         head = _HEAD.match(self._held)
-        if head is None or (name := _string(head[1])) not in self._names:
+        if head is None or (name := loads(head[1])) not in self._names:
             return False
         self._add(name, "")
         self._held, self._arguments = self._held[head.end() :], _ObjectEnd()
@@ -198,10 +198,7 @@ class CallReader:
 
     def _read(self, text: str) -> bool:
         """Read calls from JSON text; False if it holds none, or anything else."""
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError):
-            return False
+        value = loads(text)
         items = value if isinstance(value, list) else [value]
         if not items or not all(isinstance(item, dict) and str(item.get("name")) in self._names for item in items):
             return False
@@ -235,13 +232,6 @@ class _ObjectEnd:
                     self.over = True
                     return at + 1
         return len(piece)
-
-
-def _string(text: str) -> str:
-    try:
-        return str(json.loads(text))
-    except ValueError:
-        return ""
 
 
 def _may_open(text: str) -> int:

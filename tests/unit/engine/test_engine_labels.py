@@ -98,9 +98,10 @@ def assert_right(answer: Answer, labels: Sequence[str], history: list[int | str]
 
 
 def ask(backend: FakeBackend, question: Prompt | None = None, **params: object) -> Answer:
-    """An answer without own words, unless `reasons` asks for them."""
+    """An answer; a label without own words, unless `reasons` asks for them."""
+    plain = {"reasons": False} if {"choices", "scale", "boolean"} & params.keys() else {}
     with Engine(lambda: backend, now=backend.clock) as engine:
-        answer = engine.submit(question or prompt(), SamplingParams(**{"reasons": False, **params})).result()  # type: ignore[arg-type]
+        answer = engine.submit(question or prompt(), SamplingParams(**{**plain, **params})).result()  # type: ignore[arg-type]
         engine.call(lambda _: engine._loop._self_check())
     return answer
 
@@ -208,11 +209,11 @@ SEEN = "I see a ring at the left."
 @pytest.mark.parametrize("kind", [Chancy, FakeBackend])
 def test_unset_its_own_words_come_where_it_hardly_begins_with_a_label(kind: type[FakeBackend]) -> None:
     answers = {reasons: ask(kind(lambda _: SEEN), choices=SHAPES, reasons=reasons) for reasons in (None, True, False)}
-    for found, wanted in ((answers[None], answers[True]),):
-        assert found.reasoning == wanted.reasoning == SEEN
-        assert found.choice == wanted.choice
-        assert (found.text, found.tokens, found.usage) == (wanted.text, wanted.tokens, wanted.usage)
-        assert (found.finish_reason, found.limit) == ("stop", None)
+    found, wanted = answers[None], answers[True]
+    assert found.reasoning == wanted.reasoning == SEEN
+    assert found.choice == wanted.choice
+    assert (found.text, found.tokens, found.usage) == (wanted.text, wanted.tokens, wanted.usage)
+    assert (found.finish_reason, found.limit) == ("stop", None)
     assert answers[False].reasoning is None
     assert answers[False].choice is not None
     assert answers[False].choice.coverage < 0.1
@@ -416,6 +417,7 @@ def test_labels_that_cannot_be_scored_are_refused_in_a_sentence() -> None:
         {"boolean": True, "logit_bias": {1: 2.0}},
         {"boolean": True, "thinking": True},
         {"reasons": True},
+        {"reasons": False},
     ],
 )
 def test_what_cannot_be_honoured_is_refused(params: dict[str, object]) -> None:
