@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 
+from opsin import Opsin
 from opsin.core.answer import Answer
-from opsin.core.errors import Cancelled, OpsinError
+from opsin.core.errors import BadParameter, Cancelled, OpsinError
 from opsin.core.request import EmbeddingRows, Image, ImageChunk, ImagePart, Prompt, SamplingParams, TextPart
 from opsin.core.settings import EngineSettings
 from opsin.engine import Engine, Policy
@@ -222,3 +223,10 @@ def test_the_probe_sees_every_kind_at_work(kind: str, pairs: Callable[..., Any])
             assert sum(share.nodes for share in shares.values()) > 10
     finally:
         backend.close()
+
+
+def test_a_model_with_a_sliding_window_refuses_parts_of_the_kv_cache(tmp_path: Path) -> None:
+    """Cells behind the window are not saved, so that a fork could be no copy."""
+    pair = write_pair("gemma3-tiny", tmp_path)
+    with pytest.raises(BadParameter, match="--no-kv-unified"):
+        Opsin(pair.llm, pair.mmproj, config=False, kv_unified=False)

@@ -75,7 +75,7 @@ def ask(
     json_schema: Annotated[Path | None, o.answer(help="file with a JSON schema that the answer will fit")] = None,
     choices: o.Choices = None,
     scale: o.Scale = None,
-    boolean: o.Boolean = False,
+    boolean: o.Boolean = None,
     reasons: o.Reasons = None,
     system: o.System = None,
     **flags: Any,

@@ -152,7 +152,7 @@ def batch(
     json_schema: Annotated[Path | None, o.answer(help="file with a JSON schema; its fields become columns")] = None,
     choices: o.Choices = None,
     scale: o.Scale = None,
-    boolean: o.Boolean = False,
+    boolean: o.Boolean = None,
     reasons: o.Reasons = None,
     system: o.System = None,
     **flags: Any,

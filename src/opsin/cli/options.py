@@ -45,7 +45,7 @@ System = Annotated[str | None, answer("--system", help="system message before th
 _CHOICES = "answer with one of these, and how likely each is"
 Choices = Annotated[str | None, answer("--choices", metavar="A,B,…", help=_CHOICES)]
 Scale = Annotated[str | None, answer("--scale", metavar="1-5", help="answer with a number of a scale")]
-Boolean = Annotated[bool, answer("--bool", help="answer with yes or no")]
+Boolean = Annotated[bool | None, answer("--bool", help="answer with yes or no")]
 _REASONS = "with these three: own words before the choice (default: where the model hardly begins with a label)"
 Reasons = Annotated[bool | None, answer("--reasons/--no-reasons", help=_REASONS)]
 
