@@ -23,7 +23,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return write_pair("tiny", Path(tmp_path_factory.mktemp("pair")))
 
 
-@pytest.fixture(scope="module", params=["fake", "native", "parts"])
+@pytest.fixture(scope="module", params=["fake", "native", "parts", "sampled"])
 def backend(request: pytest.FixtureRequest) -> Iterator[Any]:
     if request.param == "fake":
         limits = BackendLimits(
@@ -35,6 +35,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Any]:
 
         pair = request.getfixturevalue("tiny")
         kind = {"ctx": 4 * 512, "kv_unified": False} if request.param == "parts" else {"ctx": 512}
+        kind["device_sampling"] = request.param == "sampled"
         made = open_backend(EngineSettings(model=pair.llm, mmproj=pair.mmproj, parallel=4, ubatch=64, **kind))
     yield made
     made.close()

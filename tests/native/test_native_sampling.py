@@ -93,7 +93,7 @@ def test_few_tokens_are_drawn_from_as_all_are(backend: Any, params: SamplingPara
     """The chain sees the most likely tokens alone; llama.cpp's own call gives it the whole vocabulary."""
     assert backend.decode(batch([TokenRow(9, 0, 0, True)]))
     few, all_of_them = backend.sampler(params, 21), backend.sampler(params, 21)
-    llama, context = all_of_them._llama, all_of_them._context.pointer
+    llama, context = all_of_them._llama, backend.handle.pointer
     drawn = [few.sample(-1) for _ in range(50)]
     assert drawn == [llama.llama_sampler_sample(all_of_them.pointer, context, -1) for _ in range(50)]
     assert len(set(drawn)) > 1

@@ -71,6 +71,9 @@ class EngineSettings(BaseModel):
     speculation: bool = Field(
         False, description="decode several guessed tokens at once where answers repeat earlier ones"
     )
+    device_sampling: bool = Field(
+        False, description="choose tokens on the GPU, with llama.cpp's experimental backend sampling"
+    )
     image_max_tokens: int | None = Field(None, ge=1, description="most tokens of an image, if the model can choose")
     image_min_tokens: int | None = Field(None, ge=1, description="fewest tokens of an image, if the model can choose")
     image_cache_bytes: int = Field(512 * 2**20, ge=0, description="memory for embeddings of images, in bytes")

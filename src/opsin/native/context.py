@@ -33,11 +33,13 @@ from opsin.core.request import (
 )
 from opsin.core.settings import CTX_PER_SEQUENCE, EngineSettings
 from opsin.native import logs
+from opsin.native.batch import BatchArrays
 from opsin.native.constraint import Constraint, Constraints
+from opsin.native.device_sampling import DeviceSampling
 from opsin.native.devices import default_threads
 from opsin.native.memory import OUTPUTS, SPARE_SEQUENCES
 from opsin.native.model import Model, Owned, TokenTable, floats
-from opsin.native.sampler import NativeSampler, log_norm, token_logprob
+from opsin.native.sampler import NOT_A_NUMBER, NativeSampler, log_norm, token_logprob
 from opsin.native.stop import StopFlag
 from opsin.native.vision import Encoder
 
@@ -48,10 +50,6 @@ _READERS = 16  # threads that may tokenize at once
 _TILE = 64  # rows that flash attention takes at once in ggml's CPU kernel; with fewer it is slower than without
 _STOPPED = 2  # what `llama_decode` gives then
 _PAUSE_SOFT = 1  # omp_pause_soft: what was set stays
-
-_NOT_A_NUMBER = (
-    "The language model computed a value that is not a number: the model file may be damaged, so download it again."
-)
 
 
 class Context:
@@ -91,6 +89,8 @@ class Context:
         params.n_seq_max = sequences + self._keeper
         # Without it room is reserved for the logits of a whole ubatch: 0.6 GB with a vocabulary of 150,000.
         params.n_outputs_max = self._outputs_max = max(OUTPUTS, params.n_seq_max)
+        if settings.device_sampling:
+            params.n_outputs_max_per_seq = self._outputs_max
         size = llama.llama_model_n_params(model.pointer)
         params.n_threads = settings.threads or default_threads(size, offloaded=model.offloaded)
         params.n_threads_batch = settings.threads_batch or params.n_threads
@@ -110,6 +110,9 @@ class Context:
                 f"({logs.SINK.cause(mark) or 'probably not enough memory'}): give a smaller --ctx or another --kv-type."
             )
         self.handle = Owned("context", pointer, llama.llama_free, model)
+        self._device: DeviceSampling | None = None
+        if settings.device_sampling:
+            self._device = DeviceSampling(llama, self.handle, params.n_seq_max, model.n_vocab)
         self.eog_tokens, self.piece = model.eog_tokens, model.piece
         self._table: TokenTable | None = None
         with suppress(LookupError):
@@ -163,29 +166,34 @@ class Context:
         assert self._encoder is not None, "only an encoder makes image chunks"
         return self._encoder.encode_many(chunks)
 
-    def decode(self, rows: TokenBatch | EmbeddingRows, *, may_stop: bool = False) -> bool:
-        pointer, causal = self.handle.pointer, True
-        if isinstance(rows, EmbeddingRows):
-            self._check_embeddings(rows)
-            beside, data = rows.beside, rows.rows
-            if beside.tokens or rows.behind:
-                if self._table is None or not rows.causal:
-                    raise DecodeFailed("Tokens cannot go beside these rows of an image.")
-                if beside.tokens:
-                    self._check_tokens(beside)
-                data = np.concatenate([self._table.rows(beside.tokens), data, self._table.rows(rows.behind)])
-                self._check_count(len(data))
-            batch, causal = self._arrays.embeddings(rows, data), rows.causal
-            outputs = [*beside.outputs, len(data) - 1] if rows.logits else beside.outputs
-        else:
+    def _batch(self, rows: TokenBatch | EmbeddingRows) -> tuple[Any, Sequence[int]]:
+        """The native batch, checked, and which of its rows have logits."""
+        if isinstance(rows, TokenBatch):
             self._check_tokens(rows)
-            batch, outputs = self._arrays.tokens(rows), rows.outputs
+            return self._arrays.tokens(rows), rows.outputs
+        self._check_embeddings(rows)
+        beside, data = rows.beside, rows.rows
+        if beside.tokens or rows.behind:
+            if self._table is None or not rows.causal:
+                raise DecodeFailed("Tokens cannot go beside these rows of an image.")
+            if beside.tokens:
+                self._check_tokens(beside)
+            data = np.concatenate([self._table.rows(beside.tokens), data, self._table.rows(rows.behind)])
+            self._check_count(len(data))
+        outputs = [*beside.outputs, len(data) - 1] if rows.logits else beside.outputs
+        return self._arrays.embeddings(rows, data), outputs
+
+    def decode(self, rows: TokenBatch | EmbeddingRows, *, may_stop: bool = False) -> bool:
+        pointer, causal = self.handle.pointer, isinstance(rows, TokenBatch) or rows.causal
+        batch, outputs = self._batch(rows)
         if causal != self._causal:
             self._llama.llama_set_causal_attn(pointer, causal)
             self._causal = causal
         if self.limits.stops and may_stop is not self._may_stop:
             self._stop.watch(may_stop)
             self._may_stop = may_stop
+        if self._device is not None:
+            self._device.prepare(one for one in self.handle.children if isinstance(one, NativeSampler))
         mark = logs.SINK.mark
         code = self._llama.llama_decode(pointer, batch)
         if code == 1:
@@ -244,10 +252,13 @@ class Context:
         """
         pointer, outputs = self.handle.pointer, self._outputs
         _require(row in outputs or (row == -1 and bool(outputs)), f"Row {row} of the last batch has no logits.")
-        view = floats(self._llama.llama_get_logits_ith(pointer, row), self.limits.n_vocab)
+        if self._device is not None:
+            view = self._device.logits(row)
+        else:
+            view = floats(self._llama.llama_get_logits_ith(pointer, row), self.limits.n_vocab)
         # One comparison instead of a scan: max() is not-a-number as soon as one logit is. Sorting such logits is
         # undefined in the native samplers.
-        _require(not np.isnan(view.max()), _NOT_A_NUMBER)
+        _require(not np.isnan(view.max()), NOT_A_NUMBER)
         return view
 
     def _argmax(self, wanted: Sequence[tuple[int, NDArray[np.intp]]]) -> list[_Sampled]:
@@ -263,7 +274,7 @@ class Context:
         # argmax gives the first value that is not a number where there is one.
         bad = np.isnan(logits[places, tokens])
         return [
-            DecodeFailed(_NOT_A_NUMBER) if nan else (token, None)
+            DecodeFailed(NOT_A_NUMBER) if nan else (token, None)
             for nan, token in zip(bad, tokens.tolist(), strict=True)
         ]
 
@@ -279,6 +290,8 @@ class Context:
 
     def sample(self, samples: Sequence[Sample]) -> list[_Sampled]:
         mine = cast("Sequence[tuple[NativeSampler, int, int | None]]", samples)
+        if self._device is not None:
+            return [self._sample_one(*one) for one in mine]
         greedy = [(row, sampler.forbidden) for sampler, row, top in mine if sampler.greedy and top is None]
         best = iter(self._argmax(greedy) if greedy else ())
         return [
@@ -290,7 +303,8 @@ class Context:
         try:
             # Log probabilities are those of the model, before a sampler changes the logits.
             raw = None if top is None else self.logits(row).copy()
-            token = sampler.sample(row)
+            token = None if self._device is None else self._device.sample(sampler, row)
+            token = sampler.sample(row) if token is None else token
         except OpsinError as error:
             return error
         found = None if raw is None else token_logprob(raw, token, top or 0, self.piece)
@@ -375,69 +389,3 @@ def _sequences(settings: EngineSettings, spare: int, n_ubatch: int, most: int) -
             "give a smaller --parallel or a larger --ctx."
         )
     return min(settings.parallel + spare, most, n_ubatch)
-
-
-class BatchArrays:
-    """The arrays of one ubatch of `capacity` rows, made once: `llama_batch` is a struct of bare pointers into them.
-
-    A row has `n_pos` positions: 1, or 4 under M-RoPE, section after section, for which `llama_batch_init` has no room.
-    It belongs to its sequence, and with a `keeper` offset also to the sequence that many ids further on; a row of a
-    label to as many as share it, `most` at most.
-    """
-
-    def __init__(self, batch_type: Any, capacity: int, n_pos: int, keeper: int = 0, most: int = 1) -> None:
-        self._n_pos = n_pos
-        # Added to a row's sequence: its ids. llama.cpp masks by any one of them: both hold the same cells.
-        self._ids = np.array([0, keeper] if keeper else [0], np.int32)
-        self._token, self._pos = np.zeros(capacity, np.int32), np.zeros(capacity * n_pos, np.int32)
-        self._n_seq_id = np.full(capacity, len(self._ids), np.int32)
-        self._seq_id = np.zeros((capacity, most * len(self._ids)), np.int32)
-        self._logits = np.zeros(capacity, np.int8)
-        # A row's list of ids is one row of _seq_id.
-        self._rows = self._seq_id.ctypes.data + self._seq_id.strides[0] * np.arange(capacity, dtype=np.uintp)
-        self._types = dict(batch_type._fields_)
-        self._batch = batch_type()
-        fields: Any = {"pos": self._pos, "n_seq_id": self._n_seq_id, "seq_id": self._rows, "logits": self._logits}
-        for field, array in fields.items():
-            setattr(self._batch, field, self._pointer(array, field))
-        self._tokens = self._pointer(self._token, "token")
-
-    def _pointer(self, array: np.ndarray[Any, Any], field: str) -> Any:
-        # Not `data_as`: each call of it leaves a cycle for the garbage collector.
-        return ctypes.cast(array.ctypes.data, self._types[field])
-
-    def tokens(self, batch: TokenBatch) -> Any:
-        """A `llama_batch` of tokens, valid until the next call."""
-        count = len(batch.tokens)
-        self._token[:count] = batch.tokens
-        self._pos[:count] = batch.positions
-        self._owners(batch, count)
-        self._batch.n_tokens, self._batch.token, self._batch.embd = count, self._tokens, None
-        return self._batch
-
-    def embeddings(self, rows: EmbeddingRows, data: Embedding) -> Any:
-        """A `llama_batch` of `data`: tokens beside, `rows`, tokens behind; valid until the next call, with `data`."""
-        count, tokens, end = len(data), len(rows.beside.tokens), len(data) - len(rows.behind)
-        self._owners(rows.beside, count)
-        positions = self._pos[: count * self._n_pos].reshape(self._n_pos, count)
-        # A token's sections have one position, but the last of four, which is 0: as llama.cpp does it for tokens.
-        positions[:, :tokens] = rows.beside.positions
-        positions[:, tokens:end] = rows.positions
-        positions[:, end:] = np.arange(rows.behind_at, rows.behind_at + count - end)
-        positions[3:, :tokens] = positions[3:, end:] = 0
-        self._seq_id[tokens:count, : len(self._ids)] = rows.seq_id + self._ids
-        self._logits[count - 1] |= rows.logits
-        self._batch.n_tokens, self._batch.token, self._batch.embd = count, None, self._pointer(data, "embd")
-        return self._batch
-
-    def _owners(self, batch: TokenBatch, count: int) -> None:
-        """The sequences of a batch's tokens, and which of `count` rows want logits."""
-        width = len(self._ids)
-        self._seq_id[: len(batch.tokens), :width] = np.array(batch.seq_ids, np.int32)[:, np.newaxis] + self._ids
-        self._n_seq_id[:count] = width
-        for row, others in batch.shared.items():
-            ids = np.add.outer(others, self._ids).ravel()
-            self._seq_id[row, width : width + len(ids)] = ids
-            self._n_seq_id[row] += len(ids)
-        self._logits[:count] = 0
-        self._logits[batch.outputs] = 1

@@ -237,7 +237,7 @@ class MemoryPlanner:
             add(device, "compute", self._compute(plan, outputs if device == layers[-1] else 0))
         if set(layers) != {HOST}:
             add(HOST, "compute", plan.ubatch * (plan.ctx * 2 + model.width * 4))
-        add(HOST, "compute", outputs)
+        add(HOST, "compute", outputs * (4 if settings.device_sampling else 1))
         if projector is not None:
             add(self._vision_device, "vision_weights", projector.bytes)
             add(self._vision_device, "vision_compute", _vision_compute(projector, flash=self._vision_flash))

@@ -56,13 +56,18 @@ class Owned:
             raise EngineClosed(f"The {self.name} was closed already: load the model again.")
         return pointer
 
+    @property
+    def children(self) -> tuple[Owned, ...]:
+        """What must be freed before it, the oldest first."""
+        return tuple(self._children.values())
+
     def close(self) -> None:
         """Free the children, the youngest first, then this pointer; twice does no harm."""
         with self._lock:
             pointer, self._pointer = self._pointer, None
         if pointer is None:
             return
-        for child in reversed(list(self._children.values())):
+        for child in reversed(self.children):
             child.close()
         self._free(pointer)
         if self._parent is not None:

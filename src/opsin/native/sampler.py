@@ -12,12 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opsin.core.answer import TokenLogprob
-from opsin.core.errors import BadParameter, ConstraintFailed
+from opsin.core.errors import BadParameter, ConstraintFailed, DecodeFailed
 from opsin.core.request import SamplingParams
 from opsin.native.constraint import Constraint
 from opsin.native.model import Model, Owned
 
 _TOKEN = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
+NOT_A_NUMBER = (
+    "The language model computed a value that is not a number: the model file may be damaged, so download it again."
+)
 _NEAR, _FEW = (8.0, 12.0, 16.0), 4096  # so far below the best logit a trained model has dozens to hundreds of tokens
 
 
@@ -25,7 +28,7 @@ class NativeSampler(Owned):
     """The sampler of one request, closed before its context. Raises BadParameter.
 
     `logits` gives those of a batch row, as a view. `greedy` says that the sampler takes the most likely token that is
-    not in `forbidden`, and nothing else.
+    not in `forbidden`, and nothing else; `needs`, how many of the most likely tokens it looks at.
     """
 
     def __init__(
@@ -39,7 +42,7 @@ class NativeSampler(Owned):
         constraint: Constraint | None,
     ) -> None:
         self._llama = llama = model.lib.llama
-        self._context, self._logits, self._constraint = context, logits, constraint
+        self._logits, self._constraint = logits, constraint
         self._eog_tokens = model.eog_tokens
         self._weighs = params.confidence and constraint is not None
         self.permitted: tuple[float, bool] | None = None
@@ -51,8 +54,11 @@ class NativeSampler(Owned):
         self._mask_first = penalties  # which remember each token that the chain samples
         self._top_k = 0 if penalties or biases or params.temperature == 0 else params.top_k
         self.forbidden = np.array([token for token, bias in biases.items() if bias == -np.inf], np.intp)
-        only_forbids = params.temperature == 0 and not penalties and len(self.forbidden) == len(biases)
-        self.greedy = only_forbids and constraint is None and not self._before_end
+        simple = not penalties and len(self.forbidden) == len(biases) and constraint is None and not self._before_end
+        self.greedy = simple and params.temperature == 0
+        few = 1 if self.greedy else params.top_k
+        reads = params.logprobs is not None or params.confidence or bool(params.labels)
+        self.needs = few + len(self.forbidden) if simple and few and not reads else model.n_vocab
         chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
         super().__init__("sampler", chain, llama.llama_sampler_free, context)
         samplers = []
@@ -86,12 +92,12 @@ class NativeSampler(Owned):
             if self._before_end:
                 self._before_end -= 1
                 logits[list(self._eog_tokens)] = -np.inf
-            return self._sampled(logits, row)
+            return self._sampled(logits)
         raw = logits.copy() if self._weighs else logits
-        token = -1 if self._mask_first else self._sampled(logits, row)
+        token = -1 if self._mask_first else self._sampled(logits)
         if token < 0 or not constraint.permits(token):
             np.copyto(logits, -np.inf, where=~constraint.mask(self.forbidden))
-            while not constraint.keeps_unique(token := self._sampled(logits, row)):
+            while not constraint.keeps_unique(token := self._sampled(logits)):
                 logits[token] = -np.inf
                 if logits.max() == -np.inf:
                     raise ConstraintFailed("Every item that may follow is in this array already: it wants them unique.")
@@ -102,20 +108,34 @@ class NativeSampler(Owned):
             constraint.accept(token)
         return token
 
-    def _sampled(self, logits: NDArray[np.float32], row: int) -> int:
+    def _sampled(self, logits: NDArray[np.float32]) -> int:
         if self._plain:
             return int(logits.argmax())
-        if self._top_k and (few := most_likely(logits, self._top_k)) is not None:
-            return self._drawn(few)
-        return int(self._llama.llama_sampler_sample(self.pointer, self._context.pointer, row))
+        few = most_likely(logits, self._top_k) if self._top_k else None
+        token = self.draw(candidates(np.arange(len(logits)), logits) if few is None else few)
+        if self._mask_first:
+            self._llama.llama_sampler_accept(self.pointer, token)
+        return token
 
-    def _drawn(self, tokens: NDArray[Any]) -> int:
-        """What the chain draws from these tokens of `_TOKEN` alone: its own call copies the whole vocabulary."""
+    def draw(self, tokens: NDArray[Any]) -> int:
+        """What the chain draws from these `candidates` alone, which it changes; a whole vocabulary takes it far longer.
+
+        Raises DecodeFailed for a logit that is not a number: sorting such is undefined in the native samplers.
+        """
+        if np.isnan(tokens["logit"].max()):
+            raise DecodeFailed(NOT_A_NUMBER)
         llama = self._llama
         first = ctypes.cast(tokens.ctypes.data, ctypes.POINTER(llama.llama_token_data))
         array = llama.llama_token_data_array(first, len(tokens), -1, False)
         llama.llama_sampler_apply(self.pointer, ctypes.byref(array))
         return int(array.data[array.selected].id)
+
+
+def candidates(tokens: NDArray[Any], logits: NDArray[np.float32]) -> NDArray[Any]:
+    """`llama_token_data` of these tokens, whose logits are given in the same order."""
+    found = np.zeros(len(tokens), _TOKEN)
+    found["id"], found["logit"] = tokens, logits
+    return found
 
 
 def log_norm(logits: NDArray[np.float32]) -> float:
@@ -147,9 +167,7 @@ def most_likely(logits: NDArray[np.float32], count: int) -> NDArray[Any] | None:
         likely = logits >= best - near
         if count <= np.count_nonzero(likely) <= _FEW:
             chosen = np.flatnonzero(likely)
-            tokens = np.empty(len(chosen), _TOKEN)
-            tokens["id"], tokens["logit"], tokens["p"] = chosen, logits[chosen], 0.0
-            return tokens
+            return candidates(chosen, logits[chosen])
     return None
 
 
