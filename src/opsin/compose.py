@@ -27,6 +27,7 @@ from opsin.native.devices import (
     free_memory,
     measure_device,
     physical_cores,
+    pick,
 )
 from opsin.native.memory import MemoryPlanner
 from opsin.native.trial import end_with_parent, ensure_loadable, fingerprint
@@ -101,7 +102,12 @@ def open_runtime(
     if not unified and facts.model.slides:
         raise BadParameter("A model with a sliding window needs one KV cache for all slots: leave out --no-kv-unified.")
     policy = Policy.for_device(
-        gpu=gpu, parallel=settings.parallel, max_queue=max_queue, swap_cells=swap_cells, unified=unified
+        gpu=gpu,
+        encoder_gpu=bool(pick(settings.mmproj_device, "--mmproj-device", present)),
+        parallel=settings.parallel,
+        max_queue=max_queue,
+        swap_cells=swap_cells,
+        unified=unified,
     )
     engine = Engine(
         lambda: open_backend(settings, progress, sizes),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,23 +51,18 @@ class Policy:
     keep_prefixes: bool = True
 
     @classmethod
-    def for_device(cls, *, gpu: bool, parallel: int, max_queue: int, swap_cells: int, unified: bool = True) -> Policy:
-        """What suits the device that the language model is on; main memory has room for `swap_cells`.
+    def for_device(
+        cls, *, gpu: bool, encoder_gpu: bool, parallel: int, max_queue: int, swap_cells: int, unified: bool = True
+    ) -> Policy:
+        """What suits the devices that language model and encoder are on; main memory has room for `swap_cells`.
 
-        On a GPU an image takes 20 to 50 ms and stopping its graph costs more than that is worth, so streams get their
-        turn between steps, and half of the time. On a CPU attention looks at idle cells, too, which costs more than
-        copying them: 4,000 of them make the prefill of an image half as long again. Not so if each slot has a part
-        of the cells (`unified` is False).
+        An encoder on a GPU takes 20 to 50 ms, and stopping its graph costs more than that is worth: streams get their
+        turn between steps. With the language model there they get half of the time. On a CPU attention looks at idle
+        cells, too, which costs more than copying them: 4,000 of them make the prefill of an image half as long again.
+        Not so if each slot has a part of the cells (`unified` is False).
         """
+        common = cls(parallel, decode_in_encode=not encoder_gpu, max_queue=max_queue)
         if not gpu:
             beside = 256 if unified else None
-            return cls(parallel, idle_cells=4096, park_beside=beside, swap_cells=swap_cells, max_queue=max_queue)
-        return cls(
-            parallel,
-            slice=512,
-            slice_seconds=0.05,
-            stream_share=0.5,
-            decode_in_encode=False,
-            rows_cost=False,
-            max_queue=max_queue,
-        )
+            return replace(common, idle_cells=4096, park_beside=beside, swap_cells=swap_cells)
+        return replace(common, slice=512, slice_seconds=0.05, stream_share=0.5, rows_cost=False)

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from contextlib import closing
 
+from opsin.core.errors import ModelUnreadable
 from opsin.core.model_info import BackendShare, Placement
 from opsin.core.request import ImageChunk, ImagePart, TokenBatch
 from opsin.core.settings import EngineSettings
@@ -98,6 +99,19 @@ def flops(name: str, node: Tensor) -> float:
     return values
 
 
+def _watch_encode(model: Model, encoder: Encoder, settings: EngineSettings, counter: NodeCounter) -> None:
+    """Encode a drawn image where the encoder runs; one that cannot be watched has a twin for that."""
+    one = encoder
+    if not encoder.watched:
+        one = Encoder(model, encoder.path, settings, encoder.sizes, watched=True)
+    try:
+        with closing(one.tokenize([ImagePart(drawn_image())], add_bos=False)) as tokenized:
+            one.observed(next(run for run in tokenized.chunks if isinstance(run, ImageChunk)), counter)
+    finally:
+        if one is not encoder:
+            one.close()
+
+
 def probe_placement(model: Model, encoder: Encoder | None, settings: EngineSettings) -> Placement:
     """Watch one encode of a drawn image and one short prefill. Raises EncodeFailed, DecodeFailed, ModelError."""
     notes = []
@@ -105,8 +119,10 @@ def probe_placement(model: Model, encoder: Encoder | None, settings: EngineSetti
         notes.append("An accelerator writes into host memory: some products shown as CPU may be its own.")
     encode, prefill, hook = NodeCounter(model.lib), NodeCounter(model.lib), EvalHook(model.lib)
     if encoder is not None:
-        with closing(encoder.tokenize([ImagePart(drawn_image())], add_bos=False)) as tokenized:
-            encoder.observed(next(run for run in tokenized.chunks if isinstance(run, ImageChunk)), encode)
+        try:
+            _watch_encode(model, encoder, settings, encode)
+        except ModelUnreadable as error:  # no room for a second one is no reason not to serve with the first
+            notes.append(f"The encoder could not be watched: {error}")
     small = settings.model_copy(update={"parallel": 1, "ubatch": 32})
     rows = TokenBatch()
     rows.append([index % model.n_vocab for index in range(_PREFILL_TOKENS)], 0, 0, logits=True)

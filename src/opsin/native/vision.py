@@ -81,9 +81,21 @@ class EvalHook:
 
 
 class Encoder(Owned):
-    """An mtmd context over a language model. Prompts may be tokenized by any thread, and images encoded by one."""
+    """An mtmd context over a language model. Prompts may be tokenized by any thread, and images encoded by one.
 
-    def __init__(self, model: Model, path: Path, settings: EngineSettings, sizes: ImageSizes = ANY_SIZES) -> None:
+    `watched`: whether somebody can look at its nodes, which is asked for each of several hundred. On a GPU, which has
+    computed all of them before Python's lock comes round, that is so only where it is asked for.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        path: Path,
+        settings: EngineSettings,
+        sizes: ImageSizes = ANY_SIZES,
+        *,
+        watched: bool = False,
+    ) -> None:
         self.lib = model.lib
         self.path = path
         self.kind, edge, self._row_end = read_projector(path)
@@ -104,7 +116,9 @@ class Encoder(Owned):
         params.flash_attn_type = -1 if flash is None else int(flash)
         params.image_min_tokens = settings.image_min_tokens or -1
         params.image_max_tokens = settings.image_max_tokens or -1
-        params.cb_eval = self._hook.callback
+        self.watched = watched or not picked
+        if self.watched:
+            params.cb_eval = self._hook.callback
         super().__init__("vision encoder", self._open(params), self.lib.mtmd.mtmd_free, model)
         # What the pixels handed to the encoder depend on besides the image.
         preprocessing = (params.image_min_tokens, params.image_max_tokens)
@@ -132,7 +146,7 @@ class Encoder(Owned):
     def encode(self, chunk: ImageChunk, between: Callable[[], None] | None = None) -> Embedding:
         """float32 [n_tokens, n_embd] of one chunk, owned by the caller; see `Backend.encode`."""
         steps = None
-        if between is not None:
+        if between is not None and self.watched:
             # Behind every heavy node: six or seven times a layer, which costs a hundredth of the time.
             steps = SimpleNamespace(wants=lambda node: node.op in self._heavy, seen=lambda _node: between())
         return self.observed(chunk, steps)
