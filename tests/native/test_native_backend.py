@@ -118,22 +118,25 @@ def test_defaults_come_from_the_model(open_pair: Callable[..., Any]) -> None:
 
 
 CARD = Device("CUDA0", "a card", "gpu", 2**30, 2**30, 1)
+SECOND = Device("CUDA1", "a card", "gpu", 2**30, 2**30, 3)
 CPU = Device("CPU", "a processor", "cpu", 2**34, 2**34, 2)
 
 
 @pytest.mark.parametrize(
     ("settings", "present", "expected"),
     [
-        ({}, (CPU,), (None, 0)),
-        ({}, (CARD, CPU), ("CUDA0", -1)),
-        ({"gpu_layers": 1}, (CARD, CPU), ("CUDA0", 1)),
-        ({"gpu_layers": 7, "device": "none"}, (CARD, CPU), (None, 0)),
-        ({"device": "cuda0"}, (CARD, CPU), ("CUDA0", -1)),
+        ({}, (CPU,), ([], 0)),
+        ({}, (CARD, CPU), (["CUDA0"], -1)),
+        ({"gpu_layers": 1}, (CARD, CPU), (["CUDA0"], 1)),
+        ({"gpu_layers": 7, "device": "none"}, (CARD, CPU), ([], 0)),
+        ({"device": "cuda0"}, (CARD, SECOND, CPU), (["CUDA0"], -1)),
+        ({"device": "cuda"}, (CARD, SECOND, CPU), (["CUDA0", "CUDA1"], -1)),
+        ({}, (CARD, SECOND, CPU), (["CUDA0", "CUDA1"], -1)),
     ],
 )
 def test_layers_go_to_the_gpu_unless_told_otherwise(settings: Any, present: Any, expected: Any) -> None:
-    device, layers = _placement(EngineSettings(**settings), present)
-    assert (device.name if device else None, layers) == expected
+    found, layers = _placement(EngineSettings(**settings), present)
+    assert ([device.name for device in found], layers) == expected
 
 
 @pytest.mark.parametrize("kv_type", ["f32", "f16", "bf16"])

@@ -18,6 +18,7 @@ from opsin.core.errors import BadParameter, Cancelled, OpsinError
 from opsin.core.request import EmbeddingRows, Image, ImageChunk, ImagePart, Prompt, SamplingParams, TextPart
 from opsin.core.settings import EngineSettings
 from opsin.engine import Engine, Policy
+from opsin.native.model import Model
 from synth import KINDS, write_pair
 
 SIZES = ((240, 60), (60, 240), (100, 100), (20, 16), (640, 480))
@@ -100,6 +101,25 @@ def test_many_at_once_and_remembered_answer_as_one_alone_does(
             assert all(agree(*each) for each in zip(alone, apart, strict=True))
         assert any(answer.usage.cached_tokens for answer in apart) == engine.call(lambda backend: backend.limits.forks)
         assert engine.error is None
+
+
+@pytest.mark.parametrize("kind", ["llava-1.6-tiny", "qwen2vl-tiny", "qwen3vl-tiny", "gemma3-tiny", "lfm2vl-tiny"])
+def test_batches_in_parts_as_on_several_gpus_give_the_same(
+    kind: str, pairs: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [prompt(" What is there?" * 20, shot(*size)) for size in SIZES]
+
+    def ask() -> tuple[list[Answer], int]:
+        with Engine(lambda: pairs(kind)) as engine:
+            parts = engine.call(lambda backend: backend._llama.llama_n_ubatch(backend.handle.pointer))
+            assert engine.limits.n_ubatch == 256
+            return [engine.submit(each, PARAMS).result() for each in asked], parts
+
+    whole, _ = ask()
+    monkeypatch.setattr(Model, "several_devices", True)
+    in_parts, rows = ask()
+    assert rows == (256 if kind == "gemma3-tiny" else 64), "an image that is read at once stays in one part"
+    assert all(agree(*each) for each in zip(whole, in_parts, strict=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,6 +1,7 @@
 """The placement probe: every computing node, on the backend that computed it, with known amounts of work."""
 
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from native_help import draw
 from token_rows import TokenRow, batch
 
+from opsin.core.errors import ModelUnreadable
 from opsin.core.request import ImagePart
 from opsin.native.ggml import InitParams, Tensor, op_names
 from opsin.native.library import library
@@ -40,6 +42,42 @@ def test_the_probe_leaves_memory_and_embeddings_alone(backend: Any) -> None:
     assert (backend.logits(-1) == scores).all()
     assert (backend.encode(tokenized.chunks[-1]) == before).all()
     tokenized.close()
+
+
+def test_an_encoder_that_nobody_watches_has_a_twin_for_the_proof(open_pair: Callable[..., Any]) -> None:
+    """As on a GPU: its own callback is never called, and the proof is that of an encoder of the same settings."""
+    backend = open_pair()
+    wanted, encoder = backend.placement().encoder, backend._encoder
+    children = encoder.children
+    encoder.watched = False
+    calls = []
+    with closing(backend.tokenize([ImagePart(draw())], add_bos=False)) as tokenized:
+        backend.encode(tokenized.chunks[-1], lambda: calls.append(1))
+        assert not calls
+        proven = backend.placement()
+        assert {name: share.ops for name, share in proven.encoder.items()} == {
+            name: share.ops for name, share in wanted.items()
+        }
+        assert encoder.children == children
+        assert backend.encode(tokenized.chunks[-1]).any()
+    backend.close()
+
+
+def test_where_there_is_no_room_for_a_twin_the_proof_says_so(
+    open_pair: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = open_pair()
+    backend._encoder.watched = False
+
+    def full(*_: object, **__: object) -> None:
+        raise ModelUnreadable("no memory")
+
+    monkeypatch.setattr("opsin.native.probe.Encoder", full)
+    found = backend.placement()
+    assert found.encoder == {}
+    assert found.language_model
+    assert "could not be watched: no memory" in found.notes[-1]
+    backend.close()
 
 
 def test_text_only_models_have_no_encoder_to_place(open_pair: Callable[..., Any]) -> None:

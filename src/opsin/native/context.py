@@ -48,6 +48,7 @@ _Sampled = tuple[int, TokenLogprob | None] | OpsinError
 _MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
 _READERS = 16  # threads that may tokenize at once
 _TILE = 64  # rows that flash attention takes at once in ggml's CPU kernel; with fewer it is slower than without
+_PARTS = 4  # of a batch on several GPUs, as in llama.cpp's own defaults
 _STOPPED = 2  # what `llama_decode` gives then
 _PAUSE_SOFT = 1  # omp_pause_soft: what was set stays
 
@@ -76,7 +77,10 @@ class Context:
         params = llama.llama_context_default_params()
         trained = min(model.n_ctx_train or CTX_PER_SEQUENCE, CTX_PER_SEQUENCE)
         params.n_ctx = ctx or settings.ctx or trained * settings.parallel
-        params.n_ubatch = params.n_batch = min(settings.ubatch, params.n_ctx)
+        params.n_ubatch = params.n_batch = rows = min(settings.ubatch, params.n_ctx)
+        if model.several_devices and (encoder is None or encoder.causal):
+            # While one device works on a part of the rows, the one before it works on the next part.
+            params.n_ubatch = max(1, rows // _PARTS)
         # Each sequence of a sliding-window model has a keeper that holds the same cells. llama.cpp takes a cell outside
         # the window of the only sequence that holds it as free, also with swa_full and while others are empty: a
         # prefix would lose its beginning. A cell of two sequences stays.
@@ -84,7 +88,7 @@ class Context:
         # With parts of the cells a fork is a copy of what is saved. Where each id has a part or state none is spare.
         unified = settings.kv_unified is not False or slides or model.whole_states_only
         spare = SPARE_SEQUENCES if unified and not model.whole_states_only else 0
-        sequences = _sequences(settings, spare, params.n_ubatch, _MAX_SEQUENCES // (2 if slides else 1))
+        sequences = _sequences(settings, spare, rows, _MAX_SEQUENCES // (2 if slides else 1))
         self._keeper = sequences if slides else 0
         params.n_seq_max = sequences + self._keeper
         # Without it room is reserved for the logits of a whole ubatch: 0.6 GB with a vocabulary of 150,000.
@@ -119,7 +123,7 @@ class Context:
             self._table = TokenTable(model)
         self.limits = BackendLimits(
             n_ctx=llama.llama_n_ctx(pointer),
-            n_ubatch=(n_ubatch := llama.llama_n_ubatch(pointer)),
+            n_ubatch=(rows := llama.llama_n_batch(pointer)),
             n_seq_max=llama.llama_n_seq_max(pointer) - self._keeper,
             n_vocab=model.n_vocab,
             n_embd=model.n_embd,
@@ -136,7 +140,7 @@ class Context:
             stops=model.device is None and unified and not (model.whole_states_only or slides or model.n_pos > 1),
             unified=unified,
             # Flash attention in tiles would compute every row of a tile for the cells of all its sequences.
-            mixed_rows=0 if self._table is None else n_ubatch if model.device else _TILE - 1,
+            mixed_rows=0 if self._table is None else rows if model.device else _TILE - 1,
         )
         most = self.limits.n_seq_max
         self._arrays = BatchArrays(llama.llama_batch, self.limits.n_ubatch, model.n_pos, self._keeper, most)

@@ -92,7 +92,8 @@ class Model(Owned):
     def __init__(self, path: Path, settings: EngineSettings, progress: Loading = lambda _: None) -> None:
         self.lib: Library = library()
         self.path = path
-        self.device, self.n_gpu_layers = _placement(settings, devices())
+        self._devices, self.n_gpu_layers = _placement(settings, devices())
+        self.device = next(iter(self._devices), None)
         llama = self.lib.llama
         pointer = _load(self.lib, path, self._params(settings.device, progress))
         super().__init__("language model", pointer, llama.llama_model_free)
@@ -125,12 +126,13 @@ class Model(Owned):
 
     def _params(self, asked: str | None, progress: Loading) -> Any:
         """llama.cpp's parameters for loading it; `asked` is the device's name in the settings."""
-        llama, device, told = self.lib.llama, self.device, -1
+        llama, told = self.lib.llama, -1
         params = llama.llama_model_default_params()
         params.n_gpu_layers = self.n_gpu_layers
-        # An explicit device (or none) is a list that ends with NULL; without it llama.cpp takes all GPUs.
+        # Explicit devices (or none) are a list that ends with NULL; without it llama.cpp takes all GPUs.
         if asked is not None:
-            params.chosen = (ctypes.c_void_p * 2)(device.handle if device else None, None)  # lives as long as they do
+            handles = [device.handle for device in self._devices]
+            params.chosen = (ctypes.c_void_p * (len(handles) + 1))(*handles, None)  # lives as long as they do
             params.devices = ctypes.cast(params.chosen, ctypes.c_void_p)
 
         def tell(share: float, _user_data: object) -> bool:
@@ -162,6 +164,11 @@ class Model(Owned):
     def offloaded(self) -> bool:
         """Whether all of it is on a GPU, the output layer included."""
         return self.device is not None and not 0 <= self.n_gpu_layers <= self.n_layer
+
+    @property
+    def several_devices(self) -> bool:
+        """Whether its layers are spread over GPUs, of which each can work on a part of a batch."""
+        return self.offloaded and len(self._devices) > 1
 
     def metadata(self, key: str) -> str:
         """A scalar of the GGUF file's metadata, its first 1,000 bytes; empty where there is none."""
@@ -226,11 +233,11 @@ def _filled(kind: Any, size: int, call: Callable[[Any, int], int]) -> Any:
         size = abs(count) + 1
 
 
-def _placement(settings: EngineSettings, present: tuple[Device, ...]) -> tuple[Device | None, int]:
-    """The device for the layers and how many of them (-1: all)."""
-    device = next(iter(pick(settings.device, "--device", present)), None)
+def _placement(settings: EngineSettings, present: tuple[Device, ...]) -> tuple[list[Device], int]:
+    """The devices for the layers and how many of them (-1: all)."""
+    found = pick(settings.device, "--device", present)
     layers = -1 if settings.gpu_layers is None else settings.gpu_layers
-    return device, 0 if device is None else layers
+    return found, layers if found else 0
 
 
 def _load(lib: Library, path: Path, params: Any) -> int:

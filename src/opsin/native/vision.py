@@ -125,6 +125,7 @@ class Encoder(Owned):
         self._identity = fingerprint(path), preprocessing
         self.batch = _BATCH if self.kind in _BATCHING else 1
         self._mrope: bool = self.lib.mtmd.mtmd_decode_use_mrope(self.pointer)
+        self.causal: bool = not self.lib.mtmd.mtmd_decode_use_non_causal(self.pointer, None)
 
     def _open(self, params: Any) -> int:
         name, mark = self.path.name, logs.SINK.mark
@@ -293,7 +294,7 @@ class Encoder(Owned):
                 image=number,
                 n_tokens=n_tokens,
                 n_pos=mtmd.mtmd_input_chunk_get_n_pos(native),
-                causal=not mtmd.mtmd_decode_use_non_causal(self.pointer, native),
+                causal=self.causal,
                 placeholder=number in placeholders,
                 frames=meta.frames,
                 positions=positions,
