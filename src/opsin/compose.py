@@ -9,7 +9,7 @@ from opsin.cache import DiskStore, EmbeddingCache, default_folder
 from opsin.core.errors import BadParameter, OpsinError
 from opsin.core.ggml_types import bytes_per_value
 from opsin.core.image_options import ANY_SIZES
-from opsin.core.model_info import PairFacts
+from opsin.core.model_info import HOST, PairFacts
 from opsin.core.settings import MAX_ANSWER_TOKENS, EngineSettings
 from opsin.engine import Engine, Policy, Wake, Watch, unwatched, wake_readers
 from opsin.models import Pair, resolve
@@ -18,7 +18,6 @@ from opsin.models.gguf import parts_of
 from opsin.native import NativeBackend, open_backend
 from opsin.native.devices import (
     CPU_NAMES,
-    HOST,
     Device,
     DeviceRate,
     cpu_features,

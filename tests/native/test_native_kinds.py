@@ -1,6 +1,9 @@
 """The engine on every kind of image model: shared images, many at once, and cells that add up."""
 
 import hashlib
+import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import closing
@@ -15,9 +18,12 @@ from gguf import GGUFReader
 from opsin import Opsin
 from opsin.core.answer import Answer
 from opsin.core.errors import BadParameter, Cancelled, OpsinError
+from opsin.core.model_info import HOST
 from opsin.core.request import EmbeddingRows, Image, ImageChunk, ImagePart, Prompt, SamplingParams, TextPart
 from opsin.core.settings import EngineSettings
 from opsin.engine import Engine, Policy
+from opsin.models.facts import read_facts
+from opsin.native.memory import MemoryPlanner
 from opsin.native.model import Model
 from synth import KINDS, write_pair
 
@@ -120,6 +126,41 @@ def test_batches_in_parts_as_on_several_gpus_give_the_same(
     in_parts, rows = ask()
     assert rows == (256 if kind == "gemma3-tiny" else 64), "an image that is read at once stays in one part"
     assert all(agree(*each) for each in zip(whole, in_parts, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["gemma3-tiny", "gemma4-tiny"])
+def test_windows_alone_answer_as_everything_does_and_remember_nothing(kind: str, pairs: Callable[..., Any]) -> None:
+    asked = [prompt(f" {question}" * 12, shot(*size)) for size in SIZES for question in ("Who?", "How many?")]
+    with Engine(lambda: pairs(kind), policy=Policy(keep_prefixes=False)) as engine:
+        alone = [engine.submit(each, PARAMS).result() for each in asked]
+    with Engine(lambda: pairs(kind, swa_full=False), policy=Policy(parallel=4)) as engine:
+        assert not engine.limits.forks
+        for _ in range(2):
+            together = [stream.result() for stream in [engine.submit(each, PARAMS) for each in asked]]
+            assert all(agree(*each) for each in zip(alone, together, strict=True))
+            assert {answer.usage.cached_tokens for answer in together} == {0}
+        assert engine.error is None
+
+
+_LOGGED = """
+import sys
+from opsin.core.settings import EngineSettings
+from opsin.native import open_backend
+open_backend(EngineSettings.model_validate_json(sys.argv[1])).close()
+"""
+
+
+@pytest.mark.parametrize("swa_full", [True, False])
+def test_the_kv_cache_of_a_sliding_window_is_as_large_as_was_planned(tmp_path: Path, *, swa_full: bool) -> None:
+    pair = write_pair("gemma3-tiny", tmp_path)
+    settings = EngineSettings(
+        model=pair.llm, ctx=16384, parallel=4, ubatch=256, threads=1, swa_full=swa_full, verbose=True
+    )
+    command = [sys.executable, "-c", _LOGGED, settings.model_dump_json()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    logged = sum(map(float, re.findall(r"KV buffer size = +([\d.]+) MiB", done.stderr)))
+    planned = MemoryPlanner(read_facts(pair.llm, None), (), settings, {}).needed().by_device[HOST].kv
+    assert logged * 2**20 == pytest.approx(planned, rel=0.01)
 
 
 @pytest.mark.parametrize("kind", KINDS)

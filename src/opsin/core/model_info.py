@@ -9,6 +9,9 @@ from pydantic import TypeAdapter
 from opsin.core.image_options import ImageSizes
 from opsin.core.settings import EngineSettings
 
+HOST = "CPU"
+"""The backend that computes on the host, and the name under which its memory is counted."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
@@ -28,11 +31,15 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class LayerFacts:
-    """One layer: bytes of its weights, those of its matrices by tensor type, and KV values that a token leaves."""
+    """One layer: bytes of its weights, those of its matrices by tensor type, and KV values that a token leaves.
+
+    `window` is how many tokens it attends to, where that is known to be fewer than all (0).
+    """
 
     bytes: int
     matrices: Mapping[str, int] = field(default_factory=dict)
     kv_values: int = 0
+    window: int = 0
 
 
 @dataclass(frozen=True, slots=True)

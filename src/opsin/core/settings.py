@@ -63,6 +63,9 @@ class EngineSettings(BaseModel):
     kv_unified: bool | None = Field(
         None, description="one KV cache for all slots, which shares prefixes (default: yes; batch: if images repeat)"
     )
+    swa_full: bool = Field(
+        True, description="keep all that a model with a sliding window has seen, so that prompts are remembered"
+    )
     kv_type: KvType = Field("f16", description="type of the KV cache")
     flash_attention: bool | None = Field(None, description="flash attention (default: where it is supported)")
     vision_flash_attention: bool | None = Field(

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from opsin.core.model_info import UNPROVEN, BackendShare, Placement
+from opsin.core.model_info import HOST, UNPROVEN, BackendShare, Placement
 from opsin.core.settings import EngineSettings
 from opsin.doctor.build import in_software
 from opsin.doctor.check import Check, Status, means_cpu, serve_command
-from opsin.native.devices import HOST, Device
+from opsin.native.devices import Device
 from opsin.native.memory import as_flags
 from opsin.native.trial import keep_record, read_record, record_file
 

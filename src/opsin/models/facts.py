@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 from opsin.core.model_info import LayerFacts, ModelFacts, PairFacts, ProjectorFacts
@@ -10,6 +11,7 @@ from opsin.models.gguf import PROJECTOR_TYPES, GgufHeader, ProjectorType, Tensor
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 _LOOKED_UP = ("token_embd", "position_embd", "token_types", "per_layer_token_embd")
 _ALIGNMENT = 32
+_ALL = {"gemma2": 2, "gemma3": 6, "cohere2": 4}  # each so many layers one attends to all, where no file says it
 _CAUSAL_GEMMA4 = frozenset({1536, 2560})  # widths of the small Gemma 4 models, which read images causally
 
 
@@ -39,10 +41,15 @@ def _model_facts(headers: list[GgufHeader]) -> ModelFacts:
     tied, embeddings = "output.weight" not in tensors, tensors.get("token_embd.weight")
     if tied and embeddings is not None:
         groups["output"].append(embeddings)
+    layers = [_layer(groups[index], queries) for index in sorted(filter(str.isdigit, groups), key=int)]
+    window = header.integer(f"{arch}.attention.sliding_window") or 0
+    pattern = header.integer(f"{arch}.attention.sliding_window_pattern") or _ALL.get(arch, 1)
     forward = max((tensor.shape[1] for name, tensor in tensors.items() if name.endswith("ffn_up.weight")), default=0)
     return ModelFacts(
         name=header.path.name,
-        layers=tuple(_layer(groups[index], queries) for index in sorted(filter(str.isdigit, groups), key=int)),
+        layers=tuple(
+            replace(layer, window=window if at % pattern < pattern - 1 else 0) for at, layer in enumerate(layers)
+        ),
         input_bytes=sum(tensor.size for tensor in groups["input"]),
         output=_layer(groups["output"], queries),
         tied=tied,
@@ -51,7 +58,7 @@ def _model_facts(headers: list[GgufHeader]) -> ModelFacts:
         feed_forward=header.integer(f"{arch}.feed_forward_length") or forward or 4 * width,
         vocabulary=header.lengths.get("tokenizer.ggml.tokens", 0) or (embeddings.shape[1] if embeddings else 0),
         context=header.integer(f"{arch}.context_length") or 0,
-        slides=bool(header.integer(f"{arch}.attention.sliding_window")),
+        slides=window > 0,
     )
 
 

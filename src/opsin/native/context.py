@@ -74,35 +74,27 @@ class Context:
         self._encoder = encoder
         self._constraints: Constraints | None = None
         self._readers = threading.Semaphore(_READERS)  # held by who tokenizes or compiles, against `close`
-        params = llama.llama_context_default_params()
-        trained = min(model.n_ctx_train or CTX_PER_SEQUENCE, CTX_PER_SEQUENCE)
-        params.n_ctx = ctx or settings.ctx or trained * settings.parallel
-        params.n_ubatch = params.n_batch = rows = min(settings.ubatch, params.n_ctx)
+        params = _params(model, settings, ctx)
         if model.several_devices and (encoder is None or encoder.causal):
             # While one device works on a part of the rows, the one before it works on the next part.
-            params.n_ubatch = max(1, rows // _PARTS)
-        # Each sequence of a sliding-window model has a keeper that holds the same cells. llama.cpp takes a cell outside
+            params.n_ubatch = max(1, params.n_batch // _PARTS)
+        # Where only the windows are kept, a sequence has its state alone, which cannot be forgotten in part. Else
+        # each sequence of a sliding-window model has a keeper that holds the same cells. llama.cpp takes a cell outside
         # the window of the only sequence that holds it as free, also with swa_full and while others are empty: a
         # prefix would lose its beginning. A cell of two sequences stays.
-        slides = llama.llama_model_n_swa(model.pointer) > 0 and not model.whole_states_only
+        windows = llama.llama_model_n_swa(model.pointer) > 0 and not model.whole_states_only
+        slides, whole = windows and settings.swa_full, model.whole_states_only or (windows and not settings.swa_full)
         # With parts of the cells a fork is a copy of what is saved. Where each id has a part or state none is spare.
-        unified = settings.kv_unified is not False or slides or model.whole_states_only
-        spare = SPARE_SEQUENCES if unified and not model.whole_states_only else 0
-        sequences = _sequences(settings, spare, rows, _MAX_SEQUENCES // (2 if slides else 1))
+        unified = settings.kv_unified is not False or windows or whole
+        spare = SPARE_SEQUENCES if unified and not whole else 0
+        sequences = _sequences(settings, spare, params.n_batch, _MAX_SEQUENCES // (2 if slides else 1))
         self._keeper = sequences if slides else 0
         params.n_seq_max = sequences + self._keeper
         # Without it room is reserved for the logits of a whole ubatch: 0.6 GB with a vocabulary of 150,000.
         params.n_outputs_max = self._outputs_max = max(OUTPUTS, params.n_seq_max)
         if settings.device_sampling:
             params.n_outputs_max_per_seq = self._outputs_max
-        size = llama.llama_model_n_params(model.pointer)
-        params.n_threads = settings.threads or default_threads(size, offloaded=model.offloaded)
-        params.n_threads_batch = settings.threads_batch or params.n_threads
-        params.type_k = params.type_v = KV_TYPES[settings.kv_type]
-        params.flash_attn_type = -1 if settings.flash_attention is None else int(settings.flash_attention)
         params.kv_unified = unified
-        # Sliding-window layers keep everything, so that prefixes stay whole.
-        params.swa_full = True
         if callback is not None:
             params.cb_eval = callback
         mark = logs.SINK.mark
@@ -128,8 +120,8 @@ class Context:
             n_vocab=model.n_vocab,
             n_embd=model.n_embd,
             n_ctx_seq=min(room := llama.llama_n_ctx_seq(pointer), model.n_ctx_train or room),
-            forks=not model.whole_states_only,
-            swaps=not slides,  # llama.cpp saves no cells behind the window, which a shorter prefix would need
+            forks=not whole,
+            swaps=not windows,  # llama.cpp saves no cells behind the window, which a shorter prefix would need
             tile=_TILE if model.device is None else 1,
             encode_batch=1 if encoder is None else encoder.batch,
             images=ANY_SIZES if encoder is None else encoder.sizes,
@@ -137,7 +129,7 @@ class Context:
             asynchronous=model.offloaded,
             # Of a batch that was stopped llama.cpp forgets all from its first position on, in its first sequence: too
             # little where a keeper holds the same cells, too much where slices of an image share a position.
-            stops=model.device is None and unified and not (model.whole_states_only or slides or model.n_pos > 1),
+            stops=model.device is None and unified and not (whole or slides or model.n_pos > 1),
             unified=unified,
             # Flash attention in tiles would compute every row of a tile for the cells of all its sequences.
             mixed_rows=0 if self._table is None else rows if model.device else _TILE - 1,
@@ -334,7 +326,7 @@ class Context:
     def kv_copy(self, source: int, target: int, start: int, end: int) -> None:
         self._check_sequences(source, target)
         part = start > 0 or 0 <= end <= self.kv_last(source)
-        refused = part and (self.model.whole_states_only or (start > 0 and not self.limits.unified))
+        refused = part and not (self.limits.forks and (start == 0 or self.limits.unified))
         _require(not refused, "A part of this model's state cannot be copied.")
         if source == target:
             return
@@ -383,6 +375,22 @@ def _bytes(array: NDArray[np.uint8]) -> Any:
 def _require(holds: bool, otherwise: str) -> None:
     if not holds:
         raise DecodeFailed(otherwise)
+
+
+def _params(model: Model, settings: EngineSettings, ctx: int | None) -> Any:
+    """llama.cpp's parameters for a context of `ctx` tokens (None: as the settings say), for one sequence."""
+    llama = model.lib.llama
+    params = llama.llama_context_default_params()
+    trained = min(model.n_ctx_train or CTX_PER_SEQUENCE, CTX_PER_SEQUENCE)
+    params.n_ctx = ctx or settings.ctx or trained * settings.parallel
+    params.n_ubatch = params.n_batch = min(settings.ubatch, params.n_ctx)
+    size = llama.llama_model_n_params(model.pointer)
+    params.n_threads = settings.threads or default_threads(size, offloaded=model.offloaded)
+    params.n_threads_batch = settings.threads_batch or params.n_threads
+    params.type_k = params.type_v = KV_TYPES[settings.kv_type]
+    params.flash_attn_type = -1 if settings.flash_attention is None else int(settings.flash_attention)
+    params.swa_full = settings.swa_full  # so that prefixes stay whole
+    return params
 
 
 def _sequences(settings: EngineSettings, spare: int, n_ubatch: int, most: int) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from opsin.core.errors import BadParameter, ModelError, NativeMismatch
+from opsin.core.model_info import HOST
 from opsin.native.ggml import InitParams
 from opsin.native.library import ADVICE, VERSION, Library, library
 
@@ -23,8 +24,6 @@ PINNED = VERSION
 COMMIT = "0c1e57098"  # the llama.cpp that the pinned version carries, by its change log
 CPU_NAMES = frozenset({"none", "cpu"})
 _KINDS = {"metal": "mtl"}  # what people call devices, by what ggml does
-HOST = "CPU"
-"""The name under which the memory of the host is counted."""
 
 _TYPES = {0: "cpu", 1: "gpu", 2: "igpu", 3: "accel", 4: "meta"}
 # What `assert` calls on Linux and macOS: with -DNDEBUG, as in a release build, nothing does.

@@ -13,9 +13,9 @@ from itertools import accumulate
 
 from opsin.core.errors import BadParameter
 from opsin.core.ggml_types import bytes_per_value
-from opsin.core.model_info import PairFacts, ProjectorFacts
+from opsin.core.model_info import HOST, PairFacts, ProjectorFacts
 from opsin.core.settings import CTX_PER_SEQUENCE, EngineSettings
-from opsin.native.devices import HOST, Device, pick
+from opsin.native.devices import Device, pick
 
 FULL = 0.9
 """Share of the free memory that is planned with: drivers, images being read and other programs need some."""
@@ -39,6 +39,7 @@ _REPACKED = {
 # Changes of settings that are tried when nothing fits, the mildest first.
 _SMALLER: dict[str, object] = {"ctx": None, "gpu_layers": None}
 _CHANGES: tuple[dict[str, object], ...] = (
+    {"swa_full": False},
     {"ctx": None},
     {"gpu_layers": None},
     _SMALLER,
@@ -228,7 +229,10 @@ class MemoryPlanner:
             # On the CPU the output layer that is the embeddings again is not there twice.
             if device != HOST or not (model.tied and layer is model.output):
                 add(device, "mapped" if device == HOST else "weights", layer.bytes)
-            add(device, "kv", layer.kv_values * -(-plan.ctx // 256) * 256 * bytes_per_value(settings.kv_type))
+            cells = plan.ctx
+            if layer.window and not settings.swa_full:
+                cells = min(cells, layer.window * settings.parallel + plan.ubatch)
+            add(device, "kv", layer.kv_values * -(-cells // 256) * 256 * bytes_per_value(settings.kv_type))
             if device == HOST:
                 add(HOST, "repacked", sum(size for kind, size in layer.matrices.items() if kind in repacked))
         add(HOST, "mapped", model.input_bytes)

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import logging
+import math
 import os
 import signal
 import socket
@@ -14,9 +15,10 @@ from typing import Any
 
 from opsin.compose import Runtime, end_with_parent, open_runtime
 from opsin.core.answer import Finished, TextDelta
+from opsin.core.backend import Backend
 from opsin.core.errors import BadImage, DecodeFailed, EncodeFailed, EngineDied, ModelUnreadable, OpsinError
-from opsin.core.model_info import Placement
-from opsin.core.request import Prompt, SamplingParams
+from opsin.core.model_info import HOST, Placement
+from opsin.core.request import Image, ImageChunk, ImagePart, Prompt, SamplingParams
 from opsin.engine import AnswerStream, Engine, wake_readers
 from opsin.prompt import Message
 from opsin.worker.messages import ENDING, Channel, Loaded, Packed, pack, portable, take_pixels
@@ -200,11 +202,15 @@ class _Worker:
 def _warm_up(runtime: Runtime) -> Placement:
     """An encode past all caches proves where the encoder runs; a few tokens bring weights into memory.
 
+    On a GPU an image of the largest size makes the encoder's buffer as large as it ever gets.
+
     Raises ModelUnreadable: what is computed here is ours, so the files are at fault.
     """
     info = runtime.engine.info
     try:
         placement = runtime.engine.placement()
+        if next(iter(placement.encoder), HOST) != HOST:
+            encode_largest(runtime.engine)
         params = SamplingParams(max_tokens=4, ignore_eos=True, guard=False, logprobs=2)
         hello = runtime.prompts.build([Message("user", "Hello.")])
         likely = runtime.engine.submit(hello, params, salt="warm-up").result().logprobs
@@ -213,6 +219,25 @@ def _warm_up(runtime: Runtime) -> Placement:
     if {True} == {len(one.top) > 1 and one.top[0][2] == one.top[1][2] for one in likely}:
         raise ModelUnreadable(f"{info.llm_file} takes every token for as likely: its weights are damaged.")
     return placement
+
+
+def encode_largest(engine: Engine) -> None:
+    """Encode an image with as many tokens as one can have, past all caches, where that depends on its size.
+
+    Raises EncodeFailed.
+    """
+    edge = engine.limits.images.cell * math.isqrt(engine.limits.images.most)
+    if not edge:
+        return
+    black = ImagePart(Image(bytes(3 * edge**2), edge, edge, "", "PNG"))
+
+    def encode(backend: Backend) -> None:
+        with contextlib.closing(backend.tokenize([black], add_bos=False)) as tokenized:
+            for chunk in tokenized.chunks:
+                if isinstance(chunk, ImageChunk):
+                    backend.encode(chunk)
+
+    engine.call(encode)
 
 
 class CallWatch:

@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 from opsin.cli.app import app
 from opsin.core.errors import BadParameter
-from opsin.core.model_info import LayerFacts, ModelFacts, PairFacts, ProjectorFacts
+from opsin.core.model_info import HOST, LayerFacts, ModelFacts, PairFacts, ProjectorFacts
 from opsin.core.settings import EngineSettings
-from opsin.native.devices import HOST, Device, free_memory
+from opsin.native.devices import Device, free_memory
 from opsin.native.memory import MemoryPlan, MemoryPlanner
 
 MIB, GIB = 2**20, 2**30
@@ -189,6 +189,21 @@ def test_a_quantised_cache_is_smaller() -> None:
         MemoryPlanner(LLAVA, (CPU,), EngineSettings(kv_type=kind, ctx=4096), {}).needed() for kind in ("f16", "q8_0")
     )
     assert q8.by_device[HOST].kv == pytest.approx(f16.by_device[HOST].kv * 34 / 64)
+
+
+def test_a_sliding_window_may_be_kept_alone_and_is_advised_where_that_fits() -> None:
+    layers = [replace(layer, window=0 if at % 6 == 5 else 1024) for at, layer in enumerate(LLAVA.model.layers)]
+    slides = PairFacts(replace(LLAVA.model, layers=tuple(layers), slides=True, context=131_072), LLAVA.projector)
+    whole, windows = (
+        planned(slides, ctx=65536, parallel=2, swa_full=full).by_device[HOST].kv for full in (True, False)
+    )
+    assert whole == 32 * 8192 * 65536 * 2
+    assert windows == 5 * 8192 * 65536 * 2 + 27 * 8192 * (2 * 1024 + 1024) * 2
+    with pytest.raises(BadParameter, match="--no-swa-full"):
+        planned(slides, ctx=65536, parallel=2, host=18 * GIB)
+    with pytest.raises(BadParameter) as refused:
+        planned(LLAVA, ctx=65536, parallel=2, host=18 * GIB)
+    assert "swa" not in str(refused.value)
 
 
 def test_what_no_device_tells_has_no_limit() -> None:
