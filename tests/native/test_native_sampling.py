@@ -154,10 +154,10 @@ def test_log_probabilities_are_numpys(backend: Any) -> None:
         scores = backend.logits(row).astype(np.float64)
         expected = scores - (np.log(np.exp(scores - scores.max()).sum()) + scores.max())
         got = backend.logprobs(row, 42, 5)
-        assert got.logprob == pytest.approx(expected[42], abs=1e-9)
+        assert got.logprob == pytest.approx(expected[42], abs=1e-7), "logits have 24 bits"
         order = np.argsort(-scores, kind="stable")[:5]
         assert [token for token, _, _ in got.top] == list(order)
-        assert [value for _, _, value in got.top] == pytest.approx(list(expected[order]), abs=1e-9)
+        assert [value for _, _, value in got.top] == pytest.approx(list(expected[order]), abs=1e-7)
         assert got.piece == backend.piece(42)
         assert np.exp(expected).sum() == pytest.approx(1.0)
 

@@ -139,9 +139,9 @@ def candidates(tokens: NDArray[Any], logits: NDArray[np.float32]) -> NDArray[Any
 
 
 def log_norm(logits: NDArray[np.float32]) -> float:
-    """The logarithm of the sum of all exponentials, in float64: with 150,000 terms float32 loses the fourth digit."""
-    peak = float(logits.max())
-    return peak + float(np.log(np.exp(logits.astype(np.float64) - peak).sum()))
+    """The logarithm of the sum of all exponentials; summed in float64, as float32 loses the fourth of 150,000 terms."""
+    peak = logits.max()
+    return float(peak) + float(np.log(np.exp(logits - peak).sum(dtype=np.float64)))
 
 
 def token_logprob(logits: NDArray[np.float32], token: int, top: int, piece: Callable[[int], bytes]) -> TokenLogprob:
@@ -150,9 +150,11 @@ def token_logprob(logits: NDArray[np.float32], token: int, top: int, piece: Call
     `logits` is float32 [n_vocab].
     """
     norm = log_norm(logits)
-    top = min(top, len(logits))
-    chosen = np.argpartition(logits, -top)[-top:] if top > 0 else np.array([], np.intp)
-    order = chosen[np.lexsort((chosen, -logits[chosen]))]
+    order = np.array([], np.intp)
+    if top := min(top, len(logits)):
+        few = most_likely(logits, top)
+        chosen = np.argpartition(logits, -top)[-top:] if few is None else few["id"]
+        order = chosen[np.lexsort((chosen, -logits[chosen]))][:top]
     best = tuple((int(one), piece(int(one)), float(logits[one]) - norm) for one in order)
     return TokenLogprob(token, piece(token), float(logits[token]) - norm, best)
 
