@@ -79,5 +79,5 @@ fi
 "$venv/bin/python" -m pip install --quiet --requirement "$lock"
 "$venv/bin/python" -m pip install --quiet --no-deps --editable "$root"
 # Of the development lock only what runs the tests: the rest wants other versions of what opsin needs.
-"$venv/bin/python" -m pip install --quiet $(grep -E '^(pytest|pytest-timeout)==' requirements-dev.lock)
+"$venv/bin/python" -m pip install --quiet $(grep -E '^(hypothesis|pytest|pytest-timeout)==' requirements-dev.lock)
 touch "$venv/.ready"

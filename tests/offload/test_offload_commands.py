@@ -13,7 +13,6 @@ from opsin.doctor.safety import trial_check
 from opsin.native.devices import devices
 
 DEVICE = "Vulkan0"
-SCRIPT = Path(__file__).parents[2] / "scripts" / "gpu" / "measure.sh"
 
 
 def doctor(pair: Any, folder: Path, *flags: str) -> tuple[int, dict[str, Any]]:
@@ -49,32 +48,3 @@ def test_a_device_that_dies_is_a_finding_with_a_setting_to_try(pair: Any, tmp_pa
         assert "died of SIG" in check.message
         assert check.fix is not None
         assert "--no-flash-attention" in check.fix
-
-
-def test_the_proof_for_gpus_rehearsed_without_one(tmp_path: Path) -> None:
-    """On the CPU: Mesa's device does not live through all that `tune` and `predict` try."""
-    results = tmp_path / "results"
-    env = {**os.environ, "XDG_DATA_HOME": str(tmp_path / "data"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    del env["GGML_VK_VISIBLE_DEVICES"]
-    command = ["bash", SCRIPT, "--shape", "tiny", "--python", sys.executable, "--work", tmp_path / "work", results]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280, check=False)
-    print(done.stdout)
-    assert done.returncode == 0, done.stderr
-    steps = {line.split("\t")[0] for line in (results / "steps.tsv").read_text().splitlines()}
-    assert steps == {
-        "step",
-        "machine",
-        "synth",
-        "ask",
-        "ask_again",
-        "doctor",
-        "placed",
-        "bench",
-        "many",
-        "captions",
-        "overhead",
-        "tune",
-        "predict",
-    }
-    for name in ("bench", "overhead", "batched-1", "batched-8", "captions", "tune", "predict"):
-        assert json.loads((results / f"{name}.json").read_text())

@@ -23,6 +23,7 @@ from opsin.native.trial import drawn_image
 from opsin.native.vision import Encoder, EvalHook
 
 _COMPUTES_NOTHING = frozenset({"NONE", "VIEW", "RESHAPE", "PERMUTE", "TRANSPOSE"})
+_COMPUTED = 16  # GGML_TENSOR_FLAG_COMPUTE: backends pass over nodes without it
 # Fewer than 32: from there on llama.cpp copies weights that lie in host memory to a GPU for the one batch, which would
 # hide where the decode steps run.
 _PREFILL_TOKENS = 16
@@ -40,7 +41,7 @@ class NodeCounter:
     def wants(self, node: Tensor) -> bool:
         """Every node that computes."""
         self._started = time.perf_counter()
-        return self._name(node) not in _COMPUTES_NOTHING
+        return bool(node.flags & _COMPUTED) and self._name(node) not in _COMPUTES_NOTHING
 
     def seen(self, node: Tensor) -> None:
         """Count it for its backend."""
