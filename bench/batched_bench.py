@@ -4,7 +4,8 @@
     python bench/batched_bench.py --model m.gguf --program llama-batched-bench --runs 4 --json-out batched.json
 
 Every run measures plain answers, answers held to a JSON schema and, with `--program`, bare decode calls of the same
-sizes by `llama-batched-bench`, in turn. Needs the package `opsin`; this checkout's is used where it is not installed.
+sizes by `llama-batched-bench`, in turn. With `--mmproj` every prompt begins with an image of its own. Needs the package
+`opsin`; this checkout's is used where it is not installed.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "src"))
 
+from opsin.bench.workloads import image_file
 from opsin.compose import Runtime, open_runtime
 from opsin.core.answer import Answer, Finished, TextDelta
 from opsin.core.errors import BadInput, BadParameter, OpsinError
-from opsin.core.request import SamplingParams
-from opsin.core.settings import EngineSettings
+from opsin.core.request import Prompt, SamplingParams
+from opsin.core.settings import EngineSettings, ImageSettings
 from opsin.engine import AnswerStream, Engine, Snapshot
+from opsin.images import load_image
 from opsin.prompt import Message
 
 TOKENS = 128
@@ -36,8 +39,11 @@ FEWEST_STEPS = 16
 TRIES = 5  # a busy machine may keep the sequences from beginning together
 PROGRAM_SECONDS = 600.0
 SCHEMA = '{"type": "object", "properties": {"description": {"type": "string"}}, "required": ["description"]}'
+# At temperature 1 a model of random weights does not repeat itself, which the guard would end.
+SAMPLING = SamplingParams(temperature=1.0, max_tokens=TOKENS)
 _FILLER = " and"
 _TRIAL_FILLERS = 32
+_FIRST_IMAGE = 70_000  # no other bench has these
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,25 +120,43 @@ class Window:
         )
 
 
-def measure_batch(runtime: Runtime, sequences: int, *, prompt_tokens: int = 0, schema: str | None = None) -> Batch:
-    """Let so many text answers run together, with sampling, guard and events. Raises BadInput, EngineError."""
+def measure_batch(
+    runtime: Runtime,
+    sequences: int,
+    *,
+    prompt_tokens: int = 0,
+    schema: str | None = None,
+    sampling: SamplingParams = SAMPLING,
+    images: bool = False,
+) -> Batch:
+    """Let so many answers run together, with sampling, guard and events. Raises BadInput, EngineError.
+
+    With `images` each is about an image of its own, which is in the KV cache before.
+    """
+    params = sampling.model_copy(update={"ignore_eos": schema is None, "json_schema": schema})
+    filler = _FILLER * fillers(runtime, prompt_tokens)
+    prompts = [_prompt(runtime, number, filler, image=images) for number in range(sequences)]
+    if images:
+        # Otherwise the first answers would end before the last image is encoded, and the batch be never full.
+        short = params.model_copy(update={"json_schema": None, "max_tokens": 1})
+        for stream in [runtime.engine.submit(prompt, short) for prompt in prompts]:
+            stream.result()
     for _ in range(TRIES - 1):
         with suppress(BadInput):
-            return _measure_once(runtime, sequences, prompt_tokens, schema)
-    return _measure_once(runtime, sequences, prompt_tokens, schema)
+            return _measure_once(runtime, prompts, params)
+    return _measure_once(runtime, prompts, params)
 
 
-def _measure_once(runtime: Runtime, sequences: int, prompt_tokens: int, schema: str | None) -> Batch:
-    window = Window(runtime.engine, sequences)
-    filler = _FILLER * fillers(runtime, prompt_tokens)
+def _prompt(runtime: Runtime, number: int, filler: str, *, image: bool = False) -> Prompt:
+    image_of = [load_image(image_file(_FIRST_IMAGE + number), ImageSettings())] if image else []
+    return runtime.prompts.build([Message("user", [*image_of, f"{number}: tell me all about it.{filler}"])])
+
+
+def _measure_once(runtime: Runtime, prompts: list[Prompt], params: SamplingParams) -> Batch:
+    window = Window(runtime.engine, len(prompts))
     readers = []
-    for number in range(sequences):
-        prompt = runtime.prompts.build([Message("user", f"{number}: tell me all about it.{filler}")])
-        # At temperature 1 a model of random weights does not repeat itself, which the guard would end.
-        params = SamplingParams(
-            temperature=1.0, seed=number, max_tokens=TOKENS, ignore_eos=schema is None, json_schema=schema
-        )
-        stream = runtime.engine.submit(prompt, params)
+    for number, prompt in enumerate(prompts):
+        stream = runtime.engine.submit(prompt, params.model_copy(update={"seed": number}))
         readers.append(threading.Thread(target=window.follow, args=(stream,), daemon=True))
         readers[-1].start()
     for reader in readers:
@@ -146,7 +170,7 @@ def fillers(runtime: Runtime, prompt_tokens: int) -> int:
         return 0
 
     def length(count: int) -> int:
-        prompt = runtime.prompts.build([Message("user", f"0: tell me all about it.{_FILLER * count}")])
+        prompt = _prompt(runtime, 0, _FILLER * count)
         return runtime.engine.submit(prompt, SamplingParams(max_tokens=1)).result().usage.prompt_tokens
 
     short, long = length(0), length(_TRIAL_FILLERS)
@@ -193,15 +217,18 @@ def document(plain: list[Batch], schema: list[Batch], rates: list[float]) -> dic
     `json_schema_cost` is the share of the plain rate that schemas cost, from the time beside the decode calls alone:
     those compute the same, and a busy machine changes their time by more than the whole difference.
     """
-    extra = median(b.other_seconds - a.other_seconds for a, b in zip(plain, schema, strict=True))
     found: dict[str, Any] = {
         "tokens_s": median(run.tokens_s for run in plain),
         "decode_tokens_s": median(run.decode_tokens_s for run in plain),
-        "json_schema_tokens_s": median(run.tokens_s for run in schema),
-        "json_schema_cost": extra / (1 / max(run.tokens_s for run in plain) + extra),
         "runs": [asdict(run) for run in plain],
-        "json_schema_runs": [asdict(run) for run in schema],
     }
+    if schema:
+        extra = median(b.other_seconds - a.other_seconds for a, b in zip(plain, schema, strict=True))
+        found |= {
+            "json_schema_tokens_s": median(run.tokens_s for run in schema),
+            "json_schema_cost": extra / (1 / max(run.tokens_s for run in plain) + extra),
+            "json_schema_runs": [asdict(run) for run in schema],
+        }
     if rates:
         found |= {
             "llama_batched_bench_tokens_s": median(rates),
@@ -211,21 +238,8 @@ def document(plain: list[Batch], schema: list[Batch], rates: list[float]) -> dic
     return found
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Measure, print the document, and write it to `--json-out`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="language model, a GGUF file")
-    parser.add_argument("--sequences", type=int, default=8, help="sequences in one batch (default: 8)")
-    parser.add_argument(
-        "--prompt-tokens", type=int, default=0, help="tokens of each prompt (default: a short question)"
-    )
-    parser.add_argument("--ctx", type=int, default=8192, help="context size in tokens, shared by all (default: 8192)")
-    parser.add_argument("--threads", type=int, help="CPU threads for decoding")
-    parser.add_argument("--runs", type=int, default=3, help="runs of each; medians are shown (default: 3)")
-    parser.add_argument("--program", type=Path, help="path of llama-batched-bench")
-    parser.add_argument("--flash", action=argparse.BooleanOptionalAction, help="flash attention on both sides")
-    parser.add_argument("--json-out", type=Path, help="also write the JSON document to this file")
-    given = parser.parse_args(arguments)
+def measure(given: argparse.Namespace) -> dict[str, Any]:
+    """Load the model and measure all runs. Raises BadInput, BadParameter, EngineError, ModelError."""
     settings = EngineSettings(
         ctx=given.ctx,
         parallel=given.sequences,
@@ -234,12 +248,15 @@ def main(arguments: list[str] | None = None) -> None:
         disk_cache=False,
     )
     plain, schema, rates = list[Batch](), list[Batch](), list[float]()
-    with closing(open_runtime(given.model, None, settings)) as runtime:
+    images, texts = given.mmproj is not None, (None, SCHEMA) if given.schema else (None,)
+    with closing(open_runtime(given.model, given.mmproj, settings)) as runtime:
         for run in range(given.runs):
             sys.stderr.write(f"run {run + 1} of {given.runs}\n")
             # Every second run begins with the schema, so that neither always follows the other.
-            for text in (None, SCHEMA) if run % 2 == 0 else (SCHEMA, None):
-                batch = measure_batch(runtime, given.sequences, prompt_tokens=given.prompt_tokens, schema=text)
+            for text in texts if run % 2 == 0 else texts[::-1]:
+                batch = measure_batch(
+                    runtime, given.sequences, prompt_tokens=given.prompt_tokens, schema=text, images=images
+                )
                 (schema if text else plain).append(batch)
             if given.program is not None:
                 rates.append(
@@ -253,11 +270,33 @@ def main(arguments: list[str] | None = None) -> None:
                         flash=given.flash,
                     )
                 )
-        result = {
+        about = {
             "model": runtime.engine.info.as_dict(),
             "settings": settings.model_dump(mode="json", exclude_unset=True),
         }
-    result |= document(plain, schema, rates)
+    return about | document(plain, schema, rates)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print the document, and write it to `--json-out`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="language model, a GGUF file")
+    parser.add_argument("--mmproj", type=Path, help="projector: every prompt begins with an image of its own")
+    parser.add_argument("--sequences", type=int, default=8, help="sequences in one batch (default: 8)")
+    parser.add_argument(
+        "--prompt-tokens", type=int, default=0, help="tokens of each prompt (default: a short question)"
+    )
+    parser.add_argument("--ctx", type=int, default=8192, help="context size in tokens, shared by all (default: 8192)")
+    parser.add_argument("--threads", type=int, help="CPU threads for decoding")
+    parser.add_argument("--runs", type=int, default=3, help="runs of each; medians are shown (default: 3)")
+    parser.add_argument("--program", type=Path, help="path of llama-batched-bench")
+    parser.add_argument(
+        "--schema", action=argparse.BooleanOptionalAction, default=True, help="also measure answers held to a schema"
+    )
+    parser.add_argument("--flash", action=argparse.BooleanOptionalAction, help="flash attention on both sides")
+    parser.add_argument("--json-out", type=Path, help="also write the JSON document to this file")
+    given = parser.parse_args(arguments)
+    result = measure(given)
     if given.json_out is not None:
         given.json_out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result))
