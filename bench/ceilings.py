@@ -23,8 +23,6 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "src"))
 
-from llama_cpp import _ggml
-
 from opsin.bench.cost import Ceiling
 from opsin.compose import main_device
 from opsin.core.errors import ModelError, OpsinError
@@ -126,6 +124,8 @@ def _tensor(ggml: Any, context: int, kind: str, width: int, rows: int) -> int:
 
 
 def _copy(context: int, source: int, target: int) -> int:
+    from llama_cpp import _ggml
+
     function = _ggml.libggml["ggml_cpy"]  # a new function object: nobody else's argtypes are changed
     function.argtypes, function.restype = [ctypes.c_void_p] * 3, ctypes.c_void_p
     return int(function(context, source, target))

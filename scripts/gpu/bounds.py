@@ -87,12 +87,22 @@ BOUNDS: tuple[tuple[str, float, bool, Callable[[Read], float]], ...] = (
 )
 
 
-def bounds(folder: Path) -> list[Bound]:
-    """All bounds, with what the folder's files say."""
+def reader(folder: Path) -> Read:
+    """Reads documents of that folder."""
+    return lambda name: json.loads((folder / name).read_text(encoding="utf-8"))
 
-    def read(name: str) -> Any:
-        return json.loads((folder / name).read_text(encoding="utf-8"))
 
+def about(read: Read) -> str:
+    """The pair and the device: the bounds are meant for LLaVA-1.5-7B in q4_0 on an H200."""
+    try:
+        found = read("founding.json")
+        return f"{found['model']['llm_file']} on {found['ceilings']['device']}"
+    except _ABSENT:
+        return "unknown pair and device"
+
+
+def bounds(read: Read) -> list[Bound]:
+    """All bounds, with what the documents say."""
     found = []
     for name, limit, at_most, figure in BOUNDS:
         try:
@@ -108,10 +118,11 @@ def main() -> None:
     if len(sys.argv) != 2:
         sys.exit("bounds: name the folder of results")
     folder = Path(sys.argv[1])
-    found = bounds(folder)
-    document = [{**asdict(bound), "kept": bound.answer} for bound in found]
+    read = reader(folder)
+    found = bounds(read)
+    document = {"about": about(read), "bounds": [{**asdict(bound), "kept": bound.answer} for bound in found]}
     (folder / "bounds.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    sys.stdout.write("".join(f"{bound.line()}\n" for bound in found))
+    sys.stdout.write(f"{about(read)}\n" + "".join(f"{bound.line()}\n" for bound in found))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@
 set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-steps="machine synth ask doctor placed encoder_on_cpu missed founding bench many questions long captions ceilings"
+steps="machine synth ask doctor placed encoder_on_cpu missed founding bench many ceilings questions long captions"
 steps="$steps sampling shapes ask_again quick predict overhead tune"
 shape=llava-1.5-7b python=python3 work=$root/build/gpu results="" against="" chosen="" seconds=""
 
@@ -164,7 +164,7 @@ run() {
   wanted "$step" || return 0
   if [ -n "$seconds" ]; then
     if ((SECONDS >= seconds)); then
-      after "$name" "no time left" "$expected" 0
+      after "$name" - "$expected" 0
       return
     fi
     ((limit < seconds - SECONDS)) || limit=$((seconds - SECONDS))
@@ -186,7 +186,7 @@ run() {
 
 report() {
   column -t -s "$(printf '\t')" "$results/steps.tsv" 2>/dev/null || cat "$results/steps.tsv"
-  cat "$results/bounds.txt"
+  [ ! -f "$results/bounds.txt" ] || cat "$results/bounds.txt"
 }
 
 stop() {
@@ -224,14 +224,14 @@ run bench 240 0 workloads bench 32768 8 --workloads "$names"
 for count in $counts; do
   run "many:batched-$count" 120 0 many "$count"
 done
+run ceilings 30 0 "$python" "$root/bench/ceilings.py" --json-out "$results/ceilings.json"
 # 32 questions about one image at once, and longer answers.
 run questions 120 0 workloads questions 65536 32 --workloads W3 --questions "$many_questions"
 for tokens in $long_answers; do
   run "long:long-$tokens" 150 0 workloads "long-$tokens" 32768 8 --workloads "$long_names" --tokens "$tokens"
 done
 run captions 150 0 captions
-run ceilings 30 0 "$python" "$root/bench/ceilings.py" --json-out "$results/ceilings.json"
-run sampling:sampling-152k 120 0 tiny_152k
+run sampling:sampling-tiny-152k 120 0 tiny_152k
 run sampling:sampling-pair 180 0 sampling pair "$work/$shape-q4_0.gguf"
 for one in $shapes; do
   run "shapes:shape-${one/:/-}" 150 0 one_shape "${one%:*}" "${one#*:}"
