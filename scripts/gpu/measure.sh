@@ -9,6 +9,7 @@
 #     --against X      for the steps bench, questions and long: a server to measure in turn, NAME=URL or opsin-http;
 #                      without it a llama-server is started for each, where PATH has one
 #     --seconds N      begin no step after so many seconds, and cut the one that runs then
+#     --archive FILE   also pack RESULTS into this .tar.gz, anew after every step
 #
 # RESULTS gets STEP.out and STEP.err, the JSON documents, and steps.tsv, to which every step adds its exit code, the
 # expected one and its seconds; bounds.txt says which bounds are kept. Ends with 0 when every step ended as expected.
@@ -17,19 +18,20 @@ set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 steps="machine synth ask doctor placed encoder_on_cpu missed founding bench many ceilings questions long captions"
 steps="$steps sampling shapes ask_again quick predict overhead tune"
-shape=llava-1.5-7b python=python3 work=$root/build/gpu results="" against="" chosen="" seconds=""
+shape=llava-1.5-7b python=python3 work=$root/build/gpu results="" against="" chosen="" seconds="" archive=""
 
 die() { echo "measure: $*" >&2; exit 2; }
 
 while [ $# -gt 0 ]; do
   case $1 in
-    --shape | --python | --work | --against | --seconds)
+    --shape | --python | --work | --against | --seconds | --archive)
       [ $# -gt 1 ] || die "$1 needs a value"
       case $1 in
         --shape) shape=$2 ;;
         --python) python=$2 ;;
         --work) work=$2 ;;
         --seconds) seconds=$2 ;;
+        --archive) archive=$2 ;;
         *) against=$2 ;;
       esac
       shift ;;
@@ -48,6 +50,10 @@ results=$(cd "$results" && pwd)
 work=$(cd "$work" && pwd)
 python=$(command -v "$python") || die "there is no such Python: give one with --python"
 case $python in /*) ;; *) python=$PWD/$python ;; esac
+if [ -n "$archive" ]; then
+  folder=$(cd "$(dirname "$archive")" 2>/dev/null && pwd) || die "there is no folder for the archive $archive"
+  archive=$folder/$(basename "$archive")
+fi
 cd "$work" # away from any opsin.toml
 export root python shape work results against
 
@@ -153,6 +159,8 @@ failed=0 child=""
 after() {
   printf '%s\t%s\t%s\t%s\n' "$@" >>"$results/steps.tsv"
   "$python" "$root/scripts/gpu/bounds.py" "$results" >"$results/bounds.txt" 2>/dev/null
+  # Renamed at the end, so that a run which is cut off leaves a whole one.
+  [ -z "$archive" ] || { tar -czf "$results/.tar" --exclude=.tar -C "$results" . && mv "$results/.tar" "$archive"; }
 }
 
 wanted() { [[ -z $chosen || " $chosen " == *" $1 "* ]]; }
@@ -202,7 +210,7 @@ names=W1,W2,W3,W4,W5 long_names=W1,W2,W3,W4 long_answers="128 64"
 shapes="llava-1.5-7b:f16 llava-1.5-7b:q8_0 llava-1.5-13b:q4_0 qwen2.5-vl-7b:q4_0 gemma-3-12b:q4_0"
 if [ "$shape" = tiny ]; then
   runs=1 warm=2 minutes=0.1 counts="8 1" streams="1 8" images=4 many_questions=9
-  names=W1,W3 long_names=W2 long_answers=64 shapes="tiny:f16 qwen2.5vl-tiny:q4_0 gemma3-tiny:q4_0"
+  names=W1,W3,W4 long_names=W2 long_answers=64 shapes="tiny:f16 qwen2.5vl-tiny:q4_0 gemma3-tiny:q4_0"
 fi
 export runs warm images streams
 [ -f "$results/steps.tsv" ] || printf 'step\texit code\texpected\tseconds\n' >"$results/steps.tsv"

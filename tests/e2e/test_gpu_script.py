@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from contextlib import suppress
 from itertools import pairwise
@@ -32,6 +34,7 @@ def steps(results: Path) -> dict[str, tuple[str, str]]:
         ("measure.sh", ("--cuda", "x"), "no option --cuda"),
         ("measure.sh", ("--work",), "--work needs a value"),
         ("measure.sh", ("--seconds", "soon", "results"), "--seconds needs a whole number"),
+        ("measure.sh", ("--archive", "/nowhere/x.tar.gz", "results"), "there is no folder for the archive"),
         ("measure.sh", ("results", "nothing"), "no step nothing: choose from machine"),
         ("measure.sh", ("--python", "/nowhere/python", "results"), "no such Python"),
         ("../llama.sh", (), "name a Python and a backend"),
@@ -56,8 +59,11 @@ def test_nothing_is_proved_where_nothing_runs(tmp_path: Path) -> None:
 
 def test_no_step_begins_when_the_time_is_over(tmp_path: Path) -> None:
     results = tmp_path / "results"
+    archive = tmp_path / "results.tar.gz"
     options = ("--python", "/bin/false", "--work", tmp_path / "work", "--shape", "tiny", "--seconds", 0)
-    assert run(*options, results).returncode == 0
+    assert run(*options, "--archive", archive, results).returncode == 0
+    with tarfile.open(archive) as packed:
+        assert packed.extractfile("./steps.tsv").read() == (results / "steps.tsv").read_bytes()  # type: ignore[union-attr]
     ended = steps(results)
     assert set(ended.values()) == {("-", "0"), ("-", "any")}
     assert {"synth", "ceilings", "tune"} <= set(ended)
@@ -185,4 +191,6 @@ def test_a_rehearsal_without_a_gpu_runs_every_step_and_leaves_all_files(tmp_path
     kept = {bound["name"]: bound["kept"] for bound in found["bounds"]["bounds"]}
     assert kept["one image, 54 tokens, warm, in seconds"] != "not measured"
     assert kept["32 streams by llama-batched-bench"] == "not measured"
+    if shutil.which("llama-server"):
+        assert "not measured" not in {kept["W3 by llama-server's"], kept["W4's median first token by llama-server's"]}
     print(f"{time.monotonic() - began:.0f} s")
