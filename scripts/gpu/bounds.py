@@ -39,7 +39,7 @@ class Bound:
 
     def line(self) -> str:
         """One line of the table."""
-        value = "" if self.value is None else f"{self.value:.3f}"
+        value = "" if self.value is None else f"{self.value:.4f}"
         return f"{self.answer:<12}  {value:>8}  {'<=' if self.at_most else '>='} {self.limit:<5g}  {self.name}"
 
 

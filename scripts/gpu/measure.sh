@@ -160,7 +160,7 @@ after() {
   printf '%s\t%s\t%s\t%s\n' "$@" >>"$results/steps.tsv"
   "$python" "$root/scripts/gpu/bounds.py" "$results" >"$results/bounds.txt" 2>/dev/null
   # Renamed at the end, so that a run which is cut off leaves a whole one.
-  [ -z "$archive" ] || { tar -czf "$results/.tar" --exclude=.tar -C "$results" . && mv "$results/.tar" "$archive"; }
+  [ -z "$archive" ] || { tar -czf "$archive.part" -C "$results" . && mv "$archive.part" "$archive"; }
 }
 
 wanted() { [[ -z $chosen || " $chosen " == *" $1 "* ]]; }
