@@ -72,8 +72,6 @@ def test_both_sides_of_device_sampling_are_measured_in_turn() -> None:
     cpu, device = runtime(0.006), runtime(0.002)
     with cpu.engine, device.engine:
         row = device_sampling.compare({"cpu": cpu, "device": device}, 4, "greedy", 2)
-        alone = device_sampling.compare({"cpu": cpu}, 1, "default", 1)
     assert (row["streams"], row["sampling"]) == (4, "greedy")
     assert row["ratio"] > 1.2
     assert row["device_tokens_s"] > row["cpu_tokens_s"] > 0
-    assert (alone["streams"], "ratio" in alone) == (1, False)
