@@ -73,6 +73,13 @@ def test_a_slow_gpu_is_not_given_work_for_seconds(monkeypatch: pytest.MonkeyPatc
     assert (1, 4096, 4096, 1, 1) not in ggml.sizes
 
 
+def test_a_quick_gpu_with_room_reads_more_so_that_a_start_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    rate, _ = measured(monkeypatch, "gpu", lambda _: 0.0003, free=140 * 2**30)
+    assert rate.bytes_s == pytest.approx(8 * 256 * 2**20 / 0.0003)
+    rate, _ = measured(monkeypatch, "gpu", lambda _: 0.0003, free=6 * 2**30)
+    assert rate.bytes_s == pytest.approx(256 * 2**20 / 0.0003)
+
+
 def test_a_cpu_computes_with_all_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     rate, ggml = measured(monkeypatch, "cpu", lambda _: 0.01)
     assert rate.ops_s == pytest.approx(4 * 2 * 1024 * 1024 * 128 / 0.01)
