@@ -47,6 +47,9 @@ def placement_checks(
     gpus = [device for device in devices if device.is_gpu and (device.name in used or not in_software(device))]
     gpus.sort(key=lambda device: (device.name not in used, device.type != "gpu"))
     checks = [_where(name, placement, gpus, settings, unused) for name in graphs]
+    if placement.notes and settings.mmproj is not None and "encoder" not in graphs:
+        told = Check("placement.encoder", "warn", " ".join(placement.notes), {"notes": list(placement.notes)})
+        checks.insert(0, told)
     return [*checks, _layers(placement, gpus, settings), _fallback(graphs, placement, settings), _splits(graphs)]
 
 

@@ -190,5 +190,12 @@ def test_another_fallback_has_no_command_that_mends_it() -> None:
     assert "POOL_2D × 8" in check.message
 
 
+def test_an_encoder_that_could_not_be_watched_is_told() -> None:
+    why = "The encoder could not be watched: no memory."
+    chosen = EngineSettings(model=LLM, mmproj=MMPROJ)
+    check, *_ = placement_checks(Placement({}, LLM_ON_GPU, 32, 32, (why,)), (CPU, GPU), chosen)
+    assert (check.name, check.status, check.message) == ("placement.encoder", "warn", why)
+
+
 def test_an_encoder_that_is_not_there_is_left_out() -> None:
     assert "placement.encoder" not in checked(encoder={}, model={"CUDA0": BackendShare(9, 1.0)})
