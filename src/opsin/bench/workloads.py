@@ -1,7 +1,5 @@
 """The five workloads and their images; runs them on drivers: times of each answer, and medians over runs."""
 
-from __future__ import annotations
-
 import io
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -9,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from statistics import median
+from typing import Self
 
 from opsin.core.answer import Usage
 from opsin.core.errors import BadParameter, OpsinError
@@ -146,7 +145,7 @@ class Result:
             return None
         return Stats(*(median(getattr(run, field.name) for run in self.runs) for field in fields(Stats)))
 
-    def with_run(self, timings: Sequence[Timing]) -> Result:
+    def with_run(self, timings: Sequence[Timing]) -> Self:
         """The result with one more run, which makes it invalid if that is."""
         invalid, usages = invalid_reason(self.workload, timings), tuple(timing.usage for timing in timings)
         failed = self.failed + sum(timing.failed is not None for timing in timings)

@@ -4,8 +4,6 @@ None of them ever contains a prompt, an answer, a key, or the address of an imag
 no name, path or text that a client chose becomes one.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import re
@@ -176,7 +174,7 @@ class Tracing:
     of a span. Raises BadParameter if OpenTelemetry is not installed.
     """
 
-    def __init__(self, exporter: SpanExporter | None = None) -> None:
+    def __init__(self, exporter: "SpanExporter | None" = None) -> None:
         try:
             from opentelemetry.sdk.resources import OTELResourceDetector, Resource
             from opentelemetry.sdk.trace import TracerProvider
@@ -238,7 +236,7 @@ class Tracing:
         sending.join(LAST_SPANS_SECONDS)
 
 
-def _attributes(stats: RequestStats, operation: str) -> dict[str, AttributeValue]:
+def _attributes(stats: RequestStats, operation: str) -> "dict[str, AttributeValue]":
     fields = _fields(stats)
     attributes: dict[str, AttributeValue | None] = {
         "gen_ai.operation.name": operation,
