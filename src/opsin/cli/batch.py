@@ -262,7 +262,7 @@ class _Batch:
             tell=line.show,
         )
         try:
-            with line:
+            with line.bar:
                 asyncio.run(run.run())
                 output.finish(by_input=options.order != "done")
         except (KeyboardInterrupt, OpsinError):
