@@ -11,7 +11,7 @@ from typing import Any
 
 from opsin.core.files import write_whole
 from opsin.jobs.ledger import Ledger
-from opsin.jobs.output import OutputFailed
+from opsin.jobs.output import writing
 from opsin.jobs.row import COUNTS, TIMES
 
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
@@ -133,13 +133,8 @@ def write_report(ledger: Ledger, job: str, path: Path, *, title: str) -> None:
     found = ledger.query(_SAMPLES, job, _IMAGES)
     samples = [(name, base64.b64encode(jpeg).decode(), *answer) for name, jpeg, *answer in found]
     html = _render("report.html.j2", title=title, job=job, stats=_Stats(ledger, job), spec=spec, samples=samples)
-    try:
+    with writing(f"The report {path}", "free some space or check the folder; the rows are not touched"):
         write_whole(path, html, 0o644)
-    except OSError as error:
-        raise OutputFailed(
-            f"The report {path} cannot be written ({error.strerror or error}): free some space or check the folder; "
-            "the rows are not touched."
-        ) from None
 
 
 def _render(name: str, **values: Any) -> str:
