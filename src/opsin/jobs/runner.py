@@ -55,16 +55,11 @@ class _Slots:
 
     @contextlib.asynccontextmanager
     async def take(self, *, alone: bool = False) -> AsyncIterator[None]:
-        taken, wanted = 0, self._room if alone else 1
-        try:
+        async with contextlib.AsyncExitStack() as taken:
             async with self._line:
-                while taken < wanted:
-                    await self._free.acquire()
-                    taken += 1
+                for _ in range(self._room if alone else 1):
+                    await taken.enter_async_context(self._free)
             yield
-        finally:
-            for _ in range(taken):
-                self._free.release()
 
 
 @dataclass
