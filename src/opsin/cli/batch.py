@@ -179,8 +179,7 @@ def batch(
     shown = checked(ImageOptions, {name: flags[name] for name in o.IMAGES})
     asked = Question(template, params, system, limits, options.image_seconds, options.fetch_private, shown)
     if ray is not None:
-        job = rows, asked, settings, options, output
-        raise typer.Exit(batch_on_ray(*job, address=ray, cpus=cpus_per_worker, is_list=source == "-"))
+        raise typer.Exit(batch_on_ray(rows, asked, settings, options, output, address=ray, cpus=cpus_per_worker))
     with ExitStack() as stack:
         raise typer.Exit(_Batch(rows, asked, settings, _Target(output, options), stack).run())
 
