@@ -1,7 +1,5 @@
 """The five workloads and their images; runs them on drivers: times of each answer, and medians over runs."""
 
-from __future__ import annotations
-
 import io
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -9,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from statistics import median
+from typing import Self
 
 from opsin.core.answer import Usage
 from opsin.core.errors import BadParameter, OpsinError
@@ -57,26 +56,21 @@ _QUESTIONS = (
 _STREAM = (Ask(0, max_tokens=96), *(Ask(i, max_tokens=8, at=at) for i, at in enumerate((0.5, 0.8, 1.1), start=1)))
 
 
-def all_workloads(tokens: int = TOKENS, questions: int = 8) -> tuple[Workload, ...]:
-    """The five; `tokens` is the length of the answers of W1 to W4, `questions` how many W3 has."""
+def choose(names: Iterable[str] | None = None, tokens: int = TOKENS, questions: int = 8) -> tuple[Workload, ...]:
+    """The workloads with these names, in their own order; None means all five. Raises BadParameter.
+
+    `tokens` is the length of the answers of W1 to W4, `questions` how many W3 has.
+    """
     images = tuple(Ask(i, max_tokens=tokens) for i in range(8))
     asked = (*_QUESTIONS, *(f"{_QUESTIONS[n % 8]} ({n})" for n in range(8, questions)))
     same = tuple(Ask(0, question, tokens) for question in asked)
-    return (
+    found: tuple[Workload, ...] = (
         Workload("W1", "4 new images, one after another", images[:4]),
         Workload("W2", "6 questions about one image, one after another", same[:6]),
         Workload("W3", f"{questions} questions about one new image, at once", same[:questions], at_once=True),
         Workload("W4", "8 new images, at once", images, at_once=True),
         Workload("W5", "a stream of 96 tokens while 3 new images arrive", _STREAM, at_once=True, stream=0),
     )
-
-
-WORKLOADS = all_workloads()
-
-
-def choose(names: Iterable[str] | None, tokens: int = TOKENS, questions: int = 8) -> tuple[Workload, ...]:
-    """The workloads with these names, in their own order; None means all. Raises BadParameter."""
-    found = all_workloads(tokens, questions)
     wanted = {one.name for one in found} if names is None else {name.strip().upper() for name in names}
     found = tuple(one for one in found if one.name in wanted)
     if len(found) < len(wanted):
@@ -146,7 +140,7 @@ class Result:
             return None
         return Stats(*(median(getattr(run, field.name) for run in self.runs) for field in fields(Stats)))
 
-    def with_run(self, timings: Sequence[Timing]) -> Result:
+    def with_run(self, timings: Sequence[Timing]) -> Self:
         """The result with one more run, which makes it invalid if that is."""
         invalid, usages = invalid_reason(self.workload, timings), tuple(timing.usage for timing in timings)
         failed = self.failed + sum(timing.failed is not None for timing in timings)

@@ -53,7 +53,7 @@ _OF_IMAGES = {"image_decode", "preprocess", "encode", "image_prefill"}
 _LABELS = {"start": "start Python", "load": "load model", "encode": "vision encode"}
 
 
-@o.flags_of(SamplingParams, *o.ANSWER, "boxes", "confidence")
+@o.flags_of(SamplingParams, *o.LABELS, "system", *o.ANSWER, "boxes", "confidence")
 @o.flags_of(EngineSettings, *o.ENGINE, "image_max_tokens", "image_min_tokens", "disk_cache", parallel=_PARALLEL)
 @o.flags_of(ImageOptions, *o.IMAGES)
 @o.flags_of(VideoSettings, "fps", "max_frames")
@@ -73,18 +73,13 @@ def ask(
     quiet: Annotated[bool, o.output("-q", "--quiet", help=_QUIET)] = False,
     draw: Annotated[Path | None, o.output("--draw", help="also write the image with the answer's boxes")] = None,
     json_schema: Annotated[Path | None, o.answer(help="file with a JSON schema that the answer will fit")] = None,
-    choices: o.Choices = None,
-    scale: o.Scale = None,
-    boolean: o.Boolean = None,
-    reasons: o.Reasons = None,
-    system: o.System = None,
     **flags: Any,
 ) -> None:
     """Ask one question about each image or video, or about all of them together.
 
     Settings of model, hardware and images can also be given in opsin.toml or as OPSIN_* environment variables.
     """
-    params = o.answer_fields(flags, json_schema, choices, scale=scale, boolean=boolean, reasons=reasons)
+    params = o.answer_fields(flags, json_schema)
     params |= {} if draw is None else {"boxes": True}
     whole = checked(SamplingParams, params).has_value  # before a model is loaded
     limits = checked(ImageSettings, {"fetch": True, **o.given(ImageSettings, flags)})
@@ -112,7 +107,7 @@ def ask(
     reading = {"frames": frames, **video}
     check_videos(found, **reading)
     shown = checked(ImageOptions, {name: flags[name] for name in o.IMAGES})
-    _Run(groups, form, timed, whole, settings, question, system, params, reading, draw, shown, limits).all()
+    _Run(groups, form, timed, whole, settings, question, flags["system"], params, reading, draw, shown, limits).all()
 
 
 @dataclass

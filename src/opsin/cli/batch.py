@@ -126,7 +126,7 @@ def _beside(kind: Kind, item: Item, row: Row) -> None:
     write_sidecar(sidecar_path(Path(item.images[0]), kind), kind, row)
 
 
-@o.flags_of(SamplingParams, *o.ANSWER, "boxes", "confidence")
+@o.flags_of(SamplingParams, *o.LABELS, "system", *o.ANSWER, "boxes", "confidence")
 @o.flags_of(
     EngineSettings, *o.ENGINE, "kv_unified", "image_max_tokens", "image_min_tokens", "disk_cache", parallel=_PARALLEL
 )
@@ -150,11 +150,6 @@ def batch(
     ] = None,
     quiet: Annotated[bool, o.output("-q", "--quiet", help="print errors only")] = False,
     json_schema: Annotated[Path | None, o.answer(help="file with a JSON schema; its fields become columns")] = None,
-    choices: o.Choices = None,
-    scale: o.Scale = None,
-    boolean: o.Boolean = None,
-    reasons: o.Reasons = None,
-    system: o.System = None,
     **flags: Any,
 ) -> None:
     """Ask one question about each image of a folder or each row of a table; resume where a run was stopped."""
@@ -168,8 +163,7 @@ def batch(
         raise BadParameter("--skip-existing needs --sidecar: an output file keeps what is done by itself.")
     elif cpus_per_worker is not None:
         raise BadParameter("--cpus-per-worker is for a cluster: give --ray, too, or --workers and --threads instead.")
-    given = o.answer_fields(flags, json_schema, choices, scale=scale, boolean=boolean, reasons=reasons)
-    params = checked(SamplingParams, given)
+    params, system = checked(SamplingParams, o.answer_fields(flags, json_schema)), flags["system"]
     whole = ray is None and (options.sidecar == "json" if output is None else output.suffix.lower() == ".jsonl")
     for name in ("boxes", "confidence"):
         if getattr(params, name) and not whole:
@@ -185,8 +179,7 @@ def batch(
     shown = checked(ImageOptions, {name: flags[name] for name in o.IMAGES})
     asked = Question(template, params, system, limits, options.image_seconds, options.fetch_private, shown)
     if ray is not None:
-        job = rows, asked, settings, options, output
-        raise typer.Exit(batch_on_ray(*job, address=ray, cpus=cpus_per_worker, is_list=source == "-"))
+        raise typer.Exit(batch_on_ray(rows, asked, settings, options, output, address=ray, cpus=cpus_per_worker))
     with ExitStack() as stack:
         raise typer.Exit(_Batch(rows, asked, settings, _Target(output, options), stack).run())
 
@@ -262,7 +255,7 @@ class _Batch:
             tell=line.show,
         )
         try:
-            with line:
+            with line.bar:
                 asyncio.run(run.run())
                 output.finish(by_input=options.order != "done")
         except (KeyboardInterrupt, OpsinError):

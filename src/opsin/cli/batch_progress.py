@@ -2,7 +2,6 @@
 
 import sys
 import time
-from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -14,29 +13,22 @@ _LINE_SECONDS = 60.0
 
 
 class ProgressLine:
-    """A bar on a terminal; elsewhere a line now and then."""
+    """A bar on a terminal, shown while `bar` is entered; elsewhere a line now and then."""
 
     def __init__(self, total: int | None) -> None:
         parts = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rates]}"), TimeRemainingColumn())
         screen = Console(stderr=True)
-        self._bar = Progress(*parts, console=screen, disable=console.is_quiet() or not screen.is_terminal)
-        self._task = self._bar.add_task("", total=total, rates="")
+        self.bar = Progress(*parts, console=screen, disable=console.is_quiet() or not screen.is_terminal)
+        self._task = self.bar.add_task("", total=total, rates="")
         self._said = time.monotonic()
 
     def show(self, figures: Figures) -> None:
         """How it stands now."""
-        self._bar.update(self._task, completed=figures.before + figures.done, rates=rates(figures))
+        self.bar.update(self._task, completed=figures.before + figures.done, rates=rates(figures))
         if not sys.stderr.isatty() and time.monotonic() - self._said > _LINE_SECONDS:
             self._said = time.monotonic()
             of = f" of {figures.total:,}" if figures.total else ""
             console.tell(f"({figures.before + figures.done:,}{of} rows, {rates(figures)})")
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
 
 
 def rates(figures: Figures) -> str:

@@ -40,12 +40,11 @@ def batch_on_ray(
     *,
     address: str,
     cpus: int | None,
-    is_list: bool,
 ) -> int:
-    """Ask all rows on the cluster; the exit code. `is_list`: standard input, which only this process can read."""
+    """Ask all rows on the cluster; the exit code."""
     if rows.is_requests:
         raise BadParameter("Requests in OpenAI's form are not asked on a cluster: leave out --ray.")
-    items: Iterable[Item] = list(rows) if is_list else rows
+    items: Iterable[Item] = list(rows) if rows.once else rows  # standard input, which only this process can read
     place = _place(output)
     if cpus is not None and settings.threads is None:
         settings = settings.model_copy(update={"threads": cpus})

@@ -32,14 +32,12 @@ HELP = (
 _WORD = re.compile(r"""'[^']*'|"(?:\\.|[^"\\])*"|(?:\\.|[^\s\\])+""")
 
 
-@o.flags_of(SamplingParams, *o.ANSWER)
+@o.flags_of(SamplingParams, "system", *o.ANSWER)
 @o.flags_of(EngineSettings, *o.ENGINE, "image_max_tokens", "image_min_tokens", "disk_cache")
 @o.flags_of(ImageOptions, *o.IMAGES)
 @o.flags_of(ImageSettings, *o.PAGES)
 def chat(
     images: Annotated[list[str] | None, typer.Argument(metavar="IMAGE…", help="images, PDFs or addresses")] = None,
-    *,
-    system: o.System = None,
     **flags: Any,
 ) -> None:
     """Talk about images; every question knows what was said before.
@@ -50,7 +48,7 @@ def chat(
     checked(ImageSettings, pages)  # before a model is loaded
     shown = checked(ImageOptions, {name: flags[name] for name in o.IMAGES}).model_dump() | pages
     with opened(o.settings_of(flags)) as opsin:
-        begin = [Message("system", system)] if system else []
+        begin = [Message("system", flags["system"])] if flags["system"] else []
         talk = _Talk(opsin, params, begin, shown, images or [])
         say(HELP)
         read = _reader()

@@ -1,7 +1,5 @@
 """What the terminal sees: sentences and a progress line on standard error, and text that cannot steer it."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re
@@ -73,7 +71,7 @@ def open_standard_streams() -> None:
             stream.reconfigure(errors="replace")
 
 
-def working(text: str) -> Status:
+def working(text: str) -> "Status":
     """A line on standard error that says what is done, until it is stopped; nothing where nobody watches."""
     from rich.console import Console
 

@@ -41,25 +41,27 @@ def _under(panel: str) -> Callable[..., Any]:
 answer, job, output = _under("Answer"), _under("Job"), _under("Output")
 AsJson = Annotated[bool, output("--json", help="print JSON instead of text")]
 JsonOut = Annotated[Path | None, output("--json-out", help="also write the JSON document to this file")]
-System = Annotated[str | None, answer("--system", help="system message before the question")]
 _CHOICES = "answer with one of these, and how likely each is"
-Choices = Annotated[str | None, answer("--choices", metavar="A,B,…", help=_CHOICES)]
-Scale = Annotated[str | None, answer("--scale", metavar="1-5", help="answer with a number of a scale")]
-Boolean = Annotated[bool | None, answer("--bool", help="answer with yes or no")]
 _REASONS = "with these three: own words before the choice (default: where the model hardly begins with a label)"
-Reasons = Annotated[bool | None, answer("--reasons/--no-reasons", help=_REASONS)]
+_OWN: dict[str, tuple[type, Any]] = {
+    "choices": (str, answer("--choices", metavar="A,B,…", help=_CHOICES)),
+    "scale": (str, answer("--scale", metavar="1-5", help="answer with a number of a scale")),
+    "boolean": (bool, answer("--bool", help="answer with yes or no")),
+    "reasons": (bool, answer("--reasons/--no-reasons", help=_REASONS)),
+    "system": (str, answer("--system", help="system message before the question")),
+}  # flags that are not made of a field
+LABELS = ("choices", "scale", "boolean", "reasons")
 
 
-def answer_fields(flags: Flags, json_schema: Path | None, choices: str | None, **labels: Any) -> dict[str, Any]:
-    """The fields of SamplingParams for `flags`, for a file with a schema, and for the flags of labels.
+def answer_fields(flags: Flags, json_schema: Path | None) -> dict[str, Any]:
+    """The fields of SamplingParams for `flags` and for a file with a schema; `choices` has commas or is a JSON list.
 
-    `choices` has commas or is a JSON list, `labels` are `scale`, `boolean` and `reasons`. Raises BadParameter.
+    Raises BadParameter.
     """
     found = given(SamplingParams, flags)
     if json_schema is not None:
         found["json_schema"] = read_text(expand(json_schema), MAX_SCHEMA)
-    found |= {name: value for name, value in labels.items() if value is not None}
-    if choices is not None:
+    if (choices := found.get("choices")) is not None:
         found["choices"] = [one.strip() for one in choices.split(",")]
         if choices.lstrip().startswith("["):
             try:
@@ -131,6 +133,8 @@ def write_out(path: Path | None, document: dict[str, Any]) -> None:
 
 
 def _flag(model: type[BaseModel], name: str, default: str | None) -> inspect.Parameter:
+    if name in _OWN:
+        return _keyword(name, *_OWN[name])
     field = model.model_fields[name]
     kind, text, flag = kind_of(field), field.description or "", _flag_name(name)
     shape: Any = kind if kind in {bool, int, float} else str

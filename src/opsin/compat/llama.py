@@ -1,14 +1,12 @@
 """`Llama` as llama-cpp-python's programs know it, for images: messages, tools and answers in OpenAI's shape."""
 
-from __future__ import annotations
-
 import os
 import time
 import uuid
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from opsin.compat.handlers import MTMDChatHandler, download
 from opsin.compat.options import engine_options, real_seed, sampling_options
@@ -64,7 +62,7 @@ class Llama:
         self._close = weakref.finalize(self, self._runtime.close)
 
     @classmethod
-    def from_pretrained(cls, repo_id: str, filename: str | None, **kwargs: Any) -> Llama:
+    def from_pretrained(cls, repo_id: str, filename: str | None, **kwargs: Any) -> Self:
         """Download a model of a repository and load it; `filename` may be a pattern that fits one file.
 
         Raises ModelNotFound, DownloadFailed, BadParameter, and what loading raises.

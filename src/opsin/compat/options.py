@@ -4,13 +4,11 @@ Those that change no answer (threads, memory mapping, logs) are accepted; those 
 computed, are refused by name unless they have their default. `options.toml` lists them all.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from opsin.core.errors import BadParameter
 from opsin.core.files import read_table, read_text
@@ -29,17 +27,17 @@ class LlamaGrammar:
     json_schema: str | None = None
 
     @classmethod
-    def from_string(cls, grammar: str, verbose: bool = True) -> LlamaGrammar:  # noqa: ARG003 - the peer's signature
+    def from_string(cls, grammar: str, verbose: bool = True) -> Self:  # noqa: ARG003 - the peer's signature
         """A GBNF grammar."""
         return cls(gbnf=grammar)
 
     @classmethod
-    def from_file(cls, file: str | Path, verbose: bool = True) -> LlamaGrammar:  # noqa: ARG003
+    def from_file(cls, file: str | Path, verbose: bool = True) -> Self:  # noqa: ARG003
         """A GBNF grammar in a file. Raises BadParameter when it cannot be read."""
         return cls(gbnf=read_text(Path(file), MAX_SCHEMA))
 
     @classmethod
-    def from_json_schema(cls, json_schema: str, verbose: bool = True) -> LlamaGrammar:  # noqa: ARG003
+    def from_json_schema(cls, json_schema: str, verbose: bool = True) -> Self:  # noqa: ARG003
         """A JSON schema as text."""
         return cls(json_schema=json_schema)
 

@@ -9,16 +9,13 @@ from opsin.core.errors import BadParameter
 from opsin.core.model_info import PairFacts
 from opsin.core.settings import EngineSettings
 from opsin.doctor.check import Check, Status, means_cpu, serve_command
+from opsin.doctor.host import KNOWN
 from opsin.doctor.pair import PairInfo
 from opsin.native.devices import Device, free_memory
 from opsin.native.memory import FULL, MemoryPlanner, as_flags, needed_by_device, size_text
 from opsin.native.trial import Trial, fingerprint, keep_record, read_record, record_file, try_pair
 
 _NAME = "safety.trial"
-_MEANING = {
-    "SIGKILL": "most likely the system ended it for want of memory, see room.memory",
-    "SIGILL": "this build uses instructions that this CPU lacks, install one that was built here",
-}
 
 
 def room_checks(
@@ -89,8 +86,8 @@ def trial_check(
 def _advice(info: PairInfo, done: Trial, settings: EngineSettings, *, gpu: bool) -> tuple[str, dict[str, Any]]:
     """What to try, in words and as a change of settings, by the stage it died in."""
     f32 = info.mmproj is not None and info.mmproj.is_all_f32
-    if done.signal in _MEANING:
-        return _MEANING[done.signal], {}
+    if done.signal in KNOWN["signals"]:
+        return KNOWN["signals"][done.signal], {}
     if done.end == "hung":
         return "wait for the disk and try again, or take another quantisation", {}
     if done.stage in {"prefill", "decode"} and settings.flash_attention is not False:

@@ -7,14 +7,13 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 from opsin.core.errors import BadImage
+from opsin.core.settings import ImageSettings
 from opsin.images.source import check_size
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from PIL import Image
-
-    from opsin.core.settings import ImageSettings
 
 _SHAPES = "(height, width), (height, width, 3) or (height, width, 4), colours last"
 # Tags of TIFF

@@ -4,8 +4,6 @@ Decoders are called directly, never through `PIL.Image.open`: no other plugin ge
 process-wide pixel limit does not stand beside ours.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import importlib
@@ -24,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from opsin.core.errors import BadImage, BadParameter, FetchFailed, ImageTooLarge, ImageUnsupported, OpsinError
 from opsin.core.image_options import ANY_SIZES, AS_IT_IS, ImageOptions, ImageSizes
 from opsin.core.request import Image
+from opsin.core.settings import ImageSettings
 from opsin.images.colour import array_image, flatten
 from opsin.images.show import fitted, shown, shown_again
 from opsin.images.sniff import PDF, image_format
@@ -31,8 +30,6 @@ from opsin.images.source import check_bytes, check_size, damaged, read_data_url,
 
 if TYPE_CHECKING:
     import PIL.Image
-
-    from opsin.core.settings import ImageSettings
 
 logger = logging.getLogger("opsin.images")
 
@@ -284,7 +281,7 @@ def read_source(source: object, settings: ImageSettings, name: str = _NAME) -> t
 
 
 def make_images(
-    image: PIL.Image.Image, about: Image, name: str, options: ImageOptions, sizes: ImageSizes
+    image: "PIL.Image.Image", about: Image, name: str, options: ImageOptions, sizes: ImageSizes
 ) -> list[Image]:
     """Load an image whose size was checked, turn it upright, flatten it, and show it as the options say.
 
@@ -354,7 +351,7 @@ def _filled(data: bytes, fillers: Sequence[bytes]) -> Iterator[bytes]:
         yield data + b"".join(rest) + _JPEG_END
 
 
-def _open(kind: str, data: bytes) -> PIL.Image.Image:
+def _open(kind: str, data: bytes) -> "PIL.Image.Image":
     """Read a file's header with the one plugin for its kind."""
     stem = _PLUGINS.get(kind)
     module = importlib.import_module(f"PIL.{stem}ImagePlugin" if stem else "pillow_heif")
@@ -362,7 +359,7 @@ def _open(kind: str, data: bytes) -> PIL.Image.Image:
     return image
 
 
-def _orientation(image: PIL.Image.Image) -> int:
+def _orientation(image: "PIL.Image.Image") -> int:
     """EXIF orientation 1 to 8; asked before the pixels are loaded, as Pillow drops it from a TIFF afterwards."""
     try:
         heif = image.format == "HEIF"  # pillow-heif resets the tag

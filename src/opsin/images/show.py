@@ -1,7 +1,5 @@
 """From an upright image to what the model gets of it: a part, tiles, and no more pixels than its tokens are worth."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import math
@@ -57,7 +55,7 @@ def fitted(width: int, height: int, options: ImageOptions, sizes: ImageSizes) ->
 
 
 def shown(
-    flat: PIL.Image.Image, whole: tuple[int, int], image: Image, options: ImageOptions, sizes: ImageSizes
+    flat: "PIL.Image.Image", whole: tuple[int, int], image: Image, options: ImageOptions, sizes: ImageSizes
 ) -> list[Image]:
     """The images that the model gets of a flat, upright one; `image` says all but pixels and sizes.
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from opsin.core.image_options import AS_IT_IS, ImageOptions
 from opsin.core.request import Image, SamplingParams
@@ -33,16 +33,18 @@ class Asked:
     text: str = ""
 
 
-class Asker(Protocol):
+class Asker:
     """Prepares rows, and asks them. `slots` are how many are answered at the same time."""
 
     slots: int
 
     async def prepare(self, item: Item) -> Asked:
-        """Load what the row needs. Raises BadInput and its kinds."""
+        """Load what the row needs: nothing, unless an asker says otherwise. Raises BadInput and its kinds."""
+        return Asked(item)
 
     async def ask(self, asked: Asked) -> Row:
         """The answer as `--json` shows it. Raises BadInput, ConstraintFailed, and EngineError."""
+        raise NotImplementedError
 
     def drop(self, asked: Asked) -> None:
         """What was loaded is not needed any more."""
@@ -65,7 +67,7 @@ class Question:
     images: ImageOptions = AS_IT_IS
 
 
-class ImageAsker:
+class ImageAsker(Asker):
     """Asks about the images of each row; `processes` decode them, `about` goes into each answer's row."""
 
     def __init__(

@@ -5,8 +5,8 @@ import importlib
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,20 @@ _ROWS_AT_ONCE = 1_000
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
+_MEND = "free some space or check the folder, and run the same command again"
+
+
 class OutputFailed(OpsinError):
     """The output cannot be written."""
+
+
+@contextmanager
+def writing(what: object, then: str = _MEND) -> Iterator[None]:
+    """What the disk refuses becomes OutputFailed, with what was written, and what to do `then`."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputFailed(f"{what} cannot be written ({error.strerror or error}): {then}.") from None
 
 
 class Output:
@@ -37,7 +49,7 @@ class Output:
         self.path, self._fields, self._ledger = path, fields, ledger
         self._new = path.with_name(f"{path.name}.opsin-new")
         self._waiting = bytearray()
-        try:
+        with self._writing():
             if ledger.note(_MOVING) == "1":
                 self._replace()
             self._file = path.open("r+b" if path.exists() else "w+b")
@@ -45,8 +57,6 @@ class Output:
             if self.size == 0:
                 self._waiting += self._head()
                 self.size = len(self._waiting)
-        except OSError as error:
-            raise self._failed(error) from None
         if ledger.note(HOLES) == "1":
             self._waiting.clear()
             self.rewrite(by_input=False)
@@ -61,17 +71,18 @@ class Output:
     def flush(self) -> None:
         """Write what was added, down to the disk."""
         begin = self.size - len(self._waiting)
-        try:
-            self._file.seek(begin)
-            self._file.write(self._waiting)
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            self.size = begin
-            self._waiting.clear()
-            with suppress(OSError):  # what is behind is cut off when the job goes on
-                self._file.truncate(begin)
-            raise self._failed(error) from None
+        with self._writing():
+            try:
+                self._file.seek(begin)
+                self._file.write(self._waiting)
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            except OSError:
+                self.size = begin
+                self._waiting.clear()
+                with suppress(OSError):  # what is behind is cut off when the job goes on
+                    self._file.truncate(begin)
+                raise
         self._waiting.clear()
 
     def read(self, at: int | None, length: int | None, stored: bytes | None) -> Row:
@@ -89,7 +100,7 @@ class Output:
     def rewrite(self, *, by_input: bool) -> None:
         """Write the file anew with the rows that the ledger has in it, and nothing else."""
         head = self._head()
-        try:
+        with self._writing():
             with self._new.open("wb") as file:
                 file.write(head)
                 for at, length in self._ledger.places(by_input=by_input):
@@ -102,8 +113,6 @@ class Output:
             self._file.close()
             self._replace()
             self._file = self.path.open("r+b")
-        except OSError as error:
-            raise self._failed(error) from None
 
     def close(self) -> None:
         """Close the file; what was not flushed is lost."""
@@ -131,11 +140,8 @@ class Output:
         self._file.truncate(end)
         return int(end)
 
-    def _failed(self, error: OSError) -> OutputFailed:
-        return OutputFailed(
-            f"{self.path} cannot be written ({error.strerror or error}): the rows until now are there; free some space "
-            "or check the folder, and run the same command again."
-        )
+    def _writing(self) -> AbstractContextManager[None]:
+        return writing(self.path, f"the rows until now are there; {_MEND}")
 
     def _head(self) -> bytes:
         return b""
@@ -183,15 +189,13 @@ class StoredOutput(Output):
             return
         _, parquet = import_arrow()
         schema, stored = table_schema(self._fields), self._ledger.stored(by_input=by_input)
-        try:
-            with replacing(self._target, 0o644) as part, parquet.ParquetWriter(part, schema) as writer:
-                while rows := [flat(json.loads(row), self._fields) for row in islice(stored, _ROWS_AT_ONCE)]:
-                    writer.write_table(table(rows, schema))
-        except OSError as error:
-            raise OutputFailed(
-                f"{self._target} cannot be written ({error.strerror or error}): its ledger has all rows; free some "
-                "space or check the folder, and run the same command again."
-            ) from None
+        with (
+            writing(self._target, f"its ledger has all rows; {_MEND}"),
+            replacing(self._target, 0o644) as part,
+            parquet.ParquetWriter(part, schema) as writer,
+        ):
+            while rows := [flat(json.loads(row), self._fields) for row in islice(stored, _ROWS_AT_ONCE)]:
+                writer.write_table(table(rows, schema))
 
     def close(self) -> None:
         """Nothing is open."""

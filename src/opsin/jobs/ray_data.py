@@ -126,20 +126,18 @@ class RayOutput:
                 if self._there(folder):
                     self._files.delete_dir(folder)
         self._files.create_dir(f"{self._path}.opsin/ids")
-        self._lock = None if "://" in place else FileLock(f"{place}.opsin/lock", timeout=0)
-        with contextlib.ExitStack() as on_error:
-            if self._lock is not None:
+        with contextlib.ExitStack() as held:
+            if "://" not in place:
                 try:
-                    on_error.enter_context(self._lock)
+                    held.enter_context(FileLock(f"{place}.opsin/lock", timeout=0))
                 except Timeout:
                     raise BadParameter(BUSY.format(place)) from None
             self._claim(spec)
-            on_error.pop_all()
+            self._held = held.pop_all()
 
     def close(self) -> None:
         """Let others write to the output."""
-        if self._lock is not None:
-            self._lock.release()
+        self._held.close()
 
     def counts(self) -> tuple[int, int]:
         """Answered and failed rows of the output."""

@@ -8,7 +8,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from pathlib import Path
 
 from opsin.core.answer import Stages
@@ -55,18 +55,14 @@ class _Slots:
 
     @contextlib.asynccontextmanager
     async def take(self, *, alone: bool = False) -> AsyncIterator[None]:
-        taken, wanted = 0, self._room if alone else 1
-        try:
+        async with contextlib.AsyncExitStack() as taken:
             async with self._line:
-                while taken < wanted:
-                    await self._free.acquire()
-                    taken += 1
+                for _ in range(self._room if alone else 1):
+                    await taken.enter_async_context(self._free)
             yield
-        finally:
-            for _ in range(taken):
-                self._free.release()
 
 
+@dataclass
 class Run:
     """One run of a job over an input.
 
@@ -75,26 +71,21 @@ class Run:
     tells why nothing can be asked any more, None while the engine lives. `sidecar` writes a row beside its image.
     """
 
-    def __init__(
-        self,
-        job: str,
-        items: Iterable[Item],
-        open_asker: Callable[[], Awaitable[Asker]],
-        ledger: Ledger,
-        output: Output,
-        *,
-        ahead: int,
-        dead: Callable[[], OpsinError | None],
-        total: int | None = None,
-        sidecar: Callable[[Item, Row], None] | None = None,
-        tell: Callable[[Figures], None] = lambda _: None,
-    ) -> None:
-        self._job, self._items, self._ledger, self._output = job, items, ledger, output
-        self._open_asker = open_asker
+    job: str
+    items: Iterable[Item]
+    open_asker: Callable[[], Awaitable[Asker]]
+    ledger: Ledger
+    output: Output
+    _: KW_ONLY
+    ahead: int
+    dead: Callable[[], OpsinError | None]
+    total: int | None = None
+    sidecar: Callable[[Item, Row], None] | None = None
+    tell: Callable[[Figures], None] = lambda _: None
+
+    def __post_init__(self) -> None:
         self._asker: Asker
-        self._dead, self._sidecar, self._tell = dead, sidecar, tell
-        self.figures = Figures(total)
-        self._ahead = ahead
+        self.figures = Figures(self.total)
         self._slots: _Slots
         self._places: asyncio.Semaphore
         self._tasks: set[asyncio.Task[None]] = set()
@@ -103,7 +94,7 @@ class Run:
         self._group: list[Ended] = []
         self._recent: dict[bytes, Row] = {}  # rows of the group, by question
         self._flushed = time.monotonic()
-        ranks = ledger.query("SELECT rank FROM samples WHERE job = ? ORDER BY rank LIMIT ?", job, SAMPLES)
+        ranks = self.ledger.query("SELECT rank FROM samples WHERE job = ? ORDER BY rank LIMIT ?", self.job, SAMPLES)
         self._ranks = [-int(rank) for (rank,) in ranks]  # a heap with the largest rank first
         heapq.heapify(self._ranks)
         self._samples: dict[str, tuple[int, bytes]] = {}
@@ -135,8 +126,8 @@ class Run:
         return self.figures
 
     async def _open(self) -> None:
-        self._asker = asker = await self._open_asker()
-        self._slots, self._places = _Slots(2 * asker.slots), asyncio.Semaphore(2 * asker.slots + self._ahead)
+        self._asker = asker = await self.open_asker()
+        self._slots, self._places = _Slots(2 * asker.slots), asyncio.Semaphore(2 * asker.slots + self.ahead)
         self.figures.began = time.monotonic()
 
     def _done(self, task: asyncio.Task[None]) -> None:
@@ -147,15 +138,15 @@ class Run:
 
     async def _to_ask(self) -> AsyncIterator[tuple[Item, int]]:
         """The rows that were not asked, and how often they were tried. Reading is done in a thread."""
-        source = enumerate(self._items, 1)
+        source = enumerate(self.items, 1)
         while chunk := await asyncio.to_thread(lambda: list(itertools.islice(source, _AT_ONCE))):
-            states = self._ledger.claim(self._job, [(item.id, place) for place, item in chunk])
+            states = self.ledger.claim(self.job, [(item.id, place) for place, item in chunk])
             for (place, item), (state, attempt) in zip(chunk, states, strict=True):
                 row, tried = item, (state, attempt)
                 if state == "seen":
                     error = DuplicateId(f"The id {item.id!r} is that of an earlier row: give each row its own (--id).")
                     row = Item(f"{item.id} (row {place})", item.source, error=error)
-                    (tried,) = self._ledger.claim(self._job, [(row.id, place)])
+                    (tried,) = self.ledger.claim(self.job, [(row.id, place)])
                 if tried[0] in {"new", "pending"}:
                     yield row, tried[1]
                 else:
@@ -164,17 +155,17 @@ class Run:
     async def _one(self, item: Item, attempt: int) -> None:
         asked, state = Asked(item), DONE
         begin: Row = {"id": item.id, "source": item.source, "output": None}
-        end: Row = {"attempt": attempt, "job": self._job}
+        end: Row = {"attempt": attempt, "job": self.job}
         try:
             if item.error is not None:
                 raise copy_of(item.error)
             asked = await self._asker.prepare(item)
             self._sample(asked)
             row = {**begin, **await self._answer(asked), **end}
-            if self._sidecar is not None:
-                await asyncio.to_thread(self._sidecar, item, row)
+            if self.sidecar is not None:
+                await asyncio.to_thread(self.sidecar, item, row)
         except OpsinError as error:
-            if self._dead() is not None or isinstance(error, (LedgerBroken, OutputFailed)):
+            if self.dead() is not None or isinstance(error, (LedgerBroken, OutputFailed)):
                 raise
             row, state = {**begin, **answer_row(error), **end}, FAILED
             self.figures.errors[error.code] += 1
@@ -205,9 +196,9 @@ class Run:
     def _known(self, question: bytes) -> Row | None:
         if question in self._recent:
             return self._recent[question]
-        if (place := self._ledger.answered(self._job, question)) is not None:
+        if (place := self.ledger.answered(self.job, question)) is not None:
             with contextlib.suppress(ValueError, KeyError, StopIteration, TypeError):  # somebody has changed the file
-                return self._output.read(*place)
+                return self.output.read(*place)
         return None
 
     def _same(self, row: Row) -> Row:
@@ -225,11 +216,11 @@ class Run:
                 async with self._slots.take(alone=alone):
                     return await self._asker.ask(asked)
             except NotReady:
-                if self._dead() is not None:
+                if self.dead() is not None:
                     raise
                 await asyncio.sleep(_AGAIN_SECONDS)
             except (EngineDied, EngineClosed):
-                if alone or self._dead() is not None:
+                if alone or self.dead() is not None:
                     raise
                 deaths += 1
 
@@ -253,14 +244,14 @@ class Run:
         if group:
             placed = []
             for one in group:
-                at, length, stored = self._output.add(dict(one.row))
+                at, length, stored = self.output.add(dict(one.row))
                 placed.append(replace(one, at=at, length=length, stored=stored))
-            self._output.flush()
-            self._ledger.end(self._job, placed, self._output.size, self._samples)
+            self.output.flush()
+            self.ledger.end(self.job, placed, self.output.size, self._samples)
         self._recent.clear()
         self._samples.clear()
         self._flushed = time.monotonic()
-        self._tell(self.figures)
+        self.tell(self.figures)
 
     def _sample(self, asked: Asked) -> None:
         """Keep a small copy of the images whose ids have the smallest hashes: a fair sample, the same in each run."""

@@ -12,7 +12,7 @@ from opsin.core.errors import BadInput
 from opsin.core.files import write_whole
 from opsin.images import ENDINGS
 from opsin.images.metadata import xmp_text
-from opsin.jobs.output import OutputFailed
+from opsin.jobs.output import writing
 
 Kind = Literal["txt", "json", "xmp"]
 _RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
@@ -49,14 +49,9 @@ def write_sidecar(path: Path, kind: Kind, row: dict[str, Any]) -> None:
     read the one that it replaces, or the folder. Raises SidecarUnreadable for one that cannot be read, OutputFailed.
     """
     text = json.dumps(row, ensure_ascii=False, indent=2) if kind == "json" else row["text"] or ""
-    try:
+    with writing(path):
         data = _xmp(path, row) if kind == "xmp" else f"{text}\n".encode("utf-8", "replace")
         write_whole(path, data, 0o600 | 0o044 & (path if path.exists() else path.parent).stat().st_mode)
-    except OSError as error:
-        raise OutputFailed(
-            f"{path} cannot be written ({error.strerror or error}): free some space or check the folder, and run the "
-            "same command again."
-        ) from None
 
 
 def _xmp(path: Path, row: dict[str, Any]) -> bytes:

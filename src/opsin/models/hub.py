@@ -4,8 +4,6 @@ huggingface_hub is not used: measured with 2.4.0, it throws a partial file away 
 off, and compares no checksums. Here a broken download goes on where it stopped, also in the next run.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re
@@ -14,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Self
 from urllib.parse import quote
 
 import httpx
@@ -56,7 +54,7 @@ class Hub:
     pause: float = 1.0
 
     @classmethod
-    def from_environment(cls) -> Hub:
+    def from_environment(cls) -> Self:
         """As HF_ENDPOINT, HF_HUB_CACHE, HF_HOME and HF_TOKEN say. Raises DownloadFailed under HF_HUB_OFFLINE."""
         if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
             raise DownloadFailed("HF_HUB_OFFLINE is set, so nothing is downloaded: unset it and try again")

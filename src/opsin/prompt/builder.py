@@ -5,8 +5,6 @@ run of decimal digits: nothing a template does to text (trim, upper case, JSON) 
 a control token in a message never reaches the tokenizer as one, wherever the template moved the text around it.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import secrets
@@ -185,7 +183,7 @@ class PromptBuilder:
             head[-1] += "\n"
         return [replace(others[0], content=[*head, *others[0].parts]), *others[1:]]
 
-    def _shape(self, message: Message, placeholders: Placeholders) -> Json:
+    def _shape(self, message: Message, placeholders: "Placeholders") -> Json:
         """The message as the template wants it: strings, or lists of typed parts where images need them."""
         parts, thoughts = message.parts, message.reasoning
         # Templates drop older thoughts by looking for the closing tag in the text. It may be a control token, which

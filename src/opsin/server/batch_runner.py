@@ -1,7 +1,5 @@
 """Checks batches, answers their rows beside live requests, and writes their results."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import functools
@@ -96,7 +94,7 @@ class BatchRunner:
         if self._store is not None:
             await asyncio.to_thread(self._store.close)
 
-    async def call(self, work: Callable[[BatchStore], T]) -> T:
+    async def call(self, work: "Callable[[BatchStore], T]") -> T:
         """What `work` makes of the store, in a thread. Raises StoreFailed, and BadParameter if it cannot be opened."""
 
         def do() -> T:
@@ -146,7 +144,7 @@ class BatchRunner:
         del self._running[task]
         self._feed_now.set()
 
-    async def _answer(self, row: Row) -> None:
+    async def _answer(self, row: "Row") -> None:
         with _complaining():
             response = await self._ask(row)
             status, body = response["status_code"], response["body"]
@@ -160,7 +158,7 @@ class BatchRunner:
             if await self.call(lambda store: store.finish(row, line, good=status == 200)):
                 self.wake()
 
-    async def _ask(self, row: Row) -> dict[str, Any]:
+    async def _ask(self, row: "Row") -> dict[str, Any]:
         """The answer to a row."""
         key = self._keys.get(row.owner, row.owner)
         body = await asyncio.to_thread(lambda: json.dumps(json.loads(row.line)["body"]).encode())
@@ -173,7 +171,7 @@ class BatchRunner:
         while await self.call(self._work_on_one):
             self._feed_now.set()
 
-    def _work_on_one(self, store: BatchStore) -> bool:
+    def _work_on_one(self, store: "BatchStore") -> bool:
         """Check or end one batch; False when there is none."""
         batch = store.take_batch()
         if batch is not None and batch["status"] == "validating":

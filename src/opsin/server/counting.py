@@ -21,13 +21,7 @@ class CountHandler(CompletionHandler):
     count_only = True
 
     async def _ask(
-        self,
-        asked: Asked,
-        writer: Any,  # noqa: ARG002 - it is for answers
-        images: RequestImages,
-        held: contextlib.ExitStack,
-        *,
-        send: Send,
+        self, asked: Asked, _: Any, images: RequestImages, held: contextlib.ExitStack, *, send: Send
     ) -> None:
         server, (prompt, params) = self._request.app.state, asked[0]
         await server.counts.take(images.key, 1)  # keys take turns

@@ -13,17 +13,13 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from opsin.core.errors import BadParameter, EngineDied, ModelError, OpsinError, found_wrong
+from opsin.core.files import read_table
 
 _LOG = logging.getLogger("opsin.server")
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _ANTHROPIC_TYPES = {**_TYPES, 408: "timeout_error", 413: "request_too_large", 503: "overloaded_error"}
 _NO_OBJECT = frozenset(("missing", "model_attributes_type", "model_type", "dict_type"))
-# pydantic's locations also contain the tag that chose the member of a union.
-_TAGS = frozenset((
-    "text", "image_url", "input_text", "input_image", "output_text", "message", "function_call",
-    "function_call_output", "reasoning", "image", "tool_use", "tool_result", "thinking", "redacted_thinking",
-    "video_url", "input_video", "video", "file", "input_file", "document",
-))  # fmt: skip
+_TAGS = frozenset(read_table(__file__, "fields.toml")["tags"])
 
 # A path of the API behind no base path, or behind one too many.
 _NEARLY = re.compile(

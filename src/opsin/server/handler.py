@@ -1,7 +1,5 @@
 """One request to the model, from its arrival to its last byte: what handles it, and what is known of it."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import functools
@@ -95,7 +93,7 @@ class CompletionHandler(Response):
         self,
         request: Request,
         body: Common,
-        prepare: Callable[[Any, ModelManager, RequestImages], Awaitable[tuple[Asked, Writer]]],
+        prepare: Callable[[Any, "ModelManager", RequestImages], Awaitable[tuple[Asked, Writer]]],
     ) -> None:
         super().__init__()
         self._request, self._body, self._prepare = request, body, prepare
@@ -186,7 +184,7 @@ class CompletionHandler(Response):
         _LOG.info("fields without effect: %s", ", ".join(names))
         self._notes["Opsin-Ignored"] = ", ".join(filter(None, (self._notes.get("Opsin-Ignored"), *names)))
 
-    async def _whole(self, writer: Writer, answers: _Answers, send: Send) -> None:
+    async def _whole(self, writer: Writer, answers: "_Answers", send: Send) -> None:
         while answers.running:
             await answers.take()
         whole = answers.in_order()
@@ -197,7 +195,7 @@ class CompletionHandler(Response):
         response = Response(dumps(writer.whole(whole)), headers=headers, media_type="application/json")
         await response(self._request.scope, self._request.receive, send)
 
-    async def _stream(self, writer: Writer, answers: _Answers, send: Send) -> None:
+    async def _stream(self, writer: Writer, answers: "_Answers", send: Send) -> None:
         head, started = writer.begin(), False
         spoken = False  # tokens that are held back, as those of a call are, keep no connection alive
         now = asyncio.get_running_loop().time
@@ -232,7 +230,7 @@ class CompletionHandler(Response):
 class _Answers:
     """The streams of one request, read together. The images' share of memory is given back once all have begun."""
 
-    def __init__(self, streams: Sequence[AnswerStream], images: RequestImages, stats: RequestStats) -> None:
+    def __init__(self, streams: Sequence[AnswerStream], images: RequestImages, stats: "RequestStats") -> None:
         self.running = len(streams)
         self._finished: dict[int, Answer] = {}
         self._streams = streams

@@ -5,8 +5,7 @@ from typing import Any
 
 from opsin.core.choice import CHOICE_FIELDS
 from opsin.core.errors import BadInput, EngineDied
-from opsin.jobs.asker import Asked
-from opsin.jobs.item import Item
+from opsin.jobs.asker import Asked, Asker
 from opsin.jobs.row import Row
 from opsin.server.app import rows_app
 from opsin.server.batch_runner import post
@@ -21,8 +20,8 @@ class RequestRefused(BadInput):
     """A request was answered with an error; `code` is the one in its body."""
 
 
-class RequestAsker:
-    """Asks rows with a `body`, a chat request in OpenAI's form.
+class RequestAsker(Asker):
+    """Asks rows with a `body`, a chat request in OpenAI's form, which loads its images itself.
 
     `about` goes into each answer's row, `defaults` into each request.
     """
@@ -30,10 +29,6 @@ class RequestAsker:
     def __init__(self, model: ModelManager, images: ImageLoader, about: Row, defaults: Row) -> None:
         self._app = rows_app(model, images)
         self._about, self._images, self.slots, self._defaults = about, images, model.slots, defaults
-
-    async def prepare(self, item: Item) -> Asked:
-        """Nothing is loaded ahead: the request does it."""
-        return Asked(item)
 
     async def ask(self, asked: Asked) -> Row:
         """The answer's row, and the whole response. Raises RequestRefused, NotReady, EngineDied."""
@@ -48,9 +43,6 @@ class RequestAsker:
             refused.code = code  # type: ignore[misc]
             raise refused
         return _row(found, body) | self._about
-
-    def drop(self, asked: Asked) -> None:
-        """Nothing was loaded."""
 
     def close(self) -> None:
         """End the processes that decode."""

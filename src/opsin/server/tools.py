@@ -7,17 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from opsin.core.files import read_table
 from opsin.core.settings import ServerSettings
 from opsin.prompt import Message, PromptBuilder
 from opsin.server.errors import BadField
 from opsin.server.schema import AnyTool, ChosenTool, FunctionIn, ToolIn, at_most, loads
 
-_SHAPE = '{"name": the function\'s name, "arguments": an object with its arguments}'
-_FORCED = f"Call one of these functions. Answer with JSON alone:\n{_SHAPE}"
-_OFFERED = (
-    "You may call one of the functions below, if the answer needs it and you have no result of it yet. To call it, "
-    f"answer with JSON alone, in this form:\n{_SHAPE}\nOtherwise answer as usual."
-)
+_TABLE = read_table(__file__, "tools.toml")
+_OPENERS: list[str] = _TABLE["openers"]
+_PATTERNS = {name: re.compile(pattern, re.DOTALL) for name, pattern in _TABLE["patterns"].items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +70,7 @@ def plan_tools(
     if prompts.knows_tools:
         return ToolPlan(told=told, schema=schema, names=names)
     lines = (json.dumps(shown[name], ensure_ascii=False) for name in by_name)
-    instructions = "\n".join((_OFFERED if offered else _FORCED, *lines))
+    instructions = "\n".join((_TABLE["offered" if offered else "forced"], *lines))
     return ToolPlan(instructions=instructions, schema=schema, names=names)
 
 
@@ -94,19 +92,6 @@ def _call_schema(functions: Sequence[FunctionIn]) -> str:
         })  # fmt: skip
     schema: dict[str, Any] = calls[0] if len(calls) == 1 else {"anyOf": calls}
     return json.dumps({**schema, "$defs": shared} if shared else schema)
-
-
-_OPENERS = ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>")
-# From the end of a call's arguments to those of the next one.
-_HEAD = re.compile(
-    r"(?:\s*\}[\s,\]]*(?:</tool_call>)?)?\s*"
-    r"(?:<tool_call>|\[TOOL_CALLS\]|<\|python_tag\|>)?[\s,\[]*\{\s*"
-    r'"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)',
-    re.DOTALL,
-)
-_TAIL = re.compile(r"\s*\}[\s,\]]*(?:</tool_call>\s*)?")
-_CLOSER = "</tool_call>"
-_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)|(?:\[TOOL_CALLS\]|<\|python_tag\|>)(.*)", re.DOTALL)
 
 
 class CallReader:
@@ -159,18 +144,18 @@ class CallReader:
         if self._arguments is not None:
             return ""
         if self.calls:
-            held = held[end.end() :] if (end := _TAIL.match(held)) else held
-            held = "" if _CLOSER.startswith(held.strip()) else held
+            held = held[end.end() :] if (end := _PATTERNS["tail"].match(held)) else held
+            held = "" if _TABLE["closer"].startswith(held.strip()) else held
         if not self._said and self._read(held):
             return ""
-        text = _CALL.sub(lambda found: "" if self._read(found[1] or found[2] or "") else found[0], held)
+        text = _PATTERNS["call"].sub(lambda found: "" if self._read(found[1] or found[2] or "") else found[0], held)
         return text if text.strip() or not self.calls else ""
 
     def _opens(self) -> bool:
         """Whether what is held begins with a call up to its arguments; then it is told."""
         if not (self._holds or self.calls or not self._said):
             return False
-        head = _HEAD.match(self._held)
+        head = _PATTERNS["head"].match(self._held)
         if head is None or (name := loads(head[1])) not in self._names:
             return False
         self._add(name, "")

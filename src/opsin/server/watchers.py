@@ -4,8 +4,6 @@ None of them ever contains a prompt, an answer, a key, or the address of an imag
 no name, path or text that a client chose becomes one.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import re
@@ -176,7 +174,7 @@ class Tracing:
     of a span. Raises BadParameter if OpenTelemetry is not installed.
     """
 
-    def __init__(self, exporter: SpanExporter | None = None) -> None:
+    def __init__(self, exporter: "SpanExporter | None" = None) -> None:
         try:
             from opentelemetry.sdk.resources import OTELResourceDetector, Resource
             from opentelemetry.sdk.trace import TracerProvider
@@ -238,24 +236,15 @@ class Tracing:
         sending.join(LAST_SPANS_SECONDS)
 
 
-def _attributes(stats: RequestStats, operation: str) -> dict[str, AttributeValue]:
+def _attributes(stats: RequestStats, operation: str) -> "dict[str, AttributeValue]":
     fields = _fields(stats)
     attributes: dict[str, AttributeValue | None] = {
+        **{name: fields[field] for name, field in _TABLE["span"].items()},
         "gen_ai.operation.name": operation,
         "gen_ai.provider.name": "opsin",
-        "gen_ai.request.model": fields["model"],
-        "gen_ai.request.stream": stats.streamed,
-        "gen_ai.response.id": stats.id,
         "gen_ai.response.time_to_first_chunk": stats.first_token_s,
         "gen_ai.response.finish_reasons": [answer.finish_reason for answer in stats.answers],
-        "gen_ai.usage.input_tokens": fields["prompt_tokens"],
-        "gen_ai.usage.cache_read.input_tokens": fields["cached_tokens"],
-        "gen_ai.usage.output_tokens": fields["completion_tokens"],
         "http.request.method": "POST",
-        "http.response.status_code": stats.status,
-        "url.path": stats.route,
-        "error.type": stats.refused,
-        "opsin.images": stats.images,
         "opsin.longest_pause_ms": stats.longest_pause_s * 1e3,
         "opsin.guard": [answer.guard.reason for answer in stats.answers if answer.guard is not None],
     }

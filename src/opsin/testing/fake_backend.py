@@ -5,8 +5,6 @@ known, batches must fit, everything must be closed in order.
 """
 
 # ruff: noqa: D102 - as in `core.backend.Backend`, where nothing else is said
-from __future__ import annotations
-
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -64,7 +62,7 @@ class FakeClock:
 class _Handle:
     """A sampler, or what a tokenized prompt keeps: the backend counts those that are open."""
 
-    backend: FakeBackend
+    backend: "FakeBackend"
     ignore_eos: bool = False
     before_end: int = 0
     closed: bool = False

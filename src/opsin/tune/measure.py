@@ -3,8 +3,6 @@
 Each measurement loads the pair, asks, and closes it, so no two engines share the machine.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -42,7 +40,7 @@ ANSWER = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, guard=Fal
 _CHECKED = ANSWER.model_copy(update={"max_tokens": 12, "logprobs": 10})
 
 
-def question(runtime: Runtime, number: int | None, text: str = "what is this?") -> Prompt:
+def question(runtime: "Runtime", number: int | None, text: str = "what is this?") -> Prompt:
     """A question about the image of that number (None: about none); equal numbers give equal images."""
     images = [] if number is None else [load_image(image_file(number), ImageSettings())]
     return runtime.prompts.build([Message("user", [*images, text])])
@@ -56,7 +54,7 @@ class Timing:
     answers: tuple[tuple[TokenLogprob, ...], ...]
 
 
-def measure(runtime: Runtime, at_once: int) -> Timing:
+def measure(runtime: "Runtime", at_once: int) -> Timing:
     """Ask `at_once` questions about different new images together, twice; the faster of both counts.
 
     The first time also warms up. Raises BadInput, EngineError.
@@ -187,7 +185,7 @@ class Report:
 class Tuner:
     """Measures candidates in turn with `settings` for about so many minutes; none wins that changes answers."""
 
-    open_runtime: Callable[[EngineSettings], Runtime]
+    open_runtime: Callable[[EngineSettings], "Runtime"]
     settings: EngineSettings
     target: Target
     minutes: float = 10.0

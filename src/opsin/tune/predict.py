@@ -1,7 +1,5 @@
 """Expected times of a pair on a device: bytes over bandwidth, operations over rate, and whether it fits."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -219,7 +217,7 @@ def check_fits(prediction: Prediction) -> None:
     )
 
 
-def measure_pair(runtime: Runtime, prediction: Prediction) -> dict[str, Any]:
+def measure_pair(runtime: "Runtime", prediction: Prediction) -> dict[str, Any]:
     """Ask the pair itself, and compare: milliseconds by stage, and errors as shares. Raises EngineError, BadInput."""
     needs = prediction.needs
     seen = bool(needs.cost.encode_ops)

@@ -1,7 +1,5 @@
 """Several workers on one machine: how many and where, and the pool that offers what one worker offers."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import logging
@@ -58,7 +56,7 @@ def open_workers(
     *,
     workers: int | None = None,
     **options: Any,
-) -> WorkerEngine | WorkerPool:
+) -> "WorkerEngine | WorkerPool":
     """Start so many workers; None: one for each GPU if the pair fits on each of them, else one.
 
     `options` are those of `WorkerEngine`. Where it depends on the GPUs, a child process looks at them first, which

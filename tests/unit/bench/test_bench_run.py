@@ -12,7 +12,6 @@ from opsin.bench.cost import Ceiling, ModelCost
 from opsin.bench.drivers import engine_driver
 from opsin.bench.report import Limits, Target, as_text, ratio, target_document
 from opsin.bench.workloads import (
-    WORKLOADS,
     Ask,
     Driver,
     Result,
@@ -41,6 +40,7 @@ from opsin.testing.fake_backend import TURN_TEXT
 pytestmark = pytest.mark.slow  # together they take seconds, so `make check` leaves them out
 
 LIMITS = BackendLimits(n_ctx=4096, n_ubatch=256, n_seq_max=24, n_vocab=259, n_embd=4, n_ctx_seq=4096)
+WORKLOADS = choose()
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}" + TURN_TEXT
 CEILING = Ceiling("CPU", read_bytes_s=1e10, matrix_ops_s=1e11)
 COST = ModelCost(

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO
 
 from opsin.doctor.explain.facts import Facts, StageRow
-from opsin.doctor.explain.finders import FLOORS, LEAST_DECODE
+from opsin.doctor.explain.finders import FLOORS, LIMITS
 from opsin.doctor.explain.parse import parse
 from opsin.doctor.explain.rules import Cause, causes_in
 
@@ -52,7 +52,7 @@ class Explanation:
 
     def _is_slow(self, row: StageRow) -> bool:
         worst = self.facts.worst
-        if row.name == "decode" and worst.answer_n > 1 and worst.answer_n / row.ms * 1e3 < LEAST_DECODE:
+        if row.name == "decode" and worst.answer_n > 1 and worst.answer_n / row.ms * 1e3 < LIMITS.least_decode:
             return row.ms >= 1000.0
         each = max(1, len(worst.encode_ms)) if row.name == "vision encode" else 1
         return row.ms >= each * FLOORS.get(row.name.partition(" (")[0], FLOORS["other"])

@@ -5,34 +5,20 @@ A finder gives nothing, or what fills the sentences of its cause, with the cost 
 
 from collections.abc import Callable, Mapping
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 from opsin.core.files import read_table
 from opsin.doctor.explain.facts import Facts, Request
 
 _Found = Mapping[str, Any] | None
-SHORT = 64  # tokens of the answer with which a runaway one is compared
-_LEAST_RUNAWAY = 256
-_SMALL_BATCH = 256  # tokens of an image in one batch, below which the batches set the pace
-_MANY_FAULTS = 10_000
-_SLOW_ENCODE_MS = 500.0
-_STARVED_MS = 500.0
-_SLOW_PREFILL, _SLOW_LONG_PREFILL, _GOOD_PREFILL = 50.0, 200.0, 1000.0  # tokens a second; the second from 5 s on
-_LONG = 256  # tokens of an answer
-_LONG_PROMPT = 2048  # tokens
-LEAST_DECODE = 10.0  # tokens a second
-_FEW_ACCEPTED, _LEAST_DRAFTED, _SAME_ANSWERS = 0.3, 32, 3
-_MANY_SPLITS = 16  # pieces of an encoder's graph
-_PART = range(90)  # layers that may be less than all of a model; more are asked of a GPU to have all
-_LEAST_REPROCESSED_MS = 1000.0
-_USUAL_CONTEXT = 262_144
-_SEVERAL = 2  # loads of one model
 TABLE = read_table(__file__, "causes.toml")
 FLOORS: dict[str, float] = TABLE["floors"]
+LIMITS = SimpleNamespace(**TABLE["limits"])
 
 
 def _unsupported(facts: Facts) -> _Found:
-    setup, many = facts.setup, facts.setup.splits >= _MANY_SPLITS
+    setup, many = facts.setup, facts.setup.splits >= LIMITS.many_splits
     if not (setup.unsupported or setup.unlisted or many):
         return None
     told = [] if setup.unsupported else ["the log does not say which"]
@@ -46,7 +32,7 @@ def _unsupported(facts: Facts) -> _Found:
 def _cpu_works(facts: Facts) -> bool:
     """No line says that all layers are on a GPU."""
     setup = facts.setup
-    return setup.asked_layers < _PART.stop if setup.layers_on is None else setup.layers_on < setup.layers
+    return setup.asked_layers < LIMITS.part if setup.layers_on is None else setup.layers_on < setup.layers
 
 
 def _few_threads(facts: Facts) -> _Found:
@@ -61,7 +47,7 @@ def _few_threads(facts: Facts) -> _Found:
 
 def _slow_model(facts: Facts) -> bool:
     """Prompt or answer are as slow as on a CPU."""
-    return bool(_prefill_slow(facts) or (facts.worst.eval_ms and _decode(facts)["rate"] < 2 * LEAST_DECODE))
+    return bool(_prefill_slow(facts) or (facts.worst.eval_ms and _decode(facts)["rate"] < 2 * LIMITS.least_decode))
 
 
 def _no_vram(facts: Facts) -> _Found:
@@ -89,7 +75,7 @@ def _kv_full(facts: Facts) -> _Found:
 
 def _paging(facts: Facts) -> _Found:
     percent, elapsed = facts.setup.cpu_percent, facts.setup.elapsed_s
-    if facts.setup.faults < _MANY_FAULTS or elapsed is None or percent is None:
+    if facts.setup.faults < LIMITS.many_faults or elapsed is None or percent is None:
         return None
     return {"ms": elapsed * max(0.0, 1 - percent / 100) * 1e3, "share": percent / 100}
 
@@ -100,24 +86,25 @@ def _runaway(facts: Facts) -> _Found:
     answer, context = request.answer_n, _full_context(request)
     if not (context or request.shifts or request.truncated):
         return None
-    if facts.setup.prompt_limit and not answer and request.shifts < _SAME_ANSWERS:
+    if facts.setup.prompt_limit and not answer and request.shifts < LIMITS.same_answers:
         return None  # a prompt that was cut to the size of the context fills it without any answer
     size = context or request.n_ctx
     full = f"the context of {size:,} was full" if size else "the context was full"
-    example = f"for instance {SHORT}"
+    few = LIMITS.short
+    example = f"for instance {few}"
     if not answer:
         sums = f"{request.shifts} context shifts"
         sums += f", {request.end_tokens:,} tokens at the end" if request.end_tokens else ""
         return {"sums": sums, "told": f"The answer did not end by itself: it ran until {full}.", "instead": example}
     generation = (request.total_ms or 0.0) if request.between else request.rest
     before, each = max(0.0, request.whole - generation), generation / answer
-    short = before + min(SHORT, answer) * each
+    short = before + min(few, answer) * each
     saved = max(0.0, request.whole - short)
     filled = f"{context - answer:,} prompt + {answer:,} answer = {context:,} tokens; " if context else ""
     filled = f"{request.shifts} context shifts; " if request.shifts else filled
     sums = (
-        f"{filled}{generation / 1e3:.2f} s / {answer:,} tokens = {each:.2f} ms a token; with {SHORT} tokens "
-        f"{before / 1e3:.2f} + {SHORT} × {each / 1e3:.5f} = {short / 1e3:.1f} s instead of {request.whole / 1e3:.2f} s"
+        f"{filled}{generation / 1e3:.2f} s / {answer:,} tokens = {each:.2f} ms a token; with {few} tokens "
+        f"{before / 1e3:.2f} + {few} × {each / 1e3:.5f} = {short / 1e3:.1f} s instead of {request.whole / 1e3:.2f} s"
     )
     told = f"{answer:,} tokens were generated until {full}: the answer did not end by itself."
     if request.unfinished and request.shifts:
@@ -128,7 +115,7 @@ def _runaway(facts: Facts) -> _Found:
 def _full_context(request: Request) -> int | None:
     """The size of the context if prompt and answer filled it; unless the log tells it, a round size is taken for it."""
     answer = request.answer_n
-    if answer < _LEAST_RUNAWAY:
+    if answer < LIMITS.least_runaway:
         return None
     total = request.total_tokens or (request.prompt_tokens or request.prompt_n or 0) + answer
     if request.n_ctx is not None:
@@ -151,7 +138,7 @@ def _same_end(facts: Facts) -> _Found:
     """Answers that all have as many tokens were ended by a limit."""
     done = [r for r in facts.requests if r.answer_n and not r.unfinished]
     count, sizes = facts.worst.answer_n, {r.answer_n for r in done}
-    if len(done) < _SAME_ANSWERS or sizes != {count} or count < 16 or any(r.finish == "stop" for r in done):
+    if len(done) < LIMITS.same_answers or sizes != {count} or count < 16 or any(r.finish == "stop" for r in done):
         return None
     # A limit is a round number, of which some timers leave the first token out; others may be the same by chance.
     round_number = any(n % 16 == 0 or n % 50 == 0 for n in (count, count + 1))
@@ -173,9 +160,9 @@ def _reuse(facts: Facts) -> _Found:
         share = min(1.0, worst.reusable / worst.prompt_n) if worst.reusable and worst.prompt_n else 1.0
         kept = f"; {worst.reusable:,} of {worst.prompt_n:,} tokens were cached" if share < 1 else ""
         sums = f"the prompt took {worst.prompt_ms:,.0f} ms{kept}"
-        return {"ms": share * worst.prompt_ms, "sums": sums} if worst.prompt_ms >= _LEAST_REPROCESSED_MS else None
+        return {"ms": share * worst.prompt_ms, "sums": sums} if worst.prompt_ms >= LIMITS.least_reprocessed_ms else None
     # A request without times may have cost as much as the one that is explained.
-    others = [r for r in facts.requests if r.reprocessed and (r.prompt_ms or 1e9) >= _LEAST_REPROCESSED_MS]
+    others = [r for r in facts.requests if r.reprocessed and (r.prompt_ms or 1e9) >= LIMITS.least_reprocessed_ms]
     if not others:
         return None
     one = max(others, key=lambda r: r.prompt_tokens or 0)
@@ -198,7 +185,7 @@ def _between(facts: Facts) -> _Found:
 def _small_batches(facts: Facts) -> _Found:
     ms, batches = facts.worst.decoded, facts.worst.batches
     size, count = max((batch.tokens or 0 for batch in batches), default=0), facts.worst.batch_count
-    if count < 3 or not 0 < size <= _SMALL_BATCH:
+    if count < 3 or not 0 < size <= LIMITS.small_batch:
         return None
     longest = max(batch.ms for batch in batches)
     saves = max(0.0, ms - longest)
@@ -249,13 +236,14 @@ def _prefill(facts: Facts) -> dict[str, Any]:
     reused = (request.prompt_tokens or 0) - tokens
     part = f" (of {request.prompt_tokens:,}: the others were reused)" if reused > 0 else ""
     rate = tokens / ms * 1e3 if ms else 0.0
-    like = ", as on a CPU" if rate < _SLOW_PREFILL else ", which is no slow speed" if rate >= _GOOD_PREFILL else ""
+    slow, good = rate < LIMITS.slow_prefill, rate >= LIMITS.good_prefill
+    like = ", as on a CPU" if slow else ", which is no slow speed" if good else ""
     return {"ms": ms, "tokens": tokens, "rate": rate, "part": part, "like": like}
 
 
 def _prefill_slow(facts: Facts) -> _Found:
     found = _prefill(facts)
-    if not 0 < found["rate"] < (_SLOW_LONG_PREFILL if found["ms"] >= 5000.0 else _SLOW_PREFILL):
+    if not 0 < found["rate"] < (LIMITS.slow_long_prefill if found["ms"] >= 5000.0 else LIMITS.slow_prefill):
         return None
     encoder = facts.setup.vision and facts.worst.counts_encoder
     return {**found, "images": "; the time of the images' encoder, if there were any, is in it" * encoder}
@@ -269,7 +257,7 @@ def _decode(facts: Facts) -> dict[str, Any]:
 
 def _long(facts: Facts) -> _Found:
     found = _decode(facts)
-    if found["rate"] < LEAST_DECODE or found["count"] < _LONG:
+    if found["rate"] < LIMITS.least_decode or found["count"] < LIMITS.long:
         return None
     think = facts.setup.thinking or facts.worst.thought
     found["thinks"] = ", thinking included" if think else ""
@@ -288,7 +276,7 @@ FINDERS: dict[str, Callable[[Facts], Any]] = {
     "encoder_on_cpu": lambda f: f.setup.clip == "CPU" and f.setup.on_gpu and not f.setup.parked,
     "unsupported_ops": _unsupported,
     "flash_attention_unsupported": lambda f: f.setup.flash is False and f.setup.flash_failed,
-    "no_flash_attention": lambda f: f.setup.flash is False and f.worst.encoded >= _SLOW_ENCODE_MS,
+    "no_flash_attention": lambda f: f.setup.flash is False and f.worst.encoded >= LIMITS.slow_encode_ms,
     "build_without_gpu": lambda f: f.setup.no_gpu_build,
     "no_gpu_memory": _no_vram,
     "no_device": lambda f: f.setup.no_device and not f.setup.gpu,
@@ -296,7 +284,7 @@ FINDERS: dict[str, Callable[[Facts], Any]] = {
     "cpu_share": lambda f: f.setup.cpu_share,
     "partial_offload": lambda f: 0 < (f.setup.layers_on or 0) < f.setup.layers,
     # A command line asks for a part of the layers, no line says how many there are, and the model is slow.
-    "asked_layers": lambda f: f.setup.asked_layers in _PART and f.setup.layers_on is None and _slow_model(f),
+    "asked_layers": lambda f: 0 <= f.setup.asked_layers < LIMITS.part and f.setup.layers_on is None and _slow_model(f),
     "threads": lambda f: f.setup.threads > f.setup.processors > 0 and _cpu_works(f),
     "few_threads": _few_threads,
     "debug_build": lambda f: f.setup.debug,
@@ -304,7 +292,7 @@ FINDERS: dict[str, Callable[[Facts], Any]] = {
     "out_of_memory": lambda f: f.setup.no_memory and {"short": f.setup.short_of or "The device"},
     "load_failed": lambda f: f.setup.load_failed,
     "prompt_too_long": lambda f: f.setup.too_long,
-    "prompt_cut_far": lambda f: f.setup.prompt_length > _USUAL_CONTEXT and _prompt_cut(f),
+    "prompt_cut_far": lambda f: f.setup.prompt_length > LIMITS.usual_context and _prompt_cut(f),
     "prompt_cut": _prompt_cut,
     "refused": _refused,
     "paging": _paging,
@@ -312,8 +300,8 @@ FINDERS: dict[str, Callable[[Facts], Any]] = {
     "runaway": _runaway,
     "thinking": _thinking,
     "low_acceptance": lambda f: (
-        (n := f.worst.draft_n or 0) >= _LEAST_DRAFTED
-        and f.worst.draft_ok < _FEW_ACCEPTED * n
+        (n := f.worst.draft_n or 0) >= LIMITS.least_drafted
+        and f.worst.draft_ok < LIMITS.few_accepted * n
         and {"accepted": f.worst.draft_ok / n}
     ),
     "same_end": _same_end,
@@ -324,14 +312,14 @@ FINDERS: dict[str, Callable[[Facts], Any]] = {
     "no_window_reuse": lambda f: f.setup.swa > 1 and _reuse(f),
     "no_prefix_reuse": _reuse,
     "model_load": lambda f: {"ms": f.worst.loading or f.worst.stages.get("load")},
-    "model_loads": lambda f: f.tool != "Ollama" and min(f.setup.loads, f.count) >= _SEVERAL and _loads(f),
-    "ollama_loads": lambda f: f.tool == "Ollama" and len(f.setup.load_s) >= _SEVERAL and _loads(f),
+    "model_loads": lambda f: f.tool != "Ollama" and min(f.setup.loads, f.count) >= LIMITS.several and _loads(f),
+    "ollama_loads": lambda f: f.tool == "Ollama" and len(f.setup.load_s) >= LIMITS.several and _loads(f),
     "encode_slow": _encode_slow,
     "prefill_slow_on_gpu": lambda f: f.setup.on_gpu and _prefill_slow(f),
     "prefill_slow": _prefill_slow,
-    "long_prompt": lambda f: (f.worst.prompt_n or 0) >= _LONG_PROMPT and not _prefill_slow(f) and _prefill(f),
-    "decode_starved": lambda f: (found := _decode(f))["each"] > _STARVED_MS and found,
-    "decode_slow": lambda f: LEAST_DECODE > (found := _decode(f))["rate"] > 1e3 / _STARVED_MS and found,
+    "long_prompt": lambda f: (f.worst.prompt_n or 0) >= LIMITS.long_prompt and not _prefill_slow(f) and _prefill(f),
+    "decode_starved": lambda f: (found := _decode(f))["each"] > LIMITS.starved_ms and found,
+    "decode_slow": lambda f: LIMITS.least_decode > (found := _decode(f))["rate"] > 1e3 / LIMITS.starved_ms and found,
     "long_answer": _long,
     "unaccounted": _unaccounted,
 }
