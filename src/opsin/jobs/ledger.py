@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from opsin.core.errors import BadParameter, OpsinError
-from opsin.core.files import read_table
 from opsin.jobs.row import COUNTS, TIMES, numbers
 
 State = Literal["new", "pending", "done", "failed", "seen"]
@@ -24,7 +23,18 @@ State = Literal["new", "pending", "done", "failed", "seen"]
 PENDING, DONE, FAILED = 0, 1, 2
 _STATES: dict[int, State] = {PENDING: "pending", DONE: "done", FAILED: "failed"}
 _NUMBERS = (*COUNTS, *TIMES)
-_TABLES: list[str] = read_table(__file__, "ledger.toml")["tables"]
+_TABLES = f"""
+CREATE TABLE IF NOT EXISTS jobs (job TEXT PRIMARY KEY, spec TEXT NOT NULL, begun REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS notes (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS samples (job TEXT, id TEXT, rank INTEGER, jpeg BLOB, PRIMARY KEY (job, id));
+CREATE TABLE IF NOT EXISTS rows (
+  job TEXT NOT NULL, id TEXT NOT NULL, seq INTEGER NOT NULL, run INTEGER NOT NULL, state INTEGER NOT NULL DEFAULT 0,
+  attempt INTEGER NOT NULL DEFAULT 0, question BLOB, at INTEGER, length INTEGER, row BLOB, error_code TEXT,
+  ended REAL, text TEXT, {", ".join(f"{name} REAL" for name in _NUMBERS)}, PRIMARY KEY (job, id)
+);
+CREATE INDEX IF NOT EXISTS by_question ON rows (job, question) WHERE state = 1;
+CREATE INDEX IF NOT EXISTS by_place ON rows (at) WHERE at IS NOT NULL;
+"""
 _ORDER = {True: "(SELECT begun FROM jobs WHERE jobs.job = rows.job), seq, ended", False: "at, ended"}
 _SAMPLE_TEXT = 200  # characters of an answer that the report shows
 _UPDATE = f"""
@@ -66,8 +76,8 @@ class Ledger:
         try:
             self._db = sqlite3.connect(path, timeout=0.5, isolation_level=None)
             self._db.executescript("PRAGMA journal_mode = WAL; PRAGMA locking_mode = EXCLUSIVE; BEGIN IMMEDIATE;")
-            for statement in _TABLES:
-                self._db.execute(statement.format(numbers=", ".join(f"{name} REAL" for name in _NUMBERS)))
+            for statement in filter(str.strip, _TABLES.split(";")):
+                self._db.execute(statement)
             self._run = int(self.note("run") or 0) + 1
             self.take_note("run", str(self._run))
             self._db.execute("COMMIT")

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from opsin.core.files import read_table, write_whole
+from opsin.core.files import write_whole
 from opsin.jobs.ledger import Ledger
 from opsin.jobs.output import writing
 from opsin.jobs.row import COUNTS, TIMES
@@ -19,12 +19,38 @@ _LONGEST_ID, _LONGEST_TEXT = 200, 20_000  # characters that are shown
 _SLOWEST, _EXAMPLES, _IMAGES = 20, 5, 24
 _BINS = 60
 _UNITS = (("h", 3.6e6), ("min", 6e4), ("s", 1e3), ("ms", 1.0))
-_TABLE = read_table(__file__, "report.toml")
-_COUNTED: dict[str, str] = _TABLE["counted"]
-_SUMS = [f"total({what})" for what in _COUNTED.values()]
-_SUMS += [f"total({name}) FILTER (WHERE {_COUNTED['asked']})" for name in (*COUNTS, *TIMES)]
-_PARTS = {**_TABLE, "sums": ", ".join(_SUMS), "times": ", ".join(TIMES), "bins": _BINS}
-_SQL = {name: query.format(**_PARTS) for name, query in _TABLE["queries"].items()}
+_PAUSE_MS = 60_000.0
+"""After so long without a row, beyond what the next one took, the job is taken to have paused."""
+
+# NOT INDEXED: one pass over the table is much faster than a look-up of each row by the index on its id.
+_FROM = "FROM rows NOT INDEXED WHERE job = ?"
+_ASKED = "state = 1 AND total_ms > 0"  # the others took another row's answer
+_COUNTED = {"answered": "state = 1", "failed": "state = 2", "left": "state = 0", "asked": _ASKED}
+_TOTALS = f"""SELECT {", ".join(f"total({what})" for what in _COUNTED.values())},
+  {", ".join(f"total({name}) FILTER (WHERE {_ASKED})" for name in (*COUNTS, *TIMES))} {_FROM}"""
+_THROUGHPUT = f"""
+WITH gaps AS (
+  SELECT ended, coalesce(total_ms, 0) AS own,
+    1000 * (ended - lag(ended, 1, (SELECT begun FROM jobs WHERE job = ?)) OVER (ORDER BY ended)) AS gap
+  {_FROM} AND state > 0
+), clock AS MATERIALIZED (
+  SELECT sum(CASE WHEN gap < own + {_PAUSE_MS} THEN max(gap, 0) ELSE own END)
+    OVER (ORDER BY ended ROWS UNBOUNDED PRECEDING) AS at FROM gaps
+)
+SELECT min({_BINS - 1}, CAST(at * {_BINS} / wall AS INTEGER)), count(*), wall
+FROM clock, (SELECT max(at) AS wall FROM clock) WHERE wall > 0 GROUP BY 1"""  # noqa: S608 - the names are our own
+_AT_PLACES = f"""SELECT total_ms FROM (
+  SELECT total_ms, row_number() OVER (ORDER BY total_ms) AS place {_FROM} AND {_ASKED}
+) WHERE place IN (?, ?, ?, ?) ORDER BY place"""  # noqa: S608
+_HISTOGRAM = f"""SELECT CAST((total_ms - ?) / ? AS INTEGER) AS bin, count(*) {_FROM} AND {_ASKED}
+  AND total_ms BETWEEN ? AND ? GROUP BY bin"""
+_SLOWEST_ROWS = f"SELECT id, {', '.join(TIMES)}, completion_tokens, attempt {_FROM} AND {_ASKED} ORDER BY total_ms DESC"
+_ERRORS = f"""SELECT error_code, id, many FROM (
+  SELECT error_code, id, seq, count(*) OVER (PARTITION BY error_code) AS many,
+    row_number() OVER (PARTITION BY error_code ORDER BY seq) AS place {_FROM} AND state = 2
+) WHERE place <= {_EXAMPLES} ORDER BY many DESC, error_code, seq"""  # noqa: S608
+_SAMPLES = """SELECT id, jpeg, text, error_code, state FROM samples JOIN rows USING (job, id) WHERE job = ?
+  ORDER BY rank LIMIT ?"""
 
 
 class _Stats:
@@ -32,21 +58,21 @@ class _Stats:
 
     def __init__(self, ledger: Ledger, job: str) -> None:
         self._ledger, self._job = ledger, job
-        (found,) = ledger.query(_SQL["totals"], job)
+        (found,) = ledger.query(_TOTALS, job)
         self.sums: dict[str, float] = dict(zip((*_COUNTED, *COUNTS, *TIMES), found, strict=True))
         self.ended = int(self.sums["answered"] + self.sums["failed"])
         self.asked = int(self.sums["asked"])
         self.same = int(self.sums["answered"]) - self.asked
         parts = {name: self.sums[f"{name}_ms"] for name in ("encode", "prefill", "decode")}
         self.stages = {**parts, "other": max(0.0, self.sums["total_ms"] - sum(parts.values()))}
-        self.ended_by_time = ledger.query(_SQL["throughput"], job, job)
+        self.ended_by_time = ledger.query(_THROUGHPUT, job, job)
         self.wall: float = self.ended_by_time[0][2] if self.ended_by_time else 0.0
         places = [max(1, math.ceil(self.asked * share)) for share in (0.01, 0.5, 0.99, 1)]
-        at = dict(zip(sorted(set(places)), ledger.query(_SQL["at_places"], job, *places), strict=False))
+        at = dict(zip(sorted(set(places)), ledger.query(_AT_PLACES, job, *places), strict=False))
         self.low, self.median, self.high, self.longest = (float(at[place][0]) if at else 0.0 for place in places)
-        self.slowest = ledger.query(_SQL["slowest"], job, _SLOWEST)
+        self.slowest = ledger.query(f"{_SLOWEST_ROWS} LIMIT {_SLOWEST}", job)
         self.errors = dict[str, tuple[int, list[str]]]()
-        for code, name, many in ledger.query(_SQL["errors"], job, _EXAMPLES):
+        for code, name, many in ledger.query(_ERRORS, job):
             self.errors.setdefault(code or "unknown", (many, []))[1].append(name)
 
     @property
@@ -85,7 +111,7 @@ class _Stats:
         start = math.floor(self.low / width) * width
         values = [0.0] * (math.floor((self.high - start) / width) + 1)
         stop = start + width * len(values)
-        for place, count in self._ledger.query(_SQL["histogram"], start, width, self._job, start, stop):
+        for place, count in self._ledger.query(_HISTOGRAM, start, width, self._job, start, stop):
             if place < len(values):
                 values[place] = count
         name, size = _unit(stop)
@@ -104,7 +130,7 @@ def write_report(ledger: Ledger, job: str, path: Path, *, title: str) -> None:
     spec = dict(ledger.jobs().get(job, {}))
     with suppress(ValueError, TypeError):  # what is not JSON is shown as it is
         spec["json_schema"] = json.dumps(json.loads(spec.get("json_schema") or ""), indent=2, ensure_ascii=False)
-    found = ledger.query(_SQL["samples"], job, _IMAGES)
+    found = ledger.query(_SAMPLES, job, _IMAGES)
     samples = [(name, base64.b64encode(jpeg).decode(), *answer) for name, jpeg, *answer in found]
     html = _render("report.html.j2", title=title, job=job, stats=_Stats(ledger, job), spec=spec, samples=samples)
     with writing(f"The report {path}", "free some space or check the folder; the rows are not touched"):
