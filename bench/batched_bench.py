@@ -108,7 +108,8 @@ class Window:
         if steps < FEWEST_STEPS:
             raise BadInput(f"The sequences were answered together for {steps} steps only.")
         wall, decode = ended - began, after.decode_seconds - before.decode_seconds
-        sample_s = median(a.stages.sample_ms / max(1, a.usage.completion_tokens) for a in self.answers) / 1e3 * tokens
+        # A step's sampling is in the stages of each of its sequences.
+        sample_s = median(a.stages.sample_ms / max(1, a.usage.completion_tokens) for a in self.answers) / 1e3 * steps
         return Batch(
             self.sequences,
             steps,
