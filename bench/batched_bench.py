@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -239,8 +240,11 @@ def document(plain: list[Batch], schema: list[Batch], rates: list[float]) -> dic
     return found
 
 
-def measure(given: argparse.Namespace) -> dict[str, Any]:
-    """Load the model and measure all runs. Raises BadInput, BadParameter, EngineError, ModelError."""
+def measure(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Load the model and measure; the document of all runs so far, after each of them.
+
+    Raises BadInput, BadParameter, EngineError, ModelError.
+    """
     settings = EngineSettings(
         ctx=given.ctx,
         parallel=given.sequences,
@@ -251,6 +255,10 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     plain, schema, rates = list[Batch](), list[Batch](), list[float]()
     images, texts = given.mmproj is not None, (None, SCHEMA) if given.schema else (None,)
     with closing(open_runtime(given.model, given.mmproj, settings)) as runtime:
+        about = {
+            "model": runtime.engine.info.as_dict(),
+            "settings": settings.model_dump(mode="json", exclude_unset=True),
+        }
         for run in range(given.runs):
             sys.stderr.write(f"run {run + 1} of {given.runs}\n")
             # Every second run begins with the schema, so that neither always follows the other.
@@ -271,11 +279,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
                         flash=given.flash,
                     )
                 )
-        about = {
-            "model": runtime.engine.info.as_dict(),
-            "settings": settings.model_dump(mode="json", exclude_unset=True),
-        }
-    return about | document(plain, schema, rates)
+            yield about | document(plain, schema, rates)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -297,9 +301,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--flash", action=argparse.BooleanOptionalAction, help="flash attention on both sides")
     parser.add_argument("--json-out", type=Path, help="also write the JSON document to this file")
     given = parser.parse_args(arguments)
-    result = measure(given)
-    if given.json_out is not None:
-        given.json_out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    for result in measure(given):
+        if given.json_out is not None:  # at once: a run that is cut off leaves what it had
+            given.json_out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result))
 
 

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PROGRAM = "llama-server"
-START_S, STOP_S = 120.0, 2.0
+START_S, STOP_S = 50.0, 2.0
 
 
 def tell(sentence: str) -> None:

@@ -20,6 +20,7 @@ from opsin.native.devices import (
     CPU_NAMES,
     Device,
     DeviceRate,
+    cards,
     cpu_features,
     default_threads,
     devices,
@@ -155,8 +156,7 @@ def plan_workers(pair: Pair, settings: EngineSettings, most: int, *, apart: bool
 def machine_for(model: str, mmproj: str) -> dict[str, Any]:
     """The fields of `worker.pool.Machine` for what `--model` and `--mmproj` mean, "" for nothing.
 
-    GPUs that share the memory of the CPU count only where there is no other, and those of a second backend never, since
-    they are the same cards. All is unknown for a pair or a library that cannot be used: loading says why.
+    All is unknown for a pair or a library that cannot be used: loading says why.
     """
     try:
         pair = resolve(model or None, mmproj or None)
@@ -165,10 +165,8 @@ def machine_for(model: str, mmproj: str) -> dict[str, Any]:
         present = devices()
     except (OpsinError, OSError):
         return {}
-    gpus = [one for one in present if one.type == "gpu"] or [one for one in present if one.is_gpu]
-    kinds = [one.name.rstrip("0123456789") for one in gpus]
     return {
-        "gpus": [(one.name, one.memory_free) for one, kind in zip(gpus, kinds, strict=True) if kind == kinds[0]],
+        "gpus": [(one.name, one.memory_free) for one in cards(present)],
         "weights": weights,
         "threads": default_threads(llm // 2),  # at most two bytes a parameter
     }

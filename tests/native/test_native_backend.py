@@ -118,6 +118,8 @@ def test_defaults_come_from_the_model(open_pair: Callable[..., Any]) -> None:
 
 
 CARD = Device("CUDA0", "a card", "gpu", 2**30, 2**30, 1)
+INSIDE = Device("Vulkan0", "graphics inside the CPU", "igpu", 2**34, 2**34, 4)
+AGAIN = Device("Vulkan1", "a card", "gpu", 2**30, 2**30, 5)
 SECOND = Device("CUDA1", "a card", "gpu", 2**30, 2**30, 3)
 CPU = Device("CPU", "a processor", "cpu", 2**34, 2**34, 2)
 
@@ -132,6 +134,9 @@ CPU = Device("CPU", "a processor", "cpu", 2**34, 2**34, 2)
         ({"device": "cuda0"}, (CARD, SECOND, CPU), (["CUDA0"], -1)),
         ({"device": "cuda"}, (CARD, SECOND, CPU), (["CUDA0", "CUDA1"], -1)),
         ({}, (CARD, SECOND, CPU), (["CUDA0", "CUDA1"], -1)),
+        ({}, (INSIDE, CARD, AGAIN, CPU), (["CUDA0"], -1)),
+        ({"device": "vulkan"}, (INSIDE, CARD, AGAIN, CPU), (["Vulkan1"], -1)),
+        ({}, (INSIDE, CPU), (["Vulkan0"], -1)),
     ],
 )
 def test_layers_go_to_the_gpu_unless_told_otherwise(settings: Any, present: Any, expected: Any) -> None:

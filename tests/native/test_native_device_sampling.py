@@ -12,7 +12,7 @@ from opsin.core.request import Prompt, SamplingParams, TextPart
 from opsin.core.settings import EngineSettings
 from opsin.engine import Engine, Policy
 from opsin.native import open_backend
-from opsin.native.device_sampling import MOST
+from opsin.native.device_sampling import MOST, DeviceSampling
 from synth import write_pair
 
 GREEDY = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True, guard=False)
@@ -123,3 +123,32 @@ def test_logits_that_were_not_copied_are_an_error(pair: Any) -> None:
         sampler.close()
     finally:
         backend.close()
+
+
+def test_a_device_that_cannot_choose_leaves_it_to_the_host(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where an operation is missing: no token, no candidates, all logits."""
+    said, attach = [], DeviceSampling._attach
+
+    def without_top_k(self: DeviceSampling) -> None:
+        draws, self.draws = self.draws, False
+        attach(self)
+        self.draws = draws
+
+    monkeypatch.setattr(DeviceSampling, "_attach", without_top_k)
+    for missing in (False, True):
+        backend = open_backend(EngineSettings(model=pair.llm, ctx=512, threads=1, device_sampling=missing))
+        if missing:
+            monkeypatch.setattr(backend._llama, "llama_get_sampled_token_ith", lambda *_: -1)
+        tokens = []
+        for kind in (GREEDY, DRAWN):
+            backend.kv_remove(0, 0, -1)
+            sampler, token = backend.sampler(kind, 3), 9
+            for pos in range(40):
+                assert backend.decode(batch([TokenRow(token, pos, 0, True)]))
+                ((token, _),) = backend.sample([(sampler, 0, None)])
+                tokens.append(token)
+            sampler.close()
+        assert not missing or backend._device.draws
+        said.append(tokens)
+        backend.close()
+    assert said[0] == said[1]

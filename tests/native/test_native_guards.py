@@ -17,14 +17,14 @@ from opsin.core.request import EmbeddingRows, TokenBatch
 
 RAW = {
     "more tokens than a batch holds": """
-from opsin.native.batch import BatchArrays
+from opsin.native.context import BatchArrays
 b = opened()
 c = b
 arrays = BatchArrays(b.model.lib.llama.llama_batch, 200, 1)
 b.model.lib.llama.llama_decode(c.handle.pointer, arrays.tokens(batch([TokenRow(5, i, 0) for i in range(200)])))
 """,
     "an image that attends both ways and is larger than a ubatch": """
-from opsin.native.batch import BatchArrays
+from opsin.native.context import BatchArrays
 b = opened(mmproj=None)
 llama, model = b.model.lib.llama, b.model
 p = llama.llama_context_default_params()
@@ -37,7 +37,7 @@ llama.llama_decode(ctx, BatchArrays(llama.llama_batch, 128, 1).embeddings(rows, 
     "a part of a sequence copied while the memory is in streams": """
 b = opened(mmproj=None)
 llama = b.model.lib.llama
-from opsin.native.batch import BatchArrays
+from opsin.native.context import BatchArrays
 p = llama.llama_context_default_params()
 p.n_ctx, p.n_seq_max, p.kv_unified = 512, 4, False
 ctx = llama.llama_init_from_model(b.model.pointer, p)

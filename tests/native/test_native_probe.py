@@ -11,6 +11,7 @@ from token_rows import TokenRow, batch
 
 from opsin.core.errors import ModelUnreadable
 from opsin.core.request import ImagePart
+from opsin.native.devices import Device
 from opsin.native.ggml import InitParams, Tensor, op_names
 from opsin.native.library import library
 from opsin.native.probe import NodeCounter, flops
@@ -72,11 +73,18 @@ def test_where_there_is_no_room_for_a_twin_the_proof_says_so(
     def full(*_: object, **__: object) -> None:
         raise ModelUnreadable("no memory")
 
-    monkeypatch.setattr("opsin.native.probe.Encoder", full)
-    found = backend.placement()
+    with monkeypatch.context() as patch:
+        patch.setattr("opsin.native.probe.Encoder", full)
+        found = backend.placement()
     assert found.encoder == {}
     assert found.language_model
     assert "could not be watched: no memory" in found.notes[-1]
+    # llama.cpp would abort where it gets no memory, so it is not asked.
+    card = Device("CUDA0", "a card", "gpu", 2**28, 2**33, 1)
+    monkeypatch.setattr("opsin.native.probe.pick", lambda *_: [card])
+    found = backend.placement()
+    assert found.encoder == {}
+    assert "CUDA0 has no room" in found.notes[-1]
     backend.close()
 
 

@@ -23,7 +23,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 Flags = Mapping[str, Any]
 
 PAIR = ("model", "mmproj", "ctx", "gpu_layers", "device", "mmproj_device", "kv_type", "verbose")
-ENGINE = (*PAIR, "threads", "threads_batch", "speculation")
+ENGINE = (*PAIR, "threads", "threads_batch", "speculation", "swa_full", "device_sampling")
 IMAGES = ("region", "tiles")
 PAGES = ("pages", "max_pages")
 ANSWER = ("max_tokens", "max_seconds", "temperature", "seed", "guard", "thinking", "max_thinking_tokens")

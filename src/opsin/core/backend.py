@@ -20,12 +20,12 @@ class BackendLimits:
     """Sizes that plans must keep to: tokens or sequences, and `n_embd`, the width of an embedding row.
 
     All sequences share one KV cache of `n_ctx` cells, as forks share cells; one holds at most `n_ctx_seq` tokens, which
-    is less where the model was trained for less. `unified=False`: each has a part of the cells, so a fork is a copy
-    and no token is of several sequences. `forks=False`: one state for each sequence, which cannot be shared or
-    forgotten in part. `swaps=False`: `kv_save` does not give all. Image rows are prefilled fastest in multiples of
-    `tile`; `encode_batch` image chunks may be encoded at once. A ubatch of up to `mixed_rows` may hold an image's
-    rows and tokens of other sequences (0: none may). `images` is what the encoder makes of the sizes of images. At most
-    `n_outputs` rows of a ubatch have logits. `asynchronous`: `decode` comes back long before its work is done.
+    is less where the model was trained for less. `unified=False`: each has a part of the cells, so a fork is a copy.
+    `branches=False`: no token is of several sequences. `forks=False`: one state for each sequence, which cannot be
+    shared or forgotten in part. `swaps=False`: `kv_save` does not give all. Image rows are prefilled fastest in
+    multiples of `tile`; `encode_batch` image chunks may be encoded at once. A ubatch of up to `mixed_rows` may hold an
+    image's rows and tokens of other sequences (0: none may). `images` is what the encoder makes of the sizes of images.
+    At most `n_outputs` rows of a ubatch have logits. `asynchronous`: `decode` comes back long before its work is done.
     `stops`: a `decode` that may stop does.
     """
 
@@ -45,6 +45,7 @@ class BackendLimits:
     asynchronous: bool = False
     stops: bool = False
     unified: bool = True
+    branches: bool = True
 
 
 class Stopped(Exception):

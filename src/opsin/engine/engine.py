@@ -249,8 +249,9 @@ class Preparer:
         tree = LabelTree(paths)
         if tree.longest and limits.n_seq_max < 2:
             raise BadParameter("Choices of several tokens need a second sequence on this model: give --parallel 2.")
-        if tree.longest and not limits.unified:
-            raise BadParameter("Choices of several tokens need one KV cache for all slots: give --kv-unified.")
+        if tree.longest and not limits.branches:
+            why = "leave out --no-kv-unified and --no-swa-full"
+            raise BadParameter(f"Choices of several tokens need a KV cache that is shared: {why}.")
         most = min(MAX_LABEL_TOKENS, limits.n_ubatch)
         if tree.longest > most:
             raise BadParameter(f"A choice takes {tree.longest} tokens, and {most} are the limit: give shorter ones.")

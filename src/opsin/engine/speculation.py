@@ -87,8 +87,10 @@ def verify(step: Tokens, sample: Callable[[Sequence, int], None], forget: Callab
     """
     row, accepted = len(step.decode), 0
     for sequence, draft in zip(step.decode, step.drafts, strict=True):
-        right = 0
+        right, sampler = 0, sequence.sampler  # which changes where the answer begins behind reasoning
         while right < len(draft) and sequence.state is State.DECODE and sequence.last_token == draft[right]:
+            if sequence.sampler is not sampler:
+                break
             sample(sequence, row + right)
             right += 1
         if draft:

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 
 from opsin.core.answer import TokenLogprob
 from opsin.core.backend import BackendLimits, Sample, Stopped
-from opsin.core.errors import BadInput, BadParameter, DecodeFailed, ModelError, OpsinError
-from opsin.core.ggml_types import KV_TYPES
+from opsin.core.errors import BadInput, DecodeFailed, ModelError, OpsinError
 from opsin.core.image_options import ANY_SIZES
 from opsin.core.request import (
     Embedding,
@@ -31,13 +30,11 @@ from opsin.core.request import (
     TokenBatch,
     TokenizedPrompt,
 )
-from opsin.core.settings import CTX_PER_SEQUENCE, EngineSettings
+from opsin.core.settings import EngineSettings
 from opsin.native import logs
-from opsin.native.batch import BatchArrays
 from opsin.native.constraint import Constraint, Constraints
+from opsin.native.context_plan import plan_context
 from opsin.native.device_sampling import DeviceSampling
-from opsin.native.devices import default_threads
-from opsin.native.memory import OUTPUTS, SPARE_SEQUENCES
 from opsin.native.model import Model, Owned, TokenTable, floats
 from opsin.native.sampler import NOT_A_NUMBER, NativeSampler, log_norm, token_logprob
 from opsin.native.stop import StopFlag
@@ -45,10 +42,8 @@ from opsin.native.vision import Encoder
 
 _Sampled = tuple[int, TokenLogprob | None] | OpsinError
 
-_MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ
 _READERS = 16  # threads that may tokenize at once
 _TILE = 64  # rows that flash attention takes at once in ggml's CPU kernel; with fewer it is slower than without
-_PARTS = 4  # of a batch on several GPUs, as in llama.cpp's own defaults
 _STOPPED = 2  # what `llama_decode` gives then
 _PAUSE_SOFT = 1  # omp_pause_soft: what was set stays
 
@@ -74,27 +69,8 @@ class Context:
         self._encoder = encoder
         self._constraints: Constraints | None = None
         self._readers = threading.Semaphore(_READERS)  # held by who tokenizes or compiles, against `close`
-        params = _params(model, settings, ctx)
-        if model.several_devices and (encoder is None or encoder.causal):
-            # While one device works on a part of the rows, the one before it works on the next part.
-            params.n_ubatch = max(1, params.n_batch // _PARTS)
-        # Where only the windows are kept, a sequence has its state alone, which cannot be forgotten in part. Else
-        # each sequence of a sliding-window model has a keeper that holds the same cells. llama.cpp takes a cell outside
-        # the window of the only sequence that holds it as free, also with swa_full and while others are empty: a
-        # prefix would lose its beginning. A cell of two sequences stays.
-        windows = llama.llama_model_n_swa(model.pointer) > 0 and not model.whole_states_only
-        slides, whole = windows and settings.swa_full, model.whole_states_only or (windows and not settings.swa_full)
-        # With parts of the cells a fork is a copy of what is saved. Where each id has a part or state none is spare.
-        unified = settings.kv_unified is not False or windows or whole
-        spare = SPARE_SEQUENCES if unified and not whole else 0
-        sequences = _sequences(settings, spare, params.n_batch, _MAX_SEQUENCES // (2 if slides else 1))
-        self._keeper = sequences if slides else 0
-        params.n_seq_max = sequences + self._keeper
-        # Without it room is reserved for the logits of a whole ubatch: 0.6 GB with a vocabulary of 150,000.
-        params.n_outputs_max = self._outputs_max = max(OUTPUTS, params.n_seq_max)
-        if settings.device_sampling:
-            params.n_outputs_max_per_seq = self._outputs_max
-        params.kv_unified = unified
+        plan = plan_context(model, settings, ctx, parts=callback is None and (encoder is None or encoder.causal))
+        params, unified, self._keeper, self._outputs_max = plan.params, plan.unified, plan.keeper, plan.outputs
         if callback is not None:
             params.cb_eval = callback
         mark = logs.SINK.mark
@@ -106,9 +82,8 @@ class Context:
                 f"({logs.SINK.cause(mark) or 'probably not enough memory'}): give a smaller --ctx or another --kv-type."
             )
         self.handle = Owned("context", pointer, llama.llama_free, model)
-        self._device: DeviceSampling | None = None
-        if settings.device_sampling:
-            self._device = DeviceSampling(llama, self.handle, params.n_seq_max, model.n_vocab)
+        sampling = settings.device_sampling
+        self._device = DeviceSampling(llama, self.handle, params.n_seq_max, model.n_vocab) if sampling else None
         self.eog_tokens, self.piece = model.eog_tokens, model.piece
         self._table: TokenTable | None = None
         with suppress(LookupError):
@@ -120,8 +95,8 @@ class Context:
             n_vocab=model.n_vocab,
             n_embd=model.n_embd,
             n_ctx_seq=min(room := llama.llama_n_ctx_seq(pointer), model.n_ctx_train or room),
-            forks=not whole,
-            swaps=not windows,  # llama.cpp saves no cells behind the window, which a shorter prefix would need
+            forks=not plan.whole,
+            swaps=not plan.windows,  # llama.cpp saves no cells behind the window, which a shorter prefix would need
             tile=_TILE if model.device is None else 1,
             encode_batch=1 if encoder is None else encoder.batch,
             images=ANY_SIZES if encoder is None else encoder.sizes,
@@ -129,8 +104,10 @@ class Context:
             asynchronous=model.offloaded,
             # Of a batch that was stopped llama.cpp forgets all from its first position on, in its first sequence: too
             # little where a keeper holds the same cells, too much where slices of an image share a position.
-            stops=model.device is None and unified and not (whole or slides or model.n_pos > 1),
+            stops=model.device is None and unified and not (plan.whole or plan.keeper or model.n_pos > 1),
             unified=unified,
+            # Cells of several sequences are not free behind a window: they would fill a cache that has no more.
+            branches=unified and not (plan.windows and plan.whole),
             # Flash attention in tiles would compute every row of a tile for the cells of all its sequences.
             mixed_rows=0 if self._table is None else rows if model.device else _TILE - 1,
         )
@@ -377,27 +354,69 @@ def _require(holds: bool, otherwise: str) -> None:
         raise DecodeFailed(otherwise)
 
 
-def _params(model: Model, settings: EngineSettings, ctx: int | None) -> Any:
-    """llama.cpp's parameters for a context of `ctx` tokens (None: as the settings say), for one sequence."""
-    llama = model.lib.llama
-    params = llama.llama_context_default_params()
-    trained = min(model.n_ctx_train or CTX_PER_SEQUENCE, CTX_PER_SEQUENCE)
-    params.n_ctx = ctx or settings.ctx or trained * settings.parallel
-    params.n_ubatch = params.n_batch = min(settings.ubatch, params.n_ctx)
-    size = llama.llama_model_n_params(model.pointer)
-    params.n_threads = settings.threads or default_threads(size, offloaded=model.offloaded)
-    params.n_threads_batch = settings.threads_batch or params.n_threads
-    params.type_k = params.type_v = KV_TYPES[settings.kv_type]
-    params.flash_attn_type = -1 if settings.flash_attention is None else int(settings.flash_attention)
-    params.swa_full = settings.swa_full  # so that prefixes stay whole
-    return params
+class BatchArrays:
+    """The arrays of one ubatch of `capacity` rows, made once: `llama_batch` is a struct of bare pointers into them.
 
+    A row has `n_pos` positions: 1, or 4 under M-RoPE, section after section, for which `llama_batch_init` has no room.
+    It belongs to its sequence, and with a `keeper` offset also to the sequence that many ids further on; a row of a
+    label to as many as share it, `most` at most.
+    """
 
-def _sequences(settings: EngineSettings, spare: int, n_ubatch: int, most: int) -> int:
-    """Sequence ids to ask for. A decode step of all of them must fit a ubatch, else llama.cpp aborts."""
-    if settings.parallel > n_ubatch:
-        raise BadParameter(
-            f"{settings.parallel} answers at a time do not fit a ubatch of {n_ubatch}: "
-            "give a smaller --parallel or a larger --ctx."
-        )
-    return min(settings.parallel + spare, most, n_ubatch)
+    def __init__(self, batch_type: Any, capacity: int, n_pos: int, keeper: int = 0, most: int = 1) -> None:
+        self._n_pos = n_pos
+        # Added to a row's sequence: its ids. llama.cpp masks by any one of them: both hold the same cells.
+        self._ids = np.array([0, keeper] if keeper else [0], np.int32)
+        self._token, self._pos = np.zeros(capacity, np.int32), np.zeros(capacity * n_pos, np.int32)
+        self._n_seq_id = np.full(capacity, len(self._ids), np.int32)
+        self._seq_id = np.zeros((capacity, most * len(self._ids)), np.int32)
+        self._logits = np.zeros(capacity, np.int8)
+        # A row's list of ids is one row of _seq_id.
+        self._rows = self._seq_id.ctypes.data + self._seq_id.strides[0] * np.arange(capacity, dtype=np.uintp)
+        self._types = dict(batch_type._fields_)
+        self._batch = batch_type()
+        fields: Any = {"pos": self._pos, "n_seq_id": self._n_seq_id, "seq_id": self._rows, "logits": self._logits}
+        for field, array in fields.items():
+            setattr(self._batch, field, self._pointer(array, field))
+        self._tokens = self._pointer(self._token, "token")
+        self._data: Embedding
+
+    def _pointer(self, array: np.ndarray[Any, Any], field: str) -> Any:
+        # Not `data_as`: each call of it leaves a cycle for the garbage collector.
+        return ctypes.cast(array.ctypes.data, self._types[field])
+
+    def tokens(self, batch: TokenBatch) -> Any:
+        """A `llama_batch` of tokens, valid until the next call."""
+        count = len(batch.tokens)
+        self._token[:count] = batch.tokens
+        self._pos[:count] = batch.positions
+        self._owners(batch, count)
+        self._batch.n_tokens, self._batch.token, self._batch.embd = count, self._tokens, None
+        return self._batch
+
+    def embeddings(self, rows: EmbeddingRows, data: Embedding) -> Any:
+        """A `llama_batch` of `data`: tokens beside, `rows`, tokens behind; valid until the next call."""
+        count, tokens, end = len(data), len(rows.beside.tokens), len(data) - len(rows.behind)
+        self._owners(rows.beside, count)
+        positions = self._pos[: count * self._n_pos].reshape(self._n_pos, count)
+        # A token's sections have one position, but the last of four, which is 0: as llama.cpp does it for tokens.
+        positions[:, :tokens] = rows.beside.positions
+        positions[:, tokens:end] = rows.positions
+        positions[:, end:] = np.arange(rows.behind_at, rows.behind_at + count - end)
+        positions[3:, :tokens] = positions[3:, end:] = 0
+        self._seq_id[tokens:count, : len(self._ids)] = rows.seq_id + self._ids
+        self._logits[count - 1] |= rows.logits
+        self._data = data  # which the batch points into
+        self._batch.n_tokens, self._batch.token, self._batch.embd = count, None, self._pointer(data, "embd")
+        return self._batch
+
+    def _owners(self, batch: TokenBatch, count: int) -> None:
+        """The sequences of a batch's tokens, and which of `count` rows want logits."""
+        width = len(self._ids)
+        self._seq_id[: len(batch.tokens), :width] = np.array(batch.seq_ids, np.int32)[:, np.newaxis] + self._ids
+        self._n_seq_id[:count] = width
+        for row, others in batch.shared.items():
+            ids = np.add.outer(others, self._ids).ravel()
+            self._seq_id[row, width : width + len(ids)] = ids
+            self._n_seq_id[row] += len(ids)
+        self._logits[:count] = 0
+        self._logits[batch.outputs] = 1

@@ -7,6 +7,7 @@ likely tokens, beside which nothing is copied.
 """
 
 import ctypes
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,6 +20,7 @@ from opsin.native.sampler import NativeSampler, candidates
 
 MOST = 64
 """The most likely tokens that are read of each row. `top_k` is 40 where nobody says another number."""
+_FEW = f"Row {{row}} of the last batch has its {MOST} most likely tokens only."
 _PATIENCE = 32  # decode calls that others would suit better, before they change
 
 
@@ -60,25 +62,36 @@ class DeviceSampling:
     def sample(self, sampler: NativeSampler, row: int) -> int | None:
         """The token of that batch row; None if it takes all logits to tell. Raises DecodeFailed."""
         if self.draws:
-            return sampler.draw(self._likely(row))
+            likely = self._likely(row)
+            if likely is not None and sampler.needs > MOST:
+                raise DecodeFailed(_FEW.format(row=row))
+            return None if likely is None else sampler.draw(likely)
         if not sampler.greedy:
             return None
-        token: int = self._llama.llama_get_sampled_token_ith(self._context.pointer, row)
-        # -1: the device cannot do it, or no logit is a number.
-        return None if token < 0 or token in sampler.forbidden else token
+        pointer, llama = self._context.pointer, self._llama
+        token: int = llama.llama_get_sampled_token_ith(pointer, row)
+        # Below 0 if the device cannot do it; where no logit is a number, any token. Of two equal ones it may be either.
+        if (
+            token < 0
+            or token in sampler.forbidden
+            or math.isnan(llama.llama_get_sampled_logits_ith(pointer, row)[token])
+        ):
+            return None
+        return token
 
     def logits(self, row: int) -> NDArray[np.float32]:
         """All logits of that batch row, a view of native memory. Raises DecodeFailed where there are none."""
         pointer, llama = self._context.pointer, self._llama
         if llama.llama_get_sampled_logits_count_ith(pointer, row) != self._n_vocab:
-            raise DecodeFailed(f"Row {row} of the last batch has its {MOST} most likely tokens only.")
+            raise DecodeFailed(_FEW.format(row=row))
         return floats(llama.llama_get_sampled_logits_ith(pointer, row), self._n_vocab)
 
-    def _likely(self, row: int) -> NDArray[Any]:
+    def _likely(self, row: int) -> NDArray[Any] | None:
+        """The candidates of a row; None if the device cannot choose, and gives all logits."""
         pointer, llama = self._context.pointer, self._llama
         count = llama.llama_get_sampled_candidates_count_ith(pointer, row)
-        if not count:  # the device cannot choose, and gives all
-            return candidates(np.arange(self._n_vocab), self.logits(row))
+        if not count:
+            return None
         first = llama.llama_get_sampled_candidates_ith(pointer, row)
         ids = np.frombuffer((ctypes.c_int32 * count).from_address(ctypes.addressof(first.contents)), np.int32)
         order = ids.argsort()  # as the host has them, so that it draws the same

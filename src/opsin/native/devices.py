@@ -148,19 +148,30 @@ def devices() -> tuple[Device, ...]:
     return tuple(device(ggml.ggml_backend_dev_get(index)) for index in range(ggml.ggml_backend_dev_count()))
 
 
+def cards(present: Sequence[Device]) -> list[Device]:
+    """The GPUs that llama.cpp takes by itself: those that share the CPU's memory only where there is no other.
+
+    A second backend's are left out, since they are the same cards.
+    """
+    found = [one for one in present if one.type == "gpu"] or [one for one in present if one.is_gpu]
+    kinds = [one.name.rstrip("0123456789") for one in found]
+    return [one for one, kind in zip(found, kinds, strict=True) if kind == kinds[0]]
+
+
 def pick(name: str | None, option: str, present: Sequence[Device]) -> list[Device]:
-    """All GPUs without a name, none for "none" and "cpu", else the device of that name, or the GPUs of that kind.
+    """All `cards` without a name, none for "none" and "cpu", else the device of that name, or the GPUs of that kind.
 
     Raises BadParameter, which lists what is here.
     """
     gpus = [device for device in present if device.is_gpu]
     if name is None:
-        return gpus
+        return cards(gpus)
     wanted = name.strip().lower()
     if wanted in CPU_NAMES:
         return []
     found = [device for device in present if device.name.lower() == wanted]
-    found = found or [gpu for gpu in gpus if gpu.name.lower().rstrip("0123456789") == _KINDS.get(wanted, wanted)]
+    kind = _KINDS.get(wanted, wanted)
+    found = found or cards([gpu for gpu in gpus if gpu.name.lower().rstrip("0123456789") == kind])
     if found:
         return found
     here = ", ".join(gpu.name for gpu in gpus)

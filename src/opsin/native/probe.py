@@ -10,12 +10,12 @@ import time
 from collections import Counter
 from contextlib import closing
 
-from opsin.core.errors import ModelUnreadable
+from opsin.core.errors import EncodeFailed, ModelUnreadable
 from opsin.core.model_info import BackendShare, Placement
 from opsin.core.request import ImageChunk, ImagePart, TokenBatch
 from opsin.core.settings import EngineSettings
 from opsin.native.context import Context
-from opsin.native.devices import devices
+from opsin.native.devices import devices, pick
 from opsin.native.ggml import Tensor
 from opsin.native.library import Library
 from opsin.native.model import Model
@@ -28,6 +28,7 @@ _COMPUTED = 16  # GGML_TENSOR_FLAG_COMPUTE: backends pass over nodes without it
 # hide where the decode steps run.
 _PREFILL_TOKENS = 16
 _PROBE_CTX = 256
+_TWIN = 512 * 2**20  # bytes of an encoder beside its weights
 
 
 class NodeCounter:
@@ -100,17 +101,29 @@ def flops(name: str, node: Tensor) -> float:
     return values
 
 
-def _watch_encode(model: Model, encoder: Encoder, settings: EngineSettings, counter: NodeCounter) -> None:
-    """Encode a drawn image where the encoder runs; one that cannot be watched has a twin for that."""
-    one = encoder
-    if not encoder.watched:
-        one = Encoder(model, encoder.path, settings, encoder.sizes, watched=True)
+def _watch_encode(model: Model, encoder: Encoder, settings: EngineSettings, counter: NodeCounter) -> str | None:
+    """Encode a drawn image where the encoder runs; one that cannot be watched has a twin for that.
+
+    Says why there is none: no room for a second one is no reason not to serve with the first. llama.cpp aborts where
+    it finds none, so that is asked before.
+    """
+    if encoder.watched:
+        _observe(encoder, counter)
+        return None
+    for device in pick(settings.mmproj_device, "--mmproj-device", devices())[:1]:
+        if device.memory_total and device.memory_free < 2 * encoder.path.stat().st_size + _TWIN:
+            return f"{device.name} has no room for a second one."
     try:
-        with closing(one.tokenize([ImagePart(drawn_image())], add_bos=False)) as tokenized:
-            one.observed(next(run for run in tokenized.chunks if isinstance(run, ImageChunk)), counter)
-    finally:
-        if one is not encoder:
-            one.close()
+        with closing(Encoder(model, encoder.path, settings, encoder.sizes, watched=True)) as twin:
+            _observe(twin, counter)
+    except (ModelUnreadable, EncodeFailed) as error:
+        return str(error)
+    return None
+
+
+def _observe(encoder: Encoder, counter: NodeCounter) -> None:
+    with closing(encoder.tokenize([ImagePart(drawn_image())], add_bos=False)) as tokenized:
+        encoder.observed(next(run for run in tokenized.chunks if isinstance(run, ImageChunk)), counter)
 
 
 def probe_placement(model: Model, encoder: Encoder | None, settings: EngineSettings) -> Placement:
@@ -119,11 +132,8 @@ def probe_placement(model: Model, encoder: Encoder | None, settings: EngineSetti
     if any(device.type == "accel" for device in devices()):
         notes.append("An accelerator writes into host memory: some products shown as CPU may be its own.")
     encode, prefill, hook = NodeCounter(model.lib), NodeCounter(model.lib), EvalHook(model.lib)
-    if encoder is not None:
-        try:
-            _watch_encode(model, encoder, settings, encode)
-        except ModelUnreadable as error:  # no room for a second one is no reason not to serve with the first
-            notes.append(f"The encoder could not be watched: {error}")
+    if encoder is not None and (why := _watch_encode(model, encoder, settings, encode)):
+        notes.append(f"The encoder could not be watched: {why}")
     small = settings.model_copy(update={"parallel": 1, "ubatch": 32})
     rows = TokenBatch()
     rows.append([index % model.n_vocab for index in range(_PREFILL_TOKENS)], 0, 0, logits=True)

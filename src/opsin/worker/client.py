@@ -180,7 +180,18 @@ class WorkerEngine(Ready):
             self._woken = self._state == "unloaded"
             self._condition.notify_all()
 
-    def submit(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> AnswerStream:
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        load_ms: float = 0.0,
+        queue_ms: float = 0.0,
+        waited_since: float | None = None,
+        priority: int = 0,
+        salt: str = "",
+        count_only: bool = False,
+    ) -> AnswerStream:
         """See `Engine.submit`. A request waits for a worker that was idle or has crashed once, with its `load_ms`.
 
         Raises NotReady, ImageBlocked, QueueFull, EngineClosed, or why the worker cannot be started.
@@ -195,7 +206,8 @@ class WorkerEngine(Ready):
         number = next(self._numbers)
         stream = AnswerStream(lambda: None)
         stream.on_end = lambda: self._ended(number, stream)
-        options = {"load_ms": 0.0, **options}
+        options: dict[str, Any] = {"load_ms": load_ms, "queue_ms": queue_ms, "waited_since": waited_since}
+        options |= {"priority": priority, "salt": salt, "count_only": count_only}
         request = _Request(stream, share_all(prompt), params or SamplingParams(), options, time.perf_counter())
         with self._condition:
             if self.error is not None:

@@ -210,7 +210,10 @@ def _warm_up(runtime: Runtime) -> Placement:
     try:
         placement = runtime.engine.placement()
         if next(iter(placement.encoder), HOST) != HOST:
-            encode_largest(runtime.engine)
+            try:
+                encode_largest(runtime.engine)
+            except EncodeFailed as error:  # smaller ones may fit
+                log.warning("An image of the most tokens cannot be encoded: give --image-max-tokens. %s", error)
         params = SamplingParams(max_tokens=4, ignore_eos=True, guard=False, logprobs=2)
         hello = runtime.prompts.build([Message("user", "Hello.")])
         likely = runtime.engine.submit(hello, params, salt="warm-up").result().logprobs

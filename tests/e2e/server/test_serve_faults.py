@@ -174,7 +174,7 @@ def test_a_client_that_leaves_while_an_unloaded_model_loads_costs_one_loading() 
         assert not first.is_running()  # an unload is the end of the worker: all of its memory is back
         assert httpx.get(f"{server.url}/ready").status_code == 200
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{server.url}/v1/chat/completions", json=question(image_url(0)), timeout=0.3)
+            httpx.post(f"{server.url}/v1/chat/completions", json=question(image_url(0)), timeout=0.05)
         started = server.worker.pid
         answer = ask(server, max_tokens=2)  # joins the loading that the other one began
         assert answer.status_code == 200

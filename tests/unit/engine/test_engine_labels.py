@@ -394,8 +394,8 @@ def test_labels_that_cannot_be_scored_are_refused_in_a_sentence() -> None:
         ask(Chancy(limits=LIMITS), choices=["x" * 39, "y"])
     with pytest.raises(BadParameter, match="--parallel 2"):
         ask(Chancy(limits=dataclasses.replace(LIMITS, n_seq_max=1)), choices=["red", "blue"])
-    with pytest.raises(BadParameter, match="--kv-unified"):
-        ask(Chancy(limits=dataclasses.replace(LIMITS, unified=False)), choices=["red", "blue"])
+    with pytest.raises(BadParameter, match="leave out --no-kv-unified"):
+        ask(Chancy(limits=dataclasses.replace(LIMITS, branches=False)), choices=["red", "blue"])
     with pytest.raises(ContextOverflow):
         ask(Chancy(limits=LIMITS), prompt("x" * 496), choices=["a long label", "b"])
 

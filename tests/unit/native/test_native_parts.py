@@ -12,7 +12,7 @@ import pytest
 from opsin.core.errors import BadParameter, EngineClosed
 from opsin.core.request import EmbeddingRows, TokenBatch
 from opsin.native import devices
-from opsin.native.batch import BatchArrays
+from opsin.native.context import BatchArrays
 from opsin.native.devices import Device, default_threads, physical_cores, pick
 from opsin.native.model import Owned
 from opsin.native.projector import fingerprint
