@@ -59,6 +59,8 @@ class Speculation:
 
     def _draft(self, sequence: Sequence, rows: int, price: float) -> tuple[int, ...]:
         tokens, drafter = sequence.output.tokens, sequence.drafter
+        if sequence.compiled is not None and sequence.output.thinking:
+            return ()  # behind the reasoning another sampler begins, for which the batch may not have the logits
         if drafter is None:
             earlier = self._earlier_answers(sequence.request.salt)
             drafter = sequence.drafter = Drafter(sequence.tokenized.chunks, earlier, self._odds)
@@ -87,10 +89,8 @@ def verify(step: Tokens, sample: Callable[[Sequence, int], None], forget: Callab
     """
     row, accepted = len(step.decode), 0
     for sequence, draft in zip(step.decode, step.drafts, strict=True):
-        right, sampler = 0, sequence.sampler  # which changes where the answer begins behind reasoning
+        right = 0
         while right < len(draft) and sequence.state is State.DECODE and sequence.last_token == draft[right]:
-            if sequence.sampler is not sampler:
-                break
             sample(sequence, row + right)
             right += 1
         if draft:

@@ -14,6 +14,7 @@ from opsin.core.errors import OpsinError
 from opsin.core.request import EmbeddingRows, ImageChunk, Prompt, SamplingParams, TextChunk, TextPart, TokenBatch
 from opsin.engine import Engine, Policy
 from opsin.engine.draft import Drafter, Lookup
+from opsin.engine.speculation import Speculation
 from opsin.engine.step import Tokens
 from opsin.testing import FakeBackend, FakeClock
 from opsin.testing.fake_backend import TURN_TEXT
@@ -120,6 +121,28 @@ def test_reasoning_ends_at_the_same_token_and_its_budget_holds(
             answers.append((answer.reasoning, answer.text, answer.tokens))
             assert (answer.timings.draft_n_accepted > 0) == (beside > 0)
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("schema", [None, "{}"])
+def test_reasoning_before_a_schema_gets_no_drafts(schema: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it ends another sampler begins, in the middle of what was decoded with the draft."""
+    monkeypatch.setattr("opsin.engine.speculation.FASTEST", 0.0)
+    draft, seen = Speculation._draft, set[tuple[bool, bool]]()
+
+    def drafted_for(self: Speculation, sequence: Any, *more: Any) -> tuple[int, ...]:
+        found = draft(self, sequence, *more)
+        seen.add((sequence.output.thinking, bool(found)))
+        return found
+
+    monkeypatch.setattr(Speculation, "_draft", drafted_for)
+    text = "<think>" + LOOP + "</think>" + ROWS
+    with Engine(
+        lambda: FakeBackend(lambda _: text, limits=limits(n_ctx=1024)), policy=Policy(draft_beside=4)
+    ) as engine:
+        prompt = Prompt((TextPart(TURN_TEXT),), reasoning=ReasoningStyle())
+        engine.submit(prompt, SamplingParams(max_tokens=400, guard=False, json_schema=schema)).result()
+    assert ((True, True) in seen) == (schema is None)
+    assert (False, True) in seen
 
 
 def test_a_full_context_ends_an_answer_at_the_same_token() -> None:
