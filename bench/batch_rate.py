@@ -18,7 +18,6 @@ import json
 import os
 import platform
 import re
-import socket
 import subprocess
 import sys
 import tempfile
@@ -35,6 +34,7 @@ import numpy as np
 from PIL import Image
 
 from opsin import Opsin
+from opsin.bench.drivers import listening
 from opsin.core.answer import TokenLogprob
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -161,56 +161,39 @@ def by_server(
     rows: list[tuple[str, str, str]], warm: tuple[str, str, str], given: argparse.Namespace
 ) -> dict[str, Any]:
     """llama-server, with as many clients as it has slots; `warm` is asked before and does not count."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        given.server,
-        "-m",
-        given.model,
-        "--mmproj",
-        given.mmproj,
-        "-c",
-        str(CTX),
-        "-np",
-        str(SLOTS),
+    command = [given.server, "-m", given.model, "--mmproj", given.mmproj, "-c", str(CTX), "-np", str(SLOTS)]
+    command += [
         "-b",
         "2048",
+        "-ub",
+        "1024",
+        "-t",
+        str(given.threads),
+        "-tb",
+        str(given.threads),
+        "--no-webui",
+        "-ngl",
+        "99",
     ]
-    command += ["-ub", "1024", "-t", str(given.threads), "-tb", str(given.threads), "--port", str(port), "--no-webui"]
-    process = subprocess.Popen([*command, "-ngl", "99"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        with httpx.Client(
-            base_url=f"http://127.0.0.1:{port}", timeout=600, limits=httpx.Limits(max_connections=16)
-        ) as http:
-            end = time.monotonic() + 300
-            while time.monotonic() < end:
-                try:
-                    if http.get("/health").status_code == httpx.codes.OK:
-                        break
-                except httpx.TransportError:
-                    pass
-                time.sleep(0.2)
+    with tempfile.TemporaryFile() as log, listening("llama-server", command, "/health", log) as (_, address):
 
-            def ask(row: tuple[str, str, str]) -> int:
-                url = "data:image/png;base64," + base64.b64encode(Path(row[1]).read_bytes()).decode()
-                content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": row[2]}]
-                body = {
-                    "messages": [{"role": "user", "content": content}],
-                    "max_tokens": given.max_tokens,
-                    "temperature": 0,
-                }
-                answer = http.post("/v1/chat/completions", json=body).raise_for_status().json()
-                return int(answer["usage"]["completion_tokens"])
+        def ask(row: tuple[str, str, str]) -> int:
+            url = "data:image/png;base64," + base64.b64encode(Path(row[1]).read_bytes()).decode()
+            content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": row[2]}]
+            body = {
+                "messages": [{"role": "user", "content": content}],
+                "max_tokens": given.max_tokens,
+                "temperature": 0,
+            }
+            answer = http.post("/v1/chat/completions", json=body).raise_for_status().json()
+            return int(answer["usage"]["completion_tokens"])
 
+        with httpx.Client(base_url=address, timeout=600, limits=httpx.Limits(max_connections=16)) as http:
             ask(warm)
             with ThreadPoolExecutor(CLIENTS) as clients:
                 began = time.perf_counter()
                 tokens = sum(clients.map(ask, rows))
                 return {"seconds": time.perf_counter() - began, "tokens": tokens, "rows": len(rows)}
-    finally:
-        process.kill()
-        process.wait()
 
 
 def pair(given: argparse.Namespace) -> list[str]:

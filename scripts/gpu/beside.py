@@ -13,52 +13,24 @@ import argparse
 import contextlib
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[2] / "src"))
+
+from opsin.bench.drivers import listening
+from opsin.core.errors import BadParameter
+
 PROGRAM = "llama-server"
-START_S, STOP_S = 50.0, 2.0
+SECONDS = (50, 2)  # to start and to end
 
 
 def tell(sentence: str) -> None:
     """One line on standard error."""
     sys.stderr.write(f"beside: {sentence}\n")
     sys.stderr.flush()
-
-
-@contextlib.contextmanager
-def llama_server(program: str, given: argparse.Namespace) -> Iterator[str | None]:
-    """Its address once it is ready, None where it does not start. It ends with this block, however that ends."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [program, "-m", given.model, "--mmproj", given.mmproj, "--host", "127.0.0.1", "--port", str(port)]
-    command += ["-c", str(given.ctx), "-np", str(given.parallel), "-b", "2048", "-ub", "1024", "-ngl", "99"]
-    url, began = f"http://127.0.0.1:{port}", time.monotonic()
-    with given.log.open("wb") as log:
-        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        try:
-            ready = False
-            while not ready and server.poll() is None and time.monotonic() < began + START_S:
-                with contextlib.suppress(OSError):
-                    ready = urllib.request.urlopen(f"{url}/health", timeout=2).status == 200
-                time.sleep(0 if ready else 0.1)
-            if ready:
-                tell(f"{PROGRAM} was ready after {time.monotonic() - began:.1f} s: {' '.join(command[1:])}")
-            else:
-                tell(f"{PROGRAM} did not start, so nothing is measured beside: see {given.log}")
-            yield url if ready else None
-        finally:
-            server.terminate()
-            try:
-                server.wait(STOP_S)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
 
 
 def main() -> int:
@@ -77,9 +49,17 @@ def main() -> int:
     if program is None:
         tell(f"there is no {PROGRAM} on PATH, so nothing is measured beside")
         return subprocess.call(given.command)
-    with llama_server(program, given) as url:
-        beside = [] if url is None else ["--against", f"{PROGRAM}={url}"]
-        return subprocess.call([*given.command, *beside]) or int(url is None)
+    server = [program, "-m", given.model, "--mmproj", given.mmproj, "--host", "127.0.0.1", "-c", str(given.ctx)]
+    server += ["-np", str(given.parallel), "-b", "2048", "-ub", "1024", "-ngl", "99"]
+    began = time.monotonic()
+    with given.log.open("w+b") as log, contextlib.ExitStack() as stack:
+        try:
+            _, url = stack.enter_context(listening(PROGRAM, server, "/health", log, SECONDS))
+        except BadParameter as error:
+            tell(f"{error} So nothing is measured beside.")
+            return subprocess.call(given.command) or 1
+        tell(f"{PROGRAM} was ready after {time.monotonic() - began:.1f} s: {' '.join(server[1:])}")
+        return subprocess.call([*given.command, "--against", f"{PROGRAM}={url}"])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from opsin.models.facts import read_facts
 from opsin.models.gguf import parts_of
 from opsin.native import NativeBackend, open_backend
 from opsin.native.devices import (
-    CPU_NAMES,
     Device,
     DeviceRate,
     cards,
@@ -94,15 +93,13 @@ def open_runtime(
         ensure_loadable(pair.llm, pair.mmproj, settings)
     store = DiskStore(default_folder(), settings.disk_cache_bytes) if settings.disk_cache else None
     sizes = facts.projector.image_sizes(asked) if facts.projector else ANY_SIZES
-    on_cpu = settings.gpu_layers == 0 or (settings.device or "").lower() in CPU_NAMES
-    gpu = any(device.is_gpu for device in present) and not on_cpu
     cell_bytes = sum(layer.kv_values for layer in facts.model.layers) * bytes_per_value(settings.kv_type)
     swap_cells = int(min(SWAP_BYTES, free.get(HOST, 0) // 8) / max(1.0, cell_bytes))
     unified = settings.kv_unified is not False
     if not unified and facts.model.slides:
         raise BadParameter("A model with a sliding window needs one KV cache for all slots: leave out --no-kv-unified.")
     policy = Policy.for_device(
-        gpu=gpu,
+        gpu=settings.gpu_layers != 0 and bool(pick(settings.device, "--device", present)),
         encoder_gpu=bool(pick(settings.mmproj_device, "--mmproj-device", present)),
         parallel=settings.parallel,
         max_queue=max_queue,

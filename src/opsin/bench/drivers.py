@@ -8,10 +8,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 
@@ -19,12 +19,12 @@ from opsin.bench.workloads import Driver, RequestFailed
 from opsin.core.answer import Finished, TextDelta, Usage
 from opsin.core.errors import BadParameter, Cancelled
 from opsin.core.request import SamplingParams
-from opsin.core.settings import EngineSettings, ImageSettings
+from opsin.core.settings import EngineSettings, ImageSettings, as_flags
 from opsin.engine import Engine
 from opsin.images import load_image
 from opsin.prompt import Message, PromptBuilder
 
-_TIMEOUT_S, _START_S, _STOP_S = 300.0, 600.0, 30.0
+_TIMEOUT_S = 300.0
 
 
 def engine_driver(engine: Engine, prompts: PromptBuilder) -> Driver:
@@ -116,30 +116,42 @@ def _message(body: str) -> str:
 @contextmanager
 def serving(settings: EngineSettings) -> Iterator[tuple[int, str]]:
     """`opsin serve` as a child with these settings alone; its process id and address. Raises BadParameter."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command, url = [sys.executable, "-m", "opsin", "serve", f"--port={port}"], f"http://127.0.0.1:{port}"
-    for name, value in settings.model_dump(mode="json", exclude_unset=True, exclude_none=True).items():
-        flag = name.replace("_", "-")
-        command.append(f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag}={value}")
+    flags = as_flags(settings.model_dump(mode="json", exclude_unset=True, exclude_none=True))
     env = {name: value for name, value in os.environ.items() if not name.startswith("OPSIN_")}
     env["XDG_CONFIG_HOME"] = os.devnull
     with tempfile.TemporaryDirectory(prefix="opsin-bench-") as folder, (Path(folder) / "log").open("w+b") as log:
-        process = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log)  # noqa: S603 - our own command
+        command = [sys.executable, "-m", "opsin", "serve", *flags]
+        with listening("opsin serve", command, "/ready", log, cwd=folder, env=env) as found:
+            yield found
+
+
+@contextmanager
+def listening(
+    name: str, command: Sequence[str], health: str, log: IO[bytes], seconds: tuple[float, float] = (600, 30), **how: Any
+) -> Iterator[tuple[int, str]]:
+    """A server as a child on a free port, which is added to `command`; its process id and address, once it is ready.
+
+    It is ready when it answers `health` well, and has `seconds` for that and to end. It writes to `log`; `how` is for
+    `Popen`. Raises BadParameter where it does not start.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    url, deadline, ready = f"http://127.0.0.1:{port}", time.monotonic() + seconds[0], False
+    command = [*command, "--port", str(port)]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **how)  # noqa: S603 - ours
+    try:
+        while not ready:
+            if process.poll() is not None or time.monotonic() > deadline:
+                log.seek(0)
+                raise BadParameter(f"{name} did not start: {log.read().decode(errors='replace')[-500:]}")
+            time.sleep(0.05)
+            with suppress(httpx.HTTPError):
+                ready = httpx.get(f"{url}{health}", trust_env=False, timeout=2.0).is_success
+        yield process.pid, url
+    finally:
+        process.terminate()
         try:
-            deadline, ready = time.monotonic() + _START_S, False
-            while not ready:
-                if process.poll() is not None or time.monotonic() > deadline:
-                    log.seek(0)
-                    raise BadParameter(f"opsin serve did not start: {log.read().decode(errors='replace')[-500:]}")
-                time.sleep(0.05)
-                with suppress(httpx.HTTPError):
-                    ready = httpx.get(f"{url}/ready", trust_env=False, timeout=2.0).is_success
-            yield process.pid, url
-        finally:
-            process.terminate()
-            try:
-                process.wait(_STOP_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            process.wait(seconds[1])
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -1,6 +1,7 @@
 """Every option of an engine and of a server. Command line help, defaults and docs are read from here."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args
@@ -196,3 +197,12 @@ def kind_of(field: FieldInfo) -> Any:
     """The type of a field's value, None aside: `int` for `int | None`."""
     kinds = get_args(field.annotation)
     return next(kind for kind in kinds if kind is not NoneType) if NoneType in kinds else field.annotation
+
+
+def as_flags(settings: Mapping[str, object]) -> list[str]:
+    """Settings by name as the words of a command."""
+    words = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return words

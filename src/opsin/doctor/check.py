@@ -5,9 +5,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from opsin.core.settings import EngineSettings
+from opsin.core.settings import EngineSettings, as_flags
 from opsin.native.devices import CPU_NAMES
-from opsin.native.memory import as_flags
 
 Status = Literal["ok", "warn", "fail"]
 

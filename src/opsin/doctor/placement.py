@@ -8,11 +8,10 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from opsin.core.model_info import HOST, UNPROVEN, BackendShare, Placement
-from opsin.core.settings import EngineSettings
+from opsin.core.settings import EngineSettings, as_flags
 from opsin.doctor.build import in_software
 from opsin.doctor.check import Check, Status, means_cpu, serve_command
 from opsin.native.devices import Device
-from opsin.native.memory import as_flags
 from opsin.native.trial import keep_record, read_record, record_file
 
 _Graphs = Mapping[str, Mapping[str, BackendShare]]
@@ -48,8 +47,7 @@ def placement_checks(
     gpus.sort(key=lambda device: (device.name not in used, device.type != "gpu"))
     checks = [_where(name, placement, gpus, settings, unused) for name in graphs]
     if placement.notes and settings.mmproj is not None and "encoder" not in graphs:
-        told = Check("placement.encoder", "warn", " ".join(placement.notes), {"notes": list(placement.notes)})
-        checks.insert(0, told)
+        checks.insert(0, Check("placement.encoder", "warn", " ".join(placement.notes), {"notes": [*placement.notes]}))
     return [*checks, _layers(placement, gpus, settings), _fallback(graphs, placement, settings), _splits(graphs)]
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 from opsin.core.errors import BadParameter
 from opsin.core.model_info import PairFacts
-from opsin.core.settings import EngineSettings
+from opsin.core.settings import EngineSettings, as_flags
 from opsin.doctor.check import Check, Status, means_cpu, serve_command
 from opsin.doctor.host import KNOWN
 from opsin.doctor.pair import PairInfo
 from opsin.native.devices import Device, free_memory
-from opsin.native.memory import FULL, MemoryPlanner, as_flags, needed_by_device, size_text
+from opsin.native.memory import FULL, MemoryPlanner, needed_by_device, size_text
 from opsin.native.trial import Trial, fingerprint, keep_record, read_record, record_file, try_pair
 
 _NAME = "safety.trial"

@@ -63,6 +63,5 @@ class Policy:
         """
         common = cls(parallel, decode_in_encode=not encoder_gpu, max_queue=max_queue)
         if not gpu:
-            beside = 256 if unified else None
-            return replace(common, idle_cells=4096, park_beside=beside, swap_cells=swap_cells)
+            return replace(common, idle_cells=4096, park_beside=256 if unified else None, swap_cells=swap_cells)
         return replace(common, slice=512, slice_seconds=0.05, stream_share=0.5, rows_cost=False)

@@ -21,8 +21,6 @@ _MOVING = "moving"
 _ROWS_AT_ONCE = 1_000
 # A cell that begins so is a formula for spreadsheets; source: OWASP, CSV Injection.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
-
-
 _MEND = "free some space or check the folder, and run the same command again"
 
 

@@ -225,10 +225,8 @@ class Context:
         """
         pointer, outputs = self.handle.pointer, self._outputs
         _require(row in outputs or (row == -1 and bool(outputs)), f"Row {row} of the last batch has no logits.")
-        if self._device is not None:
-            view = self._device.logits(row)
-        else:
-            view = floats(self._llama.llama_get_logits_ith(pointer, row), self.limits.n_vocab)
+        device, size = self._device, self.limits.n_vocab
+        view = floats(self._llama.llama_get_logits_ith(pointer, row), size) if device is None else device.logits(row)
         # One comparison instead of a scan: max() is not-a-number as soon as one logit is. Sorting such logits is
         # undefined in the native samplers.
         _require(not np.isnan(view.max()), NOT_A_NUMBER)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from opsin.core.errors import DecodeFailed
 from opsin.native.model import Owned, floats
-from opsin.native.sampler import NativeSampler, candidates
+from opsin.native.sampler import NOT_A_NUMBER, NativeSampler, candidates
 
 MOST = 64
 """The most likely tokens that are read of each row. `top_k` is 40 where nobody says another number."""
@@ -28,9 +28,8 @@ class DeviceSampling:
     """The samplers behind the logits of `sequences` sequence ids. They are the context's, and closed with it."""
 
     def __init__(self, llama: Any, context: Owned, sequences: int, n_vocab: int) -> None:
-        self._llama, self._context, self._n_vocab = llama, context, n_vocab
+        self._llama, self._context, self._sequences, self._n_vocab = llama, context, sequences, n_vocab
         self._chains: list[Owned] = []
-        self._sequences = sequences
         self._waited = 0
         self.draws = False
         """Whether there are only the most likely tokens of each row, and no logits of the others."""
@@ -61,38 +60,34 @@ class DeviceSampling:
 
     def sample(self, sampler: NativeSampler, row: int) -> int | None:
         """The token of that batch row; None if it takes all logits to tell. Raises DecodeFailed."""
-        if self.draws:
-            likely = self._likely(row)
-            if likely is not None and sampler.needs > MOST:
+        if self.draws and (likely := self._likely(row)) is not None:
+            if sampler.needs > MOST:
                 raise DecodeFailed(_FEW.format(row=row))
-            return None if likely is None else sampler.draw(likely)
-        if not sampler.greedy:
+            return sampler.draw(likely)
+        if self.draws or not sampler.greedy:
             return None
-        pointer, llama = self._context.pointer, self._llama
-        token: int = llama.llama_get_sampled_token_ith(pointer, row)
+        token: int = self._sampled("token", row)
         # Below 0 if the device cannot do it; where no logit is a number, any token. Of two equal ones it may be either.
-        if (
-            token < 0
-            or token in sampler.forbidden
-            or math.isnan(llama.llama_get_sampled_logits_ith(pointer, row)[token])
-        ):
-            return None
-        return token
+        usable = token >= 0 and token not in sampler.forbidden and not math.isnan(self._sampled("logits", row)[token])
+        return token if usable else None
 
     def logits(self, row: int) -> NDArray[np.float32]:
-        """All logits of that batch row, a view of native memory. Raises DecodeFailed where there are none."""
-        pointer, llama = self._context.pointer, self._llama
-        if llama.llama_get_sampled_logits_count_ith(pointer, row) != self._n_vocab:
+        """All logits of a batch row, float32 [n_vocab], a view of native memory. Raises DecodeFailed if it has few."""
+        if self._sampled("logits_count", row) != self._n_vocab:
             raise DecodeFailed(_FEW.format(row=row))
-        return floats(llama.llama_get_sampled_logits_ith(pointer, row), self._n_vocab)
+        return floats(self._sampled("logits", row), self._n_vocab)
 
     def _likely(self, row: int) -> NDArray[Any] | None:
-        """The candidates of a row; None if the device cannot choose, and gives all logits."""
-        pointer, llama = self._context.pointer, self._llama
-        count = llama.llama_get_sampled_candidates_count_ith(pointer, row)
-        if not count:
+        """The candidates of a row; None if the device cannot choose, and gives all logits. Raises DecodeFailed."""
+        if not (count := self._sampled("candidates_count", row)):
             return None
-        first = llama.llama_get_sampled_candidates_ith(pointer, row)
+        first = self._sampled("candidates", row)
         ids = np.frombuffer((ctypes.c_int32 * count).from_address(ctypes.addressof(first.contents)), np.int32)
         order = ids.argsort()  # as the host has them, so that it draws the same
-        return candidates(ids[order], floats(llama.llama_get_sampled_logits_ith(pointer, row), count)[order])
+        logits = floats(self._sampled("logits", row), count)[order]
+        if np.isnan(logits.max()):
+            raise DecodeFailed(NOT_A_NUMBER)
+        return candidates(ids[order], logits)
+
+    def _sampled(self, what: str, row: int) -> Any:
+        return getattr(self._llama, f"llama_get_sampled_{what}_ith")(self._context.pointer, row)

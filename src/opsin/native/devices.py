@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -257,9 +257,35 @@ def measure_device(device: Device, lib: Library | None = None) -> DeviceRate:
 
     Raises ModelError when it has no room or fails.
     """
-    ggml: Any = (lib or library()).ggml
+    ggml = (lib or library()).ggml
     size = min(_VECTOR_BYTES, device.memory_free // 4 or _VECTOR_BYTES)
     vector = (_VECTOR_WIDTH, max(32, size // (2 * _VECTOR_WIDTH * _MATRICES)), 1)
+
+    def product(width: int, rows: int, columns: int) -> float:
+        """Seconds of one product of f16 [width, rows] with f32 [width, columns], several at once."""
+        shapes = [(_F32, width, columns), *[(_F16, width, rows)] * _MATRICES]
+        return fastest(device, ggml, ggml.ggml_mul_mat, shapes) / _MATRICES
+
+    sizes, seconds = _SIZES[0], product(*_SIZES[0])
+    # The second size takes more memory than the vectors, and is left out where even those had to shrink.
+    if device.is_gpu and seconds < 0.0003 and size == _VECTOR_BYTES:
+        sizes, seconds = _SIZES[1], product(*_SIZES[1])
+    ops_s = 2.0 * math.prod(sizes) / seconds
+    seconds = product(*vector)
+    # A start of a few microseconds would count.
+    if device.is_gpu and seconds < 0.0001 and device.memory_free // 4 > _LARGER * _VECTOR_BYTES:
+        vector = (vector[0], _LARGER * vector[1], 1)
+        seconds = product(*vector)
+    return DeviceRate(ops_s, 2.0 * math.prod(vector) / seconds)
+
+
+def fastest(
+    device: Device, ggml: Any, op: Callable[[int, int, int], int], shapes: Sequence[tuple[int, int, int]]
+) -> float:
+    """Seconds of the best run of a graph with `op(context, other, first)` for each other tensor, with all cores.
+
+    A tensor is its ggml type, its width, and its rows. Raises ModelError.
+    """
     with ExitStack() as stack:
         backend = _made(device, ggml.ggml_backend_dev_init(device.handle, None), "it cannot be opened")
         stack.callback(ggml.ggml_backend_free, backend)
@@ -268,31 +294,13 @@ def measure_device(device: Device, lib: Library | None = None) -> DeviceRate:
             address = ggml.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_set_n_threads")
             _made(device, address, "its threads cannot be set")
             ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int)(address)(backend, physical_cores())
-        product, seconds = _SIZES[0], _fastest(ggml, device, backend, _SIZES[0])
-        # The second size takes more memory than the vectors, and is left out where even those had to shrink.
-        if device.is_gpu and seconds < 0.0003 and size == _VECTOR_BYTES:
-            product, seconds = _SIZES[1], _fastest(ggml, device, backend, _SIZES[1])
-        ops_s = 2.0 * math.prod(product) / seconds
-        seconds = _fastest(ggml, device, backend, vector)
-        # A start of a few microseconds would count.
-        if device.is_gpu and seconds < 0.0001 and device.memory_free // 4 > _LARGER * _VECTOR_BYTES:
-            vector = (vector[0], _LARGER * vector[1], 1)
-            seconds = _fastest(ggml, device, backend, vector)
-        return DeviceRate(ops_s, 2.0 * math.prod(vector) / seconds)
-
-
-def _fastest(ggml: Any, device: Device, backend: int, sizes: tuple[int, int, int]) -> float:
-    """Seconds of one product of f16 [width, rows] with f32 [width, columns], several at once: the best run counts."""
-    width, rows, columns = sizes
-    with ExitStack() as stack:
-        memory = ggml.ggml_graph_overhead() + 4 * _MATRICES * ggml.ggml_tensor_overhead()
+        memory = ggml.ggml_graph_overhead() + 2 * len(shapes) * ggml.ggml_tensor_overhead()
         context = ggml.ggml_init(InitParams(memory, None, True))
         stack.callback(ggml.ggml_free, context)
-        right = ggml.ggml_new_tensor_4d(context, _F32, width, columns, 1, 1)
         graph = ggml.ggml_new_graph(context)
-        for _ in range(_MATRICES):
-            left = ggml.ggml_new_tensor_4d(context, _F16, width, rows, 1, 1)
-            ggml.ggml_build_forward_expand(graph, ggml.ggml_mul_mat(context, left, right))
+        first, *others = (ggml.ggml_new_tensor_4d(context, *shape, 1, 1) for shape in shapes)
+        for other in others:
+            ggml.ggml_build_forward_expand(graph, op(context, other, first))
         buffer = _made(device, ggml.ggml_backend_alloc_ctx_tensors(context, backend), "it has no room")
         stack.callback(ggml.ggml_backend_buffer_free, buffer)
         ggml.ggml_backend_buffer_clear(buffer, _FILL)
@@ -304,7 +312,7 @@ def _fastest(ggml: Any, device: Device, backend: int, sizes: tuple[int, int, int
             ggml.ggml_backend_synchronize(backend)
             _made(device, not failed, "its computing failed")
             runs.append(time.perf_counter() - started)
-        return min(runs[1:]) / _MATRICES  # the first compiles kernels and starts threads
+        return min(runs[1:])  # the first compiles kernels and starts threads
 
 
 def _made(device: Device, made: int, why: str) -> int:

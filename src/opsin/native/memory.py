@@ -14,7 +14,7 @@ from itertools import accumulate
 from opsin.core.errors import BadParameter
 from opsin.core.ggml_types import bytes_per_value
 from opsin.core.model_info import HOST, PairFacts, ProjectorFacts
-from opsin.core.settings import CTX_PER_SEQUENCE, EngineSettings
+from opsin.core.settings import CTX_PER_SEQUENCE, EngineSettings, as_flags
 from opsin.native.devices import Device, pick
 
 FULL = 0.9
@@ -311,15 +311,6 @@ def _vision_compute(projector: ProjectorFacts, *, flash: bool) -> float:
     forward = rows * (2 * projector.feed_forward + width) * 4
     pixels = rows * (projector.patch_values * 3 // 2 + width) * 4  # once as they are and once in 16 bits
     return max(attention, forward, pixels)
-
-
-def as_flags(settings: Mapping[str, object]) -> list[str]:
-    """Settings by name as the words of a command."""
-    words = []
-    for name, value in settings.items():
-        flag = name.replace("_", "-")
-        words += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
-    return words
 
 
 def size_text(size: float) -> str:

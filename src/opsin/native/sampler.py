@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opsin.core.answer import TokenLogprob
-from opsin.core.errors import BadParameter, ConstraintFailed, DecodeFailed
+from opsin.core.errors import BadParameter, ConstraintFailed
 from opsin.core.request import SamplingParams
 from opsin.native.constraint import Constraint
 from opsin.native.model import Model, Owned
@@ -120,10 +120,8 @@ class NativeSampler(Owned):
     def draw(self, tokens: NDArray[Any]) -> int:
         """What the chain draws from these `candidates` alone, which it changes; a whole vocabulary takes it far longer.
 
-        Raises DecodeFailed for a logit that is not a number: sorting such is undefined in the native samplers.
+        Their logits are numbers: sorting others is undefined in the native samplers.
         """
-        if np.isnan(tokens["logit"].max()):
-            raise DecodeFailed(NOT_A_NUMBER)
         llama = self._llama
         first = ctypes.cast(tokens.ctypes.data, ctypes.POINTER(llama.llama_token_data))
         array = llama.llama_token_data_array(first, len(tokens), -1, False)

@@ -45,9 +45,8 @@ _EDGE = 336
 _CODE = "import sys; sys.path[:] = filter(None, sys.path); from opsin.native.trial import main; main(*sys.argv[1:])"
 # Settings that decide whether a file loads.
 _DECISIVE = (
-    *("device", "mmproj_device", "gpu_layers", "flash_attention", "vision_flash_attention"),
-    *("swa_full", "device_sampling"),
-)
+    "device", "mmproj_device", "gpu_layers", "flash_attention", "vision_flash_attention", "swa_full", "device_sampling",
+)  # fmt: skip
 _HEAD_BYTES = 2**20  # of a file, from its start: metadata and tensor list, or most of them
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 

@@ -83,8 +83,8 @@ class EvalHook:
 class Encoder(Owned):
     """An mtmd context over a language model. Prompts may be tokenized by any thread, and images encoded by one.
 
-    `watched`: whether somebody can look at its nodes, which is asked for each of several hundred. On a GPU, which has
-    computed all of them before Python's lock comes round, that is so only where it is asked for.
+    `watched`: somebody can look at its nodes. Then llama.cpp asks about each of several hundred, and every question
+    waits for Python's lock, so that an encoder on a GPU is watched only for the proof of where it runs.
     """
 
     def __init__(

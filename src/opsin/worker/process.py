@@ -25,6 +25,7 @@ from opsin.worker.messages import ENDING, Channel, Loaded, Packed, pack, portabl
 
 log = logging.getLogger(__name__)
 
+_EDGE = 336  # pixels, of an image that is cut into tiles of a size of their own
 _LOOK_SECONDS = 1.0  # how often a worker with nothing to read looks whether its engine still lives
 # What streams that have begun say within so long goes out together: a write to each client costs more than a token of
 # a small model, and nobody tells 50 pieces a second apart. A first text and an end go out at once.
@@ -202,7 +203,7 @@ class _Worker:
 def _warm_up(runtime: Runtime) -> Placement:
     """An encode past all caches proves where the encoder runs; a few tokens bring weights into memory.
 
-    On a GPU an image of the largest size makes the encoder's buffer as large as it ever gets.
+    On a GPU that encode is another encoder's, so one of the largest image follows, for which all buffers are made.
 
     Raises ModelUnreadable: what is computed here is ours, so the files are at fault.
     """
@@ -225,13 +226,9 @@ def _warm_up(runtime: Runtime) -> Placement:
 
 
 def encode_largest(engine: Engine) -> None:
-    """Encode an image with as many tokens as one can have, past all caches, where that depends on its size.
-
-    Raises EncodeFailed.
-    """
-    edge = engine.limits.images.cell * math.isqrt(engine.limits.images.most)
-    if not edge:
-        return
+    """Encode an image with as many tokens as one can have, past all caches. Raises EncodeFailed."""
+    sizes = engine.limits.images
+    edge = sizes.edge or sizes.cell * math.isqrt(sizes.most) or _EDGE
     black = ImagePart(Image(bytes(3 * edge**2), edge, edge, "", "PNG"))
 
     def encode(backend: Backend) -> None:
